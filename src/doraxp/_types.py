@@ -1,0 +1,115 @@
+"""What travels between the functions of doraxp: numbers in `Config`, arrays in NamedTuples.
+
+    W  weight     (out, in)      A  lora_a  (rank, in)      B  lora_b  (out, rank)
+    m  magnitude  (out,)         s  scaling
+
+Every array may have the same leading axes, a stack: (*stack, out, in) and so on.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import KW_ONLY, dataclass
+from numbers import Real
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+Array: TypeAlias = Any
+"""An array of any library that array-api-compat knows."""
+
+Form: TypeAlias = Literal["weight", "direction"]
+NormGradient: TypeAlias = Literal["exact", "detached"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """The numbers and choices of one DoRA adapter.
+
+    Parameters
+    ----------
+    rank : int
+        Rank of the update B A; 1 up to min(out, in) of the weight that it is used with.
+    alpha : float, optional
+        Scales the update. None or a negative value means alpha = rank, so s = 1.
+    rslora : bool
+        s = alpha / √rank instead of alpha / rank (arXiv:2312.03732).
+    form : {"weight", "direction"}
+        V = W + s B A (the paper, PEFT), or V = W/‖W‖ + s B A (the update is in units of the
+        row norm). `doraxp.convert_form` goes from one to the other.
+    norm_gradient : {"exact", "detached"}
+        Whether the gradient goes through the row norm n. "detached" is the paper's section 4.3
+        and PEFT; "exact" is the true gradient, at the price of one more rank-wide product.
+
+    Raises
+    ------
+    TypeError
+        `rank` is no integer, or `alpha` no number.
+    ValueError
+        `rank` is below 1, `alpha` is 0 or not finite, or a choice is unknown.
+
+    Examples
+    --------
+    >>> Config(rank=8, alpha=16).scaling
+    2.0
+    >>> Config(rank=16, alpha=16, rslora=True).scaling
+    4.0
+    """
+
+    rank: int
+    alpha: float | None = None
+    _: KW_ONLY
+    rslora: bool = False
+    form: Form = "weight"
+    norm_gradient: NormGradient = "exact"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not hasattr(self.rank, "__index__"):
+            raise TypeError(f"rank must be an integer, got {self.rank!r}")
+        object.__setattr__(self, "rank", operator.index(self.rank))
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        if self.alpha is not None:
+            if isinstance(self.alpha, bool) or not isinstance(self.alpha, Real):
+                raise TypeError(f"alpha must be a number or None, got {self.alpha!r}")
+            object.__setattr__(self, "alpha", float(self.alpha))
+            if self.alpha == 0 or not math.isfinite(self.alpha):
+                raise ValueError(
+                    "alpha must be finite and not 0 (None or a negative value means alpha = rank), "
+                    f"got {self.alpha}"
+                )
+        if self.form not in get_args(Form):
+            raise ValueError(f"form must be one of {get_args(Form)}, got {self.form!r}")
+        if self.norm_gradient not in get_args(NormGradient):
+            raise ValueError(
+                f"norm_gradient must be one of {get_args(NormGradient)}, got {self.norm_gradient!r}"
+            )
+
+    @property
+    def scaling(self) -> float:
+        """The factor s = alpha / rank, or alpha / √rank with `rslora`."""
+        alpha = self.rank if self.alpha is None or self.alpha < 0 else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+class Adapter(NamedTuple):
+    """The trained parameters of one layer, or their gradients."""
+
+    lora_a: Array
+    """A, shape (*stack, rank, in)."""
+    lora_b: Array
+    """B, shape (*stack, out, rank)."""
+    magnitude: Array
+    """m, shape (*stack, out)."""
+
+
+class Gradients(NamedTuple):
+    """What `doraxp.backward` returns: the gradient of the loss by each input of the forward."""
+
+    x: Array
+    """Shape and dtype of x."""
+    adapter: Adapter
+    """Gradients of A, B and m, in the compute dtype."""
+    weight: Array | None
+    """Shape of the weight, in the compute dtype; None unless `train_base`."""
+    bias: Array | None
+    """Shape of the bias, in the compute dtype; None unless `train_base` and a bias was given."""

@@ -1,0 +1,150 @@
+"""Which array libraries there are, and the operations that each one runs.
+
+`operations` is the public border: it takes the arrays of one call by name, and holds them to one
+library, one device and a floating dtype before anything is computed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+from typing import Any, NamedTuple
+
+import array_api_compat
+
+from doraxp._types import Array
+from doraxp.backends import _cupy
+from doraxp.backends._cupy import CupyOperations
+from doraxp.backends._generic import Factors, Operations
+from doraxp.backends._numpy import NumpyOperations
+
+__all__ = ["Factors", "Operations", "Status", "available", "compute_dtype", "operations"]
+
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_LIBRARIES = {  # name: the module that must import
+    "numpy": "numpy",
+    "cupy": "cupy",
+    "torch": "torch",
+    "jax": "jax",
+    "dask": "dask.array",
+    "array_api_strict": "array_api_strict",
+}
+
+
+class Status(NamedTuple):
+    """Whether an array library can be used here."""
+
+    name: str
+    usable: bool
+    detail: str
+    """The version, or the reason why not."""
+
+
+def available() -> list[Status]:
+    """List the array libraries that doraxp is tested on, and whether each can be used here.
+
+    Returns
+    -------
+    list of Status
+        numpy, cupy, torch, jax, dask and array_api_strict, in that order. Any other library that
+        array-api-compat knows may work too.
+
+    Examples
+    --------
+    >>> available()[0].name, available()[0].usable
+    ('numpy', True)
+    """
+    return [_status(name) for name in _LIBRARIES]
+
+
+def _status(name: str) -> Status:
+    reason = _cupy.why_not() if name == "cupy" else _why_not(name)
+    if reason is not None:
+        return Status(name, False, reason)
+    return Status(name, True, str(importlib.import_module(name).__version__))
+
+
+def _why_not(name: str) -> str | None:
+    if importlib.util.find_spec(name) is None:
+        return f"not installed: pip install {name.replace('_', '-')}"
+    try:
+        importlib.import_module(_LIBRARIES[name])
+    except Exception as error:  # a broken installation raises more than ImportError
+        return f"installed, but the import failed: {type(error).__name__}: {error}"
+    return None
+
+
+@functools.cache
+def _operations_of(xp: Any) -> Operations:
+    if array_api_compat.is_numpy_namespace(xp):
+        return NumpyOperations(xp)
+    if array_api_compat.is_cupy_namespace(xp):
+        return CupyOperations(xp)
+    return Operations(xp)
+
+
+def _dtype_name(dtype: Any) -> str:
+    # The type goes into the key because array-api-strict warns where its dtypes meet NumPy's.
+    return _dtype_name_of(type(dtype), dtype)
+
+
+@functools.cache
+def _dtype_name_of(_: type, dtype: Any) -> str:
+    # numpy and jax: "float32"; torch: "torch.float32"; strict: "array_api_strict.float32".
+    return str(dtype).rpartition(".")[-1]
+
+
+def operations(**arrays: Array | None) -> Operations:
+    """Return the operations for `arrays`, given by the names that the caller knows them by.
+
+    Raises
+    ------
+    TypeError
+        One is no array, two are of different libraries, or a dtype is not one of float16,
+        bfloat16, float32 and float64.
+    ValueError
+        Two are on different devices.
+    """
+    given = {name: array for name, array in arrays.items() if array is not None}
+    namespaces = {name: _namespace(name, array) for name, array in given.items()}
+    (first, xp), *others = namespaces.items()
+    for name, other in others:
+        if other is not xp:
+            raise TypeError(
+                f"all arrays must be of one library: {first} is of {_library(xp)}, "
+                f"{name} of {_library(other)}"
+            )
+    devices = {name: array_api_compat.device(array) for name, array in given.items()}
+    for name, device in devices.items():
+        # A traced JAX array has no device.
+        if None not in (device, devices[first]) and device != devices[first]:
+            raise ValueError(
+                f"all arrays must be on one device: {first} is on {devices[first]}, "
+                f"{name} on {device}"
+            )
+    for name, array in given.items():
+        if _dtype_name(array.dtype) not in _DTYPES:
+            raise TypeError(f"{name} must be of dtype {', '.join(_DTYPES)}, got {array.dtype}")
+    return _operations_of(xp)
+
+
+def _namespace(name: str, array: Array) -> Any:
+    try:
+        return array_api_compat.array_namespace(array)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be an array of a library that array-api-compat knows, got "
+            f"{type(array).__name__}"
+        ) from None
+
+
+def _library(xp: Any) -> str:
+    return str(xp.__name__).removeprefix("array_api_compat.")
+
+
+def compute_dtype(*arrays: Array, xp: Any) -> Any:
+    """Return the dtype to compute in: float64 where any array has it, else float32."""
+    wide = any(_dtype_name(array.dtype) == "float64" for array in arrays)
+    return xp.float64 if wide else xp.float32

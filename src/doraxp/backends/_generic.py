@@ -1,0 +1,142 @@
+"""The replaceable operations, in the array API standard alone.
+
+    W (out, in)   A (rank, in)   B (out, rank)   ρ (out,) or None for 1   V = ρ⊙W + s B A
+
+A backend overrides what a measurement pays for, with the same signature; mypy holds it to that.
+Every operation takes W in its storage dtype and computes in `dtype`; all else is in `dtype`.
+Stacks: every array may have the same leading axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import array_api_compat
+
+from doraxp._types import Adapter, Array
+
+
+class Factors(NamedTuple):
+    """V, unmultiplied; without A and B it is ρ⊙W."""
+
+    weight: Array  # W, in its storage dtype
+    lora_a: Array | None  # A
+    scaled_b: Array | None  # s B
+    row_scale: Array | None  # ρ; None for 1
+
+
+class Operations:
+    """The operations on arrays of the namespace `xp`."""
+
+    def __init__(self, xp: Any) -> None:
+        self.xp = xp
+
+    def may_look(self, array: Array) -> bool:
+        """Say whether reading a value of `array` on the host is allowed and cheap.
+
+        Not on a device (it stalls the queue), not where arrays are lazy or traced.
+        """
+        if array_api_compat.is_lazy_array(array):
+            return False
+        return "cpu" in str(array_api_compat.device(array)).lower()
+
+    # Products with the frozen weight
+
+    def times_transposed(self, x: Array, weight: Array, dtype: Any) -> Array:
+        """Return x Wᵀ: (*stack, tokens, in), (*stack, out, in) -> (*stack, tokens, out)."""
+        xp = self.xp
+        return x @ xp.matrix_transpose(xp.astype(weight, dtype, copy=False))
+
+    def times(self, d: Array, weight: Array, dtype: Any) -> Array:
+        """Return d W: (*stack, tokens, out), (*stack, out, in) -> (*stack, tokens, in)."""
+        return d @ self.xp.astype(weight, dtype, copy=False)
+
+    def row_squares(self, weight: Array, dtype: Any) -> Array:
+        """Return ‖wᵢ‖² by rows: (*stack, out, in) -> (*stack, out)."""
+        xp = self.xp
+        wide = xp.astype(weight, dtype, copy=False)
+        return xp.sum(wide * wide, axis=-1)
+
+    def token_dot(self, a: Array, b: Array) -> Array:
+        """Return Σ_tokens a⊙b: twice (*stack, tokens, out) -> (*stack, out)."""
+        return self.xp.sum(a * b, axis=-2)
+
+    # V, formed
+
+    def form(self, factors: Factors, dtype: Any) -> Array:
+        """Return V = ρ⊙W + s B A, shape (*stack, out, in)."""
+        v = self.xp.astype(factors.weight, dtype, copy=False)
+        if factors.row_scale is not None:
+            v = factors.row_scale[..., None] * v
+        if factors.scaled_b is None:
+            return v
+        return v + factors.scaled_b @ factors.lora_a
+
+    def merge(self, factors: Factors, gain: Array, dtype: Any) -> Array:
+        """Return W' = g⊙V in the weight's dtype."""
+        merged = gain[..., None] * self.form(factors, dtype)
+        return self.xp.astype(merged, factors.weight.dtype, copy=False)
+
+    def safe_row_norms(self, rows: Array) -> Array:
+        """Return ‖vᵢ‖ without overflow or underflow: (*stack, out, in) -> (*stack, out)."""
+        xp = self.xp
+        peak = xp.max(xp.abs(rows), axis=-1)
+        scale = xp.where(peak > 0, peak, xp.ones_like(peak))
+        unit = rows / scale[..., None]
+        return scale * xp.sqrt(xp.sum(unit * unit, axis=-1))
+
+    # The guard: rows that the factored formulas cannot serve are served by V itself
+
+    def guard(
+        self, suspect: Array, norm: Array, factors: Factors, dtype: Any
+    ) -> tuple[Array, Any | None]:
+        """Form the rows of V where `suspect` (*stack, out), and measure them.
+
+        Returns
+        -------
+        norm, formed
+            The norms, those of suspect rows replaced by ‖Vᵢ‖; and the formed rows for
+            `guarded_times_transposed` and `guarded_times`, or None where there are none.
+
+        Here: V whole, as rows can neither be picked out in the standard nor be looked for where
+        arrays are lazy. That costs one (out, in) array for each adapter change.
+        """
+        if self.may_look(suspect) and not bool(self.xp.any(suspect)):
+            return norm, None
+        v = self.form(factors, dtype)
+        return self.safe_row_norms(v), v
+
+    def guarded_times_transposed(
+        self, formed: Any, x: Array, factored: Callable[[Array], Array]
+    ) -> Array:
+        """Return x Vᵀ; `factored` computes it for the rows of V that were not formed."""
+        return x @ self.xp.matrix_transpose(formed)
+
+    def guarded_times(self, formed: Any, d: Array, factored: Callable[[Array], Array]) -> Array:
+        """Return d V; `factored` computes it for the rows of V that were not formed."""
+        return d @ formed
+
+    # A prepared norm must not outlive its adapter
+
+    def snapshot(self, adapter: Adapter) -> Adapter | None:
+        """Return what `unchanged` needs to notice that the arrays were written to."""
+        if not self.may_look(adapter.lora_a):
+            return None
+        return Adapter(*(self.xp.asarray(leaf, copy=True) for leaf in adapter))
+
+    def unchanged(self, snapshot: Adapter | None, then: Adapter, now: Adapter) -> bool:
+        """Say whether `now` is still the adapter `then`, of which `snapshot` was taken.
+
+        By value where values may be looked at; by identity elsewhere, which is enough for
+        libraries whose arrays are immutable, and on a GPU trusts that nobody writes to them.
+        """
+        if snapshot is None:
+            return all(a is b for a, b in zip(then, now, strict=True))
+        return all(self._equal(a, b) for a, b in zip(snapshot, now, strict=True))
+
+    def _equal(self, a: Array, b: Array) -> bool:
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        xp = self.xp
+        return bool(xp.all(a == b)) or bool(xp.all((a == b) | ((a != a) & (b != b))))

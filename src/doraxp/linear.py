@@ -1,0 +1,398 @@
+"""A linear layer with a DoRA adapter: init, forward, backward, merge.
+
+    x (tokens, in)   W (out, in) frozen   A (rank, in)   B (out, rank)   m (out,)
+    V = ρ⊙W + s B A      n = ‖V‖ by rows      g = m / n      W' = g⊙V      y = x W'ᵀ + bias
+
+V and W' are never formed, but for the gradient of W and for `merge`. `decomposition` has the
+norm and the two products with V; here they are put together.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import array_api_compat
+import numpy as np
+
+from doraxp._checks import (
+    check_adapter,
+    check_bias,
+    check_config,
+    check_input,
+    check_output_gradient,
+)
+from doraxp._types import Adapter, Array, Config, Form, Gradients
+from doraxp.backends import Operations, compute_dtype, operations
+from doraxp.decomposition import (
+    Prepared,
+    inverse_norms,
+    over_norm,
+    prepare,
+    times,
+    times_transposed,
+    weight_norms,
+)
+
+InitMethod: TypeAlias = Literal["kaiming", "gaussian"]
+
+
+class Cache(NamedTuple):
+    """What `forward` keeps for `backward`. Read it, do not build it."""
+
+    x: Array
+    bias: Array | None
+    low_rank: Array
+    """L = x Aᵀ, shape (*stack, tokens, rank)."""
+    z: Array
+    """z = x Vᵀ, shape (*stack, tokens, out)."""
+    prepared: Prepared
+
+
+def init(weight: Array, config: Config, *, seed: int, method: InitMethod = "kaiming") -> Adapter:
+    """Return a fresh adapter: A random, B = 0, m = ‖wᵢ‖, so that W' = W.
+
+    In the weight form that identity is exact, bit for bit.
+
+    Parameters
+    ----------
+    weight : array, shape (*stack, out, in)
+    config : Config
+    seed : int
+        The numbers are drawn on the host by NumPy, so every backend gets the same ones.
+    method : {"kaiming", "gaussian"}
+        A uniform in ±1/√in, which is what PEFT's kaiming_uniform_(a=√5) comes to; or normal with
+        variance 1/rank.
+
+    Returns
+    -------
+    Adapter
+        In the compute dtype: float64 for a float64 weight, else float32.
+
+    Raises
+    ------
+    TypeError
+        `weight` is no array of a floating dtype.
+    ValueError
+        The rank is above min(out, in), or `method` is unknown.
+
+    References
+    ----------
+    arXiv:2402.09353, section 4.1; PEFT 0.21.2, ``lora/layer.py``.
+
+    Examples
+    --------
+    >>> weight = np.array([[3.0, 4.0], [0.0, 5.0]])
+    >>> adapter = init(weight, Config(rank=1), seed=0)
+    >>> adapter.magnitude
+    array([5., 5.])
+    """
+    if method not in get_args(InitMethod):
+        raise ValueError(f"method must be one of {get_args(InitMethod)}, got {method!r}")
+    ops = operations(weight=weight)
+    xp = ops.xp
+    check_config(weight, config)
+    dtype = compute_dtype(weight, xp=xp)
+    device = array_api_compat.device(weight)
+    *stack, out, inner = weight.shape
+    shape = (*stack, config.rank, inner)
+    # The standard has no random numbers: draw on the host, so every backend starts equal.
+    rng = np.random.default_rng(seed)
+    if method == "kaiming":
+        drawn = rng.uniform(-1, 1, shape) / math.sqrt(inner)
+    else:
+        drawn = rng.standard_normal(shape) / math.sqrt(config.rank)
+    return Adapter(
+        lora_a=xp.astype(xp.asarray(drawn, device=device), dtype, copy=False),
+        lora_b=xp.zeros((*stack, out, config.rank), dtype=dtype, device=device),
+        magnitude=weight_norms(weight, ops.row_squares(weight, dtype), ops=ops),
+    )
+
+
+def forward(
+    x: Array,
+    weight: Array,
+    adapter: Adapter,
+    config: Config,
+    *,
+    bias: Array | None = None,
+    prepared: Prepared | None = None,
+) -> tuple[Array, Cache]:
+    """Return y = g⊙(x Vᵀ) + bias, and what the backward needs.
+
+    ::
+
+        L = x Aᵀ                   (tokens, rank)
+        z = ρ⊙(x Wᵀ) + s L Bᵀ      (tokens, out)
+        y = g⊙z + bias             the bias is never scaled
+
+    Parameters
+    ----------
+    x : array, shape (*stack, ..., in)
+    weight : array, shape (*stack, out, in)
+    adapter : Adapter
+    config : Config
+    bias : array, shape (*stack, out), optional
+    prepared : Prepared, optional
+        From `doraxp.prepare` with this weight, adapter and config: saves the norm.
+
+    Returns
+    -------
+    y : array, shape (*stack, ..., out), in x's dtype
+    cache : Cache
+        For `doraxp.backward`.
+
+    Raises
+    ------
+    TypeError
+        The arrays are not of one library, or a dtype is not floating.
+    ValueError
+        The shapes do not fit, the devices differ, or `prepared` belongs to something else.
+
+    References
+    ----------
+    arXiv:2402.09353, equation 5.
+
+    Examples
+    --------
+    >>> weight, config = np.array([[3.0, 4.0], [0.0, 5.0]]), Config(rank=1)
+    >>> y, cache = forward(np.array([1.0, 2.0]), weight, init(weight, config, seed=0), config)
+    >>> y
+    array([11., 10.])
+    """
+    ops = operations(x=x, weight=weight, bias=bias, **adapter._asdict())
+    xp = ops.xp
+    check_adapter(weight, adapter, config)
+    check_input(weight, x)
+    check_bias(weight, bias)
+    if prepared is None:
+        prepared = prepare(weight, adapter, config)
+    else:
+        check_prepared(prepared, weight, adapter, config, ops=ops)
+    dtype = prepared.gain.dtype
+
+    tokens = _tokens(x, weight, dtype, xp=xp)  # (*stack, tokens, in)
+    low_rank = tokens @ xp.matrix_transpose(prepared.factors.lora_a)  # L
+    z = times_transposed(tokens, low_rank, prepared, ops=ops)
+    y = prepared.gain[..., None, :] * z
+    if bias is not None:
+        y += xp.astype(bias, dtype, copy=False)[..., None, :]
+    y = xp.reshape(xp.astype(y, x.dtype, copy=False), (*x.shape[:-1], weight.shape[-2]))
+    return y, Cache(x, bias, low_rank, z, prepared)
+
+
+def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
+    """Return the gradients of x, A, B, m, and with `train_base` of W and the bias.
+
+    ::
+
+        dz = g⊙dy
+        e  = Σ_tokens dy⊙z         (out,)
+        dm = e / n                 q = −m e / n³ = −g⊙dm / n, or 0 with a detached norm
+        dx = dz V
+        dB = s dzᵀ L       + s q⊙(V Aᵀ)
+        dA = s (dz B)ᵀ x   + s (q⊙B)ᵀ V
+        dbias = Σ_tokens dy
+
+        weight form:     dW = dzᵀ x + q⊙V
+        direction form:  D = ρ⊙W, dD = dzᵀ x + q⊙V, dW = ρ⊙(dD − D⊙rowsum(D⊙dD))
+
+    The q terms are the gradient through the norm; the paper's section 4.3 and PEFT drop them.
+    A row with n = 0 has no gradient.
+
+    Parameters
+    ----------
+    dy : array, shape and library of y
+    cache : Cache
+        From `doraxp.forward`.
+    train_base : bool
+        Also return the gradients of the weight and of the bias. Forms V.
+
+    Returns
+    -------
+    Gradients
+
+    Raises
+    ------
+    TypeError
+        `dy` is of another library than the cache, or its dtype is not floating.
+    ValueError
+        `dy` does not have y's shape, or the adapter was written to since the forward.
+
+    References
+    ----------
+    arXiv:2402.09353, equations 6 to 11. The exact terms are derived on the docs page "The math".
+
+    Examples
+    --------
+    >>> weight, config = np.array([[3.0, 4.0], [0.0, 5.0]]), Config(rank=1)
+    >>> y, cache = forward(np.eye(2), weight, init(weight, config, seed=0), config)
+    >>> backward(np.ones((2, 2)), cache).x
+    array([[3., 9.],
+           [3., 9.]])
+    """
+    x, bias, low_rank, z, prepared = cache
+    weight, norm, gain = prepared.weight, prepared.norm, prepared.gain
+    _, _, scaled_b, row_scale = prepared.factors
+    ops = operations(dy=dy, x=x)
+    xp = ops.xp
+    check_output_gradient(dy, (*x.shape[:-1], weight.shape[-2]))
+    check_prepared(prepared, weight, prepared.adapter, prepared.config, ops=ops)
+    dtype = gain.dtype
+
+    d = _tokens(dy, weight, dtype, xp=xp)  # (*stack, tokens, out)
+    tokens = _tokens(x, weight, dtype, xp=xp)  # (*stack, tokens, in)
+    dz = gain[..., None, :] * d
+    dm = over_norm(ops.token_dot(d, z), norm, ops=ops)  # e / n
+    dx = times(dz, prepared, ops=ops)
+    da = xp.matrix_transpose(dz @ scaled_b) @ tokens  # (rank, in)
+    db = xp.matrix_transpose(dz) @ low_rank  # (out, rank)
+    dweight = xp.matrix_transpose(dz) @ tokens if train_base else None  # (out, in)
+
+    if prepared.config.norm_gradient == "exact":
+        # q = −p / n is not formed: it overflows where n is tiny, q⊙V does not.
+        p = gain * dm
+        pull = over_norm(p[..., None] * scaled_b, norm, ops=ops)  # −q⊙(s B)
+        da -= times(xp.matrix_transpose(pull), prepared, ops=ops)
+        db -= p[..., None] * prepared.unit_projection
+        if dweight is not None:
+            dweight -= p[..., None] * over_norm(ops.form(prepared.factors, dtype), norm, ops=ops)
+    db *= prepared.config.scaling
+
+    dbias = None
+    if train_base:
+        if row_scale is not None:
+            unit = row_scale[..., None] * xp.astype(weight, dtype, copy=False)  # D
+            along = xp.sum(unit * dweight, axis=-1)
+            dweight = row_scale[..., None] * (dweight - along[..., None] * unit)
+        dbias = xp.sum(d, axis=-2) if bias is not None else None
+    dx = xp.reshape(xp.astype(dx, x.dtype, copy=False), x.shape)
+    return Gradients(dx, Adapter(da, db, dm), dweight, dbias)
+
+
+def merge(
+    weight: Array, adapter: Adapter, config: Config, *, prepared: Prepared | None = None
+) -> Array:
+    """Return W' = (m / n)⊙V, the plain weight that acts as the adapted layer does.
+
+    Parameters
+    ----------
+    weight : array, shape (*stack, out, in)
+    adapter : Adapter
+    config : Config
+    prepared : Prepared, optional
+        From `doraxp.prepare` with this weight, adapter and config: saves the norm.
+
+    Returns
+    -------
+    array, shape (*stack, out, in), in weight's dtype
+
+    Raises
+    ------
+    TypeError
+        The arrays are not of one library, or a dtype is not floating.
+    ValueError
+        The shapes do not fit, the devices differ, or `prepared` belongs to something else.
+
+    References
+    ----------
+    arXiv:2402.09353, equation 5.
+
+    Examples
+    --------
+    >>> weight, config = np.array([[3.0, 4.0], [0.0, 5.0]]), Config(rank=1)
+    >>> adapter = init(weight, config, seed=0)
+    >>> merge(weight, adapter._replace(magnitude=2 * adapter.magnitude), config)
+    array([[ 6.,  8.],
+           [ 0., 10.]])
+    """
+    ops = operations(weight=weight, **adapter._asdict())
+    check_adapter(weight, adapter, config)
+    if prepared is None:
+        prepared = prepare(weight, adapter, config)
+    else:
+        check_prepared(prepared, weight, adapter, config, ops=ops)
+    return ops.merge(prepared.factors, prepared.gain, prepared.gain.dtype)
+
+
+def convert_form(
+    weight: Array, adapter: Adapter, config: Config, form: Form
+) -> tuple[Adapter, Config]:
+    """Return the adapter and config that give the same W' in another form.
+
+    ::
+
+        weight form:     V = W + s B A
+        direction form:  V = W/‖W‖ + s B' A     with B = ‖wᵢ‖⊙B' by rows
+
+    Exact: both V have the same direction. A zero row has no length to divide by; there V = s B A
+    in both forms, and B stays.
+
+    Parameters
+    ----------
+    weight : array, shape (*stack, out, in)
+    adapter : Adapter
+        In the form that `config` names.
+    config : Config
+    form : {"weight", "direction"}
+
+    Returns
+    -------
+    adapter : Adapter
+        With another B; A and m are the same arrays.
+    config : Config
+        With `form`.
+
+    Raises
+    ------
+    TypeError
+        The arrays are not of one library, or a dtype is not floating.
+    ValueError
+        The shapes do not fit, the devices differ, or `form` is unknown.
+
+    Examples
+    --------
+    >>> weight, config = np.array([[3.0, 4.0], [0.0, 5.0]]), Config(rank=1)
+    >>> adapter = init(weight, config, seed=0)._replace(lora_b=np.ones((2, 1)))
+    >>> adapter, config = convert_form(weight, adapter, config, "direction")
+    >>> config.form, adapter.lora_b
+    ('direction', array([[0.2],
+           [0.2]]))
+    """
+    target = replace(config, form=form)
+    ops = operations(weight=weight, **adapter._asdict())
+    check_adapter(weight, adapter, config)
+    if form == config.form:
+        return adapter, config
+    xp = ops.xp
+    dtype = compute_dtype(weight, *adapter, xp=xp)
+    row_scale = inverse_norms(weight, ops.row_squares(weight, dtype), ops=ops)[..., None]
+    row_scale = xp.where(row_scale > 0, row_scale, 1.0)
+    b = xp.astype(adapter.lora_b, dtype, copy=False)
+    return adapter._replace(lora_b=b / row_scale if form == "weight" else b * row_scale), target
+
+
+def check_prepared(
+    prepared: Prepared, weight: Array, adapter: Adapter, config: Config, *, ops: Operations
+) -> None:
+    """Refuse a prepared norm that does not belong to these arguments any more."""
+    if prepared.weight is not weight:
+        changed = "the weight is another object"
+    elif prepared.config != config:
+        changed = f"the config was {prepared.config}, is {config}"
+    elif not ops.unchanged(prepared.snapshot, prepared.adapter, adapter):
+        changed = "the adapter has changed"
+    else:
+        return
+    raise ValueError(
+        f"prepared must belong to this weight, adapter and config, but {changed}: "
+        "call prepare again"
+    )
+
+
+def _tokens(x: Array, weight: Array, dtype: Any, *, xp: Any) -> Array:
+    """Return x (*stack, ..., k) with one axis of tokens, in `dtype`."""
+    stack = x.shape[: weight.ndim - 2]
+    count = math.prod(x.shape[weight.ndim - 2 : -1])
+    return xp.reshape(xp.astype(x, dtype, copy=False), (*stack, count, x.shape[-1]))

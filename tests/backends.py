@@ -1,0 +1,200 @@
+"""The array libraries that the tests run on: how to make an array, call a function, read back.
+
+A backend is asked for by name, `pytest --backend jax`. Some names stand for two lanes, so that
+one option also runs the harder variant: read-only NumPy, the strictest array-api-strict (no
+extensions, no boolean indexing, no data-dependent shapes) and JAX under `jax.jit`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+from doraxp import Config
+from doraxp.backends import available
+
+
+class Lane:
+    """NumPy, and what the other lanes replace."""
+
+    name = "numpy"
+    backend = "numpy"
+
+    def namespace(self) -> Any:
+        return array_api_compat.array_namespace(self.asarray(np.zeros(1)))
+
+    def asarray(self, values: np.ndarray) -> Any:
+        """Return `values` as a fresh array of this library, dtype kept."""
+        return np.array(values)
+
+    def numpy(self, array: Any) -> np.ndarray:
+        return np.asarray(array)
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call `function` in the way that this lane demands of every public function."""
+        return function(*args, **kwargs)
+
+    def has(self, dtype: str) -> bool:
+        return True
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        yield
+
+
+class ReadOnlyNumpy(Lane):
+    name = "numpy-readonly"
+
+    def asarray(self, values: np.ndarray) -> Any:
+        array = np.array(values)
+        array.setflags(write=False)
+        return array
+
+
+class Strict(Lane):
+    name = "strict"
+    backend = "array_api_strict"
+
+    def asarray(self, values: np.ndarray) -> Any:
+        import array_api_strict
+
+        return array_api_strict.asarray(np.array(values))
+
+    def numpy(self, array: Any) -> np.ndarray:
+        return np.from_dlpack(array)
+
+    def has(self, dtype: str) -> bool:
+        return dtype in ("float32", "float64")
+
+
+class Strictest(Strict):
+    name = "strictest"
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        from array_api_strict import ArrayAPIStrictFlags
+
+        with ArrayAPIStrictFlags(
+            boolean_indexing=False, data_dependent_shapes=False, enabled_extensions=()
+        ):
+            yield
+
+
+class Torch(Lane):
+    name = "torch"
+    backend = "torch"
+
+    def asarray(self, values: np.ndarray) -> Any:
+        import torch
+
+        if values.dtype.name == "bfloat16":
+            return torch.tensor(values.astype(np.float32)).to(torch.bfloat16)
+        return torch.tensor(np.array(values))
+
+    def numpy(self, array: Any) -> np.ndarray:
+        import torch
+
+        if array.dtype == torch.bfloat16:
+            import ml_dtypes
+
+            return array.to(torch.float32).numpy().astype(ml_dtypes.bfloat16)
+        return array.numpy()
+
+
+class Jax(Lane):
+    name = "jax"
+    backend = "jax"
+
+    def asarray(self, values: np.ndarray) -> Any:
+        import jax.numpy
+
+        return jax.numpy.array(values)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        import jax
+
+        with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+            yield
+
+
+class JaxJit(Jax):
+    name = "jax-jit"
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Trace every array among the arguments; all else is static."""
+        import jax
+
+        # A Config is no array: told so, JAX lets caches that hold one cross the border of a jit.
+        with contextlib.suppress(ValueError):  # registered by an earlier call
+            jax.tree_util.register_static(Config)
+        leaves, tree = jax.tree_util.tree_flatten((args, kwargs))
+        traced = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+
+        def call(arrays: list[Any]) -> Any:
+            rest = iter(arrays)
+            filled = [next(rest) if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
+            again, keywords = jax.tree_util.tree_unflatten(tree, filled)
+            return function(*again, **keywords)
+
+        return jax.jit(call)(traced)
+
+
+class Dask(Lane):
+    name = "dask"
+    backend = "dask"
+
+    def asarray(self, values: np.ndarray) -> Any:
+        import dask.array
+
+        chunks = tuple(max(1, -(-size // 2)) for size in values.shape)
+        return dask.array.from_array(np.array(values), chunks=chunks)
+
+    def numpy(self, array: Any) -> np.ndarray:
+        return np.asarray(array.compute(scheduler="synchronous"))
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Build the graph with computing forbidden."""
+        import dask
+
+        def refuse(*_: Any, **__: Any) -> Any:
+            raise AssertionError("a public function computed a Dask graph")
+
+        with dask.config.set(scheduler=refuse):
+            return function(*args, **kwargs)
+
+    def has(self, dtype: str) -> bool:
+        return dtype != "bfloat16"
+
+
+class Cupy(Lane):
+    name = "cupy"
+    backend = "cupy"
+
+    def asarray(self, values: np.ndarray) -> Any:
+        import cupy
+
+        return cupy.array(values)
+
+    def numpy(self, array: Any) -> np.ndarray:
+        return array.get()
+
+
+LANES: dict[str, tuple[Lane, ...]] = {
+    "numpy": (Lane(), ReadOnlyNumpy()),
+    "strict": (Strict(), Strictest()),
+    "torch": (Torch(),),
+    "jax": (Jax(), JaxJit()),
+    "dask": (Dask(),),
+    "cupy": (Cupy(),),
+}
+
+
+def reason_against(lane: Lane) -> str | None:
+    """Why this machine cannot run `lane`; None where it can."""
+    (status,) = (status for status in available() if status.name == lane.backend)
+    return None if status.usable else status.detail

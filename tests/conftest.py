@@ -1,0 +1,75 @@
+"""One body for every backend: the option, the fixtures and the closeness check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import array_api_compat
+import numpy as np
+import pytest
+from backends import LANES, Lane, reason_against
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backend",
+        action="append",
+        choices=sorted(LANES),
+        help="run on this array library only, and fail where it cannot run (repeatable); "
+        "without it, on all, and those that cannot run are skipped",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        names = metafunc.config.getoption("backend") or list(LANES)
+        lanes = [lane for name in dict.fromkeys(names) for lane in LANES[name]]
+        metafunc.parametrize("backend", lanes, ids=lambda lane: lane.name, indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[Lane]:
+    lane: Lane = request.param
+    if reason := reason_against(lane):
+        if request.config.getoption("backend"):
+            pytest.fail(f"{lane.name}: {reason}", pytrace=False)
+        pytest.skip(f"{lane.name}: {reason}")
+    with lane.active():
+        yield lane
+
+
+@pytest.fixture
+def draw(backend: Lane) -> Callable[..., Any]:
+    """Standard normal arrays of the backend, the same numbers on each."""
+    rng = np.random.default_rng(20240214)
+
+    def draw_array(*shape: int, dtype: str = "float64", scale: float = 1.0) -> Any:
+        return backend.asarray((scale * rng.standard_normal(shape)).astype(dtype))
+
+    return draw_array
+
+
+@pytest.fixture
+def assert_close(backend: Lane) -> Callable[..., None]:
+    """Fail unless library, device, dtype, shape and values agree.
+
+    The error is measured against the largest desired value, so there is no second tolerance for
+    small ones; `rtol=0` means equal. `desired` may be NumPy's, as the oracle's results are.
+    """
+
+    def check(actual: Any, desired: Any, *, rtol: float) -> None:
+        example = backend.asarray(np.zeros(1))
+        assert type(actual) is type(example), f"{type(actual)} is not this backend's array"
+        if not isinstance(desired, np.ndarray):
+            assert array_api_compat.device(actual) == array_api_compat.device(desired)
+            assert actual.dtype == desired.dtype
+            desired = backend.numpy(desired)
+        actual = backend.numpy(actual)
+        assert actual.shape == desired.shape
+        np.testing.assert_array_equal(np.isfinite(actual), np.isfinite(desired))
+        wide = desired.astype(np.float64)
+        bound = rtol * np.max(np.abs(wide), initial=0.0)
+        np.testing.assert_allclose(actual.astype(np.float64), wide, rtol=0, atol=bound)
+
+    return check
