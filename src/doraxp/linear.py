@@ -172,7 +172,7 @@ def forward(
         check_prepared(prepared, weight, adapter, config, ops=ops)
     dtype = prepared.gain.dtype
 
-    tokens = _tokens(x, weight, dtype, xp=xp)  # (*stack, tokens, in)
+    tokens = as_tokens(x, weight, dtype, xp=xp)  # (*stack, tokens, in)
     low_rank = tokens @ xp.matrix_transpose(prepared.factors.lora_a)  # L
     z = times_transposed(tokens, low_rank, prepared, ops=ops)
     y = prepared.gain[..., None, :] * z
@@ -241,8 +241,8 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     check_prepared(prepared, weight, prepared.adapter, prepared.config, ops=ops)
     dtype = gain.dtype
 
-    d = _tokens(dy, weight, dtype, xp=xp)  # (*stack, tokens, out)
-    tokens = _tokens(x, weight, dtype, xp=xp)  # (*stack, tokens, in)
+    d = as_tokens(dy, weight, dtype, xp=xp)  # (*stack, tokens, out)
+    tokens = as_tokens(x, weight, dtype, xp=xp)  # (*stack, tokens, in)
     dz = gain[..., None, :] * d
     dm = over_norm(ops.token_dot(d, z), norm, ops=ops)  # e / n
     dx = times(dz, prepared, ops=ops)
@@ -391,7 +391,7 @@ def check_prepared(
     )
 
 
-def _tokens(x: Array, weight: Array, dtype: Any, *, xp: Any) -> Array:
+def as_tokens(x: Array, weight: Array, dtype: Any, *, xp: Any) -> Array:
     """Return x (*stack, ..., k) with one axis of tokens, in `dtype`."""
     stack = x.shape[: weight.ndim - 2]
     count = math.prod(x.shape[weight.ndim - 2 : -1])
