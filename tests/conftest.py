@@ -1,7 +1,14 @@
-"""One body for every backend: the option, the fixtures and the closeness check."""
+"""One body for every backend: the option, the fixtures and the closeness check.
+
+`--backend NAME` chooses the lanes of `backends.LANES`, and the oracles: a test that asks for the
+fixture `torch` or `peft` compares with that library, and runs where it is asked for by name.
+What is asked for by name and cannot run fails; without the option it is skipped with the reason.
+"""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,22 +17,64 @@ import numpy as np
 import pytest
 from backends import LANES, Lane, reason_against
 
+ORACLES = ("torch", "peft")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--backend",
         action="append",
-        choices=sorted(LANES),
-        help="run on this array library only, and fail where it cannot run (repeatable); "
-        "without it, on all, and those that cannot run are skipped",
+        choices=sorted({*LANES, *ORACLES}),
+        help="run on this array library or against this oracle, and fail where it cannot run "
+        "(repeatable); without it, on all, and those that cannot run are skipped",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "dtypes(*names): run with each `dtype` that the backend has, of these"
     )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         names = metafunc.config.getoption("backend") or list(LANES)
-        lanes = [lane for name in dict.fromkeys(names) for lane in LANES[name]]
-        metafunc.parametrize("backend", lanes, ids=lambda lane: lane.name, indirect=True)
+        lanes = [lane for name in dict.fromkeys(names) for lane in LANES.get(name, ())]
+        if marker := metafunc.definition.get_closest_marker("dtypes"):
+            pairs = [(lane, dtype) for lane in lanes for dtype in marker.args if lane.has(dtype)]
+            ids = [f"{lane.name}-{dtype}" for lane, dtype in pairs]
+            metafunc.parametrize(("backend", "dtype"), pairs, ids=ids, indirect=["backend"])
+        else:
+            metafunc.parametrize("backend", lanes, ids=lambda lane: lane.name, indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    names = config.getoption("backend")
+    if not names:
+        return
+    others = {oracle for oracle in ORACLES if oracle not in names}
+    chosen = [item for item in items if not others.intersection(getattr(item, "fixturenames", ()))]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    items[:] = chosen
+
+
+def import_oracle(name: str, request: pytest.FixtureRequest) -> Any:
+    if importlib.util.find_spec(name) is None:
+        reason = f"{name}: not installed"
+        if request.config.getoption("backend"):
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason)
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def torch(request: pytest.FixtureRequest) -> Any:
+    return import_oracle("torch", request)
+
+
+@pytest.fixture
+def peft(request: pytest.FixtureRequest) -> Any:
+    return import_oracle("peft", request)
 
 
 @pytest.fixture
@@ -59,8 +108,8 @@ def assert_close(backend: Lane) -> Callable[..., None]:
     """
 
     def check(actual: Any, desired: Any, *, rtol: float) -> None:
-        example = backend.asarray(np.zeros(1))
-        assert type(actual) is type(example), f"{type(actual)} is not this backend's array"
+        namespace = array_api_compat.array_namespace(actual)
+        assert namespace is backend.namespace(), f"{type(actual)} is not this backend's array"
         if not isinstance(desired, np.ndarray):
             assert array_api_compat.device(actual) == array_api_compat.device(desired)
             assert actual.dtype == desired.dtype

@@ -1,0 +1,49 @@
+"""A pytest plugin that runs the code in Markdown: `PYTHONPATH=docs pytest -p blocks README.md`.
+
+    python   runs, in one namespace for the page; where it has >>>, its output is compared
+    sh       runs in the root of the project; those of README.md are run by .ci/run
+    text     is no code: formulas and figures
+
+A block of any other language fails, so that none is left out.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from sybil import Document, Example, Region, Sybil
+from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
+from sybil.parsers.myst import CodeBlockParser, PythonCodeBlockParser
+
+ROOT = Path(__file__).parents[1]
+KNOWN = ("python", "sh", "text")
+
+fences = RawFencedCodeBlockLexer(re.compile(r"(?P<language>.*)$\n", re.MULTILINE))
+
+
+def find_others(document: Document) -> Iterator[Region]:
+    """Find the blocks of other languages. {name} is a directive of the page, not code."""
+    for region in fences(document):
+        language = region.lexemes["language"].strip()
+        if language not in KNOWN and not language.startswith("{"):
+            yield Region(region.start, region.end, language, refuse)
+
+
+def refuse(example: Example) -> str:
+    """Fail, with the rule."""
+    return f"the language of a block must be one of {KNOWN}, got {example.parsed!r}"
+
+
+def run_in_shell(example: Example) -> None:
+    """Run commands in the root of the project."""
+    subprocess.run(["bash", "-euc", example.parsed], cwd=ROOT, check=True, stdin=subprocess.DEVNULL)
+
+
+python = PythonCodeBlockParser()
+pages = Sybil([python, CodeBlockParser("sh", run_in_shell), find_others], pattern="*.md")
+readme = Sybil([python, find_others], filenames=["README.md"], path="..")
+
+pytest_collect_file = (pages + readme).pytest()

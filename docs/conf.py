@@ -1,0 +1,43 @@
+"""How Sphinx builds these pages; warnings are errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import doraxp
+
+project = "doraxp"
+author = "the doraxp authors"
+copyright = f"2026, {author}"  # noqa: A001
+version = release = doraxp.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+html_theme = "furo"
+html_title = f"doraxp {release}"
+exclude_patterns = ["_build"]
+
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the docstrings say shapes, which says more
+napoleon_google_docstring = False
+napoleon_use_param = False
+napoleon_use_rtype = False
+napoleon_use_ivar = True
+
+# `name` in a docstring links to what has that name, and is code where nothing has.
+default_role = "py:obj"
+nitpick_ignore_regex = [("py:obj", r"[^.]*"), ("py:class", r".*")]
+
+
+def every_public_name_has_an_entry(app: Any, env: Any) -> None:
+    """Refuse a page that forgets one of `doraxp.__all__`."""
+    entries = env.domains["py"].objects
+    forgotten = [name for name in doraxp.__all__ if f"doraxp.{name}" not in entries]
+    if forgotten:
+        raise ValueError(f"docs/api.md must have an entry for {', '.join(forgotten)}")
+
+
+def setup(app: Any) -> None:
+    """Add the check to the build."""
+    app.connect("env-check-consistency", every_public_name_has_an_entry)

@@ -1,0 +1,108 @@
+"""The checks of this project: `nox` runs those of a fresh machine, `nox -t ci` the others.
+
+Every session installs the package as a user would, and checks what it installed. Without nox, from
+the bare source tree: `PYTHONPATH=src python -m pytest --backend numpy`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import nox
+
+nox.needs_version = ">=2025.5.1"
+nox.options.sessions = ["tests(numpy)", "tests(strict)", "tests(cupy)", "lint", "typecheck", "docs"]
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+PYTHONS = nox.project.python_versions(PROJECT)  # those of the classifiers
+
+
+@nox.session
+@nox.parametrize(
+    "backend",
+    [
+        nox.param("numpy", id="numpy"),
+        nox.param("strict", id="strict"),
+        nox.param("cupy", id="cupy"),
+        nox.param("torch", id="torch", tags=["ci"]),
+        nox.param("jax", id="jax", tags=["ci"]),
+        nox.param("dask", id="dask", tags=["ci"]),
+    ],
+)
+def tests(session: nox.Session, backend: str) -> None:
+    """Run the tests and the code of the backend's page on one array library."""
+    extras, groups, coverage = "demo", ["test", backend], []
+    if backend == "numpy":
+        groups[-1], coverage = "coverage", ["--cov"]
+    if backend == "cupy":
+        cuda = cuda_version()
+        if cuda is None:
+            session.skip("no NVIDIA driver here: libcuda was not found")
+        extras, groups = f"demo,cuda{cuda}", ["test"]
+    install(session, *groups, extras=extras)
+    pytest(session, "--backend", backend, *coverage, "tests", f"docs/backends/{backend}.md")
+
+
+@nox.session(name="tests(peft)", tags=["ci"])
+def peft(session: nox.Session) -> None:
+    """Compare with PEFT, on NumPy and on PyTorch."""
+    install(session, "test", "peft")
+    lanes = [f"--backend={name}" for name in ("numpy", "torch", "peft")]
+    pytest(session, *lanes, "tests/test_peft.py")
+
+
+@nox.session(python=PYTHONS, tags=["ci"])
+def lowest(session: nox.Session) -> None:
+    """Run the NumPy tests on the lowest versions that the package says it runs on."""
+    demo = PROJECT["project"]["optional-dependencies"]["demo"]
+    floors = [need.replace(">=", "==", 1) for need in PROJECT["project"]["dependencies"] + demo]
+    install(session, "test", constraints=floors)
+    pytest(session, "--backend", "numpy", "tests")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Hold the code to one style."""
+    session.install(*nox.project.dependency_groups(PROJECT, "lint"))
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@nox.session
+def typecheck(session: nox.Session) -> None:
+    """Check the types, strictly."""
+    install(session, "typecheck")
+    session.run("mypy")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the pages, and run every example in them, in the README and in the docstrings."""
+    install(session, "test", "docs")
+    session.run("sphinx-build", "-nW", "--keep-going", "docs", "docs/_build/html")
+    pytest(session, "README.md", "docs", "--ignore=docs/backends")
+    pytest(session, "--doctest-modules", "--pyargs", "doraxp")
+
+
+def install(
+    session: nox.Session, *groups: str, extras: str = "demo", constraints: list[str] | None = None
+) -> None:
+    """Install the package and dependency groups."""
+    needs = nox.project.dependency_groups(PROJECT, *groups)
+    session.install(f".[{extras}]", *needs, *(constraints or []))
+
+
+def pytest(session: nox.Session, *args: str) -> None:
+    """Run pytest with docs/blocks.py, which collects the examples of Markdown files."""
+    session.run("python", "-m", "pytest", "-p", "blocks", *args, env={"PYTHONPATH": "docs"})
+
+
+def cuda_version() -> int | None:
+    """Return the major version of CUDA that the driver speaks; None without a driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    return version.value // 1000

@@ -1,0 +1,123 @@
+"""Trees of parameters, and the numbers that go with their leaves.
+
+A tree is a NamedTuple, or a dict of trees. A leaf is known by its path, "['q_proj'].lora_a", and
+not by its place: JAX sorts the keys of a dict.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from numbers import Real
+from typing import Any, TypeVar, cast
+
+import array_api_compat
+
+from doraxp._types import Array
+from doraxp.backends import Operations, operations
+
+Tree = TypeVar("Tree")
+
+
+def _leaves(name: str, tree: Any, path: str = "") -> dict[str, Any]:
+    """Return the leaves by path; an error calls them `name` + path."""
+    if isinstance(tree, dict):
+        entries = (_leaves(name, entry, f"{path}[{key!r}]") for key, entry in tree.items())
+        return {path: leaf for leaves in entries for path, leaf in leaves.items()}
+    if not hasattr(tree, "_asdict"):
+        raise TypeError(
+            f"{name}{path} must be a NamedTuple of arrays or a dict of them, "
+            f"got {type(tree).__name__}"
+        )
+    return {f"{path}.{field}": leaf for field, leaf in tree._asdict().items()}
+
+
+def build(tree: Tree, leaves: dict[str, Array], path: str = "") -> Tree:
+    """Return `leaves` in the structure of `tree`."""
+    like: Any = tree
+    if isinstance(like, dict):
+        built = {key: build(like[key], leaves, f"{path}[{key!r}]") for key in like}
+    else:
+        built = like._make(leaves[f"{path}.{field}"] for field in like._fields)
+    return cast(Tree, built)
+
+
+def align(**trees: Any) -> tuple[Operations, dict[str, tuple[Array, ...]]]:
+    """Return the leaves of all trees by path, held to the structure and shapes of the first."""
+    flat = {name: _leaves(name, tree) for name, tree in trees.items()}
+    (first, leaves), *others = flat.items()
+    if not leaves:
+        raise ValueError(f"{first} must hold at least one array, got {trees[first]!r}")
+    for name, other in others:
+        _check_paths(name, other, first, leaves)
+    arrays = {name + path: leaf for name, tree in flat.items() for path, leaf in tree.items()}
+    for name, leaf in arrays.items():
+        if leaf is None:
+            raise TypeError(f"{name} must be an array, got None")
+    ops = operations(**arrays)
+    for name, other in others:
+        for path, leaf in leaves.items():
+            if tuple(other[path].shape) != tuple(leaf.shape):
+                raise ValueError(
+                    f"{name}{path} must have the shape of {first}{path}, {tuple(leaf.shape)}, "
+                    f"got {tuple(other[path].shape)}"
+                )
+    return ops, {path: tuple(tree[path] for tree in flat.values()) for path in leaves}
+
+
+def _check_paths(name: str, paths: Collection[str], other: str, wanted: Collection[str]) -> None:
+    """Hold two trees to the same entries."""
+    absent = [name + path for path in wanted if path not in paths]
+    absent += [other + path for path in paths if path not in wanted]
+    if absent:
+        raise ValueError(
+            f"{name} and {other} must have the same entries, but there is no "
+            f"{' and no '.join(absent)}"
+        )
+
+
+def per_leaf(
+    name: str, value: Any, tree: Any, path: str = "", *, spared: str = "", xp: Any
+) -> dict[str, Any]:
+    """Return a number for each leaf of `tree` by path; where one is for all, `spared` has 0."""
+    if isinstance(tree, dict):
+        each = value if isinstance(value, dict) else dict.fromkeys(tree, value)
+        given, wanted = ([f"{path}[{key!r}]" for key in keys] for keys in (each, tree))
+        _check_paths(name, given, "params", wanted)
+        entries = (
+            per_leaf(name, each[key], tree[key], f"{path}[{key!r}]", spared=spared, xp=xp)
+            for key in tree
+        )
+        return {path: number for numbers in entries for path, number in numbers.items()}
+    if hasattr(value, "_asdict"):
+        numbers = _leaves(name, value, path)
+        _check_paths(name, numbers, "params", _leaves("params", tree, path))
+        return {path: _number(name + path, number, xp=xp) for path, number in numbers.items()}
+    number = _number(name + path, value, xp=xp)
+    return {f"{path}.{field}": 0.0 if field == spared else number for field in tree._fields}
+
+
+def _number(name: str, value: Any, *, xp: Any) -> Any:
+    """Return a float; or `value`, where it is a 0-d array of `xp`."""
+    if isinstance(value, Real):
+        return check_number(name, value)
+    known = array_api_compat.is_array_api_obj(value)
+    if not known or array_api_compat.array_namespace(value) is not xp or value.ndim != 0:
+        raise TypeError(
+            f"{name} must be a number or a 0-d array of the library of params, got {value!r}"
+        )
+    return value
+
+
+def check_number(
+    name: str, value: Any, *, below: float = math.inf, positive: bool = False
+) -> float:
+    """Return a hyperparameter as a Python float: NumPy's scalars would widen float32 arrays."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    number = float(value)
+    if not 0 <= number < below or (positive and number == 0):
+        least = "above" if positive else "at least"
+        most = "finite" if below == math.inf else f"below {below}"
+        raise ValueError(f"{name} must be {least} 0 and {most}, got {number}")
+    return number

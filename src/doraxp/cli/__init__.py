@@ -1,0 +1,42 @@
+"""The command line: `doraxp demo`, or `python -m doraxp demo`.
+
+A command is a module with a `SUMMARY`, `add_arguments(parser)` and `run(arguments)`, which
+returns the exit status. What the bare installation lacks, a command imports only when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import doraxp
+from doraxp.cli import demo
+
+_COMMANDS = {"demo": demo}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command of `doraxp`.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        The arguments; those of the process by default.
+
+    Returns
+    -------
+    int
+        The exit status. Bad arguments leave with SystemExit and status 2, as argparse does.
+    """
+    parser = argparse.ArgumentParser(
+        prog="doraxp", description="DoRA, weight-decomposed low-rank adaptation, on any array."
+    )
+    parser.add_argument("--version", action="version", version=f"doraxp {doraxp.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, module in _COMMANDS.items():
+        command = commands.add_parser(name, help=module.SUMMARY, description=module.SUMMARY)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    arguments = parser.parse_args(argv)
+    status: int = arguments.run(arguments)
+    return status

@@ -1,0 +1,267 @@
+"""The demo's experiment, without its output: a frozen network learns turned digits.
+
+For each seed, a network 64 -> 128 -> 128 -> 10 is trained on upright digits and frozen. Then each
+method adapts it to the digits turned by 90°: from the same base, on the same batches, for as many
+steps. Then what was learned is merged into a plain network.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from doraxp import magnitude_direction_change
+from doraxp._types import Array
+from doraxp.cli._digits import Digits, split_digits
+from doraxp.cli._methods import (
+    FullFineTuning,
+    Layer,
+    Method,
+    Network,
+    Parameters,
+    adapted_logits,
+    contestants,
+    loss_and_gradients,
+    merged,
+    parameter_count,
+    plain_logits,
+)
+from doraxp.optimizers import adamw_init, adamw_step, cosine_schedule
+
+LAYERS = {"hidden 1": (64, 128), "hidden 2": (128, 128), "output": (128, 10)}
+"""(in, out) of each."""
+RANK_LIMIT = min(min(sizes) for sizes in LAYERS.values())
+BATCH = 64
+CHECKPOINTS = 10
+BASE_RATE = 0.005
+RATES = {
+    "LoRA": 0.01,
+    "DoRA detached": 0.01,
+    "DoRA exact": 0.01,
+    "full fine-tuning": 0.005,
+}
+"""Peak learning rates: each method's best of a sweep with `Settings.validate`."""
+
+AsArray: TypeAlias = Callable[[Array], Array]
+Compile: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
+Batches: TypeAlias = list[tuple[Array, Array]]
+"""x (tokens, 64) and targets (tokens, 10) of each step."""
+OnStep: TypeAlias = Callable[[str, int], None]
+"""Called after each step with what is trained and the seed."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the outcome depends on."""
+
+    backend: str = "numpy"
+    seed: int = 0
+    """The first of `seeds` successive ones."""
+    seeds: int = 3
+    rank: int = 4
+    steps: int = 300
+    """Of AdamW, for the base and for each method."""
+    learning_rate: float | None = None
+    """Of every method; None for those in `RATES`."""
+    validate: bool = False
+    """Measure on a part of the training digits, instead of the test digits."""
+
+    def rate(self, method: str) -> float:
+        """Return a method's peak learning rate."""
+        return RATES[method] if self.learning_rate is None else self.learning_rate
+
+
+@dataclass(frozen=True)
+class BaseRun:
+    """How good the base is, for one seed, on digits that it was not trained on."""
+
+    upright_accuracy: float
+    turned_accuracy: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one method came to, for one seed."""
+
+    accuracy: float
+    """Of the adapted network, on turned digits that it was not trained on; 0..1."""
+    merged_accuracy: float
+    """Of the merged network, on the same ones."""
+    largest_difference: float
+    """Between the logits of these two."""
+    trainable_parameters: int
+    seconds: float
+    losses: list[float]
+    """Cross-entropy of the batch, at each step."""
+    changes: dict[str, list[tuple[float, float]]]
+    """ΔM and ΔD of each layer, at `CHECKPOINTS` equally spaced steps."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """All runs; each list has one for each seed."""
+
+    settings: Settings
+    training_digits: int
+    held_out_digits: int
+    base: list[BaseRun]
+    methods: dict[str, list[Run]]
+
+
+class Figure(NamedTuple):
+    """A figure with its spread over the seeds."""
+
+    mean: float
+    deviation: float
+    """Standard deviation of the sample."""
+    values: list[float]
+
+
+def figure(values: Iterable[float]) -> Figure:
+    """Return the mean and the spread of two or more values."""
+    values = list(values)
+    return Figure(statistics.fmean(values), statistics.stdev(values), values)
+
+
+def experiment(settings: Settings, on_step: OnStep = lambda what, seed: None) -> Results:
+    """Return what each method comes to with each seed."""
+    training, held_out = split_digits(validate=settings.validate)
+    asarray, compiled = _library(settings.backend)
+    upright, turned = (asarray(digits.tokens()) for digits in (held_out, held_out.turned()))
+    labels = asarray(held_out.labels)
+    makes_base = _Trainer(FullFineTuning(), BASE_RATE, compiled)
+    trainers = {
+        name: _Trainer(method, settings.rate(name), compiled)
+        for name, method in contestants(settings.rank).items()
+    }
+    base_runs, runs = [], {name: [] for name in trainers}
+
+    for seed in range(settings.seed, settings.seed + settings.seeds):
+        rng = np.random.default_rng(seed)
+        network = _random_network(rng, asarray)
+        batches = _batches(training, settings.steps, rng, asarray)
+        trained = makes_base.train(network, batches, seed, partial(on_step, "base", seed))
+        base = trained.checkpoints[-1]
+        accuracies = (accuracy(plain_logits(base, x), labels) for x in (upright, turned))
+        base_runs.append(BaseRun(*accuracies, trained.seconds))
+
+        batches = _batches(training.turned(), settings.steps, rng, asarray)
+        for name, trainer in trainers.items():
+            trained = trainer.train(base, batches, seed, partial(on_step, name, seed))
+            runs[name].append(_measure(trainer.method, base, trained, turned, labels))
+    return Results(settings, len(training.labels), len(held_out.labels), base_runs, runs)
+
+
+def accuracy(logits: Array, labels: Array) -> float:
+    """Return the part of tokens whose largest logit is at their label, 0..1."""
+    xp = array_namespace(logits)
+    hits = xp.argmax(logits, axis=-1) == labels
+    return int(xp.sum(xp.astype(hits, xp.int32))) / labels.shape[0]
+
+
+class _Training(NamedTuple):
+    checkpoints: list[Parameters]
+    losses: list[float]
+    seconds: float
+
+
+class _Trainer:
+    """A method with its learning rate and its compiled gradients."""
+
+    def __init__(self, method: Method, learning_rate: float, compiled: Compile) -> None:
+        self.method = method
+        self.learning_rate = learning_rate
+        self.gradients = compiled(partial(loss_and_gradients, method))
+
+    def train(
+        self, base: Network, batches: Batches, seed: int, on_step: Callable[[], None]
+    ) -> _Training:
+        """Train with AdamW, a warm-up of a tenth of the steps and a cosine, without decay."""
+        began = time.perf_counter()
+        steps = len(batches)
+        rate = cosine_schedule(self.learning_rate, total_steps=steps, warmup_steps=steps // 10)
+        keep = {steps * part // CHECKPOINTS for part in range(1, CHECKPOINTS + 1)}
+        trained = {
+            # One seed for all layers would give A of equal sizes equal values.
+            name: self.method.start(layer, seed=seed * len(base) + index)
+            for index, (name, layer) in enumerate(base.items())
+        }
+        state = adamw_init(trained)
+        losses, checkpoints = [], []
+        for step, (x, targets) in enumerate(batches):
+            loss, gradients = self.gradients(base, trained, x, targets)
+            trained, state = adamw_step(
+                trained, gradients, state, learning_rate=rate(step), weight_decay=0.0
+            )
+            losses.append(loss)
+            if step + 1 in keep:
+                checkpoints.append(trained)
+            on_step()
+        values = [float(loss) for loss in losses]  # read after the last step: a GPU never waits
+        return _Training(checkpoints, values, time.perf_counter() - began)
+
+
+def _measure(
+    method: Method, base: Network, training: _Training, x: Array, labels: Array
+) -> Run:
+    xp = array_namespace(x)
+    networks = [merged(method, base, trained) for trained in training.checkpoints]
+    changes = {
+        name: [_change(layer, network[name]) for network in networks]
+        for name, layer in base.items()
+    }
+    trained = training.checkpoints[-1]
+    adapted = adapted_logits(method, base, trained, x)
+    plain = plain_logits(networks[-1], x)
+    return Run(
+        accuracy=accuracy(adapted, labels),
+        merged_accuracy=accuracy(plain, labels),
+        largest_difference=float(xp.max(xp.abs(plain - adapted))),
+        trainable_parameters=parameter_count(trained),
+        seconds=training.seconds,
+        losses=training.losses,
+        changes=changes,
+    )
+
+
+def _change(before: Layer, after: Layer) -> tuple[float, float]:
+    change = magnitude_direction_change(before.weight, after.weight)
+    return float(change.magnitude), float(change.direction)
+
+
+def _random_network(rng: np.random.Generator, asarray: AsArray) -> Network:
+    """Draw weights of variance 2/in, which keeps the scale through a ReLU; zero biases."""
+    network = {}
+    for name, (inner, out) in LAYERS.items():
+        weight = rng.standard_normal((out, inner)) * math.sqrt(2 / inner)
+        bias = np.zeros(out, np.float32)
+        network[name] = Layer(asarray(weight.astype(np.float32)), asarray(bias))
+    return network
+
+
+def _batches(
+    digits: Digits, steps: int, rng: np.random.Generator, asarray: AsArray
+) -> Batches:
+    """Draw the digits of every step."""
+    rows = rng.integers(len(digits.labels), size=(steps, BATCH))
+    x = asarray(digits.tokens()[rows])  # (steps, tokens, 64)
+    targets = asarray(digits.targets()[rows])  # (steps, tokens, 10)
+    return [(x[step, ...], targets[step, ...]) for step in range(steps)]
+
+
+def _library(backend: str) -> tuple[AsArray, Compile]:
+    """Return how a backend takes an array of NumPy's over, and how it compiles a function."""
+    module = importlib.import_module("jax.numpy" if backend == "jax" else backend)
+    if backend == "jax":  # a step has hundreds of operations: one by one they take 20 times as long
+        return module.asarray, importlib.import_module("jax").jit
+    return module.asarray, lambda function: function

@@ -1,0 +1,400 @@
+"""Layers with a state: a plain linear one, and DoRA around a layer of one's own.
+
+    W (out, in)   A (rank, in)   B (out, rank)   m (out,)      y = x W'ᵀ + bias
+
+They remember one forward for the backward and add gradients up. Parameters are replaced, never
+written to. All of the math is in `linear`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import array_api_compat
+
+from doraxp._checks import check_bias, check_input, check_output_gradient, check_weight
+from doraxp._types import Adapter, Array, Config
+from doraxp.backends import compute_dtype, operations
+from doraxp.decomposition import (
+    MagnitudeDirectionChange,
+    Prepared,
+    magnitude_direction_change,
+    prepare,
+)
+from doraxp.linear import Cache, InitMethod, as_tokens, backward, forward, init, merge
+from doraxp.optimizers import check_number
+
+WeightLayout: TypeAlias = Literal["out_in", "in_out"]
+
+
+class Linear:
+    """A linear layer y = x Wᵀ + bias, for those who have none of their own.
+
+    Parameters
+    ----------
+    weight : array, shape (*stack, out, in)
+    bias : array, shape (*stack, out), optional
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> layer = Linear(np.array([[3.0, 4.0], [0.0, 5.0]]), np.array([0.0, 1.0]))
+    >>> layer.forward(np.array([1.0, 2.0])), layer.backward(np.array([1.0, 0.0]))
+    (array([11., 11.]), array([3., 4.]))
+    >>> layer.weight_gradient
+    array([[1., 2.],
+           [0., 0.]])
+    """
+
+    weight_gradient: Array | None = None
+    bias_gradient: Array | None = None
+    _cache: tuple[Array, Array] | None = None
+
+    def __init__(self, weight: Array, bias: Array | None = None) -> None:
+        operations(weight=weight, bias=bias)
+        check_weight(weight)
+        check_bias(weight, bias)
+        self.weight = weight
+        self.bias = bias
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave what a forward and a backward left here out of copies: it is of this layer."""
+        return self.__dict__ | {"_cache": None, "weight_gradient": None, "bias_gradient": None}
+
+    def forward(self, x: Array) -> Array:
+        """Return y = x Wᵀ + bias in x's dtype: (*stack, ..., in) -> (*stack, ..., out)."""
+        weight, bias = self.weight, self.bias
+        ops = operations(x=x, weight=weight, bias=bias)
+        xp = ops.xp
+        check_input(weight, x)
+        dtype = compute_dtype(weight, xp=xp)
+        y = ops.times_transposed(as_tokens(x, weight, dtype, xp=xp), weight, dtype)
+        if bias is not None:
+            y += xp.astype(bias, dtype, copy=False)[..., None, :]
+        self._cache = x, weight
+        return xp.reshape(xp.astype(y, x.dtype, copy=False), (*x.shape[:-1], weight.shape[-2]))
+
+    def backward(self, dy: Array) -> Array:
+        """Return dx = dy W; add dyᵀ x to `weight_gradient` and Σ_tokens dy to `bias_gradient`."""
+        if self._cache is None:
+            raise RuntimeError("backward needs a forward first")
+        x, weight = self._cache
+        ops = operations(dy=dy, x=x)
+        xp = ops.xp
+        check_output_gradient(dy, (*x.shape[:-1], weight.shape[-2]))
+        dtype = compute_dtype(weight, xp=xp)
+        d = as_tokens(dy, weight, dtype, xp=xp)  # (*stack, tokens, out)
+        dweight = xp.matrix_transpose(d) @ as_tokens(x, weight, dtype, xp=xp)
+        self.weight_gradient = _add(self.weight_gradient, dweight)
+        if self.bias is not None:
+            self.bias_gradient = _add(self.bias_gradient, xp.sum(d, axis=-2))
+        dx = ops.times(d, weight, dtype)
+        return xp.reshape(xp.astype(dx, x.dtype, copy=False), x.shape)
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients that were added up: None until the next backward."""
+        self.weight_gradient = self.bias_gradient = None
+
+
+class Diagnostics(NamedTuple):
+    """What `DoRALayer.diagnostics` returns."""
+
+    shapes: dict[str, tuple[int, ...]]
+    """Of weight (*stack, out, in), bias, lora_a, lora_b and magnitude."""
+    rank: int
+    scaling: float
+    change: MagnitudeDirectionChange
+    """From the weight that the layer was made with to W'."""
+    gradient_norms: dict[str, Array]
+    """‖gradient‖ of each trained array, shape (); empty where there are no gradients."""
+
+
+class DoRALayer:
+    """A layer of one's own, adapted: y = x W'ᵀ + bias with W' = (m / n)⊙(ρ⊙W + s B A).
+
+    The base lends its arrays and is never changed. Do not write to its weight in place while the
+    layer is in use: the norm made from it is kept.
+
+    Parameters
+    ----------
+    base : object
+        Anything with a `weight` and, unless there is none, a `bias`.
+    config : Config
+    seed : int
+        Draws A, see `doraxp.init`.
+    train_base : bool
+        Train the weight and the bias too: the layer's own, which start as the base's.
+    weight_layout : {"out_in", "in_out"}
+        How the base stores its weight, and so how the vector, the state and the merged layer
+        have it. `layer.weight` and `layer.gradients` have (out, in) in any case.
+    method : {"kaiming", "gaussian"}
+        How A is drawn, see `doraxp.init`.
+
+    Attributes
+    ----------
+    adapter : Adapter
+    weight, bias : array
+        What the layer computes with; the bias may be None.
+    gradients : dict of str to array, or None
+        By the names of the state, in the compute dtype; None where there are none.
+
+    Raises
+    ------
+    TypeError
+        The base has no weight, the arrays are not of one library, or a dtype is not floating.
+    ValueError
+        The shapes do not fit, the devices differ, the rank is above min(out, in), or a choice is
+        unknown.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> base = Linear(np.array([[3.0, 4.0], [0.0, 5.0]]))
+    >>> layer = DoRALayer(base, Config(rank=1), seed=0)
+    >>> layer.forward(np.array([1.0, 2.0])), layer.backward(np.array([1.0, 0.0]))
+    (array([11., 10.]), array([3., 4.]))
+    >>> layer.update_parameters(0.1)
+    >>> layer.adapter.magnitude
+    array([4.78, 5.  ])
+    """
+
+    gradients: dict[str, Array] | None = None
+    _cache: Cache | None = None
+    _prepared: Prepared | None = None
+
+    def __init__(
+        self,
+        base: Any,
+        config: Config,
+        *,
+        seed: int,
+        train_base: bool = False,
+        weight_layout: WeightLayout = "out_in",
+        method: InitMethod = "kaiming",
+    ) -> None:
+        weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
+        if weight is None:
+            raise TypeError(f"base must be a layer with a weight, got {type(base).__name__}")
+        if weight_layout not in get_args(WeightLayout):
+            raise ValueError(
+                f"weight_layout must be one of {get_args(WeightLayout)}, got {weight_layout!r}"
+            )
+        operations(weight=weight, bias=bias)
+        check_weight(weight)
+        self.base, self.config, self.train_base = base, config, train_base
+        self.weight_layout = weight_layout
+        self.weight, self.bias = self._swap(weight), bias
+        check_bias(self.weight, bias)
+        self.adapter = init(self.weight, config, seed=seed, method=method)
+        self._initial_weight = self.weight
+
+    def forward(self, x: Array) -> Array:
+        """Return y = x W'ᵀ + bias in x's dtype, as `doraxp.forward`; remember it for `backward`."""
+        y, self._cache = forward(
+            x, self.weight, self.adapter, self.config, bias=self.bias, prepared=self._current()
+        )
+        return y
+
+    def backward(self, dy: Array) -> Array:
+        """Return dx, as `doraxp.backward`, and add the parameters' gradients up.
+
+        One forward may be gone back through many times. RuntimeError without a forward, or where
+        the parameters have changed since.
+        """
+        if self._cache is None or self._cache.prepared is not self._current():
+            raise RuntimeError(
+                "backward needs a forward with the parameters as they are now: none was made, or "
+                "it was dropped when they changed or the state was reset"
+            )
+        dx, adapter, weight, bias = backward(dy, self._cache, train_base=self.train_base)
+        old, new = self.gradients or {}, self._named(weight, bias, adapter)
+        self.gradients = {name: _add(old.get(name), gradient) for name, gradient in new.items()}
+        return dx
+
+    def update_parameters(self, learning_rate: float) -> None:
+        """Take the step p ← p − learning_rate · gradient on all that is trained.
+
+        The gradients are used up: RuntimeError without a backward since the last step.
+        """
+        if self.gradients is None:
+            raise RuntimeError(
+                "update_parameters needs the gradients of a backward: none was made, or they "
+                "were used up or dropped"
+            )
+        rate = check_number("learning_rate", learning_rate)
+        new = {}
+        for name, old in self.state_dict().items():
+            step = rate * self.gradients[name]
+            wide = self._xp.astype(old, step.dtype, copy=False)
+            new[name] = self._xp.astype(wide - step, old.dtype, copy=False)
+        self._replace(new)
+
+    @property
+    def parameter_count(self) -> int:
+        """rank·(in + out) + out, and the sizes of weight and bias where the base is trained."""
+        return sum(math.prod(array.shape) for array in self.state_dict().values())
+
+    def get_parameters(self) -> Array:
+        """Return all that is trained as one vector in the compute dtype.
+
+        ::
+
+            [base weight, base bias if trained][A][B][m]      each row-major
+        """
+        return self._vector(self.state_dict())
+
+    def set_parameters(self, vector: Array) -> None:
+        """Take the parameters from a vector as of `get_parameters`; drop gradients and forward.
+
+        TypeError or ValueError where library, dtype, device or length are others; then nothing
+        has changed.
+        """
+        operations(vector=vector, layer=self.weight)
+        shape = (self.parameter_count,)
+        if tuple(vector.shape) != shape:
+            raise ValueError(
+                f"vector must have shape (parameter_count,) = {shape}, got {tuple(vector.shape)}"
+            )
+        state, start = {}, 0
+        for name, old in self.state_dict().items():
+            stop = start + math.prod(old.shape)
+            state[name] = self._xp.reshape(vector[start:stop], old.shape)
+            start = stop
+        self.load_state_dict(state)
+
+    def get_parameter_gradients(self) -> Array:
+        """Return the gradients in the order of `get_parameters`, zeros where there are none."""
+        if self.gradients is None:
+            return self._xp.zeros_like(self.get_parameters())
+        return self._vector(self.gradients)
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients that were added up."""
+        self.gradients = None
+
+    def reset_state(self) -> None:
+        """Forget the gradients and the forward; keep the parameters."""
+        self._cache = self._prepared = self.gradients = None
+
+    def merge_to_original_layer(self) -> Any:
+        """Return a copy of the base with W' as its weight and a copy of the layer's bias.
+
+        The base is untouched and shares no array with it. TypeError where the base cannot be
+        copied by `copy.deepcopy`, or weight or bias not be assigned.
+        """
+        new = {"weight": self._swap(self._merged())}
+        if self.bias is not None:
+            new["bias"] = self._xp.astype(self.bias, self.bias.dtype)
+        try:
+            old = {name: getattr(self.base, name) for name in new}
+            # What the memo knows is not copied. `old` stays alive, so that its ids stay its own.
+            layer = copy.deepcopy(self.base, {id(old[name]): new[name] for name in new})
+            if layer is self.base:
+                raise TypeError("copy.deepcopy returned the base itself")
+            for name, array in new.items():
+                setattr(layer, name, array)
+        except Exception as error:  # a base of one's own may raise anything
+            raise TypeError(
+                f"merge_to_original_layer needs a base that copy.deepcopy copies and that can be "
+                f"assigned a {' and a '.join(new)}; {type(self.base).__name__} is none: {error}"
+            ) from error
+        return layer
+
+    def state_dict(self) -> dict[str, Array]:
+        """Return what is trained, by name: weight and bias with `train_base`; the adapter's.
+
+        These are the layer's own arrays, which it never writes to.
+        """
+        return self._named(self.weight, self.bias, self.adapter)
+
+    def load_state_dict(self, state: Mapping[str, Array], strict: bool = True) -> None:
+        """Take the parameters from arrays by name; drop gradients and forward.
+
+        The arrays are copied and cast to the layer's dtypes. TypeError for another library or no
+        floating dtype; ValueError that lists all names missing and unexpected and all wrong
+        shapes; then nothing has changed. `strict=False` keeps what is missing and ignores the
+        unexpected.
+        """
+        old = self.state_dict()
+        given = {name: state[name] for name in old if state.get(name) is not None}
+        operations(**given, layer=self.weight)
+        problems = [
+            f"{name} must have shape {tuple(old[name].shape)}, got {tuple(array.shape)}"
+            for name, array in given.items()
+            if tuple(array.shape) != tuple(old[name].shape)
+        ]
+        if strict:
+            problems += [f"missing {name}" for name in old if name not in given]
+            problems += [f"unexpected {name}" for name in state if name not in old]
+        if problems:
+            raise ValueError("state must fit the layer: " + "; ".join(problems))
+        new = {name: self._xp.astype(array, old[name].dtype) for name, array in given.items()}
+        self._replace(old | new)
+
+    def diagnostics(self) -> Diagnostics:
+        """Return shapes, numbers, gradient norms, and how far W' is from the initial weight."""
+        xp = self._xp
+        arrays = {"weight": self.weight, "bias": self.bias, **self.adapter._asdict()}
+        return Diagnostics(
+            {name: tuple(array.shape) for name, array in arrays.items() if array is not None},
+            self.config.rank,
+            self.config.scaling,
+            magnitude_direction_change(self._initial_weight, self._merged()),
+            {name: xp.sqrt(xp.sum(g * g)) for name, g in (self.gradients or {}).items()},
+        )
+
+    @property
+    def _xp(self) -> Any:
+        return array_api_compat.array_namespace(self.weight)
+
+    def _current(self) -> Prepared:
+        """Return the norm of the parameters as they are now, made only where they changed."""
+        then = self._prepared
+        if then is not None and then.weight is not self.weight:
+            then = None
+        unchanged = operations(weight=self.weight).unchanged
+        if (
+            then is None
+            or then.config != self.config
+            or not unchanged(then.snapshot, then.adapter, self.adapter)
+        ):
+            then = prepare(self.weight, self.adapter, self.config, previous=then)
+            self._prepared = then
+        return then
+
+    def _merged(self) -> Array:
+        return merge(self.weight, self.adapter, self.config, prepared=self._current())
+
+    def _named(
+        self, weight: Array | None, bias: Array | None, adapter: Adapter
+    ) -> dict[str, Array]:
+        """Name what is trained, in the order of the vector, the weight in the base's layout."""
+        if not self.train_base:
+            return adapter._asdict()
+        biases = {} if bias is None else {"bias": bias}
+        return {"weight": self._swap(weight), **biases, **adapter._asdict()}
+
+    def _replace(self, new: dict[str, Array]) -> None:
+        if self.train_base:
+            self.weight, self.bias = self._swap(new["weight"]), new.get("bias")
+        self.adapter = Adapter(*(new[name] for name in Adapter._fields))
+        self._cache = self.gradients = None
+
+    def _swap(self, weight: Array) -> Array:
+        """Turn a weight from the base's layout to (out, in), or back."""
+        if self.weight_layout == "out_in":
+            return weight
+        return array_api_compat.array_namespace(weight).matrix_transpose(weight)
+
+    def _vector(self, arrays: dict[str, Array]) -> Array:
+        xp = self._xp
+        dtype = compute_dtype(self.weight, xp=xp)
+        wide = [xp.astype(array, dtype, copy=False) for array in arrays.values()]
+        return xp.concat([xp.reshape(array, (-1,)) for array in wide])
+
+
+def _add(total: Array | None, gradient: Array) -> Array:
+    return gradient if total is None else total + gradient

@@ -1,0 +1,268 @@
+"""Rows and dtypes that break other implementations: cancelling, zero, tiny, huge, few."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import reference
+
+import doraxp
+from doraxp import Adapter, Config
+from doraxp.decomposition import CANCELLATION
+
+FORMS = ("weight", "direction")
+
+
+def dense(layer, x, dy, dtype):
+    """DoRA with V formed, every step in `dtype`: the way that PEFT goes, with exact gradients."""
+    w, a, b, m, x, dy = (np.asarray(array, dtype) for array in (*layer[:4], x, dy))
+    s = dtype(layer.scaling)
+    if layer.form == "direction":
+        w = w / np.linalg.norm(w, axis=1, keepdims=True)
+    v = w + s * (b @ a)
+    n = np.sqrt(np.sum(v * v, axis=1))
+    z = x @ v.T
+    g = m / n
+    dz = g * dy
+    dm = np.sum(dy * z, axis=0) / n
+    dv = dz.T @ x - (g * dm / n)[:, None] * v
+    return {
+        "norm": n,
+        "y": g * z,
+        "x": dz @ v,
+        "lora_a": s * (b.T @ dv),
+        "lora_b": s * (dv @ a.T),
+        "magnitude": dm,
+    }
+
+
+def cancelling_layer(ratio, rows, config, rng, *, out=96, inner=128):
+    """A float32 layer where ‖V‖/‖W‖ is about `ratio` in the rows named, and about 1 in others."""
+    a = (rng.standard_normal((config.rank, inner)) / np.sqrt(inner)).astype("float32")
+    b = rng.standard_normal((out, config.rank)).astype("float32")
+    update = config.scaling * b.astype("float64") @ a
+    rest = rng.standard_normal((out, inner))
+    rest *= np.linalg.norm(update, axis=1, keepdims=True) / np.linalg.norm(
+        rest, axis=1, keepdims=True
+    )
+    weight = rest.copy()
+    weight[rows] = ratio * rest[rows] - update[rows]
+    if config.form == "direction":
+        lengths = np.linalg.norm(weight, axis=1, keepdims=True)
+        b /= lengths.astype("float32")  # V is W + s B A over ‖W‖: the rows cancel as before
+    weight = weight.astype("float32")
+    magnitude = np.linalg.norm(weight, axis=1).astype("float32")
+    return reference.Layer(weight, a, b, magnitude, config.scaling, config.form)
+
+
+def error(actual, exact):
+    return float(np.max(np.abs(np.asarray(actual, "float64") - exact)) / np.max(np.abs(exact)))
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(3, 4), slice(0, 96, 2)], ids=["all", "one", "half"])
+@pytest.mark.parametrize("ratio", [1.0, 0.3, 0.1, 1e-2, 1e-3])
+@pytest.mark.parametrize("form", FORMS)
+def test_cancelling_rows_lose_no_more_than_the_dense_way(backend, form, ratio, rows):
+    """‖V‖/‖W‖ down to 1e-3: every error within 4 times that of the dense float32 way."""
+    rng = np.random.default_rng(5)
+    config = Config(6, 12.0, form=form)
+    layer = cancelling_layer(ratio, rows, config, rng)
+    x = rng.standard_normal((5, 128)).astype("float32")
+    dy = rng.standard_normal((5, 96)).astype("float32")
+    exact, plain = dense(layer, x, dy, np.float64), dense(layer, x, dy, np.float32)
+
+    weight, *leaves = map(backend.asarray, layer[:4])
+    prepared = backend.run(doraxp.prepare, weight, Adapter(*leaves), config)
+    y, cache = backend.run(doraxp.forward, backend.asarray(x), weight, Adapter(*leaves), config)
+    grads = backend.run(doraxp.backward, backend.asarray(dy), cache)
+    actual = {"norm": prepared.norm, "y": y, "x": grads.x, **grads.adapter._asdict()}
+    for name, array in actual.items():
+        bound = 4 * error(plain[name], exact[name])
+        assert error(backend.numpy(array), exact[name]) <= bound, name
+
+
+def test_the_oracle_of_cancellation_is_the_oracle():
+    rng = np.random.default_rng(5)
+    layer = cancelling_layer(0.1, slice(0, 2), Config(2), rng, out=4, inner=5)
+    x, dy = rng.standard_normal((3, 5)), rng.standard_normal((3, 4))
+    expected = reference.solve(layer, x, np.zeros(4), dy, "exact")
+    for name, array in dense(layer, x, dy, np.float64).items():
+        np.testing.assert_allclose(array, getattr(expected, name), rtol=1e-12)
+
+
+def test_nearly_dependent_rows_of_a_are_noticed(backend):
+    """B A cancels within itself where A's rows are alike and B's entries opposite."""
+    rng = np.random.default_rng(7)
+    row = rng.standard_normal(64)
+    a = np.stack([row, row + 1e-4 * rng.standard_normal(64)]).astype("float32")
+    b = (100 * np.array([[1.0, -1.0]] * 8) * rng.uniform(0.5, 2, (8, 1))).astype("float32")
+    weight = (1e-2 * rng.standard_normal((8, 64))).astype("float32")
+    layer = reference.Layer(weight, a, b, np.ones(8, "float32"), 1.0, "weight")
+    x, dy = (rng.standard_normal(shape).astype("float32") for shape in ((3, 64), (3, 8)))
+    exact, plain = dense(layer, x, dy, np.float64), dense(layer, x, dy, np.float32)
+    adapter = Adapter(*map(backend.asarray, layer[1:4]))
+    prepared = backend.run(doraxp.prepare, backend.asarray(weight), adapter, Config(2))
+    bound = 4 * error(plain["norm"], exact["norm"])
+    assert error(backend.numpy(prepared.norm), exact["norm"]) <= bound
+
+
+def test_only_suspect_rows_are_formed():
+    """On NumPy the guard costs nothing where no row cancels, and only its rows where some do."""
+    rng = np.random.default_rng(5)
+    config = Config(6, 12.0)
+    for rows, expected in ([], []), ([3, 90], [3, 90]):
+        layer = cancelling_layer(1e-2, rows, config, rng)
+        prepared = doraxp.prepare(layer.weight, Adapter(*layer[1:4]), config)
+        formed = [] if prepared.formed is None else prepared.formed[0].rows.tolist()
+        assert formed == expected
+    assert 0 < CANCELLATION < 1
+
+
+@pytest.mark.dtypes("float32", "float64")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("norm_gradient", ["exact", "detached"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_zero_row_gives_its_bias_and_no_gradient(
+    backend, draw, assert_close, form, norm_gradient, trained, dtype
+):
+    config = Config(2, form=form, norm_gradient=norm_gradient)
+    values = backend.numpy(draw(7, 6, dtype=dtype)).copy()
+    values[2] = 0
+    weight, x, bias, dy = (
+        backend.asarray(values),
+        *(draw(*shape, dtype=dtype) for shape in ((5, 6), (7,), (5, 7))),
+    )
+    adapter = doraxp.init(weight, config, seed=0)
+    if trained:
+        b = backend.numpy(draw(7, 2, dtype=dtype)).copy()
+        b[2] = 0
+        adapter = adapter._replace(lora_b=backend.asarray(b))
+    y, cache = backend.run(doraxp.forward, x, weight, adapter, config, bias=bias)
+    grads = backend.run(doraxp.backward, dy, cache, train_base=True)
+    merged = backend.run(doraxp.merge, weight, adapter, config)
+    assert_close(y[:, 2], np.full(5, backend.numpy(bias)[2]), rtol=0)
+    for array in (merged, grads.adapter.lora_b, grads.weight):
+        assert_close(array[2, ...], np.zeros(array.shape[1], dtype), rtol=0)
+    assert float(grads.adapter.magnitude[2]) == 0
+    for array in (y, merged, grads.x, *grads.adapter, grads.weight, grads.bias):
+        assert np.all(np.isfinite(backend.numpy(array)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_row_that_cancels_to_zero_gives_its_bias(backend, assert_close, form):
+    """V = 0 although W and B A are not."""
+    row = np.array([3.0, 4.0, 0.0, 0.0])
+    weight = backend.asarray(np.stack([row, np.arange(4.0)]))
+    b = -np.array([[1.0], [0.0]]) / (5 if form == "direction" else 1)
+    # ρ⊙W has to be s B A's negative to the last bit: 0.2 * [3, 4] is in both.
+    adapter = Adapter(*map(backend.asarray, (row[None, :], b, np.array([5.0, 1.0]))))
+    config = Config(1, form=form)
+    x, dy = backend.asarray(np.ones((3, 4))), backend.asarray(np.ones((3, 2)))
+    y, cache = backend.run(doraxp.forward, x, weight, adapter, config)
+    grads = backend.run(doraxp.backward, dy, cache)
+    assert float(cache.prepared.norm[0]) == 0
+    assert_close(y[:, 0], np.zeros(3), rtol=0)
+    assert float(grads.adapter.lora_b[0, 0]) == float(grads.adapter.magnitude[0]) == 0
+    assert np.all(np.isfinite(backend.numpy(grads.x)))
+
+
+@pytest.mark.parametrize("size", [1e-42, 1e-30, 1e-20, 1e20, 1e30])
+def test_rows_beyond_the_range_of_squares(backend, assert_close, size):
+    """Float32 squares under- or overflow here; norms, outputs and gradients do not."""
+    rng = np.random.default_rng(3)
+    rows = rng.standard_normal((7, 6)).astype("float32")
+    rows[::2] *= np.float32(size)
+    weight, config = backend.asarray(rows), Config(2)
+    adapter = backend.run(doraxp.init, weight, config, seed=0)
+    x, dy = backend.asarray(np.eye(6, dtype="float32")), np.ones((6, 7), "float32")
+    y, cache = backend.run(doraxp.forward, x, weight, adapter, config)
+    grads = backend.run(doraxp.backward, backend.asarray(dy), cache)
+    norms = np.linalg.norm(rows.astype("float64"), axis=1)
+    tiny = float(np.finfo("float32").smallest_subnormal)
+    for i, norm in enumerate(norms):
+        assert abs(float(adapter.magnitude[i]) - norm) <= max(4e-7 * norm, 2 * tiny)
+    expected = reference.solve(
+        reference.Layer(rows, *map(backend.numpy, adapter), 1.0, "weight"),
+        np.eye(6), np.zeros(7), dy, "exact",
+    )  # fmt: skip
+    actual_b = backend.numpy(grads.adapter.lora_b)
+    for i in range(7):  # by rows: they differ by forty orders of magnitude
+        assert_close(y[:, i], rows[i], rtol=0)
+        bound = 1e-2 if size == 1e-42 else 2e-6  # a number of 10 bits has no more
+        np.testing.assert_allclose(
+            actual_b[i], expected.lora_b[i], rtol=0, atol=bound * np.max(abs(expected.lora_b[i]))
+        )
+
+
+@pytest.mark.dtypes("float16")
+def test_float16_norms_beyond_its_range(backend, assert_close, dtype):
+    """‖w‖ overflows float16 (65504), W does not: magnitudes are float32."""
+    weight = backend.asarray(np.full((3, 400), 60000.0, dtype))
+    adapter = backend.run(doraxp.init, weight, Config(2), seed=0)
+    assert_close(adapter.magnitude, np.full(3, 1.2e6, "float32"), rtol=1e-6)
+    assert_close(backend.run(doraxp.merge, weight, adapter, Config(2)), weight, rtol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("out", "inner"), [(4, 7), (7, 4), (1, 5), (5, 1), (1, 1)])
+def test_smallest_and_largest_rank(backend, draw, assert_close, form, out, inner):
+    for rank in {1, min(out, inner)}:
+        config = Config(rank, form=form)
+        layer = (draw(out, inner), draw(rank, inner), draw(out, rank), draw(out))
+        x, dy, bias = draw(3, inner), draw(3, out), draw(out)
+        weight, adapter = layer[0], Adapter(*layer[1:])
+        y, cache = backend.run(doraxp.forward, x, weight, adapter, config, bias=bias)
+        grads = backend.run(doraxp.backward, dy, cache)
+        expected = reference.solve(
+            reference.Layer(*map(backend.numpy, layer), config.scaling, form),
+            *map(backend.numpy, (x, bias, dy)),
+            "exact",
+        )
+        assert_close(y, expected.y, rtol=1e-13)
+        # An exact gradient through a norm of one number is 0: measure against its parts.
+        size = max(1.0, float(np.max(abs(backend.numpy(cache.prepared.gain)))))
+        for name, leaf in {"x": grads.x, **grads.adapter._asdict()}.items():
+            atol = 1e-12 * max(size, float(np.max(abs(getattr(expected, name)))))
+            np.testing.assert_allclose(
+                backend.numpy(leaf), getattr(expected, name), rtol=0, atol=atol
+            )
+
+
+@pytest.mark.parametrize("stack", [(), (2,)])
+@pytest.mark.parametrize("form", FORMS)
+def test_zero_tokens_give_empty_outputs_and_zero_gradients(
+    backend, draw, assert_close, form, stack
+):
+    config = Config(2, form=form)
+    weight = draw(*stack, 7, 6)
+    adapter = Adapter(draw(*stack, 2, 6), draw(*stack, 7, 2), draw(*stack, 7))
+    x, dy = draw(*stack, 0, 6), draw(*stack, 0, 7)
+    y, cache = backend.run(doraxp.forward, x, weight, adapter, config, bias=draw(*stack, 7))
+    grads = backend.run(doraxp.backward, dy, cache, train_base=True)
+    assert y.shape == (*stack, 0, 7)
+    assert grads.x.shape == (*stack, 0, 6)
+    leaves = (*grads.adapter, grads.weight, grads.bias)
+    shapes = ((2, 6), (7, 2), (7,), (7, 6), (7,))
+    for leaf, shape in zip(leaves, shapes, strict=True):
+        assert_close(leaf, np.zeros((*stack, *shape)), rtol=0)
+
+
+@pytest.mark.dtypes("float16", "bfloat16")
+def test_blocks_of_rows_leave_no_seam(backend, draw, assert_close, dtype, monkeypatch):
+    """More rows than NumPy up-casts at once, and a last block that is not full."""
+    monkeypatch.setattr("doraxp.backends._numpy.BLOCK", 4 * 6)
+    config = Config(3)
+    for stack in (), (2,):
+        weight = draw(*stack, 11, 6, dtype=dtype)
+        adapter = Adapter(*(draw(*stack, *s, dtype="float32") for s in ((3, 6), (11, 3), (11,))))
+        x, dy = draw(*stack, 5, 6, dtype="float32"), draw(*stack, 5, 11, dtype="float32")
+        wide = backend.namespace().astype(weight, x.dtype)
+        results = []
+        for w in (weight, wide):
+            y, cache = backend.run(doraxp.forward, x, w, adapter, config)
+            results.append((y, backend.run(doraxp.backward, dy, cache).x, cache.prepared.norm))
+        for low, high in zip(*results, strict=True):
+            assert_close(low, high, rtol=1e-6)
+        merged = doraxp.merge(weight, adapter, config)
+        expected = backend.namespace().astype(doraxp.merge(wide, adapter, config), weight.dtype)
+        assert_close(merged, expected, rtol={"float16": 1e-3, "bfloat16": 8e-3}[dtype])
