@@ -219,7 +219,7 @@ def prepare(
     row_scale, base = None, squares
     if config.form == "direction":
         row_scale = inverse_norms(weight, squares, ops=ops)
-        base = row_scale * (row_scale * squares)  # ρ² alone may overflow
+        base = xp.astype(row_scale > 0, dtype)  # ρ²⊙‖w‖² is 1, and 0 for a row of zeros
         u = row_scale[..., None] * u
     gram = a @ xp.matrix_transpose(a)  # G, (rank, rank)
     bg = b @ gram  # (out, rank)
