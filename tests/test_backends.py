@@ -1,0 +1,202 @@
+"""Every override equals its generic operation; which libraries there are; CuPy without a GPU."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import types
+
+import array_api_compat.numpy
+import ml_dtypes
+import numpy as np
+import pytest
+
+from doraxp import backends
+from doraxp._types import Adapter
+from doraxp.backends import Factors, Operations, _cupy
+from doraxp.backends._numpy import NumpyOperations
+
+GENERIC = Operations(array_api_compat.numpy)
+NUMPY = NumpyOperations(array_api_compat.numpy)
+LOW = ("float16", ml_dtypes.bfloat16, "float32")
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(11)
+
+
+@pytest.fixture(params=[1 << 20, 3 * 6], ids=["one-block", "many-blocks"])
+def _blocks(request, monkeypatch):
+    monkeypatch.setattr("doraxp.backends._numpy.BLOCK", request.param)
+
+
+def make_factors(rng, stack, dtype, *, row_scale):
+    return Factors(
+        rng.standard_normal((*stack, 7, 6)).astype(dtype),
+        rng.standard_normal((*stack, 2, 6)).astype("float32"),
+        rng.standard_normal((*stack, 7, 2)).astype("float32"),
+        rng.uniform(0.5, 2, (*stack, 7)).astype("float32") if row_scale else None,
+    )
+
+
+def assert_equal(actual, desired, rtol=1e-6):
+    assert actual.dtype == desired.dtype
+    assert actual.shape == desired.shape
+    wide = desired.astype("float64")
+    np.testing.assert_allclose(
+        actual.astype("float64"), wide, rtol=0, atol=rtol * np.max(np.abs(wide))
+    )
+
+
+@pytest.mark.usefixtures("_blocks")
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("stack", [(), (2, 3)])
+class TestNumpyOverrides:
+    def test_products_and_sums(self, rng, stack, dtype):
+        weight = rng.standard_normal((*stack, 7, 6)).astype(dtype)
+        x = rng.standard_normal((*stack, 5, 6)).astype("float32")
+        d = rng.standard_normal((*stack, 5, 7)).astype("float32")
+        for name, arguments in {
+            "times_transposed": (x, weight, np.float32),
+            "times": (d, weight, np.float32),
+            "row_squares": (weight, np.float32),
+            "token_dot": (d, 2 * d),
+        }.items():
+            expected = getattr(GENERIC, name)(*arguments)
+            assert_equal(getattr(NUMPY, name)(*arguments), expected)
+
+    def test_a_weight_stored_the_other_way(self, rng, stack, dtype):
+        weight = rng.standard_normal((*stack, 6, 7)).astype(dtype).swapaxes(-1, -2)
+        x = rng.standard_normal((*stack, 5, 6)).astype("float32")
+        assert_equal(
+            NUMPY.row_squares(weight, np.float32), GENERIC.row_squares(weight, np.float32)
+        )
+        assert_equal(
+            NUMPY.times_transposed(x, weight, np.float32),
+            GENERIC.times_transposed(x, weight, np.float32),
+        )
+
+    @pytest.mark.parametrize("row_scale", [False, True])
+    def test_merge(self, rng, stack, dtype, row_scale):
+        factors = make_factors(rng, stack, dtype, row_scale=row_scale)
+        gain = rng.standard_normal((*stack, 7)).astype("float32")
+        expected = GENERIC.merge(factors, gain, np.float32)
+        step = float(ml_dtypes.finfo(factors.weight.dtype).eps)
+        assert_equal(NUMPY.merge(factors, gain, np.float32), expected, rtol=2 * step)
+
+    @pytest.mark.parametrize("row_scale", [False, True])
+    @pytest.mark.parametrize("suspects", [(), (2,), (0, 3, 6), tuple(range(7))])
+    def test_guard(self, rng, stack, dtype, row_scale, suspects):
+        """Formed rows replace what the factored way gives for them, and nothing else."""
+        factors = make_factors(rng, stack, dtype, row_scale=row_scale)
+        v = GENERIC.form(factors, np.float32)
+        suspect = np.zeros((*stack, 7), bool)
+        suspect[(0,) * len(stack)][list(suspects)] = True
+        wrong = np.full((*stack, 7), 9.0, "float32")
+        norm, formed = NUMPY.guard(suspect, wrong, factors, np.float32)
+        assert_equal(norm, np.where(suspect, np.linalg.norm(v, axis=-1), wrong))
+        assert (wrong == 9).all()
+        if not suspects:
+            assert formed is None
+            return
+        x = rng.standard_normal((*stack, 5, 6)).astype("float32")
+        d = rng.standard_normal((*stack, 5, 7)).astype("float32")
+        spoilt = np.where(suspect[..., None], 0, v)
+        z = NUMPY.guarded_times_transposed(formed, x, lambda x: x @ spoilt.mT)
+        assert_equal(z, x @ v.mT)
+        dx = NUMPY.guarded_times(formed, d, lambda d: d @ v)
+        assert_equal(dx, d @ v)
+        spoilt = np.where(suspect[..., None], 1e6, v)  # formed columns never meet the factors
+        assert_equal(NUMPY.guarded_times(formed, d, lambda d: d @ spoilt), d @ v)
+
+
+def test_the_guard_keeps_no_zero_rows(rng):
+    factors = Factors(np.zeros((7, 6)), None, None, None)
+    norm, formed = NUMPY.guard(np.ones(7, bool), np.ones(7), factors, np.float64)
+    assert formed is None
+    assert (norm == 0).all()
+
+
+def test_overflow_is_silent_on_numpy():
+    huge = np.full((2, 3), 1e30, "float32")
+    assert np.isinf(NUMPY.row_squares(huge, np.float32)).all()
+
+
+def test_numpy_may_be_looked_at():
+    assert NUMPY.may_look(np.ones(1))
+    assert GENERIC.may_look(np.ones(1))
+
+
+def test_available_lists_every_backend_in_order():
+    statuses = backends.available()
+    names = [status.name for status in statuses]
+    assert names == ["numpy", "cupy", "torch", "jax", "dask", "array_api_strict"]
+    assert statuses[0] == ("numpy", True, np.__version__)
+
+
+def hide(monkeypatch, name, module):
+    """Make `name` look installed as `module`, missing where that is None, or broken."""
+    spec = None if module is None else importlib.machinery.ModuleSpec(name, None)
+    find_spec, import_module = importlib.util.find_spec, importlib.import_module
+
+    def find(other, *rest):
+        return spec if other == name else find_spec(other, *rest)
+
+    def load(other, *rest):
+        if other != name:
+            return import_module(other, *rest)
+        if isinstance(module, Exception):
+            raise module
+        return module
+
+    monkeypatch.setattr("importlib.util.find_spec", find)
+    monkeypatch.setattr("importlib.import_module", load)
+
+
+@pytest.mark.parametrize("name", ["cupy", "dask"])
+def test_a_library_that_is_missing_or_broken_says_so(monkeypatch, name):
+    loaded = "dask.array" if name == "dask" else name
+    hide(monkeypatch, name, None)
+    (status,) = (status for status in backends.available() if status.name == name)
+    assert not status.usable
+    assert status.detail.startswith("not installed: pip install")
+    hide(monkeypatch, name, types.ModuleType(name))
+    hide(monkeypatch, loaded, OSError("libcuda.so.1: no such file"))
+    if name == "dask":
+        hide(monkeypatch, name, types.ModuleType(name))
+    (status,) = (status for status in backends.available() if status.name == name)
+    assert status == (
+        name,
+        False,
+        "installed, but the import failed: OSError: libcuda.so.1: no such file",
+    )
+
+
+@pytest.mark.parametrize("devices", [0, 1])
+def test_cupy_without_a_device_says_so(monkeypatch, devices):
+    cupy = types.ModuleType("cupy")
+    cupy.__version__ = "14.2.0"
+    cupy.cuda = types.SimpleNamespace(is_available=lambda: bool(devices))
+    hide(monkeypatch, "cupy", cupy)
+    (status,) = (status for status in backends.available() if status.name == "cupy")
+    if devices:
+        assert status == ("cupy", True, "14.2.0")
+    else:
+        assert status.detail.startswith("installed, but no NVIDIA device was found")
+
+
+def test_values_on_a_gpu_are_not_looked_at(monkeypatch):
+    """CuPy's operations never read a value: staleness is by identity, the guard forms V."""
+    ops = _cupy.CupyOperations(array_api_compat.numpy)
+    assert not ops.may_look(np.ones(1))
+    adapter = Adapter(np.ones(1), np.ones(1), np.ones(1))
+    assert ops.snapshot(adapter) is None
+    assert ops.unchanged(None, adapter, adapter._replace())
+    assert not ops.unchanged(None, adapter, adapter._replace(magnitude=np.ones(1)))
+    factors = Factors(2 * np.eye(2), None, None, None)
+    norm, formed = ops.guard(np.zeros(2, bool), np.zeros(2), factors, np.float64)
+    assert (norm == 2).all()
+    assert (formed == 2 * np.eye(2)).all()
+    monkeypatch.setattr("array_api_compat.is_numpy_namespace", lambda xp: False)
+    monkeypatch.setattr("array_api_compat.is_cupy_namespace", lambda xp: True)
+    assert isinstance(backends._operations_of.__wrapped__(np), _cupy.CupyOperations)

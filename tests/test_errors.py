@@ -1,0 +1,189 @@
+"""Design section 5: every bad input, by message; and after an error nothing has changed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import doraxp
+from doraxp import Adapter, Config
+from doraxp.backends import operations
+
+
+@pytest.fixture
+def layer(draw):
+    weight, config = draw(7, 6), Config(2)
+    return weight, Adapter(draw(2, 6), draw(7, 2), draw(7)), config
+
+
+BAD_SHAPES = {
+    "lora_a": ((6, 2), r"lora_a must have shape \(\*stack, rank, in\) = \(2, 6\) .* got \(6, 2\)"),
+    "lora_b": ((7, 3), r"lora_b must have shape \(\*stack, out, rank\) = \(7, 2\) .* got \(7, 3\)"),
+    "magnitude": ((7, 1), r"magnitude must have shape \(\*stack, out\) = \(7,\) .* got \(7, 1\)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SHAPES)
+def test_an_adapter_that_does_not_fit(draw, layer, name):
+    weight, adapter, config = layer
+    shape, message = BAD_SHAPES[name]
+    broken = adapter._replace(**{name: draw(*shape)})
+    calls = [
+        lambda: doraxp.forward(draw(5, 6), weight, broken, config),
+        lambda: doraxp.prepare(weight, broken, config),
+        lambda: doraxp.merge(weight, broken, config),
+        lambda: doraxp.convert_form(weight, broken, config, "direction"),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_an_input_that_does_not_fit(draw, layer):
+    weight, adapter, config = layer
+    with pytest.raises(ValueError, match=r"x must have shape \(\.\.\., in\) with in = 6 .* \(5, 7\)"):
+        doraxp.forward(draw(5, 7), weight, adapter, config)
+    message = r"bias must have shape \(\*stack, out\) = \(7,\) .* got \(6,\)"
+    with pytest.raises(ValueError, match=message):
+        doraxp.forward(draw(5, 6), weight, adapter, config, bias=draw(6))
+    y, cache = doraxp.forward(draw(5, 6), weight, adapter, config)
+    with pytest.raises(ValueError, match=r"dy must have the shape of y, \(5, 7\), got \(7,\)"):
+        doraxp.backward(y[0, :], cache)
+    with pytest.raises(TypeError, match=r"dy must be of dtype .* got .*int32"):
+        doraxp.backward(draw(5, 7, dtype="int32"), cache)
+
+
+def test_an_input_without_the_stack_of_the_weight(draw):
+    config, weight = Config(2), draw(3, 7, 6)
+    adapter = doraxp.init(weight, config, seed=0)
+    for shape in ((5, 6), (2, 5, 6), (6,)):
+        with pytest.raises(ValueError, match=r"x must have shape \(\*stack, \.\.\., in\)"):
+            doraxp.forward(draw(*shape), weight, adapter, config)
+
+
+@pytest.mark.parametrize("shape", [(6,), (0, 6), (7, 0)])
+def test_a_weight_that_is_none(draw, shape):
+    weight = draw(*shape)
+    for call in (doraxp.decompose, lambda w: doraxp.init(w, Config(1), seed=0)):
+        with pytest.raises(ValueError, match=r"weight must have shape \(\*stack, out, in\) with no"):
+            call(weight)
+
+
+def test_a_rank_above_the_weights(draw):
+    message = r"rank must be in 1\.\.6 = 1\.\.min\(out, in\) for a weight of shape \(7, 6\), got 7"
+    with pytest.raises(ValueError, match=message):
+        doraxp.init(draw(7, 6), Config(7), seed=0)
+
+
+def test_unknown_choices(draw, layer):
+    with pytest.raises(ValueError, match=r"method must be one of .*gaussian.* got 'zeros'"):
+        doraxp.init(layer[0], Config(2), seed=0, method="zeros")
+    with pytest.raises(ValueError, match=r"form must be one of .*direction.* got 'rows'"):
+        doraxp.convert_form(*layer, "rows")
+
+
+def test_weights_of_two_shapes_have_no_change_between_them(draw):
+    message = r"weight_before and weight_after must have one shape, got \(7, 6\) and \(6, 7\)"
+    with pytest.raises(ValueError, match=message):
+        doraxp.magnitude_direction_change(draw(7, 6), draw(6, 7))
+
+
+@pytest.mark.parametrize("dtype", ["int64", "bool", "complex64"])
+def test_dtypes_that_are_not_real_floating(backend, draw, layer, dtype):
+    weight, adapter, config = layer
+    bad = backend.asarray(np.zeros((7, 6), dtype))
+    message = f"must be of dtype float16, bfloat16, float32, float64, got .*{dtype}"
+    for call in (
+        lambda: doraxp.decompose(bad),
+        lambda: doraxp.init(bad, config, seed=0),
+        lambda: doraxp.forward(draw(5, 6), bad, adapter, config),
+        lambda: doraxp.merge(bad, adapter, config),
+    ):
+        with pytest.raises(TypeError, match=f"weight {message}"):
+            call()
+    with pytest.raises(TypeError, match=f"x {message}"):
+        doraxp.forward(bad, weight, adapter, config)
+
+
+def test_what_is_no_array(draw, layer):
+    weight, adapter, config = layer
+    with pytest.raises(TypeError, match="x must be an array of a library .* got list"):
+        doraxp.forward([[1.0] * 6], weight, adapter, config)
+    with pytest.raises(TypeError, match="weight must be an array of a library .* got float"):
+        doraxp.decompose(1.0)
+
+
+class TestPrepared:
+    """A prepared norm never serves another adapter."""
+
+    def test_another_weight(self, draw, layer):
+        weight, adapter, config = layer
+        prepared = doraxp.prepare(weight, adapter, config)
+        other = draw(7, 6)
+        message = "but the weight is another object: call prepare again"
+        with pytest.raises(ValueError, match=message):
+            doraxp.forward(draw(5, 6), other, adapter, config, prepared=prepared)
+        with pytest.raises(ValueError, match="previous must be of the same weight object"):
+            doraxp.prepare(other, adapter, config, previous=prepared)
+
+    def test_another_adapter(self, draw, layer):
+        weight, adapter, config = layer
+        prepared = doraxp.prepare(weight, adapter, config)
+        for name in Adapter._fields:
+            changed = adapter._replace(**{name: getattr(adapter, name) * 2})
+            with pytest.raises(ValueError, match="but the adapter has changed"):
+                doraxp.forward(draw(5, 6), weight, changed, config, prepared=prepared)
+            with pytest.raises(ValueError, match="but the adapter has changed"):
+                doraxp.merge(weight, changed, config, prepared=prepared)
+
+    def test_another_config(self, draw, layer):
+        weight, adapter, config = layer
+        prepared = doraxp.prepare(weight, adapter, config)
+        for other in (Config(2, 1.0), Config(2, form="direction")):
+            with pytest.raises(ValueError, match=r"but the config was Config\(.*is Config\("):
+                doraxp.forward(draw(5, 6), weight, adapter, other, prepared=prepared)
+
+
+@pytest.mark.parametrize("name", Adapter._fields)
+def test_a_write_into_the_adapter_is_noticed(name):
+    rng = np.random.default_rng(0)
+    weight, config = rng.standard_normal((7, 6)), Config(2)
+    adapter = Adapter(*(rng.standard_normal(shape) for shape in ((2, 6), (7, 2), (7,))))
+    x = rng.standard_normal((5, 6))
+    prepared = doraxp.prepare(weight, adapter, config)
+    y, cache = doraxp.forward(x, weight, adapter, config, prepared=prepared)
+    getattr(adapter, name)[...] += 1
+    with pytest.raises(ValueError, match="but the adapter has changed"):
+        doraxp.forward(x, weight, adapter, config, prepared=prepared)
+    with pytest.raises(ValueError, match="but the adapter has changed"):
+        doraxp.backward(y, cache)
+
+
+def test_nan_in_an_adapter_is_no_change():
+    weight, config = np.eye(3), Config(1)
+    adapter = doraxp.init(weight, config, seed=0)
+    adapter = adapter._replace(magnitude=np.array([1.0, np.nan, 1.0]))
+    prepared = doraxp.prepare(weight, adapter, config)
+    y, _ = doraxp.forward(np.eye(3), weight, adapter, config, prepared=prepared)
+    assert np.isnan(y[:, 1]).all()
+
+
+def test_an_adapter_of_another_shape_or_dtype_is_a_change():
+    weight, config = np.eye(3), Config(1)
+    adapter = doraxp.init(weight, config, seed=0)
+    prepared = doraxp.prepare(weight, adapter, config)
+    narrow = adapter._replace(lora_b=adapter.lora_b.astype("float32"))
+    with pytest.raises(ValueError, match="but the adapter has changed"):
+        doraxp.forward(np.eye(3), weight, narrow, config, prepared=prepared)
+
+
+def test_arrays_of_two_libraries(torch):
+    message = "all arrays must be of one library: x is of numpy, weight of torch"
+    with pytest.raises(TypeError, match=message):
+        operations(x=np.ones(2), weight=torch.ones(2))
+
+
+def test_arrays_on_two_devices(torch):
+    message = "all arrays must be on one device: x is on cpu, weight on meta"
+    with pytest.raises(ValueError, match=message):
+        operations(x=torch.ones(2), weight=torch.ones(2, device="meta"))
