@@ -73,7 +73,7 @@ def solve(
     for i in range(out):
         if norm[i] > 0:
             merged[i] = m[i] / norm[i] * v[i]
-    y = np.array([[dot(token, row) + c for row, c in zip(merged, bias, strict=True)] for token in x])
+    y = np.array([[dot(token, merged[i]) + bias[i] for i in range(out)] for token in x])
     y = y.reshape(len(x), out)
 
     dx = np.array([[dot(d, merged[:, j]) for j in range(inner)] for d in dy]).reshape(x.shape)

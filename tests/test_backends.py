@@ -68,9 +68,7 @@ class TestNumpyOverrides:
     def test_a_weight_stored_the_other_way(self, rng, stack, dtype):
         weight = rng.standard_normal((*stack, 6, 7)).astype(dtype).swapaxes(-1, -2)
         x = rng.standard_normal((*stack, 5, 6)).astype("float32")
-        assert_equal(
-            NUMPY.row_squares(weight, np.float32), GENERIC.row_squares(weight, np.float32)
-        )
+        assert_equal(NUMPY.row_squares(weight, np.float32), GENERIC.row_squares(weight, np.float32))
         assert_equal(
             NUMPY.times_transposed(x, weight, np.float32),
             GENERIC.times_transposed(x, weight, np.float32),

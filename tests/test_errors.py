@@ -41,7 +41,8 @@ def test_an_adapter_that_does_not_fit(draw, layer, name):
 
 def test_an_input_that_does_not_fit(draw, layer):
     weight, adapter, config = layer
-    with pytest.raises(ValueError, match=r"x must have shape \(\.\.\., in\) with in = 6 .* \(5, 7\)"):
+    message = r"x must have shape \(\.\.\., in\) with in = 6 .* got \(5, 7\)"
+    with pytest.raises(ValueError, match=message):
         doraxp.forward(draw(5, 7), weight, adapter, config)
     message = r"bias must have shape \(\*stack, out\) = \(7,\) .* got \(6,\)"
     with pytest.raises(ValueError, match=message):
@@ -65,7 +66,7 @@ def test_an_input_without_the_stack_of_the_weight(draw):
 def test_a_weight_that_is_none(draw, shape):
     weight = draw(*shape)
     for call in (doraxp.decompose, lambda w: doraxp.init(w, Config(1), seed=0)):
-        with pytest.raises(ValueError, match=r"weight must have shape \(\*stack, out, in\) with no"):
+        with pytest.raises(ValueError, match=r"weight must have shape \(\*stack, out, in\) with"):
             call(weight)
 
 
@@ -107,9 +108,9 @@ def test_dtypes_that_are_not_real_floating(backend, draw, layer, dtype):
 
 def test_what_is_no_array(draw, layer):
     weight, adapter, config = layer
-    with pytest.raises(TypeError, match="x must be an array of a library .* got list"):
+    with pytest.raises(TypeError, match=r"x must be an array of a library .* got list"):
         doraxp.forward([[1.0] * 6], weight, adapter, config)
-    with pytest.raises(TypeError, match="weight must be an array of a library .* got float"):
+    with pytest.raises(TypeError, match=r"weight must be an array of a library .* got float"):
         doraxp.decompose(1.0)
 
 

@@ -84,8 +84,8 @@ def test_rows_of_the_merged_weight_have_the_magnitudes(backend, layer):
 
 @examples
 @given(layer=layers(trained=False))
-def test_identity_at_init(backend, forward, layer):
-    weight, adapter, config, x = on(backend, layer)
+def test_identity_at_init(backend, layer):
+    weight, _, config, _ = on(backend, layer)
     fresh = backend.run(doraxp.init, weight, config, seed=0)
     rtol = 0 if config.form == "weight" else 1e-15
     merged = backend.numpy(backend.run(doraxp.merge, weight, fresh, config))

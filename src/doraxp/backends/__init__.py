@@ -87,13 +87,13 @@ def _operations_of(xp: Any) -> Operations:
 
 def _dtype_name(dtype: Any) -> str:
     # The type goes into the key because array-api-strict warns where its dtypes meet NumPy's.
-    return _dtype_name_of(type(dtype), dtype)
+    return _dtype_name_of((type(dtype), dtype))
 
 
 @functools.cache
-def _dtype_name_of(_: type, dtype: Any) -> str:
+def _dtype_name_of(key: tuple[Any, Any]) -> str:
     # numpy and jax: "float32"; torch: "torch.float32"; strict: "array_api_strict.float32".
-    return str(dtype).rpartition(".")[-1]
+    return str(key[1]).rpartition(".")[-1]
 
 
 def operations(**arrays: Array | None) -> Operations:

@@ -21,9 +21,9 @@ class Factors(NamedTuple):
     """V, unmultiplied; without A and B it is ρ⊙W."""
 
     weight: Array  # W, in its storage dtype
-    lora_a: Array | None  # A
-    scaled_b: Array | None  # s B
-    row_scale: Array | None  # ρ; None for 1
+    lora_a: Array  # A; None where there is no update
+    scaled_b: Array  # s B; None where there is no update
+    row_scale: Array  # ρ; None for 1
 
 
 class Operations:
