@@ -198,3 +198,52 @@ def test_values_on_a_gpu_are_not_looked_at(monkeypatch):
     monkeypatch.setattr("array_api_compat.is_numpy_namespace", lambda xp: False)
     monkeypatch.setattr("array_api_compat.is_cupy_namespace", lambda xp: True)
     assert isinstance(backends._operations_of.__wrapped__(np), _cupy.CupyOperations)
+
+
+def test_what_is_lazy_or_on_a_device_is_not_looked_at(monkeypatch):
+    monkeypatch.setattr("array_api_compat.device", lambda array: "cuda:0")
+    assert not GENERIC.may_look(np.ones(1))
+    monkeypatch.undo()
+    monkeypatch.setattr("array_api_compat.is_lazy_array", lambda array: True)
+    assert not GENERIC.may_look(np.ones(1))
+
+
+@pytest.mark.parametrize("row_scale", [False, True])
+def test_the_generic_guard_forms_v_whole_or_not_at_all(rng, row_scale):
+    factors = make_factors(rng, (), "float32", row_scale=row_scale)
+    v = GENERIC.form(factors, np.float32)
+    norm = np.linalg.norm(v, axis=-1)
+    suspect = np.zeros(7, bool)
+    assert GENERIC.guard(suspect, norm, factors, np.float32) == (norm, None)
+    suspect[3] = True
+    measured, formed = GENERIC.guard(suspect, np.zeros(7), factors, np.float32)
+    assert_equal(measured, norm)
+    x, d = rng.standard_normal((5, 6)), rng.standard_normal((5, 7))
+    never = pytest.fail
+    np.testing.assert_allclose(GENERIC.guarded_times_transposed(formed, x, never), x @ v.T)
+    np.testing.assert_allclose(GENERIC.guarded_times(formed, d, never), d @ v)
+
+
+def test_a_library_without_overrides_gets_the_generic_operations(monkeypatch):
+    monkeypatch.setattr("array_api_compat.is_numpy_namespace", lambda xp: False)
+    assert type(backends._operations_of.__wrapped__(np)) is Operations
+
+
+def test_arrays_of_two_libraries_are_refused_by_name(monkeypatch):
+    other = types.SimpleNamespace(__name__="array_api_compat.torch")
+    xp = array_api_compat.numpy
+    monkeypatch.setattr(backends, "_namespace", lambda name, _: xp if name == "x" else other)
+    message = "all arrays must be of one library: x is of numpy, weight of torch"
+    with pytest.raises(TypeError, match=message):
+        backends.operations(x=np.ones(2), bias=None, weight=np.ones(2))
+
+
+def test_arrays_on_two_devices_are_refused_by_name(monkeypatch):
+    x, weight, traced = np.ones(1), np.ones(2), np.ones(3)
+    devices = {1: "cuda:0", 2: "cuda:1", 3: None}
+    monkeypatch.setattr("array_api_compat.device", lambda array: devices[array.size])
+    message = "all arrays must be on one device: x is on cuda:0, weight on cuda:1"
+    with pytest.raises(ValueError, match=message):
+        backends.operations(x=x, weight=weight)
+    backends.operations(x=x, weight=traced)
+    backends.operations(x=traced, weight=weight)
