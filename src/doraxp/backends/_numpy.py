@@ -14,9 +14,9 @@ import numpy as np
 from doraxp._types import Array
 from doraxp.backends._generic import Factors, Operations
 
-# Elements of one up-cast block: 4 MiB in float32, which the second-level caches nearly hold and
+# Elements of one block of rows: 1 MiB in float32, which a second-level cache holds and
 # which is large enough for BLAS to run at full speed.
-BLOCK = 1 << 20
+BLOCK = 1 << 18
 
 
 class FormedRows(NamedTuple):
