@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from doraxp import (
-    Adapter,
     AdamWState,
+    Adapter,
     SGDState,
     adamw_init,
     adamw_step,
@@ -240,9 +240,464 @@ def test_arguments_are_not_written_to(backend, draw, init, step):
     params, grads = random_adapter(draw), random_adapter(draw)
     state = init(params)
     _, state = step(params, grads, state, learning_rate=0.1)
-    arrays = [leaf for tree in (params, grads, *state[-2:]) if tree != state[0] for leaf in tree]
+    moments = [tree for tree in state if isinstance(tree, Adapter)]
+    arrays = [leaf for tree in (params, grads, *moments) for leaf in tree]
     before = [backend.numpy(leaf).copy() for leaf in arrays]
     step(params, grads, state, learning_rate=0.1)
     clip_by_global_norm(grads, 0.1)
     for leaf, values in zip(arrays, before, strict=True):
         np.testing.assert_array_equal(backend.numpy(leaf), values)
+
+
+@both
+def test_a_scalar_is_a_parameter_too(backend, draw, init, step):
+    params = Dense(draw(3, dtype="float32"), draw(dtype="float32"))
+    stepped, _ = train(backend, init, step, params, [params] * 3, learning_rate=0.1)
+    assert tuple(stepped.bias.shape) == ()
+    assert stepped.bias.dtype == params.bias.dtype
+
+
+# Numbers: one, or one per leaf
+
+
+@both
+def test_one_weight_decay_leaves_magnitude_alone(backend, draw, assert_close, init, step):
+    params, grads = random_adapter(draw), random_adapter(draw)
+    for one, explicit in [(0.5, Adapter(0.5, 0.5, 0.0)), (0, Adapter(0.0, 0, 0.0))]:
+        numbers = {"learning_rate": 0.1}
+        actual, _ = train(backend, init, step, params, [grads], weight_decay=one, **numbers)
+        desired, _ = train(backend, init, step, params, [grads], weight_decay=explicit, **numbers)
+        assert_same(assert_close, actual, desired)
+    moved, _ = train(
+        backend, init, step, params, [grads], weight_decay=Adapter(0, 0, 0.5), **numbers
+    )
+    assert_same(assert_close, moved._replace(magnitude=desired.magnitude), desired)
+    shift = backend.numpy(desired.magnitude) - 0.05 * backend.numpy(params.magnitude)
+    assert_close(moved.magnitude, shift, rtol=1e-15)
+
+
+@both
+def test_lora_plus_is_a_rate_per_leaf(backend, draw, assert_close, init, step):
+    params, grads = random_adapter(draw), random_adapter(draw)
+    numbers = {"weight_decay": 0.1}
+    fast, _ = train(
+        backend, init, step, params, [grads], learning_rate=Adapter(0.01, 0.16, 0.02), **numbers
+    )
+    for field, rate in [("lora_a", 0.01), ("lora_b", 0.16), ("magnitude", 0.02)]:
+        plain, _ = train(backend, init, step, params, [grads], learning_rate=rate, **numbers)
+        assert_close(getattr(fast, field), getattr(plain, field), rtol=0)
+
+
+@both
+def test_a_dict_is_stepped_entry_by_entry(backend, draw, assert_close, init, step):
+    params = {"k": random_adapter(draw), "q": random_adapter(draw), "head": Dense(draw(3), draw(2))}
+    gradients = [
+        # Another order: what belongs together is told by name.
+        {"head": Dense(draw(3), draw(2)), "q": random_adapter(draw), "k": random_adapter(draw)}
+        for _ in range(2)
+    ]
+    rates = {"q": 0.1, "head": Dense(0.2, 0.3), "k": RATES}
+    decays = {"head": 0.1, "k": 0.2, "q": DECAYS}
+    actual, _ = train(
+        backend, init, step, params, gradients, learning_rate=rates, weight_decay=decays
+    )
+    assert actual.keys() == params.keys()
+    for name in params:
+        alone = [grads[name] for grads in gradients]
+        numbers = {"learning_rate": rates[name], "weight_decay": decays[name]}
+        desired, _ = train(backend, init, step, params[name], alone, **numbers)
+        assert_same(assert_close, actual[name], desired)
+
+
+@both
+def test_numbers_for_one_adapter_serve_a_dict(backend, draw, assert_close, init, step):
+    params, grads = ({"k": random_adapter(draw), "q": random_adapter(draw)} for _ in range(2))
+    numbers = {"learning_rate": RATES, "weight_decay": 0.3}
+    actual, _ = train(backend, init, step, params, [grads], **numbers)
+    for name in params:
+        desired, _ = train(backend, init, step, params[name], [grads[name]], **numbers)
+        assert_same(assert_close, actual[name], desired)
+
+
+@pytest.mark.dtypes("float32", "float64")
+@both
+def test_arrays_serve_as_numbers(backend, draw, assert_close, init, step, dtype):
+    params, grads = random_adapter(draw, dtype), random_adapter(draw, dtype)
+    zero_d = [backend.asarray(np.asarray(value)) for value in (0.25, 0.5)]  # float64 always
+    actual, _ = train(
+        backend, init, step, params, [grads], learning_rate=zero_d[0], weight_decay=zero_d[1]
+    )
+    desired, _ = train(backend, init, step, params, [grads], learning_rate=0.25, weight_decay=0.5)
+    assert_same(assert_close, actual, desired, rtol=1e-7 if dtype == "float32" else 1e-15)
+
+
+def test_a_traced_step_loses_no_digits(backend, draw, assert_close):
+    params = random_adapter(draw, "float32")
+    zeros = adamw_init(params).mu
+    for taken in (0, 7):
+        state = AdamWState(backend.asarray(np.asarray(taken)), zeros, zeros)
+        actual, state = backend.run(adamw_step, params, params, state, learning_rate=1.0)
+        desired, _ = adamw_step(
+            params, params, state._replace(step=taken, mu=zeros, nu=zeros), learning_rate=1.0
+        )
+        assert int(backend.numpy(state.step)) == taken + 1
+        assert_same(assert_close, actual, desired, rtol=1e-6)
+
+
+# Clipping
+
+
+@pytest.mark.dtypes("float32", "float64")
+def test_clipping_bounds_the_global_norm(backend, draw, assert_close, dtype):
+    grads = {
+        "q": random_adapter(draw, dtype),
+        "head": Dense(draw(3, dtype=dtype), draw(2, 2, dtype=dtype)),
+    }
+    values = {name: [backend.numpy(leaf) for leaf in grads[name]] for name in grads}
+    squares = [float(value) ** 2 for name in values for leaf in values[name] for value in leaf.flat]
+    length = math.sqrt(sum(squares))
+    clipped, norm = backend.run(clip_by_global_norm, grads, 0.5)
+    rtol = {"float32": 5e-7, "float64": 1e-15}[dtype]
+    assert_close(norm, np.asarray(length, dtype), rtol=rtol)
+    assert clipped.keys() == grads.keys()
+    for name in grads:
+        for leaf, given in zip(clipped[name], values[name], strict=True):
+            assert_close(leaf, (0.5 / length * given.astype("float64")).astype(dtype), rtol=rtol)
+
+
+def test_within_the_bound_nothing_changes(backend, draw, assert_close):
+    grads = random_adapter(draw, "float32")
+    _, norm = clip_by_global_norm(grads, 1.0)
+    for bound in (float(backend.numpy(norm)), 1e30):
+        clipped, _ = backend.run(clip_by_global_norm, grads, bound)
+        assert_same(assert_close, clipped, grads)
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e-30])
+def test_the_norm_does_not_overflow(backend, assert_close, scale):
+    leaves = (np.full(shape, scale, "float32") for shape in ((1, 2), (1, 1), (1,)))
+    grads = Adapter(*(backend.asarray(leaf) for leaf in leaves))
+    clipped, norm = backend.run(clip_by_global_norm, grads, scale)
+    assert_close(norm, np.asarray(2 * scale, "float32"), rtol=2e-7)
+    assert_close(clipped.lora_a, np.full((1, 2), scale / 2, "float32"), rtol=2e-7)
+
+
+def test_zero_gradients_stay(backend, assert_close):
+    grads = Dense(*(backend.asarray(np.zeros(shape)) for shape in ((2, 3), (2,))))
+    clipped, norm = backend.run(clip_by_global_norm, grads, 1.0)
+    assert_close(norm, np.zeros(()), rtol=0)
+    assert_same(assert_close, clipped, grads)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_shows_in_the_norm(backend, bad):
+    values = (np.array([[1.0, bad]]), np.array([7.0]))
+    with np.errstate(invalid="ignore"):
+        clipped, norm = backend.run(clip_by_global_norm, Dense(*map(backend.asarray, values)), 1.0)
+        assert np.isnan(backend.numpy(norm))
+        for leaf, given in zip(clipped, values, strict=True):
+            np.testing.assert_array_equal(backend.numpy(leaf), given)
+
+
+@pytest.mark.dtypes("float16", "bfloat16")
+def test_low_precision_is_clipped_wide(backend, assert_close, dtype):
+    grads = Dense(*(backend.asarray(np.full(2, 300.0).astype(dtype)) for _ in range(2)))
+    clipped, norm = backend.run(clip_by_global_norm, grads, 3.0)
+    assert_close(norm, np.asarray(2 * backend.numpy(grads.bias)[0], "float32"), rtol=1e-6)
+    assert_close(clipped.bias, np.full(2, 1.5).astype(dtype), rtol=0)
+
+
+# Schedules
+
+
+def test_constant_schedule_at_its_corners():
+    assert [constant_schedule(0.5)(step) for step in (0, 1, 10**6)] == [0.5] * 3
+    schedule = constant_schedule(0.5, warmup_steps=3)
+    assert [schedule(step) for step in range(6)] == [0.125, 0.25, 0.375, 0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("schedule", [linear_schedule, cosine_schedule])
+def test_decay_at_its_corners(schedule):
+    full = schedule(0.8, total_steps=10)
+    assert full(0) == 0.8
+    assert full(5) == pytest.approx(0.4, rel=1e-15)
+    assert 0 < full(9) < full(8) < 0.8
+    assert [full(step) for step in (10, 11, 10**6)] == [0.0] * 3
+
+    warm = schedule(0.8, total_steps=12, warmup_steps=4, final=0.3)
+    assert [warm(step) for step in range(4)] == [0.8 * k / 5 for k in (1, 2, 3, 4)]
+    assert warm(4) == 0.8
+    assert warm(8) == pytest.approx(0.55, rel=1e-15)
+    assert 0.3 < warm(11) < warm(10) < 0.8
+    assert [warm(step) for step in (12, 13)] == [0.3] * 2
+
+    all_warm = schedule(0.8, total_steps=3, warmup_steps=3, final=0.1)
+    assert [all_warm(step) for step in range(4)] == [0.8 / 4, 1.6 / 4, 0.8 * 3 / 4, 0.1]
+
+
+def test_decay_between_its_corners():
+    assert linear_schedule(0.8, total_steps=8, final=0.4)(2) == pytest.approx(0.7, rel=1e-15)
+    quarter = 0.4 + 0.2 * (1 + math.sqrt(0.5))
+    assert cosine_schedule(0.8, total_steps=8, final=0.4)(2) == pytest.approx(quarter, rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        constant_schedule(np.float32(0.5), warmup_steps=np.int64(2)),
+        linear_schedule(1, total_steps=np.int64(6), warmup_steps=2),
+        cosine_schedule(1, total_steps=6, warmup_steps=2, final=np.float64(0.5)),
+    ],
+)
+def test_schedules_return_python_floats(schedule):
+    assert {type(schedule(step)) for step in (0, 2, np.int64(3), 7)} == {float}
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: constant_schedule(-1),
+            ValueError,
+            "learning_rate must be at least 0 and finite, got -1.0",
+        ),
+        (lambda: constant_schedule("1"), TypeError, "learning_rate must be a number, got '1'"),
+        (
+            lambda: constant_schedule(1, warmup_steps=-1),
+            ValueError,
+            "warmup_steps must be at least 0, got -1",
+        ),
+        (
+            lambda: constant_schedule(1, warmup_steps=1.5),
+            TypeError,
+            "warmup_steps must be an integer, got 1.5",
+        ),
+        (
+            lambda: constant_schedule(1, warmup_steps=True),
+            TypeError,
+            "warmup_steps must be an integer, got True",
+        ),
+        (lambda: constant_schedule(1)(-1), ValueError, "step must be at least 0, got -1"),
+        (
+            lambda: linear_schedule(math.nan, total_steps=1),
+            ValueError,
+            "learning_rate must be at least 0 and finite, got nan",
+        ),
+        (
+            lambda: linear_schedule(1, total_steps=0),
+            ValueError,
+            "total_steps must be at least 1, got 0",
+        ),
+        (
+            lambda: linear_schedule(1, total_steps=2, final=math.inf),
+            ValueError,
+            "final must be at least 0 and finite, got inf",
+        ),
+        (
+            lambda: cosine_schedule(1, total_steps=2, warmup_steps=-1),
+            ValueError,
+            "warmup_steps must be at least 0, got -1",
+        ),
+        (
+            lambda: cosine_schedule(1, total_steps=2, warmup_steps=3),
+            ValueError,
+            "warmup_steps must be at most total_steps = 2, got 3",
+        ),
+    ],
+)
+def test_a_schedule_of_nonsense_is_refused(call, error, message):
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        call()
+
+
+# Errors
+
+
+def whole(**leaves):
+    return Adapter(np.ones((2, 5)), np.ones((4, 2)), np.ones(4))._replace(**leaves)
+
+
+ONE, TWO = {"q": whole()}, {"q": whole(), "k": whole()}
+TREES = [  # params, grads, error, message
+    (
+        whole(),
+        whole(lora_a=np.ones((2, 4))),
+        ValueError,
+        "grads.lora_a must have the shape of params.lora_a, (2, 5), got (2, 4)",
+    ),
+    (
+        TWO,
+        {**TWO, "k": whole(magnitude=np.ones((4, 1)))},
+        ValueError,
+        "grads['k'].magnitude must have the shape of params['k'].magnitude, (4,), got (4, 1)",
+    ),
+    (
+        ONE,
+        whole(),
+        ValueError,
+        "grads and params must have the same entries, but there is no grads['q'].lora_a and no "
+        "grads['q'].lora_b and no grads['q'].magnitude and no params.lora_a and no params.lora_b "
+        "and no params.magnitude",
+    ),
+    (
+        ONE,
+        {"q": Dense(np.ones(1), np.ones(1))},
+        ValueError,
+        "grads and params must have the same entries, but there is no grads['q'].lora_a and no "
+        "grads['q'].lora_b and no grads['q'].magnitude and no params['q'].weight and no "
+        "params['q'].bias",
+    ),
+    (
+        whole(),
+        whole(lora_b=np.ones((4, 2), int)),
+        TypeError,
+        "grads.lora_b must be of dtype float16, bfloat16, float32, float64, got int64",
+    ),
+    (ONE, {"q": whole(lora_b=None)}, TypeError, "grads['q'].lora_b must be an array, got None"),
+    (
+        [whole()],
+        whole(),
+        TypeError,
+        "params must be a NamedTuple of arrays or a dict of them, got list",
+    ),
+    (
+        ONE,
+        {"q": np.ones(3)},
+        TypeError,
+        "grads['q'] must be a NamedTuple of arrays or a dict of them, got ndarray",
+    ),
+    ({}, {}, ValueError, "params must hold at least one array, got {}"),
+]
+RATE_RULE = "must be a number or a 0-d array of the library of params, got"
+NUMBERS = [  # value of learning_rate or of weight_decay, params, error, message after the name
+    (-1, whole(), ValueError, " must be at least 0 and finite, got -1.0"),
+    (math.inf, whole(), ValueError, " must be at least 0 and finite, got inf"),
+    (True, whole(), TypeError, " must be a number, got True"),
+    ("a", whole(), TypeError, f" {RATE_RULE} 'a'"),
+    (None, whole(), TypeError, f" {RATE_RULE} None"),
+    (np.ones(1), whole(), TypeError, f" {RATE_RULE} array([1.])"),
+    (Adapter(1, 1, -1), whole(), ValueError, ".magnitude must be at least 0 and finite, got -1.0"),
+    ({"q": 1}, whole(), TypeError, f" {RATE_RULE} {{'q': 1}}"),
+    (Adapter(1, {}, 1), ONE, TypeError, f"['q'].lora_b {RATE_RULE} {{}}"),
+    ({"q": 1, "k": -1}, TWO, ValueError, "['k'] must be at least 0 and finite, got -1.0"),
+    (
+        {"v": 1},
+        ONE,
+        ValueError,
+        " and params must have the same entries, but there is no {name}['q'] and no params['v']",
+    ),
+    (
+        {"q": 1, "k": Dense(1, 1)},
+        TWO,
+        ValueError,
+        " and params must have the same entries, but there is no {name}['k'].lora_a and no "
+        "{name}['k'].lora_b and no {name}['k'].magnitude and no params['k'].weight and no "
+        "params['k'].bias",
+    ),
+]
+LIMITS = [
+    (sgd_step, "momentum", 1, "must be at least 0 and below 1, got 1.0"),
+    (sgd_step, "momentum", -0.1, "must be at least 0 and below 1, got -0.1"),
+    (adamw_step, "beta1", 1, "must be at least 0 and below 1, got 1.0"),
+    (adamw_step, "beta2", 1.5, "must be at least 0 and below 1, got 1.5"),
+    (adamw_step, "eps", 0, "must be above 0 and finite, got 0.0"),
+    (adamw_step, "eps", math.nan, "must be above 0 and finite, got nan"),
+]
+
+
+def exactly(message):
+    return f"^{re.escape(message)}$"
+
+
+@pytest.mark.parametrize(("params", "grads", "error", "message"), TREES, ids=range(len(TREES)))
+@both
+def test_trees_that_do_not_fit_are_refused(init, step, params, grads, error, message):
+    state = init(TWO if params is TWO else ONE if isinstance(params, dict) else whole())
+    with pytest.raises(error, match=exactly(message)):
+        step(params, grads, state, learning_rate=0.1)
+
+
+@pytest.mark.parametrize(
+    ("step", "state", "name"),
+    [
+        (sgd_step, SGDState(ONE), "state.velocity"),
+        (adamw_step, AdamWState(0, ONE, whole()), "state.mu"),
+        (adamw_step, AdamWState(0, whole(), ONE), "state.nu"),
+    ],
+)
+def test_a_state_of_other_parameters_is_refused(step, state, name):
+    message = f"{name} and params must have the same entries, but there is no {name}.lora_a and"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        step(whole(), whole(), state, learning_rate=0.1)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
+@pytest.mark.parametrize(("value", "params", "error", "message"), NUMBERS, ids=range(len(NUMBERS)))
+@both
+def test_numbers_that_do_not_fit_are_refused(init, step, name, value, params, error, message):
+    numbers = {"learning_rate": 0.1, name: value}
+    message = name + message.replace("{name}", name)
+    with pytest.raises(error, match=exactly(message)):
+        step(params, params, init(params), **numbers)
+
+
+@pytest.mark.parametrize(("step", "name", "value", "message"), LIMITS)
+def test_numbers_out_of_range_are_refused(step, name, value, message):
+    init = sgd_init if step is sgd_step else adamw_init
+    with pytest.raises(ValueError, match=exactly(f"{name} {message}")):
+        step(whole(), whole(), init(whole()), learning_rate=0.1, **{name: value})
+    with pytest.raises(TypeError, match=exactly(f"{name} must be a number, got None")):
+        step(whole(), whole(), init(whole()), learning_rate=0.1, **{name: None})
+
+
+def test_nesterov_without_momentum_is_refused():
+    with pytest.raises(
+        ValueError, match=exactly("nesterov must come with a momentum above 0, got 0.0")
+    ):
+        sgd_step(whole(), whole(), sgd_init(whole()), learning_rate=0.1, nesterov=True)
+
+
+@pytest.mark.parametrize("bound", [0, -1.0, math.inf, math.nan])
+def test_a_bound_that_is_none_is_refused(bound):
+    message = f"max_norm must be above 0 and finite, got {float(bound)}"
+    with pytest.raises(ValueError, match=exactly(message)):
+        clip_by_global_norm(whole(), bound)
+    with pytest.raises(TypeError, match=exactly("max_norm must be a number, got '1'")):
+        clip_by_global_norm(whole(), "1")
+
+
+def test_trees_that_are_none_are_refused():
+    for call in (sgd_init, adamw_init):
+        with pytest.raises(TypeError, match=exactly(TREES[6][3])):
+            call([whole()])
+    with pytest.raises(TypeError, match=exactly(TREES[6][3].replace("params", "grads"))):
+        clip_by_global_norm([whole()], 1.0)
+    with pytest.raises(ValueError, match=exactly("grads must hold at least one array, got {}")):
+        clip_by_global_norm({}, 1.0)
+
+
+class Foreign:
+    """A 0-d array of no library that is installed."""
+
+    ndim = 0
+    shape = ()
+
+    def __array_namespace__(self, api_version=None):
+        return math
+
+    def __repr__(self):
+        return "Foreign()"
+
+
+@both
+def test_arrays_of_two_libraries_are_refused(init, step):
+    state = init(whole())
+    message = exactly(
+        "all arrays must be of one library: params.lora_a is of numpy, grads.lora_b of math"
+    )
+    with pytest.raises(TypeError, match=message):
+        step(whole(), whole(lora_b=Foreign()), state, learning_rate=0.1)
+    for name in ("learning_rate", "weight_decay"):
+        numbers = {"learning_rate": 0.1, name: Foreign()}
+        with pytest.raises(TypeError, match=exactly(f"{name} {RATE_RULE} Foreign()")):
+            step(whole(), whole(), state, **numbers)

@@ -9,24 +9,48 @@ from doraxp.decomposition import (
     magnitude_direction_change,
     prepare,
 )
+from doraxp.layer import Diagnostics, DoRALayer, Linear
 from doraxp.linear import Cache, backward, convert_form, forward, init, merge
+from doraxp.optimizers import (
+    AdamWState,
+    SGDState,
+    adamw_init,
+    adamw_step,
+    clip_by_global_norm,
+    sgd_init,
+    sgd_step,
+)
+from doraxp.schedules import constant_schedule, cosine_schedule, linear_schedule
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdamWState",
     "Adapter",
     "Cache",
     "Config",
+    "Diagnostics",
+    "DoRALayer",
     "Gradients",
+    "Linear",
     "MagnitudeDirectionChange",
     "Prepared",
+    "SGDState",
+    "adamw_init",
+    "adamw_step",
     "backends",
     "backward",
+    "clip_by_global_norm",
+    "constant_schedule",
     "convert_form",
+    "cosine_schedule",
     "decompose",
     "forward",
     "init",
+    "linear_schedule",
     "magnitude_direction_change",
     "merge",
     "prepare",
+    "sgd_init",
+    "sgd_step",
 ]

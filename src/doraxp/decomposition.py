@@ -47,11 +47,11 @@ class MagnitudeDirectionChange(NamedTuple):
     """How far a weight moved in magnitude and in direction."""
 
     magnitude: Array
-    """ΔM = mean over rows of |‖w'ᵢ‖ − ‖wᵢ‖|, shape (*stack,)."""
+    """ΔM = mean over rows of abs(‖w'ᵢ‖ − ‖wᵢ‖), shape (*stack,)."""
     direction: Array
     """ΔD = mean over rows of 1 − cos(w'ᵢ, wᵢ), shape (*stack,)."""
     magnitude_rows: Array
-    """|‖w'ᵢ‖ − ‖wᵢ‖|, shape (*stack, out)."""
+    """abs(‖w'ᵢ‖ − ‖wᵢ‖), shape (*stack, out)."""
     direction_rows: Array
     """1 − cos(w'ᵢ, wᵢ), shape (*stack, out)."""
 
@@ -100,7 +100,7 @@ def decompose(weight: Array) -> tuple[Array, Array]:
 def magnitude_direction_change(
     weight_before: Array, weight_after: Array
 ) -> MagnitudeDirectionChange:
-    """Return ΔM = mean |‖w'ᵢ‖ − ‖wᵢ‖| and ΔD = mean (1 − cos(w'ᵢ, wᵢ)), over the rows.
+    """Return ΔM = mean abs(‖w'ᵢ‖ − ‖wᵢ‖) and ΔD = mean (1 − cos(w'ᵢ, wᵢ)), over the rows.
 
     1 − cos is computed as ½‖ŵ' − ŵ‖², which keeps its digits where the change is small. A row
     that is zero on one side only counts as orthogonal, ΔD = 1; on both, as unchanged.

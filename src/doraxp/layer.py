@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import array_api_compat
 
 from doraxp._checks import check_bias, check_input, check_output_gradient, check_weight
+from doraxp._trees import check_number
 from doraxp._types import Adapter, Array, Config
 from doraxp.backends import compute_dtype, operations
 from doraxp.decomposition import (
@@ -25,7 +26,6 @@ from doraxp.decomposition import (
     prepare,
 )
 from doraxp.linear import Cache, InitMethod, as_tokens, backward, forward, init, merge
-from doraxp.optimizers import check_number
 
 WeightLayout: TypeAlias = Literal["out_in", "in_out"]
 

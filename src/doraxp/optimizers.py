@@ -152,7 +152,7 @@ def sgd_step(
         g = g + decay * p
         v = momentum * v + g
         p = p - rate * (g + momentum * v if nesterov else v)
-        stepped[path] = xp.asarray(p, dtype=arrays[0].dtype)
+        stepped[path] = xp.astype(p, arrays[0].dtype, copy=False)
         velocity[path] = v
     return build(params, stepped), SGDState(build(state.velocity, velocity))
 
@@ -268,7 +268,7 @@ def adamw_step(
         mean = mu / _bias_correction(beta1, step, p.dtype, xp=xp)
         square = nu / _bias_correction(beta2, step, p.dtype, xp=xp)
         p = p - rate * (mean / (xp.sqrt(square) + eps) + decay * p)
-        stepped[path] = xp.asarray(p, dtype=arrays[0].dtype)
+        stepped[path] = xp.astype(p, arrays[0].dtype, copy=False)
         first[path], second[path] = mu, nu
     state = AdamWState(step, build(state.mu, first), build(state.nu, second))
     return build(params, stepped), state
@@ -282,7 +282,7 @@ def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Array]:
         norm = √(Σ g²)      over all leaves together
 
     Gradients within `max_norm` come back bit for bit. There is no ε, unlike in torch's
-    clip_grad_norm_. Where a gradient is not finite, all come back as they are and the norm is NaN.
+    `clip_grad_norm_`. Where a gradient is not finite, all come back as they are and the norm is NaN.
 
     Parameters
     ----------
@@ -327,9 +327,10 @@ def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Array]:
     over = norm > max_norm
     factor = xp.where(over, max_norm / xp.where(over, norm, 1.0), 1.0)
     clipped = {
-        path: xp.asarray(factor * wide[path], dtype=leaf.dtype) for path, (leaf,) in leaves.items()
+        path: xp.astype(factor * wide[path], leaf.dtype, copy=False)
+        for path, (leaf,) in leaves.items()
     }
-    return build(grads, clipped), xp.asarray(norm)
+    return build(grads, clipped), norm
 
 
 def _wide(*values: Any, xp: Any) -> tuple[Any, ...]:
