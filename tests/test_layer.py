@@ -1,0 +1,424 @@
+"""DoRALayer and Linear: each row of the table in the design, and the state between calls."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+import doraxp
+from doraxp import Adapter, Config, DoRALayer, Linear
+
+W = np.array([[3.0, 4.0], [0.0, 5.0]])
+
+
+class Plain:
+    """A layer of someone's own, without a bias."""
+
+    def __init__(self, weight):
+        self.weight = weight
+        self.buffers = [weight]
+
+
+def make(draw, config=None, *, train_base=False, bias=True, **options):
+    base = Linear(draw(7, 6), draw(7) if bias else None)
+    return DoRALayer(base, config or Config(2), seed=0, train_base=train_base, **options)
+
+
+def step(layer, draw, rate=0.1):
+    y = layer.forward(draw(5, 6))
+    layer.backward(y)
+    layer.update_parameters(rate)
+
+
+def bits(backend, layer):
+    return {name: backend.numpy(array).tobytes() for name, array in layer.state_dict().items()}
+
+
+def test_values_of_the_adapter_class(backend, assert_close):
+    layer = DoRALayer(Linear(backend.asarray(W)), Config(1), seed=0)
+    assert_close(
+        layer.forward(backend.asarray(np.array([1.0, 2.0]))), np.array([11.0, 10.0]), rtol=0
+    )
+    assert_close(
+        layer.forward(backend.asarray(np.eye(2))), np.array([[3.0, 0.0], [4.0, 5.0]]), rtol=0
+    )
+    assert_close(layer.merge_to_original_layer().weight, W, rtol=0)
+    wide = DoRALayer(Linear(backend.asarray(np.ones((5, 10)))), Config(2), seed=0)
+    assert wide.parameter_count == 35
+
+
+def test_linear_is_the_dense_formula(backend, draw, assert_close):
+    weight, bias, x, dy = draw(7, 6), draw(7), draw(2, 5, 6), draw(2, 5, 7)
+    layer = Linear(weight, bias)
+    w, c, x_np, d = map(backend.numpy, (weight, bias, x, dy))
+    for times in (1, 2):  # gradients add up
+        assert_close(layer.forward(x), x_np @ w.T + c, rtol=1e-14)
+        assert_close(layer.backward(dy), d @ w, rtol=1e-14)
+        dweight = times * np.einsum("abo,abi->oi", d, x_np)
+        assert_close(layer.weight_gradient, dweight, rtol=1e-14)
+        assert_close(layer.bias_gradient, times * d.sum(axis=(0, 1)), rtol=1e-14)
+    layer.clear_gradients()
+    assert layer.weight_gradient is layer.bias_gradient is None
+    plain = Linear(weight)
+    assert_close(plain.forward(x), x_np @ w.T, rtol=1e-14)
+    plain.backward(dy)
+    assert plain.bias_gradient is None
+
+
+def test_linear_refuses(draw):
+    with pytest.raises(RuntimeError, match="backward needs a forward first"):
+        Linear(draw(7, 6)).backward(draw(5, 7))
+    with pytest.raises(ValueError, match=r"bias must have shape .* got \(6,\)"):
+        Linear(draw(7, 6), draw(6))
+    with pytest.raises(ValueError, match="weight must have shape"):
+        Linear(draw(6))
+    layer = Linear(draw(7, 6))
+    with pytest.raises(ValueError, match="x must have shape"):
+        layer.forward(draw(5, 7))
+    layer.forward(draw(5, 6))
+    with pytest.raises(ValueError, match="dy must have the shape of y"):
+        layer.backward(draw(5, 6))
+
+
+@pytest.mark.parametrize("norm_gradient", ["exact", "detached"])
+@pytest.mark.parametrize("form", ["weight", "direction"])
+@pytest.mark.parametrize("train_base", [False, True])
+def test_the_layer_is_the_functional_core(
+    backend, draw, assert_close, form, norm_gradient, train_base
+):
+    config = Config(2, 4.0, form=form, norm_gradient=norm_gradient)
+    layer = make(draw, config, train_base=train_base)
+    weight, bias = layer.base.weight, layer.base.bias
+    adapter = doraxp.init(weight, config, seed=0)
+    for _ in range(2):
+        x, dy = draw(5, 6), draw(5, 7)
+        y, cache = doraxp.forward(x, weight, adapter, config, bias=bias)
+        dx, grads, dweight, dbias = doraxp.backward(dy, cache, train_base=train_base)
+        assert_close(layer.forward(x), y, rtol=1e-15)
+        assert_close(layer.backward(dy), dx, rtol=1e-15)
+        layer.update_parameters(0.25)
+        adapter = Adapter(*(p - 0.25 * g for p, g in zip(adapter, grads, strict=True)))
+        if train_base:
+            weight, bias = weight - 0.25 * dweight, bias - 0.25 * dbias
+        for leaf, expected in zip(layer.adapter, adapter, strict=True):
+            assert_close(leaf, expected, rtol=1e-14)
+        assert_close(layer.weight, weight, rtol=1e-14)
+        assert_close(layer.bias, bias, rtol=1e-14)
+
+
+def test_training_lowers_the_loss_and_leaves_the_base_alone(backend, draw):
+    layer = make(draw, train_base=True)
+    before = backend.numpy(layer.base.weight).copy()
+    x, target, losses = draw(5, 6), draw(5, 7), []
+    for _ in range(20):
+        error = layer.forward(x) - target
+        losses.append(float(np.sum(backend.numpy(error) ** 2)))
+        layer.backward(2 * error)
+        layer.update_parameters(0.01)
+    assert losses[-1] < 0.5 * losses[0]
+    np.testing.assert_array_equal(backend.numpy(layer.base.weight), before)
+
+
+def test_gradients_add_up_until_they_are_used(backend, draw, assert_close):
+    layer = make(draw)
+    assert_close(layer.get_parameter_gradients(), np.zeros(layer.parameter_count), rtol=0)
+    y = layer.forward(draw(5, 6))
+    layer.backward(y)
+    once = layer.get_parameter_gradients()
+    layer.backward(y)
+    assert_close(layer.get_parameter_gradients(), 2 * once, rtol=1e-15)
+    layer.clear_gradients()
+    assert_close(layer.get_parameter_gradients(), 0 * once, rtol=0)
+    layer.backward(y)
+    layer.update_parameters(0.1)
+    assert layer.gradients is None
+
+
+def test_a_step_needs_gradients_and_a_backward_a_forward(draw):
+    layer = make(draw)
+    with pytest.raises(RuntimeError, match="backward needs a forward with the parameters"):
+        layer.backward(draw(5, 7))
+    with pytest.raises(RuntimeError, match="update_parameters needs the gradients of a backward"):
+        layer.update_parameters(0.1)
+    step(layer, draw)
+    with pytest.raises(RuntimeError, match="update_parameters needs the gradients of a backward"):
+        layer.update_parameters(0.1)
+    with pytest.raises(RuntimeError, match="dropped when they changed"):
+        layer.backward(draw(5, 7))
+    for drop in (
+        lambda: layer.set_parameters(layer.get_parameters()),
+        lambda: layer.load_state_dict(layer.state_dict()),
+        layer.reset_state,
+    ):
+        layer.backward(layer.forward(draw(5, 6)))
+        drop()
+        assert layer.gradients is None
+        with pytest.raises(RuntimeError, match="the state was reset"):
+            layer.backward(draw(5, 7))
+
+
+def test_reset_keeps_the_parameters(backend, draw):
+    layer = make(draw, train_base=True)
+    step(layer, draw)
+    before = bits(backend, layer)
+    layer.reset_state()
+    assert bits(backend, layer) == before
+
+
+def test_the_norm_is_prepared_once_per_change(draw, monkeypatch):
+    calls = []
+    prepare = doraxp.layer.prepare
+
+    def count(*args, previous):
+        calls.append(previous)
+        return prepare(*args, previous=previous)
+
+    monkeypatch.setattr(doraxp.layer, "prepare", count)
+    layer = make(draw)
+    for _ in range(3):
+        layer.backward(layer.forward(draw(5, 6)))
+    layer.merge_to_original_layer()
+    layer.diagnostics()
+    assert len(calls) == 1
+    layer.update_parameters(0.1)
+    layer.forward(draw(5, 6))
+    assert len(calls) == 2
+    assert calls[0] is None
+    assert calls[1] is not None  # the weight's squares are used again
+
+
+def test_a_base_that_is_trained_is_not_reused(draw, assert_close):
+    layer = make(draw, train_base=True)
+    step(layer, draw)
+    x = draw(5, 6)
+    y, _ = doraxp.forward(x, layer.weight, layer.adapter, layer.config, bias=layer.bias)
+    assert_close(layer.forward(x), y, rtol=1e-15)
+
+
+def test_a_write_into_the_adapter_is_noticed():
+    layer = DoRALayer(Linear(W.copy()), Config(1), seed=0)
+    x = np.eye(2)
+    y = layer.forward(x)
+    layer.adapter.lora_b[...] = 1
+    with pytest.raises(RuntimeError, match="parameters as they are now"):
+        layer.backward(y)
+    expected, _ = doraxp.forward(x, W, layer.adapter, layer.config)
+    np.testing.assert_array_equal(layer.forward(x), expected)
+
+
+@pytest.mark.parametrize("train_base", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_vector_has_the_order_of_the_table(backend, draw, assert_close, train_base, bias):
+    layer = make(draw, train_base=train_base, bias=bias)
+    arrays = [*layer.adapter]
+    if train_base:
+        arrays = [layer.weight, *([layer.bias] if bias else []), *arrays]
+    expected = np.concatenate([backend.numpy(array).ravel() for array in arrays])
+    assert layer.parameter_count == expected.size
+    assert_close(layer.get_parameters(), expected, rtol=0)
+    layer.set_parameters(backend.asarray(2 * expected))
+    assert_close(layer.get_parameters(), 2 * expected, rtol=0)
+    assert_close(layer.adapter.magnitude, 2 * expected[-7:], rtol=0)
+    layer.backward(layer.forward(draw(5, 6)))
+    gradients = np.concatenate([backend.numpy(g).ravel() for g in layer.gradients.values()])
+    assert list(layer.gradients) == list(layer.state_dict())
+    assert_close(layer.get_parameter_gradients(), gradients, rtol=0)
+
+
+@pytest.mark.parametrize("train_base", [False, True])
+def test_a_base_stored_in_out_is_the_transposed_one(backend, draw, assert_close, train_base):
+    weight, bias = draw(7, 6), draw(7)
+    turned = backend.asarray(backend.numpy(weight).T.copy())
+    options = {"seed": 0, "train_base": train_base}
+    one = DoRALayer(Linear(weight, bias), Config(2), **options)
+    other = DoRALayer(Linear2(turned, bias), Config(2), weight_layout="in_out", **options)
+    for _ in range(2):
+        x, dy = draw(5, 6), draw(5, 7)
+        assert_close(other.forward(x), one.forward(x), rtol=1e-14)
+        assert_close(other.backward(dy), one.backward(dy), rtol=1e-14)
+        for layer in (one, other):
+            layer.update_parameters(0.1)
+    merged = backend.numpy(one.merge_to_original_layer().weight)
+    assert_close(other.merge_to_original_layer().weight, merged.T, rtol=1e-14)
+    if train_base:
+        stored = backend.numpy(other.state_dict()["weight"])
+        assert_close(one.state_dict()["weight"], stored.T, rtol=1e-14)
+        assert_close(other.get_parameters()[:42], stored.ravel(), rtol=0)
+
+
+class Linear2:
+    """A base stored (in, out)."""
+
+    def __init__(self, weight, bias):
+        self.weight, self.bias = weight, bias
+
+
+def test_the_merged_layer_acts_as_the_adapted_one(backend, draw, assert_close):
+    layer = make(draw)
+    step(layer, draw)
+    before = backend.numpy(layer.base.weight).copy()
+    merged = layer.merge_to_original_layer()
+    x = draw(5, 6)
+    assert type(merged) is Linear
+    assert_close(merged.forward(x), layer.forward(x), rtol=1e-14)
+    assert merged.bias is not layer.base.bias
+    np.testing.assert_array_equal(backend.numpy(layer.base.weight), before)
+    layer.base.forward(x)
+    assert layer.merge_to_original_layer()._cache is None
+
+
+def test_the_merged_layer_shares_no_array_with_the_base():
+    base = Plain(W.copy())
+    merged = DoRALayer(base, Config(1), seed=0).merge_to_original_layer()
+    merged.weight[...] = 9
+    assert merged.buffers is not base.buffers
+    np.testing.assert_array_equal(base.weight, W)
+
+
+class ReadOnly:
+    def __init__(self, weight):
+        self._weight = weight
+
+    @property
+    def weight(self):
+        return self._weight
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    weight: object
+
+
+class Tuple(NamedTuple):
+    weight: object
+
+
+class Uncopied(Plain):
+    def __deepcopy__(self, memo):
+        return self
+
+
+@pytest.mark.parametrize("kind", [ReadOnly, Frozen, Tuple, Uncopied])
+def test_a_base_whose_weight_cannot_be_replaced(draw, kind):
+    layer = DoRALayer(kind(draw(7, 6)), Config(2), seed=0)
+    message = f"can be assigned a weight; {kind.__name__} is none"
+    with pytest.raises(TypeError, match=message):
+        layer.merge_to_original_layer()
+
+
+def test_a_base_that_is_none(draw):
+    for base in (None, object(), Plain(None)):
+        with pytest.raises(TypeError, match="base must be a layer with a weight, got"):
+            DoRALayer(base, Config(1), seed=0)
+    with pytest.raises(ValueError, match=r"weight_layout must be one of .*in_out.* got 'T'"):
+        make(draw, weight_layout="T")
+    with pytest.raises(ValueError, match=r"rank must be in 1\.\.6"):
+        make(draw, Config(7))
+    with pytest.raises(ValueError, match="weight must have shape"):
+        DoRALayer(Plain(draw(6)), Config(1), seed=0)
+    bad = Linear(draw(7, 6))
+    bad.bias = draw(6)
+    with pytest.raises(ValueError, match="bias must have shape"):
+        DoRALayer(bad, Config(1), seed=0)
+
+
+def test_init_options_reach_the_adapter(draw, assert_close):
+    layer = make(draw, method="gaussian")
+    expected = doraxp.init(layer.weight, layer.config, seed=0, method="gaussian")
+    assert_close(layer.adapter.lora_a, expected.lora_a, rtol=0)
+
+
+@pytest.mark.parametrize("train_base", [False, True])
+def test_state_goes_out_and_in(backend, draw, train_base):
+    layer, other = make(draw, train_base=train_base), make(draw, train_base=train_base)
+    step(layer, draw)
+    state = layer.state_dict()
+    names = ["lora_a", "lora_b", "magnitude"]
+    assert list(state) == (["weight", "bias", *names] if train_base else names)
+    other.load_state_dict(state)
+    assert bits(backend, other) == bits(backend, layer)
+    partial = {"magnitude": 2 * state["magnitude"], "surplus": state["lora_a"]}
+    other.load_state_dict(partial, strict=False)
+    expected = bits(backend, layer)
+    expected["magnitude"] = backend.numpy(partial["magnitude"]).tobytes()
+    assert bits(backend, other) == expected
+
+
+def test_loaded_arrays_are_copied():
+    layer = DoRALayer(Linear(W.copy()), Config(1), seed=0)
+    state = {name: array.copy() for name, array in layer.state_dict().items()}
+    layer.load_state_dict(state)
+    state["lora_b"][...] = 7
+    assert (layer.adapter.lora_b == 0).all()
+
+
+def test_what_does_not_fit_is_listed_and_changes_nothing(backend, draw):
+    layer = make(draw, train_base=True)
+    step(layer, draw)
+    layer.backward(layer.forward(draw(5, 6)))
+    before, state = bits(backend, layer), layer.state_dict()
+    broken = {"lora_a": draw(3, 6), "lora_b": state["lora_b"], "extra": state["lora_b"]}
+    message = (
+        r"lora_a must have shape \(2, 6\), got \(3, 6\); missing weight; missing bias; "
+        r"missing magnitude; unexpected extra"
+    )
+    with pytest.raises(ValueError, match=message):
+        layer.load_state_dict(broken)
+    with pytest.raises(ValueError, match="lora_a must have shape"):
+        layer.load_state_dict(broken, strict=False)
+    count = layer.parameter_count
+    for shape in ((count + 1,), (1, count)):
+        with pytest.raises(ValueError, match=r"vector must have shape \(parameter_count,\)"):
+            layer.set_parameters(draw(*shape))
+    with pytest.raises(TypeError, match="vector must be of dtype"):
+        layer.set_parameters(draw(count, dtype="int64"))
+    with pytest.raises(TypeError, match="lora_a must be an array"):
+        layer.load_state_dict(state | {"lora_a": [1.0]})
+    assert bits(backend, layer) == before
+    assert layer.gradients is not None
+    layer.update_parameters(0.1)
+
+
+def test_diagnostics(backend, draw, assert_close):
+    layer = make(draw, Config(2, 4.0), train_base=True)
+    fresh = layer.diagnostics()
+    assert fresh.shapes == {
+        "weight": (7, 6), "bias": (7,), "lora_a": (2, 6), "lora_b": (7, 2), "magnitude": (7,),
+    }  # fmt: skip
+    assert (fresh.rank, fresh.scaling, fresh.gradient_norms) == (2, 2.0, {})
+    assert_close(fresh.change.magnitude_rows, np.zeros(7), rtol=0)
+    step(layer, draw)
+    layer.backward(layer.forward(draw(5, 6)))
+    later = layer.diagnostics()
+    merged = layer.merge_to_original_layer().weight
+    expected = doraxp.magnitude_direction_change(layer.base.weight, merged)
+    assert_close(later.change.direction_rows, expected.direction_rows, rtol=1e-14)
+    assert_close(later.change.magnitude, expected.magnitude, rtol=1e-14)
+    for name, gradient in layer.gradients.items():
+        norm = np.linalg.norm(backend.numpy(gradient))
+        assert_close(later.gradient_norms[name], np.asarray(norm), rtol=1e-14)
+    assert "bias" not in make(draw, bias=False).diagnostics().shapes
+
+
+@pytest.mark.dtypes("float16", "bfloat16")
+def test_a_low_precision_base_keeps_its_dtype(backend, draw, dtype):
+    weight = draw(7, 6, dtype=dtype)
+    layer = DoRALayer(Plain(weight), Config(2), seed=0, train_base=True)
+    x = draw(5, 6, dtype="float32")
+    layer.backward(layer.forward(x))
+    assert layer.get_parameters().dtype == x.dtype
+    layer.update_parameters(0.5)
+    assert layer.weight.dtype == weight.dtype
+    assert layer.adapter.lora_a.dtype == x.dtype
+    assert layer.merge_to_original_layer().weight.dtype == weight.dtype
+    assert not np.array_equal(backend.numpy(layer.weight), backend.numpy(weight))
+
+
+def test_a_learning_rate_that_is_none(draw):
+    layer = make(draw)
+    layer.backward(layer.forward(draw(5, 6)))
+    with pytest.raises((TypeError, ValueError), match="learning_rate"):
+        layer.update_parameters("fast")
