@@ -1,0 +1,109 @@
+"""The command line: the demo's laws on real digits, its files, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+
+import pytest
+
+import doraxp
+from doraxp.cli import main
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """One run of the demo, small."""
+    folder = tmp_path_factory.mktemp("demo")
+    plot, figures = folder / "demo.png", folder / "demo.json"
+    status = main(["demo", "--steps", "200", "--plot", str(plot), "--json", str(figures)])
+    assert status == 0
+    return plot, json.loads(figures.read_text())
+
+
+def test_the_picture_is_a_png(demo):
+    assert demo[0].read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_methods_learn_what_the_frozen_base_cannot(demo):
+    _, figures = demo
+    assert min(figures["base"]["upright_accuracy"]["values"]) > 0.9
+    assert max(figures["base"]["turned_accuracy"]["values"]) < 0.4
+    for name, method in figures["methods"].items():
+        assert min(method["accuracy"]["values"]) > 0.7, name
+        assert len(method["accuracy"]["values"]) == 3
+
+
+def test_merging_changes_no_accuracy(demo):
+    _, figures = demo
+    adapters = ("LoRA", "DoRA detached", "DoRA exact")
+    assert tuple(figures["methods"]) == (*adapters, "full fine-tuning")
+    for name in adapters:
+        method = figures["methods"][name]
+        assert method["merged_accuracy"]["values"] == method["accuracy"]["values"]
+        assert 0 < max(method["largest_difference"]["values"]) < 1e-3
+    assert figures["methods"]["full fine-tuning"]["merged_accuracy"] is None
+
+
+def test_trainable_parameters_are_those_of_the_formula(demo):
+    _, figures = demo
+    shapes = ((128, 64), (128, 128), (10, 128))
+    lora = sum(4 * (out + inner) for out, inner in shapes)
+    counts = {
+        "LoRA": lora,
+        "DoRA detached": lora + sum(out for out, _ in shapes),
+        "DoRA exact": lora + sum(out for out, _ in shapes),
+        "full fine-tuning": sum(out * inner + out for out, inner in shapes),
+    }
+    for name, count in counts.items():
+        assert figures["methods"][name]["trainable_parameters"] == count
+
+
+def test_the_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"doraxp {doraxp.__version__}\n"
+
+
+def test_python_m_doraxp_is_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["doraxp", "--version"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("doraxp", run_name="__main__")
+    assert "doraxp" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rank", "0"], "argument --rank: must be an integer, in 1..10, got '0'"),
+        (["--rank", "99"], "argument --rank: must be an integer, in 1..10, got '99'"),
+        (["--seeds", "2"], "argument --seeds: must be an integer, at least 3, got '2'"),
+        (["--seed", "x"], "argument --seed: must be an integer, at least 0, got 'x'"),
+        (["--backend", "abacus"], "must be one of numpy, torch, jax, cupy, got 'abacus'"),
+        (["--backend", "cupy"], "cupy cannot run here: "),
+        (["--learning-rate", "x"], "must be a number, finite and above 0, got 'x'"),
+        (["--learning-rate", "-1"], "must be a number, finite and above 0, got '-1'"),
+        (["--plot", "a.jpg"], "argument --plot: must end in .png, got 'a.jpg'"),
+        (["--json", "none/a.json"], "must be a file in a folder that exists, got 'none/a.json'"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_training(capsys, monkeypatch, arguments, message):
+    nothing = [doraxp.backends.Status("cupy", False, "no device")]
+    monkeypatch.setattr("doraxp.backends.available", lambda: nothing)
+    with pytest.raises(SystemExit, match="2"):
+        main(["demo", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(SystemExit, match="2"):
+        main(["demo", "--plot", str(tmp_path / "a.png")])
+    assert "argument --plot: must be writable" in capsys.readouterr().err
+
+
+def test_without_the_extra_it_says_how_to_get_it(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["demo"]) == 2
+    assert "pip install 'doraxp[demo]'" in capsys.readouterr().err
