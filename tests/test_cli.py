@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+import types
 
 import pytest
 
 import doraxp
 from doraxp.cli import main
+from doraxp.cli._experiment import _library
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +109,20 @@ def test_without_the_extra_it_says_how_to_get_it(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["demo"]) == 2
     assert "pip install 'doraxp[demo]'" in capsys.readouterr().err
+
+
+def test_good_arguments_reach_the_run(monkeypatch):
+    usable = [doraxp.backends.Status("torch", True, "2.13.0")]
+    monkeypatch.setattr("doraxp.backends.available", lambda: usable)
+    seen = []
+    monkeypatch.setattr("doraxp.cli.demo.run", lambda arguments: seen.append(arguments) or 0)
+    assert main(["demo", "--backend", "torch", "--learning-rate", "0.5", "--rank", "2"]) == 0
+    (arguments,) = seen
+    assert (arguments.backend, arguments.learning_rate, arguments.rank) == ("torch", 0.5, 2)
+    assert (arguments.seed, arguments.seeds, arguments.json) == (0, 3, None)
+
+
+def test_steps_are_compiled_on_jax(monkeypatch):
+    jax = types.SimpleNamespace(asarray="jax.numpy.asarray", jit="jax.jit")
+    monkeypatch.setattr("importlib.import_module", lambda name: jax)
+    assert _library("jax") == ("jax.numpy.asarray", "jax.jit")

@@ -282,7 +282,8 @@ def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Array]:
         norm = √(Σ g²)      over all leaves together
 
     Gradients within `max_norm` come back bit for bit. There is no ε, unlike in torch's
-    `clip_grad_norm_`. Where a gradient is not finite, all come back as they are and the norm is NaN.
+    `clip_grad_norm_`. Where a gradient is not finite, all come back as they are and the norm is
+    NaN.
 
     Parameters
     ----------

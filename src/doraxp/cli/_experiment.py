@@ -46,7 +46,7 @@ BATCH = 16
 machine that is busy already the demo then takes ten times as long."""
 CHECKPOINTS = 10
 BASE_RATE = 0.005
-RATES = {"LoRA": 0.05, "DoRA detached": 0.03, "DoRA exact": 0.07, "full fine-tuning": 0.02}
+RATES = {"LoRA": 0.03, "DoRA detached": 0.03, "DoRA exact": 0.03, "full fine-tuning": 0.02}
 """Peak learning rates: each method's best of a sweep with `Settings.validate`."""
 
 AsArray: TypeAlias = Callable[[Array], Array]
