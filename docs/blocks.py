@@ -18,7 +18,7 @@ from sybil import Document, Example, Region, Sybil
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 from sybil.parsers.myst import CodeBlockParser, PythonCodeBlockParser
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 KNOWN = ("python", "sh", "text")
 
 fences = RawFencedCodeBlockLexer(re.compile(r"(?P<language>.*)$\n", re.MULTILINE))
@@ -44,6 +44,6 @@ def run_in_shell(example: Example) -> None:
 
 python = PythonCodeBlockParser()
 pages = Sybil([python, CodeBlockParser("sh", run_in_shell), find_others], pattern="*.md")
-readme = Sybil([python, find_others], filenames=["README.md"], path="..")
+readme = Sybil([python, find_others], filenames=["README.md"], path=str(ROOT))
 
 pytest_collect_file = (pages + readme).pytest()

@@ -25,9 +25,14 @@ napoleon_use_param = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 
-# `name` in a docstring links to what has that name, and is code where nothing has.
-default_role = "py:obj"
-nitpick_ignore_regex = [("py:obj", r"[^.]*"), ("py:class", r".*")]
+default_role = "code"  # `name` in a docstring
+nitpick_ignore_regex = [("py:class", r".*")]
+suppress_warnings = ["ref.python"]  # a `weight` is an attribute of several classes
+
+
+def escape_stars(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Keep (*stack, out, in) in docstrings from opening an emphasis."""
+    lines[:] = [line.replace("(*", "(\\*") for line in lines]
 
 
 def every_public_name_has_an_entry(app: Any, env: Any) -> None:
@@ -39,5 +44,6 @@ def every_public_name_has_an_entry(app: Any, env: Any) -> None:
 
 
 def setup(app: Any) -> None:
-    """Add the check to the build."""
+    """Add both to the build."""
+    app.connect("autodoc-process-docstring", escape_stars)
     app.connect("env-check-consistency", every_public_name_has_an_entry)

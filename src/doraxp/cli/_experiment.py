@@ -3,6 +3,9 @@
 For each seed, a network 64 -> 128 -> 128 -> 10 is trained on upright digits and frozen. Then each
 method adapts it to the digits turned by 90°: from the same base, on the same batches, for as many
 steps. Then what was learned is merged into a plain network.
+
+Before that, the base takes nearly every turned digit for a 4. Turned, all have ink at the left
+edge; upright, hardly any but a 4 has.
 """
 
 from __future__ import annotations

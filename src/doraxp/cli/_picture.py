@@ -29,8 +29,8 @@ def save_picture(results: Results, path: Path) -> None:
     settings = results.settings
     figure = Figure(figsize=(11, 4.8), dpi=150, layout="constrained")
     figure.suptitle(
-        "A network that reads upright digits learns digits turned by 90°\n"
-        f"rank {settings.rank}, mean of {settings.seeds} seeds"
+        "UCI handwritten digits turned by 90°, learned by a network that reads them upright\n"
+        f"rank {settings.rank}, {settings.steps} steps, mean of {settings.seeds} seeds"
     )
     losses, changes = figure.subplots(1, 2)
     _draw_losses(losses, results)
@@ -39,9 +39,9 @@ def save_picture(results: Results, path: Path) -> None:
 
 
 def _draw_losses(axes: Any, results: Results) -> None:
-    """Draw the mean over the seeds and over fiftieths of the training: batches are noisy."""
+    """Draw the mean over the seeds and over parts of the training: batches are noisy."""
     steps = results.settings.steps
-    window = max(1, steps // 50)
+    window = max(1, steps // 25)
     for name, runs in results.methods.items():
         colour, dashes = _STYLES[name]
         mean = np.mean([run.losses for run in runs], axis=0)
@@ -49,9 +49,9 @@ def _draw_losses(axes: Any, results: Results) -> None:
         middles = (np.arange(len(parts)) + 0.5) * window
         axes.plot(middles, parts, color=colour, linestyle=dashes, label=name)
     axes.set(
-        title="Loss while training",
+        title="Training loss",
         xlabel="step",
-        ylabel=f"cross-entropy in nats, mean of {window} steps",
+        ylabel=f"cross-entropy of the batch (nats), mean of {window} steps",
         yscale="log",
     )
     axes.legend()
@@ -70,15 +70,16 @@ def _draw_changes(axes: Any, results: Results) -> None:
                 color=colour,
                 linestyle=dashes,
                 marker=marker,
+                markersize=8,
                 markevery=[len(direction)],
             )
     axes.set(
-        title="Change of the weights since the base",
-        xlabel="ΔD, mean over rows of 1 − cosine",
-        ylabel="ΔM, mean over rows of the change of norm",
+        title="Weights: from the base at (0, 0) to the end of training",
+        xlabel="ΔD: change of direction (1 − cosine, mean over rows)",
+        ylabel="ΔM: change of magnitude (weight units, mean over rows)",
     )
     marks = [
-        Line2D([], [], color="grey", linestyle="none", marker=marker, label=layer)
+        Line2D([], [], color="grey", linestyle="none", marker=marker, markersize=8, label=layer)
         for layer, marker in _MARKERS.items()
     ]
     axes.legend(handles=marks)
