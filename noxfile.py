@@ -33,7 +33,7 @@ def tests(session: nox.Session, backend: str) -> None:
     """Run the tests and the code of the backend's page on one array library."""
     extras, groups, coverage = "demo", ["test", backend], []
     if backend == "numpy":
-        groups[-1], coverage = "coverage", ["--cov"]
+        groups[-1], coverage = "coverage", ["--cov=doraxp"]
     if backend == "cupy":
         cuda = cuda_version()
         if cuda is None:

@@ -51,7 +51,7 @@ def _draw_losses(axes: Any, results: Results) -> None:
     axes.set(
         title="Training loss",
         xlabel="step",
-        ylabel=f"cross-entropy of the batch (nats), mean of {window} steps",
+        ylabel=f"cross-entropy (nats), mean of {window} steps",
         yscale="log",
     )
     axes.legend()
@@ -71,16 +71,17 @@ def _draw_changes(axes: Any, results: Results) -> None:
                 linestyle=dashes,
                 marker=marker,
                 markersize=8,
+                markeredgecolor="white",
                 markevery=[len(direction)],
             )
     axes.set(
         title="Weights: from the base at (0, 0) to the end of training",
-        xlabel="ΔD: change of direction (1 − cosine, mean over rows)",
-        ylabel="ΔM: change of magnitude (weight units, mean over rows)",
+        xlabel="ΔD: mean 1 − cosine of the rows",
+        ylabel="ΔM: mean change of the row norms (in weight units)",
     )
     marks = [
         Line2D([], [], color="grey", linestyle="none", marker=marker, markersize=8, label=layer)
         for layer, marker in _MARKERS.items()
     ]
-    axes.legend(handles=marks)
+    axes.legend(handles=marks, loc="upper left")
     axes.grid(alpha=0.3)

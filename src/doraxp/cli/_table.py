@@ -47,7 +47,7 @@ def print_results(results: Results, console: Console) -> None:
             _scaled(results.figure(name, "largest_difference"), 1e6),
         )
     console.print(table)
-    console.print(_verdict(results))
+    console.print("\n" + _verdict(results))
 
 
 def _verdict(results: Results) -> str:
