@@ -90,9 +90,10 @@ def per_leaf(
         )
         return {path: number for numbers in entries for path, number in numbers.items()}
     if hasattr(value, "_asdict"):
-        numbers = _leaves(name, value, path)
-        _check_paths(name, numbers, "params", _leaves("params", tree, path))
-        return {path: _number(name + path, number, xp=xp) for path, number in numbers.items()}
+        given, wanted = ([f"{path}.{field}" for field in one._fields] for one in (value, tree))
+        _check_paths(name, given, "params", wanted)
+        numbers = zip(given, value, strict=True)
+        return {path: _number(name + path, number, xp=xp) for path, number in numbers}
     number = _number(name + path, value, xp=xp)
     return {f"{path}.{field}": 0.0 if field == spared else number for field in tree._fields}
 
