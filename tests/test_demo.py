@@ -1,0 +1,121 @@
+"""The demo's parts: its digits, its hand-written gradients, the same steps on every backend."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from doraxp.backends import available
+from doraxp.cli._digits import load_digits, split_digits
+from doraxp.cli._experiment import Settings, experiment
+from doraxp.cli._methods import (
+    Layer,
+    adapted_logits,
+    contestants,
+    loss_and_gradients,
+    merged,
+    plain_logits,
+)
+from doraxp.cli.demo import BACKENDS
+
+METHODS = contestants(rank=2)
+
+
+def pytest_generate_tests(metafunc):
+    """Run `library` on those of the demo's backends that are asked for, and always on NumPy."""
+    if "library" in metafunc.fixturenames:
+        asked = {"numpy", *(metafunc.config.getoption("backend") or BACKENDS)}
+        metafunc.parametrize("library", [name for name in BACKENDS if name in asked])
+
+
+@pytest.fixture
+def usable_library(request, library):
+    status = {status.name: status for status in available()}[library]
+    if not status.usable and not request.config.getoption("backend"):
+        pytest.skip(f"{library}: {status.detail}")
+    return library
+
+
+def draw(rng, *shape):
+    return 0.5 * rng.standard_normal(shape)
+
+
+@pytest.fixture
+def task():
+    """A network 6 -> 5 -> 4, four tokens and what they are; in float64."""
+    rng = np.random.default_rng(20240214)
+    sizes = {"layer 1": (5, 6), "layer 2": (4, 5)}
+    base = {name: Layer(draw(rng, *shape), draw(rng, shape[0])) for name, shape in sizes.items()}
+    return base, draw(rng, 7, 6), np.eye(4)[rng.integers(4, size=7)]
+
+
+def trained_somewhat(method, base):
+    """Return what a method trains, away from its start: B = 0 would hide A's gradient."""
+    rng = np.random.default_rng(7)
+    starts = {name: method.start(layer, seed=7) for name, layer in base.items()}
+    return {
+        name: start._make(leaf + 0.3 * draw(rng, *leaf.shape) for leaf in start)
+        for name, start in starts.items()
+    }
+
+
+def test_the_digits_are_those_of_the_source():
+    digits = load_digits()
+    assert digits.images.shape == (1797, 8, 8)
+    counts = [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    np.testing.assert_array_equal(np.bincount(digits.labels), counts)
+    assert int((16 * digits.images).sum(dtype=np.float64)) == 561_718
+
+
+def test_a_choice_made_by_validation_has_not_seen_the_test_digits():
+    training, test = split_digits(validate=False)
+    smaller, validation = split_digits(validate=True)
+    as_rows = [{row.tobytes() for row in part.images} for part in (training, test)]
+    assert as_rows[0].isdisjoint(as_rows[1])
+    rows = [image.tobytes() for part in (smaller, validation) for image in part.images]
+    assert sorted(rows) == sorted(image.tobytes() for image in training.images)
+    assert len(training.labels) + len(test.labels) == 1797
+
+
+@pytest.mark.parametrize("name", ["LoRA", "DoRA exact", "full fine-tuning"])
+def test_gradients_are_those_of_the_loss(name, task):
+    method, (base, x, targets) = METHODS[name], task
+    at = trained_somewhat(method, base)
+    _, gradients = loss_and_gradients(method, base, at, x, targets)
+    rng = np.random.default_rng(2)
+    for layer, leaves in at.items():
+        for field, leaf in leaves._asdict().items():
+            along = draw(rng, *leaf.shape)
+            ahead, behind = (
+                loss_and_gradients(
+                    method,
+                    base,
+                    {**at, layer: leaves._replace(**{field: leaf + step * along})},
+                    x,
+                    targets,
+                )[0]
+                for step in (1e-6, -1e-6)
+            )
+            slope = np.sum(getattr(gradients[layer], field) * along)
+            assert slope == pytest.approx((ahead - behind) / 2e-6, rel=1e-6), (layer, field)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_merged_network_is_the_adapted_one(name, task):
+    method, (base, x, _) = METHODS[name], task
+    at = trained_somewhat(method, base)
+    adapted = adapted_logits(method, base, at, x)
+    assert np.max(np.abs(adapted - plain_logits(base, x))) > 0.01
+    np.testing.assert_allclose(plain_logits(merged(method, base, at), x), adapted, atol=1e-13)
+
+
+def test_every_backend_takes_the_same_steps(usable_library):
+    outcomes = [
+        experiment(Settings(backend=name, seeds=1, steps=10)) for name in ("numpy", usable_library)
+    ]
+    losses, others = (
+        {name: run.losses for name, (run,) in outcome.methods.items()} for outcome in outcomes
+    )
+    assert len(losses) == 4
+    for name, values in losses.items():
+        assert others[name] == pytest.approx(values, rel=1e-3), name
