@@ -49,11 +49,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    names = config.getoption("backend")
-    if not names:
-        return
+    """Leave out the oracles that are not asked for, and dtypes that no lane asked for has."""
+    names = config.getoption("backend") or ORACLES
     others = {oracle for oracle in ORACLES if oracle not in names}
-    chosen = [item for item in items if not others.intersection(getattr(item, "fixturenames", ()))]
+
+    def is_chosen(item: pytest.Item) -> bool:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        no_lane = "backend" in parameters and not isinstance(parameters["backend"], Lane)
+        return not no_lane and not others.intersection(getattr(item, "fixturenames", ()))
+
+    chosen = [item for item in items if is_chosen(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
     items[:] = chosen
 
