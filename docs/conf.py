@@ -32,7 +32,7 @@ suppress_warnings = ["ref.python"]  # a `weight` is an attribute of several clas
 
 def escape_stars(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Keep (*stack, out, in) in docstrings from opening an emphasis."""
-    lines[:] = [line.replace("(*", "(\\*") for line in lines]
+    lines[:] = [line.replace("(*stack", "(\\*stack") for line in lines]
 
 
 def every_public_name_has_an_entry(app: Any, env: Any) -> None:

@@ -25,8 +25,11 @@ class Prepared(NamedTuple):
     """What `prepare` makes once per change of the adapter. Read it, do not build it."""
 
     weight: Array
+    """W, the array that `prepare` was given."""
     adapter: Adapter
+    """A, B and m, the arrays that `prepare` was given."""
     config: Config
+    """The one that `prepare` was given."""
     norm: Array
     """n = ‖V‖ by rows, shape (*stack, out), in the compute dtype."""
     gain: Array

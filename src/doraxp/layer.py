@@ -105,7 +105,9 @@ class Diagnostics(NamedTuple):
     shapes: dict[str, tuple[int, ...]]
     """Of weight (*stack, out, in), bias, lora_a, lora_b and magnitude."""
     rank: int
+    """Of the update B A."""
     scaling: float
+    """s."""
     change: MagnitudeDirectionChange
     """From the weight that the layer was made with to W'."""
     gradient_norms: dict[str, Array]

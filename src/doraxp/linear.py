@@ -42,12 +42,15 @@ class Cache(NamedTuple):
     """What `forward` keeps for `backward`. Read it, do not build it."""
 
     x: Array
+    """x as it came."""
     bias: Array | None
+    """The bias as it came."""
     low_rank: Array
     """L = x Aᵀ, shape (*stack, tokens, rank)."""
     z: Array
     """z = x Vᵀ, shape (*stack, tokens, out)."""
     prepared: Prepared
+    """What the forward was given, or made."""
 
 
 def init(weight: Array, config: Config, *, seed: int, method: InitMethod = "kaiming") -> Adapter:

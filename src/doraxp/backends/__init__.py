@@ -37,7 +37,9 @@ class Status(NamedTuple):
     """Whether an array library can be used here."""
 
     name: str
+    """As in `pip install`, but array_api_strict as in `import`."""
     usable: bool
+    """Whether it imports and, on a GPU, finds a device."""
     detail: str
     """The version, or the reason why not."""
 
