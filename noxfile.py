@@ -31,16 +31,18 @@ PYTHONS = nox.project.python_versions(PROJECT)  # those of the classifiers
 )
 def tests(session: nox.Session, backend: str) -> None:
     """Run the tests and the code of the backend's page on one array library."""
-    extras, groups, coverage = "demo", ["test", backend], []
+    extras, groups, options = "demo", ["test", backend], []
     if backend == "numpy":
-        groups[-1], coverage = "coverage", ["--cov=doraxp"]
+        groups[-1], options = "coverage", ["--cov=doraxp"]
+    if backend in ("jax", "dask"):  # they compile, or build graphs, most of the time
+        options = ["--numprocesses=auto"]
     if backend == "cupy":
         cuda = cuda_version()
         if cuda is None:
             session.skip("no NVIDIA driver here: libcuda was not found")
         extras, groups = f"demo,cuda{cuda}", ["test"]
     install(session, *groups, extras=extras)
-    pytest(session, "--backend", backend, *coverage, "tests")
+    pytest(session, "--backend", backend, *options, "tests")
     pytest(session, f"docs/backends/{backend}.md")  # by itself: it registers things with JAX
 
 
