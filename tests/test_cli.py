@@ -7,11 +7,12 @@ import runpy
 import sys
 import types
 
+import numpy as np
 import pytest
 
 import doraxp
 from doraxp.cli import main
-from doraxp.cli._experiment import _library
+from doraxp.cli._libraries import library
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,28 @@ def test_good_arguments_reach_the_run(monkeypatch):
     assert (arguments.seed, arguments.seeds, arguments.json) == (0, 3, None)
 
 
-def test_steps_are_compiled_on_jax(monkeypatch):
-    jax = types.SimpleNamespace(asarray="jax.numpy.asarray", jit="jax.jit")
-    monkeypatch.setattr("importlib.import_module", lambda name: jax)
-    assert _library("jax") == ("jax.numpy.asarray", "jax.jit")
+def test_jax_compiles_and_everyone_waits_for_what_is_computed(monkeypatch):
+    registered, synchronised = [], []
+    stream = types.SimpleNamespace(synchronize=lambda: synchronised.append("cupy"))
+    modules = {
+        "jax": types.SimpleNamespace(
+            jit="jit",
+            block_until_ready="wait",
+            tree_util=types.SimpleNamespace(register_static=registered.append),
+        ),
+        "jax.numpy": types.SimpleNamespace(asarray="jax's"),
+        "cupy": types.SimpleNamespace(
+            asarray="cupy's", cuda=types.SimpleNamespace(get_current_stream=lambda: stream)
+        ),
+        "numpy": np,
+    }
+    monkeypatch.setattr("importlib.import_module", modules.__getitem__)
+    assert library("jax") == ("jax", "jax's", "jit", "wait")
+    assert registered == [doraxp.Config]
+    cupy, numpy = library("cupy"), library("numpy")
+    assert (cupy.asarray, numpy.asarray) == ("cupy's", np.asarray)
+    assert cupy.compiled(len) is numpy.compiled(len) is len
+    assert numpy.wait(1) == 1
+    assert synchronised == []
+    assert cupy.wait(2) == 2
+    assert synchronised == ["cupy"]

@@ -8,6 +8,7 @@ import pytest
 from doraxp.backends import available
 from doraxp.cli._digits import load_digits, split_digits
 from doraxp.cli._experiment import Settings, experiment
+from doraxp.cli._libraries import BACKENDS
 from doraxp.cli._methods import (
     Layer,
     adapted_logits,
@@ -16,7 +17,6 @@ from doraxp.cli._methods import (
     merged,
     plain_logits,
 )
-from doraxp.cli.demo import BACKENDS
 
 METHODS = contestants(rank=2)
 

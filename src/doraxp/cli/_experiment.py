@@ -10,7 +10,6 @@ edge; upright, hardly any but a 4 has.
 
 from __future__ import annotations
 
-import importlib
 import math
 import statistics
 import time
@@ -25,6 +24,7 @@ from array_api_compat import array_namespace
 from doraxp import magnitude_direction_change
 from doraxp._types import Array
 from doraxp.cli._digits import Digits, split_digits
+from doraxp.cli._libraries import library
 from doraxp.cli._methods import (
     FullFineTuning,
     Layer,
@@ -147,7 +147,7 @@ def figure(values: Iterable[float]) -> Figure:
 def experiment(settings: Settings, on_step: OnStep = lambda what, seed: None) -> Results:
     """Return what each method comes to with each seed."""
     training, held_out = split_digits(validate=settings.validate)
-    asarray, compiled = _library(settings.backend)
+    _, asarray, compiled, _ = library(settings.backend)
     upright, turned = (asarray(digits.tokens()) for digits in (held_out, held_out.turned()))
     labels = asarray(held_out.labels)
     makes_base = _Trainer(FullFineTuning(), BASE_RATE, compiled)
@@ -282,11 +282,3 @@ def _batches(digits: Digits, steps: int, rng: np.random.Generator, asarray: AsAr
     x = asarray(digits.tokens()[rows])  # (steps, tokens, 64)
     targets = asarray(digits.targets()[rows])  # (steps, tokens, 10)
     return [(x[step, ...], targets[step, ...]) for step in range(steps)]
-
-
-def _library(backend: str) -> tuple[AsArray, Compile]:
-    """Return how a backend takes an array of NumPy's over, and how it compiles a function."""
-    module = importlib.import_module("jax.numpy" if backend == "jax" else backend)
-    if backend == "jax":  # a step has hundreds of operations: one by one they take 20 times as long
-        return module.asarray, importlib.import_module("jax").jit
-    return module.asarray, lambda function: function

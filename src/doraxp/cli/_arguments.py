@@ -1,0 +1,83 @@
+"""What the commands refuse before any work that would be lost."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import doraxp
+from doraxp.cli._libraries import BACKENDS
+
+
+def backend(text: str) -> str:
+    """Parse the name of a library that can be used here."""
+    if text not in BACKENDS:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(BACKENDS)}, got {text!r}")
+    if text == "numpy":  # always there; to ask about the others is to import them all
+        return text
+    (status,) = (status for status in doraxp.backends.available() if status.name == text)
+    if not status.usable:
+        raise argparse.ArgumentTypeError(f"{text} cannot run here: {status.detail}")
+    return text
+
+
+def integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Parse an integer in a range."""
+    rule = f"at least {least}" if most is None else f"in {least}..{most}"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"must be an integer, {rule}, got {text!r}")
+        return value
+
+    return parse
+
+
+def rate(text: str) -> float:
+    """Parse a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number, finite and above 0, got {text!r}")
+    return value
+
+
+def output(suffix: str) -> Callable[[str], Path]:
+    """Parse the path of a file that can be written."""
+
+    def parse(text: str) -> Path:
+        path = Path(text)
+        if path.suffix.lower() != suffix:
+            raise argparse.ArgumentTypeError(f"must end in {suffix}, got {text!r}")
+        if path.is_dir() or not path.parent.is_dir():
+            raise argparse.ArgumentTypeError(
+                f"must be a file in a folder that exists, got {text!r}"
+            )
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise argparse.ArgumentTypeError(f"must be writable, got {text!r}")
+        return path
+
+    return parse
+
+
+def lacks(command: str, *modules: str) -> bool:
+    """Say on stderr which modules of a command's extra are not installed; return if any is."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        print(
+            f"doraxp {command}: error: {' and '.join(missing)} not installed: "
+            f"pip install 'doraxp[{command}]'",
+            file=sys.stderr,
+        )
+    return bool(missing)
