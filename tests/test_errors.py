@@ -188,3 +188,82 @@ def test_arrays_on_two_devices(torch):
     message = "all arrays must be on one device: x is on cpu, weight on meta"
     with pytest.raises(ValueError, match=message):
         operations(x=torch.ones(2), weight=torch.ones(2, device="meta"))
+
+
+def test_what_is_no_adapter_config_or_cache(draw, layer):
+    weight, adapter, config = layer
+    x = draw(5, 6)
+    y, cache = doraxp.forward(x, weight, adapter, config)
+    prepared, pair = cache.prepared, (y, cache)
+    calls = {
+        "adapter must be of type Adapter, got tuple": [
+            lambda: doraxp.forward(x, weight, tuple(adapter), config),
+            lambda: doraxp.prepare(weight, tuple(adapter), config),
+            lambda: doraxp.merge(weight, tuple(adapter), config),
+            lambda: doraxp.convert_form(weight, tuple(adapter), config, "weight"),
+        ],
+        "config must be of type Config, got int": [
+            lambda: doraxp.init(weight, 2, seed=0),
+            lambda: doraxp.forward(x, weight, adapter, 2),
+        ],
+        "prepared must be of type Prepared, got Adapter": [
+            lambda: doraxp.forward(x, weight, adapter, config, prepared=adapter),
+            lambda: doraxp.merge(weight, adapter, config, prepared=adapter),
+        ],
+        "previous must be of type Prepared, got bool": [
+            lambda: doraxp.prepare(weight, adapter, config, previous=True)
+        ],
+        "cache must be of type Cache, got tuple": [lambda: doraxp.backward(y, pair)],
+        "cache must be of type Cache, got Prepared": [lambda: doraxp.backward(y, prepared)],
+        "train_base must be True or False, got 'no'": [
+            lambda: doraxp.backward(y, cache, train_base="no")
+        ],
+    }
+    for message, failing in calls.items():
+        for call in failing:
+            with pytest.raises(TypeError, match=message):
+                call()
+
+
+def test_none_is_no_array_but_the_bias_may_be(draw, layer):
+    weight, adapter, config = layer
+    x = draw(5, 6)
+    _, cache = doraxp.forward(x, weight, adapter, config, bias=None)
+    calls = {
+        "x": lambda: doraxp.forward(None, weight, adapter, config),
+        "weight": lambda: doraxp.init(None, config, seed=0),
+        "lora_b": lambda: doraxp.merge(weight, adapter._replace(lora_b=None), config),
+        "dy": lambda: doraxp.backward(None, cache),
+    }
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=f"{name} must be an array of a .* got NoneType"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("seed", "error", "message"),
+    [
+        (None, TypeError, "seed must be an integer, got None"),
+        (1.0, TypeError, "seed must be an integer, got 1.0"),
+        (-1, ValueError, "seed must be at least 0, got -1"),
+    ],
+)
+def test_a_seed_that_is_none(draw, seed, error, message):
+    with pytest.raises(error, match=message):
+        doraxp.init(draw(7, 6), Config(2), seed=seed)
+
+
+def test_arrays_that_lie_across_the_same_devices_go_together(monkeypatch):
+    """As JAX's sharded arrays do: each has its own sharding, over the same set of devices."""
+
+    class Sharding:
+        def __init__(self, *devices):
+            self.device_set = set(devices)
+
+    shardings = {1.0: Sharding("a", "b"), 2.0: Sharding("b", "a"), 3.0: Sharding("a")}
+    monkeypatch.setattr(
+        "array_api_compat.device", lambda array: shardings[float(array[0])], raising=True
+    )
+    operations(x=np.array([1.0]), weight=np.array([2.0]))
+    with pytest.raises(ValueError, match="all arrays must be on one device"):
+        operations(x=np.array([1.0]), weight=np.array([3.0]))

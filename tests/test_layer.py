@@ -160,6 +160,50 @@ def test_a_step_needs_gradients_and_a_backward_a_forward(draw):
             layer.backward(draw(5, 7))
 
 
+def test_gradients_of_other_parameters_are_not_used(draw, assert_close):
+    layer = make(draw)
+    layer.backward(layer.forward(draw(5, 6)))
+    layer.adapter = layer.adapter._replace(magnitude=2 * layer.adapter.magnitude)
+    assert layer.diagnostics().gradient_norms == {}
+    with pytest.raises(RuntimeError, match="update_parameters needs the gradients of a backward"):
+        layer.update_parameters(0.1)
+    x = draw(5, 6)
+    layer.backward(layer.forward(x))
+    expected = make(draw)
+    expected.weight, expected.bias, expected.adapter = layer.weight, layer.bias, layer.adapter
+    expected.backward(expected.forward(x))
+    for name, gradient in layer.gradients.items():
+        assert_close(gradient, expected.gradients[name], rtol=0)
+
+
+def test_training_runs_inside_a_compiler(backend, draw, assert_close):
+    """Under jit no value is known, and on Dask none is computed."""
+
+    def train(weight, bias, x, dy):
+        layer = DoRALayer(Linear(weight, bias), Config(2), seed=0)
+        layer.forward(x)
+        dx = layer.backward(dy)
+        layer.update_parameters(0.1)
+        return dx, layer.forward(x), layer.merge_to_original_layer().weight
+
+    arrays = draw(7, 6), draw(7), draw(5, 6), draw(5, 7)
+    expected = train(*map(backend.numpy, arrays))
+    for actual, desired in zip(backend.run(train, *arrays), expected, strict=True):
+        assert_close(actual, desired, rtol=1e-13)
+
+
+def test_a_module_of_torch_stays_out_of_the_graph(torch):
+    base = torch.nn.Linear(6, 7, dtype=torch.float64)
+    layer = DoRALayer(base, Config(2), seed=0, train_base=True)
+    for _ in range(2):
+        layer.backward(layer.forward(torch.ones(5, 6, dtype=torch.float64)))
+        layer.update_parameters(0.1)
+    assert not any(array.requires_grad for array in layer.state_dict().values())
+    assert base.weight.requires_grad
+    with pytest.raises(TypeError, match="can be assigned a weight and a bias; Linear is none"):
+        layer.merge_to_original_layer()
+
+
 def test_reset_keeps_the_parameters(backend, draw):
     layer = make(draw, train_base=True)
     step(layer, draw)
@@ -239,6 +283,11 @@ def test_a_base_stored_in_out_is_the_transposed_one(backend, draw, assert_close,
         x, dy = draw(5, 6), draw(5, 7)
         assert_close(other.forward(x), one.forward(x), rtol=1e-14)
         assert_close(other.backward(dy), one.backward(dy), rtol=1e-14)
+        changes = [layer.diagnostics().change.direction_rows for layer in (one, other)]
+        np.testing.assert_allclose(*map(backend.numpy, changes), rtol=1e-9, atol=1e-15)
+        if train_base:
+            turned = backend.numpy(other.gradients["weight"]).T
+            assert_close(one.gradients["weight"], turned, rtol=1e-14)
         for layer in (one, other):
             layer.update_parameters(0.1)
     merged = backend.numpy(one.merge_to_original_layer().weight)
@@ -314,6 +363,10 @@ def test_a_base_that_is_none(draw):
     for base in (None, object(), Plain(None)):
         with pytest.raises(TypeError, match="base must be a layer with a weight, got"):
             DoRALayer(base, Config(1), seed=0)
+    with pytest.raises(TypeError, match="train_base must be True or False, got 'no'"):
+        make(draw, train_base="no")
+    with pytest.raises(TypeError, match="config must be of type Config, got int"):
+        make(draw, 2)
     with pytest.raises(ValueError, match=r"weight_layout must be one of .*in_out.* got 'T'"):
         make(draw, weight_layout="T")
     with pytest.raises(ValueError, match=r"rank must be in 1\.\.6"):
@@ -378,6 +431,10 @@ def test_what_does_not_fit_is_listed_and_changes_nothing(backend, draw):
         layer.set_parameters(draw(count, dtype="int64"))
     with pytest.raises(TypeError, match="lora_a must be an array"):
         layer.load_state_dict(state | {"lora_a": [1.0]})
+    with pytest.raises(ValueError, match="missing lora_a"):
+        layer.load_state_dict(state | {"lora_a": None})
+    with pytest.raises(TypeError, match="state must be of type Mapping, got list"):
+        layer.load_state_dict([1.0])
     assert bits(backend, layer) == before
     assert layer.gradients is not None
     layer.update_parameters(0.1)

@@ -232,6 +232,49 @@ def test_float16_norms_beyond_its_range(backend, assert_close, dtype):
     assert_close(backend.run(doraxp.merge, weight, adapter, Config(2)), weight, rtol=0)
 
 
+def test_a_gram_matrix_that_underflows_is_noticed(backend):
+    """A Aᵀ is 0 in float32 here, and B A as large as W."""
+    rng = np.random.default_rng(5)
+    arrays = [
+        (scale * rng.standard_normal(shape)).astype("float32")
+        for scale, shape in ((1e-10, (7, 6)), (1e-23, (2, 6)), (1e13, (7, 2)), (1, (7,)))
+    ]
+    weight, a, b, m = map(backend.asarray, arrays)
+    prepared = backend.run(doraxp.prepare, weight, Adapter(a, b, m), Config(2))
+    w, a, b, _ = (array.astype("float64") for array in arrays)
+    expected = [reference.length(row) for row in w + b @ a]
+    np.testing.assert_allclose(backend.numpy(prepared.norm), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nan_is_passed_on(backend, draw, form):
+    """In a row of W it stays in that row; in A it is everywhere. Never is it turned into a 0."""
+    config = Config(2, form=form)
+    rows = backend.numpy(draw(7, 6)).copy()
+    rows[3, 2] = np.nan
+    weight, adapter = backend.asarray(rows), Adapter(draw(2, 6), draw(7, 2), draw(7))
+    y, cache = backend.run(doraxp.forward, draw(5, 6), weight, adapter, config)
+    grads = backend.run(doraxp.backward, draw(5, 7), cache)
+    change = backend.run(doraxp.magnitude_direction_change, weight, weight)
+    by_rows = (
+        backend.numpy(y).T,
+        grads.adapter.lora_b,
+        grads.adapter.magnitude,
+        cache.prepared.norm,
+        cache.prepared.gain,
+        backend.run(doraxp.merge, weight, adapter, config),
+        backend.run(doraxp.decompose, weight)[1],
+        change.magnitude_rows,
+        change.direction_rows,
+    )
+    for array in by_rows:
+        values = array if isinstance(array, np.ndarray) else backend.numpy(array)
+        assert np.all(np.isnan(values[3]))
+        assert np.all(np.isfinite(np.delete(values, 3, axis=0)))
+    for array in (grads.x, grads.adapter.lora_a, change.direction):
+        assert np.all(np.isnan(backend.numpy(array)))
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("out", "inner"), [(4, 7), (7, 4), (1, 5), (5, 1), (1, 1)])
 def test_smallest_and_largest_rank(backend, draw, assert_close, form, out, inner):

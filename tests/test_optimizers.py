@@ -553,7 +553,12 @@ TREES = [  # params, grads, error, message
         TypeError,
         "grads.lora_b must be of dtype float16, bfloat16, float32, float64, got int64",
     ),
-    (ONE, {"q": whole(lora_b=None)}, TypeError, "grads['q'].lora_b must be an array, got None"),
+    (
+        ONE,
+        {"q": whole(lora_b=None)},
+        TypeError,
+        "grads['q'].lora_b must be an array of a library that array-api-compat knows, got NoneType",
+    ),
     (
         [whole()],
         whole(),
@@ -648,6 +653,46 @@ def test_numbers_out_of_range_are_refused(step, name, value, message):
         step(whole(), whole(), init(whole()), learning_rate=0.1, **{name: value})
     with pytest.raises(TypeError, match=exactly(f"{name} must be a number, got None")):
         step(whole(), whole(), init(whole()), learning_rate=0.1, **{name: None})
+
+
+def test_an_eps_that_vanishes_is_refused():
+    narrow = Adapter(*(np.asarray(leaf, dtype="float32") for leaf in whole()))
+    state = adamw_init(narrow)
+    least = float(np.finfo("float32").smallest_normal)
+    with pytest.raises(
+        ValueError, match=exactly(f"eps must be at least {least} in float32, got 1e-50")
+    ):
+        adamw_step(narrow, narrow, state, learning_rate=0.1, eps=1e-50)
+    adamw_step(narrow, narrow, state, learning_rate=0.1, eps=least)
+    adamw_step(whole(), whole(), adamw_init(whole()), learning_rate=0.1, eps=1e-50)
+
+
+@pytest.mark.parametrize(
+    ("step", "error", "message"),
+    [
+        (-1, ValueError, "state.step must be at least 0, got -1"),
+        (2.0, TypeError, "state.step must be an integer, got 2.0"),
+        ("1", TypeError, "state.step must be an integer, got '1'"),
+        (np.array(1.0), TypeError, "state.step must be an integer, got array(1.)"),
+        (np.array([1]), TypeError, "state.step must be an integer, got array([1])"),
+    ],
+)
+def test_a_step_that_is_none_is_refused(step, error, message):
+    state = adamw_init(whole())._replace(step=step)
+    with pytest.raises(error, match=exactly(message)):
+        adamw_step(whole(), whole(), state, learning_rate=0.1)
+
+
+def test_a_state_of_another_optimizer_is_refused():
+    with pytest.raises(TypeError, match="state must be of type AdamWState, got SGDState"):
+        adamw_step(whole(), whole(), sgd_init(whole()), learning_rate=0.1)
+    with pytest.raises(TypeError, match="state must be of type SGDState, got NoneType"):
+        sgd_step(whole(), whole(), None, learning_rate=0.1)
+
+
+def test_nesterov_that_is_no_bool_is_refused():
+    with pytest.raises(TypeError, match="nesterov must be True or False, got 'no'"):
+        sgd_step(whole(), whole(), sgd_init(whole()), learning_rate=0.1, nesterov="no")
 
 
 def test_nesterov_without_momentum_is_refused():

@@ -48,6 +48,8 @@ def test_config_is_frozen_and_hashable():
         ({"rank": 1, "alpha": math.inf}, ValueError, r"alpha must be finite and not 0 .* got inf"),
         ({"rank": 1, "alpha": "1"}, TypeError, "alpha must be a number or None, got '1'"),
         ({"rank": 1, "alpha": True}, TypeError, "alpha must be a number or None, got True"),
+        ({"rank": 1, "alpha": 10**400}, ValueError, r"alpha must be finite .* got inf"),
+        ({"rank": 1, "rslora": "no"}, TypeError, "rslora must be True or False, got 'no'"),
         ({"rank": 1, "form": "row"}, ValueError, r"form must be one of .*weight.* got 'row'"),
         (
             {"rank": 1, "norm_gradient": "none"},

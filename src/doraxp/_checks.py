@@ -1,11 +1,23 @@
 """The rules of shape at the public border: name, rule, value.
 
-`doraxp.backends.operations` holds the arrays to one library, one device and a floating dtype.
+`doraxp.backends.operations` holds the arrays to one library, one device and a floating dtype,
+and `_scalars` has the rules for all that is no array.
 """
 
 from __future__ import annotations
 
+from doraxp._scalars import check_kind
 from doraxp._types import Adapter, Array, Config
+from doraxp.backends import Operations, operations
+
+
+def check_layer(weight: Array, adapter: Adapter, config: Config, **others: Array) -> Operations:
+    """Hold the arguments of one layer to each other; return the operations for its arrays."""
+    check_kind("adapter", adapter, Adapter)
+    check_kind("config", config, Config)
+    ops = operations(weight=weight, **adapter._asdict(), **others)
+    check_adapter(weight, adapter, config)
+    return ops
 
 
 def check_weight(weight: Array, name: str = "weight") -> None:

@@ -6,13 +6,13 @@ not by its place: JAX sorts the keys of a dict.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from numbers import Real
 from typing import Any, TypeVar, cast
 
 import array_api_compat
 
+from doraxp._scalars import check_number
 from doraxp._types import Array
 from doraxp.backends import Operations, operations
 
@@ -51,9 +51,6 @@ def align(**trees: Any) -> tuple[Operations, dict[str, tuple[Array, ...]]]:
     for name, other in others:
         _check_paths(name, other, first, leaves)
     arrays = {name + path: leaf for name, tree in flat.items() for path, leaf in tree.items()}
-    for name, leaf in arrays.items():
-        if leaf is None:
-            raise TypeError(f"{name} must be an array, got None")
     ops = operations(**arrays)
     for name, other in others:
         for path, leaf in leaves.items():
@@ -77,7 +74,7 @@ def _check_paths(name: str, paths: Collection[str], other: str, wanted: Collecti
 
 
 def per_leaf(
-    name: str, value: Any, tree: Any, path: str = "", *, spared: str = "", xp: Any
+    name: str, value: Any, tree: Any, path: str = "", *, spared: str = "", ops: Operations
 ) -> dict[str, Any]:
     """Return a number for each leaf of `tree` by path; where one is for all, `spared` has 0."""
     if isinstance(tree, dict):
@@ -85,7 +82,7 @@ def per_leaf(
         given, wanted = ([f"{path}[{key!r}]" for key in keys] for keys in (each, tree))
         _check_paths(name, given, "params", wanted)
         entries = (
-            per_leaf(name, each[key], tree[key], f"{path}[{key!r}]", spared=spared, xp=xp)
+            per_leaf(name, each[key], tree[key], f"{path}[{key!r}]", spared=spared, ops=ops)
             for key in tree
         )
         return {path: number for numbers in entries for path, number in numbers.items()}
@@ -93,32 +90,21 @@ def per_leaf(
         given, wanted = ([f"{path}.{field}" for field in one._fields] for one in (value, tree))
         _check_paths(name, given, "params", wanted)
         numbers = zip(given, value, strict=True)
-        return {path: _number(name + path, number, xp=xp) for path, number in numbers}
-    number = _number(name + path, value, xp=xp)
+        return {path: _number(name + path, number, ops=ops) for path, number in numbers}
+    number = _number(name + path, value, ops=ops)
     return {f"{path}.{field}": 0.0 if field == spared else number for field in tree._fields}
 
 
-def _number(name: str, value: Any, *, xp: Any) -> Any:
-    """Return a float; or `value`, where it is a 0-d array of `xp`."""
+def _number(name: str, value: Any, *, ops: Operations) -> Any:
+    """Return a float; or `value`, where it is a 0-d array whose value may not be looked at."""
     if isinstance(value, Real):
         return check_number(name, value)
+    xp = ops.xp
     known = array_api_compat.is_array_api_obj(value)
     if not known or array_api_compat.array_namespace(value) is not xp or value.ndim != 0:
         raise TypeError(
             f"{name} must be a number or a 0-d array of the library of params, got {value!r}"
         )
-    return value
-
-
-def check_number(
-    name: str, value: Any, *, below: float = math.inf, positive: bool = False
-) -> float:
-    """Return a hyperparameter as a Python float: NumPy's scalars would widen float32 arrays."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    number = float(value)
-    if not 0 <= number < below or (positive and number == 0):
-        least = "above" if positive else "at least"
-        most = "finite" if below == math.inf else f"below {below}"
-        raise ValueError(f"{name} must be {least} 0 and {most}, got {number}")
-    return number
+    if not xp.isdtype(value.dtype, ("real floating", "integral")):
+        raise TypeError(f"{name} must be of a real dtype, got {value.dtype}")
+    return check_number(name, float(value)) if ops.may_look(value) else value

@@ -9,10 +9,10 @@ Every array may have the same leading axes, a stack: (*stack, out, in) and so on
 from __future__ import annotations
 
 import math
-import operator
 from dataclasses import KW_ONLY, dataclass
-from numbers import Real
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+from doraxp._scalars import check_count, check_flag, check_real
 
 Array: TypeAlias = Any
 """An array of any library that array-api-compat knows."""
@@ -43,7 +43,7 @@ class Config:
     Raises
     ------
     TypeError
-        `rank` is no integer, or `alpha` no number.
+        `rank` is no integer, `alpha` no number, or `rslora` no bool.
     ValueError
         `rank` is below 1, `alpha` is 0 or not finite, or a choice is unknown.
 
@@ -63,19 +63,15 @@ class Config:
     norm_gradient: NormGradient = "exact"
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not hasattr(self.rank, "__index__"):
-            raise TypeError(f"rank must be an integer, got {self.rank!r}")
-        object.__setattr__(self, "rank", operator.index(self.rank))
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        object.__setattr__(self, "rank", check_count("rank", self.rank, least=1))
+        check_flag("rslora", self.rslora)
         if self.alpha is not None:
-            if isinstance(self.alpha, bool) or not isinstance(self.alpha, Real):
-                raise TypeError(f"alpha must be a number or None, got {self.alpha!r}")
-            object.__setattr__(self, "alpha", float(self.alpha))
-            if self.alpha == 0 or not math.isfinite(self.alpha):
+            alpha = check_real("alpha", self.alpha, rule="a number or None")
+            object.__setattr__(self, "alpha", alpha)
+            if alpha == 0 or not math.isfinite(alpha):
                 raise ValueError(
                     "alpha must be finite and not 0 (None or a negative value means alpha = rank), "
-                    f"got {self.alpha}"
+                    f"got {alpha}"
                 )
         if self.form not in get_args(Form):
             raise ValueError(f"form must be one of {get_args(Form)}, got {self.form!r}")

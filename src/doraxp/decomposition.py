@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from doraxp._checks import check_adapter, check_weight
+from doraxp._checks import check_layer, check_weight
+from doraxp._scalars import check_kind
 from doraxp._types import Adapter, Array, Config
 from doraxp.backends import Factors, Operations, compute_dtype, operations
 
@@ -206,11 +207,12 @@ def prepare(
     >>> doraxp.prepare(weight, adapter, config).norm
     array([1., 1., 1.])
     """
-    ops = operations(weight=weight, **adapter._asdict())
+    ops = check_layer(weight, adapter, config)
     xp = ops.xp
-    check_adapter(weight, adapter, config)
-    if previous is not None and previous.weight is not weight:
-        raise ValueError("previous must be of the same weight object, but is of another")
+    if previous is not None:
+        check_kind("previous", previous, Prepared)
+        if previous.weight is not weight:
+            raise ValueError("previous must be of the same weight object, but is of another")
     dtype = compute_dtype(weight, *adapter, xp=xp)
     a, b, m = (xp.astype(leaf, dtype, copy=False) for leaf in adapter)
     b = config.scaling * b  # s B: the update is never wanted without s
@@ -229,14 +231,9 @@ def prepare(
     update = xp.sum(bg * b, axis=-1)  # ‖s(BA)ᵢ‖²
     n2 = base + 2 * xp.sum(b * u, axis=-1) + update
 
-    # `update` cancels too, where A's rows are nearly dependent: compare with what it would be if
-    # they were orthogonal and alike.
-    mean_square = xp.sum(a * a, axis=(-2, -1)) / config.rank
-    update = xp.maximum(update, xp.sum(b * b, axis=-1) * mean_square[..., None])
-    trusted = (n2 > CANCELLATION * (base + update)) & _in_range(n2, weight.shape[-1], ops=ops)
     factors = Factors(weight, a, b, row_scale)
     norm = xp.sqrt(xp.maximum(n2, xp.zeros_like(n2)))
-    norm, formed = ops.guard(~trusted, norm, factors, dtype)
+    norm, formed = ops.guard(_suspect(n2, base, update, a, b, ops=ops), norm, factors, dtype)
 
     projection = u + bg  # V Aᵀ, (out, rank)
     if formed is not None:
@@ -256,6 +253,21 @@ def prepare(
         formed=formed,
         snapshot=ops.snapshot(adapter),
     )
+
+
+def _suspect(
+    n2: Array, base: Array, update: Array, a: Array, b: Array, *, ops: Operations
+) -> Array:
+    """Say which n² = base + 2 (…) + update may have lost digits, with b = s B."""
+    xp = ops.xp
+    *_, rank, terms = a.shape
+    # `update` cancels too, where A's rows are nearly dependent: compare with what it would be if
+    # they were orthogonal and alike.
+    mean_square = (xp.sum(a * a, axis=(-2, -1)) / rank)[..., None]
+    b_squares = xp.sum(b * b, axis=-1)  # (out,)
+    update = xp.maximum(update, b_squares * mean_square)
+    trusted = (n2 > CANCELLATION * (base + update)) & _in_range(n2, terms, ops=ops)
+    return ~(trusted & (_in_range(mean_square, terms, ops=ops) | (b_squares == 0)))
 
 
 def times_transposed(x: Array, low_rank: Array, prepared: Prepared, *, ops: Operations) -> Array:
@@ -304,14 +316,14 @@ def inverse_norms(weight: Array, squares: Array, *, ops: Operations) -> Array:
     """Return ρ = 1/‖wᵢ‖, and 0 for a row of zeros or so near to it that 1/‖wᵢ‖ overflows."""
     xp = ops.xp
     norm = weight_norms(weight, squares, ops=ops)
-    invertible = norm > 1 / float(xp.finfo(norm.dtype).max)
+    invertible = ~(norm <= 1 / float(xp.finfo(norm.dtype).max))  # NaN too
     return xp.where(invertible, 1 / xp.where(invertible, norm, 1.0), 0.0)
 
 
 def over_norm(values: Array, norm: Array, *, ops: Operations) -> Array:
     """Return values / n by rows, and 0 where n = 0; values (..., out) or (..., out, k)."""
     norm = ops.xp.reshape(norm, (*norm.shape, *(1,) * (values.ndim - norm.ndim)))
-    nonzero = norm > 0
+    nonzero = norm != 0  # of NaN too: what went wrong must be seen
     return ops.xp.where(nonzero, values / ops.xp.where(nonzero, norm, 1.0), 0.0)
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import array_api_compat
 
 from doraxp._checks import check_bias, check_input, check_output_gradient, check_weight
-from doraxp._trees import check_number
+from doraxp._scalars import check_flag, check_kind, check_number
 from doraxp._types import Adapter, Array, Config
 from doraxp.backends import compute_dtype, operations
 from doraxp.decomposition import (
@@ -118,7 +118,7 @@ class DoRALayer:
     """A layer of one's own, adapted: y = x W'ᵀ + bias with W' = (m / n)⊙(ρ⊙W + s B A).
 
     The base lends its arrays and is never changed. Do not write to its weight in place while the
-    layer is in use: the norm made from it is kept.
+    layer is in use: the norm made from it is kept. One layer is for one thread at a time.
 
     Parameters
     ----------
@@ -128,16 +128,18 @@ class DoRALayer:
     seed : int
         Draws A, see `doraxp.init`.
     train_base : bool
-        Train the weight and the bias too: the layer's own, which start as the base's.
+        Train the weight and the bias too: the layer's own, which start as the base's. They keep
+        their dtype: in float16 or bfloat16, steps below its resolution are lost.
     weight_layout : {"out_in", "in_out"}
-        How the base stores its weight, and so how the vector, the state and the merged layer
-        have it. `layer.weight` and `layer.gradients` have (out, in) in any case.
+        How the base stores its weight, and so how the vector, the state, the gradients and the
+        merged layer have it. `layer.weight` has (out, in) in any case.
     method : {"kaiming", "gaussian"}
         How A is drawn, see `doraxp.init`.
 
     Attributes
     ----------
     adapter : Adapter
+        May be assigned to: forward and gradients of the one before are then dropped.
     weight, bias : array
         What the layer computes with; the bias may be None.
     gradients : dict of str to array, or None
@@ -166,6 +168,7 @@ class DoRALayer:
     gradients: dict[str, Array] | None = None
     _cache: Cache | None = None
     _prepared: Prepared | None = None
+    _graded: Prepared | None = None  # what the gradients belong to
 
     def __init__(
         self,
@@ -184,11 +187,13 @@ class DoRALayer:
             raise ValueError(
                 f"weight_layout must be one of {get_args(WeightLayout)}, got {weight_layout!r}"
             )
-        operations(weight=weight, bias=bias)
+        check_flag("train_base", train_base)
+        ops = operations(weight=weight, bias=bias)
         check_weight(weight)
         self.base, self.config, self.train_base = base, config, train_base
         self.weight_layout = weight_layout
-        self.weight, self.bias = self._swap(weight), bias
+        self.weight = self._swap(ops.detached(weight))
+        self.bias = None if bias is None else ops.detached(bias)
         check_bias(self.weight, bias)
         self.adapter = init(self.weight, config, seed=seed, method=method)
         self._initial_weight = self.weight
@@ -212,8 +217,9 @@ class DoRALayer:
                 "it was dropped when they changed or the state was reset"
             )
         dx, adapter, weight, bias = backward(dy, self._cache, train_base=self.train_base)
-        old, new = self.gradients or {}, self._named(weight, bias, adapter)
+        old, new = self._live_gradients() or {}, self._named(weight, bias, adapter)
         self.gradients = {name: _add(old.get(name), gradient) for name, gradient in new.items()}
+        self._graded = self._cache.prepared
         return dx
 
     def update_parameters(self, learning_rate: float) -> None:
@@ -221,7 +227,8 @@ class DoRALayer:
 
         The gradients are used up: RuntimeError without a backward since the last step.
         """
-        if self.gradients is None:
+        gradients = self._live_gradients()
+        if gradients is None:
             raise RuntimeError(
                 "update_parameters needs the gradients of a backward: none was made, or they "
                 "were used up or dropped"
@@ -229,7 +236,7 @@ class DoRALayer:
         rate = check_number("learning_rate", learning_rate)
         new = {}
         for name, old in self.state_dict().items():
-            step = rate * self.gradients[name]
+            step = rate * gradients[name]
             wide = self._xp.astype(old, step.dtype, copy=False)
             new[name] = self._xp.astype(wide - step, old.dtype, copy=False)
         self._replace(new)
@@ -269,9 +276,10 @@ class DoRALayer:
 
     def get_parameter_gradients(self) -> Array:
         """Return the gradients in the order of `get_parameters`, zeros where there are none."""
-        if self.gradients is None:
+        gradients = self._live_gradients()
+        if gradients is None:
             return self._xp.zeros_like(self.get_parameters())
-        return self._vector(self.gradients)
+        return self._vector(gradients)
 
     def clear_gradients(self) -> None:
         """Forget the gradients that were added up."""
@@ -279,7 +287,7 @@ class DoRALayer:
 
     def reset_state(self) -> None:
         """Forget the gradients and the forward; keep the parameters."""
-        self._cache = self._prepared = self.gradients = None
+        self._cache = self._prepared = self._graded = self.gradients = None
 
     def merge_to_original_layer(self) -> Any:
         """Return a copy of the base with W' as its weight and a copy of the layer's bias.
@@ -298,7 +306,7 @@ class DoRALayer:
                 raise TypeError("copy.deepcopy returned the base itself")
             for name, array in new.items():
                 setattr(layer, name, array)
-        except Exception as error:  # a base of one's own may raise anything
+        except (TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise TypeError(
                 f"merge_to_original_layer needs a base that copy.deepcopy copies and that can be "
                 f"assigned a {' and a '.join(new)}; {type(self.base).__name__} is none: {error}"
@@ -308,7 +316,8 @@ class DoRALayer:
     def state_dict(self) -> dict[str, Array]:
         """Return what is trained, by name: weight and bias with `train_base`; the adapter's.
 
-        These are the layer's own arrays, which it never writes to.
+        These are the layer's own arrays, which it never writes to; nor may you: with `train_base`
+        they are the base's until the first step.
         """
         return self._named(self.weight, self.bias, self.adapter)
 
@@ -320,6 +329,7 @@ class DoRALayer:
         shapes; then nothing has changed. `strict=False` keeps what is missing and ignores the
         unexpected.
         """
+        check_kind("state", state, Mapping)
         old = self.state_dict()
         given = {name: state[name] for name in old if state.get(name) is not None}
         operations(**given, layer=self.weight)
@@ -345,7 +355,7 @@ class DoRALayer:
             self.config.rank,
             self.config.scaling,
             magnitude_direction_change(self._initial_weight, self._merged()),
-            {name: xp.sqrt(xp.sum(g * g)) for name, g in (self.gradients or {}).items()},
+            {name: xp.sqrt(xp.sum(g * g)) for name, g in (self._live_gradients() or {}).items()},
         )
 
     @property
@@ -367,6 +377,12 @@ class DoRALayer:
             self._prepared = then
         return then
 
+    def _live_gradients(self) -> dict[str, Array] | None:
+        """Return the gradients, where they are of the parameters as they are now."""
+        if self.gradients is None or self._graded is not self._current():
+            return None
+        return self.gradients
+
     def _merged(self) -> Array:
         return merge(self.weight, self.adapter, self.config, prepared=self._current())
 
@@ -383,7 +399,7 @@ class DoRALayer:
         if self.train_base:
             self.weight, self.bias = self._swap(new["weight"]), new.get("bias")
         self.adapter = Adapter(*(new[name] for name in Adapter._fields))
-        self._cache = self.gradients = None
+        self._cache = self._graded = self.gradients = None
 
     def _swap(self, weight: Array) -> Array:
         """Turn a weight from the base's layout to (out, in), or back."""

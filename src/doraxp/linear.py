@@ -17,12 +17,13 @@ import array_api_compat
 import numpy as np
 
 from doraxp._checks import (
-    check_adapter,
     check_bias,
     check_config,
     check_input,
+    check_layer,
     check_output_gradient,
 )
+from doraxp._scalars import check_count, check_flag, check_kind
 from doraxp._types import Adapter, Array, Config, Form, Gradients
 from doraxp.backends import Operations, compute_dtype, operations
 from doraxp.decomposition import (
@@ -93,9 +94,12 @@ def init(weight: Array, config: Config, *, seed: int, method: InitMethod = "kaim
     """
     if method not in get_args(InitMethod):
         raise ValueError(f"method must be one of {get_args(InitMethod)}, got {method!r}")
+    seed = check_count("seed", seed)
+    check_kind("config", config, Config)
     ops = operations(weight=weight)
     xp = ops.xp
     check_config(weight, config)
+    weight = ops.detached(weight)
     dtype = compute_dtype(weight, xp=xp)
     device = array_api_compat.device(weight)
     *stack, out, inner = weight.shape
@@ -164,9 +168,8 @@ def forward(
     >>> y
     array([11., 10.])
     """
-    ops = operations(x=x, weight=weight, bias=bias, **adapter._asdict())
+    ops = check_layer(weight, adapter, config, x=x, bias=bias)
     xp = ops.xp
-    check_adapter(weight, adapter, config)
     check_input(weight, x)
     check_bias(weight, bias)
     if prepared is None:
@@ -235,6 +238,8 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     array([[3., 9.],
            [3., 9.]])
     """
+    check_kind("cache", cache, Cache)
+    check_flag("train_base", train_base)
     x, bias, low_rank, z, prepared = cache
     weight, norm, gain = prepared.weight, prepared.norm, prepared.gain
     _, _, scaled_b, row_scale = prepared.factors
@@ -310,8 +315,7 @@ def merge(
     array([[ 6.,  8.],
            [ 0., 10.]])
     """
-    ops = operations(weight=weight, **adapter._asdict())
-    check_adapter(weight, adapter, config)
+    ops = check_layer(weight, adapter, config)
     if prepared is None:
         prepared = prepare(weight, adapter, config)
     else:
@@ -363,9 +367,8 @@ def convert_form(
     ('direction', array([[0.2],
            [0.2]]))
     """
+    ops = check_layer(weight, adapter, config)
     target = replace(config, form=form)
-    ops = operations(weight=weight, **adapter._asdict())
-    check_adapter(weight, adapter, config)
     if form == config.form:
         return adapter, config
     xp = ops.xp
@@ -380,6 +383,7 @@ def check_prepared(
     prepared: Prepared, weight: Array, adapter: Adapter, config: Config, *, ops: Operations
 ) -> None:
     """Refuse a prepared norm that does not belong to these arguments any more."""
+    check_kind("prepared", prepared, Prepared)
     if prepared.weight is not weight:
         changed = "the weight is another object"
     elif prepared.config != config:

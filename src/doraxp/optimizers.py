@@ -22,9 +22,12 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from doraxp._trees import align, build, check_number, per_leaf
+import array_api_compat
+
+from doraxp._scalars import check_count, check_flag, check_kind, check_number
+from doraxp._trees import align, build, per_leaf
 from doraxp._types import Array
-from doraxp.backends import compute_dtype
+from doraxp.backends import Operations, compute_dtype
 
 Params = TypeVar("Params")
 PerLeaf: TypeAlias = Any
@@ -139,13 +142,15 @@ def sgd_step(
     >>> params.magnitude
     array([0.75, 0.75])
     """
+    check_kind("state", state, SGDState)
+    check_flag("nesterov", nesterov)
     momentum = check_number("momentum", momentum, below=1)
     if nesterov and momentum == 0:
         raise ValueError("nesterov must come with a momentum above 0, got 0.0")
     ops, leaves = align(params=params, grads=grads, **{"state.velocity": state.velocity})
     xp = ops.xp
-    rates = per_leaf("learning_rate", learning_rate, params, xp=xp)
-    decays = per_leaf("weight_decay", weight_decay, params, spared="magnitude", xp=xp)
+    rates = per_leaf("learning_rate", learning_rate, params, ops=ops)
+    decays = per_leaf("weight_decay", weight_decay, params, spared="magnitude", ops=ops)
     stepped, velocity = {}, {}
     for path, arrays in leaves.items():
         p, g, v, rate, decay = _wide(*arrays, rates[path], decays[path], xp=xp)
@@ -252,17 +257,21 @@ def adamw_step(
     (array([[0.875, 0.875]]), array([[0.5],
            [0.5]]), 1)
     """
+    check_kind("state", state, AdamWState)
     beta1 = check_number("beta1", beta1, below=1)
     beta2 = check_number("beta2", beta2, below=1)
     eps = check_number("eps", eps, positive=True)
     ops, leaves = align(params=params, grads=grads, **{"state.mu": state.mu, "state.nu": state.nu})
     xp = ops.xp
-    rates = per_leaf("learning_rate", learning_rate, params, xp=xp)
-    decays = per_leaf("weight_decay", weight_decay, params, spared="magnitude", xp=xp)
-    step = state.step + 1
+    rates = per_leaf("learning_rate", learning_rate, params, ops=ops)
+    decays = per_leaf("weight_decay", weight_decay, params, spared="magnitude", ops=ops)
+    step = _count_of(state, ops=ops) + 1
     stepped, first, second = {}, {}, {}
     for path, arrays in leaves.items():
         p, g, mu, nu, rate, decay = _wide(*arrays, rates[path], decays[path], xp=xp)
+        least = float(xp.finfo(p.dtype).smallest_normal)
+        if eps < least:  # it would vanish, and 0/0 be NaN where a gradient is 0
+            raise ValueError(f"eps must be at least {least} in {p.dtype}, got {eps}")
         mu = beta1 * mu + (1 - beta1) * g
         nu = beta2 * nu + (1 - beta2) * (g * g)
         mean = mu / _bias_correction(beta1, step, p.dtype, xp=xp)
@@ -352,6 +361,16 @@ def _zeros(params: Params) -> Params:
         for path, (leaf,) in leaves.items()
     }
     return build(params, zeros)
+
+
+def _count_of(state: AdamWState, *, ops: Operations) -> Any:
+    """Return how many steps were taken, held to an int, or to a 0-d array of an integer dtype."""
+    step = state.step
+    if array_api_compat.is_array_api_obj(step):
+        known = array_api_compat.array_namespace(step) is ops.xp
+        if known and step.ndim == 0 and ops.xp.isdtype(step.dtype, "integral"):
+            return step
+    return check_count("state.step", step)
 
 
 def _bias_correction(beta: float, step: Any, dtype: Any, *, xp: Any) -> Any:

@@ -16,11 +16,10 @@ argument.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from doraxp._trees import check_number
+from doraxp._scalars import check_count, check_number
 
 Schedule: TypeAlias = Callable[[int], float]
 
@@ -53,7 +52,7 @@ def constant_schedule(learning_rate: float, *, warmup_steps: int = 0) -> Schedul
     [0.25, 0.5, 0.5]
     """
     rate = check_number("learning_rate", learning_rate)
-    return _warmed_up(rate, _count("warmup_steps", warmup_steps), lambda _: rate)
+    return _warmed_up(rate, check_count("warmup_steps", warmup_steps), lambda _: rate)
 
 
 def linear_schedule(
@@ -144,8 +143,8 @@ def _decaying(
     """Return the schedule from η to φ along `shape`, which falls from 1 at u = 0 to 0 at 1."""
     peak = check_number("learning_rate", learning_rate)
     final = check_number("final", final)
-    warmup = _count("warmup_steps", warmup_steps)
-    total = _count("total_steps", total_steps, least=1)
+    warmup = check_count("warmup_steps", warmup_steps)
+    total = check_count("total_steps", total_steps, least=1)
     if warmup > total:
         raise ValueError(f"warmup_steps must be at most total_steps = {total}, got {warmup}")
 
@@ -160,18 +159,9 @@ def _decaying(
 
 def _warmed_up(learning_rate: float, warmup: int, after: Schedule) -> Schedule:
     def schedule(step: int) -> float:
-        step = _count("step", step)
+        step = check_count("step", step)
         if step < warmup:
             return learning_rate * (step + 1) / (warmup + 1)
         return after(step)
 
     return schedule
-
-
-def _count(name: str, value: Any, *, least: int = 0) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    count = operator.index(value)
-    if count < least:
-        raise ValueError(f"{name} must be at least {least}, got {count}")
-    return count

@@ -19,6 +19,7 @@ from doraxp.backends import _cupy
 from doraxp.backends._cupy import CupyOperations
 from doraxp.backends._generic import Factors, Operations
 from doraxp.backends._numpy import NumpyOperations
+from doraxp.backends._torch import TorchOperations
 
 __all__ = ["Factors", "Operations", "Status", "available", "compute_dtype", "operations"]
 
@@ -84,6 +85,8 @@ def _operations_of(xp: Any) -> Operations:
         return NumpyOperations(xp)
     if array_api_compat.is_cupy_namespace(xp):
         return CupyOperations(xp)
+    if array_api_compat.is_torch_namespace(xp):
+        return TorchOperations(xp)
     return Operations(xp)
 
 
@@ -98,8 +101,10 @@ def _dtype_name_of(key: tuple[Any, Any]) -> str:
     return str(key[1]).rpartition(".")[-1]
 
 
-def operations(**arrays: Array | None) -> Operations:
-    """Return the operations for `arrays`, given by the names that the caller knows them by.
+def operations(*, bias: Array | None = None, **arrays: Array) -> Operations:
+    """Return the operations for arrays, given by the names that the caller knows them by.
+
+    The bias alone may be None.
 
     Raises
     ------
@@ -109,7 +114,7 @@ def operations(**arrays: Array | None) -> Operations:
     ValueError
         Two are on different devices.
     """
-    given = {name: array for name, array in arrays.items() if array is not None}
+    given = arrays if bias is None else {**arrays, "bias": bias}
     namespaces = {name: _namespace(name, array) for name, array in given.items()}
     (first, xp), *others = namespaces.items()
     for name, other in others:
@@ -118,7 +123,7 @@ def operations(**arrays: Array | None) -> Operations:
                 f"all arrays must be of one library: {first} is of {_library(xp)}, "
                 f"{name} of {_library(other)}"
             )
-    devices = {name: array_api_compat.device(array) for name, array in given.items()}
+    devices = {name: _device(array) for name, array in given.items()}
     for name, device in devices.items():
         # A traced JAX array has no device.
         if None not in (device, devices[first]) and device != devices[first]:
@@ -140,6 +145,11 @@ def _namespace(name: str, array: Array) -> Any:
             f"{name} must be an array of a library that array-api-compat knows, got "
             f"{type(array).__name__}"
         ) from None
+
+
+def _device(array: Array) -> Any:
+    device = array_api_compat.device(array)
+    return getattr(device, "device_set", device)  # JAX: arrays may lie across the same devices
 
 
 def _library(xp: Any) -> str:

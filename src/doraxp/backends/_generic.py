@@ -41,6 +41,10 @@ class Operations:
             return False
         return "cpu" in str(array_api_compat.device(array)).lower()
 
+    def detached(self, array: Array) -> Array:
+        """Return `array` outside of any graph that its library records for gradients."""
+        return array
+
     # Products with the frozen weight
 
     def times_transposed(self, x: Array, weight: Array, dtype: Any) -> Array:
@@ -123,7 +127,7 @@ class Operations:
         """Return what `unchanged` needs to notice that the arrays were written to."""
         if not self.may_look(adapter.lora_a):
             return None
-        return Adapter(*(self.xp.asarray(leaf, copy=True) for leaf in adapter))
+        return Adapter(*(self.xp.asarray(self.detached(leaf), copy=True) for leaf in adapter))
 
     def unchanged(self, snapshot: Adapter | None, then: Adapter, now: Adapter) -> bool:
         """Say whether `now` is still the adapter `then`, of which `snapshot` was taken.

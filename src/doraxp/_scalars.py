@@ -1,0 +1,53 @@
+"""The rules at the public border for what is no array: name, rule, value."""
+
+from __future__ import annotations
+
+import math
+import operator
+from numbers import Real
+from typing import Any
+
+
+def check_kind(name: str, value: Any, kind: type) -> None:
+    """Hold a structured argument to its class."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Hold a choice to True or False: any string is true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_count(name: str, value: Any, *, least: int = 0) -> int:
+    """Return an integer as Python's."""
+    try:
+        count = operator.index(None if isinstance(value, bool) else value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if count < least:
+        raise ValueError(f"{name} must be at least {least}, got {count}")
+    return count
+
+
+def check_real(name: str, value: Any, *, rule: str = "a number") -> float:
+    """Return a number as Python's float, inf where it is a larger int."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be {rule}, got {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def check_number(
+    name: str, value: Any, *, below: float = math.inf, positive: bool = False
+) -> float:
+    """Return a hyperparameter as a Python float: NumPy's scalars would widen float32 arrays."""
+    number = check_real(name, value)
+    if not 0 <= number < below or (positive and number == 0):
+        least = "above" if positive else "at least"
+        most = "finite" if below == math.inf else f"below {below}"
+        raise ValueError(f"{name} must be {least} 0 and {most}, got {number}")
+    return number
