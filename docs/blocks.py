@@ -1,7 +1,8 @@
 """A pytest plugin that runs the code in Markdown: `PYTHONPATH=docs pytest -p blocks README.md`.
 
     python   runs, in one namespace for the page; where it has >>>, its output is compared
-    sh       runs in the root of the project; those of README.md are run by .ci/run
+    sh       runs in the root of the project, with the Python that runs pytest; those of README.md
+             are run by .ci/run
     text     is no code: formulas and figures
 
 A block of any other language fails, so that none is left out.
@@ -9,8 +10,10 @@ A block of any other language fails, so that none is left out.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,7 +42,14 @@ def refuse(example: Example) -> str:
 
 def run_in_shell(example: Example) -> None:
     """Run commands in the root of the project."""
-    subprocess.run(["bash", "-euc", example.parsed], cwd=ROOT, check=True, stdin=subprocess.DEVNULL)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    subprocess.run(
+        ["bash", "-euc", example.parsed],
+        cwd=ROOT,
+        check=True,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | {"PATH": path},
+    )
 
 
 python = PythonCodeBlockParser()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.machinery
+import subprocess
+import sys
 import types
 
 import array_api_compat.numpy
@@ -197,7 +199,16 @@ def test_values_on_a_gpu_are_not_looked_at(monkeypatch):
     assert (formed == 2 * np.eye(2)).all()
     monkeypatch.setattr("array_api_compat.is_numpy_namespace", lambda xp: False)
     monkeypatch.setattr("array_api_compat.is_cupy_namespace", lambda xp: True)
-    assert isinstance(backends._operations_of.__wrapped__(np), _cupy.CupyOperations)
+    chosen = backends._operations_of.__wrapped__(np)
+    assert isinstance(chosen, _cupy.CupyOperations)
+    assert chosen.xp is np
+
+
+def test_tensors_are_taken_out_of_the_graph(monkeypatch):
+    monkeypatch.setattr("array_api_compat.is_numpy_namespace", lambda xp: False)
+    monkeypatch.setattr("array_api_compat.is_torch_namespace", lambda xp: True)
+    ops = backends._operations_of.__wrapped__(np)
+    assert ops.detached(types.SimpleNamespace(detach=lambda: "a leaf")) == "a leaf"
 
 
 def test_what_is_lazy_or_on_a_device_is_not_looked_at(monkeypatch):
@@ -247,3 +258,15 @@ def test_arrays_on_two_devices_are_refused_by_name(monkeypatch):
         backends.operations(x=x, weight=weight)
     backends.operations(x=x, weight=traced)
     backends.operations(x=traced, weight=weight)
+
+
+def test_the_bare_package_imports_only_what_it_needs():
+    """The core runs where there is neither PyTorch nor matplotlib."""
+    code = (
+        "import sys; before = set(sys.modules); import doraxp; "
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
+    )
+    modules = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert set(modules) - sys.stdlib_module_names == {"doraxp", "numpy", "array_api_compat"}

@@ -6,13 +6,17 @@ import json
 import runpy
 import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import doraxp
 from doraxp.cli import main
+from doraxp.cli._experiment import BaseRun, Results, Run, Settings
 from doraxp.cli._libraries import library
+from doraxp.cli._table import print_results
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +78,55 @@ def test_python_m_doraxp_is_the_command(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module("doraxp", run_name="__main__")
     assert "doraxp" in capsys.readouterr().out
+
+
+def test_a_rate_that_is_too_large_is_shown_and_written_as_null(tmp_path, capsys):
+    figures = tmp_path / "out.json"
+    arguments = ["--learning-rate", "1e9", "--steps", "20", "--plot", str(tmp_path / "a.png")]
+    assert main(["demo", *arguments, "--json", str(figures)]) == 0
+    lora = json.loads(figures.read_text(), parse_constant=pytest.fail)["methods"]["LoRA"]
+    assert lora["largest_difference"]["mean"] is None
+    assert "nan" in capsys.readouterr().out
+
+
+def test_the_table_says_what_the_runs_came_to(capsys):
+    def runs(*accuracies):
+        return [Run(accuracy, accuracy - 0.5, 2e-6, 1234, 1.5, [], {}) for accuracy in accuracies]
+
+    methods = {"LoRA": runs(0.9, 0.7), "DoRA exact": runs(0.8, 1.0)}
+    methods["full fine-tuning"] = [
+        replace(run, merged_accuracy=None, largest_difference=None) for run in runs(1.0, 1.0)
+    ]
+    base = [BaseRun(0.98, 0.1, 1.0), BaseRun(1.0, 0.3, 1.0)]
+    results = Results(Settings(seeds=2, rank=3, steps=7), 5, 6, base, methods)
+    print_results(results, Console(width=100))
+    lines = capsys.readouterr().out.splitlines()
+    cells = {line.split("  ")[0].strip(): " ".join(line.split()) for line in lines}
+    assert cells["frozen base"] == "frozen base 20.0 ± 14.1 0 – – –"
+    lora = "LoRA 80.0 ± 14.1 1,234 1.50 ± 0.00 30.0 ± 14.1 2.0 ± 0.0"
+    assert cells["LoRA"] == lora
+    assert cells["DoRA exact"] == lora.replace("LoRA 80", "DoRA exact 90").replace("30.0", "40.0")
+    assert cells["full fine-tuning"] == "full fine-tuning 100.0 ± 0.0 1,234 1.50 ± 0.00 – –"
+    assert "rank 3, 7 steps, float32 on numpy" in lines[0]
+    text = " ".join(" ".join(lines).split())
+    assert "standard deviation of 2 seeds, on 6 test digits; upright, the base reads" in text
+    assert "99.0 ± 1.4 % of them" in text
+    assert lines[-1] == "First of the adapters: DoRA exact, 10.0 ± 28.3 points ahead of LoRA."
+
+
+def test_a_disk_that_is_full_and_an_interrupt_are_no_tracebacks(monkeypatch, capsys):
+    def fail(_):
+        raise OSError(28, "No space left on device", "out.json")
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("doraxp.cli.demo.run", fail)
+    assert main(["demo"]) == 1
+    expected = "doraxp: error: [Errno 28] No space left on device: 'out.json'\n"
+    assert capsys.readouterr().err == expected
+    monkeypatch.setattr("doraxp.cli.demo.run", interrupt)
+    assert main(["demo"]) == 130
 
 
 @pytest.mark.parametrize(

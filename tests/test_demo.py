@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from doraxp.backends import available
-from doraxp.cli._digits import load_digits, split_digits
+from doraxp.cli._digits import Digits, load_digits, split_digits
 from doraxp.cli._experiment import Settings, experiment
 from doraxp.cli._libraries import BACKENDS
 from doraxp.cli._methods import (
@@ -67,6 +67,11 @@ def test_the_digits_are_those_of_the_source():
     assert int((16 * digits.images).sum(dtype=np.float64)) == 561_718
 
 
+def test_digits_are_turned_counter_clockwise():
+    image = np.arange(4.0).reshape(1, 2, 2)
+    np.testing.assert_array_equal(Digits(image, None).turned().images, [[[1.0, 3.0], [0.0, 2.0]]])
+
+
 def test_a_choice_made_by_validation_has_not_seen_the_test_digits():
     training, test = split_digits(validate=False)
     smaller, validation = split_digits(validate=True)
@@ -107,6 +112,11 @@ def test_the_merged_network_is_the_adapted_one(name, task):
     adapted = adapted_logits(method, base, at, x)
     assert np.max(np.abs(adapted - plain_logits(base, x))) > 0.01
     np.testing.assert_allclose(plain_logits(merged(method, base, at), x), adapted, atol=1e-13)
+
+
+def test_each_seed_starts_differently():
+    first, second = experiment(Settings(seeds=2, steps=10)).methods["LoRA"]
+    assert first.losses != second.losses
 
 
 def test_every_backend_takes_the_same_steps(usable_library):

@@ -57,9 +57,14 @@ def test_an_input_that_does_not_fit(draw, layer):
 def test_an_input_without_the_stack_of_the_weight(draw):
     config, weight = Config(2), draw(3, 7, 6)
     adapter = doraxp.init(weight, config, seed=0)
-    for shape in ((5, 6), (2, 5, 6), (6,)):
+    for shape in ((5, 6), (2, 5, 6), (6,), ()):
         with pytest.raises(ValueError, match=r"x must have shape \(\*stack, \.\.\., in\)"):
             doraxp.forward(draw(*shape), weight, adapter, config)
+    with pytest.raises(ValueError, match=r"x must have shape \(\.\.\., in\) .* got \(\)"):
+        doraxp.forward(draw(), draw(7, 6), Adapter(draw(2, 6), draw(7, 2), draw(7)), config)
+    for shape in ((3, 6), (7,)):
+        with pytest.raises(ValueError, match=r"bias must have shape .* = \(3, 7\) .* got"):
+            doraxp.forward(draw(3, 6), weight, adapter, config, bias=draw(*shape))
 
 
 @pytest.mark.parametrize("shape", [(6,), (0, 6), (7, 0)])

@@ -575,6 +575,8 @@ TREES = [  # params, grads, error, message
 ]
 RATE_RULE = "must be a number or a 0-d array of the library of params, got"
 NUMBERS = [  # value of learning_rate or of weight_decay, params, error, message after the name
+    (np.array(-0.5), whole(), ValueError, " must be at least 0 and finite, got -0.5"),
+    (np.array(1j), whole(), TypeError, " must be of a real dtype, got complex128"),
     (-1, whole(), ValueError, " must be at least 0 and finite, got -1.0"),
     (math.inf, whole(), ValueError, " must be at least 0 and finite, got inf"),
     (True, whole(), TypeError, " must be a number, got True"),

@@ -22,10 +22,13 @@ def check_flag(name: str, value: Any) -> None:
 
 def check_count(name: str, value: Any, *, least: int = 0) -> int:
     """Return an integer as Python's."""
+    message = f"{name} must be an integer, got {value!r}"
+    if isinstance(value, bool):
+        raise TypeError(message)
     try:
-        count = operator.index(None if isinstance(value, bool) else value)
+        count = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+        raise TypeError(message) from None
     if count < least:
         raise ValueError(f"{name} must be at least {least}, got {count}")
     return count

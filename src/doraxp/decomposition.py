@@ -185,7 +185,8 @@ def prepare(
     Returns
     -------
     Prepared
-        For `doraxp.forward` and `doraxp.merge`, which refuse it with any other adapter.
+        For `doraxp.forward` and `doraxp.merge`, which refuse it with any other adapter. It is of
+        the weight's values as they were: do not write to the weight.
 
     Raises
     ------

@@ -137,6 +137,8 @@ def forward(
     Parameters
     ----------
     x : array, shape (*stack, ..., in)
+        Computed with in the compute dtype, that of weight and adapter: a float64 x does not widen
+        a float32 layer.
     weight : array, shape (*stack, out, in)
     adapter : Adapter
     config : Config
@@ -148,7 +150,7 @@ def forward(
     -------
     y : array, shape (*stack, ..., out), in x's dtype
     cache : Cache
-        For `doraxp.backward`.
+        For `doraxp.backward`. It holds x itself: do not write to x before.
 
     Raises
     ------
@@ -333,8 +335,8 @@ def convert_form(
         weight form:     V = W + s B A
         direction form:  V = W/‖W‖ + s B' A     with B = ‖wᵢ‖⊙B' by rows
 
-    Exact: both V have the same direction. A zero row has no length to divide by; there V = s B A
-    in both forms, and B stays.
+    Exact: both V have the same direction. A row of zeros, or one so short that 1/‖wᵢ‖ overflows,
+    has no length to divide by; there V = s B A in both forms, and B stays.
 
     Parameters
     ----------

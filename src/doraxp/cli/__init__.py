@@ -7,6 +7,7 @@ returns the exit status. What the bare installation lacks, a command imports onl
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 import doraxp
@@ -38,5 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     arguments = parser.parse_args(argv)
-    status: int = arguments.run(arguments)
+    try:
+        status: int = arguments.run(arguments)
+    except OSError as error:  # a disk that is full, say
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130  # 128 + SIGINT, as shells have it
     return status

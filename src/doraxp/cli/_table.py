@@ -35,7 +35,7 @@ def print_results(results: Results, console: Console) -> None:
         "accuracy %\nmerged",
         "difference\n1e-6",
     ):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_row("frozen base", _scaled(turned, 100), "0", "–", "–", "–")
     for name, runs in results.methods.items():
         table.add_row(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict, fields
 from typing import Any
+
+import numpy as np
 
 from doraxp.cli._arguments import backend, integer, lacks, output, rate
 from doraxp.cli._experiment import (
@@ -17,6 +18,7 @@ from doraxp.cli._experiment import (
     figure,
 )
 from doraxp.cli._libraries import BACKENDS, versions
+from doraxp.cli._report import write_json
 
 SUMMARY = (
     "Train a small network on 1,797 real handwritten digits, freeze it, adapt it to digits turned "
@@ -103,17 +105,20 @@ def run(arguments: argparse.Namespace) -> int:
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=settings.total_steps)
-        results = experiment(
-            settings,
-            lambda what, seed: progress.update(task, advance=1, description=f"seed {seed}: {what}"),
-        )
+        with np.errstate(over="ignore", invalid="ignore"):  # the table shows a rate too large
+            results = experiment(
+                settings,
+                lambda what, seed: progress.update(
+                    task, advance=1, description=f"seed {seed}: {what}"
+                ),
+            )
     console = Console()
     print_results(results, console)
+    if arguments.json is not None:
+        write_json(arguments.json, _report(results))
+        console.print(f"Figures: {arguments.json}", soft_wrap=True)
     save_picture(results, arguments.plot)
     console.print(f"Picture: {arguments.plot}", soft_wrap=True)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(_report(results), indent=2) + "\n", "utf-8")
-        console.print(f"Figures: {arguments.json}", soft_wrap=True)
     return 0
 
 

@@ -1,0 +1,23 @@
+"""Machine-readable figures."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, report: Any) -> None:
+    """Write nested figures; JSON has no NaN and no infinity, so null stands for them."""
+    path.write_text(json.dumps(_finite(report), indent=2, allow_nan=False) + "\n", "utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
