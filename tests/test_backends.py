@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.metadata
 import subprocess
 import sys
 import types
@@ -29,7 +30,8 @@ def rng():
 
 @pytest.fixture(params=[1 << 20, 3 * 6], ids=["one-block", "many-blocks"])
 def _blocks(request, monkeypatch):
-    monkeypatch.setattr("doraxp.backends._numpy.BLOCK", request.param)
+    for name in ("CACHE_BLOCK", "PRODUCT_BLOCK"):
+        monkeypatch.setattr(f"doraxp.backends._numpy.{name}", request.param)
 
 
 def make_factors(rng, stack, dtype, *, row_scale):
@@ -61,11 +63,52 @@ class TestNumpyOverrides:
         for name, arguments in {
             "times_transposed": (x, weight, np.float32),
             "times": (d, weight, np.float32),
+            "project": (weight, x, np.float32),
             "row_squares": (weight, np.float32),
             "token_dot": (d, 2 * d),
         }.items():
             expected = getattr(GENERIC, name)(*arguments)
             assert_equal(getattr(NUMPY, name)(*arguments), expected)
+        one = x[..., :1, :]  # in other blocks
+        expected = GENERIC.times_transposed(one, weight, np.float32)
+        assert_equal(NUMPY.times_transposed(one, weight, np.float32), expected)
+
+    @pytest.mark.parametrize("given", ["nothing", "update", "row_scale", "bias", "all"])
+    def test_what_comes_after_a_product(self, rng, stack, dtype, given):
+        def draw(*shape, name):
+            array = rng.standard_normal((*stack, *shape)).astype("float32")
+            return array if given in (name, "all") else None
+
+        z, gain = draw(5, 7, name=given), draw(7, name=given)
+        low_rank, scaled_b = draw(5, 2, name="update"), draw(7, 2, name="update")
+        update = None if low_rank is None else (low_rank, scaled_b)
+        rest = draw(7, name="row_scale"), update, gain, draw(7, name="bias")
+        expected = GENERIC.scale_and_shift(z.copy(), *rest)
+        for actual, desired in zip(NUMPY.scale_and_shift(z.copy(), *rest), expected, strict=True):
+            assert_equal(actual, desired)
+        left, right = draw(5, 2, name=given), draw(2, 7, name=given)
+        assert_equal(NUMPY.accumulate(z.copy(), left, right), z + left @ right)
+
+    def test_division_by_norms_of_which_some_are_none(self, rng, stack, dtype):
+        norm = rng.uniform(0.5, 2, (*stack, 7)).astype("float32")
+        norm[..., 2], norm[..., 5] = 0, np.nan
+        for shape in ((7,), (7, 2)):
+            values = rng.standard_normal((*stack, *shape)).astype("float32")
+            actual, expected = (ops.over_norm(values, norm) for ops in (NUMPY, GENERIC))
+            np.testing.assert_array_equal(actual, expected)
+            assert actual.dtype == expected.dtype
+            rows = actual.reshape(*stack, 7, -1)
+            assert np.all(rows[..., 2, :] == 0)
+            assert np.all(np.isnan(rows[..., 5, :]))
+
+    @pytest.mark.parametrize("rank", [None, 2])
+    def test_what_comes_before_a_product(self, rng, stack, dtype, rank):
+        d, gain = (rng.standard_normal((*stack, *shape)) for shape in ((5, 7), (7,)))
+        rows = None if rank is None else rng.standard_normal((*stack, rank, 7))
+        expected = GENERIC.scale_and_append(d, gain, rows)
+        before = d.copy()
+        assert_equal(NUMPY.scale_and_append(d, gain, rows), expected, rtol=0)
+        np.testing.assert_array_equal(d, before)
 
     def test_a_weight_stored_the_other_way(self, rng, stack, dtype):
         weight = rng.standard_normal((*stack, 6, 7)).astype(dtype).swapaxes(-1, -2)
@@ -240,17 +283,36 @@ def test_a_library_without_overrides_gets_the_generic_operations(monkeypatch):
     assert type(backends._operations_of.__wrapped__(np)) is Operations
 
 
+@pytest.mark.parametrize("ops", [GENERIC, NUMPY])
+def test_an_adapter_is_compared_by_value(ops):
+    adapter = Adapter(np.array([1.0, np.nan]), np.ones(2), np.ones(3))
+    snapshot = ops.snapshot(adapter)
+    assert ops.unchanged(snapshot, adapter, Adapter(*(leaf.copy() for leaf in adapter)))
+    for name, value in (("lora_a", 1.0), ("lora_b", np.nan), ("magnitude", 2.0)):
+        leaf = getattr(adapter, name).copy()
+        leaf[-1] = value
+        assert not ops.unchanged(snapshot, adapter, adapter._replace(**{name: leaf}))
+
+
+class Foreign(np.ndarray):
+    """An array that is looked at more closely than NumPy's own."""
+
+
+def foreign(size):
+    return np.ones(size).view(Foreign)
+
+
 def test_arrays_of_two_libraries_are_refused_by_name(monkeypatch):
     other = types.SimpleNamespace(__name__="array_api_compat.torch")
     xp = array_api_compat.numpy
     monkeypatch.setattr(backends, "_namespace", lambda name, _: xp if name == "x" else other)
     message = "all arrays must be of one library: x is of numpy, weight of torch"
     with pytest.raises(TypeError, match=message):
-        backends.operations(x=np.ones(2), bias=None, weight=np.ones(2))
+        backends.operations(x=foreign(2), bias=None, weight=foreign(2))
 
 
 def test_arrays_on_two_devices_are_refused_by_name(monkeypatch):
-    x, weight, traced = np.ones(1), np.ones(2), np.ones(3)
+    x, weight, traced = foreign(1), foreign(2), foreign(3)
     devices = {1: "cuda:0", 2: "cuda:1", 3: None}
     monkeypatch.setattr("array_api_compat.device", lambda array: devices[array.size])
     message = "all arrays must be on one device: x is on cuda:0, weight on cuda:1"
@@ -269,4 +331,6 @@ def test_the_bare_package_imports_only_what_it_needs():
     modules = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
-    assert set(modules) - sys.stdlib_module_names == {"doraxp", "numpy", "array_api_compat"}
+    owners = importlib.metadata.packages_distributions()
+    packages = {owner for name in modules for owner in owners.get(name, [])}
+    assert packages - {"doraxp"} == {"numpy", "array-api-compat"}

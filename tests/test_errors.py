@@ -258,6 +258,10 @@ def test_a_seed_that_is_none(draw, seed, error, message):
         doraxp.init(draw(7, 6), Config(2), seed=seed)
 
 
+class Foreign(np.ndarray):
+    """An array that is looked at more closely than NumPy's own."""
+
+
 def test_arrays_that_lie_across_the_same_devices_go_together(monkeypatch):
     """As JAX's sharded arrays do: each has its own sharding, over the same set of devices."""
 
@@ -269,6 +273,7 @@ def test_arrays_that_lie_across_the_same_devices_go_together(monkeypatch):
     monkeypatch.setattr(
         "array_api_compat.device", lambda array: shardings[float(array[0])], raising=True
     )
-    operations(x=np.array([1.0]), weight=np.array([2.0]))
+    one, two, three = (np.array([value]).view(Foreign) for value in shardings)
+    operations(x=one, weight=two)
     with pytest.raises(ValueError, match="all arrays must be on one device"):
-        operations(x=np.array([1.0]), weight=np.array([3.0]))
+        operations(x=one, weight=three)

@@ -322,7 +322,7 @@ def test_zero_tokens_give_empty_outputs_and_zero_gradients(
 @pytest.mark.dtypes("float16", "bfloat16")
 def test_blocks_of_rows_leave_no_seam(backend, draw, assert_close, dtype, monkeypatch):
     """More rows than NumPy up-casts at once, and a last block that is not full."""
-    monkeypatch.setattr("doraxp.backends._numpy.BLOCK", 4 * 6)
+    monkeypatch.setattr("doraxp.backends._numpy.PRODUCT_BLOCK", 4 * 6)
     config = Config(3)
     for stack in (), (2,):
         weight = draw(*stack, 11, 6, dtype=dtype)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from doraxp._checks import check_layer, check_weight
 from doraxp._scalars import check_kind
 from doraxp._types import Adapter, Array, Config
-from doraxp.backends import Factors, Operations, compute_dtype, operations
+from doraxp.backends import Factors, Operations, as_dtype, compute_dtype, operations
 
 # The expanded n² is trusted down to this part of the terms that it is the sum of. Below, their
 # rounding errors show: at a half they are 3 ulp of n, at a hundredth 500. Rows get there only
@@ -98,7 +98,7 @@ def decompose(weight: Array) -> tuple[Array, Array]:
     check_weight(weight)
     dtype = compute_dtype(weight, xp=ops.xp)
     magnitude = weight_norms(weight, ops.row_squares(weight, dtype), ops=ops)
-    return magnitude, over_norm(ops.xp.astype(weight, dtype, copy=False), magnitude, ops=ops)
+    return magnitude, ops.over_norm(as_dtype(weight, dtype, xp=ops.xp), magnitude)
 
 
 def magnitude_direction_change(
@@ -148,7 +148,7 @@ def magnitude_direction_change(
             f"{tuple(weight_before.shape)} and {tuple(weight_after.shape)}"
         )
     dtype = compute_dtype(weight_before, weight_after, xp=xp)
-    before, after = (xp.astype(w, dtype, copy=False) for w in (weight_before, weight_after))
+    before, after = (as_dtype(w, dtype, xp=xp) for w in (weight_before, weight_after))
     m_before, unit_before = decompose(before)
     m_after, unit_after = decompose(after)
     turn = unit_after - unit_before  # (*stack, out, in)
@@ -215,13 +215,13 @@ def prepare(
         if previous.weight is not weight:
             raise ValueError("previous must be of the same weight object, but is of another")
     dtype = compute_dtype(weight, *adapter, xp=xp)
-    a, b, m = (xp.astype(leaf, dtype, copy=False) for leaf in adapter)
+    a, b, m = (as_dtype(leaf, dtype, xp=xp) for leaf in adapter)
     b = config.scaling * b  # s B: the update is never wanted without s
 
     squares = previous.weight_squares if previous is not None else None
     if squares is None or squares.dtype != dtype:
         squares = ops.row_squares(weight, dtype)
-    u = xp.matrix_transpose(ops.times_transposed(a, weight, dtype))  # (out, rank)
+    u = ops.project(weight, a, dtype)  # (out, rank)
     row_scale, base = None, squares
     if config.form == "direction":
         row_scale = inverse_norms(weight, squares, ops=ops)
@@ -247,8 +247,8 @@ def prepare(
         adapter,
         config,
         norm=norm,
-        gain=over_norm(m, norm, ops=ops),
-        unit_projection=over_norm(projection, norm, ops=ops),
+        gain=ops.over_norm(m, norm),
+        unit_projection=ops.over_norm(projection, norm),
         weight_squares=squares,
         factors=factors,
         formed=formed,
@@ -271,20 +271,26 @@ def _suspect(
     return ~(trusted & (_in_range(mean_square, terms, ops=ops) | (b_squares == 0)))
 
 
-def times_transposed(x: Array, low_rank: Array, prepared: Prepared, *, ops: Operations) -> Array:
-    """Return x Vᵀ = ρ⊙(x Wᵀ) + L (s B)ᵀ with L = x Aᵀ: (tokens, in) -> (tokens, out)."""
+def outputs(
+    x: Array, low_rank: Array, prepared: Prepared, bias: Array | None, *, ops: Operations
+) -> tuple[Array, Array]:
+    """Return z = x Vᵀ = ρ⊙(x Wᵀ) + L (s B)ᵀ with L = x Aᵀ, and y = g⊙z + bias.
+
+    (*stack, tokens, in) -> twice (*stack, tokens, out)
+    """
     weight, _, scaled_b, row_scale = prepared.factors
+    gain, formed, update = prepared.gain, prepared.formed, (low_rank, scaled_b)
+
+    def base(x: Array) -> Array:
+        return ops.times_transposed(x, weight, x.dtype)
 
     def factored(x: Array) -> Array:
-        z = ops.times_transposed(x, weight, x.dtype)
-        if row_scale is not None:
-            z *= row_scale[..., None, :]
-        z += low_rank @ ops.xp.matrix_transpose(scaled_b)
-        return z
+        return ops.scale_and_shift(base(x), row_scale, update, gain, None)[0]
 
-    if prepared.formed is None:
-        return factored(x)
-    return ops.guarded_times_transposed(prepared.formed, x, factored)
+    if formed is None:
+        return ops.scale_and_shift(base(x), row_scale, update, gain, bias)
+    z = ops.guarded_times_transposed(formed, x, factored)
+    return ops.scale_and_shift(z, None, None, gain, bias)
 
 
 def times(d: Array, prepared: Prepared, *, ops: Operations) -> Array:
@@ -293,9 +299,7 @@ def times(d: Array, prepared: Prepared, *, ops: Operations) -> Array:
 
     def factored(d: Array) -> Array:
         scaled = d if row_scale is None else row_scale[..., None, :] * d
-        product = ops.times(scaled, weight, d.dtype)
-        product += (d @ scaled_b) @ a
-        return product
+        return ops.accumulate(ops.times(scaled, weight, d.dtype), d @ scaled_b, a)
 
     if prepared.formed is None:
         return factored(d)
@@ -319,13 +323,6 @@ def inverse_norms(weight: Array, squares: Array, *, ops: Operations) -> Array:
     norm = weight_norms(weight, squares, ops=ops)
     invertible = ~(norm <= 1 / float(xp.finfo(norm.dtype).max))  # NaN too
     return xp.where(invertible, 1 / xp.where(invertible, norm, 1.0), 0.0)
-
-
-def over_norm(values: Array, norm: Array, *, ops: Operations) -> Array:
-    """Return values / n by rows, and 0 where n = 0; values (..., out) or (..., out, k)."""
-    norm = ops.xp.reshape(norm, (*norm.shape, *(1,) * (values.ndim - norm.ndim)))
-    nonzero = norm != 0  # of NaN too: what went wrong must be seen
-    return ops.xp.where(nonzero, values / ops.xp.where(nonzero, norm, 1.0), 0.0)
 
 
 def _in_range(squares: Array, terms: int, *, ops: Operations) -> Array:

@@ -18,7 +18,7 @@ import array_api_compat
 from doraxp._checks import check_bias, check_input, check_output_gradient, check_weight
 from doraxp._scalars import check_flag, check_kind, check_number
 from doraxp._types import Adapter, Array, Config
-from doraxp.backends import compute_dtype, operations
+from doraxp.backends import as_dtype, compute_dtype, operations
 from doraxp.decomposition import (
     MagnitudeDirectionChange,
     Prepared,
@@ -73,9 +73,9 @@ class Linear:
         dtype = compute_dtype(weight, xp=xp)
         y = ops.times_transposed(as_tokens(x, weight, dtype, xp=xp), weight, dtype)
         if bias is not None:
-            y += xp.astype(bias, dtype, copy=False)[..., None, :]
+            y += as_dtype(bias, dtype, xp=xp)[..., None, :]
         self._cache = x, weight
-        return xp.reshape(xp.astype(y, x.dtype, copy=False), (*x.shape[:-1], weight.shape[-2]))
+        return xp.reshape(as_dtype(y, x.dtype, xp=xp), (*x.shape[:-1], weight.shape[-2]))
 
     def backward(self, dy: Array) -> Array:
         """Return dx = dy W; add dyᵀ x to `weight_gradient` and Σ_tokens dy to `bias_gradient`."""
@@ -92,7 +92,7 @@ class Linear:
         if self.bias is not None:
             self.bias_gradient = _add(self.bias_gradient, xp.sum(d, axis=-2))
         dx = ops.times(d, weight, dtype)
-        return xp.reshape(xp.astype(dx, x.dtype, copy=False), x.shape)
+        return xp.reshape(as_dtype(dx, x.dtype, xp=xp), x.shape)
 
     def clear_gradients(self) -> None:
         """Forget the gradients that were added up: None until the next backward."""
@@ -237,8 +237,8 @@ class DoRALayer:
         new = {}
         for name, old in self.state_dict().items():
             step = rate * gradients[name]
-            wide = self._xp.astype(old, step.dtype, copy=False)
-            new[name] = self._xp.astype(wide - step, old.dtype, copy=False)
+            wide = as_dtype(old, step.dtype, xp=self._xp)
+            new[name] = as_dtype(wide - step, old.dtype, xp=self._xp)
         self._replace(new)
 
     @property
@@ -410,7 +410,7 @@ class DoRALayer:
     def _vector(self, arrays: dict[str, Array]) -> Array:
         xp = self._xp
         dtype = compute_dtype(self.weight, xp=xp)
-        wide = [xp.astype(array, dtype, copy=False) for array in arrays.values()]
+        wide = [as_dtype(array, dtype, xp=xp) for array in arrays.values()]
         return xp.concat([xp.reshape(array, (-1,)) for array in wide])
 
 

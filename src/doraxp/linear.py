@@ -25,14 +25,13 @@ from doraxp._checks import (
 )
 from doraxp._scalars import check_count, check_flag, check_kind
 from doraxp._types import Adapter, Array, Config, Form, Gradients
-from doraxp.backends import Operations, compute_dtype, operations
+from doraxp.backends import Operations, as_dtype, compute_dtype, operations
 from doraxp.decomposition import (
     Prepared,
     inverse_norms,
-    over_norm,
+    outputs,
     prepare,
     times,
-    times_transposed,
     weight_norms,
 )
 
@@ -111,7 +110,7 @@ def init(weight: Array, config: Config, *, seed: int, method: InitMethod = "kaim
     else:
         drawn = rng.standard_normal(shape) / math.sqrt(config.rank)
     return Adapter(
-        lora_a=xp.astype(xp.asarray(drawn, device=device), dtype, copy=False),
+        lora_a=as_dtype(xp.asarray(drawn, device=device), dtype, xp=xp),
         lora_b=xp.zeros((*stack, out, config.rank), dtype=dtype, device=device),
         magnitude=weight_norms(weight, ops.row_squares(weight, dtype), ops=ops),
     )
@@ -182,11 +181,9 @@ def forward(
 
     tokens = as_tokens(x, weight, dtype, xp=xp)  # (*stack, tokens, in)
     low_rank = tokens @ xp.matrix_transpose(prepared.factors.lora_a)  # L
-    z = times_transposed(tokens, low_rank, prepared, ops=ops)
-    y = prepared.gain[..., None, :] * z
-    if bias is not None:
-        y += xp.astype(bias, dtype, copy=False)[..., None, :]
-    y = xp.reshape(xp.astype(y, x.dtype, copy=False), (*x.shape[:-1], weight.shape[-2]))
+    wide_bias = None if bias is None else as_dtype(bias, dtype, xp=xp)
+    z, y = outputs(tokens, low_rank, prepared, wide_bias, ops=ops)
+    y = xp.reshape(as_dtype(y, x.dtype, xp=xp), (*x.shape[:-1], weight.shape[-2]))
     return y, Cache(x, bias, low_rank, z, prepared)
 
 
@@ -253,31 +250,36 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
 
     d = as_tokens(dy, weight, dtype, xp=xp)  # (*stack, tokens, out)
     tokens = as_tokens(x, weight, dtype, xp=xp)  # (*stack, tokens, in)
-    dz = gain[..., None, :] * d
-    dm = over_norm(ops.token_dot(d, z), norm, ops=ops)  # e / n
-    dx = times(dz, prepared, ops=ops)
+    count = d.shape[-2]
+    dm = ops.over_norm(ops.token_dot(d, z), norm)  # e / n
+    # q = −p / n is not formed: it overflows where n is tiny, q⊙V does not.
+    p = gain * dm
+    pull = None  # (q⊙(s B))ᵀ, (rank, out)
+    if prepared.config.norm_gradient == "exact":
+        pull = xp.matrix_transpose(ops.over_norm(-p[..., None] * scaled_b, norm))
+
+    # The norm's part of dA is a product with V too: in one with dx it costs little.
+    rows = ops.scale_and_append(d, gain, pull)  # dz, and pull below
+    product = times(rows, prepared, ops=ops)
+    dz, dx = rows[..., :count, :], product[..., :count, :]
     da = xp.matrix_transpose(dz @ scaled_b) @ tokens  # (rank, in)
     db = xp.matrix_transpose(dz) @ low_rank  # (out, rank)
     dweight = xp.matrix_transpose(dz) @ tokens if train_base else None  # (out, in)
-
-    if prepared.config.norm_gradient == "exact":
-        # q = −p / n is not formed: it overflows where n is tiny, q⊙V does not.
-        p = gain * dm
-        pull = over_norm(p[..., None] * scaled_b, norm, ops=ops)  # −q⊙(s B)
-        da -= times(xp.matrix_transpose(pull), prepared, ops=ops)
+    if pull is not None:
+        da += product[..., count:, :]
         db -= p[..., None] * prepared.unit_projection
         if dweight is not None:
-            dweight -= p[..., None] * over_norm(ops.form(prepared.factors, dtype), norm, ops=ops)
+            dweight -= p[..., None] * ops.over_norm(ops.form(prepared.factors, dtype), norm)
     db *= prepared.config.scaling
 
     dbias = None
     if train_base:
         if row_scale is not None:
-            unit = row_scale[..., None] * xp.astype(weight, dtype, copy=False)  # D
+            unit = row_scale[..., None] * as_dtype(weight, dtype, xp=xp)  # D
             along = xp.sum(unit * dweight, axis=-1)
             dweight = row_scale[..., None] * (dweight - along[..., None] * unit)
         dbias = xp.sum(d, axis=-2) if bias is not None else None
-    dx = xp.reshape(xp.astype(dx, x.dtype, copy=False), x.shape)
+    dx = xp.reshape(as_dtype(dx, x.dtype, xp=xp), x.shape)
     return Gradients(dx, Adapter(da, db, dm), dweight, dbias)
 
 
@@ -377,7 +379,7 @@ def convert_form(
     dtype = compute_dtype(weight, *adapter, xp=xp)
     row_scale = inverse_norms(weight, ops.row_squares(weight, dtype), ops=ops)[..., None]
     row_scale = xp.where(row_scale > 0, row_scale, 1.0)
-    b = xp.astype(adapter.lora_b, dtype, copy=False)
+    b = as_dtype(adapter.lora_b, dtype, xp=xp)
     return adapter._replace(lora_b=b / row_scale if form == "weight" else b * row_scale), target
 
 
@@ -402,6 +404,9 @@ def check_prepared(
 
 def as_tokens(x: Array, weight: Array, dtype: Any, *, xp: Any) -> Array:
     """Return x (*stack, ..., k) with one axis of tokens, in `dtype`."""
+    x = as_dtype(x, dtype, xp=xp)
+    if x.ndim == weight.ndim:
+        return x
     stack = x.shape[: weight.ndim - 2]
     count = math.prod(x.shape[weight.ndim - 2 : -1])
-    return xp.reshape(xp.astype(x, dtype, copy=False), (*stack, count, x.shape[-1]))
+    return xp.reshape(x, (*stack, count, x.shape[-1]))

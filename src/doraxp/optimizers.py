@@ -27,7 +27,7 @@ import array_api_compat
 from doraxp._scalars import check_count, check_flag, check_kind, check_number
 from doraxp._trees import align, build, per_leaf
 from doraxp._types import Array
-from doraxp.backends import Operations, compute_dtype
+from doraxp.backends import Operations, as_dtype, compute_dtype
 
 Params = TypeVar("Params")
 PerLeaf: TypeAlias = Any
@@ -157,7 +157,7 @@ def sgd_step(
         g = g + decay * p
         v = momentum * v + g
         p = p - rate * (g + momentum * v if nesterov else v)
-        stepped[path] = xp.astype(p, arrays[0].dtype, copy=False)
+        stepped[path] = as_dtype(p, arrays[0].dtype, xp=xp)
         velocity[path] = v
     return build(params, stepped), SGDState(build(state.velocity, velocity))
 
@@ -277,7 +277,7 @@ def adamw_step(
         mean = mu / _bias_correction(beta1, step, p.dtype, xp=xp)
         square = nu / _bias_correction(beta2, step, p.dtype, xp=xp)
         p = p - rate * (mean / (xp.sqrt(square) + eps) + decay * p)
-        stepped[path] = xp.astype(p, arrays[0].dtype, copy=False)
+        stepped[path] = as_dtype(p, arrays[0].dtype, xp=xp)
         first[path], second[path] = mu, nu
     state = AdamWState(step, build(state.mu, first), build(state.nu, second))
     return build(params, stepped), state
@@ -330,15 +330,14 @@ def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Array]:
     ops, leaves = align(grads=grads)
     xp = ops.xp
     dtype = compute_dtype(*(leaf for (leaf,) in leaves.values()), xp=xp)
-    wide = {path: xp.astype(leaf, dtype, copy=False) for path, (leaf,) in leaves.items()}
+    wide = {path: as_dtype(leaf, dtype, xp=xp) for path, (leaf,) in leaves.items()}
     # Squares of what is left of a scaled loss overflow long before their root does.
     flat = xp.concat([xp.reshape(leaf, (-1,)) for leaf in wide.values()])
     norm = ops.safe_row_norms(flat)
     over = norm > max_norm
     factor = xp.where(over, max_norm / xp.where(over, norm, 1.0), 1.0)
     clipped = {
-        path: xp.astype(factor * wide[path], leaf.dtype, copy=False)
-        for path, (leaf,) in leaves.items()
+        path: as_dtype(factor * wide[path], leaf.dtype, xp=xp) for path, (leaf,) in leaves.items()
     }
     return build(grads, clipped), norm
 
@@ -347,8 +346,7 @@ def _wide(*values: Any, xp: Any) -> tuple[Any, ...]:
     """Return arrays in the compute dtype of the first, and floats as they are."""
     dtype = compute_dtype(values[0], xp=xp)
     return tuple(
-        value if isinstance(value, float) else xp.astype(value, dtype, copy=False)
-        for value in values
+        value if isinstance(value, float) else as_dtype(value, dtype, xp=xp) for value in values
     )
 
 

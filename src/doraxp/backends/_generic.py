@@ -56,15 +56,57 @@ class Operations:
         """Return d W: (*stack, tokens, out), (*stack, out, in) -> (*stack, tokens, in)."""
         return d @ self.xp.astype(weight, dtype, copy=False)
 
+    def project(self, weight: Array, a: Array, dtype: Any) -> Array:
+        """Return W Aᵀ: (*stack, out, in), (*stack, rank, in) -> (*stack, out, rank)."""
+        xp = self.xp
+        return xp.astype(weight, dtype, copy=False) @ xp.matrix_transpose(a)
+
     def row_squares(self, weight: Array, dtype: Any) -> Array:
         """Return ‖wᵢ‖² by rows: (*stack, out, in) -> (*stack, out)."""
         xp = self.xp
         wide = xp.astype(weight, dtype, copy=False)
         return xp.sum(wide * wide, axis=-1)
 
+    # What comes before and after these products
+
+    def accumulate(self, total: Array, left: Array, right: Array) -> Array:
+        """Return total + left right; `total` (*stack, tokens, k) may be written to."""
+        total += left @ right
+        return total
+
+    def scale_and_shift(
+        self, z: Array, row_scale: Array | None, update: tuple[Array, Array] | None,
+        gain: Array, bias: Array | None,
+    ) -> tuple[Array, Array]:  # fmt: skip
+        """Return z ← ρ⊙z + L (s B)ᵀ for `update` = (L, s B), and y = g⊙z + bias.
+
+        z (*stack, tokens, out) may be written to; ρ and `update` are None for 1 and 0.
+        """
+        if row_scale is not None:
+            z *= row_scale[..., None, :]
+        if update is not None:
+            low_rank, scaled_b = update
+            z = self.accumulate(z, low_rank, self.xp.matrix_transpose(scaled_b))
+        y = gain[..., None, :] * z
+        if bias is not None:
+            y += bias[..., None, :]
+        return z, y
+
+    def scale_and_append(self, d: Array, gain: Array, rows: Array | None) -> Array:
+        """Return g⊙d, and `rows` below it: (*stack, tokens, out), (*stack, rank, out)."""
+        scaled = gain[..., None, :] * d
+        return scaled if rows is None else self.xp.concat([scaled, rows], axis=-2)
+
     def token_dot(self, a: Array, b: Array) -> Array:
         """Return Σ_tokens a⊙b: twice (*stack, tokens, out) -> (*stack, out)."""
         return self.xp.sum(a * b, axis=-2)
+
+    def over_norm(self, values: Array, norm: Array) -> Array:
+        """Return values / n by rows, 0 where n = 0, NaN where it is; values (*stack, out[, k])."""
+        xp = self.xp
+        norm = xp.reshape(norm, (*norm.shape, *(1,) * (values.ndim - norm.ndim)))
+        nonzero = norm != 0
+        return xp.where(nonzero, values / xp.where(nonzero, norm, 1.0), 0.0)
 
     # V, formed
 
@@ -142,5 +184,7 @@ class Operations:
     def _equal(self, a: Array, b: Array) -> bool:
         if a.shape != b.shape or a.dtype != b.dtype:
             return False
-        xp = self.xp
-        return bool(xp.all(a == b)) or bool(xp.all((a == b) | ((a != a) & (b != b))))
+        return self._all(a == b) or self._all((a == b) | ((a != a) & (b != b)))
+
+    def _all(self, mask: Array) -> bool:
+        return bool(self.xp.all(mask))

@@ -14,9 +14,11 @@ import numpy as np
 from doraxp._types import Array
 from doraxp.backends._generic import Factors, Operations
 
-# Elements of one block of rows: 1 MiB in float32, which a second-level cache holds and
-# which is large enough for BLAS to run at full speed.
-BLOCK = 1 << 18
+# Elements of a block. What is done to a block in cache is free beside reading it from memory; that
+# is 1 MiB in float32. But BLAS's threads spin for some 20 ms after each product and slow what is
+# done between two of them, so blocks that are multiplied by many tokens are few: 16 MiB.
+CACHE_BLOCK = 1 << 18
+PRODUCT_BLOCK = 1 << 22
 
 
 class FormedRows(NamedTuple):
@@ -27,11 +29,11 @@ class FormedRows(NamedTuple):
     values: Array  # (k, in)
 
 
-def _blocks(weight: Array) -> Iterator[slice]:
-    """Cut the rows of `weight` (..., out, in) into blocks of about `BLOCK` elements."""
-    out = weight.shape[-2]
-    step = max(1, BLOCK * out // max(1, weight.size))
-    return (slice(start, min(start + step, out)) for start in range(0, out, step))
+def _blocks(array: Array, elements: int) -> Iterator[slice]:
+    """Cut the rows of `array` (..., rows, columns) into blocks of about that many elements."""
+    rows = array.shape[-2]
+    step = max(1, elements * rows // max(1, array.size))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 class NumpyOperations(Operations):
@@ -46,7 +48,7 @@ class NumpyOperations(Operations):
         if weight.dtype == dtype:
             return x @ weight.mT
         result = np.empty((*x.shape[:-1], weight.shape[-2]), dtype)
-        for rows, wide in _upcast(weight, dtype):
+        for rows, wide in _upcast(weight, dtype, _elements(x)):
             result[..., rows] = x @ wide.mT
         return result
 
@@ -55,8 +57,17 @@ class NumpyOperations(Operations):
         if weight.dtype == dtype:
             return d @ weight
         result = np.zeros((*d.shape[:-1], weight.shape[-1]), dtype)
-        for rows, wide in _upcast(weight, dtype):
-            result += d[..., rows] @ wide
+        for rows, wide in _upcast(weight, dtype, _elements(d)):
+            result = self.accumulate(result, d[..., rows], wide)
+        return result
+
+    def project(self, weight: Array, a: Array, dtype: Any) -> Array:
+        """Saves the whole up-cast copy of a low-precision W."""
+        if weight.dtype == dtype:
+            return weight @ a.mT
+        result = np.empty((*weight.shape[:-1], a.shape[-2]), dtype)
+        for rows, wide in _upcast(weight, dtype, PRODUCT_BLOCK):
+            result[..., rows, :] = wide @ a.mT
         return result
 
     def row_squares(self, weight: Array, dtype: Any) -> Array:
@@ -65,26 +76,71 @@ class NumpyOperations(Operations):
             if weight.dtype == dtype and weight.strides[-1] == weight.itemsize:
                 # Not einsum: it adds in one chain, and at 4096 numbers loses 5 times the digits.
                 return np.vecdot(weight, weight)
-            blocks = (np.vecdot(wide, wide) for _, wide in _upcast(weight, dtype))
+            blocks = (np.vecdot(wide, wide) for _, wide in _upcast(weight, dtype, CACHE_BLOCK))
             return np.concatenate(list(blocks), axis=-1)
+
+    def accumulate(self, total: Array, left: Array, right: Array) -> Array:
+        """Saves the temporary of the product: blocks of tokens."""
+        for tokens in _blocks(total, CACHE_BLOCK):
+            total[..., tokens, :] += left[..., tokens, :] @ right
+        return total
+
+    def scale_and_shift(
+        self, z: Array, row_scale: Array | None, update: tuple[Array, Array] | None,
+        gain: Array, bias: Array | None,
+    ) -> tuple[Array, Array]:  # fmt: skip
+        """Saves the temporary, and reads z from memory once: blocks of tokens."""
+        y = np.empty_like(z)
+        for tokens in _blocks(z, CACHE_BLOCK):
+            part = z[..., tokens, :]
+            if row_scale is not None:
+                part *= row_scale[..., None, :]
+            if update is not None:
+                low_rank, scaled_b = update
+                part += low_rank[..., tokens, :] @ scaled_b.mT
+            shifted = np.multiply(gain[..., None, :], part, out=y[..., tokens, :])
+            if bias is not None:
+                shifted += bias[..., None, :]
+        return z, y
+
+    def scale_and_append(self, d: Array, gain: Array, rows: Array | None) -> Array:
+        """Saves the copy that appending makes."""
+        tokens, added = d.shape[-2], 0 if rows is None else rows.shape[-2]
+        result = np.empty((*d.shape[:-2], tokens + added, d.shape[-1]), d.dtype)
+        np.multiply(gain[..., None, :], d, out=result[..., :tokens, :])
+        if rows is not None:
+            result[..., tokens:, :] = rows
+        return result
 
     def token_dot(self, a: Array, b: Array) -> Array:
         """Saves the (tokens, out) temporary a⊙b."""
         return np.einsum("...to,...to->...o", a, b)
 
+    def over_norm(self, values: Array, norm: Array) -> Array:
+        """Saves two temporaries and half of the calls."""
+        norm = norm.reshape(norm.shape + (1,) * (values.ndim - norm.ndim))
+        return np.divide(values, norm, out=np.zeros_like(values), where=norm != 0)
+
     def merge(self, factors: Factors, gain: Array, dtype: Any) -> Array:
         """Saves two (out, in) temporaries: blocks of rows, straight into the result."""
         weight, a, scaled_b, row_scale = factors
         result = np.empty(weight.shape, weight.dtype)
-        for rows in _blocks(weight):
-            v = scaled_b[..., rows, :] @ a
+        for rows in _blocks(weight, PRODUCT_BLOCK // 4):
+            base = weight[..., rows, :]
+            place = result[..., rows, :] if weight.dtype == dtype else None
+            v = np.matmul(scaled_b[..., rows, :], a, out=place)
             if row_scale is None:
-                v += weight[..., rows, :]
+                v += base
             else:
-                v += row_scale[..., rows, None] * weight[..., rows, :].astype(dtype)
+                v += row_scale[..., rows, None] * base.astype(dtype, copy=False)
             v *= gain[..., rows, None]
-            result[..., rows, :] = v
+            if place is None:
+                result[..., rows, :] = v
         return result
+
+    def _all(self, mask: Array) -> bool:
+        """Saves 1 µs a call."""
+        return bool(mask.all())
 
     def guard(
         self, suspect: Array, norm: Array, factors: Factors, dtype: Any
@@ -140,10 +196,15 @@ def _pick(factors: Factors, element: tuple[int, ...], rows: Array) -> Factors:
     )
 
 
-def _upcast(weight: Array, dtype: Any) -> Iterator[tuple[slice, Array]]:
+def _elements(tokens: Array) -> int:
+    """Return the size of the blocks of W: BLAS has no threads for one token, so none that spin."""
+    return CACHE_BLOCK if tokens.shape[-2] == 1 else PRODUCT_BLOCK
+
+
+def _upcast(weight: Array, dtype: Any, elements: int) -> Iterator[tuple[slice, Array]]:
     """Yield each block of rows of `weight` in `dtype`, in one buffer: use it before the next."""
     buffer = None
-    for rows in _blocks(weight):
+    for rows in _blocks(weight, elements):
         block = weight[..., rows, :]
         if buffer is None:
             buffer = np.empty(block.shape, dtype)
