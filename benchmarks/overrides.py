@@ -15,7 +15,7 @@ import numpy as np
 from doraxp.backends import Factors, Operations
 from doraxp.backends._numpy import NumpyOperations
 
-OUT, IN, RANK, TOKENS, ROUNDS = 2048, 4096, 16, 512, 9
+OUT, IN, RANK, TOKENS, ROUNDS = 4096, 4096, 16, 2048, 7
 
 
 def seconds(call: Callable[..., object], arguments: tuple[object, ...]) -> float:
@@ -36,15 +36,23 @@ def main() -> None:
     half = weight.astype(np.float16)
     factors = Factors(weight, draw(RANK, IN), draw(OUT, RANK), None)
     one = np.arange(OUT) == 7
+    low_rank, scaled_b, gain = draw(TOKENS, RANK), factors.scaled_b, draw(OUT)
     tasks = {
         "row_squares": ("row_squares", (weight, np.float32)),
         "row_squares, float16": ("row_squares", (half, np.float32)),
+        "project, float16": ("project", (half, factors.lora_a, np.float32)),
         "token_dot": ("token_dot", (d, 2 * d)),
-        "merge": ("merge", (factors, draw(OUT), np.float32)),
-        "guard, one row": ("guard", (one, draw(OUT), factors, np.float32)),
-        "times_transposed, float16, 8 tokens": ("times_transposed", (x[:8], half, np.float32)),
-        "times, float16, 8 tokens": ("times", (d[:8], half, np.float32)),
+        "scale_and_shift": ("scale_and_shift", (d, None, (low_rank, scaled_b), gain, gain)),
+        "accumulate": ("accumulate", (x, low_rank, factors.lora_a)),
+        "scale_and_append": ("scale_and_append", (d, gain, draw(RANK, OUT))),
+        "over_norm": ("over_norm", (scaled_b, gain)),
+        "merge": ("merge", (factors, gain, np.float32)),
+        "guard, one row": ("guard", (one, gain, factors, np.float32)),
     }
+    for tokens in (1, 8, 512):
+        for name, left in (("times_transposed", x), ("times", d)):
+            label = f"{name}, float16, tokens: {tokens}"
+            tasks[label] = (name, (left[:tokens], half, np.float32))
     generic, numpy = (kind(array_api_compat.numpy) for kind in (Operations, NumpyOperations))
     print(f"weight {OUT}×{IN} float32, rank {RANK}, {TOKENS} tokens: generic ÷ override")
     for label, (name, arguments) in tasks.items():
@@ -53,7 +61,7 @@ def main() -> None:
             for ops in times:
                 times[ops].append(seconds(getattr(ops, name), arguments))
         slow, fast = (statistics.median(times[ops]) for ops in (generic, numpy))
-        print(f"{label:36} {slow / fast:6.2f}    {slow * 1e3:8.2f} ms ÷ {fast * 1e3:.2f} ms")
+        print(f"{label:38} {slow / fast:6.2f}    {slow * 1e3:8.2f} ms ÷ {fast * 1e3:.2f} ms")
 
 
 if __name__ == "__main__":

@@ -56,9 +56,10 @@ class NumpyOperations(Operations):
         """Saves the whole up-cast copy of a low-precision W."""
         if weight.dtype == dtype:
             return d @ weight
-        result = np.zeros((*d.shape[:-1], weight.shape[-1]), dtype)
+        result = None
         for rows, wide in _upcast(weight, dtype, _elements(d)):
-            result = self.accumulate(result, d[..., rows], wide)
+            product = d[..., rows] @ wide
+            result = product if result is None else np.add(result, product, out=result)
         return result
 
     def project(self, weight: Array, a: Array, dtype: Any) -> Array:
@@ -81,8 +82,13 @@ class NumpyOperations(Operations):
 
     def accumulate(self, total: Array, left: Array, right: Array) -> Array:
         """Saves the temporary of the product: blocks of tokens."""
+        buffer = None
         for tokens in _blocks(total, CACHE_BLOCK):
-            total[..., tokens, :] += left[..., tokens, :] @ right
+            part = total[..., tokens, :]
+            if buffer is None:
+                buffer = np.empty_like(part)
+            product = buffer[..., : part.shape[-2], :]
+            part += np.matmul(left[..., tokens, :], right, out=product)
         return total
 
     def scale_and_shift(
@@ -93,12 +99,14 @@ class NumpyOperations(Operations):
         y = np.empty_like(z)
         for tokens in _blocks(z, CACHE_BLOCK):
             part = z[..., tokens, :]
+            # What is written to y first is the update, for want of a buffer.
+            shifted = y[..., tokens, :]
             if row_scale is not None:
                 part *= row_scale[..., None, :]
             if update is not None:
                 low_rank, scaled_b = update
-                part += low_rank[..., tokens, :] @ scaled_b.mT
-            shifted = np.multiply(gain[..., None, :], part, out=y[..., tokens, :])
+                part += np.matmul(low_rank[..., tokens, :], scaled_b.mT, out=shifted)
+            np.multiply(gain[..., None, :], part, out=shifted)
             if bias is not None:
                 shifted += bias[..., None, :]
         return z, y
