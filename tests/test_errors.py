@@ -131,6 +131,8 @@ class TestPrepared:
             doraxp.forward(draw(5, 6), other, adapter, config, prepared=prepared)
         with pytest.raises(ValueError, match="previous must be of the same weight object"):
             doraxp.prepare(other, adapter, config, previous=prepared)
+        with pytest.raises(ValueError, match="previous must be of the same weight object"):
+            doraxp.forward(draw(5, 6), other, adapter, config, previous=prepared)
 
     def test_another_adapter(self, draw, layer):
         weight, adapter, config = layer

@@ -214,13 +214,13 @@ def test_reset_keeps_the_parameters(backend, draw):
 
 def test_the_norm_is_prepared_once_per_change(draw, monkeypatch):
     calls = []
-    prepare = doraxp.layer.prepare
+    prepare = doraxp.decomposition._prepare
 
-    def count(*args, previous):
+    def count(weight, adapter, config, previous, u, *, ops):
         calls.append(previous)
-        return prepare(*args, previous=previous)
+        return prepare(weight, adapter, config, previous, u, ops=ops)
 
-    monkeypatch.setattr(doraxp.layer, "prepare", count)
+    monkeypatch.setattr(doraxp.decomposition, "_prepare", count)
     layer = make(draw)
     for _ in range(3):
         layer.backward(layer.forward(draw(5, 6)))

@@ -152,6 +152,29 @@ def test_prepared_saves_time_and_changes_nothing(backend, draw, assert_close, fo
         assert_close(merged, doraxp.merge(weight, adapter, config), rtol=1e-15)
 
 
+@pytest.mark.parametrize("stack", [(), (2,)])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_forward_from_an_earlier_norm_changes_nothing(backend, draw, assert_close, form, stack):
+    """W Aᵀ then comes out of the product with x; a row that cancels is still noticed."""
+    config = Config(3, form=form)
+    adapter = random_adapter(draw, config, *stack, out=7, inner=6)
+    rows = backend.numpy(draw(*stack, 7, 6)).copy()
+    update = backend.numpy(adapter.lora_b) @ backend.numpy(adapter.lora_a)
+    rows[..., 2, :] = -update[..., 2, :] * (1 + 1e-6)
+    weight, x, dy = backend.asarray(rows), draw(*stack, 5, 6), draw(*stack, 5, 7)
+    other = random_adapter(draw, config, *stack, out=7, inner=6)
+    previous = backend.run(doraxp.prepare, weight, other, config)
+    weight = previous.weight  # under jit, the one that it carries
+    y, cache = doraxp.forward(x, weight, adapter, config)
+    y_again, again = doraxp.forward(x, weight, adapter, config, previous=previous)
+    assert_close(y_again, y, rtol=1e-13)
+    assert_close(again.prepared.norm, cache.prepared.norm, rtol=1e-13)
+    grads, grads_again = (doraxp.backward(dy, each) for each in (cache, again))
+    for actual, desired in zip(grads_again.adapter, grads.adapter, strict=True):
+        assert_close(actual, desired, rtol=1e-12)
+    assert again.prepared.weight_squares is previous.weight_squares
+
+
 def test_prepare_reuses_the_squares_of_the_weight(draw, backend, monkeypatch):
     weight, config = draw(7, 6), Config(2)
     adapter = random_adapter(draw, config, out=7, inner=6)

@@ -209,19 +209,53 @@ def prepare(
     array([1., 1., 1.])
     """
     ops = check_layer(weight, adapter, config)
+    check_previous(previous, weight)
+    dtype = compute_dtype(weight, *adapter, xp=ops.xp)
+    a = as_dtype(adapter.lora_a, dtype, xp=ops.xp)
+    return _prepare(weight, adapter, config, previous, ops.project(weight, a, dtype), ops=ops)
+
+
+def prepare_with_product(
+    x: Array,
+    weight: Array,
+    adapter: Adapter,
+    config: Config,
+    previous: Prepared,
+    *,
+    ops: Operations,
+) -> tuple[Prepared, Array]:
+    """Return what `prepare` does and x Wᵀ, with x (*stack, tokens, in) in the compute dtype.
+
+    W Aᵀ comes out of the same product: beside many tokens, rank more cost little.
+    """
     xp = ops.xp
+    count = x.shape[-2]
+    rows = xp.concat([x, as_dtype(adapter.lora_a, x.dtype, xp=xp)], axis=-2)
+    product = ops.times_transposed(rows, weight, x.dtype)  # (tokens + rank, out)
+    u = xp.matrix_transpose(product[..., count:, :])
+    return _prepare(weight, adapter, config, previous, u, ops=ops), product[..., :count, :]
+
+
+def check_previous(previous: Prepared | None, weight: Array) -> None:
+    """Refuse to take ‖w‖² from another weight."""
     if previous is not None:
         check_kind("previous", previous, Prepared)
         if previous.weight is not weight:
             raise ValueError("previous must be of the same weight object, but is of another")
-    dtype = compute_dtype(weight, *adapter, xp=xp)
+
+
+def _prepare(
+    weight: Array, adapter: Adapter, config: Config, previous: Prepared | None, u: Array, *,
+    ops: Operations,
+) -> Prepared:  # fmt: skip
+    """Return what `prepare` does, given W Aᵀ (out, rank) in the compute dtype."""
+    xp, dtype = ops.xp, u.dtype
     a, b, m = (as_dtype(leaf, dtype, xp=xp) for leaf in adapter)
     b = config.scaling * b  # s B: the update is never wanted without s
 
     squares = previous.weight_squares if previous is not None else None
     if squares is None or squares.dtype != dtype:
         squares = ops.row_squares(weight, dtype)
-    u = ops.project(weight, a, dtype)  # (out, rank)
     row_scale, base = None, squares
     if config.form == "direction":
         row_scale = inverse_norms(weight, squares, ops=ops)
@@ -272,23 +306,24 @@ def _suspect(
 
 
 def outputs(
-    x: Array, low_rank: Array, prepared: Prepared, bias: Array | None, *, ops: Operations
-) -> tuple[Array, Array]:
+    x: Array, base: Array | None, low_rank: Array, prepared: Prepared, bias: Array | None, *,
+    ops: Operations,
+) -> tuple[Array, Array]:  # fmt: skip
     """Return z = x Vᵀ = ρ⊙(x Wᵀ) + L (s B)ᵀ with L = x Aᵀ, and y = g⊙z + bias.
 
-    (*stack, tokens, in) -> twice (*stack, tokens, out)
+    (*stack, tokens, in) -> twice (*stack, tokens, out). `base` is x Wᵀ where that is known.
     """
     weight, _, scaled_b, row_scale = prepared.factors
     gain, formed, update = prepared.gain, prepared.formed, (low_rank, scaled_b)
 
-    def base(x: Array) -> Array:
-        return ops.times_transposed(x, weight, x.dtype)
+    def product() -> Array:
+        return ops.times_transposed(x, weight, x.dtype) if base is None else base
 
-    def factored(x: Array) -> Array:
-        return ops.scale_and_shift(base(x), row_scale, update, gain, None)[0]
+    def factored(_: Array) -> Array:
+        return ops.scale_and_shift(product(), row_scale, update, gain, None)[0]
 
     if formed is None:
-        return ops.scale_and_shift(base(x), row_scale, update, gain, bias)
+        return ops.scale_and_shift(product(), row_scale, update, gain, bias)
     z = ops.guarded_times_transposed(formed, x, factored)
     return ops.scale_and_shift(z, None, None, gain, bias)
 

@@ -200,9 +200,17 @@ class DoRALayer:
 
     def forward(self, x: Array) -> Array:
         """Return y = x W'ᵀ + bias in x's dtype, as `doraxp.forward`; remember it for `backward`."""
+        prepared, previous = self._known()
         y, self._cache = forward(
-            x, self.weight, self.adapter, self.config, bias=self.bias, prepared=self._current()
+            x,
+            self.weight,
+            self.adapter,
+            self.config,
+            bias=self.bias,
+            prepared=prepared,
+            previous=previous,
         )
+        self._prepared = self._cache.prepared
         return y
 
     def backward(self, dy: Array) -> Array:
@@ -362,20 +370,22 @@ class DoRALayer:
     def _xp(self) -> Any:
         return array_api_compat.array_namespace(self.weight)
 
+    def _known(self) -> tuple[Prepared | None, Prepared | None]:
+        """Return the norm of the parameters as they are now; else an earlier of this weight."""
+        then = self._prepared
+        if then is None or then.weight is not self.weight:
+            return None, None
+        unchanged = operations(weight=self.weight).unchanged
+        same = unchanged(then.snapshot, then.adapter, self.adapter) and then.config == self.config
+        return (then, None) if same else (None, then)
+
     def _current(self) -> Prepared:
         """Return the norm of the parameters as they are now, made only where they changed."""
-        then = self._prepared
-        if then is not None and then.weight is not self.weight:
-            then = None
-        unchanged = operations(weight=self.weight).unchanged
-        if (
-            then is None
-            or then.config != self.config
-            or not unchanged(then.snapshot, then.adapter, self.adapter)
-        ):
-            then = prepare(self.weight, self.adapter, self.config, previous=then)
-            self._prepared = then
-        return then
+        prepared, previous = self._known()
+        if prepared is None:
+            prepared = prepare(self.weight, self.adapter, self.config, previous=previous)
+            self._prepared = prepared
+        return prepared
 
     def _live_gradients(self) -> dict[str, Array] | None:
         """Return the gradients, where they are of the parameters as they are now."""

@@ -28,9 +28,11 @@ from doraxp._types import Adapter, Array, Config, Form, Gradients
 from doraxp.backends import Operations, as_dtype, compute_dtype, operations
 from doraxp.decomposition import (
     Prepared,
+    check_previous,
     inverse_norms,
     outputs,
     prepare,
+    prepare_with_product,
     times,
     weight_norms,
 )
@@ -124,6 +126,7 @@ def forward(
     *,
     bias: Array | None = None,
     prepared: Prepared | None = None,
+    previous: Prepared | None = None,
 ) -> tuple[Array, Cache]:
     """Return y = g⊙(x Vᵀ) + bias, and what the backward needs.
 
@@ -144,6 +147,9 @@ def forward(
     bias : array, shape (*stack, out), optional
     prepared : Prepared, optional
         From `doraxp.prepare` with this weight, adapter and config: saves the norm.
+    previous : Prepared, optional
+        An earlier one of the same `weight` object, where there is no `prepared`: its ‖w‖² is used
+        again, and W Aᵀ is made in one product with x Wᵀ. `cache.prepared` is the new one.
 
     Returns
     -------
@@ -156,7 +162,8 @@ def forward(
     TypeError
         The arrays are not of one library, or a dtype is not floating.
     ValueError
-        The shapes do not fit, the devices differ, or `prepared` belongs to something else.
+        The shapes do not fit, the devices differ, or `prepared` or `previous` belongs to
+        something else.
 
     References
     ----------
@@ -173,16 +180,20 @@ def forward(
     xp = ops.xp
     check_input(weight, x)
     check_bias(weight, bias)
-    if prepared is None:
-        prepared = prepare(weight, adapter, config)
-    else:
-        check_prepared(prepared, weight, adapter, config, ops=ops)
-    dtype = prepared.gain.dtype
-
+    check_previous(previous, weight)
+    dtype = compute_dtype(weight, *adapter, xp=xp)
     tokens = as_tokens(x, weight, dtype, xp=xp)  # (*stack, tokens, in)
+    base = None  # x Wᵀ
+    if prepared is not None:
+        check_prepared(prepared, weight, adapter, config, ops=ops)
+    elif previous is not None and ops.may_look(x):  # else V is formed, and x Wᵀ of no use
+        prepared, base = prepare_with_product(tokens, weight, adapter, config, previous, ops=ops)
+    else:
+        prepared = prepare(weight, adapter, config, previous=previous)
+
     low_rank = tokens @ xp.matrix_transpose(prepared.factors.lora_a)  # L
     wide_bias = None if bias is None else as_dtype(bias, dtype, xp=xp)
-    z, y = outputs(tokens, low_rank, prepared, wide_bias, ops=ops)
+    z, y = outputs(tokens, base, low_rank, prepared, wide_bias, ops=ops)
     y = xp.reshape(as_dtype(y, x.dtype, xp=xp), (*x.shape[:-1], weight.shape[-2]))
     return y, Cache(x, bias, low_rank, z, prepared)
 

@@ -130,19 +130,19 @@ class NumpyOperations(Operations):
         return np.divide(values, norm, out=np.zeros_like(values), where=norm != 0)
 
     def merge(self, factors: Factors, gain: Array, dtype: Any) -> Array:
-        """Saves two (out, in) temporaries: blocks of rows, straight into the result."""
+        """Saves two (out, in) temporaries: B A is made in the result, or by blocks of rows."""
         weight, a, scaled_b, row_scale = factors
-        result = np.empty(weight.shape, weight.dtype)
-        for rows in _blocks(weight, PRODUCT_BLOCK // 4):
+        whole = weight.dtype == dtype  # one product: BLAS's threads are slow to start many
+        result = scaled_b @ a if whole else np.empty(weight.shape, weight.dtype)
+        for rows in _blocks(weight, CACHE_BLOCK if whole else PRODUCT_BLOCK):
             base = weight[..., rows, :]
-            place = result[..., rows, :] if weight.dtype == dtype else None
-            v = np.matmul(scaled_b[..., rows, :], a, out=place)
+            v = result[..., rows, :] if whole else scaled_b[..., rows, :] @ a
             if row_scale is None:
                 v += base
             else:
                 v += row_scale[..., rows, None] * base.astype(dtype, copy=False)
             v *= gain[..., rows, None]
-            if place is None:
+            if not whole:
                 result[..., rows, :] = v
         return result
 
