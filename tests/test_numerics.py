@@ -8,7 +8,7 @@ import reference
 
 import doraxp
 from doraxp import Adapter, Config
-from doraxp.decomposition import CANCELLATION
+from doraxp.adapted import CANCELLATION
 
 FORMS = ("weight", "direction")
 

@@ -2,12 +2,11 @@
 
 from doraxp import backends
 from doraxp._types import Adapter, Config, Gradients
+from doraxp.adapted import Prepared, prepare
 from doraxp.decomposition import (
     MagnitudeDirectionChange,
-    Prepared,
     decompose,
     magnitude_direction_change,
-    prepare,
 )
 from doraxp.layer import Diagnostics, DoRALayer, Linear
 from doraxp.linear import Cache, backward, convert_form, forward, init, merge

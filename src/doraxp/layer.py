@@ -18,13 +18,9 @@ import array_api_compat
 from doraxp._checks import check_bias, check_input, check_output_gradient, check_weight
 from doraxp._scalars import check_flag, check_kind, check_number
 from doraxp._types import Adapter, Array, Config
+from doraxp.adapted import Prepared, prepare
 from doraxp.backends import as_dtype, compute_dtype, operations
-from doraxp.decomposition import (
-    MagnitudeDirectionChange,
-    Prepared,
-    magnitude_direction_change,
-    prepare,
-)
+from doraxp.decomposition import MagnitudeDirectionChange, magnitude_direction_change
 from doraxp.linear import Cache, InitMethod, as_tokens, backward, forward, init, merge
 
 WeightLayout: TypeAlias = Literal["out_in", "in_out"]

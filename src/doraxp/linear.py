@@ -3,8 +3,8 @@
     x (tokens, in)   W (out, in) frozen   A (rank, in)   B (out, rank)   m (out,)
     V = ρ⊙W + s B A      n = ‖V‖ by rows      g = m / n      W' = g⊙V      y = x W'ᵀ + bias
 
-V and W' are never formed, but for the gradient of W and for `merge`. `decomposition` has the
-norm and the two products with V; here they are put together.
+V and W' are never formed, but for the gradient of W and for `merge`. `adapted` has the norm and
+the two products with V; here they are put together.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from doraxp._checks import (
 )
 from doraxp._scalars import check_count, check_flag, check_kind
 from doraxp._types import Adapter, Array, Config, Form, Gradients
-from doraxp.backends import Operations, as_dtype, compute_dtype, operations
-from doraxp.decomposition import (
+from doraxp.adapted import (
     Prepared,
+    check_prepared,
     check_previous,
-    inverse_norms,
     outputs,
     prepare,
     prepare_with_product,
     times,
-    weight_norms,
 )
+from doraxp.backends import as_dtype, compute_dtype, operations
+from doraxp.decomposition import inverse_norms, weight_norms
 
 InitMethod: TypeAlias = Literal["kaiming", "gaussian"]
 
@@ -392,25 +392,6 @@ def convert_form(
     row_scale = xp.where(row_scale > 0, row_scale, 1.0)
     b = as_dtype(adapter.lora_b, dtype, xp=xp)
     return adapter._replace(lora_b=b / row_scale if form == "weight" else b * row_scale), target
-
-
-def check_prepared(
-    prepared: Prepared, weight: Array, adapter: Adapter, config: Config, *, ops: Operations
-) -> None:
-    """Refuse a prepared norm that does not belong to these arguments any more."""
-    check_kind("prepared", prepared, Prepared)
-    if prepared.weight is not weight:
-        changed = "the weight is another object"
-    elif prepared.config != config:
-        changed = f"the config was {prepared.config}, is {config}"
-    elif not ops.unchanged(prepared.snapshot, prepared.adapter, adapter):
-        changed = "the adapter has changed"
-    else:
-        return
-    raise ValueError(
-        f"prepared must belong to this weight, adapter and config, but {changed}: "
-        "call prepare again"
-    )
 
 
 def as_tokens(x: Array, weight: Array, dtype: Any, *, xp: Any) -> Array:
