@@ -198,7 +198,8 @@ def test_squares_of_another_dtype_are_not_reused(backend, draw):
     narrow = random_adapter(draw, config, out=7, inner=6, dtype="float32")
     wide = random_adapter(draw, config, out=7, inner=6, dtype="float64")
     first = doraxp.prepare(weight, narrow, config)
-    assert doraxp.prepare(weight, wide, config, previous=first).norm.dtype == wide.lora_a.dtype
+    again = doraxp.prepare(weight, wide, config, previous=first)
+    assert again.norm.dtype == again.weight_squares.dtype == wide.lora_a.dtype
 
 
 def test_exact_and_detached_agree_where_the_norm_term_is_zero(backend, draw, assert_close):
