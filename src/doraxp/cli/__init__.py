@@ -1,4 +1,4 @@
-"""The command line: `doraxp demo`, or `python -m doraxp demo`.
+"""The command line: `doraxp COMMAND`, or `python -m doraxp COMMAND`.
 
 A command is a module with a `SUMMARY`, `add_arguments(parser)` and `run(arguments)`, which
 returns the exit status. What the bare installation lacks, a command imports only when it runs.
@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 
 import doraxp
-from doraxp.cli import demo
+from doraxp.cli import convert, demo, inspect, merge
 
-_COMMANDS = {"demo": demo}
+_COMMANDS = {"demo": demo, "merge": merge, "convert": convert, "inspect": inspect}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

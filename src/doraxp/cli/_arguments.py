@@ -13,6 +13,9 @@ from pathlib import Path
 import doraxp
 from doraxp.cli._libraries import BACKENDS
 
+CHECKPOINT = ("safetensors", "ml_dtypes", "threadpoolctl", "rich")
+"""What the extra of this name installs."""
+
 
 def backend(text: str) -> str:
     """Parse the name of a library that can be used here."""
@@ -71,13 +74,16 @@ def output(suffix: str) -> Callable[[str], Path]:
     return parse
 
 
-def lacks(command: str, *modules: str) -> bool:
-    """Say on stderr which modules of a command's extra are not installed; return if any is."""
+def lacks(command: str, *modules: str, extra: str | None = None) -> bool:
+    """Say on stderr which modules of an extra are not installed; return if any is.
+
+    The extra is called as the command is, unless it is given.
+    """
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         print(
             f"doraxp {command}: error: {' and '.join(missing)} not installed: "
-            f"pip install 'doraxp[{command}]'",
+            f"pip install 'doraxp[{extra or command}]'",
             file=sys.stderr,
         )
     return bool(missing)

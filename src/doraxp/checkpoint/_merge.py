@@ -1,0 +1,213 @@
+"""A whole model, merged beside where it will be, and renamed when it is complete."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from concurrent.futures import Executor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from doraxp.checkpoint._adapters import AdapterSet
+from doraxp.checkpoint._formats import load_adapters
+from doraxp.checkpoint._model import INDEX, Model, open_model
+from doraxp.checkpoint._plan import Task, plan
+from doraxp.checkpoint._rows import Change
+from doraxp.checkpoint._safetensors import CheckpointError, read_json
+from doraxp.checkpoint._shard import OnBytes, Options, merge_shard, written_as
+from doraxp.checkpoint._verify import verify_shard
+
+_DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class Merge(NamedTuple):
+    """A merge that fits together, and has not begun."""
+
+    model: Model
+    adapters: AdapterSet
+    tasks: dict[str, Task]
+    options: Options
+
+    def shard_size(self, name: str) -> int:
+        """Return the bytes of the tensors that are written to one shard."""
+        tensors = self.model.shards[name].tensors.values()
+        return sum(written_as(tensor, self.options).nbytes for tensor in tensors)
+
+    @property
+    def size(self) -> int:
+        """The bytes of all tensors that are written."""
+        return sum(self.shard_size(name) for name in self.model.shards)
+
+
+def plan_merge(
+    base: str | os.PathLike[str], adapter: str | os.PathLike[str], options: Options
+) -> Merge:
+    """Read the headers of a model and of an adapter, and hold them to each other."""
+    model, adapters = open_model(Path(base)), load_adapters(adapter)
+    return Merge(model, adapters, plan(model, adapters), options)
+
+
+def run_merge(
+    merge: Merge,
+    out: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    verify: bool = False,
+    executor: Executor | None = None,
+    on_bytes: OnBytes = lambda count: None,
+) -> dict[str, Change]:
+    """Write the merged model to `out`; until it is complete there is no `out`.
+
+    A merge that was interrupted goes on from the shards that it finished.
+
+    Parameters
+    ----------
+    merge : Merge
+        From `plan_merge`.
+    out : path
+        A folder, or a file where the base is one.
+    force : bool
+        Replace what is there.
+    verify : bool
+        Read the result again, and hold it to a dense merge of a sample of rows.
+    executor : concurrent.futures.Executor, optional
+        Takes the shards, each as one task: processes, or a Dask cluster's, where every worker
+        sees the same files. The result is the same bit for bit. By default, this process.
+    on_bytes : callable
+        Called with numbers of bytes that were written; with an executor, once for each shard.
+
+    Returns
+    -------
+    dict of str to Change
+        By tensor.
+
+    Raises
+    ------
+    CheckpointError
+        A weight has NaN or infinity in it, or the result is not as it must be.
+    FileExistsError
+        There is something at `out`, and no `force`.
+    OSError
+        Something cannot be read or written, or the disk is full.
+    """
+    out = Path(out).absolute()
+    _check_target(merge, out, force=force)
+    work = out.parent / f".{out.name}.partial"
+    _resume_or_start(work, _fingerprint(merge))
+    names = merge.model.shards
+    changes: dict[str, Change] = {}
+    try:
+        if executor is None:
+            for name in names:
+                changes |= finish_shard(merge, work, name, verify, on_bytes)
+        else:
+            tasks = {
+                executor.submit(finish_shard, merge, work, name, verify): name for name in names
+            }
+            for task in as_completed(tasks):
+                changes |= task.result()
+                on_bytes(merge.shard_size(tasks[task]))
+        _copy_others(merge, work / "model")
+    except CheckpointError:
+        shutil.rmtree(work)  # it cannot be finished
+        raise
+    result = work / "model"
+    if not merge.model.is_folder:
+        result /= merge.model.path.name
+    if merge.model.is_folder and out.exists():
+        out.rename(work / "replaced")
+    result.replace(out)
+    shutil.rmtree(work)
+    return changes
+
+
+def finish_shard(
+    merge: Merge, work: Path, name: str, verify: bool, on_bytes: OnBytes = lambda count: None
+) -> dict[str, Change]:
+    """Write a shard, unless it was finished before; return its changes."""
+    done, notes = work / "model" / name, work / f"{name}.json"
+    reader = merge.model.shards[name]
+    if done.exists():
+        on_bytes(merge.shard_size(name))
+        noted = json.loads(notes.read_bytes())
+        changes = {tensor: Change(*values) for tensor, values in noted.items()}
+    else:
+        # A name of its own: a worker that was thought dead may still write to the other.
+        unfinished = work / f"{name}.{uuid.uuid4().hex}"
+        changes = merge_shard(
+            reader, unfinished, merge.tasks, merge.adapters, merge.options, on_bytes
+        )
+        notes.write_text(json.dumps(changes), "utf-8")
+        unfinished.replace(done)
+    if verify:
+        verify_shard(reader, done, merge.tasks, merge.adapters)
+    return changes
+
+
+def _check_target(merge: Merge, out: Path, *, force: bool) -> None:
+    base, adapter = merge.model.path.resolve(), merge.adapters.reader.path.resolve()
+    target = out.resolve()
+    if target == base or (merge.model.is_folder and target.is_relative_to(base)):
+        raise CheckpointError(f"{out}: OUT must not be in BASE, {merge.model.path}")
+    if any(path.is_relative_to(target) for path in (base, adapter)):
+        raise CheckpointError(f"{out}: OUT must not hold what is merged")
+    if out.exists() and not force:
+        raise FileExistsError(f"{out}: already there; --force replaces it")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out.parent}: no such folder")
+    if not os.access(out.parent, os.W_OK):
+        raise PermissionError(f"{out.parent}: not writable")
+    free = shutil.disk_usage(out.parent).free
+    work = out.parent / f".{out.name}.partial"
+    there = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
+    if free + there < merge.size:
+        raise OSError(f"{out.parent}: {merge.size} bytes are needed, {free} are free")
+
+
+def _fingerprint(merge: Merge) -> dict[str, Any]:
+    """Return what a finished shard depends on, in the types of JSON."""
+    files = [*(reader.path for reader in merge.model.shards.values()), merge.adapters.reader.path]
+    config = merge.adapters.reader.path.parent / "adapter_config.json"
+    return {
+        "files": [
+            [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
+            for file in (*files, *((config,) if config.exists() else ()))
+        ],
+        "options": list(vars(merge.options).values()),
+    }
+
+
+def _resume_or_start(work: Path, fingerprint: Mapping[str, Any]) -> None:
+    """Keep the finished shards of the same merge; clear away those of another."""
+    note = work / "merge.json"
+    if work.exists():
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(note.read_bytes()) == fingerprint:
+                return
+        shutil.rmtree(work)
+    (work / "model").mkdir(parents=True)
+    note.write_text(json.dumps(fingerprint), "utf-8")
+
+
+def _copy_others(merge: Merge, folder: Path) -> None:
+    """Copy configuration and tokenizer, and make the index anew."""
+    model, dtype = merge.model, merge.options.dtype
+    for file in model.others:
+        target = folder / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(model.path / file, target)
+    if model.index is not None:
+        metadata = dict(model.index.get("metadata") or {}) | {"total_size": merge.size}
+        text = json.dumps(model.index | {"metadata": metadata}, indent=2)
+        (folder / INDEX).write_text(text + "\n", "utf-8")
+    config = folder / "config.json"
+    if dtype is not None and model.is_folder and config.exists():
+        entries = read_json(config)
+        for key in ("dtype", "torch_dtype"):
+            if key in entries:
+                entries[key] = _DTYPE_NAMES[dtype]
+        config.write_text(json.dumps(entries, indent=2) + "\n", "utf-8")

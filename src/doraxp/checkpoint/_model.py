@@ -1,0 +1,114 @@
+"""A base model on disk: one safetensors file, or a folder of shards with its index."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from doraxp.checkpoint._safetensors import CheckpointError, Reader, read_json
+
+INDEX = "model.safetensors.index.json"
+# Other copies of the weights: they would be those of before the merge.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The safetensors files of a model, opened."""
+
+    path: Path
+    shards: dict[str, Reader]
+    """By file name."""
+    others: tuple[Path, ...]
+    """Files that go with it, relative to `path`: configuration, tokenizer."""
+    left_out: tuple[Path, ...]
+    """Other copies of the weights, which are not merged."""
+    index: dict[str, Any] | None
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder; else it is one file."""
+        return self.path.is_dir()
+
+    def reader_of(self) -> dict[str, Reader]:
+        """Return the file of each tensor."""
+        return {name: reader for reader in self.shards.values() for name in reader.tensors}
+
+
+def open_model(path: Path) -> Model:
+    """Open a model, and hold its index to its shards.
+
+    Raises
+    ------
+    CheckpointError
+        A file is malformed, the index is wrong or points out of the folder, or the weights are
+        quantised.
+    OSError
+        Something cannot be read.
+    """
+    if not path.is_dir():
+        return Model(path, {path.name: Reader(path)}, (), (), None)
+    config = path / "config.json"
+    if config.is_file() and read_json(config).get("quantization_config"):
+        raise CheckpointError(
+            f"{config}: it has a quantization_config: a quantised weight cannot take a merge; "
+            "merge into the model that it was made of"
+        )
+    index = read_json(_inside(path, INDEX)) if (path / INDEX).is_file() else None
+    if index is None:
+        names = sorted(file.name for file in path.glob("*.safetensors"))
+        if len(names) != 1:
+            raise CheckpointError(
+                f"{path}: must have {INDEX} or one safetensors file, got {len(names)} of them"
+            )
+        shards = {names[0]: Reader(_inside(path, names[0]))}
+    else:
+        shards = _indexed(path, index)
+    files = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
+    rest = [file for file in files if str(file) not in (*shards, INDEX)]
+    weights = tuple(file for file in rest if file.suffix in _WEIGHTS)
+    others = tuple(file for file in rest if file not in weights)
+    for file in others:
+        _inside(path, str(file))
+    return Model(path, shards, others, weights, index)
+
+
+def _indexed(path: Path, index: dict[str, Any]) -> dict[str, Reader]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path / INDEX}: must have a weight_map of names to files")
+    names: dict[str, set[str]] = {}
+    for tensor, name in weight_map.items():
+        if (
+            not isinstance(name, str)
+            or not name.isprintable()
+            or not name
+            or PurePosixPath(name).name != name
+        ):
+            raise CheckpointError(
+                f"{path / INDEX}: the file of a tensor must be in the folder itself, got {name!r}"
+            )
+        names.setdefault(name, set()).add(tensor)
+    shards = {name: Reader(_inside(path, name)) for name in sorted(names)}
+    for name, tensors in names.items():
+        differ = sorted(tensors ^ shards[name].tensors.keys())
+        if differ:
+            raise CheckpointError(
+                f"{path / INDEX} and {name} must have the same tensors, but {differ[0]!r} is in "
+                "one only"
+            )
+    return shards
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Return a file of the folder, and refuse a link out of it.
+
+    The hub's cache is the exception: there every file is a link to ``../../blobs``.
+    """
+    file = folder / name
+    target, root = file.resolve(), folder.resolve()
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    if not target.is_relative_to(root) and not target.is_relative_to(blobs):
+        raise CheckpointError(f"{file}: a link out of the folder, to {target}")
+    return file

@@ -1,0 +1,142 @@
+"""PEFT's format, and NVlabs' from before it: what the names and the configuration mean."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from doraxp._types import Adapter, Config
+from doraxp.adaptation import match_pattern
+from doraxp.checkpoint._adapters import AdapterSet, StoredLayer
+from doraxp.checkpoint._safetensors import CheckpointError, Reader
+from doraxp.kinds import LayerKind
+
+PREFIX = "base_model.model."
+_NAME = re.compile(
+    r"(?P<path>.+)\.(?:(?P<a>lora_(?:embedding_)?A)|(?P<b>lora_(?:embedding_)?B)"
+    r"|(?P<m>lora_magnitude_vector|weight_m_wdecomp))(?:\.default)?(?:\.weight)?"
+)
+_CHANGES_BASE = re.compile(r"(pissa.*|olora|loftq|corda|lora_ga)", re.IGNORECASE)
+# Each changes what the three tensors mean.
+_UNSUPPORTED = (
+    "layer_replication",
+    "lora_bias",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "target_parameters",
+    "trainable_token_indices",
+)
+
+
+def read_peft(reader: Reader, config: Mapping[str, Any]) -> AdapterSet:
+    """Describe the adapters of a PEFT file with its ``adapter_config.json``."""
+    where = reader.path.parent / "adapter_config.json"
+    dora = config.get("peft_type") == "DORA" or config.get("use_dora")
+    if config.get("peft_type") not in ("LORA", "DORA"):
+        raise CheckpointError(
+            f"{where}: peft_type must be LORA or DORA, got {config.get('peft_type')!r}"
+        )
+    found = [name for name in _UNSUPPORTED if config.get(name)]
+    if found:
+        raise CheckpointError(f"{where}: {', '.join(found)} cannot be merged with a DoRA adapter")
+    parts, rest = _sort_names(reader)
+    _check_flag(reader, parts, dora=bool(dora))
+    initialisation = str(config.get("init_lora_weights"))
+    return AdapterSet(
+        "nvlabs" if config["peft_type"] == "DORA" else "peft",
+        reader,
+        {path: _layer(reader, path, names, config) for path, names in parts.items()},
+        {_base_name(name): name for name in rest},
+        initialisation if _CHANGES_BASE.fullmatch(initialisation) else None,
+    )
+
+
+def _sort_names(reader: Reader) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Return the names of A, B and m by path, and the other names."""
+    parts: dict[str, dict[str, str]] = {}
+    rest = []
+    for name in reader.tensors:
+        match = _NAME.fullmatch(name.removeprefix(PREFIX))
+        if match is None:
+            rest.append(name)
+            continue
+        names = parts.setdefault(match["path"], {})
+        if match.lastgroup in names:
+            raise CheckpointError(f"{reader.path}: {name} and {names[match.lastgroup]} are one")
+        names[str(match.lastgroup)] = name
+    return parts, rest
+
+
+def _base_name(name: str) -> str:
+    """Return what a full tensor in the file is called in the base."""
+    name = name.removeprefix(PREFIX)
+    return re.sub(r"\.(base_layer|modules_to_save(\.default)?)(?=\.[^.]+$)", "", name)
+
+
+def _check_flag(reader: Reader, parts: Mapping[str, Mapping[str, str]], *, dora: bool) -> None:
+    """Hold ``use_dora`` to the magnitudes that are there: PEFT ignores either in silence."""
+    with_m = [path for path, names in parts.items() if "m" in names]
+    without = [path for path, names in parts.items() if "m" not in names]
+    if not dora and with_m:
+        raise CheckpointError(
+            f"{reader.path}: it has {len(with_m)} magnitudes, but adapter_config.json says "
+            f"use_dora false, so PEFT leaves them out: set it to true if DoRA was trained"
+        )
+    if not dora:
+        raise CheckpointError(f"{reader.path}: a LoRA adapter, without magnitudes: not DoRA")
+    if without:
+        raise CheckpointError(
+            f"{reader.path}: adapter_config.json says use_dora true, but the magnitude is missing "
+            f"of {', '.join(without)}"
+        )
+    for path, names in parts.items():
+        if set(names) != {"a", "b", "m"}:
+            raise CheckpointError(f"{reader.path}: {path} must have lora_A, lora_B and a magnitude")
+
+
+def _layer(
+    reader: Reader, path: str, names: Mapping[str, str], config: Mapping[str, Any]
+) -> StoredLayer:
+    a, b = (reader.tensors[names[part]].shape for part in "ab")
+    if len(a) < 2 or len(b) != len(a) or 0 in (*a, *b):
+        raise CheckpointError(f"{reader.path}: {path}: lora_A {a} and lora_B {b} are no factors")
+    if len(a) > 2 and b[1] != a[0]:
+        raise CheckpointError(
+            f"{reader.path}: {path} is a grouped convolution: PEFT's lora_A reads the channels of "
+            "all groups, so no grouped weight can act as it does"
+        )
+    own = _layer_config(path, config, reader)
+    if own.rank != a[0]:
+        raise CheckpointError(
+            f"{reader.path}: {path}: adapter_config.json gives it rank {own.rank}, lora_A has {a}"
+        )
+    kind = LayerKind()
+    shape: tuple[int, ...] = (b[0], a[1])
+    if ".lora_embedding_A" in names["a"]:
+        kind, shape = LayerKind("embedding"), (a[1], b[0])
+    elif len(a) > 2:
+        kind, shape = LayerKind("conv"), (b[0], *a[1:])
+    elif config.get("fan_in_fan_out"):
+        kind, shape = LayerKind("transposed"), (a[1], b[0])
+    return StoredLayer(own, kind, shape, Adapter(names["a"], names["b"], names["m"]))
+
+
+def _layer_config(path: str, config: Mapping[str, Any], reader: Reader) -> Config:
+    """Return rank and alpha of one module, by the patterns and as PEFT matches them."""
+    try:
+        ranks, alphas = (dict(config.get(f"{name}_pattern") or {}) for name in ("rank", "alpha"))
+        for key in (*ranks, *alphas):
+            _check_pattern(key)
+        rank = match_pattern(ranks, path, config.get("r"))
+        alpha = match_pattern(alphas, path, config.get("lora_alpha"))
+        return Config(rank, alpha, rslora=bool(config.get("use_rslora")))
+    except (TypeError, ValueError, re.error) as error:
+        raise CheckpointError(f"{reader.path.parent / 'adapter_config.json'}: {error}") from None
+
+
+def _check_pattern(key: str) -> None:
+    """Refuse a regular expression that may take forever: they come from strangers."""
+    if re.search(r"\)[*+{?]", key) or len(re.findall(r"(?<!\\)[*+{]", key)) > 3:
+        raise ValueError(f"the pattern {key!r} repeats too much")

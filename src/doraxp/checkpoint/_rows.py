@@ -1,0 +1,155 @@
+"""The merge of one weight, block of rows by block of rows as it is stored.
+
+::
+
+    V = W + s B A       n = ‖V‖ by rows       W' = (m / n)⊙V
+
+Where the matrix is the transpose of what is stored, a row of it is a column of the file: then the
+norms are summed in a first pass, in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from doraxp._types import Array
+from doraxp.adaptation import AdaptedLayer
+from doraxp.backends import Factors, Operations, operations
+from doraxp.decomposition import weight_norms
+
+
+class Library(NamedTuple):
+    """An array library that computes, and the way there and back from NumPy."""
+
+    place: Callable[[Array], Array]
+    fetch: Callable[[Array], Array]
+
+
+BLOCK = 1 << 19
+"""Elements of one block: in float32 2 MiB, which a core's cache holds."""
+Read = Callable[[slice], Array]
+
+
+class Change(NamedTuple):
+    """How far the merge moved one weight."""
+
+    magnitude: float
+    """ΔM = mean over the matrix's rows of abs(‖w'ᵢ‖ − ‖wᵢ‖)."""
+    direction: float
+    """ΔD = mean over the matrix's rows of 1 − cos(w'ᵢ, wᵢ)."""
+    largest: float
+    """max over the rows of ‖w'ᵢ − wᵢ‖ / ‖wᵢ‖."""
+
+
+class Norms(NamedTuple):
+    """What `change` needs of each row of the matrix, on the host."""
+
+    base: Array  # ‖wᵢ‖
+    adapted: Array  # n
+
+
+def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Cut the first axis of a stored weight into blocks."""
+    step = max(1, BLOCK // math.prod(shape[1:]))
+    return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+
+
+def merge_rows(
+    read: Read, layer: AdaptedLayer, library: Library, dtype: str
+) -> Iterator[tuple[Array, Norms | None]]:
+    """Yield the blocks of W' as stored, and with each, or only the last, norms of whole rows.
+
+    Parameters
+    ----------
+    read : callable
+        Returns rows of the stored weight.
+    layer : AdaptedLayer
+    library : Library
+        Computes.
+    dtype : {"float32", "float64"}
+        To compute in.
+    """
+
+    def place(array: Array) -> Array:
+        return library.place(array.astype(dtype, copy=False))
+
+    a, b, m = (place(leaf) for leaf in layer.adapter)
+    ops = operations(lora_a=a, lora_b=b, magnitude=m)
+    b = layer.config.scaling * b
+    merge = _merge_columns if layer.kind.is_transposed else _merge_rows
+    for merged, norms in merge(lambda rows: place(_flat(read(rows))), layer, a, b, m, ops):
+        yield library.fetch(merged), norms and Norms(*(library.fetch(norm) for norm in norms))
+
+
+def _merge_rows(
+    read: Read, layer: AdaptedLayer, a: Array, b: Array, m: Array, ops: Operations
+) -> Iterator[tuple[Array, Norms]]:
+    for rows in row_blocks(layer.shape):
+        weight = read(rows)  # (k, in)
+        with np.errstate(invalid="ignore"):  # the norms tell of NaN and infinity
+            v = ops.form(Factors(weight, a, b[rows, :], None), weight.dtype)
+            base, norm = (
+                weight_norms(x, ops.row_squares(x, v.dtype), ops=ops) for x in (weight, v)
+            )
+            v *= ops.over_norm(m[rows], norm)[:, None]
+        yield v, Norms(base, norm)
+
+
+def _merge_columns(
+    read: Read, layer: AdaptedLayer, a: Array, b: Array, m: Array, ops: Operations
+) -> Iterator[tuple[Array, Norms | None]]:
+    xp = ops.xp
+    blocks = list(row_blocks(layer.shape))
+    bt, at = xp.matrix_transpose(b), xp.matrix_transpose(a)  # (rank, out), (in, rank)
+
+    def form(rows: slice) -> tuple[Array, Array]:
+        weight = read(rows)  # (k, out)
+        return weight, ops.form(Factors(weight, bt, at[rows, :], None), weight.dtype)
+
+    # Squares do not overflow in float64, but for weights that are as large themselves.
+    squares = [xp.zeros_like(m, dtype=xp.float64) for _ in Norms._fields]
+    for rows in blocks:
+        for total, part in zip(squares, form(rows), strict=True):
+            wide = xp.astype(part, xp.float64, copy=False)
+            total += xp.sum(wide * wide, axis=0)
+    norms = Norms(*(xp.astype(xp.sqrt(total), m.dtype) for total in squares))
+    gain = ops.over_norm(m, norms.adapted)
+    for rows in blocks:
+        _, v = form(rows)
+        with np.errstate(invalid="ignore"):  # the norms tell of NaN and infinity
+            v *= gain[None, :]
+        yield v, norms if rows.stop == layer.shape[0] else None
+
+
+def change(norms: Iterable[Norms], layer: AdaptedLayer) -> Change:
+    """Return ΔM, ΔD and the largest change, from what each row's triangle has for sides.
+
+    ::
+
+        1 − cos(v, w) = (‖v − w‖² − (n − ‖w‖)²) / (2 n ‖w‖)      v − w = s B A
+        ‖w' − w‖² = (m − ‖w‖)² + 2 m ‖w‖ (1 − cos)
+    """
+    a, b, m = (leaf.astype(np.float64) for leaf in layer.adapter)
+    base, adapted = (np.concatenate(sides).astype(np.float64) for sides in zip(*norms, strict=True))
+    b *= layer.config.scaling
+    update = np.einsum("or,or->o", b @ (a @ a.T), b)  # ‖v − w‖²
+    m = np.where(adapted > 0, m, 0.0)
+    sides = 2 * adapted * base
+    turn = update - (adapted - base) ** 2
+    direction = np.divide(turn, sides, out=np.ones_like(turn), where=sides > 0)
+    direction = np.where((base == 0) & (m == 0), 0.0, np.clip(direction, 0.0, 2.0))
+    direction = np.where(m < 0, 2.0 - direction, direction)
+    length = np.abs(m)
+    moved = np.sqrt((length - base) ** 2 + 2 * length * base * direction)
+    ratio = np.divide(moved, base, out=np.where(moved > 0, np.inf, 0.0), where=base > 0)
+    return Change(
+        float(np.mean(np.abs(length - base))), float(np.mean(direction)), float(np.max(ratio))
+    )
+
+
+def _flat(rows: Array) -> Array:
+    return rows.reshape(rows.shape[0], -1)

@@ -1,0 +1,179 @@
+"""safetensors files from strangers: a checked header, reads by rows, and writes as a stream.
+
+The library checks a header and maps the file; a map of a whole model counts as memory, and it
+writes only what it is given whole. So it checks here, and the bytes are read and written plainly.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from doraxp._types import Array
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+"""Those that are computed with; the others are only copied."""
+# Far above what the largest models need, and little memory to parse.
+_HEADER_LIMIT, _VALUES_LIMIT = 24 << 20, 1_000_000
+CHUNK = 4 << 20
+"""Bytes that are copied at a time."""
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be used, and why; in one line."""
+
+
+class Tensor(NamedTuple):
+    """A tensor as the header describes it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+class Reader:
+    """An open safetensors file, of which nothing but the header is in memory.
+
+    Parameters
+    ----------
+    path : Path
+
+    Raises
+    ------
+    CheckpointError
+        The header is not what the format demands.
+    OSError
+        The file cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        header, self._data = _checked_header(path)
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        entries = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"])
+        self.tensors: dict[str, Tensor] = {}
+        """In the order of the file."""
+        self._starts: dict[str, int] = {}
+        for name, entry in entries:
+            start, stop = entry["data_offsets"]
+            self.tensors[name] = Tensor(entry["dtype"], tuple(entry["shape"]), stop - start)
+            self._starts[name] = start
+
+    def read(self, name: str, rows: slice | None = None) -> Array:
+        """Return a tensor, or some of its rows, of one of `DTYPES`."""
+        tensor = self.tensors[name]
+        dtype, shape, offset = DTYPES[tensor.dtype], tensor.shape, 0
+        if rows is not None:
+            shape = (rows.stop - rows.start, *shape[1:])
+            offset = rows.start * math.prod(shape[1:]) * dtype.itemsize
+        array = np.empty(shape, dtype)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self._data + self._starts[name] + offset)
+            _fill(file, array.reshape(-1).view(np.uint8).data, self.path)
+        return array
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """Yield the bytes of a tensor of any dtype, in one buffer: use it before the next."""
+        left = self.tensors[name].nbytes
+        buffer = memoryview(bytearray(min(left, CHUNK)))
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self._data + self._starts[name])
+            while left:
+                chunk = buffer[: min(left, CHUNK)]
+                _fill(file, chunk, self.path)
+                left -= len(chunk)
+                yield chunk
+
+
+def _fill(file: Any, buffer: memoryview, path: Path) -> None:
+    while buffer:
+        count = file.readinto(buffer)
+        if not count:
+            raise CheckpointError(f"{path}: the file became shorter while it was read")
+        buffer = buffer[count:]
+
+
+def _checked_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Return the header, and where the data starts."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > _HEADER_LIMIT:
+            raise CheckpointError(
+                f"{path}: a safetensors header must be at most {_HEADER_LIMIT} bytes, got {length}"
+            )
+        raw = file.read(length)
+    check_values(raw, path)
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: no safetensors file: {_one_line(error)}") from None
+    return parse_json(raw, path), 8 + length
+
+
+def check_values(raw: bytes, path: Path) -> None:
+    """Refuse JSON of so many values that it would fill the memory."""
+    if sum(raw.count(sign) for sign in (b",", b"[", b"{")) > _VALUES_LIMIT:
+        raise CheckpointError(f"{path}: JSON must have at most {_VALUES_LIMIT} values")
+
+
+def parse_json(raw: bytes, path: Path) -> dict[str, Any]:
+    """Return a JSON object; a name that stands in it twice is an error."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries = dict(pairs)
+        if len(entries) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise CheckpointError(f"{path}: the name {twice!r} stands in it twice")
+        return entries
+
+    try:
+        value = json.loads(raw, object_pairs_hook=unique)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON: {_one_line(error)}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file."""
+    size = path.stat().st_size
+    if size > _HEADER_LIMIT:
+        raise CheckpointError(f"{path}: must be at most {_HEADER_LIMIT} bytes, got {size}")
+    raw = path.read_bytes()
+    check_values(raw, path)
+    return parse_json(raw, path)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def write_header(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write the header of a file whose tensors follow in this order."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, (dtype, shape, nbytes) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + nbytes]}
+        end += nbytes
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)  # the data starts at a multiple of 8
+    file.write(len(raw).to_bytes(8, "little") + raw)

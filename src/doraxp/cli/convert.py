@@ -1,0 +1,40 @@
+"""`doraxp convert`: a DoRA adapter into another format, exactly or not at all."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from doraxp.cli._arguments import CHECKPOINT, lacks
+
+SUMMARY = (
+    "Convert a DoRA adapter to PEFT's or mlx-lm's format: exactly, or refused with the reason."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "source", type=Path, metavar="SRC", help="a folder as PEFT or mlx-lm save it, or a file"
+    )
+    parser.add_argument("--to", choices=("peft", "mlx"), required=True, help="the format of DST")
+    parser.add_argument(
+        "--out", type=Path, metavar="DST", required=True, help="a folder that is not there yet"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Load and save."""
+    if lacks("convert", *CHECKPOINT, extra="checkpoint"):
+        return 2
+    from doraxp.checkpoint import load_adapters, save_adapters
+
+    try:
+        adapters = load_adapters(arguments.source)
+        save_adapters(arguments.out, adapters, arguments.to)
+    except (ValueError, OSError) as error:
+        print(f"doraxp convert: error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(adapters)} modules, {adapters.format} to {arguments.to}: {arguments.out}")
+    return 0

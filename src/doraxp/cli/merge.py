@@ -1,0 +1,192 @@
+"""`doraxp merge`: a DoRA adapter into a model on disk, as a stream."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, ProcessPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from doraxp.cli._arguments import CHECKPOINT, backend, integer, lacks
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from doraxp.checkpoint import Change, Merge
+
+SUMMARY = (
+    "Merge a DoRA adapter into a model, tensor by tensor, in little memory; OUT is there when it "
+    "is complete, and a merge that was interrupted goes on where it was."
+)
+_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "base", type=Path, metavar="BASE", help="a safetensors file, or a model's folder"
+    )
+    parser.add_argument(
+        "adapter",
+        type=Path,
+        metavar="ADAPTER",
+        help="a folder as PEFT or mlx-lm save it, or a safetensors file",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="OUT", required=True, help="a folder, or a file as BASE is"
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
+    parser.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        help="of every floating tensor in OUT (default: each keeps its own)",
+    )
+    parser.add_argument(
+        "--compute",
+        choices=("float32", "float64"),
+        help="dtype to compute in (default: float32 for tensors narrower than that, else float64)",
+    )
+    parser.add_argument(
+        "--backend",
+        type=backend,
+        choices=("numpy", "cupy", "torch"),
+        default="numpy",
+        help="array library to compute with (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=integer(1),
+        default=min(4, os.cpu_count() or 1),
+        metavar="N",
+        help="processes, for as many shards at a time (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="of a Dask cluster whose workers see the same files: it takes the shards",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be merged, and write nothing"
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read OUT again: compare copied bytes, and rows of each merged tensor with a dense "
+        "merge in float64",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Plan, merge with a progress bar, and print what changed."""
+    if lacks("merge", *CHECKPOINT, extra="checkpoint"):
+        return 2
+    if arguments.scheduler is not None and lacks(
+        "merge --scheduler", "distributed", extra="distributed"
+    ):
+        return 2
+    from rich.console import Console
+
+    from doraxp.checkpoint import CheckpointError, Options, plan_merge
+
+    console = Console()
+    dtype = _DTYPES.get(arguments.dtype)
+    try:
+        merge = plan_merge(
+            arguments.base, arguments.adapter, Options(arguments.backend, arguments.compute, dtype)
+        )
+        if arguments.dry_run:
+            _print_plan(merge, console)
+        else:
+            _print_changes(_merge(merge, arguments), console)
+        _print_summary(merge, console)
+    except (CheckpointError, OSError) as error:
+        print(f"doraxp merge: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _merge(merge: Merge, arguments: argparse.Namespace) -> dict[str, Change]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    from doraxp.checkpoint import run_merge
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with _executor(merge, arguments) as executor, bar as progress:
+        task = progress.add_task("", total=merge.size)
+        return run_merge(
+            merge,
+            arguments.out,
+            force=arguments.force,
+            verify=arguments.verify,
+            executor=executor,
+            on_bytes=lambda count: progress.update(task, advance=count),
+        )
+
+
+@contextlib.contextmanager
+def _executor(merge: Merge, arguments: argparse.Namespace) -> Iterator[Executor | None]:
+    """Give what takes the shards; None for this process."""
+    jobs = min(arguments.jobs, len(merge.model.shards))
+    if arguments.scheduler is not None:
+        from distributed import Client
+
+        with Client(arguments.scheduler) as client:
+            yield client.get_executor()
+    elif jobs == 1:
+        yield None
+    else:
+        # Not by fork: the threads of an array library do not survive it.
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+            yield pool
+
+
+def _print_plan(merge: Merge, console: Console) -> None:
+    from doraxp.cli._tables import print_table
+
+    layers = merge.adapters.layers
+    rows = (
+        (name, task.kind.name, str(config.rank), f"{config.scaling:g}")
+        for name, task in merge.tasks.items()
+        if task.path is not None and (config := layers[task.path].config)
+    )
+    print_table(("tensor", "kind", "rank", "s"), rows, console)
+
+
+def _print_summary(merge: Merge, console: Console) -> None:
+    tensors = sum(len(reader.tensors) for reader in merge.model.shards.values())
+    console.print(
+        f"{merge.adapters.format} adapter: {len(merge.adapters)} of {tensors} tensors merged, "
+        f"{len(merge.adapters.replacements)} replaced, the others copied; "
+        f"{merge.size:,} bytes in {len(merge.model.shards)} files",
+        soft_wrap=True,
+    )
+    if merge.model.left_out:
+        names = ", ".join(str(file) for file in merge.model.left_out)
+        console.print(f"Left out, other copies of the weights: {names}", soft_wrap=True)
+
+
+def _print_changes(changes: Mapping[str, Change], console: Console) -> None:
+    from doraxp.cli._tables import print_table
+
+    rows = ((name, *(f"{value:.3g}" for value in change)) for name, change in changes.items())
+    print_table(("tensor", "ΔM", "ΔD", "largest change of a row"), rows, console)
+    idle = [name for name, change in changes.items() if change.largest == 0]
+    if idle:
+        print(
+            f"doraxp merge: warning: the adapter changes nothing in {', '.join(idle)}",
+            file=sys.stderr,
+        )

@@ -1,0 +1,110 @@
+"""Kinds of layer: how each stores its weight, and the matrix that DoRA sees in it.
+
+::
+
+    kind          stored                       matrix
+    linear        (out, in)                    W
+    experts       (*stack, out, in)            W, an adapter for each element of the stack
+    transposed    (in, out)                    Wᵀ, (out, in); GPT-2's Conv1D
+    embedding     (tokens, dim)                Wᵀ, (dim, tokens): one norm per dimension
+    columns       (out, in)                    Wᵀ, (in, out): one norm per input; old LyCORIS
+    conv          (out, in/groups, *kernel)    (out, in·kernel); with groups a stack of them,
+                                               (groups, out/groups, in/groups·kernel)
+
+A grouped convolution is a stack: the update of a group stays in its group. Stride, padding and
+dilation say where a kernel is laid, not what it weighs: they have no part in this.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+from array_api_compat import array_namespace
+
+from doraxp._types import Array
+
+KindName: TypeAlias = Literal["linear", "experts", "transposed", "embedding", "columns", "conv"]
+_STORED = {
+    "linear": "(out, in)",
+    "experts": "(*stack, out, in)",
+    "transposed": "(in, out)",
+    "embedding": "(tokens, dim)",
+    "columns": "(out, in)",
+    "conv": "(out, in/groups, *kernel)",
+}
+_TRANSPOSED = ("transposed", "embedding", "columns")
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """How a layer stores its weight.
+
+    Parameters
+    ----------
+    name : {"linear", "experts", "transposed", "embedding", "columns", "conv"}
+    groups : int
+        Of a convolution.
+
+    Raises
+    ------
+    ValueError
+        The name is unknown, or only a convolution may have these groups.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> kind = LayerKind("conv", groups=2)
+    >>> matrix = kind.matrix(np.ones((6, 4, 3, 3)))
+    >>> matrix.shape, kind.restore(matrix, (6, 4, 3, 3)).shape
+    ((2, 3, 36), (6, 4, 3, 3))
+    """
+
+    name: KindName = "linear"
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(KindName):
+            raise ValueError(f"kind must be one of {get_args(KindName)}, got {self.name!r}")
+        if self.groups < 1 or (self.groups > 1 and self.name != "conv"):
+            raise ValueError(
+                f"groups must be 1, or more for a conv, got {self.groups} for {self.name!r}"
+            )
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the matrix is the transpose of what is stored."""
+        return self.name in _TRANSPOSED
+
+    def matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the matrix of a weight stored in `shape`.
+
+        Raises
+        ------
+        ValueError
+            No layer of this kind has a weight of that shape.
+        """
+        least, most = {"experts": (3, math.inf), "conv": (3, 5)}.get(self.name, (2, 2))
+        if not least <= len(shape) <= most or 0 in shape or shape[0] % self.groups:
+            raise ValueError(
+                f"a weight of kind {self.name!r} must have shape {_STORED[self.name]}, "
+                f"no axis of length 0, out a multiple of groups = {self.groups}, got {shape}"
+            )
+        if self.is_transposed:
+            return shape[::-1]
+        if self.name != "conv":
+            return shape
+        stack = (self.groups,) if self.groups > 1 else ()
+        return (*stack, shape[0] // self.groups, math.prod(shape[1:]))
+
+    def matrix(self, weight: Array) -> Array:
+        """Return the matrix (*stack, out, in) of a stored weight."""
+        xp = array_namespace(weight)
+        shape = self.matrix_shape(tuple(weight.shape))
+        return xp.matrix_transpose(weight) if self.is_transposed else xp.reshape(weight, shape)
+
+    def restore(self, matrix: Array, shape: tuple[int, ...]) -> Array:
+        """Return a matrix in the shape that the weight is stored in."""
+        xp = array_namespace(matrix)
+        return xp.matrix_transpose(matrix) if self.is_transposed else xp.reshape(matrix, shape)

@@ -1,0 +1,81 @@
+"""Small models and adapters on disk, for the tests of checkpoints."""
+
+from __future__ import annotations
+
+import json
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+RANK, ALPHA = 2, 3.0
+SHAPES = {"block.0.q": (7, 5), "block.0.k": (6, 5), "block.1.q": (7, 5)}
+"""(out, in) of the linear layers that have an adapter."""
+
+
+def draw(rng, *shape, dtype="float32"):
+    return rng.standard_normal(shape).astype(dtype)
+
+
+def factors(rng, shape, rank=RANK, dtype="float32"):
+    """A, B and m, which are no fresh adapter's."""
+    out, inner = shape
+    a, b = draw(rng, rank, inner, dtype=dtype), draw(rng, out, rank, dtype=dtype)
+    return a, b, (1 + rng.random(out)).astype(dtype)
+
+
+def dense(weight, a, b, m, scaling=ALPHA / RANK):
+    """W' in float64, by the formula."""
+    weight, a, b, m = (np.asarray(leaf).astype(np.float64) for leaf in (weight, a, b, m))
+    v = weight + scaling * (b @ a)
+    norm = np.linalg.norm(v, axis=1, keepdims=True)
+    return np.divide(m.reshape(-1, 1) * v, norm, out=np.zeros_like(v), where=norm > 0)
+
+
+def write_model(folder, dtype=ml_dtypes.bfloat16):
+    """A model of two shards, with a bias, a table of integers and a tokenizer beside it."""
+    rng = np.random.default_rng(5)
+    folder.mkdir()
+    shards = {"model-1.safetensors": {}, "model-2.safetensors": {}}
+    for path, shape in SHAPES.items():
+        name = "model-1.safetensors" if "0" in path else "model-2.safetensors"
+        shards[name][f"{path}.weight"] = draw(rng, *shape, dtype=dtype)
+        shards[name][f"{path}.bias"] = draw(rng, shape[0], dtype=dtype)
+    shards["model-1.safetensors"]["steps"] = np.arange(3)
+    shards["model-2.safetensors"]["empty"] = np.empty((0, 4), np.float32)
+    shards["model-2.safetensors"]["scalar"] = np.array(2, np.float32)
+    for name, tensors in shards.items():
+        save_file(tensors, folder / name, {"format": "pt"})
+    weight_map = {name: shard for shard, tensors in shards.items() for name in tensors}
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    write_json(folder / "config.json", {"torch_dtype": np.dtype(dtype).name, "hidden": 5})
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "vocab.txt").write_text("a\nb\n")
+    (folder / "pytorch_model.bin").write_bytes(b"the old weights")
+    return {name: tensor for tensors in shards.values() for name, tensor in tensors.items()}
+
+
+def write_adapter(folder, shapes=SHAPES, dtype="float32", **changes):
+    """A PEFT adapter for some layers; `changes` go into its configuration."""
+    rng = np.random.default_rng(6)
+    folder.mkdir()
+    adapter = {path: factors(rng, shape, dtype=dtype) for path, shape in shapes.items()}
+    tensors = {
+        f"base_model.model.{path}.{name}": leaf
+        for path, leaves in adapter.items()
+        for name, leaf in zip(
+            ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"), leaves, strict=True
+        )
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    write_json(folder / "adapter_config.json", peft_config(**changes))
+    return adapter
+
+
+def peft_config(**changes):
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "use_dora": True}
+    return {**config, **changes}
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value), "utf-8")

@@ -1,0 +1,342 @@
+"""Formats: what is read from each, what is written, what is refused; convert and inspect."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import ml_dtypes
+import numpy as np
+import pytest
+from checkpoints import (
+    SHAPES,
+    dense,
+    draw,
+    factors,
+    write_adapter,
+    write_json,
+    write_model,
+)
+from safetensors.numpy import load_file, save_file
+
+import doraxp
+from doraxp import AdaptedLayer, Adapter, Config, LayerKind
+from doraxp.checkpoint import CheckpointError, load_adapters, save_adapters
+from doraxp.cli import main
+
+DTYPES = [np.dtype("f4"), np.dtype("f2"), np.dtype("f8"), np.dtype(ml_dtypes.bfloat16)]
+
+
+def layers(dtype="f4", kinds=None, config=None):
+    rng = np.random.default_rng(4)
+    found = {}
+    for path, shape in SHAPES.items():
+        kind = (kinds or {}).get(path, LayerKind())
+        stored = {"conv": (*shape, 3, 2), "embedding": (9, 4)}.get(kind.name, shape)
+        *_, out, inner = kind.matrix_shape(stored)
+        leaves = (leaf.astype(dtype) for leaf in factors(rng, (out, inner)))
+        found[path] = AdaptedLayer(Adapter(*leaves), config or Config(2, 3.0), kind, stored)
+    return found
+
+
+def assert_same(actual, desired):
+    assert actual.keys() == desired.keys()
+    for path, layer in desired.items():
+        assert actual[path][1:] == layer[1:]
+        for one, other in zip(actual[path].adapter, layer.adapter, strict=True):
+            assert (one.dtype, one.shape) == (other.dtype, other.shape)
+            assert one.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("format", ["peft", "mlx"])
+def test_saved_and_loaded_they_are_the_same_bits(tmp_path, format, dtype):
+    save_adapters(tmp_path / "a", layers(dtype), format)
+    adapters = load_adapters(tmp_path / "a")
+    assert adapters.format == format
+    assert_same(adapters, layers(dtype))
+
+
+@pytest.mark.parametrize("other", ["conv", "embedding", "transposed"])
+def test_peft_holds_every_kind_that_it_adapts(tmp_path, other):
+    kinds = dict.fromkeys(SHAPES, LayerKind(other))
+    config = Config(2, 3.5, rslora=True)
+    save_adapters(tmp_path / "a", layers(kinds=kinds, config=config))
+    assert_same(load_adapters(tmp_path / "a"), layers(kinds=kinds, config=config))
+
+
+def test_peft_to_mlx_and_back_is_the_same_bits(tmp_path, capsys):
+    write_adapter(tmp_path / "peft")
+    assert (
+        main(["convert", str(tmp_path / "peft"), "--to", "mlx", "--out", str(tmp_path / "mlx")])
+        == 0
+    )
+    assert (
+        main(["convert", str(tmp_path / "mlx"), "--to", "peft", "--out", str(tmp_path / "again")])
+        == 0
+    )
+    assert "3 modules, mlx to peft" in capsys.readouterr().out
+    first, again = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "again")
+    )
+    assert {name: x.tobytes() for name, x in first.items()} == {
+        name: x.tobytes() for name, x in again.items()
+    }
+    assert_same(load_adapters(tmp_path / "again"), load_adapters(tmp_path / "peft"))
+
+
+def test_mlx_stores_the_factors_transposed_and_s(tmp_path):
+    save_adapters(tmp_path / "a", {"model.layers.3.q": layers()["block.0.q"]}, "mlx")
+    tensors = load_file(tmp_path / "a" / "adapters.safetensors")
+    shapes = {name: x.shape for name, x in tensors.items()}
+    path = "model.layers.3.q"
+    assert shapes == {f"{path}.lora_a": (5, 2), f"{path}.lora_b": (2, 7), f"{path}.m": (7,)}
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text()) == {
+        "fine_tune_type": "dora",
+        "num_layers": 1,
+        "lora_parameters": {"rank": 2, "scale": 1.5, "dropout": 0.0, "keys": ["q"]},
+    }
+
+
+def test_nvlabs_files_are_read(tmp_path):
+    adapter = write_adapter(tmp_path / "a", peft_type="DORA")
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = {}
+    for name, tensor in load_file(path).items():
+        if name.endswith("lora_magnitude_vector"):
+            name = name.replace("lora_magnitude_vector", "weight_m_wdecomp.weight")
+            tensor = tensor.reshape(-1, 1)
+        tensors[name] = tensor
+    save_file(tensors, path)
+    adapters = load_adapters(path)
+    assert adapters.format == "nvlabs"
+    for name, leaves in adapter.items():
+        for one, other in zip(adapters[name].adapter, leaves, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def lycoris(path, **changes):
+    a, b, m = factors(np.random.default_rng(2), (7, 5))
+    tensors = {
+        "lora_unet_down_0.lora_down.weight": a,
+        "lora_unet_down_0.lora_up.weight": b,
+        "lora_unet_down_0.dora_scale": m.reshape(-1, 1),
+        "lora_unet_down_0.alpha": np.array(3, np.float32),
+    }
+    tensors = {name: tensors.get(name) for name in tensors} | {
+        f"lora_unet_down_0.{name}": tensor for name, tensor in changes.items()
+    }
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+    return a, b, m
+
+
+def test_lycoris_files_are_read(tmp_path):
+    a, b, m = lycoris(tmp_path / "a.safetensors")
+    adapters = load_adapters(tmp_path / "a.safetensors")
+    layer = adapters["lora_unet_down_0"]
+    assert (adapters.format, layer.config, layer.shape) == ("lycoris", Config(2, 3.0), (7, 5))
+    for one, other in zip(layer.adapter, (a, b, m), strict=True):
+        np.testing.assert_array_equal(one, other)
+    lycoris(tmp_path / "b.safetensors", alpha=None)
+    assert load_adapters(tmp_path / "b.safetensors")["lora_unet_down_0"].config.scaling == 1.0
+
+
+def test_lycoris_convolutions_are_merged(tmp_path):
+    rng = np.random.default_rng(2)
+    weight = draw(rng, 7, 4, 3, 3)
+    a, b, m = factors(rng, (7, 36))
+    lycoris(
+        tmp_path / "a.safetensors",
+        **{
+            "lora_down.weight": a.reshape(2, 4, 3, 3),
+            "lora_up.weight": b.reshape(7, 2, 1, 1),
+            "dora_scale": m.reshape(7, 1, 1, 1),
+        },
+    )
+    save_file({"down.0.weight": weight}, tmp_path / "base")
+    paths = [str(tmp_path / name) for name in ("base", "a.safetensors", "out")]
+    assert main(["merge", *paths[:2], "--out", paths[2], "--verify"]) == 0
+    merged = load_file(tmp_path / "out")["down.0.weight"]
+    desired = dense(weight.reshape(7, -1), a, b, m).reshape(weight.shape)
+    np.testing.assert_allclose(merged, desired, rtol=2**-22)
+    save_file({"down.0.weight": weight, "down_0.weight": weight}, tmp_path / "base")
+    assert main(["merge", *paths[:2], "--out", paths[2], "--force"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dora_scale": None}, "has no magnitude: LoRA, and not DoRA"),
+        ({"lora_up.weight": None}, "must have both factors and a magnitude"),
+        ({"lora_mid.weight": np.ones((2, 2), "f4")}, "is no part of a DoRA adapter"),
+        ({"lora_up.weight": np.ones((7, 3), "f4")}, "(2, 5) and (7, 3) are no factors"),
+        ({"dora_scale": np.ones((3, 1), "f4")}, "shape (3, 1) is not one per output row"),
+        ({"alpha": np.ones(2, "f4")}, "alpha must be one floating number"),
+        ({"alpha": np.array(0, "f4")}, "alpha must be finite and not 0"),
+    ],
+)
+def test_a_lycoris_file_that_is_none(tmp_path, changes, message):
+    lycoris(tmp_path / "a.safetensors", **changes)
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        load_adapters(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        ({"fine_tune_type": "lora"}, {}, "fine_tune_type must be 'dora', got 'lora'"),
+        ({"lora_parameters": {"rank": 2}}, {}, "must have a scale above 0, got None"),
+        ({"lora_parameters": [20]}, {}, "must have a scale above 0, got None"),
+        ({"lora_parameters": {"scale": True}}, {}, "must have a scale above 0, got True"),
+        ({}, {"x.m": (5,)}, "x is an embedding with a magnitude for each token"),
+        ({}, {"x.lora_b": (3, 7)}, "lora_a (5, 2) and lora_b (3, 7) are no factors"),
+        ({}, {"x.m": (6,)}, "x.m has shape (6,), which does not fit rank 2"),
+    ],
+)
+def test_an_mlx_folder_that_is_none(tmp_path, config, changes, message):
+    shapes = {"x.lora_a": (5, 2), "x.lora_b": (2, 7), "x.m": (7,), **changes}
+    tensors = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "adapters.safetensors")
+    entries = {"fine_tune_type": "dora", "lora_parameters": {"rank": 2, "scale": 20.0}, **config}
+    write_json(tmp_path / "adapter_config.json", entries)
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        load_adapters(tmp_path)
+
+
+def replaced(**fields):
+    return {path: layer._replace(**fields) for path, layer in layers().items()}
+
+
+@pytest.mark.parametrize(
+    ("format", "adapters", "message"),
+    [
+        ("peft", {}, "must hold at least one layer"),
+        ("onnx", layers(), "format must be one of ('peft', 'mlx'), got 'onnx'"),
+        ("peft", replaced(config=Config(2, form="direction")), "PEFT has the weight form only"),
+        ("mlx", replaced(config=Config(2, form="direction")), "mlx-lm has the weight form only"),
+        ("peft", replaced(kind=LayerKind("experts")), "PEFT has no DoRA adapter of this kind"),
+        ("peft", replaced(kind=LayerKind("columns")), "PEFT has no DoRA adapter of this kind"),
+        ("mlx", replaced(kind=LayerKind("embedding")), "mlx-lm has no DoRA adapter of kind 'emb"),
+        (
+            "mlx",
+            layers() | {"block.1.q": layers()["block.1.q"]._replace(config=Config(2, 4.0))},
+            "block.0.q has 2 and 1.5, block.1.q 2 and 2.0",
+        ),
+        (
+            "peft",
+            layers() | {"block.1.q": layers(config=Config(2, rslora=True))["block.1.q"]},
+            "PEFT has one use_rslora for all modules",
+        ),
+        ("mlx", replaced(config=Config(3, 0.1, rslora=True)), "no longer the same after"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused(tmp_path, format, adapters, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        save_adapters(tmp_path / "a", adapters, format)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten_and_nothing_is_dropped(tmp_path, capsys):
+    write_adapter(tmp_path / "a")
+    paths = [str(tmp_path / name) for name in ("a", "b")]
+    assert main(["convert", paths[0], "--to", "peft", "--out", paths[0]]) == 2
+    assert "already there" in capsys.readouterr().err
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    save_file(load_file(path) | {"base_model.model.lm_head.weight": np.ones((2, 2), "f4")}, path)
+    assert main(["convert", paths[0], "--to", "mlx", "--out", paths[1]]) == 2
+    assert "also replaces lm_head.weight" in capsys.readouterr().err
+
+
+def test_unequal_ranks_keep_their_patterns(tmp_path):
+    own = layers()
+    a, b, m = own["block.0.k"].adapter
+    own["block.0.k"] = AdaptedLayer(Adapter(a[:1], b[:, :1], m), Config(1, -1), LayerKind(), (6, 5))
+    save_adapters(tmp_path / "a", own)
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == {r"^block\.0\.k": 1}
+    assert config["alpha_pattern"] == {r"^block\.0\.k": 1}
+    assert load_adapters(tmp_path / "a")["block.0.k"].config == Config(1, 1.0)
+
+
+def test_a_fresh_adapter_merges_to_its_base(tmp_path):
+    base = write_model(tmp_path / "base", np.dtype("f4"))
+    weights = {name: base[name] for name in base if name.removesuffix(".weight") in SHAPES}
+    save_adapters(tmp_path / "adapter", doraxp.adapt(weights, "all-linear", Config(2), seed=0))
+    paths = [str(tmp_path / name) for name in ("base", "adapter", "out")]
+    assert main(["merge", *paths[:2], "--out", paths[2], "--compute", "float32"]) == 0
+    for name in ("model-1.safetensors", "model-2.safetensors"):
+        ours, theirs = (load_file(tmp_path / folder / name) for folder in ("out", "base"))
+        assert {key: x.tobytes() for key, x in ours.items()} == {
+            key: x.tobytes() for key, x in theirs.items()
+        }
+
+
+# doraxp inspect
+
+
+@pytest.fixture
+def inspected(tmp_path):
+    base = write_model(tmp_path / "base", np.dtype("f4"))
+    adapter = write_adapter(tmp_path / "adapter")
+    paths = {name: str(tmp_path / name) for name in ("base", "adapter", "i.json", "i.png")}
+    arguments = ["inspect", paths["adapter"], "--base", paths["base"], "--json", paths["i.json"]]
+    assert main([*arguments, "--plot", paths["i.png"]]) == 0
+    return tmp_path, base, adapter, json.loads((tmp_path / "i.json").read_text())
+
+
+def test_inspect_tells_what_the_formulas_give(inspected):
+    folder, base, adapter, report = inspected
+    assert report["format"] == "peft"
+    assert (folder / "i.png").read_bytes().startswith(b"\x89PNG\r\n")
+    for path, (a, b, m) in adapter.items():
+        weight = base[f"{path}.weight"].astype("f8")
+        update = 1.5 * b.astype("f8") @ a.astype("f8")
+        v, after = weight + update, dense(weight, a, b, m)
+        change = doraxp.magnitude_direction_change(weight, after)
+        values = np.linalg.svd(update, compute_uv=False)
+        parts = values[values > 1e-9] / values.sum()
+        norms = [np.linalg.norm(x, axis=1) for x in (v, weight, update)]
+        assert report["modules"][path] == {
+            "kind": "linear",
+            "rank": 2,
+            "alpha": 3.0,
+            "update_norm": pytest.approx(np.linalg.norm(update), rel=1e-12),
+            "effective_rank": pytest.approx(np.exp(-np.sum(parts * np.log(parts))), rel=1e-9),
+            "magnitude_mean": pytest.approx(float(m.astype("f8").mean())),
+            "magnitude_change": pytest.approx(float(change.magnitude), rel=1e-6),
+            "direction_change": pytest.approx(float(change.direction), rel=1e-6),
+            "conditioning": pytest.approx(
+                float((norms[0] / (norms[1] + norms[2])).min()), rel=1e-6
+            ),
+            "zero_rows": 0,
+        }
+
+
+def test_inspect_needs_no_base(inspected, capsys):
+    folder, *_ = inspected
+    plot = ["--plot", str(folder / "i.png")]
+    assert main(["inspect", str(folder / "adapter"), *plot]) == 0
+    out = capsys.readouterr().out
+    assert "block.1.q" in out
+    assert "conditioning" not in out
+
+
+def test_an_update_of_zero_has_rank_zero(tmp_path):
+    zero = layers()["block.0.q"]
+    zero = zero._replace(adapter=zero.adapter._replace(lora_b=np.zeros((7, 2), "f4")))
+    assert doraxp.checkpoint.look_at(zero)[:2] == (0.0, 0.0)
+
+
+def test_errors_of_inspect_and_convert_are_one_line(tmp_path, capsys, monkeypatch):
+    for command in (["inspect", "none"], ["convert", "none", "--to", "mlx", "--out", "x"]):
+        assert main(command) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    write_adapter(tmp_path / "a")
+    find = {"matplotlib": None}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: find.get(name, True))
+    assert main(["inspect", str(tmp_path / "a"), "--plot", str(tmp_path / "a.png")]) == 2
+    assert "pip install 'doraxp[demo]'" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["inspect", str(tmp_path / "a")]) == 2
+    assert main(["convert", "none", "--to", "mlx", "--out", "x"]) == 2
+    assert "pip install 'doraxp[checkpoint]'" in capsys.readouterr().err

@@ -1,0 +1,130 @@
+"""PEFT's format, both ways, with PEFT 0.21.2 itself on the other side."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import doraxp
+from doraxp import Config, LayerKind
+from doraxp.checkpoint import load_adapters, save_adapters
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*", "ignore:.*save_embedding.*")
+PATTERNS = {"rank_pattern": {"square": 2, "conv.": 3}, "alpha_pattern": {"^linear": 5}}
+
+
+@pytest.fixture
+def network(torch):
+    """A layer of each kind that PEFT can adapt, none square but one."""
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(7)
+    return torch.nn.ModuleDict(
+        {
+            "linear": torch.nn.Linear(12, 20),
+            "square": torch.nn.Linear(12, 12, bias=False),
+            "conv1": torch.nn.Conv1d(6, 8, 3, dilation=1),
+            "conv2": torch.nn.Conv2d(6, 8, (3, 2)),
+            "pointwise": torch.nn.Conv2d(6, 8, 1),
+            "embedding": torch.nn.Embedding(30, 12),
+            "hidden": torch.nn.ModuleDict({"c_attn": Conv1D(20, 12)}),
+        }
+    )
+
+
+def train(torch, model):
+    """Give every parameter of the adapters a value that is no start's."""
+    torch.manual_seed(8)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_magnitude" in name:
+                parameter *= 1 + 0.3 * torch.rand_like(parameter)
+            elif "lora_" in name:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+
+
+def weights(model):
+    return {
+        name.removesuffix(".weight"): tensor.detach().numpy().copy()
+        for name, tensor in model.named_parameters()
+        if name.endswith(".weight")
+    }
+
+
+def merged(base, adapters):
+    return {
+        path: layer.kind.restore(
+            doraxp.merge(layer.kind.matrix(base[path]), layer.adapter, layer.config), layer.shape
+        )
+        for path, layer in adapters.items()
+    }
+
+
+def assert_equal_to_5_digits(actual, desired):
+    assert actual.keys() <= desired.keys()
+    for path, weight in actual.items():
+        bound = 1e-5 * np.abs(desired[path]).max()
+        np.testing.assert_allclose(weight, desired[path], rtol=0, atol=bound, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    "targets", [["linear", "square", "conv1", "conv2", "pointwise"], ["embedding"], ["c_attn"]]
+)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_what_peft_writes_we_load(peft, torch, network, tmp_path, targets, rslora):
+    base = weights(network)
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=7,
+        target_modules=targets,
+        use_dora=True,
+        use_rslora=rslora,
+        **(PATTERNS if "linear" in targets else {}),
+        fan_in_fan_out=targets == ["c_attn"],
+    )
+    model = peft.get_peft_model(network, config)
+    train(torch, model)
+    model.save_pretrained(tmp_path)
+    adapters = load_adapters(tmp_path)
+    assert adapters.format == "peft"
+    assert len(adapters) == len(targets)
+    if "linear" in targets:
+        assert adapters["square"].config == Config(2, 7.0, rslora=rslora)
+        assert adapters["linear"].config == Config(4, 5.0, rslora=rslora)
+        assert adapters["conv2"].config.rank == 3
+    desired = weights(model.merge_and_unload())
+    assert_equal_to_5_digits(merged(base, adapters), desired)
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        {"linear": "linear", "square": "linear", "conv1": "conv", "conv2": "conv"},
+        {"embedding": "embedding"},
+        {"hidden.c_attn": "transposed"},
+    ],
+)
+def test_what_we_write_peft_loads(peft, torch, network, tmp_path, kinds):
+    base = {path: weight for path, weight in weights(network).items() if path in kinds}
+    layers = doraxp.adapt(
+        base,
+        list(kinds),
+        Config(3, 5.5),
+        seed=0,
+        kinds={path: LayerKind(kind) for path, kind in kinds.items()},
+        rank_pattern={"linear": 5} if "linear" in kinds else None,
+        alpha_pattern={"square": 9} if "square" in kinds else None,
+    )
+    rng = np.random.default_rng(3)
+    layers = {
+        path: layer._replace(
+            adapter=layer.adapter._make(
+                leaf + 0.2 * rng.standard_normal(leaf.shape).astype("f4") for leaf in layer.adapter
+            )
+        )
+        for path, layer in layers.items()
+    }
+    save_adapters(tmp_path / "adapter", layers)
+    model = peft.PeftModel.from_pretrained(network, tmp_path / "adapter")
+    desired = weights(model.merge_and_unload())
+    assert_equal_to_5_digits(merged(base, layers), desired)

@@ -1,0 +1,291 @@
+"""Files from strangers: a corpus of malformed ones, and random damage to good ones.
+
+Each must be refused by one line and exit status 2: no traceback, no hang, no memory, no output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import tracemalloc
+
+import ml_dtypes  # noqa: F401  the library loads bfloat16 only then
+import numpy as np
+import pytest
+from checkpoints import peft_config, write_adapter, write_json, write_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from doraxp.checkpoint import load_adapters
+from doraxp.checkpoint._safetensors import CheckpointError, Reader
+from doraxp.cli import main
+
+MEMORY = 100 << 20
+
+
+def entry(shape=(2,), offsets=(0, 8), dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+def raw(header, data=b"", length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+ONE = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+NUMBERS = {
+    "float": 2.0,
+    "negative": -1,
+    "huge": 2**63,
+    "beyond": 2**64,
+    "true": True,
+    "null": None,
+    "text": "2",
+    "list": [2],
+    "dict": {"a": 2},
+    "nan": float("nan"),
+}
+SAFETENSORS = {
+    "empty": b"",
+    "seven bytes": b"1234567",
+    "no header": struct.pack("<Q", 0),
+    "length beyond the file": raw(b"{}", length=100),
+    "length of 4 EB": raw(b"{}", length=2**62),
+    "length of all ones": raw(b"{}", length=2**64 - 1),
+    "length above the limit": raw(b"{}", length=(24 << 20) + 1),
+    "length inside the header": raw(ONE + b"}", bytes(8), length=20),
+    "no JSON": raw(b"hello, world"),
+    "JSON cut off": raw(ONE),
+    "not UTF-8": raw(b'{"\xff\xfe":1}'),
+    "half a surrogate": raw(b'{"\\ud800":1}'),
+    "a list": raw(b"[]"),
+    "a number": raw(b"1"),
+    "null": raw(b"null"),
+    "a million lists": raw(b"[" + b"[]," * 1_000_000 + b"[]]"),
+    "deeply nested": raw(b"[" * 200_000),
+    "nested dicts": raw(b'{"a":' * 100_000),
+    "an entry that is a number": raw({"a": 1}),
+    "an entry that is empty": raw({"a": {}}),
+    "no dtype": raw({"a": {"shape": [2], "data_offsets": [0, 8]}}, bytes(8)),
+    "no shape": raw({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, bytes(8)),
+    "no offsets": raw({"a": {"dtype": "F32", "shape": [2]}}, bytes(8)),
+    "an unknown dtype": raw({"a": entry(dtype="F31")}, bytes(8)),
+    "a dtype in lower case": raw({"a": entry(dtype="f32")}, bytes(8)),
+    "metadata that is a list": raw({"__metadata__": [1], "a": entry()}, bytes(8)),
+    "metadata with a number": raw({"__metadata__": {"a": 1}, "a": entry()}, bytes(8)),
+    "a name twice": raw(ONE + b"," + ONE[1:] + b"}", bytes(8)),
+    "a field twice": raw(ONE[:-1] + b',"shape":[2]}}', bytes(8)),
+    "offsets beyond the file": raw({"a": entry((4,), (0, 16))}, bytes(8)),
+    "offsets turned round": raw({"a": entry(offsets=(8, 0))}, bytes(8)),
+    "one offset": raw({"a": entry(offsets=(0,))}, bytes(8)),
+    "three offsets": raw({"a": entry(offsets=(0, 8, 8))}, bytes(8)),
+    "a hole at the start": raw({"a": entry(offsets=(4, 12))}, bytes(12)),
+    "a hole between": raw({"a": entry(), "b": entry(offsets=(12, 20))}, bytes(20)),
+    "overlapping": raw({"a": entry(), "b": entry(offsets=(4, 12))}, bytes(12)),
+    "the same bytes twice": raw({"a": entry(), "b": entry()}, bytes(8)),
+    "bytes left over": raw({"a": entry()}, bytes(9)),
+    "data cut off": raw({"a": entry()}, bytes(7)),
+    "a shape too large for its bytes": raw({"a": entry((3,))}, bytes(8)),
+    "a shape that overflows": raw({"a": entry((2**40, 2**40))}, bytes(8)),
+    "a shape of zeros and overflow": raw({"a": entry((0, 2**62, 2**62), (0, 8))}, bytes(8)),
+    **{
+        f"a shape with {name}": raw({"a": entry((value,))}, bytes(8))
+        for name, value in NUMBERS.items()
+    },
+    **{
+        f"offsets with {name}": raw({"a": entry(offsets=(0, value))}, bytes(8))
+        for name, value in NUMBERS.items()
+    },
+}
+INDEXES = {
+    "no JSON": b"{",
+    "a list": b"[]",
+    "no map": b"{}",
+    "an empty map": b'{"weight_map": {}}',
+    "a map that is a list": b'{"weight_map": ["a"]}',
+    "a name twice": b'{"weight_map": {"a": "x", "a": "y"}}',
+    "a file that is a number": b'{"weight_map": {"a": 1}}',
+    "a file above": b'{"weight_map": {"a": "../secret.safetensors"}}',
+    "an absolute file": b'{"weight_map": {"a": "/etc/passwd"}}',
+    "a file below": b'{"weight_map": {"a": "x/../../secret.safetensors"}}',
+    "the folder": b'{"weight_map": {"a": "."}}',
+    "the folder above": b'{"weight_map": {"a": ".."}}',
+    "no name": b'{"weight_map": {"a": ""}}',
+    "a zero byte": b'{"weight_map": {"a": "x\\u0000y"}}',
+    "a file that is not there": b'{"weight_map": {"a": "none.safetensors"}}',
+    "a link out of the folder": b'{"weight_map": {"a": "link.safetensors"}}',
+    "a tensor that is not there": b'{"weight_map": {"a": "model-1.safetensors"}}',
+    "too many values": b'{"weight_map": {}, "a": [' + b"1," * 1_000_001 + b"1]}",
+    "deeply nested": b"[" * 200_000,
+}
+CONFIGS = {
+    "no JSON": b"{'r': 2}",
+    "a list": b"[]",
+    "empty": b"",
+    "deeply nested": b'{"r":' * 100_000,
+    "no type": b"{}",
+    "rank null": peft_config(r=None),
+    "rank negative": peft_config(r=-2),
+    "rank huge": peft_config(r=2**70),
+    "rank a fraction": peft_config(r=1.5),
+    "alpha text": peft_config(lora_alpha="a"),
+    "alpha infinite": peft_config(lora_alpha=float("inf")),
+    "a pattern that is none": peft_config(rank_pattern={"[": 3}),
+    "a pattern without an end": peft_config(alpha_pattern={"(.*)*x": 3}),
+    "a pattern of many stars": peft_config(alpha_pattern={".*.*.*.*x": 3}),
+}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("good")
+    write_model(folder / "base")
+    write_adapter(folder / "adapter")
+    return folder
+
+
+@pytest.fixture
+def files(good, tmp_path):
+    """A model, an adapter, and a secret beside them."""
+    folder = tmp_path / "work"
+    shutil.copytree(good, folder)
+    save_file({"a": np.ones(2, np.float32)}, tmp_path / "secret.safetensors")
+    (folder / "base" / "link.safetensors").symlink_to(tmp_path / "secret.safetensors")
+    return folder
+
+
+def assert_refused(files, capsys, base="base"):
+    paths = [str(files / name) for name in (base, "adapter", "out")]
+    tracemalloc.start()
+    try:
+        status = main(["merge", *paths[:2], "--out", paths[2]])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    error = capsys.readouterr().err
+    assert status == 2
+    assert error.startswith("doraxp merge: error: ")
+    assert error.count("\n") == 1
+    assert len(error) < 2000
+    assert peak < MEMORY
+    assert sorted(path.name for path in files.iterdir()) == ["adapter", "base"]
+
+
+def test_the_corpus_is_large_enough():
+    assert len(SAFETENSORS) + len(INDEXES) + len(CONFIGS) >= 60
+
+
+@pytest.mark.parametrize("where", ["base/model-1.safetensors", "adapter/adapter_model.safetensors"])
+@pytest.mark.parametrize("name", SAFETENSORS)
+def test_a_malformed_safetensors_file_is_refused(files, capsys, where, name):
+    (files / where).write_bytes(SAFETENSORS[name])
+    assert_refused(files, capsys)
+
+
+@pytest.mark.parametrize("name", INDEXES)
+def test_a_malformed_index_is_refused(files, capsys, name):
+    (files / "base" / "model.safetensors.index.json").write_bytes(INDEXES[name])
+    assert_refused(files, capsys)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_malformed_configuration_is_refused(files, capsys, name):
+    path, content = files / "adapter" / "adapter_config.json", CONFIGS[name]
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        write_json(path, content)
+    assert_refused(files, capsys)
+
+
+def test_a_large_file_of_json_is_refused_unread(files, capsys):
+    with (files / "adapter" / "adapter_config.json").open("wb") as file:
+        file.truncate(1 << 40)
+    assert_refused(files, capsys)
+
+
+@pytest.mark.parametrize("name", ["none", "base/config.json", "."])
+def test_a_base_that_is_none(files, capsys, name):
+    assert_refused(files, capsys, base=name)
+
+
+def test_a_folder_of_many_files_needs_an_index(files, capsys):
+    (files / "base" / "model.safetensors.index.json").unlink()
+    assert_refused(files, capsys)
+
+
+def test_a_link_among_the_other_files_is_refused(files, capsys):
+    (files / "base" / "vocab.json").symlink_to("/etc/hostname")
+    assert_refused(files, capsys)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "x.pt"])
+def test_a_pickle_is_refused_with_the_way_to_convert_it(files, capsys, name):
+    folder = files / "adapter"
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / name).write_bytes(b"\x80\x04")
+    path = folder if name == "adapter_model.bin" else folder / name
+    with pytest.raises(CheckpointError, match=r"safetensors\.torch\.save_file"):
+        load_adapters(path)
+
+
+def test_an_adapter_of_integers_is_refused(files, capsys):
+    path = files / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({name: tensor.astype(np.int32) for name, tensor in tensors.items()}, path)
+    assert_refused(files, capsys)
+
+
+@pytest.mark.parametrize("names", [(), ("a",), ("x.m",), ("lora_A.weight",)])
+def test_a_file_without_an_adapter_is_refused(files, capsys, names):
+    tensors = {name: np.ones(2, np.float32) for name in names}
+    save_file(tensors, files / "adapter" / "adapter_model.safetensors")
+    assert_refused(files, capsys)
+
+
+def test_the_hubs_cache_of_links_is_read(files, tmp_path):
+    blobs = tmp_path / "models--a" / "blobs"
+    snapshot = tmp_path / "models--a" / "snapshots" / "0123"
+    blobs.mkdir(parents=True)
+    (files / "base" / "link.safetensors").unlink()
+    for path in (files / "base").iterdir():
+        if path.is_file():
+            shutil.move(path, blobs / path.name)
+            (snapshot / path.name).parent.mkdir(parents=True, exist_ok=True)
+            (snapshot / path.name).symlink_to(os.path.join("..", "..", "blobs", path.name))
+    paths = [str(snapshot), str(files / "adapter"), str(files / "out")]
+    assert main(["merge", *paths[:2], "--out", paths[2]]) == 0
+    assert not any(path.is_symlink() for path in (files / "out").iterdir())
+
+
+@settings(
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.data())
+def test_random_damage_is_refused_or_read(good, tmp_path, data):
+    """Flip, cut and insert bytes in an adapter's file: it is refused, or it is still one."""
+    content = bytearray((good / "adapter" / "adapter_model.safetensors").read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, min(len(content), 900)))
+        piece = data.draw(st.binary(max_size=4))
+        cut = data.draw(st.integers(0, 4))
+        content[at : at + cut] = piece
+    folder = tmp_path / "damaged"
+    folder.mkdir(exist_ok=True)
+    shutil.copy(good / "adapter" / "adapter_config.json", folder)
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(content)
+    problem = ""
+    try:
+        reader = Reader(path)
+        assert sum(tensor.nbytes for tensor in reader.tensors.values()) < len(content)
+        list(load_adapters(folder).values())
+    except CheckpointError as error:
+        problem = str(error)
+    assert "\n" not in problem

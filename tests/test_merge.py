@@ -1,0 +1,663 @@
+"""`doraxp merge`: what it writes, what it keeps, and what it leaves behind when it is stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import ml_dtypes
+import numpy as np
+import pytest
+from checkpoints import (
+    SHAPES,
+    dense,
+    draw,
+    factors,
+    peft_config,
+    write_adapter,
+    write_json,
+    write_model,
+)
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from doraxp.checkpoint import Options, _merge, _rows, _shard, plan_merge, run_merge
+from doraxp.checkpoint._safetensors import CheckpointError
+from doraxp.cli import main
+
+# Of the result; what it is compared with has rounding errors of its own in float64.
+ULP = {"float64": 2**-49, "float32": 2**-23, "float16": 2**-10, "bfloat16": 2**-7}
+
+
+@pytest.fixture
+def folders(tmp_path):
+    base = write_model(tmp_path / "base")
+    adapter = write_adapter(tmp_path / "adapter")
+    return tmp_path, base, adapter
+
+
+def load_folder(folder):
+    shards = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+
+
+def merge(folder, *arguments):
+    paths = [str(folder / name) for name in ("base", "adapter")]
+    return main(["merge", *paths, "--out", str(folder / "out"), "--jobs", "1", *arguments])
+
+
+def assert_merged(merged, base, adapter, dtype=None):
+    assert merged.keys() == base.keys()
+    for name, tensor in merged.items():
+        path = name.removesuffix(".weight")
+        if path in adapter and name.endswith(".weight"):
+            desired = dense(base[name], *adapter[path])
+            assert tensor.dtype == (dtype or base[name].dtype)
+            bound = ULP[tensor.dtype.name] * np.abs(desired)
+            assert (np.abs(tensor.astype(np.float64) - desired) <= bound).all(), name
+        elif dtype is None:
+            assert tensor.dtype == base[name].dtype
+            assert tensor.tobytes() == base[name].tobytes(), name
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_every_tensor_is_merged_or_copied(tmp_path, dtype):
+    base = write_model(tmp_path / "base", np.dtype(dtype))
+    adapter = write_adapter(tmp_path / "adapter")
+    assert merge(tmp_path, "--verify") == 0
+    assert_merged(load_folder(tmp_path / "out"), base, adapter)
+
+
+def test_the_folders_other_files_come_along_but_no_other_weights(folders, capsys):
+    folder, _, _ = folders
+    assert merge(folder) == 0
+    out = folder / "out"
+    assert (out / "tokenizer" / "vocab.txt").read_text() == "a\nb\n"
+    assert (out / "config.json").read_bytes() == (folder / "base" / "config.json").read_bytes()
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == load_folder(out).keys()
+    sizes = [tensor.nbytes for tensor in load_folder(out).values()]
+    assert index["metadata"]["total_size"] == sum(sizes)
+    assert not (out / "pytorch_model.bin").exists()
+    assert "Left out, other copies of the weights: pytorch_model.bin" in capsys.readouterr().out
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "base", "out"]
+    with safe_open(out / "model-1.safetensors", "numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_a_single_file_is_merged_into_a_file(tmp_path):
+    rng = np.random.default_rng(1)
+    base = {f"{path}.weight": draw(rng, *shape) for path, shape in SHAPES.items()}
+    save_file(base, tmp_path / "base")
+    adapter = write_adapter(tmp_path / "adapter")
+    assert merge(tmp_path) == 0
+    assert_merged(load_file(tmp_path / "out"), base, adapter)
+    assert merge(tmp_path, "--force", "--verify") == 0
+
+
+def test_a_folder_with_one_file_needs_no_index(folders):
+    folder, base, adapter = folders
+    shutil.rmtree(folder / "base")
+    (folder / "base").mkdir()
+    save_file(base, folder / "base" / "model.safetensors")
+    assert merge(folder) == 0
+    assert_merged(load_folder(folder / "out"), base, adapter)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_another_dtype_is_for_every_floating_tensor(folders, dtype):
+    folder, base, adapter = folders
+    assert merge(folder, "--dtype", dtype, "--verify") == 0
+    merged = load_folder(folder / "out")
+    assert_merged(merged, base, adapter, dtype=dtype)
+    assert merged["steps"].tobytes() == base["steps"].tobytes()
+    np.testing.assert_array_equal(merged["block.0.q.bias"], base["block.0.q.bias"].astype(dtype))
+    assert json.loads((folder / "out" / "config.json").read_text())["torch_dtype"] == dtype
+
+
+def test_blocks_change_no_bit(folders, monkeypatch):
+    folder, _, _ = folders
+    assert merge(folder) == 0
+    whole = load_folder(folder / "out")
+    monkeypatch.setattr(_rows, "BLOCK", 11)
+    assert merge(folder, "--force") == 0
+    for name, tensor in load_folder(folder / "out").items():
+        assert tensor.tobytes() == whole[name].tobytes(), name
+
+
+def test_jobs_change_no_bit(folders):
+    folder, _, _ = folders
+    assert merge(folder) == 0
+    alone = load_folder(folder / "out")
+    assert merge(folder, "--jobs", "2", "--force", "--verify") == 0
+    assert {name: x.tobytes() for name, x in load_folder(folder / "out").items()} == {
+        name: x.tobytes() for name, x in alone.items()
+    }
+
+
+def test_a_scheduler_takes_the_shards(folders, capsys, monkeypatch):
+    folder, base, adapter = folders
+    seen = []
+
+    @contextlib.contextmanager
+    def client(address):
+        seen.append(address)
+        with ThreadPoolExecutor(2) as pool:
+            yield SimpleNamespace(get_executor=lambda: pool)
+
+    monkeypatch.setitem(sys.modules, "distributed", SimpleNamespace(Client=client))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    assert merge(folder, "--scheduler", "tcp://here:8786") == 0
+    assert seen == ["tcp://here:8786"]
+    assert_merged(load_folder(folder / "out"), base, adapter)
+    found = {"distributed": None}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: found.get(name, True))
+    assert merge(folder, "--scheduler", "tcp://here:8786") == 2
+    assert "pip install 'doraxp[distributed]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("block", [1 << 19, 9])
+@pytest.mark.parametrize("kind", ["transposed", "embedding", "conv", "columns"])
+def test_every_kind_is_merged_as_it_is_stored(tmp_path, monkeypatch, kind, block):
+    monkeypatch.setattr(_rows, "BLOCK", block)
+    rng = np.random.default_rng(3)
+    shape = (6, 3, 3, 2) if kind == "conv" else (9, 6)
+    weight = draw(rng, *shape)
+    matrix = weight.reshape(6, -1) if kind == "conv" else weight.T
+    a, b, m = factors(rng, matrix.shape)
+    ones = (1,) * (len(shape) - 2)
+    (tmp_path / "adapter").mkdir()
+    save_file({"x.y.weight": weight}, tmp_path / "base")
+    prefix, config = "base_model.model.x.y", peft_config(fan_in_fan_out=kind == "transposed")
+    if kind == "columns":
+        tensors = {
+            "lora_unet_x_y.lora_up.weight": np.ascontiguousarray(a.T),
+            "lora_unet_x_y.lora_down.weight": np.ascontiguousarray(b.T),
+            "lora_unet_x_y.dora_scale": m.reshape(1, -1),
+            "lora_unet_x_y.alpha": np.array(3, np.float32),
+        }
+    elif kind == "embedding":
+        names = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+        tensors = {f"{prefix}.{name}": x for name, x in zip(names, (a, b, m), strict=True)}
+    else:
+        tensors = {
+            f"{prefix}.lora_A.weight": a.reshape(2, *shape[1:]) if kind == "conv" else a,
+            f"{prefix}.lora_B.weight": b.reshape(*b.shape, *ones),
+            f"{prefix}.lora_magnitude_vector.weight": m,
+        }
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    write_json(tmp_path / "adapter" / "adapter_config.json", config)
+    assert merge(tmp_path, "--verify") == 0
+    desired = dense(matrix, a, b, m)
+    desired = desired.reshape(shape) if kind == "conv" else desired.T
+    merged = load_file(tmp_path / "out")["x.y.weight"]
+    np.testing.assert_allclose(merged, desired, rtol=2**-22, atol=0)
+
+
+def test_changes_are_those_of_the_dense_merge(folders):
+    folder, base, adapter = folders
+    changes = run_merge(plan_merge(folder / "base", folder / "adapter", Options()), folder / "out")
+    assert changes.keys() == {f"{path}.weight" for path in SHAPES}
+    for name, change in changes.items():
+        before = base[name].astype(np.float64)
+        after = dense(before, *adapter[name.removesuffix(".weight")])
+        norms = [np.linalg.norm(w, axis=1) for w in (before, after)]
+        cosine = np.sum(before * after, axis=1) / (norms[0] * norms[1])
+        moved = np.linalg.norm(after - before, axis=1) / norms[0]
+        assert change.magnitude == pytest.approx(np.mean(np.abs(norms[1] - norms[0])), rel=1e-5)
+        assert change.direction == pytest.approx(np.mean(1 - cosine), rel=1e-5)
+        assert change.largest == pytest.approx(moved.max(), rel=1e-5)
+
+
+def test_an_adapter_that_changes_nothing_is_said_to(folders, capsys):
+    folder, base, _ = folders
+    path = folder / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    prefix = "base_model.model.block.0.q."
+    tensors[f"{prefix}lora_B.weight"] *= 0
+    norm = np.linalg.norm(base["block.0.q.weight"].astype(np.float32), axis=1)
+    tensors[f"{prefix}lora_magnitude_vector"] = norm
+    save_file(tensors, path)
+    assert merge(folder, "--compute", "float32") == 0
+    warning = "doraxp merge: warning: the adapter changes nothing in block.0.q.weight\n"
+    assert capsys.readouterr().err.endswith(warning)
+    merged = load_folder(folder / "out")["block.0.q.weight"]
+    assert merged.tobytes() == base["block.0.q.weight"].tobytes()
+
+
+def test_a_zero_row_stays_zero(tmp_path):
+    rng = np.random.default_rng(1)
+    base = {f"{path}.weight": draw(rng, *shape) for path, shape in SHAPES.items()}
+    base["block.0.q.weight"][2] = 0
+    save_file(base, tmp_path / "base")
+    write_adapter(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.model.block.0.q.lora_B.weight"][2] = 0
+    save_file(tensors, path)
+    assert merge(tmp_path, "--verify") == 0
+    assert not load_file(tmp_path / "out")["block.0.q.weight"][2].any()
+
+
+def test_full_tensors_in_the_adapter_replace_the_bases(folders):
+    folder, base, adapter = folders
+    path = folder / "adapter" / "adapter_model.safetensors"
+    rng = np.random.default_rng(9)
+    changed = draw(rng, 7, 5)
+    bias = draw(rng, 6)
+    tensors = load_file(path) | {
+        "base_model.model.block.1.q.base_layer.weight": changed,
+        "base_model.model.block.0.k.bias": bias,
+    }
+    save_file(tensors, path)
+    assert merge(folder, "--verify") == 0
+    merged = load_folder(folder / "out")
+    dtype = ml_dtypes.bfloat16
+    desired = dense(changed, *adapter["block.1.q"])
+    np.testing.assert_allclose(merged["block.1.q.weight"].astype("f8"), desired, rtol=2**-7)
+    assert merged["block.0.k.bias"].tobytes() == bias.astype(dtype).tobytes()
+    assert merged["block.0.q.bias"].tobytes() == base["block.0.q.bias"].tobytes()
+
+
+@pytest.mark.parametrize("way", ["dropped", "added"])
+def test_one_leading_name_more_or_less_is_no_difference(tmp_path, way):
+    rng = np.random.default_rng(1)
+    lead = {"dropped": ("", "model."), "added": ("bert.", "")}[way]
+    base = {f"{lead[0]}{path}.weight": draw(rng, *shape) for path, shape in SHAPES.items()}
+    save_file(base, tmp_path / "base")
+    shapes = {f"{lead[1]}{path}": shape for path, shape in SHAPES.items()}
+    adapter = write_adapter(tmp_path / "adapter", shapes)
+    assert merge(tmp_path) == 0
+    renamed = {lead[0] + path.removeprefix(lead[1]): leaves for path, leaves in adapter.items()}
+    assert_merged(load_file(tmp_path / "out"), base, renamed)
+
+
+def test_a_dry_run_writes_nothing(folders, capsys):
+    folder, _, _ = folders
+    assert merge(folder, "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert all(f"{path}.weight" in out for path in SHAPES)
+    assert "peft adapter: 3 of 9 tensors merged, 0 replaced" in out
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "base"]
+
+
+@pytest.mark.parametrize("library", ["torch", "cupy"])
+def test_a_library_takes_arrays_there_and_back(folders, monkeypatch, library):
+    folder, base, adapter = folders
+    seen = []
+
+    class Host(np.ndarray):
+        def cpu(self):
+            return self
+
+        def numpy(self):
+            seen.append(self.shape)
+            return np.asarray(self)
+
+    fakes = {
+        "torch": SimpleNamespace(
+            asarray=lambda x, device: x.view(Host),
+            cuda=SimpleNamespace(is_available=lambda: False),
+        ),
+        "cupy": SimpleNamespace(asarray=lambda x: x.view(Host), asnumpy=lambda x: Host.numpy(x)),
+    }
+    monkeypatch.setitem(sys.modules, library, fakes[library])
+    plan = plan_merge(folder / "base", folder / "adapter", Options(library))
+    run_merge(plan, folder / "out")
+    assert seen
+    assert_merged(load_folder(folder / "out"), base, adapter)
+
+
+def test_values_too_large_for_a_dtype_are_refused(folders, capsys):
+    folder, _, _ = folders
+    edit_base(folder, **{"block.0.q.bias": np.full(7, 1e6, np.float32)})
+    assert merge(folder, "--dtype", "float16") == 2
+    assert "block.0.q.bias has values too large for float16" in capsys.readouterr().err
+
+
+# Safe
+
+
+def test_a_merge_that_was_stopped_goes_on_where_it_was(folders, monkeypatch):
+    folder, base, adapter = folders
+    written = []
+
+    def stop_at_the_second(reader, *args):
+        written.append(reader.path.name)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        return _shard.merge_shard(reader, *args)
+
+    monkeypatch.setattr(_merge, "merge_shard", stop_at_the_second)
+    assert merge(folder) == 130
+    assert not (folder / "out").exists()
+    assert merge(folder, "--verify") == 0
+    assert written == ["model-1.safetensors", "model-2.safetensors", "model-2.safetensors"]
+    assert_merged(load_folder(folder / "out"), base, adapter)
+    assert not (folder / ".out.partial").exists()
+
+
+def test_finished_shards_of_another_merge_are_not_used(folders, monkeypatch):
+    folder, base, adapter = folders
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_merge, "_copy_others", stop)
+    assert merge(folder, "--dtype", "float16") == 130
+    monkeypatch.undo()
+    assert merge(folder) == 0
+    assert_merged(load_folder(folder / "out"), base, adapter)
+
+
+KILLED = """
+import os, sys, time
+from doraxp.checkpoint import _shard
+from doraxp.cli import main
+write = _shard._write
+def slow(*args):
+    time.sleep(0.005)
+    write(*args)
+_shard._write = slow
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_killed_at_any_moment_it_leaves_no_out_or_a_complete_one(folders):
+    folder, base, adapter = folders
+    command = [sys.executable, "-c", KILLED, "merge"]
+    command += [str(folder / name) for name in ("base", "adapter")] + ["--out", str(folder / "out")]
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    rng = np.random.default_rng(0)
+    for delay in 0.2 + 0.5 * rng.random(6):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if (folder / "out").exists():
+            assert_merged(load_folder(folder / "out"), base, adapter)
+            shutil.rmtree(folder / "out")
+    assert merge(folder, "--verify") == 0
+    assert_merged(load_folder(folder / "out"), base, adapter)
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_out_is_replaced_only_by_force(folders, capsys):
+    folder, base, adapter = folders
+    (folder / "out").mkdir()
+    (folder / "out" / "mine").write_text("kept")
+    assert merge(folder) == 2
+    assert "already there; --force replaces it" in capsys.readouterr().err
+    assert (folder / "out" / "mine").read_text() == "kept"
+    assert merge(folder, "--force") == 0
+    assert_merged(load_folder(folder / "out"), base, adapter)
+    assert not (folder / "out" / "mine").exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("base", "OUT must not be in BASE"),
+        ("base/out", "OUT must not be in BASE"),
+        ("adapter", "OUT must not hold what is merged"),
+        (".", "OUT must not hold what is merged"),
+        ("none/out", "no such folder"),
+    ],
+)
+def test_a_target_that_cannot_be(folders, capsys, out, message):
+    folder, _, _ = folders
+    paths = [str(folder / name) for name in ("base", "adapter")]
+    before = sorted(folder.rglob("*"))
+    assert main(["merge", *paths, "--out", str(folder / out), "--force"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_full_disk_is_said_before_anything_is_written(folders, capsys, monkeypatch):
+    folder, _, _ = folders
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    assert merge(folder) == 2
+    assert "bytes are needed, 100 are free" in capsys.readouterr().err
+    assert not (folder / ".out.partial").exists()
+
+
+def test_a_disk_that_fills_up_leaves_what_is_finished(folders, capsys, monkeypatch):
+    folder, _, _ = folders
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert merge(folder) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert not (folder / "out").exists()
+    assert merge(folder) == 0
+
+
+def test_a_read_only_target(folders, capsys, monkeypatch):
+    folder, _, _ = folders
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert merge(folder) == 2
+    assert "not writable" in capsys.readouterr().err
+
+
+# Verified
+
+
+@pytest.mark.parametrize("name", ["block.0.q.weight", "block.0.q.bias", "steps"])
+def test_verify_sees_one_wrong_byte(folders, capsys, monkeypatch, name):
+    folder, _, _ = folders
+
+    def spoil(reader, target, *args):
+        changes = _shard.merge_shard(reader, target, *args)
+        if name in reader.tensors:
+            raw = bytearray(target.read_bytes())
+            length = int.from_bytes(raw[:8], "little")
+            offsets = json.loads(raw[8 : 8 + length])[name]["data_offsets"]
+            raw[8 + length + offsets[0] + 1] ^= 0x41
+            target.write_bytes(raw)
+        return changes
+
+    monkeypatch.setattr(_merge, "merge_shard", spoil)
+    assert merge(folder, "--verify") == 2
+    assert f"{name} is not" in capsys.readouterr().err
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "base"]
+
+
+def test_verify_sees_a_missing_tensor(folders, capsys, monkeypatch):
+    folder, base, _ = folders
+
+    def spoil(reader, target, *_):
+        save_file({"steps": base["steps"]}, target)
+        return {}
+
+    monkeypatch.setattr(_merge, "merge_shard", spoil)
+    assert merge(folder, "--verify") == 2
+    assert "the tensors are not those of" in capsys.readouterr().err
+
+
+# Loud
+
+
+def edit_adapter(folder, remove=(), add=None, **config):
+    path = folder / "adapter" / "adapter_model.safetensors"
+    tensors = {name: x for name, x in load_file(path).items() if not name.endswith(tuple(remove))}
+    save_file(tensors | (add or {}), path)
+    write_json(folder / "adapter" / "adapter_config.json", peft_config(**config))
+
+
+def edit_base(folder, **changes):
+    path = folder / "base" / "model-1.safetensors"
+    save_file(load_file(path) | changes, path)
+
+
+def refused(folder, capsys):
+    """The error, in one line, of a merge that writes nothing."""
+    assert merge(folder) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "base"]
+    return error
+
+
+def test_every_adapter_without_a_weight_is_named(folders, capsys):
+    folder, _, _ = folders
+    shutil.rmtree(folder / "adapter")
+    write_adapter(folder / "adapter", {**SHAPES, "lm_head": (7, 5), "block.9.q": (7, 5)})
+    error = refused(folder, capsys)
+    assert "the base has no lm_head.weight" in error
+    assert "the base has no block.9.q.weight" in error
+
+
+def test_a_shape_that_does_not_fit_is_named(folders, capsys):
+    folder, _, _ = folders
+    edit_base(folder, **{"block.0.q.weight": np.ones((7, 6), np.float32)})
+    assert "block.0.q.weight has shape (7, 6), its adapter is for (7, 5)" in refused(folder, capsys)
+
+
+def test_a_quantised_weight_is_named(folders, capsys):
+    folder, _, _ = folders
+    edit_base(folder, **{"block.0.q.weight": np.ones((7, 5), np.int8)})
+    assert "block.0.q.weight is of dtype I8: quantised" in refused(folder, capsys)
+
+
+def test_a_quantised_model_is_refused(folders, capsys):
+    folder, _, _ = folders
+    write_json(folder / "base" / "config.json", {"quantization_config": {"bits": 4}})
+    assert "has a quantization_config" in refused(folder, capsys)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "loftq", "corda", "lora_ga"])
+def test_an_init_that_changed_the_base_needs_that_base(folders, capsys, init):
+    folder, _, _ = folders
+    edit_adapter(folder, init_lora_weights=init)
+    assert f"initialised by {init}, which changed the base" in refused(folder, capsys)
+    changed = {
+        f"base_model.model.{path}.base_layer.weight": np.ones(shape, np.float32)
+        for path, shape in SHAPES.items()
+    }
+    edit_adapter(folder, init_lora_weights=init, add=changed)
+    assert merge(folder) == 0
+
+
+@pytest.mark.parametrize(
+    ("remove", "config", "message"),
+    [
+        ((), {"use_dora": False}, "it has 3 magnitudes, but adapter_config.json says use_dora"),
+        (("vector",), {"use_dora": False}, "a LoRA adapter, without magnitudes: not DoRA"),
+        (
+            ("0.k.lora_magnitude_vector",),
+            {},
+            "use_dora true, but the magnitude is missing of block.0.k",
+        ),
+        (("0.k.lora_B.weight",), {}, "block.0.k must have lora_A, lora_B and a magnitude"),
+        ((), {"peft_type": "LOHA"}, "peft_type must be LORA or DORA, got 'LOHA'"),
+        ((), {"layer_replication": [[0, 4]]}, "layer_replication cannot be merged"),
+        ((), {"r": 3}, "adapter_config.json gives it rank 3, lora_A has (2, 5)"),
+        ((), {"r": "8"}, "rank must be an integer, got '8'"),
+        ((), {"lora_alpha": 0}, "alpha must be finite and not 0"),
+        ((), {"rank_pattern": {"(": 2}}, "missing ), unterminated subpattern"),
+        ((), {"rank_pattern": {"(a+)+": 2}}, "the pattern '(a+)+' repeats too much"),
+        ((), {"rank_pattern": [1]}, "cannot convert dictionary update sequence"),
+    ],
+)
+def test_a_configuration_that_disagrees(folders, capsys, remove, config, message):
+    folder, _, _ = folders
+    edit_adapter(folder, remove, **config)
+    assert message in refused(folder, capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("block.0.z.weight", np.ones((2, 2), "f4"), "has no tensor block.0.z.weight to replace"),
+        ("block.0.q.bias", np.ones(9, "f4"), "(9,) does not fit block.0.q.bias (7,)"),
+        ("block.0.q.lora_A.default.weight", np.ones((2, 5), "f4"), "are one"),
+        ("c.lora_A.weight", np.ones(5, "f4"), "the magnitude is missing of c"),
+    ],
+)
+def test_a_tensor_of_the_adapter_that_does_not_fit(folders, capsys, name, tensor, message):
+    folder, _, _ = folders
+    edit_adapter(folder, add={f"base_model.model.{name}": tensor})
+    assert message in refused(folder, capsys)
+
+
+def test_factors_of_one_axis_are_none(folders, capsys):
+    folder, _, _ = folders
+    names = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+    edit_adapter(
+        folder, add={f"base_model.model.c.{name}": np.ones(4, np.float32) for name in names}
+    )
+    assert "c: lora_A (4,) and lora_B (4,) are no factors" in refused(folder, capsys)
+
+
+def test_a_grouped_convolution_of_pefts_is_refused(folders, capsys):
+    folder, _, _ = folders
+    prefix = "base_model.model.block.0.conv"
+    edit_adapter(
+        folder,
+        add={
+            f"{prefix}.lora_A.weight": np.ones((2, 4, 3, 3), "f4"),
+            f"{prefix}.lora_B.weight": np.ones((6, 1, 1, 1), "f4"),
+            f"{prefix}.lora_magnitude_vector": np.ones((1, 6, 1, 1), "f4"),
+        },
+    )
+    assert "is a grouped convolution" in refused(folder, capsys)
+
+
+def test_a_wrong_flag_is_mended_by_shapes_but_not_for_a_square(tmp_path, capsys):
+    rng = np.random.default_rng(1)
+    base = {"x.a.weight": draw(rng, 5, 7), "x.b.weight": draw(rng, 6, 6)}  # (in, out)
+    save_file(base, tmp_path / "base")
+    adapter = write_adapter(tmp_path / "adapter", {"x.a": (7, 5)})
+    assert merge(tmp_path, "--verify") == 0
+    merged = load_file(tmp_path / "out")["x.a.weight"]
+    np.testing.assert_allclose(merged, dense(base["x.a.weight"].T, *adapter["x.a"]).T, rtol=1e-6)
+    (tmp_path / "out").unlink()
+    shutil.rmtree(tmp_path / "adapter")
+    write_adapter(tmp_path / "adapter", {"x.a": (7, 5), "x.b": (6, 6)})
+    assert "x.b.weight is square, and fan_in_fan_out was wrong" in refused(tmp_path, capsys)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("where", ["base", "adapter"])
+def test_nan_and_infinity_are_refused(folders, capsys, where, value):
+    folder, base, _ = folders
+    if where == "base":
+        weight = base["block.0.q.weight"]
+        weight[3, 2] = value
+        edit_base(folder, **{"block.0.q.weight": weight})
+    else:
+        edit_adapter(
+            folder,
+            add={"base_model.model.block.0.q.lora_A.weight": np.full((2, 5), value, np.float32)},
+        )
+    assert "has NaN or infinity in it" in refused(folder, capsys)
+
+
+def test_without_the_extra_it_says_how_to_get_it(folders, capsys, monkeypatch):
+    folder, _, _ = folders
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert merge(folder) == 2
+    assert "pip install 'doraxp[checkpoint]'" in capsys.readouterr().err
+
+
+def test_a_file_that_shrinks_is_no_end_of_the_world(folders):
+    folder, _, _ = folders
+    plan = plan_merge(folder / "base", folder / "adapter", Options())
+    path = folder / "base" / "model-1.safetensors"
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(CheckpointError, match="became shorter"):
+        run_merge(plan, folder / "out")
+    assert not (folder / "out").exists()
