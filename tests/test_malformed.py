@@ -289,3 +289,9 @@ def test_random_damage_is_refused_or_read(good, tmp_path, data):
     except CheckpointError as error:
         problem = str(error)
     assert "\n" not in problem
+
+
+def test_a_name_that_stands_twice_is_named(tmp_path):
+    (tmp_path / "a").write_bytes(SAFETENSORS["a name twice"])
+    with pytest.raises(CheckpointError, match="the name 'a' stands in it twice"):
+        Reader(tmp_path / "a")

@@ -661,3 +661,11 @@ def test_a_file_that_shrinks_is_no_end_of_the_world(folders):
     with pytest.raises(CheckpointError, match="became shorter"):
         run_merge(plan, folder / "out")
     assert not (folder / "out").exists()
+
+
+def test_a_square_weight_is_stored_as_the_flag_says(tmp_path):
+    base = {"x.b.weight": draw(np.random.default_rng(1), 6, 6)}
+    save_file(base, tmp_path / "base")
+    adapter = write_adapter(tmp_path / "adapter", {"x.b": (6, 6)})
+    assert merge(tmp_path) == 0
+    assert_merged(load_file(tmp_path / "out"), base, adapter)
