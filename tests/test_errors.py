@@ -62,6 +62,8 @@ def test_an_input_without_the_stack_of_the_weight(draw):
             doraxp.forward(draw(*shape), weight, adapter, config)
     with pytest.raises(ValueError, match=r"x must have shape \(\.\.\., in\) .* got \(\)"):
         doraxp.forward(draw(), draw(7, 6), Adapter(draw(2, 6), draw(7, 2), draw(7)), config)
+    with pytest.raises(TypeError, match="bias must be of dtype"):
+        doraxp.forward(draw(3, 6), weight, adapter, config, bias=draw(3, 7, dtype="int64"))
     for shape in ((3, 6), (7,)):
         with pytest.raises(ValueError, match=r"bias must have shape .* = \(3, 7\) .* got"):
             doraxp.forward(draw(3, 6), weight, adapter, config, bias=draw(*shape))
@@ -189,6 +191,13 @@ def test_arrays_of_two_libraries(torch):
     message = "all arrays must be of one library: x is of numpy, weight of torch"
     with pytest.raises(TypeError, match=message):
         operations(x=np.ones(2), weight=torch.ones(2))
+
+
+def test_a_gradient_of_another_library_than_x(torch):
+    weight, config = np.eye(3), Config(1)
+    y, cache = doraxp.forward(np.eye(3), weight, doraxp.init(weight, config, seed=0), config)
+    with pytest.raises(TypeError, match="all arrays must be of one library: dy is of torch, x of"):
+        doraxp.backward(torch.tensor(y), cache)
 
 
 def test_arrays_on_two_devices(torch):

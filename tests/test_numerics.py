@@ -233,17 +233,21 @@ def test_float16_norms_beyond_its_range(backend, assert_close, dtype):
 
 
 def test_a_gram_matrix_that_underflows_is_noticed(backend):
-    """A Aᵀ is 0 in float32 here, and B A as large as W."""
+    """A Aᵀ is 0 in float32 here, and B A as large as W; in a stack, beside an ordinary layer."""
     rng = np.random.default_rng(5)
-    arrays = [
-        (scale * rng.standard_normal(shape)).astype("float32")
-        for scale, shape in ((1e-10, (7, 6)), (1e-23, (2, 6)), (1e13, (7, 2)), (1, (7,)))
+    layers = [
+        [
+            (scale * rng.standard_normal(shape)).astype("float32")
+            for scale, shape in zip(scales, ((7, 6), (2, 6), (7, 2), (7,)), strict=True)
+        ]
+        for scales in ((1e-10, 1e-23, 1e13, 1), (1, 1, 1, 1))
     ]
-    weight, a, b, m = map(backend.asarray, arrays)
-    prepared = backend.run(doraxp.prepare, weight, Adapter(a, b, m), Config(2))
-    w, a, b, _ = (array.astype("float64") for array in arrays)
-    expected = [reference.length(row) for row in w + b @ a]
-    np.testing.assert_allclose(backend.numpy(prepared.norm), expected, rtol=1e-6)
+    arrays = [np.stack(pair) for pair in zip(*layers, strict=True)]
+    weight, *leaves = map(backend.asarray, arrays)
+    prepared = backend.run(doraxp.prepare, weight, Adapter(*leaves), Config(2))
+    for (w, a, b, _), norm in zip(layers, backend.numpy(prepared.norm), strict=True):
+        v = w.astype("float64") + b.astype("float64") @ a.astype("float64")
+        np.testing.assert_allclose(norm, [reference.length(row) for row in v], rtol=1e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)
