@@ -36,6 +36,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
+        "markers", "once: run with the first lane of each backend; for what makes its own arrays"
+    )
+    config.addinivalue_line(
         "markers", "dtypes(*names): run with each `dtype` that the backend has, of these"
     )
 
@@ -43,7 +46,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         names = metafunc.config.getoption("backend") or list(LANES)
-        lanes = [lane for name in dict.fromkeys(names) for lane in LANES.get(name, ())]
+        last = 1 if metafunc.definition.get_closest_marker("once") else None
+        lanes = [lane for name in dict.fromkeys(names) for lane in LANES.get(name, ())[:last]]
         if marker := metafunc.definition.get_closest_marker("dtypes"):
             pairs = [(lane, dtype) for lane in lanes for dtype in marker.args if lane.has(dtype)]
             ids = [f"{lane.name}-{dtype}" for lane, dtype in pairs]

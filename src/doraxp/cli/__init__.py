@@ -11,9 +11,15 @@ import sys
 from collections.abc import Sequence
 
 import doraxp
-from doraxp.cli import convert, demo, inspect, merge
+from doraxp.cli import convert, demo, inspect, merge, verify
 
-_COMMANDS = {"demo": demo, "merge": merge, "convert": convert, "inspect": inspect}
+_COMMANDS = {
+    "demo": demo,
+    "merge": merge,
+    "convert": convert,
+    "inspect": inspect,
+    "verify": verify,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

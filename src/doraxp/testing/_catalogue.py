@@ -1,0 +1,291 @@
+"""The catalogue: named cases that an implementation of DoRA must get right, and why each is there.
+
+    weight (*stack, out, in)   lora_a (*stack, rank, in)   lora_b (*stack, out, rank)
+    magnitude, bias (*stack, out)    x (*stack, ..., in)   dy (*stack, ..., out)
+
+The numbers are drawn by name: a new case changes none of the others.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from doraxp._types import Config
+
+VERSION = 1
+"""Goes up when the numbers of a case change."""
+
+FULL = ("float32", "float64")
+HALF = ("float16", "bfloat16")
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One layer with its inputs, as NumPy arrays.
+
+    Parameters
+    ----------
+    name : str
+    reason : str
+        What goes wrong where it is not tested.
+    config : Config
+    arrays : mapping of str to array
+        x, weight, lora_a, lora_b, magnitude, dy, and where there is one, bias.
+    dtypes : tuple of str
+        What x, the weight, the bias and dy are stored in; the adapter is in the compute dtype.
+    """
+
+    name: str
+    reason: str
+    config: Config
+    arrays: Mapping[str, Any]
+    dtypes: tuple[str, ...] = FULL
+
+    def stored(self, dtype: str) -> dict[str, Any]:
+        """Return the arrays rounded to a storage dtype, the adapter to the compute dtype.
+
+        The numbers of float16 and bfloat16 come in float32, which holds them exactly.
+        """
+        wide = compute_dtype(dtype)
+        return {
+            name: (array if name in ADAPTER else rounded(array, dtype)).astype(wide)
+            for name, array in self.arrays.items()
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class OptimizerCase:
+    """Steps of an optimizer with given gradients, as NumPy arrays.
+
+    Parameters
+    ----------
+    name : str
+    reason : str
+    optimizer : {"adamw", "sgd"}
+    numbers : mapping of str to float
+        The arguments of the step.
+    params : mapping of str to array
+        lora_a, lora_b and magnitude.
+    grads : tuple of mappings
+        The gradients of each step.
+    """
+
+    name: str
+    reason: str
+    optimizer: str
+    numbers: Mapping[str, float]
+    params: Mapping[str, Any]
+    grads: tuple[Mapping[str, Any], ...]
+    dtypes: tuple[str, ...] = FULL
+
+
+ADAPTER = ("lora_a", "lora_b", "magnitude")
+
+
+def compute_dtype(dtype: str) -> str:
+    """Return what a storage dtype is computed in."""
+    return "float32" if dtype in HALF else dtype
+
+
+def rounded(values: Any, dtype: str) -> Any:
+    """Round to a dtype. NumPy alone has no bfloat16: float32 with the lower 16 bits rounded off."""
+    if dtype != "bfloat16":
+        return values.astype(dtype)
+    bits = values.astype(np.float32).view(np.uint32)
+    half_to_even = 0x7FFF + (bits >> 16 & 1)
+    return ((bits + half_to_even) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+def catalogue() -> tuple[Case, ...]:
+    """Return the cases of layers.
+
+    Returns
+    -------
+    tuple of Case
+
+    Examples
+    --------
+    >>> len({case.name for case in catalogue()}) == len(catalogue())
+    True
+    """
+    return (
+        _case("tall", "more outputs than inputs", out=8, inner=5),
+        _case("wide", "fewer outputs than inputs", out=5, inner=8),
+        _case("square", "no shape tells the axes apart", out=6, inner=6),
+        _case("one row", "an axis of length 1 broadcasts by accident", out=1, inner=6, rank=1),
+        _case("one column", "a row of one number has no direction to move in", inner=1, rank=1),
+        _case("rank 1", "matrices that are vectors", rank=1, alpha=2.0),
+        _case("full rank", "rank = min(out, in)", rank=6),
+        _case("no bias", "the bias is optional", bias=False),
+        _case("one token", "x is a vector", tokens=()),
+        _case("no tokens", "an empty batch has gradients of 0", tokens=(0,)),
+        _case("batch", "x has two leading axes", tokens=(2, 3)),
+        _case("alpha = rank", "s = 1 hides what s is left out of", alpha=3.0),
+        _case("rslora", "s = alpha / √rank", rslora=True),
+        _case("direction form", "V = W/‖W‖ + s B A", form="direction"),
+        _case("detached", "n is taken for a constant", norm_gradient="detached"),
+        _case(
+            "direction form, detached",
+            "both choices at once",
+            form="direction",
+            norm_gradient="detached",
+        ),
+        _case("fresh", "B = 0 and m = ‖w‖: y is the base product", edit=_fresh),
+        _case("zero row", "‖v‖ = 0: the output is the bias, no gradient, no NaN", edit=_zero_row),
+        _case("zero row, direction form", "0 / 0 in W/‖W‖", edit=_zero_row, form="direction"),
+        _case("zero row of W", "only B A is left in a row", edit=_zero_row_of_weight),
+        _case("zero magnitude", "g = 0, and B and A of that row stay", edit=_zero_magnitude),
+        _case("negative magnitude", "|m| turns a row around", edit=_negative_magnitude),
+        _case(
+            "cancelling rows",
+            "B A takes W away to a hundredth: expanded squares lose their digits",
+            out=24,
+            inner=32,
+            edit=_cancelling,
+        ),
+        _case("dependent A", "B A cancels within itself", out=8, inner=32, edit=_dependent),
+        _case("huge", "squares overflow float32", edit=lambda arrays: _sized(arrays, 1e25)),
+        _case("tiny", "squares underflow float32", edit=lambda arrays: _sized(arrays, 1e-25)),
+        _case("rows of all sizes", "a row of 1e-6 beside one of 1e6", edit=_all_sizes),
+        _case("long sums", "rounding adds up", out=40, inner=300, rank=8, tokens=(64,)),
+        _case("stack", "experts of a mixture", stack=(2,)),
+        _case("stack, direction form", "two leading axes", stack=(2, 2), form="direction"),
+        _case("half storage", "V is formed in float32", inner=32, dtypes=HALF),
+        _case("half storage, direction form", "‖w‖ too", form="direction", dtypes=HALF),
+        _case(
+            "half storage, fresh", "a rounded m / n is not 1", inner=64, edit=_fresh, dtypes=HALF
+        ),
+    )
+
+
+def optimizer_catalogue() -> tuple[OptimizerCase, ...]:
+    """Return the cases of optimizers, three steps each.
+
+    Returns
+    -------
+    tuple of OptimizerCase
+    """
+    adamw = {"learning_rate": 0.02, "beta1": 0.9, "beta2": 0.99, "eps": 1e-3, "weight_decay": 0.1}
+    sgd = {"learning_rate": 0.02, "momentum": 0.9, "weight_decay": 0.1}
+    return (
+        _steps("adamw", "moments, bias corrections, decoupled decay", "adamw", adamw),
+        _steps("adamw, first gradient 0", "A's is, as B is 0 at init", "adamw", adamw, first=0.0),
+        _steps("sgd", "momentum, coupled decay", "sgd", sgd),
+    )
+
+
+Arrays = dict[str, Any]
+
+
+def _case(
+    name: str,
+    reason: str,
+    *,
+    stack: tuple[int, ...] = (),
+    out: int = 7,
+    inner: int = 6,
+    rank: int = 3,
+    tokens: tuple[int, ...] = (4,),
+    alpha: float = 4.0,
+    bias: bool = True,
+    edit: Callable[[Arrays], Arrays] = dict,
+    dtypes: tuple[str, ...] = FULL,
+    **choices: Any,
+) -> Case:
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    shapes = {
+        "x": (*stack, *tokens, inner),
+        "weight": (*stack, out, inner),
+        "lora_a": (*stack, rank, inner),
+        "lora_b": (*stack, out, rank),
+        "magnitude": (*stack, out),
+        "bias": (*stack, out),
+        "dy": (*stack, *tokens, out),
+    }
+    arrays = {key: rng.standard_normal(shape) for key, shape in shapes.items()}
+    arrays["magnitude"] = np.abs(arrays["magnitude"]) + 0.5
+    # Exact in float16 and float32: what a dtype stores is the same numbers in every dtype.
+    arrays = {key: rounded(array, "float16").astype(float) for key, array in arrays.items()}
+    if not bias:
+        del arrays["bias"]
+    return Case(name, reason, Config(rank, alpha, **choices), edit(arrays), dtypes)
+
+
+def _steps(
+    name: str, reason: str, optimizer: str, numbers: dict[str, float], first: float = 1.0
+) -> OptimizerCase:
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    shapes = {"lora_a": (2, 5), "lora_b": (4, 2), "magnitude": (4,)}
+
+    def draw(scale: float = 1.0) -> Arrays:
+        return {
+            key: scale * rng.standard_normal(shape).astype(np.float32).astype(float)
+            for key, shape in shapes.items()
+        }
+
+    grads = (draw(first), draw(2.0), draw())
+    return OptimizerCase(name, reason, optimizer, numbers, draw(), grads)
+
+
+def _fresh(arrays: Arrays) -> Arrays:
+    norms = np.sqrt(np.sum(arrays["weight"] ** 2, axis=-1))
+    return {**arrays, "lora_b": 0 * arrays["lora_b"], "magnitude": norms}
+
+
+def _zero_row_of_weight(arrays: Arrays) -> Arrays:
+    weight = arrays["weight"].copy()
+    weight[..., 2, :] = 0
+    return {**arrays, "weight": weight}
+
+
+def _zero_row(arrays: Arrays) -> Arrays:
+    b = arrays["lora_b"].copy()
+    b[..., 2, :] = 0
+    return {**_zero_row_of_weight(arrays), "lora_b": b}
+
+
+def _zero_magnitude(arrays: Arrays) -> Arrays:
+    magnitude = arrays["magnitude"].copy()
+    magnitude[..., 1] = 0
+    return {**arrays, "magnitude": magnitude}
+
+
+def _negative_magnitude(arrays: Arrays) -> Arrays:
+    signs = np.resize([-1.0, 1.0], arrays["magnitude"].shape)
+    return {**arrays, "magnitude": signs * arrays["magnitude"]}
+
+
+def _cancelling(arrays: Arrays) -> Arrays:
+    update = (4.0 / 3.0) * arrays["lora_b"] @ arrays["lora_a"]  # s = alpha / rank
+    weight = arrays["weight"].copy()
+    weight[::2] = 0.01 * weight[::2] - update[::2]
+    return {**arrays, "weight": weight.astype(np.float32).astype(float)}
+
+
+def _dependent(arrays: Arrays) -> Arrays:
+    a, b = arrays["lora_a"].copy(), arrays["lora_b"].copy()
+    a[1] = a[0] + 2**-9 * np.round(a[1] * 8) / 8
+    b[:, 1] = -b[:, 0]
+    return {**arrays, "lora_a": a, "lora_b": 64 * b}
+
+
+def _sized(arrays: Arrays, size: float) -> Arrays:
+    return {
+        **arrays,
+        **{key: size * arrays[key] for key in ("weight", "lora_b", "magnitude", "bias")},
+    }
+
+
+def _all_sizes(arrays: Arrays) -> Arrays:
+    sizes = np.logspace(-6, 6, len(arrays["magnitude"]))
+    return {
+        **arrays,
+        "weight": sizes[:, None] * arrays["weight"],
+        "lora_b": sizes[:, None] * arrays["lora_b"],
+        "magnitude": sizes * arrays["magnitude"],
+    }

@@ -1,0 +1,264 @@
+"""Run the catalogue on array libraries, and hold every number to the reference and its bound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import doraxp
+from doraxp._types import Adapter
+from doraxp.testing._catalogue import (
+    ADAPTER,
+    Case,
+    OptimizerCase,
+    catalogue,
+    compute_dtype,
+    optimizer_catalogue,
+)
+from doraxp.testing._libraries import Library, as_numpy, dtype_name
+from doraxp.testing._reference import (
+    UNIT_ROUNDOFF,
+    Expected,
+    expected,
+    expected_steps,
+    in_the_dtype,
+)
+
+
+class Figure(NamedTuple):
+    """One quantity of one case in one dtype on one backend."""
+
+    backend: str
+    case: str
+    dtype: str
+    quantity: str
+    error: float
+    """Largest error over largest number, against float64; NaN where rounding leaves no digit."""
+    dense: float
+    """That of the dense formulas computed by NumPy in the dtype; 0 in float64, where they are
+    the reference."""
+    resolution: float
+    """Of the dtype that the quantity is returned in, 2u; what to state both errors in."""
+    share: float
+    """Largest error in units of its bound; above 1 is wrong."""
+    failure: str | None
+    """What else is wrong with it, in words."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is within its bound and nothing else is wrong."""
+        return self.failure is None and self.share <= 1
+
+
+class Agreement(NamedTuple):
+    """How near two backends are to each other."""
+
+    backends: tuple[str, str]
+    share: float
+    """Largest difference in units of twice the bound; above 1 they disagree."""
+
+
+class Comparison(NamedTuple):
+    """What `compare_backends` found."""
+
+    figures: tuple[Figure, ...]
+    agreements: tuple[Agreement, ...]
+    left_out: tuple[tuple[str, str], ...]
+    """Backend and dtype, where the library has no such dtype."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether every number is right, and every two backends agree."""
+        return all(one.ok for one in self.figures) and all(
+            pair.share <= 1 for pair in self.agreements
+        )
+
+
+def compare_backends(
+    names: Sequence[str], *, progress: Callable[[str, int, int], None] = lambda *_: None
+) -> Comparison:
+    """Run the catalogue on every named backend, and compare with the float64 reference.
+
+    ::
+
+        |actual − reference| ≤ bound      the rounding errors of the dense formulas, added up
+
+    Parameters
+    ----------
+    names : sequence of str
+        Names of `doraxp.backends.available()`.
+    progress : callable, optional
+        Called before each case with what it is, how many are done and how many there are.
+
+    Returns
+    -------
+    Comparison
+
+    Raises
+    ------
+    ValueError
+        There is no backend of a name, or none is named.
+    RuntimeError
+        A backend cannot be used here; the message says how to install it.
+
+    Examples
+    --------
+    >>> compare_backends(["numpy"]).ok
+    True
+    """
+    _check_usable(names)
+    libraries = [Library(name) for name in dict.fromkeys(names)]
+    cases: list[Case | OptimizerCase] = [*catalogue(), *optimizer_catalogue()]
+    runs = [(case, dtype) for case in cases for dtype in case.dtypes]
+    figures: list[Figure] = []
+    left_out: dict[tuple[str, str], None] = {}
+    shares = dict.fromkeys(combinations([one.name for one in libraries], 2), 0.0)
+    for done, (case, dtype) in enumerate(runs):
+        wanted, dense = _wanted(case, dtype), in_the_dtype(case, dtype)
+        found: dict[str, dict[str, Any]] = {}
+        for number, library in enumerate(libraries):
+            what = f"{library.name}: {case.name}, {dtype}"
+            progress(what, done * len(libraries) + number, len(runs) * len(libraries))
+            if library.dtype(dtype) is None:
+                left_out[library.name, dtype] = None
+                continue
+            found[library.name] = actual = run_case(case, dtype, library)
+            figures += _figures(library.name, case.name, dtype, wanted, dense, actual)
+        for one, other in shares:
+            if one in found and other in found:
+                worst = _worst_difference(wanted, found[one], found[other])
+                shares[one, other] = max(shares[one, other], worst)
+    agreements = tuple(Agreement(pair, share) for pair, share in shares.items())
+    return Comparison(tuple(figures), agreements, tuple(left_out))
+
+
+def _check_usable(names: Sequence[str]) -> None:
+    known = {status.name: status for status in doraxp.backends.available()}
+    if not names:
+        raise ValueError(f"names must hold at least one of {', '.join(known)}, got none")
+    for name in names:
+        if name not in known:
+            raise ValueError(f"names must be of {', '.join(known)}, got {name!r}")
+        if not known[name].usable:
+            raise RuntimeError(f"{name} cannot run here: {known[name].detail}")
+
+
+def _wanted(case: Case | OptimizerCase, dtype: str) -> dict[str, Expected]:
+    return expected_steps(case, dtype) if isinstance(case, OptimizerCase) else expected(case, dtype)
+
+
+class Actual(NamedTuple):
+    """A result on the host."""
+
+    values: Any
+    dtype: str
+
+    def mismatch(self, want: Expected) -> str | None:
+        """Say how it differs from what is wanted, but for rounding; None where it does not."""
+        if self.values.shape != want.value.shape:
+            return f"has shape {self.values.shape}, must have {want.value.shape}"
+        if self.dtype != want.dtype:
+            return f"has dtype {self.dtype}, must have {want.dtype}"
+        if bad := np.count_nonzero(~np.isfinite(self.values)):
+            return f"has {bad} numbers that are not finite"
+        return None
+
+
+def _figures(
+    backend: str,
+    case: str,
+    dtype: str,
+    wanted: dict[str, Expected],
+    dense: dict[str, Any],
+    actual: dict[str, Any],
+) -> Iterator[Figure]:
+    if isinstance(actual, Exception):  # it stands for all quantities of the case
+        failure = f"raises {type(actual).__name__}: {actual}"
+        yield Figure(backend, case, dtype, "all", np.inf, np.inf, 1.0, np.inf, failure)
+        return
+    for name, want in wanted.items():
+        got = actual[name]
+        failure = got.mismatch(want)
+        error = np.inf if failure else want.relative(got.values)
+        yield Figure(
+            backend,
+            case,
+            dtype,
+            name,
+            error,
+            want.relative(dense[name]),
+            2 * UNIT_ROUNDOFF[want.dtype],
+            np.inf if failure else want.share(got.values),
+            failure,
+        )
+
+
+def _worst_difference(wanted: dict[str, Expected], one: Any, other: Any) -> float:
+    if isinstance(one, Exception) or isinstance(other, Exception):
+        return np.inf
+    worst = 0.0
+    for name, want in wanted.items():
+        if one[name].mismatch(want) or other[name].mismatch(want):
+            return np.inf
+        between = want._replace(value=one[name].values.astype(np.float64))
+        worst = max(worst, between.share(other[name].values) / 2)
+    return worst
+
+
+def run_case(case: Case | OptimizerCase, dtype: str, library: Library) -> Any:
+    """Return the quantities of a case as `Actual`, or the exception that it raised."""
+    # What overflows on the way, where NumPy is underneath, shows in the numbers.
+    with library.active(), np.errstate(all="ignore"):
+        try:
+            run = _run_layer if isinstance(case, Case) else _run_steps
+            found: Any = run(case, dtype, library)
+            return {
+                name: Actual(as_numpy(array), dtype_name(array))
+                for name, array in found.items()
+                if array is not None
+            }
+        except Exception as error:  # of any library: it is reported, with the case's name
+            return error
+
+
+def _run_layer(case: Any, dtype: str, library: Library) -> dict[str, Any]:
+    wide = compute_dtype(dtype)
+    arrays = {
+        name: library.asarray(array, wide if name in ADAPTER else dtype)
+        for name, array in case.stored(dtype).items()
+    }
+    adapter = Adapter(*(arrays[name] for name in ADAPTER))
+    weight, bias = arrays["weight"], arrays.get("bias")
+    prepared = doraxp.prepare(weight, adapter, case.config)
+    y, cache = doraxp.forward(
+        arrays["x"], weight, adapter, case.config, bias=bias, prepared=prepared
+    )
+    grads = doraxp.backward(arrays["dy"], cache, train_base=True)
+    return {
+        "norm": prepared.norm,
+        "merged": doraxp.merge(weight, adapter, case.config, prepared=prepared),
+        "y": y,
+        "dx": grads.x,
+        "da": grads.adapter.lora_a,
+        "db": grads.adapter.lora_b,
+        "dm": grads.adapter.magnitude,
+        "dw": grads.weight,
+        "dbias": grads.bias,
+    }
+
+
+def _run_steps(case: Any, dtype: str, library: Library) -> dict[str, Any]:
+    init, step = (getattr(doraxp, f"{case.optimizer}_{what}") for what in ("init", "step"))
+    params, *grads = (
+        Adapter(*(library.asarray(arrays[name], dtype) for name in ADAPTER))
+        for arrays in (case.params, *case.grads)
+    )
+    state = init(params)
+    found: dict[str, Any] = {}
+    for t, gradient in enumerate(grads, start=1):
+        params, state = step(params, gradient, state, **case.numbers)
+        found |= {f"{name} {t}": leaf for name, leaf in params._asdict().items()}
+    return found

@@ -1,0 +1,222 @@
+"""The reference: DoRA by the dense formulas, every intermediate a name.
+
+    V  = base + s B A        base = W, or W/‖W‖ in the direction form
+    n  = ‖V‖ by rows         g  = m / n, 0 where n = 0
+    W' = g⊙V                 y  = x W'ᵀ + bias
+
+    dW' = dyᵀ x              dg = rowsum(dW'⊙V)         dm = dg / n
+    dn  = −g dg / n          dV = g⊙dW' + dn ∂n/∂V      ∂n/∂V = V / n, dropped where detached
+    dA  = s Bᵀ dV            dB = s dV Aᵀ               dx = dy W'        dbias = Σ_tokens dy
+
+It shares no formula with the package, which never forms V. A deviation replaces some of the
+names by other formulas; all that depends on them follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any, TypeAlias
+
+from doraxp._types import Config
+
+Formula: TypeAlias = Callable[[Any], Any]
+OUTPUTS = ("norm", "merged", "y")
+GRADIENTS = ("dx", "da", "db", "dm", "dw", "dbias")
+QUANTITIES = (*OUTPUTS, *GRADIENTS)
+
+
+class Dense:
+    """One layer, x and dy with one axis of tokens, in `Rounded` or `Plain` numbers."""
+
+    def __init__(self, config: Config, arrays: Mapping[str, Any], number: Formula) -> None:
+        self.config = config
+        self.rank = config.rank
+        self.inputs = {name: number(array) for name, array in arrays.items()}
+        w = arrays["weight"]
+        self.w, self.a, self.b = (self.inputs[name] for name in ("weight", "lora_a", "lora_b"))
+        self.m = self.inputs["magnitude"].reshape(*w.shape[:-1], 1)
+        self.x, self.dy = (
+            self.inputs[name].reshape(*w.shape[:-2], -1, w.shape[-1 if name == "x" else -2])
+            for name in ("x", "dy")
+        )
+
+    @cached_property
+    def s(self) -> float:
+        return self.config.scaling
+
+    @cached_property
+    def in_direction_form(self) -> bool:
+        return self.config.form == "direction"
+
+    @cached_property
+    def bias(self) -> Any:
+        return self.inputs["bias"][..., None, :] if "bias" in self.inputs else 0.0
+
+    # Forward
+
+    @cached_property
+    def base(self) -> Any:
+        return self.w.over(self.w.norms()) if self.in_direction_form else self.w
+
+    @cached_property
+    def update(self) -> Any:
+        return self.s * (self.b @ self.a)
+
+    @cached_property
+    def v(self) -> Any:
+        return self.base + self.update
+
+    @cached_property
+    def n(self) -> Any:
+        return self.v.norms()
+
+    @cached_property
+    def gain(self) -> Any:
+        return self.m.over(self.n)
+
+    @cached_property
+    def merged(self) -> Any:
+        return self.gain * self.v
+
+    @cached_property
+    def y(self) -> Any:
+        return self.x @ self.merged.mT + self.bias
+
+    @cached_property
+    def norm(self) -> Any:
+        return self.n[..., 0]
+
+    # Backward
+
+    @cached_property
+    def dmerged(self) -> Any:
+        return self.dy.mT @ self.x
+
+    @cached_property
+    def dgain(self) -> Any:
+        return (self.dmerged * self.v).sum(-1, keepdims=True)
+
+    @cached_property
+    def dnorm(self) -> Any:
+        return -((self.gain * self.dgain).over(self.n))
+
+    @cached_property
+    def slope(self) -> Any:
+        return self.v.over(self.n)
+
+    @cached_property
+    def through_norm(self) -> Any:
+        exact = self.config.norm_gradient == "exact"
+        return self.dnorm * self.slope if exact else 0.0
+
+    @cached_property
+    def dv(self) -> Any:
+        return self.gain * self.dmerged + self.through_norm
+
+    @cached_property
+    def dx(self) -> Any:
+        return self.dy @ self.merged
+
+    @cached_property
+    def da(self) -> Any:
+        return self.s * (self.b.mT @ self.dv)
+
+    @cached_property
+    def db(self) -> Any:
+        return self.s * (self.dv @ self.a.mT)
+
+    @cached_property
+    def dm_column(self) -> Any:
+        return self.dgain.over(self.n)
+
+    @cached_property
+    def dm(self) -> Any:
+        return self.dm_column[..., 0]
+
+    @cached_property
+    def dw(self) -> Any:
+        if not self.in_direction_form:
+            return self.dv
+        along = (self.base * self.dv).sum(-1, keepdims=True)
+        return (self.dv - self.base * along).over(self.w.norms())
+
+    @cached_property
+    def dbias(self) -> Any:
+        return self.dy.sum(-2)
+
+
+class AdamW:
+    """One step of one leaf: p, g, the moments mu and nu, and t, which counts from 1."""
+
+    def __init__(self, p: Any, g: Any, state: tuple[Any, Any], t: int, numbers: Any) -> None:
+        self.p, self.g = p, g
+        self.mu_before, self.nu_before = state
+        self.t = t
+        self.rate, self.beta1, self.beta2, self.eps, self.decay = numbers
+
+    @cached_property
+    def gradient(self) -> Any:
+        return self.g
+
+    @cached_property
+    def mu(self) -> Any:
+        return self.beta1 * self.mu_before + (1 - self.beta1) * self.gradient
+
+    @cached_property
+    def nu(self) -> Any:
+        return self.beta2 * self.nu_before + (1 - self.beta2) * (self.gradient * self.gradient)
+
+    @cached_property
+    def corrections(self) -> tuple[float, float]:
+        return 1 - self.beta1**self.t, 1 - self.beta2**self.t
+
+    @cached_property
+    def mean(self) -> Any:
+        return self.mu * (1 / self.corrections[0])
+
+    @cached_property
+    def square(self) -> Any:
+        return self.nu * (1 / self.corrections[1])
+
+    @cached_property
+    def divisor(self) -> Any:
+        return self.square.sqrt() + self.eps
+
+    @cached_property
+    def pull(self) -> Any:
+        return self.decay * self.p
+
+    @cached_property
+    def stepped(self) -> Any:
+        return self.p - self.rate * (self.mean.over(self.divisor) + self.pull)
+
+    @cached_property
+    def state(self) -> tuple[Any, Any]:
+        return self.mu, self.nu
+
+
+class SGD:
+    """One step of one leaf with momentum: p, g and the velocity."""
+
+    def __init__(self, p: Any, g: Any, state: tuple[Any], t: int, numbers: Any) -> None:
+        self.p = p
+        self.rate, self.momentum, self.decay = numbers
+        self.gradient = g + self.decay * p
+        self.state = (self.momentum * state[0] + self.gradient,)
+
+    @cached_property
+    def stepped(self) -> Any:
+        return self.p - self.rate * self.state[0]
+
+
+OPTIMIZERS = {"adamw": (AdamW, 2), "sgd": (SGD, 1)}  # the step, and how many arrays it keeps
+
+
+def deviating(reference: type, changes: Mapping[str, Formula]) -> type:
+    """Return a reference where names have other formulas."""
+    return type(
+        "Deviating",
+        (reference,),
+        {name: cached_property(formula) for name, formula in changes.items()},
+    )

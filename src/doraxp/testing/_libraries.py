@@ -1,0 +1,72 @@
+"""How the kit makes a library's arrays in a storage dtype, and reads them back."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+from doraxp._types import Array
+
+# The module that makes arrays of each library that `doraxp.backends.available` lists.
+MODULES = {
+    "numpy": "numpy",
+    "cupy": "cupy",
+    "torch": "torch",
+    "jax": "jax.numpy",
+    "dask": "dask.array",
+    "array_api_strict": "array_api_strict",
+}
+
+
+class Library:
+    """An array library, by its name in `doraxp.backends.available`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.module = importlib.import_module(MODULES[name])
+
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        """Return what must hold while the library computes."""
+        if self.name != "jax":
+            return contextlib.nullcontext()
+        # Without it JAX takes float64 for float32, and says nothing.
+        enabled: contextlib.AbstractContextManager[None] = importlib.import_module(
+            "jax"
+        ).enable_x64(True)
+        return enabled
+
+    def dtype(self, name: str) -> Any:
+        """Return a dtype of the library; None where it has none of this name."""
+        if (own := getattr(self.module, name, None)) is not None:
+            return own
+        if name == "float16" and self.name == "dask":
+            return np.dtype(name)
+        if name == "bfloat16" and self.name in ("numpy", "cupy"):
+            with contextlib.suppress(ImportError):
+                return np.dtype(importlib.import_module("ml_dtypes").bfloat16)
+        return None
+
+    def asarray(self, values: Any, dtype: str) -> Array:
+        """Return NumPy's values as a fresh array of this library."""
+        array = self.module.asarray(np.array(values))
+        xp = array_api_compat.array_namespace(array)
+        return xp.astype(array, self.dtype(dtype), copy=False)
+
+
+def dtype_name(array: Array) -> str:
+    """Return the name of an array's dtype, without the library's."""
+    return str(array.dtype).rpartition(".")[-1]
+
+
+def as_numpy(array: Array) -> Any:
+    """Return the values on the host, what is narrower than float32 in float32."""
+    xp = array_api_compat.array_namespace(array)
+    if dtype_name(array) in ("float16", "bfloat16"):
+        array = xp.astype(array, xp.float32)
+    read: Callable[[], Any] | None = getattr(array, "get", None)  # CuPy's
+    return np.asarray(array if read is None else read())

@@ -1,0 +1,136 @@
+"""What is right for a case, and how far rounding may lead from it.
+
+    |actual − value| ≤ (u + u₆₄)·error + uₛ·|value| + tiny
+
+u is the unit roundoff of the compute dtype, u₆₄ that of float64, in which `value` itself was
+computed; uₛ is that of the dtype in which the result is stored, where that is a narrower one.
+`error` is the sum over all roundings of the dense formulas, see `_rounding`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from doraxp.testing._catalogue import Case, OptimizerCase, compute_dtype, rounded
+from doraxp.testing._dense import OPTIMIZERS, QUANTITIES, Dense, Formula, deviating
+from doraxp.testing._rounding import Plain, Rounded
+
+UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+TINY = {"float64": 2.0**-1022, "float32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**-24}
+STORED = ("y", "dx", "merged")  # in the dtype of x and of the weight; all else in the compute dtype
+
+
+class Expected(NamedTuple):
+    """A quantity of a case, in float64."""
+
+    value: Any
+    """What the formula gives."""
+    bound: Any
+    """How far from it rounding may lead, for each number."""
+    dtype: str
+    """What it is to be returned in."""
+
+    def share(self, actual: Any) -> float:
+        """Return the largest error in units of its bound; not above 1 is right."""
+        with np.errstate(invalid="ignore", over="ignore"):
+            shares = np.abs(np.asarray(actual, np.float64) - self.value) / self.bound
+        return float(np.max(np.nan_to_num(shares, nan=np.inf), initial=0.0))
+
+    def relative(self, actual: Any) -> float:
+        """Return the largest error over the largest number.
+
+        NaN where every number is below its bound, so that no digit of it is determined: a sum
+        that cancels to 0 has no relative error.
+        """
+        with np.errstate(invalid="ignore", over="ignore"):
+            error = np.abs(np.asarray(actual, np.float64) - self.value)
+        if not np.any(np.abs(self.value) > self.bound):
+            return np.nan
+        return float(np.max(np.nan_to_num(error, nan=np.inf)) / np.max(np.abs(self.value)))
+
+
+def expected(
+    case: Case, dtype: str, changes: Mapping[str, Formula] | None = None
+) -> dict[str, Expected]:
+    """Return the quantities of a layer; with `changes`, those of a deviation."""
+    reference = deviating(Dense, changes) if changes else Dense
+    layer = reference(case.config, case.stored(dtype), Rounded.exact)
+    return {
+        name: _expected(name, getattr(layer, name), shape, dtype)
+        for name, shape in shapes(case).items()
+    }
+
+
+def expected_steps(
+    case: OptimizerCase, dtype: str, changes: Mapping[str, Formula] | None = None
+) -> dict[str, Expected]:
+    """Return the parameters after each step of an optimizer, as "lora_a 1" and so on."""
+    return {
+        name: _expected(name, number, number.value.shape, dtype)
+        for name, number in _steps(case, dtype, Rounded.exact, changes).items()
+    }
+
+
+def in_the_dtype(case: Case | OptimizerCase, dtype: str) -> dict[str, Any]:
+    """Return what the dense formulas give where NumPy computes them in the dtype itself."""
+
+    def plain(array: Any) -> Any:
+        return np.asarray(array, compute_dtype(dtype)).view(Plain)
+
+    if isinstance(case, OptimizerCase):
+        return {name: np.asarray(p) for name, p in _steps(case, dtype, plain, None).items()}
+    layer = Dense(case.config, case.stored(dtype), plain)
+    found = {name: np.asarray(getattr(layer, name)) for name in shapes(case)}
+    return {
+        name: (rounded(array, dtype) if name in STORED else array).reshape(shape)
+        for (name, array), shape in zip(found.items(), shapes(case).values(), strict=True)
+    }
+
+
+def shapes(case: Case) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each quantity; without a bias there is no gradient of it."""
+    like = {name: array.shape for name, array in case.arrays.items()}
+    found = {
+        "norm": like["magnitude"],
+        "merged": like["weight"],
+        "y": like["dy"],
+        "dx": like["x"],
+        "da": like["lora_a"],
+        "db": like["lora_b"],
+        "dm": like["magnitude"],
+        "dw": like["weight"],
+        "dbias": like.get("bias"),
+    }
+    return {name: shape for name in QUANTITIES if (shape := found[name]) is not None}
+
+
+def _steps(
+    case: OptimizerCase, dtype: str, number: Formula, changes: Mapping[str, Formula] | None
+) -> dict[str, Any]:
+    reference, kept = OPTIMIZERS[case.optimizer]
+    if changes:
+        reference = deviating(reference, changes)
+    found = {}
+    for name, values in case.params.items():
+        p = number(values)
+        state = (number(np.zeros_like(values)),) * kept
+        *others, decay = case.numbers.values()
+        numbers = (*others, 0.0 if name == "magnitude" else decay)
+        for t, grads in enumerate(case.grads, start=1):
+            step = reference(p, number(grads[name]), state, t, numbers)
+            p, state = step.stepped, step.state
+            found[f"{name} {t}"] = p
+    return found
+
+
+def _expected(name: str, number: Any, shape: tuple[int, ...], dtype: str) -> Expected:
+    compute = compute_dtype(dtype)
+    value = number.value.reshape(shape)
+    bound = (UNIT_ROUNDOFF[compute] + UNIT_ROUNDOFF["float64"]) * number.error.reshape(shape)
+    bound = bound + TINY[compute]
+    if name not in STORED or dtype == compute:
+        return Expected(value, bound, compute)
+    return Expected(value, bound + UNIT_ROUNDOFF[dtype] * np.abs(value) + TINY[dtype], dtype)

@@ -1,0 +1,185 @@
+"""The yardstick itself: its reference against the oracle, its bounds, and what it refuses."""
+
+from __future__ import annotations
+
+import types
+
+import numpy as np
+import pytest
+import reference
+
+import doraxp
+from doraxp.testing import VERSION, catalogue, compare_backends, optimizer_catalogue
+from doraxp.testing._dense import QUANTITIES
+from doraxp.testing._libraries import Library, as_numpy
+from doraxp.testing._reference import expected, expected_steps, in_the_dtype
+
+PLAIN = [case for case in catalogue() if case.arrays["weight"].ndim == 2]
+RUNS = [(case, dtype) for case in (*catalogue(), *optimizer_catalogue()) for dtype in case.dtypes]
+
+
+def wanted(case, dtype):
+    return (expected if hasattr(case, "config") else expected_steps)(case, dtype)
+
+
+@pytest.mark.once
+def test_every_number_is_within_the_bound_of_rounding(backend):
+    comparison = compare_backends([backend.backend])
+    assert [figure for figure in comparison.figures if not figure.ok] == []
+    assert comparison.ok
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.name)
+def test_the_reference_equals_the_oracle(case):
+    dtype = case.dtypes[-1]
+    arrays = {name: np.asarray(array, float) for name, array in case.stored(dtype).items()}
+    out, inner = arrays["weight"].shape
+    leaves = (arrays[name] for name in ("weight", "lora_a", "lora_b", "magnitude"))
+    exact = reference.solve(
+        reference.Layer(*leaves, case.config.scaling, case.config.form),
+        arrays["x"].reshape(-1, inner),
+        arrays.get("bias", np.zeros(out)),
+        arrays["dy"].reshape(-1, out),
+        case.config.norm_gradient,
+    )
+    theirs = dict(zip(QUANTITIES, exact, strict=True))
+    for name, want in expected(case, dtype).items():
+        # Both are in float64: each may be off by what its own rounding allows.
+        assert want.share(theirs[name].reshape(want.value.shape)) <= 1, name
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), RUNS, ids=lambda value: getattr(value, "name", str(value))
+)
+def test_the_dense_way_is_within_the_bound(case, dtype):
+    found = in_the_dtype(case, dtype)
+    for name, want in wanted(case, dtype).items():
+        assert want.share(found[name]) <= 1, name
+
+
+def test_bounds_are_not_so_wide_that_a_digit_could_hide():
+    """In float32 a sum of six may be off in the sixth digit, not in the third."""
+    (case,) = (case for case in catalogue() if case.name == "tall")
+    for name, want in expected(case, "float32").items():
+        assert np.max(want.bound) < 1e-4 * np.max(np.abs(want.value)), name
+
+
+def test_cases_have_names_and_reasons_of_their_own():
+    cases = (*catalogue(), *optimizer_catalogue())
+    assert len({case.name for case in cases}) == len({case.reason for case in cases}) == len(cases)
+
+
+def test_the_numbers_of_a_version_do_not_change():
+    total = sum(float(np.sum(array)) for case in catalogue()[:4] for array in case.arrays.values())
+    assert VERSION == 1
+    assert total == 24.90162229537964
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "quantity"),
+    [
+        ("merge", lambda merged: merged * 1.001, "merged"),
+        ("merge", lambda merged: merged[:-1], "merged"),
+        ("merge", lambda merged: merged.astype("float16"), "merged"),
+        ("merge", lambda merged: merged * np.nan, "merged"),
+        ("forward", lambda pair: (pair[0] + 1, pair[1]), "y"),
+        ("adamw_step", lambda pair: (pair[0]._replace(magnitude=0 * pair[0][2]), pair[1]), None),
+    ],
+)
+def test_a_wrong_number_shape_or_dtype_is_found(monkeypatch, name, change, quantity):
+    right = getattr(doraxp, name)
+    monkeypatch.setattr(doraxp, name, lambda *args, **kwargs: change(right(*args, **kwargs)))
+    comparison = compare_backends(["numpy"])
+    wrong = {figure.quantity for figure in comparison.figures if not figure.ok}
+    assert not comparison.ok
+    assert wrong == ({quantity} if quantity else {f"magnitude {t}" for t in (1, 2, 3)})
+
+
+def test_what_raises_is_reported_with_its_case(monkeypatch):
+    def broken(*args, **kwargs):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(doraxp, "merge", broken)
+    figures = compare_backends(["numpy"]).figures
+    failures = {figure.failure for figure in figures if not figure.ok}
+    assert failures == {"raises OSError: the disk is full"}
+    layers = sum(len(case.dtypes) for case in catalogue())
+    assert sum(figure.quantity == "all" for figure in figures) == layers
+
+
+def two_libraries(monkeypatch, change=lambda array: array):
+    """Let array-api-strict's name stand for a second NumPy, whose y goes through `change`."""
+    both = [doraxp.backends.Status(name, True, "") for name in ("numpy", "array_api_strict")]
+    monkeypatch.setattr("doraxp.backends.available", lambda: both)
+    modules = {"numpy": np, "array_api_strict": types.SimpleNamespace(**vars(np))}
+    monkeypatch.setattr("importlib.import_module", _import_from(modules))
+    monkeypatch.setattr(modules["array_api_strict"], "asarray", lambda array: change(array))
+
+
+def test_two_backends_with_the_same_bits_agree(monkeypatch):
+    two_libraries(monkeypatch)
+    (pair,) = compare_backends(["numpy", "array_api_strict"]).agreements
+    assert pair == (("numpy", "array_api_strict"), 0.0)
+
+
+@pytest.mark.parametrize("change", [lambda array: 1.01 * array, lambda array: np.nan * array])
+def test_two_backends_that_differ_disagree(monkeypatch, change):
+    two_libraries(monkeypatch, change)
+    comparison = compare_backends(["numpy", "array_api_strict"])
+    assert comparison.agreements[0].share > 1
+    assert not comparison.ok
+
+
+def test_a_backend_that_raises_agrees_with_none(monkeypatch):
+    two_libraries(monkeypatch, lambda array: [][0])
+    assert compare_backends(["numpy", "array_api_strict"]).agreements[0].share == np.inf
+
+
+def test_a_backend_that_is_missing_is_named_with_the_way_to_install_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="jax cannot run here: not installed: pip install jax"):
+        compare_backends(["jax"])
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(["abacus"], "names must be of numpy, .*, got 'abacus'"), ([], "at least one of numpy, ")],
+)
+def test_names_that_are_none_are_refused(names, message):
+    with pytest.raises(ValueError, match=message):
+        compare_backends(names)
+
+
+def test_a_dtype_that_a_library_lacks_is_said_to_be_left_out(monkeypatch):
+    modules = {"numpy": np}
+    monkeypatch.setattr("doraxp.testing._libraries.importlib.import_module", _import_from(modules))
+    assert compare_backends(["numpy"]).left_out == (("numpy", "bfloat16"),)
+
+
+def test_dask_has_float16_though_it_has_no_name_for_it(monkeypatch):
+    monkeypatch.setattr("importlib.import_module", {"dask.array": types.ModuleType("da")}.get)
+    library = Library("dask")
+    assert (library.dtype("float16"), library.dtype("bfloat16")) == (np.float16, None)
+
+
+def test_jax_computes_with_float64_enabled(monkeypatch):
+    jax = types.SimpleNamespace(enable_x64=lambda on: ("enabled", on))
+    monkeypatch.setattr("importlib.import_module", {"jax": jax, "jax.numpy": np}.__getitem__)
+    assert Library("jax").active() == ("enabled", True)
+
+
+def test_arrays_on_a_gpu_are_fetched():
+    class OnDevice(np.ndarray):
+        def get(self):
+            return np.asarray(self) + 1
+
+    assert as_numpy(np.zeros(2).view(OnDevice)).tolist() == [1, 1]
+
+
+def _import_from(modules):
+    def load(name):
+        if name not in modules:
+            raise ImportError(name)
+        return modules[name]
+
+    return load

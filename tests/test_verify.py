@@ -1,0 +1,87 @@
+"""`doraxp verify`: the table, the exit status, the figures, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import doraxp
+from doraxp.cli import main
+
+
+def test_all_that_can_be_used_is_verified(capsys, monkeypatch, tmp_path):
+    usable = [doraxp.backends.Status("numpy", True, ""), doraxp.backends.Status("cupy", False, "")]
+    monkeypatch.setattr("doraxp.backends.available", lambda: usable)
+    path = tmp_path / "figures.json"
+    assert main(["verify", "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads(path.read_text())
+    total = len(report["figures"])
+    assert f"{total} of {total} figures are within their bounds." in printed
+    assert report["ok"]
+    assert {figure["backend"] for figure in report["figures"]} == {"numpy"}
+    assert {figure["dtype"] for figure in report["figures"]} >= {"float32", "float64", "float16"}
+    for word in ("float32", "norm", "merged", "adamw", "sgd", "Dense"):
+        assert word in printed
+
+
+def test_a_wrong_number_is_exit_status_1_and_named(capsys, monkeypatch, tmp_path):
+    right = doraxp.merge
+
+    def wrong(weight, *args, **kwargs):
+        merged = right(weight, *args, **kwargs)
+        return merged * np.inf if weight.shape == (8, 5) else merged
+
+    monkeypatch.setattr(doraxp, "merge", wrong)
+    path = tmp_path / "figures.json"
+    assert main(["verify", "--backend", "numpy", "--json", str(path)]) == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "WRONG numpy, tall, float32, merged: has 40 numbers that are not finite" in printed
+    report = json.loads(path.read_text())
+    (one, _) = (figure for figure in report["figures"] if not figure["ok"])
+    assert (one["case"], one["error"], one["share"]) == ("tall", None, None)
+
+
+def test_a_long_list_of_failures_is_cut(capsys, monkeypatch):
+    right = doraxp.merge
+    monkeypatch.setattr(doraxp, "merge", lambda *args, **kwargs: 1.01 * right(*args, **kwargs))
+    assert main(["verify", "--backend", "numpy"]) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("WRONG") == 20
+    assert "% of its bound" in printed
+    assert "more\n" in printed
+
+
+def test_two_backends_are_said_to_agree_and_what_they_lack_is_said(capsys, monkeypatch):
+    from doraxp.testing import Agreement, Comparison, Figure
+
+    figure = Figure("numpy", "tall", "float32", "y", float("nan"), 0.0, 1.2e-7, 0.5, None)
+    pairs = (Agreement(("numpy", "torch"), 0.25), Agreement(("numpy", "jax"), 1.5))
+    comparison = Comparison(
+        (figure, figure._replace(backend="torch", dtype="float64")), pairs, (("torch", "bfloat16"),)
+    )
+    monkeypatch.setattr("doraxp.cli.verify.compare_backends", lambda *_, **__: comparison)
+    assert main(["verify", "--backend", "numpy"]) == 1
+    printed = capsys.readouterr().out
+    assert "numpy and torch agree: 25 %" in printed
+    assert "numpy and jax DISAGREE: 150 %" in printed
+    assert "torch: no bfloat16 here" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("abacus", "names must be of numpy, "), ("cupy", "cupy cannot run here: ")],
+)
+def test_a_backend_that_cannot_run_is_exit_status_2(capsys, monkeypatch, name, message):
+    nothing = [doraxp.backends.Status(one, False, "no device") for one in ("numpy", "cupy")]
+    monkeypatch.setattr("doraxp.backends.available", lambda: nothing)
+    assert main(["verify", "--backend", name]) == 2
+    assert f"doraxp verify: error: {message}" in capsys.readouterr().err
+
+
+def test_without_the_extra_it_says_how_to_get_it(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["verify"]) == 2
+    assert "pip install 'doraxp[verify]'" in capsys.readouterr().err
