@@ -2,15 +2,27 @@
 
 from doraxp.testing._catalogue import VERSION, Case, OptimizerCase, catalogue, optimizer_catalogue
 from doraxp.testing._compare import Agreement, Comparison, Figure, compare_backends
+from doraxp.testing._implementation import (
+    Conventions,
+    Diagnosis,
+    Finding,
+    Report,
+    check_implementation,
+)
 
 __all__ = [
     "VERSION",
     "Agreement",
     "Case",
     "Comparison",
+    "Conventions",
+    "Diagnosis",
     "Figure",
+    "Finding",
     "OptimizerCase",
+    "Report",
     "catalogue",
+    "check_implementation",
     "compare_backends",
     "optimizer_catalogue",
 ]

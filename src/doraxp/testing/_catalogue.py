@@ -38,6 +38,9 @@ class Case:
         x, weight, lora_a, lora_b, magnitude, dy, and where there is one, bias.
     dtypes : tuple of str
         What x, the weight, the bias and dy are stored in; the adapter is in the compute dtype.
+    extreme : bool
+        Whether the formulas fail where they are computed as they stand: 0/0, or squares that
+        overflow or underflow.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Case:
     config: Config
     arrays: Mapping[str, Any]
     dtypes: tuple[str, ...] = FULL
+    extreme: bool = False
 
     def stored(self, dtype: str) -> dict[str, Any]:
         """Return the arrays rounded to a storage dtype, the adapter to the compute dtype.
@@ -136,8 +140,19 @@ def catalogue() -> tuple[Case, ...]:
             norm_gradient="detached",
         ),
         _case("fresh", "B = 0 and m = ‖w‖: y is the base product", edit=_fresh),
-        _case("zero row", "‖v‖ = 0: the output is the bias, no gradient, no NaN", edit=_zero_row),
-        _case("zero row, direction form", "0 / 0 in W/‖W‖", edit=_zero_row, form="direction"),
+        _case(
+            "zero row",
+            "‖v‖ = 0: the output is the bias, no gradient, no NaN",
+            edit=_zero_row,
+            extreme=True,
+        ),
+        _case(
+            "zero row, direction form",
+            "0 / 0 in W/‖W‖",
+            edit=_zero_row,
+            extreme=True,
+            form="direction",
+        ),
         _case("zero row of W", "only B A is left in a row", edit=_zero_row_of_weight),
         _case("zero magnitude", "g = 0, and B and A of that row stay", edit=_zero_magnitude),
         _case("negative magnitude", "|m| turns a row around", edit=_negative_magnitude),
@@ -149,8 +164,8 @@ def catalogue() -> tuple[Case, ...]:
             edit=_cancelling,
         ),
         _case("dependent A", "B A cancels within itself", out=8, inner=32, edit=_dependent),
-        _case("huge", "squares overflow float32", edit=lambda arrays: _sized(arrays, 1e25)),
-        _case("tiny", "squares underflow float32", edit=lambda arrays: _sized(arrays, 1e-25)),
+        _case("huge", "squares overflow float32", edit=_huge, extreme=True),
+        _case("tiny", "squares underflow float32", edit=_tiny, extreme=True),
         _case("rows of all sizes", "a row of 1e-6 beside one of 1e6", edit=_all_sizes),
         _case("long sums", "rounding adds up", out=40, inner=300, rank=8, tokens=(64,)),
         _case("stack", "experts of a mixture", stack=(2,)),
@@ -195,6 +210,7 @@ def _case(
     bias: bool = True,
     edit: Callable[[Arrays], Arrays] = dict,
     dtypes: tuple[str, ...] = FULL,
+    extreme: bool = False,
     **choices: Any,
 ) -> Case:
     rng = np.random.default_rng(zlib.crc32(name.encode()))
@@ -213,7 +229,7 @@ def _case(
     arrays = {key: rounded(array, "float16").astype(float) for key, array in arrays.items()}
     if not bias:
         del arrays["bias"]
-    return Case(name, reason, Config(rank, alpha, **choices), edit(arrays), dtypes)
+    return Case(name, reason, Config(rank, alpha, **choices), edit(arrays), dtypes, extreme)
 
 
 def _steps(
@@ -272,6 +288,14 @@ def _dependent(arrays: Arrays) -> Arrays:
     a[1] = a[0] + 2**-9 * np.round(a[1] * 8) / 8
     b[:, 1] = -b[:, 0]
     return {**arrays, "lora_a": a, "lora_b": 64 * b}
+
+
+def _huge(arrays: Arrays) -> Arrays:
+    return _sized(arrays, 1e25)
+
+
+def _tiny(arrays: Arrays) -> Arrays:
+    return _sized(arrays, 1e-25)
 
 
 def _sized(arrays: Arrays, size: float) -> Arrays:

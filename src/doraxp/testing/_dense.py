@@ -127,12 +127,8 @@ class Dense:
         return self.s * (self.dv @ self.a.mT)
 
     @cached_property
-    def dm_column(self) -> Any:
-        return self.dgain.over(self.n)
-
-    @cached_property
     def dm(self) -> Any:
-        return self.dm_column[..., 0]
+        return self.dgain.over(self.n)[..., 0]
 
     @cached_property
     def dw(self) -> Any:
@@ -149,8 +145,10 @@ class Dense:
 class AdamW:
     """One step of one leaf: p, g, the moments mu and nu, and t, which counts from 1."""
 
-    def __init__(self, p: Any, g: Any, state: tuple[Any, Any], t: int, numbers: Any) -> None:
-        self.p, self.g = p, g
+    def __init__(
+        self, p: Any, g: Any, state: tuple[Any, Any], t: int, spared: bool, numbers: Any
+    ) -> None:
+        self.p, self.g, self.spared = p, g, spared
         self.mu_before, self.nu_before = state
         self.t = t
         self.rate, self.beta1, self.beta2, self.eps, self.decay = numbers
@@ -185,7 +183,7 @@ class AdamW:
 
     @cached_property
     def pull(self) -> Any:
-        return self.decay * self.p
+        return 0.0 if self.spared else self.decay * self.p
 
     @cached_property
     def stepped(self) -> Any:
@@ -199,10 +197,12 @@ class AdamW:
 class SGD:
     """One step of one leaf with momentum: p, g and the velocity."""
 
-    def __init__(self, p: Any, g: Any, state: tuple[Any], t: int, numbers: Any) -> None:
+    def __init__(
+        self, p: Any, g: Any, state: tuple[Any], t: int, spared: bool, numbers: Any
+    ) -> None:
         self.p = p
-        self.rate, self.momentum, self.decay = numbers
-        self.gradient = g + self.decay * p
+        self.rate, self.momentum, decay = numbers
+        self.gradient = g if spared else g + decay * p
         self.state = (self.momentum * state[0] + self.gradient,)
 
     @cached_property

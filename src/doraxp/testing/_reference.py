@@ -9,7 +9,7 @@ computed; uₛ is that of the dtype in which the result is stored, where that is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,14 +53,18 @@ class Expected(NamedTuple):
 
 
 def expected(
-    case: Case, dtype: str, changes: Mapping[str, Formula] | None = None
+    case: Case,
+    dtype: str,
+    changes: Mapping[str, Formula] | None = None,
+    names: Collection[str] = QUANTITIES,
 ) -> dict[str, Expected]:
-    """Return the quantities of a layer; with `changes`, those of a deviation."""
+    """Return quantities of a layer; with `changes`, those of a deviation."""
     reference = deviating(Dense, changes) if changes else Dense
     layer = reference(case.config, case.stored(dtype), Rounded.exact)
     return {
         name: _expected(name, getattr(layer, name), shape, dtype)
         for name, shape in shapes(case).items()
+        if name in names
     }
 
 
@@ -117,10 +121,9 @@ def _steps(
     for name, values in case.params.items():
         p = number(values)
         state = (number(np.zeros_like(values)),) * kept
-        *others, decay = case.numbers.values()
-        numbers = (*others, 0.0 if name == "magnitude" else decay)
+        spared = name == "magnitude"  # from the decay
         for t, grads in enumerate(case.grads, start=1):
-            step = reference(p, number(grads[name]), state, t, numbers)
+            step = reference(p, number(grads[name]), state, t, spared, case.numbers.values())
             p, state = step.stepped, step.state
             found[f"{name} {t}"] = p
     return found

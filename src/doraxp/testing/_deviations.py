@@ -1,0 +1,207 @@
+"""What implementations of DoRA get wrong: each deviation as the formulas that it replaces.
+
+    name in words: {quantity of `Dense` or `AdamW`: its formula there}
+
+All that depends on a quantity follows from the replaced one, so a deviation of the forward has its
+own gradients, as autograd would give them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from doraxp.testing._dense import AdamW, Dense, Formula
+
+Changes: TypeAlias = Mapping[str, Formula]
+
+
+def original(name: str) -> Formula:
+    """Return the formula that the reference has for a quantity."""
+    formula: Formula = getattr(Dense if hasattr(Dense, name) else AdamW, name).func
+    return formula
+
+
+def times(name: str, factor: Formula) -> Changes:
+    """Return the change that multiplies one quantity."""
+    return {name: lambda d: original(name)(d) * factor(d)}
+
+
+def through_norm(d: Any) -> Any:
+    """Return the part of dV that goes through the norm."""
+    return d.dv - d.gain * d.dmerged
+
+
+def bias_gain(d: Any) -> Any:
+    """Return the gradient of the gain where it scales the bias."""
+    return (d.dy * d.bias).sum(-2)[..., None]
+
+
+def eps(size: float) -> Changes:
+    """Return the change that adds a number to the norm."""
+    return {"n": lambda d: d.v.norms() + size, "slope": lambda d: d.v.over(d.v.norms())}
+
+
+def per_token(d: Any) -> float:
+    """Return one over the number of tokens."""
+    return float(1 / max(1, d.dy.value.shape[-2]))
+
+
+FORWARD: dict[str, Changes] = {
+    "the bias is scaled by m/n, so that forward is not merge": {
+        "y": lambda d: d.x @ d.merged.mT + d.bias * d.gain.mT,
+        "dbias": lambda d: (d.dy * d.gain.mT).sum(-2),
+        "dgain": lambda d: original("dgain")(d) + bias_gain(d),
+    },
+    "the bias is left out": {"y": lambda d: d.x @ d.merged.mT},
+    "the norm runs over the input axis": {
+        "n": lambda d: d.v.norms(-2),
+        "norm": lambda d: d.n[..., 0, :],
+        "gain": lambda d: d.m.mT.over(d.n),
+        "dgain": lambda d: (d.dmerged * d.v).sum(-2, keepdims=True),
+        "dm": lambda d: d.dgain.over(d.n)[..., 0, :],
+    },
+    "the norm of a column scales the row": {
+        "n": lambda d: d.v.norms(-2).mT,
+        "through_norm": lambda d: (d.dnorm.mT * d.v).over(d.n.mT),
+    },
+    "the norm is that of the base weight": {
+        "n": lambda d: d.base.norms(),
+        "through_norm": lambda d: 0.0,
+    },
+    "the norm is that of the update": {
+        "n": lambda d: d.update.norms(),
+        "slope": lambda d: d.update.over(d.n),
+    },
+    "the norm is that of the whole matrix": {
+        "n": lambda d: d.v.norms().norms(-2),
+        "norm": lambda d: (d.n + 0.0 * d.m)[..., 0],
+        "dnorm": lambda d: -((d.gain * d.dgain).over(d.n).sum(-2, keepdims=True)),
+    },
+    "the norm is not rooted": {
+        "n": lambda d: d.v.norms() * d.v.norms(),
+        "slope": lambda d: 2.0 * d.v,
+    },
+    **{f"{size:g} is added to the norm": eps(size) for size in (1e-12, 1e-8, 1e-6, 1e-5)},
+    "the direction form": {"in_direction_form": lambda d: True},
+    "the weight form": {"in_direction_form": lambda d: False},
+    "alpha where s belongs": {"s": lambda d: d.config.alpha},
+    "s is left out": {"s": lambda d: 1.0},
+    "s is applied twice": {"s": lambda d: original("s")(d) ** 2},
+    "1/s where s belongs": {"s": lambda d: 1 / original("s")(d)},
+    "s = alpha/√rank": {"s": lambda d: d.config.alpha / d.rank**0.5},
+    "the update is subtracted": times("update", lambda d: -1.0),
+    "the update is left out": times("update", lambda d: 0.0),
+    "m is not divided by n": {
+        "gain": lambda d: d.m,
+        "dm": lambda d: d.dgain[..., 0],
+        "through_norm": lambda d: 0.0,
+    },
+    "m/n is left out, as in LoRA": {
+        "gain": lambda d: 0.0 * d.m + 1.0,
+        "dm": lambda d: 0.0 * d.dgain[..., 0],
+        "through_norm": lambda d: 0.0,
+    },
+    "m/n is applied twice": {
+        "gain": lambda d: d.m.over(d.n) * d.m.over(d.n),
+        "dm": lambda d: (2.0 * (d.m * d.dgain).over(d.n * d.n))[..., 0],
+        "dnorm": lambda d: -2.0 * (d.gain * d.dgain).over(d.n),
+    },
+    "|m| where m belongs": {
+        "gain": lambda d: abs(d.m).over(d.n),
+        "dm": lambda d: (d.dgain * d.m.over(abs(d.m))).over(d.n)[..., 0],
+    },
+}
+
+BACKWARD: dict[str, Changes] = {
+    "the norm is detached": {"through_norm": lambda d: 0.0},
+    "the norm is not detached": {"through_norm": lambda d: d.dnorm * d.slope},
+    "the gradient through the norm has the wrong sign": {
+        "dv": lambda d: d.gain * d.dmerged - d.through_norm
+    },
+    "the gradient through the norm lacks m/n": {"dnorm": lambda d: -(d.dgain.over(d.n))},
+    "the gradient through the norm lacks 1/n": {"dnorm": lambda d: -(d.gain * d.dgain)},
+    "the gradients of A, B and W lack m/n": {
+        "dv": lambda d: d.dmerged + original("dv")(d) - d.gain * d.dmerged
+    },
+    "dA lacks m/n": {"da": lambda d: d.s * (d.b.mT @ (d.dmerged + through_norm(d)))},
+    "dB lacks m/n": {"db": lambda d: d.s * ((d.dmerged + through_norm(d)) @ d.a.mT)},
+    "dA lacks s": {"da": lambda d: d.b.mT @ d.dv},
+    "dB lacks s": {"db": lambda d: d.dv @ d.a.mT},
+    "dA has s twice": times("da", lambda d: d.s),
+    "dB has s twice": times("db", lambda d: d.s),
+    "dA has the wrong sign": times("da", lambda d: -1.0),
+    "dB has the wrong sign": times("db", lambda d: -1.0),
+    "dm has the wrong sign": times("dm", lambda d: -1.0),
+    "dx has the wrong sign": times("dx", lambda d: -1.0),
+    "dA lacks the gradient through the norm": {
+        "da": lambda d: d.s * (d.b.mT @ (d.gain * d.dmerged))
+    },
+    "dB lacks the gradient through the norm": {
+        "db": lambda d: d.s * ((d.gain * d.dmerged) @ d.a.mT)
+    },
+    "dW lacks the gradient through the norm": {"dw": lambda d: d.gain * d.dmerged},
+    "dA's part through the norm lacks s": {
+        "da": lambda d: d.s * (d.b.mT @ (d.gain * d.dmerged)) + d.b.mT @ through_norm(d)
+    },
+    "dB's part through the norm lacks s": {
+        "db": lambda d: d.s * ((d.gain * d.dmerged) @ d.a.mT) + through_norm(d) @ d.a.mT
+    },
+    "dx lacks m/n": {"dx": lambda d: d.dy @ d.v},
+    "dx lacks the update": {"dx": lambda d: d.dy @ (d.gain * d.base)},
+    "dx lacks the base": {"dx": lambda d: d.dy @ (d.gain * d.update)},
+    "dm is not divided by n": {"dm": lambda d: d.dgain[..., 0]},
+    "dm is divided by n twice": {"dm": lambda d: d.dgain.over(d.n).over(d.n)[..., 0]},
+    "dm is made from y, bias and all": {
+        "dm": lambda d: (d.dgain.over(d.n) + bias_gain(d).over(d.m))[..., 0]
+    },
+    "dm has m/n once more": {"dm": lambda d: (d.gain * d.dgain).over(d.n)[..., 0]},
+    "dbias is scaled by m/n": {"dbias": lambda d: (d.dy * d.gain.mT).sum(-2)},
+    "dA, dB, dm and dbias are means over the tokens": {
+        **times("dmerged", per_token),
+        **times("dbias", per_token),
+    },
+    "dbias is a mean over the tokens": times("dbias", per_token),
+    "dm is a mean over the tokens": times("dm", per_token),
+    "dW is that of the weight form": {"dw": lambda d: d.dv},
+    "dW lacks its projection": {"dw": lambda d: d.dv.over(d.w.norms())},
+}
+
+STEP: dict[str, Changes] = {
+    "the bias corrections are one step ahead": {
+        "corrections": lambda d: (1 - d.beta1 ** (d.t + 1), 1 - d.beta2 ** (d.t + 1))
+    },
+    "there are no bias corrections": {"corrections": lambda d: (1.0, 1.0)},
+    "mu has no bias correction": {"mean": lambda d: d.mu},
+    "nu has no bias correction": {"square": lambda d: d.nu},
+    "the bias corrections are those of step 1": {
+        "corrections": lambda d: (1 - d.beta1, 1 - d.beta2)
+    },
+    "the betas are swapped": {
+        "mu": lambda d: d.beta2 * d.mu_before + (1 - d.beta2) * d.gradient,
+        "nu": lambda d: d.beta1 * d.nu_before + (1 - d.beta1) * (d.gradient * d.gradient),
+        "corrections": lambda d: (1 - d.beta2**d.t, 1 - d.beta1**d.t),
+    },
+    "mu lacks 1 − β₁": {"mu": lambda d: d.beta1 * d.mu_before + d.gradient},
+    "nu lacks 1 − β₂": {"nu": lambda d: d.beta2 * d.nu_before + d.gradient * d.gradient},
+    "the moments are forgotten": {
+        "mu": lambda d: (1 - d.beta1) * d.gradient,
+        "nu": lambda d: (1 - d.beta2) * (d.gradient * d.gradient),
+    },
+    "the root of nu is left out": {"divisor": lambda d: d.square + d.eps},
+    "eps is under the root": {"divisor": lambda d: (d.square + d.eps).sqrt()},
+    "eps is added before the bias correction": {
+        "divisor": lambda d: (d.nu.sqrt() + d.eps) * d.corrections[1] ** -0.5
+    },
+    "eps is left out": {"divisor": lambda d: d.square.sqrt()},
+    "the decay is coupled, as in Adam": {
+        "gradient": lambda d: d.g + original("pull")(d),
+        "pull": lambda d: 0.0,
+    },
+    "the decay is left out": {"pull": lambda d: 0.0},
+    "the decay is not multiplied by the learning rate": {
+        "stepped": lambda d: d.p - d.rate * d.mean.over(d.divisor) - d.pull
+    },
+    "the magnitude decays too": {"pull": lambda d: d.decay * d.p},
+    "the step goes uphill": {"stepped": lambda d: d.p + d.rate * (d.mean.over(d.divisor) + d.pull)},
+}
