@@ -15,7 +15,7 @@ nox.options.error_on_missing_interpreters = True
 nox.options.sessions = ["tests(numpy)", "tests(strict)", "tests(cupy)", "lint", "typecheck", "docs"]
 
 PROJECT = nox.project.load_toml("pyproject.toml")
-EXTRAS = "demo,checkpoint"
+EXTRAS = "bench,demo,checkpoint"
 LANES = {"dask": ("dask", "distributed")}
 PEFT = ("test_peft", "test_checkpoint_peft", "test_merge_real")
 PYTHONS = nox.project.python_versions(PROJECT)  # those of the classifiers
@@ -63,10 +63,19 @@ def peft(session: nox.Session) -> None:
 def lowest(session: nox.Session) -> None:
     """Run the NumPy tests on the lowest versions that the package says it runs on."""
     extras = PROJECT["project"]["optional-dependencies"]
-    needs = PROJECT["project"]["dependencies"] + extras["demo"] + extras["checkpoint"]
+    needs = (
+        PROJECT["project"]["dependencies"] + extras["demo"] + extras["checkpoint"] + extras["bench"]
+    )
     floors = [need.replace(">=", "==", 1) for need in needs]
     install(session, "test", constraints=floors)
     pytest(session, "--backend", "numpy", "tests")
+
+
+@nox.session(name="bench-check")
+def bench_check(session: nox.Session) -> None:
+    """Hold the speed to the project's goals, beside PEFT; by itself, on a machine at rest."""
+    install(session, "peft")
+    session.run("python", "benchmarks/check.py")
 
 
 @nox.session

@@ -11,14 +11,15 @@ import sys
 from collections.abc import Sequence
 
 import doraxp
-from doraxp.cli import convert, demo, inspect, merge, verify
+from doraxp.cli import bench, convert, demo, inspect, merge, verify
 
 _COMMANDS = {
     "demo": demo,
+    "bench": bench,
+    "verify": verify,
     "merge": merge,
     "convert": convert,
     "inspect": inspect,
-    "verify": verify,
 }
 
 

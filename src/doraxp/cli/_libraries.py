@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import platform
 from collections.abc import Callable
@@ -36,6 +37,8 @@ def library(name: str) -> Library:
         return Library(name, asarray, module.jit, module.block_until_ready)
     if name == "cupy":
         return Library(name, module.asarray, _as_it_is, _wait_for_cupy)
+    if name == "torch":
+        return Library(name, functools.partial(_tensor, module), _as_it_is, _as_it_is)
     return Library(name, module.asarray, _as_it_is, _as_it_is)
 
 
@@ -43,6 +46,12 @@ def versions(*names: str) -> dict[str, str]:
     """Return the versions of doraxp, Python and modules."""
     modules = {name: str(importlib.import_module(name).__version__) for name in names}
     return {"doraxp": doraxp.__version__, "python": platform.python_version(), **modules}
+
+
+def _tensor(torch: Any, array: Array) -> Array:
+    if array.dtype.name == "bfloat16":  # that of ml_dtypes, which PyTorch does not know
+        return torch.asarray(array.view("int16")).view(torch.bfloat16)
+    return torch.asarray(array)
 
 
 def _as_it_is(value: Any) -> Any:

@@ -1,0 +1,175 @@
+"""PEFT's DoRA and LoRA, and torch.optim.AdamW, as contestants. Tested beside PEFT only.
+
+Everything comes in the weight's dtype, as PEFT wants it. The layers get copies of the arrays.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, TypeAlias
+
+from doraxp._types import Adapter, Array
+from doraxp.cli._bench.cases import LEARNING_RATE, Case, Inputs, draw
+from doraxp.cli._bench.contestants import LAYERS, Contestant
+from doraxp.cli._libraries import library
+
+LIBRARY = "PEFT"
+Make: TypeAlias = Callable[[], Any]
+"""Makes a layer."""
+
+
+def why_not() -> str | None:
+    """Return why PEFT cannot take part, or None where it can."""
+    return None if importlib.util.find_spec("peft") else "not installed: pip install peft"
+
+
+def contestants(task: str, case: Case) -> Iterator[Contestant]:
+    """Yield PEFT's, or for adamw PyTorch's own."""
+    if task == "adamw":  # in the compute dtype: in float16 the squares are 0
+        yield _adamw(Adapter(*map(library("torch").asarray, draw(case).adapter)))
+        return
+    inputs = _tensors(draw(case))
+    for kind in ("DoRA", "LoRA") if task in ("forward", "step", "evaluation") else ("DoRA",):
+        yield from _ENTRIES[task](
+            kind, partial(layer_of, inputs, case, use_dora=kind == "DoRA"), inputs
+        )
+
+
+def layer_of(inputs: Inputs, case: Case, *, use_dora: bool) -> Any:
+    """Return PEFT's linear layer with copies of these tensors."""
+    import peft
+    import torch
+
+    weight, adapter, *_ = inputs
+    base: Any = torch.nn.Sequential(
+        torch.nn.Linear(case.inner, case.out, bias=False, device="meta")
+    )
+    base[0].weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+    config = peft.LoraConfig(
+        r=case.rank,
+        lora_alpha=case.rank,  # s = 1, as in `Case.config`
+        target_modules=["0"],
+        use_dora=use_dora,
+        lora_dropout=0.0,
+    )
+    model: Any = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
+    layer = model.base_model.model[0]
+    leaves = [layer.lora_A, layer.lora_B, layer.lora_magnitude_vector]
+    for holder, leaf in zip(leaves[: 2 + use_dora], adapter, strict=False):
+        holder["default"].weight.data = leaf.clone()
+    return layer
+
+
+def _tensors(inputs: Inputs) -> Inputs:
+    asarray = library("torch").asarray
+    weight = asarray(inputs.weight)
+    return Inputs(
+        weight,
+        type(inputs.adapter)(*(asarray(leaf).to(weight.dtype) for leaf in inputs.adapter)),
+        *(asarray(array).to(weight.dtype) for array in (inputs.x, inputs.dy)),
+    )
+
+
+def _forward(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
+    layer = make()
+    yield _entry(kind, kind, lambda: layer(inputs.x), lambda y: {"y": y.detach()})
+
+
+def _step(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
+    import torch
+
+    layer, x = make(), inputs.x.clone().requires_grad_()
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    names = ("y", "dx", "dA", "dB", "dm")
+
+    def call() -> Any:
+        y = layer(x)
+        return y, *torch.autograd.grad(y, [x, *trained], inputs.dy)
+
+    def answer(result: Any) -> dict[str, Array]:
+        return dict(zip(names, (array.detach() for array in result), strict=False))
+
+    yield _entry(kind, kind, call, answer)
+
+
+def _evaluation(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
+    import torch
+    from peft.helpers import DoraCaching
+
+    # Without DoraCaching a call empties the cache: each way has a layer of its own.
+    for caching in (False, True) if kind == "DoRA" else (False,):
+        layer = make().eval()
+
+        def call(layer: Any = layer, caching: bool = caching) -> Any:
+            with torch.no_grad(), DoraCaching(caching):
+                return layer(inputs.x)
+
+        name = f"{kind}, DoraCaching" if caching else kind
+        yield _entry(name, kind, call, lambda y: {"y": y})
+
+
+def _norm(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
+    import torch
+
+    layer = make()
+    dora = layer.lora_magnitude_vector["default"]
+    a, b = layer.lora_A["default"], layer.lora_B["default"]
+
+    @torch.no_grad()
+    def call() -> Any:
+        update = dora.get_lora_weight(a, b)
+        return dora.get_weight_norm(inputs.weight, update, layer.scaling["default"])
+
+    yield _entry(kind, kind, call, lambda norm: {"n": norm})
+
+
+def _merge(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
+    layer = make()
+    base = layer.get_base_layer()
+
+    def reset() -> None:
+        base.weight.data = inputs.weight.clone()
+        layer.merged_adapters.clear()
+        layer._caches.clear()
+
+    def call() -> Any:
+        layer.merge(safe_merge=False)
+        return base.weight.data
+
+    yield _entry(kind, kind, call, lambda merged: {"W'": merged}, reset)
+
+
+_ENTRIES: dict[str, Callable[[str, Make, Inputs], Iterator[Contestant]]] = {
+    "forward": _forward,
+    "step": _step,
+    "evaluation": _evaluation,
+    "norm": _norm,
+    "merge": _merge,
+}
+
+
+def _entry(
+    name: str,
+    kind: str,
+    call: Callable[[], Any],
+    answer: Callable[[Any], dict[str, Array]],
+    reset: Callable[[], None] = lambda: None,
+) -> Contestant:
+    return Contestant(name, LIBRARY, "detached" if kind == "DoRA" else kind, call, answer, reset)
+
+
+def _adamw(adapter: Adapter) -> Contestant:
+    import torch
+
+    leaves = [torch.nn.Parameter(leaf.clone()) for _ in range(LAYERS) for leaf in adapter]
+    for leaf in leaves:
+        leaf.grad = leaf.detach().clone()
+    optimizer = torch.optim.AdamW(leaves, lr=LEARNING_RATE, weight_decay=0)
+
+    def answer(result: Any) -> dict[str, Array]:
+        names = adapter._fields
+        return {name: p.detach() for name, p in zip(names, leaves[-3:], strict=True)}
+
+    return Contestant("torch.optim.AdamW", LIBRARY, "exact", optimizer.step, answer)

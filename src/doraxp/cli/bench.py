@@ -1,0 +1,171 @@
+"""`doraxp bench`: what an adapted layer costs beside the bare one, and beside PEFT's."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+from itertools import product
+
+from doraxp.backends import available
+from doraxp.cli._arguments import backend, integer, lacks, output
+from doraxp.cli._bench import peft
+from doraxp.cli._bench.cases import DTYPES, TASKS, Case
+from doraxp.cli._libraries import BACKENDS, versions
+from doraxp.cli._report import write_json
+
+SUMMARY = (
+    "Measure time and memory of doraxp beside the bare products, and beside PEFT where it is "
+    "installed: all in one process, checked for the same answers, ratios first."
+)
+DEFAULTS = ("numpy", "torch", "jax")
+TOKENLESS = ("norm", "merge", "adamw")
+"""Tasks that tokens make no difference to: done once for all."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "--shapes",
+        type=shape,
+        nargs="+",
+        default=[(4096, 4096)],
+        metavar="OUTxIN",
+        help="of the weight (default: 4096x4096)",
+    )
+    for name, default, what in (("tokens", [1, 512], "in x"), ("rank", [16], "of the adapter")):
+        parser.add_argument(
+            f"--{name}",
+            type=integer(1),
+            nargs="+",
+            default=default,
+            metavar="N",
+            help=f"{what} (default: {' '.join(map(str, default))})",
+        )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        nargs="+",
+        default=["float32"],
+        help="that the weight is stored in (default: float32)",
+    )
+    parser.add_argument(
+        "--backend",
+        type=backend,
+        action="append",
+        metavar="{" + ",".join(BACKENDS) + "}",
+        help="array library, repeatable; PEFT takes part where torch does and it is installed "
+        f"(default: those of {', '.join(DEFAULTS)} that are installed)",
+    )
+    parser.add_argument(
+        "--tasks", choices=TASKS, nargs="+", default=list(TASKS), help="(default: all)"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=integer(2),
+        default=5,
+        metavar="N",
+        help="how many samples of each contestant are taken (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json", type=output(".json"), metavar="FILE", help="write every figure, of each round"
+    )
+
+
+def shape(text: str) -> tuple[int, int]:
+    """Parse OUTxIN."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"must be OUTxIN, as 4096x11008, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print the tables, save the figures."""
+    if lacks("bench", "rich", "threadpoolctl", "ml_dtypes"):
+        return 2
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from doraxp.cli._bench import memory
+    from doraxp.cli._bench.measure import Measured, WrongAnswerError, measure
+    from doraxp.cli._bench.report import figures, print_tables
+
+    for (out, inner), rank in product(arguments.shapes, arguments.rank):
+        if rank > min(out, inner):
+            return _refuse(f"--rank must be in 1..{min(out, inner)} for {out}x{inner}, got {rank}")
+    libraries, missing = _libraries(arguments.backend)
+    jobs = list(_jobs(arguments))
+    results: list[Measured] = []
+    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with (
+        memory.child() as child,
+        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
+    ):
+        bar = progress.add_task("", total=len(jobs) * (arguments.rounds + 2))
+        for case, task in jobs:
+            progress.update(bar, description=f"{case}: {task}")
+            try:
+                results += measure(
+                    task,
+                    case,
+                    libraries,
+                    rounds=arguments.rounds,
+                    child=child,
+                    on_part=lambda: progress.advance(bar),
+                )
+            except WrongAnswerError as error:
+                return _refuse(f"wrong answer: {error}")
+    console, counts = Console(), threads()
+    print_tables(results, console)
+    console.print(f"Medians of {arguments.rounds} rounds; ± half the distance of the quartiles.")
+    console.print("Threads: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+    for name, reason in missing.items():
+        console.print(f"Without {name}: {reason}", soft_wrap=True)
+    if arguments.json is not None:
+        modules = dict.fromkeys(["numpy", *(name.lower() for name in libraries)])
+        head = {"versions": versions(*modules), "threads": counts, "missing": missing}
+        write_json(arguments.json, {**head, "results": figures(results)})
+        console.print(f"Figures: {arguments.json}", soft_wrap=True)
+    return 0
+
+
+def threads() -> dict[str, int]:
+    """Return how many threads each pool of this process has."""
+    import threadpoolctl
+
+    counts = {
+        str(pool["prefix"]): int(pool["num_threads"]) for pool in threadpoolctl.threadpool_info()
+    }
+    torch = sys.modules.get("torch")  # its MKL is linked in, where nobody else can ask it
+    return counts if torch is None else {**counts, "torch": torch.get_num_threads()}
+
+
+def _jobs(arguments: argparse.Namespace) -> Iterator[tuple[Case, str]]:
+    for (out, inner), rank, dtype in product(arguments.shapes, arguments.rank, arguments.dtype):
+        for tokens in arguments.tokens:
+            for task in arguments.tasks:
+                if task not in TOKENLESS or tokens == arguments.tokens[0]:
+                    yield Case(out, inner, tokens, rank, dtype), task
+
+
+def _libraries(asked: list[str] | None) -> tuple[list[str], dict[str, str]]:
+    """Return who takes part, and why the others cannot."""
+    missing: dict[str, str] = {}
+    if asked is None:
+        states = [status for status in available() if status.name in DEFAULTS]
+        asked = [status.name for status in states if status.usable]
+        missing = {status.name: status.detail for status in states if not status.usable}
+    libraries = list(dict.fromkeys(asked))
+    reason = peft.why_not()
+    if reason is not None:
+        missing[peft.LIBRARY] = reason
+    elif "torch" in libraries:
+        libraries.append(peft.LIBRARY)
+    return libraries, missing
+
+
+def _refuse(message: str) -> int:
+    print(f"doraxp bench: error: {message}", file=sys.stderr)
+    return 2

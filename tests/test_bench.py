@@ -1,0 +1,200 @@
+"""`doraxp bench`: every task is answered rightly, and what it shows is what it measured."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from concurrent.futures import Future
+
+import ml_dtypes
+import numpy as np
+import pytest
+from rich.console import Console
+
+from doraxp.backends import Status
+from doraxp.cli import main
+from doraxp.cli._bench import contestants, measure, memory, peft
+from doraxp.cli._bench.cases import DTYPES, TASKS, Case
+from doraxp.cli._bench.measure import Measured
+from doraxp.cli._bench.report import print_tables, ratios
+from doraxp.cli._libraries import library
+from doraxp.cli.bench import _libraries, threads
+
+CASE = Case(24, 16, 5, 4)
+
+
+class Here:
+    """Measures memory in this process: a fresh one takes seconds."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *args):
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(memory, "child", Here)
+    monkeypatch.setattr(measure, "SECONDS", 1e-6)
+    monkeypatch.setattr(measure, "SETTLE", 0)
+
+
+def bench(*arguments):
+    return main(["bench", "--shapes", "24x16", "--rank", "4", "--rounds", "2", *arguments])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_contestant_is_checked_and_reported(quick, tmp_path, capsys, dtype):
+    path = tmp_path / "out.json"
+    tokens = ("--tokens", "1", "5")
+    assert bench("--backend", "numpy", "--dtype", dtype, *tokens, "--json", str(path)) == 0
+    report = json.loads(path.read_text())
+    done = [(entry["task"], entry["case"]["tokens"]) for entry in report["results"]]
+    assert {task for task, _ in done} == set(TASKS)
+    assert ("step", 5) in done
+    assert ("merge", 1) in done
+    assert ("merge", 5) not in done  # tokens make no difference to it
+    assert all(len(entry["seconds"]) == 2 for entry in report["results"])
+    bare = [entry for entry in report["results"] if "bare" in entry["contestant"]]
+    assert all(entry["over_bare_numpy"] == [1.0, 1.0, 1.0] for entry in bare)
+    assert report["versions"]["numpy"] == np.__version__
+    text = capsys.readouterr().out
+    assert text.index("Ratios of time") < text.index("Times and memory")
+    assert "Threads: " in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_wrong_answer_is_named_and_nothing_is_timed(quick, monkeypatch, capsys, task):
+    rightly = contestants.contestants
+
+    def wrongly(*args):
+        for entrant in rightly(*args):
+            right = entrant.answer
+            yield entrant._replace(
+                answer=lambda made, right=right: {
+                    name: np.where(np.arange(array.size).reshape(array.shape) == 3, 9.0, array)
+                    for name, array in right(made).items()
+                }
+            )
+
+    monkeypatch.setattr(contestants, "contestants", wrongly)
+    monkeypatch.setattr(measure, "time_all", lambda *_: pytest.fail("it was timed"))
+    assert bench("--backend", "numpy", "--tasks", task) == 2
+    assert f"wrong answer: {task}, numpy, " in capsys.readouterr().err
+
+
+def test_ratios_are_of_the_same_round():
+    def of(library, kind, *seconds):
+        return Measured(CASE, "step", kind, library, kind, list(seconds), 2**20)
+
+    bare, ours = of("numpy", "bare", 1.0, 2.0, 4.0), of("numpy", "exact", 2.0, 4.0, 8.0)
+    theirs = of("PEFT", "detached", 6.0, 12.0, 24.0)
+    task = [bare, ours, of("torch", "bare", 2.0, 4.0, 8.0), theirs]
+    twice, thrice = (2.0, 2.0, 2.0), (3.0, 3.0, 3.0)
+    assert tuple(ratios(ours, task).values()) == (twice, twice, thrice)
+    assert tuple(ratios(theirs, task).values()) == ((6.0,) * 3, thrice, None)
+    assert ratios(ours, [ours])["over_bare_numpy"] is None
+
+
+def test_what_cannot_be_measured_is_a_dash(capsys):
+    print_tables([Measured(CASE, "norm", "a", "cupy", "exact", [1.0, 1.0], None)], Console())
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "cupy" in line]
+    assert rows == [
+        ["norm", "a", "cupy", "–", "–", "–"],
+        ["norm", "a", "cupy", "1e+03", "1e+03–1e+03", "–"],
+    ]
+
+
+def test_the_peak_is_what_the_call_adds(monkeypatch, tmp_path):
+    with memory.child() as child:
+        (bare, *_) = child.submit(
+            memory.peaks, "merge", Case(2048, 1024, 1, 4), [("numpy", "bare copy")]
+        ).result()
+    assert bare == pytest.approx(2048 * 1024 * 4, rel=0.1)
+    memory.return_what_is_freed()
+    monkeypatch.setattr(memory, "PROCESS", tmp_path)  # no Linux
+    assert memory.peak_bytes(list, list) is None
+
+
+def test_values_of_every_library_are_read_on_the_host():
+    class Theirs(list):
+        def double(self):
+            return np.array(self, np.float64)
+
+    class OnDevice(list):
+        def get(self):
+            return np.array(self)
+
+    for kind in (Theirs, OnDevice):
+        np.testing.assert_array_equal(measure.on_host(kind([1, 2])), [1.0, 2.0])
+
+
+def test_who_is_missing_is_named_and_how_to_get_it(quick, monkeypatch, capsys):
+    states = [Status("numpy", True, "2"), Status("torch", False, "pip install torch")]
+    monkeypatch.setattr("doraxp.cli.bench.available", lambda: states)
+    monkeypatch.setattr(peft, "why_not", lambda: "pip install peft")
+    assert bench("--tasks", "norm") == 0
+    text = capsys.readouterr().out
+    assert "Without torch: pip install torch\nWithout PEFT: pip install peft\n" in text
+
+
+def test_peft_takes_part_where_torch_does(monkeypatch):
+    monkeypatch.setattr(peft, "why_not", lambda: None)
+    assert _libraries(["numpy", "torch", "numpy"]) == (["numpy", "torch", "PEFT"], {})
+    assert _libraries(["numpy"]) == (["numpy"], {})
+
+
+def test_threads_of_torch_are_stated_where_it_is_in_use(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(get_num_threads=lambda: 7))
+    assert threads()["torch"] == 7
+
+
+def test_torch_gets_the_bits_of_a_bfloat16_array(monkeypatch):
+    torch = types.SimpleNamespace(asarray=np.asarray, bfloat16=ml_dtypes.bfloat16)
+    monkeypatch.setattr("importlib.import_module", lambda name: torch)
+    asarray = library("torch").asarray
+    values = np.array([1.0, 0.3], np.float32)
+    assert asarray(values) is values
+    low = asarray(values.astype(ml_dtypes.bfloat16))
+    assert low.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(low, values.astype(ml_dtypes.bfloat16))
+
+
+def test_a_library_that_changes_the_dtype_is_no_contestant(monkeypatch):
+    lib = contestants.library("numpy")._replace(asarray=lambda array: array.astype(np.float32))
+    monkeypatch.setattr(contestants, "library", lambda name: lib)
+    with pytest.raises(ValueError, match="made float32 of float64: JAX needs JAX_ENABLE_X64"):
+        list(contestants.contestants("norm", Case(24, 16, 1, 4, "float64"), "numpy"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes", "4096"], "must be OUTxIN, as 4096x11008, got '4096'"),
+        (["--shapes", "0x4"], "must be OUTxIN, as 4096x11008, got '0x4'"),
+        (["--tokens", "0"], "argument --tokens: must be an integer, at least 1, got '0'"),
+    ],
+)
+def test_bad_arguments_are_refused(capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_a_rank_above_the_shape_is_refused(capsys):
+    assert bench("--rank", "17") == 2
+    assert "--rank must be in 1..16 for 24x16, got 17" in capsys.readouterr().err
+
+
+def test_without_the_extra_it_says_how_to_get_it(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["bench"]) == 2
+    assert "pip install 'doraxp[bench]'" in capsys.readouterr().err
