@@ -19,7 +19,7 @@ SUMMARY = (
     "Measure time and memory of doraxp beside the bare products, and beside PEFT where it is "
     "installed: all in one process, checked for the same answers, ratios first."
 )
-DEFAULTS = ("numpy", "torch", "jax")
+DEFAULTS = ("numpy", "torch")
 TOKENLESS = ("norm", "merge", "adamw")
 """Tasks that tokens make no difference to: done once for all."""
 
