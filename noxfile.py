@@ -16,6 +16,7 @@ nox.options.sessions = ["tests(numpy)", "tests(strict)", "tests(cupy)", "lint", 
 
 PROJECT = nox.project.load_toml("pyproject.toml")
 EXTRAS = "bench,demo,checkpoint"
+PARALLEL = ["--numprocesses=auto", "--dist=loadfile"]  # a file's fixtures are made once
 LANES = {"dask": ("dask", "distributed")}
 PEFT = ("test_peft", "test_checkpoint_peft", "test_merge_real")
 PYTHONS = nox.project.python_versions(PROJECT)  # those of the classifiers
@@ -35,11 +36,9 @@ PYTHONS = nox.project.python_versions(PROJECT)  # those of the classifiers
 )
 def tests(session: nox.Session, backend: str) -> None:
     """Run the tests and the code of the backend's page on one array library."""
-    extras, groups, options = EXTRAS, ["test", backend], []
+    extras, groups, options = EXTRAS, ["test", backend], PARALLEL
     if backend == "numpy":
-        groups[-1], options = "coverage", ["--cov=doraxp"]
-    if backend in ("jax", "dask"):  # they compile, or build graphs, most of the time
-        options = ["--numprocesses=auto"]
+        groups[-1], options = "coverage", [*PARALLEL, "--cov=doraxp"]
     if backend == "cupy":
         cuda = cuda_version()
         if cuda is None:
@@ -63,12 +62,12 @@ def peft(session: nox.Session) -> None:
 def lowest(session: nox.Session) -> None:
     """Run the NumPy tests on the lowest versions that the package says it runs on."""
     extras = PROJECT["project"]["optional-dependencies"]
-    needs = (
-        PROJECT["project"]["dependencies"] + extras["demo"] + extras["checkpoint"] + extras["bench"]
-    )
+    needs = PROJECT["project"]["dependencies"] + [
+        need for extra in EXTRAS.split(",") for need in extras[extra]
+    ]
     floors = [need.replace(">=", "==", 1) for need in needs]
     install(session, "test", constraints=floors)
-    pytest(session, "--backend", "numpy", "tests")
+    pytest(session, "--backend", "numpy", *PARALLEL, "tests")
 
 
 @nox.session(name="bench-check")

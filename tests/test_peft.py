@@ -136,6 +136,8 @@ def test_the_benchmarks_contestants_are_right_on_every_call(peft, torch, task, d
     check_all(task, case, present)
     if task != "adamw":  # torch.optim's state moves on
         check_all(task, case, present)
+
+
 def as_torch(torch, array):
     """A tensor; NumPy's bfloat16 is not known to PyTorch."""
     if array.dtype.name != "bfloat16":
