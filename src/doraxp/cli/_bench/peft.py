@@ -117,10 +117,10 @@ def _norm(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
     dora = layer.lora_magnitude_vector["default"]
     a, b = layer.lora_A["default"], layer.lora_B["default"]
 
-    @torch.no_grad()
     def call() -> Any:
-        update = dora.get_lora_weight(a, b)
-        return dora.get_weight_norm(inputs.weight, update, layer.scaling["default"])
+        with torch.no_grad():
+            update = dora.get_lora_weight(a, b)
+            return dora.get_weight_norm(inputs.weight, update, layer.scaling["default"])
 
     yield _entry(kind, kind, call, lambda norm: {"n": norm})
 
