@@ -325,12 +325,14 @@ def test_arrays_on_two_devices_are_refused_by_name(monkeypatch):
 def test_the_bare_package_imports_only_what_it_needs():
     """The core runs where there is neither PyTorch nor matplotlib."""
     code = (
-        "import sys; before = set(sys.modules); import doraxp; "
+        "import sys; import array_api_compat.numpy; before = set(sys.modules); import doraxp; "
         "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
     )
     modules = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
+    # NumPy imports more where it is there: that is not the package's doing.
     owners = importlib.metadata.packages_distributions()
     packages = {owner.replace("_", "-") for name in modules for owner in owners.get(name, [])}
-    assert packages - {"doraxp"} == {"numpy", "array-api-compat"}
+    assert packages <= {"doraxp", "numpy", "array-api-compat"}
+    assert "doraxp" in modules
