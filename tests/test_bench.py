@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import types
 from concurrent.futures import Future
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -14,7 +16,7 @@ from rich.console import Console
 
 from doraxp.backends import Status
 from doraxp.cli import main
-from doraxp.cli._bench import contestants, measure, memory, peft
+from doraxp.cli._bench import contestants, curves, measure, memory, peft, picture, report
 from doraxp.cli._bench.cases import DTYPES, TASKS, Case
 from doraxp.cli._bench.measure import Measured
 from doraxp.cli._bench.report import print_tables, ratios
@@ -103,6 +105,66 @@ def test_ratios_are_of_the_same_round():
     assert tuple(ratios(ours, task).values()) == (twice, twice, thrice)
     assert tuple(ratios(theirs, task).values()) == ((6.0,) * 3, thrice, None)
     assert ratios(ours, [ours])["over_bare_numpy"] is None
+
+
+def test_the_picture_of_the_ratios_is_saved(quick, tmp_path, capsys):
+    path = tmp_path / "ratios.png"
+    assert bench("--backend", "numpy", "--tasks", "norm", "adamw", "--plot", str(path)) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert "Picture: " in capsys.readouterr().out
+
+
+def test_curves_are_measured_fitted_and_drawn(quick, tmp_path, capsys, monkeypatch):
+    sweeps = {"tokens": (1, 2, 4, 8), "rank": (1, 2, 4), "size": (8, 16, 32)}
+    monkeypatch.setattr(curves, "SWEEPS", sweeps)
+    for module in (picture, report):
+        monkeypatch.setattr(module, "SWEEPS", sweeps)
+    plot, path = tmp_path / "curves.png", tmp_path / "curves.json"
+    files = ("--plot", str(plot), "--json", str(path))
+    assert bench("--backend", "numpy", "--curves", "--tokens", "1", "5", *files) == 0
+    figures = json.loads(path.read_text())
+    done = {tuple(entry["case"].values())[:4] for entry in figures["results"]}
+    expected = {(24, 16, n, 4) for n in (1, 2, 4, 8)} | {(24, 16, 5, r) for r in (1, 2, 4)}
+    assert done == expected | {(n, n, 5, 4) for n in (8, 16, 32)}
+    assert set(figures["exponents"]) == set(sweeps)
+    assert [fit["contestant"] for fit in figures["exponents"]["rank"]] == [
+        "bare products",
+        "exact",
+        "detached",
+    ]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "A step over tokens 1 to 8" in capsys.readouterr().out
+
+
+def test_the_exponent_is_that_of_the_upper_half():
+    xs = (1, 2, 4, 8, 16)
+    assert curves.exponent(xs, [5.0, 5.0, 16.0, 64.0, 256.0]) == pytest.approx(2)
+    ranks = curves.SWEEPS["rank"]
+    points = [
+        Measured(replace(CASE, rank=r), "step", "a", "b", "exact", [r, r], None) for r in ranks
+    ]
+    (fit,) = curves.exponents("rank", {("b", "a"): points})
+    assert fit["time"] == pytest.approx(1)
+    assert fit["memory"] is None
+
+
+def test_the_model_counts_every_product_of_a_step():
+    """The products of an exact step, one by one, as (rows, columns, terms)."""
+    out, inner, tokens, rank, _ = vars(CASE).values()
+    products = [
+        (tokens, out, inner),  # x Wᵀ
+        (tokens, inner, out),  # dz W
+        (out, rank, inner),  # W Aᵀ
+        (rank, inner, out),  # (q⊙B)ᵀ V
+        (tokens, rank, inner),  # x Aᵀ
+        (tokens, out, rank),  # L Bᵀ
+        (tokens, rank, out),  # dz B
+        (tokens, inner, rank),  # (dz B) A
+        (out, rank, tokens),  # dzᵀ L
+        (rank, inner, tokens),  # (dz B)ᵀ x
+    ]
+    assert curves.operations(CASE) == sum(2 * math.prod(shape) for shape in products)
+    assert curves.held_bytes(CASE) == 4 * (3 * tokens * out + tokens * inner)
 
 
 def test_what_cannot_be_measured_is_a_dash(capsys):

@@ -10,7 +10,7 @@ from itertools import product
 
 from doraxp.backends import available
 from doraxp.cli._arguments import backend, integer, lacks, output
-from doraxp.cli._bench import peft
+from doraxp.cli._bench import curves, peft
 from doraxp.cli._bench.cases import DTYPES, TASKS, Case
 from doraxp.cli._libraries import BACKENDS, versions
 from doraxp.cli._report import write_json
@@ -69,6 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how many samples of each contestant are taken (default: %(default)s)",
     )
     parser.add_argument(
+        "--curves",
+        action="store_true",
+        help="measure steps over tokens, rank and size instead, around the last of --shapes, "
+        "--tokens, --rank and --dtype, and fit the exponents",
+    )
+    parser.add_argument("--plot", type=output(".png"), metavar="FILE", help="save a picture")
+    parser.add_argument(
         "--json", type=output(".json"), metavar="FILE", help="write every figure, of each round"
     )
 
@@ -83,20 +90,23 @@ def shape(text: str) -> tuple[int, int]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print the tables, save the figures."""
-    if lacks("bench", "rich", "threadpoolctl", "ml_dtypes"):
+    plotting = ("matplotlib",) if arguments.plot is not None else ()
+    if lacks("bench", "rich", "threadpoolctl", "ml_dtypes", *plotting):
         return 2
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from doraxp.cli._bench import memory
     from doraxp.cli._bench.measure import Measured, WrongAnswerError, measure
-    from doraxp.cli._bench.report import figures, print_tables
+    from doraxp.cli._bench.report import figures, print_exponents, print_tables
 
-    for (out, inner), rank in product(arguments.shapes, arguments.rank):
-        if rank > min(out, inner):
-            return _refuse(f"--rank must be in 1..{min(out, inner)} for {out}x{inner}, got {rank}")
+    jobs = list(dict.fromkeys(_sweeps(arguments) if arguments.curves else _jobs(arguments)))
+    for case, _ in jobs:
+        most = min(case.out, case.inner)
+        if case.rank > most:
+            shape = f"{case.out}x{case.inner}"
+            return _refuse(f"--rank must be in 1..{most} for {shape}, got {case.rank}")
     libraries, missing = _libraries(arguments.backend)
-    jobs = list(_jobs(arguments))
     results: list[Measured] = []
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with (
@@ -118,7 +128,11 @@ def run(arguments: argparse.Namespace) -> int:
             except WrongAnswerError as error:
                 return _refuse(f"wrong answer: {error}")
     console, counts = Console(), threads()
-    print_tables(results, console)
+    found = curves.collect(_base(arguments), results) if arguments.curves else {}
+    if found:
+        print_exponents(found, console)
+    else:
+        print_tables(results, console)
     console.print(f"Medians of {arguments.rounds} rounds; ± half the distance of the quartiles.")
     console.print("Threads: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
     for name, reason in missing.items():
@@ -126,8 +140,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         modules = dict.fromkeys(["numpy", *(name.lower() for name in libraries)])
         head = {"versions": versions(*modules), "threads": counts, "missing": missing}
-        write_json(arguments.json, {**head, "results": figures(results)})
+        fitted = {name: curves.exponents(name, curve) for name, curve in found.items()}
+        fits = {"exponents": fitted} if found else {}
+        write_json(arguments.json, {**head, **fits, "results": figures(results)})
         console.print(f"Figures: {arguments.json}", soft_wrap=True)
+    if arguments.plot is not None:
+        from doraxp.cli._bench.picture import save_curves, save_ratios
+
+        save_curves(found, arguments.plot) if found else save_ratios(results, arguments.plot)
+        console.print(f"Picture: {arguments.plot}", soft_wrap=True)
     return 0
 
 
@@ -148,6 +169,16 @@ def _jobs(arguments: argparse.Namespace) -> Iterator[tuple[Case, str]]:
             for task in arguments.tasks:
                 if task not in TOKENLESS or tokens == arguments.tokens[0]:
                     yield Case(out, inner, tokens, rank, dtype), task
+
+
+def _base(arguments: argparse.Namespace) -> Case:
+    out, inner = arguments.shapes[-1]
+    return Case(out, inner, arguments.tokens[-1], arguments.rank[-1], arguments.dtype[-1])
+
+
+def _sweeps(arguments: argparse.Namespace) -> Iterator[tuple[Case, str]]:
+    for _, _, case in curves.cases(_base(arguments)):
+        yield case, curves.TASK
 
 
 def _libraries(asked: list[str] | None) -> tuple[list[str], dict[str, str]]:

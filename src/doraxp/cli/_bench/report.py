@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from doraxp.cli._bench.curves import SWEEPS, Curve, exponents
 from doraxp.cli._bench.measure import Measured
 from doraxp.cli._bench.peft import LIBRARY as PEFT
 
@@ -56,6 +57,21 @@ def print_tables(results: list[Measured], console: Console) -> None:
                 cells = (median, f"{low}–{high}", peak)
                 table.add_row(*_labels(one, task), *cells, end_section=one is task[-1])
         console.print(table, "")
+
+
+def print_exponents(found: dict[str, Curve], console: Console) -> None:
+    """Print, by sweep and contestant, seconds at both ends, and the exponents."""
+    headings = ("first\nms", "last\nms", "time\nexponent", "memory\nexponent")
+    for name, curve in found.items():
+        table = _table(f"A step over {name} {SWEEPS[name][0]} to {SWEEPS[name][-1]}", headings)
+        for points, fit in zip(curve.values(), exponents(name, curve), strict=True):
+            ends = (f"{1e3 * points[i].quartiles[1]:.3g}" for i in (0, -1))
+            fits = ("–" if fit[key] is None else f"{fit[key]:.2f}" for key in ("time", "memory"))
+            first = points is next(iter(curve.values()))
+            labels = ("step" if first else "", str(fit["contestant"]), str(fit["library"]))
+            table.add_row(*labels, *ends, *fits)
+        console.print(table, "")
+    console.print("Exponents: p of xᵖ, fitted to the upper half of each sweep.")
 
 
 def figures(results: list[Measured]) -> list[dict[str, Any]]:
