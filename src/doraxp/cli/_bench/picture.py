@@ -52,14 +52,14 @@ def save_curves(curves: Mapping[str, Curve], path: Path) -> None:
             peaks = [(x, one.peak_bytes) for x, one in zip(xs, points, strict=True)]
             known = [(x, peak / 2**20) for x, peak in peaks if peak]
             below.plot(*(zip(*known, strict=True) if known else ((), ())), **style)
-        cases = [one.case for one in next(iter(curve.values()))]
-        fastest = min(points[-1].quartiles[1] for points in curve.values())
-        rate = operations(cases[-1]) / fastest
+        exact = next(points for points in curve.values() if points[0].kind == "exact")
+        cases = [one.case for one in exact]
+        rate = operations(cases[-1]) / exact[-1].quartiles[1]
         time = [operations(case) / rate for case in cases]
         memory = [held_bytes(case) / 2**20 for case in cases]
         for axes, model, label in (
-            (above, time, "operations, at one rate"),
-            (below, memory, "y, z, dz and dx"),
+            (above, time, "exact: operations, at one rate"),
+            (below, memory, "exact: y, z, dz and dx"),
         ):
             axes.plot(xs, model, color="grey", linestyle="--", label=label, zorder=0)
         above.set(title=f"Step over {name}", ylabel="seconds")
