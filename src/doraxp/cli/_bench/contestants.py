@@ -150,7 +150,7 @@ def norm_reused(x: Array, prepared: Prepared) -> Array:
 
 def norm_computed(x: Array, adapter: Adapter, previous: Prepared) -> Array:
     """Return y, as the first forward after a step of the optimizer."""
-    return norm_reused(x, norm_again(adapter, previous))
+    return _first_forward(x, adapter, previous)[0]
 
 
 def from_nothing(config: Config, x: Array, weight: Array, adapter: Adapter) -> Array:
@@ -170,9 +170,7 @@ def norm_first(config: Config, weight: Array, adapter: Adapter) -> Prepared:
 
 def step(x: Array, dy: Array, adapter: Adapter, previous: Prepared) -> Any:
     """Return y and the gradients, as one step of training: norm, forward and backward."""
-    prepared = norm_again(adapter, previous)
-    weight, adapter, config, *_ = prepared
-    y, cache = doraxp.forward(x, weight, adapter, config, prepared=prepared)
+    y, cache = _first_forward(x, adapter, previous)
     return y, doraxp.backward(dy, cache)
 
 
@@ -184,6 +182,10 @@ def merge_again(prepared: Prepared) -> Array:
 def adamw(params: Any, grads: Any, state: doraxp.AdamWState) -> Any:
     """Return what one step makes of the parameters."""
     return doraxp.adamw_step(params, grads, state, learning_rate=LEARNING_RATE, weight_decay=0)
+
+
+def _first_forward(x: Array, adapter: Adapter, previous: Prepared) -> tuple[Array, doraxp.Cache]:
+    return doraxp.forward(x, previous.weight, adapter, previous.config, previous=previous)
 
 
 def _name_gradients(result: Any) -> dict[str, Array]:
