@@ -18,7 +18,7 @@ PROJECT = nox.project.load_toml("pyproject.toml")
 EXTRAS = "bench,demo,checkpoint"
 PARALLEL = ["--numprocesses=auto", "--dist=loadfile"]  # a file's fixtures are made once
 LANES = {"dask": ("dask", "distributed")}
-PEFT = ("test_peft", "test_checkpoint_peft", "test_merge_real")
+PEFT = ("test_peft", "test_checkpoint_peft", "test_merge_real", "test_torch_peft")
 PYTHONS = nox.project.python_versions(PROJECT)  # those of the classifiers
 
 
