@@ -45,7 +45,8 @@ def dense(config, x, w, a, b, m, bias=None):
 
 def assert_same(torch, actual, desired, rtol=1e-12):
     for got, want in zip(actual, desired, strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=rtol * float(want.abs().max()))
+        want = want.detach()
+        torch.testing.assert_close(got.detach(), want, rtol=0, atol=rtol * float(want.abs().max()))
 
 
 def make(torch, config=None, *, train_base=False, bias=True):
@@ -61,9 +62,9 @@ def make(torch, config=None, *, train_base=False, bias=True):
 def step(torch, layer, x, run=None):
     """y, and the gradients of x and of what is trained."""
     x = x.detach().requires_grad_()
-    y = (run or layer)(x)
+    y = layer(x) if run is None else run(x)
     trained = [p for p in layer.parameters() if p.requires_grad]
-    return y, *torch.autograd.grad(y.float().square().sum(), [x, *trained])
+    return y, *torch.autograd.grad(y.square().sum(), [x, *trained])
 
 
 def dense_step(torch, layer, x):
@@ -163,18 +164,17 @@ def test_the_module_has_the_dense_gradients(torch, form, norm_gradient, train_ba
 def test_checkpointing_changes_nothing(torch):
     from torch.utils.checkpoint import checkpoint
 
-    for reentrant in (False, True):
-        _, layer = make(torch)
-        x = torch.randn(5, 6, dtype=torch.float64)
-        got = step(torch, layer, x, lambda x: checkpoint(layer, x, use_reentrant=False))
-        assert_same(torch, got, step(torch, layer, x), 0)
-        if reentrant:  # it goes through `backward` only
-            x.requires_grad_()
-            checkpoint(layer, x, use_reentrant=True).square().sum().backward()
-            want = dense_step(torch, layer, x)
-            assert_same(torch, [x.grad, *(p.grad for p in layer.adapter)], want[1:])
+    _, layer = make(torch)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    got = step(torch, layer, x, lambda x: checkpoint(layer, x, use_reentrant=False))
+    want = step(torch, layer, x)
+    assert_same(torch, got, want, 0)
+    x.requires_grad_()
+    checkpoint(layer, x, use_reentrant=True).square().sum().backward()
+    assert_same(torch, [x.grad, *(p.grad for p in layer.adapter)], want[1:], 0)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does
 @pytest.mark.parametrize("train_base", [False, True])
 def test_it_compiles_in_one_graph(torch, train_base):
     torch.compiler.reset()
@@ -193,16 +193,14 @@ def test_the_shapes_that_a_compiler_is_told_are_those_that_come(torch):
     from doraxp.torch import _ops
 
     x, w, a, b, m, bias = draw(torch, SHAPES["stack"], "bfloat16")
-    rules = 1.0, "weight", "exact"
+    rules = 2, 1.0, "weight", "exact"
     arguments = (x, w, a, b, m, bias, *rules)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(_ops.forward_op, arguments, test_utils=checks)
     _, z, low_rank = _ops.forward_op(*arguments)
     arguments = (torch.ones(3, 5, 4), x, w, a, b, m, z, low_rank)
     for train_base in (False, True):
-        torch.library.opcheck(
-            _ops.backward_op, (*arguments, train_base, *rules), test_utils=checks
-        )
+        torch.library.opcheck(_ops.backward_op, (*arguments, train_base, *rules), test_utils=checks)
 
 
 def test_gradients_of_two_uses_in_one_graph_add_up(torch):
@@ -233,7 +231,7 @@ def test_two_adapters_of_one_weight_go_back_in_any_order(torch):
 
 CHANGES = {
     "an optimizer's step": lambda torch, p: torch.optim.SGD([p], lr=0.5).step(),
-    "in place": lambda torch, p: p.data.add_(0) and p.mul_(1.5),
+    "in place": lambda torch, p: p.mul_(1.5),
     "other memory": lambda torch, p: setattr(p, "data", p.data * 1.5),
     "there and back": lambda torch, p: [setattr(p, "data", p.data.clone() * 1.2) for _ in "ab"],
 }
@@ -242,7 +240,8 @@ CHANGES = {
 @pytest.mark.parametrize("name", ["weight", "lora_a", "lora_b", "magnitude"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_no_change_of_an_array_goes_unnoticed(torch, name, change):
-    _, layer = make(torch, train_base=True)
+    _, layer = make(torch)
+    layer.weight.grad = torch.randn_like(layer.weight)  # frozen, but stepped by hand
     x = torch.randn(5, 6, dtype=torch.float64)
     layer(x).square().sum().backward()
     with torch.no_grad():
@@ -282,11 +281,10 @@ def test_nothing_is_kept_of_a_weight_that_has_gone(torch):
     _, layer = make(torch)
     layer(torch.ones(1, 6, dtype=torch.float64)).sum().backward()
     gone = weakref.ref(layer), weakref.ref(layer.weight)
-    before = len(_ops._kept)
+    assert layer.weight in _ops._kept
     del layer
     gc.collect()
     assert [reference() for reference in gone] == [None, None]
-    assert len(_ops._kept) == before - 1
 
 
 @pytest.mark.parametrize("bias", [False, True])

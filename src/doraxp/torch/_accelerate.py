@@ -48,9 +48,9 @@ def accelerate(model: Any, norm_gradient: NormGradient = "exact") -> Accelerated
     """Compute the DoRA layers of a PEFT model here, in place.
 
     The parameters stay PEFT's: the optimizer, `state_dict` and `save_pretrained` see no
-    difference, and merging is still PEFT's. Dropout is PEFT's, its random numbers too. A call
-    with `adapter_names`, a mixed batch, is passed on to PEFT. Copies and pickles of the model
-    are accelerated like it.
+    difference, and merging is still PEFT's. Dropout is PEFT's, its random numbers too. Copies
+    and pickles of the model are accelerated like it. A layer with two active adapters is an
+    error when it is called.
 
     Parameters
     ----------

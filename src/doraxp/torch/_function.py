@@ -15,9 +15,8 @@ class _DoRA(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Array, weight: Array, lora_a: Array, lora_b: Array, magnitude: Array,
-        bias: Array | None, scaling: float, form: str, norm_gradient: str,
+        bias: Array | None, *rules: Any,
     ) -> Array:  # fmt: skip
-        rules = scaling, form, norm_gradient
         y, z, low_rank = forward_op(x, weight, lora_a, lora_b, magnitude, bias, *rules)
         ctx.save_for_backward(x, weight, lora_a, lora_b, magnitude, z, low_rank)
         ctx.rules = rules
@@ -36,7 +35,7 @@ class _DoRA(torch.autograd.Function):
             wide = dy.to(z.dtype)  # of no token axis, the sum would be over all
             dbias = (wide.sum(tokens) if tokens else wide).to(ctx.bias_dtype)
         dweight = dweight if train_base else None
-        return dx, dweight, da, db, dm, dbias, None, None, None
+        return dx, dweight, da, db, dm, dbias, None, None, None, None
 
 
 def dora_linear(
@@ -98,5 +97,5 @@ def dora_linear(
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))
-    rules = config.scaling, config.form, config.norm_gradient
+    rules = config.rank, config.scaling, config.form, config.norm_gradient
     return _DoRA.apply(x, weight, *adapter, bias, *rules)

@@ -22,6 +22,7 @@ from doraxp.adapted import Prepared, prepare
 from doraxp.backends import compute_dtype, operations
 from doraxp.linear import Cache, backward, forward
 
+
 class _State(NamedTuple):
     """Equal while a tensor has the same memory, and nobody wrote to it but through `.data`."""
 
@@ -54,52 +55,50 @@ def _with_weight(prepared: Prepared, weight: Array | None) -> Prepared:
 def _recall(weight: Array, adapter: Adapter, config: Config, *, known: bool) -> Prepared:
     """Return `prepare`'s result, as much of it as possible from the last call.
 
-    In a forward the adapter is held to the kept one by value, and where values cannot be looked
-    at cheaply it is prepared anew. In a backward, with `known`, autograd has seen to it that the
-    arrays are those of the forward: there their state is enough.
+    The adapter is held to the kept one by value. Where values cannot be looked at cheaply, it is
+    prepared anew in a forward; in a backward, with `known`, autograd has seen to it that nobody
+    wrote to the arrays of the forward. A weight that is trained is prepared anew.
     """
-    plain = Adapter(*(leaf.detach() for leaf in adapter))  # else their graph would be kept
-    kept, state = _kept.get(weight), _state(weight)
     base = weight.detach()
+    plain = Adapter(*(leaf.detach() for leaf in adapter))  # else their graph would be kept
+    if weight.requires_grad or weight.is_inference():  # the latter has no count of its writes
+        return prepare(base, plain, config)
+    kept, state = _kept.get(weight), _state(weight)
     previous = None
     if kept is not None and kept.weight == state:
         previous = _with_weight(kept.prepared, base)
-        if known:
-            same = kept.adapter == tuple(map(_state, adapter))
-        else:
+        if previous.snapshot is not None:
             ops = operations(weight=base)
-            old = previous.snapshot
-            same = old is not None and ops.unchanged(old, previous.adapter, plain)
+            same = ops.unchanged(previous.snapshot, previous.adapter, plain)
+        else:
+            same = known and kept.adapter == tuple(map(_state, adapter))
         if same and previous.config == config:
             return previous
     prepared = prepare(base, plain, config, previous=previous)
-    if not weight.is_inference():  # it has no count of the writes to it
-        adapter_state = tuple(map(_state, adapter))
-        _kept[weight] = _Kept(state, adapter_state, _with_weight(prepared, None))
+    _kept[weight] = _Kept(state, tuple(map(_state, adapter)), _with_weight(prepared, None))
     return prepared
 
 
-def _config(lora_a: Array, rules: Any) -> Config:
-    scaling, form, norm_gradient = rules
-    rank = lora_a.shape[-2]
+def _config(rank: int, scaling: float, form: Any, norm_gradient: Any) -> Config:
     return Config(rank, scaling * rank, form=form, norm_gradient=norm_gradient)
 
 
-# What is in `rules` is a Config's: scaling, form and norm gradient.
+# What is in `rules` is a Config's: rank, scaling, form and norm gradient.
 
 
 @torch.library.custom_op(
     "doraxp::forward",
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor magnitude, "
-    "Tensor? bias, float scaling, str form, str norm_gradient) -> (Tensor, Tensor, Tensor)",
+    "Tensor? bias, int rank, float scaling, str form, str norm_gradient) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 def forward_op(
     x: Array, weight: Array, lora_a: Array, lora_b: Array, magnitude: Array, bias: Array | None,
     *rules: Any,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Return y, z = x Vᵀ and L = x Aᵀ; x is computed with in the compute dtype."""
-    adapter, config = Adapter(lora_a, lora_b, magnitude), _config(lora_a, rules)
+    adapter, config = Adapter(lora_a, lora_b, magnitude), _config(*rules)
     with torch.autocast(x.device.type, enabled=False):
         prepared = _recall(weight, adapter, config, known=False)
         y, cache = forward(
@@ -114,7 +113,7 @@ def _forward_shapes(
     *rules: Any,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     adapter = Adapter(lora_a, lora_b, magnitude)
-    check_layer(weight, adapter, _config(lora_a, rules), x=x, bias=bias)
+    check_layer(weight, adapter, _config(*rules), x=x, bias=bias)
     check_input(weight, x)
     check_bias(weight, bias)
     *stack, out, _ = weight.shape
@@ -131,15 +130,15 @@ def _forward_shapes(
     "doraxp::backward",
     mutates_args=(),
     schema="(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor magnitude, "
-    "Tensor z, Tensor low_rank, bool train_base, float scaling, str form, str norm_gradient) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor z, Tensor low_rank, bool train_base, int rank, float scaling, str form, "
+    "str norm_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def backward_op(
     dy: Array, x: Array, weight: Array, lora_a: Array, lora_b: Array, magnitude: Array,
     z: Array, low_rank: Array, train_base: bool, *rules: Any,
 ) -> tuple[Array, Array, Array, Array, Array]:  # fmt: skip
     """Return the gradients of x, A, B, m and W, in their dtypes; W's is empty unless trained."""
-    adapter, config = Adapter(lora_a, lora_b, magnitude), _config(lora_a, rules)
+    adapter, config = Adapter(lora_a, lora_b, magnitude), _config(*rules)
     with torch.autocast(x.device.type, enabled=False):
         prepared = _recall(weight, adapter, config, known=True)
         gradients = backward(dy, Cache(x, None, low_rank, z, prepared), train_base=train_base)
