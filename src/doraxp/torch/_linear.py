@@ -44,7 +44,7 @@ class DoRALinear(torch.nn.Module):
     >>> base = torch.nn.Linear(4, 3)
     >>> layer = DoRALinear(base, Config(rank=2, alpha=4), seed=0)
     >>> layer
-    DoRALinear(in=4, out=3, bias=True, Config(rank=2, alpha=4.0))
+    DoRALinear(in=4, out=3, bias=True, rank=2, scaling=2.0)
     >>> torch.equal(layer.merge().weight, base.weight)
     True
     """
@@ -87,6 +87,7 @@ class DoRALinear(torch.nn.Module):
         return linear
 
     def extra_repr(self) -> str:
-        """Say the sizes and what differs from a default `Config`."""
+        """Say the sizes and the numbers."""
         (out, inner), config = self.weight.shape, self.config
-        return f"in={inner}, out={out}, bias={self.bias is not None}, {config}"
+        sizes = f"in={inner}, out={out}, bias={self.bias is not None}"
+        return f"{sizes}, rank={config.rank}, scaling={config.scaling}"
