@@ -1,6 +1,7 @@
 """What each override saves: generic time ÷ override time, medians, interleaved.
 
-`python benchmarks/overrides.py`, on the weight and tokens below; PyTorch's where it is installed. An override below 1.2 goes.
+`python benchmarks/overrides.py`, on the weight and tokens below; PyTorch's too where it is
+installed. An override below 1.2 goes.
 """
 
 from __future__ import annotations
