@@ -249,6 +249,30 @@ def test_no_change_of_an_array_goes_unnoticed(torch, name, change):
     assert_same(torch, step(torch, layer, x), dense_step(torch, layer, x))
 
 
+def test_another_config_is_prepared_for(torch):
+    _, layer = make(torch)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    layer(x)
+    layer.config = Config(2, 7, form="direction", norm_gradient="detached")
+    assert_same(torch, step(torch, layer, x), dense_step(torch, layer, x))
+
+
+def test_where_values_are_not_looked_at_the_gradients_are_the_same(torch, monkeypatch):
+    from doraxp.backends._torch import TorchOperations
+
+    monkeypatch.setattr(TorchOperations, "may_look", lambda self, array: False)
+    _, layer = make(torch)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    for _ in range(2):
+        assert_same(torch, step(torch, layer, x), dense_step(torch, layer, x))
+        layer.lora_b.data.mul_(2)  # as an optimizer that works behind PyTorch's back
+
+
+def test_the_module_says_what_it_is(torch):
+    _, layer = make(torch)
+    assert str(layer) == "DoRALinear(in=6, out=4, bias=True, rank=2, scaling=1.5)"
+
+
 def test_a_write_through_data_to_the_adapter_is_noticed(torch):
     _, layer = make(torch)
     x = torch.randn(5, 6, dtype=torch.float64)
