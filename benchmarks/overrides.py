@@ -1,10 +1,13 @@
-"""What each NumPy override saves: generic time ÷ override time, medians, interleaved.
+"""What each override saves: generic time ÷ override time, medians, interleaved.
 
-`python benchmarks/overrides.py`, on the weight and tokens below. An override below 1.2 goes.
+`python benchmarks/overrides.py`, on the weight and tokens below; PyTorch's too where it is
+installed. An override below 1.2 goes.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -12,7 +15,7 @@ from collections.abc import Callable
 import array_api_compat.numpy
 import numpy as np
 
-from doraxp.backends import Factors, Operations
+from doraxp.backends import Factors, Operations, operations
 from doraxp.backends._numpy import NumpyOperations
 
 OUT, IN, RANK, TOKENS, ROUNDS = 4096, 4096, 16, 2048, 7
@@ -56,12 +59,24 @@ def main() -> None:
     generic, numpy = (kind(array_api_compat.numpy) for kind in (Operations, NumpyOperations))
     print(f"weight {OUT}×{IN} float32, rank {RANK}, {TOKENS} tokens: generic ÷ override")
     for label, (name, arguments) in tasks.items():
-        times: dict[Operations, list[float]] = {generic: [], numpy: []}
-        for _ in range(ROUNDS):
-            for ops in times:
-                times[ops].append(seconds(getattr(ops, name), arguments))
-        slow, fast = (statistics.median(times[ops]) for ops in (generic, numpy))
-        print(f"{label:38} {slow / fast:6.2f}    {slow * 1e3:8.2f} ms ÷ {fast * 1e3:.2f} ms")
+        compare(label, name, arguments, generic, numpy)
+    if importlib.util.find_spec("torch"):
+        torch = importlib.import_module("torch")
+        tensors = tuple(map(torch.asarray, (x, low_rank, factors.lora_a)))
+        ours = operations(x=tensors[0])
+        compare("accumulate, PyTorch", "accumulate", tensors, Operations(ours.xp), ours)
+
+
+def compare(
+    label: str, name: str, arguments: tuple[object, ...], generic: Operations, override: Operations
+) -> None:
+    """Time one operation both ways, and print its line."""
+    times: dict[Operations, list[float]] = {generic: [], override: []}
+    for _ in range(ROUNDS):
+        for ops in times:
+            times[ops].append(seconds(getattr(ops, name), arguments))
+    slow, fast = (statistics.median(times[ops]) for ops in (generic, override))
+    print(f"{label:38} {slow / fast:6.2f}    {slow * 1e3:8.2f} ms ÷ {fast * 1e3:.2f} ms")
 
 
 if __name__ == "__main__":

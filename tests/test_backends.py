@@ -17,6 +17,7 @@ from doraxp import backends
 from doraxp._types import Adapter
 from doraxp.backends import Factors, Operations, _cupy
 from doraxp.backends._numpy import NumpyOperations
+from doraxp.backends._torch import TorchOperations
 
 GENERIC = Operations(array_api_compat.numpy)
 NUMPY = NumpyOperations(array_api_compat.numpy)
@@ -252,6 +253,14 @@ def test_tensors_are_taken_out_of_the_graph(monkeypatch):
     monkeypatch.setattr("array_api_compat.is_torch_namespace", lambda xp: True)
     ops = backends._operations_of.__wrapped__(np)
     assert ops.detached(types.SimpleNamespace(detach=lambda: "a leaf")) == "a leaf"
+
+
+def test_torch_adds_a_product_of_matrices_by_itself():
+    ops = TorchOperations(np)
+    matrix = types.SimpleNamespace(ndim=2, addmm_=lambda left, right: (left, right))
+    assert ops.accumulate(matrix, "left", "right") == ("left", "right")
+    stack = np.ones((2, 3, 4))
+    assert_equal(ops.accumulate(stack.copy(), stack[..., :1], stack[:, :1]), 2 * stack)
 
 
 def test_what_is_lazy_or_on_a_device_is_not_looked_at(monkeypatch):

@@ -1,4 +1,4 @@
-"""PyTorch's own: what lies in the graph of autograd."""
+"""PyTorch's own: what lies in the graph of autograd, and products that add."""
 
 from __future__ import annotations
 
@@ -12,3 +12,9 @@ class TorchOperations(Operations):
     def detached(self, array: Array) -> Array:
         """Leave the graph: a layer that steps its own parameters would keep every step's."""
         return array.detach()
+
+    def accumulate(self, total: Array, left: Array, right: Array) -> Array:
+        """Saves the temporary of the product, and adding it: BLAS adds while it multiplies."""
+        if total.ndim == 2:
+            return total.addmm_(left, right)
+        return super().accumulate(total, left, right)

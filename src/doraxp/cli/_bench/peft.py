@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeAlias
 
-from doraxp._types import Adapter, Array
+from doraxp._types import Adapter, Array, NormGradient
 from doraxp.cli._bench.cases import LEARNING_RATE, Case, Inputs, draw
-from doraxp.cli._bench.contestants import LAYERS, Contestant
+from doraxp.cli._bench.contestants import DORA, LAYERS, Contestant
 from doraxp.cli._libraries import library
 
 LIBRARY = "PEFT"
@@ -92,6 +92,34 @@ def _step(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
         return dict(zip(names, (array.detach() for array in result), strict=False))
 
     yield _entry(kind, kind, call, answer)
+    if kind == "DoRA":
+        for norm_gradient in DORA:
+            yield _accelerated(norm_gradient, make, inputs, answer)
+
+
+def _accelerated(
+    norm_gradient: NormGradient, make: Make, inputs: Inputs, answer: Callable[[Any], Any]
+) -> Contestant:
+    import torch
+
+    from doraxp.torch import accelerate
+
+    layer, x = make(), inputs.x.clone().requires_grad_()
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    accelerate(layer, norm_gradient)
+
+    def reset() -> None:  # as a step of the optimizer: what is kept is of another adapter
+        with torch.no_grad():
+            trained[0].neg_()
+            layer(x[:1])
+            trained[0].neg_()
+
+    def call() -> Any:
+        y = layer(x)
+        return y, *torch.autograd.grad(y, [x, *trained], inputs.dy)
+
+    name = f"DoRA, accelerated, {norm_gradient}"
+    return Contestant(name, LIBRARY, norm_gradient, call, answer, reset)
 
 
 def _evaluation(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:

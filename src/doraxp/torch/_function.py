@@ -1,0 +1,101 @@
+"""`doraxp.forward` and `doraxp.backward` as one function of torch.autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from doraxp._scalars import check_kind
+from doraxp._types import Adapter, Array, Config
+from doraxp.torch._ops import backward_op, forward_op
+
+
+class _DoRA(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Array, weight: Array, lora_a: Array, lora_b: Array, magnitude: Array,
+        bias: Array | None, *rules: Any,
+    ) -> Array:  # fmt: skip
+        y, z, low_rank = forward_op(x, weight, lora_a, lora_b, magnitude, bias, *rules)
+        ctx.save_for_backward(x, weight, lora_a, lora_b, magnitude, z, low_rank)
+        ctx.rules = rules
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Array) -> Any:
+        arrays = ctx.saved_tensors
+        weight, z = arrays[1], arrays[5]
+        train_base, train_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[5]
+        dx, da, db, dm, dweight = backward_op(dy, *arrays, train_base, *ctx.rules)
+        dbias = None
+        if train_bias:
+            tokens = tuple(range(weight.ndim - 2, dy.ndim - 1))
+            wide = dy.to(z.dtype)  # of no token axis, the sum would be over all
+            dbias = (wide.sum(tokens) if tokens else wide).to(ctx.bias_dtype)
+        dweight = dweight if train_base else None
+        return dx, dweight, da, db, dm, dbias, None, None, None, None
+
+
+def dora_linear(
+    x: Array, weight: Array, adapter: Adapter, config: Config, bias: Array | None = None
+) -> Array:
+    """Return y = g⊙(x Vᵀ) + bias, differentiable once by every tensor given.
+
+    ::
+
+        V = ρ⊙W + s B A      n = ‖V‖ by rows      g = m / n
+
+    Computed in float32, in float64 where weight or adapter has it. Under autocast x is first cast
+    to autocast's dtype, and y has it; the adapter is still computed with in float32.
+
+    ‖w‖² and the rest of `doraxp.prepare` are kept as long as the weight lives. A write to the
+    weight is noticed, but one in place through ``weight.data`` is not.
+
+    Parameters
+    ----------
+    x : Tensor, shape (*stack, ..., in)
+    weight : Tensor, shape (*stack, out, in)
+    adapter : Adapter
+        Of tensors.
+    config : Config
+        ``norm_gradient`` says whether gradients go through n.
+    bias : Tensor, shape (*stack, out), optional
+
+    Returns
+    -------
+    Tensor, shape (*stack, ..., out), in x's dtype or autocast's
+
+    Raises
+    ------
+    TypeError
+        The arrays are not all tensors, or a dtype is not floating.
+    ValueError
+        The shapes do not fit, or the devices differ.
+
+    References
+    ----------
+    arXiv:2402.09353, equations 5 to 11.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import doraxp
+    >>> weight, config = torch.tensor([[3.0, 4.0], [0.0, 5.0]]), doraxp.Config(rank=1)
+    >>> adapter = doraxp.init(weight, config, seed=0)
+    >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> dora_linear(x, weight, adapter, config).sum().backward()
+    >>> x.grad
+    tensor([3., 9.])
+    """
+    check_kind("adapter", adapter, Adapter)
+    check_kind("config", config, Config)
+    tensors = {"x": x, "weight": weight, **adapter._asdict()}
+    for name, array in tensors.items() if bias is None else (*tensors.items(), ("bias", bias)):
+        check_kind(name, array, torch.Tensor)
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(kind))
+    rules = config.rank, config.scaling, config.form, config.norm_gradient
+    return _DoRA.apply(x, weight, *adapter, bias, *rules)

@@ -1,0 +1,157 @@
+"""The two calls under `dora_linear` that torch.compile does not look into.
+
+    x (*stack, ..., in)   W (*stack, out, in)   A (*stack, rank, in)   B (*stack, out, rank)
+
+Both need what `doraxp.prepare` makes. The last of each weight is kept: for its ‖w‖², for the
+backward of the same forward, and for the next forward while the adapter has not changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import MutableMapping
+from typing import Any, NamedTuple
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from doraxp._checks import check_bias, check_input, check_layer
+from doraxp._types import Adapter, Array, Config
+from doraxp.adapted import Prepared, prepare
+from doraxp.backends import compute_dtype, operations
+from doraxp.linear import Cache, backward, forward
+
+
+class _State(NamedTuple):
+    """Equal while a tensor has the same memory, and nobody wrote to it but through `.data`."""
+
+    storage: Any  # weak, but while it is held its address is given to no other
+    offset: int
+    stride: tuple[int, ...]
+    version: int
+
+
+class _Kept(NamedTuple):
+    weight: _State
+    adapter: tuple[_State, ...]
+    prepared: Prepared  # without the weight, so that the weight may go
+
+
+_kept: MutableMapping[Array, _Kept] = WeakTensorKeyDictionary()
+
+
+def _state(tensor: Array) -> _State:
+    version = -1 if tensor.is_inference() else tensor._version
+    storage = StorageWeakRef(tensor.untyped_storage())
+    return _State(storage, tensor.storage_offset(), tensor.stride(), version)
+
+
+def _with_weight(prepared: Prepared, weight: Array | None) -> Prepared:
+    factors = prepared.factors._replace(weight=weight)
+    return prepared._replace(weight=weight, factors=factors)
+
+
+def _recall(weight: Array, adapter: Adapter, config: Config, *, known: bool) -> Prepared:
+    """Return `prepare`'s result, as much of it as possible from the last call.
+
+    The adapter is held to the kept one by value. Where values cannot be looked at cheaply, it is
+    prepared anew in a forward; in a backward, with `known`, autograd has seen to it that nobody
+    wrote to the arrays of the forward. A weight that is trained is prepared anew.
+    """
+    base = weight.detach()
+    plain = Adapter(*(leaf.detach() for leaf in adapter))  # else their graph would be kept
+    if weight.requires_grad or weight.is_inference():  # the latter has no count of its writes
+        return prepare(base, plain, config)
+    kept, state = _kept.get(weight), _state(weight)
+    previous = None
+    if kept is not None and kept.weight == state:
+        previous = _with_weight(kept.prepared, base)
+        if previous.snapshot is not None:
+            ops = operations(weight=base)
+            same = ops.unchanged(previous.snapshot, previous.adapter, plain)
+        else:
+            same = known and kept.adapter == tuple(map(_state, adapter))
+        if same and previous.config == config:
+            return previous
+    prepared = prepare(base, plain, config, previous=previous)
+    _kept[weight] = _Kept(state, tuple(map(_state, adapter)), _with_weight(prepared, None))
+    return prepared
+
+
+def _config(rank: int, scaling: float, form: Any, norm_gradient: Any) -> Config:
+    return Config(rank, scaling * rank, form=form, norm_gradient=norm_gradient)
+
+
+# What is in `rules` is a Config's: rank, scaling, form and norm gradient.
+
+
+@torch.library.custom_op(
+    "doraxp::forward",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor magnitude, "
+    "Tensor? bias, int rank, float scaling, str form, str norm_gradient) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+def forward_op(
+    x: Array, weight: Array, lora_a: Array, lora_b: Array, magnitude: Array, bias: Array | None,
+    *rules: Any,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """Return y, z = x Vᵀ and L = x Aᵀ; x is computed with in the compute dtype."""
+    adapter, config = Adapter(lora_a, lora_b, magnitude), _config(*rules)
+    with torch.autocast(x.device.type, enabled=False):
+        prepared = _recall(weight, adapter, config, known=False)
+        y, cache = forward(
+            x, prepared.weight, prepared.adapter, config, bias=bias, prepared=prepared
+        )
+    return y, cache.z, cache.low_rank
+
+
+@forward_op.register_fake
+def _forward_shapes(
+    x: Array, weight: Array, lora_a: Array, lora_b: Array, magnitude: Array, bias: Array | None,
+    *rules: Any,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    adapter = Adapter(lora_a, lora_b, magnitude)
+    check_layer(weight, adapter, _config(*rules), x=x, bias=bias)
+    check_input(weight, x)
+    check_bias(weight, bias)
+    *stack, out, _ = weight.shape
+    tokens = math.prod(x.shape[len(stack) : -1])
+    dtype = compute_dtype(weight, *adapter, xp=torch)
+    return (
+        x.new_empty((*x.shape[:-1], out)),
+        x.new_empty((*stack, tokens, out), dtype=dtype),
+        x.new_empty((*stack, tokens, lora_a.shape[-2]), dtype=dtype),
+    )
+
+
+@torch.library.custom_op(
+    "doraxp::backward",
+    mutates_args=(),
+    schema="(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor magnitude, "
+    "Tensor z, Tensor low_rank, bool train_base, int rank, float scaling, str form, "
+    "str norm_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def backward_op(
+    dy: Array, x: Array, weight: Array, lora_a: Array, lora_b: Array, magnitude: Array,
+    z: Array, low_rank: Array, train_base: bool, *rules: Any,
+) -> tuple[Array, Array, Array, Array, Array]:  # fmt: skip
+    """Return the gradients of x, A, B, m and W, in their dtypes; W's is empty unless trained."""
+    adapter, config = Adapter(lora_a, lora_b, magnitude), _config(*rules)
+    with torch.autocast(x.device.type, enabled=False):
+        prepared = _recall(weight, adapter, config, known=True)
+        gradients = backward(dy, Cache(x, None, low_rank, z, prepared), train_base=train_base)
+    dweight = weight.new_empty(0) if gradients.weight is None else gradients.weight
+    da, db, dm = (d.to(leaf.dtype) for d, leaf in zip(gradients.adapter, adapter, strict=True))
+    return gradients.x, da, db, dm, dweight.to(weight.dtype)
+
+
+@backward_op.register_fake
+def _backward_shapes(
+    dy: Array, x: Array, weight: Array, lora_a: Array, lora_b: Array, magnitude: Array,
+    z: Array, low_rank: Array, train_base: bool, *rules: Any,
+) -> tuple[Array, Array, Array, Array, Array]:  # fmt: skip
+    like = (x, lora_a, lora_b, magnitude, weight if train_base else weight.new_empty(0))
+    dx, da, db, dm, dweight = (array.new_empty(array.shape) for array in like)
+    return dx, da, db, dm, dweight

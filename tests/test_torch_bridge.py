@@ -1,0 +1,407 @@
+"""`doraxp.torch` against torch.autograd of the dense formula, in float64."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import numpy as np
+import pytest
+
+import doraxp
+from doraxp import Adapter, Config
+
+RULES = [(form, norm) for form in ("weight", "direction") for norm in ("exact", "detached")]
+LEAVES = [(4, 6), (2, 6), (4, 2), (4,), (4,)]
+SHAPES = {
+    "matrix": [(5, 6), *LEAVES],
+    "vector": [(6,), *LEAVES],
+    "batch": [(3, 5, 6), *LEAVES],
+    "stack": [(3, 5, 6), *((3, *leaf) for leaf in LEAVES)],
+}
+
+
+def draw(torch, shapes=SHAPES["matrix"], dtype="float64"):
+    rng = np.random.default_rng(5)
+    made = [torch.tensor(rng.standard_normal(shape)) for shape in shapes]
+    return [array.to(getattr(torch, dtype)).requires_grad_() for array in made]
+
+
+def ours(config, x, w, a, b, m, bias=None):
+    from doraxp.torch import dora_linear
+
+    return dora_linear(x, w, Adapter(a, b, m), config, bias)
+
+
+def dense(config, x, w, a, b, m, bias=None):
+    d = w / w.norm(dim=-1, keepdim=True) if config.form == "direction" else w
+    v = d + config.scaling * b @ a
+    n = v.norm(dim=-1)
+    n = n.detach() if config.norm_gradient == "detached" else n
+    y = x @ ((m / n)[..., None] * v).mT
+    return y if bias is None else y + (bias[..., None, :] if w.ndim > 2 else bias)
+
+
+def assert_same(torch, actual, desired, rtol=1e-12):
+    for got, want in zip(actual, desired, strict=True):
+        want = want.detach()
+        torch.testing.assert_close(got.detach(), want, rtol=0, atol=rtol * float(want.abs().max()))
+
+
+def make(torch, config=None, *, train_base=False, bias=True):
+    from doraxp.torch import DoRALinear
+
+    torch.manual_seed(3)
+    base = torch.nn.Linear(6, 4, bias=bias, dtype=torch.float64)
+    layer = DoRALinear(base, config or Config(2, 3), seed=0, train_base=train_base)
+    torch.nn.init.normal_(layer.lora_b)
+    return base, layer
+
+
+def step(torch, layer, x, run=None):
+    """y, and the gradients of x and of what is trained."""
+    x = x.detach().requires_grad_()
+    y = layer(x) if run is None else run(x)
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    return y, *torch.autograd.grad(y.square().sum(), [x, *trained])
+
+
+def dense_step(torch, layer, x):
+    parts = layer.weight, *layer.adapter, layer.bias
+    return step(torch, layer, x, lambda x: dense(layer.config, x, *parts))
+
+
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(("form", "norm_gradient"), RULES)
+def test_gradients_are_those_of_the_dense_formula(torch, shapes, form, norm_gradient):
+    inputs = draw(torch, shapes)
+    config = Config(2, 3, form=form, norm_gradient=norm_gradient)
+    got, want = ours(config, *inputs), dense(config, *inputs)
+    dy = torch.randn_like(want)
+    assert_same(torch, [got], [want])
+    grads = (torch.autograd.grad(y, inputs, dy) for y in (got, want))
+    assert_same(torch, *grads)
+
+
+@pytest.mark.parametrize("form", ["weight", "direction"])
+@pytest.mark.parametrize("trained", range(6))
+def test_gradcheck_of_each_input_alone_and_of_all(torch, form, trained):
+    inputs = draw(torch)
+    for index, array in enumerate(inputs):
+        array.requires_grad_(trained in (0, index))  # 0: all
+    assert torch.autograd.gradcheck(lambda *a: ours(Config(2, 3, form=form), *a), inputs)
+
+
+def test_a_second_derivative_is_an_error_and_not_a_wrong_number(torch):
+    inputs = draw(torch)
+    (first,) = torch.autograd.grad(
+        ours(Config(2), *inputs).square().sum(), inputs[:1], create_graph=True
+    )
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(first.sum(), inputs[:1])
+
+
+def test_a_zero_row_and_a_cancelled_row_are_safe(torch):
+    inputs = draw(torch)
+    with torch.no_grad():
+        x, w, a, b, m, _ = inputs
+        w[1], b[1] = 0, 0
+        w[2] = -(b[2] @ a) * (1 - 1e-9)
+    got = ours(Config(2), x, w, a, b, m)
+    assert torch.equal(got[:, 1], torch.zeros(5, dtype=torch.float64))
+    for gradient in torch.autograd.grad(got.sum(), inputs[:5]):
+        assert torch.isfinite(gradient).all()
+    keep = [0, 2, 3]
+    want = dense(Config(2), x, w[keep], a, b[keep], m[keep])
+    assert_same(torch, [got[:, keep]], [want], 1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_gradients_have_the_dtypes_of_their_arrays(torch, dtype):
+    inputs = draw(torch, dtype=dtype)
+    y = ours(Config(2), *inputs)
+    got = torch.autograd.grad(y.sum(), inputs)
+    wide = [array.detach().double().requires_grad_() for array in inputs]
+    want = torch.autograd.grad(dense(Config(2), *wide).sum(), wide)
+    assert {array.dtype for array in (y, *got)} == {inputs[0].dtype}
+    eps = torch.finfo(y.dtype).eps
+    assert_same(torch, [array.double() for array in got], want, 2 * max(eps, 1e-6))
+
+
+def test_autocast_gives_its_dtype_and_computes_wide(torch):
+    inputs = draw(torch, dtype="float32")
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ours(Config(2), *inputs)
+        got = torch.autograd.grad(y.float().sum(), inputs)  # in it, as some trainers do
+    x = inputs[0].detach().bfloat16().float().requires_grad_()
+    wide = ours(Config(2), x, *inputs[1:])
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, wide.bfloat16())
+    want = torch.autograd.grad(wide.sum(), [x, *inputs[1:]])
+    assert {gradient.dtype for gradient in got} == {torch.float32}
+    assert_same(torch, got[1:], want[1:], 1e-6)
+    assert_same(torch, got[:1], want[:1], 2**-7)  # dx went through the cast
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(Config(2), *draw(torch)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("train_base", [False, True])
+@pytest.mark.parametrize(("form", "norm_gradient"), RULES)
+def test_the_module_has_the_dense_gradients(torch, form, norm_gradient, train_base):
+    config = Config(2, 3, form=form, norm_gradient=norm_gradient)
+    base, layer = make(torch, config, train_base=train_base)
+    x = torch.randn(3, 5, 6, dtype=torch.float64)
+    assert_same(torch, step(torch, layer, x), dense_step(torch, layer, x))
+    trained = [name for name, p in layer.named_parameters() if p.requires_grad]
+    adapter = ["lora_a", "lora_b", "magnitude"]
+    assert trained == (["weight", "bias", *adapter] if train_base else adapter)
+    assert base.weight.requires_grad
+    shared = layer.weight.data_ptr() == base.weight.data_ptr()
+    assert shared != train_base
+
+
+def test_checkpointing_changes_nothing(torch):
+    from torch.utils.checkpoint import checkpoint
+
+    _, layer = make(torch)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    got = step(torch, layer, x, lambda x: checkpoint(layer, x, use_reentrant=False))
+    want = step(torch, layer, x)
+    assert_same(torch, got, want, 0)
+    x.requires_grad_()
+    checkpoint(layer, x, use_reentrant=True).square().sum().backward()
+    assert_same(torch, [x.grad, *(p.grad for p in layer.adapter)], want[1:], 0)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does
+@pytest.mark.parametrize("train_base", [False, True])
+def test_it_compiles_in_one_graph(torch, train_base):
+    torch.compiler.reset()
+    _, layer = make(torch, train_base=train_base)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for count in (5, 5, 9):  # another count: a graph of unknown sizes
+        x = torch.randn(2, count, 6, dtype=torch.float64)
+        assert_same(torch, step(torch, layer, x, compiled), step(torch, layer, x), 0)
+        with torch.no_grad():
+            for p in layer.parameters():  # as an optimizer's step
+                if p.requires_grad:
+                    p.mul_(1.25)
+
+
+def test_the_shapes_that_a_compiler_is_told_are_those_that_come(torch):
+    from doraxp.torch import _ops
+
+    x, w, a, b, m, bias = draw(torch, SHAPES["stack"], "bfloat16")
+    rules = 2, 1.0, "weight", "exact"
+    arguments = (x, w, a, b, m, bias, *rules)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(_ops.forward_op, arguments, test_utils=checks)
+    _, z, low_rank = _ops.forward_op(*arguments)
+    arguments = (torch.ones(3, 5, 4), x, w, a, b, m, z, low_rank)
+    for train_base in (False, True):
+        torch.library.opcheck(_ops.backward_op, (*arguments, train_base, *rules), test_utils=checks)
+
+
+def test_gradients_of_two_uses_in_one_graph_add_up(torch):
+    _, layer = make(torch)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    parts = layer.weight, *layer.adapter, layer.bias
+
+    def twice(run):
+        return lambda x: run(x) + 2 * run(torch.cat([run(x), x[:, 4:]], dim=-1))
+
+    got = step(torch, layer, x, twice(layer))
+    want = step(torch, layer, x, twice(lambda x: dense(layer.config, x, *parts)))
+    assert_same(torch, got, want)
+
+
+def test_two_adapters_of_one_weight_go_back_in_any_order(torch):
+    x, w, a, b, m, bias = draw(torch)
+    others = [(2 * leaf).detach().requires_grad_() for leaf in (a, b, m)]
+    inputs = [x, w, a, b, m, bias, *others]
+    config = Config(2)
+
+    def total(run):
+        return (run(config, x, w, a, b, m, bias) * run(config, x, w, *others)).sum()
+
+    grads = (torch.autograd.grad(total(run), inputs) for run in (ours, dense))
+    assert_same(torch, *grads)
+
+
+CHANGES = {
+    "an optimizer's step": lambda torch, p: torch.optim.SGD([p], lr=0.5).step(),
+    "in place": lambda torch, p: p.mul_(1.5),
+    "other memory": lambda torch, p: setattr(p, "data", p.data * 1.5),
+    "there and back": lambda torch, p: [setattr(p, "data", p.data.clone() * 1.2) for _ in "ab"],
+}
+
+
+@pytest.mark.parametrize("name", ["weight", "lora_a", "lora_b", "magnitude"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_no_change_of_an_array_goes_unnoticed(torch, name, change):
+    _, layer = make(torch)
+    layer.weight.grad = torch.randn_like(layer.weight)  # frozen, but stepped by hand
+    x = torch.randn(5, 6, dtype=torch.float64)
+    layer(x).square().sum().backward()
+    with torch.no_grad():
+        change(torch, getattr(layer, name))
+    assert_same(torch, step(torch, layer, x), dense_step(torch, layer, x))
+
+
+def test_another_config_is_prepared_for(torch):
+    _, layer = make(torch)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    layer(x)
+    layer.config = Config(2, 7, form="direction", norm_gradient="detached")
+    assert_same(torch, step(torch, layer, x), dense_step(torch, layer, x))
+
+
+def test_where_values_are_not_looked_at_the_gradients_are_the_same(torch, monkeypatch):
+    from doraxp.backends._torch import TorchOperations
+
+    monkeypatch.setattr(TorchOperations, "may_look", lambda self, array: False)
+    _, layer = make(torch)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    for _ in range(2):
+        assert_same(torch, step(torch, layer, x), dense_step(torch, layer, x))
+        layer.lora_b.data.mul_(2)  # as an optimizer that works behind PyTorch's back
+
+
+def test_the_module_says_what_it_is(torch):
+    _, layer = make(torch)
+    assert str(layer) == "DoRALinear(in=6, out=4, bias=True, rank=2, scaling=1.5)"
+
+
+def test_a_write_through_data_to_the_adapter_is_noticed(torch):
+    _, layer = make(torch)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    layer(x)
+    layer.lora_b.data.mul_(2)
+    assert_same(torch, step(torch, layer, x), dense_step(torch, layer, x))
+
+
+def test_training_goes_on_after_inference_mode(torch):
+    base, layer = make(torch)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    with torch.inference_mode():
+        y = layer(x)
+        w = base.weight.clone()  # has no count of writes: nothing of it is kept
+        for factor in (1, 2):
+            w.mul_(factor)
+            assert_same(
+                torch,
+                [ours(layer.config, x, w, *layer.adapter)],
+                [dense(layer.config, x, w, *layer.adapter)],
+            )
+    want = dense_step(torch, layer, x)
+    assert_same(torch, [y], want[:1])
+    assert_same(torch, step(torch, layer, x), want)
+
+
+def test_nothing_is_kept_of_a_weight_that_has_gone(torch):
+    from doraxp.torch import _ops
+
+    _, layer = make(torch)
+    layer(torch.ones(1, 6, dtype=torch.float64)).sum().backward()
+    gone = weakref.ref(layer), weakref.ref(layer.weight)
+    assert layer.weight in _ops._kept
+    del layer
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_state_goes_round(torch, bias, tmp_path):
+    _, layer = make(torch, bias=bias)
+    _, other = make(torch, bias=bias)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.mul_(1.5)
+        other(x)
+    torch.save(layer.state_dict(), tmp_path / "state.pt")
+    other.load_state_dict(torch.load(tmp_path / "state.pt"))
+    assert set(layer.state_dict()) == {"weight", "lora_a", "lora_b", "magnitude"} | (
+        {"bias"} if bias else set()
+    )
+    assert torch.equal(other(x), layer(x))
+
+
+def test_a_copy_has_its_own_parameters(torch):
+    _, layer = make(torch)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    y = layer(x)
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        other.weight.mul_(2), other.magnitude.mul_(3)
+    assert torch.equal(layer(x), y)
+    assert_same(torch, step(torch, other, x), dense_step(torch, other, x))
+
+
+def test_training_and_evaluation_are_one_function(torch):
+    _, layer = make(torch)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    y = layer(x)
+    with torch.no_grad():
+        assert torch.equal(layer.eval()(x), y)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("form", ["weight", "direction"])
+def test_merged_is_a_plain_layer_that_does_the_same(torch, form, bias):
+    base, layer = make(torch, Config(2, 3, form=form), bias=bias)
+    merged = layer.merge()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    assert type(merged) is torch.nn.Linear
+    assert_same(torch, [merged(x)], [layer(x)])
+    assert {p.requires_grad for p in merged.parameters()} == {True}
+    pointers = {p.data_ptr() for p in (*layer.parameters(), *base.parameters())}
+    assert not pointers & {p.data_ptr() for p in merged.parameters()}
+
+
+def test_at_init_it_is_the_base(torch):
+    from doraxp.torch import DoRALinear
+
+    base = torch.nn.Linear(6, 4)
+    layer = DoRALinear(base, Config(2), seed=7)
+    assert torch.equal(layer.merge().weight, base.weight)
+    assert torch.equal(layer.lora_a, doraxp.init(base.weight, Config(2), seed=7).lora_a)
+
+
+@pytest.mark.parametrize("stack", [(), (2,)])
+def test_the_override_adds_in_place_as_the_generic_does(torch, stack):
+    from doraxp.backends import Operations, operations
+
+    total, left, right = (torch.randn(*stack, *s) for s in ((5, 6), (5, 2), (2, 6)))
+    ops = operations(total=total)
+    assert type(ops) is not Operations
+    want = Operations(ops.xp).accumulate(total.clone(), left, right)
+    pointer = total.data_ptr()
+    got = ops.accumulate(total, left, right)
+    assert got.data_ptr() == pointer
+    assert_same(torch, [got], [want], 1e-6)
+
+
+def test_bad_input_is_refused(torch):
+    from doraxp.torch import DoRALinear
+
+    with pytest.raises(TypeError, match=r"^base must be of type Linear, got Identity$"):
+        DoRALinear(torch.nn.Identity(), Config(2), seed=0)
+    with pytest.raises(ValueError, match="rank must be in"):
+        DoRALinear(torch.nn.Linear(3, 3), Config(4), seed=0)
+    x, w, a, b, m, bias = draw(torch)
+    config = Config(2)
+    for index in range(6):
+        arrays = [x, w, a, b, m, bias]
+        arrays[index] = arrays[index].detach().numpy()
+        with pytest.raises(TypeError, match=r"must be of type Tensor, got ndarray$"):
+            ours(config, *arrays)
+    with pytest.raises(TypeError, match="adapter must be of type Adapter"):
+        doraxp.torch.dora_linear(x, w, (a, b, m), config)
+    with pytest.raises(ValueError, match=r"x must have shape \(\.\.\., in\)"):
+        ours(config, x[:, 1:], w, a, b, m)
+    with pytest.raises(ValueError, match="bias must have shape"):
+        ours(config, x, w, a, b, m, bias[1:])
+    with pytest.raises(ValueError, match="lora_a must have shape"):
+        ours(Config(1), x, w, a, b, m)

@@ -1,0 +1,310 @@
+"""`doraxp.torch.accelerate` against PEFT's own layers: same numbers, same files, and back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+
+NAMES = ("0", "2")
+
+
+def model_of(peft, torch, *, dtype="float64", bias=True, dropout=0.0, **options):
+    """A small model whose two linear layers have DoRA, some training ago."""
+    torch.manual_seed(11)
+    base = torch.nn.Sequential(
+        torch.nn.Linear(12, 10, bias=bias), torch.nn.Tanh(), torch.nn.Linear(10, 8, bias=bias)
+    )
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=5,
+        use_dora=True,
+        lora_dropout=dropout,
+        **{"target_modules": list(NAMES)} | options,
+    )
+    model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
+    model.to(getattr(torch, dtype))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def step(torch, model, x):
+    """y, and all gradients; dropout draws the same numbers every time."""
+    x = x.detach().requires_grad_()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    torch.manual_seed(5)
+    y = model(x)
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *trained])]
+
+
+def assert_same(torch, actual, desired, rtol=1e-12):
+    for got, want in zip(actual, desired, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=rtol * float(want.abs().max()))
+
+
+def exact(torch, model):
+    """PEFT's own step, with the gradient let through the norm."""
+
+    def run(x):
+        for layer in (model.base_model.model[0], torch.tanh, model.base_model.model[2]):
+            if layer is torch.tanh:
+                x = layer(x)
+                continue
+            update = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+            v = layer.base_layer.weight + layer.scaling["default"] * update
+            m = layer.lora_magnitude_vector["default"].weight
+            x = x @ ((m / v.norm(dim=1))[:, None] * v).T + layer.base_layer.bias
+        return x
+
+    return run
+
+
+@pytest.fixture
+def x(torch):
+    return torch.randn(2, 7, 12, dtype=torch.float64, generator=torch.manual_seed(1))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_detached_it_is_pefts_step_to_rounding_and_back_to_the_bit(peft, torch, x, dropout, bias):
+    from doraxp.torch import accelerate
+
+    model = model_of(peft, torch, dropout=dropout, bias=bias)
+    want = step(torch, model, x)
+    with accelerate(model, norm_gradient="detached") as handle:
+        assert handle.layers == tuple(f"base_model.model.{name}" for name in NAMES)
+        assert dict(handle.left) == {}
+        assert_same(torch, step(torch, model, x), want)
+        y = model.eval()(x)
+        model.train()
+    again = step(torch, model, x)
+    assert_same(torch, again, want, 0)
+    assert_same(torch, [y.detach()], [model.eval()(x).detach()])
+
+
+def test_exact_is_the_true_gradient_of_pefts_formula(peft, torch, x):
+    from doraxp.torch import accelerate
+
+    model = model_of(peft, torch)
+    detached = step(torch, model, x)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    x = x.requires_grad_()
+    y = exact(torch, model)(x)
+    want = [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *trained])]
+    handle = accelerate(model)
+    assert_same(torch, step(torch, model, x), want)
+    assert not torch.allclose(want[2], detached[2])
+    handle.restore()
+    handle.restore()
+    assert_same(torch, step(torch, model, x), detached, 0)
+
+
+@pytest.mark.parametrize("scaling", [0.0, -0.5, 2.0])
+def test_any_scaling_that_peft_allows(peft, torch, x, scaling):
+    from doraxp.torch import accelerate
+
+    model = model_of(peft, torch)
+    for index in (0, 2):
+        model.base_model.model[index].scaling["default"] = scaling
+    want = step(torch, model, x)
+    accelerate(model, "detached")
+    for got, expected in zip(step(torch, model, x), want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+def test_files_parameters_and_names_stay_pefts(peft, torch, x, tmp_path):
+    from doraxp.torch import accelerate
+
+    model = model_of(peft, torch)
+    before = dict(model.named_parameters())
+    model.save_pretrained(tmp_path / "before")
+    handle = accelerate(model)
+    model.save_pretrained(tmp_path / "during")
+    assert all(p is before[name] for name, p in model.named_parameters())
+    assert list(model.state_dict()) == [*before]
+    handle.restore()
+    model.save_pretrained(tmp_path / "after")
+    names = {path.name for path in (tmp_path / "before").iterdir()}
+    assert "adapter_model.safetensors" in names
+    for name in names:
+        (first, *others) = (
+            (tmp_path / when / name).read_bytes() for when in ("before", "during", "after")
+        )
+        assert others == [first, first]
+
+
+def test_trained_accelerated_and_loaded_by_peft(peft, torch, x, tmp_path):
+    from doraxp.torch import accelerate
+
+    model = model_of(peft, torch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    with accelerate(model):
+        losses = []
+        for _ in range(20):
+            loss = (model(x) - 1).square().mean()
+            losses.append(float(loss.detach()))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        y = model(x).detach()
+        model.save_pretrained(tmp_path)
+    assert losses[-1] < losses[0] / 2
+    fresh = model_of(peft, torch)
+    fresh.load_adapter(tmp_path, "default")
+    assert_same(torch, [fresh.to(torch.float64)(x).detach()], [y])
+
+
+def test_merging_switching_off_and_refusing_stay_pefts(peft, torch, x):
+    from doraxp.torch import accelerate
+
+    model = model_of(peft, torch).eval()
+    want = model(x).detach()
+    with model.disable_adapter():
+        plain = model(x).detach()
+    accelerate(model)
+    with model.disable_adapter():
+        assert torch.equal(model(x), plain)
+    with pytest.raises(ValueError, match="Cannot pass `adapter_names` when DoRA is enabled"):
+        model.base_model.model[0](x, adapter_names=["default", "__base__"])
+    model.merge_adapter()
+    assert_same(torch, [model(x).detach()], [want])
+    model.unmerge_adapter()
+    assert_same(torch, [model(x).detach()], [want])
+    assert_same(torch, [model.merge_and_unload()(x).detach()], [want])
+
+
+def test_other_adapters_of_a_layer(peft, torch, x):
+    from doraxp.torch import accelerate
+
+    model = model_of(peft, torch)
+    model.add_adapter("plain", peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["0", "2"], use_dora=True))
+    model.to(torch.float64).eval()
+    want = {}
+    for name in ("default", "plain", "other"):
+        model.set_adapter(name)
+        want[name] = model(x).detach()
+    accelerate(model)
+    for name, y in want.items():
+        model.set_adapter(name)
+        assert_same(torch, [model(x).detach()], [y])
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match=r"one adapter at a time .* got \['default', 'other'\]"):
+        model(x)
+
+
+def test_copies_and_pickles_compute_with_their_own_arrays(peft, torch, x):
+    from doraxp.torch import accelerate
+
+    model = model_of(peft, torch)
+    handle = accelerate(model)
+    want = step(torch, model, x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_same(torch, step(torch, other, x), want, 0)
+        with torch.no_grad():
+            other.base_model.model[0].lora_B["default"].weight.mul_(2)
+        assert not torch.equal(other(x), want[0])
+    handle.restore()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does
+def test_bfloat16_autocast_checkpointing_and_compiling(peft, torch, x):
+    from torch.utils.checkpoint import checkpoint
+
+    from doraxp.torch import accelerate
+
+    model = model_of(peft, torch, dtype="float32")
+    wide = step(torch, model, x.float())[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = model(x.float())
+        accelerate(model, "detached")
+        ours = model(x.float())
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    errors = [float((y.detach().float() - wide).abs().max()) for y in (ours, theirs)]
+    assert errors[0] <= errors[1]
+    want = step(torch, model, x.float())
+    got = step(torch, recomputed(torch, model, checkpoint), x.float())
+    assert_same(torch, got, want, 0)
+    torch.compiler.reset()
+    layer = model.base_model.model[0]
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x.float()), layer(x.float()))
+
+
+def recomputed(torch, model, checkpoint):
+    """The model, recomputed in the backward."""
+
+    class Recomputed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return checkpoint(self.model, x, use_reentrant=False)
+
+    return Recomputed()
+
+
+def test_a_bfloat16_model_keeps_its_dtypes(peft, torch, x):
+    from doraxp.torch import accelerate
+
+    for dropout in (0.0, 0.4):
+        model = model_of(peft, torch, dtype="bfloat16", dropout=dropout)
+        want = step(torch, model, x.bfloat16())
+        accelerate(model, "detached")
+        got = step(torch, model, x.bfloat16())
+        assert {array.dtype for array in got} == {torch.bfloat16}
+        assert_same(torch, got, want, 2**-4)
+
+
+def test_what_cannot_be_swapped_is_left_and_named(peft, torch):
+    from doraxp.torch import accelerate
+
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Embedding(9, 6), torch.nn.Linear(6, 5))
+    config = peft.LoraConfig(r=2, use_dora=True, target_modules=["0", "1"])
+    model = peft.get_peft_model(base, config)
+    ids = torch.tensor([[1, 2]])
+    want = model(ids).detach()
+    with accelerate(model) as handle:
+        assert handle.layers == ("base_model.model.1",)
+        assert dict(handle.left) == {"base_model.model.0": "it is a Embedding, not a Linear"}
+        torch.testing.assert_close(model(ids), want)
+    model.base_model.model[1].base_layer.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="its base layer has hooks"):
+        accelerate(model)
+
+
+def test_a_base_of_another_class_is_left(peft, torch):
+    from doraxp.torch import accelerate
+
+    class Own(torch.nn.Linear):
+        pass
+
+    config = peft.LoraConfig(r=2, use_dora=True, target_modules=["0"])
+    model = peft.get_peft_model(torch.nn.Sequential(Own(6, 5)), config)
+    with pytest.raises(ValueError, match=r"its base is a Own, not a torch\.nn\.Linear"):
+        accelerate(model)
+
+
+def test_bad_input_is_refused_and_changes_nothing(peft, torch):
+    from doraxp.torch import accelerate
+
+    model = model_of(peft, torch)
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(TypeError, match="model must be of type Module, got int"):
+        accelerate(3)
+    with pytest.raises(ValueError, match="norm_gradient must be one of"):
+        accelerate(model, "none")
+    with pytest.raises(ValueError, match="must have a DoRA layer"):
+        accelerate(torch.nn.Linear(3, 3))
+    assert [type(module) for module in model.modules()] == classes
+    handle = accelerate(model)
+    with pytest.raises(ValueError, match="must not be accelerated already"):
+        accelerate(model)
+    handle.restore()
+    assert [type(module) for module in model.modules()] == classes
