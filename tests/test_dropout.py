@@ -186,10 +186,11 @@ def test_a_fresh_adapter_gives_the_base_product_whatever_is_dropped(
 ):
     config, weight, x = Config(3, dropout=dropout), draw(7, 6), draw(5, 6)
     adapter = doraxp.init(weight, config, seed=0)
-    y, _ = backend.run(
-        doraxp.forward, x, weight, adapter, config, dropout_mask=draw_mask(5, 6)
-    )
+    y, _ = backend.run(doraxp.forward, x, weight, adapter, config, dropout_mask=draw_mask(5, 6))
     assert_close(y, backend.numpy(x) @ backend.numpy(weight).T, rtol=1e-15)
+    if dropout == "low_rank":  # B = 0 takes the dropped x away altogether
+        plain, _ = backend.run(doraxp.forward, x, weight, adapter, config)
+        assert_close(y, plain, rtol=0)
 
 
 @pytest.mark.parametrize("dropout", MODES)

@@ -182,20 +182,20 @@ def _suspect(
 
 
 def outputs(
-    x: Array, base: Array | None, low_rank: Array, prepared: Prepared, bias: Array | None, *,
-    left_out: Array | None = None, ops: Operations,
+    x: Array, base: Array | None, dropped: Array, low_rank: Array, prepared: Prepared,
+    bias: Array | None, *, ops: Operations,
 ) -> tuple[Array, Array]:  # fmt: skip
     """Return z = ρ⊙(x Wᵀ) + L (s B)ᵀ and y = g⊙z + bias.
 
     (*stack, tokens, in) -> twice (*stack, tokens, out). `base` is x Wᵀ where that is known.
-    L = x Aᵀ, so that z = x Vᵀ; or L = (x − r) Aᵀ with r = `left_out`.
+    L = x~ Aᵀ with x~ = `dropped`, which is x itself where z = x Vᵀ.
     """
     weight, a, scaled_b, row_scale = prepared.factors
     gain, formed, update = prepared.gain, prepared.formed, (low_rank, scaled_b)
     shift = None
-    if formed is not None and left_out is not None:  # z = x Vᵀ − (r Aᵀ) (s B)ᵀ
+    if formed is not None and dropped is not x:  # z = x Vᵀ + ((x~ − x) Aᵀ) (s B)ᵀ
         transposed = ops.xp.matrix_transpose(a)
-        update, shift = (x @ transposed, scaled_b), (-(left_out @ transposed), scaled_b)
+        update, shift = (x @ transposed, scaled_b), ((dropped - x) @ transposed, scaled_b)
 
     def product() -> Array:
         return ops.times_transposed(x, weight, x.dtype) if base is None else base

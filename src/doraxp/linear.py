@@ -146,8 +146,9 @@ def forward(
         "low_rank":  z = ρ⊙(x Wᵀ) + s (x~ Aᵀ) Bᵀ,   y = g⊙z + bias
 
     "input" is PEFT's: the base has the whole x, what the adapter adds to it has x~. It costs a
-    second product with W, in the forward and in the backward, and a second array of y's size while
-    that is made; "low_rank" costs neither.
+    second product with W, (tokens, out) in the forward and (tokens, in) in the backward, each with
+    a temporary of that shape. "low_rank" costs one more product of rank columns in the backward.
+    Of a fresh adapter "low_rank" gives what no mask gives, bit for bit; "input" does to rounding.
 
     Parameters
     ----------
@@ -201,23 +202,20 @@ def forward(
     check_bias(weight, bias)
     check_previous(previous, weight)
     dtype = compute_dtype(weight, *adapter, xp=xp)
-    tokens, dropped, left_out = _parts(x, dropout_mask, weight, dtype, xp=xp)
-    on_input = left_out is not None and config.dropout == "input"
-    tokens = dropped if on_input else tokens  # what V sees, (*stack, tokens, in)
-    base = None  # that times Wᵀ
+    tokens, dropped, seen = _parts(x, dropout_mask, weight, config, dtype, xp=xp)
+    base = None  # seen Wᵀ
     if prepared is not None:
         check_prepared(prepared, weight, adapter, config, ops=ops)
     elif previous is not None and ops.may_look(x):  # else V is formed, and x Wᵀ of no use
-        prepared, base = prepare_with_product(tokens, weight, adapter, config, previous, ops=ops)
+        prepared, base = prepare_with_product(seen, weight, adapter, config, previous, ops=ops)
     else:
         prepared = prepare(weight, adapter, config, previous=previous)
 
     low_rank = dropped @ xp.matrix_transpose(prepared.factors.lora_a)  # L
     wide_bias = None if bias is None else as_dtype(bias, dtype, xp=xp)
-    apart = None if on_input else left_out
-    z, y = outputs(tokens, base, low_rank, prepared, wide_bias, left_out=apart, ops=ops)
-    if on_input:
-        y += ops.times_transposed(left_out, weight, dtype)
+    z, y = outputs(seen, base, dropped, low_rank, prepared, wide_bias, ops=ops)
+    if seen is not tokens:
+        y += ops.times_transposed(tokens - seen, weight, dtype)
     y = xp.reshape(as_dtype(y, x.dtype, xp=xp), (*x.shape[:-1], weight.shape[-2]))
     return y, Cache(x, bias, low_rank, z, prepared, dropout_mask)
 
@@ -290,9 +288,7 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     dtype = gain.dtype
 
     d = as_tokens(dy, weight, dtype, xp=xp)  # (*stack, tokens, out)
-    tokens, dropped, left_out = _parts(x, dropout_mask, weight, dtype, xp=xp)
-    on_input = left_out is not None and prepared.config.dropout == "input"
-    tokens = dropped if on_input else tokens  # what V saw, (*stack, tokens, in)
+    tokens, dropped, seen = _parts(x, dropout_mask, weight, prepared.config, dtype, xp=xp)
     count = d.shape[-2]
     dm = ops.over_norm(ops.token_dot(d, z), norm)  # e / n
     # q = −p / n is not formed: it overflows where n is tiny, q⊙V does not.
@@ -308,7 +304,7 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     dlow = dz @ scaled_b  # (tokens, rank)
     da = xp.matrix_transpose(dlow) @ dropped  # (rank, in)
     db = xp.matrix_transpose(dz) @ low_rank  # (out, rank)
-    dweight = xp.matrix_transpose(dz) @ tokens if train_base else None  # (out, in)
+    dweight = xp.matrix_transpose(dz) @ seen if train_base else None  # (out, in)
     if pull is not None:
         da += product[..., count:, :]
         db -= p[..., None] * prepared.unit_projection
@@ -322,12 +318,12 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
             unit = row_scale[..., None] * as_dtype(weight, dtype, xp=xp)  # D
             along = xp.sum(unit * dweight, axis=-1)
             dweight = row_scale[..., None] * (dweight - along[..., None] * unit)
-        if on_input:
-            dweight += xp.matrix_transpose(d) @ left_out
+        if seen is not tokens:
+            dweight += xp.matrix_transpose(d) @ (tokens - seen)
         dbias = xp.sum(d, axis=-2) if bias is not None else None
     if dropout_mask is not None:
         mask = as_tokens(dropout_mask, weight, dtype, xp=xp)
-        if on_input:
+        if seen is not tokens:
             dx = mask * dx + (1 - mask) * ops.times(d, weight, dtype)
         else:
             dx = dx + (mask - 1) * (dlow @ a)
@@ -446,11 +442,14 @@ def as_tokens(x: Array, weight: Array, dtype: Any, *, xp: Any) -> Array:
 
 
 def _parts(
-    x: Array, mask: Array | None, weight: Array, dtype: Any, *, xp: Any
-) -> tuple[Array, Array, Array | None]:
-    """Return x, x~ = mask⊙x and x − x~, each (*stack, tokens, in); x, x and None unmasked."""
+    x: Array, mask: Array | None, weight: Array, config: Config, dtype: Any, *, xp: Any
+) -> tuple[Array, Array, Array]:
+    """Return x, x~ = mask⊙x, and the one of them that ρ⊙W in V sees: (*stack, tokens, in).
+
+    Without a mask all three are one array.
+    """
     tokens = as_tokens(x, weight, dtype, xp=xp)
     if mask is None:
-        return tokens, tokens, None
+        return tokens, tokens, tokens
     dropped = as_tokens(mask, weight, dtype, xp=xp) * tokens
-    return tokens, dropped, tokens - dropped
+    return tokens, dropped, dropped if config.dropout == "input" else tokens
