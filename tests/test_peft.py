@@ -55,6 +55,19 @@ def assert_close(actual, desired, rtol):
     np.testing.assert_allclose(actual, desired, rtol=0, atol=atol)
 
 
+def assert_equal_to_pefts(y, grads, layer, y_peft, x_torch, rtol):
+    """Hold y, dx and the adapter's gradients to what PEFT's layer has."""
+    assert_close(y, y_peft.detach().numpy(), rtol)
+    assert_close(grads.x, x_torch.grad.numpy(), rtol)
+    expected = (
+        layer.lora_A["default"].weight.grad,
+        layer.lora_B["default"].weight.grad,
+        layer.lora_magnitude_vector["default"].weight.grad,
+    )
+    for leaf, gradient in zip(grads.adapter, expected, strict=True):
+        assert_close(leaf, gradient.numpy(), rtol)
+
+
 def test_forward_and_detached_gradients_equal_pefts(peft, torch, case):
     dtype, weight, bias, adapter, x, dy = case
     config = Config(4, 8.0, norm_gradient="detached")
@@ -65,15 +78,30 @@ def test_forward_and_detached_gradients_equal_pefts(peft, torch, case):
 
     y, cache = doraxp.forward(x, weight, adapter, config, bias=bias)
     grads = doraxp.backward(dy, cache)
-    assert_close(y, y_peft.detach().numpy(), RTOL[dtype])
-    assert_close(grads.x, x_torch.grad.numpy(), RTOL[dtype])
-    expected = (
-        layer.lora_A["default"].weight.grad,
-        layer.lora_B["default"].weight.grad,
-        layer.lora_magnitude_vector["default"].weight.grad,
-    )
-    for leaf, gradient in zip(grads.adapter, expected, strict=True):
-        assert_close(leaf, gradient.numpy(), RTOL[dtype])
+    assert_equal_to_pefts(y, grads, layer, y_peft, x_torch, RTOL[dtype])
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_dropout_of_the_input_equals_pefts_with_the_same_mask(peft, torch, case, with_bias):
+    dtype, weight, bias, adapter, x, dy = case
+    bias = bias if with_bias else None
+    config = Config(4, 8.0, norm_gradient="detached", dropout="input")
+    mask = ((np.random.default_rng(3).uniform(size=x.shape) > 0.25) / 0.75).astype(dtype)
+
+    class Given(torch.nn.Module):
+        def forward(self, x):
+            return x * torch.tensor(mask)
+
+    layer = peft_layer(peft, torch, weight, adapter, config, bias)
+    layer.lora_dropout["default"] = Given()
+    layer.train()
+    x_torch = torch.tensor(x, requires_grad=True)
+    y_peft = layer(x_torch)
+    y_peft.backward(torch.tensor(dy))
+
+    y, cache = doraxp.forward(x, weight, adapter, config, bias=bias, dropout_mask=mask)
+    grads = doraxp.backward(dy, cache)
+    assert_equal_to_pefts(y, grads, layer, y_peft, x_torch, RTOL[dtype])
 
 
 def test_merge_equals_pefts(peft, torch, case):

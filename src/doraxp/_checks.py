@@ -81,6 +81,14 @@ def check_input(weight: Array, x: Array) -> None:
         )
 
 
+def check_mask(x: Array, mask: Array | None) -> None:
+    """Hold a dropout mask to the shape of x."""
+    if mask is not None and tuple(mask.shape) != tuple(x.shape):
+        raise ValueError(
+            f"dropout_mask must have the shape of x, {tuple(x.shape)}, got {tuple(mask.shape)}"
+        )
+
+
 def check_output_gradient(dy: Array, shape: tuple[int, ...]) -> None:
     """Hold dy to the shape of the y that it is the gradient of."""
     if tuple(dy.shape) != shape:

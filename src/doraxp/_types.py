@@ -19,6 +19,7 @@ Array: TypeAlias = Any
 
 Form: TypeAlias = Literal["weight", "direction"]
 NormGradient: TypeAlias = Literal["exact", "detached"]
+Dropout: TypeAlias = Literal["input", "low_rank"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Config:
     norm_gradient : {"exact", "detached"}
         Whether the gradient goes through the row norm n. "detached" is the paper's section 4.3
         and PEFT; "exact" is the true gradient, at the price of one more rank-wide product.
+    dropout : {"input", "low_rank"}
+        What sees the dropped x where `doraxp.forward` is given a mask: all that the adapter adds
+        to the base (PEFT), or the low-rank product alone (mlx-lm, axolotl).
 
     Raises
     ------
@@ -61,6 +65,7 @@ class Config:
     rslora: bool = False
     form: Form = "weight"
     norm_gradient: NormGradient = "exact"
+    dropout: Dropout = "input"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rank", check_count("rank", self.rank, least=1))
@@ -79,6 +84,8 @@ class Config:
             raise ValueError(
                 f"norm_gradient must be one of {get_args(NormGradient)}, got {self.norm_gradient!r}"
             )
+        if self.dropout not in get_args(Dropout):
+            raise ValueError(f"dropout must be one of {get_args(Dropout)}, got {self.dropout!r}")
 
     @property
     def scaling(self) -> float:

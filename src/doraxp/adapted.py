@@ -182,15 +182,20 @@ def _suspect(
 
 
 def outputs(
-    x: Array, base: Array | None, low_rank: Array, prepared: Prepared, bias: Array | None, *,
-    ops: Operations,
+    x: Array, base: Array | None, dropped: Array, low_rank: Array, prepared: Prepared,
+    bias: Array | None, *, ops: Operations,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """Return z = x Vᵀ = ρ⊙(x Wᵀ) + L (s B)ᵀ with L = x Aᵀ, and y = g⊙z + bias.
+    """Return z = ρ⊙(x Wᵀ) + L (s B)ᵀ and y = g⊙z + bias.
 
     (*stack, tokens, in) -> twice (*stack, tokens, out). `base` is x Wᵀ where that is known.
+    L = x~ Aᵀ with x~ = `dropped`, which is x itself where z = x Vᵀ.
     """
-    weight, _, scaled_b, row_scale = prepared.factors
+    weight, a, scaled_b, row_scale = prepared.factors
     gain, formed, update = prepared.gain, prepared.formed, (low_rank, scaled_b)
+    shift = None
+    if formed is not None and dropped is not x:  # z = x Vᵀ + ((x~ − x) Aᵀ) (s B)ᵀ
+        transposed = ops.xp.matrix_transpose(a)
+        update, shift = (x @ transposed, scaled_b), ((dropped - x) @ transposed, scaled_b)
 
     def product() -> Array:
         return ops.times_transposed(x, weight, x.dtype) if base is None else base
@@ -201,7 +206,7 @@ def outputs(
     if formed is None:
         return ops.scale_and_shift(product(), row_scale, update, gain, bias)
     z = ops.guarded_times_transposed(formed, x, factored)
-    return ops.scale_and_shift(z, None, None, gain, bias)
+    return ops.scale_and_shift(z, None, shift, gain, bias)
 
 
 def times(d: Array, prepared: Prepared, *, ops: Operations) -> Array:

@@ -194,8 +194,11 @@ class DoRALayer:
         self.adapter = init(self.weight, config, seed=seed, method=method)
         self._initial_weight = self.weight
 
-    def forward(self, x: Array) -> Array:
-        """Return y = x W'ᵀ + bias in x's dtype, as `doraxp.forward`; remember it for `backward`."""
+    def forward(self, x: Array, dropout_mask: Array | None = None) -> Array:
+        """Return y = x W'ᵀ + bias in x's dtype, as `doraxp.forward`; remember it for `backward`.
+
+        With a mask of x's shape, 0 or 1/(1 − p), `config.dropout` says what sees mask⊙x.
+        """
         prepared, previous = self._known()
         y, self._cache = forward(
             x,
@@ -205,6 +208,7 @@ class DoRALayer:
             bias=self.bias,
             prepared=prepared,
             previous=previous,
+            dropout_mask=dropout_mask,
         )
         self._prepared = self._cache.prepared
         return y

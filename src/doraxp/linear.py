@@ -21,6 +21,7 @@ from doraxp._checks import (
     check_config,
     check_input,
     check_layer,
+    check_mask,
     check_output_gradient,
 )
 from doraxp._scalars import check_count, check_flag, check_kind
@@ -48,11 +49,13 @@ class Cache(NamedTuple):
     bias: Array | None
     """The bias as it came."""
     low_rank: Array
-    """L = x Aᵀ, shape (*stack, tokens, rank)."""
+    """L = x Aᵀ, shape (*stack, tokens, rank); of the dropped x where there is a mask."""
     z: Array
-    """z = x Vᵀ, shape (*stack, tokens, out)."""
+    """z with y = g⊙z + bias, shape (*stack, tokens, out); x Vᵀ where there is no mask."""
     prepared: Prepared
     """What the forward was given, or made."""
+    dropout_mask: Array | None = None
+    """The mask as it came."""
 
 
 def init(weight: Array, config: Config, *, seed: int, method: InitMethod = "kaiming") -> Adapter:
@@ -127,6 +130,7 @@ def forward(
     bias: Array | None = None,
     prepared: Prepared | None = None,
     previous: Prepared | None = None,
+    dropout_mask: Array | None = None,
 ) -> tuple[Array, Cache]:
     """Return y = g⊙(x Vᵀ) + bias, and what the backward needs.
 
@@ -135,6 +139,16 @@ def forward(
         L = x Aᵀ                   (tokens, rank)
         z = ρ⊙(x Wᵀ) + s L Bᵀ      (tokens, out)
         y = g⊙z + bias             the bias is never scaled
+
+    With a dropout mask, x~ = mask⊙x, and by `config.dropout`::
+
+        "input":     y = g⊙(x~ Vᵀ) + (x − x~) Wᵀ + bias
+        "low_rank":  z = ρ⊙(x Wᵀ) + s (x~ Aᵀ) Bᵀ,   y = g⊙z + bias
+
+    "input" is PEFT's: the base has the whole x, what the adapter adds to it has x~. It costs a
+    second product with W, (tokens, out) in the forward and (tokens, in) in the backward, each with
+    a temporary of that shape. "low_rank" costs one more product of rank columns in the backward.
+    Of a fresh adapter "low_rank" gives what no mask gives, bit for bit; "input" does to rounding.
 
     Parameters
     ----------
@@ -150,12 +164,15 @@ def forward(
     previous : Prepared, optional
         An earlier one of the same `weight` object, where there is no `prepared`: its ‖w‖² is used
         again, and W Aᵀ is made in one product with x Wᵀ. `cache.prepared` is the new one.
+    dropout_mask : array, shape of x, optional
+        0 where a number is dropped, 1/(1 − p) where it is kept: drawn and scaled by the caller.
+        The norm knows nothing of it, and it has no gradient.
 
     Returns
     -------
     y : array, shape (*stack, ..., out), in x's dtype
     cache : Cache
-        For `doraxp.backward`. It holds x itself: do not write to x before.
+        For `doraxp.backward`. It holds x and the mask themselves: do not write to them before.
 
     Raises
     ------
@@ -167,7 +184,8 @@ def forward(
 
     References
     ----------
-    arXiv:2402.09353, equation 5.
+    arXiv:2402.09353, equation 5. Dropout: PEFT 0.21.2, ``lora/variants.py`` and ``lora/dora.py``;
+    mlx-lm, ``tuner/dora.py``.
 
     Examples
     --------
@@ -176,26 +194,30 @@ def forward(
     >>> y
     array([11., 10.])
     """
-    ops = check_layer(weight, adapter, config, x=x, bias=bias)
+    masks = {} if dropout_mask is None else {"dropout_mask": dropout_mask}
+    ops = check_layer(weight, adapter, config, x=x, bias=bias, **masks)
     xp = ops.xp
     check_input(weight, x)
+    check_mask(x, dropout_mask)
     check_bias(weight, bias)
     check_previous(previous, weight)
     dtype = compute_dtype(weight, *adapter, xp=xp)
-    tokens = as_tokens(x, weight, dtype, xp=xp)  # (*stack, tokens, in)
-    base = None  # x Wᵀ
+    tokens, dropped, seen = _parts(x, dropout_mask, weight, config, dtype, xp=xp)
+    base = None  # seen Wᵀ
     if prepared is not None:
         check_prepared(prepared, weight, adapter, config, ops=ops)
     elif previous is not None and ops.may_look(x):  # else V is formed, and x Wᵀ of no use
-        prepared, base = prepare_with_product(tokens, weight, adapter, config, previous, ops=ops)
+        prepared, base = prepare_with_product(seen, weight, adapter, config, previous, ops=ops)
     else:
         prepared = prepare(weight, adapter, config, previous=previous)
 
-    low_rank = tokens @ xp.matrix_transpose(prepared.factors.lora_a)  # L
+    low_rank = dropped @ xp.matrix_transpose(prepared.factors.lora_a)  # L
     wide_bias = None if bias is None else as_dtype(bias, dtype, xp=xp)
-    z, y = outputs(tokens, base, low_rank, prepared, wide_bias, ops=ops)
+    z, y = outputs(seen, base, dropped, low_rank, prepared, wide_bias, ops=ops)
+    if seen is not tokens:
+        y += ops.times_transposed(tokens - seen, weight, dtype)
     y = xp.reshape(as_dtype(y, x.dtype, xp=xp), (*x.shape[:-1], weight.shape[-2]))
-    return y, Cache(x, bias, low_rank, z, prepared)
+    return y, Cache(x, bias, low_rank, z, prepared, dropout_mask)
 
 
 def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
@@ -216,6 +238,12 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
 
     The q terms are the gradient through the norm; the paper's section 4.3 and PEFT drop them.
     A row with n = 0 has no gradient.
+
+    With a dropout mask, x~ = mask⊙x stands for x in dA, L and z, and::
+
+        "input":     dx = mask⊙(dz V) + (1 − mask)⊙(dy W)
+                     dW has x~ for x too, and at last + dyᵀ (x − x~)
+        "low_rank":  dx = dz V + (mask − 1)⊙(s (dz B) A)
 
     Parameters
     ----------
@@ -250,9 +278,9 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     """
     check_kind("cache", cache, Cache)
     check_flag("train_base", train_base)
-    x, bias, low_rank, z, prepared = cache
+    x, bias, low_rank, z, prepared, dropout_mask = cache
     weight, norm, gain = prepared.weight, prepared.norm, prepared.gain
-    _, _, scaled_b, row_scale = prepared.factors
+    _, a, scaled_b, row_scale = prepared.factors
     ops = operations(dy=dy, x=x)
     xp = ops.xp
     check_output_gradient(dy, (*x.shape[:-1], weight.shape[-2]))
@@ -260,7 +288,7 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     dtype = gain.dtype
 
     d = as_tokens(dy, weight, dtype, xp=xp)  # (*stack, tokens, out)
-    tokens = as_tokens(x, weight, dtype, xp=xp)  # (*stack, tokens, in)
+    tokens, dropped, seen = _parts(x, dropout_mask, weight, prepared.config, dtype, xp=xp)
     count = d.shape[-2]
     dm = ops.over_norm(ops.token_dot(d, z), norm)  # e / n
     # q = −p / n is not formed: it overflows where n is tiny, q⊙V does not.
@@ -273,9 +301,10 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     rows = ops.scale_and_append(d, gain, pull)  # dz, and pull below
     product = times(rows, prepared, ops=ops)
     dz, dx = rows[..., :count, :], product[..., :count, :]
-    da = xp.matrix_transpose(dz @ scaled_b) @ tokens  # (rank, in)
+    dlow = dz @ scaled_b  # (tokens, rank)
+    da = xp.matrix_transpose(dlow) @ dropped  # (rank, in)
     db = xp.matrix_transpose(dz) @ low_rank  # (out, rank)
-    dweight = xp.matrix_transpose(dz) @ tokens if train_base else None  # (out, in)
+    dweight = xp.matrix_transpose(dz) @ seen if train_base else None  # (out, in)
     if pull is not None:
         da += product[..., count:, :]
         db -= p[..., None] * prepared.unit_projection
@@ -289,7 +318,15 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
             unit = row_scale[..., None] * as_dtype(weight, dtype, xp=xp)  # D
             along = xp.sum(unit * dweight, axis=-1)
             dweight = row_scale[..., None] * (dweight - along[..., None] * unit)
+        if seen is not tokens:
+            dweight += xp.matrix_transpose(d) @ (tokens - seen)
         dbias = xp.sum(d, axis=-2) if bias is not None else None
+    if dropout_mask is not None:
+        mask = as_tokens(dropout_mask, weight, dtype, xp=xp)
+        if seen is not tokens:
+            dx = mask * dx + (1 - mask) * ops.times(d, weight, dtype)
+        else:
+            dx = dx + (mask - 1) * (dlow @ a)
     dx = xp.reshape(as_dtype(dx, x.dtype, xp=xp), x.shape)
     return Gradients(dx, Adapter(da, db, dm), dweight, dbias)
 
@@ -402,3 +439,17 @@ def as_tokens(x: Array, weight: Array, dtype: Any, *, xp: Any) -> Array:
     stack = x.shape[: weight.ndim - 2]
     count = math.prod(x.shape[weight.ndim - 2 : -1])
     return xp.reshape(x, (*stack, count, x.shape[-1]))
+
+
+def _parts(
+    x: Array, mask: Array | None, weight: Array, config: Config, dtype: Any, *, xp: Any
+) -> tuple[Array, Array, Array]:
+    """Return x, x~ = mask⊙x, and the one of them that ρ⊙W in V sees: (*stack, tokens, in).
+
+    Without a mask all three are one array.
+    """
+    tokens = as_tokens(x, weight, dtype, xp=xp)
+    if mask is None:
+        return tokens, tokens, tokens
+    dropped = as_tokens(mask, weight, dtype, xp=xp) * tokens
+    return tokens, dropped, dropped if config.dropout == "input" else tokens
