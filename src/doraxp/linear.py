@@ -24,12 +24,14 @@ from doraxp._checks import (
     check_mask,
     check_output_gradient,
 )
+from doraxp._parallel import sums
 from doraxp._scalars import check_count, check_flag, check_kind
-from doraxp._types import Adapter, Array, Config, Form, Gradients
+from doraxp._types import Adapter, Array, Config, Form, Gradients, Reduce
 from doraxp.adapted import (
     Prepared,
     check_prepared,
     check_previous,
+    check_same_reduce,
     outputs,
     prepare,
     prepare_with_product,
@@ -131,6 +133,7 @@ def forward(
     prepared: Prepared | None = None,
     previous: Prepared | None = None,
     dropout_mask: Array | None = None,
+    reduce: Reduce | None = None,
 ) -> tuple[Array, Cache]:
     """Return y = g⊙(x Vᵀ) + bias, and what the backward needs.
 
@@ -167,6 +170,9 @@ def forward(
     dropout_mask : array, shape of x, optional
         0 where a number is dropped, 1/(1 − p) where it is kept: drawn and scaled by the caller.
         The norm knows nothing of it, and it has no gradient.
+    reduce : callable, optional
+        Array -> its sum over the ranks, where the input axis of x, W and A is split among ranks;
+        see the docs page "Many processes". Remembered by `prepared`, `previous` and the cache.
 
     Returns
     -------
@@ -179,8 +185,8 @@ def forward(
     TypeError
         The arrays are not of one library, or a dtype is not floating.
     ValueError
-        The shapes do not fit, the devices differ, or `prepared` or `previous` belongs to
-        something else.
+        The shapes do not fit, the devices differ, `prepared` or `previous` belongs to something
+        else or is of another `reduce`, or `reduce` does not return what it must.
 
     References
     ----------
@@ -200,22 +206,26 @@ def forward(
     check_input(weight, x)
     check_mask(x, dropout_mask)
     check_bias(weight, bias)
-    check_previous(previous, weight)
+    remembered = check_previous(previous, weight, reduce)
     dtype = compute_dtype(weight, *adapter, xp=xp)
     tokens, dropped, seen = _parts(x, dropout_mask, weight, config, dtype, xp=xp)
     base = None  # seen Wᵀ
     if prepared is not None:
         check_prepared(prepared, weight, adapter, config, ops=ops)
+        check_same_reduce("prepared", prepared, reduce)
     elif previous is not None and ops.may_look(x):  # else V is formed, and x Wᵀ of no use
-        prepared, base = prepare_with_product(seen, weight, adapter, config, previous, ops=ops)
+        prepared, base = prepare_with_product(
+            seen, weight, adapter, config, previous, remembered, ops=ops
+        )
     else:
-        prepared = prepare(weight, adapter, config, previous=previous)
+        prepared = prepare(weight, adapter, config, previous=previous, reduce=remembered)
 
     low_rank = dropped @ xp.matrix_transpose(prepared.factors.lora_a)  # L
     wide_bias = None if bias is None else as_dtype(bias, dtype, xp=xp)
-    z, y = outputs(seen, base, dropped, low_rank, prepared, wide_bias, ops=ops)
+    low_rank, z, y = outputs(seen, base, dropped, low_rank, prepared, wide_bias, ops=ops)
     if seen is not tokens:
-        y += ops.times_transposed(tokens - seen, weight, dtype)
+        (rest,) = sums(prepared.reduce, ops.times_transposed(tokens - seen, weight, dtype), xp=xp)
+        y += rest
     y = xp.reshape(as_dtype(y, x.dtype, xp=xp), (*x.shape[:-1], weight.shape[-2]))
     return y, Cache(x, bias, low_rank, z, prepared, dropout_mask)
 
@@ -316,7 +326,7 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     if train_base:
         if row_scale is not None:
             unit = row_scale[..., None] * as_dtype(weight, dtype, xp=xp)  # D
-            along = xp.sum(unit * dweight, axis=-1)
+            (along,) = sums(prepared.reduce, xp.sum(unit * dweight, axis=-1), xp=xp)
             dweight = row_scale[..., None] * (dweight - along[..., None] * unit)
         if seen is not tokens:
             dweight += xp.matrix_transpose(d) @ (tokens - seen)

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import array_api_compat
 
-from doraxp._types import Adapter, Array
+from doraxp._parallel import sums
+from doraxp._types import Adapter, Array, Reduce
 
 
 class Factors(NamedTuple):
@@ -124,26 +125,36 @@ class Operations:
         merged = gain[..., None] * self.form(factors, dtype)
         return self.xp.astype(merged, factors.weight.dtype, copy=False)
 
-    def safe_row_norms(self, rows: Array) -> Array:
-        """Return ‖vᵢ‖ without overflow or underflow: (*stack, out, in) -> (*stack, out)."""
+    def safe_row_norms(self, rows: Array, reduce: Reduce | None = None) -> Array:
+        """Return ‖vᵢ‖ without overflow or underflow: (*stack, out, in) -> (*stack, out).
+
+        With `reduce`, of rows whose parts are on many ranks.
+        """
         xp = self.xp
         peak = xp.max(xp.abs(rows), axis=-1)
         scale = xp.where(peak > 0, peak, xp.ones_like(peak))
         unit = rows / scale[..., None]
-        return scale * xp.sqrt(xp.sum(unit * unit, axis=-1))
+        norm = scale * xp.sqrt(xp.sum(unit * unit, axis=-1))
+        if reduce is None:
+            return norm
+        (bound,) = sums(reduce, norm, xp=xp)  # at least ‖vᵢ‖, at most √ranks of it
+        share = self.over_norm(norm, bound)
+        return bound * xp.sqrt(sums(reduce, share * share, xp=xp)[0])
 
     # The guard: rows that the factored formulas cannot serve are served by V itself
 
     def guard(
-        self, suspect: Array, norm: Array, factors: Factors, dtype: Any
-    ) -> tuple[Array, Any | None]:
+        self, suspect: Array, norm: Array, factors: Factors, dtype: Any,
+        reduce: Reduce | None = None,
+    ) -> tuple[Array, Any | None]:  # fmt: skip
         """Form the rows of V where `suspect` (*stack, out), and measure them.
 
         Returns
         -------
         norm, formed
             The norms, those of suspect rows replaced by ‖Vᵢ‖; and the formed rows for
-            `guarded_times_transposed` and `guarded_times`, or None where there are none.
+            `guarded_times_transposed` and `guarded_times`, or None where there are none. With
+            `reduce` each rank forms and keeps its part of these rows.
 
         Here: V whole, as rows can neither be picked out in the standard nor be looked for where
         arrays are lazy. That costs one (out, in) array for each adapter change.
@@ -151,7 +162,7 @@ class Operations:
         if self.may_look(suspect) and not bool(self.xp.any(suspect)):
             return norm, None
         v = self.form(factors, dtype)
-        return self.safe_row_norms(v), v
+        return self.safe_row_norms(v, reduce), v
 
     def guarded_times_transposed(
         self, formed: Any, x: Array, factored: Callable[[Array], Array]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from doraxp._types import Array
+from doraxp._types import Array, Reduce
 from doraxp.backends._generic import Factors, Operations
 
 # Elements of a block. What is done to a block in cache is free beside reading it from memory; that
@@ -151,8 +151,9 @@ class NumpyOperations(Operations):
         return bool(mask.all())
 
     def guard(
-        self, suspect: Array, norm: Array, factors: Factors, dtype: Any
-    ) -> tuple[Array, tuple[FormedRows, ...] | None]:
+        self, suspect: Array, norm: Array, factors: Factors, dtype: Any,
+        reduce: Reduce | None = None,
+    ) -> tuple[Array, tuple[FormedRows, ...] | None]:  # fmt: skip
         """Saves V: only the suspect rows are formed, and those of norm 0 not kept."""
         if not suspect.any():
             return norm, None
@@ -163,7 +164,7 @@ class NumpyOperations(Operations):
             if rows.size == 0:
                 continue
             values = self.form(_pick(factors, element, rows), dtype)
-            norms = self.safe_row_norms(values)
+            norms = self.safe_row_norms(values, reduce)
             norm[element][rows] = norms
             # A zero row has gain 0: whatever the factored formulas give for it is not used.
             kept = norms != 0

@@ -1,0 +1,34 @@
+"""Sums over ranks, where a layer's input axis is split among them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from doraxp._types import Array, Reduce
+
+
+def check_reduce(reduce: Reduce | None) -> None:
+    """Hold a hook to what can be called."""
+    if reduce is not None and not callable(reduce):
+        raise TypeError(f"reduce must be a callable or None, got {reduce!r}")
+
+
+def sums(reduce: Reduce | None, *parts: Array, xp: Any) -> tuple[Array, ...]:
+    """Return the sums of arrays of one dtype over the ranks, made in one call of `reduce`."""
+    if reduce is None:
+        return parts
+    flat = xp.concat([xp.reshape(part, (-1,)) for part in parts])
+    total = reduce(flat)
+    if getattr(total, "shape", None) != flat.shape or total.dtype != flat.dtype:
+        got = f"{total.dtype} {total.shape}" if hasattr(total, "dtype") else repr(total)
+        raise ValueError(
+            f"reduce must return an array of shape {flat.shape} and dtype {flat.dtype}, as it was "
+            f"given, got {got}"
+        )
+    result, start = [], 0
+    for part in parts:
+        stop = start + math.prod(part.shape)
+        result.append(xp.reshape(total[start:stop], part.shape))
+        start = stop
+    return tuple(result)

@@ -1,0 +1,212 @@
+"""DoRA inside of JAX: `forward` and `merge` under jit, vmap and grad, sharded or not.
+
+    dora_linear          y = x W'ᵀ + bias
+    merge                W'
+
+Needs the extra ``jax``. The math is `doraxp.forward` and `doraxp.backward`; `jax.grad` through
+those themselves is NaN where a row of V is zero. The import registers `doraxp.Config` as static
+with JAX, so that `doraxp.Prepared` crosses the border of a jit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from doraxp import linear
+from doraxp._checks import check_layer
+from doraxp._scalars import check_flag, check_kind
+from doraxp._types import Adapter, Array, Config
+from doraxp.adapted import Prepared, check_prepared
+
+__all__ = ["dora_linear", "merge"]
+
+with contextlib.suppress(ValueError):  # registered by the user
+    jax.tree_util.register_static(Config)
+
+
+def dora_linear(
+    x: Array,
+    weight: Array,
+    adapter: Adapter,
+    config: Config,
+    bias: Array | None = None,
+    *,
+    prepared: Prepared | None = None,
+    train_base: bool = False,
+) -> Array:
+    """Return y = g⊙(x Vᵀ) + bias, differentiable once, in reverse, by x, adapter and bias.
+
+    ::
+
+        V = ρ⊙W + s B A      n = ‖V‖ by rows      g = m / n
+
+    Parameters
+    ----------
+    x : jax.Array, shape (*stack, ..., in)
+    weight : jax.Array, shape (*stack, out, in)
+    adapter : Adapter
+        Of JAX arrays.
+    config : Config
+        ``norm_gradient`` says whether gradients go through n.
+    bias : jax.Array, shape (*stack, out), optional
+    prepared : Prepared, optional
+        From `doraxp.prepare` with this weight, adapter and config: saves the norm. The gradients
+        are the same, so under `jax.grad` make it inside of the function that is differentiated.
+    train_base : bool
+        The weight has a gradient too; else it is zero.
+
+    Returns
+    -------
+    jax.Array, shape (*stack, ..., out), in x's dtype
+
+    Raises
+    ------
+    TypeError
+        The arrays are not all JAX's, or a dtype is not floating.
+    ValueError
+        The shapes do not fit, or `prepared` belongs to something else.
+
+    References
+    ----------
+    arXiv:2402.09353, equations 5 to 11.
+
+    Examples
+    --------
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import doraxp
+    >>> weight, config = jnp.array([[3.0, 4.0], [0.0, 5.0]]), doraxp.Config(rank=1)
+    >>> adapter = doraxp.init(weight, config, seed=0)
+    >>> gradient = jax.grad(lambda x: dora_linear(x, weight, adapter, config).sum())
+    >>> gradient(jnp.array([1.0, 2.0]))
+    Array([3., 9.], dtype=float32)
+    """
+    _check(weight, adapter, config, train_base, x=x, bias=bias)
+    if prepared is not None:
+        check_prepared(prepared, weight, adapter, config, ops=check_layer(weight, adapter, config))
+        # Its own derivative would be of no use, and NaN for a zero row.
+        prepared = jax.lax.stop_gradient(prepared)
+    return _linear(config, train_base, x, weight, adapter, bias, prepared)
+
+
+def merge(weight: Array, adapter: Adapter, config: Config, *, train_base: bool = False) -> Array:
+    """Return W' = (m / n)⊙V, differentiable once, in reverse, by the adapter.
+
+    The gradients are those of `dora_linear` at the unit matrix: they cost what a batch of `in`
+    tokens does.
+
+    Parameters
+    ----------
+    weight : jax.Array, shape (*stack, out, in)
+    adapter : Adapter
+        Of JAX arrays.
+    config : Config
+    train_base : bool
+        The weight has a gradient too; else it is zero.
+
+    Returns
+    -------
+    jax.Array, shape (*stack, out, in), in weight's dtype
+
+    Raises
+    ------
+    TypeError
+        The arrays are not all JAX's, or a dtype is not floating.
+    ValueError
+        The shapes do not fit.
+
+    References
+    ----------
+    arXiv:2402.09353, equation 5.
+
+    Examples
+    --------
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import doraxp
+    >>> weight, config = jnp.array([[3.0, 4.0], [0.0, 5.0]]), doraxp.Config(rank=1)
+    >>> adapter = doraxp.init(weight, config, seed=0)
+    >>> jax.grad(lambda adapter: merge(weight, adapter, config).sum())(adapter).magnitude
+    Array([1.4, 1. ], dtype=float32)
+    """
+    _check(weight, adapter, config, train_base)
+    return _merge(config, train_base, weight, adapter)
+
+
+def _check(
+    weight: Array, adapter: Adapter, config: Config, train_base: bool, **others: Array
+) -> None:
+    check_kind("adapter", adapter, Adapter)
+    check_kind("config", config, Config)
+    check_flag("train_base", train_base)
+    for name, array in {"weight": weight, **adapter._asdict(), **others}.items():
+        if name != "bias" or array is not None:
+            check_kind(name, array, jax.Array)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _linear(config: Config, train_base: bool, *arrays: Any) -> Array:
+    return _linear_forward(config, train_base, *arrays)[0]
+
+
+def _linear_forward(
+    config: Config, train_base: bool, x: Array, weight: Array, adapter: Adapter,
+    bias: Array | None, prepared: Prepared | None,
+) -> tuple[Array, linear.Cache]:  # fmt: skip
+    if prepared is not None:  # it was found to belong to them; JAX has made new objects of both
+        prepared = prepared._replace(weight=weight, adapter=adapter)
+    return linear.forward(x, weight, adapter, config, bias=bias, prepared=prepared)
+
+
+def _linear_backward(config: Config, train_base: bool, cache: linear.Cache, dy: Array) -> Any:
+    bias, prepared = cache.bias, cache.prepared
+    gradients = linear.backward(dy, cache, train_base=train_base)
+    dbias = None
+    if bias is not None:
+        wide = dy.astype(prepared.gain.dtype)
+        dbias = jnp.sum(wide, axis=tuple(range(bias.ndim - 1, dy.ndim - 1))).astype(bias.dtype)
+    dweight, dadapter = _as_given(gradients.weight, gradients.adapter, prepared)
+    return gradients.x, dweight, dadapter, dbias, None
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _merge(config: Config, train_base: bool, weight: Array, adapter: Adapter) -> Array:
+    return linear.merge(weight, adapter, config)
+
+
+def _merge_forward(
+    config: Config, train_base: bool, weight: Array, adapter: Adapter
+) -> tuple[Array, tuple[Array, Adapter]]:
+    return linear.merge(weight, adapter, config), (weight, adapter)
+
+
+def _merge_backward(
+    config: Config, train_base: bool, given: tuple[Array, Adapter], dmerged: Array
+) -> Any:
+    weight, adapter = given
+    *stack, _, inner = weight.shape
+    unit = jnp.broadcast_to(jnp.eye(inner, dtype=weight.dtype), (*stack, inner, inner))
+    _, cache = linear.forward(unit, weight, adapter, config)  # y = W'ᵀ
+    gradients = linear.backward(dmerged.mT, cache, train_base=train_base)
+    return _as_given(gradients.weight, gradients.adapter, cache.prepared)
+
+
+_merge.defvjp(_merge_forward, _merge_backward)
+
+
+def _as_given(
+    dweight: Array | None, dadapter: Adapter, prepared: Prepared
+) -> tuple[Array | None, Adapter]:
+    """Return the gradients in the dtypes of what they are of."""
+    if dweight is not None:
+        dweight = dweight.astype(prepared.weight.dtype)
+    leaves = (d.astype(of.dtype) for d, of in zip(dadapter, prepared.adapter, strict=True))
+    return dweight, Adapter(*leaves)
