@@ -48,6 +48,8 @@ def tests(session: nox.Session, backend: str) -> None:
     lanes = [f"--backend={name}" for name in LANES.get(backend, (backend,))]
     pytest(session, *lanes, *options, "tests")
     pytest(session, f"docs/backends/{backend}.md")  # by itself: it registers things with JAX
+    if backend == "jax":
+        pytest(session, "--doctest-modules", "--pyargs", "doraxp.jax")
 
 
 @nox.session(name="tests(peft)", tags=["ci"])
@@ -100,8 +102,9 @@ def docs(session: nox.Session) -> None:
     install(session, "test", "docs")
     session.run("sphinx-build", "-nW", "--keep-going", "docs", "docs/_build/html")
     pytest(session, "README.md", "docs", "--ignore-glob=docs/backends/[!i]*")
-    bridges = "--ignore-glob=*/doraxp/torch/*"  # need what is not here, and run in their lanes
-    pytest(session, "--doctest-modules", "--pyargs", "doraxp", bridges)
+    # The bridges need what is not here, and run in their lanes.
+    bridges = [f"--ignore-glob=*/doraxp/{name}" for name in ("jax.py", "torch/*")]
+    pytest(session, "--doctest-modules", "--pyargs", "doraxp", *bridges)
 
 
 def install(
