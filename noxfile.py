@@ -62,6 +62,14 @@ def peft(session: nox.Session) -> None:
     pytest(session, "--doctest-modules", "--pyargs", "doraxp.torch")
 
 
+@nox.session(tags=["ci"])
+def examples(session: nox.Session) -> None:
+    """Run the scripts in examples/, and the commands of their page."""
+    install(session, "test", "examples")
+    pytest(session, "--backend=numpy", "tests/test_examples.py")
+    pytest(session, "docs/examples.md")
+
+
 @nox.session(python=PYTHONS, tags=["ci"])
 def lowest(session: nox.Session) -> None:
     """Run the NumPy tests on the lowest versions that the package says it runs on."""
@@ -101,7 +109,8 @@ def docs(session: nox.Session) -> None:
     """Build the pages, and run every example in them, in the README and in the docstrings."""
     install(session, "test", "docs")
     session.run("sphinx-build", "-nW", "--keep-going", "docs", "docs/_build/html")
-    pytest(session, "README.md", "docs", "--ignore-glob=docs/backends/[!i]*")
+    elsewhere = ["--ignore-glob=docs/backends/[!i]*", "--ignore=docs/examples.md"]
+    pytest(session, "README.md", "docs", *elsewhere)
     # The bridges need what is not here, and run in their lanes.
     bridges = [f"--ignore-glob=*/doraxp/{name}" for name in ("jax.py", "torch/*")]
     pytest(session, "--doctest-modules", "--pyargs", "doraxp", *bridges)
