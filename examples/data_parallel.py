@@ -58,7 +58,7 @@ def report(name, merged, want, sums):
     """Print the largest difference on any process, and how many sums were made for a step."""
     difference = world.allreduce(np.max(np.abs(merged - want)) / np.max(np.abs(want)), op=MPI.MAX)
     if world.rank == 0:
-        print(f"{name}: {difference:.0e} off, {sums.count // STEPS} sums a step")
+        print(f"{name}: {difference:.0e} off, sums a step: {sums.count // STEPS}")
 
 
 def main():

@@ -158,4 +158,4 @@ class TestDataParallel:
         assert printed.pop("processes") == processes
         assert list(printed) == ["data-parallel", "column-parallel", "row-parallel"]
         assert max(printed.values()) <= 1e-12
-        assert re.findall(r"(\d) sums", done.stdout) == ["1", "1", "2"]
+        assert re.findall(r"a step: (\d+)", done.stdout) == ["1", "1", "2"]
