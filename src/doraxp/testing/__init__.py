@@ -2,13 +2,9 @@
 
 from doraxp.testing._catalogue import VERSION, Case, OptimizerCase, catalogue, optimizer_catalogue
 from doraxp.testing._compare import Agreement, Comparison, Figure, compare_backends
-from doraxp.testing._implementation import (
-    Conventions,
-    Diagnosis,
-    Finding,
-    Report,
-    check_implementation,
-)
+from doraxp.testing._conventions import Conventions
+from doraxp.testing._diagnosis import Diagnosis
+from doraxp.testing._implementation import Finding, Report, check_implementation
 
 __all__ = [
     "VERSION",

@@ -234,7 +234,13 @@ def _run_layer(case: Any, dtype: str, library: Library) -> dict[str, Any]:
     weight, bias = arrays["weight"], arrays.get("bias")
     prepared = doraxp.prepare(weight, adapter, case.config)
     y, cache = doraxp.forward(
-        arrays["x"], weight, adapter, case.config, bias=bias, prepared=prepared
+        arrays["x"],
+        weight,
+        adapter,
+        case.config,
+        bias=bias,
+        prepared=prepared,
+        dropout_mask=arrays.get("dropout_mask"),
     )
     grads = doraxp.backward(arrays["dy"], cache, train_base=True)
     return {
