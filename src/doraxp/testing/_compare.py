@@ -109,7 +109,7 @@ def compare_backends(
     >>> compare_backends(["numpy"]).ok
     True
     """
-    _check_usable(names)
+    check_usable(names)
     libraries = [Library(name) for name in dict.fromkeys(names)]
     cases: list[Case | OptimizerCase] = [*catalogue(), *optimizer_catalogue()]
     runs = [(case, dtype) for case in cases for dtype in case.dtypes]
@@ -135,7 +135,7 @@ def compare_backends(
     return Comparison(tuple(figures), agreements, tuple(left_out))
 
 
-def _check_usable(names: Sequence[str]) -> None:
+def check_usable(names: Sequence[str]) -> None:
     known = {status.name: status for status in doraxp.backends.available()}
     if not names:
         raise ValueError(f"names must hold at least one of {', '.join(known)}, got none")
