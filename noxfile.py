@@ -60,6 +60,13 @@ def peft(session: nox.Session) -> None:
     pytest(session, "--doctest-modules", "--pyargs", "doraxp.torch")
 
 
+@nox.session(tags=["ci"])
+def examples(session: nox.Session) -> None:
+    """Run the examples that need other programs: Node.js reads the golden vectors."""
+    install(session, "test")
+    pytest(session, "--backend", "node", "tests/test_vectors.py")
+
+
 @nox.session(python=PYTHONS, tags=["ci"])
 def lowest(session: nox.Session) -> None:
     """Run the NumPy tests on the lowest versions that the package says it runs on."""
