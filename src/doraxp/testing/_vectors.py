@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,8 +35,6 @@ FORMAT = 1
 """Goes up when what is written can no longer be read as before."""
 MANIFEST = "manifest.json"
 FILES = {dtype: f"{dtype}.safetensors" for dtype in FULL}
-
-Group = dict[str, Any]
 
 
 class Traced(Dense):
@@ -71,6 +69,10 @@ class Traced(Dense):
         return self.dy * self.gain.mT
 
     @cached_property
+    def e(self) -> Any:
+        return self.dgain
+
+    @cached_property
     def q(self) -> Any:
         exact = self.config.norm_gradient == "exact"
         return self.dnorm.over(self.n) if exact else 0.0 * self.dnorm
@@ -99,58 +101,75 @@ def write_vectors(out: Path, *, force: bool = False) -> int:
         It cannot be written.
     """
     out = out.absolute()
+    _check_target(out, force=force)
+    # Beside where it will be: to rename is not to copy.
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        written = Path(folder) / "vectors"
+        written.mkdir()
+        count = _write(written)
+        if out.exists():
+            # What has a manifest is whole: it goes first, and comes last.
+            (out / MANIFEST).unlink(missing_ok=True)
+            for name in (*FILES.values(), MANIFEST):
+                (written / name).replace(out / name)
+        else:
+            written.rename(out)
+    return count
+
+
+def _check_target(out: Path, *, force: bool) -> None:
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out}: must be a folder, but is a file")
     if out.exists() and any(out.iterdir()) and not force:
         raise FileExistsError(f"{out}: must be empty; --force replaces the vectors in it")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out.parent}: no such folder")
+
+
+def _write(folder: Path) -> int:
+    """Write all files; return how many cases there are."""
     everything: tuple[Case | OptimizerCase, ...] = (*catalogue(), *optimizer_catalogue())
     cases = [case for case in everything if set(FULL) <= set(case.dtypes)]
-    entries: list[Any] = []
-    # Beside where it will be: to rename is not to copy.
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-        written = Path(folder) / "vectors"
-        written.mkdir()
-        for dtype, name in FILES.items():
-            groups = [_groups(case, dtype) for case in cases]
-            _write_tensors(written / name, dict(_tensors(cases, groups, dtype)))
-            entries = [_entry(case, group) for case, group in zip(cases, groups, strict=True)]
-        manifest = {"format": FORMAT, "catalogue": VERSION, "files": FILES, "cases": entries}
-        text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
-        (written / MANIFEST).write_text(text + "\n", "utf-8", newline="\n")
-        if not out.exists():
-            written.rename(out)
-            return len(cases)
-        # What has a manifest is whole: it goes first, and comes last.
-        (out / MANIFEST).unlink(missing_ok=True)
-        for name in (*FILES.values(), MANIFEST):
-            (written / name).replace(out / name)
+    entries = []
+    for dtype, name in FILES.items():
+        solved = [_solved(case, dtype) for case in cases]
+        _write_tensors(folder / name, dict(_tensors(solved, dtype)))
+        entries = [_entry(one) for one in solved]  # the same for each dtype
+    manifest = {"format": FORMAT, "catalogue": VERSION, "files": FILES, "cases": entries}
+    text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / MANIFEST).write_text(text + "\n", "utf-8", newline="\n")
     return len(cases)
 
 
-def _groups(case: Case | OptimizerCase, dtype: str) -> tuple[Group, dict[str, Expected]]:
-    """Return the inputs of a case, and what it must give."""
+class Solved(NamedTuple):
+    """A case in a dtype, with what it must give."""
+
+    case: Case | OptimizerCase
+    inputs: dict[str, Any]
+    wanted: dict[str, Expected]
+
+
+def _solved(case: Case | OptimizerCase, dtype: str) -> Solved:
     if isinstance(case, Case):
         inputs = case.stored(dtype)
         layer = Traced(case.config, inputs, Portable.exact)
         like = shapes(case) | _more_shapes(case)
         wanted = {
-            name: bounded(name, getattr(layer, ATTRIBUTES.get(name, name)), shape, dtype)
-            for name, shape in like.items()
+            name: bounded(name, getattr(layer, name), shape, dtype) for name, shape in like.items()
         }
-        return inputs, wanted
+        return Solved(case, inputs, wanted)
     inputs = {name: array.astype(dtype) for name, array in case.params.items()}
     for t, grads in enumerate(case.grads, start=1):
         inputs |= {f"grad {name} {t}": array.astype(dtype) for name, array in grads.items()}
     stepped = steps(case, dtype, Portable.exact, None)
-    return inputs, {
-        name: bounded(name, number, number.value.shape, dtype) for name, number in stepped.items()
-    }
-
-
-ATTRIBUTES = {"e": "dgain"}
-"""Where the reference has a quantity by another name."""
+    return Solved(
+        case,
+        inputs,
+        {
+            name: bounded(name, number, number.value.shape, dtype)
+            for name, number in stepped.items()
+        },
+    )
 
 
 def _more_shapes(case: Case) -> dict[str, tuple[int, ...]]:
@@ -170,17 +189,13 @@ def _more_shapes(case: Case) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _tensors(
-    cases: list[Case | OptimizerCase],
-    groups: list[tuple[Group, dict[str, Expected]]],
-    dtype: str,
-) -> Iterator[tuple[str, Any]]:
+def _tensors(solved: list[Solved], dtype: str) -> Iterator[tuple[str, Any]]:
     """Yield what is in float64 first, so that every tensor starts at a multiple of its items."""
-    for case, (_, wanted) in zip(cases, groups, strict=True):
+    for case, _, wanted in solved:
         for name, want in wanted.items():
             yield f"{case.name}/expected/{name}", want.value.astype("<f8")
             yield f"{case.name}/bound/{name}", want.bound.astype("<f8")
-    for case, (inputs, _) in zip(cases, groups, strict=True):
+    for case, inputs, _ in solved:
         for name, array in inputs.items():
             yield f"{case.name}/inputs/{name}", array.astype(f"<f{np.dtype(dtype).itemsize}")
 
@@ -196,10 +211,9 @@ def _write_tensors(path: Path, arrays: dict[str, Any]) -> None:
             file.write(array.tobytes())
 
 
-def _entry(
-    case: Case | OptimizerCase, groups: tuple[Mapping[str, Any], Mapping[str, Any]]
-) -> dict[str, Any]:
-    inputs, wanted = groups
+def _entry(solved: Solved) -> dict[str, Any]:
+    """Return what the manifest says of a case."""
+    case, inputs, wanted = solved
     names = {"inputs": list(inputs), "expected": list(wanted)}
     told = {"name": case.name, "reason": case.reason}
     if isinstance(case, OptimizerCase):
