@@ -81,6 +81,17 @@ def test_forward_and_detached_gradients_equal_pefts(peft, torch, case):
     assert_equal_to_pefts(y, grads, layer, y_peft, x_torch, RTOL[dtype])
 
 
+def use_mask(torch, layer, mask):
+    """Let PEFT drop what the mask drops."""
+
+    class Given(torch.nn.Module):
+        def forward(self, x):
+            return x * mask
+
+    layer.lora_dropout["default"] = Given()
+    layer.train()
+
+
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_dropout_of_the_input_equals_pefts_with_the_same_mask(peft, torch, case, with_bias):
     dtype, weight, bias, adapter, x, dy = case
@@ -88,13 +99,8 @@ def test_dropout_of_the_input_equals_pefts_with_the_same_mask(peft, torch, case,
     config = Config(4, 8.0, norm_gradient="detached", dropout="input")
     mask = ((np.random.default_rng(3).uniform(size=x.shape) > 0.25) / 0.75).astype(dtype)
 
-    class Given(torch.nn.Module):
-        def forward(self, x):
-            return x * torch.tensor(mask)
-
     layer = peft_layer(peft, torch, weight, adapter, config, bias)
-    layer.lora_dropout["default"] = Given()
-    layer.train()
+    use_mask(torch, layer, torch.tensor(mask))
     x_torch = torch.tensor(x, requires_grad=True)
     y_peft = layer(x_torch)
     y_peft.backward(torch.tensor(dy))
@@ -179,7 +185,7 @@ class Peft:
     def __init__(self, peft, torch):
         self.peft, self.torch = peft, torch
 
-    def run(self, x, weight, lora_a, lora_b, magnitude, bias, scaling):
+    def run(self, x, weight, lora_a, lora_b, magnitude, bias, scaling, dropout_mask=None):
         torch = self.torch
         rank = lora_a.shape[0]
         config = Config(rank, scaling * rank)
@@ -189,6 +195,8 @@ class Peft:
         layer.base_layer.weight.data = as_torch(torch, weight)
         if bias is not None:
             layer.base_layer.bias.data = as_torch(torch, bias)
+        if dropout_mask is not None:
+            use_mask(torch, layer, as_torch(torch, dropout_mask))
         x = as_torch(torch, x).requires_grad_()
         return layer, x, layer(x)
 
@@ -209,7 +217,8 @@ class Peft:
 
 
 def test_the_yardstick_finds_what_pefts_float_layer_loses_and_nothing_else(peft, torch):
-    report = check_implementation(Peft(peft, torch), Conventions(norm_gradient="detached"))
+    conventions = Conventions(norm_gradient="detached", dropout="input")
+    report = check_implementation(Peft(peft, torch), conventions)
     found = {(one.function, one.case, one.quantity) for one in report.findings if not one.extreme}
     assert found == {
         ("forward", "one token", "y"),  # a vector comes back as a matrix
