@@ -36,6 +36,17 @@ def linear(weight: np.ndarray, bias: np.ndarray | None) -> torch.nn.Linear:
     return layer
 
 
+def use_mask(layer: Any, mask: torch.Tensor) -> None:
+    """Let PEFT drop what the mask drops."""
+
+    class Given(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * mask
+
+    layer.lora_dropout["default"] = Given()
+    layer.train()
+
+
 class Peer:
     """What the layers of PyTorch have in common."""
 
@@ -76,6 +87,12 @@ class Peft(Peer):
         base = torch.nn.Sequential(linear(weight, bias))
         model = peft.get_peft_model(base, config, autocast_adapter_dtype=autocast)
         return model.base_model.model[0]
+
+    def filled(self, dropout_mask: Any = None, **arrays: Any) -> Any:
+        layer = super().filled(**arrays)
+        if dropout_mask is not None:
+            use_mask(layer, as_torch(dropout_mask))
+        return layer
 
     def parameters(self, layer: Any) -> Arrays:
         return {
