@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,15 @@ import threadpoolctl
 from doraxp._types import Array
 from doraxp.checkpoint._adapters import AdapterSet
 from doraxp.checkpoint._plan import Task
-from doraxp.checkpoint._rows import Change, Library, Norms, change, merge_rows, row_blocks
+from doraxp.checkpoint._rows import (
+    Change,
+    Library,
+    Norms,
+    Reused,
+    change,
+    merge_rows,
+    row_blocks,
+)
 from doraxp.checkpoint._safetensors import DTYPES, CheckpointError, Reader, Tensor, write_header
 
 OnBytes = Callable[[int], None]
@@ -93,9 +102,9 @@ def merged_rows(
     compute = options.compute or ("float32" if dtypes <= {"F16", "BF16"} else "float64")
     layer = adapters[str(task.path)]
     layer = layer._replace(kind=task.kind, shape=base.shape)
-    library = load_library(options.backend)
+    library, stored = load_library(options.backend), Reused()
     for rows, sides in merge_rows(
-        lambda rows: source.read(original, rows), layer, library, compute
+        lambda rows: source.read(original, rows, stored), layer, library, compute
     ):
         if sides is not None:
             if not all(np.isfinite(side).all() for side in sides):
@@ -115,14 +124,14 @@ def _rows(reader: Reader, name: str) -> Iterator[Array]:
 def _write(
     file: BinaryIO, name: str, blocks: Iterator[Array], tensor: Tensor, on_bytes: OnBytes
 ) -> None:
-    dtype = DTYPES[tensor.dtype]
+    dtype, narrow = DTYPES[tensor.dtype], Reused()
     for rows in blocks:
         try:
             with np.errstate(over="raise"):
-                narrow = np.ascontiguousarray(rows, dtype)
+                written = np.ascontiguousarray(narrow.cast(rows, dtype))
         except FloatingPointError:
             raise CheckpointError(f"{name} has values too large for {dtype}") from None
-        raw = narrow.reshape(-1).view(np.uint8)
+        raw = written.reshape(-1).view(np.uint8)
         file.write(raw.data)
         on_bytes(raw.nbytes)
 
@@ -133,9 +142,17 @@ def load_library(backend: str) -> Library:
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return Library(lambda x: torch.asarray(x, device=device), lambda x: x.cpu().numpy())
+        return Library(
+            lambda x: torch.asarray(x, device=device), operator.matmul, lambda x: x.cpu().numpy()
+        )
     if backend == "cupy":
         import cupy
 
-        return Library(cupy.asarray, cupy.asnumpy)
-    return Library(lambda x: x, lambda x: x)
+        return Library(cupy.asarray, operator.matmul, cupy.asnumpy)
+    empty = Reused()
+
+    def product(left: Array, right: Array) -> Array:
+        out = empty((left.shape[0], right.shape[1]), left.dtype)
+        return np.matmul(left, right, out=out)
+
+    return Library(lambda x: x, product, lambda x: x)
