@@ -28,6 +28,9 @@ from doraxp.checkpoint._safetensors import DTYPES, CheckpointError, Reader, Tens
 
 OnBytes = Callable[[int], None]
 """Called with the number of bytes that were written."""
+Write = Callable[[memoryview], None]
+WINDOW = 64 << 20
+"""Bytes of a result that stay in the system's memory."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,13 @@ def merge_shard(
     # machine many times longer.
     with threadpoolctl.threadpool_limits(1), target.open("xb") as file:
         write_header(file, tensors, reader.metadata)
+        write = _writer(file, on_bytes)
         for name, tensor in tensors.items():
             task = tasks.get(name)
             if task is not None and task.path is not None:
                 norms: list[Norms] = []
                 blocks = merged_rows(reader, name, task, adapters, options, norms)
-                _write(file, name, blocks, tensor, on_bytes)
+                _write(write, name, blocks, tensor)
                 changes[name] = change(norms, adapters[task.path])
                 continue
             source, original = reader, name
@@ -70,10 +74,9 @@ def merge_shard(
                 source, original = adapters.reader, task.replacement
             if source.tensors[original].dtype == tensor.dtype:
                 for chunk in source.chunks(original):
-                    file.write(chunk)
-                    on_bytes(len(chunk))
+                    write(chunk)
             else:
-                _write(file, name, _rows(source, original), tensor, on_bytes)
+                _write(write, name, _rows(source, original), tensor)
         file.flush()
         os.fsync(file.fileno())
     return changes
@@ -121,9 +124,27 @@ def _rows(reader: Reader, name: str) -> Iterator[Array]:
         yield from (reader.read(name, rows) for rows in row_blocks(shape))
 
 
-def _write(
-    file: BinaryIO, name: str, blocks: Iterator[Array], tensor: Tensor, on_bytes: OnBytes
-) -> None:
+def _writer(file: BinaryIO, on_bytes: OnBytes) -> Write:
+    """Return what writes to the file.
+
+    The system is asked to send to the disk what was written, and then to forget it: so the disk
+    works beside the processor, the pages are used again, and a large model does not push all else
+    out of memory.
+    """
+    written = 0
+
+    def write(raw: memoryview) -> None:
+        nonlocal written
+        file.write(raw)
+        before, written = written, written + raw.nbytes
+        if written // WINDOW > before // WINDOW and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        on_bytes(raw.nbytes)
+
+    return write
+
+
+def _write(write: Write, name: str, blocks: Iterator[Array], tensor: Tensor) -> None:
     dtype, narrow = DTYPES[tensor.dtype], Reused()
     for rows in blocks:
         try:
@@ -132,8 +153,7 @@ def _write(
         except FloatingPointError:
             raise CheckpointError(f"{name} has values too large for {dtype}") from None
         raw = written.reshape(-1).view(np.uint8)
-        file.write(raw.data)
-        on_bytes(raw.nbytes)
+        write(raw.data)
 
 
 def load_library(backend: str) -> Library:
