@@ -26,7 +26,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 """Those that are computed with; the others are only copied."""
 # Far above what the largest models need, and little memory to parse.
-_HEADER_LIMIT, _VALUES_LIMIT = 24 << 20, 1_000_000
+_HEADER_LIMIT, _VALUES_LIMIT = 16 << 20, 250_000
 Empty = Callable[[tuple[int, ...], np.dtype[Any]], Array]
 """As `np.empty`."""
 CHUNK = 4 << 20
