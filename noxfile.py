@@ -107,6 +107,7 @@ def bench_check(session: nox.Session) -> None:
     """Hold the speed to the project's goals, beside PEFT; by itself, on a machine at rest."""
     install(session, "peft")
     session.run("python", "benchmarks/check.py")
+    session.run("python", "benchmarks/checkpoint.py", session.create_tmp())
 
 
 @nox.session

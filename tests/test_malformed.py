@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from doraxp.checkpoint import load_adapters
+from doraxp.checkpoint import Options, load_adapters, plan_merge
 from doraxp.checkpoint._safetensors import CheckpointError, Reader
 from doraxp.cli import main
 
@@ -294,32 +294,45 @@ def test_the_hubs_cache_of_links_is_read(files, tmp_path):
     assert not any(path.is_symlink() for path in (files / "out").iterdir())
 
 
+PIECES = (b"null", b"true", b"{}", b"[]", b"-1", b"1e999", b"NaN", b'""', b"9" * 30, b"../", b'"')
+
+
 @settings(
-    max_examples=300,
+    max_examples=150,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(st.data())
-def test_random_damage_is_refused_or_read(good, tmp_path, data):
-    """Flip, cut and insert bytes in an adapter's file: it is refused, or it is still one."""
-    content = bytearray((good / "adapter" / "adapter_model.safetensors").read_bytes())
+@pytest.mark.parametrize(
+    "where",
+    [
+        "adapter/adapter_model.safetensors",
+        "adapter/adapter_config.json",
+        "base/model-1.safetensors",
+        "base/model.safetensors.index.json",
+    ],
+)
+@given(data=st.data())
+def test_random_damage_is_refused_or_read(good, tmp_path, where, data):
+    """Flip, cut, repeat and insert bytes of one file: it is refused, or the merge is planned."""
+    content = bytearray((good / where).read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, min(len(content), 900)))
-        piece = data.draw(st.binary(max_size=4))
-        cut = data.draw(st.integers(0, 4))
+        other = data.draw(st.integers(0, min(len(content), 900)))
+        pieces = st.sampled_from([*PIECES, bytes(content[other : other + 40])])
+        piece = data.draw(st.binary(max_size=4) | pieces)
+        cut = data.draw(st.integers(0, 4) | st.just(len(piece)))
         content[at : at + cut] = piece
     folder = tmp_path / "damaged"
-    folder.mkdir(exist_ok=True)
-    shutil.copy(good / "adapter" / "adapter_config.json", folder)
-    path = folder / "adapter_model.safetensors"
-    path.write_bytes(content)
+    shutil.copytree(good, folder, dirs_exist_ok=True)
+    (folder / where).write_bytes(content)
     problem = ""
     try:
-        reader = Reader(path)
-        assert sum(tensor.nbytes for tensor in reader.tensors.values()) < len(content)
-        list(load_adapters(folder).values())
-    except CheckpointError as error:
+        merge = plan_merge(folder / "base", folder / "adapter", Options())
+        for reader in (*merge.model.shards.values(), merge.adapters.reader):
+            assert sum(x.nbytes for x in reader.tensors.values()) < reader.path.stat().st_size
+        list(merge.adapters.values())
+    except (CheckpointError, FileNotFoundError) as error:
         problem = str(error)
     assert "\n" not in problem
 

@@ -116,6 +116,11 @@ def run_merge(
         # It cannot be finished; what a worker elsewhere still writes, the next merge clears away.
         shutil.rmtree(work, ignore_errors=True)
         raise
+    except OSError as error:
+        raise OSError(
+            f"{out}: {error.strerror or error}; the same merge goes on from the shards that are "
+            "finished"
+        ) from error
     result = work / "model"
     if not merge.model.is_folder:
         result /= merge.model.path.name
