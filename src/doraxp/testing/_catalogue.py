@@ -186,9 +186,7 @@ def catalogue() -> tuple[Case, ...]:
         _case(
             "dropout, fresh", "y is the base product, whatever drops", dropout="input", edit=_fresh
         ),
-        _case(
-            "all dropped", "the base product, and no gradient", dropout="input", edit=_all_dropped
-        ),
+        _case("all dropped", "the adapter has no gradient", dropout="input", edit=_all_dropped),
         _case(
             "dropout, zero row of W",
             "the base gives nothing",
