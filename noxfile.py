@@ -7,6 +7,7 @@ the bare source tree: `PYTHONPATH=src python -m pytest --backend numpy`.
 from __future__ import annotations
 
 import ctypes
+import shutil
 
 import nox
 
@@ -78,6 +79,15 @@ def peers(session: nox.Session) -> None:
     install(session, "test", "jax", "peers")
     lanes = [f"--backend={name}" for name in PEERS]
     pytest(session, *lanes, *PARALLEL, "tests/test_peers.py", "tests/test_implementation.py")
+
+
+@nox.session(tags=["ci"])
+def vectors(session: nox.Session) -> None:
+    """Let Node.js read the golden vectors."""
+    if shutil.which("node") is None:
+        session.skip("no Node.js here: node was not found")
+    install(session, "test")
+    pytest(session, "--backend", "node", "tests/test_vectors.py")
 
 
 @nox.session(python=PYTHONS, tags=["ci"])

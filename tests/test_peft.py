@@ -80,6 +80,17 @@ def test_forward_and_detached_gradients_equal_pefts(peft, torch, case):
     assert_equal_to_pefts(y, grads, layer, y_peft, x_torch, RTOL[dtype])
 
 
+def use_mask(torch, layer, mask):
+    """Let PEFT drop what the mask drops."""
+
+    class Given(torch.nn.Module):
+        def forward(self, x):
+            return x * mask
+
+    layer.lora_dropout["default"] = Given()
+    layer.train()
+
+
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_dropout_of_the_input_equals_pefts_with_the_same_mask(peft, torch, case, with_bias):
     dtype, weight, bias, adapter, x, dy = case
@@ -87,13 +98,8 @@ def test_dropout_of_the_input_equals_pefts_with_the_same_mask(peft, torch, case,
     config = Config(4, 8.0, norm_gradient="detached", dropout="input")
     mask = ((np.random.default_rng(3).uniform(size=x.shape) > 0.25) / 0.75).astype(dtype)
 
-    class Given(torch.nn.Module):
-        def forward(self, x):
-            return x * torch.tensor(mask)
-
     layer = peft_layer(peft, torch, weight, adapter, config, bias)
-    layer.lora_dropout["default"] = Given()
-    layer.train()
+    use_mask(torch, layer, torch.tensor(mask))
     x_torch = torch.tensor(x, requires_grad=True)
     y_peft = layer(x_torch)
     y_peft.backward(torch.tensor(dy))

@@ -10,12 +10,13 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from doraxp._tensors import Tensor
 from doraxp._types import Array
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -33,14 +34,6 @@ CHUNK = 4 << 20
 
 class CheckpointError(ValueError):
     """A file that cannot be used, and why; in one line."""
-
-
-class Tensor(NamedTuple):
-    """A tensor as the header describes it."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
 
 
 class Reader:
@@ -165,15 +158,3 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
-
-
-def write_header(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write the header of a file whose tensors follow in this order."""
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    end = 0
-    for name, (dtype, shape, nbytes) in tensors.items():
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + nbytes]}
-        end += nbytes
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)  # the data starts at a multiple of 8
-    file.write(len(raw).to_bytes(8, "little") + raw)

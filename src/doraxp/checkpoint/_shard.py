@@ -11,11 +11,12 @@ from typing import BinaryIO
 import numpy as np
 import threadpoolctl
 
+from doraxp._tensors import Tensor, write_header
 from doraxp._types import Array
 from doraxp.checkpoint._adapters import AdapterSet
 from doraxp.checkpoint._plan import Task
 from doraxp.checkpoint._rows import Change, Library, Norms, change, merge_rows, row_blocks
-from doraxp.checkpoint._safetensors import DTYPES, CheckpointError, Reader, Tensor, write_header
+from doraxp.checkpoint._safetensors import DTYPES, CheckpointError, Reader
 
 OnBytes = Callable[[int], None]
 """Called with the number of bytes that were written."""
