@@ -83,7 +83,7 @@ def peers(session: nox.Session) -> None:
 
 @nox.session(tags=["ci"])
 def vectors(session: nox.Session) -> None:
-    """Let Node.js read the golden vectors."""
+    """Read the golden vectors with Node.js."""
     if shutil.which("node") is None:
         session.skip("no Node.js here: node was not found")
     install(session, "test")

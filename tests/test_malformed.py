@@ -9,6 +9,8 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import tracemalloc
 
 import ml_dtypes  # noqa: F401  the library loads bfloat16 only then
@@ -35,6 +37,10 @@ def raw(header, data=b"", length=None):
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
+def tensor(number):
+    return b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % number
+
+
 ONE = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
 NUMBERS = {
     "float": 2.0,
@@ -55,7 +61,7 @@ SAFETENSORS = {
     "length beyond the file": raw(b"{}", length=100),
     "length of 4 EB": raw(b"{}", length=2**62),
     "length of all ones": raw(b"{}", length=2**64 - 1),
-    "length above the limit": raw(b"{}", length=(24 << 20) + 1),
+    "length above the limit": raw(b"{}", length=(16 << 20) + 1),
     "length inside the header": raw(ONE + b"}", bytes(8), length=20),
     "no JSON": raw(b"hello, world"),
     "JSON cut off": raw(ONE),
@@ -64,6 +70,11 @@ SAFETENSORS = {
     "a list": raw(b"[]"),
     "a number": raw(b"1"),
     "null": raw(b"null"),
+    "a list that fills the memory": raw(b"[" + b"0," * 10_000_000 + b"0]"),
+    "as many tensors as may be": raw(b"{" + b",".join(map(tensor, range(35_000))) + b"}"),
+    "too many tensors": raw(b"{" + b",".join(map(tensor, range(140_000))) + b"}"),
+    "metadata that fills the memory": raw({"__metadata__": {str(i): "" for i in range(700_000)}}),
+    "one long name": raw(b'{"' + b"x" * ((16 << 20) - 20) + b'":1}'),
     "a million lists": raw(b"[" + b"[]," * 1_000_000 + b"[]]"),
     "deeply nested": raw(b"[" * 200_000),
     "nested dicts": raw(b'{"a":' * 100_000),
@@ -118,7 +129,7 @@ INDEXES = {
     "a file that is not there": b'{"weight_map": {"a": "none.safetensors"}}',
     "a link out of the folder": b'{"weight_map": {"a": "link.safetensors"}}',
     "a tensor that is not there": b'{"weight_map": {"a": "model-1.safetensors"}}',
-    "too many values": b'{"weight_map": {}, "a": [' + b"1," * 1_000_001 + b"1]}",
+    "too many values": b'{"weight_map": {}, "a": [' + b"1," * 250_001 + b"1]}",
     "deeply nested": b"[" * 200_000,
 }
 CONFIGS = {
@@ -176,6 +187,28 @@ def assert_refused(files, capsys, base="base"):
 
 def test_the_corpus_is_large_enough():
     assert len(SAFETENSORS) + len(INDEXES) + len(CONFIGS) >= 60
+
+
+LIMITED = """
+import resource, sys
+import doraxp.checkpoint, rich.console
+from doraxp.cli import main
+status = open("/proc/self/status").read()
+used = int(status.partition("VmData:")[2].split()[0]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (used + int(sys.argv[1]), -1))
+print([main(["inspect", path]) for path in sys.argv[2:]])
+"""
+
+
+def test_no_file_takes_memory_even_from_the_libraries(tmp_path):
+    """Of a process whose limit the system keeps: what Rust and C take counts as well."""
+    for number, content in enumerate(SAFETENSORS.values()):
+        (tmp_path / f"{number}.safetensors").write_bytes(content)
+    paths = sorted(str(path) for path in tmp_path.iterdir())
+    command = [sys.executable, "-c", LIMITED, str(MEMORY), *paths]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert result.stdout == f"{[2] * len(paths)}\n", result.stderr[-2000:]
+    assert result.stderr.count("\n") == len(paths)
 
 
 @pytest.mark.parametrize("where", ["base/model-1.safetensors", "adapter/adapter_model.safetensors"])

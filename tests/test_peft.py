@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 
@@ -80,17 +82,6 @@ def test_forward_and_detached_gradients_equal_pefts(peft, torch, case):
     assert_equal_to_pefts(y, grads, layer, y_peft, x_torch, RTOL[dtype])
 
 
-def use_mask(torch, layer, mask):
-    """Let PEFT drop what the mask drops."""
-
-    class Given(torch.nn.Module):
-        def forward(self, x):
-            return x * mask
-
-    layer.lora_dropout["default"] = Given()
-    layer.train()
-
-
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_dropout_of_the_input_equals_pefts_with_the_same_mask(peft, torch, case, with_bias):
     dtype, weight, bias, adapter, x, dy = case
@@ -99,7 +90,8 @@ def test_dropout_of_the_input_equals_pefts_with_the_same_mask(peft, torch, case,
     mask = ((np.random.default_rng(3).uniform(size=x.shape) > 0.25) / 0.75).astype(dtype)
 
     layer = peft_layer(peft, torch, weight, adapter, config, bias)
-    use_mask(torch, layer, torch.tensor(mask))
+    peers = importlib.import_module("peers")  # needs PyTorch
+    peers.Peft().drop(layer, peers.Given(torch.tensor(mask)))
     x_torch = torch.tensor(x, requires_grad=True)
     y_peft = layer(x_torch)
     y_peft.backward(torch.tensor(dy))

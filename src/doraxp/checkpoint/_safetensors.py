@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 """Those that are computed with; the others are only copied."""
 # Far above what the largest models need, and little memory to parse.
-_HEADER_LIMIT, _VALUES_LIMIT = 24 << 20, 1_000_000
+_HEADER_LIMIT, _VALUES_LIMIT = 16 << 20, 250_000
+Empty = Callable[[tuple[int, ...], np.dtype[Any]], Array]
+"""As `np.empty`."""
 CHUNK = 4 << 20
 """Bytes that are copied at a time."""
 
@@ -64,14 +66,14 @@ class Reader:
             self.tensors[name] = Tensor(entry["dtype"], tuple(entry["shape"]), stop - start)
             self._starts[name] = start
 
-    def read(self, name: str, rows: slice | None = None) -> Array:
-        """Return a tensor, or some of its rows, of one of `DTYPES`."""
+    def read(self, name: str, rows: slice | None = None, empty: Empty = np.empty) -> Array:
+        """Return a tensor, or some of its rows, of one of `DTYPES`, in what `empty` gives."""
         tensor = self.tensors[name]
         dtype, shape, offset = DTYPES[tensor.dtype], tensor.shape, 0
         if rows is not None:
             shape = (rows.stop - rows.start, *shape[1:])
             offset = rows.start * math.prod(shape[1:]) * dtype.itemsize
-        array = np.empty(shape, dtype)
+        array = empty(shape, dtype)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self._data + self._starts[name] + offset)
             _fill(file, array.reshape(-1).view(np.uint8).data, self.path)
