@@ -1,7 +1,8 @@
 """Implementations of DoRA that others wrote, as the yardstick calls them.
 
-layer(weight, lora_a, ...)    their layer, with the given arrays in it
-parameters(layer)             its trained parameters, by this project's names
+layer(weight, bias, ...)    their layer
+parameters(layer)           its trained parameters, by this project's names
+drop(layer, dropout)        puts a module in the place of its dropout
 """
 
 from __future__ import annotations
@@ -36,22 +37,26 @@ def linear(weight: np.ndarray, bias: np.ndarray | None) -> torch.nn.Linear:
     return layer
 
 
-def use_mask(layer: Any, mask: torch.Tensor) -> None:
-    """Let PEFT drop what the mask drops."""
+class Given(torch.nn.Module):
+    """Dropout with a given mask."""
 
-    class Given(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x * mask
+    def __init__(self, mask: torch.Tensor) -> None:
+        super().__init__()
+        self.mask = mask
 
-    layer.lora_dropout["default"] = Given()
-    layer.train()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.mask
 
 
 class Peer:
     """What the layers of PyTorch have in common."""
 
-    def run(self, x: np.ndarray, **arrays: Any) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    def run(
+        self, x: np.ndarray, dropout_mask: np.ndarray | None = None, **arrays: Any
+    ) -> tuple[Any, torch.Tensor, torch.Tensor]:
         layer, leaf = self.filled(**arrays), as_torch(x).requires_grad_()
+        if dropout_mask is not None:
+            self.drop(layer, Given(as_torch(dropout_mask)))
         return layer, leaf, layer(leaf)
 
     def filled(self, lora_a: Any, lora_b: Any, magnitude: Any, **others: Any) -> Any:
@@ -88,18 +93,16 @@ class Peft(Peer):
         model = peft.get_peft_model(base, config, autocast_adapter_dtype=autocast)
         return model.base_model.model[0]
 
-    def filled(self, dropout_mask: Any = None, **arrays: Any) -> Any:
-        layer = super().filled(**arrays)
-        if dropout_mask is not None:
-            use_mask(layer, as_torch(dropout_mask))
-        return layer
-
     def parameters(self, layer: Any) -> Arrays:
         return {
             "lora_a": layer.lora_A["default"].weight,
             "lora_b": layer.lora_B["default"].weight,
             "magnitude": layer.lora_magnitude_vector["default"].weight,
         }
+
+    def drop(self, layer: Any, dropout: torch.nn.Module) -> None:
+        layer.lora_dropout["default"] = dropout
+        layer.train()
 
     def init(self, weight: np.ndarray) -> np.ndarray:
         layer = self.layer(weight, None, 1.0, 1, autocast=True)  # as PEFT does by default
@@ -128,6 +131,9 @@ class Torchtune(Peer):
             "lora_b": layer.lora_b.weight,
             "magnitude": layer.magnitude,
         }
+
+    def drop(self, layer: Any, dropout: torch.nn.Module) -> None:
+        layer.dropout = dropout
 
     def init(self, weight: np.ndarray) -> np.ndarray:
         zeros = np.zeros((1, weight.shape[1])), np.zeros((weight.shape[0], 1))
@@ -191,11 +197,18 @@ class MlxLm:
         layer.m = self.asarray(magnitude)
         return layer
 
+    def dropping(self, dropout_mask: np.ndarray | None = None, **arrays: Any) -> Any:
+        layer = self.layer(**arrays)
+        if dropout_mask is not None:
+            mask = self.asarray(dropout_mask)
+            layer.dropout = lambda x: x * mask
+        return layer
+
     def forward(self, x: np.ndarray, **arrays: Any) -> np.ndarray:
-        return np.array(self.layer(**arrays)(self.asarray(x)))
+        return np.array(self.dropping(**arrays)(self.asarray(x)))
 
     def gradients(self, dy: np.ndarray, x: np.ndarray, **arrays: Any) -> Arrays:
-        layer, dy = self.layer(**arrays), self.asarray(dy)
+        layer, dy = self.dropping(**arrays), self.asarray(dy)
 
         def loss(trained: Arrays, x: Any) -> Any:
             layer.update(trained)

@@ -124,11 +124,12 @@ def test_jax_grad_of_the_formula_is_right(jax):
         y = arrays["x"] @ (arrays["magnitude"] / jnp.linalg.norm(v, axis=1) * v.T)
         return y if arrays["bias"] is None else y + arrays["bias"]
 
+    @jax.jit
     def forward(scaling, **arrays):
-        return output(jax.tree.map(jnp.asarray, arrays), scaling)
+        return output(arrays, scaling)
 
+    @jax.jit
     def gradients(dy, scaling, **arrays):
-        arrays = jax.tree.map(jnp.asarray, arrays)
         return jax.grad(lambda given: jnp.vdot(dy, output(given, scaling)))(arrays)
 
     assert checked(forward=forward, gradients=gradients).ok

@@ -88,14 +88,18 @@ def test_peft_rounds_to_bf16_on_the_way(peft, made):
 
 def test_torchtune_scales_the_bias_so_that_its_forward_is_not_its_merge(torchtune, made):
     peer = made.Torchtune()
-    report = check_implementation(peer, meant())
+    report = check_implementation(peer, meant(dropout="low_rank"))
     assert names(report)[("forward",)] == (
         "the bias is scaled by m/n, so that forward is not merge",
     )
     assert not {case for function, case, _ in findings(report) if function == "merge"}
-    one_row = {("gradients", "one row", "dx")}
-    scaled = check_implementation(peer, meant(bias_scaled=True))
-    assert findings(scaled) == {*AS_A_MATRIX, *one_row}
+    scaled = check_implementation(peer, meant(dropout="low_rank", bias_scaled=True))
+    assert findings(scaled) == {
+        *AS_A_MATRIX,
+        ("forward", "low-rank dropout, one token", "y"),
+        ("gradients", "low-rank dropout, one token", "all"),
+        ("gradients", "one row", "dx"),
+    }
 
 
 def test_torchtune_is_nan_on_a_zero_row(torchtune, made):
@@ -114,7 +118,7 @@ def test_lycoris_is_right_with_its_eps(lycoris, made, dtype):
 
 
 def test_mlx_lm_is_right_but_nan_on_a_zero_row(mlx_lm, made):
-    report = check_implementation(made.MlxLm(), meant())
+    report = check_implementation(made.MlxLm(), meant(dropout="low_rank"))
     assert findings(report) == set()
     assert not_finite(report, "zero row") == {
         ("forward", "y"),

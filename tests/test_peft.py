@@ -90,7 +90,8 @@ def test_dropout_of_the_input_equals_pefts_with_the_same_mask(peft, torch, case,
     mask = ((np.random.default_rng(3).uniform(size=x.shape) > 0.25) / 0.75).astype(dtype)
 
     layer = peft_layer(peft, torch, weight, adapter, config, bias)
-    importlib.import_module("peers").use_mask(layer, torch.tensor(mask))
+    peers = importlib.import_module("peers")  # needs PyTorch
+    peers.Peft().drop(layer, peers.Given(torch.tensor(mask)))
     x_torch = torch.tensor(x, requires_grad=True)
     y_peft = layer(x_torch)
     y_peft.backward(torch.tensor(dy))
