@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from doraxp import backends
-from doraxp._types import Adapter
+import doraxp
+from doraxp import Adapter, Config, backends
 from doraxp.backends import Factors, Operations, _cupy
 from doraxp.backends._numpy import NumpyOperations
 from doraxp.backends._torch import TorchOperations
@@ -152,6 +152,20 @@ class TestNumpyOverrides:
         assert_equal(dx, d @ v)
         spoilt = np.where(suspect[..., None], 1e6, v)  # formed columns never meet the factors
         assert_equal(NUMPY.guarded_times(formed, d, lambda d: d @ spoilt), d @ v)
+
+
+@pytest.mark.parametrize("form", ["weight", "direction"])
+def test_a_merge_in_one_pass_is_that_of_the_prepared_norm(rng, monkeypatch, form):
+    """A zero row, a row that cancels and one whose squares overflow among them."""
+    weight, a, b, m = (rng.standard_normal(shape) for shape in ((7, 6), (2, 6), (7, 2), (7,)))
+    weight[0], b[0] = 0, 0
+    weight[1] = -2 * b[1] @ a
+    weight[2] *= 1e200
+    given = weight, Adapter(a, b, m), Config(2, 4.0, form=form)
+    one_pass = doraxp.merge(*given)
+    monkeypatch.setattr(NumpyOperations, "merges_in_one_pass", False)
+    np.testing.assert_allclose(one_pass, doraxp.merge(*given), rtol=1e-12)
+    assert np.all(one_pass[0] == 0)
 
 
 def test_the_guard_keeps_no_zero_rows(rng):
