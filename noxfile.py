@@ -147,7 +147,10 @@ def install(
 
 def pytest(session: nox.Session, *args: str) -> None:
     """Run pytest with docs/blocks.py, which collects the examples of Markdown files."""
-    session.run("python", "-m", "pytest", "-p", "blocks", *args, env={"PYTHONPATH": "docs"})
+    env = {"PYTHONPATH": "docs"}
+    if PARALLEL[0] in args:  # a process for each core: more threads would wait for one another
+        env |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    session.run("python", "-m", "pytest", "-p", "blocks", *args, env=env)
 
 
 def cuda_version() -> int | None:
