@@ -11,11 +11,13 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import array_api_compat
+import array_api_compat.numpy
 import numpy as np
+import pytest
 
 from doraxp import Config
 from doraxp.backends import available
+from doraxp.backends._cupy import CupyOperations
 
 
 class Lane:
@@ -190,6 +192,22 @@ class Cupy(Lane):
         return array.get()
 
 
+class HostCuda(Lane):
+    """CuPy's operations, on NumPy arrays and a device that is emulated."""
+
+    name = "cuda-host"
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        from cuda_host import HostCuda
+
+        xp = array_api_compat.numpy
+        ops = CupyOperations(xp, HostCuda())
+        with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
+            patch.setattr("doraxp.backends._operations_of", lambda _: ops)
+            yield
+
+
 LANES: dict[str, tuple[Lane, ...]] = {
     "numpy": (Lane(), ReadOnlyNumpy()),
     "strict": (Strict(), Strictest()),
@@ -197,6 +215,7 @@ LANES: dict[str, tuple[Lane, ...]] = {
     "jax": (Jax(), JaxJit()),
     "dask": (Dask(),),
     "cupy": (Cupy(),),
+    "cuda-host": (HostCuda(),),
 }
 
 
