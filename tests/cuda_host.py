@@ -77,7 +77,8 @@ class HostCuda:
         names = str(left.dtype), str(right.dtype), str(out.dtype)
         assert names in GEMMS, names
         assert out.flags.c_contiguous
-        assert left.shape[1] == right.shape[0] and out.shape == (left.shape[0], right.shape[1])
+        assert left.shape[1] == right.shape[0]
+        assert out.shape == (left.shape[0], right.shape[1])
         layout(left), layout(right)
         wide = np.float64 if left.dtype == np.float64 else np.float32
         beta = beta if isinstance(beta, float) else float(beta[1])

@@ -344,15 +344,15 @@ extern "C" __global__ void list_suspects(const unsigned char* suspect, int* list
         if (suspect[row]) list[at++] = (int)row;
 }
 
-// One number of V = ρ⊙W + b A; A is (stack, rank, in). `b` null for no update.
+// One number of V = ρ⊙W + b A; A is (stack, rank, in). `b` null for no update. In double: what is
+// left of a row that cancels shows every rounding on the way, and such rows are few.
 __device__ inline C formed(const S* weight, const C* a, const C* b, const C* row_scale, index_t row,
                            index_t e, index_t k, index_t in, index_t rank) {
-    C value = wide(weight[row * in + k]);
+    double value = wide(weight[row * in + k]);
     if (row_scale) value *= row_scale[row];
-    if (!b) return value;
-    C update = 0;
-    for (index_t r = 0; r < rank; ++r) update += b[row * rank + r] * a[(e * rank + r) * in + k];
-    return value + update;
+    for (index_t r = 0; b && r < rank; ++r)
+        value += (double)b[row * rank + r] * a[(e * rank + r) * in + k];
+    return (C)value;
 }
 
 // n of the listed rows, from V itself, without overflow or underflow.      grid (any), a row a block
