@@ -72,6 +72,21 @@ def lowest(session: nox.Session) -> None:
     pytest(session, "--backend", "numpy", *PARALLEL, "tests")
 
 
+@nox.session(name="tests(cuda-host)", tags=["ci"])
+def cuda_host(session: nox.Session) -> None:
+    """Run the tests on the CUDA kernels as a C++ compiler makes them, without a GPU."""
+    install(session, "test")
+    pytest(session, "--backend=cuda-host", *PARALLEL, "tests")
+
+
+@nox.session(name="cuda-compile", tags=["ci"])
+def cuda_compile(session: nox.Session) -> None:
+    """Compile the CUDA kernels for three GPUs, and call CuPy with arrays that are nowhere."""
+    install(session, "test", "nvrtc", extras="cuda13")
+    session.run("python", "benchmarks/kernels.py")
+    pytest(session, "--backend=cupy", "tests/test_cupy.py")
+
+
 @nox.session(name="bench-check")
 def bench_check(session: nox.Session) -> None:
     """Hold the speed to the project's goals, beside PEFT; by itself, on a machine at rest."""

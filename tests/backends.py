@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import array_api_compat.numpy
+import cuda_host
 import numpy as np
 import pytest
 
@@ -193,16 +194,25 @@ class Cupy(Lane):
 
 
 class HostCuda(Lane):
-    """CuPy's operations, on NumPy arrays and a device that is emulated."""
+    """CuPy's operations, on a device that a C++ compiler and NumPy make."""
 
     name = "cuda-host"
 
+    def asarray(self, values: np.ndarray) -> Any:
+        return np.array(values).view(cuda_host.DeviceArray)
+
+    def numpy(self, array: Any) -> np.ndarray:
+        return np.asarray(array).view(np.ndarray)
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call `function` with reading of values forbidden."""
+        with cuda_host.forbid_reading():
+            return function(*args, **kwargs)
+
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        from cuda_host import HostCuda
-
         xp = array_api_compat.numpy
-        ops = CupyOperations(xp, HostCuda())
+        ops = CupyOperations(xp, cuda_host.HostCuda())
         with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
             patch.setattr("doraxp.backends._operations_of", lambda _: ops)
             yield
@@ -217,6 +227,9 @@ LANES: dict[str, tuple[Lane, ...]] = {
     "cupy": (Cupy(),),
     "cuda-host": (HostCuda(),),
 }
+
+EMULATED = {"cuda-host"}
+"""Lanes that run where they are asked for by name: they need a C++ compiler."""
 
 
 def reason_against(lane: Lane) -> str | None:

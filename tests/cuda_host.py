@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,42 @@ GEMMS = {
 }
 """What cuBLAS's gemmEx takes, of that which is asked here: left, right, result."""
 HEADER = Path(__file__).with_name("cuda_host.hpp")
+
+
+class DeviceArray(np.ndarray):
+    """An array whose values may not be read on the host while that is forbidden."""
+
+    readable = True
+
+    def _refuse(self, *_: Any) -> Any:
+        assert DeviceArray.readable, "a value was read on the host: that waits for the queue"
+
+    def __bool__(self) -> bool:
+        return self._refuse() or bool(np.asarray(self))
+
+    def __float__(self) -> float:
+        return self._refuse() or float(np.asarray(self))
+
+    def __int__(self) -> int:
+        return self._refuse() or int(np.asarray(self))
+
+    def __index__(self) -> int:
+        return self._refuse() or np.asarray(self).__index__()
+
+    def item(self, *args: Any) -> Any:
+        return self._refuse() or super().item(*args)
+
+    def tolist(self) -> Any:
+        return self._refuse() or super().tolist()
+
+
+@contextlib.contextmanager
+def forbid_reading() -> Iterator[None]:
+    DeviceArray.readable = False
+    try:
+        yield
+    finally:
+        DeviceArray.readable = True
 
 
 @functools.cache
@@ -54,10 +91,10 @@ class HostCuda:
         """Return an array of NaN: what a kernel forgets to write is seen."""
         array = np.empty(tuple(shape), dtype)
         array.view(np.uint8)[...] = 0xFF
-        return array
+        return array.view(DeviceArray)
 
     def upload(self, values: Any) -> Any:
-        return values.copy()
+        return values.copy().view(DeviceArray)
 
     def launch(self, name: str, types: Types, grid: tuple[int, int, int], *arguments: Any) -> None:
         assert all(0 < size <= limit for size, limit in zip(grid, GRID, strict=True)), (name, grid)
@@ -81,9 +118,12 @@ class HostCuda:
         assert out.shape == (left.shape[0], right.shape[1])
         layout(left), layout(right)
         wide = np.float64 if left.dtype == np.float64 else np.float32
-        beta = beta if isinstance(beta, float) else float(beta[1])
+        left, right, result = (np.asarray(array) for array in (left, right, out))
+        beta = beta if isinstance(beta, float) else float(np.asarray(beta)[1])
         product = left.astype(wide) @ right.astype(wide)
-        out[...] = (product if beta == 0 else product + beta * out.astype(wide)).astype(out.dtype)
+        result[...] = (product if beta == 0 else product + beta * result.astype(wide)).astype(
+            out.dtype
+        )
 
 
 def _code(value: Any) -> str:

@@ -173,7 +173,8 @@ extern "C" __global__ void outputs(const Z* base, const Z* update, const C* row_
 // 2 (dy) + 4 (z) + 4 (dz) = 10 bytes, and 4 / (tokens of a chunk) for each sum.
 // grid (columns / (N THREADS), chunks, stack); dz has `rows` ≥ tokens rows in each element, the
 // sums are (stack, chunks, out). `sum_dy` may be null.
-extern "C" __global__ void gradients(const S* dy, const Z* z, const C* gain, Z* dz, C* sum_dyz,
+extern "C" __global__ void gradients(const S* __restrict__ dy, const Z* __restrict__ z,
+                                     const C* __restrict__ gain, Z* __restrict__ dz, C* sum_dyz,
                                      C* sum_dy, index_t tokens, index_t rows, index_t out,
                                      index_t per_chunk) {
     const index_t column = ((index_t)blockIdx.x * blockDim.x + threadIdx.x) * N;
@@ -203,9 +204,10 @@ extern "C" __global__ void gradients(const S* dy, const Z* z, const C* gain, Z* 
         store(dz + (e * rows + t) * out + column, d, count, packed);
     }
     const index_t at = (e * gridDim.y + blockIdx.y) * out + column;
-    for (int j = 0; j < count; ++j) {
-        sum_dyz[at + j] = along[j];
-        if (sum_dy) sum_dy[at + j] = total[j];
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+        if (j < count) sum_dyz[at + j] = along[j];
+        if (j < count && sum_dy) sum_dy[at + j] = total[j];
     }
 }
 
@@ -455,8 +457,10 @@ enum { ROWS = 4 };  // of W, that a thread works on at once: A is read once for 
 
 // W' = g⊙(ρ⊙W + b A).        2 (W) + 2 (W') = 4 bytes; A comes from the cache, out/ROWS times.
 // grid (in / (N THREADS), out / ROWS, stack)
-extern "C" __global__ void merge(const S* weight, const C* a, const C* b, const C* row_scale,
-                                 const C* gain, S* merged, index_t out, index_t in, index_t rank) {
+extern "C" __global__ void merge(const S* __restrict__ weight, const C* __restrict__ a,
+                                 const C* __restrict__ b, const C* __restrict__ row_scale,
+                                 const C* __restrict__ gain, S* __restrict__ merged, index_t out,
+                                 index_t in, index_t rank) {
     const index_t k = ((index_t)blockIdx.x * blockDim.x + threadIdx.x) * N, e = blockIdx.z;
     if (k >= in) return;
     const bool packed = in % N == 0 && aligned(weight, a, merged);
