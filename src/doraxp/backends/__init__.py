@@ -18,7 +18,7 @@ import numpy as np
 
 from doraxp._types import Array
 from doraxp.backends import _cupy
-from doraxp.backends._cupy import CupyOperations
+from doraxp.backends._cupy import CupyOperations, reduced_precision
 from doraxp.backends._generic import Factors, Operations
 from doraxp.backends._numpy import NumpyOperations
 from doraxp.backends._torch import TorchOperations
@@ -31,6 +31,7 @@ __all__ = [
     "available",
     "compute_dtype",
     "operations",
+    "reduced_precision",
 ]
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")

@@ -304,7 +304,7 @@ class CupyOperations(Operations):
         *_, out, rank = scaled_b.shape
         norm, suspect = (self.cuda.empty(squares.shape, kind) for kind in (u.dtype, xp.bool))
         projection = self.cuda.empty(u.shape, u.dtype)
-        given = (u, scaled_b, bg, squares, row_scale, xp.asarray(a_squares))
+        given = (u, scaled_b, bg, squares, row_scale, xp.reshape(a_squares, (-1,)))
         given = (_packed(array, xp) for array in given)
         sizes = (np.int64(size) for size in (squares.size, out, rank))
         floor = scalar(terms * float(info.smallest_normal) / float(info.eps))
