@@ -90,8 +90,11 @@ class HostCuda:
     def empty(self, shape: Sequence[int], dtype: Any) -> Any:
         """Return an array of NaN: what a kernel forgets to write is seen."""
         array = np.empty(tuple(shape), dtype)
-        array.view(np.uint8)[...] = 0xFF
+        array.reshape(-1).view(np.uint8)[...] = 0xFF
         return array.view(DeviceArray)
+
+    def pointer(self, array: Any) -> int:
+        return array.ctypes.data
 
     def upload(self, values: Any) -> Any:
         return values.copy().view(DeviceArray)

@@ -13,13 +13,16 @@ import pytest
 
 from doraxp import Adapter, Config, backends, forward, prepare
 from doraxp.backends import Factors, reduced_precision
+from doraxp.backends._cuda import Cuda
 from doraxp.backends._cupy import CupyOperations, Suspects
 
 DTYPES = ("float16", ml_dtypes.bfloat16, "float32", "float64")
 
 
 @pytest.fixture
-def array(cupy):
+def array(cupy, monkeypatch):
+    monkeypatch.setattr(Cuda, "device", lambda _: 0)
+
     def make(*shape, dtype="float32", device=0):
         dtype = np.dtype(dtype)
         size = max(1, int(np.prod(shape)) * dtype.itemsize)
@@ -31,6 +34,8 @@ def array(cupy):
 
 class Recorder:
     """Takes launches and products down."""
+
+    device = staticmethod(lambda: 0)
 
     def __init__(self, array):
         self.array, self.calls = array, []
@@ -65,8 +70,14 @@ def test_an_array_on_another_device_is_named(array, name):
     }  # fmt: skip
     arrays = {key: array(*shape, device=int(key == name)) for key, shape in given.items()}
     x, weight, *leaves, bias = arrays.values()
-    with pytest.raises(ValueError, match=f"one device: .*{name} is? ?on <CUDA Device|{name} on"):
+    with pytest.raises(ValueError, match=rf"one device: .*{name}( is)? on <CUDA Device \d>"):
         forward(x, weight, Adapter(*leaves), Config(2), bias=bias)
+
+
+def test_an_array_off_the_current_device_is_told_the_way(array):
+    message = r"weight is on CUDA device 1, but the current one is 0: use `with cupy.cuda.Device\(1"
+    with pytest.raises(ValueError, match=message):
+        backends.operations(weight=array(7, 6, device=1))
 
 
 def test_an_array_of_the_host_among_those_of_the_device_is_named(array):

@@ -123,7 +123,7 @@ def operations(*, bias: Array | None = None, **arrays: Array) -> Operations:
         One is no array, two are of different libraries, or a dtype is not one of float16,
         bfloat16, float32 and float64.
     ValueError
-        Two are on different devices.
+        Two are on different devices, or CuPy's are on another than its current one.
     """
     given = arrays if bias is None else {**arrays, "bias": bias}
     if any(type(array) is not np.ndarray for array in given.values()):
@@ -134,7 +134,9 @@ def operations(*, bias: Array | None = None, **arrays: Array) -> Operations:
     for name, array in given.items():
         if _dtype_name(array.dtype) not in _DTYPES:
             raise TypeError(f"{name} must be of dtype {', '.join(_DTYPES)}, got {array.dtype}")
-    return _operations_of(xp)
+    ops = _operations_of(xp)
+    ops.check_current(*next(iter(given.items())))
+    return ops
 
 
 def _one_library(given: dict[str, Array]) -> Any:

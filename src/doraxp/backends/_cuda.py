@@ -53,6 +53,14 @@ class Types(NamedTuple):
 class Cuda:
     """A GPU, through CuPy."""
 
+    def device(self) -> int:
+        """Return the number of the current device."""
+        return int(import_module("cupy").cuda.runtime.getDevice())
+
+    def pointer(self, array: Array) -> int:
+        """Return the address of the first number."""
+        return int(array.data.ptr)
+
     def empty(self, shape: Sequence[int], dtype: Any) -> Array:
         """Return an array that is not written yet; CuPy's MemoryError names the bytes."""
         return import_module("cupy").empty(tuple(shape), dtype)

@@ -28,6 +28,14 @@ WARPS = THREADS // 32  # rows that a block of the row kernels takes
 TOKENS = 32  # of a chunk, whose sums a thread takes
 GUARDS = 64  # blocks of the guard's kernels: it has few rows, or none
 ROWS, TILE = 4, 8  # rows of a thread of `merge`, tokens of one of the guard's
+LEAF_BLOCK = 4 * THREADS  # numbers of a block of `adamw`
+KINDS = ("float16", "bfloat16", "float32", "float64")  # as `adamw` counts them
+LEAF = np.dtype(
+    [(name, np.uint64) for name in ("p", "g", "mu", "nu", "new_p", "new_mu", "new_nu")]
+    + [(name, np.int64) for name in ("size", "first_block", "p_type", "g_type")]
+    + [(name, np.float64) for name in ("rate", "decay")]
+)
+"""`Leaf` of the source."""
 LIMIT = 65535  # of a grid's y and z
 _REDUCED: ContextVar[bool] = ContextVar("reduced", default=False)
 Number = TypeVar("Number")
@@ -81,6 +89,15 @@ class CupyOperations(Operations):
     def may_look(self, array: Array) -> bool:
         """Never: reading a value waits for the whole queue."""
         return False
+
+    def check_current(self, name: str, array: Array) -> None:
+        """Kernels go to the current device, whatever they are given."""
+        number = self.cuda.device()
+        if array.device.id != number:
+            raise ValueError(
+                f"{name} is on CUDA device {array.device.id}, but the current one is {number}: "
+                f"use `with cupy.cuda.Device({array.device.id}):`"
+            )
 
     def operand_dtype(self, array: Array, weight: Array, dtype: Any) -> Any:
         """Saves the cast of x and dy: tensor cores take them as they are."""
@@ -424,6 +441,45 @@ class CupyOperations(Operations):
         given = weight, a, scaled_b, row_scale, _packed(gain, self.xp), merged
         self.cuda.launch("merge", types, grid, *given, *sizes)
         return merged
+
+    def adamw(
+        self, leaves: dict[str, tuple[Array, ...]], rates: dict[str, Any], decays: dict[str, Any],
+        numbers: tuple[Any, ...],
+    ) -> dict[str, tuple[Array, Array, Array]] | None:  # fmt: skip
+        """Saves all launches but one, or two where some leaves are of float64."""
+        given = (*rates.values(), *decays.values(), *numbers)
+        if not all(isinstance(number, float) for number in given):
+            return None  # one is on the device
+        stepped = {}
+        for wide in (np.dtype(np.float32), np.dtype(np.float64)):
+            group = {path: each for path, each in leaves.items() if _wide(each[0]) == wide}
+            if group:
+                stepped |= self._adamw(group, rates, decays, numbers, wide)
+        return stepped
+
+    def _adamw(
+        self, leaves: dict[str, tuple[Array, ...]], rates: dict[str, Any], decays: dict[str, Any],
+        numbers: tuple[float, ...], wide: Any,
+    ) -> dict[str, tuple[Array, Array, Array]]:  # fmt: skip
+        xp, blocks, held, stepped = self.xp, 0, [], {}
+        table = np.zeros(len(leaves), LEAF)
+        for row, (path, arrays) in enumerate(leaves.items()):
+            p, g, *moments = (_packed(array, xp) for array in arrays)
+            moments = [xp.astype(moment, wide, copy=False) for moment in moments]
+            new = [self.cuda.empty(p.shape, dtype) for dtype in (p.dtype, wide, wide)]
+            pointers = (self.cuda.pointer(array) for array in (p, g, *moments, *new))
+            codes = (KINDS.index(_name(array)) for array in (p, g))
+            table[row] = (*pointers, p.size, blocks, *codes, rates[path], decays[path])
+            blocks += -(-p.size // LEAF_BLOCK)
+            held.append((p, g, *moments))  # until the launch
+            stepped[path] = (new[0], new[1], new[2])
+        if blocks:
+            leaf_table = self.cuda.upload(table.view(np.uint8))
+            scalars = map(wide.type, numbers)
+            size = np.int32(len(leaves))
+            types = Types(*[wide.name] * 3)
+            self.cuda.launch("adamw", types, (blocks, 1, 1), leaf_table, size, *scalars)
+        return stepped
 
 
 def _name(array: Array) -> str:

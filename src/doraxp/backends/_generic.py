@@ -42,6 +42,9 @@ class Operations:
             return False
         return "cpu" in str(array_api_compat.device(array)).lower()
 
+    def check_current(self, name: str, array: Array) -> None:
+        """Refuse an array that is on another device than the one that work goes to."""
+
     def detached(self, array: Array) -> Array:
         """Return `array` outside of any graph that its library records for gradients."""
         return array
@@ -256,6 +259,18 @@ class Operations:
         `d` (*stack, tokens, out) may be written to.
         """
         return d @ formed
+
+    # Optimizers
+
+    def adamw(
+        self, leaves: dict[str, tuple[Array, ...]], rates: dict[str, Any], decays: dict[str, Any],
+        numbers: tuple[Any, ...],
+    ) -> dict[str, tuple[Array, Array, Array]] | None:  # fmt: skip
+        """Return p, mu and nu by path after a step of AdamW; None to be asked leaf by leaf.
+
+        leaves: p, g, mu and nu by path; numbers: β₁, 1 − β₁, β₂, 1 − β₂, ε, 1 − β₁ᵗ, 1 − β₂ᵗ.
+        """
+        return None
 
     # A prepared norm must not outlive its adapter
 
