@@ -101,11 +101,8 @@ class Cuda:
         # for outᵀ = rightᵀ leftᵀ.
         (first, first_step), (second, second_step) = map(layout, (right, left))
         on_device = not isinstance(beta, float)
-        if on_device:
-            pointers = beta.data.ptr, beta.data.ptr + beta.itemsize
-        else:
-            scalars = np.array([1, beta], np.float64 if wide else np.float32)
-            pointers = scalars.ctypes.data, scalars.ctypes.data + scalars.itemsize
+        scalars: Any = beta if on_device else np.array([1, beta], "f8" if wide else "f4")
+        pointer = scalars.data.ptr if on_device else scalars.ctypes.data
         handle = cupy.cuda.device.get_cublas_handle()
         pointer_mode, math_mode = blas.getPointerMode(handle), blas.getMathMode(handle)
         try:
@@ -116,9 +113,9 @@ class Cuda:
             blas.setMathMode(handle, blas.CUBLAS_DEFAULT_MATH)  # TF32 is our caller's to choose
             blas.gemmEx(
                 handle, first, second, n, m, k,
-                pointers[0], right.data.ptr, kinds[str(right.dtype)], first_step,
+                pointer, right.data.ptr, kinds[str(right.dtype)], first_step,
                 left.data.ptr, kinds[str(left.dtype)], second_step,
-                pointers[1], out.data.ptr, kinds[str(out.dtype)], n,
+                pointer + scalars.itemsize, out.data.ptr, kinds[str(out.dtype)], n,
                 compute, blas.CUBLAS_GEMM_DEFAULT,
             )  # fmt: skip
         finally:

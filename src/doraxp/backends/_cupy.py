@@ -321,8 +321,8 @@ class CupyOperations(Operations):
         *_, out, rank = scaled_b.shape
         norm, suspect = (self.cuda.empty(squares.shape, kind) for kind in (u.dtype, xp.bool))
         projection = self.cuda.empty(u.shape, u.dtype)
-        given = (u, scaled_b, bg, squares, row_scale, xp.reshape(a_squares, (-1,)))
-        given = (_packed(array, xp) for array in given)
+        terms_of = u, scaled_b, bg, squares, row_scale, xp.reshape(a_squares, (-1,))
+        given = (_packed(array, xp) for array in terms_of)
         sizes = (np.int64(size) for size in (squares.size, out, rank))
         floor = scalar(terms * float(info.smallest_normal) / float(info.eps))
         self.cuda.launch(
@@ -450,7 +450,7 @@ class CupyOperations(Operations):
         given = (*rates.values(), *decays.values(), *numbers)
         if not all(isinstance(number, float) for number in given):
             return None  # one is on the device
-        stepped = {}
+        stepped: dict[str, tuple[Array, Array, Array]] = {}
         for wide in (np.dtype(np.float32), np.dtype(np.float64)):
             group = {path: each for path, each in leaves.items() if _wide(each[0]) == wide}
             if group:
@@ -461,7 +461,8 @@ class CupyOperations(Operations):
         self, leaves: dict[str, tuple[Array, ...]], rates: dict[str, Any], decays: dict[str, Any],
         numbers: tuple[float, ...], wide: Any,
     ) -> dict[str, tuple[Array, Array, Array]]:  # fmt: skip
-        xp, blocks, held, stepped = self.xp, 0, [], {}
+        xp, blocks, held = self.xp, 0, []
+        stepped: dict[str, tuple[Array, Array, Array]] = {}
         table = np.zeros(len(leaves), LEAF)
         for row, (path, arrays) in enumerate(leaves.items()):
             p, g, *moments = (_packed(array, xp) for array in arrays)
@@ -496,7 +497,7 @@ def _alike(array: Array) -> Types:
 
 def _columns(length: int, stored: Array) -> int:
     """Return how many blocks cover so many columns, at 16 bytes of `stored` to a thread."""
-    return -(-length * stored.itemsize // (16 * THREADS))
+    return -(-length * int(stored.itemsize) // (16 * THREADS))
 
 
 def _packed(array: Array, xp: Any) -> Any:
