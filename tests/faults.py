@@ -96,6 +96,17 @@ FAULTS = (
     Fault("dm = e / norm", "dm = e", "dm is not divided by n"),
     Fault("dm = e / norm", "dm = e * gain / norm", "dm has m/n once more"),
     Fault('found["bias"] = ds.', 'found["bias"] = dz.', "dbias is scaled by m/n"),
+    Fault("dropout_mask * x", "x", "the dropout mask is left out"),
+    Fault("dropout_mask * x", "(dropout_mask > 0) * x", "the dropout mask lacks 1/(1 − p)"),
+    Fault("(x - seen) @ weight.T", "0", "the dropout mask touches the base product too"),
+    Fault(
+        "(seen @ v.T) * gain + (x - seen) @ weight.T",
+        "(seen @ v.T + (x - seen) @ weight.T) * gain",
+        "the dropout mask touches the low-rank product alone",
+    ),
+    Fault("(dz @ v) * keep + (1 - keep) * (ds @ weight)", "dz @ v", "dx lacks the dropout mask"),
+    Fault("* lora_b.T @ dv", "* lora_b.T @ (dv + dz.T @ (tokens - xs))", "dA has the whole x"),
+    Fault("scaling * dv @", "scaling * (dv + dz.T @ (tokens - xs)) @", "dB has the whole x"),
     Fault("mean = mu / (1 - beta1**t)", "mean = mu", "mu has no bias correction"),
     Fault(
         'stepped, kept = {}, {"t": t}',
@@ -131,7 +142,7 @@ def planted(fault: Fault | None) -> types.ModuleType:
 
 def check(fault: Fault) -> Report:
     return check_implementation(
-        planted(fault), Conventions(scaling=fault.scaling, dtypes=("float64",))
+        planted(fault), Conventions(scaling=fault.scaling, dropout="input", dtypes=("float64",))
     )
 
 

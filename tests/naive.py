@@ -10,10 +10,11 @@ def adapted(weight, lora_a, lora_b, scaling):
     return v, norm
 
 
-def forward(x, weight, lora_a, lora_b, magnitude, bias, scaling):
+def forward(x, weight, lora_a, lora_b, magnitude, bias, scaling, dropout_mask=None):
     v, norm = adapted(weight, lora_a, lora_b, scaling)
     gain = magnitude / norm
-    y = (x @ v.T) * gain
+    seen = x if dropout_mask is None else dropout_mask * x
+    y = (seen @ v.T) * gain + (x - seen) @ weight.T
     if bias is not None:
         y = y + bias
     return y
@@ -25,10 +26,12 @@ def merge(weight, lora_a, lora_b, magnitude, scaling):
     return gain[:, None] * v
 
 
-def gradients(dy, x, weight, lora_a, lora_b, magnitude, bias, scaling):
+def gradients(dy, x, weight, lora_a, lora_b, magnitude, bias, scaling, dropout_mask=None):
     v, norm = adapted(weight, lora_a, lora_b, scaling)
     gain = magnitude / norm
-    xs, ds = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    tokens, ds = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    keep = np.ones_like(tokens) if dropout_mask is None else dropout_mask.reshape(tokens.shape)
+    xs = keep * tokens
     z = xs @ v.T
     dz = ds * gain
     e = (ds * z).sum(axis=0)
@@ -38,8 +41,9 @@ def gradients(dy, x, weight, lora_a, lora_b, magnitude, bias, scaling):
     dv = plain + q[:, None] * v
     da = scaling * lora_b.T @ dv
     db = scaling * dv @ lora_a.T
-    dx = (dz @ v).reshape(x.shape)
-    found = {"x": dx, "lora_a": da, "lora_b": db, "magnitude": dm, "weight": dv}
+    dx = (dz @ v) * keep + (1 - keep) * (ds @ weight)
+    dw = dv + ds.T @ (tokens - xs)
+    found = {"x": dx.reshape(x.shape), "lora_a": da, "lora_b": db, "magnitude": dm, "weight": dw}
     if bias is not None:
         found["bias"] = ds.sum(axis=0)
     return found

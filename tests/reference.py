@@ -60,9 +60,15 @@ def direction_rows(layer: Layer) -> np.ndarray:
 
 
 def solve(
-    layer: Layer, x: np.ndarray, bias: np.ndarray, dy: np.ndarray, norm_gradient: str
+    layer: Layer,
+    x: np.ndarray,
+    bias: np.ndarray,
+    dy: np.ndarray,
+    norm_gradient: str,
+    mask: np.ndarray | None = None,
+    dropout: str = "input",
 ) -> Result:
-    """Run forward, backward and merge."""
+    """Run forward, backward and merge; what the mask leaves of x is seen as `dropout` says."""
     layer = layer.wide()
     x, bias, dy = (np.asarray(array, np.float64) for array in (x, bias, dy))
     weight, a, b, m, s, form = layer
@@ -73,11 +79,33 @@ def solve(
     for i in range(out):
         if norm[i] > 0:
             merged[i] = m[i] / norm[i] * v[i]
-    y = np.array([[dot(token, merged[i]) + bias[i] for i in range(out)] for token in x])
+    mask = np.ones_like(x) if mask is None else np.asarray(mask, np.float64)
+    seen = mask * x  # by what the adapter adds, the rest of x by `beside`
+    beside = weight.copy()
+    if dropout == "low_rank":
+        nothing = np.zeros_like(b)
+        base = direction_rows(layer._replace(lora_b=nothing))
+        for i in range(out):
+            beside[i] = m[i] / norm[i] * base[i] if norm[i] > 0 else 0.0
+    y = np.array(
+        [
+            [dot(t, merged[i]) + dot(rest, beside[i]) + bias[i] for i in range(out)]
+            for t, rest in zip(seen, x - seen, strict=True)
+        ]
+    )
     y = y.reshape(len(x), out)
 
-    dx = np.array([[dot(d, merged[:, j]) for j in range(inner)] for d in dy]).reshape(x.shape)
-    dmerged = np.array([[dot(dy[:, i], x[:, j]) for j in range(inner)] for i in range(out)])
+    dx = np.array(
+        [
+            [
+                keep[j] * dot(d, merged[:, j]) + (1 - keep[j]) * dot(d, beside[:, j])
+                for j in range(inner)
+            ]
+            for d, keep in zip(dy, mask, strict=True)
+        ]
+    ).reshape(x.shape)
+    dmerged = np.array([[dot(dy[:, i], seen[:, j]) for j in range(inner)] for i in range(out)])
+    drest = np.array([[dot(dy[:, i], (x - seen)[:, j]) for j in range(inner)] for i in range(out)])
     dm = np.zeros(out)
     dv = np.zeros_like(weight)
     dweight = np.zeros_like(weight)
@@ -86,13 +114,19 @@ def solve(
             continue
         unit = v[i] / norm[i]
         dm[i] = dot(unit, dmerged[i])
+        if dropout == "low_rank":
+            dm[i] += dot(base[i], drest[i]) / norm[i]
         along = dm[i] if norm_gradient == "exact" else 0.0
         dv[i] = m[i] / norm[i] * (dmerged[i] - along * unit)
         dweight[i] = dv[i]
+        if dropout == "low_rank":
+            dweight[i] += m[i] / norm[i] * drest[i]
         if form == "direction":
             size = length(weight[i])
             row = weight[i] / size if size > 0 else np.zeros(inner)
-            dweight[i] = (dv[i] - dot(row, dv[i]) * row) / size if size > 0 else 0.0
+            dweight[i] = (dweight[i] - dot(row, dweight[i]) * row) / size if size > 0 else 0.0
+    if dropout == "input":
+        dweight += drest
     da = np.array([[s * dot(b[:, k], dv[:, j]) for j in range(inner)] for k in range(len(a))])
     db = np.array([[s * dot(dv[i], a[k]) for k in range(len(a))] for i in range(out)])
     dbias = np.array([math.fsum(dy[:, i]) for i in range(out)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import faults
@@ -28,11 +29,11 @@ def own(config=None):
         choices = {} if config is None else config
         return weight, Adapter(lora_a, lora_b, magnitude), Config(rank, scaling * rank, **choices)
 
-    def forward(x, bias, **layer):
-        return doraxp.forward(x, *parts(**layer), bias=bias)[0]
+    def forward(x, bias, dropout_mask=None, **layer):
+        return doraxp.forward(x, *parts(**layer), bias=bias, dropout_mask=dropout_mask)[0]
 
-    def gradients(dy, x, bias, **layer):
-        _, cache = doraxp.forward(x, *parts(**layer), bias=bias)
+    def gradients(dy, x, bias, dropout_mask=None, **layer):
+        _, cache = doraxp.forward(x, *parts(**layer), bias=bias, dropout_mask=dropout_mask)
         grads = doraxp.backward(dy, cache, train_base=True)
         return {**grads.adapter._asdict(), "x": grads.x, "weight": grads.weight, "bias": grads.bias}
 
@@ -44,7 +45,7 @@ def own(config=None):
 
 
 def test_dense_numpy_is_right_but_in_extreme_cases():
-    report = check_implementation(RIGHT)
+    report = check_implementation(RIGHT, Conventions(dropout="input"))
     assert report.ok
     assert report.diagnoses == ()
     assert {one.case for one in report.findings} == {"zero row", "huge", "tiny"}
@@ -59,6 +60,36 @@ def test_this_package_is_right_in_every_case(form, norm_gradient):
     report = checked(Conventions(**choices, stacks=True, dtypes=dtypes), **own(choices))
     assert report.findings == ()
     assert report.checked > 400
+
+
+@pytest.mark.parametrize("dropout", ["input", "low_rank"])
+@pytest.mark.parametrize("form", ["weight", "direction"])
+@pytest.mark.parametrize("norm_gradient", ["exact", "detached"])
+def test_what_the_mask_touches_is_declared_or_named(form, norm_gradient, dropout):
+    choices = {"form": form, "norm_gradient": norm_gradient}
+    functions = own(choices | {"dropout": dropout})
+    meant = Conventions(**choices, dropout=dropout, dtypes=("float16", "float64"), stacks=True)
+    report = checked(meant, **functions)
+    assert report.findings == ()
+    names = {
+        "low_rank": "the dropout mask touches the low-rank product alone",
+        "input": "the dropout mask touches the whole correction",
+    }
+    other = "input" if dropout == "low_rank" else "low_rank"
+    (diagnosis,) = checked(dataclasses.replace(meant, dropout=other), **functions).diagnoses
+    assert diagnosis.functions == ("forward", "gradients", "merge")
+    assert diagnosis.deviations == (names[dropout],)
+
+
+def test_what_takes_no_mask_is_given_none_and_told_so():
+    report = check_implementation(RIGHT)
+    assert {"dropout", "all dropped", "low-rank dropout"} <= set(report.left_out)
+    assert "not run, as the conventions say: " in str(report)
+    assert "; low-rank dropout; " in str(report)
+    with_masks = check_implementation(RIGHT, Conventions(dropout="input"))
+    assert "dropout" not in with_masks.left_out
+    assert with_masks.checked > report.checked
+    assert checked(step=RIGHT.step).left_out == ()
 
 
 def test_autograd_of_the_formula_is_right(torch):

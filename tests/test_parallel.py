@@ -31,7 +31,9 @@ def draw_layer(draw, *stack, dtype="float64"):
 def step(layer, dy, config, reduce=None):
     """What a step gives, by name."""
     x, weight, adapter, bias = (layer[name] for name in ("x", "weight", "adapter", "bias"))
-    y, cache = doraxp.forward(x, weight, adapter, config, bias=bias, reduce=reduce)
+    y, cache = doraxp.forward(
+        x, weight, adapter, config, bias=bias, reduce=reduce, dropout_mask=layer.get("mask")
+    )
     merged = doraxp.merge(weight, adapter, config, prepared=cache.prepared)
     dx, (da, db, dm), dw, dbias = doraxp.backward(dy, cache, train_base=True)
     replicated = {"y": y, "norm": cache.prepared.norm, "b": db, "m": dm, "bias": dbias}
@@ -41,7 +43,7 @@ def step(layer, dy, config, reduce=None):
 def cut(layer, rank):
     """One rank's part of a layer whose input axis is split."""
     a, b, m = layer["adapter"]
-    part = {name: layer[name][..., CUTS[rank]] for name in ("x", "weight")}
+    part = {name: layer[name][..., CUTS[rank]] for name in ("x", "weight", "mask") if name in layer}
     return {**part, "adapter": Adapter(a[..., CUTS[rank]], b, m), "bias": layer["bias"]}
 
 
@@ -57,6 +59,28 @@ def test_a_split_input_axis_gives_the_parts_of_the_whole(
 ):
     config = Config(3, 2.0, form=form, norm_gradient=norm_gradient)
     layer, dy = draw_layer(draw, *stack), draw(*stack, 5, 7)
+    whole, wholes = backend.run(step, layer, dy, config)
+    for rank, (replicated, parts) in enumerate(backend.run(split_step, layer, dy, config)):
+        for name, array in replicated.items():
+            assert_close(array, whole[name], rtol=1e-13)
+        for name, array in parts.items():
+            assert_close(array, wholes[name][..., CUTS[rank]], rtol=1e-13)
+
+
+@pytest.mark.parametrize("formed", [False, True])
+@pytest.mark.parametrize("form", ["weight", "direction"])
+@pytest.mark.parametrize("dropout", ["input", "low_rank"])
+def test_each_rank_has_its_part_of_the_mask(backend, draw, assert_close, dropout, form, formed):
+    config = Config(3, 2.0, form=form, dropout=dropout)
+    layer, dy = draw_layer(draw), draw(5, 7)
+    layer["mask"] = backend.asarray(np.where(backend.numpy(draw(5, INNER)) > -0.5, 4 / 3, 0.0))
+    if formed:  # a hundredth is left of W's row 0, of a length that does for both forms
+        a, b = (backend.numpy(leaf) for leaf in layer["adapter"][:2])
+        b = b / np.linalg.norm(config.scaling * b @ a, axis=1, keepdims=True)
+        weight = backend.numpy(layer["weight"]).copy()
+        weight[0] = -config.scaling * b[0] @ a * (1 + 0.01 * np.arange(INNER))
+        layer["weight"] = backend.asarray(weight)
+        layer["adapter"] = layer["adapter"]._replace(lora_b=backend.asarray(b))
     whole, wholes = backend.run(step, layer, dy, config)
     for rank, (replicated, parts) in enumerate(backend.run(split_step, layer, dy, config)):
         for name, array in replicated.items():

@@ -41,6 +41,8 @@ def test_the_reference_equals_the_oracle(case):
         arrays.get("bias", np.zeros(out)),
         arrays["dy"].reshape(-1, out),
         case.config.norm_gradient,
+        case.arrays["dropout_mask"].reshape(-1, inner) if "dropout_mask" in case.arrays else None,
+        case.config.dropout,
     )
     theirs = dict(zip(QUANTITIES, exact, strict=True))
     for name, want in expected(case, dtype).items():
@@ -71,8 +73,19 @@ def test_cases_have_names_and_reasons_of_their_own():
 
 def test_the_numbers_of_a_version_do_not_change():
     total = sum(float(np.sum(array)) for case in catalogue()[:4] for array in case.arrays.values())
-    assert VERSION == 1
+    assert VERSION == 2
     assert total == 24.90162229537964
+
+
+def test_every_mask_drops_and_keeps_and_is_exact_in_every_dtype():
+    masks = {case.name: case for case in catalogue() if "dropout_mask" in case.arrays}
+    assert {case.config.dropout for case in masks.values()} == {"input", "low_rank"}
+    for case in masks.values():
+        mask = case.arrays["dropout_mask"]
+        assert mask.shape == case.arrays["x"].shape
+        assert set(np.unique(mask)) == ({0.0} if case.name == "all dropped" else {0.0, 1.25})
+        for dtype in ("float16", "bfloat16", "float32"):
+            np.testing.assert_array_equal(case.stored(dtype)["dropout_mask"], mask)
 
 
 @pytest.mark.parametrize(

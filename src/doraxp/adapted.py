@@ -190,9 +190,9 @@ def outputs(
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Return L = x~ Aᵀ, z = ρ⊙(x Wᵀ) + L (s B)ᵀ and y = g⊙z + bias.
 
-    (*stack, tokens, in) -> twice (*stack, tokens, out). `base` is x Wᵀ where that is known.
-    x~ = `dropped` is x itself where z = x Vᵀ.
-    With ranks `low_rank` is a part of L, and the sums of L and z are made in one.
+    (*stack, tokens, in) -> (*stack, tokens, rank) and twice (*stack, tokens, out). x~ = `dropped`
+    is the same object as x where z = x Vᵀ; `base` is x Wᵀ where that is known. `low_rank` is L,
+    or this rank's part of it: the sums of L and z over ranks are made in one.
     """
     weight, a, scaled_b, row_scale = prepared.factors
     gain, formed, reduce = prepared.gain, prepared.formed, prepared.reduce

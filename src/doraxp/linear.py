@@ -37,7 +37,7 @@ from doraxp.adapted import (
     prepare_with_product,
     times,
 )
-from doraxp.backends import Operations, as_dtype, compute_dtype, operations
+from doraxp.backends import Factors, Operations, as_dtype, compute_dtype, operations
 from doraxp.decomposition import inverse_norms, weight_norms
 
 InitMethod: TypeAlias = Literal["kaiming", "gaussian"]
@@ -379,11 +379,23 @@ def merge(
            [ 0., 10.]])
     """
     ops = check_layer(weight, adapter, config)
-    if prepared is None:
-        prepared = prepare(weight, adapter, config)
-    else:
+    if prepared is not None:
         check_prepared(prepared, weight, adapter, config, ops=ops)
-    return ops.merge(prepared.factors, prepared.gain, prepared.gain.dtype)
+    elif not ops.merges_in_one_pass:
+        prepared = prepare(weight, adapter, config)
+    if prepared is not None:
+        return ops.merge(prepared.factors, prepared.gain, prepared.gain.dtype)
+    dtype = compute_dtype(weight, *adapter, xp=ops.xp)
+    a, b, m = (as_dtype(leaf, dtype, xp=ops.xp) for leaf in adapter)
+    row_scale = None
+    if config.form == "direction":
+        row_scale = inverse_norms(weight, ops.row_squares(weight, dtype), ops=ops)
+
+    def gain_of(rows: slice, v: Array) -> Array:
+        norm = weight_norms(v, ops.row_squares(v, dtype), ops=ops)
+        return ops.over_norm(m[..., rows], norm)
+
+    return ops.merge_with(Factors(weight, a, config.scaling * b, row_scale), gain_of, dtype)
 
 
 def convert_form(

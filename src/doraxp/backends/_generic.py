@@ -30,6 +30,9 @@ class Factors(NamedTuple):
 class Operations:
     """The operations on arrays of the namespace `xp`."""
 
+    merges_in_one_pass = False
+    """`merge_with` has V in the cache: n of V itself costs less there than the expanded n."""
+
     def __init__(self, xp: Any) -> None:
         self.xp = xp
 
@@ -205,7 +208,14 @@ class Operations:
 
     def merge(self, factors: Factors, gain: Array, dtype: Any) -> Array:
         """Return W' = g⊙V in the weight's dtype."""
-        merged = gain[..., None] * self.form(factors, dtype)
+        return self.merge_with(factors, lambda rows, _: gain[..., rows], dtype)
+
+    def merge_with(
+        self, factors: Factors, gain_of: Callable[[slice, Array], Array], dtype: Any
+    ) -> Array:
+        """Return W' = g⊙V in the weight's dtype, where g = gain_of(rows, these rows of V)."""
+        v = self.form(factors, dtype)
+        merged = gain_of(slice(None), v)[..., None] * v
         return self.xp.astype(merged, factors.weight.dtype, copy=False)
 
     def safe_row_norms(self, rows: Array, reduce: Reduce | None = None) -> Array:

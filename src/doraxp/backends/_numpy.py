@@ -19,6 +19,7 @@ from doraxp.backends._generic import Factors, Operations
 # done between two of them, so blocks that are multiplied by many tokens are few: 16 MiB.
 CACHE_BLOCK = 1 << 18
 PRODUCT_BLOCK = 1 << 22
+MERGE_BLOCK = 1 << 20  # between the two: its product has but rank terms
 
 
 class FormedRows(NamedTuple):
@@ -38,6 +39,8 @@ def _blocks(array: Array, elements: int) -> Iterator[slice]:
 
 class NumpyOperations(Operations):
     """What NumPy does better than the standard alone."""
+
+    merges_in_one_pass = True
 
     def may_look(self, array: Array) -> bool:
         """Always: NumPy's arrays are on the host and eager. Saves 2 µs a call."""
@@ -132,19 +135,21 @@ class NumpyOperations(Operations):
         norm = norm.reshape(norm.shape + (1,) * (values.ndim - norm.ndim))
         return np.divide(values, norm, out=np.zeros_like(values), where=norm != 0)
 
-    def merge(self, factors: Factors, gain: Array, dtype: Any) -> Array:
-        """Saves two (out, in) temporaries: B A is made in the result, or by blocks of rows."""
+    def merge_with(
+        self, factors: Factors, gain_of: Callable[[slice, Array], Array], dtype: Any
+    ) -> Array:
+        """Saves V and what is made of it: blocks of rows, in the result itself where it is wide."""
         weight, a, scaled_b, row_scale = factors
-        whole = weight.dtype == dtype  # one product: BLAS's threads are slow to start many
-        result = scaled_b @ a if whole else np.empty(weight.shape, weight.dtype)
-        for rows in _blocks(weight, CACHE_BLOCK if whole else PRODUCT_BLOCK):
-            base = weight[..., rows, :]
-            v = result[..., rows, :] if whole else scaled_b[..., rows, :] @ a
-            if row_scale is None:
-                v += base
-            else:
-                v += row_scale[..., rows, None] * base.astype(dtype, copy=False)
-            v *= gain[..., rows, None]
+        result = np.empty(weight.shape, weight.dtype)
+        whole, buffer = weight.dtype == dtype, None
+        for rows in _blocks(weight, MERGE_BLOCK):
+            base, v = weight[..., rows, :], result[..., rows, :]
+            if not whole:
+                buffer = np.empty(v.shape, dtype) if buffer is None else buffer
+                v = buffer[..., : v.shape[-2], :]
+            np.matmul(scaled_b[..., rows, :], a, out=v)
+            v += base if row_scale is None else row_scale[..., rows, None] * base
+            v *= gain_of(rows, v)[..., None]
             if not whole:
                 result[..., rows, :] = v
         return result

@@ -2,13 +2,11 @@
 
 from doraxp.testing._catalogue import VERSION, Case, OptimizerCase, catalogue, optimizer_catalogue
 from doraxp.testing._compare import Agreement, Comparison, Figure, compare_backends
-from doraxp.testing._implementation import (
-    Conventions,
-    Diagnosis,
-    Finding,
-    Report,
-    check_implementation,
-)
+from doraxp.testing._conventions import Conventions
+from doraxp.testing._diagnosis import Diagnosis
+from doraxp.testing._implementation import Finding, Report, check_implementation
+from doraxp.testing._libraries import Library, as_numpy
+from doraxp.testing._reference import Expected, expected
 
 __all__ = [
     "VERSION",
@@ -17,12 +15,16 @@ __all__ = [
     "Comparison",
     "Conventions",
     "Diagnosis",
+    "Expected",
     "Figure",
     "Finding",
+    "Library",
     "OptimizerCase",
     "Report",
+    "as_numpy",
     "catalogue",
     "check_implementation",
     "compare_backends",
+    "expected",
     "optimizer_catalogue",
 ]

@@ -2,6 +2,7 @@
 
     weight (*stack, out, in)   lora_a (*stack, rank, in)   lora_b (*stack, out, rank)
     magnitude, bias (*stack, out)    x (*stack, ..., in)   dy (*stack, ..., out)
+    dropout_mask, of x's shape: 0, or 1/(1 − p) with p = 1/5
 
 The numbers are drawn by name: a new case changes none of the others.
 """
@@ -15,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from doraxp._types import Config
+from doraxp._types import Config, Dropout
 
-VERSION = 1
-"""Goes up when the numbers of a case change."""
+VERSION = 2
+"""Goes up when there are other cases, or other numbers in one."""
 
 FULL = ("float32", "float64")
 HALF = ("float16", "bfloat16")
@@ -35,9 +36,9 @@ class Case:
         What goes wrong where it is not tested.
     config : Config
     arrays : mapping of str to array
-        x, weight, lora_a, lora_b, magnitude, dy, and where there is one, bias.
+        x, weight, lora_a, lora_b, magnitude, dy, and where there is one, bias and dropout_mask.
     dtypes : tuple of str
-        What x, the weight, the bias and dy are stored in; the adapter is in the compute dtype.
+        What all but the adapter is stored in; that is in the compute dtype.
     extreme : bool
         Whether the formulas fail where they are computed as they stand: 0/0, or squares that
         overflow or underflow.
@@ -170,11 +171,72 @@ def catalogue() -> tuple[Case, ...]:
         _case("long sums", "rounding adds up", out=40, inner=300, rank=8, tokens=(64,)),
         _case("stack", "experts of a mixture", stack=(2,)),
         _case("stack, direction form", "two leading axes", stack=(2, 2), form="direction"),
+        _case("dropout", "the base has the whole x, all else the dropped one", dropout="input"),
+        _case(
+            "dropout, direction form", "the base is W, not W/‖W‖", dropout="input", form="direction"
+        ),
+        _case(
+            "dropout, detached",
+            "the norm has no part in it",
+            dropout="input",
+            norm_gradient="detached",
+        ),
+        _case(
+            "dropout, fresh", "y is the base product, whatever drops", dropout="input", edit=_fresh
+        ),
+        _case(
+            "all dropped", "the base product, and no gradient", dropout="input", edit=_all_dropped
+        ),
+        _case(
+            "dropout, zero row of W",
+            "the base gives nothing",
+            dropout="input",
+            edit=_zero_row_of_weight,
+        ),
+        _case(
+            "dropout, stack",
+            "the mask has x's leading axes",
+            dropout="input",
+            stack=(2,),
+            tokens=(2, 3),
+        ),
+        _case("low-rank dropout", "A has the dropped x, W the whole one", dropout="low_rank"),
+        _case(
+            "low-rank dropout, direction form",
+            "W/‖W‖ has the whole one",
+            dropout="low_rank",
+            form="direction",
+        ),
+        _case(
+            "low-rank dropout, detached",
+            "nor is the norm in this one",
+            dropout="low_rank",
+            norm_gradient="detached",
+        ),
+        _case(
+            "low-rank dropout, one token",
+            "the mask is a vector",
+            dropout="low_rank",
+            tokens=(),
+        ),
+        _case(
+            "low-rank dropout, negative magnitude",
+            "g scales the base too",
+            dropout="low_rank",
+            edit=_negative_magnitude,
+        ),
+        _case(
+            "low-rank dropout, stack", "each expert has its mask", dropout="low_rank", stack=(2,)
+        ),
         _case("half storage", "V is formed in float32", inner=32, dtypes=HALF),
         _case("half storage, direction form", "‖w‖ too", form="direction", dtypes=HALF),
         _case(
             "half storage, fresh", "a rounded m / n is not 1", inner=64, edit=_fresh, dtypes=HALF
         ),
+        _case(
+            "half storage, dropout", "x − x~ is not rounded to half", dropout="input", dtypes=HALF
+        ),
+        _case("half storage, low-rank dropout", "nor is x~", dropout="low_rank", dtypes=HALF),
     )
 
 
@@ -211,6 +273,7 @@ def _case(
     edit: Callable[[Arrays], Arrays] = dict,
     dtypes: tuple[str, ...] = FULL,
     extreme: bool = False,
+    dropout: Dropout | None = None,
     **choices: Any,
 ) -> Case:
     rng = np.random.default_rng(zlib.crc32(name.encode()))
@@ -229,6 +292,9 @@ def _case(
     arrays = {key: rounded(array, "float16").astype(float) for key, array in arrays.items()}
     if not bias:
         del arrays["bias"]
+    if dropout is not None:
+        arrays["dropout_mask"] = np.where(rng.uniform(size=shapes["x"]) < 0.2, 0.0, 1.25)
+        choices["dropout"] = dropout
     return Case(name, reason, Config(rank, alpha, **choices), edit(arrays), dtypes, extreme)
 
 
@@ -274,6 +340,10 @@ def _zero_magnitude(arrays: Arrays) -> Arrays:
 def _negative_magnitude(arrays: Arrays) -> Arrays:
     signs = np.resize([-1.0, 1.0], arrays["magnitude"].shape)
     return {**arrays, "magnitude": signs * arrays["magnitude"]}
+
+
+def _all_dropped(arrays: Arrays) -> Arrays:
+    return {**arrays, "dropout_mask": 0 * arrays["dropout_mask"]}
 
 
 def _cancelling(arrays: Arrays) -> Arrays:

@@ -109,7 +109,7 @@ def compare_backends(
     >>> compare_backends(["numpy"]).ok
     True
     """
-    _check_usable(names)
+    check_usable(names)
     libraries = [Library(name) for name in dict.fromkeys(names)]
     cases: list[Case | OptimizerCase] = [*catalogue(), *optimizer_catalogue()]
     runs = [(case, dtype) for case in cases for dtype in case.dtypes]
@@ -135,7 +135,7 @@ def compare_backends(
     return Comparison(tuple(figures), agreements, tuple(left_out))
 
 
-def _check_usable(names: Sequence[str]) -> None:
+def check_usable(names: Sequence[str]) -> None:
     known = {status.name: status for status in doraxp.backends.available()}
     if not names:
         raise ValueError(f"names must hold at least one of {', '.join(known)}, got none")
@@ -234,7 +234,13 @@ def _run_layer(case: Any, dtype: str, library: Library) -> dict[str, Any]:
     weight, bias = arrays["weight"], arrays.get("bias")
     prepared = doraxp.prepare(weight, adapter, case.config)
     y, cache = doraxp.forward(
-        arrays["x"], weight, adapter, case.config, bias=bias, prepared=prepared
+        arrays["x"],
+        weight,
+        adapter,
+        case.config,
+        bias=bias,
+        prepared=prepared,
+        dropout_mask=arrays.get("dropout_mask"),
     )
     grads = doraxp.backward(arrays["dy"], cache, train_base=True)
     return {

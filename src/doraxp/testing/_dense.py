@@ -8,6 +8,12 @@
     dn  = −g dg / n          dV = g⊙dW' + dn ∂n/∂V      ∂n/∂V = V / n, dropped where detached
     dA  = s Bᵀ dV            dB = s dV Aᵀ               dx = dy W'        dbias = Σ_tokens dy
 
+With a dropout mask M, x~ = M⊙x goes through W', and what that leaves of x through the weight K
+beside it: K = W, or g⊙base where the mask touches the low-rank product alone.
+
+    y   = x~ W'ᵀ + (x Kᵀ − x~ Kᵀ) + bias        dx = M⊙(dy W') + (dy K − M⊙(dy K))
+    dW' = dyᵀ x~        dK = dyᵀ x − dyᵀ x~
+
 It shares no formula with the package, which never forms V. A deviation replaces some of the
 names by other formulas; all that depends on them follows.
 """
@@ -36,10 +42,12 @@ class Dense:
         w = arrays["weight"]
         self.w, self.a, self.b = (self.inputs[name] for name in ("weight", "lora_a", "lora_b"))
         self.m = self.inputs["magnitude"].reshape(*w.shape[:-1], 1)
-        self.x, self.dy = (
-            self.inputs[name].reshape(*w.shape[:-2], -1, w.shape[-1 if name == "x" else -2])
-            for name in ("x", "dy")
-        )
+        tokens: dict[str, Any] = {
+            name: self.inputs[name].reshape(*w.shape[:-2], -1, w.shape[-2 if name == "dy" else -1])
+            for name in ("x", "dy", "dropout_mask")
+            if name in arrays
+        }
+        self.x, self.dy, self.given_mask = tokens["x"], tokens["dy"], tokens.get("dropout_mask")
 
     @cached_property
     def s(self) -> float:
@@ -48,6 +56,14 @@ class Dense:
     @cached_property
     def in_direction_form(self) -> bool:
         return self.config.form == "direction"
+
+    @cached_property
+    def low_rank_dropout(self) -> bool:
+        return self.config.dropout == "low_rank"
+
+    @cached_property
+    def mask(self) -> Any:
+        return self.given_mask
 
     @cached_property
     def bias(self) -> Any:
@@ -80,8 +96,24 @@ class Dense:
         return self.gain * self.v
 
     @cached_property
+    def seen(self) -> Any:
+        return self.x if self.mask is None else self.mask * self.x
+
+    @cached_property
+    def beside(self) -> Any:
+        return self.gain * self.base if self.low_rank_dropout else self.w
+
+    @cached_property
+    def product(self) -> Any:
+        """x~ W'ᵀ, and what the base gives beside it."""
+        product = self.seen @ self.merged.mT
+        if self.mask is None:
+            return product
+        return product + (self.x @ self.beside.mT - self.seen @ self.beside.mT)
+
+    @cached_property
     def y(self) -> Any:
-        return self.x @ self.merged.mT + self.bias
+        return self.product + self.bias
 
     @cached_property
     def norm(self) -> Any:
@@ -91,11 +123,23 @@ class Dense:
 
     @cached_property
     def dmerged(self) -> Any:
-        return self.dy.mT @ self.x
+        return self.dy.mT @ self.seen
+
+    @cached_property
+    def dbeside(self) -> Any:
+        return 0.0 if self.mask is None else self.dy.mT @ self.x - self.dy.mT @ self.seen
+
+    @cached_property
+    def through_gain(self) -> Any:
+        """The terms of dg."""
+        terms = self.dmerged * self.v
+        if self.mask is None or not self.low_rank_dropout:
+            return terms
+        return terms + self.dbeside * self.base
 
     @cached_property
     def dgain(self) -> Any:
-        return (self.dmerged * self.v).sum(-1, keepdims=True)
+        return self.through_gain.sum(-1, keepdims=True)
 
     @cached_property
     def dnorm(self) -> Any:
@@ -115,8 +159,17 @@ class Dense:
         return self.gain * self.dmerged + self.through_norm
 
     @cached_property
+    def back(self) -> Any:
+        """What dy goes back through to x~."""
+        return self.merged
+
+    @cached_property
     def dx(self) -> Any:
-        return self.dy @ self.merged
+        dx = self.dy @ self.back
+        if self.mask is None:
+            return dx
+        rest = self.dy @ self.beside
+        return self.mask * dx + (rest - self.mask * rest)
 
     @cached_property
     def da(self) -> Any:
@@ -131,11 +184,23 @@ class Dense:
         return self.dgain.over(self.n)[..., 0]
 
     @cached_property
-    def dw(self) -> Any:
-        if not self.in_direction_form:
+    def dbase(self) -> Any:
+        if self.mask is None or not self.low_rank_dropout:
             return self.dv
-        along = (self.base * self.dv).sum(-1, keepdims=True)
-        return (self.dv - self.base * along).over(self.w.norms())
+        return self.dv + self.gain * self.dbeside
+
+    @cached_property
+    def through_base(self) -> Any:
+        if not self.in_direction_form:
+            return self.dbase
+        along = (self.base * self.dbase).sum(-1, keepdims=True)
+        return (self.dbase - self.base * along).over(self.w.norms())
+
+    @cached_property
+    def dw(self) -> Any:
+        if self.mask is None or self.low_rank_dropout:
+            return self.through_base
+        return self.through_base + self.dbeside
 
     @cached_property
     def dbias(self) -> Any:

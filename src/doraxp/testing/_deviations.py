@@ -49,16 +49,16 @@ def per_token(d: Any) -> float:
 
 FORWARD: dict[str, Changes] = {
     "the bias is scaled by m/n, so that forward is not merge": {
-        "y": lambda d: d.x @ d.merged.mT + d.bias * d.gain.mT,
+        "y": lambda d: d.product + d.bias * d.gain.mT,
         "dbias": lambda d: (d.dy * d.gain.mT).sum(-2),
         "dgain": lambda d: original("dgain")(d) + bias_gain(d),
     },
-    "the bias is left out": {"y": lambda d: d.x @ d.merged.mT},
+    "the bias is left out": {"y": lambda d: d.product},
     "the norm runs over the input axis": {
         "n": lambda d: d.v.norms(-2),
         "norm": lambda d: d.n[..., 0, :],
         "gain": lambda d: d.m.mT.over(d.n),
-        "dgain": lambda d: (d.dmerged * d.v).sum(-2, keepdims=True),
+        "dgain": lambda d: d.through_gain.sum(-2, keepdims=True),
         "dm": lambda d: d.dgain.over(d.n)[..., 0, :],
     },
     "the norm of a column scales the row": {
@@ -111,6 +111,16 @@ FORWARD: dict[str, Changes] = {
         "gain": lambda d: abs(d.m).over(d.n),
         "dm": lambda d: (d.dgain * d.m.over(abs(d.m))).over(d.n)[..., 0],
     },
+    "the dropout mask touches the low-rank product alone": {"low_rank_dropout": lambda d: True},
+    "the dropout mask touches the whole correction": {"low_rank_dropout": lambda d: False},
+    "the dropout mask touches the base product too": {
+        "beside": lambda d: 0.0 * d.w,
+        "dbeside": lambda d: 0.0 * d.dmerged,
+    },
+    "the dropout mask is left out": {"mask": lambda d: None},
+    "the dropout mask lacks 1/(1 − p)": {
+        "mask": lambda d: d.given_mask and d.given_mask.over(d.given_mask)
+    },
 }
 
 BACKWARD: dict[str, Changes] = {
@@ -140,16 +150,21 @@ BACKWARD: dict[str, Changes] = {
     "dB lacks the gradient through the norm": {
         "db": lambda d: d.s * ((d.gain * d.dmerged) @ d.a.mT)
     },
-    "dW lacks the gradient through the norm": {"dw": lambda d: d.gain * d.dmerged},
+    "dW lacks the gradient through the norm": {
+        "dbase": lambda d: original("dbase")(d) - d.through_norm
+    },
     "dA's part through the norm lacks s": {
         "da": lambda d: d.s * (d.b.mT @ (d.gain * d.dmerged)) + d.b.mT @ through_norm(d)
     },
     "dB's part through the norm lacks s": {
         "db": lambda d: d.s * ((d.gain * d.dmerged) @ d.a.mT) + through_norm(d) @ d.a.mT
     },
-    "dx lacks m/n": {"dx": lambda d: d.dy @ d.v},
-    "dx lacks the update": {"dx": lambda d: d.dy @ (d.gain * d.base)},
-    "dx lacks the base": {"dx": lambda d: d.dy @ (d.gain * d.update)},
+    "dx lacks m/n": {"back": lambda d: d.v},
+    "dx lacks the update": {"back": lambda d: d.gain * d.base},
+    "dx lacks the base": {"back": lambda d: d.gain * d.update},
+    "dx lacks the dropout mask": {"dx": lambda d: d.dy @ d.back},
+    "dA has the whole x": {"da": lambda d: d.s * (d.b.mT @ (d.dv + d.gain * d.dbeside))},
+    "dB has the whole x": {"db": lambda d: d.s * ((d.dv + d.gain * d.dbeside) @ d.a.mT)},
     "dm is not divided by n": {"dm": lambda d: d.dgain[..., 0]},
     "dm is divided by n twice": {"dm": lambda d: d.dgain.over(d.n).over(d.n)[..., 0]},
     "dm is made from y, bias and all": {
@@ -163,8 +178,8 @@ BACKWARD: dict[str, Changes] = {
     },
     "dbias is a mean over the tokens": times("dbias", per_token),
     "dm is a mean over the tokens": times("dm", per_token),
-    "dW is that of the weight form": {"dw": lambda d: d.dv},
-    "dW lacks its projection": {"dw": lambda d: d.dv.over(d.w.norms())},
+    "dW is that of the weight form": {"through_base": lambda d: d.dbase},
+    "dW lacks its projection": {"through_base": lambda d: d.dbase.over(d.w.norms())},
 }
 
 STEP: dict[str, Changes] = {

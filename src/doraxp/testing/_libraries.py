@@ -24,7 +24,12 @@ MODULES = {
 
 
 class Library:
-    """An array library, by its name in `doraxp.backends.available`."""
+    """An array library, by its name in `doraxp.backends.available`.
+
+    Parameters
+    ----------
+    name : str
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -52,7 +57,7 @@ class Library:
         return None
 
     def asarray(self, values: Any, dtype: str) -> Array:
-        """Return NumPy's values as a fresh array of this library."""
+        """Return NumPy's values as a fresh array of this library, in a dtype given by name."""
         array = self.module.asarray(np.array(values))
         xp = array_api_compat.array_namespace(array)
         return xp.astype(array, self.dtype(dtype), copy=False)

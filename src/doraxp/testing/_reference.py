@@ -58,7 +58,30 @@ def expected(
     changes: Mapping[str, Formula] | None = None,
     names: Collection[str] = QUANTITIES,
 ) -> dict[str, Expected]:
-    """Return quantities of a layer; with `changes`, those of a deviation."""
+    """Return what is right for a case; with `changes`, what a deviation gives.
+
+    Parameters
+    ----------
+    case : Case
+    dtype : str
+        What the implementation is given: its bounds follow from it, and what it must return.
+    changes : mapping of str to formula, optional
+        The formulas of a deviation from the reference.
+    names : collection of str
+        Which quantities; all of norm, merged, y, dx, da, db, dm, dw and dbias, where there are.
+
+    Returns
+    -------
+    dict of str to Expected
+
+    Examples
+    --------
+    >>> from doraxp.testing import catalogue
+    >>> case = catalogue()[0]
+    >>> norm = expected(case, "float32")["norm"]
+    >>> norm.share(norm.value), norm.share(1.001 * norm.value) > 1
+    (0.0, True)
+    """
     reference = deviating(Dense, changes) if changes else Dense
     layer = reference(case.config, case.stored(dtype), Rounded.exact)
     return {

@@ -1,0 +1,159 @@
+"""What an implementation means to do, and how it is called: with NumPy arrays, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from doraxp._types import Dropout, Form, NormGradient
+from doraxp.testing._catalogue import ADAPTER, HALF, Case, OptimizerCase, catalogue, compute_dtype
+from doraxp.testing._compare import Actual
+from doraxp.testing._deviations import FORWARD, Changes, eps
+from doraxp.testing._libraries import Library, as_numpy, dtype_name
+
+GRADIENTS = {"x": "dx", "lora_a": "da", "lora_b": "db", "magnitude": "dm", "weight": "dw"} | {
+    "bias": "dbias"
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conventions:
+    """What an implementation means to do; all else that differs is wrong.
+
+    Parameters
+    ----------
+    layout : {"out_in", "in_out"}
+        How it stores the weight; "in_out" has A as (in, rank) and B as (rank, out) too.
+    form : {"weight", "direction"}
+    norm_gradient : {"exact", "detached"}
+    norm_axis : {"output", "input"}
+        One norm for each output row, or for each input column; the latter is run on square
+        weights alone.
+    bias_scaled : bool
+        Whether m/n scales the bias.
+    eps : float
+        What it adds to the norm.
+    scaling : {"s", "alpha"}
+        Which number it takes by the name of `scaling`.
+    dropout : {"input", "low_rank"}, optional
+        Which x the dropout mask touches, as in `doraxp.Config`; None where it takes no mask.
+    stacks : bool
+        Whether it takes weights with leading axes.
+    dtypes : tuple of str
+        The storage dtypes to run in.
+    """
+
+    layout: Literal["out_in", "in_out"] = "out_in"
+    form: Form = "weight"
+    norm_gradient: NormGradient = "exact"
+    norm_axis: Literal["output", "input"] = "output"
+    bias_scaled: bool = False
+    eps: float = 0.0
+    scaling: Literal["s", "alpha"] = "s"
+    dropout: Dropout | None = None
+    stacks: bool = False
+    dtypes: tuple[str, ...] = ("float32", "float64")
+
+    @property
+    def changes(self) -> Changes:
+        """The formulas of the reference that the conventions replace."""
+        axis = FORWARD["the norm runs over the input axis"] if self.norm_axis == "input" else {}
+        bias = FORWARD["the bias is scaled by m/n, so that forward is not merge"]
+        return {**axis, **(bias if self.bias_scaled else {}), **(eps(self.eps) if self.eps else {})}
+
+    def cases(self) -> Iterator[Case]:
+        """Yield the layers of the catalogue in this form, those that it claims to take."""
+        for case in catalogue():
+            *stack, out, inner = case.arrays["weight"].shape
+            choices = {case.config.form, case.config.norm_gradient}
+            if choices - {"weight", "exact", self.form, self.norm_gradient}:
+                continue
+            if "dropout_mask" in case.arrays and case.config.dropout != self.dropout:
+                continue
+            if (not stack or self.stacks) and (self.norm_axis == "output" or out == inner):
+                config = replace(case.config, form=self.form, norm_gradient=self.norm_gradient)
+                yield replace(case, config=config)
+
+
+def call_layer(
+    function: Callable[..., Any], name: str, conventions: Conventions, case: Case, dtype: str
+) -> dict[str, Any]:
+    """Return what forward, gradients or merge gives, by the names of the quantities."""
+    library, wide = Library("numpy"), compute_dtype(dtype)
+    turned = conventions.layout == "in_out"
+    arrays: dict[str, Any] = {}
+    for key, values in case.stored(dtype).items():
+        array = library.asarray(values, wide if key in ADAPTER else dtype)
+        matrix = key in ("weight", "lora_a", "lora_b")
+        arrays[key] = np.ascontiguousarray(array.swapaxes(-1, -2)) if turned and matrix else array
+    mask = () if conventions.dropout is None else ("dropout_mask",)
+    takes = {
+        "forward": ("x", "weight", *ADAPTER, "bias", *mask),
+        "gradients": ("dy", "x", "weight", *ADAPTER, "bias", *mask),
+        "merge": ("weight", *ADAPTER),
+    }[name]
+    s = case.config.scaling if conventions.scaling == "s" else case.config.alpha
+    given = {key: arrays.get(key) for key in takes}
+    returned, written = _call(function, given, scaling=s)
+    if name != "gradients":
+        returned = {{"forward": "y", "merge": "merged"}[name]: returned}
+    else:
+        returned = {GRADIENTS[key]: array for key, array in returned.items() if array is not None}
+    turn_back = {"merged", "dw", "da", "db"} if turned else set()
+    found = {key: _actual(array, key in turn_back) for key, array in returned.items()}
+    return found | written
+
+
+def call_step(
+    function: Callable[..., Any], _: str, __: Conventions, case: OptimizerCase, dtype: str
+) -> dict[str, Any]:
+    """Return the parameters after each of the three steps."""
+    params, *grads = (
+        {key: values.astype(dtype) for key, values in arrays.items()}
+        for arrays in (case.params, *case.grads)
+    )
+    state: Any = None
+    found: dict[str, Any] = {}
+    for t, gradient in enumerate(grads, start=1):
+        (params, state), written = _call(
+            function, {"params": params, "grads": gradient}, state=state, **case.numbers
+        )
+        found |= {f"{key} {t}": _actual(params[key], False) for key in case.params} | written
+    return found
+
+
+def _call(
+    function: Callable[..., Any], given: dict[str, Any], **others: Any
+) -> tuple[Any, dict[str, str]]:
+    """Call, and say which of the given arrays were written to."""
+    before = {key: _copied(value) for key, value in given.items()}
+    returned = function(**given, **others)
+    written = {
+        key: "was written to"
+        for key, value in given.items()
+        if repr(_bits(before[key])) != repr(_bits(value))
+    }
+    return returned, written
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: array.copy() for key, array in value.items()}
+    return None if value is None else value.copy()
+
+
+def _bits(value: Any) -> Any:
+    """Return what differs where a number does, NaN or not."""
+    if isinstance(value, dict):
+        return {key: array.tobytes() for key, array in value.items()}
+    return None if value is None else value.tobytes()
+
+
+def _actual(array: Any, turn: bool) -> Actual:
+    array = np.array(array)  # a copy: the next call may write to it
+    name = dtype_name(array)
+    values = as_numpy(array) if name in (*HALF, "float32", "float64") else array
+    return Actual(values.swapaxes(-1, -2) if turn else values, name)

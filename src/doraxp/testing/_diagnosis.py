@@ -1,0 +1,106 @@
+"""Which known deviations, alone or two together, explain the numbers that functions returned."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from doraxp.testing._catalogue import Case, OptimizerCase
+from doraxp.testing._compare import Actual
+from doraxp.testing._dense import QUANTITIES
+from doraxp.testing._deviations import Changes
+from doraxp.testing._reference import Expected, expected, expected_steps
+
+
+class Diagnosis(NamedTuple):
+    """Deviations that explain every number that some functions returned."""
+
+    functions: tuple[str, ...]
+    deviations: tuple[str, ...]
+    """One, or two together."""
+    before: float
+    """Largest error in units of its bound, against the reference."""
+    after: float
+    """The same against a reference that deviates in these ways; not above 1."""
+
+
+class Run(NamedTuple):
+    """What one function returned for one case, and what it should have."""
+
+    function: str
+    case: Case | OptimizerCase
+    dtype: str
+    actual: dict[str, Actual]
+    wanted: dict[str, Expected]
+
+
+def wanted_of(
+    case: Any, dtype: str, changes: Changes, names: Collection[str] = QUANTITIES
+) -> dict[str, Expected]:
+    """Return what a case is to give, by the reference or by one that deviates."""
+    if isinstance(case, OptimizerCase):
+        return expected_steps(case, dtype, changes)
+    return expected(case, dtype, changes, names)
+
+
+def diagnose(runs: list[Run], known: Mapping[str, Changes], base: Changes) -> list[Diagnosis]:
+    """Return the smallest sets of deviations that explain every number."""
+    runs = [run for run in runs if not (isinstance(run.case, Case) and run.case.extreme)]
+    before = max((_worst(run.actual, run.wanted) for run in runs), default=0.0)
+    if before <= 1:
+        return []
+    functions = tuple(dict.fromkeys(run.function for run in runs))
+    # Most deviations fail on the run that is worst explained: it goes first.
+    runs = sorted(runs, key=lambda run: -_worst(run.actual, run.wanted))
+    candidates = list(known)
+    for size in (1, 2):
+        found = []
+        for names in combinations(candidates, size):
+            changed = [key for name in names for key in known[name]]
+            if len(set(changed)) == len(changed):
+                merged = {key: formula for name in names for key, formula in known[name].items()}
+                if (after := _explained(runs, {**base, **merged})) <= 1:
+                    found.append(Diagnosis(functions, names, before, after))
+        if found:
+            return found
+        # One that moves none of these numbers is part of no pair that explains them.
+        candidates = [name for name in known if _moves(runs, {**base, **known[name]})]
+    return []
+
+
+def _moves(runs: list[Run], changes: Changes) -> bool:
+    """Say whether a deviation changes anything that was returned."""
+    for run in runs:
+        if run.actual:
+            wanted = _deviating(run, changes)
+            for key in run.actual:
+                if wanted is None or not np.array_equal(wanted[key].value, run.wanted[key].value):
+                    return True
+    return False
+
+
+def _deviating(run: Run, changes: Changes) -> dict[str, Expected] | None:
+    """Return what a deviation gives; None where the shapes of the case have no such deviation."""
+    try:
+        return wanted_of(run.case, run.dtype, changes, run.actual)
+    except ValueError:
+        return None
+
+
+def _explained(runs: list[Run], changes: Changes) -> float:
+    """Return the largest error against the deviating reference, or the first above 1."""
+    worst = 0.0
+    for run in runs:
+        if run.actual:
+            wanted = _deviating(run, changes)
+            worst = np.inf if wanted is None else max(worst, _worst(run.actual, wanted))
+            if worst > 1:
+                break
+    return worst
+
+
+def _worst(actual: dict[str, Actual], wanted: dict[str, Expected]) -> float:
+    return max((wanted[key].share(got.values) for key, got in actual.items()), default=0.0)

@@ -1,0 +1,85 @@
+"""The pytest plugin: the catalogue's cases and the array libraries, as fixtures.
+
+    dora_case      one case; a test that asks for it runs once for each, with its name as the id
+    dora_cases     all cases, as a tuple
+    dora_backend   one array library; those of `--dora-backend`, or else all that can be used here
+
+pytest imports this module at every start, wherever doraxp is installed. So it is no part of the
+package, whose import takes NumPy with it, and imports the package where a test asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from doraxp.testing import Case, Library
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare `--dora-backend`."""
+    parser.getgroup("doraxp").addoption(
+        "--dora-backend",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="array library for the fixture dora_backend, as doraxp.backends.available() names it; "
+        "repeatable (default: all that can be used here)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse what is asked for and cannot run."""
+    if names := config.getoption("dora_backend"):
+        from doraxp.testing._compare import check_usable
+
+        try:
+            check_usable(names)
+        except (RuntimeError, ValueError) as error:
+            raise pytest.UsageError(f"--dora-backend: {error}") from error
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test once for each case, and once for each library."""
+    if "dora_case" in metafunc.fixturenames:
+        from doraxp.testing import catalogue
+
+        cases = catalogue()
+        metafunc.parametrize("dora_case", cases, ids=[case.name for case in cases], indirect=True)
+    if "dora_backend" in metafunc.fixturenames:
+        from doraxp import backends
+
+        names = metafunc.config.getoption("dora_backend") or [
+            status.name for status in backends.available() if status.usable
+        ]
+        metafunc.parametrize("dora_backend", list(dict.fromkeys(names)), indirect=True)
+
+
+@pytest.fixture
+def dora_case(request: pytest.FixtureRequest) -> Case:
+    """One case of doraxp.testing.catalogue(); the test runs once for each."""
+    case: Case = request.param
+    return case
+
+
+@pytest.fixture(scope="session")
+def dora_cases() -> tuple[Case, ...]:
+    """All cases of doraxp.testing.catalogue()."""
+    from doraxp.testing import catalogue
+
+    return catalogue()
+
+
+@pytest.fixture
+def dora_backend(request: pytest.FixtureRequest) -> Iterator[Library]:
+    """One array library, ready to compute; the test runs once for each."""
+    import numpy as np
+
+    from doraxp.testing import Library
+
+    library = Library(request.param)
+    with library.active(), np.errstate(all="ignore"):  # what overflows shows in the numbers
+        yield library

