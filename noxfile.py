@@ -88,6 +88,7 @@ def cuda_host(session: nox.Session) -> None:
     """Run the tests on the CUDA kernels as a C++ compiler makes them, without a GPU."""
     install(session, "test")
     pytest(session, "--backend=cuda-host", *PARALLEL, "tests")
+    pytest(session, "docs/backends/cupy.md")
 
 
 @nox.session(name="cuda-compile", tags=["ci"])
