@@ -7,6 +7,7 @@ the bare source tree: `PYTHONPATH=src python -m pytest --backend numpy`.
 from __future__ import annotations
 
 import ctypes
+import shutil
 
 import nox
 
@@ -19,6 +20,7 @@ EXTRAS = "bench,demo,checkpoint"
 PARALLEL = ["--numprocesses=auto", "--dist=loadfile"]  # a file's fixtures are made once
 LANES = {"dask": ("dask", "distributed")}
 PEFT = ("test_peft", "test_checkpoint_peft", "test_merge_real", "test_torch_peft")
+PEERS = ("torch", "jax", "peft", "torchtune", "lycoris", "mlx_lm")
 PYTHONS = nox.project.python_versions(PROJECT)  # those of the classifiers
 
 
@@ -71,6 +73,23 @@ def examples(session: nox.Session) -> None:
     pytest(session, "docs/examples.md")
 
 
+@nox.session(tags=["ci"])
+def peers(session: nox.Session) -> None:
+    """Run the yardstick on the implementations of others."""
+    install(session, "test", "jax", "peers")
+    lanes = [f"--backend={name}" for name in PEERS]
+    pytest(session, *lanes, *PARALLEL, "tests/test_peers.py", "tests/test_implementation.py")
+
+
+@nox.session(tags=["ci"])
+def vectors(session: nox.Session) -> None:
+    """Read the golden vectors with Node.js."""
+    if shutil.which("node") is None:
+        session.skip("no Node.js here: node was not found")
+    install(session, "test")
+    pytest(session, "--backend", "node", "tests/test_vectors.py")
+
+
 @nox.session(python=PYTHONS, tags=["ci"])
 def lowest(session: nox.Session) -> None:
     """Run the NumPy tests on the lowest versions that the package says it runs on."""
@@ -104,6 +123,7 @@ def bench_check(session: nox.Session) -> None:
     """Hold the speed to the project's goals, beside PEFT; by itself, on a machine at rest."""
     install(session, "peft")
     session.run("python", "benchmarks/check.py")
+    session.run("python", "benchmarks/checkpoint.py", session.create_tmp())
 
 
 @nox.session

@@ -1,9 +1,10 @@
-"""Write a synthetic sharded bfloat16 model and a DoRA adapter for all its linear layers.
+"""Write a synthetic sharded model and a DoRA adapter for all its linear layers.
 
     python benchmarks/checkpoint_model.py FOLDER [--gigabytes 4] [--rank 16] [--width 4096]
+        [--dtype bfloat16]
 
-FOLDER gets `base`, with the shapes of a 7-billion-parameter Llama and as many layers as fit, and
-`adapter`, in PEFT's format.
+FOLDER gets `base`, a Llama with the shapes of the 7-billion-parameter one and as many layers as
+fit, which transformers loads, and `adapter`, in PEFT's format.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401  makes NumPy know bfloat16
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -39,13 +40,26 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=4)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--width", type=int, default=4096)
-    arguments = parser.parse_args()
-    linear = linear_shapes(arguments.width)
-    base = arguments.folder / "base"
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    write(**vars(parser.parse_args()))
+
+
+def write(
+    folder: Path,
+    gigabytes: float = 4,
+    rank: int = 16,
+    width: int = 4096,
+    dtype: str = "bfloat16",
+) -> None:
+    """Write both folders."""
+    linear, stored = linear_shapes(width), np.dtype(dtype)
+    base = folder / "base"
     base.mkdir(parents=True)
     rng = np.random.default_rng(0)
     weights = sum(out * inner for out, inner in linear.values())
-    layers = max(1, round(arguments.gigabytes * 1e9 / 2 / weights))
+    vocabulary = 8 * width
+    ends = 2 * vocabulary * width  # the embedding, and the output layer
+    layers = max(1, round((gigabytes * 1e9 / stored.itemsize - ends) / weights))
     weight_map, adapters = {}, {}
     for layer in range(layers):
         name = f"model-{layer + 1:05}-of-{layers:05}.safetensors"
@@ -53,22 +67,39 @@ def main() -> None:
         for module, shape in linear.items():
             path = f"model.layers.{layer}.{module}"
             weight = 0.02 * rng.standard_normal(shape, np.float32)
-            tensors[f"{path}.weight"] = weight.astype(ml_dtypes.bfloat16)
+            tensors[f"{path}.weight"] = weight.astype(stored)
             norm = np.linalg.norm(weight, axis=1)
             adapter = Adapter(
-                rng.standard_normal((arguments.rank, shape[1]), np.float32) / shape[1] ** 0.5,
-                0.05 * rng.standard_normal((shape[0], arguments.rank), np.float32),
+                rng.standard_normal((rank, shape[1]), np.float32) / shape[1] ** 0.5,
+                0.05 * rng.standard_normal((shape[0], rank), np.float32),
                 norm * (1 + 0.05 * rng.standard_normal(shape[0], np.float32)),
             )
-            adapters[path] = AdaptedLayer(adapter, Config(arguments.rank), LayerKind(), shape)
-        norm_name = f"model.layers.{layer}.input_layernorm.weight"
-        tensors[norm_name] = np.ones(arguments.width, ml_dtypes.bfloat16)
+            adapters[path] = AdaptedLayer(adapter, Config(rank), LayerKind(), shape)
+        for norm_name in ("input", "post_attention"):
+            name_of_norm = f"model.layers.{layer}.{norm_name}_layernorm.weight"
+            tensors[name_of_norm] = np.ones(width, stored)
+        if layer == 0:
+            tensors["model.norm.weight"] = np.ones(width, stored)
+            for path in ("model.embed_tokens", "lm_head"):
+                table = 0.02 * rng.standard_normal((vocabulary, width), np.float32)
+                tensors[f"{path}.weight"] = table.astype(stored)
         weight_map |= dict.fromkeys(tensors, name)
         save_file(tensors, base / name, {"format": "pt"})
-    index = {"metadata": {"total_size": 2 * weights * layers}, "weight_map": weight_map}
+    index = {"metadata": {}, "weight_map": weight_map}
     (base / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
-    (base / "config.json").write_text(json.dumps({"torch_dtype": "bfloat16"}), "utf-8")
-    save_adapters(arguments.folder / "adapter", adapters)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": dtype,
+        "hidden_size": width,
+        "intermediate_size": linear["mlp.up_proj"][0],
+        "num_hidden_layers": layers,
+        "num_attention_heads": max(1, width // 128),
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": False,
+    }
+    (base / "config.json").write_text(json.dumps(config), "utf-8")
+    save_adapters(folder / "adapter", adapters)
 
 
 if __name__ == "__main__":

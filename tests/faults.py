@@ -28,6 +28,19 @@ class Fault(NamedTuple):
 
 FAULTS = (
     Fault(
+        "np.linalg.norm(weight, axis=1)",
+        "np.linalg.norm(weight, axis=0)",
+        "the norm runs over the input axis",
+    ),
+    Fault(
+        "np.linalg.norm(weight, axis=1)", "np.ones_like(weight[:, 0])", "the magnitude is 1 at init"
+    ),
+    Fault(
+        "np.linalg.norm(weight, axis=1)",
+        "np.linalg.norm(weight, axis=1).astype('float16').astype(weight.dtype)",
+        "the magnitude is rounded to float16 at init",
+    ),
+    Fault(
         "y = y + bias",
         "y = y + gain * bias",
         "the bias is scaled by m/n, so that forward is not merge",

@@ -3,6 +3,10 @@
 import numpy as np
 
 
+def init(weight):
+    return np.linalg.norm(weight, axis=1)
+
+
 def adapted(weight, lora_a, lora_b, scaling):
     delta = scaling * (lora_b @ lora_a)
     v = weight + delta

@@ -9,6 +9,8 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import tracemalloc
 
 import ml_dtypes  # noqa: F401  the library loads bfloat16 only then
@@ -19,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from doraxp.checkpoint import load_adapters
+from doraxp.checkpoint import Options, load_adapters, plan_merge
 from doraxp.checkpoint._safetensors import CheckpointError, Reader
 from doraxp.cli import main
 
@@ -33,6 +35,10 @@ def entry(shape=(2,), offsets=(0, 8), dtype="F32"):
 def raw(header, data=b"", length=None):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def tensor(number):
+    return b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % number
 
 
 ONE = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
@@ -55,7 +61,7 @@ SAFETENSORS = {
     "length beyond the file": raw(b"{}", length=100),
     "length of 4 EB": raw(b"{}", length=2**62),
     "length of all ones": raw(b"{}", length=2**64 - 1),
-    "length above the limit": raw(b"{}", length=(24 << 20) + 1),
+    "length above the limit": raw(b"{}", length=(16 << 20) + 1),
     "length inside the header": raw(ONE + b"}", bytes(8), length=20),
     "no JSON": raw(b"hello, world"),
     "JSON cut off": raw(ONE),
@@ -64,6 +70,11 @@ SAFETENSORS = {
     "a list": raw(b"[]"),
     "a number": raw(b"1"),
     "null": raw(b"null"),
+    "a list that fills the memory": raw(b"[" + b"0," * 10_000_000 + b"0]"),
+    "as many tensors as may be": raw(b"{" + b",".join(map(tensor, range(35_000))) + b"}"),
+    "too many tensors": raw(b"{" + b",".join(map(tensor, range(140_000))) + b"}"),
+    "metadata that fills the memory": raw({"__metadata__": {str(i): "" for i in range(700_000)}}),
+    "one long name": raw(b'{"' + b"x" * ((16 << 20) - 20) + b'":1}'),
     "a million lists": raw(b"[" + b"[]," * 1_000_000 + b"[]]"),
     "deeply nested": raw(b"[" * 200_000),
     "nested dicts": raw(b'{"a":' * 100_000),
@@ -118,7 +129,7 @@ INDEXES = {
     "a file that is not there": b'{"weight_map": {"a": "none.safetensors"}}',
     "a link out of the folder": b'{"weight_map": {"a": "link.safetensors"}}',
     "a tensor that is not there": b'{"weight_map": {"a": "model-1.safetensors"}}',
-    "too many values": b'{"weight_map": {}, "a": [' + b"1," * 1_000_001 + b"1]}",
+    "too many values": b'{"weight_map": {}, "a": [' + b"1," * 250_001 + b"1]}",
     "deeply nested": b"[" * 200_000,
 }
 CONFIGS = {
@@ -176,6 +187,28 @@ def assert_refused(files, capsys, base="base"):
 
 def test_the_corpus_is_large_enough():
     assert len(SAFETENSORS) + len(INDEXES) + len(CONFIGS) >= 60
+
+
+LIMITED = """
+import resource, sys
+import doraxp.checkpoint, rich.console
+from doraxp.cli import main
+status = open("/proc/self/status").read()
+used = int(status.partition("VmData:")[2].split()[0]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (used + int(sys.argv[1]), -1))
+print([main(["inspect", path]) for path in sys.argv[2:]])
+"""
+
+
+def test_no_file_takes_memory_even_from_the_libraries(tmp_path):
+    """Of a process whose limit the system keeps: what Rust and C take counts as well."""
+    for number, content in enumerate(SAFETENSORS.values()):
+        (tmp_path / f"{number}.safetensors").write_bytes(content)
+    paths = sorted(str(path) for path in tmp_path.iterdir())
+    command = [sys.executable, "-c", LIMITED, str(MEMORY), *paths]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert result.stdout == f"{[2] * len(paths)}\n", result.stderr[-2000:]
+    assert result.stderr.count("\n") == len(paths)
 
 
 @pytest.mark.parametrize("where", ["base/model-1.safetensors", "adapter/adapter_model.safetensors"])
@@ -261,32 +294,45 @@ def test_the_hubs_cache_of_links_is_read(files, tmp_path):
     assert not any(path.is_symlink() for path in (files / "out").iterdir())
 
 
+PIECES = (b"null", b"true", b"{}", b"[]", b"-1", b"1e999", b"NaN", b'""', b"9" * 30, b"../", b'"')
+
+
 @settings(
-    max_examples=300,
+    max_examples=150,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(st.data())
-def test_random_damage_is_refused_or_read(good, tmp_path, data):
-    """Flip, cut and insert bytes in an adapter's file: it is refused, or it is still one."""
-    content = bytearray((good / "adapter" / "adapter_model.safetensors").read_bytes())
+@pytest.mark.parametrize(
+    "where",
+    [
+        "adapter/adapter_model.safetensors",
+        "adapter/adapter_config.json",
+        "base/model-1.safetensors",
+        "base/model.safetensors.index.json",
+    ],
+)
+@given(data=st.data())
+def test_random_damage_is_refused_or_read(good, tmp_path, where, data):
+    """Flip, cut, repeat and insert bytes of one file: it is refused, or the merge is planned."""
+    content = bytearray((good / where).read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, min(len(content), 900)))
-        piece = data.draw(st.binary(max_size=4))
-        cut = data.draw(st.integers(0, 4))
+        other = data.draw(st.integers(0, min(len(content), 900)))
+        pieces = st.sampled_from([*PIECES, bytes(content[other : other + 40])])
+        piece = data.draw(st.binary(max_size=4) | pieces)
+        cut = data.draw(st.integers(0, 4) | st.just(len(piece)))
         content[at : at + cut] = piece
     folder = tmp_path / "damaged"
-    folder.mkdir(exist_ok=True)
-    shutil.copy(good / "adapter" / "adapter_config.json", folder)
-    path = folder / "adapter_model.safetensors"
-    path.write_bytes(content)
+    shutil.copytree(good, folder, dirs_exist_ok=True)
+    (folder / where).write_bytes(content)
     problem = ""
     try:
-        reader = Reader(path)
-        assert sum(tensor.nbytes for tensor in reader.tensors.values()) < len(content)
-        list(load_adapters(folder).values())
-    except CheckpointError as error:
+        merge = plan_merge(folder / "base", folder / "adapter", Options())
+        for reader in (*merge.model.shards.values(), merge.adapters.reader):
+            assert sum(x.nbytes for x in reader.tensors.values()) < reader.path.stat().st_size
+        list(merge.adapters.values())
+    except (CheckpointError, FileNotFoundError) as error:
         problem = str(error)
     assert "\n" not in problem
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -345,6 +346,54 @@ def test_a_merge_that_was_stopped_goes_on_where_it_was(folders, monkeypatch):
     assert not (folder / ".out.partial").exists()
 
 
+def test_a_shard_that_was_not_finished_is_cleared_away(folders, monkeypatch):
+    folder, base, adapter = folders
+    left = folder / ".out.partial" / "0123.unfinished"
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_merge, "_copy_others", stop)
+        assert merge(folder) == 130
+        left.write_bytes(b"of a merge that was killed")
+        assert merge(folder) == 130
+    assert not left.exists()
+    assert merge(folder) == 0
+    assert_merged(load_folder(folder / "out"), base, adapter)
+
+
+def test_one_bad_shard_stops_the_others(folders, monkeypatch):
+    folder, _, _ = folders
+    begun, stopped = threading.Barrier(2), []
+
+    def one_is_bad(merge, work, name, verify, on_bytes):
+        begun.wait()
+        if name == "model-1.safetensors":
+            raise CheckpointError("bad")
+        try:
+            while True:
+                on_bytes(1)
+        finally:
+            stopped.append(name)
+
+    monkeypatch.setattr(_merge, "finish_shard", one_is_bad)
+    assert merge(folder, "--jobs", "2") == 2
+    assert stopped == ["model-2.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "base"]
+
+
+def test_a_result_is_written_out_as_it_grows(folders, monkeypatch):
+    folder, base, adapter = folders
+    asked = []
+    monkeypatch.setattr(_shard, "WINDOW", 8)
+    monkeypatch.setattr(os, "posix_fadvise", lambda *args: asked.append(args), raising=False)
+    monkeypatch.setattr(os, "POSIX_FADV_DONTNEED", 4, raising=False)
+    assert merge(folder) == 0
+    assert len(asked) > 4
+    assert_merged(load_folder(folder / "out"), base, adapter)
+
+
 def test_finished_shards_of_another_merge_are_not_used(folders, monkeypatch):
     folder, base, adapter = folders
 
@@ -440,7 +489,8 @@ def test_a_disk_that_fills_up_leaves_what_is_finished(folders, capsys, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         assert merge(folder) == 2
-    assert "No space left on device" in capsys.readouterr().err
+    problem = "out: No space left on device; the same merge goes on from the shards"
+    assert problem in capsys.readouterr().err
     assert not (folder / "out").exists()
     assert merge(folder) == 0
 

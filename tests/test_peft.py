@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,6 @@ from doraxp import Adapter, Config
 from doraxp.cli._bench.cases import DTYPES, TASKS, Case
 from doraxp.cli._bench.entrants import entrants
 from doraxp.cli._bench.measure import check_all
-from doraxp.testing import Conventions, check_implementation
 
 RTOL = {"float32": 1e-5, "float64": 1e-12}
 
@@ -88,13 +89,9 @@ def test_dropout_of_the_input_equals_pefts_with_the_same_mask(peft, torch, case,
     config = Config(4, 8.0, norm_gradient="detached", dropout="input")
     mask = ((np.random.default_rng(3).uniform(size=x.shape) > 0.25) / 0.75).astype(dtype)
 
-    class Given(torch.nn.Module):
-        def forward(self, x):
-            return x * torch.tensor(mask)
-
     layer = peft_layer(peft, torch, weight, adapter, config, bias)
-    layer.lora_dropout["default"] = Given()
-    layer.train()
+    peers = importlib.import_module("peers")  # needs PyTorch
+    peers.Peft().drop(layer, peers.Given(torch.tensor(mask)))
     x_torch = torch.tensor(x, requires_grad=True)
     y_peft = layer(x_torch)
     y_peft.backward(torch.tensor(dy))
@@ -164,66 +161,3 @@ def test_the_benchmarks_contestants_are_right_on_every_call(peft, torch, task, d
     check_all(task, case, present)
     if task != "adamw":  # torch.optim's state moves on
         check_all(task, case, present)
-
-
-def as_torch(torch, array):
-    """A tensor; NumPy's bfloat16 is not known to PyTorch."""
-    if array.dtype.name != "bfloat16":
-        return torch.tensor(array)
-    return torch.tensor(array.astype("float32")).to(torch.bfloat16)
-
-
-class Peft:
-    """PEFT's linear layer, as the yardstick calls it."""
-
-    def __init__(self, peft, torch):
-        self.peft, self.torch = peft, torch
-
-    def run(self, x, weight, lora_a, lora_b, magnitude, bias, scaling):
-        torch = self.torch
-        rank = lora_a.shape[0]
-        config = Config(rank, scaling * rank)
-        adapter = Adapter(lora_a, lora_b, magnitude)
-        wide = [None if array is None else array.astype("float32") for array in (weight, bias)]
-        layer = peft_layer(self.peft, torch, wide[0], adapter, config, wide[1])
-        layer.base_layer.weight.data = as_torch(torch, weight)
-        if bias is not None:
-            layer.base_layer.bias.data = as_torch(torch, bias)
-        x = as_torch(torch, x).requires_grad_()
-        return layer, x, layer(x)
-
-    def forward(self, **arrays):
-        *_, y = self.run(**arrays)
-        wide = y.detach().to(self.torch.float32 if y.element_size() == 2 else y.dtype).numpy()
-        return wide.astype(arrays["x"].dtype)
-
-    def gradients(self, dy, **arrays):
-        layer, x, y = self.run(**arrays)
-        y.backward(as_torch(self.torch, dy))
-        return {
-            "x": x.grad.numpy(),
-            "lora_a": layer.lora_A["default"].weight.grad.numpy(),
-            "lora_b": layer.lora_B["default"].weight.grad.numpy(),
-            "magnitude": layer.lora_magnitude_vector["default"].weight.grad.numpy(),
-        }
-
-
-def test_the_yardstick_finds_what_pefts_float_layer_loses_and_nothing_else(peft, torch):
-    report = check_implementation(Peft(peft, torch), Conventions(norm_gradient="detached"))
-    found = {(one.function, one.case, one.quantity) for one in report.findings if not one.extreme}
-    assert found == {
-        ("forward", "one token", "y"),  # a vector comes back as a matrix
-        ("gradients", "one token", "all"),
-        ("gradients", "one row", "dx"),  # W g is made as W + (g - 1) W
-        ("gradients", "rows of all sizes", "dm"),  # the bias is added, and taken away again
-    }
-    problems = {one.problem for one in report.findings if one.case == "zero row"}
-    assert "has 4 numbers that are not finite" in problems
-
-
-def test_the_yardstick_finds_that_peft_rounds_to_bf16_on_the_way(peft, torch):
-    implementation = Peft(peft, torch)
-    only_forward = type("Forward", (), {"forward": staticmethod(implementation.forward)})
-    report = check_implementation(only_forward, Conventions(dtypes=("bfloat16",)))
-    (finding,) = report.findings
-    assert (finding.case, finding.quantity) == ("half storage", "y")

@@ -264,7 +264,7 @@ class CupyOperations(Operations):
         return z, y
 
     def scale_and_sum(
-        self, d: Array, z: Array, gain: Array, room: int, *, total: bool
+        self, d: Array, z: Array, gain: Array, room: int, *, total: bool = False
     ) -> tuple[Array, Array, Array | None]:
         """Saves all passes but one: d and z are read once."""
         xp = self.xp
@@ -295,7 +295,7 @@ class CupyOperations(Operations):
     def append(self, scaled: Array, rows: Array) -> Array:
         """Saves the copy: there is room in the array that `scaled` is the head of."""
         whole: Array = scaled.base
-        whole[..., scaled.shape[-2] :, :] = rows
+        whole[..., scaled.shape[-2] :, :] = self.xp.astype(rows, whole.dtype, copy=False)
         return whole
 
     # The norm

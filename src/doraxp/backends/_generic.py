@@ -133,7 +133,7 @@ class Operations:
         return self.scale_and_shift(z, None, None, gain, bias)
 
     def scale_and_sum(
-        self, d: Array, z: Array, gain: Array, room: int, *, total: bool
+        self, d: Array, z: Array, gain: Array, room: int, *, total: bool = False
     ) -> tuple[Array, Array, Array | None]:
         """Return g⊙d, Σ_tokens d⊙z and with `total` Σ_tokens d; d, z (*stack, tokens, out).
 

@@ -115,7 +115,7 @@ class NumpyOperations(Operations):
         return z, y
 
     def scale_and_sum(
-        self, d: Array, z: Array, gain: Array, room: int, *, total: bool
+        self, d: Array, z: Array, gain: Array, room: int, *, total: bool = False
     ) -> tuple[Array, Array, Array | None]:
         """Saves the (tokens, out) temporary d⊙z, and the copy that appending makes."""
         tokens = d.shape[-2]

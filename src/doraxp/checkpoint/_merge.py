@@ -6,11 +6,14 @@ import contextlib
 import json
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import Mapping
-from concurrent.futures import Executor, as_completed
+from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import threadpoolctl
 
 from doraxp.checkpoint._adapters import AdapterSet
 from doraxp.checkpoint._formats import load_adapters
@@ -57,6 +60,7 @@ def run_merge(
     *,
     force: bool = False,
     verify: bool = False,
+    jobs: int = 1,
     executor: Executor | None = None,
     on_bytes: OnBytes = lambda count: None,
 ) -> dict[str, Change]:
@@ -74,11 +78,15 @@ def run_merge(
         Replace what is there.
     verify : bool
         Read the result again, and hold it to a dense merge of a sample of rows.
+    jobs : int
+        Shards at a time, each in a thread: NumPy lets the others run. The result is the same bit
+        for bit.
     executor : concurrent.futures.Executor, optional
-        Takes the shards, each as one task: processes, or a Dask cluster's, where every worker
-        sees the same files. The result is the same bit for bit. By default, this process.
+        Takes the shards instead, each as one task: a Dask cluster's, where every worker sees the
+        same files.
     on_bytes : callable
-        Called with numbers of bytes that were written; with an executor, once for each shard.
+        Called with numbers of bytes that were written, from any of the threads; with an executor,
+        once for each shard.
 
     Returns
     -------
@@ -98,23 +106,21 @@ def run_merge(
     _check_target(merge, out, force=force)
     work = out.parent / f".{out.name}.partial"
     _resume_or_start(work, _fingerprint(merge))
-    names = merge.model.shards
-    changes: dict[str, Change] = {}
     try:
         if executor is None:
-            for name in names:
-                changes |= finish_shard(merge, work, name, verify, on_bytes)
+            changes = _in_threads(merge, work, verify, jobs, on_bytes)
         else:
-            tasks = {
-                executor.submit(finish_shard, merge, work, name, verify): name for name in names
-            }
-            for task in as_completed(tasks):
-                changes |= task.result()
-                on_bytes(merge.shard_size(tasks[task]))
+            changes = _in_tasks(merge, work, verify, executor, on_bytes)
         _copy_others(merge, work / "model")
     except CheckpointError:
-        shutil.rmtree(work)  # it cannot be finished
+        # It cannot be finished; what a worker elsewhere still writes, the next merge clears away.
+        shutil.rmtree(work, ignore_errors=True)
         raise
+    except OSError as error:
+        raise OSError(
+            f"{out}: {error.strerror or error}; the same merge goes on from the shards that are "
+            "finished"
+        ) from error
     result = work / "model"
     if not merge.model.is_folder:
         result /= merge.model.path.name
@@ -123,6 +129,44 @@ def run_merge(
     result.replace(out)
     shutil.rmtree(work)
     return changes
+
+
+def _in_threads(
+    merge: Merge, work: Path, verify: bool, jobs: int, on_bytes: OnBytes
+) -> dict[str, Change]:
+    stopped = threading.Event()
+
+    def count(nbytes: int) -> None:
+        if stopped.is_set():
+            raise InterruptedError("the merge was stopped")
+        on_bytes(nbytes)
+
+    # The limit that `merge_shard` sets is the whole process's: the first to finish would lift it.
+    with threadpoolctl.threadpool_limits(1), ThreadPoolExecutor(jobs) as pool:
+        tasks = [
+            pool.submit(finish_shard, merge, work, name, verify, count)
+            for name in merge.model.shards
+        ]
+        try:
+            for task in as_completed(tasks):
+                task.result()
+        finally:
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+    return {name: change for task in tasks for name, change in task.result().items()}
+
+
+def _in_tasks(
+    merge: Merge, work: Path, verify: bool, executor: Executor, on_bytes: OnBytes
+) -> dict[str, Change]:
+    tasks = {
+        executor.submit(finish_shard, merge, work, name, verify): name
+        for name in merge.model.shards
+    }
+    for task in as_completed(tasks):
+        task.result()
+        on_bytes(merge.shard_size(tasks[task]))
+    return {name: change for task in tasks for name, change in task.result().items()}
 
 
 def finish_shard(
@@ -137,7 +181,7 @@ def finish_shard(
         changes = {tensor: Change(*values) for tensor, values in noted.items()}
     else:
         # A name of its own: a worker that was thought dead may still write to the other.
-        unfinished = work / f"{name}.{uuid.uuid4().hex}"
+        unfinished = work / f"{uuid.uuid4().hex}.unfinished"
         changes = merge_shard(
             reader, unfinished, merge.tasks, merge.adapters, merge.options, on_bytes
         )
@@ -187,6 +231,8 @@ def _resume_or_start(work: Path, fingerprint: Mapping[str, Any]) -> None:
     if work.exists():
         with contextlib.suppress(OSError, ValueError):
             if json.loads(note.read_bytes()) == fingerprint:
+                for unfinished in work.glob("*.unfinished"):
+                    unfinished.unlink()
                 return
         shutil.rmtree(work)
     (work / "model").mkdir(parents=True)

@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from doraxp._tensors import Tensor
 from doraxp.checkpoint._adapters import AdapterSet, StoredLayer
 from doraxp.checkpoint._model import Model
-from doraxp.checkpoint._safetensors import DTYPES, CheckpointError, Tensor
+from doraxp.checkpoint._safetensors import DTYPES, CheckpointError
 from doraxp.kinds import LayerKind
 
 _OTHER_WAY = {"linear": LayerKind("transposed"), "transposed": LayerKind("linear")}

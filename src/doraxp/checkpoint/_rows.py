@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from doraxp._types import Array
 from doraxp.adaptation import AdaptedLayer
-from doraxp.backends import Factors, Operations, operations
+from doraxp.backends import Operations, operations
 from doraxp.decomposition import weight_norms
 
 
@@ -26,12 +26,38 @@ class Library(NamedTuple):
     """An array library that computes, and the way there and back from NumPy."""
 
     place: Callable[[Array], Array]
+    product: Callable[[Array, Array], Array]
     fetch: Callable[[Array], Array]
+
+
+class Reused:
+    """An `np.empty` that gives the same memory again, so what it gave before is lost.
+
+    Fresh memory is a page fault for every 4 KiB of it, and that takes longer than the arithmetic.
+    """
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, np.uint8)
+
+    def __call__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes > self._memory.size:
+            self._memory = np.empty(nbytes, np.uint8)
+        return self._memory[:nbytes].view(dtype).reshape(shape)
+
+    def cast(self, array: Array, dtype: np.dtype[Any]) -> Array:
+        """Return the array in another dtype."""
+        if array.dtype == dtype:
+            return array
+        result = self(array.shape, dtype)
+        np.copyto(result, array, casting="unsafe")
+        return result
 
 
 BLOCK = 1 << 19
 """Elements of one block: in float32 2 MiB, which a core's cache holds."""
 Read = Callable[[slice], Array]
+Product = Callable[[Array, Array], Array]
 
 
 class Change(NamedTuple):
@@ -73,25 +99,26 @@ def merge_rows(
     dtype : {"float32", "float64"}
         To compute in.
     """
-
-    def place(array: Array) -> Array:
-        return library.place(array.astype(dtype, copy=False))
-
-    a, b, m = (place(leaf) for leaf in layer.adapter)
+    a, b, m = (library.place(leaf.astype(dtype, copy=False)) for leaf in layer.adapter)
     ops = operations(lora_a=a, lora_b=b, magnitude=m)
-    b = layer.config.scaling * b
+    b, wide = layer.config.scaling * b, Reused()
+
+    def place(rows: slice) -> Array:
+        return library.place(wide.cast(_flat(read(rows)), np.dtype(dtype)))
+
     merge = _merge_columns if layer.kind.is_transposed else _merge_rows
-    for merged, norms in merge(lambda rows: place(_flat(read(rows))), layer, a, b, m, ops):
+    for merged, norms in merge(place, library.product, layer, a, b, m, ops):
         yield library.fetch(merged), norms and Norms(*(library.fetch(norm) for norm in norms))
 
 
 def _merge_rows(
-    read: Read, layer: AdaptedLayer, a: Array, b: Array, m: Array, ops: Operations
+    read: Read, product: Product, layer: AdaptedLayer, a: Array, b: Array, m: Array, ops: Operations
 ) -> Iterator[tuple[Array, Norms]]:
     for rows in row_blocks(layer.shape):
         weight = read(rows)  # (k, in)
         with np.errstate(invalid="ignore"):  # the norms tell of NaN and infinity
-            v = ops.form(Factors(weight, a, b[rows, :], None), weight.dtype)
+            v = product(b[rows, :], a)
+            v += weight
             base, norm = (
                 weight_norms(x, ops.row_squares(x, v.dtype), ops=ops) for x in (weight, v)
             )
@@ -100,15 +127,16 @@ def _merge_rows(
 
 
 def _merge_columns(
-    read: Read, layer: AdaptedLayer, a: Array, b: Array, m: Array, ops: Operations
+    read: Read, product: Product, layer: AdaptedLayer, a: Array, b: Array, m: Array, ops: Operations
 ) -> Iterator[tuple[Array, Norms | None]]:
     xp = ops.xp
     blocks = list(row_blocks(layer.shape))
     bt, at = xp.matrix_transpose(b), xp.matrix_transpose(a)  # (rank, out), (in, rank)
 
     def form(rows: slice) -> tuple[Array, Array]:
-        weight = read(rows)  # (k, out)
-        return weight, ops.form(Factors(weight, bt, at[rows, :], None), weight.dtype)
+        weight, v = read(rows), product(at[rows, :], bt)  # (k, out)
+        v += weight
+        return weight, v
 
     # Squares do not overflow in float64, but for weights that are as large themselves.
     squares = [xp.zeros_like(m, dtype=xp.float64) for _ in Norms._fields]

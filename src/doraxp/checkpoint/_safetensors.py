@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from doraxp._tensors import Tensor
 from doraxp._types import Array
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -26,21 +27,15 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 """Those that are computed with; the others are only copied."""
 # Far above what the largest models need, and little memory to parse.
-_HEADER_LIMIT, _VALUES_LIMIT = 24 << 20, 1_000_000
+_HEADER_LIMIT, _VALUES_LIMIT = 16 << 20, 250_000
+Empty = Callable[[tuple[int, ...], np.dtype[Any]], Array]
+"""As `np.empty`."""
 CHUNK = 4 << 20
 """Bytes that are copied at a time."""
 
 
 class CheckpointError(ValueError):
     """A file that cannot be used, and why; in one line."""
-
-
-class Tensor(NamedTuple):
-    """A tensor as the header describes it."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
 
 
 class Reader:
@@ -71,14 +66,14 @@ class Reader:
             self.tensors[name] = Tensor(entry["dtype"], tuple(entry["shape"]), stop - start)
             self._starts[name] = start
 
-    def read(self, name: str, rows: slice | None = None) -> Array:
-        """Return a tensor, or some of its rows, of one of `DTYPES`."""
+    def read(self, name: str, rows: slice | None = None, empty: Empty = np.empty) -> Array:
+        """Return a tensor, or some of its rows, of one of `DTYPES`, in what `empty` gives."""
         tensor = self.tensors[name]
         dtype, shape, offset = DTYPES[tensor.dtype], tensor.shape, 0
         if rows is not None:
             shape = (rows.stop - rows.start, *shape[1:])
             offset = rows.start * math.prod(shape[1:]) * dtype.itemsize
-        array = np.empty(shape, dtype)
+        array = empty(shape, dtype)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self._data + self._starts[name] + offset)
             _fill(file, array.reshape(-1).view(np.uint8).data, self.path)
@@ -165,15 +160,3 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
-
-
-def write_header(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write the header of a file whose tensors follow in this order."""
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    end = 0
-    for name, (dtype, shape, nbytes) in tensors.items():
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + nbytes]}
-        end += nbytes
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)  # the data starts at a multiple of 8
-    file.write(len(raw).to_bytes(8, "little") + raw)

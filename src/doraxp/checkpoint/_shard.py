@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,14 +12,26 @@ from typing import BinaryIO
 import numpy as np
 import threadpoolctl
 
+from doraxp._tensors import Tensor, write_header
 from doraxp._types import Array
 from doraxp.checkpoint._adapters import AdapterSet
 from doraxp.checkpoint._plan import Task
-from doraxp.checkpoint._rows import Change, Library, Norms, change, merge_rows, row_blocks
-from doraxp.checkpoint._safetensors import DTYPES, CheckpointError, Reader, Tensor, write_header
+from doraxp.checkpoint._rows import (
+    Change,
+    Library,
+    Norms,
+    Reused,
+    change,
+    merge_rows,
+    row_blocks,
+)
+from doraxp.checkpoint._safetensors import DTYPES, CheckpointError, Reader
 
 OnBytes = Callable[[int], None]
 """Called with the number of bytes that were written."""
+Write = Callable[[memoryview], None]
+WINDOW = 64 << 20
+"""Bytes of a result that stay in the system's memory."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +61,13 @@ def merge_shard(
     # machine many times longer.
     with threadpoolctl.threadpool_limits(1), target.open("xb") as file:
         write_header(file, tensors, reader.metadata)
+        write = _writer(file, on_bytes)
         for name, tensor in tensors.items():
             task = tasks.get(name)
             if task is not None and task.path is not None:
                 norms: list[Norms] = []
                 blocks = merged_rows(reader, name, task, adapters, options, norms)
-                _write(file, name, blocks, tensor, on_bytes)
+                _write(write, name, blocks, tensor)
                 changes[name] = change(norms, adapters[task.path])
                 continue
             source, original = reader, name
@@ -61,10 +75,9 @@ def merge_shard(
                 source, original = adapters.reader, task.replacement
             if source.tensors[original].dtype == tensor.dtype:
                 for chunk in source.chunks(original):
-                    file.write(chunk)
-                    on_bytes(len(chunk))
+                    write(chunk)
             else:
-                _write(file, name, _rows(source, original), tensor, on_bytes)
+                _write(write, name, _rows(source, original), tensor)
         file.flush()
         os.fsync(file.fileno())
     return changes
@@ -93,9 +106,9 @@ def merged_rows(
     compute = options.compute or ("float32" if dtypes <= {"F16", "BF16"} else "float64")
     layer = adapters[str(task.path)]
     layer = layer._replace(kind=task.kind, shape=base.shape)
-    library = load_library(options.backend)
+    library, stored = load_library(options.backend), Reused()
     for rows, sides in merge_rows(
-        lambda rows: source.read(original, rows), layer, library, compute
+        lambda rows: source.read(original, rows, stored), layer, library, compute
     ):
         if sides is not None:
             if not all(np.isfinite(side).all() for side in sides):
@@ -112,19 +125,36 @@ def _rows(reader: Reader, name: str) -> Iterator[Array]:
         yield from (reader.read(name, rows) for rows in row_blocks(shape))
 
 
-def _write(
-    file: BinaryIO, name: str, blocks: Iterator[Array], tensor: Tensor, on_bytes: OnBytes
-) -> None:
-    dtype = DTYPES[tensor.dtype]
+def _writer(file: BinaryIO, on_bytes: OnBytes) -> Write:
+    """Return what writes to the file.
+
+    The system is asked to send to the disk what was written, and then to forget it: so the disk
+    works beside the processor, the pages are used again, and a large model does not push all else
+    out of memory.
+    """
+    written = 0
+
+    def write(raw: memoryview) -> None:
+        nonlocal written
+        file.write(raw)
+        before, written = written, written + raw.nbytes
+        if written // WINDOW > before // WINDOW and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        on_bytes(raw.nbytes)
+
+    return write
+
+
+def _write(write: Write, name: str, blocks: Iterator[Array], tensor: Tensor) -> None:
+    dtype, narrow = DTYPES[tensor.dtype], Reused()
     for rows in blocks:
         try:
             with np.errstate(over="raise"):
-                narrow = np.ascontiguousarray(rows, dtype)
+                written = np.ascontiguousarray(narrow.cast(rows, dtype))
         except FloatingPointError:
             raise CheckpointError(f"{name} has values too large for {dtype}") from None
-        raw = narrow.reshape(-1).view(np.uint8)
-        file.write(raw.data)
-        on_bytes(raw.nbytes)
+        raw = written.reshape(-1).view(np.uint8)
+        write(raw.data)
 
 
 def load_library(backend: str) -> Library:
@@ -133,9 +163,17 @@ def load_library(backend: str) -> Library:
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return Library(lambda x: torch.asarray(x, device=device), lambda x: x.cpu().numpy())
+        return Library(
+            lambda x: torch.asarray(x, device=device), operator.matmul, lambda x: x.cpu().numpy()
+        )
     if backend == "cupy":
         import cupy
 
-        return Library(cupy.asarray, cupy.asnumpy)
-    return Library(lambda x: x, lambda x: x)
+        return Library(cupy.asarray, operator.matmul, cupy.asnumpy)
+    empty = Reused()
+
+    def product(left: Array, right: Array) -> Array:
+        out = empty((left.shape[0], right.shape[1]), left.dtype)
+        return np.matmul(left, right, out=out)
+
+    return Library(lambda x: x, product, lambda x: x)

@@ -11,12 +11,13 @@ import sys
 from collections.abc import Sequence
 
 import doraxp
-from doraxp.cli import bench, convert, demo, inspect, merge, verify
+from doraxp.cli import bench, convert, demo, inspect, merge, vectors, verify
 
 _COMMANDS = {
     "demo": demo,
     "bench": bench,
     "verify": verify,
+    "vectors": vectors,
     "merge": merge,
     "convert": convert,
     "inspect": inspect,

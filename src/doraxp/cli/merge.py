@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import multiprocessing
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=integer(1),
         default=min(4, os.cpu_count() or 1),
         metavar="N",
-        help="processes, for as many shards at a time (default: %(default)s)",
+        help="shards at a time (default: %(default)s)",
     )
     parser.add_argument(
         "--scheduler",
@@ -125,33 +124,29 @@ def _merge(merge: Merge, arguments: argparse.Namespace) -> dict[str, Change]:
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    with _executor(merge, arguments) as executor, bar as progress:
+    with _executor(arguments.scheduler) as executor, bar as progress:
         task = progress.add_task("", total=merge.size)
         return run_merge(
             merge,
             arguments.out,
             force=arguments.force,
             verify=arguments.verify,
+            jobs=arguments.jobs,
             executor=executor,
             on_bytes=lambda count: progress.update(task, advance=count),
         )
 
 
 @contextlib.contextmanager
-def _executor(merge: Merge, arguments: argparse.Namespace) -> Iterator[Executor | None]:
+def _executor(scheduler: str | None) -> Iterator[Executor | None]:
     """Give what takes the shards; None for this process."""
-    jobs = min(arguments.jobs, len(merge.model.shards))
-    if arguments.scheduler is not None:
-        from distributed import Client
-
-        with Client(arguments.scheduler) as client:
-            yield client.get_executor()
-    elif jobs == 1:
+    if scheduler is None:
         yield None
-    else:
-        # Not by fork: the threads of an array library do not survive it.
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-            yield pool
+        return
+    from distributed import Client
+
+    with Client(scheduler) as client:
+        yield client.get_executor()
 
 
 def _print_plan(merge: Merge, console: Console) -> None:

@@ -81,7 +81,7 @@ class Conventions:
 def call_layer(
     function: Callable[..., Any], name: str, conventions: Conventions, case: Case, dtype: str
 ) -> dict[str, Any]:
-    """Return what forward, gradients or merge gives, by the names of the quantities."""
+    """Return what init, forward, gradients or merge gives, by the names of the quantities."""
     library, wide = Library("numpy"), compute_dtype(dtype)
     turned = conventions.layout == "in_out"
     arrays: dict[str, Any] = {}
@@ -94,12 +94,13 @@ def call_layer(
         "forward": ("x", "weight", *ADAPTER, "bias", *mask),
         "gradients": ("dy", "x", "weight", *ADAPTER, "bias", *mask),
         "merge": ("weight", *ADAPTER),
+        "init": ("weight",),
     }[name]
     s = case.config.scaling if conventions.scaling == "s" else case.config.alpha
     given = {key: arrays.get(key) for key in takes}
-    returned, written = _call(function, given, scaling=s)
+    returned, written = _call(function, given, **({} if name == "init" else {"scaling": s}))
     if name != "gradients":
-        returned = {{"forward": "y", "merge": "merged"}[name]: returned}
+        returned = {{"forward": "y", "merge": "merged", "init": "initial"}[name]: returned}
     else:
         returned = {GRADIENTS[key]: array for key, array in returned.items() if array is not None}
     turn_back = {"merged", "dw", "da", "db"} if turned else set()

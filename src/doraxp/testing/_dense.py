@@ -30,6 +30,7 @@ Formula: TypeAlias = Callable[[Any], Any]
 OUTPUTS = ("norm", "merged", "y")
 GRADIENTS = ("dx", "da", "db", "dm", "dw", "dbias")
 QUANTITIES = (*OUTPUTS, *GRADIENTS)
+RETURNED = (*QUANTITIES, "initial")  # by an implementation, whose m at init is looked at too
 
 
 class Dense:
@@ -68,6 +69,11 @@ class Dense:
     @cached_property
     def bias(self) -> Any:
         return self.inputs["bias"][..., None, :] if "bias" in self.inputs else 0.0
+
+    @cached_property
+    def initial(self) -> Any:
+        """The magnitude of a fresh adapter, where B A is 0."""
+        return self.w.norms()[..., 0]
 
     # Forward
 

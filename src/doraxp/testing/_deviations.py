@@ -11,7 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
+import numpy as np
+
+from doraxp.testing._catalogue import HALF, rounded
 from doraxp.testing._dense import AdamW, Dense, Formula
+from doraxp.testing._rounding import Rounded
 
 Changes: TypeAlias = Mapping[str, Formula]
 
@@ -42,6 +46,22 @@ def eps(size: float) -> Changes:
     return {"n": lambda d: d.v.norms() + size, "slope": lambda d: d.v.over(d.v.norms())}
 
 
+def rounded_at_init(dtype: str) -> Changes:
+    """Return the change that rounds the magnitude of a fresh adapter, made in float32."""
+
+    def formula(d: Any) -> Any:
+        m = original("initial")(d)
+        slack = 2.0**-24 * m.error
+        with np.errstate(over="ignore"):  # float16 ends at 65504
+            low, high = (
+                rounded(end, dtype).astype(float) for end in (m.value - slack, m.value + slack)
+            )
+        # Near a tie it may go either way: such a number is held to nothing.
+        return Rounded(low, np.where(low == high, 0.0, np.inf))
+
+    return {"initial": formula}
+
+
 def per_token(d: Any) -> float:
     """Return one over the number of tokens."""
     return float(1 / max(1, d.dy.value.shape[-2]))
@@ -60,6 +80,7 @@ FORWARD: dict[str, Changes] = {
         "gain": lambda d: d.m.mT.over(d.n),
         "dgain": lambda d: d.through_gain.sum(-2, keepdims=True),
         "dm": lambda d: d.dgain.over(d.n)[..., 0, :],
+        "initial": lambda d: d.w.norms(-2)[..., 0, :],
     },
     "the norm of a column scales the row": {
         "n": lambda d: d.v.norms(-2).mT,
@@ -83,6 +104,8 @@ FORWARD: dict[str, Changes] = {
         "slope": lambda d: 2.0 * d.v,
     },
     **{f"{size:g} is added to the norm": eps(size) for size in (1e-12, 1e-8, 1e-6, 1e-5)},
+    **{f"the magnitude is rounded to {dtype} at init": rounded_at_init(dtype) for dtype in HALF},
+    "the magnitude is 1 at init": {"initial": lambda d: 0.0 * original("initial")(d) + 1.0},
     "the direction form": {"in_direction_form": lambda d: True},
     "the weight form": {"in_direction_form": lambda d: False},
     "alpha where s belongs": {"s": lambda d: d.config.alpha},

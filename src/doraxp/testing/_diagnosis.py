@@ -10,7 +10,7 @@ import numpy as np
 
 from doraxp.testing._catalogue import Case, OptimizerCase
 from doraxp.testing._compare import Actual
-from doraxp.testing._dense import QUANTITIES
+from doraxp.testing._dense import RETURNED
 from doraxp.testing._deviations import Changes
 from doraxp.testing._reference import Expected, expected, expected_steps
 
@@ -38,7 +38,7 @@ class Run(NamedTuple):
 
 
 def wanted_of(
-    case: Any, dtype: str, changes: Changes, names: Collection[str] = QUANTITIES
+    case: Any, dtype: str, changes: Changes, names: Collection[str] = RETURNED
 ) -> dict[str, Expected]:
     """Return what a case is to give, by the reference or by one that deviates."""
     if isinstance(case, OptimizerCase):

@@ -69,6 +69,7 @@ def check_implementation(impl: Any, conventions: Conventions | None = None) -> R
     Every function takes its arguments by name, as NumPy arrays, and returns NumPy arrays or what
     `numpy.asarray` takes. Offer those that there are::
 
+        init(weight) -> the magnitude of a fresh adapter, where B A is 0
         forward(x, weight, lora_a, lora_b, magnitude, bias, scaling) -> y
         gradients(dy, x, weight, lora_a, lora_b, magnitude, bias, scaling)
             -> dict with any of x, lora_a, lora_b, magnitude, weight, bias
@@ -112,11 +113,13 @@ def check_implementation(impl: Any, conventions: Conventions | None = None) -> R
     conventions = conventions or Conventions()
     functions = {
         name: getattr(impl, name)
-        for name in ("forward", "gradients", "merge", "step")
+        for name in ("init", "forward", "gradients", "merge", "step")
         if hasattr(impl, name)
     }
     if not functions:
-        raise ValueError("impl must offer forward, gradients, merge or step, got none of them")
+        raise ValueError(
+            "impl must offer init, forward, gradients, merge or step, got none of them"
+        )
     findings: list[Finding] = []
     runs: dict[bool, list[Run]] = {True: [], False: []}
     for name, function in functions.items():

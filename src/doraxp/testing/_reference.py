@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from doraxp.testing._catalogue import Case, OptimizerCase, compute_dtype, rounded
-from doraxp.testing._dense import OPTIMIZERS, QUANTITIES, Dense, Formula, deviating
+from doraxp.testing._dense import OPTIMIZERS, QUANTITIES, RETURNED, Dense, Formula, deviating
 from doraxp.testing._rounding import Plain, Rounded
 
 UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -85,7 +85,7 @@ def expected(
     reference = deviating(Dense, changes) if changes else Dense
     layer = reference(case.config, case.stored(dtype), Rounded.exact)
     return {
-        name: _expected(name, getattr(layer, name), shape, dtype)
+        name: bounded(name, getattr(layer, name), shape, dtype)
         for name, shape in shapes(case).items()
         if name in names
     }
@@ -96,8 +96,8 @@ def expected_steps(
 ) -> dict[str, Expected]:
     """Return the parameters after each step of an optimizer, as "lora_a 1" and so on."""
     return {
-        name: _expected(name, number, number.value.shape, dtype)
-        for name, number in _steps(case, dtype, Rounded.exact, changes).items()
+        name: bounded(name, number, number.value.shape, dtype)
+        for name, number in steps(case, dtype, Rounded.exact, changes).items()
     }
 
 
@@ -108,7 +108,7 @@ def in_the_dtype(case: Case | OptimizerCase, dtype: str) -> dict[str, Any]:
         return np.asarray(array, compute_dtype(dtype)).view(Plain)
 
     if isinstance(case, OptimizerCase):
-        return {name: np.asarray(p) for name, p in _steps(case, dtype, plain, None).items()}
+        return {name: np.asarray(p) for name, p in steps(case, dtype, plain, None).items()}
     layer = Dense(case.config, case.stored(dtype), plain)
     found = {name: np.asarray(getattr(layer, name)) for name in shapes(case)}
     return {
@@ -130,13 +130,15 @@ def shapes(case: Case) -> dict[str, tuple[int, ...]]:
         "dm": like["magnitude"],
         "dw": like["weight"],
         "dbias": like.get("bias"),
+        "initial": like["magnitude"],
     }
-    return {name: shape for name in QUANTITIES if (shape := found[name]) is not None}
+    return {name: shape for name in RETURNED if (shape := found[name]) is not None}
 
 
-def _steps(
+def steps(
     case: OptimizerCase, dtype: str, number: Formula, changes: Mapping[str, Formula] | None
 ) -> dict[str, Any]:
+    """Return the parameters after each step, in numbers of some kind."""
     reference, kept = OPTIMIZERS[case.optimizer]
     if changes:
         reference = deviating(reference, changes)
@@ -152,7 +154,8 @@ def _steps(
     return found
 
 
-def _expected(name: str, number: Any, shape: tuple[int, ...], dtype: str) -> Expected:
+def bounded(name: str, number: Any, shape: tuple[int, ...], dtype: str) -> Expected:
+    """Return the value of a quantity and how far rounding may lead from it, in a shape."""
     compute = compute_dtype(dtype)
     value = number.value.reshape(shape)
     bound = (UNIT_ROUNDOFF[compute] + UNIT_ROUNDOFF["float64"]) * number.error.reshape(shape)

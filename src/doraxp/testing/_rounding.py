@@ -11,7 +11,7 @@ every other operation one, a Python number one more (it is rounded to the dtype 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,80 +28,101 @@ class Rounded:
 
     __array_ufunc__ = None  # NumPy's arrays leave the operators to this class
 
-    @staticmethod
-    def exact(values: Any) -> Rounded:
+    @classmethod
+    def exact(cls, values: Any) -> Self:
         """Return an input: it has no error."""
         wide = np.asarray(values, np.float64)
-        return Rounded(wide, np.zeros_like(wide))
+        return cls(wide, np.zeros_like(wide))
 
-    def __matmul__(self, other: Rounded) -> Rounded:
+    @staticmethod
+    def product(a: Wide, b: Wide) -> Wide:
+        """Return the products of matrices; the BLAS chooses the order of the sums."""
+        return a @ b
+
+    def __matmul__(self, other: Rounded) -> Self:
         size, others = np.abs(self.value), np.abs(other.value)
         terms = self.value.shape[-1]
-        error = size @ other.error + self.error @ others + terms * (size @ others)
-        return Rounded(self.value @ other.value, error)
+        error = (
+            self.product(size, other.error)
+            + self.product(self.error, others)
+            + terms * self.product(size, others)
+        )
+        return type(self)(self.product(self.value, other.value), error)
 
-    def __mul__(self, other: Rounded | float) -> Rounded:
+    def __mul__(self, other: Rounded | float) -> Self:
         other = _operand(other)
         value = self.value * other.value
         error = self.error * np.abs(other.value) + np.abs(self.value) * other.error
-        return Rounded(value, error + np.abs(value))
+        return type(self)(value, error + np.abs(value))
 
     __rmul__ = __mul__
 
-    def __add__(self, other: Rounded | float) -> Rounded:
+    def __add__(self, other: Rounded | float) -> Self:
         other = _operand(other)
         value = self.value + other.value
-        return Rounded(value, self.error + other.error + np.abs(value))
+        return type(self)(value, self.error + other.error + np.abs(value))
 
     __radd__ = __add__
 
-    def __neg__(self) -> Rounded:
-        return Rounded(-self.value, self.error)
+    def __neg__(self) -> Self:
+        return type(self)(-self.value, self.error)
 
-    def __sub__(self, other: Rounded | float) -> Rounded:
+    def __sub__(self, other: Rounded | float) -> Self:
         return self + (-other)
 
-    def __abs__(self) -> Rounded:
-        return Rounded(np.abs(self.value), self.error)
+    def __abs__(self) -> Self:
+        return type(self)(np.abs(self.value), self.error)
 
-    def __getitem__(self, index: Any) -> Rounded:
-        return Rounded(self.value[index], self.error[index])
+    def __getitem__(self, index: Any) -> Self:
+        return type(self)(self.value[index], self.error[index])
 
     @property
-    def mT(self) -> Rounded:  # noqa: N802
+    def mT(self) -> Self:  # noqa: N802
         """The transpose of each matrix."""
-        return Rounded(self.value.swapaxes(-1, -2), self.error.swapaxes(-1, -2))
+        return type(self)(self.value.swapaxes(-1, -2), self.error.swapaxes(-1, -2))
 
-    def reshape(self, *shape: int) -> Rounded:
+    def reshape(self, *shape: int) -> Self:
         """Return the same numbers in another shape."""
-        return Rounded(self.value.reshape(shape), self.error.reshape(shape))
+        return type(self)(self.value.reshape(shape), self.error.reshape(shape))
 
-    def sum(self, axis: int, keepdims: bool = False) -> Rounded:
+    def sum(self, axis: int, keepdims: bool = False) -> Self:
         """Return the sum along an axis."""
         terms = self.value.shape[axis]
         value = self.value.sum(axis=axis, keepdims=keepdims)
         error = (self.error + terms * np.abs(self.value)).sum(axis=axis, keepdims=keepdims)
-        return Rounded(value, error)
+        return type(self)(value, error)
 
-    def over(self, other: Rounded) -> Rounded:
+    def over(self, other: Rounded) -> Self:
         """Return the quotient, and 0 where the divisor is 0."""
         nonzero = other.value != 0
         divisor = np.where(nonzero, other.value, 1.0)
         value = np.where(nonzero, self.value / divisor, 0.0)
         error = (self.error + np.abs(value) * other.error) / np.abs(divisor) + np.abs(value)
-        return Rounded(value, np.where(nonzero, error, 0.0))
+        return type(self)(value, np.where(nonzero, error, 0.0))
 
-    def sqrt(self) -> Rounded:
+    def sqrt(self) -> Self:
         """Return the root."""
         value = np.sqrt(self.value)
         half = np.divide(self.error, 2 * value, out=np.zeros_like(value), where=value > 0)
-        return Rounded(value, half + value)
+        return type(self)(value, half + value)
 
-    def norms(self, axis: int = -1) -> Rounded:
+    def norms(self, axis: int = -1) -> Self:
         """Return √Σ v² along an axis, which is kept. It moves by no more than ‖error‖."""
         terms = self.value.shape[axis]
         value = lengths(self.value, axis)
-        return Rounded(value, lengths(self.error, axis) + (terms / 2 + 1) * value)
+        return type(self)(value, lengths(self.error, axis) + (terms / 2 + 1) * value)
+
+
+class Portable(Rounded):
+    """The same, in the same bits on every machine: no BLAS, and sums of products in their order."""
+
+    @staticmethod
+    def product(a: Wide, b: Wide) -> Wide:
+        """Return the products of matrices, one outer product added to the other."""
+        total = np.zeros((*a.shape[:-1], b.shape[-1]))
+        for k in range(a.shape[-1]):
+            total += a[..., k, None] * b[..., k, None, :]
+        return total
 
 
 class Plain(np.ndarray[Any, Any]):

@@ -1,0 +1,201 @@
+"""Hold `doraxp merge` to the project's goals: `python benchmarks/checkpoint.py FOLDER`.
+
+On a machine at rest, with PEFT installed, 20 GB free in FOLDER and 16 GB of memory. FOLDER gets
+two models of `checkpoint_model.py`, one of 4 GB in bfloat16 and one of 1 GB in float32, which stay
+for the next run. Ends with status 1 where a goal is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
+
+import checkpoint_model
+import ml_dtypes  # noqa: F401  makes NumPy know bfloat16
+import numpy as np
+from safetensors import safe_open
+
+from doraxp.checkpoint import AdaptedLayer, load_adapters
+
+ROUNDS, KILLS = 3, 50
+MIB = 1 << 20
+MERGE = [sys.executable, "-m", "doraxp", "merge"]
+IMPORTS = "import doraxp.checkpoint, rich.progress; print(open('/proc/self/status').read())"
+PEFT = """
+import sys, time
+import peft, torch, transformers
+base, adapter, out, dtype = sys.argv[1:]
+start = time.perf_counter()
+model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
+model = peft.PeftModel.from_pretrained(model, adapter)
+model.merge_and_unload().save_pretrained(out)
+print(time.perf_counter() - start)
+"""
+
+
+def main() -> int:
+    """Print goal, measured value and verdict."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--gigabytes", type=float, default=4)
+    folder, gigabytes = vars(parser.parse_args()).values()
+    large, wide, small = (folder / name for name in ("bfloat16", "float32", "small"))
+    if not large.exists():
+        checkpoint_model.write(large, gigabytes)
+        checkpoint_model.write(wide, gigabytes / 4, width=1024, dtype="float32")
+        checkpoint_model.write(small, gigabytes / 20, width=1024)
+    good = [*speed(large), *memory(large), *accuracy(large, "bfloat16"), *accuracy(wide, "float32")]
+    return 0 if all([*good, *kills(small)]) else 1
+
+
+def held(what: str, value: float, bound: float, *, at_least: bool = False) -> bool:
+    """Print a line; return whether the bound is kept."""
+    good = value >= bound if at_least else value <= bound
+    sign, verdict = "≥" if at_least else "≤", "ok" if good else "MISSED"
+    print(f"{what:60} {value:9.3g}  goal {sign} {bound:<6g} {verdict}", flush=True)
+    return good
+
+
+def speed(model: Path) -> Iterator[bool]:
+    """Hold the time to that of `cp -r` and of PEFT: medians of interleaved rounds."""
+    contestants: dict[str, Callable[[], float]] = {
+        "cp -r": lambda: timed(["cp", "-r", str(model / "base"), str(model / "out")]),
+        "doraxp merge": lambda: timed(merge_command(model)),
+        "PEFT": lambda: peft(model, "bfloat16"),
+    }
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(ROUNDS):
+        for name, run in contestants.items():
+            for file in (model / "base").iterdir():
+                file.read_bytes()  # into the system's cache, for each of them
+            subprocess.run(["sync"], check=True)
+            times[name].append(run())
+            shutil.rmtree(model / "out")
+    for name, seconds in times.items():
+        print(f"{name:12} seconds: {', '.join(f'{one:.1f}' for one in seconds)}")
+    copy, ours, theirs = (statistics.median(seconds) for seconds in times.values())
+    size = sum(file.stat().st_size for file in (model / "base").iterdir())
+    print(f"bytes per second: {size / ours / 1e9:.2f} GB")
+    yield held("time ÷ cp -r", ours / copy, 3)
+    yield held(
+        "time of PEFT (load, merge, save; no imports) ÷ ours", theirs / ours, 3, at_least=True
+    )
+
+
+def merge_command(model: Path) -> list[str]:
+    """Return the command that is measured."""
+    return [
+        *MERGE,
+        *(str(model / name) for name in ("base", "adapter")),
+        "--out",
+        str(model / "out"),
+    ]
+
+
+def timed(command: list[str]) -> float:
+    """Return the seconds of a command, from its start to its end."""
+    start = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def peft(model: Path, dtype: str) -> float:
+    """Let PEFT write `out`; return its seconds without those of the imports."""
+    paths = [str(model / name) for name in ("base", "adapter", "out")]
+    command = [sys.executable, "-c", PEFT, *paths, dtype]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def memory(model: Path) -> Iterator[bool]:
+    """Hold the peak to that of the interpreter with the imports; Linux counts it."""
+    status = subprocess.run(
+        [sys.executable, "-c", IMPORTS], check=True, capture_output=True, text=True
+    )
+    process = subprocess.Popen(merge_command(model), stdout=subprocess.DEVNULL)
+    peak = 0
+    while process.poll() is None:  # one process, all threads
+        peak = max(peak, resident(Path(f"/proc/{process.pid}/status").read_text()))
+        time.sleep(0.01)
+    shutil.rmtree(model / "out")
+    print(f"peak memory {peak / MIB:.0f} MiB")
+    yield held("peak memory beyond the imports, MiB", (peak - resident(status.stdout)) / MIB, 300)
+
+
+def resident(status: str) -> int:
+    """Return the highest resident memory so far, from a process' status."""
+    lines = [line for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(lines[0].split()[1]) * 1024 if lines else 0
+
+
+def accuracy(model: Path, dtype: str) -> Iterator[bool]:
+    """Hold every merged tensor to PEFT's and to a dense merge in float64."""
+    peft(model, dtype)
+    (model / "out").rename(model / "peft")
+    timed(merge_command(model))
+    adapters = load_adapters(model / "adapter")
+    differences, ratios = [], []
+    for path, layer in adapters.items():
+        base, ours, theirs = (tensor(model / name, path) for name in ("base", "out", "peft"))
+        exact = dense(base, layer)
+        differences.append(np.abs(ours - theirs).max() / np.abs(theirs).max())
+        ratios.append(np.abs(ours - exact).max() / np.abs(theirs - exact).max())
+    shutil.rmtree(model / "out")
+    shutil.rmtree(model / "peft")
+    if dtype == "float32":
+        yield held(
+            f"difference from PEFT's, {dtype}, largest of {len(ratios)}", max(differences), 1e-6
+        )
+    yield held(f"error beside float64 ÷ PEFT's, {dtype}, largest", max(ratios), 1)
+
+
+def tensor(folder: Path, path: str) -> np.ndarray:
+    """Return a weight of a folder, in float64."""
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "numpy") as opened:
+            if f"{path}.weight" in opened.keys():  # noqa: SIM118  no mapping
+                return opened.get_tensor(f"{path}.weight").astype(np.float64)
+    raise KeyError(path)
+
+
+def dense(weight: np.ndarray, layer: AdaptedLayer) -> np.ndarray:
+    """Return the merged weight by the formula, in float64."""
+    a, b, m = (leaf.astype(np.float64) for leaf in layer.adapter)
+    v = weight + layer.config.scaling * (b @ a)
+    return m[:, None] * v / np.linalg.norm(v, axis=1, keepdims=True)
+
+
+def kills(model: Path) -> Iterator[bool]:
+    """Kill merges at random moments: each leaves no OUT or a complete one."""
+    whole = timed(merge_command(model))
+    right = digests(model / "out")
+    shutil.rmtree(model / "out")
+    rng, complete, wrong = np.random.default_rng(0), 0, 0
+    for delay in 1.2 * whole * rng.random(KILLS):
+        process = subprocess.Popen(merge_command(model), stdout=subprocess.DEVNULL)
+        killer = threading.Timer(delay, process.kill)
+        killer.start()
+        process.wait()
+        killer.cancel()
+        if (model / "out").exists():
+            complete += 1
+            wrong += digests(model / "out") != right
+            shutil.rmtree(model / "out")
+    print(f"killed {KILLS} times: {complete} complete OUT, {KILLS - complete} none")
+    yield held("of these wrong or in part", wrong, 0)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return what the files of a folder hold."""
+    return {file.name: sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

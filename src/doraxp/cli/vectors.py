@@ -1,0 +1,35 @@
+"""`doraxp vectors`: the catalogue of doraxp.testing as files, for tests in any language."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from doraxp.testing._vectors import write_vectors
+
+SUMMARY = (
+    "Write the catalogue of doraxp.testing as safetensors files and a JSON manifest: inputs, every "
+    "intermediate, outputs, gradients, optimizer steps, each number with the error it may have."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", required=True, help="a folder that is new or empty"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="replace the vectors in a DIR that is not empty"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write, and say what."""
+    try:
+        count = write_vectors(arguments.out, force=arguments.force)
+    except OSError as error:
+        print(f"doraxp vectors: error: {error}", file=sys.stderr)
+        return 2
+    print(f"{count} cases, in float32 and float64: {arguments.out}")
+    return 0

@@ -1,0 +1,234 @@
+"""Golden vectors: the catalogue in files that any language reads. docs/vectors.md is the format.
+
+    ρ = 1, or 1/‖w‖ in the direction form      U = ρ⊙(W Aᵀ)      G = A Aᵀ      L = x Aᵀ
+    z = x Vᵀ                                   dz = g⊙dy         e = Σ_tokens dy⊙z
+    q = −m e / n³, and 0 where the norm is detached
+
+in addition to what the reference names itself. The bytes are the same on every machine.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from doraxp._tensors import Tensor, write_header
+from doraxp.testing._catalogue import (
+    FULL,
+    VERSION,
+    Case,
+    OptimizerCase,
+    catalogue,
+    optimizer_catalogue,
+)
+from doraxp.testing._dense import Dense
+from doraxp.testing._reference import Expected, bounded, shapes, steps
+from doraxp.testing._rounding import Portable
+
+FORMAT = 1
+"""Goes up when what is written can no longer be read as before."""
+MANIFEST = "manifest.json"
+FILES = {dtype: f"{dtype}.safetensors" for dtype in FULL}
+
+
+class Traced(Dense):
+    """The reference with what an implementation goes through that never forms V."""
+
+    @cached_property
+    def row_scale(self) -> Any:
+        ones = Portable.exact(np.ones_like(self.m.value))
+        return ones.over(self.w.norms()) if self.in_direction_form else ones
+
+    @cached_property
+    def u(self) -> Any:
+        return self.row_scale * (self.w @ self.a.mT)
+
+    @cached_property
+    def gram(self) -> Any:
+        return self.a @ self.a.mT
+
+    @cached_property
+    def low_rank(self) -> Any:
+        return self.seen @ self.a.mT
+
+    @cached_property
+    def z(self) -> Any:
+        z = self.seen @ self.v.mT
+        if self.mask is None or not self.low_rank_dropout:
+            return z
+        return z + (self.x @ self.base.mT - self.seen @ self.base.mT)
+
+    @cached_property
+    def dz(self) -> Any:
+        return self.dy * self.gain.mT
+
+    @cached_property
+    def e(self) -> Any:
+        return self.dgain
+
+    @cached_property
+    def q(self) -> Any:
+        exact = self.config.norm_gradient == "exact"
+        return self.dnorm.over(self.n) if exact else 0.0 * self.dnorm
+
+
+def write_vectors(out: Path, *, force: bool = False) -> int:
+    """Write the catalogue with all values and bounds, in float32 and float64.
+
+    Parameters
+    ----------
+    out : Path
+        The folder: a new or an empty one.
+    force : bool
+        Also take one with files in it, and replace those of the same names.
+
+    Returns
+    -------
+    int
+        How many cases there are.
+
+    Raises
+    ------
+    FileExistsError
+        There is something in `out`, and no `force`, or `out` is a file.
+    OSError
+        It cannot be written.
+    """
+    out = out.absolute()
+    _check_target(out, force=force)
+    # Beside where it will be: to rename is not to copy.
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        written = Path(folder) / "vectors"
+        written.mkdir()
+        count = _write(written)
+        if out.exists():
+            # What has a manifest is whole: it goes first, and comes last.
+            (out / MANIFEST).unlink(missing_ok=True)
+            for name in (*FILES.values(), MANIFEST):
+                (written / name).replace(out / name)
+        else:
+            written.rename(out)
+    return count
+
+
+def _check_target(out: Path, *, force: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out}: must be a folder, but is a file")
+    if out.exists() and any(out.iterdir()) and not force:
+        raise FileExistsError(f"{out}: must be empty; --force replaces the vectors in it")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out.parent}: no such folder")
+
+
+def _write(folder: Path) -> int:
+    """Write all files; return how many cases there are."""
+    everything: tuple[Case | OptimizerCase, ...] = (*catalogue(), *optimizer_catalogue())
+    cases = [case for case in everything if set(FULL) <= set(case.dtypes)]
+    entries = []
+    for dtype, name in FILES.items():
+        solved = [_solved(case, dtype) for case in cases]
+        _write_tensors(folder / name, dict(_tensors(solved, dtype)))
+        entries = [_entry(one) for one in solved]  # the same for each dtype
+    manifest = {"format": FORMAT, "catalogue": VERSION, "files": FILES, "cases": entries}
+    text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / MANIFEST).write_text(text + "\n", "utf-8", newline="\n")
+    return len(cases)
+
+
+class Solved(NamedTuple):
+    """A case in a dtype, with what it must give."""
+
+    case: Case | OptimizerCase
+    inputs: dict[str, Any]
+    wanted: dict[str, Expected]
+
+
+def _solved(case: Case | OptimizerCase, dtype: str) -> Solved:
+    if isinstance(case, Case):
+        inputs = case.stored(dtype)
+        layer = Traced(case.config, inputs, Portable.exact)
+        like = shapes(case) | _more_shapes(case)
+        wanted = {
+            name: bounded(name, getattr(layer, name), shape, dtype) for name, shape in like.items()
+        }
+        return Solved(case, inputs, wanted)
+    inputs = {name: array.astype(dtype) for name, array in case.params.items()}
+    for t, grads in enumerate(case.grads, start=1):
+        inputs |= {f"grad {name} {t}": array.astype(dtype) for name, array in grads.items()}
+    stepped = steps(case, dtype, Portable.exact, None)
+    return Solved(
+        case,
+        inputs,
+        {
+            name: bounded(name, number, number.value.shape, dtype)
+            for name, number in stepped.items()
+        },
+    )
+
+
+def _more_shapes(case: Case) -> dict[str, tuple[int, ...]]:
+    like = {name: array.shape for name, array in case.arrays.items()}
+    rank = case.config.rank
+    return {
+        "row_scale": like["magnitude"],
+        "v": like["weight"],
+        "gain": like["magnitude"],
+        "u": like["lora_b"],
+        "gram": (*like["lora_a"][:-1], rank),
+        "low_rank": (*like["x"][:-1], rank),
+        "z": like["dy"],
+        "dz": like["dy"],
+        "e": like["magnitude"],
+        "q": like["magnitude"],
+    }
+
+
+def _tensors(solved: list[Solved], dtype: str) -> Iterator[tuple[str, Any]]:
+    """Yield what is in float64 first, so that every tensor starts at a multiple of its items."""
+    for case, _, wanted in solved:
+        for name, want in wanted.items():
+            yield f"{case.name}/expected/{name}", want.value.astype("<f8")
+            yield f"{case.name}/bound/{name}", want.bound.astype("<f8")
+    for case, inputs, _ in solved:
+        for name, array in inputs.items():
+            yield f"{case.name}/inputs/{name}", array.astype(f"<f{np.dtype(dtype).itemsize}")
+
+
+def _write_tensors(path: Path, arrays: dict[str, Any]) -> None:
+    header = {
+        name: Tensor(f"F{8 * array.itemsize}", array.shape, array.nbytes)
+        for name, array in arrays.items()
+    }
+    with path.open("wb") as file:
+        write_header(file, header, {"doraxp_vectors": str(FORMAT)})
+        for array in arrays.values():
+            file.write(array.tobytes())
+
+
+def _entry(solved: Solved) -> dict[str, Any]:
+    """Return what the manifest says of a case."""
+    case, inputs, wanted = solved
+    names = {"inputs": list(inputs), "expected": list(wanted)}
+    told = {"name": case.name, "reason": case.reason}
+    if isinstance(case, OptimizerCase):
+        return {**told, "kind": case.optimizer, "numbers": dict(case.numbers), **names}
+    config = case.config
+    return {
+        **told,
+        "kind": "layer",
+        "extreme": case.extreme,
+        "rank": config.rank,
+        "alpha": config.alpha,
+        "rslora": config.rslora,
+        "scaling": config.scaling,
+        "form": config.form,
+        "norm_gradient": config.norm_gradient,
+        "dropout": config.dropout if "dropout_mask" in inputs else None,
+        **names,
+    }

@@ -1,0 +1,127 @@
+"""The yardstick on code that others wrote: what it finds in each, by name, and nothing else.
+
+`nox -s peers` runs this, and nothing here is skipped there.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from doraxp.testing import Conventions, check_implementation
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # what they import
+
+FULL = ("float32", "float64")
+AS_A_MATRIX = {("forward", "one token", "y"), ("gradients", "one token", "all")}
+"""A vector x comes back as a matrix of one row."""
+
+
+def meant(**choices):
+    return Conventions(**{"norm_gradient": "detached", **choices})
+
+
+def offered(peer, *names):
+    return SimpleNamespace(**{name: getattr(peer, name) for name in names})
+
+
+def findings(report, *, extreme=False):
+    return {
+        (one.function, one.case, one.quantity) for one in report.findings if one.extreme == extreme
+    }
+
+
+def not_finite(report, case):
+    return {
+        (one.function, one.quantity)
+        for one in report.findings
+        if one.case == case and one.problem.endswith("numbers that are not finite")
+    }
+
+
+def names(report):
+    return {one.functions: one.deviations for one in report.diagnoses}
+
+
+@pytest.fixture
+def made(torch):
+    """The implementations; they need PyTorch."""
+    import peers
+
+    return peers
+
+
+def test_pefts_float_layer_is_right_but_for_three_things(peft, made):
+    report = check_implementation(made.Peft(), meant(dropout="input"))
+    assert findings(report) == {
+        *AS_A_MATRIX,
+        ("gradients", "one row", "dx"),  # W g is made as W + (g - 1) W
+        ("gradients", "rows of all sizes", "dm"),  # the bias is added, and taken away again
+    }
+    assert report.diagnoses == ()
+
+
+def test_peft_is_nan_on_a_zero_row(peft, made):
+    report = check_implementation(made.Peft(), meant(dtypes=("float32",)))
+    assert not_finite(report, "zero row") == {
+        ("forward", "y"),
+        ("merge", "merged"),
+        *(("gradients", name) for name in ("dx", "da", "db", "dm")),
+    }
+
+
+def test_pefts_init_is_off_on_a_bf16_base(peft, made):
+    report = check_implementation(offered(made.Peft(), "init"), meant(dtypes=("bfloat16",)))
+    assert names(report) == {("init",): ("the magnitude is rounded to bfloat16 at init",)}
+    errors = [float(one.problem.split()[-1]) for one in report.findings]
+    assert max(errors) == 0.0035  # 0.35 %
+    right = check_implementation(offered(made.Peft(), "init"), meant())
+    assert findings(right) == set()
+
+
+def test_peft_rounds_to_bf16_on_the_way(peft, made):
+    report = check_implementation(offered(made.Peft(), "forward"), meant(dtypes=("bfloat16",)))
+    assert findings(report) == {("forward", "half storage", "y")}
+
+
+def test_torchtune_scales_the_bias_so_that_its_forward_is_not_its_merge(torchtune, made):
+    peer = made.Torchtune()
+    report = check_implementation(peer, meant(dropout="low_rank"))
+    assert names(report)[("forward",)] == (
+        "the bias is scaled by m/n, so that forward is not merge",
+    )
+    assert not {case for function, case, _ in findings(report) if function == "merge"}
+    scaled = check_implementation(peer, meant(dropout="low_rank", bias_scaled=True))
+    assert findings(scaled) == {
+        *AS_A_MATRIX,
+        ("forward", "low-rank dropout, one token", "y"),
+        ("gradients", "low-rank dropout, one token", "all"),
+        ("gradients", "one row", "dx"),
+    }
+
+
+def test_torchtune_is_nan_on_a_zero_row(torchtune, made):
+    report = check_implementation(offered(made.Torchtune(), "forward", "merge"), meant())
+    assert not_finite(report, "zero row") == {("forward", "y"), ("merge", "merged")}
+
+
+@pytest.mark.parametrize("dtype", FULL)
+def test_lycoris_is_right_with_its_eps(lycoris, made, dtype):
+    eps = float(np.finfo(dtype).eps)
+    choices = {"norm_gradient": "exact", "dtypes": (dtype,)}
+    report = check_implementation(made.Lycoris(), meant(eps=eps, **choices))
+    rounding = {("forward", "rows of all sizes", "y"), ("gradients", "one row", "dx")}
+    assert findings(report) == (rounding if dtype == "float32" else set())
+    assert not_finite(report, "zero row") == set()
+
+
+def test_mlx_lm_is_right_but_nan_on_a_zero_row(mlx_lm, made):
+    report = check_implementation(made.MlxLm(), meant(dropout="low_rank"))
+    assert findings(report) == set()
+    assert not_finite(report, "zero row") == {
+        ("forward", "y"),
+        ("merge", "merged"),
+        *(("gradients", name) for name in ("dx", "da", "db", "dm")),
+    }
