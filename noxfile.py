@@ -19,7 +19,13 @@ PROJECT = nox.project.load_toml("pyproject.toml")
 EXTRAS = "bench,demo,checkpoint"
 PARALLEL = ["--numprocesses=auto", "--dist=loadfile"]  # a file's fixtures are made once
 LANES = {"dask": ("dask", "distributed")}
-PEFT = ("test_peft", "test_checkpoint_peft", "test_merge_real", "test_torch_peft")
+PEFT = (
+    "test_peft",
+    "test_bench_peft",
+    "test_checkpoint_peft",
+    "test_merge_real",
+    "test_torch_peft",
+)
 PEERS = ("torch", "jax", "peft", "torchtune", "lycoris", "mlx_lm")
 PYTHONS = nox.project.python_versions(PROJECT)  # those of the classifiers
 
