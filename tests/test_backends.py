@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import doraxp
 from doraxp import backends
 from doraxp._types import Adapter
 from doraxp.backends import Factors, Operations, _cupy
@@ -344,3 +345,33 @@ def test_the_bare_package_imports_only_what_it_needs():
     packages = {owner.replace("_", "-") for name in modules for owner in owners.get(name, [])}
     assert packages <= {"doraxp", "numpy", "array-api-compat"}
     assert "doraxp" in modules
+
+
+def test_a_step_may_be_made_of_all_leaves_at_once(monkeypatch):
+    """What the operations return for a path is what the step returns for it."""
+    given = []
+
+    class Fused(Operations):
+        def adamw(self, leaves, rates, decays, numbers):
+            given.append((rates, decays, numbers))
+            return {path: (p + 1, mu + 2, nu + 3) for path, (p, _, mu, nu) in leaves.items()}
+
+    ops = Fused(array_api_compat.numpy)
+    monkeypatch.setattr(backends, "_operations_of", lambda _: ops)
+    params = {"q": Adapter(np.zeros((1, 2)), np.zeros((3, 1)), np.zeros(3))}
+    state = doraxp.adamw_init(params)
+    stepped, state = doraxp.adamw_step(params, params, state, learning_rate=0.5, weight_decay=0.25)
+    assert [set(leaf.ravel()) for leaf in stepped["q"]] == [{1.0}] * 3
+    assert {float(leaf[0].ravel()[0]) for leaf in (state.mu["q"], state.nu["q"])} == {2.0, 3.0}
+    ((rates, decays, numbers),) = given
+    assert rates["['q'].lora_a"] == 0.5
+    assert (decays["['q'].lora_b"], decays["['q'].magnitude"]) == (0.25, 0.0)
+    assert numbers == pytest.approx((0.9, 0.1, 0.999, 0.001, 1e-8, 0.1, 0.001))
+
+
+def test_a_merge_from_nothing_is_that_of_a_prepared_norm(monkeypatch, rng):
+    weight, config = rng.standard_normal((7, 6)), doraxp.Config(2)
+    adapter = doraxp.init(weight, config, seed=0)._replace(lora_b=rng.standard_normal((7, 2)))
+    expected = doraxp.merge(weight, adapter, config)
+    monkeypatch.setattr(backends, "_operations_of", lambda _: GENERIC)
+    assert_equal(doraxp.merge(weight, adapter, config), expected, rtol=1e-14)
