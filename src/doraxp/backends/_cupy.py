@@ -26,6 +26,7 @@ LOW = ("float16", "bfloat16")
 PARTS = 3  # of 8 bits each: all 24 of a float32
 WARPS = THREADS // 32  # rows that a block of the row kernels takes
 TOKENS = 32  # of a chunk, whose sums a thread takes
+RUN = 4  # tokens that a thread of `outputs` takes, so that it reads gain and bias once for them
 GUARDS = 64  # blocks of the guard's kernels: it has few rows, or none
 ROWS, TILE = 4, 8  # rows of a thread of `merge`, tokens of one of the guard's
 LEAF_BLOCK = 4 * THREADS  # numbers of a block of `adamw`
@@ -258,7 +259,7 @@ class CupyOperations(Operations):
             changed = None if row_scale is None and added is None else z
             vectors = (_packed(v, self.xp) for v in (row_scale, gain, bias))
             types = Types(_name(y), _name(z), _name(gain))
-            grid = _columns(out, y), min(tokens, LIMIT), math.prod(stack)
+            grid = _columns(out, y), min(-(-tokens // RUN), LIMIT), math.prod(stack)
             sizes = np.int64(tokens), np.int64(out)
             self.cuda.launch("outputs", types, grid, z, added, *vectors, changed, y, *sizes)
         return z, y

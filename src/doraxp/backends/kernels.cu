@@ -134,7 +134,7 @@ __device__ inline C block_max(C value) {
 
 // ---------------------------------------------------------------- the two hot passes
 
-// z = ρ⊙base + update and y = g⊙z + bias.          grid (columns / (N THREADS), tokens, stack)
+// z = ρ⊙base + update and y = g⊙z + bias.             grid (columns / (N THREADS), any, stack)
 // 4 (base) + 4 (update) + 4 (z) + 2 (y) = 14 bytes; where base is z already, 4 + 2 = 6.
 // `update` may be null for 0, `z` null where it is not wanted; z may be base.
 extern "C" __global__ void outputs(const Z* base, const Z* update, const C* row_scale,
@@ -146,12 +146,11 @@ extern "C" __global__ void outputs(const Z* base, const Z* update, const C* row_
     const int count = out - column < N ? (int)(out - column) : N;
     const index_t e = blockIdx.z, own = e * out + column;
 
+    const bool whole = out % N == 0 && aligned(gain, bias, row_scale);
     C g[N], shift[N], scale[N];
-    for (int j = 0; j < N; ++j) {
-        g[j] = j < count ? gain[own + j] : (C)0;
-        shift[j] = bias && j < count ? bias[own + j] : (C)0;
-        scale[j] = row_scale && j < count ? row_scale[own + j] : (C)1;
-    }
+    load(gain + own, g, count, whole);
+    if (bias) load(bias + own, shift, count, whole);
+    if (row_scale) load(row_scale + own, scale, count, whole);
     for (index_t t = blockIdx.y; t < tokens; t += gridDim.y) {
         const index_t at = (e * tokens + t) * out + column;
         C value[N], other[N];
@@ -186,10 +185,9 @@ extern "C" __global__ void gradients(const S* __restrict__ dy, const Z* __restri
     const index_t end = first + per_chunk < tokens ? first + per_chunk : tokens;
 
     C g[N], along[N], total[N];
-    for (int j = 0; j < N; ++j) {
-        g[j] = j < count ? gain[e * out + column + j] : (C)0;
-        along[j] = total[j] = 0;
-    }
+    load(gain + e * out + column, g, count, out % N == 0 && aligned(gain));
+#pragma unroll
+    for (int j = 0; j < N; ++j) along[j] = total[j] = 0;
 #pragma unroll 4
     for (index_t t = first; t < end; ++t) {
         C d[N], value[N];
