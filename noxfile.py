@@ -46,7 +46,7 @@ def tests(session: nox.Session, backend: str) -> None:
     """Run the tests and the code of the backend's page on one array library."""
     extras, groups, options = EXTRAS, ["test", backend], PARALLEL
     if backend == "numpy":
-        groups[-1], options = "coverage", [*PARALLEL, "--cov"]
+        groups[-1], options = "coverage", [*PARALLEL, "--cov=doraxp", "--cov=doraxp_pytest"]
     if backend == "cupy":
         cuda = cuda_version()
         if cuda is None:

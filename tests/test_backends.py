@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 import doraxp
-from doraxp import backends
-from doraxp._types import Adapter
+from doraxp import Adapter, Config, backends
 from doraxp.backends import Factors, Operations, _cupy
 from doraxp.backends._numpy import NumpyOperations
 from doraxp.backends._torch import TorchOperations
@@ -156,6 +155,20 @@ class TestNumpyOverrides:
         assert_equal(z, x @ v.mT)
         spoilt = np.where(suspect[..., None], 1e6, v)  # formed columns never meet the factors
         assert_equal(NUMPY.guarded_times(formed, d.copy(), lambda d: d @ spoilt), d @ v)
+
+
+@pytest.mark.parametrize("form", ["weight", "direction"])
+def test_a_merge_in_one_pass_is_that_of_the_prepared_norm(rng, monkeypatch, form):
+    """A zero row, a row that cancels and one whose squares overflow among them."""
+    weight, a, b, m = (rng.standard_normal(shape) for shape in ((7, 6), (2, 6), (7, 2), (7,)))
+    weight[0], b[0] = 0, 0
+    weight[1] = -2 * b[1] @ a
+    weight[2] *= 1e200
+    given = weight, Adapter(a, b, m), Config(2, 4.0, form=form)
+    one_pass = doraxp.merge(*given)
+    monkeypatch.setattr(NumpyOperations, "merges_in_one_pass", False)
+    np.testing.assert_allclose(one_pass, doraxp.merge(*given), rtol=1e-12)
+    assert np.all(one_pass[0] == 0)
 
 
 def test_the_guard_keeps_no_zero_rows(rng):
@@ -367,11 +380,3 @@ def test_a_step_may_be_made_of_all_leaves_at_once(monkeypatch):
     assert rates["['q'].lora_a"] == 0.5
     assert (decays["['q'].lora_b"], decays["['q'].magnitude"]) == (0.25, 0.0)
     assert numbers == pytest.approx((0.9, 0.1, 0.999, 0.001, 1e-8, 0.1, 0.001))
-
-
-def test_a_merge_from_nothing_is_that_of_a_prepared_norm(monkeypatch, rng):
-    weight, config = rng.standard_normal((7, 6)), doraxp.Config(2)
-    adapter = doraxp.init(weight, config, seed=0)._replace(lora_b=rng.standard_normal((7, 2)))
-    expected = doraxp.merge(weight, adapter, config)
-    monkeypatch.setattr(backends, "_operations_of", lambda _: GENERIC)
-    assert_equal(doraxp.merge(weight, adapter, config), expected, rtol=1e-14)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import runpy
 import sys
@@ -76,7 +77,8 @@ def test_the_version_is_the_packages(capsys):
 def test_python_m_doraxp_is_the_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["doraxp", "--version"])
     with pytest.raises(SystemExit, match="0"):
-        runpy.run_module("doraxp", run_name="__main__")
+        # Not run_module: pytest's loader of a plugin's package has no code for it.
+        runpy.run_path(importlib.util.find_spec("doraxp.__main__").origin, run_name="__main__")
     assert "doraxp" in capsys.readouterr().out
 
 
