@@ -15,21 +15,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from doraxp.backends._cuda import KERNELS, SOURCE, Types
+from doraxp.backends._cuda import BUILDS, KERNELS, SOURCE, Types
 
 ARCHITECTURES = (80, 90, 100)
-TYPES = (
-    Types("bfloat16", "float32", "float32"),
-    Types("bfloat16", "bfloat16", "float32"),
-    Types("float16", "float32", "float32"),
-    Types("float16", "float16", "float32"),
-    Types("float32", "float32", "float32"),
-    Types("float64", "float64", "float64"),
-    Types("bfloat16", "float64", "float64"),
-    Types("float16", "float64", "float64"),
-    Types("float32", "float64", "float64"),
-)
-"""Every three that the operations ask for."""
 PASSES = ("outputs", "gradients", "row_squares", "merge")
 """Kernels that read arrays of (tokens, out) or (out, in)."""
 PROPERTIES = re.compile(
@@ -55,7 +43,7 @@ def main() -> None:
     nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     print(f"NVRTC {major.value}.{minor.value}; registers of a thread, shared bytes of a block\n")
     broken = []
-    for types in TYPES:
+    for types in BUILDS:
         found = [build(nvrtc, types, architecture) for architecture in ARCHITECTURES]
         print(f"{' '.join(types):30}", *(f"{f'sm_{a}':>10}" for a in ARCHITECTURES))
         for name in KERNELS:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from doraxp.backends._cuda import KERNELS, SOURCE, THREADS, Types, layout
+from doraxp.backends._cuda import BUILDS, KERNELS, SOURCE, THREADS, Types, layout
 
 GRID = (2**31 - 1, 65535, 65535)
 HALF = ("float16", "bfloat16")
@@ -101,6 +101,7 @@ class HostCuda:
 
     def launch(self, name: str, types: Types, grid: tuple[int, int, int], *arguments: Any) -> None:
         assert all(0 < size <= limit for size, limit in zip(grid, GRID, strict=True)), (name, grid)
+        assert types in BUILDS, types
         self.launched.append(name)
         codes = getattr(library(types), f"signature_{name}")
         codes.restype = ctypes.c_char_p

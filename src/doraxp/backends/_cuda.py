@@ -50,6 +50,20 @@ class Types(NamedTuple):
         return ("-std=c++17", *(f"-D{s}={TYPES[t]}" for s, t in zip("SZC", self, strict=True)))
 
 
+BUILDS = (
+    Types("bfloat16", "float32", "float32"),
+    Types("bfloat16", "bfloat16", "float32"),
+    Types("float16", "float32", "float32"),
+    Types("float16", "float16", "float32"),
+    Types("float32", "float32", "float32"),
+    Types("float64", "float64", "float64"),
+    Types("bfloat16", "float64", "float64"),
+    Types("float16", "float64", "float64"),
+    Types("float32", "float64", "float64"),
+)
+"""Every three that the operations ask for: those that are compiled without a device."""
+
+
 class Cuda:
     """A GPU, through CuPy."""
 
