@@ -14,7 +14,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from doraxp.backends._cuda import THREADS, Cuda, Types
 from doraxp.backends._generic import Factors, Operations
 
 LOW = ("float16", "bfloat16")
+FEW = 1024  # rows of a factor whose parts go into one product: the result has them all
 PARTS = 3  # of 8 bits each: all 24 of a float32
 WARPS = THREADS // 32  # rows that a block of the row kernels takes
 TOKENS = 32  # of a chunk, whose sums a thread takes
@@ -39,7 +40,6 @@ LEAF = np.dtype(
 """`Leaf` of the source."""
 LIMIT = 65535  # of a grid's y and z
 _REDUCED: ContextVar[bool] = ContextVar("reduced", default=False)
-Number = TypeVar("Number")
 
 
 def why_not() -> str | None:
@@ -123,8 +123,9 @@ class CupyOperations(Operations):
     def product(self, left: Array, right: Array) -> Array:
         """Saves the cast of an x or dy in its own dtype."""
         dtype = np.promote_types(_wide(left), _wide(right))
-        narrow = "left" if left.shape[-2] <= right.shape[-1] else "right"
-        return self._multiply(left, right, dtype, narrow=narrow)
+        few = min(left.shape[-2], right.shape[-1])
+        narrow = "left" if left.shape[-2] == few else "right"
+        return self._multiply(left, right, dtype, narrow=narrow if few <= FEW else None)
 
     def accumulate(self, total: Array, left: Array, right: Array) -> Array:
         """Saves the temporary of the product, and adding it: BLAS adds while it multiplies."""
