@@ -19,7 +19,13 @@ PROJECT = nox.project.load_toml("pyproject.toml")
 EXTRAS = "bench,demo,checkpoint"
 PARALLEL = ["--numprocesses=auto", "--dist=loadfile"]  # a file's fixtures are made once
 LANES = {"dask": ("dask", "distributed")}
-PEFT = ("test_peft", "test_checkpoint_peft", "test_merge_real", "test_torch_peft")
+PEFT = (
+    "test_peft",
+    "test_bench_peft",
+    "test_checkpoint_peft",
+    "test_merge_real",
+    "test_torch_peft",
+)
 PEERS = ("torch", "jax", "peft", "torchtune", "lycoris", "mlx_lm")
 PYTHONS = nox.project.python_versions(PROJECT)  # those of the classifiers
 
@@ -100,6 +106,22 @@ def lowest(session: nox.Session) -> None:
     floors = [need.replace(">=", "==", 1) for need in needs]
     install(session, "test", constraints=floors)
     pytest(session, "--backend", "numpy", *PARALLEL, "tests")
+
+
+@nox.session(name="tests(cuda-host)", tags=["ci"])
+def cuda_host(session: nox.Session) -> None:
+    """Run the tests on the CUDA kernels as a C++ compiler makes them, without a GPU."""
+    install(session, "test")
+    pytest(session, "--backend=cuda-host", *PARALLEL, "tests")
+    pytest(session, "docs/backends/cupy.md")
+
+
+@nox.session(name="cuda-compile", tags=["ci"])
+def cuda_compile(session: nox.Session) -> None:
+    """Compile the CUDA kernels for three GPUs, and call CuPy with arrays that are nowhere."""
+    install(session, "test", "nvrtc", extras="cuda13")
+    session.run("python", "benchmarks/kernels.py")
+    pytest(session, "--backend=cupy", "tests/test_cupy.py")
 
 
 @nox.session(name="bench-check")

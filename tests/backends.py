@@ -11,11 +11,14 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import array_api_compat
+import array_api_compat.numpy
+import cuda_host
 import numpy as np
+import pytest
 
 from doraxp import Config
 from doraxp.backends import available
+from doraxp.backends._cupy import CupyOperations
 
 
 class Lane:
@@ -190,6 +193,32 @@ class Cupy(Lane):
         return array.get()
 
 
+class HostCuda(Lane):
+    """CuPy's operations, on a device that a C++ compiler and NumPy make."""
+
+    name = "cuda-host"
+
+    def asarray(self, values: np.ndarray) -> Any:
+        return np.array(values).view(cuda_host.DeviceArray)
+
+    def numpy(self, array: Any) -> np.ndarray:
+        return np.asarray(array).view(np.ndarray)
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call `function` with reading of values forbidden."""
+        with cuda_host.forbid_reading():
+            return function(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        xp = array_api_compat.numpy
+        ops = CupyOperations(xp, cuda_host.HostCuda())
+        with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
+            patch.setattr("doraxp.backends._operations_of", lambda _: ops)
+            patch.setattr(CupyOperations, "check_current", lambda *_: None)
+            yield
+
+
 LANES: dict[str, tuple[Lane, ...]] = {
     "numpy": (Lane(), ReadOnlyNumpy()),
     "strict": (Strict(), Strictest()),
@@ -197,7 +226,11 @@ LANES: dict[str, tuple[Lane, ...]] = {
     "jax": (Jax(), JaxJit()),
     "dask": (Dask(),),
     "cupy": (Cupy(),),
+    "cuda-host": (HostCuda(),),
 }
+
+EMULATED = {"cuda-host"}
+"""Lanes that run where they are asked for by name: they need a C++ compiler."""
 
 
 def reason_against(lane: Lane) -> str | None:

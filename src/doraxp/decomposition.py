@@ -136,7 +136,7 @@ def weight_norms(
 
     The expressions are those of `prepare` with B = 0, so that m / n is exactly 1 there.
     """
-    suspect = ~in_range(squares, weight.shape[-1], ops=ops)
+    suspect = ~ops.in_range(squares, weight.shape[-1])
     plain = Factors(weight, None, None, None)
     norm, _ = ops.guard(suspect, ops.xp.sqrt(squares), plain, squares.dtype, reduce)
     return norm
@@ -150,10 +150,3 @@ def inverse_norms(
     norm = weight_norms(weight, squares, ops=ops, reduce=reduce)
     invertible = ~(norm <= 1 / float(xp.finfo(norm.dtype).max))  # NaN too
     return xp.where(invertible, 1 / xp.where(invertible, norm, 1.0), 0.0)
-
-
-def in_range(squares: Array, terms: int, *, ops: Operations) -> Array:
-    """Say which sums of `terms` squares lost nothing to overflow or underflow (NaN: no)."""
-    info = ops.xp.finfo(squares.dtype)
-    floor = terms * float(info.smallest_normal) / float(info.eps)
-    return (squares > floor) & (squares < float("inf"))

@@ -37,7 +37,7 @@ from doraxp.adapted import (
     prepare_with_product,
     times,
 )
-from doraxp.backends import Factors, as_dtype, compute_dtype, operations
+from doraxp.backends import Factors, Operations, as_dtype, compute_dtype, operations
 from doraxp.decomposition import inverse_norms, weight_norms
 
 InitMethod: TypeAlias = Literal["kaiming", "gaussian"]
@@ -208,7 +208,7 @@ def forward(
     check_bias(weight, bias)
     remembered = check_previous(previous, weight, reduce)
     dtype = compute_dtype(weight, *adapter, xp=xp)
-    tokens, dropped, seen = _parts(x, dropout_mask, weight, config, dtype, xp=xp)
+    tokens, dropped, seen = _parts(x, dropout_mask, weight, config, dtype, ops=ops)
     base = None  # seen Wᵀ
     if prepared is not None:
         check_prepared(prepared, weight, adapter, config, ops=ops)
@@ -220,7 +220,7 @@ def forward(
     else:
         prepared = prepare(weight, adapter, config, previous=previous, reduce=remembered)
 
-    low_rank = dropped @ xp.matrix_transpose(prepared.factors.lora_a)  # L
+    low_rank = ops.product(dropped, xp.matrix_transpose(prepared.factors.lora_a))  # L
     wide_bias = None if bias is None else as_dtype(bias, dtype, xp=xp)
     low_rank, z, y = outputs(seen, base, dropped, low_rank, prepared, wide_bias, ops=ops)
     if seen is not tokens:
@@ -297,32 +297,34 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     check_prepared(prepared, weight, prepared.adapter, prepared.config, ops=ops)
     dtype = gain.dtype
 
-    d = as_tokens(dy, weight, dtype, xp=xp)  # (*stack, tokens, out)
-    tokens, dropped, seen = _parts(x, dropout_mask, weight, prepared.config, dtype, xp=xp)
+    narrow = dtype if dropout_mask is not None else ops.operand_dtype(dy, weight, dtype)
+    d = as_tokens(dy, weight, narrow, xp=xp)  # (*stack, tokens, out)
+    tokens, dropped, seen = _parts(x, dropout_mask, weight, prepared.config, dtype, ops=ops)
     count = d.shape[-2]
-    dm = ops.over_norm(ops.token_dot(d, z), norm)  # e / n
+    exact = prepared.config.norm_gradient == "exact"
+    room, total = prepared.config.rank if exact else 0, train_base and bias is not None
+    dz, e, dbias = ops.scale_and_sum(d, z, gain, room, total=total)
+    dm = ops.over_norm(e, norm)
     # q = −p / n is not formed: it overflows where n is tiny, q⊙V does not.
     p = gain * dm
-    pull = None  # (q⊙(s B))ᵀ, (rank, out)
-    if prepared.config.norm_gradient == "exact":
-        pull = xp.matrix_transpose(ops.over_norm(-p[..., None] * scaled_b, norm))
+    dlow = ops.product(dz, scaled_b)  # (tokens, rank)
+    da = ops.product(xp.matrix_transpose(dlow), dropped)  # (rank, in)
+    db = ops.product(xp.matrix_transpose(dz), low_rank)  # (out, rank)
+    dweight = ops.product(xp.matrix_transpose(dz), seen) if train_base else None  # (out, in)
 
-    # The norm's part of dA is a product with V too: in one with dx it costs little.
-    rows = ops.scale_and_append(d, gain, pull)  # dz, and pull below
-    product = times(rows, prepared, ops=ops)
-    dz, dx = rows[..., :count, :], product[..., :count, :]
-    dlow = dz @ scaled_b  # (tokens, rank)
-    da = xp.matrix_transpose(dlow) @ dropped  # (rank, in)
-    db = xp.matrix_transpose(dz) @ low_rank  # (out, rank)
-    dweight = xp.matrix_transpose(dz) @ seen if train_base else None  # (out, in)
-    if pull is not None:
+    rows = dz
+    if exact:  # The norm's part of dA is a product with V too: in one with dx it costs little.
+        pull = ops.over_norm(-p[..., None] * scaled_b, norm)  # q⊙(s B), (out, rank)
+        rows = ops.append(dz, xp.matrix_transpose(pull))
+    product = times(rows, prepared, ops=ops)  # writes to dz
+    dx = product[..., :count, :]
+    if exact:
         da += product[..., count:, :]
         db -= p[..., None] * prepared.unit_projection
         if dweight is not None:
             dweight -= p[..., None] * ops.over_norm(ops.form(prepared.factors, dtype), norm)
     db *= prepared.config.scaling
 
-    dbias = None
     if train_base:
         if row_scale is not None:
             unit = row_scale[..., None] * as_dtype(weight, dtype, xp=xp)  # D
@@ -330,7 +332,6 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
             dweight = row_scale[..., None] * (dweight - along[..., None] * unit)
         if seen is not tokens:
             dweight += xp.matrix_transpose(d) @ (tokens - seen)
-        dbias = xp.sum(d, axis=-2) if bias is not None else None
     if dropout_mask is not None:
         mask = as_tokens(dropout_mask, weight, dtype, xp=xp)
         if seen is not tokens:
@@ -464,14 +465,16 @@ def as_tokens(x: Array, weight: Array, dtype: Any, *, xp: Any) -> Array:
 
 
 def _parts(
-    x: Array, mask: Array | None, weight: Array, config: Config, dtype: Any, *, xp: Any
+    x: Array, mask: Array | None, weight: Array, config: Config, dtype: Any, *, ops: Operations
 ) -> tuple[Array, Array, Array]:
     """Return x, x~ = mask⊙x, and the one of them that ρ⊙W in V sees: (*stack, tokens, in).
 
     Without a mask all three are one array.
     """
-    tokens = as_tokens(x, weight, dtype, xp=xp)
+    xp = ops.xp
     if mask is None:
+        tokens = as_tokens(x, weight, ops.operand_dtype(x, weight, dtype), xp=xp)
         return tokens, tokens, tokens
+    tokens = as_tokens(x, weight, dtype, xp=xp)
     dropped = as_tokens(mask, weight, dtype, xp=xp) * tokens
     return tokens, dropped, dropped if config.dropout == "input" else tokens

@@ -266,12 +266,22 @@ def adamw_step(
     rates = per_leaf("learning_rate", learning_rate, params, ops=ops)
     decays = per_leaf("weight_decay", weight_decay, params, spared="magnitude", ops=ops)
     step = _count_of(state, ops=ops) + 1
-    stepped, first, second = {}, {}, {}
-    for path, arrays in leaves.items():
-        p, g, mu, nu, rate, decay = _wide(*arrays, rates[path], decays[path], xp=xp)
-        least = float(xp.finfo(p.dtype).smallest_normal)
+    for leaf, *_ in leaves.values():
+        dtype = compute_dtype(leaf, xp=xp)
+        least = float(xp.finfo(dtype).smallest_normal)
         if eps < least:  # it would vanish, and 0/0 be NaN where a gradient is 0
-            raise ValueError(f"eps must be at least {least} in {p.dtype}, got {eps}")
+            name = "float64" if dtype == xp.float64 else "float32"
+            raise ValueError(f"eps must be at least {least} in {name}, got {eps}")
+    stepped, first, second, fused = {}, {}, {}, None
+    if isinstance(step, int):
+        corrections = (_bias_correction(beta, step, None, xp=xp) for beta in (beta1, beta2))
+        numbers = beta1, 1 - beta1, beta2, 1 - beta2, eps, *corrections
+        fused = ops.adamw(leaves, rates, decays, numbers)
+    for path, arrays in leaves.items():
+        if fused is not None:
+            stepped[path], first[path], second[path] = fused[path]
+            continue
+        p, g, mu, nu, rate, decay = _wide(*arrays, rates[path], decays[path], xp=xp)
         mu = beta1 * mu + (1 - beta1) * g
         nu = beta2 * nu + (1 - beta2) * (g * g)
         mean = mu / _bias_correction(beta1, step, p.dtype, xp=xp)

@@ -18,7 +18,7 @@ import numpy as np
 
 from doraxp._types import Array
 from doraxp.backends import _cupy
-from doraxp.backends._cupy import CupyOperations
+from doraxp.backends._cupy import CupyOperations, reduced_precision
 from doraxp.backends._generic import Factors, Operations
 from doraxp.backends._numpy import NumpyOperations
 from doraxp.backends._torch import TorchOperations
@@ -31,6 +31,7 @@ __all__ = [
     "available",
     "compute_dtype",
     "operations",
+    "reduced_precision",
 ]
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -122,7 +123,7 @@ def operations(*, bias: Array | None = None, **arrays: Array) -> Operations:
         One is no array, two are of different libraries, or a dtype is not one of float16,
         bfloat16, float32 and float64.
     ValueError
-        Two are on different devices.
+        Two are on different devices, or CuPy's are on another than its current one.
     """
     given = arrays if bias is None else {**arrays, "bias": bias}
     if any(type(array) is not np.ndarray for array in given.values()):
@@ -133,7 +134,9 @@ def operations(*, bias: Array | None = None, **arrays: Array) -> Operations:
     for name, array in given.items():
         if _dtype_name(array.dtype) not in _DTYPES:
             raise TypeError(f"{name} must be of dtype {', '.join(_DTYPES)}, got {array.dtype}")
-    return _operations_of(xp)
+    ops = _operations_of(xp)
+    ops.check_current(*next(iter(given.items())))
+    return ops
 
 
 def _one_library(given: dict[str, Array]) -> Any:

@@ -45,9 +45,19 @@ class Operations:
             return False
         return "cpu" in str(array_api_compat.device(array)).lower()
 
+    def check_current(self, name: str, array: Array) -> None:
+        """Refuse an array that is on another device than the one that work goes to."""
+
     def detached(self, array: Array) -> Array:
         """Return `array` outside of any graph that its library records for gradients."""
         return array
+
+    def operand_dtype(self, array: Array, weight: Array, dtype: Any) -> Any:
+        """Return the dtype in which x or dy goes into products: here `dtype`, the compute dtype.
+
+        Its own, where products of it and the weight come out in the compute dtype.
+        """
+        return dtype
 
     # Products with the frozen weight
 
@@ -73,6 +83,10 @@ class Operations:
 
     # What comes before and after these products
 
+    def product(self, left: Array, right: Array) -> Array:
+        """Return left right in the compute dtype; one may be an x or dy in its own."""
+        return left @ right
+
     def accumulate(self, total: Array, left: Array, right: Array) -> Array:
         """Return total + left right; `total` (*stack, tokens, k) may be written to."""
         total += left @ right
@@ -96,14 +110,42 @@ class Operations:
             y += bias[..., None, :]
         return z, y
 
-    def scale_and_append(self, d: Array, gain: Array, rows: Array | None) -> Array:
-        """Return g⊙d, and `rows` below it: (*stack, tokens, out), (*stack, rank, out)."""
-        scaled = gain[..., None, :] * d
-        return scaled if rows is None else self.xp.concat([scaled, rows], axis=-2)
+    def outputs(
+        self, x: Array, base: Array | None, factors: Factors, low_rank: Array, formed: Any,
+        gain: Array, bias: Array | None,
+    ) -> tuple[Array, Array]:  # fmt: skip
+        """Return z = x Vᵀ = ρ⊙(x Wᵀ) + L (s B)ᵀ and y = g⊙z + bias: (*stack, tokens, out).
 
-    def token_dot(self, a: Array, b: Array) -> Array:
-        """Return Σ_tokens a⊙b: twice (*stack, tokens, out) -> (*stack, out)."""
-        return self.xp.sum(a * b, axis=-2)
+        `base` is x Wᵀ where that is known, `low_rank` is L, `formed` is what `guard` returned.
+        """
+        weight, _, scaled_b, row_scale = factors
+        update = low_rank, scaled_b
+
+        def product() -> Array:
+            return self.times_transposed(x, weight, gain.dtype) if base is None else base
+
+        def factored(_: Array) -> Array:
+            return self.scale_and_shift(product(), row_scale, update, gain, None)[0]
+
+        if formed is None:
+            return self.scale_and_shift(product(), row_scale, update, gain, bias)
+        z = self.guarded_times_transposed(formed, x, factored)
+        return self.scale_and_shift(z, None, None, gain, bias)
+
+    def scale_and_sum(
+        self, d: Array, z: Array, gain: Array, room: int, *, total: bool = False
+    ) -> tuple[Array, Array, Array | None]:
+        """Return g⊙d, Σ_tokens d⊙z and with `total` Σ_tokens d; d, z (*stack, tokens, out).
+
+        Below g⊙d there may already be `room` rows for `append`.
+        """
+        xp = self.xp
+        totals = xp.sum(d, axis=-2) if total else None
+        return gain[..., None, :] * d, xp.sum(d * z, axis=-2), totals
+
+    def append(self, scaled: Array, rows: Array) -> Array:
+        """Return g⊙d from `scale_and_sum`, and `rows` (*stack, room, out) below it."""
+        return self.xp.concat([scaled, rows], axis=-2)
 
     def over_norm(self, values: Array, norm: Array) -> Array:
         """Return values / n by rows, 0 where n = 0, NaN where it is; values (*stack, out[, k])."""
@@ -111,6 +153,47 @@ class Operations:
         norm = xp.reshape(norm, (*norm.shape, *(1,) * (values.ndim - norm.ndim)))
         nonzero = norm != 0
         return xp.where(nonzero, values / xp.where(nonzero, norm, 1.0), 0.0)
+
+    # The norm
+
+    def in_range(self, squares: Array, terms: int) -> Array:
+        """Say which sums of `terms` squares lost nothing to overflow or underflow (NaN: no)."""
+        info = self.xp.finfo(squares.dtype)
+        floor = terms * float(info.smallest_normal) / float(info.eps)
+        return (squares > floor) & (squares < float("inf"))
+
+    def assemble(
+        self, u: Array, gram: Array, a_squares: Array, squares: Array, scaled_b: Array,
+        row_scale: Array | None, terms: int, cancellation: float,
+    ) -> tuple[Array, Array, Array]:  # fmt: skip
+        """Return n, V Aᵀ, and which rows of both may have lost digits.
+
+        ::
+
+            n² = ρ²⊙‖w‖² + 2 rowsum(s B⊙U) + rowsum((s B G)⊙s B)     U = ρ⊙(W Aᵀ)
+            V Aᵀ = U + s B G
+
+        u = W Aᵀ (*stack, out, rank), gram = G = A Aᵀ, a_squares = ‖A‖² (*stack,). Each sum is of
+        so many `terms`, and so is each row's share of ‖A‖². n² is trusted down to `cancellation`
+        of what it is the sum of.
+        """
+        xp = self.xp
+        base = squares
+        if row_scale is not None:
+            base = xp.astype(row_scale > 0, u.dtype)  # ρ²⊙‖w‖² is 1, and 0 for a row of zeros
+            u = row_scale[..., None] * u
+        bg = scaled_b @ gram  # (out, rank)
+        update = xp.sum(bg * scaled_b, axis=-1)  # ‖s(BA)ᵢ‖²
+        n2 = base + 2 * xp.sum(scaled_b * u, axis=-1) + update
+
+        # `update` cancels too, where A's rows are nearly dependent: compare with what it would be
+        # if they were orthogonal and alike.
+        mean_square = (a_squares / scaled_b.shape[-1])[..., None]
+        b_squares = xp.sum(scaled_b * scaled_b, axis=-1)  # (out,)
+        update = xp.maximum(update, b_squares * mean_square)
+        trusted = (n2 > cancellation * (base + update)) & self.in_range(n2, terms)
+        suspect = ~(trusted & (self.in_range(mean_square, terms) | (b_squares == 0)))
+        return xp.sqrt(xp.maximum(n2, xp.zeros_like(n2))), u + bg, suspect
 
     # V, formed
 
@@ -181,8 +264,23 @@ class Operations:
         return x @ self.xp.matrix_transpose(formed)
 
     def guarded_times(self, formed: Any, d: Array, factored: Callable[[Array], Array]) -> Array:
-        """Return d V; `factored` computes it for the rows of V that were not formed."""
+        """Return d V; `factored` computes it for the rows of V that were not formed.
+
+        `d` (*stack, tokens, out) may be written to.
+        """
         return d @ formed
+
+    # Optimizers
+
+    def adamw(
+        self, leaves: dict[str, tuple[Array, ...]], rates: dict[str, Any], decays: dict[str, Any],
+        numbers: tuple[Any, ...],
+    ) -> dict[str, tuple[Array, Array, Array]] | None:  # fmt: skip
+        """Return p, mu and nu by path after a step of AdamW; None to be asked leaf by leaf.
+
+        leaves: p, g, mu and nu by path; numbers: β₁, 1 − β₁, β₂, 1 − β₂, ε, 1 − β₁ᵗ, 1 − β₂ᵗ.
+        """
+        return None
 
     # A prepared norm must not outlive its adapter
 

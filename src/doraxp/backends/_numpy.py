@@ -114,18 +114,21 @@ class NumpyOperations(Operations):
                 shifted += bias[..., None, :]
         return z, y
 
-    def scale_and_append(self, d: Array, gain: Array, rows: Array | None) -> Array:
-        """Saves the copy that appending makes."""
-        tokens, added = d.shape[-2], 0 if rows is None else rows.shape[-2]
-        result = np.empty((*d.shape[:-2], tokens + added, d.shape[-1]), d.dtype)
-        np.multiply(gain[..., None, :], d, out=result[..., :tokens, :])
-        if rows is not None:
-            result[..., tokens:, :] = rows
-        return result
+    def scale_and_sum(
+        self, d: Array, z: Array, gain: Array, room: int, *, total: bool = False
+    ) -> tuple[Array, Array, Array | None]:
+        """Saves the (tokens, out) temporary d⊙z, and the copy that appending makes."""
+        tokens = d.shape[-2]
+        rows = np.empty((*d.shape[:-2], tokens + room, d.shape[-1]), d.dtype)
+        scaled = np.multiply(gain[..., None, :], d, out=rows[..., :tokens, :])
+        totals = d.sum(axis=-2) if total else None
+        return scaled, np.einsum("...to,...to->...o", d, z), totals
 
-    def token_dot(self, a: Array, b: Array) -> Array:
-        """Saves the (tokens, out) temporary a⊙b."""
-        return np.einsum("...to,...to->...o", a, b)
+    def append(self, scaled: Array, rows: Array) -> Array:
+        """Saves the copy: there is room in the array that `scaled` is the head of."""
+        whole: Array = scaled.base
+        whole[..., scaled.shape[-2] :, :] = rows
+        return whole
 
     def over_norm(self, values: Array, norm: Array) -> Array:
         """Saves two temporaries and half of the calls."""
@@ -190,12 +193,12 @@ class NumpyOperations(Operations):
         self, formed: tuple[FormedRows, ...], d: Array, factored: Callable[[Array], Array]
     ) -> Array:
         """Keep the formed columns of d out of the factored d V, and add their part."""
-        rest = d.copy()
+        parts = [d[element][..., rows] @ values for element, rows, values in formed]
         for element, rows, _ in formed:
-            rest[element][..., rows] = 0
-        result = factored(rest)
-        for element, rows, values in formed:
-            result[element][...] += d[element][..., rows] @ values
+            d[element][..., rows] = 0
+        result = factored(d)
+        for (element, _, _), part in zip(formed, parts, strict=True):
+            result[element][...] += part
         return result
 
 

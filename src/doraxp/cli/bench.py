@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import product
+from typing import Any
 
 from doraxp.backends import available
 from doraxp.cli._arguments import backend, integer, lacks, output
-from doraxp.cli._bench import curves, peft
+from doraxp.cli._bench import curves, gpu, peft
 from doraxp.cli._bench.cases import DTYPES, TASKS, Case
 from doraxp.cli._libraries import BACKENDS, versions
 from doraxp.cli._report import write_json
@@ -20,6 +22,12 @@ SUMMARY = (
     "installed: all in one process, checked for the same answers, ratios first."
 )
 DEFAULTS = ("numpy", "torch")
+DEFAULT_CASES: dict[str, list[Any]] = {
+    "shapes": [(4096, 4096)],
+    "tokens": [1, 512],
+    "rank": [16],
+    "dtype": ["float32"],
+}
 TOKENLESS = ("norm", "merge", "adamw")
 """Tasks that tokens make no difference to: done once for all."""
 
@@ -30,16 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shapes",
         type=shape,
         nargs="+",
-        default=[(4096, 4096)],
         metavar="OUTxIN",
         help="of the weight (default: 4096x4096)",
     )
-    for name, default, what in (("tokens", [1, 512], "in x"), ("rank", [16], "of the adapter")):
+    for name, what in (("tokens", "in x"), ("rank", "of the adapter")):
+        default = DEFAULT_CASES[name]
         parser.add_argument(
             f"--{name}",
             type=integer(1),
             nargs="+",
-            default=default,
             metavar="N",
             help=f"{what} (default: {' '.join(map(str, default))})",
         )
@@ -47,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=DTYPES,
         nargs="+",
-        default=["float32"],
         help="that the weight is stored in (default: float32)",
     )
     parser.add_argument(
@@ -56,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="{" + ",".join(BACKENDS) + "}",
         help="array library, repeatable; PEFT takes part where torch does and it is installed "
-        f"(default: those of {', '.join(DEFAULTS)} that are installed)",
+        f"(default: those of {', '.join(DEFAULTS)} that are installed); cupy by itself, and on "
+        "the cases of the docs where none are asked for",
     )
     parser.add_argument(
         "--tasks", choices=TASKS, nargs="+", default=list(TASKS), help="(default: all)"
@@ -100,7 +107,14 @@ def run(arguments: argparse.Namespace) -> int:
     from doraxp.cli._bench.measure import Measured, WrongAnswerError, measure
     from doraxp.cli._bench.report import figures, print_exponents, print_tables
 
-    jobs = list(dict.fromkeys(_sweeps(arguments) if arguments.curves else _jobs(arguments)))
+    asked = {name: getattr(arguments, name) for name in DEFAULT_CASES}
+    on_gpu = gpu.LIBRARY in (arguments.backend or ())
+    if on_gpu and set(arguments.backend) != {gpu.LIBRARY}:
+        return _refuse(f"--backend {gpu.LIBRARY} must be alone, got {arguments.backend}")
+    for name, value in DEFAULT_CASES.items():
+        setattr(arguments, name, asked[name] or value)
+    cases = gpu.suite() if on_gpu and not any(asked.values()) else _cases(arguments)
+    jobs = list(dict.fromkeys(_sweeps(arguments) if arguments.curves else _jobs(cases, arguments)))
     for case, _ in jobs:
         most = min(case.out, case.inner)
         if case.rank > most:
@@ -135,11 +149,17 @@ def run(arguments: argparse.Namespace) -> int:
         print_tables(results, console)
     console.print(f"Medians of {arguments.rounds} rounds; ± half the distance of the quartiles.")
     console.print("Threads: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+    if on_gpu:
+        console.print(f"Device: {gpu.device()['name']}")
     for name, reason in missing.items():
         console.print(f"Without {name}: {reason}", soft_wrap=True)
     if arguments.json is not None:
-        modules = dict.fromkeys(["numpy", *(name.lower() for name in libraries)])
+        took_part = dict.fromkeys([*libraries, *(one.library for one in results)])
+        names = [name.lower() for name in took_part]
+        modules = dict.fromkeys(["numpy", *names, *(["torch"] if "peft" in names else [])])
         head = {"versions": versions(*modules), "threads": counts, "missing": missing}
+        if on_gpu:
+            head["device"] = gpu.device()
         fitted = {name: curves.exponents(name, curve) for name, curve in found.items()}
         fits = {"exponents": fitted} if found else {}
         write_json(arguments.json, {**head, **fits, "results": figures(results)})
@@ -163,12 +183,20 @@ def threads() -> dict[str, int]:
     return counts if torch is None else {**counts, "torch": torch.get_num_threads()}
 
 
-def _jobs(arguments: argparse.Namespace) -> Iterator[tuple[Case, str]]:
+def _cases(arguments: argparse.Namespace) -> Iterator[Case]:
     for (out, inner), rank, dtype in product(arguments.shapes, arguments.rank, arguments.dtype):
         for tokens in arguments.tokens:
-            for task in arguments.tasks:
-                if task not in TOKENLESS or tokens == arguments.tokens[0]:
-                    yield Case(out, inner, tokens, rank, dtype), task
+            yield Case(out, inner, tokens, rank, dtype)
+
+
+def _jobs(cases: Iterable[Case], arguments: argparse.Namespace) -> Iterator[tuple[Case, str]]:
+    done = set()
+    for case in cases:
+        for task in arguments.tasks:
+            of_all = replace(case, tokens=1), task
+            if task not in TOKENLESS or of_all not in done:
+                yield case, task
+            done.add(of_all)
 
 
 def _base(arguments: argparse.Namespace) -> Case:

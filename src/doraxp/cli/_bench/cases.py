@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from array_api_compat import array_namespace
 
 from doraxp._types import Adapter, Array, Config
 
@@ -87,18 +88,19 @@ class Dense:
     bare: the layer without an adapter; exact, detached: DoRA by its norm gradient; LoRA.
     """
 
-    def __init__(self, case: Case) -> None:
-        weight, adapter, x, dy = draw(case)
+    def __init__(self, inputs: Inputs, scaling: float) -> None:
+        weight, adapter, x, dy = inputs
         self.weight, self.x, self.dy = (a.astype(np.float64) for a in (weight, x, dy))
         self.a, self.b, self.m = (leaf.astype(np.float64) for leaf in adapter)
-        self.b *= case.config.scaling
-        self.scaling = case.config.scaling
+        self.b *= scaling
+        self.scaling = scaling
+        self.xp = array_namespace(weight)
 
     def answers(self, task: str, kind: str) -> dict[str, Array]:
         """Return what a contestant's results must be, by name."""
         if task == "adamw":  # g = p, and the first step is p − η g / (|g| + ε)
             leaves = {"lora_a": self.a, "lora_b": self.b / self.scaling, "magnitude": self.m}
-            return {k: p - LEARNING_RATE * p / (np.abs(p) + 1e-8) for k, p in leaves.items()}
+            return {k: p - LEARNING_RATE * p / (abs(p) + 1e-8) for k, p in leaves.items()}
         if task == "norm":
             return {"W Aᵀ": self.weight @ self.a.T} if kind == "bare" else {"n": self.norm}
         acting = self.acting(kind)  # (out, in)
@@ -121,7 +123,7 @@ class Dense:
             return {}
         dv, dm = self.dacting, {}
         if kind != "LoRA":
-            gain, along = self.m / self.norm, np.vecdot(dv, self.v) / self.norm
+            gain, along = self.m / self.norm, self.xp.vecdot(dv, self.v) / self.norm
             dm = {"dm": along}
             if kind == "exact":
                 dv = dv - (along / self.norm)[:, None] * self.v
@@ -136,7 +138,7 @@ class Dense:
     @functools.cached_property
     def norm(self) -> Array:
         """n, (out,)."""
-        return np.sqrt(np.vecdot(self.v, self.v))
+        return self.xp.sqrt(self.xp.vecdot(self.v, self.v))
 
     @functools.cached_property
     def dacting(self) -> Array:

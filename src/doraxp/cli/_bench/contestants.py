@@ -38,6 +38,12 @@ class Contestant(NamedTuple):
     """Names what `call` returned, as `cases.Dense.answers` does."""
     reset: Callable[[], None] = lambda: None
     """Called before each call, untimed."""
+    seconds: Callable[[int], float] | None = None
+    """Returns the mean seconds of so many calls, where the host's clock is not the one to ask."""
+    peak: Callable[[], int] | None = None
+    """Returns the peak bytes of a call, where the memory is not the host's."""
+    tolerance: float | None = None
+    """Of answers that are stored wider than they are computed."""
 
 
 def contestants(task: str, case: Case, name: str) -> Iterator[Contestant]:
@@ -51,7 +57,12 @@ def contestants(task: str, case: Case, name: str) -> Iterator[Contestant]:
         compiled = lib.compiled(function)
         return Contestant(label, name, kind, lambda: lib.wait(compiled(*arrays)), answer)
 
-    return _ENTRIES[task](enter, inputs, case.config)
+    return entries(task, enter, inputs, case.config)
+
+
+def entries(task: str, enter: Any, inputs: Inputs, config: Config) -> Iterator[Any]:
+    """Yield what `enter` makes of each way to do a task: name, kind, function, arrays, answer."""
+    return _ENTRIES[task](enter, inputs, config)
 
 
 def _taken_over(inputs: Inputs, lib: Library) -> Inputs:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from doraxp._types import Array
-from doraxp.cli._bench import memory
-from doraxp.cli._bench.cases import Case, Dense
+from doraxp.cli._bench import gpu, memory
+from doraxp.cli._bench.cases import Case, Dense, draw
 from doraxp.cli._bench.contestants import Contestant
 from doraxp.cli._bench.entrants import entrants
 
@@ -80,7 +80,10 @@ def measure(
     on_part()
     times = time_all(present, rounds, on_part)
     names = [(entrant.library, entrant.name) for entrant in present]
-    peaks = child.submit(memory.peaks, task, case, names).result()
+    if present[0].peak is None:
+        peaks = child.submit(memory.peaks, task, case, names).result()
+    else:
+        peaks = [entrant.peak() if entrant.peak else None for entrant in present]
     on_part()
     return [
         Measured(case, task, entrant.name, entrant.library, entrant.kind, seconds, peak)
@@ -90,17 +93,20 @@ def measure(
 
 def check_all(task: str, case: Case, present: list[Contestant]) -> None:
     """Hold every contestant to the dense formulas; WrongAnswerError names the first that errs."""
-    dense = Dense(case)
+    on_gpu = any(entrant.library == gpu.LIBRARY for entrant in present)
+    dense = gpu.dense(case) if on_gpu else Dense(draw(case), case.config.scaling)
     truths = {kind: dense.answers(task, kind) for kind in {entrant.kind for entrant in present}}
     for entrant in present:
         entrant.reset()
         answer = entrant.answer(entrant.call())
         for name, truth in truths[entrant.kind].items():
-            _check(f"{task}, {entrant.library}, {entrant.name}: {name}", answer[name], truth)
+            what = f"{task}, {entrant.library}, {entrant.name}: {name}"
+            _check(what, answer[name], truth, entrant.tolerance)
 
 
-def _check(what: str, array: Array, truth: Array) -> None:
-    tolerance = TOLERANCES[str(array.dtype).rpartition(".")[-1]]
+def _check(what: str, array: Array, truth: Array, tolerance: float | None) -> None:
+    tolerance = tolerance or TOLERANCES[str(array.dtype).rpartition(".")[-1]]
+    truth = on_host(truth)
     error = np.max(np.abs(on_host(array) - truth)) / np.max(np.abs(truth))
     if not error <= tolerance:  # NaN too
         raise WrongAnswerError(f"{what} must be within {tolerance} of the dense one, got {error}")
@@ -112,6 +118,7 @@ def on_host(array: Array) -> Array:
         array = array.get()
     elif hasattr(array, "double"):  # PyTorch, whose bfloat16 NumPy does not take
         array = array.double()
+        array = array.cpu() if hasattr(array, "cpu") else array
     return np.asarray(array).astype(np.float64)
 
 
@@ -133,6 +140,8 @@ def time_all(
 
 def seconds_of(entrant: Contestant, repeats: int) -> float:
     """Return the mean seconds of a call, the release of its result included."""
+    if entrant.seconds is not None:
+        return entrant.seconds(repeats)
     total = 0.0
     for _ in range(repeats):
         entrant.reset()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import cycle
 from typing import Any, TypeAlias
 
 from doraxp._types import Adapter, Array, NormGradient
@@ -25,16 +26,57 @@ def why_not() -> str | None:
     return None if importlib.util.find_spec("peft") else "not installed: pip install peft"
 
 
-def contestants(task: str, case: Case) -> Iterator[Contestant]:
+def contestants(task: str, case: Case, *, device: str = "cpu") -> Iterator[Contestant]:
     """Yield PEFT's, or for adamw PyTorch's own."""
     if task == "adamw":  # in the compute dtype: in float16 the squares are 0
-        yield _adamw(Adapter(*map(library("torch").asarray, draw(case).adapter)))
+        leaves = map(library("torch").asarray, draw(case).adapter)
+        yield _adamw(Adapter(*(leaf.to(device) for leaf in leaves)))
         return
-    inputs = _tensors(draw(case))
+    inputs = _tensors(draw(case), device)
     for kind in ("DoRA", "LoRA") if task in ("forward", "step", "evaluation") else ("DoRA",):
         yield from _ENTRIES[task](
             kind, partial(layer_of, inputs, case, use_dora=kind == "DoRA"), inputs
         )
+
+
+def on_cuda(task: str, case: Case, sets: int) -> Iterator[Contestant]:
+    """Yield PEFT's own on the GPU, each going round so many sets of inputs."""
+    rows = [list(contestants(task, case, device="cuda")) for _ in range(sets)]
+    for of_all in zip(*rows, strict=True):
+        if "accelerated" not in of_all[0].name:
+            calls = cycle(of_all)
+            yield of_all[0]._replace(
+                call=lambda calls=calls: next(calls).call(),
+                seconds=partial(_cuda_seconds, calls),
+                peak=partial(_cuda_peak, calls),
+            )
+
+
+def _cuda_seconds(calls: Iterator[Contestant], repeats: int) -> float:
+    import torch
+
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for began, ended in events:  # a reset is not timed
+        entrant = next(calls)
+        entrant.reset()
+        began.record()
+        entrant.call()
+        ended.record()
+    torch.cuda.synchronize()
+    return float(sum(began.elapsed_time(ended) for began, ended in events)) / 1e3 / repeats
+
+
+def _cuda_peak(calls: Iterator[Contestant]) -> int:
+    import torch
+
+    entrant = next(calls)
+    entrant.reset()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = entrant.call()
+    peak = torch.cuda.max_memory_allocated() - before
+    del result
+    return int(peak)
 
 
 def layer_of(inputs: Inputs, case: Case, *, use_dora: bool) -> Any:
@@ -62,8 +104,10 @@ def layer_of(inputs: Inputs, case: Case, *, use_dora: bool) -> Any:
     return layer
 
 
-def _tensors(inputs: Inputs) -> Inputs:
-    asarray = library("torch").asarray
+def _tensors(inputs: Inputs, device: str) -> Inputs:
+    def asarray(array: Array) -> Any:
+        return library("torch").asarray(array).to(device)
+
     weight = asarray(inputs.weight)
     return Inputs(
         weight,

@@ -22,6 +22,8 @@ def ratios(one: Measured, task: list[Measured]) -> dict[str, Ratio | None]:
     """Return how a contestant compares with others of its task, as quartiles over the rounds."""
     own = "torch" if one.library == PEFT else one.library
     bare, own_bare = (_find(task, library, "bare") for library in ("numpy", own))
+    if own_bare is None and one.library == PEFT:  # on a GPU
+        own_bare = _find(task, "cupy", "bare")
     theirs = _find(task, PEFT, "detached")
     ours = one.library != PEFT and one.kind in ("exact", "detached")
     return {

@@ -1,0 +1,540 @@
+// The kernels of the CuPy backend, for NVRTC, and for any C++ compiler through tests/cuda_host.hpp.
+//
+//     W (out, in)   A (rank, in)   b = s B (out, rank)   ρ (out,) or null for 1   V = ρ⊙W + b A
+//     n = ‖V‖ by rows, (out,)      g = m / n             z = x Vᵀ, (tokens, out)
+//
+// Three types are defined from outside:
+//     S  storage: of the weight, x, dy and y         half_t, bf16_t, float or double
+//     C  compute: of all else                        float or double
+//     Z  of z and dz: C, or S where the caller asked for reduced precision
+//
+// Stacks: an element of the stack is one more index, `e` or gridDim.z; its arrays lie one after the
+// other. Bytes are those of device memory per element of the largest array, in bfloat16 and with
+// Z = C = float. No kernel adds with atomics: the order of every sum is fixed by the shapes.
+
+typedef long long index_t;
+
+struct half_t { unsigned short bits; };
+struct bf16_t { unsigned short bits; };
+
+__device__ inline float wide(float value) { return value; }
+__device__ inline double wide(double value) { return value; }
+__device__ inline float wide(bf16_t value) { return __uint_as_float((unsigned)value.bits << 16); }
+#ifdef DORAXP_HOST
+__device__ inline float wide(half_t value) { return host_half_to_float(value.bits); }
+#else
+__device__ inline float wide(half_t value) {
+    float result;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+    return result;
+}
+#endif
+
+// To the nearest, ties to even.
+template <typename T> __device__ inline T narrow(C value);
+template <> __device__ inline float narrow<float>(C value) { return (float)value; }
+template <> __device__ inline double narrow<double>(C value) { return (double)value; }
+#ifdef DORAXP_HOST
+template <> __device__ inline half_t narrow<half_t>(C value) { return {host_half(value)}; }
+template <> __device__ inline bf16_t narrow<bf16_t>(C value) { return {host_bf16(value)}; }
+#else
+template <> __device__ inline half_t narrow<half_t>(C value) {
+    half_t result;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"((float)value));
+    return result;
+}
+template <> __device__ inline bf16_t narrow<bf16_t>(C value) {
+    bf16_t result;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"((float)value));
+    return result;
+}
+#endif
+
+// A thread takes N neighbours at once: 16 bytes of S, and no fewer of the wider types.
+enum { N = 16 / sizeof(S), WARP = 32, WARPS = 4, THREADS = WARP * WARPS };
+
+template <typename T> struct alignas(16) Pack { T item[16 / sizeof(T)]; };
+
+__device__ inline bool aligned(const void* a, const void* b = 0, const void* c = 0,
+                               const void* d = 0) {
+    return (((size_t)a | (size_t)b | (size_t)c | (size_t)d) & 15) == 0;
+}
+
+// Load `count` ≤ N numbers, by 16 bytes where `packed`: then count is N and `from` is aligned.
+template <typename T> __device__ inline void load(const T* from, C* to, int count, bool packed) {
+    const int each = 16 / sizeof(T);
+    if (packed) {
+#pragma unroll
+        for (int k = 0; k < N / each; ++k) {
+            const Pack<T> pack = ((const Pack<T>*)from)[k];
+#pragma unroll
+            for (int j = 0; j < each; ++j) to[k * each + j] = wide(pack.item[j]);
+        }
+    } else {
+#pragma unroll
+        for (int j = 0; j < N; ++j) to[j] = j < count ? (C)wide(from[j]) : (C)0;
+    }
+}
+
+template <typename T> __device__ inline void store(T* to, const C* from, int count, bool packed) {
+    const int each = 16 / sizeof(T);
+    if (packed) {
+#pragma unroll
+        for (int k = 0; k < N / each; ++k) {
+            Pack<T> pack;
+#pragma unroll
+            for (int j = 0; j < each; ++j) pack.item[j] = narrow<T>(from[k * each + j]);
+            ((Pack<T>*)to)[k] = pack;
+        }
+    } else {
+#pragma unroll
+        for (int j = 0; j < N; ++j)
+            if (j < count) to[j] = narrow<T>(from[j]);
+    }
+}
+
+__device__ inline C warp_sum(C value) {
+#pragma unroll
+    for (int step = WARP / 2; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
+    return value;
+}
+
+// NaN wins, as in the array API's max.
+__device__ inline C larger(C a, C b) { return a > b || a != a ? a : b; }
+
+__device__ inline C warp_max(C value) {
+#pragma unroll
+    for (int step = WARP / 2; step > 0; step /= 2)
+        value = larger(value, __shfl_xor_sync(~0u, value, step));
+    return value;
+}
+
+// Over a block of THREADS: every thread gets the result.
+__device__ inline C block_sum(C value) {
+    __shared__ C of_warp[WARPS];
+    value = warp_sum(value);
+    __syncthreads();
+    if (threadIdx.x % WARP == 0) of_warp[threadIdx.x / WARP] = value;
+    __syncthreads();
+    C total = 0;
+    for (int w = 0; w < WARPS; ++w) total += of_warp[w];
+    return total;
+}
+
+__device__ inline C block_max(C value) {
+    __shared__ C of_warp[WARPS];
+    value = warp_max(value);
+    __syncthreads();
+    if (threadIdx.x % WARP == 0) of_warp[threadIdx.x / WARP] = value;
+    __syncthreads();
+    C most = of_warp[0];
+    for (int w = 1; w < WARPS; ++w) most = larger(most, of_warp[w]);
+    return most;
+}
+
+// ---------------------------------------------------------------- the two hot passes
+
+// z = ρ⊙base + update and y = g⊙z + bias.             grid (columns / (N THREADS), any, stack)
+// 4 (base) + 4 (update) + 4 (z) + 2 (y) = 14 bytes; where base is z already, 4 + 2 = 6.
+// `update` may be null for 0, `z` null where it is not wanted; z may be base.
+extern "C" __global__ void outputs(const Z* base, const Z* update, const C* row_scale,
+                                   const C* gain, const C* bias, Z* z, S* y, index_t tokens,
+                                   index_t out) {
+    const index_t column = ((index_t)blockIdx.x * blockDim.x + threadIdx.x) * N;
+    if (column >= out) return;
+    const bool packed = out % N == 0 && aligned(base, update, z, y);
+    const int count = out - column < N ? (int)(out - column) : N;
+    const index_t e = blockIdx.z, own = e * out + column;
+
+    const bool whole = out % N == 0 && aligned(gain, bias, row_scale);
+    C g[N], shift[N], scale[N];
+    load(gain + own, g, count, whole);
+    if (bias) load(bias + own, shift, count, whole);
+    if (row_scale) load(row_scale + own, scale, count, whole);
+    for (index_t t = blockIdx.y; t < tokens; t += gridDim.y) {
+        const index_t at = (e * tokens + t) * out + column;
+        C value[N], other[N];
+        load(base + at, value, count, packed);
+        if (update) load(update + at, other, count, packed);
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            if (row_scale) value[j] *= scale[j];
+            if (update) value[j] += other[j];
+        }
+        if (z) store(z + at, value, count, packed);
+#pragma unroll
+        for (int j = 0; j < N; ++j) value[j] = bias ? g[j] * value[j] + shift[j] : g[j] * value[j];
+        store(y + at, value, count, packed);
+    }
+}
+
+// dz = g⊙dy, and for each chunk of tokens the sums over it of dy⊙z and of dy.
+// 2 (dy) + 4 (z) + 4 (dz) = 10 bytes, and 4 / (tokens of a chunk) for each sum.
+// grid (columns / (N THREADS), chunks, stack); dz has `rows` ≥ tokens rows in each element, the
+// sums are (stack, chunks, out). `sum_dy` may be null.
+extern "C" __global__ void gradients(const S* __restrict__ dy, const Z* __restrict__ z,
+                                     const C* __restrict__ gain, Z* __restrict__ dz, C* sum_dyz,
+                                     C* sum_dy, index_t tokens, index_t rows, index_t out,
+                                     index_t per_chunk) {
+    const index_t column = ((index_t)blockIdx.x * blockDim.x + threadIdx.x) * N;
+    if (column >= out) return;
+    const bool packed = out % N == 0 && aligned(dy, z, dz);
+    const int count = out - column < N ? (int)(out - column) : N;
+    const index_t e = blockIdx.z;
+    const index_t first = blockIdx.y * per_chunk;
+    const index_t end = first + per_chunk < tokens ? first + per_chunk : tokens;
+
+    C g[N], along[N], total[N];
+    load(gain + e * out + column, g, count, out % N == 0 && aligned(gain));
+#pragma unroll
+    for (int j = 0; j < N; ++j) along[j] = total[j] = 0;
+#pragma unroll 4
+    for (index_t t = first; t < end; ++t) {
+        C d[N], value[N];
+        load(dy + (e * tokens + t) * out + column, d, count, packed);
+        load(z + (e * tokens + t) * out + column, value, count, packed);
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            along[j] += d[j] * value[j];
+            total[j] += d[j];
+            d[j] *= g[j];
+        }
+        store(dz + (e * rows + t) * out + column, d, count, packed);
+    }
+    const index_t at = (e * gridDim.y + blockIdx.y) * out + column;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+        if (j < count) sum_dyz[at + j] = along[j];
+        if (j < count && sum_dy) sum_dy[at + j] = total[j];
+    }
+}
+
+// The second stage: (stack, chunks, out) -> (stack, out).        grid (out / THREADS, 1, stack)
+extern "C" __global__ void sum_chunks(const C* partial, C* result, index_t chunks, index_t out) {
+    const index_t i = (index_t)blockIdx.x * blockDim.x + threadIdx.x, e = blockIdx.z;
+    if (i >= out) return;
+    C total = 0;
+    for (index_t c = 0; c < chunks; ++c) total += partial[(e * chunks + c) * out + i];
+    result[e * out + i] = total;
+}
+
+// ---------------------------------------------------------------- the norm
+
+// ‖wᵢ‖² by rows, a warp to each.             grid (rows / WARPS)             2 bytes of W
+extern "C" __global__ void row_squares(const S* weight, C* squares, index_t rows, index_t in) {
+    const index_t row = (index_t)blockIdx.x * WARPS + threadIdx.x / WARP;
+    if (row >= rows) return;
+    const bool packed = in % N == 0 && aligned(weight);
+    C value[N], sums[N];
+    for (int j = 0; j < N; ++j) sums[j] = 0;
+    for (index_t k = threadIdx.x % WARP * N; k < in; k += WARP * N) {
+        load(weight + row * in + k, value, in - k < N ? (int)(in - k) : N, packed);
+#pragma unroll
+        for (int j = 0; j < N; ++j) sums[j] += value[j] * value[j];
+    }
+    C total = 0;
+    for (int j = 0; j < N; ++j) total += sums[j];
+    total = warp_sum(total);
+    if (threadIdx.x % WARP == 0) squares[row] = total;
+}
+
+// n² = ρ²‖w‖² + 2 rowsum(b⊙u) + rowsum(b G⊙b), a warp to each row.         grid (rows / WARPS)
+// 4 (u) + 4 (b) + 4 (b G) + 4 (V Aᵀ) = 16 bytes of (out, rank).
+//
+// u = W Aᵀ; `norm` is √n², `projection` V Aᵀ = ρ⊙u + b G. A row is `suspect` where that sum may
+// have lost digits: n² is under `cancellation` of what it is the sum of, or squares are not within
+// floor..∞, `a_squares` = ‖A‖² by elements among them.
+extern "C" __global__ void assemble(const C* u, const C* b, const C* bg, const C* squares,
+                                    const C* row_scale, const C* a_squares, C* norm,
+                                    C* projection, unsigned char* suspect, index_t rows,
+                                    index_t out, index_t rank, C floor, C cancellation) {
+    const index_t row = (index_t)blockIdx.x * WARPS + threadIdx.x / WARP;
+    if (row >= rows) return;
+    const C scale = row_scale ? row_scale[row] : (C)1;
+    C along = 0, update = 0, b_squares = 0;
+    for (index_t r = threadIdx.x % WARP; r < rank; r += WARP) {
+        const C left = b[row * rank + r], right = bg[row * rank + r];
+        const C scaled = scale * u[row * rank + r];
+        projection[row * rank + r] = scaled + right;
+        along += left * scaled;
+        update += right * left;
+        b_squares += left * left;
+    }
+    along = warp_sum(along);
+    update = warp_sum(update);
+    b_squares = warp_sum(b_squares);
+    if (threadIdx.x % WARP != 0) return;
+
+    const C infinity = (C)__uint_as_float(0x7f800000u);
+    const C base = row_scale ? (scale > 0 ? (C)1 : (C)0) : squares[row];
+    const C n2 = base + 2 * along + update;
+    const C mean_square = a_squares[row / out] / (C)rank;
+    const C expected = larger(update, b_squares * mean_square);
+    const bool trusted = n2 > cancellation * (base + expected) && n2 > floor && n2 < infinity;
+    const bool regular = (mean_square > floor && mean_square < infinity) || b_squares == 0;
+    norm[row] = n2 < 0 ? (C)0 : sqrt(n2);
+    suspect[row] = !(trusted && regular);
+}
+
+// values / n by rows, 0 where n = 0, NaN where it is.       grid (size / THREADS)       8 bytes
+extern "C" __global__ void over_norm(const C* values, const C* norm, C* result, index_t size,
+                                     index_t per_row) {
+    const index_t i = (index_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= size) return;
+    const C n = norm[i / per_row];
+    result[i] = n != 0 ? values[i] / n : (C)0;
+}
+
+// ---------------------------------------------------------------- products in parts
+
+// a = Σ parts · 2^exponent by rows, a block to each.         grid (rows)   4 + 2 `parts` bytes
+// Each part is what S keeps of what the parts before it left: three of bfloat16 have all 24 bits
+// of a float. Where S has fewer exponents than C (`shrink` not null), a row is first brought to a
+// largest number in 2^13..2^14, and `shrink` gets what to multiply the product with afterwards.
+// `parts` is (parts, rows, columns).
+extern "C" __global__ void split(const C* a, S* parts, C* shrink, index_t rows, index_t columns,
+                                 int count) {
+    const index_t row = blockIdx.x;
+    C grow = 1;
+    if (shrink) {
+        C most = 0;
+        for (index_t k = threadIdx.x; k < columns; k += THREADS)
+            most = larger(most, fabs(a[row * columns + k]));
+        most = block_max(most);
+        int exponent = 0;
+        if (most > 0 && most < (C)__uint_as_float(0x7f800000u)) frexp(most, &exponent);
+        exponent = 14 - exponent;
+        exponent = exponent > 100 ? 100 : exponent < -100 ? -100 : exponent;
+        grow = ldexp((C)1, exponent);
+        if (threadIdx.x == 0) shrink[row] = ldexp((C)1, -exponent);
+    }
+    for (index_t k = threadIdx.x; k < columns; k += THREADS) {
+        C rest = grow * a[row * columns + k];
+        for (int p = 0; p < count; ++p) {
+            const S part = narrow<S>(rest);
+            parts[(p * rows + row) * columns + k] = part;
+            rest = rest - (C)wide(part);
+            if (rest != rest) rest = 0;  // infinity and NaN are whole in the first part
+        }
+    }
+}
+
+// ---------------------------------------------------------------- the guard
+
+// The rows that are suspect, in order, and how many. One block: grid (1).     1 byte of (out,)
+// `switches` gets {1, 1 if there are any else 0}, for products that add to what the guard wrote.
+extern "C" __global__ void list_suspects(const unsigned char* suspect, int* list, int* count,
+                                         C* switches, index_t rows) {
+    __shared__ int before[THREADS];
+    const index_t share = (rows + THREADS - 1) / THREADS;
+    const index_t first = threadIdx.x * share;
+    const index_t end = first + share < rows ? first + share : rows;
+    int own = 0;
+    for (index_t row = first; row < end; ++row) own += suspect[row] != 0;
+    before[threadIdx.x] = own;
+    __syncthreads();
+    int at = 0;
+    for (int t = 0; t < (int)threadIdx.x; ++t) at += before[t];
+    if (threadIdx.x == THREADS - 1) {
+        *count = at + own;
+        switches[0] = 1;
+        switches[1] = at + own > 0;
+    }
+    for (index_t row = first; row < end; ++row)
+        if (suspect[row]) list[at++] = (int)row;
+}
+
+// One number of V = ρ⊙W + b A; A is (stack, rank, in). `b` null for no update. In double: what is
+// left of a row that cancels shows every rounding on the way, and such rows are few.
+__device__ inline C formed(const S* weight, const C* a, const C* b, const C* row_scale, index_t row,
+                           index_t e, index_t k, index_t in, index_t rank) {
+    double value = wide(weight[row * in + k]);
+    if (row_scale) value *= row_scale[row];
+    for (index_t r = 0; b && r < rank; ++r)
+        value += (double)b[row * rank + r] * a[(e * rank + r) * in + k];
+    return (C)value;
+}
+
+// n of the listed rows, from V itself, without overflow or underflow.      grid (any), a row a block
+extern "C" __global__ void guard_norms(const int* list, const int* count, const S* weight,
+                                       const C* a, const C* b, const C* row_scale, C* norm,
+                                       index_t out, index_t in, index_t rank) {
+    for (int s = blockIdx.x; s < *count; s += gridDim.x) {
+        const index_t row = list[s], e = row / out;
+        C most = 0;
+        for (index_t k = threadIdx.x; k < in; k += THREADS)
+            most = larger(most, fabs(formed(weight, a, b, row_scale, row, e, k, in, rank)));
+        most = block_max(most);
+        const C unit = most > 0 ? most : (C)1;
+        C total = 0;
+        for (index_t k = threadIdx.x; k < in; k += THREADS) {
+            const C v = formed(weight, a, b, row_scale, row, e, k, in, rank) / unit;
+            total += v * v;
+        }
+        total = block_sum(total);
+        if (threadIdx.x == 0) norm[row] = most != most ? most : unit * sqrt(total);
+    }
+}
+
+enum { TILE = 8 };  // tokens that a thread works on at once, so that V is formed once for all
+
+__device__ inline C item(const void* array, index_t i, bool stored) {
+    return stored ? (C)wide(((const S*)array)[i]) : ((const C*)array)[i];
+}
+
+// z[:, i] = x Vᵢᵀ for the listed rows i, and y[:, i] = gᵢ z[:, i] + biasᵢ.    grid (any, tiles)
+// z is at z[e·z_element + t·z_token + i·z_row]; x and y are of S where `stored`, else of C. `y`
+// may be null.
+extern "C" __global__ void guard_outputs(const int* list, const int* count, const S* weight,
+                                         const C* a, const C* b, const C* row_scale, const void* x,
+                                         int stored, Z* z, index_t z_element, index_t z_token,
+                                         index_t z_row, void* y, const C* gain, const C* bias,
+                                         index_t tokens, index_t out, index_t in, index_t rank) {
+    for (int s = blockIdx.x; s < *count; s += gridDim.x) {
+        const index_t row = list[s], e = row / out, i = row % out;
+        for (index_t t0 = (index_t)blockIdx.y * TILE; t0 < tokens; t0 += (index_t)gridDim.y * TILE) {
+            C sums[TILE];
+            for (int j = 0; j < TILE; ++j) sums[j] = 0;
+            for (index_t k = threadIdx.x; k < in; k += THREADS) {
+                const C v = formed(weight, a, b, row_scale, row, e, k, in, rank);
+                for (int j = 0; j < TILE; ++j)
+                    if (t0 + j < tokens) sums[j] += item(x, (e * tokens + t0 + j) * in + k, stored) * v;
+            }
+            for (int j = 0; j < TILE; ++j) {
+                const C value = block_sum(sums[j]);
+                const index_t t = t0 + j;
+                if (threadIdx.x != 0 || t >= tokens) continue;
+                z[e * z_element + t * z_token + i * z_row] = narrow<Z>(value);
+                if (!y) continue;
+                const C result = bias ? gain[row] * value + bias[row] : gain[row] * value;
+                const index_t at = (e * tokens + t) * out + i;
+                if (stored) ((S*)y)[at] = narrow<S>(result);
+                else ((C*)y)[at] = result;
+            }
+        }
+    }
+}
+
+// result = Σ over the listed rows i of d[:, i] Vᵢ, and nothing where none is.
+// grid (in / THREADS, tiles, stack)
+extern "C" __global__ void guard_inputs(const int* list, const int* count, const S* weight,
+                                        const C* a, const C* b, const C* row_scale, const Z* d,
+                                        Z* result, index_t tokens, index_t out, index_t in,
+                                        index_t rank) {
+    const index_t k = (index_t)blockIdx.x * blockDim.x + threadIdx.x, e = blockIdx.z;
+    if (*count == 0 || k >= in) return;
+    for (index_t t0 = (index_t)blockIdx.y * TILE; t0 < tokens; t0 += (index_t)gridDim.y * TILE) {
+        C sums[TILE];
+        for (int j = 0; j < TILE; ++j) sums[j] = 0;
+        for (int s = 0; s < *count; ++s) {
+            const index_t row = list[s];
+            if (row / out != e) continue;
+            const C v = formed(weight, a, b, row_scale, row, e, k, in, rank);
+            for (int j = 0; j < TILE; ++j)
+                if (t0 + j < tokens) sums[j] += (C)wide(d[(e * tokens + t0 + j) * out + row % out]) * v;
+        }
+        for (int j = 0; j < TILE; ++j)
+            if (t0 + j < tokens) result[(e * tokens + t0 + j) * in + k] = narrow<Z>(sums[j]);
+    }
+}
+
+// d[:, i] = 0 for the listed rows i, so that no product with W meets them.      grid (any, any)
+extern "C" __global__ void guard_hide(const int* list, const int* count, Z* d, index_t tokens,
+                                      index_t out) {
+    for (int s = blockIdx.y; s < *count; s += gridDim.y) {
+        const index_t e = list[s] / out, i = list[s] % out;
+        for (index_t t = (index_t)blockIdx.x * blockDim.x + threadIdx.x; t < tokens;
+             t += (index_t)gridDim.x * blockDim.x)
+            d[(e * tokens + t) * out + i] = narrow<Z>(0);
+    }
+}
+
+// ---------------------------------------------------------------- merge and AdamW
+
+enum { ROWS = 4 };  // of W, that a thread works on at once: A is read once for all of them
+
+// W' = g⊙(ρ⊙W + b A).        2 (W) + 2 (W') = 4 bytes; A comes from the cache, out/ROWS times.
+// grid (in / (N THREADS), out / ROWS, stack)
+extern "C" __global__ void merge(const S* __restrict__ weight, const C* __restrict__ a,
+                                 const C* __restrict__ b, const C* __restrict__ row_scale,
+                                 const C* __restrict__ gain, S* __restrict__ merged, index_t out,
+                                 index_t in, index_t rank) {
+    const index_t k = ((index_t)blockIdx.x * blockDim.x + threadIdx.x) * N, e = blockIdx.z;
+    if (k >= in) return;
+    const bool packed = in % N == 0 && aligned(weight, a, merged);
+    const int count = in - k < N ? (int)(in - k) : N;
+    for (index_t i0 = (index_t)blockIdx.y * ROWS; i0 < out; i0 += (index_t)gridDim.y * ROWS) {
+        C update[ROWS][N];
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+            for (int j = 0; j < N; ++j) update[i][j] = 0;
+        for (index_t r = 0; r < rank; ++r) {
+            C right[N];
+            load(a + (e * rank + r) * in + k, right, count, packed);
+#pragma unroll
+            for (int i = 0; i < ROWS; ++i) {
+                const index_t row = i0 + i < out ? i0 + i : out - 1;
+                const C left = b[(e * out + row) * rank + r];
+#pragma unroll
+                for (int j = 0; j < N; ++j) update[i][j] += left * right[j];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i) {
+            if (i0 + i >= out) break;
+            const index_t row = e * out + i0 + i;
+            C value[N];
+            load(weight + row * in + k, value, count, packed);
+            const C scale = row_scale ? row_scale[row] : (C)1;
+#pragma unroll
+            for (int j = 0; j < N; ++j) value[j] = gain[row] * (scale * value[j] + update[i][j]);
+            store(merged + row * in + k, value, count, packed);
+        }
+    }
+}
+
+// What AdamW needs of a leaf; mirrored by the backend's table of 8-byte numbers.
+struct Leaf {
+    const void *p, *g;
+    const C *mu, *nu;
+    void* new_p;
+    C *new_mu, *new_nu;
+    index_t size, first_block, p_type, g_type;  // 0 half_t, 1 bf16_t, 2 float, 3 double
+    double rate, decay;
+};
+
+enum { LEAF_BLOCK = 4 * THREADS };  // numbers of a leaf that a block steps
+
+__device__ inline C typed(const void* array, index_t i, index_t type) {
+    if (type == 0) return (C)wide(((const half_t*)array)[i]);
+    if (type == 1) return (C)wide(((const bf16_t*)array)[i]);
+    return type == 2 ? (C)((const float*)array)[i] : (C)((const double*)array)[i];
+}
+
+// One step of AdamW for all leaves.        grid (Σ size / LEAF_BLOCK)
+// 16 (p, g, mu, nu) + 12 (p, mu, nu) = 28 bytes in float
+extern "C" __global__ void adamw(const Leaf* leaves, int count, C beta1, C rest1, C beta2, C rest2,
+                                 C eps, C correct1, C correct2) {
+    int low = 0, high = count - 1;
+    while (low < high) {  // the last leaf that begins at this block or before
+        const int middle = (low + high + 1) / 2;
+        if (leaves[middle].first_block <= (index_t)blockIdx.x) low = middle;
+        else high = middle - 1;
+    }
+    const Leaf leaf = leaves[low];
+    const index_t first = ((index_t)blockIdx.x - leaf.first_block) * LEAF_BLOCK;
+    for (index_t i = first + threadIdx.x; i < first + LEAF_BLOCK && i < leaf.size; i += THREADS) {
+        const C p = typed(leaf.p, i, leaf.p_type), g = typed(leaf.g, i, leaf.g_type);
+        const C mu = beta1 * leaf.mu[i] + rest1 * g;
+        const C nu = beta2 * leaf.nu[i] + rest2 * (g * g);
+        const C turn = (mu / correct1) / (sqrt(nu / correct2) + eps) + (C)leaf.decay * p;
+        const C stepped = p - (C)leaf.rate * turn;
+        leaf.new_mu[i] = mu;
+        leaf.new_nu[i] = nu;
+        if (leaf.p_type == 0) ((half_t*)leaf.new_p)[i] = narrow<half_t>(stepped);
+        else if (leaf.p_type == 1) ((bf16_t*)leaf.new_p)[i] = narrow<bf16_t>(stepped);
+        else if (leaf.p_type == 2) ((float*)leaf.new_p)[i] = (float)stepped;
+        else ((double*)leaf.new_p)[i] = (double)stepped;
+    }
+}

@@ -1,0 +1,177 @@
+// What CUDA gives a kernel, for a C++ compiler: each thread of a block is a fiber, which runs until
+// it meets a barrier. Blocks run one after the other.
+#pragma once
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstddef>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#define DORAXP_HOST
+#define __global__
+#define __device__
+#define __shared__ static  // blocks do not overlap
+
+struct Dim3 { unsigned x, y, z; };
+static Dim3 gridDim, blockDim, blockIdx, threadIdx;
+
+inline float __uint_as_float(unsigned bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// Round to nearest even in a format of `digits` explicit bits, by arithmetic in double.
+inline double host_round(double value, int digits, int least) {
+    if (!std::isfinite(value) || value == 0) return value;
+    int exponent;
+    std::frexp(value, &exponent);
+    const int unit = (exponent - 1 < least ? least : exponent - 1) - digits;
+    return std::ldexp(std::nearbyint(std::ldexp(value, -unit)), unit);
+}
+
+// Device code goes through float, as cvt has no double: two roundings of a double there.
+inline unsigned short host_bf16(double given) {
+    float value = (float)given;
+    if (std::isnan(value)) return 0x7fff;
+    const double rounded = host_round(value, 7, -126);
+    const float result = std::fabs(rounded) > 3.39e38 ? std::copysign(INFINITY, value) : (float)rounded;
+    unsigned bits;
+    std::memcpy(&bits, &result, sizeof bits);
+    return (unsigned short)(bits >> 16);
+}
+
+inline unsigned short host_half(double given) {
+    float value = (float)given;
+    const unsigned short sign = std::signbit(value) ? 0x8000 : 0;
+    if (std::isnan(value)) return 0x7fff;
+    const double rounded = std::fabs(host_round(value, 10, -14));
+    if (rounded > 65504) return sign | 0x7c00;
+    if (rounded < std::ldexp(1, -14)) return sign | (unsigned short)std::ldexp(rounded, 24);
+    int exponent;
+    const double fraction = std::frexp(rounded, &exponent);
+    const unsigned digits = (unsigned)std::ldexp(fraction, 11) - 1024;
+    return sign | (unsigned short)((exponent + 14) << 10 | digits);
+}
+
+inline float host_half_to_float(unsigned short bits) {
+    const int exponent = bits >> 10 & 31, digits = bits & 1023;
+    float value;
+    if (exponent == 31) value = digits ? NAN : INFINITY;
+    else if (exponent == 0) value = std::ldexp((float)digits, -24);
+    else value = std::ldexp((float)(digits + 1024), exponent - 25);
+    return bits & 0x8000 ? -value : value;
+}
+
+namespace host {
+struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack{new char[1 << 16]};
+    bool done = false;
+    int waits = 0;  // 0 no, 1 for its warp, 2 for its block
+};
+static std::vector<std::unique_ptr<Fiber>> fibers;
+static ucontext_t scheduler;
+static std::function<void()> body;
+static unsigned current;
+static double slots[1024];
+
+inline void enter() {
+    body();
+    fibers[current]->done = true;
+    swapcontext(&fibers[current]->context, &scheduler);
+}
+
+inline void wait(int kind) {
+    Fiber& fiber = *fibers[current];
+    fiber.waits = kind;
+    swapcontext(&fiber.context, &scheduler);
+}
+
+inline void release(unsigned first, unsigned end, int kind) {
+    for (unsigned i = first; i < end; ++i)
+        if (!fibers[i]->done && fibers[i]->waits != kind) return;
+    for (unsigned i = first; i < end; ++i) fibers[i]->waits = 0;
+}
+
+inline void run_block(unsigned threads) {
+    while (fibers.size() < threads) fibers.emplace_back(new Fiber);
+    for (unsigned i = 0; i < threads; ++i) {
+        Fiber& fiber = *fibers[i];
+        fiber.done = false;
+        fiber.waits = 0;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.get();
+        fiber.context.uc_stack.ss_size = 1 << 16;
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, enter, 0);
+    }
+    for (bool alive = true; alive;) {
+        alive = false;
+        for (unsigned i = 0; i < threads; ++i) {
+            Fiber& fiber = *fibers[i];
+            if (fiber.done || fiber.waits) continue;
+            current = i;
+            threadIdx = {i, 0, 0};
+            swapcontext(&scheduler, &fiber.context);
+        }
+        for (unsigned i = 0; i < threads; ++i) alive = alive || !fibers[i]->done;
+        for (unsigned w = 0; w < threads; w += 32) release(w, w + 32, 1);
+        release(0, threads, 2);
+    }
+}
+
+inline void launch(Dim3 grid, unsigned threads, std::function<void()> kernel) {
+    body = std::move(kernel);
+    gridDim = grid;
+    blockDim = {threads, 1, 1};
+    for (unsigned z = 0; z < grid.z; ++z)
+        for (unsigned y = 0; y < grid.y; ++y)
+            for (unsigned x = 0; x < grid.x; ++x) {
+                blockIdx = {x, y, z};
+                run_block(threads);
+            }
+}
+
+template <typename... A, std::size_t... I>
+void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
+    kernel(*(A*)arguments[I]...);
+}
+template <typename... A> void call(void (*kernel)(A...), void** arguments) {
+    call(kernel, arguments, std::index_sequence_for<A...>());
+}
+
+// What each parameter is: P pointer, q long long, i int, f float, d double.
+inline char code(const void*) { return 'P'; }
+inline char code(long long) { return 'q'; }
+inline char code(int) { return 'i'; }
+inline char code(float) { return 'f'; }
+inline char code(double) { return 'd'; }
+template <typename... A> const char* signature(void (*)(A...)) {
+    static const char codes[] = {code(A{})..., 0};
+    return codes;
+}
+}  // namespace host
+
+inline void __syncthreads() { host::wait(2); }
+
+template <typename T> inline T __shfl_xor_sync(unsigned, T value, int step) {
+    const unsigned own = host::current;
+    host::slots[own] = (double)value;
+    host::wait(1);
+    const T other = (T)host::slots[own ^ step];
+    host::wait(1);
+    return other;
+}
+
+// Makes `launch_NAME(x, y, z, threads, arguments)` of a kernel, and `signature_NAME()`.
+#define DORAXP_LAUNCHER(NAME)                                                             \
+    extern "C" const char* signature_##NAME() { return host::signature(NAME); }           \
+    extern "C" void launch_##NAME(unsigned x, unsigned y, unsigned z, unsigned threads,   \
+                                  void** arguments) {                                     \
+        host::launch({x, y, z}, threads, [=] { host::call(NAME, arguments); });           \
+    }

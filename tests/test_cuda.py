@@ -1,0 +1,199 @@
+"""How kernels and cuBLAS are called, on a CuPy that is made up: only its calls are looked at."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import types
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from doraxp.backends import _cuda
+from doraxp.backends._cuda import KERNELS, SOURCE, THREADS, Cuda, Types, layout
+
+KINDS = {2: np.float16, 14: ml_dtypes.bfloat16, 0: np.float32, 1: np.float64}
+"""cudaDataType, as CUDA's library_types.h has it."""
+
+
+class FakeBlas:
+    """cuBLAS's gemmEx on host pointers, column by column, and the modes of a handle."""
+
+    CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_64F, CUBLAS_COMPUTE_32F_FAST_TF32 = 68, 70, 77
+    CUBLAS_POINTER_MODE_HOST, CUBLAS_POINTER_MODE_DEVICE = 0, 1
+    CUBLAS_DEFAULT_MATH, CUBLAS_GEMM_DEFAULT = 0, -1
+
+    def __init__(self):
+        self.modes, self.within, self.fails = {"pointer": 0, "math": 3}, [], False
+
+    def getPointerMode(self, handle):  # noqa: N802
+        return self.modes["pointer"]
+
+    def setPointerMode(self, handle, mode):  # noqa: N802
+        self.modes["pointer"] = mode
+
+    def getMathMode(self, handle):  # noqa: N802
+        return self.modes["math"]
+
+    def setMathMode(self, handle, mode):  # noqa: N802
+        self.modes["math"] = mode
+
+    def gemmEx(  # noqa: N802
+        self, handle, first, second, m, n, k, alpha, a, a_kind, a_step, b, b_kind, b_step,
+        beta, c, c_kind, c_step, compute, algorithm,
+    ):  # fmt: skip
+        self.within.append((dict(self.modes), compute, algorithm))
+        if self.fails:
+            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+        scalar = ctypes.c_double if compute == 70 else ctypes.c_float
+        one, beta = (scalar.from_address(pointer).value for pointer in (alpha, beta))
+        assert one == 1
+        left = columns(a, a_kind, a_step, *((k, m) if first else (m, k)))
+        right = columns(b, b_kind, b_step, *((n, k) if second else (k, n)))
+        result = columns(c, c_kind, c_step, m, n)
+        left, right = (array.astype("float64") for array in (left, right))
+        product = (left.T if first else left) @ (right.T if second else right)
+        result[...] = product if beta == 0 else product + beta * result.astype("float64")
+
+
+def columns(pointer, kind, step, rows, count):
+    """Return the matrix at a pointer that lies column by column."""
+    assert step >= rows
+    dtype = np.dtype(KINDS[kind])
+    raw = (ctypes.c_char * (((count - 1) * step + rows) * dtype.itemsize)).from_address(pointer)
+    flat = np.frombuffer(raw, dtype)
+    return np.lib.stride_tricks.as_strided(
+        flat, (rows, count), (dtype.itemsize, step * dtype.itemsize)
+    )
+
+
+class OnDevice(np.ndarray):
+    """An array with CuPy's way to its pointer."""
+
+    @property
+    def data(self):
+        return types.SimpleNamespace(ptr=self.ctypes.data)
+
+
+def on_device(array):
+    return array.view(OnDevice)
+
+
+@pytest.fixture
+def blas(monkeypatch):
+    fake = FakeBlas()
+    names = ("CUDA_R_16F", "CUDA_R_16BF", "CUDA_R_32F", "CUDA_R_64F")
+    runtime = types.SimpleNamespace(**dict(zip(names, KINDS, strict=True)))
+    device = types.SimpleNamespace(get_cublas_handle=lambda: 1)
+    cupy = types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime, device=device))
+    modules = {"cupy": cupy, "cupy_backends.cuda.libs.cublas": fake}
+    monkeypatch.setattr(_cuda, "import_module", modules.__getitem__)
+    return fake
+
+
+def matrix(rng, shape, way, dtype):
+    """Return a matrix: whole, part of a wider one, or transposed."""
+    rows, width = shape
+    if way == "transposed":
+        return on_device(rng.standard_normal((width, rows)).astype(dtype)).T
+    if way == "transposed part":
+        return on_device(rng.standard_normal((width, rows + 3)).astype(dtype))[:, 1 : 1 + rows].T
+    wide = on_device(rng.standard_normal((rows, width + 3)).astype(dtype))
+    return wide[:, 1 : 1 + width] if way == "part" else wide[:, :width].copy()
+
+
+WAYS = ("whole", "part", "transposed", "transposed part")
+
+
+@pytest.mark.parametrize("left_way", WAYS)
+@pytest.mark.parametrize("right_way", WAYS)
+@pytest.mark.parametrize("shape", [(4, 5, 3), (1, 5, 3), (4, 1, 3), (4, 5, 1), (1, 1, 1)])
+@pytest.mark.parametrize("beta", [0.0, 1.0, "device"])
+def test_a_product_is_what_cublas_makes_of_the_call(blas, left_way, right_way, shape, beta):
+    m, k, n = shape
+    rng = np.random.default_rng(0)
+    left = matrix(rng, (m, k), left_way, "float32")
+    right = matrix(rng, (k, n), right_way, "float32")
+    out = on_device(rng.standard_normal((m, n)).astype("float32"))
+    expected = left.astype("float64") @ right + (0 if beta == 0 else out)
+    given = on_device(np.ones(2, "float32")) if beta == "device" else beta
+    Cuda().gemm(left, right, out, given)
+    np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-6)
+    ((modes, compute, algorithm),) = blas.within
+    assert modes == {"pointer": int(beta == "device"), "math": 0}
+    assert (compute, algorithm) == (68, -1)
+    assert blas.modes == {"pointer": 0, "math": 3}
+
+
+@pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16, "float32", "float64"])
+@pytest.mark.parametrize("tf32", [False, True])
+def test_sums_are_in_float32_and_tf32_is_asked_for(blas, dtype, tf32):
+    rng = np.random.default_rng(0)
+    left, right = matrix(rng, (4, 5), "whole", dtype), matrix(rng, (5, 3), "whole", dtype)
+    wide = "float64" if dtype == "float64" else "float32"
+    out = on_device(np.full((4, 3), np.nan, wide))
+    Cuda().gemm(left, right, out, 0.0, tf32=tf32)
+    np.testing.assert_allclose(out, left.astype("float64") @ right.astype("float64"), rtol=1e-5)
+    compute = {"float64": 70, "float32": 77 if tf32 else 68}.get(str(np.dtype(dtype)), 68)
+    assert blas.within[0][1] == compute
+
+
+def test_the_modes_of_the_handle_come_back_where_cublas_fails(blas):
+    blas.fails = True
+    one = on_device(np.ones((1, 1), "float32"))
+    with pytest.raises(RuntimeError, match="NOT_SUPPORTED"):
+        Cuda().gemm(one, one, one.copy(), on_device(np.ones(2, "float32")))
+    assert blas.modes == {"pointer": 0, "math": 3}
+
+
+def test_a_matrix_in_pieces_is_refused():
+    with pytest.raises(ValueError, match=r"unit stride along one axis, got \(48, 8\)"):
+        layout(np.ones((4, 12), "float32")[:, ::2])
+
+
+def test_a_kernel_is_built_once_and_given_null_pointers(monkeypatch):
+    built, calls = [], []
+
+    class Module:
+        def __init__(self, *, code, options):
+            assert code == SOURCE
+            built.append(options)
+
+        def get_function(self, name):
+            return lambda *call: calls.append((name, *call))
+
+    modules = {"cupy": types.SimpleNamespace(RawModule=Module)}
+    monkeypatch.setattr(_cuda, "import_module", modules.__getitem__)
+    for cached in (_cuda._kernel, _cuda._module):
+        cached.cache_clear()
+    kinds = Types("bfloat16", "float32", "float32")
+    for _ in range(2):
+        Cuda().launch("outputs", kinds, (1, 2, 3), None, np.int64(4))
+    assert built == [("-std=c++17", "-DS=bf16_t", "-DZ=float", "-DC=float")]
+    assert calls == [("outputs", (1, 2, 3), (THREADS,), (np.intp(0), np.int64(4)))] * 2
+    for cached in (_cuda._kernel, _cuda._module):
+        cached.cache_clear()
+
+
+def test_too_little_memory_is_the_librarys_own_error(monkeypatch):
+    """CuPy's names the bytes; what was computed before it is nobody's yet."""
+
+    def empty(shape, dtype):
+        raise MemoryError("Out of memory allocating 48 bytes (allocated so far: 0 bytes).")
+
+    modules = {"cupy": types.SimpleNamespace(empty=empty)}
+    monkeypatch.setattr(_cuda, "import_module", modules.__getitem__)
+    with pytest.raises(MemoryError, match="allocating 48 bytes"):
+        Cuda().empty((3, 4), "float32")
+
+
+def test_values_go_to_the_device_by_asarray(monkeypatch):
+    modules = {"cupy": types.SimpleNamespace(asarray=lambda values: ("device", values))}
+    monkeypatch.setattr(_cuda, "import_module", modules.__getitem__)
+    assert Cuda().upload(3) == ("device", 3)
+
+
+def test_the_list_of_kernels_is_that_of_the_source():
+    found = re.findall(r'extern "C" __global__ void (\w+)\(', SOURCE)
+    assert tuple(found) == KERNELS

@@ -1,0 +1,157 @@
+"""CuPy's own arrays over pointers to nothing: dispatch, shapes, dtypes, devices. No device needed.
+
+`nox -s cuda-compile` runs it with CuPy installed and no driver.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from doraxp import Adapter, Config, backends, forward, prepare
+from doraxp.backends import Factors, reduced_precision
+from doraxp.backends._cuda import Cuda
+from doraxp.backends._cupy import CupyOperations, Suspects
+
+DTYPES = ("float16", ml_dtypes.bfloat16, "float32", "float64")
+
+
+@pytest.fixture
+def array(cupy, monkeypatch):
+    monkeypatch.setattr(Cuda, "device", lambda _: 0)
+
+    def make(*shape, dtype="float32", device=0):
+        dtype = np.dtype(dtype)
+        size = max(1, int(np.prod(shape)) * dtype.itemsize)
+        memory = cupy.cuda.UnownedMemory(1 << 20, size, None, device)
+        return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
+
+    return make
+
+
+class Recorder:
+    """Takes launches and products down."""
+
+    device = staticmethod(lambda: 0)
+
+    def __init__(self, array):
+        self.array, self.calls = array, []
+
+    def empty(self, shape, dtype):
+        return self.array(*shape, dtype=dtype)
+
+    def launch(self, name, types, grid, *arguments):
+        assert all(0 < size < 2**16 for size in grid)
+        self.calls.append((name, types))
+
+    def gemm(self, left, right, out, beta, *, tf32=False):
+        assert left.shape[1] == right.shape[0]
+        assert out.shape == (left.shape[0], right.shape[1])
+        self.calls.append(("tf32" if tf32 else "gemm", str(left.dtype), str(out.dtype)))
+
+
+@pytest.fixture
+def ops(array):
+    return CupyOperations(backends.operations(x=array(1)).xp, Recorder(array))
+
+
+def test_cupy_arrays_get_its_operations(array):
+    assert type(backends.operations(x=array(3, 4))) is CupyOperations
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "lora_a", "lora_b", "magnitude", "bias"])
+def test_an_array_on_another_device_is_named(array, name):
+    given = {
+        "x": (3, 6), "weight": (7, 6), "lora_a": (2, 6), "lora_b": (7, 2), "magnitude": (7,),
+        "bias": (7,),
+    }  # fmt: skip
+    arrays = {key: array(*shape, device=int(key == name)) for key, shape in given.items()}
+    x, weight, *leaves, bias = arrays.values()
+    with pytest.raises(ValueError, match=rf"one device: .*{name}( is)? on <CUDA Device \d>"):
+        forward(x, weight, Adapter(*leaves), Config(2), bias=bias)
+
+
+def test_an_array_off_the_current_device_is_told_the_way(array):
+    message = r"weight is on CUDA device 1, but the current one is 0: use `with cupy.cuda.Device\(1"
+    with pytest.raises(ValueError, match=message):
+        backends.operations(weight=array(7, 6, device=1))
+
+
+def test_an_array_of_the_host_among_those_of_the_device_is_named(array):
+    leaves = array(2, 6), np.ones((7, 2), "float32"), array(7)
+    with pytest.raises(TypeError, match=r"weight is of cupy, lora_b of numpy"):
+        prepare(array(7, 6), Adapter(*leaves), Config(2))
+
+
+@pytest.mark.parametrize("dtype", ["int32", "complex64", "bool", "uint8"])
+def test_a_dtype_that_gpus_are_not_given_is_named(array, dtype):
+    with pytest.raises(TypeError, match=f"weight must be of dtype .*, got {dtype}"):
+        backends.operations(weight=array(7, 6, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stack", [(), (3,)])
+@pytest.mark.parametrize("reduced", [False, True])
+def test_x_and_dy_in_the_weights_dtype_are_not_cast(ops, array, monkeypatch, dtype, stack, reduced):
+    """Shapes and dtypes of both passes, and what is called."""
+    wide = "float64" if dtype == "float64" else "float32"
+    weight, x = array(*stack, 7, 6, dtype=dtype), array(*stack, 5, 6, dtype=dtype)
+    assert ops.operand_dtype(x, weight, wide) == np.dtype(dtype)
+    a, b = array(*stack, 2, 6, dtype=wide), array(*stack, 7, 2, dtype=wide)
+    vector, low_rank = array(*stack, 7, dtype=wide), array(*stack, 5, 2, dtype=wide)
+    found = Suspects(array(21), array(1), array(2, dtype=wide), Factors(weight, a, b, None))
+    # A float32 factor beside a half one is cast or split, which needs a device.
+    monkeypatch.setattr(
+        CupyOperations, "_multiply_two", lambda _, *given: ops.cuda.gemm(*given[:4])
+    )
+    with reduced_precision() if reduced else contextlib.nullcontext():
+        z, y = ops.outputs(x, None, found.factors, low_rank, found, vector, vector)
+        rows, e, _ = ops.scale_and_sum(array(*y.shape, dtype=dtype), z, vector, 2, total=True)
+    half = np.dtype(dtype).itemsize == 2
+    kind = np.dtype(dtype) if half and reduced else np.dtype(wide)
+    assert (z.shape, z.dtype) == ((*stack, 5, 7), kind)
+    assert (y.shape, y.dtype) == ((*stack, 5, 7), np.dtype(dtype))
+    assert (rows.shape, rows.dtype) == ((*stack, 5, 7), kind)
+    assert rows.base.shape == (*stack, 7, 7)
+    assert (e.shape, e.dtype) == ((*stack, 7), np.dtype(wide))
+    names = [name for name, *_ in ops.cuda.calls]
+    products = 2 * (3 if stack else 1)
+    assert names == ["gemm"] * products + [
+        "outputs", "guard_outputs", "gradients", "sum_chunks", "sum_chunks"
+    ]  # fmt: skip
+
+
+def test_the_norm_takes_one_launch_each(ops, array):
+    u, gram, b = array(7, 2), array(2, 2), array(7, 2)
+    norm, projection, suspect = ops.assemble(u, gram, array(), array(7), b, None, 6, 0.5)
+    assert (norm.shape, projection.shape) == ((7,), (7, 2))
+    assert suspect.dtype == bool
+    squares = ops.row_squares(array(7, 6, dtype="float16"), "float32")
+    assert (squares.shape, squares.dtype) == ((7,), np.float32)
+    assert ops.over_norm(array(7, 2), norm).shape == (7, 2)
+    factors = Factors(array(7, 6, dtype="float16"), array(2, 6), b, None)
+    _, found = ops.guard(suspect, norm, factors, "float32")
+    assert found.rows.shape == (7,)
+    merged = ops.merge(factors, array(7), "float32")
+    assert (merged.shape, merged.dtype) == ((7, 6), np.float16)
+    assert [name for name, *_ in ops.cuda.calls] == [
+        "gemm", "assemble", "row_squares", "over_norm", "list_suspects", "guard_norms", "merge"
+    ]  # fmt: skip
+
+
+def test_tf32_is_off_until_asked_for_and_off_again_after(ops, array):
+    left, right = array(5, 6), array(6, 7)
+    ops.product(left, right)
+
+    def fail():
+        with reduced_precision():
+            ops.product(left, right)
+            raise RuntimeError("on the way")
+
+    with pytest.raises(RuntimeError, match="on the way"):
+        fail()
+    ops.product(left, right)
+    assert [name for name, *_ in ops.cuda.calls] == ["gemm", "tf32", "gemm"]

@@ -1,0 +1,190 @@
+"""Each library's operations against the generic ones in float64, on shapes that meet every path.
+
+Rows that fill 16 bytes and rows that do not, arrays that begin where 16 bytes do and one number
+later, more tokens than one chunk, more columns than one block, stacks.
+"""
+
+from __future__ import annotations
+
+import array_api_compat.numpy
+import numpy as np
+import pytest
+
+from doraxp.backends import Factors, Operations, as_dtype, operations
+
+GENERIC = Operations(array_api_compat.numpy)
+SHAPES = {
+    "odd": ((), 5, 7, 6),
+    "full": ((), 70, 48, 64),
+    "wide": ((), 3, 1048, 24),
+    "long": ((), 3, 24, 1032),
+    "stack": ((2, 3), 34, 16, 24),
+    "one": ((), 1, 1, 1),
+}
+EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+
+@pytest.fixture(params=[0, 1], ids=["aligned", "misaligned"])
+def put(request, backend):
+    """Return a function that makes an array of the library, which may begin within 16 bytes."""
+
+    def array(values, dtype="float32"):
+        offset = request.param
+        flat = np.zeros(values.size + offset, np.float64)
+        flat[offset:] = values.reshape(-1)
+        stored = backend.asarray(flat.astype(backend_dtype(dtype)))[offset:]
+        return backend.namespace().reshape(stored, values.shape)
+
+    return array
+
+
+def backend_dtype(name):
+    if name != "bfloat16":
+        return name
+    import ml_dtypes
+
+    return ml_dtypes.bfloat16
+
+
+@pytest.fixture(params=SHAPES)
+def drawn(request):
+    stack, tokens, out, inner = SHAPES[request.param]
+    rank = min(3, out, inner)
+    rng = np.random.default_rng(len(request.param))
+    shapes = {
+        "weight": (out, inner), "x": (tokens, inner), "d": (tokens, out), "a": (rank, inner),
+        "b": (out, rank), "low_rank": (tokens, rank), "pull": (rank, out), "gain": (out,),
+        "bias": (out,),
+    }  # fmt: skip
+    values = {name: rng.standard_normal((*stack, *shape)) for name, shape in shapes.items()}
+    return {**values, "row_scale": rng.uniform(0.5, 2, (*stack, out))}
+
+
+def rounded(array):
+    """Return what a library stores, in float64."""
+    return None if array is None else np.asarray(array).astype("float64")
+
+
+def assert_near(actual, desired, rtol):
+    actual = np.asarray(actual).astype("float64")
+    assert actual.shape == desired.shape
+    np.testing.assert_allclose(actual, desired, rtol=0, atol=rtol * np.max(np.abs(desired)))
+
+
+@pytest.mark.dtypes("float16", "bfloat16", "float32", "float64")
+@pytest.mark.parametrize("form", ["weight", "direction"])
+class TestOperations:
+    @pytest.fixture
+    def given(self, backend, drawn, put, dtype, form):
+        """Return operations, arrays of the library, the same in float64, and a tolerance."""
+        wide = "float64" if dtype == "float64" else "float32"
+        stored = ("weight", "x", "d")
+        arrays = {n: put(v, dtype if n in stored else wide) for n, v in drawn.items()}
+        if form == "weight":
+            arrays["row_scale"] = None
+        ops = operations(**{n: a for n, a in arrays.items() if a is not None})
+        xp, compute = backend.namespace(), arrays["gain"].dtype
+        for name in ("x", "d"):
+            kind = ops.operand_dtype(arrays[name], arrays["weight"], compute)
+            arrays[name] = as_dtype(arrays[name], kind, xp=xp)
+        plain = {n: None if a is None else rounded(backend.numpy(a)) for n, a in arrays.items()}
+        return ops, arrays, plain, 1e-13 if dtype == "float64" else 4e-6
+
+    def factors(self, arrays):
+        return Factors(*(arrays[name] for name in ("weight", "a", "b", "row_scale")))
+
+    def test_forward(self, backend, given, dtype):
+        ops, arrays, plain, rtol = given
+        xp, kind = backend.namespace(), arrays["gain"].dtype
+        factors = self.factors(arrays)
+        none = xp.zeros(arrays["gain"].shape, dtype=xp.bool)
+        norm = arrays["gain"] * arrays["gain"] + 1
+        _, formed = ops.guard(none, norm, factors, kind)
+        names = ("low_rank", "gain", "bias")
+        low_rank, gain, bias = (arrays[name] for name in names)
+        if formed is not None:  # V whole knows one L only
+            low_rank = ops.product(arrays["x"], xp.matrix_transpose(arrays["a"]))
+            plain["low_rank"] = plain["x"] @ np.swapaxes(plain["a"], -1, -2)
+        z, y = ops.outputs(arrays["x"], None, factors, low_rank, formed, gain, bias)
+        low_rank, gain, bias = (plain[name] for name in names)
+        expected = GENERIC.outputs(
+            plain["x"], None, self.factors(plain), low_rank, None, gain, bias
+        )
+        assert_near(backend.numpy(z), expected[0], rtol)
+        assert_near(backend.numpy(y), expected[1], rtol + EPS.get(str(dtype), 0))
+
+    def test_backward(self, backend, given):
+        ops, arrays, plain, rtol = given
+        room = plain["pull"].shape[-2]
+        (z, d, gain), expected = (arrays[n] for n in ("d", "d", "gain")), []
+        z = as_dtype(z, gain.dtype, xp=backend.namespace())
+        scaled, *sums = ops.scale_and_sum(d, z, gain, room, total=True)
+        rows = ops.append(scaled, arrays["pull"])
+        scaled, *expected = GENERIC.scale_and_sum(
+            plain["d"], plain["d"], plain["gain"], room, total=True
+        )
+        expected = [GENERIC.append(scaled, plain["pull"]), *expected]
+        for actual, desired in zip([rows, *sums], expected, strict=True):
+            assert_near(backend.numpy(actual), desired, rtol)
+
+    def test_products_with_the_weight(self, backend, given):
+        ops, arrays, plain, rtol = given
+        kind = arrays["gain"].dtype
+        for name, keys in {
+            "times_transposed": ("x", "weight"),
+            "times": ("d", "weight"),
+            "project": ("weight", "a"),
+            "row_squares": ("weight",),
+        }.items():
+            actual = getattr(ops, name)(*(arrays[key] for key in keys), kind)
+            desired = getattr(GENERIC, name)(*(plain[key] for key in keys), np.float64)
+            assert actual.dtype == kind
+            assert_near(backend.numpy(actual), desired, rtol)
+
+    def test_norm_and_merge(self, backend, given, dtype):
+        ops, arrays, plain, rtol = given
+        xp, kind = backend.namespace(), arrays["gain"].dtype
+
+        def assembled(ops, arrays, xp, kind):
+            weight, a, b, row_scale = self.factors(arrays)
+            squares = ops.row_squares(weight, kind)
+            if row_scale is not None:
+                row_scale = 1 / xp.sqrt(squares)
+            gram = a @ xp.matrix_transpose(a)
+            rest = xp.sum(a * a, axis=(-2, -1)), squares, b, row_scale, weight.shape[-1], 0.5
+            return ops.assemble(ops.project(weight, a, kind), gram, *rest)
+
+        made = assembled(ops, arrays, xp, kind)
+        expected = assembled(GENERIC, plain, array_api_compat.numpy, np.float64)
+        np.testing.assert_array_equal(backend.numpy(made[2]), expected[2])
+        calm = ~expected[2]
+        assert_near(backend.numpy(made[0])[calm], expected[0][calm], 4 * rtol) if calm.any() else 0
+        assert_near(backend.numpy(made[1]), expected[1], rtol)
+        merged = ops.merge(self.factors(arrays), arrays["gain"], kind)
+        desired = GENERIC.merge(self.factors(plain), plain["gain"], np.float64)
+        assert merged.dtype == arrays["weight"].dtype
+        assert_near(backend.numpy(merged), desired, rtol + EPS.get(str(dtype), 0))
+
+    def test_the_guard(self, backend, given):
+        """Every second row is suspect; what the factored formulas give for it is not used."""
+        ops, arrays, plain, rtol = given
+        xp, kind = backend.namespace(), arrays["gain"].dtype
+        v = GENERIC.form(self.factors(plain), np.float64)
+        suspect = np.zeros(v.shape[:-1], bool)
+        suspect[..., ::2] = True
+        norm = xp.ones(v.shape[:-1], dtype=kind)
+        norm, formed = ops.guard(backend.asarray(suspect), norm, self.factors(arrays), kind)
+        lengths = np.sqrt((v * v).sum(axis=-1))
+        known = backend.numpy(norm)[suspect]
+        assert_near(known, lengths[suspect], rtol)
+        x, d = (as_dtype(arrays[name], kind, xp=xp) for name in ("x", "d"))
+        gone = backend.asarray(
+            np.where(suspect[..., None], np.nan, v).astype(str(norm.dtype).rpartition(".")[-1])
+        )
+        z = ops.guarded_times_transposed(formed, x, lambda x: x @ xp.matrix_transpose(gone))
+        assert_near(backend.numpy(z), plain["x"] @ np.swapaxes(v, -1, -2), rtol)
+        whole = backend.asarray(
+            np.where(suspect[..., None], 0, v).astype(backend.numpy(norm).dtype)
+        )
+        dx = ops.guarded_times(formed, d * xp.ones_like(d), lambda d: d @ whole)
+        assert_near(backend.numpy(dx), plain["d"] @ v, rtol)
