@@ -234,6 +234,48 @@ def test_an_adapter_that_changes_nothing_is_said_to(folders, capsys):
     assert merged.tobytes() == base["block.0.q.weight"].tobytes()
 
 
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize(
+    ("config", "head", "shared"),
+    [
+        ({"tie_word_embeddings": True}, False, True),
+        ({"text_config": {"tie_word_embeddings": True}}, False, True),
+        ({"architectures": ["GemmaForCausalLM"]}, False, True),  # its default, so not written
+        ({"architectures": ["BertModel"]}, False, False),
+        ({"architectures": ["AForCausalLM"], "tie_word_embeddings": False}, False, False),
+        ({"tie_word_embeddings": True}, True, False),
+    ],
+)
+@pytest.mark.parametrize("way", ["adapted", "replaced"])
+def test_an_embedding_that_is_the_output_head_too_is_said_to_be(
+    tmp_path, capsys, config, head, shared, way
+):
+    rng = np.random.default_rng(1)
+    base = {"model.layers.0.q.weight": draw(rng, 7, 5), EMBEDDING: draw(rng, 9, 5)}
+    (tmp_path / "base").mkdir()
+    heads = {"lm_head.weight": draw(rng, 9, 5)} if head else {}
+    save_file(base | heads, tmp_path / "base" / "model.safetensors")
+    write_json(tmp_path / "base" / "config.json", config)
+    write_adapter(tmp_path / "adapter", {"model.layers.0.q": (7, 5)})
+    prefix = "base_model.model.model.embed_tokens"
+    if way == "replaced":
+        added = {f"{prefix}.modules_to_save.weight": draw(rng, 9, 5)}
+    else:
+        names = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+        leaves = factors(rng, (5, 9))
+        added = {f"{prefix}.{name}": leaf for name, leaf in zip(names, leaves, strict=True)}
+    edit_adapter(tmp_path, add=added)
+    warning = (
+        f"doraxp merge: warning: {EMBEDDING} is the output head too: the merge changes both, "
+        "though the adapter was trained on the embedding alone\n"
+    )
+    for arguments in (("--dry-run",), ()):
+        assert merge(tmp_path, *arguments) == 0
+        assert capsys.readouterr().err == (warning if shared else "")
+
+
 def test_a_zero_row_stays_zero(tmp_path):
     rng = np.random.default_rng(1)
     base = {f"{path}.weight": draw(rng, *shape) for path, shape in SHAPES.items()}

@@ -45,6 +45,11 @@ class Merge(NamedTuple):
         """The bytes of all tensors that are written."""
         return sum(self.shard_size(name) for name in self.model.shards)
 
+    @property
+    def output_heads(self) -> list[str]:
+        """The embeddings that change and are the output head too, so that it changes with them."""
+        return sorted(self.model.output_heads() & self.tasks.keys())
+
 
 def plan_merge(
     base: str | os.PathLike[str], adapter: str | os.PathLike[str], options: Options
