@@ -224,6 +224,13 @@ def test_a_malformed_index_is_refused(files, capsys, name):
     assert_refused(files, capsys)
 
 
+@pytest.mark.parametrize("metadata", [[1], "text", 1], ids=str)
+def test_an_index_whose_metadata_is_no_object_is_refused(files, capsys, metadata):
+    path = files / "base" / "model.safetensors.index.json"
+    write_json(path, json.loads(path.read_bytes()) | {"metadata": metadata})
+    assert_refused(files, capsys)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_malformed_configuration_is_refused(files, capsys, name):
     path, content = files / "adapter" / "adapter_config.json", CONFIGS[name]

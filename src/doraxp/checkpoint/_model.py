@@ -103,6 +103,10 @@ def _indexed(path: Path, index: dict[str, Any]) -> dict[str, Reader]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path / INDEX}: must have a weight_map of names to files")
+    if not isinstance(index.get("metadata") or {}, dict):
+        raise CheckpointError(
+            f"{path / INDEX}: metadata must be an object, got {index['metadata']!r}"
+        )
     names: dict[str, set[str]] = {}
     for tensor, name in weight_map.items():
         if (
