@@ -755,6 +755,19 @@ def test_a_file_that_shrinks_is_no_end_of_the_world(folders):
     assert not (folder / "out").exists()
 
 
+def test_two_adapters_for_one_weight_are_refused(tmp_path, capsys):
+    rng = np.random.default_rng(1)
+    save_file({"block.q.weight": draw(rng, 7, 5)}, tmp_path / "base")
+    tensors = {}
+    for prefix in ("lora_unet", "lycoris"):
+        down, up, scale = factors(rng, (7, 5))
+        parts = {"lora_down.weight": down, "lora_up.weight": up, "dora_scale": scale[:, None]}
+        tensors |= {f"{prefix}_block_q.{part}": leaf for part, leaf in parts.items()}
+    save_file(tensors, tmp_path / "adapter")
+    message = "lora_unet_block_q and lycoris_block_q are both for block.q.weight"
+    assert message in refused(tmp_path, capsys)
+
+
 def test_a_square_weight_is_stored_as_the_flag_says(tmp_path):
     base = {"x.b.weight": draw(np.random.default_rng(1), 6, 6)}
     save_file(base, tmp_path / "base")
