@@ -276,6 +276,28 @@ def test_an_embedding_that_is_the_output_head_too_is_said_to_be(
         assert capsys.readouterr().err == (warning if shared else "")
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_verify_knows_how_coarse_the_smallest_numbers_are(tmp_path, dtype):
+    rng = np.random.default_rng(1)
+    scale = 2.0 * float(ml_dtypes.finfo(dtype).smallest_normal)
+    shape = (40, 30)
+    weight = (scale * draw(rng, *shape)).astype(dtype)
+    save_file({"block.0.q.weight": weight}, tmp_path / "base")
+    write_adapter(tmp_path / "adapter", {"block.0.q": shape})
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    small = {name: x * scale for name, x in tensors.items() if "lora_A" not in name}
+    edit_adapter(tmp_path, add=small)
+    assert merge(tmp_path, "--verify") == 0
+
+
+def test_a_tensor_of_no_elements_is_verified_in_another_dtype(tmp_path):
+    base = {f"{path}.weight": draw(np.random.default_rng(1), *s) for path, s in SHAPES.items()}
+    save_file(base | {"none": np.empty((5, 0), np.float32)}, tmp_path / "base")
+    write_adapter(tmp_path / "adapter")
+    assert merge(tmp_path, "--verify", "--dtype", "float16") == 0
+    assert load_file(tmp_path / "out")["none"].shape == (5, 0)
+
+
 def test_a_zero_row_stays_zero(tmp_path):
     rng = np.random.default_rng(1)
     base = {f"{path}.weight": draw(rng, *shape) for path, shape in SHAPES.items()}
