@@ -106,6 +106,8 @@ def run(arguments: argparse.Namespace) -> int:
         if case.rank > most:
             shape = f"{case.out}x{case.inner}"
             return _refuse(f"--rank must be in 1..{most} for {shape}, got {case.rank}")
+    if arguments.plot is not None and {task for _, task in jobs} == {"adamw"}:
+        return _refuse("--plot draws times over the bare product's, and adamw has none")
     libraries, missing = _libraries(arguments.backend)
     results: list[Measured] = []
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
