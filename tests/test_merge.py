@@ -94,6 +94,17 @@ def test_the_folders_other_files_come_along_but_no_other_weights(folders, capsys
         assert file.metadata() == {"format": "pt"}
 
 
+def test_what_tools_keep_in_hidden_folders_stays_behind(folders):
+    folder, _, _ = folders
+    old = folder / "base" / ".git" / "lfs" / "objects" / "5f3a"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"the old weights")
+    (folder / "base" / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    assert merge(folder) == 0
+    assert (folder / "out" / ".gitattributes").exists()
+    assert not (folder / "out" / ".git").exists()
+
+
 def test_a_single_file_is_merged_into_a_file(tmp_path):
     rng = np.random.default_rng(1)
     base = {f"{path}.weight": draw(rng, *shape) for path, shape in SHAPES.items()}
@@ -513,6 +524,18 @@ def test_out_is_replaced_only_by_force(folders, capsys):
     assert merge(folder, "--force") == 0
     assert_merged(load_folder(folder / "out"), base, adapter)
     assert not (folder / "out" / "mine").exists()
+
+
+def test_a_file_replaces_no_folder(tmp_path, capsys):
+    rng = np.random.default_rng(1)
+    base = {f"{path}.weight": draw(rng, *shape) for path, shape in SHAPES.items()}
+    save_file(base, tmp_path / "base")
+    write_adapter(tmp_path / "adapter")
+    (tmp_path / "out").mkdir()
+    assert merge(tmp_path, "--force") == 2
+    error = "OUT must be a file, as BASE is, but there is a folder"
+    assert error in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"]
 
 
 @pytest.mark.parametrize(

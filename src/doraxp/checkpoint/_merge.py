@@ -204,6 +204,8 @@ def _check_target(merge: Merge, out: Path, *, force: bool) -> None:
         raise CheckpointError(f"{out}: OUT must not be in BASE, {merge.model.path}")
     if any(path.is_relative_to(target) for path in (base, adapter)):
         raise CheckpointError(f"{out}: OUT must not hold what is merged")
+    if out.is_dir() and not merge.model.is_folder:
+        raise CheckpointError(f"{out}: OUT must be a file, as BASE is, but there is a folder")
     if out.exists() and not force:
         raise FileExistsError(f"{out}: already there; --force replaces it")
     if not out.parent.is_dir():

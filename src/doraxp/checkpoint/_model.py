@@ -83,6 +83,8 @@ def open_model(path: Path) -> Model:
     index = read_json(_inside(path, INDEX)) if (path / INDEX).is_file() else None
     if index is None:
         names = sorted(file.name for file in path.glob("*.safetensors"))
+        # A model of pickles: the reader refuses the first, and says why.
+        names = names or sorted(file.name for file in path.glob("pytorch_model*.bin"))[:1]
         if len(names) != 1:
             raise CheckpointError(
                 f"{path}: must have {INDEX} or one safetensors file, got {len(names)} of them"
@@ -91,7 +93,9 @@ def open_model(path: Path) -> Model:
     else:
         shards = _indexed(path, index)
     files = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
-    rest = [file for file in files if str(file) not in (*shards, INDEX)]
+    # Hidden folders are a tool's own, of the old weights: .git of git, .cache of the hub's client.
+    own = [file for file in files if not any(part.startswith(".") for part in file.parts[:-1])]
+    rest = [file for file in own if str(file) not in (*shards, INDEX)]
     weights = tuple(file for file in rest if file.suffix in _WEIGHTS)
     others = tuple(file for file in rest if file not in weights)
     for file in others:
