@@ -269,6 +269,12 @@ def test_a_rank_above_the_shape_is_refused(capsys):
     assert "--rank must be in 1..16 for 24x16, got 17" in capsys.readouterr().err
 
 
+def test_curves_need_a_shape_for_all_of_their_ranks(capsys):
+    assert bench("--curves") == 2
+    error = "--shapes must be at least 256x256 for the ranks of --curves, got 24x16"
+    assert error in capsys.readouterr().err
+
+
 def test_without_the_extra_it_says_how_to_get_it(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["bench"]) == 2
