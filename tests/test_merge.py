@@ -421,6 +421,24 @@ def test_a_merge_that_was_stopped_goes_on_where_it_was(folders, monkeypatch):
     assert not (folder / ".out.partial").exists()
 
 
+def test_an_interrupt_says_how_to_go_on(folders, capsys, monkeypatch):
+    folder, base, adapter = folders
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_merge, "merge_shard", interrupt)
+        assert merge(folder) == 130
+    expected = (
+        "doraxp merge: interrupted; the same command goes on from the shards that are finished, in "
+        ".out.partial\n"
+    )
+    assert capsys.readouterr().err == expected
+    assert merge(folder) == 0
+    assert_merged(load_folder(folder / "out"), base, adapter)
+
+
 def test_a_shard_that_was_not_finished_is_cleared_away(folders, monkeypatch):
     folder, base, adapter = folders
     left = folder / ".out.partial" / "0123.unfinished"

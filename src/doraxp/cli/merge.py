@@ -106,7 +106,16 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.dry_run:
             _print_plan(merge, console)
         else:
-            _print_changes(_merge(merge, arguments), console)
+            try:
+                changes = _merge(merge, arguments)
+            except KeyboardInterrupt:
+                print(
+                    "doraxp merge: interrupted; the same command goes on from the shards that are "
+                    f"finished, in .{arguments.out.name}.partial",
+                    file=sys.stderr,
+                )
+                raise
+            _print_changes(changes, console)
         _print_summary(merge, console)
     except (CheckpointError, OSError) as error:
         print(f"doraxp merge: error: {error}", file=sys.stderr)
