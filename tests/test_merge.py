@@ -421,6 +421,21 @@ def test_a_merge_that_was_stopped_goes_on_where_it_was(folders, monkeypatch):
     assert not (folder / ".out.partial").exists()
 
 
+@pytest.mark.parametrize("left", ["", "["])
+def test_a_shard_whose_notes_were_lost_is_merged_again(folders, monkeypatch, left):
+    folder, base, adapter = folders
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_merge, "_copy_others", fail)
+        assert merge(folder) == 2
+    (folder / ".out.partial" / "model-1.safetensors.json").write_text(left)  # as a power cut may
+    assert merge(folder, "--verify") == 0
+    assert_merged(load_folder(folder / "out"), base, adapter)
+
+
 def test_an_interrupt_says_how_to_go_on(folders, capsys, monkeypatch):
     folder, base, adapter = folders
 

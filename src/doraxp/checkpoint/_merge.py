@@ -180,10 +180,9 @@ def finish_shard(
     """Write a shard, unless it was finished before; return its changes."""
     done, notes = work / "model" / name, work / f"{name}.json"
     reader = merge.model.shards[name]
-    if done.exists():
+    changes = _noted(notes) if done.exists() else None
+    if changes is not None:
         on_bytes(merge.shard_size(name))
-        noted = json.loads(notes.read_bytes())
-        changes = {tensor: Change(*values) for tensor, values in noted.items()}
     else:
         # A name of its own: a worker that was thought dead may still write to the other.
         unfinished = work / f"{uuid.uuid4().hex}.unfinished"
@@ -195,6 +194,15 @@ def finish_shard(
     if verify:
         verify_shard(reader, done, merge.tasks, merge.adapters)
     return changes
+
+
+def _noted(notes: Path) -> dict[str, Change] | None:
+    """Return the changes of a finished shard; None where a power cut took them."""
+    try:
+        noted = json.loads(notes.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return {tensor: Change(*values) for tensor, values in noted.items()}
 
 
 def _check_target(merge: Merge, out: Path, *, force: bool) -> None:
