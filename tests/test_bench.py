@@ -114,6 +114,13 @@ def test_the_picture_of_the_ratios_is_saved(quick, tmp_path, capsys):
     assert "Picture: " in capsys.readouterr().out
 
 
+def test_a_picture_of_no_ratio_is_refused_before_anything_is_measured(tmp_path, capsys):
+    path = tmp_path / "ratios.png"
+    assert bench("--backend", "numpy", "--tasks", "adamw", "--plot", str(path)) == 2
+    assert "--plot draws times over the bare product's" in capsys.readouterr().err
+    assert not path.exists()
+
+
 def test_curves_are_measured_fitted_and_drawn(quick, tmp_path, capsys, monkeypatch):
     sweeps = {"tokens": (1, 2, 4, 8), "rank": (1, 2, 4), "size": (8, 16, 32)}
     monkeypatch.setattr(curves, "SWEEPS", sweeps)
@@ -183,7 +190,12 @@ def test_the_peak_is_what_the_call_adds(monkeypatch, tmp_path):
         ).result()
     assert bare == pytest.approx(2048 * 1024 * 4, rel=0.1)
     memory.return_what_is_freed()
-    monkeypatch.setattr(memory, "PROCESS", tmp_path)  # no Linux
+
+
+def test_elsewhere_than_on_linux_no_peak_is_known(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "PROCESS", tmp_path)
+    monkeypatch.delattr("ctypes.CDLL")  # on Windows CDLL(None) is an error
+    memory.return_what_is_freed()
     assert memory.peak_bytes(list, list) is None
 
 
@@ -255,6 +267,12 @@ def test_bad_arguments_are_refused(capsys, arguments, message):
 def test_a_rank_above_the_shape_is_refused(capsys):
     assert bench("--rank", "17") == 2
     assert "--rank must be in 1..16 for 24x16, got 17" in capsys.readouterr().err
+
+
+def test_curves_need_a_shape_for_all_of_their_ranks(capsys):
+    assert bench("--curves") == 2
+    error = "--shapes must be at least 256x256 for the ranks of --curves, got 24x16"
+    assert error in capsys.readouterr().err
 
 
 def test_without_the_extra_it_says_how_to_get_it(capsys, monkeypatch):

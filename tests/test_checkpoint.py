@@ -247,6 +247,13 @@ def test_nothing_is_overwritten_and_nothing_is_dropped(tmp_path, capsys):
     assert "also replaces lm_head.weight" in capsys.readouterr().err
 
 
+def test_the_folder_to_save_in_must_be_there(tmp_path):
+    path = tmp_path / "none" / "out"
+    with pytest.raises(FileNotFoundError) as raised:
+        save_adapters(path, layers())
+    assert str(raised.value) == f"{path.parent}: no such folder"
+
+
 def test_unequal_ranks_keep_their_patterns(tmp_path):
     own = layers()
     a, b, m = own["block.0.k"].adapter

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from doraxp.checkpoint import Options, load_adapters, plan_merge
+from doraxp.checkpoint import Options, load_adapters, open_model, plan_merge
 from doraxp.checkpoint._safetensors import CheckpointError, Reader
 from doraxp.cli import main
 
@@ -224,6 +224,13 @@ def test_a_malformed_index_is_refused(files, capsys, name):
     assert_refused(files, capsys)
 
 
+@pytest.mark.parametrize("metadata", [[1], "text", 1], ids=str)
+def test_an_index_whose_metadata_is_no_object_is_refused(files, capsys, metadata):
+    path = files / "base" / "model.safetensors.index.json"
+    write_json(path, json.loads(path.read_bytes()) | {"metadata": metadata})
+    assert_refused(files, capsys)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_malformed_configuration_is_refused(files, capsys, name):
     path, content = files / "adapter" / "adapter_config.json", CONFIGS[name]
@@ -263,6 +270,21 @@ def test_a_pickle_is_refused_with_the_way_to_convert_it(files, capsys, name):
     path = folder if name == "adapter_model.bin" else folder / name
     with pytest.raises(CheckpointError, match=r"safetensors\.torch\.save_file"):
         load_adapters(path)
+
+
+@pytest.mark.parametrize("path", ["", "pytorch_model.bin"])
+def test_a_base_that_is_a_pickle_is_refused_as_one(tmp_path, path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04" + bytes(8))
+    with pytest.raises(
+        CheckpointError, match=r"pytorch_model\.bin: a pickle file can run any code"
+    ):
+        open_model(tmp_path / path)
+
+
+def test_an_adapter_without_its_configuration_says_what_is_missing(files, capsys):
+    (files / "adapter" / "adapter_config.json").unlink()
+    assert main(["inspect", str(files / "adapter")]) == 2
+    assert "adapter_config.json: no such file" in capsys.readouterr().err
 
 
 def test_an_adapter_of_integers_is_refused(files, capsys):

@@ -94,6 +94,17 @@ def test_the_folders_other_files_come_along_but_no_other_weights(folders, capsys
         assert file.metadata() == {"format": "pt"}
 
 
+def test_what_tools_keep_in_hidden_folders_stays_behind(folders):
+    folder, _, _ = folders
+    old = folder / "base" / ".git" / "lfs" / "objects" / "5f3a"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"the old weights")
+    (folder / "base" / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    assert merge(folder) == 0
+    assert (folder / "out" / ".gitattributes").exists()
+    assert not (folder / "out" / ".git").exists()
+
+
 def test_a_single_file_is_merged_into_a_file(tmp_path):
     rng = np.random.default_rng(1)
     base = {f"{path}.weight": draw(rng, *shape) for path, shape in SHAPES.items()}
@@ -234,6 +245,70 @@ def test_an_adapter_that_changes_nothing_is_said_to(folders, capsys):
     assert merged.tobytes() == base["block.0.q.weight"].tobytes()
 
 
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize(
+    ("config", "head", "shared"),
+    [
+        ({"tie_word_embeddings": True}, False, True),
+        ({"text_config": {"tie_word_embeddings": True}}, False, True),
+        ({"architectures": ["GemmaForCausalLM"]}, False, True),  # its default, so not written
+        ({"architectures": ["BertModel"]}, False, False),
+        ({"architectures": ["AForCausalLM"], "tie_word_embeddings": False}, False, False),
+        ({"tie_word_embeddings": True}, True, False),
+    ],
+)
+@pytest.mark.parametrize("way", ["adapted", "replaced"])
+def test_an_embedding_that_is_the_output_head_too_is_said_to_be(
+    tmp_path, capsys, config, head, shared, way
+):
+    rng = np.random.default_rng(1)
+    base = {"model.layers.0.q.weight": draw(rng, 7, 5), EMBEDDING: draw(rng, 9, 5)}
+    (tmp_path / "base").mkdir()
+    heads = {"lm_head.weight": draw(rng, 9, 5)} if head else {}
+    save_file(base | heads, tmp_path / "base" / "model.safetensors")
+    write_json(tmp_path / "base" / "config.json", config)
+    write_adapter(tmp_path / "adapter", {"model.layers.0.q": (7, 5)})
+    prefix = "base_model.model.model.embed_tokens"
+    if way == "replaced":
+        added = {f"{prefix}.modules_to_save.weight": draw(rng, 9, 5)}
+    else:
+        names = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+        leaves = factors(rng, (5, 9))
+        added = {f"{prefix}.{name}": leaf for name, leaf in zip(names, leaves, strict=True)}
+    edit_adapter(tmp_path, add=added)
+    warning = (
+        f"doraxp merge: warning: {EMBEDDING} is the output head too: the merge changes both, "
+        "though the adapter was trained on the embedding alone\n"
+    )
+    for arguments in (("--dry-run",), ()):
+        assert merge(tmp_path, *arguments) == 0
+        assert capsys.readouterr().err == (warning if shared else "")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_verify_knows_how_coarse_the_smallest_numbers_are(tmp_path, dtype):
+    rng = np.random.default_rng(1)
+    scale = 2.0 * float(ml_dtypes.finfo(dtype).smallest_normal)
+    shape = (40, 30)
+    weight = (scale * draw(rng, *shape)).astype(dtype)
+    save_file({"block.0.q.weight": weight}, tmp_path / "base")
+    write_adapter(tmp_path / "adapter", {"block.0.q": shape})
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    small = {name: x * scale for name, x in tensors.items() if "lora_A" not in name}
+    edit_adapter(tmp_path, add=small)
+    assert merge(tmp_path, "--verify") == 0
+
+
+def test_a_tensor_of_no_elements_is_verified_in_another_dtype(tmp_path):
+    base = {f"{path}.weight": draw(np.random.default_rng(1), *s) for path, s in SHAPES.items()}
+    save_file(base | {"none": np.empty((5, 0), np.float32)}, tmp_path / "base")
+    write_adapter(tmp_path / "adapter")
+    assert merge(tmp_path, "--verify", "--dtype", "float16") == 0
+    assert load_file(tmp_path / "out")["none"].shape == (5, 0)
+
+
 def test_a_zero_row_stays_zero(tmp_path):
     rng = np.random.default_rng(1)
     base = {f"{path}.weight": draw(rng, *shape) for path, shape in SHAPES.items()}
@@ -346,6 +421,39 @@ def test_a_merge_that_was_stopped_goes_on_where_it_was(folders, monkeypatch):
     assert not (folder / ".out.partial").exists()
 
 
+@pytest.mark.parametrize("left", ["", "["])
+def test_a_shard_whose_notes_were_lost_is_merged_again(folders, monkeypatch, left):
+    folder, base, adapter = folders
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_merge, "_copy_others", fail)
+        assert merge(folder) == 2
+    (folder / ".out.partial" / "model-1.safetensors.json").write_text(left)  # as a power cut may
+    assert merge(folder, "--verify") == 0
+    assert_merged(load_folder(folder / "out"), base, adapter)
+
+
+def test_an_interrupt_says_how_to_go_on(folders, capsys, monkeypatch):
+    folder, base, adapter = folders
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_merge, "merge_shard", interrupt)
+        assert merge(folder) == 130
+    expected = (
+        "doraxp merge: interrupted; the same command goes on from the shards that are finished, in "
+        ".out.partial\n"
+    )
+    assert capsys.readouterr().err == expected
+    assert merge(folder) == 0
+    assert_merged(load_folder(folder / "out"), base, adapter)
+
+
 def test_a_shard_that_was_not_finished_is_cleared_away(folders, monkeypatch):
     folder, base, adapter = folders
     left = folder / ".out.partial" / "0123.unfinished"
@@ -449,6 +557,18 @@ def test_out_is_replaced_only_by_force(folders, capsys):
     assert merge(folder, "--force") == 0
     assert_merged(load_folder(folder / "out"), base, adapter)
     assert not (folder / "out" / "mine").exists()
+
+
+def test_a_file_replaces_no_folder(tmp_path, capsys):
+    rng = np.random.default_rng(1)
+    base = {f"{path}.weight": draw(rng, *shape) for path, shape in SHAPES.items()}
+    save_file(base, tmp_path / "base")
+    write_adapter(tmp_path / "adapter")
+    (tmp_path / "out").mkdir()
+    assert merge(tmp_path, "--force") == 2
+    error = "OUT must be a file, as BASE is, but there is a folder"
+    assert error in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"]
 
 
 @pytest.mark.parametrize(
@@ -711,6 +831,19 @@ def test_a_file_that_shrinks_is_no_end_of_the_world(folders):
     with pytest.raises(CheckpointError, match="became shorter"):
         run_merge(plan, folder / "out")
     assert not (folder / "out").exists()
+
+
+def test_two_adapters_for_one_weight_are_refused(tmp_path, capsys):
+    rng = np.random.default_rng(1)
+    save_file({"block.q.weight": draw(rng, 7, 5)}, tmp_path / "base")
+    tensors = {}
+    for prefix in ("lora_unet", "lycoris"):
+        down, up, scale = factors(rng, (7, 5))
+        parts = {"lora_down.weight": down, "lora_up.weight": up, "dora_scale": scale[:, None]}
+        tensors |= {f"{prefix}_block_q.{part}": leaf for part, leaf in parts.items()}
+    save_file(tensors, tmp_path / "adapter")
+    message = "lora_unet_block_q and lycoris_block_q are both for block.q.weight"
+    assert message in refused(tmp_path, capsys)
 
 
 def test_a_square_weight_is_stored_as_the_flag_says(tmp_path):

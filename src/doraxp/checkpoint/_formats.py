@@ -22,7 +22,6 @@ from doraxp.checkpoint._writers import to_mlx, to_peft
 TargetFormat: TypeAlias = Literal["peft", "mlx"]
 _FILES = ("adapter_model.safetensors", "adapters.safetensors")
 _WRITERS = {"peft": (_FILES[0], to_peft), "mlx": (_FILES[1], to_mlx)}
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def load_adapters(path: str | os.PathLike[str]) -> AdapterSet:
@@ -66,12 +65,6 @@ def _adapter_file(path: Path) -> Path:
         found = [path / name for name in _FILES if (path / name).is_file()]
         pickles = [path / name for name in ("adapter_model.bin",) if (path / name).is_file()]
         path = (found or pickles or [path / _FILES[0]])[0]
-    if path.suffix in _PICKLES:
-        raise CheckpointError(
-            f"{path}: a pickle file can run any code when it is read, so it is not: convert it "
-            "where you trust it, by safetensors.torch.save_file(torch.load(path, "
-            "weights_only=True), 'adapter_model.safetensors')"
-        )
     return path
 
 
@@ -95,6 +88,8 @@ def save_adapters(
     ------
     FileExistsError
         There is something at `path`.
+    FileNotFoundError
+        There is no folder to put it in.
     ValueError
         The format cannot hold such adapters, and why; nothing is written.
     """
@@ -110,6 +105,8 @@ def save_adapters(
     target = Path(path)
     if target.exists():
         raise FileExistsError(f"{target}: already there")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent}: no such folder")
     file, write = _WRITERS[format]
     tensors, config = write(adapters)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:

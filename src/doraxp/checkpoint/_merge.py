@@ -45,6 +45,11 @@ class Merge(NamedTuple):
         """The bytes of all tensors that are written."""
         return sum(self.shard_size(name) for name in self.model.shards)
 
+    @property
+    def output_heads(self) -> list[str]:
+        """The embeddings that change and are the output head too, so that it changes with them."""
+        return sorted(self.model.output_heads() & self.tasks.keys())
+
 
 def plan_merge(
     base: str | os.PathLike[str], adapter: str | os.PathLike[str], options: Options
@@ -175,10 +180,9 @@ def finish_shard(
     """Write a shard, unless it was finished before; return its changes."""
     done, notes = work / "model" / name, work / f"{name}.json"
     reader = merge.model.shards[name]
-    if done.exists():
+    changes = _noted(notes) if done.exists() else None
+    if changes is not None:
         on_bytes(merge.shard_size(name))
-        noted = json.loads(notes.read_bytes())
-        changes = {tensor: Change(*values) for tensor, values in noted.items()}
     else:
         # A name of its own: a worker that was thought dead may still write to the other.
         unfinished = work / f"{uuid.uuid4().hex}.unfinished"
@@ -192,6 +196,15 @@ def finish_shard(
     return changes
 
 
+def _noted(notes: Path) -> dict[str, Change] | None:
+    """Return the changes of a finished shard; None where a power cut took them."""
+    try:
+        noted = json.loads(notes.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return {tensor: Change(*values) for tensor, values in noted.items()}
+
+
 def _check_target(merge: Merge, out: Path, *, force: bool) -> None:
     base, adapter = merge.model.path.resolve(), merge.adapters.reader.path.resolve()
     target = out.resolve()
@@ -199,6 +212,8 @@ def _check_target(merge: Merge, out: Path, *, force: bool) -> None:
         raise CheckpointError(f"{out}: OUT must not be in BASE, {merge.model.path}")
     if any(path.is_relative_to(target) for path in (base, adapter)):
         raise CheckpointError(f"{out}: OUT must not hold what is merged")
+    if out.is_dir() and not merge.model.is_folder:
+        raise CheckpointError(f"{out}: OUT must be a file, as BASE is, but there is a folder")
     if out.exists() and not force:
         raise FileExistsError(f"{out}: already there; --force replaces it")
     if not out.parent.is_dir():

@@ -11,6 +11,10 @@ from doraxp.checkpoint._safetensors import CheckpointError, Reader, read_json
 INDEX = "model.safetensors.index.json"
 # Other copies of the weights: they would be those of before the merge.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+_WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_EMBEDDINGS = tuple(
+    f".{name}.weight" for name in ("embed_tokens", "wte", "word_embeddings", "shared")
+)
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class Model:
     left_out: tuple[Path, ...]
     """Other copies of the weights, which are not merged."""
     index: dict[str, Any] | None
+    config: dict[str, Any]
+    """That of ``config.json``; empty where there is none."""
 
     @property
     def is_folder(self) -> bool:
@@ -34,6 +40,24 @@ class Model:
     def reader_of(self) -> dict[str, Reader]:
         """Return the file of each tensor."""
         return {name: reader for reader in self.shards.values() for name in reader.tensors}
+
+    def output_heads(self) -> set[str]:
+        """Return the embeddings that are the output head too: none if that has a tensor itself.
+
+        Not every model type writes ``tie_word_embeddings`` where it is true: then a language model
+        without a head tells.
+        """
+        tensors = self.reader_of()
+        if any(f".{name}".endswith(".lm_head.weight") for name in tensors):
+            return set()
+        text = self.config.get("text_config")
+        nested = text.get("tie_word_embeddings") if isinstance(text, dict) else None
+        tied = self.config.get("tie_word_embeddings", nested)
+        if tied is None:
+            architectures = self.config.get("architectures")
+            names = architectures if isinstance(architectures, list) else []
+            tied = any(str(name).endswith(_WITH_HEAD) for name in names)
+        return {name for name in tensors if tied and f".{name}".endswith(_EMBEDDINGS)}
 
 
 def open_model(path: Path) -> Model:
@@ -48,16 +72,19 @@ def open_model(path: Path) -> Model:
         Something cannot be read.
     """
     if not path.is_dir():
-        return Model(path, {path.name: Reader(path)}, (), (), None)
-    config = path / "config.json"
-    if config.is_file() and read_json(config).get("quantization_config"):
+        return Model(path, {path.name: Reader(path)}, (), (), None, {})
+    file = path / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    if config.get("quantization_config"):
         raise CheckpointError(
-            f"{config}: it has a quantization_config: a quantised weight cannot take a merge; "
+            f"{file}: it has a quantization_config: a quantised weight cannot take a merge; "
             "merge into the model that it was made of"
         )
     index = read_json(_inside(path, INDEX)) if (path / INDEX).is_file() else None
     if index is None:
         names = sorted(file.name for file in path.glob("*.safetensors"))
+        # A model of pickles: the reader refuses the first, and says why.
+        names = names or sorted(file.name for file in path.glob("pytorch_model*.bin"))[:1]
         if len(names) != 1:
             raise CheckpointError(
                 f"{path}: must have {INDEX} or one safetensors file, got {len(names)} of them"
@@ -66,18 +93,24 @@ def open_model(path: Path) -> Model:
     else:
         shards = _indexed(path, index)
     files = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
-    rest = [file for file in files if str(file) not in (*shards, INDEX)]
+    # Hidden folders are a tool's own, of the old weights: .git of git, .cache of the hub's client.
+    own = [file for file in files if not any(part.startswith(".") for part in file.parts[:-1])]
+    rest = [file for file in own if str(file) not in (*shards, INDEX)]
     weights = tuple(file for file in rest if file.suffix in _WEIGHTS)
     others = tuple(file for file in rest if file not in weights)
     for file in others:
         _inside(path, str(file))
-    return Model(path, shards, others, weights, index)
+    return Model(path, shards, others, weights, index, config)
 
 
 def _indexed(path: Path, index: dict[str, Any]) -> dict[str, Reader]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path / INDEX}: must have a weight_map of names to files")
+    if not isinstance(index.get("metadata") or {}, dict):
+        raise CheckpointError(
+            f"{path / INDEX}: metadata must be an object, got {index['metadata']!r}"
+        )
     names: dict[str, set[str]] = {}
     for tensor, name in weight_map.items():
         if (

@@ -32,8 +32,8 @@ def plan(model: Model, adapters: AdapterSet) -> dict[str, Task]:
     Raises
     ------
     CheckpointError
-        With every adapter that has no weight, every shape that does not fit, every quantised
-        weight, and adapters that need another base.
+        With every adapter that has no weight, or none for itself alone, every shape that does not
+        fit, every quantised weight, and adapters that need another base.
     """
     tensors = {name: reader.tensors[name] for name, reader in model.reader_of().items()}
     weights = {path: f"{path}.weight" for path in adapters.layers}
@@ -49,6 +49,9 @@ def plan(model: Model, adapters: AdapterSet) -> dict[str, Task]:
     tasks = {name: Task(None, LayerKind(), source) for name, source in replaced.items()}
     for path, layer in adapters.layers.items():
         name = names[path]
+        if name in tasks and (other := tasks[name].path) is not None:
+            problems.append(f"{other} and {path} are both for {name}")
+            continue
         try:
             tasks[name] = Task(path, _fit(name, layer, tensors), replaced.get(name))
         except CheckpointError as error:

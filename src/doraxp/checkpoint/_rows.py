@@ -80,7 +80,7 @@ class Norms(NamedTuple):
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
     """Cut the first axis of a stored weight into blocks."""
-    step = max(1, BLOCK // math.prod(shape[1:]))
+    step = max(1, BLOCK // max(1, math.prod(shape[1:])))  # a row may have no elements
     return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 

@@ -28,6 +28,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 """Those that are computed with; the others are only copied."""
 # Far above what the largest models need, and little memory to parse.
 _HEADER_LIMIT, _VALUES_LIMIT = 16 << 20, 250_000
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 Empty = Callable[[tuple[int, ...], np.dtype[Any]], Array]
 """As `np.empty`."""
 CHUNK = 4 << 20
@@ -102,6 +103,12 @@ def _fill(file: Any, buffer: memoryview, path: Path) -> None:
 
 def _checked_header(path: Path) -> tuple[dict[str, Any], int]:
     """Return the header, and where the data starts."""
+    if path.suffix in _PICKLES:
+        raise CheckpointError(
+            f"{path}: a pickle file can run any code when it is read, so it is not: convert it "
+            "where you trust it, by safetensors.torch.save_file(torch.load(path, "
+            f"weights_only=True), '{path.stem}.safetensors')"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     with path.open("rb") as file:
@@ -150,6 +157,8 @@ def parse_json(raw: bytes, path: Path) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
     size = path.stat().st_size
     if size > _HEADER_LIMIT:
         raise CheckpointError(f"{path}: must be at most {_HEADER_LIMIT} bytes, got {size}")

@@ -15,6 +15,13 @@ from doraxp.checkpoint._safetensors import DTYPES, CheckpointError, Reader
 
 SAMPLE = 16
 """Rows of each matrix."""
+_PRECISION = {
+    "F64": (2.0**-52, 2.0**-1022),
+    "F32": (2.0**-23, 2.0**-126),
+    "F16": (2.0**-10, 2.0**-14),
+    "BF16": (2.0**-7, 2.0**-126),
+}
+"""Epsilon and the smallest normal number."""
 
 
 def verify_shard(
@@ -47,8 +54,9 @@ def _verify_merged(
     gain = np.divide(m[rows, None], norm, out=np.zeros_like(norm), where=norm > 0)
     desired = gain * v
     actual = _sample(result, name, task, rows)
-    epsilon = {"F64": 2**-52, "F32": 2**-23, "F16": 2**-10, "BF16": 2**-7}
-    bound = np.abs(desired) * epsilon[result.tensors[name].dtype]
+    epsilon, normal = _PRECISION[result.tensors[name].dtype]
+    # Below the smallest normal number the distance to the next one no longer shrinks.
+    bound = np.maximum(np.abs(desired), normal) * epsilon
     # Where W and the update cancel, V has the rounding errors of W.
     largest = np.maximum(np.abs(v), np.abs(weight)).max(axis=1, keepdims=True)
     bound += 1e-5 * np.abs(gain) * largest

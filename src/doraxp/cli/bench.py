@@ -119,7 +119,15 @@ def run(arguments: argparse.Namespace) -> int:
         most = min(case.out, case.inner)
         if case.rank > most:
             shape = f"{case.out}x{case.inner}"
+            if arguments.curves and case.rank not in arguments.rank:
+                least = max(curves.SWEEPS["rank"])
+                return _refuse(
+                    f"--shapes must be at least {least}x{least} for the ranks of --curves, got "
+                    f"{shape}"
+                )
             return _refuse(f"--rank must be in 1..{most} for {shape}, got {case.rank}")
+    if arguments.plot is not None and {task for _, task in jobs} == {"adamw"}:
+        return _refuse("--plot draws times over the bare product's, and adamw has none")
     libraries, missing = _libraries(arguments.backend)
     results: list[Measured] = []
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))

@@ -98,10 +98,24 @@ def run(arguments: argparse.Namespace) -> int:
         merge = plan_merge(
             arguments.base, arguments.adapter, Options(arguments.backend, arguments.compute, dtype)
         )
+        for name in merge.output_heads:
+            _warn(
+                f"{name} is the output head too: the merge changes both, though the adapter was "
+                "trained on the embedding alone"
+            )
         if arguments.dry_run:
             _print_plan(merge, console)
         else:
-            _print_changes(_merge(merge, arguments), console)
+            try:
+                changes = _merge(merge, arguments)
+            except KeyboardInterrupt:
+                print(
+                    "doraxp merge: interrupted; the same command goes on from the shards that are "
+                    f"finished, in .{arguments.out.name}.partial",
+                    file=sys.stderr,
+                )
+                raise
+            _print_changes(changes, console)
         _print_summary(merge, console)
     except (CheckpointError, OSError) as error:
         print(f"doraxp merge: error: {error}", file=sys.stderr)
@@ -181,7 +195,8 @@ def _print_changes(changes: Mapping[str, Change], console: Console) -> None:
     print_table(("tensor", "ΔM", "ΔD", "largest change of a row"), rows, console)
     idle = [name for name, change in changes.items() if change.largest == 0]
     if idle:
-        print(
-            f"doraxp merge: warning: the adapter changes nothing in {', '.join(idle)}",
-            file=sys.stderr,
-        )
+        _warn(f"the adapter changes nothing in {', '.join(idle)}")
+
+
+def _warn(message: str) -> None:
+    print(f"doraxp merge: warning: {message}", file=sys.stderr)

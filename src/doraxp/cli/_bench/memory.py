@@ -31,7 +31,12 @@ def child() -> ProcessPoolExecutor:
 
 
 def return_what_is_freed() -> None:
-    """Tell the C library to; one that is not GNU's is left as it is."""
+    """Tell the C library to; one that is not GNU's is left as it is.
+
+    So is that of a system where nothing is measured: Windows has no name for it.
+    """
+    if not (PROCESS / "clear_refs").exists():
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, THRESHOLD)
