@@ -732,6 +732,7 @@ def test_an_init_that_changed_the_base_needs_that_base(folders, capsys, init):
             "use_dora true, but the magnitude is missing of block.0.k",
         ),
         (("0.k.lora_B.weight",), {}, "block.0.k must have lora_A, lora_B and a magnitude"),
+        ((), {"use_dora": "false"}, "use_dora must be true or false, got 'false'"),
         ((), {"peft_type": "LOHA"}, "peft_type must be LORA or DORA, got 'LOHA'"),
         ((), {"layer_replication": [[0, 4]]}, "layer_replication cannot be merged"),
         ((), {"r": 3}, "adapter_config.json gives it rank 3, lora_A has (2, 5)"),

@@ -33,7 +33,9 @@ _UNSUPPORTED = (
 def read_peft(reader: Reader, config: Mapping[str, Any]) -> AdapterSet:
     """Describe the adapters of a PEFT file with its ``adapter_config.json``."""
     where = reader.path.parent / "adapter_config.json"
-    dora = config.get("peft_type") == "DORA" or config.get("use_dora")
+    dora = config.get("use_dora") or False  # null too
+    if not isinstance(dora, bool):
+        raise CheckpointError(f"{where}: use_dora must be true or false, got {dora!r}")
     if config.get("peft_type") not in ("LORA", "DORA"):
         raise CheckpointError(
             f"{where}: peft_type must be LORA or DORA, got {config.get('peft_type')!r}"
@@ -42,7 +44,7 @@ def read_peft(reader: Reader, config: Mapping[str, Any]) -> AdapterSet:
     if found:
         raise CheckpointError(f"{where}: {', '.join(found)} cannot be merged with a DoRA adapter")
     parts, rest = _sort_names(reader)
-    _check_flag(reader, parts, dora=bool(dora))
+    _check_flag(reader, parts, dora=dora or config["peft_type"] == "DORA")
     initialisation = str(config.get("init_lora_weights"))
     return AdapterSet(
         "nvlabs" if config["peft_type"] == "DORA" else "peft",
