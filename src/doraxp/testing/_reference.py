@@ -49,7 +49,8 @@ class Expected(NamedTuple):
             error = np.abs(np.asarray(actual, np.float64) - self.value)
         if not np.any(np.abs(self.value) > self.bound):
             return np.nan
-        return float(np.max(np.nan_to_num(error, nan=np.inf)) / np.max(np.abs(self.value)))
+        with np.errstate(over="ignore"):
+            return float(np.max(np.nan_to_num(error, nan=np.inf)) / np.max(np.abs(self.value)))
 
 
 def expected(
