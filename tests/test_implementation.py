@@ -339,14 +339,12 @@ def test_a_step_that_replaces_its_parameters_is_reported():
     assert set(problems(step=step)) >= {("adamw", "params", "was written to")}
 
 
-@pytest.mark.parametrize("returned", [None, np.ones(3)])
-def test_a_merge_without_two_axes_is_reported_in_either_layout(returned):
-    shape = np.shape(returned)
-    for layout in ("out_in", "in_out"):
-        conventions = Conventions(layout=layout, dtypes=("float64",))
-        first = problems(conventions, merge=lambda **_: returned)[0]
-        assert first[:2] == ("tall", "merged")
-        assert first[2].startswith(f"has shape {shape}, must have ")
+@pytest.mark.parametrize("returned", [None, np.ones(3), np.ones((3, 2))])
+@pytest.mark.parametrize(("layout", "shape"), [("out_in", (8, 5)), ("in_out", (5, 8))])
+def test_a_shape_is_reported_in_the_layout_that_is_declared(layout, shape, returned):
+    conventions = Conventions(layout=layout, dtypes=("float64",))
+    first = problems(conventions, merge=lambda **_: returned)[0]
+    assert first == ("tall", "merged", f"has shape {np.shape(returned)}, must have {shape}")
 
 
 def test_what_is_no_array_is_reported():

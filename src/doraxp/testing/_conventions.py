@@ -226,4 +226,4 @@ def _actual(array: Any, turn: bool) -> Actual | str:
         return f"is nothing that numpy.asarray takes: {type(error).__name__}: {error}"
     name = dtype_name(array)
     values = as_numpy(array) if name in (*HALF, "float32", "float64") else array
-    return Actual(values.swapaxes(-1, -2) if turn and values.ndim > 1 else values, name)
+    return Actual(values.swapaxes(-1, -2) if turn and values.ndim > 1 else values, name, turn)
