@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import sys
 from types import SimpleNamespace
 
 import faults
@@ -265,9 +267,123 @@ def test_bad_manners_are_reported_and_end_nothing():
         assert report.diagnoses == ()
 
 
-def test_gradients_under_names_that_are_none_are_reported():
-    report = checked(gradients=lambda **_: {"lora_c": np.ones(1)})
-    assert report.findings[0].problem == "raises KeyError: 'lora_c'"
+HALF_AND_FULL = "('float16', 'bfloat16', 'float32', 'float64')"
+
+
+def problems(conventions=None, **functions):
+    found = checked(conventions or Conventions(dtypes=("float64",)), **functions).findings
+    return [(one.case, one.quantity, one.problem) for one in found]
+
+
+def test_a_number_out_of_all_proportion_is_reported():
+    largest = np.finfo("float64").max
+    found = problems(merge=lambda weight, **_: np.full_like(weight, largest))
+    assert found[0][:2] == ("tall", "merged")
+    assert any(problem.endswith("relative error inf") for _, _, problem in found)
+
+
+@pytest.mark.parametrize(
+    ("returned", "problem"),
+    [
+        (None, ("all", "must return a dict of gradients, got NoneType")),
+        ([1.0], ("all", "must return a dict of gradients, got list")),
+        ({}, ("all", "returns no gradient")),
+        ({"x": None}, ("all", "returns no gradient")),
+        (
+            {"lora_c": np.ones(1)},
+            ("lora_c", "is none of x, lora_a, lora_b, magnitude, weight, bias"),
+        ),
+    ],
+)
+def test_gradients_that_are_no_dict_of_them_are_reported(returned, problem):
+    assert problems(gradients=lambda **_: returned)[0] == ("tall", *problem)
+
+
+def test_a_gradient_of_a_bias_that_is_none_is_reported():
+    def gradients(dy, **layer):
+        found = RIGHT.gradients(dy=dy, **layer)
+        return {**found, "bias": dy.reshape(-1, dy.shape[-1]).sum(axis=0)}
+
+    (found,) = (one for one in problems(gradients=gradients) if one[0] == "no bias")
+    assert found == ("no bias", "dbias", "must be None where there is no bias")
+
+
+@pytest.mark.parametrize(
+    ("returned", "problem"),
+    [
+        (None, "must return (params, state), got NoneType"),
+        ([1, 2, 3], "must return (params, state), got list"),
+        (([1], None), "must return params with lora_a, lora_b, magnitude"),
+        (({"lora_a": np.ones(1)}, None), "must return params with lora_a, lora_b, magnitude"),
+    ],
+)
+def test_a_step_that_returns_something_else_is_reported(returned, problem):
+    assert problems(step=lambda **_: returned)[0] == ("adamw", "all", problem)
+
+
+def test_a_step_may_return_what_numpy_takes():
+    def step(params, **others):
+        assert all(type(p) is np.ndarray for p in params.values())
+        stepped, state = RIGHT.step(params=params, **others)
+        return {name: p.tolist() for name, p in stepped.items()}, state
+
+    assert problems(step=step) == []
+
+
+def test_a_step_that_replaces_its_parameters_is_reported():
+    def step(params, **others):
+        returned = RIGHT.step(params=dict(params), **others)
+        params["lora_a"] = [1.0]
+        return returned
+
+    assert set(problems(step=step)) >= {("adamw", "params", "was written to")}
+
+
+@pytest.mark.parametrize("returned", [None, np.ones(3), np.ones((3, 2))])
+@pytest.mark.parametrize(("layout", "shape"), [("out_in", (8, 5)), ("in_out", (5, 8))])
+def test_a_shape_is_reported_in_the_layout_that_is_declared(layout, shape, returned):
+    conventions = Conventions(layout=layout, dtypes=("float64",))
+    first = problems(conventions, merge=lambda **_: returned)[0]
+    assert first == ("tall", "merged", f"has shape {np.shape(returned)}, must have {shape}")
+
+
+def test_what_is_no_array_is_reported():
+    case, quantity, problem = problems(forward=lambda **_: [[1.0], [1.0, 2.0]])[0]
+    assert (case, quantity) == ("tall", "y")
+    assert problem.startswith("is nothing that numpy.asarray takes: ValueError: ")
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"layout": "in-out"}, "layout must be one of ('out_in', 'in_out'), got 'in-out'"),
+        ({"form": "weights"}, "form must be one of ('weight', 'direction'), got 'weights'"),
+        ({"norm_gradient": 1}, "norm_gradient must be one of ('exact', 'detached'), got 1"),
+        ({"norm_axis": "row"}, "norm_axis must be one of ('output', 'input'), got 'row'"),
+        ({"scaling": "S"}, "scaling must be one of ('s', 'alpha'), got 'S'"),
+        ({"dropout": "x"}, "dropout must be one of ('input', 'low_rank', None), got 'x'"),
+        ({"bias_scaled": "no"}, "bias_scaled must be True or False, got 'no'"),
+        ({"stacks": 1}, "stacks must be True or False, got 1"),
+        ({"eps": -1.0}, "eps must be at least 0 and finite, got -1.0"),
+        ({"dtypes": ()}, f"dtypes must be some of {HALF_AND_FULL}, got ()"),
+        ({"dtypes": ("f4",)}, f"dtypes must be some of {HALF_AND_FULL}, got ('f4',)"),
+        ({"dtypes": "float32"}, f"dtypes must be some of {HALF_AND_FULL}, got 'float32'"),
+    ],
+)
+def test_conventions_that_are_none_are_refused(choice, message):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        Conventions(**choice)
+
+
+def test_a_dtype_that_numpy_lacks_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with pytest.raises(RuntimeError, match="bfloat16 cannot be made here: pip install ml_dtypes"):
+        checked(Conventions(dtypes=("bfloat16",)), merge=RIGHT.merge)
+
+
+def test_conventions_of_another_type_are_refused():
+    with pytest.raises(TypeError, match="conventions must be of type Conventions, got str"):
+        checked("weight", merge=RIGHT.merge)
 
 
 def test_a_step_that_writes_to_its_parameters_is_reported():

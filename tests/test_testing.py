@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 
 import numpy as np
@@ -57,6 +58,17 @@ def test_the_dense_way_is_within_the_bound(case, dtype):
     found = in_the_dtype(case, dtype)
     for name, want in wanted(case, dtype).items():
         assert want.share(found[name]) <= 1, name
+
+
+@pytest.mark.parametrize("name", ["one token", "no tokens"])
+@pytest.mark.parametrize("axes", [None, (1,), (1, 1)])
+def test_what_has_another_shape_has_no_share(name, axes):
+    (case,) = (case for case in catalogue() if case.name == name)
+    want = expected(case, "float64")["y"]
+    actual = None if axes is None else want.value.reshape(*axes, *want.value.shape)
+    message = re.escape(f"actual must have shape {want.value.shape}, got {np.shape(actual)}")
+    with pytest.raises(ValueError, match=message):
+        want.share(actual)
 
 
 def test_bounds_are_not_so_wide_that_a_digit_could_hide():

@@ -203,6 +203,15 @@ def test_the_shapes_that_a_compiler_is_told_are_those_that_come(torch):
         torch.library.opcheck(_ops.backward_op, (*arguments, train_base, *rules), test_utils=checks)
 
 
+def test_shapes_are_known_without_numbers(torch):
+    layer = make(torch)[1].to("meta")
+    x = torch.ones(5, 6, device="meta", dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert (y.shape, y.dtype, y.device.type) == ((5, 4), torch.float64, "meta")
+    assert (x.grad.shape, layer.lora_b.grad.shape) == ((5, 6), (4, 2))
+
+
 def test_gradients_of_two_uses_in_one_graph_add_up(torch):
     _, layer = make(torch)
     x = torch.randn(5, 6, dtype=torch.float64)

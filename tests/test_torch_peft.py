@@ -308,3 +308,15 @@ def test_bad_input_is_refused_and_changes_nothing(peft, torch):
         accelerate(model)
     handle.restore()
     assert [type(module) for module in model.modules()] == classes
+
+
+def test_a_rank_above_the_layers_own_stays_pefts(peft, torch, x):
+    """PEFT takes any rank, as around a classifier of a few classes."""
+    from doraxp.torch import accelerate
+
+    model = model_of(peft, torch, rank_pattern={"2": 9})
+    want = step(torch, model, x)
+    with accelerate(model, "detached") as handle:
+        assert handle.layers == ("base_model.model.0",)
+        assert dict(handle.left) == {"base_model.model.2": "its rank 9 is above min(out, in) = 8"}
+        assert_same(torch, step(torch, model, x), want)

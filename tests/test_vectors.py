@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -62,6 +63,15 @@ def test_another_blas_writes_the_same_bytes(vectors, tmp_path):
     }
     subprocess.run(command, env=environment, check=True, capture_output=True)
     assert contents(tmp_path / "again") == contents(vectors)
+
+
+def test_the_page_explains_every_array(manifest):
+    page = (Path(__file__).parents[1] / "docs" / "vectors.md").read_text("utf-8")
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    explained = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    for case in manifest["cases"]:
+        if case["kind"] == "layer":
+            assert {*case["inputs"], *case["expected"]} <= explained
 
 
 def test_the_manifest_names_every_tensor_and_nothing_else(manifest, tensors):

@@ -104,6 +104,7 @@ function layer({ scaling: s, form, norm_gradient, dropout }, input) {
     });
   }
   return {
+    initial: lengths,
     norm: n,
     merged: merged.data,
     y: y.data,

@@ -155,11 +155,17 @@ class Actual(NamedTuple):
 
     values: Any
     dtype: str
+    turned: bool = False
+    """Whether what was returned has the last two axes the other way around."""
 
     def mismatch(self, want: Expected) -> str | None:
         """Say how it differs from what is wanted, but for rounding; None where it does not."""
         if self.values.shape != want.value.shape:
-            return f"has shape {self.values.shape}, must have {want.value.shape}"
+            got, must = (
+                (*shape[:-2], *shape[-2:][:: -1 if self.turned else 1])
+                for shape in (self.values.shape, want.value.shape)
+            )
+            return f"has shape {got}, must have {must}"
         if self.dtype != want.dtype:
             return f"has dtype {self.dtype}, must have {want.dtype}"
         if bad := np.count_nonzero(~np.isfinite(self.values)):

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
+from doraxp._scalars import check_flag, check_number
 from doraxp._types import Dropout, Form, NormGradient
-from doraxp.testing._catalogue import ADAPTER, HALF, Case, OptimizerCase, catalogue, compute_dtype
+from doraxp.testing._catalogue import (
+    ADAPTER,
+    FULL,
+    HALF,
+    Case,
+    OptimizerCase,
+    catalogue,
+    compute_dtype,
+)
 from doraxp.testing._compare import Actual
 from doraxp.testing._deviations import FORWARD, Changes, eps
 from doraxp.testing._libraries import Library, as_numpy, dtype_name
 
+Layout: TypeAlias = Literal["out_in", "in_out"]
+NormAxis: TypeAlias = Literal["output", "input"]
+Scaling: TypeAlias = Literal["s", "alpha"]
+CHOICES = {
+    "layout": get_args(Layout),
+    "form": get_args(Form),
+    "norm_gradient": get_args(NormGradient),
+    "norm_axis": get_args(NormAxis),
+    "scaling": get_args(Scaling),
+    "dropout": (*get_args(Dropout), None),
+}
 GRADIENTS = {"x": "dx", "lora_a": "da", "lora_b": "db", "magnitude": "dm", "weight": "dw"} | {
     "bias": "dbias"
 }
@@ -44,18 +64,37 @@ class Conventions:
         Whether it takes weights with leading axes.
     dtypes : tuple of str
         The storage dtypes to run in.
+
+    Raises
+    ------
+    TypeError
+        A flag is none, or `eps` no number.
+    ValueError
+        Something is not one of its choices.
     """
 
-    layout: Literal["out_in", "in_out"] = "out_in"
+    layout: Layout = "out_in"
     form: Form = "weight"
     norm_gradient: NormGradient = "exact"
-    norm_axis: Literal["output", "input"] = "output"
+    norm_axis: NormAxis = "output"
     bias_scaled: bool = False
     eps: float = 0.0
-    scaling: Literal["s", "alpha"] = "s"
+    scaling: Scaling = "s"
     dropout: Dropout | None = None
     stacks: bool = False
     dtypes: tuple[str, ...] = ("float32", "float64")
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+        check_flag("bias_scaled", self.bias_scaled)
+        check_flag("stacks", self.stacks)
+        object.__setattr__(self, "eps", check_number("eps", self.eps))
+        known = (*HALF, *FULL)
+        # A string is a collection too, of letters.
+        if isinstance(self.dtypes, str) or not self.dtypes or not set(self.dtypes) <= set(known):
+            raise ValueError(f"dtypes must be some of {known}, got {self.dtypes!r}")
 
     @property
     def changes(self) -> Changes:
@@ -99,13 +138,30 @@ def call_layer(
     s = case.config.scaling if conventions.scaling == "s" else case.config.alpha
     given = {key: arrays.get(key) for key in takes}
     returned, written = _call(function, given, **({} if name == "init" else {"scaling": s}))
-    if name != "gradients":
-        returned = {{"forward": "y", "merge": "merged", "init": "initial"}[name]: returned}
-    else:
-        returned = {GRADIENTS[key]: array for key, array in returned.items() if array is not None}
     turn_back = {"merged", "dw", "da", "db"} if turned else set()
-    found = {key: _actual(array, key in turn_back) for key, array in returned.items()}
-    return found | written
+    if name == "gradients":
+        return _gradients(returned, turn_back, has_bias="bias" in arrays) | written
+    quantity = {"forward": "y", "merge": "merged", "init": "initial"}[name]
+    return {quantity: _actual(returned, quantity in turn_back)} | written
+
+
+def _gradients(returned: Any, turn_back: Collection[str], *, has_bias: bool) -> dict[str, Any]:
+    """Return the gradients by the names of the quantities, or what is wrong with them."""
+    if not isinstance(returned, Mapping):
+        return {"all": f"must return a dict of gradients, got {type(returned).__name__}"}
+    found: dict[str, Any] = {}
+    for key, array in returned.items():
+        quantity = GRADIENTS.get(key)
+        if quantity is None:
+            found[str(key)] = f"is none of {', '.join(GRADIENTS)}"
+        elif array is not None:
+            missing = key == "bias" and not has_bias
+            found[quantity] = (
+                "must be None where there is no bias"
+                if missing
+                else _actual(array, quantity in turn_back)
+            )
+    return found or {"all": "returns no gradient"}
 
 
 def call_step(
@@ -119,10 +175,21 @@ def call_step(
     state: Any = None
     found: dict[str, Any] = {}
     for t, gradient in enumerate(grads, start=1):
-        (params, state), written = _call(
+        returned, written = _call(
             function, {"params": params, "grads": gradient}, state=state, **case.numbers
         )
-        found |= {f"{key} {t}": _actual(params[key], False) for key in case.params} | written
+        found |= written
+        if not isinstance(returned, (tuple, list)) or len(returned) != 2:
+            what = type(returned).__name__
+            return found | {"all": f"must return (params, state), got {what}"}
+        stepped, state = returned
+        if not isinstance(stepped, Mapping) or not set(case.params) <= set(stepped):
+            return found | {"all": f"must return params with {', '.join(case.params)}"}
+        actual = {key: _actual(stepped[key], False) for key in case.params}
+        found |= {f"{key} {t}": got for key, got in actual.items()}
+        if any(isinstance(got, str) for got in actual.values()):
+            return found
+        params = {key: np.array(stepped[key]) for key in case.params}
     return found
 
 
@@ -133,9 +200,7 @@ def _call(
     before = {key: _copied(value) for key, value in given.items()}
     returned = function(**given, **others)
     written = {
-        key: "was written to"
-        for key, value in given.items()
-        if repr(_bits(before[key])) != repr(_bits(value))
+        key: "was written to" for key, value in given.items() if _bits(before[key]) != _bits(value)
     }
     return returned, written
 
@@ -149,12 +214,16 @@ def _copied(value: Any) -> Any:
 def _bits(value: Any) -> Any:
     """Return what differs where a number does, NaN or not."""
     if isinstance(value, dict):
-        return {key: array.tobytes() for key, array in value.items()}
+        return {key: np.asarray(array).tobytes() for key, array in value.items()}
     return None if value is None else value.tobytes()
 
 
-def _actual(array: Any, turn: bool) -> Actual:
-    array = np.array(array)  # a copy: the next call may write to it
+def _actual(array: Any, turn: bool) -> Actual | str:
+    """Return a result on the host, or what is wrong with it."""
+    try:
+        array = np.array(array)  # a copy: the next call may write to it
+    except Exception as error:  # of someone else's class
+        return f"is nothing that numpy.asarray takes: {type(error).__name__}: {error}"
     name = dtype_name(array)
     values = as_numpy(array) if name in (*HALF, "float32", "float64") else array
-    return Actual(values.swapaxes(-1, -2) if turn else values, name)
+    return Actual(values.swapaxes(-1, -2) if turn and values.ndim > 1 else values, name, turn)

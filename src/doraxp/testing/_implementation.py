@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from doraxp._scalars import check_kind
 from doraxp.testing._catalogue import Case, OptimizerCase, catalogue, optimizer_catalogue
 from doraxp.testing._conventions import Conventions, call_layer, call_step
 from doraxp.testing._deviations import BACKWARD, FORWARD, STEP
 from doraxp.testing._diagnosis import Diagnosis, Run, diagnose, wanted_of
+from doraxp.testing._libraries import Library
 
 
 class Finding(NamedTuple):
@@ -72,7 +74,7 @@ def check_implementation(impl: Any, conventions: Conventions | None = None) -> R
         init(weight) -> the magnitude of a fresh adapter, where B A is 0
         forward(x, weight, lora_a, lora_b, magnitude, bias, scaling) -> y
         gradients(dy, x, weight, lora_a, lora_b, magnitude, bias, scaling)
-            -> dict with any of x, lora_a, lora_b, magnitude, weight, bias
+            -> dict with any of x, lora_a, lora_b, magnitude, weight and, where it is given, bias
         merge(weight, lora_a, lora_b, magnitude, scaling) -> W'
         step(params, grads, state, learning_rate, beta1, beta2, eps, weight_decay)
             -> (params, state); AdamW, on dicts with lora_a, lora_b, magnitude; state is first None
@@ -97,8 +99,12 @@ def check_implementation(impl: Any, conventions: Conventions | None = None) -> R
 
     Raises
     ------
+    TypeError
+        `conventions` are none.
     ValueError
         `impl` offers none of the functions.
+    RuntimeError
+        The conventions name a dtype that NumPy lacks here.
 
     Examples
     --------
@@ -110,7 +116,11 @@ def check_implementation(impl: Any, conventions: Conventions | None = None) -> R
     >>> report.diagnoses[0].deviations
     ('s is left out',)
     """
-    conventions = conventions or Conventions()
+    conventions = Conventions() if conventions is None else conventions
+    check_kind("conventions", conventions, Conventions)
+    for dtype in conventions.dtypes:
+        if Library("numpy").dtype(dtype) is None:
+            raise RuntimeError(f"{dtype} cannot be made here: pip install ml_dtypes")
     functions = {
         name: getattr(impl, name)
         for name in ("init", "forward", "gradients", "merge", "step")

@@ -34,7 +34,15 @@ class Expected(NamedTuple):
     """What it is to be returned in."""
 
     def share(self, actual: Any) -> float:
-        """Return the largest error in units of its bound; not above 1 is right."""
+        """Return the largest error in units of its bound; not above 1 is right.
+
+        Raises
+        ------
+        ValueError
+            `actual` has another shape: that of one row, or of none, would broadcast.
+        """
+        if np.shape(actual) != self.value.shape:
+            raise ValueError(f"actual must have shape {self.value.shape}, got {np.shape(actual)}")
         with np.errstate(invalid="ignore", over="ignore"):
             shares = np.abs(np.asarray(actual, np.float64) - self.value) / self.bound
         return float(np.max(np.nan_to_num(shares, nan=np.inf), initial=0.0))
@@ -49,7 +57,8 @@ class Expected(NamedTuple):
             error = np.abs(np.asarray(actual, np.float64) - self.value)
         if not np.any(np.abs(self.value) > self.bound):
             return np.nan
-        return float(np.max(np.nan_to_num(error, nan=np.inf)) / np.max(np.abs(self.value)))
+        with np.errstate(over="ignore"):
+            return float(np.max(np.nan_to_num(error, nan=np.inf)) / np.max(np.abs(self.value)))
 
 
 def expected(

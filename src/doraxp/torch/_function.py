@@ -95,7 +95,9 @@ def dora_linear(
     for name, array in tensors.items() if bias is None else (*tensors.items(), ("bias", bias)):
         check_kind(name, array, torch.Tensor)
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    # To ask whether it is enabled is an error on a device that has none, as meta.
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if autocast and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))
     rules = config.rank, config.scaling, config.form, config.norm_gradient
     return _DoRA.apply(x, weight, *adapter, bias, *rules)

@@ -67,6 +67,9 @@ def why_not(layer: Any) -> str | None:
     hooks = base._forward_pre_hooks, base._forward_hooks, base._backward_hooks
     if any(hooks) or "forward" in vars(base):  # as offloading does
         return "its base layer has hooks, which would not be called"
+    rank, most = max(layer.r[name] for name in layer.lora_magnitude_vector), min(base.weight.shape)
+    if rank > most:
+        return f"its rank {rank} is above min(out, in) = {most}"
     return None
 
 
