@@ -321,6 +321,15 @@ def test_a_step_that_returns_something_else_is_reported(returned, problem):
     assert problems(step=lambda **_: returned)[0] == ("adamw", "all", problem)
 
 
+def test_a_step_that_returns_no_arrays_ends_its_case():
+    def step(params, **others):
+        return {**params, "lora_b": [[1.0], [1.0, 2.0]]}, None
+
+    (first, *_) = problems(step=step)
+    assert first[:2] == ("adamw", "lora_b 1")
+    assert first[2].startswith("is nothing that numpy.asarray takes: ValueError")
+
+
 def test_a_step_may_return_what_numpy_takes():
     def step(params, **others):
         assert all(type(p) is np.ndarray for p in params.values())
