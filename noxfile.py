@@ -19,6 +19,11 @@ PROJECT = nox.project.load_toml("pyproject.toml")
 EXTRAS = "bench,demo,checkpoint"
 PARALLEL = ["--numprocesses=auto", "--dist=loadfile"]  # a file's fixtures are made once
 LANES = {"dask": ("dask", "distributed")}
+CORE = tuple(
+    f"tests/test_{name}.py"
+    for name in ("backends", "checkpoint", "cli", "gradients", "layer", "linear", "optimizers")
+)
+KERNELS = ["tests/test_cuda.py", "tests/test_operations.py"]
 NO_OVERRIDES = ("strict", "jax", "dask")  # their operations are the generic ones
 PEFT = (
     "test_peft",
@@ -82,7 +87,7 @@ def examples(session: nox.Session) -> None:
     pytest(session, "docs/examples.md")
 
 
-@nox.session(tags=["ci"])
+@nox.session
 def peers(session: nox.Session) -> None:
     """Run the yardstick on the implementations of others."""
     install(session, "test", "jax", "peers")
@@ -101,22 +106,21 @@ def vectors(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS, tags=["ci"])
 def lowest(session: nox.Session) -> None:
-    """Run the NumPy tests on the lowest versions that the package says it runs on."""
+    """Run NumPy tests on the lowest versions that the package says it runs on; all: `-- tests`."""
     extras = PROJECT["project"]["optional-dependencies"]
     needs = PROJECT["project"]["dependencies"] + [
         need for extra in EXTRAS.split(",") for need in extras[extra]
     ]
     floors = [need.replace(">=", "==", 1) for need in needs]
     install(session, "test", constraints=floors)
-    faults = "tests/test_implementation.py::test_every_planted_fault_is_caught_and_named"
-    pytest(session, "--backend", "numpy", *PARALLEL, f"--deselect={faults}", "tests")  # a minute
+    pytest(session, "--backend", "numpy", *PARALLEL, *(session.posargs or CORE))
 
 
 @nox.session(name="tests(cuda-host)", tags=["ci"])
 def cuda_host(session: nox.Session) -> None:
-    """Run the tests on the CUDA kernels as a C++ compiler makes them, without a GPU."""
+    """Run tests on the kernels as a C++ compiler makes them, without a GPU; all: `-- tests`."""
     install(session, "test")
-    pytest(session, "--backend=cuda-host", *PARALLEL, "tests")
+    pytest(session, "--backend=cuda-host", *PARALLEL, *(session.posargs or KERNELS))
     pytest(session, "docs/backends/cupy.md")
 
 
@@ -176,6 +180,7 @@ def pytest(session: nox.Session, *args: str) -> None:
     env = {"PYTHONPATH": "docs"}
     if PARALLEL[0] in args:  # a process for each core: more threads would wait for one another
         env |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiling takes most of its lane's time
     session.run("python", "-m", "pytest", "-p", "blocks", *args, env=env)
 
 
