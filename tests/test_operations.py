@@ -10,6 +10,7 @@ import array_api_compat.numpy
 import numpy as np
 import pytest
 
+import doraxp
 from doraxp.backends import Factors, Operations, as_dtype, operations
 
 GENERIC = Operations(array_api_compat.numpy)
@@ -188,3 +189,23 @@ class TestOperations:
         )
         dx = ops.guarded_times(formed, d * xp.ones_like(d), lambda d: d @ whole)
         assert_near(backend.numpy(dx), plain["d"] @ v, rtol)
+
+
+@pytest.mark.parametrize("which", ["reversed", "broadcast", "pieces"])
+def test_x_may_have_any_strides(backend, which):
+    values = np.random.default_rng(0).standard_normal((6, 8)).astype("float32")
+    weight = backend.asarray(np.eye(4, 8, dtype="float32"))
+    xp, x = backend.namespace(), backend.asarray(values)
+    if which == "reversed":
+        x, values = xp.flip(x, axis=0), values[::-1]
+    elif which == "broadcast":
+        x, values = xp.broadcast_to(x[0, :], (6, 8)), np.broadcast_to(values[0], (6, 8))
+    else:
+        weight = backend.asarray(np.eye(2, 4, dtype="float32"))
+        x, values = x[:, ::2], values[:, ::2]
+    config = doraxp.Config(1)
+    adapter = doraxp.init(weight, config, seed=0)
+    y, cache = doraxp.forward(x, weight, adapter, config)
+    expected = values[:, : weight.shape[0]]
+    np.testing.assert_array_equal(backend.numpy(y), expected)
+    assert doraxp.backward(y, cache).x.shape == values.shape

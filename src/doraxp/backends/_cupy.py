@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from doraxp._types import Array, Reduce
-from doraxp.backends._cuda import THREADS, Cuda, Types
+from doraxp.backends._cuda import THREADS, Cuda, Types, layout
 from doraxp.backends._generic import Factors, Operations
 
 LOW = ("float16", "bfloat16")
@@ -511,5 +511,8 @@ def _packed(array: Array, xp: Any) -> Any:
 
 def _piece(matrix: Array, xp: Any) -> Array:
     """Return a matrix whose rows or columns are in one piece, as BLAS wants it."""
-    unit = matrix.itemsize in matrix.strides or 1 in matrix.shape
-    return matrix if unit else _packed(matrix, xp)
+    try:
+        layout(matrix)
+    except ValueError:  # pieces, rows in reverse or one row for all
+        return _packed(matrix, xp)
+    return matrix
