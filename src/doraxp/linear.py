@@ -312,11 +312,12 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     db = ops.product(xp.matrix_transpose(dz), low_rank)  # (out, rank)
     dweight = ops.product(xp.matrix_transpose(dz), seen) if train_base else None  # (out, in)
 
-    rows = dz
+    rows, low = dz, dlow
     if exact:  # The norm's part of dA is a product with V too: in one with dx it costs little.
         pull = ops.over_norm(-p[..., None] * scaled_b, norm)  # q⊙(s B), (out, rank)
-        rows = ops.append(dz, xp.matrix_transpose(pull))
-    product = times(rows, prepared, ops=ops)  # writes to dz
+        pull = xp.matrix_transpose(pull)
+        rows, low = ops.append(dz, pull), xp.concat([dlow, pull @ scaled_b], axis=-2)
+    product = times(rows, low, prepared, ops=ops)  # writes to dz
     dx = product[..., :count, :]
     if exact:
         da += product[..., count:, :]
