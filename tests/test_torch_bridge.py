@@ -203,6 +203,21 @@ def test_the_shapes_that_a_compiler_is_told_are_those_that_come(torch):
         torch.library.opcheck(_ops.backward_op, (*arguments, train_base, *rules), test_utils=checks)
 
 
+@pytest.mark.parametrize("shapes", ["matrix", "stack"])
+def test_after_a_step_the_base_is_read_once_in_a_forward(torch, monkeypatch, shapes):
+    """W Aᵀ comes out of the product with x; what autograd is told of z holds all the same."""
+    from doraxp.torch._ops import forward_op
+
+    x, w, *leaves = (array.detach() for array in draw(torch, SHAPES[shapes]))
+    rules = 2, 1.5, "weight", "exact"
+    forward_op(x, w, *leaves, *rules)
+    leaves[1] *= 0.1  # no row cancels
+    monkeypatch.setattr("doraxp.backends._generic.Operations.project", None)
+    y, z, _ = forward_op(x, w, *leaves, *rules)
+    assert_same(torch, [y], [dense(Config(2, 3), x, w, *leaves)])
+    assert z.is_contiguous()
+
+
 def test_shapes_are_known_without_numbers(torch):
     layer = make(torch)[1].to("meta")
     x = torch.ones(5, 6, device="meta", dtype=torch.float64, requires_grad=True)
