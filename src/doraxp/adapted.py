@@ -213,17 +213,20 @@ def outputs(
     return low_rank, *ops.scale_and_shift(z, None, None, gain, bias)
 
 
-def times(d: Array, prepared: Prepared, *, ops: Operations) -> Array:
-    """Return d V = (ρ⊙d) W + (d s B) A: (tokens, out) -> (tokens, in); d may be written to."""
+def times(d: Array, low: Array, prepared: Prepared, *, ops: Operations) -> Array:
+    """Return d V = (ρ⊙d) W + (d s B) A: (tokens, out) -> (tokens, in).
+
+    `low` (tokens, rank) is d s B; d may be written to.
+    """
     weight, a, scaled_b, row_scale = prepared.factors
 
-    def factored(d: Array) -> Array:
+    def factored(d: Array, low: Array) -> Array:
         scaled = d if row_scale is None else row_scale[..., None, :] * d
-        return ops.accumulate(ops.times(scaled, weight, d.dtype), d @ scaled_b, a)
+        return ops.accumulate(ops.times(scaled, weight, d.dtype), low, a)
 
     if prepared.formed is None:
-        return factored(d)
-    return ops.guarded_times(prepared.formed, d, factored)
+        return factored(d, low)
+    return ops.guarded_times(prepared.formed, d, lambda d: factored(d, ops.product(d, scaled_b)))
 
 
 def check_previous(
