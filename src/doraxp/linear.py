@@ -307,16 +307,17 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     dm = ops.over_norm(e, norm)
     # q = −p / n is not formed: it overflows where n is tiny, q⊙V does not.
     p = gain * dm
-    dweight = ops.product(xp.matrix_transpose(dz), seen) if train_base else None  # (out, in)
+    dlow = low = ops.product(dz, scaled_b)  # (tokens, rank)
+    da = ops.product(xp.matrix_transpose(dlow), dropped)  # (rank, in)
     db = ops.product(xp.matrix_transpose(dz), low_rank)  # (out, rank)
+    dweight = ops.product(xp.matrix_transpose(dz), seen) if train_base else None  # (out, in)
 
     rows = dz
     if exact:  # The norm's part of dA is a product with V too: in one with dx it costs little.
         pull = ops.over_norm(-p[..., None] * scaled_b, norm)  # q⊙(s B), (out, rank)
-        rows = ops.append(dz, xp.matrix_transpose(pull))
-    low = ops.product(rows, scaled_b)
-    dlow = low[..., :count, :]  # (tokens, rank)
-    da = ops.product(xp.matrix_transpose(dlow), dropped)  # (rank, in)
+        pull = xp.matrix_transpose(pull)
+        rows = ops.append(dz, pull)
+        low = xp.concat([dlow, ops.product(pull, scaled_b)], axis=-2)
     product = times(rows, low, prepared, ops=ops)  # writes to dz
     dx = product[..., :count, :]
     if exact:
