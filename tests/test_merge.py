@@ -155,6 +155,16 @@ def test_jobs_change_no_bit(folders):
     }
 
 
+def test_a_plan_is_the_same_in_another_folder(folders, monkeypatch):
+    """The workers of a cluster were started elsewhere."""
+    folder, base, adapter = folders
+    monkeypatch.chdir(folder)
+    plan = plan_merge("base", "adapter", Options())
+    monkeypatch.chdir(folder / "base")
+    run_merge(plan, folder / "out", verify=True)
+    assert_merged(load_folder(folder / "out"), base, adapter)
+
+
 def test_a_scheduler_takes_the_shards(folders, capsys, monkeypatch):
     folder, base, adapter = folders
     seen = []
@@ -451,6 +461,51 @@ def test_an_interrupt_says_how_to_go_on(folders, capsys, monkeypatch):
     )
     assert capsys.readouterr().err == expected
     assert merge(folder) == 0
+    assert_merged(load_folder(folder / "out"), base, adapter)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_killed_after_the_last_rename_the_next_merge_starts_anew(folders, monkeypatch, force):
+    folder, base, adapter = folders
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    if force:
+        (folder / "out").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        assert merge(folder, "--force") == 130
+    assert_merged(load_folder(folder / "out"), base, adapter)
+    assert (folder / ".out.partial").exists()
+    assert merge(folder, "--force") == 0
+    assert_merged(load_folder(folder / "out"), base, adapter)
+    assert not (folder / ".out.partial").exists()
+
+
+@pytest.mark.parametrize("left", ["file", "link"])
+def test_what_is_in_the_way_of_the_shards_is_kept(folders, capsys, left):
+    folder, _, _ = folders
+    mine, work = folder / "mine", folder / ".out.partial"
+    mine.mkdir()
+    (mine / "kept").write_text("kept")
+    if left == "link":
+        work.symlink_to(mine)
+    else:
+        work.write_text("kept")
+    assert merge(folder) == 2
+    assert f"{work}: in the way" in capsys.readouterr().err
+    assert (mine / "kept").read_text() == "kept"
+    assert work.is_symlink() or work.read_text() == "kept"
+
+
+def test_a_link_at_out_is_replaced_only_by_force(folders, capsys):
+    folder, base, adapter = folders
+    (folder / "out").symlink_to(folder / "nowhere")
+    assert merge(folder) == 2
+    assert "already there; --force replaces it" in capsys.readouterr().err
+    assert merge(folder, "--force") == 0
+    assert not (folder / "out").is_symlink()
     assert_merged(load_folder(folder / "out"), base, adapter)
 
 
