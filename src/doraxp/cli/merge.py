@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Executor
+from concurrent.futures import CancelledError, Executor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -157,10 +157,22 @@ def _executor(scheduler: str | None) -> Iterator[Executor | None]:
     if scheduler is None:
         yield None
         return
-    from distributed import Client
+    from distributed import Client, KilledWorker
 
-    with Client(scheduler) as client:
-        yield client.get_executor()
+    from doraxp.checkpoint import CheckpointError
+
+    with contextlib.ExitStack() as stack:
+        try:
+            client = stack.enter_context(Client(scheduler))
+        except ValueError as error:
+            raise CheckpointError(f"--scheduler {scheduler!r}: {error}") from None
+        try:
+            yield client.get_executor()
+        except (KilledWorker, CancelledError) as error:
+            raise OSError(
+                f"the cluster lost the merge: {str(error) or type(error).__name__}; the same merge "
+                "goes on from the shards that are finished"
+            ) from None
 
 
 def _print_plan(merge: Merge, console: Console) -> None:
