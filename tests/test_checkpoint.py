@@ -172,7 +172,8 @@ def test_lycoris_convolutions_are_merged(tmp_path):
         ({"lora_up.weight": np.ones((7, 3), "f4")}, "(2, 5) and (7, 3) are no factors"),
         ({"dora_scale": np.ones((3, 1), "f4")}, "shape (3, 1) is not one per output row"),
         ({"alpha": np.ones(2, "f4")}, "alpha must be one floating number"),
-        ({"alpha": np.array(0, "f4")}, "alpha must be finite and not 0"),
+        ({"alpha": np.array(0, "f4")}, "alpha must be above 0 and finite, got 0.0"),
+        ({"alpha": np.array(-4, "f4")}, "alpha must be above 0 and finite, got -4.0"),
     ],
 )
 def test_a_lycoris_file_that_is_none(tmp_path, changes, message):
@@ -188,6 +189,12 @@ def test_a_lycoris_file_that_is_none(tmp_path, changes, message):
         ({"lora_parameters": {"rank": 2}}, {}, "must have a scale above 0, got None"),
         ({"lora_parameters": [20]}, {}, "must have a scale above 0, got None"),
         ({"lora_parameters": {"scale": True}}, {}, "must have a scale above 0, got True"),
+        ({"lora_parameters": {"scale": np.inf}}, {}, "must have a scale above 0, got inf"),
+        (
+            {"lora_parameters": {"scale": 20.0, "rank": 4}},
+            {},
+            "adapter_config.json: x: the rank is 4, but lora_a has (5, 2)",
+        ),
         ({}, {"x.m": (5,)}, "x is an embedding with a magnitude for each token"),
         ({}, {"x.lora_b": (3, 7)}, "lora_a (5, 2) and lora_b (3, 7) are no factors"),
         ({}, {"x.m": (6,)}, "x.m has shape (6,), which does not fit rank 2"),

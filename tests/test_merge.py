@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -175,7 +175,8 @@ def test_a_scheduler_takes_the_shards(folders, capsys, monkeypatch):
         with ThreadPoolExecutor(2) as pool:
             yield SimpleNamespace(get_executor=lambda: pool)
 
-    monkeypatch.setitem(sys.modules, "distributed", SimpleNamespace(Client=client))
+    library = SimpleNamespace(Client=client, KilledWorker=KeyError)
+    monkeypatch.setitem(sys.modules, "distributed", library)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     assert merge(folder, "--scheduler", "tcp://here:8786") == 0
     assert seen == ["tcp://here:8786"]
@@ -184,6 +185,41 @@ def test_a_scheduler_takes_the_shards(folders, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: found.get(name, True))
     assert merge(folder, "--scheduler", "tcp://here:8786") == 2
     assert "pip install 'doraxp[distributed]'" in capsys.readouterr().err
+
+
+class KilledWorker(Exception):  # noqa: N818  as the library calls it
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("missing port number"), "--scheduler 'here': missing port number"),
+        (OSError("Timed out"), "Timed out"),
+        (KilledWorker("shard-1"), "the cluster lost the merge: shard-1; the same merge goes on"),
+        (CancelledError("shard-1"), "the cluster lost the merge: shard-1; the same merge goes on"),
+    ],
+)
+def test_what_goes_wrong_with_a_cluster_is_one_line(folders, capsys, monkeypatch, error, message):
+    folder, _, _ = folders
+
+    def fail(*_):
+        raise error
+
+    @contextlib.contextmanager
+    def client(address):
+        if not isinstance(error, KilledWorker | CancelledError):
+            raise error
+        yield SimpleNamespace(get_executor=lambda: SimpleNamespace(submit=fail))
+
+    library = SimpleNamespace(Client=client, KilledWorker=KilledWorker)
+    monkeypatch.setitem(sys.modules, "distributed", library)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    assert merge(folder, "--scheduler", "here") == 2
+    problem = capsys.readouterr().err
+    assert message in problem
+    assert problem.count("\n") == 1
+    assert not (folder / "out").exists()
 
 
 @pytest.mark.parametrize("block", [1 << 19, 9])
@@ -792,7 +828,18 @@ def test_an_init_that_changed_the_base_needs_that_base(folders, capsys, init):
         ((), {"layer_replication": [[0, 4]]}, "layer_replication cannot be merged"),
         ((), {"r": 3}, "adapter_config.json gives it rank 3, lora_A has (2, 5)"),
         ((), {"r": "8"}, "rank must be an integer, got '8'"),
-        ((), {"lora_alpha": 0}, "alpha must be finite and not 0"),
+        ((), {"lora_alpha": 0}, "lora_alpha must be above 0 and finite, got 0.0"),
+        ((), {"lora_alpha": -16}, "lora_alpha must be above 0 and finite, got -16.0"),
+        ((), {"lora_alpha": None}, "lora_alpha must be a number, got None"),
+        ((), {"alpha_pattern": {"q": -3}}, "lora_alpha must be above 0 and finite, got -3.0"),
+        ((), {"use_rslora": "false"}, "use_rslora must be true or false, got 'false'"),
+        ((), {"fan_in_fan_out": "false"}, "fan_in_fan_out must be true or false, got 'false'"),
+        ((), {"kasa_config": {"beta": 1}}, "kasa_config cannot be merged with a DoRA adapter"),
+        (
+            (),
+            {"bias": "lora_only"},
+            "bias lora_only, but the file lacks block.0.k.bias, block.0.q.bias, block.1.q.bias",
+        ),
         ((), {"rank_pattern": {"(": 2}}, "missing ), unterminated subpattern"),
         ((), {"rank_pattern": {"(a+)+": 2}}, "the pattern '(a+)+' repeats too much"),
         ((), {"rank_pattern": [1]}, "cannot convert dictionary update sequence"),
@@ -802,6 +849,29 @@ def test_a_configuration_that_disagrees(folders, capsys, remove, config, message
     folder, _, _ = folders
     edit_adapter(folder, remove, **config)
     assert message in refused(folder, capsys)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_replace_the_bases(folders, bias):
+    folder, base, adapter = folders
+    rng = np.random.default_rng(9)
+    trained = {f"{path}.bias": draw(rng, shape[0]) for path, shape in SHAPES.items()}
+    layers = {name.replace(".bias", ".base_layer.bias"): leaf for name, leaf in trained.items()}
+    added = {f"base_model.model.{name}": leaf for name, leaf in layers.items()}
+    edit_adapter(folder, add=added, bias=bias)
+    assert merge(folder, "--verify") == 0
+    merged = load_folder(folder / "out")
+    assert_merged(merged, base | {name: merged[name] for name in trained}, adapter)
+    for name, leaf in trained.items():
+        assert merged[name].tobytes() == leaf.astype(ml_dtypes.bfloat16).tobytes()
+
+
+def test_layers_without_a_bias_need_none(tmp_path):
+    rng = np.random.default_rng(1)
+    base = {f"{path}.weight": draw(rng, *shape) for path, shape in SHAPES.items()}
+    save_file(base, tmp_path / "base")
+    write_adapter(tmp_path / "adapter", bias="lora_only")
+    assert merge(tmp_path) == 0
 
 
 @pytest.mark.parametrize(

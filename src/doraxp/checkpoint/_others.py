@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from doraxp._scalars import check_number
 from doraxp._types import Adapter, Config
 from doraxp.checkpoint._adapters import AdapterSet, StoredLayer
 from doraxp.checkpoint._safetensors import DTYPES, CheckpointError, Reader
@@ -26,7 +27,7 @@ def read_mlx(reader: Reader, config: Mapping[str, Any]) -> AdapterSet:
         )
     parameters = config.get("lora_parameters")
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or scale <= 0:
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
         raise CheckpointError(f"{where}: lora_parameters must have a scale above 0, got {scale!r}")
     parts = _parts(reader, {"lora_a": "a", "lora_b": "b", "m": "m"})
     layers = {}
@@ -43,6 +44,10 @@ def read_mlx(reader: Reader, config: Mapping[str, Any]) -> AdapterSet:
                 "format has one, and it cannot be merged as the others are"
             )
         rank = a[1]
+        if parameters.get("rank", rank) != rank:
+            raise CheckpointError(
+                f"{where}: {path}: the rank is {parameters['rank']!r}, but lora_a has {a}"
+            )
         own = _config(reader, path, rank, rank * scale)
         layers[path] = StoredLayer(
             own, LayerKind(), (b[1], a[0]), Adapter(names["a"], names["b"], names["m"]), True
@@ -111,7 +116,11 @@ def _alpha(reader: Reader, names: Mapping[str, str]) -> float | None:
     tensor = reader.tensors[names["alpha"]]
     if math.prod(tensor.shape) != 1 or tensor.dtype not in DTYPES:
         raise CheckpointError(f"{reader.path}: {names['alpha']} must be one floating number")
-    return float(reader.read(names["alpha"]).reshape(()))
+    alpha = float(reader.read(names["alpha"]).reshape(()))
+    try:
+        return check_number("alpha", alpha, positive=True)
+    except ValueError as error:
+        raise CheckpointError(f"{reader.path}: {names['alpha']}: {error}") from None
 
 
 def _config(reader: Reader, path: str, rank: int, alpha: float | None) -> Config:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from doraxp._scalars import check_number
 from doraxp._types import Adapter, Config
 from doraxp.adaptation import match_pattern
 from doraxp.checkpoint._adapters import AdapterSet, StoredLayer
@@ -24,6 +25,8 @@ _UNSUPPORTED = (
     "lora_bias",
     "use_qalora",
     "use_bdlora",
+    "kasa_config",
+    "monteclora_config",
     "alora_invocation_tokens",
     "target_parameters",
     "trainable_token_indices",
@@ -33,9 +36,7 @@ _UNSUPPORTED = (
 def read_peft(reader: Reader, config: Mapping[str, Any]) -> AdapterSet:
     """Describe the adapters of a PEFT file with its ``adapter_config.json``."""
     where = reader.path.parent / "adapter_config.json"
-    dora = config.get("use_dora") or False  # null too
-    if not isinstance(dora, bool):
-        raise CheckpointError(f"{where}: use_dora must be true or false, got {dora!r}")
+    dora = _flag("use_dora", config, reader)
     if config.get("peft_type") not in ("LORA", "DORA"):
         raise CheckpointError(
             f"{where}: peft_type must be LORA or DORA, got {config.get('peft_type')!r}"
@@ -52,7 +53,16 @@ def read_peft(reader: Reader, config: Mapping[str, Any]) -> AdapterSet:
         {path: _layer(reader, path, names, config) for path, names in parts.items()},
         {_base_name(name): name for name in rest},
         initialisation if _CHANGES_BASE.fullmatch(initialisation) else None,
+        config["bias"] if config.get("bias") in ("all", "lora_only") else None,
     )
+
+
+def _flag(name: str, config: Mapping[str, Any], reader: Reader) -> bool:
+    flag = config.get(name) or False  # null too
+    if not isinstance(flag, bool):
+        where = reader.path.parent / "adapter_config.json"
+        raise CheckpointError(f"{where}: {name} must be true or false, got {flag!r}")
+    return flag
 
 
 def _sort_names(reader: Reader) -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -120,7 +130,7 @@ def _layer(
         kind, shape = LayerKind("embedding"), (a[1], b[0])
     elif len(a) > 2:
         kind, shape = LayerKind("conv"), (b[0], *a[1:])
-    elif config.get("fan_in_fan_out"):
+    elif _flag("fan_in_fan_out", config, reader):
         kind, shape = LayerKind("transposed"), (a[1], b[0])
     return StoredLayer(own, kind, shape, Adapter(names["a"], names["b"], names["m"]))
 
@@ -133,7 +143,9 @@ def _layer_config(path: str, config: Mapping[str, Any], reader: Reader) -> Confi
             _check_pattern(key)
         rank = match_pattern(ranks, path, config.get("r"))
         alpha = match_pattern(alphas, path, config.get("lora_alpha"))
-        return Config(rank, alpha, rslora=bool(config.get("use_rslora")))
+        # PEFT takes a negative one as it is, and none is 8 there: in Config both mean the rank.
+        check_number("lora_alpha", alpha, positive=True)
+        return Config(rank, alpha, rslora=_flag("use_rslora", config, reader))
     except (TypeError, ValueError, re.error) as error:
         raise CheckpointError(f"{reader.path.parent / 'adapter_config.json'}: {error}") from None
 

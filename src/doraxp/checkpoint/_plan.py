@@ -63,6 +63,12 @@ def plan(model: Model, adapters: AdapterSet) -> dict[str, Task]:
             f"the adapter was initialised by {adapters.base_change}, which changed the base "
             "weights, and the file does not have them"
         )
+    biases = {f"{name.removesuffix('weight')}bias" for name in adapted} & tensors.keys()
+    if adapters.trained_biases and (lacking := sorted(biases - replaced.keys())):
+        problems.append(
+            f"adapter_config.json says bias {adapters.trained_biases}, but the file lacks "
+            f"{', '.join(lacking)}: some versions of PEFT leave trained biases out"
+        )
     if problems:
         raise CheckpointError(f"{adapters.reader.path}: " + "; ".join(problems))
     return tasks
