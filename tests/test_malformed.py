@@ -185,6 +185,56 @@ def assert_refused(files, capsys, base="base"):
     assert sorted(path.name for path in files.iterdir()) == ["adapter", "base"]
 
 
+def add_layer(files, name):
+    """Give the model and the adapter one layer more."""
+    path = files / "base" / "model-1.safetensors"
+    save_file(load_file(path) | {f"{name}.weight": np.ones((7, 5), np.float32)}, path)
+    index = files / "base" / "model.safetensors.index.json"
+    entries = json.loads(index.read_bytes())
+    entries["weight_map"][f"{name}.weight"] = path.name
+    write_json(index, entries)
+    path = files / "adapter" / "adapter_model.safetensors"
+    shapes = {"lora_A.weight": (2, 5), "lora_B.weight": (7, 2), "lora_magnitude_vector": (7,)}
+    added = {
+        f"base_model.model.{name}.{part}": np.ones(shape, np.float32)
+        for part, shape in shapes.items()
+    }
+    save_file(load_file(path) | added, path)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\rb", "a\x1b[31mb", "a\u202eb"])
+def test_a_name_that_a_terminal_would_obey_is_refused(files, capsys, name):
+    add_layer(files, name)
+    assert_refused(files, capsys)
+
+
+@pytest.mark.parametrize("name", ["a[red]b", "a[/b]", "a:smile:b"])
+def test_a_name_is_printed_as_it_is(files, capsys, name):
+    add_layer(files, name)
+    (files / "base" / "a[red].bin").write_bytes(b"old")
+    paths = [str(files / folder) for folder in ("base", "adapter", "out")]
+    for command in (
+        ["merge", *paths[:2], "--out", paths[2], "--dry-run"],
+        ["merge", *paths[:2], "--out", paths[2]],
+        ["inspect", paths[1]],
+    ):
+        assert main(command) == 0
+        out = capsys.readouterr().out
+        assert name in out
+        assert "a[red].bin" in out or command[0] == "inspect"
+
+
+def test_a_long_value_makes_no_long_error(files, capsys):
+    write_json(files / "adapter" / "adapter_config.json", peft_config(r="9" * 10_000))
+    assert_refused(files, capsys)
+
+
+def test_an_adapter_of_another_model_makes_no_long_error(files, capsys):
+    shutil.rmtree(files / "adapter")
+    write_adapter(files / "adapter", {f"layers.{number}.q": (7, 5) for number in range(500)})
+    assert_refused(files, capsys)
+
+
 def test_the_corpus_is_large_enough():
     assert len(SAFETENSORS) + len(INDEXES) + len(CONFIGS) >= 60
 

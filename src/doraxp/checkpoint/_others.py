@@ -26,7 +26,8 @@ def read_mlx(reader: Reader, config: Mapping[str, Any]) -> AdapterSet:
             f"{where}: fine_tune_type must be 'dora', got {config.get('fine_tune_type')!r}"
         )
     parameters = config.get("lora_parameters")
-    scale = parameters.get("scale") if isinstance(parameters, dict) else None
+    parameters = parameters if isinstance(parameters, dict) else {}
+    scale = parameters.get("scale")
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
         raise CheckpointError(f"{where}: lora_parameters must have a scale above 0, got {scale!r}")
     parts = _parts(reader, {"lora_a": "a", "lora_b": "b", "m": "m"})

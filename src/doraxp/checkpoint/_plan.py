@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -69,6 +70,10 @@ def plan(model: Model, adapters: AdapterSet) -> dict[str, Task]:
             f"adapter_config.json says bias {adapters.trained_biases}, but the file lacks "
             f"{', '.join(lacking)}: some versions of PEFT leave trained biases out"
         )
+    missing = next((names[path] for path in adapters.layers if names[path] not in tensors), None)
+    if missing is not None:
+        near = difflib.get_close_matches(missing, tensors, n=1, cutoff=0.0)
+        problems.insert(0, f"near {missing} the base has {', '.join(near)}")
     if problems:
         raise CheckpointError(f"{adapters.reader.path}: " + "; ".join(problems))
     return tasks

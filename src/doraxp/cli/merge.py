@@ -88,11 +88,10 @@ def run(arguments: argparse.Namespace) -> int:
         "merge --scheduler", "distributed", extra="distributed"
     ):
         return 2
-    from rich.console import Console
-
     from doraxp.checkpoint import CheckpointError, Options, plan_merge
+    from doraxp.cli._tables import plain_console
 
-    console = Console()
+    console = plain_console()
     dtype = _DTYPES.get(arguments.dtype)
     try:
         merge = plan_merge(
