@@ -445,6 +445,35 @@ def test_values_too_large_for_a_dtype_are_refused(folders, capsys):
     assert "block.0.q.bias has values too large for float16" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("weight", "magnitude", "arguments", "dtype"),
+    [
+        (1e300, 1.0, ["--compute", "float32"], "float32"),
+        (1.0, 1e300, ["--compute", "float32"], "float32"),
+        (1.0, 1e300, ["--dtype", "bfloat16"], "bfloat16"),
+        (1e-30, 3e38, ["--compute", "float32"], "float32"),
+    ],
+)
+def test_values_too_large_to_compute_with_are_refused(
+    tmp_path, capsys, weight, magnitude, arguments, dtype
+):
+    (tmp_path / "base").mkdir()
+    base = {"block.0.q.weight": np.full((7, 5), weight)}
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    write_adapter(tmp_path / "adapter", {"block.0.q": (7, 5)})
+    prefix = "base_model.model.block.0.q"
+    small = {f"{prefix}.lora_B.weight": np.zeros((7, 2))}
+    edit_adapter(tmp_path, add=small | {f"{prefix}.lora_magnitude_vector": np.full(7, magnitude)})
+    error = refused_with(tmp_path, capsys, *arguments)
+    assert f"block.0.q.weight has values too large for {dtype}" in error
+
+
+def test_the_change_of_huge_weights_is_told_without_a_warning(tmp_path):
+    save_file({"block.0.q.weight": np.full((7, 5), 1e200)}, tmp_path / "base")
+    write_adapter(tmp_path / "adapter", {"block.0.q": (7, 5)})
+    assert merge(tmp_path) == 0
+
+
 # Safe
 
 
@@ -764,8 +793,12 @@ def edit_base(folder, **changes):
 
 
 def refused(folder, capsys):
+    return refused_with(folder, capsys)
+
+
+def refused_with(folder, capsys, *arguments):
     """The error, in one line, of a merge that writes nothing."""
-    assert merge(folder) == 2
+    assert merge(folder, *arguments) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert sorted(path.name for path in folder.iterdir()) == ["adapter", "base"]
@@ -928,10 +961,13 @@ def test_a_wrong_flag_is_mended_by_shapes_but_not_for_a_square(tmp_path, capsys)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("where", ["base", "adapter"])
+@pytest.mark.parametrize("where", ["base", "adapter", "bias"])
 def test_nan_and_infinity_are_refused(folders, capsys, where, value):
     folder, base, _ = folders
-    if where == "base":
+    if where == "bias":
+        added = {"base_model.model.block.0.q.bias": np.full(7, value, np.float32)}
+        edit_adapter(folder, add=added)
+    elif where == "base":
         weight = base["block.0.q.weight"]
         weight[3, 2] = value
         edit_base(folder, **{"block.0.q.weight": weight})
