@@ -93,7 +93,7 @@ def test_mlx_stores_the_factors_transposed_and_s(tmp_path):
     assert shapes == {f"{path}.lora_a": (5, 2), f"{path}.lora_b": (2, 7), f"{path}.m": (7,)}
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text()) == {
         "fine_tune_type": "dora",
-        "num_layers": 1,
+        "num_layers": -1,  # all: mlx-lm counts blocks from the last one
         "lora_parameters": {"rank": 2, "scale": 1.5, "dropout": 0.0, "keys": ["q"]},
     }
 

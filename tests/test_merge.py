@@ -275,14 +275,15 @@ def test_changes_are_those_of_the_dense_merge(folders):
         assert change.largest == pytest.approx(moved.max(), rel=1e-5)
 
 
-def test_an_adapter_that_changes_nothing_is_said_to(folders, capsys):
+@pytest.mark.parametrize("rounding", [1.0, 1 + 2**-22])
+def test_an_adapter_that_changes_nothing_but_for_rounding_is_said_to(folders, capsys, rounding):
     folder, base, _ = folders
     path = folder / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
     prefix = "base_model.model.block.0.q."
     tensors[f"{prefix}lora_B.weight"] *= 0
     norm = np.linalg.norm(base["block.0.q.weight"].astype(np.float32), axis=1)
-    tensors[f"{prefix}lora_magnitude_vector"] = norm
+    tensors[f"{prefix}lora_magnitude_vector"] = np.float32(rounding) * norm
     save_file(tensors, path)
     assert merge(folder, "--compute", "float32") == 0
     warning = "doraxp merge: warning: the adapter changes nothing in block.0.q.weight\n"

@@ -22,6 +22,8 @@ SUMMARY = (
     "Merge a DoRA adapter into a model, tensor by tensor, in little memory; OUT is there when it "
     "is complete, and a merge that was interrupted goes on where it was."
 )
+_ROUNDING = 1e-6
+"""The largest change of a row that m, made in float32, may bring without any training."""
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -204,7 +206,7 @@ def _print_changes(changes: Mapping[str, Change], console: Console) -> None:
 
     rows = ((name, *(f"{value:.3g}" for value in change)) for name, change in changes.items())
     print_table(("tensor", "ΔM", "ΔD", "largest change of a row"), rows, console)
-    idle = [name for name, change in changes.items() if change.largest == 0]
+    idle = [name for name, change in changes.items() if change.largest <= _ROUNDING]
     if idle:
         _warn(f"the adapter changes nothing in {', '.join(idle)}")
 
