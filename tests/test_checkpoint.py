@@ -170,6 +170,14 @@ def test_lycoris_convolutions_are_merged(tmp_path):
         ({"lora_up.weight": None}, "must have both factors and a magnitude"),
         ({"lora_mid.weight": np.ones((2, 2), "f4")}, "is no part of a DoRA adapter"),
         ({"lora_up.weight": np.ones((7, 3), "f4")}, "(2, 5) and (7, 3) are no factors"),
+        (
+            {
+                "lora_down.weight": np.ones((2, 5, 3), "f4"),
+                "lora_up.weight": np.ones((7, 2, 1), "f4"),
+                "dora_scale": np.ones((1, 5, 1), "f4"),
+            },
+            "a dora_scale of shape (1, 5, 1) is one for each input channel of a convolution",
+        ),
         ({"dora_scale": np.ones((3, 1), "f4")}, "shape (3, 1) is not one per output row"),
         ({"alpha": np.ones(2, "f4")}, "alpha must be one floating number"),
         ({"alpha": np.array(0, "f4")}, "alpha must be above 0 and finite, got 0.0"),

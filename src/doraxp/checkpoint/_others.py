@@ -85,6 +85,11 @@ def read_lycoris(reader: Reader) -> AdapterSet:
                 Adapter(names["b"], names["a"], names["m"]),
                 True,
             )
+        elif scale[:2] == (1, down[1]) and math.prod(scale) == down[1]:
+            raise CheckpointError(
+                f"{reader.path}: {path}: a dora_scale of shape {scale} is one for each input "
+                "channel of a convolution, as old versions of LyCORIS had it: not supported"
+            )
         else:
             raise CheckpointError(
                 f"{reader.path}: {path}: a dora_scale of shape {scale} is not one per output row"
