@@ -297,6 +297,12 @@ def test_a_large_file_of_json_is_refused_unread(files, capsys):
     assert_refused(files, capsys)
 
 
+def test_the_name_of_a_model_on_a_hub_is_no_folder(files, capsys):
+    assert_refused(files, capsys, base="meta-llama/Llama-3.1-8B")
+    with pytest.raises(FileNotFoundError, match=r"Llama-3\.1-8B: no such file or folder"):
+        open_model(files / "meta-llama" / "Llama-3.1-8B")
+
+
 @pytest.mark.parametrize("name", ["none", "base/config.json", "."])
 def test_a_base_that_is_none(files, capsys, name):
     assert_refused(files, capsys, base=name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -88,10 +89,36 @@ def test_the_folders_other_files_come_along_but_no_other_weights(folders, capsys
     sizes = [tensor.nbytes for tensor in load_folder(out).values()]
     assert index["metadata"]["total_size"] == sum(sizes)
     assert not (out / "pytorch_model.bin").exists()
-    assert "Left out, other copies of the weights: pytorch_model.bin" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Left out, weights that were not merged: pytorch_model.bin" in printed
+    assert f"{out}: complete\n" in printed
     assert sorted(path.name for path in folder.iterdir()) == ["adapter", "base", "out"]
     with safe_open(out / "model-1.safetensors", "numpy") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize(
+    ("own", "warned"),
+    [({"vocab.txt": "a\nb\n"}, []), ({"vocab.txt": "a\nc\n"}, ["vocab.txt"])],
+)
+def test_a_tokenizer_beside_the_adapter_that_is_not_the_bases_is_named(
+    folders, capsys, own, warned
+):
+    """Trainers save one there, and it may have tokens and a template that were trained with."""
+    folder, _, _ = folders
+    shutil.copy(folder / "base" / "tokenizer" / "vocab.txt", folder / "base")
+    (folder / "adapter" / "README.md").write_text("of the adapter")
+    for name, text in own.items():
+        (folder / "adapter" / name).write_text(text)
+    for arguments in (["--dry-run"], []):
+        assert merge(folder, *arguments) == 0
+        expected = "doraxp merge: warning: OUT has BASE's {}, and not the other one of ADAPTER\n"
+        assert capsys.readouterr().err == "".join(expected.format(name) for name in warned)
+    assert (folder / "out" / "vocab.txt").read_text() == "a\nb\n"
+    (folder / "adapter" / "chat_template.jinja").write_text("{{ messages }}")
+    assert merge(folder, "--dry-run") == 0
+    expected = "doraxp merge: warning: OUT has no chat_template.jinja, and ADAPTER has one\n"
+    assert capsys.readouterr().err.startswith(expected)
 
 
 def test_what_tools_keep_in_hidden_folders_stays_behind(folders):
@@ -405,10 +432,13 @@ def test_one_leading_name_more_or_less_is_no_difference(tmp_path, way):
 
 def test_a_dry_run_writes_nothing(folders, capsys):
     folder, _, _ = folders
+    edit_adapter(folder, add={"base_model.model.block.0.q.bias": np.ones(7, np.float32)})
     assert merge(folder, "--dry-run") == 0
     out = capsys.readouterr().out
     assert all(f"{path}.weight" in out for path in SHAPES)
-    assert "peft adapter: 3 of 9 tensors merged, 0 replaced" in out
+    assert re.search(r"block\.0\.q\.bias +replaced", out)
+    assert "peft adapter: 3 of 9 tensors merged, 1 replaced" in out
+    assert "complete" not in out
     assert sorted(path.name for path in folder.iterdir()) == ["adapter", "base"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from doraxp.checkpoint._shard import OnBytes, Options, merge_shard, written_as
 from doraxp.checkpoint._verify import verify_shard
 
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_TOKENIZER = ("tokenizer*", "chat_template*", "added_tokens.json", "vocab.*", "merges.txt")
 
 
 class Merge(NamedTuple):
@@ -49,6 +51,23 @@ class Merge(NamedTuple):
     def output_heads(self) -> list[str]:
         """The embeddings that change and are the output head too, so that it changes with them."""
         return sorted(self.model.output_heads() & self.tasks.keys())
+
+    def tokenizers_apart(self) -> dict[str, bool]:
+        """Return which files of a tokenizer beside the adapter are not the base's own.
+
+        With each, whether the base has one of that name: trainers save them with the adapter, and
+        they may have tokens, or a template of chats, that were trained with.
+        """
+        if not self.model.is_folder:
+            return {}
+        folder, base = self.adapters.reader.path.parent, self.model.path
+        own = [file for pattern in _TOKENIZER for file in folder.glob(pattern) if file.is_file()]
+        there = {file.name: (base / file.name).is_file() for file in sorted(own)}
+        return {
+            name: known
+            for name, known in there.items()
+            if not known or not filecmp.cmp(folder / name, base / name, shallow=False)
+        }
 
 
 def plan_merge(

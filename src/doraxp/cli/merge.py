@@ -104,6 +104,12 @@ def run(arguments: argparse.Namespace) -> int:
                 f"{name} is the output head too: the merge changes both, though the adapter was "
                 "trained on the embedding alone"
             )
+        for name, known in merge.tokenizers_apart().items():
+            _warn(
+                f"OUT has BASE's {name}, and not the other one of ADAPTER"
+                if known
+                else f"OUT has no {name}, and ADAPTER has one"
+            )
         if arguments.dry_run:
             _print_plan(merge, console)
         else:
@@ -118,6 +124,9 @@ def run(arguments: argparse.Namespace) -> int:
                 raise
             _print_changes(changes, console)
         _print_summary(merge, console)
+        if not arguments.dry_run:
+            state = "complete, and verified" if arguments.verify else "complete"
+            console.print(f"{arguments.out}: {state}", soft_wrap=True)
     except (CheckpointError, OSError) as error:
         print(f"doraxp merge: error: {error}", file=sys.stderr)
         return 2
@@ -180,11 +189,13 @@ def _print_plan(merge: Merge, console: Console) -> None:
     from doraxp.cli._tables import print_table
 
     layers = merge.adapters.layers
-    rows = (
-        (name, task.kind.name, str(config.rank), f"{config.scaling:g}")
-        for name, task in merge.tasks.items()
-        if task.path is not None and (config := layers[task.path].config)
-    )
+    rows = []
+    for name, task in merge.tasks.items():
+        if task.path is None:
+            rows.append((name, "replaced", "", ""))
+        else:
+            config = layers[task.path].config
+            rows.append((name, task.kind.name, str(config.rank), f"{config.scaling:g}"))
     print_table(("tensor", "kind", "rank", "s"), rows, console)
 
 
@@ -198,7 +209,7 @@ def _print_summary(merge: Merge, console: Console) -> None:
     )
     if merge.model.left_out:
         names = ", ".join(str(file) for file in merge.model.left_out)
-        console.print(f"Left out, other copies of the weights: {names}", soft_wrap=True)
+        console.print(f"Left out, weights that were not merged: {names}", soft_wrap=True)
 
 
 def _print_changes(changes: Mapping[str, Change], console: Console) -> None:
