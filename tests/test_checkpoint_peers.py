@@ -14,6 +14,8 @@ from doraxp import Adapter, Config, LayerKind
 from doraxp.checkpoint import load_adapters, save_adapters
 from doraxp.cli import main
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # what they import
+
 
 def assert_close(actual, desired):
     assert np.abs(actual - desired).max() <= 1e-6 * np.abs(desired).max()
