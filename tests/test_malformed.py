@@ -11,6 +11,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 import tracemalloc
 
 import ml_dtypes  # noqa: F401  the library loads bfloat16 only then
@@ -146,6 +147,9 @@ CONFIGS = {
     "alpha infinite": peft_config(lora_alpha=float("inf")),
     "a pattern that is none": peft_config(rank_pattern={"[": 3}),
     "a pattern without an end": peft_config(alpha_pattern={"(.*)*x": 3}),
+    "a pattern of too many repeats": peft_config(rank_pattern={"a{99999999999}": 3}),
+    "a pattern of deep brackets": peft_config(rank_pattern={"(" * 3000 + "a" + ")" * 3000: 3}),
+    "a pattern that Python warns of": peft_config(rank_pattern={"[[a]?q": 3}),
     "a pattern of many stars": peft_config(alpha_pattern={".*.*.*.*x": 3}),
 }
 
@@ -222,6 +226,26 @@ def test_a_name_is_printed_as_it_is(files, capsys, name):
         out = capsys.readouterr().out
         assert name in out
         assert "a[red].bin" in out or command[0] == "inspect"
+
+
+@pytest.mark.parametrize(
+    ("name", "patterns", "message"),
+    [
+        ("." * 4000, {".*.*.*x": 3}, "the name of a tensor must have at most 500 characters"),
+        ("." * 400, {".*.*.*x": 3, ".*.*.*y": 3}, "its patterns take too long to match"),
+        ("a", {f"{number}": 3 for number in range(200_000)}, "its patterns take too long to match"),
+    ],
+    ids=["a long name", "many dots", "many patterns"],
+)
+def test_patterns_that_would_take_hours_are_refused(files, capsys, name, patterns, message):
+    shutil.rmtree(files / "adapter")
+    shapes = {f"{name}{number}": (7, 5) for number in range(200)}
+    write_adapter(files / "adapter", shapes, rank_pattern=patterns)
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match=message):
+        load_adapters(files / "adapter")
+    assert time.process_time() - start < 10
+    assert_refused(files, capsys)
 
 
 def test_a_long_value_makes_no_long_error(files, capsys):

@@ -35,7 +35,7 @@ CHUNK = 4 << 20
 """Bytes that are copied at a time."""
 
 
-_ERROR_LIMIT = 1000
+_NAME_LIMIT, _ERROR_LIMIT = 500, 1000
 
 
 class CheckpointError(ValueError):
@@ -70,6 +70,12 @@ class Reader:
         odd = next((name for name in header if not name.isprintable()), None)
         if odd is not None:
             raise CheckpointError(f"{path}: the name of a tensor must be printable, got {odd!r}")
+        longest = max(map(len, header), default=0)
+        if longest > _NAME_LIMIT:
+            raise CheckpointError(
+                f"{path}: the name of a tensor must have at most {_NAME_LIMIT} characters, "
+                f"got {longest}"
+            )
         entries = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"])
         self.tensors: dict[str, Tensor] = {}
         """In the order of the file."""
