@@ -209,3 +209,22 @@ def test_x_may_have_any_strides(backend, which):
     expected = values[:, : weight.shape[0]]
     np.testing.assert_array_equal(backend.numpy(y), expected)
     assert doraxp.backward(y, cache).x.shape == values.shape
+
+
+@pytest.mark.lanes("cuda-host", "cupy")
+def test_rows_of_zeros_are_measured_and_then_left_alone(backend):
+    """Their gain is 0: no kernel of the guard has to form them again. Llama-3.1 has 511 in one."""
+    weight = np.random.default_rng(0).standard_normal((2, 6, 5)).astype("float32")
+    weight[:, ::2] = 0
+    weight[1, 3, 2] = np.nan
+    suspect = np.ones((2, 6), bool)
+    suspect[0, 5] = False
+    ops = operations(weight=backend.asarray(weight))
+    norm = backend.asarray(np.full((2, 6), 7, "float32"))
+    factors = Factors(backend.asarray(weight), None, None, None)
+    norm, formed = ops.guard(backend.asarray(suspect), norm, factors, norm.dtype)
+    (count,) = backend.numpy(formed.count)
+    np.testing.assert_array_equal(backend.numpy(formed.rows)[:count], [1, 3, 7, 9, 11])
+    assert backend.numpy(formed.switches)[1] == 1
+    lengths = np.where(suspect, np.sqrt((weight * weight).sum(axis=-1)), 7)
+    np.testing.assert_allclose(backend.numpy(norm), lengths, rtol=1e-6)

@@ -29,6 +29,7 @@ WARPS = THREADS // 32  # rows that a block of the row kernels takes
 TOKENS = 32  # of a chunk, whose sums a thread takes
 RUN = 4  # tokens that a thread of `outputs` takes, so that it reads gain and bias once for them
 GUARDS = 64  # blocks of the guard's kernels: it has few rows, or none
+MEASURERS = 1024  # blocks that look for its rows
 ROWS, TILE = 4, 8  # rows of a thread of `merge`, tokens of one of the guard's
 LEAF_BLOCK = 4 * THREADS  # numbers of a block of `adamw`
 KINDS = ("float16", "bfloat16", "float32", "float64")  # as `adamw` counts them
@@ -72,7 +73,7 @@ def reduced_precision() -> Iterator[None]:
 
 
 class Suspects(NamedTuple):
-    """The rows of V that the guard's kernels form again, wherever they are needed."""
+    """The rows of V, not of zeros, that the guard's kernels form again where they are needed."""
 
     rows: Array  # (stack · out,) int32; the first `count` are indices of rows
     count: Array  # (1,) int32
@@ -356,9 +357,9 @@ class CupyOperations(Operations):
         rows = self.cuda.empty((norm.size,), np.int32)
         count, switches = self.cuda.empty((1,), np.int32), self.cuda.empty((2,), norm.dtype)
         found = Suspects(rows, count, switches, factors)
-        size = np.int64(norm.size)
-        self.cuda.launch("list_suspects", _alike(norm), (1, 1, 1), suspect, *found[:3], size)
-        self._launch_guard("guard_norms", found, norm.dtype, (GUARDS, 1, 1), (norm,))
+        size, grid = np.int64(norm.size), (min(norm.size, MEASURERS), 1, 1)
+        self._launch_guard("guard_norms", factors, (suspect, size), norm.dtype, grid, (norm,))
+        self.cuda.launch("list_suspects", _alike(norm), (1, 1, 1), suspect, norm, *found[:3], size)
         return norm, found
 
     def guarded_times_transposed(
@@ -388,7 +389,7 @@ class CupyOperations(Operations):
             x, np.int32(stored), z, *map(np.int64, (element, step, along)), y,
             _packed(gain, self.xp), _packed(bias, self.xp), np.int64(tokens),
         )  # fmt: skip
-        self._launch_guard("guard_outputs", formed, wide, grid, given, types)
+        self._launch_guard("guard_outputs", formed.factors, formed[:2], wide, grid, given, types)
 
     def guarded_times(self, formed: Any, d: Array, factored: Callable[[Array], Array]) -> Array:
         """Keep the columns of d of suspect rows out of the factored d V, and add their part."""
@@ -406,7 +407,7 @@ class CupyOperations(Operations):
         types = _name(weight), _name(d), _name(formed.switches)
         grid = -(-inner // THREADS), min(-(-tokens // TILE), LIMIT), elements
         given = d, result, np.int64(tokens)
-        self._launch_guard("guard_inputs", formed, wide, grid, given, types)
+        self._launch_guard("guard_inputs", formed.factors, formed[:2], wide, grid, given, types)
         sizes = np.int64(tokens), np.int64(out)
         grid = -(-tokens // THREADS), GUARDS, 1
         self.cuda.launch("guard_hide", Types(*types), grid, *formed[:2], d, *sizes)
@@ -417,16 +418,17 @@ class CupyOperations(Operations):
         return self._multiply(d, weight, d.dtype, out=result, beta=1.0)
 
     def _launch_guard(
-        self, name: str, found: Suspects, dtype: Any, grid: tuple[int, int, int],
-        given: tuple[Any, ...], types: tuple[str, str, str] | None = None,
+        self, name: str, factors: Factors, which: tuple[Any, ...], dtype: Any,
+        grid: tuple[int, int, int], given: tuple[Any, ...],
+        types: tuple[str, str, str] | None = None,
     ) -> None:  # fmt: skip
-        weight, a, scaled_b, row_scale = found.factors
+        weight, a, scaled_b, row_scale = factors
         *_, out, inner = weight.shape
         rank = 0 if a is None else a.shape[-2]
         kind = np.dtype(dtype).name
         sizes = (np.int64(size) for size in (out, inner, rank))
         self.cuda.launch(
-            name, Types(*(types or (_name(weight), kind, kind))), grid, *found[:2],
+            name, Types(*(types or (_name(weight), kind, kind))), grid, *which,
             weight, a, scaled_b, row_scale, *given, *sizes,
         )  # fmt: skip
 

@@ -321,29 +321,6 @@ extern "C" __global__ void split(const C* a, S* parts, C* shrink, index_t rows, 
 
 // ---------------------------------------------------------------- the guard
 
-// The rows that are suspect, in order, and how many. One block: grid (1).     1 byte of (out,)
-// `switches` gets {1, 1 if there are any else 0}, for products that add to what the guard wrote.
-extern "C" __global__ void list_suspects(const unsigned char* suspect, int* list, int* count,
-                                         C* switches, index_t rows) {
-    __shared__ int before[THREADS];
-    const index_t share = (rows + THREADS - 1) / THREADS;
-    const index_t first = threadIdx.x * share;
-    const index_t end = first + share < rows ? first + share : rows;
-    int own = 0;
-    for (index_t row = first; row < end; ++row) own += suspect[row] != 0;
-    before[threadIdx.x] = own;
-    __syncthreads();
-    int at = 0;
-    for (int t = 0; t < (int)threadIdx.x; ++t) at += before[t];
-    if (threadIdx.x == THREADS - 1) {
-        *count = at + own;
-        switches[0] = 1;
-        switches[1] = at + own > 0;
-    }
-    for (index_t row = first; row < end; ++row)
-        if (suspect[row]) list[at++] = (int)row;
-}
-
 // One number of V = ρ⊙W + b A; A is (stack, rank, in). `b` null for no update. In double: what is
 // left of a row that cancels shows every rounding on the way, and such rows are few.
 __device__ inline C formed(const S* weight, const C* a, const C* b, const C* row_scale, index_t row,
@@ -355,12 +332,13 @@ __device__ inline C formed(const S* weight, const C* a, const C* b, const C* row
     return (C)value;
 }
 
-// n of the listed rows, from V itself, without overflow or underflow.      grid (any), a row a block
-extern "C" __global__ void guard_norms(const int* list, const int* count, const S* weight,
+// n of the suspect rows, from V itself, without overflow or underflow.     grid (any), a row a block
+extern "C" __global__ void guard_norms(const unsigned char* suspect, index_t rows, const S* weight,
                                        const C* a, const C* b, const C* row_scale, C* norm,
                                        index_t out, index_t in, index_t rank) {
-    for (int s = blockIdx.x; s < *count; s += gridDim.x) {
-        const index_t row = list[s], e = row / out;
+    for (index_t row = blockIdx.x; row < rows; row += gridDim.x) {
+        if (!suspect[row]) continue;
+        const index_t e = row / out;
         C most = 0;
         for (index_t k = threadIdx.x; k < in; k += THREADS)
             most = larger(most, fabs(formed(weight, a, b, row_scale, row, e, k, in, rank)));
@@ -374,6 +352,30 @@ extern "C" __global__ void guard_norms(const int* list, const int* count, const 
         total = block_sum(total);
         if (threadIdx.x == 0) norm[row] = most != most ? most : unit * sqrt(total);
     }
+}
+
+// The suspect rows that are not of zeros, in order, and how many. What is computed for a row of
+// zeros has no effect, as its gain is 0. One block: grid (1).                 1 byte of (out,)
+// `switches` gets {1, 1 if there are any else 0}, for products that add to what the guard wrote.
+extern "C" __global__ void list_suspects(const unsigned char* suspect, const C* norm, int* list,
+                                         int* count, C* switches, index_t rows) {
+    __shared__ int before[THREADS];
+    const index_t share = (rows + THREADS - 1) / THREADS;
+    const index_t first = threadIdx.x * share;
+    const index_t end = first + share < rows ? first + share : rows;
+    int own = 0;
+    for (index_t row = first; row < end; ++row) own += suspect[row] && norm[row] != 0;
+    before[threadIdx.x] = own;
+    __syncthreads();
+    int at = 0;
+    for (int t = 0; t < (int)threadIdx.x; ++t) at += before[t];
+    if (threadIdx.x == THREADS - 1) {
+        *count = at + own;
+        switches[0] = 1;
+        switches[1] = at + own > 0;
+    }
+    for (index_t row = first; row < end; ++row)
+        if (suspect[row] && norm[row] != 0) list[at++] = (int)row;
 }
 
 enum { TILE = 8 };  // tokens that a thread works on at once, so that V is formed once for all
