@@ -87,7 +87,8 @@ def blas(monkeypatch):
     runtime = types.SimpleNamespace(**dict(zip(names, KINDS, strict=True)))
     device = types.SimpleNamespace(get_cublas_handle=lambda: 1)
     cupy = types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime, device=device))
-    modules = {"cupy": cupy, "cupy_backends.cuda.libs.cublas": fake}
+    # The package loads cuBLAS from NVIDIA's wheels; the module by itself does not find it there.
+    modules = {"cupy": cupy, "cupy_backends.cuda.libs": types.SimpleNamespace(cublas=fake)}
     monkeypatch.setattr(_cuda, "import_module", modules.__getitem__)
     return fake
 

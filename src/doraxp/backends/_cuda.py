@@ -98,7 +98,7 @@ class Cuda:
         of the sum. With `tf32`, float32 factors are rounded to 10 bits.
         """
         cupy = import_module("cupy")
-        blas = import_module("cupy_backends.cuda.libs.cublas")
+        blas = import_module("cupy_backends.cuda.libs").cublas  # looks into NVIDIA's wheels too
         runtime = cupy.cuda.runtime
         kinds = {
             "float16": runtime.CUDA_R_16F,
