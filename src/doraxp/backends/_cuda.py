@@ -34,6 +34,9 @@ KERNELS = (
     "merge",
     "adamw",
 )
+WHOLE_SUMS = 16
+"""CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION, which CuPy does not name: the parts of a sum
+are added in the dtype of the sum, where the result is narrower."""
 TYPES = {"float16": "half_t", "bfloat16": "bf16_t", "float32": "float", "float64": "double"}
 """What a dtype is called in the source."""
 
@@ -124,7 +127,7 @@ class Cuda:
                 handle,
                 blas.CUBLAS_POINTER_MODE_DEVICE if on_device else blas.CUBLAS_POINTER_MODE_HOST,
             )
-            blas.setMathMode(handle, blas.CUBLAS_DEFAULT_MATH)  # TF32 is our caller's to choose
+            blas.setMathMode(handle, WHOLE_SUMS)  # and TF32 is our caller's to choose
             blas.gemmEx(
                 handle, first, second, n, m, k,
                 pointer, right.data.ptr, kinds[str(right.dtype)], first_step,
