@@ -228,3 +228,26 @@ def test_rows_of_zeros_are_measured_and_then_left_alone(backend):
     assert backend.numpy(formed.switches)[1] == 1
     lengths = np.where(suspect, np.sqrt((weight * weight).sum(axis=-1)), 7)
     np.testing.assert_allclose(backend.numpy(norm), lengths, rtol=1e-6)
+
+
+@pytest.mark.lanes("cuda-host")
+@pytest.mark.dtypes("float16", "bfloat16")
+def test_few_rows_in_float32_read_the_weight_once(backend, put, dtype):
+    """As dz does for dx: its parts go into one product with W, and into three from 1025 rows on."""
+    rng = np.random.default_rng(0)
+    weight, a = put(rng.standard_normal((24, 16)), dtype), put(rng.standard_normal((3, 16)))
+    ops = operations(weight=weight)
+    for tokens in 1, 5, 1024:
+        x, d = put(rng.standard_normal((tokens, 16))), put(rng.standard_normal((tokens, 24)))
+        w, *of_w = rounded(weight), rounded(x), rounded(d), rounded(a)
+        ops.cuda.launched.clear()
+        made = (
+            ops.times_transposed(x, weight, x.dtype), ops.times(d, weight, x.dtype),
+            ops.project(weight, a, x.dtype),
+        )  # fmt: skip
+        assert ops.cuda.launched == ["split", "gemm", "sum_chunks"] * 3
+        for actual, desired in zip(made, (of_w[0] @ w.T, of_w[1] @ w, w @ of_w[2].T), strict=True):
+            assert_near(backend.numpy(actual), desired, 1e-6)
+    ops.cuda.launched.clear()
+    ops.times(put(np.ones((1025, 24))), weight, a.dtype)
+    assert ops.cuda.launched.count("gemm") == (3 if dtype == "bfloat16" else 1)

@@ -18,6 +18,7 @@ from doraxp.backends._cuda import THREADS, Types
 from doraxp.backends._cupy_products import (
     LOW,
     Products,
+    alike,
     compute_dtype,
     is_reduced,
     name_of,
@@ -144,16 +145,8 @@ class CupyOperations(Products):
         grid = _columns(out, d), chunks, math.prod(stack)
         sizes = (np.int64(size) for size in (tokens, tokens + room, out, each))
         self.cuda.launch("gradients", types, grid, d, z, gain, rows, along, totals, *sizes)
-        e = self._sum_chunks(along)
-        return rows[..., :tokens, :], e, None if totals is None else self._sum_chunks(totals)
-
-    def _sum_chunks(self, partial: Array) -> Array:
-        *stack, chunks, out = partial.shape
-        result = self.cuda.empty((*stack, out), partial.dtype)
-        grid = -(-out // THREADS), 1, math.prod(stack)
-        sizes = np.int64(chunks), np.int64(out)
-        self.cuda.launch("sum_chunks", _alike(partial), grid, partial, result, *sizes)
-        return result
+        e = self.sum_chunks(along)
+        return rows[..., :tokens, :], e, None if totals is None else self.sum_chunks(totals)
 
     def append(self, scaled: Array, rows: Array) -> Array:
         """Saves the copy: there is room in the array that `scaled` is the head of."""
@@ -189,7 +182,7 @@ class CupyOperations(Products):
         sizes = (np.int64(size) for size in (squares.size, out, rank))
         floor = scalar(terms * float(info.smallest_normal) / float(info.eps))
         self.cuda.launch(
-            "assemble", _alike(u), (-(-squares.size // WARPS), 1, 1),
+            "assemble", alike(u), (-(-squares.size // WARPS), 1, 1),
             *given, norm, projection, suspect, *sizes, floor, scalar(cancellation),
         )  # fmt: skip
         return norm, projection, suspect
@@ -201,7 +194,7 @@ class CupyOperations(Products):
         if values.size:
             grid = -(-values.size // THREADS), 1, 1
             sizes = np.int64(values.size), np.int64(values.size // norm.size)
-            self.cuda.launch("over_norm", _alike(values), grid, values, norm, result, *sizes)
+            self.cuda.launch("over_norm", alike(values), grid, values, norm, result, *sizes)
         return result
 
     # The guard: its kernels form a suspect row where they need it, and skip the others
@@ -219,7 +212,7 @@ class CupyOperations(Products):
         found = Suspects(rows, count, switches, factors)
         size, grid = np.int64(norm.size), (min(norm.size, MEASURERS), 1, 1)
         self._launch_guard("guard_norms", factors, (suspect, size), norm.dtype, grid, (norm,))
-        self.cuda.launch("list_suspects", _alike(norm), (1, 1, 1), suspect, norm, *found[:3], size)
+        self.cuda.launch("list_suspects", alike(norm), (1, 1, 1), suspect, norm, *found[:3], size)
         return norm, found
 
     def guarded_times_transposed(
@@ -345,10 +338,6 @@ class CupyOperations(Products):
             types = Types(*[wide.name] * 3)
             self.cuda.launch("adamw", types, (blocks, 1, 1), leaf_table, size, *scalars)
         return stepped
-
-
-def _alike(array: Array) -> Types:
-    return Types(*[name_of(array)] * 3)
 
 
 def _columns(length: int, stored: Array) -> int:

@@ -1,12 +1,14 @@
 """Products on NVIDIA GPUs by cuBLAS, of the weight as it is stored.
 
 A product of a float32 array with a bfloat16 weight is exact in its factors: the array is the sum of
-three of bfloat16, and cuBLAS adds up three products in float32. `reduced_precision` rounds instead.
+three of bfloat16, and cuBLAS adds up three products in float32, or one of all parts of few rows:
+the weight is then read once. `reduced_precision` rounds instead.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -14,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from doraxp._types import Array
-from doraxp.backends._cuda import Cuda, Types, layout
+from doraxp.backends._cuda import THREADS, Cuda, Types, layout
 from doraxp.backends._generic import Operations
 
 LOW = ("float16", "bfloat16")
-FEW = 1024  # rows of a factor whose parts go into one product: the result has them all
+FEW = 1024  # rows whose parts go into one product: its result has a row for each part
 PARTS = 3  # of 8 bits each: all 24 of a float32
 _REDUCED: ContextVar[bool] = ContextVar("reduced", default=False)
 
@@ -66,15 +68,13 @@ class Products(Operations):
         return self.multiply(d, weight, dtype)
 
     def project(self, weight: Array, a: Array, dtype: Any) -> Array:
-        """Saves the cast of a low-precision W: A has rows enough for tensor cores in its parts."""
-        return self.multiply(weight, self.xp.matrix_transpose(a), dtype, narrow="right")
+        """Saves the cast of a low-precision W."""
+        return self.multiply(weight, self.xp.matrix_transpose(a), dtype)
 
     def product(self, left: Array, right: Array) -> Array:
         """Saves the cast of an x or dy in its own dtype."""
         dtype = np.promote_types(compute_dtype(left), compute_dtype(right))
-        few = min(left.shape[-2], right.shape[-1])
-        narrow = "left" if left.shape[-2] == few else "right"
-        return self.multiply(left, right, dtype, narrow=narrow if few <= FEW else None)
+        return self.multiply(left, right, dtype)
 
     def accumulate(self, total: Array, left: Array, right: Array) -> Array:
         """Saves the temporary of the product, and adding it: BLAS adds while it multiplies."""
@@ -82,12 +82,9 @@ class Products(Operations):
 
     def multiply(
         self, left: Array, right: Array, dtype: Any, *, out: Array | None = None,
-        beta: float | Array = 0.0, narrow: str | None = None,
+        beta: float | Array = 0.0,
     ) -> Array:  # fmt: skip
-        """Return out ← left right + beta out, by products of two axes; `out` is in `dtype`.
-
-        The factor that `narrow` names has few rows, or columns: its parts go into one product.
-        """
+        """Return out ← left right + beta out, by products of two axes; `out` is in `dtype`."""
         if out is None:
             shape = (*left.shape[:-1], right.shape[-1])
             out = self.cuda.empty(shape, dtype)
@@ -97,12 +94,10 @@ class Products(Operations):
             out[...] = 0
             return out
         for element in np.ndindex(left.shape[:-2]):
-            self._multiply_two(left[element], right[element], out[element], beta, narrow)
+            self._multiply_two(left[element], right[element], out[element], beta)
         return out
 
-    def _multiply_two(
-        self, left: Array, right: Array, out: Array, beta: float | Array, narrow: str | None
-    ) -> None:
+    def _multiply_two(self, left: Array, right: Array, out: Array, beta: float | Array) -> None:
         xp, reduced = self.xp, is_reduced()
         names = name_of(left), name_of(right)
         if names[0] != names[1]:
@@ -115,20 +110,18 @@ class Products(Operations):
                 rounded = xp.astype(wide, low.dtype)
                 left, right = (low, rounded) if low is left else (rounded, right)
             else:
-                self._multiply_parts(left, right, out, beta, narrow)
+                self._multiply_parts(left, right, out, beta)
                 return
         elif names[0] not in LOW and out.dtype != left.dtype:
             left, right = (xp.astype(array, out.dtype) for array in (left, right))
         self.cuda.gemm(_piece(left, xp), _piece(right, xp), out, beta, tf32=reduced)
 
-    def _multiply_parts(
-        self, left: Array, right: Array, out: Array, beta: float | Array, narrow: str | None
-    ) -> None:
+    def _multiply_parts(self, left: Array, right: Array, out: Array, beta: float | Array) -> None:
         """Multiply a float32 factor by one of half precision, exact in both."""
         xp = self.xp
         on_left = name_of(left) == "float32"
         wide, low = (left, right) if on_left else (right, left)
-        if narrow == ("left" if on_left else "right"):
+        if (left.shape[0] if on_left else right.shape[1]) <= FEW:
             rows = wide if on_left else xp.matrix_transpose(wide)  # (few, k)
             product = self._few_rows(rows, low if on_left else xp.matrix_transpose(low))
             product = product if on_left else xp.matrix_transpose(product)
@@ -152,10 +145,9 @@ class Products(Operations):
         xp = self.xp
         parts, shrink = self._split(rows, low)
         few, k = rows.shape
-        product = self.cuda.empty((PARTS, few, low.shape[1]), xp.float32)
-        flat = xp.reshape(product, (PARTS * few, -1))
-        self.cuda.gemm(xp.reshape(parts, (PARTS * few, k)), _piece(low, xp), flat, 0.0)
-        product = xp.sum(product, axis=0)
+        products = self.cuda.empty((PARTS * few, low.shape[1]), xp.float32)
+        self.cuda.gemm(xp.reshape(parts, (PARTS * few, k)), _piece(low, xp), products, 0.0)
+        product = xp.reshape(self.sum_chunks(xp.reshape(products, (PARTS, -1))), (few, -1))
         return product if shrink is None else shrink[:, None] * product
 
     def _split(self, rows: Array, low: Array) -> tuple[Array, Array | None]:
@@ -170,6 +162,15 @@ class Products(Operations):
         self.cuda.launch("split", types, (rows.shape[0], 1, 1), rows, parts, shrink, *sizes)
         return parts, shrink
 
+    def sum_chunks(self, partial: Array) -> Array:
+        """Return the sums over chunks, one after the other: (*stack, chunks, k) -> (*stack, k)."""
+        *stack, chunks, length = partial.shape
+        result = self.cuda.empty((*stack, length), partial.dtype)
+        grid = -(-length // THREADS), 1, math.prod(stack)
+        sizes = np.int64(chunks), np.int64(length)
+        self.cuda.launch("sum_chunks", alike(partial), grid, partial, result, *sizes)
+        return result
+
 
 def name_of(array: Array) -> str:
     """Return the name of the dtype."""
@@ -179,6 +180,11 @@ def name_of(array: Array) -> str:
 def compute_dtype(array: Array) -> Any:
     """Return the dtype to compute in."""
     return np.dtype(np.float32) if name_of(array) in LOW else array.dtype
+
+
+def alike(array: Array) -> Types:
+    """Return the types of a kernel that is of one dtype."""
+    return Types(*[name_of(array)] * 3)
 
 
 def packed(array: Array, xp: Any) -> Any:
