@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import doraxp
-from doraxp.backends import Factors, Operations, as_dtype, operations
+from doraxp.backends import Factors, Operations, as_dtype, operations, reduced_precision
 
 GENERIC = Operations(array_api_compat.numpy)
 SHAPES = {
@@ -251,3 +251,47 @@ def test_few_rows_in_float32_read_the_weight_once(backend, put, dtype):
     ops.cuda.launched.clear()
     ops.times(put(np.ones((1025, 24))), weight, a.dtype)
     assert ops.cuda.launched.count("gemm") == (3 if dtype == "bfloat16" else 1)
+
+
+@pytest.mark.dtypes("float16", "bfloat16", "float32", "float64")
+@pytest.mark.parametrize("form", ["weight", "direction"])
+@pytest.mark.parametrize("lies", ["by rows", "by columns"])
+@pytest.mark.parametrize(
+    ("stack", "out", "inner", "rank"), [((), 70, 136, 19), ((2,), 66, 7, 3), ((), 1, 1, 1)]
+)
+def test_merge_of_a_weight_of_either_layout(
+    backend, put, dtype, form, lies, stack, out, inner, rank
+):
+    """Shapes and ranks that fill no tile of the tensor cores; W by columns, as GPT-2 stores it."""
+    rng = np.random.default_rng(0)
+    wide, xp = "float64" if dtype == "float64" else "float32", backend.namespace()
+    if lies == "by rows":
+        weight = put(rng.standard_normal((*stack, out, inner)), dtype)
+    else:
+        weight = xp.matrix_transpose(put(rng.standard_normal((*stack, inner, out)), dtype))
+    shapes = (rank, inner), (out, rank), (out,)
+    a, b, gain = (put(rng.standard_normal((*stack, *shape)), wide) for shape in shapes)
+    row_scale = put(rng.uniform(0.5, 2, (*stack, out)), wide) if form == "direction" else None
+    factors = Factors(weight, a, b, row_scale)
+    merged = operations(weight=weight).merge(factors, gain, gain.dtype)
+    plain = [None if v is None else rounded(backend.numpy(v)) for v in (*factors, gain)]
+    desired = GENERIC.merge(Factors(*plain[:4]), plain[4], np.float64)
+    assert merged.dtype == weight.dtype
+    rtol = (1e-13 if dtype == "float64" else 1e-6) + EPS.get(dtype, 0) / 2
+    assert_near(backend.numpy(merged), desired, rtol)
+
+
+@pytest.mark.lanes("cuda-host", "cupy")
+@pytest.mark.dtypes("bfloat16", "float32")
+def test_merge_may_round_its_factors(backend, put, dtype):
+    """To the weight's dtype, or float32 to more than TF32 has, where that is asked for."""
+    rng = np.random.default_rng(0)
+    weight = put(np.zeros((20, 30)), dtype)
+    a, b, gain = (put(rng.standard_normal(shape)) for shape in ((4, 30), (20, 4), (20,)))
+    factors = Factors(weight, a, b, None)
+    ops = operations(weight=weight)
+    whole = rounded(backend.numpy(ops.merge(factors, gain, gain.dtype)))
+    with reduced_precision():
+        merged = rounded(backend.numpy(ops.merge(factors, gain, gain.dtype)))
+    error = np.max(abs(merged - whole)) / np.max(abs(whole))
+    assert 0 < error < (2.0**-7 if dtype == "bfloat16" else 2.0**-15)

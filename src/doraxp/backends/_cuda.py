@@ -32,6 +32,7 @@ KERNELS = (
     "guard_inputs",
     "guard_hide",
     "merge",
+    "merge_wide",
     "adamw",
 )
 WHOLE_SUMS = 16

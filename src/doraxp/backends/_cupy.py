@@ -17,10 +17,12 @@ from doraxp._types import Array, Reduce
 from doraxp.backends._cuda import THREADS, Types
 from doraxp.backends._cupy_products import (
     LOW,
+    PARTS,
     Products,
     alike,
     compute_dtype,
     is_reduced,
+    lying,
     name_of,
     packed,
 )
@@ -31,7 +33,8 @@ TOKENS = 32  # of a chunk, whose sums a thread takes
 RUN = 4  # tokens that a thread of `outputs` takes, so that it reads gain and bias once for them
 GUARDS = 64  # blocks of the guard's kernels: it has few rows, or none
 MEASURERS = 1024  # blocks that look for its rows
-ROWS, TILE = 4, 8  # rows of a thread of `merge`, tokens of one of the guard's
+PATCH = 64  # rows and columns that a block of `merge` has
+ROWS, TILE = 4, 8  # rows of a thread of `merge_wide`, tokens of one of the guard's
 LEAF_BLOCK = 4 * THREADS  # numbers of a block of `adamw`
 KINDS = ("float16", "bfloat16", "float32", "float64")  # as `adamw` counts them
 LEAF = np.dtype(
@@ -288,16 +291,24 @@ class CupyOperations(Products):
     # Merge and AdamW
 
     def merge(self, factors: Factors, gain: Array, dtype: Any) -> Array:
-        """Saves every (out, in) temporary: W is read once and W' written once."""
-        weight, a, scaled_b, row_scale = (packed(array, self.xp) for array in factors)
-        *stack, out, inner = weight.shape
-        merged = self.cuda.empty(weight.shape, weight.dtype)
+        """Saves every (out, in) temporary: W is read once and W' written once, as W lies."""
+        xp, (weight, *rest) = self.xp, factors
+        double = gain.dtype == np.float64
+        stored, turned = (packed(weight, xp), False) if double else lying(weight, xp)
+        *stack, rows, columns = stored.shape
+        merged = self.cuda.empty(stored.shape, weight.dtype)
         types = Types(name_of(weight), name_of(gain), name_of(gain))
-        grid = _columns(inner, weight), min(-(-out // ROWS), LIMIT), math.prod(stack)
-        sizes = (np.int64(size) for size in (out, inner, a.shape[-2]))
-        given = weight, a, scaled_b, row_scale, packed(gain, self.xp), merged
-        self.cuda.launch("merge", types, grid, *given, *sizes)
-        return merged
+        sizes = (np.int64(size) for size in (rows, columns, factors.lora_a.shape[-2]))
+        given = stored, *(packed(array, xp) for array in (*rest, gain)), merged, *sizes
+        if double:
+            grid = _columns(columns, stored), min(-(-rows // ROWS), LIMIT), math.prod(stack)
+            self.cuda.launch("merge_wide", types, grid, *given)
+        else:
+            grid = -(-columns // PATCH), -(-rows // PATCH), math.prod(stack)
+            rounded = 1 if name_of(weight) == "bfloat16" else 2  # parts of 8 bits
+            parts = rounded if is_reduced() else PARTS
+            self.cuda.launch("merge", types, grid, *given, np.int32(parts), np.int32(turned))
+        return xp.matrix_transpose(merged) if turned else merged
 
     def adamw(
         self, leaves: dict[str, tuple[Array, ...]], rates: dict[str, Any], decays: dict[str, Any],

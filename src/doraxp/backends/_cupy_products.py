@@ -194,6 +194,14 @@ def packed(array: Array, xp: Any) -> Any:
     return xp.asarray(array, copy=True, order="C")
 
 
+def lying(weight: Array, xp: Any) -> tuple[Array, bool]:
+    """Return a weight, or its transpose where that lies row by row; and whether it is that."""
+    turned = xp.matrix_transpose(weight)
+    if turned.flags.c_contiguous and not weight.flags.c_contiguous:
+        return turned, True
+    return packed(weight, xp), False
+
+
 def _piece(matrix: Array, xp: Any) -> Array:
     """Return a matrix whose rows or columns are in one piece, as BLAS wants it."""
     try:

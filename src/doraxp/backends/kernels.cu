@@ -453,14 +453,116 @@ extern "C" __global__ void guard_hide(const int* list, const int* count, Z* d, i
 
 // ---------------------------------------------------------------- merge and AdamW
 
-enum { ROWS = 4 };  // of W, that a thread works on at once: A is read once for all of them
+// A warp multiplies on tensor cores: sums (16, 8) += left (16, 16) right (16, 8). Lane 4 g + t has
+//     of left   rows g, g + 8     columns 2t, 2t + 1, 2t + 8, 2t + 9    (PTX ISA, mma.m16n8k16)
+//     of right  column g          rows    2t, 2t + 1, 2t + 8, 2t + 9
+//     of sums   rows g, g + 8     columns 2t, 2t + 1
+#ifdef DORAXP_HOST
+#define tensor_product host_tensor_product
+#else
+__device__ inline void tensor_product(float* sums, const unsigned* left, const unsigned* right) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));
+}
+#endif
 
-// W' = g⊙(ρ⊙W + b A).        2 (W) + 2 (W') = 4 bytes; A comes from the cache, out/ROWS times.
-// grid (in / (N THREADS), out / ROWS, stack)
+// Numbers k and k + 1 of a vector as bfloat16 in one register, for each part, as `split` makes them.
+enum { PARTS = 3 };
+__device__ inline void pair(const C* vector, index_t step, index_t k, index_t rank,
+                            unsigned* parts, int stride) {
+    float low = k < rank ? (float)vector[k * step] : 0, high = 0;
+    if (k + 1 < rank) high = (float)vector[(k + 1) * step];
+#pragma unroll
+    for (int p = 0; p < PARTS; ++p) {
+        const bf16_t first = narrow<bf16_t>(low), second = narrow<bf16_t>(high);
+        parts[p * stride] = first.bits | (unsigned)second.bits << 16;
+        low -= wide(first);
+        high -= wide(second);
+    }
+}
+
+enum { DOWN = 2, ACROSS = 4 };  // tiles of 16 by 8 numbers that a warp has; a block has 2 by 2 warps
+
+// W' = g⊙(ρ⊙W + b A).     2 (W) + 2 (W') = 4 bytes; A and b come from the cache, for each block once.
+// grid (columns / 64, rows / 64, stack). W is (rows, columns), or where `turned` (columns, rows)
+// turned over: then ρ and g go by columns. With 3 `parts` b A has float's digits: 6 products.
 extern "C" __global__ void merge(const S* __restrict__ weight, const C* __restrict__ a,
                                  const C* __restrict__ b, const C* __restrict__ row_scale,
-                                 const C* __restrict__ gain, S* __restrict__ merged, index_t out,
-                                 index_t in, index_t rank) {
+                                 const C* __restrict__ gain, S* __restrict__ merged, index_t rows,
+                                 index_t columns, index_t rank, int parts, int turned) {
+    const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4, warp = threadIdx.x / WARP;
+    const index_t top = ((index_t)blockIdx.y * 2 + warp / 2) * 16 * DOWN, e = blockIdx.z;
+    const index_t first = ((index_t)blockIdx.x * 2 + warp % 2) * 8 * ACROSS;
+    if (top >= rows || first >= columns) return;
+    const C* left = turned ? a + e * rank * rows : b + e * rank * rows;
+    const C* right = turned ? b + e * rank * columns : a + e * rank * columns;
+    const index_t left_row = turned ? 1 : rank, left_step = turned ? rows : 1;
+    const index_t right_column = turned ? rank : 1, right_step = turned ? 1 : columns;
+
+    float sums[DOWN][ACROSS][4] = {};
+    for (index_t k = 2 * t; k - 2 * t < rank; k += 16) {
+        unsigned of_left[PARTS][DOWN][4];
+#pragma unroll
+        for (int i = 0; i < DOWN; ++i)
+#pragma unroll
+            for (int h = 0; h < 4; ++h) {
+                const index_t row = top + 16 * i + 8 * (h % 2) + g;
+                pair(left + (row < rows ? row : rows - 1) * left_row, left_step, k + h / 2 * 8, rank,
+                     &of_left[0][i][h], 4 * DOWN);
+            }
+#pragma unroll
+        for (int j = 0; j < ACROSS; ++j) {
+            // Which columns a tile has is free: these give a lane 8 neighbours in its tiles together.
+            const index_t column = first + g / 2 * 8 + 2 * j + g % 2;
+            const C* from = right + (column < columns ? column : columns - 1) * right_column;
+            unsigned of_right[PARTS][2];
+            pair(from, right_step, k, rank, &of_right[0][0], 2);
+            pair(from, right_step, k + 8, rank, &of_right[0][1], 2);
+#pragma unroll
+            for (int p = 0; p < PARTS; ++p)
+#pragma unroll
+                for (int q = 0; q < PARTS - p; ++q)
+#pragma unroll
+                    for (int i = 0; i < DOWN; ++i)
+                        if (p + q < parts) tensor_product(sums[i][j], of_left[p][i], of_right[q]);
+        }
+    }
+
+    const bool packed = columns % N == 0 && aligned(weight, merged);
+    const index_t out = turned ? columns : rows;
+#pragma unroll
+    for (int i = 0; i < 2 * DOWN; ++i) {
+        const index_t row = top + 8 * i + g;
+#pragma unroll
+        for (int c = 0; c < 8; c += N) {
+            const index_t column = first + 8 * t + c, own = e * out + (turned ? column : row);
+            if (row >= rows || column >= columns) continue;
+            const int count = columns - column < N ? (int)(columns - column) : N;
+            const index_t at = (e * rows + row) * columns + column;
+            C value[N];
+            load(weight + at, value, count, packed);
+#pragma unroll
+            for (int j = 0; j < N; ++j) {
+                const index_t line = own + (turned && j < count ? j : 0);
+                const C scale = row_scale ? row_scale[line] : (C)1;
+                const C update = sums[i / 2][(c + j) / 2][i % 2 * 2 + (c + j) % 2];
+                value[j] = gain[line] * (scale * value[j] + update);
+            }
+            store(merged + at, value, count, packed);
+        }
+    }
+}
+
+enum { ROWS = 4 };  // of W, that a thread works on at once: A is read once for all of them
+
+// The same in double, where `merge` would round.     8 (W) + 8 (W') = 16 bytes, A from the cache
+// grid (in / (N THREADS), out / ROWS, stack)
+extern "C" __global__ void merge_wide(const S* __restrict__ weight, const C* __restrict__ a,
+                                      const C* __restrict__ b, const C* __restrict__ row_scale,
+                                      const C* __restrict__ gain, S* __restrict__ merged,
+                                      index_t out, index_t in, index_t rank) {
     const index_t k = ((index_t)blockIdx.x * blockDim.x + threadIdx.x) * N, e = blockIdx.z;
     if (k >= in) return;
     const bool packed = in % N == 0 && aligned(weight, a, merged);
