@@ -295,3 +295,43 @@ def test_merge_may_round_its_factors(backend, put, dtype):
         merged = rounded(backend.numpy(ops.merge(factors, gain, gain.dtype)))
     error = np.max(abs(merged - whole)) / np.max(abs(whole))
     assert 0 < error < (2.0**-7 if dtype == "bfloat16" else 2.0**-15)
+
+
+@pytest.mark.lanes("cuda-host")
+@pytest.mark.dtypes("bfloat16", "float32", "float64")
+@pytest.mark.parametrize("form", ["weight", "direction"])
+@pytest.mark.parametrize("stack", [(), (2,)])
+def test_a_weight_that_lies_by_columns_is_not_copied(backend, put, monkeypatch, dtype, form, stack):
+    """Not for the norm, its guard, the products and the merge; it is for a merge in float64."""
+    rng, config = np.random.default_rng(0), doraxp.Config(3, form=form)
+    values = rng.standard_normal((*stack, 70, 48))
+    values[..., 5, :] = 0
+    values[..., 7, :] *= 1e-25
+    stored = put(np.swapaxes(values, -1, -2).copy(), dtype)
+    weight = np.swapaxes(stored, -1, -2)
+    by_rows = backend.asarray(np.ascontiguousarray(weight))
+    x, dy = (put(rng.standard_normal((*stack, 5, k)), dtype) for k in (48, 70))
+    adapter = doraxp.init(by_rows, config, seed=0)
+    b = 0.1 * rng.standard_normal((*stack, 70, 3))
+    b[..., 7, :] = 0
+    adapter = adapter._replace(lora_b=put(b, str(adapter.lora_a.dtype)))
+
+    def work(weight):
+        y, cache = doraxp.forward(x, weight, adapter, config)
+        grads = doraxp.backward(dy, cache)
+        prepared = cache.prepared
+        arrays = prepared.norm, y, grads.x, *grads.adapter
+        return *arrays, doraxp.merge(weight, adapter, config, prepared=prepared)
+
+    expected, copied = work(by_rows), []
+    asarray = array_api_compat.numpy.asarray
+
+    def spy(array, **how):
+        copied.append(np.size(array)) if how.get("copy") else None
+        return asarray(array, **how)
+
+    monkeypatch.setattr(array_api_compat.numpy, "asarray", spy)
+    actual = work(weight)
+    assert copied.count(values.size) == (dtype == "float64")
+    for one, other in zip(actual, expected, strict=True):
+        assert_near(one, rounded(other), {"bfloat16": 2.0**-7, "float32": 4e-6}.get(dtype, 1e-13))

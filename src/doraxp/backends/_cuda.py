@@ -23,6 +23,7 @@ KERNELS = (
     "gradients",
     "sum_chunks",
     "row_squares",
+    "column_squares",
     "assemble",
     "over_norm",
     "split",

@@ -29,7 +29,7 @@ from doraxp.backends._cupy_products import (
 from doraxp.backends._generic import Factors
 
 WARPS = THREADS // 32  # rows that a block of the row kernels takes
-TOKENS = 32  # of a chunk, whose sums a thread takes
+CHUNK = 32  # tokens, or rows, whose sums a thread takes
 RUN = 4  # tokens that a thread of `outputs` takes, so that it reads gain and bias once for them
 GUARDS = 64  # blocks of the guard's kernels: it has few rows, or none
 MEASURERS = 1024  # blocks that look for its rows
@@ -140,8 +140,7 @@ class CupyOperations(Products):
         kind = d.dtype if is_reduced() and z.dtype == d.dtype else gain.dtype
         z = packed(xp.astype(z, kind, copy=False), xp)
         rows = self.cuda.empty((*stack, tokens + room, out), kind)
-        each = -(-tokens // min(LIMIT, max(1, -(-tokens // TOKENS)))) or 1
-        chunks = max(1, -(-tokens // each))
+        each, chunks = _chunks(tokens)
         along = self.cuda.empty((*stack, chunks, out), gain.dtype)
         totals = self.cuda.empty((*stack, chunks, out), gain.dtype) if total else None
         types = Types(name_of(d), name_of(z), name_of(gain))
@@ -161,12 +160,20 @@ class CupyOperations(Products):
 
     def row_squares(self, weight: Array, dtype: Any) -> Array:
         """Saves the (out, in) temporaries: W is read once, as it is stored."""
-        weight = packed(weight, self.xp)
+        (stored, turned), kind = lying(weight, self.xp), np.dtype(dtype).name
+        types = Types(name_of(weight), kind, kind)
+        if turned:
+            *stack, inner, out = stored.shape
+            each, chunks = _chunks(inner)
+            partial = self.cuda.empty((*stack, chunks, out), dtype)
+            grid = _columns(out, stored), chunks, math.prod(stack)
+            sizes = np.int64(inner), np.int64(out), np.int64(each)
+            self.cuda.launch("column_squares", types, grid, stored, partial, *sizes)
+            return self.sum_chunks(partial)
         squares = self.cuda.empty(weight.shape[:-1], dtype)
-        types = Types(name_of(weight), name_of(squares), name_of(squares))
         sizes = np.int64(squares.size), np.int64(weight.shape[-1])
         grid = -(-squares.size // WARPS), 1, 1
-        self.cuda.launch("row_squares", types, grid, weight, squares, *sizes)
+        self.cuda.launch("row_squares", types, grid, stored, squares, *sizes)
         return squares
 
     def assemble(
@@ -209,7 +216,10 @@ class CupyOperations(Products):
         """Saves V: rows are formed where they are needed. `norm` is written to."""
         if reduce is not None:
             return super().guard(suspect, norm, factors, dtype, reduce)
-        factors = Factors(*(packed(array, self.xp) for array in factors))
+        weight, *rest = factors
+        stored, turned = lying(weight, self.xp)
+        rest = [packed(array, self.xp) for array in rest]
+        factors = Factors(weight if turned else stored, *rest)
         rows = self.cuda.empty((norm.size,), np.int32)
         count, switches = self.cuda.empty((1,), np.int32), self.cuda.empty((2,), norm.dtype)
         found = Suspects(rows, count, switches, factors)
@@ -283,9 +293,10 @@ class CupyOperations(Products):
         rank = 0 if a is None else a.shape[-2]
         kind = np.dtype(dtype).name
         sizes = (np.int64(size) for size in (out, inner, rank))
+        turned = np.int32(not weight.flags.c_contiguous)
         self.cuda.launch(
             name, Types(*(types or (name_of(weight), kind, kind))), grid, *which,
-            weight, a, scaled_b, row_scale, *given, *sizes,
+            weight, turned, a, scaled_b, row_scale, *given, *sizes,
         )  # fmt: skip
 
     # Merge and AdamW
@@ -354,3 +365,9 @@ class CupyOperations(Products):
 def _columns(length: int, stored: Array) -> int:
     """Return how many blocks cover so many columns, at 16 bytes of `stored` to a thread."""
     return -(-length * int(stored.itemsize) // (16 * THREADS))
+
+
+def _chunks(length: int) -> tuple[int, int]:
+    """Return of how many rows a chunk of so many is, and how many chunks there are."""
+    each = -(-length // min(LIMIT, max(1, -(-length // CHUNK)))) or 1
+    return each, max(1, -(-length // each))

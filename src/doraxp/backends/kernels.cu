@@ -238,6 +238,30 @@ extern "C" __global__ void row_squares(const S* weight, C* squares, index_t rows
     if (threadIdx.x % WARP == 0) squares[row] = total;
 }
 
+// The same of a W that lies as (in, out): sums over chunks of k, (stack, chunks, out), for
+// `sum_chunks`.     grid (out / (N THREADS), chunks, stack)     2 bytes of W, 4 / (rows of a chunk)
+extern "C" __global__ void column_squares(const S* __restrict__ weight, C* squares, index_t in,
+                                          index_t out, index_t per_chunk) {
+    const index_t column = ((index_t)blockIdx.x * blockDim.x + threadIdx.x) * N;
+    if (column >= out) return;
+    const bool packed = out % N == 0 && aligned(weight);
+    const int count = out - column < N ? (int)(out - column) : N;
+    const index_t e = blockIdx.z, first = blockIdx.y * per_chunk;
+    const index_t end = first + per_chunk < in ? first + per_chunk : in;
+    C value[N], sums[N];
+    for (int j = 0; j < N; ++j) sums[j] = 0;
+#pragma unroll 4
+    for (index_t k = first; k < end; ++k) {
+        load(weight + (e * in + k) * out + column, value, count, packed);
+#pragma unroll
+        for (int j = 0; j < N; ++j) sums[j] += value[j] * value[j];
+    }
+    const index_t at = (e * gridDim.y + blockIdx.y) * out + column;
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+        if (j < count) squares[at + j] = sums[j];
+}
+
 // n² = ρ²‖w‖² + 2 rowsum(b⊙u) + rowsum(b G⊙b), a warp to each row.         grid (rows / WARPS)
 // 4 (u) + 4 (b) + 4 (b G) + 4 (V Aᵀ) = 16 bytes of (out, rank).
 //
@@ -321,11 +345,13 @@ extern "C" __global__ void split(const C* a, S* parts, C* shrink, index_t rows, 
 
 // ---------------------------------------------------------------- the guard
 
-// One number of V = ρ⊙W + b A; A is (stack, rank, in). `b` null for no update. In double: what is
-// left of a row that cancels shows every rounding on the way, and such rows are few.
-__device__ inline C formed(const S* weight, const C* a, const C* b, const C* row_scale, index_t row,
-                           index_t e, index_t k, index_t in, index_t rank) {
-    double value = wide(weight[row * in + k]);
+// One number of V = ρ⊙W + b A; A is (stack, rank, in). `b` null for no update; `turned` where W lies
+// as (in, out). In double: what is left of a row that cancels shows every rounding on the way, and
+// such rows are few.
+__device__ inline C formed(const S* weight, int turned, const C* a, const C* b, const C* row_scale,
+                           index_t row, index_t k, index_t out, index_t in, index_t rank) {
+    const index_t e = row / out;
+    double value = wide(weight[turned ? (e * in + k) * out + row % out : row * in + k]);
     if (row_scale) value *= row_scale[row];
     for (index_t r = 0; b && r < rank; ++r)
         value += (double)b[row * rank + r] * a[(e * rank + r) * in + k];
@@ -334,19 +360,18 @@ __device__ inline C formed(const S* weight, const C* a, const C* b, const C* row
 
 // n of the suspect rows, from V itself, without overflow or underflow.     grid (any), a row a block
 extern "C" __global__ void guard_norms(const unsigned char* suspect, index_t rows, const S* weight,
-                                       const C* a, const C* b, const C* row_scale, C* norm,
-                                       index_t out, index_t in, index_t rank) {
+                                       int turned, const C* a, const C* b, const C* row_scale,
+                                       C* norm, index_t out, index_t in, index_t rank) {
     for (index_t row = blockIdx.x; row < rows; row += gridDim.x) {
         if (!suspect[row]) continue;
-        const index_t e = row / out;
         C most = 0;
         for (index_t k = threadIdx.x; k < in; k += THREADS)
-            most = larger(most, fabs(formed(weight, a, b, row_scale, row, e, k, in, rank)));
+            most = larger(most, fabs(formed(weight, turned, a, b, row_scale, row, k, out, in, rank)));
         most = block_max(most);
         const C unit = most > 0 ? most : (C)1;
         C total = 0;
         for (index_t k = threadIdx.x; k < in; k += THREADS) {
-            const C v = formed(weight, a, b, row_scale, row, e, k, in, rank) / unit;
+            const C v = formed(weight, turned, a, b, row_scale, row, k, out, in, rank) / unit;
             total += v * v;
         }
         total = block_sum(total);
@@ -388,8 +413,8 @@ __device__ inline C item(const void* array, index_t i, bool stored) {
 // z is at z[e·z_element + t·z_token + i·z_row]; x and y are of S where `stored`, else of C. `y`
 // may be null.
 extern "C" __global__ void guard_outputs(const int* list, const int* count, const S* weight,
-                                         const C* a, const C* b, const C* row_scale, const void* x,
-                                         int stored, Z* z, index_t z_element, index_t z_token,
+                                         int turned, const C* a, const C* b, const C* row_scale,
+                                         const void* x, int stored, Z* z, index_t z_element, index_t z_token,
                                          index_t z_row, void* y, const C* gain, const C* bias,
                                          index_t tokens, index_t out, index_t in, index_t rank) {
     for (int s = blockIdx.x; s < *count; s += gridDim.x) {
@@ -398,7 +423,7 @@ extern "C" __global__ void guard_outputs(const int* list, const int* count, cons
             C sums[TILE];
             for (int j = 0; j < TILE; ++j) sums[j] = 0;
             for (index_t k = threadIdx.x; k < in; k += THREADS) {
-                const C v = formed(weight, a, b, row_scale, row, e, k, in, rank);
+                const C v = formed(weight, turned, a, b, row_scale, row, k, out, in, rank);
                 for (int j = 0; j < TILE; ++j)
                     if (t0 + j < tokens) sums[j] += item(x, (e * tokens + t0 + j) * in + k, stored) * v;
             }
@@ -420,8 +445,8 @@ extern "C" __global__ void guard_outputs(const int* list, const int* count, cons
 // result = Σ over the listed rows i of d[:, i] Vᵢ, and nothing where none is.
 // grid (in / THREADS, tiles, stack)
 extern "C" __global__ void guard_inputs(const int* list, const int* count, const S* weight,
-                                        const C* a, const C* b, const C* row_scale, const Z* d,
-                                        Z* result, index_t tokens, index_t out, index_t in,
+                                        int turned, const C* a, const C* b, const C* row_scale,
+                                        const Z* d, Z* result, index_t tokens, index_t out, index_t in,
                                         index_t rank) {
     const index_t k = (index_t)blockIdx.x * blockDim.x + threadIdx.x, e = blockIdx.z;
     if (*count == 0 || k >= in) return;
@@ -431,7 +456,7 @@ extern "C" __global__ void guard_inputs(const int* list, const int* count, const
         for (int s = 0; s < *count; ++s) {
             const index_t row = list[s];
             if (row / out != e) continue;
-            const C v = formed(weight, a, b, row_scale, row, e, k, in, rank);
+            const C v = formed(weight, turned, a, b, row_scale, row, k, out, in, rank);
             for (int j = 0; j < TILE; ++j)
                 if (t0 + j < tokens) sums[j] += (C)wide(d[(e * tokens + t0 + j) * out + row % out]) * v;
         }
