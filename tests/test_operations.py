@@ -20,6 +20,8 @@ SHAPES = {
     "wide": ((), 3, 1048, 24),
     "long": ((), 3, 24, 1032),
     "stack": ((2, 3), 34, 16, 24),
+    "token": ((2,), 1, 9, 520),
+    "odd token": ((), 1, 7, 33),
     "one": ((), 1, 1, 1),
 }
 EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
@@ -335,3 +337,30 @@ def test_a_weight_that_lies_by_columns_is_not_copied(backend, put, monkeypatch, 
     assert copied.count(values.size) == (dtype == "float64")
     for one, other in zip(actual, expected, strict=True):
         assert_near(one, rounded(other), {"bfloat16": 2.0**-7, "float32": 4e-6}.get(dtype, 1e-13))
+
+
+@pytest.mark.lanes("cuda-host")
+@pytest.mark.dtypes("float16", "bfloat16", "float32", "float64")
+@pytest.mark.parametrize("form", ["weight", "direction"])
+@pytest.mark.parametrize("kind", ["the weight's", "float32"])
+def test_one_token_takes_three_launches(backend, put, dtype, form, kind):
+    """L, all of z and y, and the guard: W is read once, and nothing between them is stored."""
+    rng, config = np.random.default_rng(0), doraxp.Config(3, form=form)
+    weight, bias = put(rng.standard_normal((9, 66)), dtype), put(rng.standard_normal((9,)))
+    x = put(rng.standard_normal((1, 66)), dtype if kind == "the weight's" else kind)
+    adapter = doraxp.init(weight, config, seed=0)
+    b = put(rng.standard_normal((9, 3)), str(adapter.lora_a.dtype))
+    adapter = adapter._replace(lora_b=b)
+    prepared = doraxp.prepare(weight, adapter, config)
+    launched = operations(weight=weight).cuda.launched
+    launched.clear()
+    y, cache = doraxp.forward(x, weight, adapter, config, bias=bias, prepared=prepared)
+    assert launched == ["token", "token", "guard_outputs"]
+    three = np.repeat(x, 3, axis=0)
+    expected, cached = doraxp.forward(three, weight, adapter, config, bias=bias, prepared=prepared)
+    assert y.dtype == x.dtype
+    assert_near(y, rounded(expected[:1]), EPS.get(str(x.dtype), 1e-6))
+    for name in "low_rank", "z":
+        actual, desired = getattr(cache, name), getattr(cached, name)
+        assert actual.dtype == desired.dtype
+        assert_near(actual, rounded(desired[:1]), 1e-6)

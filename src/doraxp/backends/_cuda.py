@@ -22,6 +22,7 @@ KERNELS = (
     "outputs",
     "gradients",
     "sum_chunks",
+    "token",
     "row_squares",
     "column_squares",
     "assemble",

@@ -18,6 +18,7 @@ from doraxp.backends._cuda import THREADS, Types
 from doraxp.backends._cupy_products import (
     LOW,
     PARTS,
+    WARPS,
     Products,
     alike,
     compute_dtype,
@@ -28,7 +29,6 @@ from doraxp.backends._cupy_products import (
 )
 from doraxp.backends._generic import Factors
 
-WARPS = THREADS // 32  # rows that a block of the row kernels takes
 CHUNK = 32  # tokens, or rows, whose sums a thread takes
 RUN = 4  # tokens that a thread of `outputs` takes, so that it reads gain and bias once for them
 GUARDS = 64  # blocks of the guard's kernels: it has few rows, or none
@@ -95,9 +95,16 @@ class CupyOperations(Products):
             return super().outputs(x, base, factors, low_rank, formed, gain, bias)
         low = name_of(x) in LOW
         kind = x.dtype if low and is_reduced() else gain.dtype
-        z = self.multiply(x, self.xp.matrix_transpose(factors.weight), kind)
-        update = low_rank, factors.scaled_b
-        z, y = self._finish(z, factors.row_scale, update, gain, bias, x.dtype if low else kind)
+        weight, _, scaled_b, row_scale = factors
+        update = low_rank, scaled_b
+        if self.takes_token(x, weight, gain.dtype):
+            x, shape = packed(x, self.xp), (*x.shape[:-1], weight.shape[-2])
+            z, y = (self.cuda.empty(shape, dtype) for dtype in (kind, x.dtype))
+            last = gain, bias, y
+            self.launch_token(x, weight, gain.dtype, z, row_scale, update, last)
+        else:
+            z = self.multiply(x, self.xp.matrix_transpose(weight), kind)
+            z, y = self._finish(z, row_scale, update, gain, bias, x.dtype if low else kind)
         self._guard_outputs(formed, x, z, (y, gain, bias))
         return z, y
 

@@ -21,6 +21,7 @@ from doraxp.backends._generic import Operations
 
 LOW = ("float16", "bfloat16")
 FEW = 1024  # rows whose parts go into one product: its result has a row for each part
+WARP, WARPS = 32, THREADS // 32  # threads of a warp, and warps of a block
 PARTS = 3  # of 8 bits each: all 24 of a float32
 _REDUCED: ContextVar[bool] = ContextVar("reduced", default=False)
 
@@ -72,13 +73,46 @@ class Products(Operations):
         return self.multiply(weight, self.xp.matrix_transpose(a), dtype)
 
     def product(self, left: Array, right: Array) -> Array:
-        """Saves the cast of an x or dy in its own dtype."""
+        """Saves the cast of an x or dy in its own dtype, and for one token three launches."""
         dtype = np.promote_types(compute_dtype(left), compute_dtype(right))
+        rows = self.xp.matrix_transpose(right)
+        if self.takes_token(left, rows, dtype):
+            result = self.cuda.empty((*left.shape[:-1], rows.shape[-2]), dtype)
+            self.launch_token(packed(left, self.xp), rows, dtype, result)
+            return result
         return self.multiply(left, right, dtype)
 
     def accumulate(self, total: Array, left: Array, right: Array) -> Array:
         """Saves the temporary of the product, and adding it: BLAS adds while it multiplies."""
         return self.multiply(left, right, total.dtype, out=total, beta=1.0)
+
+    def takes_token(self, x: Array, rows: Array, dtype: Any) -> bool:
+        """Say whether x rowsᵀ is one for `launch_token`: of one token, and rows longer than many.
+
+        `rows` must lie row by row; of the three dtypes one may be another.
+        """
+        names = {name_of(x), name_of(rows), np.dtype(dtype).name}
+        one = x.shape[-2] == 1 and rows.shape[-1] >= WARP and rows.flags.c_contiguous
+        return one and len(names) <= 2
+
+    def launch_token(
+        self, x: Array, rows: Array, dtype: Any, z: Array, scale: Array | None = None,
+        update: tuple[Array, Array] | None = None, last: tuple[Any, ...] = (None, None, None),
+    ) -> None:  # fmt: skip
+        """Write z = scale⊙(x rowsᵀ) + L (s B)ᵀ, and for `last` = (gain, bias, y) y = g⊙z + bias."""
+        wide, xp = np.dtype(dtype).name, self.xp
+        stored = next((name_of(array) for array in (x, rows) if name_of(array) != wide), wide)
+        low_rank, scaled_b = (None, None) if update is None else update
+        rank = 0 if scaled_b is None else scaled_b.shape[-1]
+        gain, bias, y = last
+        *stack, out, inner = rows.shape
+        count = math.prod(stack) * out
+        vectors = (packed(array, xp) for array in (scale, scaled_b, low_rank, gain, bias))
+        self.cuda.launch(
+            "token", Types(stored, name_of(z), wide), (-(-count // WARPS), 1, 1),
+            rows, np.int32(name_of(rows) == stored), x, np.int32(name_of(x) == stored),
+            *vectors, z, y, *map(np.int64, (count, out, inner, rank)),
+        )  # fmt: skip
 
     def multiply(
         self, left: Array, right: Array, dtype: Any, *, out: Array | None = None,

@@ -218,6 +218,54 @@ extern "C" __global__ void sum_chunks(const C* partial, C* result, index_t chunk
     result[e * out + i] = total;
 }
 
+// ---------------------------------------------------------------- one token
+
+// Σ m_k x_k, of a warp.
+template <typename M, typename X>
+__device__ inline C dot(const M* m, const X* x, index_t length) {
+    const bool packed = length % N == 0 && aligned(m, x);
+    C left[N], right[N], sums[N];
+    for (int j = 0; j < N; ++j) sums[j] = 0;
+#pragma unroll 4
+    for (index_t k = threadIdx.x % WARP * N; k < length; k += WARP * N) {
+        const int count = length - k < N ? (int)(length - k) : N;
+        load(m + k, left, count, packed);
+        load(x + k, right, count, packed);
+#pragma unroll
+        for (int j = 0; j < N; ++j) sums[j] += left[j] * right[j];
+    }
+    C total = 0;
+    for (int j = 0; j < N; ++j) total += sums[j];
+    return warp_sum(total);
+}
+
+// z = ρ⊙(M x) + b L and y = g⊙z + bias, a warp to each row of M: W, or A with `b` and `y` null.
+// grid (rows / WARPS)                        2 bytes of M, 4 of (out, rank); x comes from the cache
+// M is of S where `m_stored`, else of C; x and y of S where `stored`.
+extern "C" __global__ void token(const void* m, int m_stored, const void* x, int stored,
+                                 const C* row_scale, const C* b, const C* low_rank, const C* gain,
+                                 const C* bias, Z* z, void* y, index_t rows, index_t out,
+                                 index_t in, index_t rank) {
+    const index_t row = (index_t)blockIdx.x * WARPS + threadIdx.x / WARP, e = row / out;
+    if (row >= rows) return;
+    const index_t at = row * in, of_x = e * in;
+    C value = m_stored ? stored ? dot((const S*)m + at, (const S*)x + of_x, in)
+                                : dot((const S*)m + at, (const C*)x + of_x, in)
+              : stored ? dot((const C*)m + at, (const S*)x + of_x, in)
+                       : dot((const C*)m + at, (const C*)x + of_x, in);
+    if (row_scale) value *= row_scale[row];
+    C update = 0;
+    for (index_t r = threadIdx.x % WARP; b && r < rank; r += WARP)
+        update += b[row * rank + r] * low_rank[e * rank + r];
+    value += warp_sum(update);
+    if (threadIdx.x % WARP != 0) return;
+    z[row] = narrow<Z>(value);
+    if (!y) return;
+    const C result = bias ? gain[row] * value + bias[row] : gain[row] * value;
+    if (stored) ((S*)y)[row] = narrow<S>(result);
+    else ((C*)y)[row] = result;
+}
+
 // ---------------------------------------------------------------- the norm
 
 // ‖wᵢ‖² by rows, a warp to each.             grid (rows / WARPS)             2 bytes of W
