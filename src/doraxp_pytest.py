@@ -43,19 +43,33 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test once for each case, and once for each library."""
-    if "dora_case" in metafunc.fixturenames:
+    """Run a test once for each case, and once for each library, where it does not choose itself."""
+    wanted = set(metafunc.fixturenames) - _chosen(metafunc)
+    if "dora_case" in wanted:
         from doraxp.testing import catalogue
 
-        cases = catalogue()
-        metafunc.parametrize("dora_case", cases, ids=[case.name for case in cases], indirect=True)
-    if "dora_backend" in metafunc.fixturenames:
+        metafunc.parametrize("dora_case", catalogue(), indirect=True)
+    if "dora_backend" in wanted:
         from doraxp import backends
 
         names = metafunc.config.getoption("dora_backend") or [
             status.name for status in backends.available() if status.usable
         ]
         metafunc.parametrize("dora_backend", list(dict.fromkeys(names)), indirect=True)
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name a test after its case."""
+    return getattr(val, "name", None) if argname == "dora_case" else None
+
+
+def _chosen(metafunc: pytest.Metafunc) -> set[str]:
+    """Return the names that the test's own marks parametrise."""
+    chosen: set[str] = set()
+    for mark in metafunc.definition.iter_markers("parametrize"):
+        names = mark.args[0] if mark.args else mark.kwargs["argnames"]
+        chosen.update(names.replace(",", " ").split() if isinstance(names, str) else names)
+    return chosen
 
 
 @pytest.fixture

@@ -267,6 +267,33 @@ def test_bad_manners_are_reported_and_end_nothing():
         assert report.diagnoses == ()
 
 
+class MuteError(Exception):
+    def __str__(self):
+        raise RuntimeError("no message either")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(SystemExit(2), "SystemExit: 2"), (MuteError(), "MuteError: its message raises RuntimeError")],
+)
+def test_not_even_an_exit_ends_the_check(error, said):
+    def raises(*_, **__):
+        raise error
+
+    returned = type("Returned", (), {"__array__": raises})()
+    assert problems(forward=raises)[0] == ("tall", "all", f"raises {said}")
+    taken = problems(forward=lambda **_: returned)[0]
+    assert taken == ("tall", "y", f"is nothing that numpy.asarray takes: {said}")
+
+
+def test_who_interrupts_the_check_ends_it():
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        problems(forward=interrupted)
+
+
 HALF_AND_FULL = "('float16', 'bfloat16', 'float32', 'float64')"
 
 

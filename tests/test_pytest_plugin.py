@@ -93,6 +93,40 @@ def test_with_the_option_those_that_are_named_run_once(run):
     run(source, "--dora-backend=numpy", "--dora-backend=numpy").assert_outcomes(passed=1)
 
 
+@pytest.mark.parametrize("indirect", [False, True])
+def test_a_test_may_choose_its_cases_itself(run, indirect):
+    source = f"""
+    import pytest
+    from doraxp.testing import catalogue
+
+    CASES = [case for case in catalogue() if case.arrays["weight"].ndim > 2]
+
+    @pytest.mark.parametrize("size, dora_case", [(2, case) for case in CASES], {indirect=})
+    def test(size, dora_case, dora_backend):
+        assert dora_case in CASES
+
+    @pytest.fixture
+    def size(request):
+        return request.param
+    """
+    cases = [case for case in catalogue() if case.arrays["weight"].ndim > 2]
+    result = run(source, "-v")
+    result.assert_outcomes(passed=len(cases))
+    for case in cases:
+        assert f"::test[numpy-2-{case.name}] PASSED" in result.stdout.str()
+
+
+def test_a_test_may_choose_its_libraries_itself(run):
+    source = """
+    import pytest
+
+    @pytest.mark.parametrize("dora_backend", ["numpy"], indirect=True)
+    def test(dora_backend):
+        assert dora_backend.name == "numpy"
+    """
+    run(source).assert_outcomes(passed=1)
+
+
 def test_what_a_library_needs_holds_while_a_test_runs(run):
     source = """
     import contextlib

@@ -203,6 +203,21 @@ def test_the_shapes_that_a_compiler_is_told_are_those_that_come(torch):
         torch.library.opcheck(_ops.backward_op, (*arguments, train_base, *rules), test_utils=checks)
 
 
+@pytest.mark.parametrize("shapes", ["matrix", "stack"])
+def test_after_a_step_the_base_is_read_once_in_a_forward(torch, monkeypatch, shapes):
+    """W Aᵀ comes out of the product with x; what autograd is told of z holds all the same."""
+    from doraxp.torch._ops import forward_op
+
+    x, w, *leaves = (array.detach() for array in draw(torch, SHAPES[shapes]))
+    rules = 2, 1.5, "weight", "exact"
+    forward_op(x, w, *leaves, *rules)
+    leaves[1] *= 0.1  # no row cancels
+    monkeypatch.setattr("doraxp.backends._generic.Operations.project", None)
+    y, z, _ = forward_op(x, w, *leaves, *rules)
+    assert_same(torch, [y], [dense(Config(2, 3), x, w, *leaves)])
+    assert z.is_contiguous()
+
+
 def test_shapes_are_known_without_numbers(torch):
     layer = make(torch)[1].to("meta")
     x = torch.ones(5, 6, device="meta", dtype=torch.float64, requires_grad=True)
@@ -390,6 +405,35 @@ def test_the_override_adds_in_place_as_the_generic_does(torch, stack):
     got = ops.accumulate(total, left, right)
     assert got.data_ptr() == pointer
     assert_same(torch, [got], [want], 1e-6)
+
+
+@pytest.mark.parametrize("stack", [(), (2,)])
+def test_what_comes_before_the_last_product_fills_one_array(torch, stack):
+    from doraxp.backends import Operations, operations
+
+    d, z, rows = (torch.randn(*stack, *s) for s in ((5, 6), (5, 6), (2, 6)))
+    given, gain = d.clone(), torch.randn(*stack, 6)
+    ops = operations(d=d)
+    scaled, *want = Operations(ops.xp).scale_and_sum(d, z, gain, 2, total=True)
+    want = [Operations(ops.xp).append(scaled, rows), *want]
+    scaled, *got = ops.scale_and_sum(d, z, gain, 2, total=True)
+    whole = ops.append(scaled, rows)
+    assert whole.data_ptr() == scaled.data_ptr()
+    assert_same(torch, [whole, *got], want, 1e-6)
+    assert torch.equal(d, given)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_the_core_itself_stays_in_the_graph_of_autograd(torch, known):
+    """Of x, or of dy alone: whether or not z is in the graph."""
+    x, w, a, b, m = (array.detach() for array in draw(torch)[:5])
+    dy = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+
+    def dx(x, dy):
+        _, cache = doraxp.forward(x, w, Adapter(a, b, m), Config(2, 3))
+        return doraxp.backward(dy, cache).x
+
+    assert torch.autograd.gradcheck(dx, (x if known else x.requires_grad_(), dy))
 
 
 def test_bad_input_is_refused(torch):

@@ -291,6 +291,34 @@ def test_a_base_of_another_class_is_left(peft, torch):
         accelerate(model)
 
 
+PARTS = {
+    "base layer": lambda layer: layer.get_base_layer(),
+    "lora_A": lambda layer: layer.lora_A["default"],
+    "lora_B": lambda layer: layer.lora_B["default"],
+    "magnitude": lambda layer: layer.lora_magnitude_vector["default"],
+}
+HOOKS = ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("hook", HOOKS)
+def test_no_hook_is_passed_over(peft, torch, x, part, hook):
+    """A layer with one stays PEFT's; one that comes later is an error, and not called in vain."""
+    from doraxp.torch import accelerate
+
+    model = model_of(peft, torch)
+    layer = model.base_model.model[0]
+    reason = f"its {part} has hooks, which would not be called"
+    with accelerate(model):
+        put = getattr(PARTS[part](layer), f"register_{hook}")(lambda *_: None)
+        with pytest.raises(ValueError, match=f"restored first, but {reason}"):
+            model(x)
+        put.remove()
+        model(x)
+    getattr(PARTS[part](layer), f"register_{hook}")(lambda *_: None)
+    assert dict(accelerate(model).left) == {"base_model.model.0": reason}
+
+
 def test_bad_input_is_refused_and_changes_nothing(peft, torch):
     from doraxp.torch import accelerate
 

@@ -226,7 +226,10 @@ def times(d: Array, low: Array, prepared: Prepared, *, ops: Operations) -> Array
 
     if prepared.formed is None:
         return factored(d, low)
-    return ops.guarded_times(prepared.formed, d, lambda d: factored(d, ops.product(d, scaled_b)))
+    # What the guard keeps out of d is not in d s B either.
+    return ops.guarded_times(
+        prepared.formed, d, lambda rest: factored(rest, ops.product(rest, scaled_b))
+    )
 
 
 def check_previous(

@@ -312,7 +312,7 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     db = ops.product(xp.matrix_transpose(dz), low_rank)  # (out, rank)
     dweight = ops.product(xp.matrix_transpose(dz), seen) if train_base else None  # (out, in)
 
-    rows = dz
+    rows, low = dz, dlow
     if exact:  # The norm's part of dA is a product with V too: in one with dx it costs little.
         pull = ops.over_norm(-p[..., None] * scaled_b, norm)  # q⊙(s B), (out, rank)
         pull = xp.matrix_transpose(pull)

@@ -182,7 +182,7 @@ def _figures(
     actual: dict[str, Any],
 ) -> Iterator[Figure]:
     if isinstance(actual, Exception):  # it stands for all quantities of the case
-        failure = f"raises {type(actual).__name__}: {actual}"
+        failure = f"raises {described(actual)}"
         yield Figure(backend, case, dtype, "all", np.inf, np.inf, 1.0, np.inf, failure)
         return
     for name, want in wanted.items():
@@ -200,6 +200,15 @@ def _figures(
             np.inf if failure else want.share(got.values),
             failure,
         )
+
+
+def described(error: BaseException) -> str:
+    """Return the type and the message of an exception of someone else's code."""
+    try:
+        message = str(error)
+    except Exception as another:
+        message = f"its message raises {type(another).__name__}"
+    return f"{type(error).__name__}: {message}"
 
 
 def _worst_difference(wanted: dict[str, Expected], one: Any, other: Any) -> float:

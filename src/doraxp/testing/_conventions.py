@@ -19,7 +19,7 @@ from doraxp.testing._catalogue import (
     catalogue,
     compute_dtype,
 )
-from doraxp.testing._compare import Actual
+from doraxp.testing._compare import Actual, described
 from doraxp.testing._deviations import FORWARD, Changes, eps
 from doraxp.testing._libraries import Library, as_numpy, dtype_name
 
@@ -222,8 +222,8 @@ def _actual(array: Any, turn: bool) -> Actual | str:
     """Return a result on the host, or what is wrong with it."""
     try:
         array = np.array(array)  # a copy: the next call may write to it
-    except Exception as error:  # of someone else's class
-        return f"is nothing that numpy.asarray takes: {type(error).__name__}: {error}"
+    except (Exception, SystemExit) as error:  # of someone else's class
+        return f"is nothing that numpy.asarray takes: {described(error)}"
     name = dtype_name(array)
     values = as_numpy(array) if name in (*HALF, "float32", "float64") else array
     return Actual(values.swapaxes(-1, -2) if turn and values.ndim > 1 else values, name, turn)

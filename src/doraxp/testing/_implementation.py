@@ -10,6 +10,7 @@ import numpy as np
 
 from doraxp._scalars import check_kind
 from doraxp.testing._catalogue import Case, OptimizerCase, catalogue, optimizer_catalogue
+from doraxp.testing._compare import described
 from doraxp.testing._conventions import Conventions, call_layer, call_step
 from doraxp.testing._deviations import BACKWARD, FORWARD, STEP
 from doraxp.testing._diagnosis import Diagnosis, Run, diagnose, wanted_of
@@ -175,8 +176,8 @@ def _observe(
     try:
         with np.errstate(all="ignore"):  # what overflows on the way shows in the numbers
             returned = run(name, conventions, case, dtype)
-    except Exception as error:  # of someone else's code: it is a finding
-        note("all", f"raises {type(error).__name__}: {error}")
+    except (Exception, SystemExit) as error:  # of someone else's code: it is a finding
+        note("all", f"raises {described(error)}")
         return Run(name, case, dtype, {}, wanted)
     actual = {}
     for quantity, got in returned.items():

@@ -49,8 +49,8 @@ def accelerate(model: Any, norm_gradient: NormGradient = "exact") -> Accelerated
 
     The parameters stay PEFT's: the optimizer, `state_dict` and `save_pretrained` see no
     difference, and merging is still PEFT's. Dropout is PEFT's, its random numbers too. Copies
-    and pickles of the model are accelerated like it. A layer with two active adapters is an
-    error when it is called.
+    and pickles of the model are accelerated like it. A layer with two active adapters, or with
+    hooks inside that came later, is an error when it is called.
 
     Parameters
     ----------

@@ -52,31 +52,45 @@ def _with_weight(prepared: Prepared, weight: Array | None) -> Prepared:
     return prepared._replace(weight=weight, factors=factors)
 
 
-def _recall(weight: Array, adapter: Adapter, config: Config, *, known: bool) -> Prepared:
-    """Return `prepare`'s result, as much of it as possible from the last call.
+class _Known(NamedTuple):
+    """A layer outside of autograd, with what is known of it: the one or the other, or neither."""
+
+    weight: Array
+    adapter: Adapter
+    prepared: Prepared | None
+    previous: Prepared | None  # of another adapter or config
+
+
+def _recall(weight: Array, adapter: Adapter, config: Config, *, known: bool) -> _Known:
+    """Return the layer with what is kept of its last call.
 
     The adapter is held to the kept one by value. Where values cannot be looked at cheaply, it is
     prepared anew in a forward; in a backward, with `known`, autograd has seen to it that nobody
-    wrote to the arrays of the forward. A weight that is trained is prepared anew.
+    wrote to the arrays of the forward. Of a weight that is trained nothing is kept.
     """
     base = weight.detach()
     plain = Adapter(*(leaf.detach() for leaf in adapter))  # else their graph would be kept
-    if weight.requires_grad or weight.is_inference():  # the latter has no count of its writes
-        return prepare(base, plain, config)
-    kept, state = _kept.get(weight), _state(weight)
-    previous = None
-    if kept is not None and kept.weight == state:
-        previous = _with_weight(kept.prepared, base)
-        if previous.snapshot is not None:
-            ops = operations(weight=base)
-            same = ops.unchanged(previous.snapshot, previous.adapter, plain)
-        else:
-            same = known and kept.adapter == tuple(map(_state, adapter))
-        if same and previous.config == config:
-            return previous
-    prepared = prepare(base, plain, config, previous=previous)
-    _kept[weight] = _Kept(state, tuple(map(_state, adapter)), _with_weight(prepared, None))
-    return prepared
+    kept = _kept.get(weight) if _may_keep(weight) else None
+    if kept is None or kept.weight != _state(weight):
+        return _Known(base, plain, None, None)
+    last = _with_weight(kept.prepared, base)
+    if last.snapshot is not None:
+        same = operations(weight=base).unchanged(last.snapshot, last.adapter, plain)
+    else:
+        same = known and kept.adapter == tuple(map(_state, adapter))
+    if same and last.config == config:
+        return _Known(base, last.adapter, last, None)
+    return _Known(base, plain, None, last)
+
+
+def _keep(weight: Array, adapter: Adapter, prepared: Prepared) -> None:
+    if _may_keep(weight):
+        states = _state(weight), tuple(map(_state, adapter))
+        _kept[weight] = _Kept(*states, _with_weight(prepared, None))
+
+
+def _may_keep(weight: Array) -> bool:
+    return not (weight.requires_grad or weight.is_inference())  # the latter counts no writes
 
 
 def _config(rank: int, scaling: float, form: Any, norm_gradient: Any) -> Config:
@@ -100,11 +114,10 @@ def forward_op(
     """Return y, z = x Vᵀ and L = x Aᵀ; x is computed with in the compute dtype."""
     adapter, config = Adapter(lora_a, lora_b, magnitude), _config(*rules)
     with torch.autocast(x.device.type, enabled=False):
-        prepared = _recall(weight, adapter, config, known=False)
-        y, cache = forward(
-            x, prepared.weight, prepared.adapter, config, bias=bias, prepared=prepared
-        )
-    return y, cache.z, cache.low_rank
+        base, plain, prepared, previous = _recall(weight, adapter, config, known=False)
+        y, cache = forward(x, base, plain, config, bias=bias, prepared=prepared, previous=previous)
+        _keep(weight, adapter, cache.prepared)
+    return y, cache.z.contiguous(), cache.low_rank  # of a stack, z is a part of a product
 
 
 @forward_op.register_fake
@@ -140,7 +153,10 @@ def backward_op(
     """Return the gradients of x, A, B, m and W, in their dtypes; W's is empty unless trained."""
     adapter, config = Adapter(lora_a, lora_b, magnitude), _config(*rules)
     with torch.autocast(x.device.type, enabled=False):
-        prepared = _recall(weight, adapter, config, known=True)
+        base, plain, prepared, previous = _recall(weight, adapter, config, known=True)
+        if prepared is None:
+            prepared = prepare(base, plain, config, previous=previous)
+            _keep(weight, adapter, prepared)
         gradients = backward(dy, Cache(x, None, low_rank, z, prepared), train_base=train_base)
     dweight = weight.new_empty(0) if gradients.weight is None else gradients.weight
     da, db, dm = (d.to(leaf.dtype) for d, leaf in zip(gradients.adapter, adapter, strict=True))

@@ -15,6 +15,7 @@ from doraxp._types import Adapter, Array, Config, NormGradient
 from doraxp.torch._function import dora_linear
 
 AGAIN = "it is accelerated already"
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 class AcceleratedLinear(Linear):
@@ -32,6 +33,8 @@ class AcceleratedLinear(Linear):
             raise ValueError(
                 f"one adapter at a time can be active in an accelerated layer, got {names}"
             )
+        if hooked := _hooked(self):
+            raise ValueError(f"an accelerated layer must be restored first, but {hooked}")
         return self._adapted(x, *names)
 
     def _adapted(self, x: Array, name: str) -> Array:
@@ -64,12 +67,27 @@ def why_not(layer: Any) -> str | None:
     base = layer.get_base_layer()
     if type(base) is not torch.nn.Linear:
         return f"its base is a {type(base).__name__}, not a torch.nn.Linear"
-    hooks = base._forward_pre_hooks, base._forward_hooks, base._backward_hooks
-    if any(hooks) or "forward" in vars(base):  # as offloading does
-        return "its base layer has hooks, which would not be called"
+    if hooked := _hooked(layer):
+        return hooked
     rank, most = max(layer.r[name] for name in layer.lora_magnitude_vector), min(base.weight.shape)
     if rank > most:
         return f"its rank {rank} is above min(out, in) = {most}"
+    return None
+
+
+def _hooked(layer: Any) -> str | None:
+    """Return which part that PEFT calls, and `AcceleratedLinear` does not, has hooks."""
+    parts = {
+        "base layer": [layer.get_base_layer()],
+        "lora_A": layer.lora_A.values(),
+        "lora_B": layer.lora_B.values(),
+        "magnitude": layer.lora_magnitude_vector.values(),
+    }
+    for name, modules in parts.items():
+        for module in modules:
+            # Offloading puts another forward in the place of the class's.
+            if "forward" in vars(module) or any(getattr(module, hooks) for hooks in HOOKS):
+                return f"its {name} has hooks, which would not be called"
     return None
 
 
