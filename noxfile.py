@@ -89,10 +89,11 @@ def examples(session: nox.Session) -> None:
 
 @nox.session
 def peers(session: nox.Session) -> None:
-    """Run the yardstick on the implementations of others."""
+    """Run the yardstick on the implementations of others, and read and write their files."""
     install(session, "test", "jax", "peers")
     lanes = [f"--backend={name}" for name in PEERS]
-    pytest(session, *lanes, *PARALLEL, "tests/test_peers.py", "tests/test_implementation.py")
+    names = ("peers", "implementation", "checkpoint_peers")
+    pytest(session, *lanes, *PARALLEL, *(f"tests/test_{name}.py" for name in names))
 
 
 @nox.session(tags=["ci"])

@@ -8,6 +8,7 @@ extensions, no boolean indexing, no data-dependent shapes) and JAX under `jax.ji
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -142,15 +143,40 @@ class JaxJit(Jax):
         with contextlib.suppress(ValueError):  # registered by an earlier call
             jax.tree_util.register_static(Config)
         leaves, tree = jax.tree_util.tree_flatten((args, kwargs))
-        traced = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+        arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+        static = tuple(None if isinstance(leaf, jax.Array) else Static(leaf) for leaf in leaves)
+        return jitted(function, tree, static)(arrays)
 
-        def call(arrays: list[Any]) -> Any:
-            rest = iter(arrays)
-            filled = [next(rest) if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
-            again, keywords = jax.tree_util.tree_unflatten(tree, filled)
-            return function(*again, **keywords)
 
-        return jax.jit(call)(traced)
+class Static:
+    """An argument that is compiled in: 1, 1.0 and True are three, and each object is another."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def _key(self) -> Any:
+        plain = isinstance(self.value, bool | int | float | str)
+        return (type(self.value), repr(self.value)) if plain else id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Static) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+
+@functools.lru_cache(maxsize=256)
+def jitted(function: Callable[..., Any], tree: Any, static: tuple[Static | None, ...]) -> Any:
+    """Return `function` of its arrays under jit: tests of one function share what is compiled."""
+    import jax
+
+    def call(arrays: list[Any]) -> Any:
+        rest = iter(arrays)
+        filled = [next(rest) if leaf is None else leaf.value for leaf in static]
+        args, kwargs = jax.tree_util.tree_unflatten(tree, filled)
+        return function(*args, **kwargs)
+
+    return jax.jit(call)
 
 
 class Dask(Lane):

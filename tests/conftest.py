@@ -43,6 +43,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "once: run with the first lane of each backend; for what makes its own arrays"
     )
     config.addinivalue_line(
+        "markers", "lanes(*names): run on these backends only; for what no other one has"
+    )
+    config.addinivalue_line(
         "markers", "dtypes(*names): run with each `dtype` that the backend has, of these"
     )
 
@@ -52,6 +55,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         names = metafunc.config.getoption("backend") or [
             name for name in LANES if name not in EMULATED
         ]
+        if marker := metafunc.definition.get_closest_marker("lanes"):
+            names = [name for name in names if name in marker.args]
         last = 1 if metafunc.definition.get_closest_marker("once") else None
         lanes = [lane for name in dict.fromkeys(names) for lane in LANES.get(name, ())[:last]]
         if marker := metafunc.definition.get_closest_marker("dtypes"):

@@ -168,6 +168,26 @@ template <typename T> inline T __shfl_xor_sync(unsigned, T value, int step) {
     return other;
 }
 
+// sums (16, 8) += left (16, 16) right (16, 8), of bfloat16, with the lanes that mma.m16n8k16 has.
+inline void host_tensor_product(float* sums, const unsigned* left, const unsigned* right) {
+    static unsigned held[1024][6];
+    const unsigned own = host::current, warp = own / 32 * 32, g = own % 32 / 4, t = own % 4;
+    std::memcpy(held[own], left, 4 * sizeof *left);
+    std::memcpy(held[own] + 4, right, 2 * sizeof *right);
+    host::wait(1);
+    for (unsigned i = 0; i < 4; ++i) {
+        const unsigned row = g + i / 2 * 8, column = 2 * t + i % 2;
+        for (unsigned k = 0; k < 16; ++k) {
+            const unsigned* of_left = held[warp + row % 8 * 4 + k % 8 / 2];
+            const unsigned* of_right = held[warp + column * 4 + k % 8 / 2];
+            const unsigned shift = k % 2 ? 0 : 16;
+            sums[i] += __uint_as_float(of_left[row / 8 + k / 8 * 2] << shift & 0xffff0000u) *
+                       __uint_as_float(of_right[4 + k / 8] << shift & 0xffff0000u);
+        }
+    }
+    host::wait(1);
+}
+
 // Makes `launch_NAME(x, y, z, threads, arguments)` of a kernel, and `signature_NAME()`.
 #define DORAXP_LAUNCHER(NAME)                                                             \
     extern "C" const char* signature_##NAME() { return host::signature(NAME); }           \

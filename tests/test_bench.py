@@ -21,7 +21,7 @@ from doraxp.cli._bench.cases import DTYPES, TASKS, Case
 from doraxp.cli._bench.measure import Measured
 from doraxp.cli._bench.report import print_tables, ratios
 from doraxp.cli._libraries import library
-from doraxp.cli.bench import _libraries, threads
+from doraxp.cli.bench import _libraries, kernels, threads
 
 CASE = Case(24, 16, 5, 4)
 
@@ -67,6 +67,7 @@ def test_every_contestant_is_checked_and_reported(quick, tmp_path, capsys, dtype
     bare = [entry for entry in report["results"] if "bare" in entry["contestant"]]
     assert all(entry["over_bare_numpy"] == [1.0, 1.0, 1.0] for entry in bare)
     assert report["versions"]["numpy"] == np.__version__
+    assert report["blas_kernels"] == kernels()
     text = capsys.readouterr().out
     assert text.index("Ratios of time") < text.index("Times and memory")
     assert "Threads: " in text
@@ -225,6 +226,16 @@ def test_peft_takes_part_where_torch_does(monkeypatch):
     monkeypatch.setattr(peft, "why_not", lambda: None)
     assert _libraries(["numpy", "torch", "numpy"]) == (["numpy", "torch", "PEFT"], {})
     assert _libraries(["numpy"]) == (["numpy"], {})
+
+
+def test_kernels_of_blas_are_stated(monkeypatch):
+    """The same NumPy is 1.7 times as slow with those of another processor."""
+    pools = [
+        {"prefix": "libopenblas", "architecture": "Haswell", "num_threads": 2},
+        {"prefix": "libgomp", "num_threads": 2},
+    ]
+    monkeypatch.setattr("threadpoolctl.threadpool_info", lambda: pools)
+    assert kernels() == {"libopenblas": "Haswell"}
 
 
 def test_threads_of_torch_are_stated_where_it_is_in_use(monkeypatch):

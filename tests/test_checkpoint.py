@@ -93,7 +93,7 @@ def test_mlx_stores_the_factors_transposed_and_s(tmp_path):
     assert shapes == {f"{path}.lora_a": (5, 2), f"{path}.lora_b": (2, 7), f"{path}.m": (7,)}
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text()) == {
         "fine_tune_type": "dora",
-        "num_layers": 1,
+        "num_layers": -1,  # all: mlx-lm counts blocks from the last one
         "lora_parameters": {"rank": 2, "scale": 1.5, "dropout": 0.0, "keys": ["q"]},
     }
 
@@ -170,9 +170,18 @@ def test_lycoris_convolutions_are_merged(tmp_path):
         ({"lora_up.weight": None}, "must have both factors and a magnitude"),
         ({"lora_mid.weight": np.ones((2, 2), "f4")}, "is no part of a DoRA adapter"),
         ({"lora_up.weight": np.ones((7, 3), "f4")}, "(2, 5) and (7, 3) are no factors"),
+        (
+            {
+                "lora_down.weight": np.ones((2, 5, 3), "f4"),
+                "lora_up.weight": np.ones((7, 2, 1), "f4"),
+                "dora_scale": np.ones((1, 5, 1), "f4"),
+            },
+            "a dora_scale of shape (1, 5, 1) is one for each input channel of a convolution",
+        ),
         ({"dora_scale": np.ones((3, 1), "f4")}, "shape (3, 1) is not one per output row"),
         ({"alpha": np.ones(2, "f4")}, "alpha must be one floating number"),
-        ({"alpha": np.array(0, "f4")}, "alpha must be finite and not 0"),
+        ({"alpha": np.array(0, "f4")}, "alpha must be above 0 and finite, got 0.0"),
+        ({"alpha": np.array(-4, "f4")}, "alpha must be above 0 and finite, got -4.0"),
     ],
 )
 def test_a_lycoris_file_that_is_none(tmp_path, changes, message):
@@ -188,6 +197,12 @@ def test_a_lycoris_file_that_is_none(tmp_path, changes, message):
         ({"lora_parameters": {"rank": 2}}, {}, "must have a scale above 0, got None"),
         ({"lora_parameters": [20]}, {}, "must have a scale above 0, got None"),
         ({"lora_parameters": {"scale": True}}, {}, "must have a scale above 0, got True"),
+        ({"lora_parameters": {"scale": np.inf}}, {}, "must have a scale above 0, got inf"),
+        (
+            {"lora_parameters": {"scale": 20.0, "rank": 4}},
+            {},
+            "adapter_config.json: x: the rank is 4, but lora_a has (5, 2)",
+        ),
         ({}, {"x.m": (5,)}, "x is an embedding with a magnitude for each token"),
         ({}, {"x.lora_b": (3, 7)}, "lora_a (5, 2) and lora_b (3, 7) are no factors"),
         ({}, {"x.m": (6,)}, "x.m has shape (6,), which does not fit rank 2"),

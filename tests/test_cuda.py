@@ -15,6 +15,8 @@ from doraxp.backends._cuda import KERNELS, SOURCE, THREADS, Cuda, Types, layout
 
 KINDS = {2: np.float16, 14: ml_dtypes.bfloat16, 0: np.float32, 1: np.float64}
 """cudaDataType, as CUDA's library_types.h has it."""
+WHOLE_SUMS = 16
+"""CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION, as cublas_api.h has it."""
 
 
 class FakeBlas:
@@ -22,7 +24,7 @@ class FakeBlas:
 
     CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_64F, CUBLAS_COMPUTE_32F_FAST_TF32 = 68, 70, 77
     CUBLAS_POINTER_MODE_HOST, CUBLAS_POINTER_MODE_DEVICE = 0, 1
-    CUBLAS_DEFAULT_MATH, CUBLAS_GEMM_DEFAULT = 0, -1
+    CUBLAS_GEMM_DEFAULT = -1
 
     def __init__(self):
         self.modes, self.within, self.fails = {"pointer": 0, "math": 3}, [], False
@@ -87,7 +89,8 @@ def blas(monkeypatch):
     runtime = types.SimpleNamespace(**dict(zip(names, KINDS, strict=True)))
     device = types.SimpleNamespace(get_cublas_handle=lambda: 1)
     cupy = types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime, device=device))
-    modules = {"cupy": cupy, "cupy_backends.cuda.libs.cublas": fake}
+    # The package loads cuBLAS from NVIDIA's wheels; the module by itself does not find it there.
+    modules = {"cupy": cupy, "cupy_backends.cuda.libs": types.SimpleNamespace(cublas=fake)}
     monkeypatch.setattr(_cuda, "import_module", modules.__getitem__)
     return fake
 
@@ -121,22 +124,24 @@ def test_a_product_is_what_cublas_makes_of_the_call(blas, left_way, right_way, s
     Cuda().gemm(left, right, out, given)
     np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-6)
     ((modes, compute, algorithm),) = blas.within
-    assert modes == {"pointer": int(beta == "device"), "math": 0}
+    assert modes == {"pointer": int(beta == "device"), "math": WHOLE_SUMS}
     assert (compute, algorithm) == (68, -1)
     assert blas.modes == {"pointer": 0, "math": 3}
 
 
 @pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16, "float32", "float64"])
 @pytest.mark.parametrize("tf32", [False, True])
-def test_sums_are_in_float32_and_tf32_is_asked_for(blas, dtype, tf32):
+@pytest.mark.parametrize("stored", [False, True])
+def test_sums_are_in_float32_and_tf32_is_asked_for(blas, dtype, tf32, stored):
     rng = np.random.default_rng(0)
     left, right = matrix(rng, (4, 5), "whole", dtype), matrix(rng, (5, 3), "whole", dtype)
     wide = "float64" if dtype == "float64" else "float32"
-    out = on_device(np.full((4, 3), np.nan, wide))
+    out = on_device(np.full((4, 3), np.nan, dtype if stored else wide))
     Cuda().gemm(left, right, out, 0.0, tf32=tf32)
-    np.testing.assert_allclose(out, left.astype("float64") @ right.astype("float64"), rtol=1e-5)
+    expected = (left.astype("float64") @ right.astype("float64")).astype(out.dtype)
+    np.testing.assert_allclose(out.astype("float64"), expected.astype("float64"), rtol=1e-5)
     compute = {"float64": 70, "float32": 77 if tf32 else 68}.get(str(np.dtype(dtype)), 68)
-    assert blas.within[0][1] == compute
+    assert blas.within[0][:2] == ({"pointer": 0, "math": WHOLE_SUMS}, compute)
 
 
 def test_the_modes_of_the_handle_come_back_where_cublas_fails(blas):

@@ -138,7 +138,7 @@ def test_the_norm_takes_one_launch_each(ops, array):
     merged = ops.merge(factors, array(7), "float32")
     assert (merged.shape, merged.dtype) == ((7, 6), np.float16)
     assert [name for name, *_ in ops.cuda.calls] == [
-        "gemm", "assemble", "row_squares", "over_norm", "list_suspects", "guard_norms", "merge"
+        "gemm", "assemble", "row_squares", "over_norm", "guard_norms", "list_suspects", "merge"
     ]  # fmt: skip
 
 

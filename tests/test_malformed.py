@@ -11,6 +11,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 import tracemalloc
 
 import ml_dtypes  # noqa: F401  the library loads bfloat16 only then
@@ -146,6 +147,9 @@ CONFIGS = {
     "alpha infinite": peft_config(lora_alpha=float("inf")),
     "a pattern that is none": peft_config(rank_pattern={"[": 3}),
     "a pattern without an end": peft_config(alpha_pattern={"(.*)*x": 3}),
+    "a pattern of too many repeats": peft_config(rank_pattern={"a{99999999999}": 3}),
+    "a pattern of deep brackets": peft_config(rank_pattern={"(" * 3000 + "a" + ")" * 3000: 3}),
+    "a pattern that Python warns of": peft_config(rank_pattern={"[[a]?q": 3}),
     "a pattern of many stars": peft_config(alpha_pattern={".*.*.*.*x": 3}),
 }
 
@@ -183,6 +187,76 @@ def assert_refused(files, capsys, base="base"):
     assert len(error) < 2000
     assert peak < MEMORY
     assert sorted(path.name for path in files.iterdir()) == ["adapter", "base"]
+
+
+def add_layer(files, name):
+    """Give the model and the adapter one layer more."""
+    path = files / "base" / "model-1.safetensors"
+    save_file(load_file(path) | {f"{name}.weight": np.ones((7, 5), np.float32)}, path)
+    index = files / "base" / "model.safetensors.index.json"
+    entries = json.loads(index.read_bytes())
+    entries["weight_map"][f"{name}.weight"] = path.name
+    write_json(index, entries)
+    path = files / "adapter" / "adapter_model.safetensors"
+    shapes = {"lora_A.weight": (2, 5), "lora_B.weight": (7, 2), "lora_magnitude_vector": (7,)}
+    added = {
+        f"base_model.model.{name}.{part}": np.ones(shape, np.float32)
+        for part, shape in shapes.items()
+    }
+    save_file(load_file(path) | added, path)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\rb", "a\x1b[31mb", "a\u202eb"])
+def test_a_name_that_a_terminal_would_obey_is_refused(files, capsys, name):
+    add_layer(files, name)
+    assert_refused(files, capsys)
+
+
+@pytest.mark.parametrize("name", ["a[red]b", "a[/b]", "a:smile:b"])
+def test_a_name_is_printed_as_it_is(files, capsys, name):
+    add_layer(files, name)
+    (files / "base" / "a[red].bin").write_bytes(b"old")
+    paths = [str(files / folder) for folder in ("base", "adapter", "out")]
+    for command in (
+        ["merge", *paths[:2], "--out", paths[2], "--dry-run"],
+        ["merge", *paths[:2], "--out", paths[2]],
+        ["inspect", paths[1]],
+    ):
+        assert main(command) == 0
+        out = capsys.readouterr().out
+        assert name in out
+        assert "a[red].bin" in out or command[0] == "inspect"
+
+
+@pytest.mark.parametrize(
+    ("name", "patterns", "message"),
+    [
+        ("." * 4000, {".*.*.*x": 3}, "the name of a tensor must have at most 500 characters"),
+        ("." * 400, {".*.*.*x": 3, ".*.*.*y": 3}, "its patterns take too long to match"),
+        ("a", {f"{number}": 3 for number in range(200_000)}, "its patterns take too long to match"),
+    ],
+    ids=["a long name", "many dots", "many patterns"],
+)
+def test_patterns_that_would_take_hours_are_refused(files, capsys, name, patterns, message):
+    shutil.rmtree(files / "adapter")
+    shapes = {f"{name}{number}": (7, 5) for number in range(200)}
+    write_adapter(files / "adapter", shapes, rank_pattern=patterns)
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match=message):
+        load_adapters(files / "adapter")
+    assert time.process_time() - start < 10
+    assert_refused(files, capsys)
+
+
+def test_a_long_value_makes_no_long_error(files, capsys):
+    write_json(files / "adapter" / "adapter_config.json", peft_config(r="9" * 10_000))
+    assert_refused(files, capsys)
+
+
+def test_an_adapter_of_another_model_makes_no_long_error(files, capsys):
+    shutil.rmtree(files / "adapter")
+    write_adapter(files / "adapter", {f"layers.{number}.q": (7, 5) for number in range(500)})
+    assert_refused(files, capsys)
 
 
 def test_the_corpus_is_large_enough():
@@ -245,6 +319,12 @@ def test_a_large_file_of_json_is_refused_unread(files, capsys):
     with (files / "adapter" / "adapter_config.json").open("wb") as file:
         file.truncate(1 << 40)
     assert_refused(files, capsys)
+
+
+def test_the_name_of_a_model_on_a_hub_is_no_folder(files, capsys):
+    assert_refused(files, capsys, base="meta-llama/Llama-3.1-8B")
+    with pytest.raises(FileNotFoundError, match=r"Llama-3\.1-8B: no such file or folder"):
+        open_model(files / "meta-llama" / "Llama-3.1-8B")
 
 
 @pytest.mark.parametrize("name", ["none", "base/config.json", "."])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -88,10 +89,36 @@ def test_the_folders_other_files_come_along_but_no_other_weights(folders, capsys
     sizes = [tensor.nbytes for tensor in load_folder(out).values()]
     assert index["metadata"]["total_size"] == sum(sizes)
     assert not (out / "pytorch_model.bin").exists()
-    assert "Left out, other copies of the weights: pytorch_model.bin" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Left out, weights that were not merged: pytorch_model.bin" in printed
+    assert f"{out}: complete\n" in printed
     assert sorted(path.name for path in folder.iterdir()) == ["adapter", "base", "out"]
     with safe_open(out / "model-1.safetensors", "numpy") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize(
+    ("own", "warned"),
+    [({"vocab.txt": "a\nb\n"}, []), ({"vocab.txt": "a\nc\n"}, ["vocab.txt"])],
+)
+def test_a_tokenizer_beside_the_adapter_that_is_not_the_bases_is_named(
+    folders, capsys, own, warned
+):
+    """Trainers save one there, and it may have tokens and a template that were trained with."""
+    folder, _, _ = folders
+    shutil.copy(folder / "base" / "tokenizer" / "vocab.txt", folder / "base")
+    (folder / "adapter" / "README.md").write_text("of the adapter")
+    for name, text in own.items():
+        (folder / "adapter" / name).write_text(text)
+    for arguments in (["--dry-run"], []):
+        assert merge(folder, *arguments) == 0
+        expected = "doraxp merge: warning: OUT has BASE's {}, and not the other one of ADAPTER\n"
+        assert capsys.readouterr().err == "".join(expected.format(name) for name in warned)
+    assert (folder / "out" / "vocab.txt").read_text() == "a\nb\n"
+    (folder / "adapter" / "chat_template.jinja").write_text("{{ messages }}")
+    assert merge(folder, "--dry-run") == 0
+    expected = "doraxp merge: warning: OUT has no chat_template.jinja, and ADAPTER has one\n"
+    assert capsys.readouterr().err.startswith(expected)
 
 
 def test_what_tools_keep_in_hidden_folders_stays_behind(folders):
@@ -155,6 +182,16 @@ def test_jobs_change_no_bit(folders):
     }
 
 
+def test_a_plan_is_the_same_in_another_folder(folders, monkeypatch):
+    """The workers of a cluster were started elsewhere."""
+    folder, base, adapter = folders
+    monkeypatch.chdir(folder)
+    plan = plan_merge("base", "adapter", Options())
+    monkeypatch.chdir(folder / "base")
+    run_merge(plan, folder / "out", verify=True)
+    assert_merged(load_folder(folder / "out"), base, adapter)
+
+
 def test_a_scheduler_takes_the_shards(folders, capsys, monkeypatch):
     folder, base, adapter = folders
     seen = []
@@ -165,7 +202,8 @@ def test_a_scheduler_takes_the_shards(folders, capsys, monkeypatch):
         with ThreadPoolExecutor(2) as pool:
             yield SimpleNamespace(get_executor=lambda: pool)
 
-    monkeypatch.setitem(sys.modules, "distributed", SimpleNamespace(Client=client))
+    library = SimpleNamespace(Client=client, KilledWorker=KeyError)
+    monkeypatch.setitem(sys.modules, "distributed", library)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     assert merge(folder, "--scheduler", "tcp://here:8786") == 0
     assert seen == ["tcp://here:8786"]
@@ -174,6 +212,41 @@ def test_a_scheduler_takes_the_shards(folders, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: found.get(name, True))
     assert merge(folder, "--scheduler", "tcp://here:8786") == 2
     assert "pip install 'doraxp[distributed]'" in capsys.readouterr().err
+
+
+class KilledWorker(Exception):  # noqa: N818  as the library calls it
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("missing port number"), "--scheduler 'here': missing port number"),
+        (OSError("Timed out"), "Timed out"),
+        (KilledWorker("shard-1"), "the cluster lost the merge: shard-1; the same merge goes on"),
+        (CancelledError("shard-1"), "the cluster lost the merge: shard-1; the same merge goes on"),
+    ],
+)
+def test_what_goes_wrong_with_a_cluster_is_one_line(folders, capsys, monkeypatch, error, message):
+    folder, _, _ = folders
+
+    def fail(*_):
+        raise error
+
+    @contextlib.contextmanager
+    def client(address):
+        if not isinstance(error, KilledWorker | CancelledError):
+            raise error
+        yield SimpleNamespace(get_executor=lambda: SimpleNamespace(submit=fail))
+
+    library = SimpleNamespace(Client=client, KilledWorker=KilledWorker)
+    monkeypatch.setitem(sys.modules, "distributed", library)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    assert merge(folder, "--scheduler", "here") == 2
+    problem = capsys.readouterr().err
+    assert message in problem
+    assert problem.count("\n") == 1
+    assert not (folder / "out").exists()
 
 
 @pytest.mark.parametrize("block", [1 << 19, 9])
@@ -229,14 +302,15 @@ def test_changes_are_those_of_the_dense_merge(folders):
         assert change.largest == pytest.approx(moved.max(), rel=1e-5)
 
 
-def test_an_adapter_that_changes_nothing_is_said_to(folders, capsys):
+@pytest.mark.parametrize("rounding", [1.0, 1 + 2**-22])
+def test_an_adapter_that_changes_nothing_but_for_rounding_is_said_to(folders, capsys, rounding):
     folder, base, _ = folders
     path = folder / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
     prefix = "base_model.model.block.0.q."
     tensors[f"{prefix}lora_B.weight"] *= 0
     norm = np.linalg.norm(base["block.0.q.weight"].astype(np.float32), axis=1)
-    tensors[f"{prefix}lora_magnitude_vector"] = norm
+    tensors[f"{prefix}lora_magnitude_vector"] = np.float32(rounding) * norm
     save_file(tensors, path)
     assert merge(folder, "--compute", "float32") == 0
     warning = "doraxp merge: warning: the adapter changes nothing in block.0.q.weight\n"
@@ -358,10 +432,13 @@ def test_one_leading_name_more_or_less_is_no_difference(tmp_path, way):
 
 def test_a_dry_run_writes_nothing(folders, capsys):
     folder, _, _ = folders
+    edit_adapter(folder, add={"base_model.model.block.0.q.bias": np.ones(7, np.float32)})
     assert merge(folder, "--dry-run") == 0
     out = capsys.readouterr().out
     assert all(f"{path}.weight" in out for path in SHAPES)
-    assert "peft adapter: 3 of 9 tensors merged, 0 replaced" in out
+    assert re.search(r"block\.0\.q\.bias +replaced", out)
+    assert "peft adapter: 3 of 9 tensors merged, 1 replaced" in out
+    assert "complete" not in out
     assert sorted(path.name for path in folder.iterdir()) == ["adapter", "base"]
 
 
@@ -397,6 +474,35 @@ def test_values_too_large_for_a_dtype_are_refused(folders, capsys):
     edit_base(folder, **{"block.0.q.bias": np.full(7, 1e6, np.float32)})
     assert merge(folder, "--dtype", "float16") == 2
     assert "block.0.q.bias has values too large for float16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("weight", "magnitude", "arguments", "dtype"),
+    [
+        (1e300, 1.0, ["--compute", "float32"], "float32"),
+        (1.0, 1e300, ["--compute", "float32"], "float32"),
+        (1.0, 1e300, ["--dtype", "bfloat16"], "bfloat16"),
+        (1e-30, 3e38, ["--compute", "float32"], "float32"),
+    ],
+)
+def test_values_too_large_to_compute_with_are_refused(
+    tmp_path, capsys, weight, magnitude, arguments, dtype
+):
+    (tmp_path / "base").mkdir()
+    base = {"block.0.q.weight": np.full((7, 5), weight)}
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    write_adapter(tmp_path / "adapter", {"block.0.q": (7, 5)})
+    prefix = "base_model.model.block.0.q"
+    small = {f"{prefix}.lora_B.weight": np.zeros((7, 2))}
+    edit_adapter(tmp_path, add=small | {f"{prefix}.lora_magnitude_vector": np.full(7, magnitude)})
+    error = refused_with(tmp_path, capsys, *arguments)
+    assert f"block.0.q.weight has values too large for {dtype}" in error
+
+
+def test_the_change_of_huge_weights_is_told_without_a_warning(tmp_path):
+    save_file({"block.0.q.weight": np.full((7, 5), 1e200)}, tmp_path / "base")
+    write_adapter(tmp_path / "adapter", {"block.0.q": (7, 5)})
+    assert merge(tmp_path) == 0
 
 
 # Safe
@@ -451,6 +557,51 @@ def test_an_interrupt_says_how_to_go_on(folders, capsys, monkeypatch):
     )
     assert capsys.readouterr().err == expected
     assert merge(folder) == 0
+    assert_merged(load_folder(folder / "out"), base, adapter)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_killed_after_the_last_rename_the_next_merge_starts_anew(folders, monkeypatch, force):
+    folder, base, adapter = folders
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    if force:
+        (folder / "out").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        assert merge(folder, "--force") == 130
+    assert_merged(load_folder(folder / "out"), base, adapter)
+    assert (folder / ".out.partial").exists()
+    assert merge(folder, "--force") == 0
+    assert_merged(load_folder(folder / "out"), base, adapter)
+    assert not (folder / ".out.partial").exists()
+
+
+@pytest.mark.parametrize("left", ["file", "link"])
+def test_what_is_in_the_way_of_the_shards_is_kept(folders, capsys, left):
+    folder, _, _ = folders
+    mine, work = folder / "mine", folder / ".out.partial"
+    mine.mkdir()
+    (mine / "kept").write_text("kept")
+    if left == "link":
+        work.symlink_to(mine)
+    else:
+        work.write_text("kept")
+    assert merge(folder) == 2
+    assert f"{work}: in the way" in capsys.readouterr().err
+    assert (mine / "kept").read_text() == "kept"
+    assert work.is_symlink() or work.read_text() == "kept"
+
+
+def test_a_link_at_out_is_replaced_only_by_force(folders, capsys):
+    folder, base, adapter = folders
+    (folder / "out").symlink_to(folder / "nowhere")
+    assert merge(folder) == 2
+    assert "already there; --force replaces it" in capsys.readouterr().err
+    assert merge(folder, "--force") == 0
+    assert not (folder / "out").is_symlink()
     assert_merged(load_folder(folder / "out"), base, adapter)
 
 
@@ -673,8 +824,12 @@ def edit_base(folder, **changes):
 
 
 def refused(folder, capsys):
+    return refused_with(folder, capsys)
+
+
+def refused_with(folder, capsys, *arguments):
     """The error, in one line, of a merge that writes nothing."""
-    assert merge(folder) == 2
+    assert merge(folder, *arguments) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert sorted(path.name for path in folder.iterdir()) == ["adapter", "base"]
@@ -686,6 +841,7 @@ def test_every_adapter_without_a_weight_is_named(folders, capsys):
     shutil.rmtree(folder / "adapter")
     write_adapter(folder / "adapter", {**SHAPES, "lm_head": (7, 5), "block.9.q": (7, 5)})
     error = refused(folder, capsys)
+    assert "near block.9.q.weight the base has block." in error
     assert "the base has no lm_head.weight" in error
     assert "the base has no block.9.q.weight" in error
 
@@ -737,7 +893,18 @@ def test_an_init_that_changed_the_base_needs_that_base(folders, capsys, init):
         ((), {"layer_replication": [[0, 4]]}, "layer_replication cannot be merged"),
         ((), {"r": 3}, "adapter_config.json gives it rank 3, lora_A has (2, 5)"),
         ((), {"r": "8"}, "rank must be an integer, got '8'"),
-        ((), {"lora_alpha": 0}, "alpha must be finite and not 0"),
+        ((), {"lora_alpha": 0}, "lora_alpha must be above 0 and finite, got 0.0"),
+        ((), {"lora_alpha": -16}, "lora_alpha must be above 0 and finite, got -16.0"),
+        ((), {"lora_alpha": None}, "lora_alpha must be a number, got None"),
+        ((), {"alpha_pattern": {"q": -3}}, "lora_alpha must be above 0 and finite, got -3.0"),
+        ((), {"use_rslora": "false"}, "use_rslora must be true or false, got 'false'"),
+        ((), {"fan_in_fan_out": "false"}, "fan_in_fan_out must be true or false, got 'false'"),
+        ((), {"kasa_config": {"beta": 1}}, "kasa_config cannot be merged with a DoRA adapter"),
+        (
+            (),
+            {"bias": "lora_only"},
+            "bias lora_only, but the file lacks block.0.k.bias, block.0.q.bias, block.1.q.bias",
+        ),
         ((), {"rank_pattern": {"(": 2}}, "missing ), unterminated subpattern"),
         ((), {"rank_pattern": {"(a+)+": 2}}, "the pattern '(a+)+' repeats too much"),
         ((), {"rank_pattern": [1]}, "cannot convert dictionary update sequence"),
@@ -747,6 +914,29 @@ def test_a_configuration_that_disagrees(folders, capsys, remove, config, message
     folder, _, _ = folders
     edit_adapter(folder, remove, **config)
     assert message in refused(folder, capsys)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_replace_the_bases(folders, bias):
+    folder, base, adapter = folders
+    rng = np.random.default_rng(9)
+    trained = {f"{path}.bias": draw(rng, shape[0]) for path, shape in SHAPES.items()}
+    layers = {name.replace(".bias", ".base_layer.bias"): leaf for name, leaf in trained.items()}
+    added = {f"base_model.model.{name}": leaf for name, leaf in layers.items()}
+    edit_adapter(folder, add=added, bias=bias)
+    assert merge(folder, "--verify") == 0
+    merged = load_folder(folder / "out")
+    assert_merged(merged, base | {name: merged[name] for name in trained}, adapter)
+    for name, leaf in trained.items():
+        assert merged[name].tobytes() == leaf.astype(ml_dtypes.bfloat16).tobytes()
+
+
+def test_layers_without_a_bias_need_none(tmp_path):
+    rng = np.random.default_rng(1)
+    base = {f"{path}.weight": draw(rng, *shape) for path, shape in SHAPES.items()}
+    save_file(base, tmp_path / "base")
+    write_adapter(tmp_path / "adapter", bias="lora_only")
+    assert merge(tmp_path) == 0
 
 
 @pytest.mark.parametrize(
@@ -802,10 +992,13 @@ def test_a_wrong_flag_is_mended_by_shapes_but_not_for_a_square(tmp_path, capsys)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("where", ["base", "adapter"])
+@pytest.mark.parametrize("where", ["base", "adapter", "bias"])
 def test_nan_and_infinity_are_refused(folders, capsys, where, value):
     folder, base, _ = folders
-    if where == "base":
+    if where == "bias":
+        added = {"base_model.model.block.0.q.bias": np.full(7, value, np.float32)}
+        edit_adapter(folder, add=added)
+    elif where == "base":
         weight = base["block.0.q.weight"]
         weight[3, 2] = value
         edit_base(folder, **{"block.0.q.weight": weight})

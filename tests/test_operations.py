@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import doraxp
-from doraxp.backends import Factors, Operations, as_dtype, operations
+from doraxp.backends import Factors, Operations, as_dtype, operations, reduced_precision
 
 GENERIC = Operations(array_api_compat.numpy)
 SHAPES = {
@@ -20,6 +20,8 @@ SHAPES = {
     "wide": ((), 3, 1048, 24),
     "long": ((), 3, 24, 1032),
     "stack": ((2, 3), 34, 16, 24),
+    "token": ((2,), 1, 9, 520),
+    "odd token": ((), 1, 7, 33),
     "one": ((), 1, 1, 1),
 }
 EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
@@ -209,3 +211,156 @@ def test_x_may_have_any_strides(backend, which):
     expected = values[:, : weight.shape[0]]
     np.testing.assert_array_equal(backend.numpy(y), expected)
     assert doraxp.backward(y, cache).x.shape == values.shape
+
+
+@pytest.mark.lanes("cuda-host", "cupy")
+def test_rows_of_zeros_are_measured_and_then_left_alone(backend):
+    """Their gain is 0: no kernel of the guard has to form them again. Llama-3.1 has 511 in one."""
+    weight = np.random.default_rng(0).standard_normal((2, 6, 5)).astype("float32")
+    weight[:, ::2] = 0
+    weight[1, 3, 2] = np.nan
+    suspect = np.ones((2, 6), bool)
+    suspect[0, 5] = False
+    ops = operations(weight=backend.asarray(weight))
+    norm = backend.asarray(np.full((2, 6), 7, "float32"))
+    factors = Factors(backend.asarray(weight), None, None, None)
+    norm, formed = ops.guard(backend.asarray(suspect), norm, factors, norm.dtype)
+    (count,) = backend.numpy(formed.count)
+    np.testing.assert_array_equal(backend.numpy(formed.rows)[:count], [1, 3, 7, 9, 11])
+    assert backend.numpy(formed.switches)[1] == 1
+    lengths = np.where(suspect, np.sqrt((weight * weight).sum(axis=-1)), 7)
+    np.testing.assert_allclose(backend.numpy(norm), lengths, rtol=1e-6)
+
+
+@pytest.mark.lanes("cuda-host")
+@pytest.mark.dtypes("float16", "bfloat16")
+def test_few_rows_in_float32_read_the_weight_once(backend, put, dtype):
+    """As dz does for dx: its parts go into one product with W, and into three from 1025 rows on."""
+    rng = np.random.default_rng(0)
+    weight, a = put(rng.standard_normal((24, 16)), dtype), put(rng.standard_normal((3, 16)))
+    ops = operations(weight=weight)
+    for tokens in 1, 5, 1024:
+        x, d = put(rng.standard_normal((tokens, 16))), put(rng.standard_normal((tokens, 24)))
+        w, *of_w = rounded(weight), rounded(x), rounded(d), rounded(a)
+        ops.cuda.launched.clear()
+        made = (
+            ops.times_transposed(x, weight, x.dtype), ops.times(d, weight, x.dtype),
+            ops.project(weight, a, x.dtype),
+        )  # fmt: skip
+        assert ops.cuda.launched == ["split", "gemm", "sum_chunks"] * 3
+        for actual, desired in zip(made, (of_w[0] @ w.T, of_w[1] @ w, w @ of_w[2].T), strict=True):
+            assert_near(backend.numpy(actual), desired, 1e-6)
+    ops.cuda.launched.clear()
+    ops.times(put(np.ones((1025, 24))), weight, a.dtype)
+    assert ops.cuda.launched.count("gemm") == (3 if dtype == "bfloat16" else 1)
+
+
+@pytest.mark.dtypes("float16", "bfloat16", "float32", "float64")
+@pytest.mark.parametrize("form", ["weight", "direction"])
+@pytest.mark.parametrize("lies", ["by rows", "by columns"])
+@pytest.mark.parametrize(
+    ("stack", "out", "inner", "rank"), [((), 70, 136, 19), ((2,), 66, 7, 3), ((), 1, 1, 1)]
+)
+def test_merge_of_a_weight_of_either_layout(
+    backend, put, dtype, form, lies, stack, out, inner, rank
+):
+    """Shapes and ranks that fill no tile of the tensor cores; W by columns, as GPT-2 stores it."""
+    rng = np.random.default_rng(0)
+    wide, xp = "float64" if dtype == "float64" else "float32", backend.namespace()
+    if lies == "by rows":
+        weight = put(rng.standard_normal((*stack, out, inner)), dtype)
+    else:
+        weight = xp.matrix_transpose(put(rng.standard_normal((*stack, inner, out)), dtype))
+    shapes = (rank, inner), (out, rank), (out,)
+    a, b, gain = (put(rng.standard_normal((*stack, *shape)), wide) for shape in shapes)
+    row_scale = put(rng.uniform(0.5, 2, (*stack, out)), wide) if form == "direction" else None
+    factors = Factors(weight, a, b, row_scale)
+    merged = operations(weight=weight).merge(factors, gain, gain.dtype)
+    plain = [None if v is None else rounded(backend.numpy(v)) for v in (*factors, gain)]
+    desired = GENERIC.merge(Factors(*plain[:4]), plain[4], np.float64)
+    assert merged.dtype == weight.dtype
+    rtol = (1e-13 if dtype == "float64" else 1e-6) + EPS.get(dtype, 0) / 2
+    assert_near(backend.numpy(merged), desired, rtol)
+
+
+@pytest.mark.lanes("cuda-host", "cupy")
+@pytest.mark.dtypes("bfloat16", "float32")
+def test_merge_may_round_its_factors(backend, put, dtype):
+    """To the weight's dtype, or float32 to more than TF32 has, where that is asked for."""
+    rng = np.random.default_rng(0)
+    weight = put(np.zeros((20, 30)), dtype)
+    a, b, gain = (put(rng.standard_normal(shape)) for shape in ((4, 30), (20, 4), (20,)))
+    factors = Factors(weight, a, b, None)
+    ops = operations(weight=weight)
+    whole = rounded(backend.numpy(ops.merge(factors, gain, gain.dtype)))
+    with reduced_precision():
+        merged = rounded(backend.numpy(ops.merge(factors, gain, gain.dtype)))
+    error = np.max(abs(merged - whole)) / np.max(abs(whole))
+    assert 0 < error < (2.0**-7 if dtype == "bfloat16" else 2.0**-15)
+
+
+@pytest.mark.lanes("cuda-host")
+@pytest.mark.dtypes("bfloat16", "float32", "float64")
+@pytest.mark.parametrize("form", ["weight", "direction"])
+@pytest.mark.parametrize("stack", [(), (2,)])
+def test_a_weight_that_lies_by_columns_is_not_copied(backend, put, monkeypatch, dtype, form, stack):
+    """Not for the norm, its guard, the products and the merge; it is for a merge in float64."""
+    rng, config = np.random.default_rng(0), doraxp.Config(3, form=form)
+    values = rng.standard_normal((*stack, 70, 48))
+    values[..., 5, :] = 0
+    values[..., 7, :] *= 1e-25
+    stored = put(np.swapaxes(values, -1, -2).copy(), dtype)
+    weight = np.swapaxes(stored, -1, -2)
+    by_rows = backend.asarray(np.ascontiguousarray(weight))
+    x, dy = (put(rng.standard_normal((*stack, 5, k)), dtype) for k in (48, 70))
+    adapter = doraxp.init(by_rows, config, seed=0)
+    b = 0.1 * rng.standard_normal((*stack, 70, 3))
+    b[..., 7, :] = 0
+    adapter = adapter._replace(lora_b=put(b, str(adapter.lora_a.dtype)))
+
+    def work(weight):
+        y, cache = doraxp.forward(x, weight, adapter, config)
+        grads = doraxp.backward(dy, cache)
+        prepared = cache.prepared
+        arrays = prepared.norm, y, grads.x, *grads.adapter
+        return *arrays, doraxp.merge(weight, adapter, config, prepared=prepared)
+
+    expected, copied = work(by_rows), []
+    asarray = array_api_compat.numpy.asarray
+
+    def spy(array, **how):
+        copied.append(np.size(array)) if how.get("copy") else None
+        return asarray(array, **how)
+
+    monkeypatch.setattr(array_api_compat.numpy, "asarray", spy)
+    actual = work(weight)
+    assert copied.count(values.size) == (dtype == "float64")
+    for one, other in zip(actual, expected, strict=True):
+        assert_near(one, rounded(other), {"bfloat16": 2.0**-7, "float32": 4e-6}.get(dtype, 1e-13))
+
+
+@pytest.mark.lanes("cuda-host")
+@pytest.mark.dtypes("float16", "bfloat16", "float32", "float64")
+@pytest.mark.parametrize("form", ["weight", "direction"])
+@pytest.mark.parametrize("kind", ["the weight's", "float32"])
+def test_one_token_takes_three_launches(backend, put, dtype, form, kind):
+    """L, all of z and y, and the guard: W is read once, and nothing between them is stored."""
+    rng, config = np.random.default_rng(0), doraxp.Config(3, form=form)
+    weight, bias = put(rng.standard_normal((9, 66)), dtype), put(rng.standard_normal((9,)))
+    x = put(rng.standard_normal((1, 66)), dtype if kind == "the weight's" else kind)
+    adapter = doraxp.init(weight, config, seed=0)
+    b = put(rng.standard_normal((9, 3)), str(adapter.lora_a.dtype))
+    adapter = adapter._replace(lora_b=b)
+    prepared = doraxp.prepare(weight, adapter, config)
+    launched = operations(weight=weight).cuda.launched
+    launched.clear()
+    y, cache = doraxp.forward(x, weight, adapter, config, bias=bias, prepared=prepared)
+    assert launched == ["token", "token", "guard_outputs"]
+    three = np.repeat(x, 3, axis=0)
+    expected, cached = doraxp.forward(three, weight, adapter, config, bias=bias, prepared=prepared)
+    assert y.dtype == x.dtype
+    assert_near(y, rounded(expected[:1]), EPS.get(str(x.dtype), 1e-6))
+    for name in "low_rank", "z":
+        actual, desired = getattr(cache, name), getattr(cached, name)
+        assert actual.dtype == desired.dtype
+        assert_near(actual, rounded(desired[:1]), 1e-6)

@@ -13,6 +13,7 @@ from doraxp.kinds import LayerKind
 from doraxp.linear import init
 
 Value = TypeVar("Value")
+_END = r"(.*\.)?({})$"
 _NOT_LINEAR = re.compile(r"(.*embed.*|wte|wpe|lm_head)")
 
 
@@ -80,13 +81,17 @@ def adapt(
     kinds, rank_pattern, alpha_pattern = kinds or {}, rank_pattern or {}, alpha_pattern or {}
     by_path = {name.removesuffix(".weight"): weight for name, weight in weights.items()}
     layers: dict[str, AdaptedLayer] = {}
-    for path in _targets(by_path, target_modules, kinds):
+    known = match_patterns(kinds, by_path)
+    targets = _targets(by_path, target_modules, known)
+    ranks = match_patterns(rank_pattern, targets)
+    alphas = match_patterns(alpha_pattern, targets)
+    for path in targets:
         weight = by_path[path]
-        kind = _kind(path, weight, kinds)
+        kind = _kind(path, weight, known)
         own = replace(
             config,
-            rank=match_pattern(rank_pattern, path, config.rank),
-            alpha=match_pattern(alpha_pattern, path, config.alpha),
+            rank=ranks.get(path, config.rank),
+            alpha=alphas.get(path, config.alpha),
         )
         adapter = init(kind.matrix(weight), own, seed=seed + len(layers))
         layers[path] = AdaptedLayer(adapter, own, kind, tuple(weight.shape))
@@ -99,13 +104,19 @@ def adapt(
     return layers
 
 
-def match_pattern(pattern: Mapping[str, Value], path: str, default: Value) -> Value:
-    """Return the value of the first key that matches the end of a path, as PEFT looks it up."""
-    return next((value for key, value in pattern.items() if _matches(key, path)), default)
+def match_patterns(pattern: Mapping[str, Value], paths: Iterable[str]) -> dict[str, Value]:
+    """Return, by path, the value of the first key that matches its end, as PEFT looks it up."""
+    left = list(paths)
+    found: dict[str, Value] = {}
+    for key, value in pattern.items():
+        end = re.compile(_END.format(key))
+        found |= {path: value for path in left if end.match(path)}
+        left = [path for path in left if path not in found]
+    return found
 
 
 def _matches(key: str, path: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", path) is not None
+    return re.match(_END.format(key), path) is not None
 
 
 def _targets(
@@ -130,14 +141,14 @@ def _is_end(target: str, path: str) -> bool:
 
 
 def _is_linear(path: str, weight: Array, kinds: Mapping[str, LayerKind]) -> bool:
-    kind = match_pattern(kinds, path, None)
+    kind = kinds.get(path)
     if kind is not None:
         return kind.name in ("linear", "experts", "transposed")
     return weight.ndim == 2 and not _NOT_LINEAR.fullmatch(path.rpartition(".")[-1])
 
 
 def _kind(path: str, weight: Array, kinds: Mapping[str, LayerKind]) -> LayerKind:
-    kind = match_pattern(kinds, path, None)
+    kind = kinds.get(path)
     if kind is None and weight.ndim != 2:
         raise ValueError(
             f"kinds must say what {path} is (conv, experts): its weight has shape "

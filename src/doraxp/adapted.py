@@ -214,9 +214,9 @@ def outputs(
 
 
 def times(d: Array, low: Array, prepared: Prepared, *, ops: Operations) -> Array:
-    """Return d V = (ρ⊙d) W + (d s B) A: (tokens, out) -> (tokens, in); d may be written to.
+    """Return d V = (ρ⊙d) W + (d s B) A: (tokens, out) -> (tokens, in).
 
-    `low` is d s B, (tokens, rank).
+    `low` (tokens, rank) is d s B; d may be written to.
     """
     weight, a, scaled_b, row_scale = prepared.factors
 
@@ -227,7 +227,9 @@ def times(d: Array, low: Array, prepared: Prepared, *, ops: Operations) -> Array
     if prepared.formed is None:
         return factored(d, low)
     # What the guard keeps out of d is not in d s B either.
-    return ops.guarded_times(prepared.formed, d, lambda rest: factored(rest, rest @ scaled_b))
+    return ops.guarded_times(
+        prepared.formed, d, lambda rest: factored(rest, ops.product(rest, scaled_b))
+    )
 
 
 def check_previous(

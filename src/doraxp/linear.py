@@ -307,7 +307,7 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     dm = ops.over_norm(e, norm)
     # q = −p / n is not formed: it overflows where n is tiny, q⊙V does not.
     p = gain * dm
-    dlow = ops.product(dz, scaled_b)  # (tokens, rank)
+    dlow = low = ops.product(dz, scaled_b)  # (tokens, rank)
     da = ops.product(xp.matrix_transpose(dlow), dropped)  # (rank, in)
     db = ops.product(xp.matrix_transpose(dz), low_rank)  # (out, rank)
     dweight = ops.product(xp.matrix_transpose(dz), seen) if train_base else None  # (out, in)
@@ -316,7 +316,8 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     if exact:  # The norm's part of dA is a product with V too: in one with dx it costs little.
         pull = ops.over_norm(-p[..., None] * scaled_b, norm)  # q⊙(s B), (out, rank)
         pull = xp.matrix_transpose(pull)
-        rows, low = ops.append(dz, pull), xp.concat([dlow, pull @ scaled_b], axis=-2)
+        rows = ops.append(dz, pull)
+        low = xp.concat([dlow, ops.product(pull, scaled_b)], axis=-2)
     product = times(rows, low, prepared, ops=ops)  # writes to dz
     dx = product[..., :count, :]
     if exact:

@@ -18,7 +18,8 @@ import numpy as np
 
 from doraxp._types import Array
 from doraxp.backends import _cupy
-from doraxp.backends._cupy import CupyOperations, reduced_precision
+from doraxp.backends._cupy import CupyOperations
+from doraxp.backends._cupy_products import reduced_precision
 from doraxp.backends._generic import Factors, Operations
 from doraxp.backends._numpy import NumpyOperations
 from doraxp.backends._torch import TorchOperations

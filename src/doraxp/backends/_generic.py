@@ -183,17 +183,17 @@ class Operations:
             base = xp.astype(row_scale > 0, u.dtype)  # ρ²⊙‖w‖² is 1, and 0 for a row of zeros
             u = row_scale[..., None] * u
         bg = scaled_b @ gram  # (out, rank)
-        update = xp.sum(bg * scaled_b, axis=-1)  # ‖s(BA)ᵢ‖²
-        n2 = base + 2 * xp.sum(scaled_b * u, axis=-1) + update
+        update = xp.vecdot(bg, scaled_b)  # ‖s(BA)ᵢ‖²
+        n2 = base + 2 * xp.vecdot(scaled_b, u) + update
 
         # `update` cancels too, where A's rows are nearly dependent: compare with what it would be
         # if they were orthogonal and alike.
         mean_square = (a_squares / scaled_b.shape[-1])[..., None]
-        b_squares = xp.sum(scaled_b * scaled_b, axis=-1)  # (out,)
+        b_squares = xp.vecdot(scaled_b, scaled_b)  # (out,)
         update = xp.maximum(update, b_squares * mean_square)
         trusted = (n2 > cancellation * (base + update)) & self.in_range(n2, terms)
         suspect = ~(trusted & (self.in_range(mean_square, terms) | (b_squares == 0)))
-        return xp.sqrt(xp.maximum(n2, xp.zeros_like(n2))), u + bg, suspect
+        return xp.sqrt(xp.abs(n2)), u + bg, suspect  # what is below 0 is suspect
 
     # V, formed
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from doraxp._types import Array, Reduce
+from doraxp._types import Adapter, Array, Reduce
 from doraxp.backends._generic import Factors, Operations
 
 # Elements of a block. What is done to a block in cache is free beside reading it from memory; that
@@ -117,12 +117,19 @@ class NumpyOperations(Operations):
     def scale_and_sum(
         self, d: Array, z: Array, gain: Array, room: int, *, total: bool = False
     ) -> tuple[Array, Array, Array | None]:
-        """Saves the (tokens, out) temporary d⊙z, and the copy that appending makes."""
-        tokens = d.shape[-2]
-        rows = np.empty((*d.shape[:-2], tokens + room, d.shape[-1]), d.dtype)
-        scaled = np.multiply(gain[..., None, :], d, out=rows[..., :tokens, :])
-        totals = d.sum(axis=-2) if total else None
-        return scaled, np.einsum("...to,...to->...o", d, z), totals
+        """Saves the temporary d⊙z, the copy that appending makes, and reads d from memory once."""
+        *stack, tokens, out = d.shape
+        rows = np.empty((*stack, tokens + room, out), d.dtype)
+        scaled = rows[..., :tokens, :]
+        e = np.zeros((*stack, out), d.dtype)
+        totals = np.zeros_like(e) if total else None
+        for block in _blocks(d, CACHE_BLOCK):
+            part = d[..., block, :]
+            np.multiply(gain[..., None, :], part, out=scaled[..., block, :])
+            e += np.einsum("...to,...to->...o", part, z[..., block, :])
+            if totals is not None:
+                totals += part.sum(axis=-2)
+        return scaled, e, totals
 
     def append(self, scaled: Array, rows: Array) -> Array:
         """Saves the copy: there is room in the array that `scaled` is the head of."""
@@ -153,6 +160,11 @@ class NumpyOperations(Operations):
             if not whole:
                 result[..., rows, :] = v
         return result
+
+    def snapshot(self, adapter: Adapter) -> Adapter:
+        """Saves 2 µs a call."""
+        a, b, m = adapter
+        return Adapter(a.copy(), b.copy(), m.copy())
 
     def _all(self, mask: Array) -> bool:
         """Saves 1 µs a call."""

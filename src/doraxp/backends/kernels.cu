@@ -218,6 +218,54 @@ extern "C" __global__ void sum_chunks(const C* partial, C* result, index_t chunk
     result[e * out + i] = total;
 }
 
+// ---------------------------------------------------------------- one token
+
+// Σ m_k x_k, of a warp.
+template <typename M, typename X>
+__device__ inline C dot(const M* m, const X* x, index_t length) {
+    const bool packed = length % N == 0 && aligned(m, x);
+    C left[N], right[N], sums[N];
+    for (int j = 0; j < N; ++j) sums[j] = 0;
+#pragma unroll 4
+    for (index_t k = threadIdx.x % WARP * N; k < length; k += WARP * N) {
+        const int count = length - k < N ? (int)(length - k) : N;
+        load(m + k, left, count, packed);
+        load(x + k, right, count, packed);
+#pragma unroll
+        for (int j = 0; j < N; ++j) sums[j] += left[j] * right[j];
+    }
+    C total = 0;
+    for (int j = 0; j < N; ++j) total += sums[j];
+    return warp_sum(total);
+}
+
+// z = ρ⊙(M x) + b L and y = g⊙z + bias, a warp to each row of M: W, or A with `b` and `y` null.
+// grid (rows / WARPS)                        2 bytes of M, 4 of (out, rank); x comes from the cache
+// M is of S where `m_stored`, else of C; x and y of S where `stored`.
+extern "C" __global__ void token(const void* m, int m_stored, const void* x, int stored,
+                                 const C* row_scale, const C* b, const C* low_rank, const C* gain,
+                                 const C* bias, Z* z, void* y, index_t rows, index_t out,
+                                 index_t in, index_t rank) {
+    const index_t row = (index_t)blockIdx.x * WARPS + threadIdx.x / WARP, e = row / out;
+    if (row >= rows) return;
+    const index_t at = row * in, of_x = e * in;
+    C value = m_stored ? stored ? dot((const S*)m + at, (const S*)x + of_x, in)
+                                : dot((const S*)m + at, (const C*)x + of_x, in)
+              : stored ? dot((const C*)m + at, (const S*)x + of_x, in)
+                       : dot((const C*)m + at, (const C*)x + of_x, in);
+    if (row_scale) value *= row_scale[row];
+    C update = 0;
+    for (index_t r = threadIdx.x % WARP; b && r < rank; r += WARP)
+        update += b[row * rank + r] * low_rank[e * rank + r];
+    value += warp_sum(update);
+    if (threadIdx.x % WARP != 0) return;
+    z[row] = narrow<Z>(value);
+    if (!y) return;
+    const C result = bias ? gain[row] * value + bias[row] : gain[row] * value;
+    if (stored) ((S*)y)[row] = narrow<S>(result);
+    else ((C*)y)[row] = result;
+}
+
 // ---------------------------------------------------------------- the norm
 
 // ‖wᵢ‖² by rows, a warp to each.             grid (rows / WARPS)             2 bytes of W
@@ -236,6 +284,30 @@ extern "C" __global__ void row_squares(const S* weight, C* squares, index_t rows
     for (int j = 0; j < N; ++j) total += sums[j];
     total = warp_sum(total);
     if (threadIdx.x % WARP == 0) squares[row] = total;
+}
+
+// The same of a W that lies as (in, out): sums over chunks of k, (stack, chunks, out), for
+// `sum_chunks`.     grid (out / (N THREADS), chunks, stack)     2 bytes of W, 4 / (rows of a chunk)
+extern "C" __global__ void column_squares(const S* __restrict__ weight, C* squares, index_t in,
+                                          index_t out, index_t per_chunk) {
+    const index_t column = ((index_t)blockIdx.x * blockDim.x + threadIdx.x) * N;
+    if (column >= out) return;
+    const bool packed = out % N == 0 && aligned(weight);
+    const int count = out - column < N ? (int)(out - column) : N;
+    const index_t e = blockIdx.z, first = blockIdx.y * per_chunk;
+    const index_t end = first + per_chunk < in ? first + per_chunk : in;
+    C value[N], sums[N];
+    for (int j = 0; j < N; ++j) sums[j] = 0;
+#pragma unroll 4
+    for (index_t k = first; k < end; ++k) {
+        load(weight + (e * in + k) * out + column, value, count, packed);
+#pragma unroll
+        for (int j = 0; j < N; ++j) sums[j] += value[j] * value[j];
+    }
+    const index_t at = (e * gridDim.y + blockIdx.y) * out + column;
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+        if (j < count) squares[at + j] = sums[j];
 }
 
 // n² = ρ²‖w‖² + 2 rowsum(b⊙u) + rowsum(b G⊙b), a warp to each row.         grid (rows / WARPS)
@@ -321,16 +393,51 @@ extern "C" __global__ void split(const C* a, S* parts, C* shrink, index_t rows, 
 
 // ---------------------------------------------------------------- the guard
 
-// The rows that are suspect, in order, and how many. One block: grid (1).     1 byte of (out,)
+// One number of V = ρ⊙W + b A; A is (stack, rank, in). `b` null for no update; `turned` where W lies
+// as (in, out). In double: what is left of a row that cancels shows every rounding on the way, and
+// such rows are few.
+__device__ inline C formed(const S* weight, int turned, const C* a, const C* b, const C* row_scale,
+                           index_t row, index_t k, index_t out, index_t in, index_t rank) {
+    const index_t e = row / out;
+    double value = wide(weight[turned ? (e * in + k) * out + row % out : row * in + k]);
+    if (row_scale) value *= row_scale[row];
+    for (index_t r = 0; b && r < rank; ++r)
+        value += (double)b[row * rank + r] * a[(e * rank + r) * in + k];
+    return (C)value;
+}
+
+// n of the suspect rows, from V itself, without overflow or underflow.     grid (any), a row a block
+extern "C" __global__ void guard_norms(const unsigned char* suspect, index_t rows, const S* weight,
+                                       int turned, const C* a, const C* b, const C* row_scale,
+                                       C* norm, index_t out, index_t in, index_t rank) {
+    for (index_t row = blockIdx.x; row < rows; row += gridDim.x) {
+        if (!suspect[row]) continue;
+        C most = 0;
+        for (index_t k = threadIdx.x; k < in; k += THREADS)
+            most = larger(most, fabs(formed(weight, turned, a, b, row_scale, row, k, out, in, rank)));
+        most = block_max(most);
+        const C unit = most > 0 ? most : (C)1;
+        C total = 0;
+        for (index_t k = threadIdx.x; k < in; k += THREADS) {
+            const C v = formed(weight, turned, a, b, row_scale, row, k, out, in, rank) / unit;
+            total += v * v;
+        }
+        total = block_sum(total);
+        if (threadIdx.x == 0) norm[row] = most != most ? most : unit * sqrt(total);
+    }
+}
+
+// The suspect rows that are not of zeros, in order, and how many. What is computed for a row of
+// zeros has no effect, as its gain is 0. One block: grid (1).                 1 byte of (out,)
 // `switches` gets {1, 1 if there are any else 0}, for products that add to what the guard wrote.
-extern "C" __global__ void list_suspects(const unsigned char* suspect, int* list, int* count,
-                                         C* switches, index_t rows) {
+extern "C" __global__ void list_suspects(const unsigned char* suspect, const C* norm, int* list,
+                                         int* count, C* switches, index_t rows) {
     __shared__ int before[THREADS];
     const index_t share = (rows + THREADS - 1) / THREADS;
     const index_t first = threadIdx.x * share;
     const index_t end = first + share < rows ? first + share : rows;
     int own = 0;
-    for (index_t row = first; row < end; ++row) own += suspect[row] != 0;
+    for (index_t row = first; row < end; ++row) own += suspect[row] && norm[row] != 0;
     before[threadIdx.x] = own;
     __syncthreads();
     int at = 0;
@@ -341,39 +448,7 @@ extern "C" __global__ void list_suspects(const unsigned char* suspect, int* list
         switches[1] = at + own > 0;
     }
     for (index_t row = first; row < end; ++row)
-        if (suspect[row]) list[at++] = (int)row;
-}
-
-// One number of V = ρ⊙W + b A; A is (stack, rank, in). `b` null for no update. In double: what is
-// left of a row that cancels shows every rounding on the way, and such rows are few.
-__device__ inline C formed(const S* weight, const C* a, const C* b, const C* row_scale, index_t row,
-                           index_t e, index_t k, index_t in, index_t rank) {
-    double value = wide(weight[row * in + k]);
-    if (row_scale) value *= row_scale[row];
-    for (index_t r = 0; b && r < rank; ++r)
-        value += (double)b[row * rank + r] * a[(e * rank + r) * in + k];
-    return (C)value;
-}
-
-// n of the listed rows, from V itself, without overflow or underflow.      grid (any), a row a block
-extern "C" __global__ void guard_norms(const int* list, const int* count, const S* weight,
-                                       const C* a, const C* b, const C* row_scale, C* norm,
-                                       index_t out, index_t in, index_t rank) {
-    for (int s = blockIdx.x; s < *count; s += gridDim.x) {
-        const index_t row = list[s], e = row / out;
-        C most = 0;
-        for (index_t k = threadIdx.x; k < in; k += THREADS)
-            most = larger(most, fabs(formed(weight, a, b, row_scale, row, e, k, in, rank)));
-        most = block_max(most);
-        const C unit = most > 0 ? most : (C)1;
-        C total = 0;
-        for (index_t k = threadIdx.x; k < in; k += THREADS) {
-            const C v = formed(weight, a, b, row_scale, row, e, k, in, rank) / unit;
-            total += v * v;
-        }
-        total = block_sum(total);
-        if (threadIdx.x == 0) norm[row] = most != most ? most : unit * sqrt(total);
-    }
+        if (suspect[row] && norm[row] != 0) list[at++] = (int)row;
 }
 
 enum { TILE = 8 };  // tokens that a thread works on at once, so that V is formed once for all
@@ -386,8 +461,8 @@ __device__ inline C item(const void* array, index_t i, bool stored) {
 // z is at z[e·z_element + t·z_token + i·z_row]; x and y are of S where `stored`, else of C. `y`
 // may be null.
 extern "C" __global__ void guard_outputs(const int* list, const int* count, const S* weight,
-                                         const C* a, const C* b, const C* row_scale, const void* x,
-                                         int stored, Z* z, index_t z_element, index_t z_token,
+                                         int turned, const C* a, const C* b, const C* row_scale,
+                                         const void* x, int stored, Z* z, index_t z_element, index_t z_token,
                                          index_t z_row, void* y, const C* gain, const C* bias,
                                          index_t tokens, index_t out, index_t in, index_t rank) {
     for (int s = blockIdx.x; s < *count; s += gridDim.x) {
@@ -396,7 +471,7 @@ extern "C" __global__ void guard_outputs(const int* list, const int* count, cons
             C sums[TILE];
             for (int j = 0; j < TILE; ++j) sums[j] = 0;
             for (index_t k = threadIdx.x; k < in; k += THREADS) {
-                const C v = formed(weight, a, b, row_scale, row, e, k, in, rank);
+                const C v = formed(weight, turned, a, b, row_scale, row, k, out, in, rank);
                 for (int j = 0; j < TILE; ++j)
                     if (t0 + j < tokens) sums[j] += item(x, (e * tokens + t0 + j) * in + k, stored) * v;
             }
@@ -418,8 +493,8 @@ extern "C" __global__ void guard_outputs(const int* list, const int* count, cons
 // result = Σ over the listed rows i of d[:, i] Vᵢ, and nothing where none is.
 // grid (in / THREADS, tiles, stack)
 extern "C" __global__ void guard_inputs(const int* list, const int* count, const S* weight,
-                                        const C* a, const C* b, const C* row_scale, const Z* d,
-                                        Z* result, index_t tokens, index_t out, index_t in,
+                                        int turned, const C* a, const C* b, const C* row_scale,
+                                        const Z* d, Z* result, index_t tokens, index_t out, index_t in,
                                         index_t rank) {
     const index_t k = (index_t)blockIdx.x * blockDim.x + threadIdx.x, e = blockIdx.z;
     if (*count == 0 || k >= in) return;
@@ -429,7 +504,7 @@ extern "C" __global__ void guard_inputs(const int* list, const int* count, const
         for (int s = 0; s < *count; ++s) {
             const index_t row = list[s];
             if (row / out != e) continue;
-            const C v = formed(weight, a, b, row_scale, row, e, k, in, rank);
+            const C v = formed(weight, turned, a, b, row_scale, row, k, out, in, rank);
             for (int j = 0; j < TILE; ++j)
                 if (t0 + j < tokens) sums[j] += (C)wide(d[(e * tokens + t0 + j) * out + row % out]) * v;
         }
@@ -451,14 +526,116 @@ extern "C" __global__ void guard_hide(const int* list, const int* count, Z* d, i
 
 // ---------------------------------------------------------------- merge and AdamW
 
-enum { ROWS = 4 };  // of W, that a thread works on at once: A is read once for all of them
+// A warp multiplies on tensor cores: sums (16, 8) += left (16, 16) right (16, 8). Lane 4 g + t has
+//     of left   rows g, g + 8     columns 2t, 2t + 1, 2t + 8, 2t + 9    (PTX ISA, mma.m16n8k16)
+//     of right  column g          rows    2t, 2t + 1, 2t + 8, 2t + 9
+//     of sums   rows g, g + 8     columns 2t, 2t + 1
+#ifdef DORAXP_HOST
+#define tensor_product host_tensor_product
+#else
+__device__ inline void tensor_product(float* sums, const unsigned* left, const unsigned* right) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));
+}
+#endif
 
-// W' = g⊙(ρ⊙W + b A).        2 (W) + 2 (W') = 4 bytes; A comes from the cache, out/ROWS times.
-// grid (in / (N THREADS), out / ROWS, stack)
+// Numbers k and k + 1 of a vector as bfloat16 in one register, for each part, as `split` makes them.
+enum { PARTS = 3 };
+__device__ inline void pair(const C* vector, index_t step, index_t k, index_t rank,
+                            unsigned* parts, int stride) {
+    float low = k < rank ? (float)vector[k * step] : 0, high = 0;
+    if (k + 1 < rank) high = (float)vector[(k + 1) * step];
+#pragma unroll
+    for (int p = 0; p < PARTS; ++p) {
+        const bf16_t first = narrow<bf16_t>(low), second = narrow<bf16_t>(high);
+        parts[p * stride] = first.bits | (unsigned)second.bits << 16;
+        low -= wide(first);
+        high -= wide(second);
+    }
+}
+
+enum { DOWN = 2, ACROSS = 4 };  // tiles of 16 by 8 numbers that a warp has; a block has 2 by 2 warps
+
+// W' = g⊙(ρ⊙W + b A).     2 (W) + 2 (W') = 4 bytes; A and b come from the cache, for each block once.
+// grid (columns / 64, rows / 64, stack). W is (rows, columns), or where `turned` (columns, rows)
+// turned over: then ρ and g go by columns. With 3 `parts` b A has float's digits: 6 products.
 extern "C" __global__ void merge(const S* __restrict__ weight, const C* __restrict__ a,
                                  const C* __restrict__ b, const C* __restrict__ row_scale,
-                                 const C* __restrict__ gain, S* __restrict__ merged, index_t out,
-                                 index_t in, index_t rank) {
+                                 const C* __restrict__ gain, S* __restrict__ merged, index_t rows,
+                                 index_t columns, index_t rank, int parts, int turned) {
+    const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4, warp = threadIdx.x / WARP;
+    const index_t top = ((index_t)blockIdx.y * 2 + warp / 2) * 16 * DOWN, e = blockIdx.z;
+    const index_t first = ((index_t)blockIdx.x * 2 + warp % 2) * 8 * ACROSS;
+    if (top >= rows || first >= columns) return;
+    const C* left = turned ? a + e * rank * rows : b + e * rank * rows;
+    const C* right = turned ? b + e * rank * columns : a + e * rank * columns;
+    const index_t left_row = turned ? 1 : rank, left_step = turned ? rows : 1;
+    const index_t right_column = turned ? rank : 1, right_step = turned ? 1 : columns;
+
+    float sums[DOWN][ACROSS][4] = {};
+    for (index_t k = 2 * t; k - 2 * t < rank; k += 16) {
+        unsigned of_left[PARTS][DOWN][4];
+#pragma unroll
+        for (int i = 0; i < DOWN; ++i)
+#pragma unroll
+            for (int h = 0; h < 4; ++h) {
+                const index_t row = top + 16 * i + 8 * (h % 2) + g;
+                pair(left + (row < rows ? row : rows - 1) * left_row, left_step, k + h / 2 * 8, rank,
+                     &of_left[0][i][h], 4 * DOWN);
+            }
+#pragma unroll
+        for (int j = 0; j < ACROSS; ++j) {
+            // Which columns a tile has is free: these give a lane 8 neighbours in its tiles together.
+            const index_t column = first + g / 2 * 8 + 2 * j + g % 2;
+            const C* from = right + (column < columns ? column : columns - 1) * right_column;
+            unsigned of_right[PARTS][2];
+            pair(from, right_step, k, rank, &of_right[0][0], 2);
+            pair(from, right_step, k + 8, rank, &of_right[0][1], 2);
+#pragma unroll
+            for (int p = 0; p < PARTS; ++p)
+#pragma unroll
+                for (int q = 0; q < PARTS - p; ++q)
+#pragma unroll
+                    for (int i = 0; i < DOWN; ++i)
+                        if (p + q < parts) tensor_product(sums[i][j], of_left[p][i], of_right[q]);
+        }
+    }
+
+    const bool packed = columns % N == 0 && aligned(weight, merged);
+    const index_t out = turned ? columns : rows;
+#pragma unroll
+    for (int i = 0; i < 2 * DOWN; ++i) {
+        const index_t row = top + 8 * i + g;
+#pragma unroll
+        for (int c = 0; c < 8; c += N) {
+            const index_t column = first + 8 * t + c, own = e * out + (turned ? column : row);
+            if (row >= rows || column >= columns) continue;
+            const int count = columns - column < N ? (int)(columns - column) : N;
+            const index_t at = (e * rows + row) * columns + column;
+            C value[N];
+            load(weight + at, value, count, packed);
+#pragma unroll
+            for (int j = 0; j < N; ++j) {
+                const index_t line = own + (turned && j < count ? j : 0);
+                const C scale = row_scale ? row_scale[line] : (C)1;
+                const C update = sums[i / 2][(c + j) / 2][i % 2 * 2 + (c + j) % 2];
+                value[j] = gain[line] * (scale * value[j] + update);
+            }
+            store(merged + at, value, count, packed);
+        }
+    }
+}
+
+enum { ROWS = 4 };  // of W, that a thread works on at once: A is read once for all of them
+
+// The same in double, where `merge` would round.     8 (W) + 8 (W') = 16 bytes, A from the cache
+// grid (in / (N THREADS), out / ROWS, stack)
+extern "C" __global__ void merge_wide(const S* __restrict__ weight, const C* __restrict__ a,
+                                      const C* __restrict__ b, const C* __restrict__ row_scale,
+                                      const C* __restrict__ gain, S* __restrict__ merged,
+                                      index_t out, index_t in, index_t rank) {
     const index_t k = ((index_t)blockIdx.x * blockDim.x + threadIdx.x) * N, e = blockIdx.z;
     if (k >= in) return;
     const bool packed = in % N == 0 && aligned(weight, a, merged);

@@ -43,6 +43,8 @@ class AdapterSet(Mapping[str, AdaptedLayer]):
     """Tensors of the base that the file has in full: their names there, and in the file."""
     base_change: str | None = None
     """The way of initialisation that changed the base weights; None for those that did not."""
+    trained_biases: str | None = None
+    """What a PEFT configuration says of biases that were trained: "all" or "lora_only"."""
 
     def __post_init__(self) -> None:
         if not self.layers:

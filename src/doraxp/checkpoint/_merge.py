@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from doraxp.checkpoint._shard import OnBytes, Options, merge_shard, written_as
 from doraxp.checkpoint._verify import verify_shard
 
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_TOKENIZER = ("tokenizer*", "chat_template*", "added_tokens.json", "vocab.*", "merges.txt")
 
 
 class Merge(NamedTuple):
@@ -50,12 +52,30 @@ class Merge(NamedTuple):
         """The embeddings that change and are the output head too, so that it changes with them."""
         return sorted(self.model.output_heads() & self.tasks.keys())
 
+    def tokenizers_apart(self) -> dict[str, bool]:
+        """Return which files of a tokenizer beside the adapter are not the base's own.
+
+        With each, whether the base has one of that name: trainers save them with the adapter, and
+        they may have tokens, or a template of chats, that were trained with.
+        """
+        if not self.model.is_folder:
+            return {}
+        folder, base = self.adapters.reader.path.parent, self.model.path
+        own = [file for pattern in _TOKENIZER for file in folder.glob(pattern) if file.is_file()]
+        there = {file.name: (base / file.name).is_file() for file in sorted(own)}
+        return {
+            name: known
+            for name, known in there.items()
+            if not known or not filecmp.cmp(folder / name, base / name, shallow=False)
+        }
+
 
 def plan_merge(
     base: str | os.PathLike[str], adapter: str | os.PathLike[str], options: Options
 ) -> Merge:
     """Read the headers of a model and of an adapter, and hold them to each other."""
-    model, adapters = open_model(Path(base)), load_adapters(adapter)
+    # A plan goes to the workers of a cluster, and they may run in other folders.
+    model, adapters = open_model(Path(base).absolute()), load_adapters(Path(adapter).absolute())
     return Merge(model, adapters, plan(model, adapters), options)
 
 
@@ -109,7 +129,7 @@ def run_merge(
     """
     out = Path(out).absolute()
     _check_target(merge, out, force=force)
-    work = out.parent / f".{out.name}.partial"
+    work = _work_folder(out)
     _resume_or_start(work, _fingerprint(merge))
     try:
         if executor is None:
@@ -129,7 +149,7 @@ def run_merge(
     result = work / "model"
     if not merge.model.is_folder:
         result /= merge.model.path.name
-    if merge.model.is_folder and out.exists():
+    if merge.model.is_folder and os.path.lexists(out):
         out.rename(work / "replaced")
     result.replace(out)
     shutil.rmtree(work)
@@ -205,6 +225,10 @@ def _noted(notes: Path) -> dict[str, Change] | None:
     return {tensor: Change(*values) for tensor, values in noted.items()}
 
 
+def _work_folder(out: Path) -> Path:
+    return out.parent / f".{out.name}.partial"
+
+
 def _check_target(merge: Merge, out: Path, *, force: bool) -> None:
     base, adapter = merge.model.path.resolve(), merge.adapters.reader.path.resolve()
     target = out.resolve()
@@ -214,14 +238,16 @@ def _check_target(merge: Merge, out: Path, *, force: bool) -> None:
         raise CheckpointError(f"{out}: OUT must not hold what is merged")
     if out.is_dir() and not merge.model.is_folder:
         raise CheckpointError(f"{out}: OUT must be a file, as BASE is, but there is a folder")
-    if out.exists() and not force:
+    if os.path.lexists(out) and not force:
         raise FileExistsError(f"{out}: already there; --force replaces it")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out.parent}: no such folder")
     if not os.access(out.parent, os.W_OK):
         raise PermissionError(f"{out.parent}: not writable")
+    work = _work_folder(out)
+    if os.path.lexists(work) and (work.is_symlink() or not work.is_dir()):
+        raise FileExistsError(f"{work}: in the way: it must be a folder of an earlier merge")
     free = shutil.disk_usage(out.parent).free
-    work = out.parent / f".{out.name}.partial"
     there = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
     if free + there < merge.size:
         raise OSError(f"{out.parent}: {merge.size} bytes are needed, {free} are free")
@@ -241,14 +267,18 @@ def _fingerprint(merge: Merge) -> dict[str, Any]:
 
 
 def _resume_or_start(work: Path, fingerprint: Mapping[str, Any]) -> None:
-    """Keep the finished shards of the same merge; clear away those of another."""
+    """Keep the finished shards of the same merge; clear away those of another.
+
+    A merge that was killed at its very end has no model there any more: that is OUT.
+    """
     note = work / "merge.json"
-    if work.exists():
+    if (work / "model").exists():
         with contextlib.suppress(OSError, ValueError):
             if json.loads(note.read_bytes()) == fingerprint:
                 for unfinished in work.glob("*.unfinished"):
                     unfinished.unlink()
                 return
+    if work.exists():
         shutil.rmtree(work)
     (work / "model").mkdir(parents=True)
     note.write_text(json.dumps(fingerprint), "utf-8")

@@ -9,7 +9,7 @@ from typing import Any
 from doraxp.checkpoint._safetensors import CheckpointError, Reader, read_json
 
 INDEX = "model.safetensors.index.json"
-# Other copies of the weights: they would be those of before the merge.
+# Nearly always other copies of the weights, which would be those of before the merge.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _EMBEDDINGS = tuple(
@@ -27,7 +27,7 @@ class Model:
     others: tuple[Path, ...]
     """Files that go with it, relative to `path`: configuration, tokenizer."""
     left_out: tuple[Path, ...]
-    """Other copies of the weights, which are not merged."""
+    """Files of weights that are not merged: other copies of them, as a rule."""
     index: dict[str, Any] | None
     config: dict[str, Any]
     """That of ``config.json``; empty where there is none."""
@@ -71,6 +71,8 @@ def open_model(path: Path) -> Model:
     OSError
         Something cannot be read.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
     if not path.is_dir():
         return Model(path, {path.name: Reader(path)}, (), (), None, {})
     file = path / "config.json"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from doraxp._scalars import check_number
 from doraxp._types import Adapter, Config
 from doraxp.checkpoint._adapters import AdapterSet, StoredLayer
 from doraxp.checkpoint._safetensors import DTYPES, CheckpointError, Reader
@@ -25,8 +26,9 @@ def read_mlx(reader: Reader, config: Mapping[str, Any]) -> AdapterSet:
             f"{where}: fine_tune_type must be 'dora', got {config.get('fine_tune_type')!r}"
         )
     parameters = config.get("lora_parameters")
-    scale = parameters.get("scale") if isinstance(parameters, dict) else None
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or scale <= 0:
+    parameters = parameters if isinstance(parameters, dict) else {}
+    scale = parameters.get("scale")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
         raise CheckpointError(f"{where}: lora_parameters must have a scale above 0, got {scale!r}")
     parts = _parts(reader, {"lora_a": "a", "lora_b": "b", "m": "m"})
     layers = {}
@@ -43,6 +45,10 @@ def read_mlx(reader: Reader, config: Mapping[str, Any]) -> AdapterSet:
                 "format has one, and it cannot be merged as the others are"
             )
         rank = a[1]
+        if parameters.get("rank", rank) != rank:
+            raise CheckpointError(
+                f"{where}: {path}: the rank is {parameters['rank']!r}, but lora_a has {a}"
+            )
         own = _config(reader, path, rank, rank * scale)
         layers[path] = StoredLayer(
             own, LayerKind(), (b[1], a[0]), Adapter(names["a"], names["b"], names["m"]), True
@@ -79,6 +85,11 @@ def read_lycoris(reader: Reader) -> AdapterSet:
                 Adapter(names["b"], names["a"], names["m"]),
                 True,
             )
+        elif scale[:2] == (1, down[1]) and math.prod(scale) == down[1]:
+            raise CheckpointError(
+                f"{reader.path}: {path}: a dora_scale of shape {scale} is one for each input "
+                "channel of a convolution, as old versions of LyCORIS had it: not supported"
+            )
         else:
             raise CheckpointError(
                 f"{reader.path}: {path}: a dora_scale of shape {scale} is not one per output row"
@@ -111,7 +122,11 @@ def _alpha(reader: Reader, names: Mapping[str, str]) -> float | None:
     tensor = reader.tensors[names["alpha"]]
     if math.prod(tensor.shape) != 1 or tensor.dtype not in DTYPES:
         raise CheckpointError(f"{reader.path}: {names['alpha']} must be one floating number")
-    return float(reader.read(names["alpha"]).reshape(()))
+    alpha = float(reader.read(names["alpha"]).reshape(()))
+    try:
+        return check_number("alpha", alpha, positive=True)
+    except ValueError as error:
+        raise CheckpointError(f"{reader.path}: {names['alpha']}: {error}") from None
 
 
 def _config(reader: Reader, path: str, rank: int, alpha: float | None) -> Config:

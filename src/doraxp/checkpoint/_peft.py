@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from doraxp._scalars import check_number
 from doraxp._types import Adapter, Config
-from doraxp.adaptation import match_pattern
+from doraxp.adaptation import match_patterns
 from doraxp.checkpoint._adapters import AdapterSet, StoredLayer
 from doraxp.checkpoint._safetensors import CheckpointError, Reader
 from doraxp.kinds import LayerKind
@@ -18,12 +20,16 @@ _NAME = re.compile(
     r"|(?P<m>lora_magnitude_vector|weight_m_wdecomp))(?:\.default)?(?:\.weight)?"
 )
 _CHANGES_BASE = re.compile(r"(pissa.*|olora|loftq|corda|lora_ga)", re.IGNORECASE)
+_MATCH_LIMIT = 2e9
+"""Steps of the regular expressions, each some 10 ns."""
 # Each changes what the three tensors mean.
 _UNSUPPORTED = (
     "layer_replication",
     "lora_bias",
     "use_qalora",
     "use_bdlora",
+    "kasa_config",
+    "monteclora_config",
     "alora_invocation_tokens",
     "target_parameters",
     "trainable_token_indices",
@@ -33,9 +39,7 @@ _UNSUPPORTED = (
 def read_peft(reader: Reader, config: Mapping[str, Any]) -> AdapterSet:
     """Describe the adapters of a PEFT file with its ``adapter_config.json``."""
     where = reader.path.parent / "adapter_config.json"
-    dora = config.get("use_dora") or False  # null too
-    if not isinstance(dora, bool):
-        raise CheckpointError(f"{where}: use_dora must be true or false, got {dora!r}")
+    dora = _flag("use_dora", config, reader)
     if config.get("peft_type") not in ("LORA", "DORA"):
         raise CheckpointError(
             f"{where}: peft_type must be LORA or DORA, got {config.get('peft_type')!r}"
@@ -45,14 +49,28 @@ def read_peft(reader: Reader, config: Mapping[str, Any]) -> AdapterSet:
         raise CheckpointError(f"{where}: {', '.join(found)} cannot be merged with a DoRA adapter")
     parts, rest = _sort_names(reader)
     _check_flag(reader, parts, dora=dora or config["peft_type"] == "DORA")
+    configs = _layer_configs(reader, parts, config)
+    transposed = _flag("fan_in_fan_out", config, reader)
     initialisation = str(config.get("init_lora_weights"))
     return AdapterSet(
         "nvlabs" if config["peft_type"] == "DORA" else "peft",
         reader,
-        {path: _layer(reader, path, names, config) for path, names in parts.items()},
+        {
+            path: _layer(reader, path, names, configs[path], transposed=transposed)
+            for path, names in parts.items()
+        },
         {_base_name(name): name for name in rest},
         initialisation if _CHANGES_BASE.fullmatch(initialisation) else None,
+        config["bias"] if config.get("bias") in ("all", "lora_only") else None,
     )
+
+
+def _flag(name: str, config: Mapping[str, Any], reader: Reader) -> bool:
+    flag = config.get(name) or False  # null too
+    if not isinstance(flag, bool):
+        where = reader.path.parent / "adapter_config.json"
+        raise CheckpointError(f"{where}: {name} must be true or false, got {flag!r}")
+    return flag
 
 
 def _sort_names(reader: Reader) -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -99,7 +117,7 @@ def _check_flag(reader: Reader, parts: Mapping[str, Mapping[str, str]], *, dora:
 
 
 def _layer(
-    reader: Reader, path: str, names: Mapping[str, str], config: Mapping[str, Any]
+    reader: Reader, path: str, names: Mapping[str, str], own: Config, *, transposed: bool
 ) -> StoredLayer:
     a, b = (reader.tensors[names[part]].shape for part in "ab")
     if len(a) < 2 or len(b) != len(a) or 0 in (*a, *b):
@@ -109,7 +127,6 @@ def _layer(
             f"{reader.path}: {path} is a grouped convolution: PEFT's lora_A reads the channels of "
             "all groups, so no grouped weight can act as it does"
         )
-    own = _layer_config(path, config, reader)
     if own.rank != a[0]:
         raise CheckpointError(
             f"{reader.path}: {path}: adapter_config.json gives it rank {own.rank}, lora_A has {a}"
@@ -120,25 +137,39 @@ def _layer(
         kind, shape = LayerKind("embedding"), (a[1], b[0])
     elif len(a) > 2:
         kind, shape = LayerKind("conv"), (b[0], *a[1:])
-    elif config.get("fan_in_fan_out"):
+    elif transposed:
         kind, shape = LayerKind("transposed"), (a[1], b[0])
     return StoredLayer(own, kind, shape, Adapter(names["a"], names["b"], names["m"]))
 
 
-def _layer_config(path: str, config: Mapping[str, Any], reader: Reader) -> Config:
-    """Return rank and alpha of one module, by the patterns and as PEFT matches them."""
+def _layer_configs(
+    reader: Reader, paths: Collection[str], config: Mapping[str, Any]
+) -> dict[str, Config]:
+    """Return rank and alpha of the modules, by the patterns and as PEFT matches them."""
+    rslora = _flag("use_rslora", config, reader)
+    configs: dict[str, Config] = {}
     try:
         ranks, alphas = (dict(config.get(f"{name}_pattern") or {}) for name in ("rank", "alpha"))
-        for key in (*ranks, *alphas):
-            _check_pattern(key)
-        rank = match_pattern(ranks, path, config.get("r"))
-        alpha = match_pattern(alphas, path, config.get("lora_alpha"))
-        return Config(rank, alpha, rslora=bool(config.get("use_rslora")))
-    except (TypeError, ValueError, re.error) as error:
+        _check_patterns([*ranks, *alphas], paths)
+        with warnings.catch_warnings(action="ignore"):  # of what a set of letters may mean one day
+            ranks, alphas = (match_patterns(pattern, paths) for pattern in (ranks, alphas))
+        for path in paths:
+            alpha = alphas.get(path, config.get("lora_alpha"))
+            # PEFT takes a negative one as it is, and none is 8 there: in Config both mean the rank.
+            check_number("lora_alpha", alpha, positive=True)
+            configs[path] = Config(ranks.get(path, config.get("r", 0)), alpha, rslora=rslora)
+    except (TypeError, ValueError, OverflowError, RecursionError, re.error) as error:
         raise CheckpointError(f"{reader.path.parent / 'adapter_config.json'}: {error}") from None
+    return configs
 
 
-def _check_pattern(key: str) -> None:
-    """Refuse a regular expression that may take forever: they come from strangers."""
-    if re.search(r"\)[*+{?]", key) or len(re.findall(r"(?<!\\)[*+{]", key)) > 3:
-        raise ValueError(f"the pattern {key!r} repeats too much")
+def _check_patterns(keys: Sequence[str], paths: Collection[str]) -> None:
+    """Refuse regular expressions that may take forever: they come from strangers."""
+    longest, cost = max(map(len, paths), default=0), 0
+    for key in keys:
+        repeats = len(re.findall(r"(?<!\\)[*+{]", key))
+        if re.search(r"\)[*+{?]", key) or repeats > 3:
+            raise ValueError(f"the pattern {key!r} repeats too much")
+        cost += len(paths) * max(100, longest**repeats)
+    if cost > _MATCH_LIMIT:
+        raise ValueError(f"its patterns take too long to match with {len(paths)} modules")

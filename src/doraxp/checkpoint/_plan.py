@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -63,6 +64,16 @@ def plan(model: Model, adapters: AdapterSet) -> dict[str, Task]:
             f"the adapter was initialised by {adapters.base_change}, which changed the base "
             "weights, and the file does not have them"
         )
+    biases = {f"{name.removesuffix('weight')}bias" for name in adapted} & tensors.keys()
+    if adapters.trained_biases and (lacking := sorted(biases - replaced.keys())):
+        problems.append(
+            f"adapter_config.json says bias {adapters.trained_biases}, but the file lacks "
+            f"{', '.join(lacking)}: some versions of PEFT leave trained biases out"
+        )
+    missing = next((names[path] for path in adapters.layers if names[path] not in tensors), None)
+    if missing is not None:
+        near = difflib.get_close_matches(missing, tensors, n=1, cutoff=0.0)
+        problems.insert(0, f"near {missing} the base has {', '.join(near)}")
     if problems:
         raise CheckpointError(f"{adapters.reader.path}: " + "; ".join(problems))
     return tasks

@@ -98,13 +98,20 @@ def merge_rows(
         Computes.
     dtype : {"float32", "float64"}
         To compute in.
+
+    Raises
+    ------
+    FloatingPointError
+        Values are too large for it, with NumPy.
     """
-    a, b, m = (library.place(leaf.astype(dtype, copy=False)) for leaf in layer.adapter)
+    with np.errstate(over="raise"):
+        a, b, m = (library.place(leaf.astype(dtype, copy=False)) for leaf in layer.adapter)
     ops = operations(lora_a=a, lora_b=b, magnitude=m)
     b, wide = layer.config.scaling * b, Reused()
 
     def place(rows: slice) -> Array:
-        return library.place(wide.cast(_flat(read(rows)), np.dtype(dtype)))
+        with np.errstate(over="raise"):
+            return library.place(wide.cast(_flat(read(rows)), np.dtype(dtype)))
 
     merge = _merge_columns if layer.kind.is_transposed else _merge_rows
     for merged, norms in merge(place, library.product, layer, a, b, m, ops):
@@ -122,6 +129,7 @@ def _merge_rows(
             base, norm = (
                 weight_norms(x, ops.row_squares(x, v.dtype), ops=ops) for x in (weight, v)
             )
+        with np.errstate(invalid="ignore", over="raise"):
             v *= ops.over_norm(m[rows], norm)[:, None]
         yield v, Norms(base, norm)
 
@@ -145,10 +153,11 @@ def _merge_columns(
             wide = xp.astype(part, xp.float64, copy=False)
             total += xp.sum(wide * wide, axis=0)
     norms = Norms(*(xp.astype(xp.sqrt(total), m.dtype) for total in squares))
-    gain = ops.over_norm(m, norms.adapted)
+    with np.errstate(invalid="ignore", over="raise"):
+        gain = ops.over_norm(m, norms.adapted)
     for rows in blocks:
         _, v = form(rows)
-        with np.errstate(invalid="ignore"):  # the norms tell of NaN and infinity
+        with np.errstate(invalid="ignore", over="raise"):  # the norms tell of NaN and infinity
             v *= gain[None, :]
         yield v, norms if rows.stop == layer.shape[0] else None
 
@@ -166,13 +175,14 @@ def change(norms: Iterable[Norms], layer: AdaptedLayer) -> Change:
     b *= layer.config.scaling
     update = np.einsum("or,or->o", b @ (a @ a.T), b)  # ‖v − w‖²
     m = np.where(adapted > 0, m, 0.0)
-    sides = 2 * adapted * base
-    turn = update - (adapted - base) ** 2
-    direction = np.divide(turn, sides, out=np.ones_like(turn), where=sides > 0)
-    direction = np.where((base == 0) & (m == 0), 0.0, np.clip(direction, 0.0, 2.0))
-    direction = np.where(m < 0, 2.0 - direction, direction)
     length = np.abs(m)
-    moved = np.sqrt((length - base) ** 2 + 2 * length * base * direction)
+    with np.errstate(over="ignore", invalid="ignore"):  # squares of what is above 1e154
+        sides = 2 * adapted * base
+        turn = update - (adapted - base) ** 2
+        direction = np.divide(turn, sides, out=np.ones_like(turn), where=sides > 0)
+        direction = np.where((base == 0) & (m == 0), 0.0, np.clip(direction, 0.0, 2.0))
+        direction = np.where(m < 0, 2.0 - direction, direction)
+        moved = np.sqrt((length - base) ** 2 + 2 * length * base * direction)
     ratio = np.divide(moved, base, out=np.where(moved > 0, np.inf, 0.0), where=base > 0)
     return Change(
         float(np.mean(np.abs(length - base))), float(np.mean(direction)), float(np.max(ratio))

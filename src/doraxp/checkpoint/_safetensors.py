@@ -35,8 +35,17 @@ CHUNK = 4 << 20
 """Bytes that are copied at a time."""
 
 
+_NAME_LIMIT, _ERROR_LIMIT = 500, 1000
+
+
 class CheckpointError(ValueError):
-    """A file that cannot be used, and why; in one line."""
+    """A file that cannot be used, and why: one line, whatever the names and values in the file."""
+
+    def __init__(self, message: str) -> None:
+        line = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in message)
+        if len(line) > _ERROR_LIMIT:
+            line = f"{line[: _ERROR_LIMIT - 40]}… of {len(line)} letters"
+        super().__init__(line)
 
 
 class Reader:
@@ -58,6 +67,15 @@ class Reader:
         self.path = path
         header, self._data = _checked_header(path)
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        odd = next((name for name in header if not name.isprintable()), None)
+        if odd is not None:
+            raise CheckpointError(f"{path}: the name of a tensor must be printable, got {odd!r}")
+        longest = max(map(len, header), default=0)
+        if longest > _NAME_LIMIT:
+            raise CheckpointError(
+                f"{path}: the name of a tensor must have at most {_NAME_LIMIT} characters, "
+                f"got {longest}"
+            )
         entries = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"])
         self.tensors: dict[str, Tensor] = {}
         """In the order of the file."""
@@ -123,7 +141,7 @@ def _checked_header(path: Path) -> tuple[dict[str, Any], int]:
         with safe_open(path, framework="numpy"):
             pass
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: no safetensors file: {_one_line(error)}") from None
+        raise CheckpointError(f"{path}: no safetensors file: {error}") from None
     return parse_json(raw, path), 8 + length
 
 
@@ -149,7 +167,7 @@ def parse_json(raw: bytes, path: Path) -> dict[str, Any]:
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {_one_line(error)}") from None
+        raise CheckpointError(f"{path}: not JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: must be a JSON object, got {type(value).__name__}")
     return value
@@ -165,7 +183,3 @@ def read_json(path: Path) -> dict[str, Any]:
     raw = path.read_bytes()
     check_values(raw, path)
     return parse_json(raw, path)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -69,15 +69,13 @@ def merge_shard(
                 blocks = merged_rows(reader, name, task, adapters, options, norms)
                 _write(write, name, blocks, tensor)
                 changes[name] = change(norms, adapters[task.path])
-                continue
-            source, original = reader, name
-            if task is not None and task.replacement is not None:
-                source, original = adapters.reader, task.replacement
-            if source.tensors[original].dtype == tensor.dtype:
-                for chunk in source.chunks(original):
+            elif task is not None:
+                _write(write, name, _finite_rows(adapters.reader, str(task.replacement)), tensor)
+            elif reader.tensors[name].dtype == tensor.dtype:
+                for chunk in reader.chunks(name):
                     write(chunk)
             else:
-                _write(write, name, _rows(source, original), tensor)
+                _write(write, name, _rows(reader, name), tensor)
         file.flush()
         os.fsync(file.fileno())
     return changes
@@ -107,13 +105,23 @@ def merged_rows(
     layer = adapters[str(task.path)]
     layer = layer._replace(kind=task.kind, shape=base.shape)
     library, stored = load_library(options.backend), Reused()
-    for rows, sides in merge_rows(
-        lambda rows: source.read(original, rows, stored), layer, library, compute
-    ):
-        if sides is not None:
-            if not all(np.isfinite(side).all() for side in sides):
-                raise CheckpointError(f"{source.path}: {original} has NaN or infinity in it")
-            norms.append(sides)
+    try:
+        for rows, sides in merge_rows(
+            lambda rows: source.read(original, rows, stored), layer, library, compute
+        ):
+            if sides is not None:
+                if not all(np.isfinite(side).all() for side in sides):
+                    raise CheckpointError(f"{source.path}: {original} has NaN or infinity in it")
+                norms.append(sides)
+            yield rows
+    except FloatingPointError:
+        raise CheckpointError(f"{name} has values too large for {compute}") from None
+
+
+def _finite_rows(reader: Reader, name: str) -> Iterator[Array]:
+    for rows in _rows(reader, name):
+        if not np.isfinite(rows).all():
+            raise CheckpointError(f"{reader.path}: {name} has NaN or infinity in it")
         yield rows
 
 

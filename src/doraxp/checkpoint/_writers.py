@@ -81,11 +81,11 @@ def to_mlx(adapters: Mapping[str, AdaptedLayer]) -> Written:
         tensors |= {f"{path}.lora_a": a.T, f"{path}.lora_b": b.T, f"{path}.m": m}
     if Config(rank, rank * scale).scaling != scale:
         raise ValueError(f"s = {scale} is no longer the same after rank * s / rank")
-    blocks = {path: re.search(r"(?<=\.layers\.)\d+(?=\.)", f".{path}") for path in adapters}
     keys = {re.sub(r"^.*?\.layers\.\d+\.", "", f".{path}").lstrip(".") for path in adapters}
     return tensors, {
         "fine_tune_type": "dora",
-        "num_layers": len({match[0] for match in blocks.values() if match}),
+        # Of all blocks: it counts from the last, and those without an adapter get one that is 0.
+        "num_layers": -1,
         "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": sorted(keys)},
     }
 

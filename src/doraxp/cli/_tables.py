@@ -9,6 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 
+def plain_console() -> Console:
+    """Return what prints names from files as they are: brackets and colons are no commands."""
+    return Console(markup=False, emoji=False)
+
+
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], console: Console) -> None:
     """Print a table, its first column to the left, the others to the right."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))

@@ -149,14 +149,16 @@ def run(arguments: argparse.Namespace) -> int:
                 )
             except WrongAnswerError as error:
                 return _refuse(f"wrong answer: {error}")
-    console, counts = Console(), threads()
+    console, counts, processors = Console(), threads(), kernels()
     found = curves.collect(_base(arguments), results) if arguments.curves else {}
     if found:
         print_exponents(found, console)
     else:
         print_tables(results, console)
     console.print(f"Medians of {arguments.rounds} rounds; ± half the distance of the quartiles.")
-    console.print("Threads: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+    console.print("Threads: " + _listed(counts))
+    if processors:
+        console.print("BLAS kernels: " + _listed(processors))
     if on_gpu:
         console.print(f"Device: {gpu.device()['name']}")
     for name, reason in missing.items():
@@ -165,7 +167,8 @@ def run(arguments: argparse.Namespace) -> int:
         took_part = dict.fromkeys([*libraries, *(one.library for one in results)])
         names = [name.lower() for name in took_part]
         modules = dict.fromkeys(["numpy", *names, *(["torch"] if "peft" in names else [])])
-        head = {"versions": versions(*modules), "threads": counts, "missing": missing}
+        head: dict[str, Any] = {"versions": versions(*modules), "threads": counts}
+        head |= {"blas_kernels": processors, "missing": missing}
         if on_gpu:
             head["device"] = gpu.device()
         fitted = {name: curves.exponents(name, curve) for name, curve in found.items()}
@@ -189,6 +192,18 @@ def threads() -> dict[str, int]:
     }
     torch = sys.modules.get("torch")  # its MKL is linked in, where nobody else can ask it
     return counts if torch is None else {**counts, "torch": torch.get_num_threads()}
+
+
+def kernels() -> dict[str, str]:
+    """Return the processor whose kernels each BLAS runs; OPENBLAS_CORETYPE may have chosen it."""
+    import threadpoolctl
+
+    pools = threadpoolctl.threadpool_info()
+    return {pool["prefix"]: pool["architecture"] for pool in pools if "architecture" in pool}
+
+
+def _listed(named: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in named.items())
 
 
 def _cases(arguments: argparse.Namespace) -> Iterator[Case]:

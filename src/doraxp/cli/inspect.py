@@ -40,9 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     if arguments.plot and lacks("inspect --plot", "matplotlib", extra="demo"):
         return 2
-    from rich.console import Console
-
     from doraxp.checkpoint import CheckpointError, load_adapters
+    from doraxp.cli._tables import plain_console, print_table
 
     try:
         adapters = load_adapters(arguments.path)
@@ -50,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     except (CheckpointError, OSError) as error:
         print(f"doraxp inspect: error: {error}", file=sys.stderr)
         return 2
-    console = Console()
+    console = plain_console()
     headings = ("module", *next(iter(report["modules"].values())))
     rows = (
         (
@@ -62,8 +61,6 @@ def run(arguments: argparse.Namespace) -> int:
         )
         for path, module in report["modules"].items()
     )
-    from doraxp.cli._tables import print_table
-
     print_table([heading.replace("_", "\n") for heading in headings], rows, console)
     console.print(f"{report['format']} adapter: {len(adapters)} modules, {report['bytes']:,} bytes")
     if arguments.json:

@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Executor
+from concurrent.futures import CancelledError, Executor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,8 @@ SUMMARY = (
     "Merge a DoRA adapter into a model, tensor by tensor, in little memory; OUT is there when it "
     "is complete, and a merge that was interrupted goes on where it was."
 )
+_ROUNDING = 1e-6
+"""The largest change of a row that m, made in float32, may bring without any training."""
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -88,11 +90,10 @@ def run(arguments: argparse.Namespace) -> int:
         "merge --scheduler", "distributed", extra="distributed"
     ):
         return 2
-    from rich.console import Console
-
     from doraxp.checkpoint import CheckpointError, Options, plan_merge
+    from doraxp.cli._tables import plain_console
 
-    console = Console()
+    console = plain_console()
     dtype = _DTYPES.get(arguments.dtype)
     try:
         merge = plan_merge(
@@ -102,6 +103,12 @@ def run(arguments: argparse.Namespace) -> int:
             _warn(
                 f"{name} is the output head too: the merge changes both, though the adapter was "
                 "trained on the embedding alone"
+            )
+        for name, known in merge.tokenizers_apart().items():
+            _warn(
+                f"OUT has BASE's {name}, and not the other one of ADAPTER"
+                if known
+                else f"OUT has no {name}, and ADAPTER has one"
             )
         if arguments.dry_run:
             _print_plan(merge, console)
@@ -117,6 +124,9 @@ def run(arguments: argparse.Namespace) -> int:
                 raise
             _print_changes(changes, console)
         _print_summary(merge, console)
+        if not arguments.dry_run:
+            state = "complete, and verified" if arguments.verify else "complete"
+            console.print(f"{arguments.out}: {state}", soft_wrap=True)
     except (CheckpointError, OSError) as error:
         print(f"doraxp merge: error: {error}", file=sys.stderr)
         return 2
@@ -157,21 +167,35 @@ def _executor(scheduler: str | None) -> Iterator[Executor | None]:
     if scheduler is None:
         yield None
         return
-    from distributed import Client
+    from distributed import Client, KilledWorker
 
-    with Client(scheduler) as client:
-        yield client.get_executor()
+    from doraxp.checkpoint import CheckpointError
+
+    with contextlib.ExitStack() as stack:
+        try:
+            client = stack.enter_context(Client(scheduler))
+        except ValueError as error:
+            raise CheckpointError(f"--scheduler {scheduler!r}: {error}") from None
+        try:
+            yield client.get_executor()
+        except (KilledWorker, CancelledError) as error:
+            raise OSError(
+                f"the cluster lost the merge: {str(error) or type(error).__name__}; the same merge "
+                "goes on from the shards that are finished"
+            ) from None
 
 
 def _print_plan(merge: Merge, console: Console) -> None:
     from doraxp.cli._tables import print_table
 
     layers = merge.adapters.layers
-    rows = (
-        (name, task.kind.name, str(config.rank), f"{config.scaling:g}")
-        for name, task in merge.tasks.items()
-        if task.path is not None and (config := layers[task.path].config)
-    )
+    rows = []
+    for name, task in merge.tasks.items():
+        if task.path is None:
+            rows.append((name, "replaced", "", ""))
+        else:
+            config = layers[task.path].config
+            rows.append((name, task.kind.name, str(config.rank), f"{config.scaling:g}"))
     print_table(("tensor", "kind", "rank", "s"), rows, console)
 
 
@@ -185,7 +209,7 @@ def _print_summary(merge: Merge, console: Console) -> None:
     )
     if merge.model.left_out:
         names = ", ".join(str(file) for file in merge.model.left_out)
-        console.print(f"Left out, other copies of the weights: {names}", soft_wrap=True)
+        console.print(f"Left out, weights that were not merged: {names}", soft_wrap=True)
 
 
 def _print_changes(changes: Mapping[str, Change], console: Console) -> None:
@@ -193,7 +217,7 @@ def _print_changes(changes: Mapping[str, Change], console: Console) -> None:
 
     rows = ((name, *(f"{value:.3g}" for value in change)) for name, change in changes.items())
     print_table(("tensor", "ΔM", "ΔD", "largest change of a row"), rows, console)
-    idle = [name for name, change in changes.items() if change.largest == 0]
+    idle = [name for name, change in changes.items() if change.largest <= _ROUNDING]
     if idle:
         _warn(f"the adapter changes nothing in {', '.join(idle)}")
 

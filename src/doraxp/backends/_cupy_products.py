@@ -1,0 +1,244 @@
+"""Products on NVIDIA GPUs by cuBLAS, of the weight as it is stored.
+
+A product of a float32 array with a bfloat16 weight is exact in its factors: the array is the sum of
+three of bfloat16, and cuBLAS adds up three products in float32, or one of all parts of few rows:
+the weight is then read once. `reduced_precision` rounds instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import numpy as np
+
+from doraxp._types import Array
+from doraxp.backends._cuda import THREADS, Cuda, Types, dtype_name, layout
+from doraxp.backends._generic import Operations
+
+LOW = ("float16", "bfloat16")
+FEW = 1024  # rows whose parts go into one product: its result has a row for each part
+WARP, WARPS = 32, THREADS // 32  # threads of a warp, and warps of a block
+PARTS = 3  # of 8 bits each: all 24 of a float32
+_REDUCED: ContextVar[bool] = ContextVar("reduced", default=False)
+
+
+@contextlib.contextmanager
+def reduced_precision() -> Iterator[None]:
+    """Let CuPy's products round their factors: the speed of the tensor cores.
+
+    Within, float32 factors are rounded to TF32's 10 bits, or beside a float16 or bfloat16 weight to
+    its dtype. Of x and dy in the weight's own dtype, z, g⊙dy and dx are stored in it too. Sums are
+    made in float32 either way. The gradients' errors are then those of PyTorch's mixed precision.
+    Other libraries are not concerned.
+    """
+    token = _REDUCED.set(True)
+    try:
+        yield
+    finally:
+        _REDUCED.reset(token)
+
+
+def is_reduced() -> bool:
+    """Say whether factors may be rounded here."""
+    return _REDUCED.get()
+
+
+class Products(Operations):
+    """The operations that are products, on CuPy arrays."""
+
+    def __init__(self, xp: Any, cuda: Any = None) -> None:
+        super().__init__(xp)
+        self.cuda = cuda or Cuda()
+
+    def operand_dtype(self, array: Array, weight: Array, dtype: Any) -> Any:
+        """Saves the cast of x and dy: tensor cores take them as they are."""
+        own = name_of(array)
+        low = own in LOW and own == name_of(weight) and np.dtype(dtype) == np.float32
+        return array.dtype if low else dtype
+
+    def times_transposed(self, x: Array, weight: Array, dtype: Any) -> Array:
+        """Saves the cast of a low-precision W."""
+        return self.multiply(x, self.xp.matrix_transpose(weight), dtype)
+
+    def times(self, d: Array, weight: Array, dtype: Any) -> Array:
+        """Saves the cast of a low-precision W."""
+        return self.multiply(d, weight, dtype)
+
+    def project(self, weight: Array, a: Array, dtype: Any) -> Array:
+        """Saves the cast of a low-precision W."""
+        return self.multiply(weight, self.xp.matrix_transpose(a), dtype)
+
+    def product(self, left: Array, right: Array) -> Array:
+        """Saves the cast of an x or dy in its own dtype, and for one token three launches."""
+        dtype = np.promote_types(compute_dtype(left), compute_dtype(right))
+        rows = self.xp.matrix_transpose(right)
+        if self.takes_token(left, rows, dtype):
+            result = self.cuda.empty((*left.shape[:-1], rows.shape[-2]), dtype)
+            self.launch_token(packed(left, self.xp), rows, dtype, result)
+            return result
+        return self.multiply(left, right, dtype)
+
+    def accumulate(self, total: Array, left: Array, right: Array) -> Array:
+        """Saves the temporary of the product, and adding it: BLAS adds while it multiplies."""
+        return self.multiply(left, right, total.dtype, out=total, beta=1.0)
+
+    def takes_token(self, x: Array, rows: Array, dtype: Any) -> bool:
+        """Say whether x rowsᵀ is one for `launch_token`: of one token, and rows longer than many.
+
+        `rows` must lie row by row; of the three dtypes one may be another.
+        """
+        one = x.shape[-2] == 1 and rows.shape[-1] >= WARP and rows.flags.c_contiguous
+        return one and len({x.dtype, rows.dtype, np.dtype(dtype)}) <= 2
+
+    def launch_token(
+        self, x: Array, rows: Array, dtype: Any, z: Array, scale: Array | None = None,
+        update: tuple[Array, Array] | None = None, last: tuple[Any, ...] = (None, None, None),
+    ) -> None:  # fmt: skip
+        """Write z = scale⊙(x rowsᵀ) + L (s B)ᵀ, and for `last` = (gain, bias, y) y = g⊙z + bias."""
+        wide, xp = dtype_name(np.dtype(dtype)), self.xp
+        stored = next((name_of(array) for array in (x, rows) if name_of(array) != wide), wide)
+        low_rank, scaled_b = (None, None) if update is None else update
+        rank = 0 if scaled_b is None else scaled_b.shape[-1]
+        gain, bias, y = last
+        *stack, out, inner = rows.shape
+        count = math.prod(stack) * out
+        vectors = (packed(array, xp) for array in (scale, scaled_b, low_rank, gain, bias))
+        self.cuda.launch(
+            "token", Types(stored, name_of(z), wide), (-(-count // WARPS), 1, 1),
+            rows, np.int32(name_of(rows) == stored), x, np.int32(name_of(x) == stored),
+            *vectors, z, y, *map(np.int64, (count, out, inner, rank)),
+        )  # fmt: skip
+
+    def multiply(
+        self, left: Array, right: Array, dtype: Any, *, out: Array | None = None,
+        beta: float | Array = 0.0,
+    ) -> Array:  # fmt: skip
+        """Return out ← left right + beta out, by products of two axes; `out` is in `dtype`."""
+        if out is None:
+            shape = (*left.shape[:-1], right.shape[-1])
+            out = self.cuda.empty(shape, dtype)
+        if 0 in out.shape:
+            return out
+        if left.shape[-1] == 0:
+            out[...] = 0
+            return out
+        for element in np.ndindex(left.shape[:-2]):
+            self._multiply_two(left[element], right[element], out[element], beta)
+        return out
+
+    def _multiply_two(self, left: Array, right: Array, out: Array, beta: float | Array) -> None:
+        xp, reduced = self.xp, is_reduced()
+        names = name_of(left), name_of(right)
+        if names[0] != names[1]:
+            low = next((array for array in (left, right) if name_of(array) in LOW), None)
+            wide = left if low is right else right
+            if low is None or name_of(wide) != "float32":  # float64, or two kinds of half
+                common = np.promote_types(compute_dtype(left), compute_dtype(right))
+                left, right = (xp.astype(array, common, copy=False) for array in (left, right))
+            elif reduced:
+                rounded = xp.astype(wide, low.dtype)
+                left, right = (low, rounded) if low is left else (rounded, right)
+            else:
+                self._multiply_parts(left, right, out, beta)
+                return
+        elif names[0] not in LOW and out.dtype != left.dtype:
+            left, right = (xp.astype(array, out.dtype) for array in (left, right))
+        self.cuda.gemm(_piece(left, xp), _piece(right, xp), out, beta, tf32=reduced)
+
+    def _multiply_parts(self, left: Array, right: Array, out: Array, beta: float | Array) -> None:
+        """Multiply a float32 factor by one of half precision, exact in both."""
+        xp = self.xp
+        on_left = name_of(left) == "float32"
+        wide, low = (left, right) if on_left else (right, left)
+        if (left.shape[0] if on_left else right.shape[1]) <= FEW:
+            rows = wide if on_left else xp.matrix_transpose(wide)  # (few, k)
+            product = self._few_rows(rows, low if on_left else xp.matrix_transpose(low))
+            product = product if on_left else xp.matrix_transpose(product)
+            out[...] = product if beta == 0.0 else product + out
+            return
+        low = _piece(low, xp)
+        if name_of(low) == "float16":  # its exponents are too few for the parts of any float32
+            parts = [_piece(wide, xp)]
+            low = xp.astype(low, xp.float32)
+        else:
+            columns = wide.strides[-1] != wide.itemsize
+            rows = xp.matrix_transpose(wide) if columns else wide
+            parts = list(self._split(rows, low)[0])
+            parts = [xp.matrix_transpose(part) for part in parts] if columns else parts
+        for part in parts:
+            self.cuda.gemm(*((part, low) if on_left else (low, part)), out, beta)
+            beta = 1.0
+
+    def _few_rows(self, rows: Array, low: Array) -> Array:
+        """Return rows low, (few, k) by (k, n), from one product: low is read once."""
+        xp = self.xp
+        parts, shrink = self._split(rows, low)
+        few, k = rows.shape
+        products = self.cuda.empty((PARTS * few, low.shape[1]), xp.float32)
+        self.cuda.gemm(xp.reshape(parts, (PARTS * few, k)), _piece(low, xp), products, 0.0)
+        product = xp.reshape(self.sum_chunks(xp.reshape(products, (PARTS, -1))), (few, -1))
+        return product if shrink is None else shrink[:, None] * product
+
+    def _split(self, rows: Array, low: Array) -> tuple[Array, Array | None]:
+        """Return the parts (PARTS, rows, k) in the dtype of `low`, and what to scale rows by."""
+        rows = packed(rows, self.xp)
+        parts = self.cuda.empty((PARTS, *rows.shape), low.dtype)
+        shrink = (
+            self.cuda.empty((rows.shape[0],), rows.dtype) if name_of(low) == "float16" else None
+        )
+        sizes = *map(np.int64, rows.shape), np.int32(PARTS)
+        types = Types(name_of(low), "float32", "float32")
+        self.cuda.launch("split", types, (rows.shape[0], 1, 1), rows, parts, shrink, *sizes)
+        return parts, shrink
+
+    def sum_chunks(self, partial: Array) -> Array:
+        """Return the sums over chunks, one after the other: (*stack, chunks, k) -> (*stack, k)."""
+        *stack, chunks, length = partial.shape
+        result = self.cuda.empty((*stack, length), partial.dtype)
+        grid = -(-length // THREADS), 1, math.prod(stack)
+        sizes = np.int64(chunks), np.int64(length)
+        self.cuda.launch("sum_chunks", alike(partial), grid, partial, result, *sizes)
+        return result
+
+
+def name_of(array: Array) -> str:
+    """Return the name of the dtype."""
+    return dtype_name(array.dtype)
+
+
+def compute_dtype(array: Array) -> Any:
+    """Return the dtype to compute in."""
+    return np.dtype(np.float32) if name_of(array) in LOW else array.dtype
+
+
+def alike(array: Array) -> Types:
+    """Return the types of a kernel that is of one dtype."""
+    return Types(*[name_of(array)] * 3)
+
+
+def packed(array: Array, xp: Any) -> Any:
+    """Return an array, or None, row by row in memory: itself where it lies so."""
+    if array is None or array.flags.c_contiguous:
+        return array
+    return xp.asarray(array, copy=True, order="C")
+
+
+def lying(weight: Array, xp: Any) -> tuple[Array, bool]:
+    """Return a weight, or its transpose where that lies row by row; and whether it is that."""
+    turned = xp.matrix_transpose(weight)
+    if turned.flags.c_contiguous and not weight.flags.c_contiguous:
+        return turned, True
+    return packed(weight, xp), False
+
+
+def _piece(matrix: Array, xp: Any) -> Array:
+    """Return a matrix whose rows or columns are in one piece, as BLAS wants it."""
+    try:
+        layout(matrix)
+    except ValueError:  # pieces, rows in reverse or one row for all
+        return packed(matrix, xp)
+    return matrix
