@@ -307,7 +307,7 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     dm = ops.over_norm(e, norm)
     # q = −p / n is not formed: it overflows where n is tiny, q⊙V does not.
     p = gain * dm
-    dlow = low = ops.product(dz, scaled_b)  # (tokens, rank)
+    dlow = ops.product(dz, scaled_b)  # (tokens, rank)
     da = ops.product(xp.matrix_transpose(dlow), dropped)  # (rank, in)
     db = ops.product(xp.matrix_transpose(dz), low_rank)  # (out, rank)
     dweight = ops.product(xp.matrix_transpose(dz), seen) if train_base else None  # (out, in)
