@@ -209,6 +209,7 @@ def test_after_a_step_the_base_is_read_once_in_a_forward(torch, monkeypatch, sha
     from doraxp.torch._ops import forward_op
 
     x, w, *leaves = (array.detach() for array in draw(torch, SHAPES[shapes]))
+    x = x[..., :1, :]  # little beside the weight
     rules = 2, 1.5, "weight", "exact"
     forward_op(x, w, *leaves, *rules)
     leaves[1] *= 0.1  # no row cancels

@@ -115,6 +115,9 @@ def forward_op(
     adapter, config = Adapter(lora_a, lora_b, magnitude), _config(*rules)
     with torch.autocast(x.device.type, enabled=False):
         base, plain, prepared, previous = _recall(weight, adapter, config, known=False)
+        if previous is not None and 2 * x.numel() >= weight.numel():
+            # W Aᵀ out of one product with x takes a copy of x, which then costs more.
+            prepared = prepare(base, plain, config, previous=previous)
         y, cache = forward(x, base, plain, config, bias=bias, prepared=prepared, previous=previous)
         _keep(weight, adapter, cache.prepared)
     return y, cache.z.contiguous(), cache.low_rank  # of a stack, z is a part of a product
