@@ -499,6 +499,19 @@ def test_values_too_large_to_compute_with_are_refused(
     assert f"block.0.q.weight has values too large for {dtype}" in error
 
 
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
+def test_an_init_that_left_the_base_alone_is_merged(folders, init):
+    folder, _, _ = folders
+    edit_adapter(folder, init_lora_weights=init)
+    assert merge(folder, "--dry-run") == 0
+
+
+def test_a_scale_too_large_to_compute_with_is_refused(folders, capsys):
+    folder, _, _ = folders
+    edit_adapter(folder, lora_alpha=1e39)
+    assert "weight has values too large for float32" in refused(folder, capsys)
+
+
 def test_the_change_of_huge_weights_is_told_without_a_warning(tmp_path):
     save_file({"block.0.q.weight": np.full((7, 5), 1e200)}, tmp_path / "base")
     write_adapter(tmp_path / "adapter", {"block.0.q": (7, 5)})
@@ -864,7 +877,7 @@ def test_a_quantised_model_is_refused(folders, capsys):
     assert "has a quantization_config" in refused(folder, capsys)
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "loftq", "corda", "lora_ga"])
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "OLoRA", "loftq", "corda", "lora_ga"])
 def test_an_init_that_changed_the_base_needs_that_base(folders, capsys, init):
     folder, _, _ = folders
     edit_adapter(folder, init_lora_weights=init)
@@ -897,6 +910,9 @@ def test_an_init_that_changed_the_base_needs_that_base(folders, capsys, init):
         ((), {"lora_alpha": -16}, "lora_alpha must be above 0 and finite, got -16.0"),
         ((), {"lora_alpha": None}, "lora_alpha must be a number, got None"),
         ((), {"alpha_pattern": {"q": -3}}, "lora_alpha must be above 0 and finite, got -3.0"),
+        ((), {"bias": "some"}, "bias must be none, all or lora_only, got 'some'"),
+        ((), {"init_lora_weights": "new"}, "init_lora_weights 'new' is not known: it may have"),
+        ((), {"init_lora_weights": ["eva"]}, "is not known: it may have changed the base"),
         ((), {"use_rslora": "false"}, "use_rslora must be true or false, got 'false'"),
         ((), {"fan_in_fan_out": "false"}, "fan_in_fan_out must be true or false, got 'false'"),
         ((), {"kasa_config": {"beta": 1}}, "kasa_config cannot be merged with a DoRA adapter"),
