@@ -352,6 +352,14 @@ def test_a_pickle_is_refused_with_the_way_to_convert_it(files, capsys, name):
         load_adapters(path)
 
 
+def test_a_pointer_of_git_lfs_is_called_one(files, capsys):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 5000000000\n"
+    (files / "base" / "model-1.safetensors").write_text(pointer)
+    with pytest.raises(CheckpointError, match=r"model-1\.safetensors: .*run `git lfs pull`"):
+        open_model(files / "base")
+    assert_refused(files, capsys)
+
+
 @pytest.mark.parametrize("path", ["", "pytorch_model.bin"])
 def test_a_base_that_is_a_pickle_is_refused_as_one(tmp_path, path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04" + bytes(8))

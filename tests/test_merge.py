@@ -430,6 +430,16 @@ def test_one_leading_name_more_or_less_is_no_difference(tmp_path, way):
     assert_merged(load_file(tmp_path / "out"), base, renamed)
 
 
+def test_a_tensor_that_is_missing_hides_no_leading_name(tmp_path, capsys):
+    rng = np.random.default_rng(1)
+    save_file({f"{path}.weight": draw(rng, *s) for path, s in SHAPES.items()}, tmp_path / "base")
+    write_adapter(tmp_path / "adapter", {f"bert.{path}": shape for path, shape in SHAPES.items()})
+    edit_adapter(tmp_path, add={"base_model.model.classifier.weight": np.ones((2, 5), "f4")})
+    error = refused(tmp_path, capsys)
+    assert error.endswith("classifier.weight has no tensor classifier.weight to replace\n")
+    assert "block" not in error
+
+
 def test_a_dry_run_writes_nothing(folders, capsys):
     folder, _, _ = folders
     edit_adapter(folder, add={"base_model.model.block.0.q.bias": np.ones(7, np.float32)})

@@ -117,7 +117,7 @@ def _names(
     """Return what the base calls each wanted tensor.
 
     A model with a head and the model without it differ by one leading name: it is dropped or
-    added if then everything is found, and else nothing is.
+    added where then more is found, and what still is not found is an error.
     """
     if adapters.format == "lycoris":
         return _from_underscores(tensors, wanted)
@@ -128,7 +128,7 @@ def _names(
         {key: name.removeprefix(f"{first}.") for key, name in wanted.items()},
         *({key: f"{lead}.{name}" for key, name in wanted.items()} for lead in sorted(leading)),
     ]
-    return next((way for way in ways if all(name in tensors for name in way.values())), ways[0])
+    return max(ways, key=lambda way: sum(name in tensors for name in way.values()))
 
 
 def _from_underscores(tensors: Mapping[str, Tensor], wanted: Mapping[str, str]) -> dict[str, str]:
