@@ -440,6 +440,15 @@ def test_a_tensor_that_is_missing_hides_no_leading_name(tmp_path, capsys):
     assert "block" not in error
 
 
+def test_two_leading_names_that_fit_are_refused(tmp_path, capsys):
+    rng = np.random.default_rng(1)
+    sides = [f"{side}.{path}.weight" for side in ("decoder", "encoder") for path in SHAPES]
+    base = {name: draw(rng, *SHAPES[name.split(".", 1)[1][:-7]]) for name in sides}
+    save_file(base, tmp_path / "base")
+    write_adapter(tmp_path / "adapter")
+    assert "block.0.k.weight may be that of decoder or of encoder" in refused(tmp_path, capsys)
+
+
 def test_a_dry_run_writes_nothing(folders, capsys):
     folder, _, _ = folders
     edit_adapter(folder, add={"base_model.model.block.0.q.bias": np.ones(7, np.float32)})
