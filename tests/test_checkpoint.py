@@ -204,6 +204,11 @@ def test_a_lycoris_file_that_is_none(tmp_path, changes, message):
             "adapter_config.json: x: the rank is 4, but lora_a has (5, 2)",
         ),
         ({}, {"x.m": (5,)}, "x is an embedding with a magnitude for each token"),
+        (
+            {"lora_parameters": {"scale": 20.0}},
+            {"x.lora_a": (5, 0), "x.lora_b": (0, 7)},
+            "x: rank must be at least 1, got 0",
+        ),
         ({}, {"x.lora_b": (3, 7)}, "lora_a (5, 2) and lora_b (3, 7) are no factors"),
         ({}, {"x.m": (6,)}, "x.m has shape (6,), which does not fit rank 2"),
     ],
