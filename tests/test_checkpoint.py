@@ -113,6 +113,12 @@ def test_nvlabs_files_are_read(tmp_path):
     for name, leaves in adapter.items():
         for one, other in zip(adapters[name].adapter, leaves, strict=True):
             np.testing.assert_array_equal(one, other)
+    base = write_model(tmp_path / "base", np.dtype("f4"))
+    paths = [str(tmp_path / name) for name in ("base", "a", "out")]
+    assert main(["merge", *paths[:2], "--out", paths[2], "--verify"]) == 0
+    merged = load_file(tmp_path / "out" / "model-1.safetensors")["block.0.q.weight"]
+    desired = dense(base["block.0.q.weight"], *adapter["block.0.q"])
+    np.testing.assert_allclose(merged, desired, rtol=2**-22)
 
 
 def lycoris(path, **changes):

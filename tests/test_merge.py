@@ -154,12 +154,17 @@ def test_a_folder_with_one_file_needs_no_index(folders):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_another_dtype_is_for_every_floating_tensor(folders, dtype):
     folder, base, adapter = folders
+    write_json(
+        folder / "base" / "config.json",
+        {"torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "rope": {"theta": 1}}},
+    )
     assert merge(folder, "--dtype", dtype, "--verify") == 0
     merged = load_folder(folder / "out")
     assert_merged(merged, base, adapter, dtype=dtype)
     assert merged["steps"].tobytes() == base["steps"].tobytes()
     np.testing.assert_array_equal(merged["block.0.q.bias"], base["block.0.q.bias"].astype(dtype))
-    assert json.loads((folder / "out" / "config.json").read_text())["torch_dtype"] == dtype
+    config = {"torch_dtype": dtype, "text_config": {"dtype": dtype, "rope": {"theta": 1}}}
+    assert json.loads((folder / "out" / "config.json").read_text()) == config
 
 
 def test_blocks_change_no_bit(folders, monkeypatch):
