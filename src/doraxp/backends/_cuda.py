@@ -103,15 +103,7 @@ class Cuda:
         (m, n) lies row by row. A `beta` on the device is an array of two, {1, beta}, in the dtype
         of the sum. With `tf32`, float32 factors are rounded to 10 bits.
         """
-        cupy = import_module("cupy")
         blas = import_module("cupy_backends.cuda.libs").cublas  # looks into NVIDIA's wheels too
-        runtime = cupy.cuda.runtime
-        kinds = {
-            "float16": runtime.CUDA_R_16F,
-            "bfloat16": runtime.CUDA_R_16BF,
-            "float32": runtime.CUDA_R_32F,
-            "float64": runtime.CUDA_R_64F,
-        }
         wide = left.dtype == np.float64
         compute = blas.CUBLAS_COMPUTE_64F if wide else blas.CUBLAS_COMPUTE_32F
         if tf32 and left.dtype == np.float32:
@@ -123,7 +115,7 @@ class Cuda:
         on_device = not isinstance(beta, float)
         scalars: Any = beta if on_device else np.array([1, beta], "f8" if wide else "f4")
         pointer = scalars.data.ptr if on_device else scalars.ctypes.data
-        handle = cupy.cuda.device.get_cublas_handle()
+        handle = import_module("cupy").cuda.device.get_cublas_handle()
         pointer_mode, math_mode = blas.getPointerMode(handle), blas.getMathMode(handle)
         try:
             blas.setPointerMode(
@@ -133,9 +125,9 @@ class Cuda:
             blas.setMathMode(handle, WHOLE_SUMS)  # and TF32 is our caller's to choose
             blas.gemmEx(
                 handle, first, second, n, m, k,
-                pointer, right.data.ptr, kinds[str(right.dtype)], first_step,
-                left.data.ptr, kinds[str(left.dtype)], second_step,
-                pointer + scalars.itemsize, out.data.ptr, kinds[str(out.dtype)], n,
+                pointer, right.data.ptr, _data_type(right.dtype), first_step,
+                left.data.ptr, _data_type(left.dtype), second_step,
+                pointer + scalars.itemsize, out.data.ptr, _data_type(out.dtype), n,
                 compute, blas.CUBLAS_GEMM_DEFAULT,
             )  # fmt: skip
         finally:
@@ -155,6 +147,19 @@ def layout(matrix: Array) -> tuple[int, int]:
     if (down == 1 or rows == 1) and (across >= rows or columns == 1):
         return 1, max(across if columns > 1 else rows, 1)
     raise ValueError(f"a matrix must be of unit stride along one axis, got {matrix.strides}")
+
+
+@functools.cache
+def dtype_name(dtype: Any) -> str:
+    """Return what NumPy takes a microsecond or two to put together."""
+    return str(dtype)
+
+
+@functools.cache
+def _data_type(dtype: Any) -> int:
+    runtime = import_module("cupy").cuda.runtime
+    names = {"float16": "16F", "bfloat16": "16BF", "float32": "32F", "float64": "64F"}
+    return int(getattr(runtime, f"CUDA_R_{names[str(dtype)]}"))
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from doraxp._types import Array, Reduce
-from doraxp.backends._cuda import THREADS, Types
+from doraxp.backends._cuda import THREADS, Types, dtype_name
 from doraxp.backends._cupy_products import (
     LOW,
     PARTS,
@@ -167,7 +167,7 @@ class CupyOperations(Products):
 
     def row_squares(self, weight: Array, dtype: Any) -> Array:
         """Saves the (out, in) temporaries: W is read once, as it is stored."""
-        (stored, turned), kind = lying(weight, self.xp), np.dtype(dtype).name
+        (stored, turned), kind = lying(weight, self.xp), dtype_name(np.dtype(dtype))
         types = Types(name_of(weight), kind, kind)
         if turned:
             *stack, inner, out = stored.shape
@@ -298,7 +298,7 @@ class CupyOperations(Products):
         weight, a, scaled_b, row_scale = factors
         *_, out, inner = weight.shape
         rank = 0 if a is None else a.shape[-2]
-        kind = np.dtype(dtype).name
+        kind = dtype_name(np.dtype(dtype))
         sizes = (np.int64(size) for size in (out, inner, rank))
         turned = np.int32(not weight.flags.c_contiguous)
         self.cuda.launch(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from doraxp._types import Array
-from doraxp.backends._cuda import THREADS, Cuda, Types, layout
+from doraxp.backends._cuda import THREADS, Cuda, Types, dtype_name, layout
 from doraxp.backends._generic import Operations
 
 LOW = ("float16", "bfloat16")
@@ -91,16 +91,15 @@ class Products(Operations):
 
         `rows` must lie row by row; of the three dtypes one may be another.
         """
-        names = {name_of(x), name_of(rows), np.dtype(dtype).name}
         one = x.shape[-2] == 1 and rows.shape[-1] >= WARP and rows.flags.c_contiguous
-        return one and len(names) <= 2
+        return one and len({x.dtype, rows.dtype, np.dtype(dtype)}) <= 2
 
     def launch_token(
         self, x: Array, rows: Array, dtype: Any, z: Array, scale: Array | None = None,
         update: tuple[Array, Array] | None = None, last: tuple[Any, ...] = (None, None, None),
     ) -> None:  # fmt: skip
         """Write z = scale⊙(x rowsᵀ) + L (s B)ᵀ, and for `last` = (gain, bias, y) y = g⊙z + bias."""
-        wide, xp = np.dtype(dtype).name, self.xp
+        wide, xp = dtype_name(np.dtype(dtype)), self.xp
         stored = next((name_of(array) for array in (x, rows) if name_of(array) != wide), wide)
         low_rank, scaled_b = (None, None) if update is None else update
         rank = 0 if scaled_b is None else scaled_b.shape[-1]
@@ -208,7 +207,7 @@ class Products(Operations):
 
 def name_of(array: Array) -> str:
     """Return the name of the dtype."""
-    return str(array.dtype)
+    return dtype_name(array.dtype)
 
 
 def compute_dtype(array: Array) -> Any:
