@@ -102,7 +102,8 @@ def test_one_command_measures_all_that_is_asked(fake_cupy, tmp_path, capsys, mon
     of_tokens = {(task, name) for task, name, tokens in done if tokens == 5}
     ways = ("exact", "detached", "exact, reduced", "detached, reduced", "bare products")
     assert {name for task, name in of_tokens if task == "step"} == set(ways)
-    assert {task for task, _ in of_tokens} == {"forward", "step", "evaluation"}
+    assert {n for task, n in of_tokens if task == "backward"} == {*ways[:-1], "bare product"}
+    assert {task for task, _ in of_tokens} == {"forward", "backward", "step", "evaluation"}
     assert {task for task, _, _ in done} == {*(t for t, _ in of_tokens), "norm", "merge", "adamw"}
     assert all(one["over_own_bare"] for one in report["results"] if one["task"] != "adamw")
     assert "NVIDIA Fake" in capsys.readouterr().out
