@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import itertools
 import math
+import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -81,9 +82,20 @@ def device() -> dict[str, Any]:
         "name": properties["name"].decode(),
         "multiprocessors": properties["multiProcessorCount"],
         "bytes": properties["totalGlobalMem"],
+        "driver": driver(),
         "driver_cuda": runtime.driverGetVersion(),
         "runtime_cuda": runtime.runtimeGetVersion(),
     }
+
+
+def driver() -> str | None:
+    """Return the version of NVIDIA's driver, or None where nvidia-smi does not tell."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with contextlib.suppress(OSError):
+        said = subprocess.run(command, capture_output=True, text=True, check=False)
+        if said.returncode == 0:
+            return said.stdout.split()[0]
+    return None
 
 
 def seconds(cupy: Any, call: Callable[[], Any], repeats: int) -> float:
