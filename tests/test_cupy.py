@@ -14,7 +14,8 @@ import pytest
 from doraxp import Adapter, Config, backends, forward, prepare
 from doraxp.backends import Factors, reduced_precision
 from doraxp.backends._cuda import Cuda
-from doraxp.backends._cupy import CupyOperations, Suspects
+from doraxp.backends._cupy import CupyOperations
+from doraxp.backends._cupy_guard import Suspects
 
 DTYPES = ("float16", ml_dtypes.bfloat16, "float32", "float64")
 
