@@ -156,16 +156,16 @@ class CupyOperations(Guard):
         """Saves the (out, in) temporaries: W is read once, as it is stored."""
         (stored, turned), kind = lying(weight, self.xp), dtype_name(np.dtype(dtype))
         types = Types(name_of(weight), kind, kind)
+        *stack, rows, columns = stored.shape
         if turned:
-            *stack, inner, out = stored.shape
-            each, chunks = _chunks(inner)
-            partial = self.cuda.empty((*stack, chunks, out), dtype)
-            grid = _columns(out, stored), chunks, math.prod(stack)
-            sizes = np.int64(inner), np.int64(out), np.int64(each)
-            self.cuda.launch("column_squares", types, grid, stored, partial, *sizes)
+            each, chunks = _chunks(rows)
+            partial = self.cuda.empty((*stack, chunks, columns), dtype)
+            grid = _columns(columns, stored), chunks, math.prod(stack)
+            lengths = (np.int64(size) for size in (rows, columns, each))
+            self.cuda.launch("column_squares", types, grid, stored, partial, *lengths)
             return self.sum_chunks(partial)
-        squares = self.cuda.empty(weight.shape[:-1], dtype)
-        sizes = np.int64(squares.size), np.int64(weight.shape[-1])
+        squares = self.cuda.empty((*stack, rows), dtype)
+        sizes = np.int64(squares.size), np.int64(columns)
         grid = -(-squares.size // WARPS), 1, 1
         self.cuda.launch("row_squares", types, grid, stored, squares, *sizes)
         return squares
