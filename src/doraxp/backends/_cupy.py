@@ -30,7 +30,7 @@ from doraxp.backends._generic import Factors
 
 CHUNK = 32  # tokens, or rows, whose sums a thread takes
 RUN = 4  # tokens that a thread of `outputs` takes, so that it reads gain and bias once for them
-PATCH = 64  # rows and columns that a block of `merge` has
+PATCH, STRIP = 64, 32  # rows and columns of a block of `merge`, and of a warp
 ROWS = 4  # rows of a thread of `merge_wide`
 LEAF_BLOCK = 4 * THREADS  # numbers of a block of `adamw`
 KINDS = ("float16", "bfloat16", "float32", "float64")  # as `adamw` counts them
@@ -153,22 +153,31 @@ class CupyOperations(Guard):
     # The norm
 
     def row_squares(self, weight: Array, dtype: Any) -> Array:
-        """Saves the (out, in) temporaries: W is read once, as it is stored."""
-        (stored, turned), kind = lying(weight, self.xp), dtype_name(np.dtype(dtype))
-        types = Types(name_of(weight), kind, kind)
+        """Saves the (out, in) temporaries: W is read once, as it lies."""
+        return self._squares(Factors(weight, None, None, None), np.dtype(dtype))
+
+    def measures_direction(self, dtype: Any) -> bool:
+        """Where tensor cores have the digits, V is formed as fast as W is read."""
+        return bool(dtype == np.float32)
+
+    def direction_squares(self, factors: Factors, dtype: Any) -> Array:
+        """Saves every (out, in) temporary: W is read once. `dtype` is float32."""
+        return self._squares(factors, np.dtype(dtype))
+
+    def _squares(self, factors: Factors, dtype: Any) -> Array:
+        weight, *rest = factors
+        stored, turned = lying(weight, self.xp)
         *stack, rows, columns = stored.shape
-        if turned:
-            each, chunks = _chunks(rows)
-            partial = self.cuda.empty((*stack, chunks, columns), dtype)
-            grid = _columns(columns, stored), chunks, math.prod(stack)
-            lengths = (np.int64(size) for size in (rows, columns, each))
-            self.cuda.launch("column_squares", types, grid, stored, partial, *lengths)
-            return self.sum_chunks(partial)
-        squares = self.cuda.empty((*stack, rows), dtype)
-        sizes = np.int64(squares.size), np.int64(columns)
-        grid = -(-squares.size // WARPS), 1, 1
-        self.cuda.launch("row_squares", types, grid, stored, squares, *sizes)
-        return squares
+        out, inner = (columns, rows) if turned else (rows, columns)
+        partial = self.cuda.empty((*stack, -(-inner // STRIP), out), dtype)
+        given = (packed(array, self.xp) for array in rest)
+        rank = 0 if factors.lora_a is None else factors.lora_a.shape[-2]
+        sizes = (np.int64(size) for size in (rows, columns, rank))
+        types = Types(name_of(weight), dtype_name(dtype), dtype_name(dtype))
+        grid = -(-columns // PATCH), -(-rows // PATCH), math.prod(stack)
+        how = np.int32(PARTS), np.int32(turned)
+        self.cuda.launch("squares", types, grid, stored, *given, partial, *sizes, *how)
+        return self.sum_chunks(partial)
 
     def assemble(
         self, u: Array, gram: Array, a_squares: Array, squares: Array, scaled_b: Array,
