@@ -61,9 +61,13 @@ def main() -> None:
         compare(label, name, arguments, generic, numpy)
     if importlib.util.find_spec("torch"):
         torch = importlib.import_module("torch")
-        tensors = tuple(map(torch.asarray, (x, low_rank, factors.lora_a)))
-        ours = operations(x=tensors[0])
-        compare("accumulate, PyTorch", "accumulate", tensors, Operations(ours.xp), ours)
+        tensors = {
+            "accumulate": (*map(torch.asarray, (x, low_rank, factors.lora_a)),),
+            "scale_and_sum": (*map(torch.asarray, (d, 2 * d, gain)), RANK),
+        }
+        ours = operations(x=tensors["accumulate"][0])
+        for name, arguments in tensors.items():
+            compare(f"{name}, PyTorch", name, arguments, Operations(ours.xp), ours)
 
 
 def compare(

@@ -267,6 +267,16 @@ def test_bad_manners_are_reported_and_end_nothing():
         assert report.diagnoses == ()
 
 
+def test_what_is_wrong_everywhere_in_the_same_way_is_one_line():
+    """A misspelt argument, say: all cases would say so."""
+    report = checked(merge=lambda w, a, b, m, s: w)
+    lines = str(report).splitlines()
+    (line,) = (line for line in lines if "unexpected keyword argument 'weight'" in line)
+    assert line.startswith("  merge, tall, float32, all: raises TypeError: ")
+    assert line.endswith(f" (and {len(report.findings) - 1} times more)")
+    assert len(lines) == 3  # and what the conventions leave out
+
+
 class MuteError(Exception):
     def __str__(self):
         raise RuntimeError("no message either")

@@ -10,10 +10,17 @@ import pytest
 import reference
 
 import doraxp
-from doraxp.testing import VERSION, catalogue, compare_backends, optimizer_catalogue
+from doraxp.testing import (
+    VERSION,
+    catalogue,
+    compare_backends,
+    expected,
+    expected_steps,
+    optimizer_catalogue,
+)
 from doraxp.testing._dense import QUANTITIES
 from doraxp.testing._libraries import Library, as_numpy
-from doraxp.testing._reference import expected, expected_steps, in_the_dtype
+from doraxp.testing._reference import in_the_dtype
 
 PLAIN = [case for case in catalogue() if case.arrays["weight"].ndim == 2]
 RUNS = [(case, dtype) for case in (*catalogue(), *optimizer_catalogue()) for dtype in case.dtypes]
@@ -168,11 +175,47 @@ def test_a_backend_that_is_missing_is_named_with_the_way_to_install_it(monkeypat
 
 @pytest.mark.parametrize(
     ("names", "message"),
-    [(["abacus"], "names must be of numpy, .*, got 'abacus'"), ([], "at least one of numpy, ")],
+    [
+        (["abacus"], "names must be of numpy, .*, got 'abacus'"),
+        ([], "at least one of numpy, "),
+        ("numpy", r"names must be a list of names, got 'numpy'"),
+    ],
 )
 def test_names_that_are_none_are_refused(names, message):
     with pytest.raises(ValueError, match=message):
         compare_backends(names)
+
+
+def test_a_comparison_reads_as_its_worst_and_its_wrong_figures(monkeypatch):
+    right = compare_backends(["numpy"])
+    worst = max(right.figures, key=lambda figure: figure.share)
+    assert str(right) == (
+        f"right: {len(right.figures)} figures on numpy, the worst at {100 * worst.share:.0f} % of "
+        f"its bound: {worst.case}, {worst.dtype}, {worst.quantity}"
+    )
+    merge = doraxp.merge
+    monkeypatch.setattr(doraxp, "merge", lambda *args, **rest: 1.01 * merge(*args, **rest))
+    first, second, *_ = str(compare_backends(["numpy"])).splitlines()
+    assert first.startswith("wrong: ")
+    assert re.fullmatch(r"  numpy, tall, float32, merged: is .* times its bound off", second)
+
+
+def test_two_that_disagree_are_said_to(monkeypatch):
+    two_libraries(monkeypatch, lambda array: 1.01 * array)
+    last = str(compare_backends(["numpy", "array_api_strict"])).splitlines()[-1]
+    assert re.fullmatch(r"  numpy and array_api_strict disagree: .* times two bounds apart", last)
+
+
+def test_a_case_does_not_print_its_arrays():
+    assert "array(" not in repr(catalogue()[0]) + repr(optimizer_catalogue()[0])
+
+
+def test_names_that_the_kit_does_not_know_are_refused():
+    with pytest.raises(ValueError, match=r"name must be one of numpy, .*, got 'abacus'"):
+        Library("abacus")
+    for case in (catalogue()[0], optimizer_catalogue()[0]):
+        with pytest.raises(ValueError, match=r"dtype must be one of .*float64, got 'int8'"):
+            wanted(case, "int8")
 
 
 def test_a_dtype_that_a_library_lacks_is_said_to_be_left_out(monkeypatch):

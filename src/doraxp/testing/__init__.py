@@ -6,7 +6,7 @@ from doraxp.testing._conventions import Conventions
 from doraxp.testing._diagnosis import Diagnosis
 from doraxp.testing._implementation import Finding, Report, check_implementation
 from doraxp.testing._libraries import Library, as_numpy
-from doraxp.testing._reference import Expected, expected
+from doraxp.testing._reference import Expected, expected, expected_steps
 
 __all__ = [
     "VERSION",
@@ -26,5 +26,6 @@ __all__ = [
     "check_implementation",
     "compare_backends",
     "expected",
+    "expected_steps",
     "optimizer_catalogue",
 ]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ class Case:
     name: str
     reason: str
     config: Config
-    arrays: Mapping[str, Any]
+    arrays: Mapping[str, Any] = field(repr=False)
     dtypes: tuple[str, ...] = FULL
     extreme: bool = False
 
@@ -86,8 +86,8 @@ class OptimizerCase:
     reason: str
     optimizer: str
     numbers: Mapping[str, float]
-    params: Mapping[str, Any]
-    grads: tuple[Mapping[str, Any], ...]
+    params: Mapping[str, Any] = field(repr=False)
+    grads: tuple[Mapping[str, Any], ...] = field(repr=False)
     dtypes: tuple[str, ...] = FULL
 
 
@@ -95,7 +95,9 @@ ADAPTER = ("lora_a", "lora_b", "magnitude")
 
 
 def compute_dtype(dtype: str) -> str:
-    """Return what a storage dtype is computed in."""
+    """Return what a storage dtype is computed in; ValueError where it is none."""
+    if dtype not in (*HALF, *FULL):
+        raise ValueError(f"dtype must be one of {', '.join((*HALF, *FULL))}, got {dtype!r}")
     return "float32" if dtype in HALF else dtype
 
 

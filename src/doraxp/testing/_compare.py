@@ -76,6 +76,27 @@ class Comparison(NamedTuple):
             pair.share <= 1 for pair in self.agreements
         )
 
+    def __str__(self) -> str:
+        worst = max(self.figures, key=lambda figure: figure.share)
+        backends = ", ".join(dict.fromkeys(figure.backend for figure in self.figures))
+        lines = [
+            f"{'right' if self.ok else 'wrong'}: {len(self.figures)} figures on {backends}, the "
+            f"worst at {100 * worst.share:.0f} % of its bound: {worst.case}, {worst.dtype}, "
+            f"{worst.quantity}"
+        ]
+        lines += [
+            f"  {one.backend}, {one.case}, {one.dtype}, {one.quantity}: "
+            f"{one.failure or f'is {one.share:.3g} times its bound off'}"
+            for one in self.figures
+            if not one.ok
+        ]
+        lines += [
+            f"  {' and '.join(pair.backends)} disagree: {pair.share:.3g} times two bounds apart"
+            for pair in self.agreements
+            if pair.share > 1
+        ]
+        return "\n".join(lines)
+
 
 def compare_backends(
     names: Sequence[str], *, progress: Callable[[str, int, int], None] = lambda *_: None
@@ -136,6 +157,8 @@ def compare_backends(
 
 
 def check_usable(names: Sequence[str]) -> None:
+    if isinstance(names, str):
+        raise ValueError(f"names must be a list of names, got {names!r}")
     known = {status.name: status for status in doraxp.backends.available()}
     if not names:
         raise ValueError(f"names must hold at least one of {', '.join(known)}, got none")

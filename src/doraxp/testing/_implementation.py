@@ -52,15 +52,18 @@ class Report(NamedTuple):
             f"{'right' if self.ok else 'wrong'}: {self.checked} arrays, "
             f"{len(self.findings) - extreme} findings, and {extreme} in extreme cases"
         ]
-        for one in self.diagnoses:
-            explained = f"error {one.before:.3g} bounds, so explained {one.after:.3g}"
+        for named in self.diagnoses:
+            explained = f"error {named.before:.3g} bounds, so explained {named.after:.3g}"
             lines.append(
-                f"  {', '.join(one.functions)}: {' and '.join(one.deviations)} ({explained})"
+                f"  {', '.join(named.functions)}: {' and '.join(named.deviations)} ({explained})"
             )
-        lines += [
-            f"  {one.function}, {one.case}, {one.dtype}, {one.quantity}: {one.problem}"
-            for one in self.findings
-        ]
+        alike: dict[tuple[str, str, str], list[Finding]] = {}
+        for one in self.findings:
+            alike.setdefault((one.function, one.quantity, one.problem), []).append(one)
+        for one, *more in alike.values():
+            where = f"{one.function}, {one.case}, {one.dtype}, {one.quantity}"
+            again = f" (and {len(more)} times more)" if more else ""
+            lines.append(f"  {where}: {one.problem}{again}")
         if self.left_out:
             lines.append(f"  not run, as the conventions say: {'; '.join(self.left_out)}")
         return "\n".join(lines)

@@ -29,9 +29,16 @@ class Library:
     Parameters
     ----------
     name : str
+
+    Raises
+    ------
+    ValueError
+        There is none of that name.
     """
 
     def __init__(self, name: str) -> None:
+        if name not in MODULES:
+            raise ValueError(f"name must be one of {', '.join(MODULES)}, got {name!r}")
         self.name = name
         self.module = importlib.import_module(MODULES[name])
 

@@ -83,6 +83,11 @@ def expected(
     -------
     dict of str to Expected
 
+    Raises
+    ------
+    ValueError
+        `dtype` is none of float16, bfloat16, float32 and float64.
+
     Examples
     --------
     >>> from doraxp.testing import catalogue
@@ -103,7 +108,33 @@ def expected(
 def expected_steps(
     case: OptimizerCase, dtype: str, changes: Mapping[str, Formula] | None = None
 ) -> dict[str, Expected]:
-    """Return the parameters after each step of an optimizer, as "lora_a 1" and so on."""
+    """Return what is right for a case of an optimizer: the parameters after each of its steps.
+
+    Parameters
+    ----------
+    case : OptimizerCase
+    dtype : str
+        Of parameters and gradients.
+    changes : mapping of str to formula, optional
+        The formulas of a deviation from the reference.
+
+    Returns
+    -------
+    dict of str to Expected
+        By parameter and step: "lora_a 1", "lora_b 1", "magnitude 1", "lora_a 2" and so on.
+
+    Raises
+    ------
+    ValueError
+        `dtype` is none of float16, bfloat16, float32 and float64.
+
+    Examples
+    --------
+    >>> from doraxp.testing import optimizer_catalogue
+    >>> case = optimizer_catalogue()[0]
+    >>> len(expected_steps(case, "float32")) == 3 * len(case.grads)
+    True
+    """
     return {
         name: bounded(name, number, number.value.shape, dtype)
         for name, number in steps(case, dtype, Rounded.exact, changes).items()
