@@ -158,7 +158,8 @@ class TestNumpyOverrides:
 
 
 @pytest.mark.parametrize("form", ["weight", "direction"])
-def test_a_merge_in_one_pass_is_that_of_the_prepared_norm(rng, monkeypatch, form):
+@pytest.mark.parametrize("measured", [False, True])
+def test_a_merge_in_one_pass_is_that_of_a_norm_before(rng, monkeypatch, form, measured):
     """A zero row, a row that cancels and one whose squares overflow among them."""
     weight, a, b, m = (rng.standard_normal(shape) for shape in ((7, 6), (2, 6), (7, 2), (7,)))
     weight[0], b[0] = 0, 0
@@ -167,6 +168,8 @@ def test_a_merge_in_one_pass_is_that_of_the_prepared_norm(rng, monkeypatch, form
     given = weight, Adapter(a, b, m), Config(2, 4.0, form=form)
     one_pass = doraxp.merge(*given)
     monkeypatch.setattr(NumpyOperations, "merges_in_one_pass", False)
+    if measured:  # on V; else expanded
+        monkeypatch.setattr(NumpyOperations, "measures_direction", lambda *_: True)
     np.testing.assert_allclose(one_pass, doraxp.merge(*given), rtol=1e-12)
     assert np.all(one_pass[0] == 0)
 

@@ -73,6 +73,7 @@ def fake_cupy(monkeypatch):
     )
     usable = [Status("cupy", True, "14.2.0")]
     monkeypatch.setattr("doraxp.backends.available", lambda: usable)
+    monkeypatch.setattr(gpu, "driver", lambda: "580.1.2")
     monkeypatch.setattr(peft, "why_not", lambda: "not here")
     monkeypatch.setattr(measure, "SECONDS", 1e-6)
     monkeypatch.setattr(measure, "SETTLE", 0)
@@ -96,13 +97,15 @@ def test_one_command_measures_all_that_is_asked(fake_cupy, tmp_path, capsys, mon
     assert main(["bench", "--backend", "cupy", "--rounds", "2", *files]) == 0
     report = json.loads(path.read_text())
     assert report["device"]["name"] == "NVIDIA Fake"
+    assert report["device"]["driver"] == "580.1.2"
     assert report["versions"]["cupy"] == "14.2.0"
     assert plot.read_bytes().startswith(b"\x89PNG")
     done = {(one["task"], one["contestant"], one["case"]["tokens"]) for one in report["results"]}
     of_tokens = {(task, name) for task, name, tokens in done if tokens == 5}
     ways = ("exact", "detached", "exact, reduced", "detached, reduced", "bare products")
     assert {name for task, name in of_tokens if task == "step"} == set(ways)
-    assert {task for task, _ in of_tokens} == {"forward", "step", "evaluation"}
+    assert {n for task, n in of_tokens if task == "backward"} == {*ways[:-1], "bare product"}
+    assert {task for task, _ in of_tokens} == {"forward", "backward", "step", "evaluation"}
     assert {task for task, _, _ in done} == {*(t for t, _ in of_tokens), "norm", "merge", "adamw"}
     assert all(one["over_own_bare"] for one in report["results"] if one["task"] != "adamw")
     assert "NVIDIA Fake" in capsys.readouterr().out
@@ -202,3 +205,17 @@ def test_peft_on_a_gpu_is_held_against_cupys_bare_products():
 
     bare, theirs = of("cupy", "bare", 1.0), of("PEFT", "detached", 3.0)
     assert ratios(theirs, [bare, theirs])["over_own_bare"] == (3.0, 3.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [("echo 580.1.2; echo 580.1.2", "580.1.2"), ("exit 9", None), (None, None)],
+    ids=["two devices", "no device", "no such program"],
+)
+def test_the_driver_is_asked_for_its_version(tmp_path, monkeypatch, said, expected):
+    if said is not None:
+        program = tmp_path / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\n{said}\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu.driver() == expected

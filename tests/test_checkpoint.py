@@ -113,6 +113,12 @@ def test_nvlabs_files_are_read(tmp_path):
     for name, leaves in adapter.items():
         for one, other in zip(adapters[name].adapter, leaves, strict=True):
             np.testing.assert_array_equal(one, other)
+    base = write_model(tmp_path / "base", np.dtype("f4"))
+    paths = [str(tmp_path / name) for name in ("base", "a", "out")]
+    assert main(["merge", *paths[:2], "--out", paths[2], "--verify"]) == 0
+    merged = load_file(tmp_path / "out" / "model-1.safetensors")["block.0.q.weight"]
+    desired = dense(base["block.0.q.weight"], *adapter["block.0.q"])
+    np.testing.assert_allclose(merged, desired, rtol=2**-22)
 
 
 def lycoris(path, **changes):
@@ -204,6 +210,11 @@ def test_a_lycoris_file_that_is_none(tmp_path, changes, message):
             "adapter_config.json: x: the rank is 4, but lora_a has (5, 2)",
         ),
         ({}, {"x.m": (5,)}, "x is an embedding with a magnitude for each token"),
+        (
+            {"lora_parameters": {"scale": 20.0}},
+            {"x.lora_a": (5, 0), "x.lora_b": (0, 7)},
+            "x: rank must be at least 1, got 0",
+        ),
         ({}, {"x.lora_b": (3, 7)}, "lora_a (5, 2) and lora_b (3, 7) are no factors"),
         ({}, {"x.m": (6,)}, "x.m has shape (6,), which does not fit rank 2"),
     ],

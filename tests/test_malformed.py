@@ -248,6 +248,20 @@ def test_patterns_that_would_take_hours_are_refused(files, capsys, name, pattern
     assert_refused(files, capsys)
 
 
+def test_names_that_all_lead_elsewhere_take_no_memory(files, capsys):
+    empty = np.empty(0, np.float32)
+    names = [f"{number}.block.0.q.weight" for number in range(30_000)]
+    (files / "base" / "model.safetensors.index.json").unlink()
+    (files / "base" / "model-2.safetensors").unlink()
+    (files / "base" / "link.safetensors").unlink()
+    save_file(dict.fromkeys(names, empty), files / "base" / "model-1.safetensors")
+    shutil.rmtree(files / "adapter")
+    write_adapter(files / "adapter", {f"block.{number}.q": (7, 5) for number in range(3000)})
+    start = time.process_time()
+    assert_refused(files, capsys)
+    assert time.process_time() - start < 20
+
+
 def test_a_long_value_makes_no_long_error(files, capsys):
     write_json(files / "adapter" / "adapter_config.json", peft_config(r="9" * 10_000))
     assert_refused(files, capsys)
@@ -350,6 +364,14 @@ def test_a_pickle_is_refused_with_the_way_to_convert_it(files, capsys, name):
     path = folder if name == "adapter_model.bin" else folder / name
     with pytest.raises(CheckpointError, match=r"safetensors\.torch\.save_file"):
         load_adapters(path)
+
+
+def test_a_pointer_of_git_lfs_is_called_one(files, capsys):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 5000000000\n"
+    (files / "base" / "model-1.safetensors").write_text(pointer)
+    with pytest.raises(CheckpointError, match=r"model-1\.safetensors: .*run `git lfs pull`"):
+        open_model(files / "base")
+    assert_refused(files, capsys)
 
 
 @pytest.mark.parametrize("path", ["", "pytorch_model.bin"])

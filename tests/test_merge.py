@@ -154,12 +154,17 @@ def test_a_folder_with_one_file_needs_no_index(folders):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_another_dtype_is_for_every_floating_tensor(folders, dtype):
     folder, base, adapter = folders
+    write_json(
+        folder / "base" / "config.json",
+        {"torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "rope": {"theta": 1}}},
+    )
     assert merge(folder, "--dtype", dtype, "--verify") == 0
     merged = load_folder(folder / "out")
     assert_merged(merged, base, adapter, dtype=dtype)
     assert merged["steps"].tobytes() == base["steps"].tobytes()
     np.testing.assert_array_equal(merged["block.0.q.bias"], base["block.0.q.bias"].astype(dtype))
-    assert json.loads((folder / "out" / "config.json").read_text())["torch_dtype"] == dtype
+    config = {"torch_dtype": dtype, "text_config": {"dtype": dtype, "rope": {"theta": 1}}}
+    assert json.loads((folder / "out" / "config.json").read_text()) == config
 
 
 def test_blocks_change_no_bit(folders, monkeypatch):
@@ -430,6 +435,25 @@ def test_one_leading_name_more_or_less_is_no_difference(tmp_path, way):
     assert_merged(load_file(tmp_path / "out"), base, renamed)
 
 
+def test_a_tensor_that_is_missing_hides_no_leading_name(tmp_path, capsys):
+    rng = np.random.default_rng(1)
+    save_file({f"{path}.weight": draw(rng, *s) for path, s in SHAPES.items()}, tmp_path / "base")
+    write_adapter(tmp_path / "adapter", {f"bert.{path}": shape for path, shape in SHAPES.items()})
+    edit_adapter(tmp_path, add={"base_model.model.classifier.weight": np.ones((2, 5), "f4")})
+    error = refused(tmp_path, capsys)
+    assert error.endswith("classifier.weight has no tensor classifier.weight to replace\n")
+    assert "block" not in error
+
+
+def test_two_leading_names_that_fit_are_refused(tmp_path, capsys):
+    rng = np.random.default_rng(1)
+    sides = [f"{side}.{path}.weight" for side in ("decoder", "encoder") for path in SHAPES]
+    base = {name: draw(rng, *SHAPES[name.split(".", 1)[1][:-7]]) for name in sides}
+    save_file(base, tmp_path / "base")
+    write_adapter(tmp_path / "adapter")
+    assert "block.0.k.weight may be that of decoder or of encoder" in refused(tmp_path, capsys)
+
+
 def test_a_dry_run_writes_nothing(folders, capsys):
     folder, _, _ = folders
     edit_adapter(folder, add={"base_model.model.block.0.q.bias": np.ones(7, np.float32)})
@@ -497,6 +521,19 @@ def test_values_too_large_to_compute_with_are_refused(
     edit_adapter(tmp_path, add=small | {f"{prefix}.lora_magnitude_vector": np.full(7, magnitude)})
     error = refused_with(tmp_path, capsys, *arguments)
     assert f"block.0.q.weight has values too large for {dtype}" in error
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
+def test_an_init_that_left_the_base_alone_is_merged(folders, init):
+    folder, _, _ = folders
+    edit_adapter(folder, init_lora_weights=init)
+    assert merge(folder, "--dry-run") == 0
+
+
+def test_a_scale_too_large_to_compute_with_is_refused(folders, capsys):
+    folder, _, _ = folders
+    edit_adapter(folder, lora_alpha=1e39)
+    assert "weight has values too large for float32" in refused(folder, capsys)
 
 
 def test_the_change_of_huge_weights_is_told_without_a_warning(tmp_path):
@@ -864,7 +901,7 @@ def test_a_quantised_model_is_refused(folders, capsys):
     assert "has a quantization_config" in refused(folder, capsys)
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "loftq", "corda", "lora_ga"])
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "OLoRA", "loftq", "corda", "lora_ga"])
 def test_an_init_that_changed_the_base_needs_that_base(folders, capsys, init):
     folder, _, _ = folders
     edit_adapter(folder, init_lora_weights=init)
@@ -897,6 +934,9 @@ def test_an_init_that_changed_the_base_needs_that_base(folders, capsys, init):
         ((), {"lora_alpha": -16}, "lora_alpha must be above 0 and finite, got -16.0"),
         ((), {"lora_alpha": None}, "lora_alpha must be a number, got None"),
         ((), {"alpha_pattern": {"q": -3}}, "lora_alpha must be above 0 and finite, got -3.0"),
+        ((), {"bias": "some"}, "bias must be none, all or lora_only, got 'some'"),
+        ((), {"init_lora_weights": "new"}, "init_lora_weights 'new' is not known: it may have"),
+        ((), {"init_lora_weights": ["eva"]}, "is not known: it may have changed the base"),
         ((), {"use_rslora": "false"}, "use_rslora must be true or false, got 'false'"),
         ((), {"fan_in_fan_out": "false"}, "fan_in_fan_out must be true or false, got 'false'"),
         ((), {"kasa_config": {"beta": 1}}, "kasa_config cannot be merged with a DoRA adapter"),

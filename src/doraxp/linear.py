@@ -38,7 +38,7 @@ from doraxp.adapted import (
     times,
 )
 from doraxp.backends import Factors, Operations, as_dtype, compute_dtype, operations
-from doraxp.decomposition import inverse_norms, weight_norms
+from doraxp.decomposition import direction_norms, inverse_norms, weight_norms
 
 InitMethod: TypeAlias = Literal["kaiming", "gaussian"]
 
@@ -381,23 +381,27 @@ def merge(
            [ 0., 10.]])
     """
     ops = check_layer(weight, adapter, config)
+    dtype = compute_dtype(weight, *adapter, xp=ops.xp)
     if prepared is not None:
         check_prepared(prepared, weight, adapter, config, ops=ops)
-    elif not ops.merges_in_one_pass:
+    elif not (ops.merges_in_one_pass or ops.measures_direction(dtype)):
         prepared = prepare(weight, adapter, config)
     if prepared is not None:
         return ops.merge(prepared.factors, prepared.gain, prepared.gain.dtype)
-    dtype = compute_dtype(weight, *adapter, xp=ops.xp)
     a, b, m = (as_dtype(leaf, dtype, xp=ops.xp) for leaf in adapter)
     row_scale = None
     if config.form == "direction":
         row_scale = inverse_norms(weight, ops.row_squares(weight, dtype), ops=ops)
+    factors = Factors(weight, a, config.scaling * b, row_scale)
+    if not ops.merges_in_one_pass:
+        norm = direction_norms(factors, ops.direction_squares(factors, dtype), ops=ops)
+        return ops.merge(factors, ops.over_norm(m, norm), dtype)
 
     def gain_of(rows: slice, v: Array) -> Array:
         norm = weight_norms(v, ops.row_squares(v, dtype), ops=ops)
         return ops.over_norm(m[..., rows], norm)
 
-    return ops.merge_with(Factors(weight, a, config.scaling * b, row_scale), gain_of, dtype)
+    return ops.merge_with(factors, gain_of, dtype)
 
 
 def convert_form(

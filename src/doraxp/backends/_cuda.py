@@ -23,8 +23,6 @@ KERNELS = (
     "gradients",
     "sum_chunks",
     "token",
-    "row_squares",
-    "column_squares",
     "assemble",
     "over_norm",
     "split",
@@ -34,6 +32,7 @@ KERNELS = (
     "guard_inputs",
     "guard_hide",
     "merge",
+    "squares",
     "merge_wide",
     "adamw",
 )

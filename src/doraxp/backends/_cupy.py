@@ -1,4 +1,4 @@
-"""CuPy on NVIDIA GPUs: fused kernels around the products of `_cupy_products`.
+"""CuPy on NVIDIA GPUs: fused kernels around products and guard.
 
 Imports without CuPy and without a GPU. Values are never read on the host.
 """
@@ -8,18 +8,17 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from doraxp._types import Array, Reduce
+from doraxp._types import Array
 from doraxp.backends._cuda import THREADS, Types, dtype_name
+from doraxp.backends._cupy_guard import LIMIT, Guard, Suspects
 from doraxp.backends._cupy_products import (
     LOW,
     PARTS,
     WARPS,
-    Products,
     alike,
     compute_dtype,
     is_reduced,
@@ -31,10 +30,8 @@ from doraxp.backends._generic import Factors
 
 CHUNK = 32  # tokens, or rows, whose sums a thread takes
 RUN = 4  # tokens that a thread of `outputs` takes, so that it reads gain and bias once for them
-GUARDS = 64  # blocks of the guard's kernels: it has few rows, or none
-MEASURERS = 1024  # blocks that look for its rows
-PATCH = 64  # rows and columns that a block of `merge` has
-ROWS, TILE = 4, 8  # rows of a thread of `merge_wide`, tokens of one of the guard's
+PATCH, STRIP = 64, 32  # rows and columns of a block of `merge`, and of a warp
+ROWS = 4  # rows of a thread of `merge_wide`
 LEAF_BLOCK = 4 * THREADS  # numbers of a block of `adamw`
 KINDS = ("float16", "bfloat16", "float32", "float64")  # as `adamw` counts them
 LEAF = np.dtype(
@@ -43,7 +40,6 @@ LEAF = np.dtype(
     + [(name, np.float64) for name in ("rate", "decay")]
 )
 """`Leaf` of the source."""
-LIMIT = 65535  # of a grid's y and z
 
 
 def why_not() -> str | None:
@@ -59,16 +55,7 @@ def why_not() -> str | None:
     return None
 
 
-class Suspects(NamedTuple):
-    """The rows of V, not of zeros, that the guard's kernels form again where they are needed."""
-
-    rows: Array  # (stack · out,) int32; the first `count` are indices of rows
-    count: Array  # (1,) int32
-    switches: Array  # (2,): 1, and 1 where count > 0, else 0
-    factors: Factors
-
-
-class CupyOperations(Products):
+class CupyOperations(Guard):
     """The operations on CuPy arrays."""
 
     def may_look(self, array: Array) -> bool:
@@ -105,7 +92,7 @@ class CupyOperations(Products):
         else:
             z = self.multiply(x, self.xp.matrix_transpose(weight), kind)
             z, y = self._finish(z, row_scale, update, gain, bias, x.dtype if low else kind)
-        self._guard_outputs(formed, x, z, (y, gain, bias))
+        self.guard_outputs(formed, x, z, (y, gain, bias))
         return z, y
 
     def scale_and_shift(
@@ -166,22 +153,31 @@ class CupyOperations(Products):
     # The norm
 
     def row_squares(self, weight: Array, dtype: Any) -> Array:
-        """Saves the (out, in) temporaries: W is read once, as it is stored."""
-        (stored, turned), kind = lying(weight, self.xp), dtype_name(np.dtype(dtype))
-        types = Types(name_of(weight), kind, kind)
-        if turned:
-            *stack, inner, out = stored.shape
-            each, chunks = _chunks(inner)
-            partial = self.cuda.empty((*stack, chunks, out), dtype)
-            grid = _columns(out, stored), chunks, math.prod(stack)
-            sizes = np.int64(inner), np.int64(out), np.int64(each)
-            self.cuda.launch("column_squares", types, grid, stored, partial, *sizes)
-            return self.sum_chunks(partial)
-        squares = self.cuda.empty(weight.shape[:-1], dtype)
-        sizes = np.int64(squares.size), np.int64(weight.shape[-1])
-        grid = -(-squares.size // WARPS), 1, 1
-        self.cuda.launch("row_squares", types, grid, stored, squares, *sizes)
-        return squares
+        """Saves the (out, in) temporaries: W is read once, as it lies."""
+        return self._squares(Factors(weight, None, None, None), np.dtype(dtype))
+
+    def measures_direction(self, dtype: Any) -> bool:
+        """Where tensor cores have the digits, V is formed as fast as W is read."""
+        return bool(dtype == np.float32)
+
+    def direction_squares(self, factors: Factors, dtype: Any) -> Array:
+        """Saves every (out, in) temporary: W is read once. `dtype` is float32."""
+        return self._squares(factors, np.dtype(dtype))
+
+    def _squares(self, factors: Factors, dtype: Any) -> Array:
+        weight, *rest = factors
+        stored, turned = lying(weight, self.xp)
+        *stack, rows, columns = stored.shape
+        out, inner = (columns, rows) if turned else (rows, columns)
+        partial = self.cuda.empty((*stack, -(-inner // STRIP), out), dtype)
+        given = (packed(array, self.xp) for array in rest)
+        rank = 0 if factors.lora_a is None else factors.lora_a.shape[-2]
+        sizes = (np.int64(size) for size in (rows, columns, rank))
+        types = Types(name_of(weight), dtype_name(dtype), dtype_name(dtype))
+        grid = -(-columns // PATCH), -(-rows // PATCH), math.prod(stack)
+        how = np.int32(PARTS), np.int32(turned)
+        self.cuda.launch("squares", types, grid, stored, *given, partial, *sizes, *how)
+        return self.sum_chunks(partial)
 
     def assemble(
         self, u: Array, gram: Array, a_squares: Array, squares: Array, scaled_b: Array,
@@ -213,98 +209,6 @@ class CupyOperations(Products):
             sizes = np.int64(values.size), np.int64(values.size // norm.size)
             self.cuda.launch("over_norm", alike(values), grid, values, norm, result, *sizes)
         return result
-
-    # The guard: its kernels form a suspect row where they need it, and skip the others
-
-    def guard(
-        self, suspect: Array, norm: Array, factors: Factors, dtype: Any,
-        reduce: Reduce | None = None,
-    ) -> tuple[Array, Any]:  # fmt: skip
-        """Saves V: rows are formed where they are needed. `norm` is written to."""
-        if reduce is not None:
-            return super().guard(suspect, norm, factors, dtype, reduce)
-        weight, *rest = factors
-        stored, turned = lying(weight, self.xp)
-        rest = [packed(array, self.xp) for array in rest]
-        factors = Factors(weight if turned else stored, *rest)
-        rows = self.cuda.empty((norm.size,), np.int32)
-        count, switches = self.cuda.empty((1,), np.int32), self.cuda.empty((2,), norm.dtype)
-        found = Suspects(rows, count, switches, factors)
-        size, grid = np.int64(norm.size), (min(norm.size, MEASURERS), 1, 1)
-        self._launch_guard("guard_norms", factors, (suspect, size), norm.dtype, grid, (norm,))
-        self.cuda.launch("list_suspects", alike(norm), (1, 1, 1), suspect, norm, *found[:3], size)
-        return norm, found
-
-    def guarded_times_transposed(
-        self, formed: Any, x: Array, factored: Callable[[Array], Array]
-    ) -> Array:
-        """Replace the columns of the factored x Vᵀ that belong to suspect rows."""
-        if not isinstance(formed, Suspects):
-            return self.product(x, self.xp.matrix_transpose(formed))
-        z = factored(x)
-        self._guard_outputs(formed, x, z, (None, None, None))
-        return z
-
-    def _guard_outputs(self, formed: Suspects, x: Array, z: Array, last: tuple[Any, ...]) -> None:
-        """Write z[..., i] = x Vᵢᵀ, and for `last` = (y, gain, bias) y[..., i] too."""
-        x = packed(x, self.xp)
-        tokens = x.shape[-2]
-        if tokens == 0:
-            return
-        stored = x.dtype == formed.factors.weight.dtype
-        wide = formed.switches.dtype
-        step, along = (stride // z.itemsize for stride in z.strides[-2:])
-        element = z.shape[-2] * z.shape[-1]
-        types = name_of(formed.factors.weight), name_of(z), name_of(formed.switches)
-        grid = GUARDS, min(-(-tokens // TILE), LIMIT), 1
-        y, gain, bias = last
-        given = (
-            x, np.int32(stored), z, *map(np.int64, (element, step, along)), y,
-            packed(gain, self.xp), packed(bias, self.xp), np.int64(tokens),
-        )  # fmt: skip
-        self._launch_guard("guard_outputs", formed.factors, formed[:2], wide, grid, given, types)
-
-    def guarded_times(self, formed: Any, d: Array, factored: Callable[[Array], Array]) -> Array:
-        """Keep the columns of d of suspect rows out of the factored d V, and add their part."""
-        xp = self.xp
-        if not isinstance(formed, Suspects):
-            return self.product(d, formed)
-        weight, a, scaled_b, row_scale = formed.factors
-        d = packed(d, xp)
-        *stack, tokens, out = d.shape
-        inner, elements = weight.shape[-1], math.prod(stack)
-        result = self.cuda.empty((*stack, tokens, inner), d.dtype)
-        if tokens == 0:
-            return result
-        wide = formed.switches.dtype
-        types = name_of(weight), name_of(d), name_of(formed.switches)
-        grid = -(-inner // THREADS), min(-(-tokens // TILE), LIMIT), elements
-        given = d, result, np.int64(tokens)
-        self._launch_guard("guard_inputs", formed.factors, formed[:2], wide, grid, given, types)
-        sizes = np.int64(tokens), np.int64(out)
-        grid = -(-tokens // THREADS), GUARDS, 1
-        self.cuda.launch("guard_hide", Types(*types), grid, *formed[:2], d, *sizes)
-        low = self.product(d, scaled_b)
-        self.multiply(low, a, d.dtype, out=result, beta=formed.switches)
-        if row_scale is not None:
-            d = xp.astype(row_scale[..., None, :] * d, d.dtype, copy=False)
-        return self.multiply(d, weight, d.dtype, out=result, beta=1.0)
-
-    def _launch_guard(
-        self, name: str, factors: Factors, which: tuple[Any, ...], dtype: Any,
-        grid: tuple[int, int, int], given: tuple[Any, ...],
-        types: tuple[str, str, str] | None = None,
-    ) -> None:  # fmt: skip
-        weight, a, scaled_b, row_scale = factors
-        *_, out, inner = weight.shape
-        rank = 0 if a is None else a.shape[-2]
-        kind = dtype_name(np.dtype(dtype))
-        sizes = (np.int64(size) for size in (out, inner, rank))
-        turned = np.int32(not weight.flags.c_contiguous)
-        self.cuda.launch(
-            name, Types(*(types or (name_of(weight), kind, kind))), grid, *which,
-            weight, turned, a, scaled_b, row_scale, *given, *sizes,
-        )  # fmt: skip
 
     # Merge and AdamW
 

@@ -81,6 +81,14 @@ class Operations:
         wide = xp.astype(weight, dtype, copy=False)
         return xp.sum(wide * wide, axis=-1)
 
+    def measures_direction(self, dtype: Any) -> bool:
+        """Say whether n from `direction_squares` costs less than the expanded n², for one use."""
+        return False
+
+    def direction_squares(self, factors: Factors, dtype: Any) -> Array:
+        """Return ‖Vᵢ‖² by rows: (*stack, out). Where V = W it is `row_squares`, bit for bit."""
+        return self.row_squares(self.form(factors, dtype), dtype)
+
     # What comes before and after these products
 
     def product(self, left: Array, right: Array) -> Array:

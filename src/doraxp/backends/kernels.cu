@@ -268,48 +268,6 @@ extern "C" __global__ void token(const void* m, int m_stored, const void* x, int
 
 // ---------------------------------------------------------------- the norm
 
-// ‖wᵢ‖² by rows, a warp to each.             grid (rows / WARPS)             2 bytes of W
-extern "C" __global__ void row_squares(const S* weight, C* squares, index_t rows, index_t in) {
-    const index_t row = (index_t)blockIdx.x * WARPS + threadIdx.x / WARP;
-    if (row >= rows) return;
-    const bool packed = in % N == 0 && aligned(weight);
-    C value[N], sums[N];
-    for (int j = 0; j < N; ++j) sums[j] = 0;
-    for (index_t k = threadIdx.x % WARP * N; k < in; k += WARP * N) {
-        load(weight + row * in + k, value, in - k < N ? (int)(in - k) : N, packed);
-#pragma unroll
-        for (int j = 0; j < N; ++j) sums[j] += value[j] * value[j];
-    }
-    C total = 0;
-    for (int j = 0; j < N; ++j) total += sums[j];
-    total = warp_sum(total);
-    if (threadIdx.x % WARP == 0) squares[row] = total;
-}
-
-// The same of a W that lies as (in, out): sums over chunks of k, (stack, chunks, out), for
-// `sum_chunks`.     grid (out / (N THREADS), chunks, stack)     2 bytes of W, 4 / (rows of a chunk)
-extern "C" __global__ void column_squares(const S* __restrict__ weight, C* squares, index_t in,
-                                          index_t out, index_t per_chunk) {
-    const index_t column = ((index_t)blockIdx.x * blockDim.x + threadIdx.x) * N;
-    if (column >= out) return;
-    const bool packed = out % N == 0 && aligned(weight);
-    const int count = out - column < N ? (int)(out - column) : N;
-    const index_t e = blockIdx.z, first = blockIdx.y * per_chunk;
-    const index_t end = first + per_chunk < in ? first + per_chunk : in;
-    C value[N], sums[N];
-    for (int j = 0; j < N; ++j) sums[j] = 0;
-#pragma unroll 4
-    for (index_t k = first; k < end; ++k) {
-        load(weight + (e * in + k) * out + column, value, count, packed);
-#pragma unroll
-        for (int j = 0; j < N; ++j) sums[j] += value[j] * value[j];
-    }
-    const index_t at = (e * gridDim.y + blockIdx.y) * out + column;
-#pragma unroll
-    for (int j = 0; j < N; ++j)
-        if (j < count) squares[at + j] = sums[j];
-}
-
 // n² = ρ²‖w‖² + 2 rowsum(b⊙u) + rowsum(b G⊙b), a warp to each row.         grid (rows / WARPS)
 // 4 (u) + 4 (b) + 4 (b G) + 4 (V Aᵀ) = 16 bytes of (out, rank).
 //
@@ -558,72 +516,151 @@ __device__ inline void pair(const C* vector, index_t step, index_t k, index_t ra
 
 enum { DOWN = 2, ACROSS = 4 };  // tiles of 16 by 8 numbers that a warp has; a block has 2 by 2 warps
 
+// What a warp has of V = ρ⊙W + b A: 32 by 32 numbers. W is (rows, columns), or where `turned`
+// (columns, rows) turned over: then ρ goes by columns.
+struct Patch {
+    int g, t;
+    index_t top, first, e, rows, columns, rank;
+    int turned;
+    float sums[DOWN][ACROSS][4];
+
+    __device__ Patch(index_t rows, index_t columns, index_t rank, int turned)
+        : g(threadIdx.x % WARP / 4), t(threadIdx.x % 4),
+          top(((index_t)blockIdx.y * 2 + threadIdx.x / WARP / 2) * 16 * DOWN),
+          first(((index_t)blockIdx.x * 2 + threadIdx.x / WARP % 2) * 8 * ACROSS), e(blockIdx.z),
+          rows(rows), columns(columns), rank(rank), turned(turned), sums{} {}
+
+    __device__ bool outside() const { return top >= rows || first >= columns; }
+
+    // b A. With 3 `parts` it has float's digits, from 6 products.
+    __device__ void multiply(const C* a, const C* b, int parts) {
+        const C* left = turned ? a + e * rank * rows : b + e * rank * rows;
+        const C* right = turned ? b + e * rank * columns : a + e * rank * columns;
+        const index_t left_row = turned ? 1 : rank, left_step = turned ? rows : 1;
+        const index_t right_column = turned ? rank : 1, right_step = turned ? 1 : columns;
+        for (index_t k = 2 * t; k - 2 * t < rank; k += 16) {
+            unsigned of_left[PARTS][DOWN][4];
+#pragma unroll
+            for (int i = 0; i < DOWN; ++i)
+#pragma unroll
+                for (int h = 0; h < 4; ++h) {
+                    const index_t row = top + 16 * i + 8 * (h % 2) + g;
+                    pair(left + (row < rows ? row : rows - 1) * left_row, left_step, k + h / 2 * 8,
+                         rank, &of_left[0][i][h], 4 * DOWN);
+                }
+#pragma unroll
+            for (int j = 0; j < ACROSS; ++j) {
+                // Which columns a tile has is free: so a lane has 8 neighbours in its tiles.
+                const index_t column = first + g / 2 * 8 + 2 * j + g % 2;
+                const C* from = right + (column < columns ? column : columns - 1) * right_column;
+                unsigned of_right[PARTS][2];
+                pair(from, right_step, k, rank, &of_right[0][0], 2);
+                pair(from, right_step, k + 8, rank, &of_right[0][1], 2);
+#pragma unroll
+                for (int p = 0; p < PARTS; ++p)
+#pragma unroll
+                    for (int q = 0; q < PARTS - p; ++q)
+#pragma unroll
+                        for (int i = 0; i < DOWN; ++i)
+                            if (p + q < parts)
+                                tensor_product(sums[i][j], of_left[p][i], of_right[q]);
+            }
+        }
+    }
+
+    __device__ index_t row(int i) const { return top + 8 * i + g; }
+    __device__ index_t column(int c) const { return first + 8 * t + c; }
+    __device__ index_t at(int i, int c) const { return (e * rows + row(i)) * columns + column(c); }
+    // How many of the numbers from `c` on there are, and which of `out` the first belongs to.
+    __device__ int count(int i, int c) const {
+        const index_t left = row(i) < rows ? columns - column(c) : 0;
+        return left < 0 ? 0 : left < N ? (int)left : N;
+    }
+    __device__ index_t line(int i, int c) const {
+        return turned ? e * columns + column(c) : e * rows + row(i);
+    }
+
+    // V from `c` on in row `i` of the lane's.
+    __device__ void load_v(const S* weight, const C* row_scale, int i, int c, bool packed,
+                           C* value) const {
+        load(weight + at(i, c), value, count(i, c), packed);
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            const index_t own = line(i, c) + (turned && j < count(i, c) ? j : 0);
+            const C scale = row_scale ? row_scale[own] : (C)1;
+            value[j] = scale * value[j] + (C)sums[i / 2][(c + j) / 2][i % 2 * 2 + (c + j) % 2];
+        }
+    }
+};
+
 // W' = g⊙(ρ⊙W + b A).     2 (W) + 2 (W') = 4 bytes; A and b come from the cache, for each block once.
-// grid (columns / 64, rows / 64, stack). W is (rows, columns), or where `turned` (columns, rows)
-// turned over: then ρ and g go by columns. With 3 `parts` b A has float's digits: 6 products.
+// grid (columns / 64, rows / 64, stack), of W as in `Patch`
 extern "C" __global__ void merge(const S* __restrict__ weight, const C* __restrict__ a,
                                  const C* __restrict__ b, const C* __restrict__ row_scale,
                                  const C* __restrict__ gain, S* __restrict__ merged, index_t rows,
                                  index_t columns, index_t rank, int parts, int turned) {
-    const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4, warp = threadIdx.x / WARP;
-    const index_t top = ((index_t)blockIdx.y * 2 + warp / 2) * 16 * DOWN, e = blockIdx.z;
-    const index_t first = ((index_t)blockIdx.x * 2 + warp % 2) * 8 * ACROSS;
-    if (top >= rows || first >= columns) return;
-    const C* left = turned ? a + e * rank * rows : b + e * rank * rows;
-    const C* right = turned ? b + e * rank * columns : a + e * rank * columns;
-    const index_t left_row = turned ? 1 : rank, left_step = turned ? rows : 1;
-    const index_t right_column = turned ? rank : 1, right_step = turned ? 1 : columns;
-
-    float sums[DOWN][ACROSS][4] = {};
-    for (index_t k = 2 * t; k - 2 * t < rank; k += 16) {
-        unsigned of_left[PARTS][DOWN][4];
-#pragma unroll
-        for (int i = 0; i < DOWN; ++i)
-#pragma unroll
-            for (int h = 0; h < 4; ++h) {
-                const index_t row = top + 16 * i + 8 * (h % 2) + g;
-                pair(left + (row < rows ? row : rows - 1) * left_row, left_step, k + h / 2 * 8, rank,
-                     &of_left[0][i][h], 4 * DOWN);
-            }
-#pragma unroll
-        for (int j = 0; j < ACROSS; ++j) {
-            // Which columns a tile has is free: these give a lane 8 neighbours in its tiles together.
-            const index_t column = first + g / 2 * 8 + 2 * j + g % 2;
-            const C* from = right + (column < columns ? column : columns - 1) * right_column;
-            unsigned of_right[PARTS][2];
-            pair(from, right_step, k, rank, &of_right[0][0], 2);
-            pair(from, right_step, k + 8, rank, &of_right[0][1], 2);
-#pragma unroll
-            for (int p = 0; p < PARTS; ++p)
-#pragma unroll
-                for (int q = 0; q < PARTS - p; ++q)
-#pragma unroll
-                    for (int i = 0; i < DOWN; ++i)
-                        if (p + q < parts) tensor_product(sums[i][j], of_left[p][i], of_right[q]);
-        }
-    }
-
+    Patch patch(rows, columns, rank, turned);
+    if (patch.outside()) return;
+    patch.multiply(a, b, parts);
     const bool packed = columns % N == 0 && aligned(weight, merged);
-    const index_t out = turned ? columns : rows;
 #pragma unroll
-    for (int i = 0; i < 2 * DOWN; ++i) {
-        const index_t row = top + 8 * i + g;
+    for (int i = 0; i < 2 * DOWN; ++i)
 #pragma unroll
         for (int c = 0; c < 8; c += N) {
-            const index_t column = first + 8 * t + c, own = e * out + (turned ? column : row);
-            if (row >= rows || column >= columns) continue;
-            const int count = columns - column < N ? (int)(columns - column) : N;
-            const index_t at = (e * rows + row) * columns + column;
+            const int count = patch.count(i, c);
+            if (count == 0) continue;
             C value[N];
-            load(weight + at, value, count, packed);
+            patch.load_v(weight, row_scale, i, c, packed, value);
+#pragma unroll
+            for (int j = 0; j < N; ++j)
+                value[j] *= gain[patch.line(i, c) + (turned && j < count ? j : 0)];
+            store(merged + patch.at(i, c), value, count, packed);
+        }
+}
+
+// ‖Vᵢ‖², or ‖wᵢ‖² where `rank` is 0: sums over each 32 numbers, (stack, chunks, out), for
+// `sum_chunks`. One kernel for both, so that the two are equal where b = 0.  2 (W) + 4 / 32 bytes
+// grid (columns / 64, rows / 64, stack), of W as in `Patch`
+extern "C" __global__ void squares(const S* __restrict__ weight, const C* __restrict__ a,
+                                   const C* __restrict__ b, const C* __restrict__ row_scale,
+                                   C* __restrict__ partial, index_t rows, index_t columns,
+                                   index_t rank, int parts, int turned) {
+    Patch patch(rows, columns, rank, turned);
+    if (patch.outside()) return;
+    patch.multiply(a, b, parts);
+    const bool packed = columns % N == 0 && aligned(weight);
+    C by_row[2 * DOWN] = {}, by_column[8] = {};
+#pragma unroll
+    for (int i = 0; i < 2 * DOWN; ++i)
+#pragma unroll
+        for (int c = 0; c < 8; c += N) {
+            const int count = patch.count(i, c);
+            if (count == 0) continue;
+            C value[N];
+            patch.load_v(weight, row_scale, i, c, packed, value);
 #pragma unroll
             for (int j = 0; j < N; ++j) {
-                const index_t line = own + (turned && j < count ? j : 0);
-                const C scale = row_scale ? row_scale[line] : (C)1;
-                const C update = sums[i / 2][(c + j) / 2][i % 2 * 2 + (c + j) % 2];
-                value[j] = gain[line] * (scale * value[j] + update);
+                const C square = j < count ? value[j] * value[j] : (C)0;
+                by_row[i] += square;
+                by_column[c + j] += square;
             }
-            store(merged + at, value, count, packed);
+        }
+    const index_t out = turned ? columns : rows;
+    const index_t chunks = ((turned ? rows : columns) + 31) / 32;
+    partial += (patch.e * chunks + (turned ? patch.top : patch.first) / 32) * out;
+    if (turned) {
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+            for (int step = 4; step < WARP; step *= 2)
+                by_column[c] += __shfl_xor_sync(~0u, by_column[c], step);
+            if (patch.g == 0 && patch.column(c) < columns) partial[patch.column(c)] = by_column[c];
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 2 * DOWN; ++i) {
+            for (int step = 1; step < 4; step *= 2)
+                by_row[i] += __shfl_xor_sync(~0u, by_row[i], step);
+            if (patch.t == 0 && patch.row(i) < rows) partial[patch.row(i)] = by_row[i];
         }
     }
 }

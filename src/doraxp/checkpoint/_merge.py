@@ -298,7 +298,8 @@ def _copy_others(merge: Merge, folder: Path) -> None:
     config = folder / "config.json"
     if dtype is not None and model.is_folder and config.exists():
         entries = read_json(config)
-        for key in ("dtype", "torch_dtype"):
-            if key in entries:
-                entries[key] = _DTYPE_NAMES[dtype]
+        parts = (part for part in entries.values() if isinstance(part, dict))  # text, vision
+        for part in (entries, *parts):
+            for key in part.keys() & {"dtype", "torch_dtype"}:
+                part[key] = _DTYPE_NAMES[dtype]
         config.write_text(json.dumps(entries, indent=2) + "\n", "utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from doraxp._scalars import check_number
@@ -19,7 +20,9 @@ _NAME = re.compile(
     r"(?P<path>.+)\.(?:(?P<a>lora_(?:embedding_)?A)|(?P<b>lora_(?:embedding_)?B)"
     r"|(?P<m>lora_magnitude_vector|weight_m_wdecomp))(?:\.default)?(?:\.weight)?"
 )
-_CHANGES_BASE = re.compile(r"(pissa.*|olora|loftq|corda|lora_ga)", re.IGNORECASE)
+# By their ``init_lora_weights``.
+_CHANGES_BASE = re.compile(r"(pissa.*|olora|loftq|corda.*|lora_ga)", re.IGNORECASE)
+_KEEPS_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
 _MATCH_LIMIT = 2e9
 """Steps of the regular expressions, each some 10 ns."""
 # Each changes what the three tensors mean.
@@ -51,7 +54,6 @@ def read_peft(reader: Reader, config: Mapping[str, Any]) -> AdapterSet:
     _check_flag(reader, parts, dora=dora or config["peft_type"] == "DORA")
     configs = _layer_configs(reader, parts, config)
     transposed = _flag("fan_in_fan_out", config, reader)
-    initialisation = str(config.get("init_lora_weights"))
     return AdapterSet(
         "nvlabs" if config["peft_type"] == "DORA" else "peft",
         reader,
@@ -60,9 +62,29 @@ def read_peft(reader: Reader, config: Mapping[str, Any]) -> AdapterSet:
             for path, names in parts.items()
         },
         {_base_name(name): name for name in rest},
-        initialisation if _CHANGES_BASE.fullmatch(initialisation) else None,
-        config["bias"] if config.get("bias") in ("all", "lora_only") else None,
+        _base_change(config, where),
+        _trained_biases(config, where),
     )
+
+
+def _base_change(config: Mapping[str, Any], where: Path) -> str | None:
+    """Return the initialisation, if it changed the base."""
+    name = str(config.get("init_lora_weights"))
+    if name.lower() in _KEEPS_BASE:
+        return None
+    if _CHANGES_BASE.fullmatch(name) is None:
+        raise CheckpointError(
+            f"{where}: init_lora_weights {name!r} is not known: it may have changed the base"
+        )
+    return name
+
+
+def _trained_biases(config: Mapping[str, Any], where: Path) -> str | None:
+    """Return which biases were trained, if any."""
+    bias = config.get("bias")
+    if bias not in (None, "none", "all", "lora_only"):
+        raise CheckpointError(f"{where}: bias must be none, all or lora_only, got {bias!r}")
+    return None if bias == "none" else bias
 
 
 def _flag(name: str, config: Mapping[str, Any], reader: Reader) -> bool:

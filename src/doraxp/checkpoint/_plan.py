@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
+import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -72,8 +73,8 @@ def plan(model: Model, adapters: AdapterSet) -> dict[str, Task]:
         )
     missing = next((names[path] for path in adapters.layers if names[path] not in tensors), None)
     if missing is not None:
-        near = difflib.get_close_matches(missing, tensors, n=1, cutoff=0.0)
-        problems.insert(0, f"near {missing} the base has {', '.join(near)}")
+        near = max(tensors, key=lambda name: _shared_end(name, missing), default="nothing")
+        problems.insert(0, f"near {missing} the base has {near}")
     if problems:
         raise CheckpointError(f"{adapters.reader.path}: " + "; ".join(problems))
     return tasks
@@ -91,6 +92,12 @@ def _fit(name: str, layer: StoredLayer, tensors: Mapping[str, Tensor]) -> LayerK
     if layer.kind.name in _OTHER_WAY and tensor.shape == layer.shape[::-1]:
         return _OTHER_WAY[layer.kind.name]
     raise CheckpointError(f"{name} has shape {tensor.shape}, its adapter is for {layer.shape}")
+
+
+def _shared_end(one: str, other: str) -> int:
+    """Return how many of the last parts of two names are the same."""
+    pairs = zip(reversed(one.split(".")), reversed(other.split(".")), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _ambiguous(
@@ -117,18 +124,25 @@ def _names(
     """Return what the base calls each wanted tensor.
 
     A model with a head and the model without it differ by one leading name: it is dropped or
-    added if then everything is found, and else nothing is.
+    added where then more is found, and what still is not found is an error.
     """
     if adapters.format == "lycoris":
         return _from_underscores(tensors, wanted)
-    first = next(iter(wanted.values())).partition(".")[0]
-    leading = {name.partition(".")[0] for name in tensors}
+    first, names = next(iter(wanted.values())), set(wanted.values())
+    leads = Counter(lead for lead, _, rest in (x.partition(".") for x in tensors) if rest in names)
     ways = [
         dict(wanted),
-        {key: name.removeprefix(f"{first}.") for key, name in wanted.items()},
-        *({key: f"{lead}.{name}" for key, name in wanted.items()} for lead in sorted(leading)),
+        {key: name.removeprefix(f"{first.partition('.')[0]}.") for key, name in wanted.items()},
     ]
-    return next((way for way in ways if all(name in tensors for name in way.values())), ways[0])
+    found = [sum(name in tensors for name in way.values()) for way in ways]
+    (lead, most), (other, next_most) = [*leads.most_common(2), ("", 0), ("", 0)][:2]
+    if most <= max(found):
+        return ways[found.index(max(found))]
+    if most == next_most:
+        raise CheckpointError(
+            f"{adapters.reader.path}: {first} may be that of {lead} or of {other} in the base"
+        )
+    return {key: f"{lead}.{name}" for key, name in wanted.items()}
 
 
 def _from_underscores(tensors: Mapping[str, Tensor], wanted: Mapping[str, str]) -> dict[str, str]:

@@ -106,8 +106,8 @@ def merge_rows(
     """
     with np.errstate(over="raise"):
         a, b, m = (library.place(leaf.astype(dtype, copy=False)) for leaf in layer.adapter)
-    ops = operations(lora_a=a, lora_b=b, magnitude=m)
-    b, wide = layer.config.scaling * b, Reused()
+        b = layer.config.scaling * b
+    ops, wide = operations(lora_a=a, lora_b=b, magnitude=m), Reused()
 
     def place(rows: slice) -> Array:
         with np.errstate(over="raise"):

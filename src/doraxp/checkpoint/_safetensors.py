@@ -29,6 +29,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 # Far above what the largest models need, and little memory to parse.
 _HEADER_LIMIT, _VALUES_LIMIT = 16 << 20, 250_000
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_LFS = b"version "
 Empty = Callable[[tuple[int, ...], np.dtype[Any]], Array]
 """As `np.empty`."""
 CHUNK = 4 << 20
@@ -130,7 +131,12 @@ def _checked_header(path: Path) -> tuple[dict[str, Any], int]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        first = file.read(8)
+        if first == _LFS:
+            raise CheckpointError(
+                f"{path}: a pointer of Git LFS, and no weights: run `git lfs pull`"
+            )
+        length = int.from_bytes(first, "little")
         if length > _HEADER_LIMIT:
             raise CheckpointError(
                 f"{path}: a safetensors header must be at most {_HEADER_LIMIT} bytes, got {length}"

@@ -16,7 +16,7 @@ from array_api_compat import array_namespace
 
 from doraxp._types import Adapter, Array, Config
 
-TASKS = ("forward", "step", "evaluation", "norm", "merge", "adamw")
+TASKS = ("forward", "backward", "step", "evaluation", "norm", "merge", "adamw")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 LEARNING_RATE = 1e-3
 
@@ -107,9 +107,10 @@ class Dense:
         if task == "merge":
             return {"W'": acting}
         y = {"y": self.x @ acting.T}  # (tokens, out)
-        if task != "step":
+        if task not in ("backward", "step"):
             return y
-        return {**y, "dx": self.dy @ acting, **self.gradients(kind)}
+        gradients = {"dx": self.dy @ acting, **self.gradients(kind)}
+        return gradients if task == "backward" else {**y, **gradients}
 
     def acting(self, kind: str) -> Array:
         """Return the plain weight that acts as the layer does."""

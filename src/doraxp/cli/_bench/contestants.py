@@ -85,6 +85,15 @@ def _forward(enter: Any, inputs: Inputs, config: Config) -> Iterator[Contestant]
     yield enter("from nothing", "exact", partial(from_nothing, config), x, weight, adapter)
 
 
+def _backward(enter: Any, inputs: Inputs, config: Config) -> Iterator[Contestant]:
+    weight, adapter, x, dy = inputs
+    enter = partial(enter, answer=_name_gradients)
+    yield enter("bare product", "bare", product_back, dy, weight)
+    for kind in DORA:
+        _, cache = doraxp.forward(x, weight, adapter, replace(config, norm_gradient=kind))
+        yield enter(kind, kind, doraxp.backward, dy, cache)
+
+
 def _evaluation(enter: Any, inputs: Inputs, config: Config) -> Iterator[Contestant]:
     bare, reused, *_ = _forward(enter, inputs, config)
     yield from (bare, reused)
@@ -126,6 +135,7 @@ def _adamw(enter: Any, inputs: Inputs, config: Config) -> Iterator[Contestant]:
 
 _ENTRIES = {
     "forward": _forward,
+    "backward": _backward,
     "step": _step,
     "evaluation": _evaluation,
     "norm": _norm,
@@ -141,10 +151,16 @@ def product(x: Array, weight: Array) -> Array:
     return x @ xp.matrix_transpose(weight)
 
 
+def product_back(dy: Array, weight: Array) -> Array:
+    """Return dx = dy W."""
+    dy, weight = _in_one_dtype(dy, weight, xp=array_namespace(dy, weight))
+    return dy @ weight
+
+
 def products(x: Array, dy: Array, weight: Array) -> tuple[Array, Array]:
     """Return y = x Wᵀ and dx = dy W."""
-    dy, wide = _in_one_dtype(dy, weight, xp=array_namespace(dy, weight))
-    return product(x, wide), dy @ wide
+    _, wide = _in_one_dtype(dy, weight, xp=array_namespace(dy, weight))
+    return product(x, wide), product_back(dy, wide)
 
 
 def copied(weight: Array) -> Array:
@@ -200,11 +216,13 @@ def _first_forward(x: Array, adapter: Adapter, previous: Prepared) -> tuple[Arra
 
 
 def _name_gradients(result: Any) -> dict[str, Array]:
+    if isinstance(result, doraxp.Gradients):
+        da, db, dm = result.adapter
+        return {"dx": result.x, "dA": da, "dB": db, "dm": dm}
+    if not isinstance(result, tuple):
+        return {"dx": result}
     y, gradients = result
-    if not isinstance(gradients, doraxp.Gradients):
-        return {"y": y, "dx": gradients}
-    da, db, dm = gradients.adapter
-    return {"y": y, "dx": gradients.x, "dA": da, "dB": db, "dm": dm}
+    return {"y": y, **_name_gradients(gradients)}
 
 
 def _last_of(result: Any) -> dict[str, Array]:

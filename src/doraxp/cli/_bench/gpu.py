@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import itertools
 import math
+import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -81,9 +82,20 @@ def device() -> dict[str, Any]:
         "name": properties["name"].decode(),
         "multiprocessors": properties["multiProcessorCount"],
         "bytes": properties["totalGlobalMem"],
+        "driver": driver(),
         "driver_cuda": runtime.driverGetVersion(),
         "runtime_cuda": runtime.runtimeGetVersion(),
     }
+
+
+def driver() -> str | None:
+    """Return the version of NVIDIA's driver, or None where nvidia-smi does not tell."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with contextlib.suppress(OSError):
+        said = subprocess.run(command, capture_output=True, text=True, check=False)
+        if said.returncode == 0:
+            return said.stdout.split()[0]
+    return None
 
 
 def seconds(cupy: Any, call: Callable[[], Any], repeats: int) -> float:
@@ -141,11 +153,15 @@ def _rows(task: str, inputs: Inputs, config: Config) -> Iterator[Row]:
     bare = _bare(task, inputs)
     if bare is not None:
         yield bare
-    for reduced in (False, True) if task in ("forward", "step") else (False,):
+    for reduced in (False, True) if task in ("forward", "backward", "step") else (False,):
         enter = partial(_enter, reduced)
-        for row in on_any.entries(task, enter, inputs, config):
-            if row[1] != "bare":
-                yield row
+        with _precision(reduced):  # the forward that a backward belongs to, too
+            rows = list(on_any.entries(task, enter, inputs, config))
+        yield from (row for row in rows if row[1] != "bare")
+
+
+def _precision(reduced: bool) -> contextlib.AbstractContextManager[None]:
+    return reduced_precision() if reduced else contextlib.nullcontext()
 
 
 def _enter(
@@ -153,7 +169,7 @@ def _enter(
     answer: Callable[[Any], dict[str, Array]],
 ) -> Row:  # fmt: skip
     def call() -> Any:
-        with reduced_precision() if reduced else contextlib.nullcontext():
+        with _precision(reduced):
             return function(*arrays)
 
     return f"{label}, reduced" if reduced else label, kind, call, answer
@@ -168,6 +184,8 @@ def _bare(task: str, inputs: Inputs) -> Row | None:
     if task == "norm":
         a = transposed(adapter.lora_a.astype(weight.dtype))
         return "bare W Aᵀ", "bare", lambda: weight @ a, lambda u: {"W Aᵀ": u}
+    if task == "backward":
+        return "bare product", "bare", lambda: dy @ weight, lambda dx: {"dx": dx}
     if task == "step":
 
         def products() -> tuple[Array, Array]:

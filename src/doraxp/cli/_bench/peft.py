@@ -33,7 +33,9 @@ def contestants(task: str, case: Case, *, device: str = "cpu") -> Iterator[Conte
         yield _adamw(Adapter(*(leaf.to(device) for leaf in leaves)))
         return
     inputs = _tensors(draw(case), device)
-    for kind in ("DoRA", "LoRA") if task in ("forward", "step", "evaluation") else ("DoRA",):
+    for kind in (
+        ("DoRA", "LoRA") if task in ("forward", "backward", "step", "evaluation") else ("DoRA",)
+    ):
         yield from _ENTRIES[task](
             kind, partial(layer_of, inputs, case, use_dora=kind == "DoRA"), inputs
         )
@@ -119,6 +121,23 @@ def _tensors(inputs: Inputs, device: str) -> Inputs:
 def _forward(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
     layer = make()
     yield _entry(kind, kind, lambda: layer(inputs.x), lambda y: {"y": y.detach()})
+
+
+def _backward(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
+    import torch
+
+    layer, x = make(), inputs.x.clone().requires_grad_()
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    y = layer(x)
+
+    def call() -> Any:
+        return torch.autograd.grad(y, [x, *trained], inputs.dy, retain_graph=True)
+
+    def answer(result: Any) -> dict[str, Array]:
+        names = ("dx", "dA", "dB", "dm")
+        return dict(zip(names, (array.detach() for array in result), strict=False))
+
+    yield _entry(kind, kind, call, answer)
 
 
 def _step(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
@@ -215,6 +234,7 @@ def _merge(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
 
 _ENTRIES: dict[str, Callable[[str, Make, Inputs], Iterator[Contestant]]] = {
     "forward": _forward,
+    "backward": _backward,
     "step": _step,
     "evaluation": _evaluation,
     "norm": _norm,

@@ -1,0 +1,126 @@
+"""The guard on NVIDIA GPUs: rows that the factored formulas cannot serve are served by V itself.
+
+Which these are is known to the device alone. Kernels are launched in any case; they form a suspect
+row where they need it, and without such rows they end at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from doraxp._types import Array, Reduce
+from doraxp.backends._cuda import THREADS, Types, dtype_name
+from doraxp.backends._cupy_products import Products, alike, lying, name_of, packed
+from doraxp.backends._generic import Factors
+
+GUARDS = 64  # blocks of the guard's kernels: it has few rows, or none
+MEASURERS = 1024  # blocks that look for its rows
+TILE = 8  # tokens of a thread
+LIMIT = 65535  # of a grid's y and z
+
+
+class Suspects(NamedTuple):
+    """The rows of V, not of zeros, that the guard's kernels form again where they are needed."""
+
+    rows: Array  # (stack · out,) int32; the first `count` are indices of rows
+    count: Array  # (1,) int32
+    switches: Array  # (2,): 1, and 1 where count > 0, else 0
+    factors: Factors
+
+
+class Guard(Products):
+    """The operations of the guard, on CuPy arrays."""
+
+    def guard(
+        self, suspect: Array, norm: Array, factors: Factors, dtype: Any,
+        reduce: Reduce | None = None,
+    ) -> tuple[Array, Any]:  # fmt: skip
+        """Saves V: rows are formed where they are needed. `norm` is written to."""
+        if reduce is not None:
+            return super().guard(suspect, norm, factors, dtype, reduce)
+        weight, *rest = factors
+        stored, turned = lying(weight, self.xp)
+        rest = [packed(array, self.xp) for array in rest]
+        factors = Factors(weight if turned else stored, *rest)
+        rows = self.cuda.empty((norm.size,), np.int32)
+        count, switches = self.cuda.empty((1,), np.int32), self.cuda.empty((2,), norm.dtype)
+        found = Suspects(rows, count, switches, factors)
+        size, grid = np.int64(norm.size), (min(norm.size, MEASURERS), 1, 1)
+        self._launch_guard("guard_norms", factors, (suspect, size), norm.dtype, grid, (norm,))
+        self.cuda.launch("list_suspects", alike(norm), (1, 1, 1), suspect, norm, *found[:3], size)
+        return norm, found
+
+    def guarded_times_transposed(
+        self, formed: Any, x: Array, factored: Callable[[Array], Array]
+    ) -> Array:
+        """Replace the columns of the factored x Vᵀ that belong to suspect rows."""
+        if not isinstance(formed, Suspects):
+            return self.product(x, self.xp.matrix_transpose(formed))
+        z = factored(x)
+        self.guard_outputs(formed, x, z, (None, None, None))
+        return z
+
+    def guard_outputs(self, formed: Suspects, x: Array, z: Array, last: tuple[Any, ...]) -> None:
+        """Write z[..., i] = x Vᵢᵀ, and for `last` = (y, gain, bias) y[..., i] too."""
+        x = packed(x, self.xp)
+        tokens = x.shape[-2]
+        if tokens == 0:
+            return
+        stored = x.dtype == formed.factors.weight.dtype
+        wide = formed.switches.dtype
+        step, along = (stride // z.itemsize for stride in z.strides[-2:])
+        element = z.shape[-2] * z.shape[-1]
+        types = name_of(formed.factors.weight), name_of(z), name_of(formed.switches)
+        grid = GUARDS, min(-(-tokens // TILE), LIMIT), 1
+        y, gain, bias = last
+        given = (
+            x, np.int32(stored), z, *map(np.int64, (element, step, along)), y,
+            packed(gain, self.xp), packed(bias, self.xp), np.int64(tokens),
+        )  # fmt: skip
+        self._launch_guard("guard_outputs", formed.factors, formed[:2], wide, grid, given, types)
+
+    def guarded_times(self, formed: Any, d: Array, factored: Callable[[Array], Array]) -> Array:
+        """Keep the columns of d of suspect rows out of the factored d V, and add their part."""
+        xp = self.xp
+        if not isinstance(formed, Suspects):
+            return self.product(d, formed)
+        weight, a, scaled_b, row_scale = formed.factors
+        d = packed(d, xp)
+        *stack, tokens, out = d.shape
+        inner, elements = weight.shape[-1], math.prod(stack)
+        result = self.cuda.empty((*stack, tokens, inner), d.dtype)
+        if tokens == 0:
+            return result
+        wide = formed.switches.dtype
+        types = name_of(weight), name_of(d), name_of(formed.switches)
+        grid = -(-inner // THREADS), min(-(-tokens // TILE), LIMIT), elements
+        given = d, result, np.int64(tokens)
+        self._launch_guard("guard_inputs", formed.factors, formed[:2], wide, grid, given, types)
+        sizes = np.int64(tokens), np.int64(out)
+        grid = -(-tokens // THREADS), GUARDS, 1
+        self.cuda.launch("guard_hide", Types(*types), grid, *formed[:2], d, *sizes)
+        low = self.product(d, scaled_b)
+        self.multiply(low, a, d.dtype, out=result, beta=formed.switches)
+        if row_scale is not None:
+            d = xp.astype(row_scale[..., None, :] * d, d.dtype, copy=False)
+        return self.multiply(d, weight, d.dtype, out=result, beta=1.0)
+
+    def _launch_guard(
+        self, name: str, factors: Factors, which: tuple[Any, ...], dtype: Any,
+        grid: tuple[int, int, int], given: tuple[Any, ...],
+        types: tuple[str, str, str] | None = None,
+    ) -> None:  # fmt: skip
+        weight, a, scaled_b, row_scale = factors
+        *_, out, inner = weight.shape
+        rank = 0 if a is None else a.shape[-2]
+        kind = dtype_name(np.dtype(dtype))
+        sizes = (np.int64(size) for size in (out, inner, rank))
+        turned = np.int32(not weight.flags.c_contiguous)
+        self.cuda.launch(
+            name, Types(*(types or (name_of(weight), kind, kind))), grid, *which,
+            weight, turned, a, scaled_b, row_scale, *given, *sizes,
+        )  # fmt: skip
