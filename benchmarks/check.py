@@ -65,7 +65,7 @@ GOALS = {
 for tokens, bound in STEPS.items():
     goals = GOALS.setdefault(SQUARE(tokens=tokens), [])
     goals.append(Goal("step", (PEFT, "DoRA"), (NUMPY, EXACT), bound, True))
-    accelerated = (PEFT, "DoRA, accelerated, exact")
+    accelerated = (PEFT, "accelerated, exact")
     goals.append(Goal("step", accelerated, (PEFT, "DoRA"), ACCELERATED[tokens]))
 
 

@@ -59,7 +59,7 @@ def test_every_contestant_is_checked_and_reported(quick, tmp_path, capsys, dtype
     assert bench("--backend", "numpy", "--dtype", dtype, *tokens, "--json", str(path)) == 0
     report = json.loads(path.read_text())
     done = [(entry["task"], entry["case"]["tokens"]) for entry in report["results"]]
-    assert {task for task, _ in done} == set(TASKS)
+    assert {task for task, _ in done} == set(TASKS) - {"backward"}  # a part of step
     assert ("step", 5) in done
     assert ("merge", 1) in done
     assert ("merge", 5) not in done  # tokens make no difference to it

@@ -66,7 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the cases of the docs where none are asked for",
     )
     parser.add_argument(
-        "--tasks", choices=TASKS, nargs="+", default=list(TASKS), help="(default: all)"
+        "--tasks",
+        choices=TASKS,
+        nargs="+",
+        help="(default: all; without cupy all but backward, which is a part of step)",
     )
     parser.add_argument(
         "--rounds",
@@ -113,6 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _refuse(f"--backend {gpu.LIBRARY} must be alone, got {arguments.backend}")
     for name, value in DEFAULT_CASES.items():
         setattr(arguments, name, asked[name] or value)
+    arguments.tasks = arguments.tasks or [task for task in TASKS if on_gpu or task != "backward"]
     cases = gpu.suite() if on_gpu and not any(asked.values()) else _cases(arguments)
     jobs = list(dict.fromkeys(_sweeps(arguments) if arguments.curves else _jobs(cases, arguments)))
     for case, _ in jobs:

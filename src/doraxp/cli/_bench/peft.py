@@ -181,7 +181,7 @@ def _accelerated(
         y = layer(x)
         return y, *torch.autograd.grad(y, [x, *trained], inputs.dy)
 
-    name = f"DoRA, accelerated, {norm_gradient}"
+    name = f"accelerated, {norm_gradient}"
     return Contestant(name, LIBRARY, norm_gradient, call, answer, reset)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from doraxp.cli._bench.curves import SWEEPS, Curve, held_bytes, operations
 from doraxp.cli._bench.measure import Measured
@@ -35,6 +37,7 @@ def save_ratios(results: list[Measured], path: Path) -> None:
         axes.set_yticks(range(len(entries)), [label for label, _ in entries])
         axes.invert_yaxis()
         axes.set_xscale("log")
+        _label_plainly(axes.xaxis)
         axes.set(title=title, xlabel="time ÷ that of its library's bare product, or copy")
         axes.grid(alpha=0.3, axis="x")
     figure.savefig(path, format="png")
@@ -48,25 +51,32 @@ def save_curves(curves: Mapping[str, Curve], path: Path) -> None:
         xs = SWEEPS[name]
         for color, ((library, label), points) in zip(COLORS, curve.items(), strict=False):
             style = {"color": color, "marker": "o", "markersize": 4, "label": f"{label}, {library}"}
-            above.plot(xs, [one.quartiles[1] for one in points], **style)
+            above.plot(xs, [1e3 * one.quartiles[1] for one in points], **style)
             peaks = [(x, one.peak_bytes) for x, one in zip(xs, points, strict=True)]
             known = [(x, peak / 2**20) for x, peak in peaks if peak]
             below.plot(*(zip(*known, strict=True) if known else ((), ())), **style)
         exact = next(points for points in curve.values() if points[0].kind == "exact")
         cases = [one.case for one in exact]
         rate = operations(cases[-1]) / exact[-1].quartiles[1]
-        time = [operations(case) / rate for case in cases]
+        time = [1e3 * operations(case) / rate for case in cases]
         memory = [held_bytes(case) / 2**20 for case in cases]
         for axes, model, label in (
             (above, time, "exact: operations, at one rate"),
             (below, memory, "exact: y, z, dz and dx"),
         ):
             axes.plot(xs, model, color="grey", linestyle="--", label=label, zorder=0)
-        above.set(title=f"Step over {name}", ylabel="seconds")
+        above.set(title=f"Step over {name}", ylabel="time, ms")
         below.set(xlabel=name, ylabel="peak beyond the inputs, MiB")
         for axes in (above, below):
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
+            _label_plainly(axes.yaxis)
             axes.grid(alpha=0.3)
             axes.legend(fontsize=7)
     figure.savefig(path, format="png")
+
+
+def _label_plainly(axis: Any) -> None:
+    """Write 0.02 and 20, not powers of ten, between them too where there are few."""
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1, 0.4)))

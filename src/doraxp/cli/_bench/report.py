@@ -121,4 +121,5 @@ def _ratio(ratio: Ratio | None) -> str:
     if ratio is None:
         return "–"
     low, median, high = ratio
-    return f"{median:.2f} ±{(high - low) / 2:.2f}"
+    places = 2 if median < 10 else 1 if median < 100 else 0
+    return f"{median:.{places}f} ±{(high - low) / 2:.{places}f}"
