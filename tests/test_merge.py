@@ -836,6 +836,17 @@ def test_a_disk_that_fills_up_leaves_what_is_finished(folders, capsys, monkeypat
     assert merge(folder) == 0
 
 
+def test_a_file_that_cannot_be_copied_is_named(folders, capsys, monkeypatch):
+    folder, _, _ = folders
+
+    def forbidden(source, target):
+        raise PermissionError(13, "Permission denied", str(source))
+
+    monkeypatch.setattr(shutil, "copy2", forbidden)
+    assert merge(folder) == 2
+    assert "base/config.json: Permission denied; the same merge goes on" in capsys.readouterr().err
+
+
 def test_a_read_only_target(folders, capsys, monkeypatch):
     folder, _, _ = folders
     monkeypatch.setattr(os, "access", lambda *_: False)

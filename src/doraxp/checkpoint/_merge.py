@@ -142,9 +142,11 @@ def run_merge(
         shutil.rmtree(work, ignore_errors=True)
         raise
     except OSError as error:
+        problem = error.strerror or error
+        if error.filename is not None:
+            problem = f"{error.filename}: {problem}"
         raise OSError(
-            f"{out}: {error.strerror or error}; the same merge goes on from the shards that are "
-            "finished"
+            f"{out}: {problem}; the same merge goes on from the shards that are finished"
         ) from error
     result = work / "model"
     if not merge.model.is_folder:
