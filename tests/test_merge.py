@@ -800,6 +800,7 @@ def test_a_file_replaces_no_folder(tmp_path, capsys):
         ("adapter", "OUT must not hold what is merged"),
         (".", "OUT must not hold what is merged"),
         ("none/out", "no such folder"),
+        ("out.safetensors", "OUT must be a folder, as BASE is"),
     ],
 )
 def test_a_target_that_cannot_be(folders, capsys, out, message):

@@ -240,6 +240,8 @@ def _check_target(merge: Merge, out: Path, *, force: bool) -> None:
         raise CheckpointError(f"{out}: OUT must not hold what is merged")
     if out.is_dir() and not merge.model.is_folder:
         raise CheckpointError(f"{out}: OUT must be a file, as BASE is, but there is a folder")
+    if merge.model.is_folder and out.suffix == ".safetensors":
+        raise CheckpointError(f"{out}: OUT must be a folder, as BASE is, and has a file's name")
     if os.path.lexists(out) and not force:
         raise FileExistsError(f"{out}: already there; --force replaces it")
     if not out.parent.is_dir():
