@@ -780,6 +780,30 @@ def test_out_is_replaced_only_by_force(folders, capsys):
     assert not (folder / "out" / "mine").exists()
 
 
+def test_a_merge_killed_between_its_two_renames_is_finished(folders, monkeypatch):
+    """Also where someone has put something at OUT since."""
+    folder, base, adapter = folders
+    (folder / "out").mkdir()
+    (folder / "out" / "old").write_text("old")
+    kind = type(folder)
+    replace = kind.replace
+
+    def killed(self, target):
+        if target == folder / "out":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    plan = plan_merge(folder / "base", folder / "adapter", Options())
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_merge(plan, folder / "out", force=True)
+    (folder / "out").mkdir()
+    assert merge(folder, "--force") == 0
+    assert_merged(load_folder(folder / "out"), base, adapter)
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "base", "out"]
+
+
 def test_a_file_replaces_no_folder(tmp_path, capsys):
     rng = np.random.default_rng(1)
     base = {f"{path}.weight": draw(rng, *shape) for path, shape in SHAPES.items()}

@@ -152,7 +152,8 @@ def run_merge(
     if not merge.model.is_folder:
         result /= merge.model.path.name
     if merge.model.is_folder and os.path.lexists(out):
-        out.rename(work / "replaced")
+        # A name of its own: a merge that was killed here may have left another.
+        out.rename(work / f"{uuid.uuid4().hex}.replaced")
     result.replace(out)
     shutil.rmtree(work)
     return changes
