@@ -236,17 +236,29 @@ def test_a_library_that_is_missing_or_broken_says_so(monkeypatch, name):
     )
 
 
-@pytest.mark.parametrize("devices", [0, 1])
-def test_cupy_without_a_device_says_so(monkeypatch, devices):
+@pytest.mark.parametrize(
+    ("capability", "problem"),
+    [
+        (None, "installed, but no NVIDIA device was found"),
+        ("75", "installed, but the device is of compute capability 7.5, and 8.0 is needed"),
+        ("80", None),
+        ("120", None),
+    ],
+)
+def test_cupy_without_a_device_for_its_kernels_says_so(monkeypatch, capability, problem):
     cupy = types.ModuleType("cupy")
     cupy.__version__ = "14.2.0"
-    cupy.cuda = types.SimpleNamespace(is_available=lambda: bool(devices))
+    cupy.cuda = types.SimpleNamespace(
+        is_available=lambda: capability is not None,
+        Device=lambda: types.SimpleNamespace(compute_capability=capability),
+    )
     hide(monkeypatch, "cupy", cupy)
     (status,) = (status for status in backends.available() if status.name == "cupy")
-    if devices:
+    if problem is None:
         assert status == ("cupy", True, "14.2.0")
     else:
-        assert status.detail.startswith("installed, but no NVIDIA device was found")
+        assert not status.usable
+        assert status.detail.startswith(problem)
 
 
 def test_values_on_a_gpu_are_not_looked_at(monkeypatch):

@@ -99,6 +99,14 @@ def test_targets_are_names_ends_expressions_or_all(targets, found):
     assert list(doraxp.adapt(WEIGHTS, targets, Config(2), seed=0)) == found
 
 
+def test_a_module_that_cannot_be_adapted_is_named():
+    weights = {"a.q.weight": np.eye(4), "a.gate.weight": np.ones((2, 4))}
+    with pytest.raises(ValueError, match=r"^a\.gate: rank must be in 1\.\.2 "):
+        doraxp.adapt(weights, "all-linear", Config(3), seed=0)
+    with pytest.raises(ValueError, match=r"^a\.q: alpha must be finite and not 0"):
+        doraxp.adapt(weights, "all-linear", Config(1), seed=0, alpha_pattern={"q": 0})
+
+
 def test_kinds_rank_and_alpha_are_given_by_pattern():
     kinds = {"conv": LayerKind("conv"), "experts": LayerKind("experts")}
     patterns = {"rank_pattern": {"k_proj": 1}, "alpha_pattern": {r"layers\.1\..*": 8}}

@@ -389,6 +389,20 @@ def test_an_adapter_without_its_configuration_says_what_is_missing(files, capsys
     assert "adapter_config.json: no such file" in capsys.readouterr().err
 
 
+def test_a_folder_without_an_adapter_is_called_one(files, capsys):
+    """As where BASE and ADAPTER are the wrong way round."""
+    paths = [str(files / name) for name in ("adapter", "base", "out")]
+    assert main(["merge", *paths[:2], "--out", paths[2]]) == 2
+    error = capsys.readouterr().err
+    assert "base: no adapter in it, neither adapter_model.safetensors nor adapters" in error
+    assert error.count("\n") == 1
+
+
+def test_a_file_of_text_is_called_no_safetensors_file(files):
+    with pytest.raises(CheckpointError, match=r"config\.json: no safetensors file: its header"):
+        open_model(files / "base" / "config.json")
+
+
 def test_an_adapter_of_integers_is_refused(files, capsys):
     path = files / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)

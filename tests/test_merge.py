@@ -493,11 +493,44 @@ def test_a_library_takes_arrays_there_and_back(folders, monkeypatch, library):
     assert_merged(load_folder(folder / "out"), base, adapter)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_an_infinity_that_is_only_copied_stays(folders, dtype):
+    folder, _, _ = folders
+    bias = np.array([np.inf, -np.inf, np.nan, 0, 1, 2, 3], np.float32)
+    edit_base(folder, **{"block.0.q.bias": bias})
+    assert merge(folder, "--dtype", dtype) == 0
+    copied = load_folder(folder / "out")["block.0.q.bias"].astype(np.float32)
+    np.testing.assert_array_equal(copied, bias)
+
+
 def test_values_too_large_for_a_dtype_are_refused(folders, capsys):
     folder, _, _ = folders
     edit_base(folder, **{"block.0.q.bias": np.full(7, 1e6, np.float32)})
     assert merge(folder, "--dtype", "float16") == 2
     assert "block.0.q.bias has values too large for float16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["block.0.q.weight", "block.0.q.bias"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_bfloat16_rounds_to_infinity_is_refused(folders, capsys, name, sign):
+    """Its largest number is under float32's, and its cast tells of no overflow."""
+    folder, _, _ = folders
+    least = np.float32(float.fromhex("0x1.FFp127"))
+    below = np.nextafter(least, np.float32(0))
+    for largest, status in (below, 0), (least, 2):
+        if name.endswith("bias"):
+            edit_base(folder, **{name: np.full(7, sign * largest, np.float32)})
+        else:  # W' = m⊙w, where w has one number in a row
+            prefix = "base_model.model.block.0.q"
+            edit_base(folder, **{name: sign * np.eye(7, 5, dtype=np.float32)})
+            b, m = np.zeros((7, 2), np.float32), np.full(7, largest)
+            edit_adapter(
+                folder,
+                add={f"{prefix}.lora_B.weight": b, f"{prefix}.lora_magnitude_vector": m},
+            )
+        assert merge(folder, "--dtype", "bfloat16", "--force") == status
+        problem = f"{name} has values too large for bfloat16" if status else ""
+        assert problem in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -747,6 +780,30 @@ def test_out_is_replaced_only_by_force(folders, capsys):
     assert not (folder / "out" / "mine").exists()
 
 
+def test_a_merge_killed_between_its_two_renames_is_finished(folders, monkeypatch):
+    """Also where someone has put something at OUT since."""
+    folder, base, adapter = folders
+    (folder / "out").mkdir()
+    (folder / "out" / "old").write_text("old")
+    kind = type(folder)
+    replace = kind.replace
+
+    def killed(self, target):
+        if target == folder / "out":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    plan = plan_merge(folder / "base", folder / "adapter", Options())
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_merge(plan, folder / "out", force=True)
+    (folder / "out").mkdir()
+    assert merge(folder, "--force") == 0
+    assert_merged(load_folder(folder / "out"), base, adapter)
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "base", "out"]
+
+
 def test_a_file_replaces_no_folder(tmp_path, capsys):
     rng = np.random.default_rng(1)
     base = {f"{path}.weight": draw(rng, *shape) for path, shape in SHAPES.items()}
@@ -767,6 +824,7 @@ def test_a_file_replaces_no_folder(tmp_path, capsys):
         ("adapter", "OUT must not hold what is merged"),
         (".", "OUT must not hold what is merged"),
         ("none/out", "no such folder"),
+        ("out.safetensors", "OUT must be a folder, as BASE is"),
     ],
 )
 def test_a_target_that_cannot_be(folders, capsys, out, message):
@@ -801,6 +859,17 @@ def test_a_disk_that_fills_up_leaves_what_is_finished(folders, capsys, monkeypat
     assert problem in capsys.readouterr().err
     assert not (folder / "out").exists()
     assert merge(folder) == 0
+
+
+def test_a_file_that_cannot_be_copied_is_named(folders, capsys, monkeypatch):
+    folder, _, _ = folders
+
+    def forbidden(source, target):
+        raise PermissionError(13, "Permission denied", str(source))
+
+    monkeypatch.setattr(shutil, "copy2", forbidden)
+    assert merge(folder) == 2
+    assert "base/config.json: Permission denied; the same merge goes on" in capsys.readouterr().err
 
 
 def test_a_read_only_target(folders, capsys, monkeypatch):

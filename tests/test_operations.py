@@ -298,6 +298,19 @@ def test_merge_may_round_its_factors(backend, put, dtype):
     assert 0 < error < (2.0**-7 if dtype == "bfloat16" else 2.0**-15)
 
 
+@pytest.mark.lanes("cuda-host", "cupy")
+@pytest.mark.dtypes("bfloat16", "float32")
+def test_tensor_cores_lose_no_digits_of_a_large_rank(backend, put, dtype):
+    """They cut off what they add to: of terms of one sign, that is a bias that grows with them."""
+    rng = np.random.default_rng(0)
+    weight = put(np.zeros((20, 30)), dtype)
+    a, b = (put(rng.uniform(0, 1, shape)) for shape in ((256, 30), (20, 256)))
+    ops, factors = operations(weight=weight), Factors(weight, a, b, None)
+    squares = backend.numpy(ops.direction_squares(factors, a.dtype))
+    lengths = np.linalg.norm(rounded(backend.numpy(b)) @ rounded(backend.numpy(a)), axis=1)
+    np.testing.assert_allclose(np.sqrt(squares), lengths, rtol=3e-7)
+
+
 @pytest.mark.lanes("cuda-host")
 @pytest.mark.dtypes("bfloat16", "float32", "float64")
 @pytest.mark.parametrize("form", ["weight", "direction"])

@@ -88,12 +88,15 @@ def adapt(
     for path in targets:
         weight = by_path[path]
         kind = _kind(path, weight, known)
-        own = replace(
-            config,
-            rank=ranks.get(path, config.rank),
-            alpha=alphas.get(path, config.alpha),
-        )
-        adapter = init(kind.matrix(weight), own, seed=seed + len(layers))
+        try:
+            own = replace(
+                config,
+                rank=ranks.get(path, config.rank),
+                alpha=alphas.get(path, config.alpha),
+            )
+            adapter = init(kind.matrix(weight), own, seed=seed + len(layers))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         layers[path] = AdaptedLayer(adapter, own, kind, tuple(weight.shape))
     patterns = {"kinds": kinds, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
     for name, pattern in patterns.items():

@@ -29,6 +29,7 @@ from doraxp.backends._cupy_products import (
 from doraxp.backends._generic import Factors
 
 CHUNK = 32  # tokens, or rows, whose sums a thread takes
+NEEDED = 80  # compute capability, ten times: the first with bfloat16
 RUN = 4  # tokens that a thread of `outputs` takes, so that it reads gain and bias once for them
 PATCH, STRIP = 64, 32  # rows and columns of a block of `merge`, and of a warp
 ROWS = 4  # rows of a thread of `merge_wide`
@@ -52,6 +53,12 @@ def why_not() -> str | None:
         return f"installed, but the import failed: {type(error).__name__}: {error}"
     if not cupy.cuda.is_available():
         return "installed, but no NVIDIA device was found (is the driver there? try nvidia-smi)"
+    capability = str(cupy.cuda.Device().compute_capability)  # "75" is 7.5
+    if int(capability) < NEEDED:
+        return (
+            f"installed, but the device is of compute capability {capability[:-1]}."
+            f"{capability[-1]}, and {NEEDED / 10} is needed: no kernel compiles for it"
+        )
     return None
 
 

@@ -556,14 +556,21 @@ struct Patch {
                 unsigned of_right[PARTS][2];
                 pair(from, right_step, k, rank, &of_right[0][0], 2);
                 pair(from, right_step, k + 8, rank, &of_right[0][1], 2);
+                // Tensor cores cut off what they add, and do not round it. So they add up no more than
+                // these products, the least first; the sum over k is made outside.
+                float fresh[DOWN][4] = {};
 #pragma unroll
-                for (int p = 0; p < PARTS; ++p)
+                for (int least = PARTS - 1; least >= 0; --least)
 #pragma unroll
-                    for (int q = 0; q < PARTS - p; ++q)
+                    for (int p = 0; p <= least; ++p)
 #pragma unroll
                         for (int i = 0; i < DOWN; ++i)
-                            if (p + q < parts)
-                                tensor_product(sums[i][j], of_left[p][i], of_right[q]);
+                            if (least < parts)
+                                tensor_product(fresh[i], of_left[p][i], of_right[least - p]);
+#pragma unroll
+                for (int i = 0; i < DOWN; ++i)
+#pragma unroll
+                    for (int h = 0; h < 4; ++h) sums[i][j][h] += fresh[i][h];
             }
         }
     }

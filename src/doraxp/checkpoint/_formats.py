@@ -64,7 +64,9 @@ def _adapter_file(path: Path) -> Path:
     if path.is_dir():
         found = [path / name for name in _FILES if (path / name).is_file()]
         pickles = [path / name for name in ("adapter_model.bin",) if (path / name).is_file()]
-        path = (found or pickles or [path / _FILES[0]])[0]
+        if not found and not pickles:
+            raise FileNotFoundError(f"{path}: no adapter in it, neither {' nor '.join(_FILES)}")
+        path = (found or pickles)[0]
     return path
 
 

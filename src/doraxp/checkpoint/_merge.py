@@ -142,15 +142,18 @@ def run_merge(
         shutil.rmtree(work, ignore_errors=True)
         raise
     except OSError as error:
+        problem = error.strerror or error
+        if error.filename is not None:
+            problem = f"{error.filename}: {problem}"
         raise OSError(
-            f"{out}: {error.strerror or error}; the same merge goes on from the shards that are "
-            "finished"
+            f"{out}: {problem}; the same merge goes on from the shards that are finished"
         ) from error
     result = work / "model"
     if not merge.model.is_folder:
         result /= merge.model.path.name
     if merge.model.is_folder and os.path.lexists(out):
-        out.rename(work / "replaced")
+        # A name of its own: a merge that was killed here may have left another.
+        out.rename(work / f"{uuid.uuid4().hex}.replaced")
     result.replace(out)
     shutil.rmtree(work)
     return changes
@@ -238,6 +241,8 @@ def _check_target(merge: Merge, out: Path, *, force: bool) -> None:
         raise CheckpointError(f"{out}: OUT must not hold what is merged")
     if out.is_dir() and not merge.model.is_folder:
         raise CheckpointError(f"{out}: OUT must be a file, as BASE is, but there is a folder")
+    if merge.model.is_folder and out.suffix == ".safetensors":
+        raise CheckpointError(f"{out}: OUT must be a folder, as BASE is, and has a file's name")
     if os.path.lexists(out) and not force:
         raise FileExistsError(f"{out}: already there; --force replaces it")
     if not out.parent.is_dir():

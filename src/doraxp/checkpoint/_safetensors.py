@@ -139,7 +139,8 @@ def _checked_header(path: Path) -> tuple[dict[str, Any], int]:
         length = int.from_bytes(first, "little")
         if length > _HEADER_LIMIT:
             raise CheckpointError(
-                f"{path}: a safetensors header must be at most {_HEADER_LIMIT} bytes, got {length}"
+                f"{path}: no safetensors file: its header must be at most {_HEADER_LIMIT} bytes, "
+                f"got {length}"
             )
         raw = file.read(length)
     check_values(raw, path)

@@ -159,10 +159,22 @@ def _write(write: Write, name: str, blocks: Iterator[Array], tensor: Tensor) -> 
         try:
             with np.errstate(over="raise"):
                 written = np.ascontiguousarray(narrow.cast(rows, dtype))
+            if tensor.dtype == "BF16":
+                _check_overflow(rows, written)
         except FloatingPointError:
             raise CheckpointError(f"{name} has values too large for {dtype}") from None
         raw = written.reshape(-1).view(np.uint8)
         write(raw.data)
+
+
+def _check_overflow(rows: Array, written: Array) -> None:
+    """Do for bfloat16 what NumPy does for its own dtypes: the cast tells of no overflow."""
+    bits = written.view(np.uint16)
+    # Of the numbers of one sign infinity has the largest bits, so this is faster than isfinite.
+    if bits.view(np.int16).max(initial=0) < 0x7F80 and bits.max(initial=0) < 0xFF80:
+        return
+    if (np.isfinite(rows) & ~np.isfinite(written)).any():
+        raise FloatingPointError
 
 
 def load_library(backend: str) -> Library:
