@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -217,6 +217,22 @@ def test_a_scheduler_takes_the_shards(folders, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: found.get(name, True))
     assert merge(folder, "--scheduler", "tcp://here:8786") == 2
     assert "pip install 'doraxp[distributed]'" in capsys.readouterr().err
+
+
+def test_a_shard_that_fails_on_a_cluster_cancels_those_that_wait(folders):
+    folder, *_ = folders
+    tasks = []
+
+    def submit(function, *arguments):
+        tasks.append(Future())
+        if len(tasks) == 1:
+            tasks[0].set_exception(CheckpointError("NaN"))
+        return tasks[-1]
+
+    plan = plan_merge(folder / "base", folder / "adapter", Options())
+    with pytest.raises(CheckpointError, match="NaN"):
+        run_merge(plan, folder / "out", executor=SimpleNamespace(submit=submit))
+    assert [task.cancelled() for task in tasks] == [False, True]
 
 
 class KilledWorker(Exception):  # noqa: N818  as the library calls it

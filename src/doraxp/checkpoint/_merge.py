@@ -191,9 +191,13 @@ def _in_tasks(
         executor.submit(finish_shard, merge, work, name, verify): name
         for name in merge.model.shards
     }
-    for task in as_completed(tasks):
-        task.result()
-        on_bytes(merge.shard_size(tasks[task]))
+    try:
+        for task in as_completed(tasks):
+            task.result()
+            on_bytes(merge.shard_size(tasks[task]))
+    finally:
+        for task in tasks:
+            task.cancel()  # those that wait, where one failed
     return {name: change for task in tasks for name, change in task.result().items()}
 
 
