@@ -72,10 +72,14 @@ def test_two_backends_are_said_to_agree_and_what_they_lack_is_said(capsys, monke
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("abacus", "names must be of numpy, "), ("cupy", "cupy cannot run here: ")],
+    [
+        ("abacus", "names must be of numpy, "),
+        ("cupy", "cupy cannot run here: pip install 'doraxp[cuda13]', or [cuda12]"),
+    ],
 )
 def test_a_backend_that_cannot_run_is_exit_status_2(capsys, monkeypatch, name, message):
-    nothing = [doraxp.backends.Status(one, False, "no device") for one in ("numpy", "cupy")]
+    how = "pip install 'doraxp[cuda13]', or [cuda12]"
+    nothing = [doraxp.backends.Status(one, False, how) for one in ("numpy", "cupy")]
     monkeypatch.setattr("doraxp.backends.available", lambda: nothing)
     assert main(["verify", "--backend", name]) == 2
     assert f"doraxp verify: error: {message}" in capsys.readouterr().err
