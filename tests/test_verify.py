@@ -44,6 +44,14 @@ def test_a_wrong_number_is_exit_status_1_and_named(capsys, monkeypatch, tmp_path
     assert (one["case"], one["error"], one["share"]) == ("tall", None, None)
 
 
+def test_what_the_table_shows_is_said_in_whole_lines(capsys):
+    """The table of one library is narrow; what is said of it need not be."""
+    assert main(["verify", "--backend", "numpy"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (first,) = (line for line in lines if line.startswith("Largest error"))
+    assert 60 < len(first.rstrip()) <= 80
+
+
 def test_a_long_list_of_failures_is_cut(capsys, monkeypatch):
     right = doraxp.merge
     monkeypatch.setattr(doraxp, "merge", lambda *args, **kwargs: 1.01 * right(*args, **kwargs))
