@@ -189,10 +189,11 @@ def test_it_compiles_in_one_graph(torch, train_base):
                     p.mul_(1.25)
 
 
-def test_the_shapes_that_a_compiler_is_told_are_those_that_come(torch):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])  # the latter is not cast at last
+def test_the_shapes_that_a_compiler_is_told_are_those_that_come(torch, dtype):
     from doraxp.torch import _ops
 
-    x, w, a, b, m, bias = draw(torch, SHAPES["stack"], "bfloat16")
+    x, w, a, b, m, bias = draw(torch, SHAPES["stack"], dtype)
     rules = 2, 1.0, "weight", "exact"
     arguments = (x, w, a, b, m, bias, *rules)
     checks = ("test_schema", "test_faketensor")
