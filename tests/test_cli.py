@@ -201,3 +201,22 @@ def test_jax_compiles_and_everyone_waits_for_what_is_computed(monkeypatch):
     assert synchronised == []
     assert cupy.wait(2) == 2
     assert synchronised == ["cupy"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "verify --backend numpy",
+        "demo --seeds 3 --steps 10 --plot {}.png",
+        "bench --backend numpy --tasks norm --shapes 8x8 --rank 2 --rounds 2 --plot {}.png",
+    ],
+)
+def test_a_file_is_named_as_it_is(tmp_path, capsys, monkeypatch, command):
+    """Brackets are no markup, and no error after all was measured."""
+    monkeypatch.chdir(tmp_path)
+    name = "run[red][bold] :smile:"
+    words = [word.format(name) for word in command.split()]
+    assert main([*words, "--json", f"{name}.json"]) == 0
+    printed = capsys.readouterr().out
+    assert f"Figures: {name}.json" in printed
+    assert ".png" not in command or f"Picture: {name}.png" in printed

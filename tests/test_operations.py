@@ -56,7 +56,7 @@ def drawn(request):
     shapes = {
         "weight": (out, inner), "x": (tokens, inner), "d": (tokens, out), "a": (rank, inner),
         "b": (out, rank), "low_rank": (tokens, rank), "pull": (rank, out), "gain": (out,),
-        "bias": (out,),
+        "bias": (out,), "z": (tokens, out),
     }  # fmt: skip
     values = {name: rng.standard_normal((*stack, *shape)) for name, shape in shapes.items()}
     return {**values, "row_scale": rng.uniform(0.5, 2, (*stack, out))}
@@ -118,13 +118,10 @@ class TestOperations:
     def test_backward(self, backend, given):
         ops, arrays, plain, rtol = given
         room = plain["pull"].shape[-2]
-        (z, d, gain), expected = (arrays[n] for n in ("d", "d", "gain")), []
-        z = as_dtype(z, gain.dtype, xp=backend.namespace())
-        scaled, *sums = ops.scale_and_sum(d, z, gain, room, total=True)
+        names = ("d", "z", "gain")
+        scaled, *sums = ops.scale_and_sum(*(arrays[n] for n in names), room, total=True)
         rows = ops.append(scaled, arrays["pull"])
-        scaled, *expected = GENERIC.scale_and_sum(
-            plain["d"], plain["d"], plain["gain"], room, total=True
-        )
+        scaled, *expected = GENERIC.scale_and_sum(*(plain[n] for n in names), room, total=True)
         expected = [GENERIC.append(scaled, plain["pull"]), *expected]
         for actual, desired in zip([rows, *sums], expected, strict=True):
             assert_near(backend.numpy(actual), desired, rtol)

@@ -189,10 +189,11 @@ def test_it_compiles_in_one_graph(torch, train_base):
                     p.mul_(1.25)
 
 
-def test_the_shapes_that_a_compiler_is_told_are_those_that_come(torch):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])  # the latter is not cast at last
+def test_the_shapes_that_a_compiler_is_told_are_those_that_come(torch, dtype):
     from doraxp.torch import _ops
 
-    x, w, a, b, m, bias = draw(torch, SHAPES["stack"], "bfloat16")
+    x, w, a, b, m, bias = draw(torch, SHAPES["stack"], dtype)
     rules = 2, 1.0, "weight", "exact"
     arguments = (x, w, a, b, m, bias, *rules)
     checks = ("test_schema", "test_faketensor")
@@ -459,3 +460,41 @@ def test_bad_input_is_refused(torch):
         ours(config, x, w, a, b, m, bias[1:])
     with pytest.raises(ValueError, match="lora_a must have shape"):
         ours(Config(1), x, w, a, b, m)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # addmm_ is a loop there
+@pytest.mark.parametrize("batched", ["x", "dy"])
+def test_vmap_over_tokens_goes_through_the_functional_api(torch, batched):
+    config = Config(2, 3)
+    (w, a, b, m), (x, dy) = LEAVES[:4], [(5, 6), (5, 4)]
+    x, dy, *leaves = (
+        array.detach() for array in draw(torch, [(3, *x) if batched == "x" else x, dy, w, a, b, m])
+    )
+    if batched == "dy":
+        dy = torch.stack([dy, 2 * dy, dy + 1])
+
+    def gradients(x, dy):
+        weight, *adapter = leaves
+        _, cache = doraxp.forward(x, weight, Adapter(*adapter), config)
+        made = doraxp.backward(dy, cache)
+        return (made.x, *made.adapter)
+
+    axes = (0, None) if batched == "x" else (None, 0)
+    got = torch.func.vmap(gradients, axes)(x, dy)
+    pairs = [(x[i], dy) if batched == "x" else (x, dy[i]) for i in range(3)]
+    want = map(torch.stack, zip(*(gradients(*pair) for pair in pairs), strict=True))
+    assert_same(torch, got, list(want))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script.:DeprecationWarning")  # PyTorch's own
+def test_forward_mode_goes_through_the_functional_api(torch):
+    from torch.autograd import forward_ad
+
+    config = Config(2, 3)
+    x, dy, w, a, b, m = (array.detach() for array in draw(torch, [(5, 6), (5, 4), *LEAVES[:4]]))
+    _, cache = doraxp.forward(x, w, Adapter(a, b, m), config)
+    with forward_ad.dual_level():
+        made = doraxp.backward(forward_ad.make_dual(dy, dy), cache)
+        tangents = [forward_ad.unpack_dual(d).tangent for d in (made.x, *made.adapter)]
+    plain = doraxp.backward(dy, cache)  # linear in dy
+    assert_same(torch, tangents, [plain.x, *plain.adapter])

@@ -44,6 +44,14 @@ def test_a_wrong_number_is_exit_status_1_and_named(capsys, monkeypatch, tmp_path
     assert (one["case"], one["error"], one["share"]) == ("tall", None, None)
 
 
+def test_what_the_table_shows_is_said_in_whole_lines(capsys):
+    """The table of one library is narrow; what is said of it need not be."""
+    assert main(["verify", "--backend", "numpy"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (first,) = (line for line in lines if line.startswith("Largest error"))
+    assert 60 < len(first.rstrip()) <= 80
+
+
 def test_a_long_list_of_failures_is_cut(capsys, monkeypatch):
     right = doraxp.merge
     monkeypatch.setattr(doraxp, "merge", lambda *args, **kwargs: 1.01 * right(*args, **kwargs))
@@ -72,10 +80,14 @@ def test_two_backends_are_said_to_agree_and_what_they_lack_is_said(capsys, monke
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("abacus", "names must be of numpy, "), ("cupy", "cupy cannot run here: ")],
+    [
+        ("abacus", "names must be of numpy, "),
+        ("cupy", "cupy cannot run here: pip install 'doraxp[cuda13]', or [cuda12]"),
+    ],
 )
 def test_a_backend_that_cannot_run_is_exit_status_2(capsys, monkeypatch, name, message):
-    nothing = [doraxp.backends.Status(one, False, "no device") for one in ("numpy", "cupy")]
+    how = "pip install 'doraxp[cuda13]', or [cuda12]"
+    nothing = [doraxp.backends.Status(one, False, how) for one in ("numpy", "cupy")]
     monkeypatch.setattr("doraxp.backends.available", lambda: nothing)
     assert main(["verify", "--backend", name]) == 2
     assert f"doraxp verify: error: {message}" in capsys.readouterr().err

@@ -29,7 +29,7 @@ class TorchOperations(Operations):
     ) -> tuple[Array, Array, Array | None]:
         """Saves the temporary d⊙z, which is made where g⊙d will be, and what appending copies."""
         xp = self.xp
-        if xp.is_grad_enabled() and any(array.requires_grad for array in (d, z, gain)):
+        if self._derived(d, z, gain):
             return super().scale_and_sum(d, z, gain, room, total=total)
         *stack, tokens, out = d.shape
         scaled = d.new_empty((*stack, tokens + room, out))[..., :tokens, :]
@@ -39,9 +39,20 @@ class TorchOperations(Operations):
 
     def append(self, scaled: Array, rows: Array) -> Array:
         """Saves the copy: there is room in the array that `scaled` is the head of."""
-        if rows.requires_grad:
+        if self._derived(rows):
             return super().append(scaled, rows)
         *stack, tokens, out = scaled.shape
         whole = scaled.as_strided((*stack, tokens + rows.shape[-2], out), scaled.stride())
         whole[..., tokens:, :] = rows
         return whole
+
+    def _derived(self, *arrays: Array) -> bool:
+        """Say whether PyTorch differentiates what is made of these, or maps it: not into `out`."""
+        import torch
+
+        if torch._C._are_functorch_transforms_active():
+            return True
+        if torch.is_grad_enabled() and any(array.requires_grad for array in arrays):
+            return True
+        duals = map(torch.autograd.forward_ad.unpack_dual, arrays)
+        return any(dual.tangent is not None for dual in duals)

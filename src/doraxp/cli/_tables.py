@@ -14,6 +14,11 @@ def plain_console() -> Console:
     return Console(markup=False, emoji=False)
 
 
+def print_names(line: str, console: Console) -> None:
+    """Print a line, uncut, with the names in it as they are on any console."""
+    console.print(line, soft_wrap=True, markup=False, emoji=False, highlight=False)
+
+
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], console: Console) -> None:
     """Print a table, its first column to the left, the others to the right."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))

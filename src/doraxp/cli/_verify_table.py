@@ -14,6 +14,11 @@ from rich.table import Table
 from doraxp.testing import Comparison, Figure
 
 LINES = 20
+CAPTION = (  # not the table's own: that is as narrow as the table, which may have one library
+    "Largest error of all cases in units of the dtype's resolution, and, in brackets, in percent "
+    "of its bound: above 100 is wrong. Dense: the dense formulas in NumPy; in float64 they are "
+    "the reference."
+)
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
@@ -22,10 +27,6 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     backends = list(dict.fromkeys(figure.backend for figure in figures))
     table = Table(
         title=f"{len({figure.case for figure in figures})} cases against float64",
-        caption="Largest error of all cases in units of the dtype's resolution, and, in "
-        "brackets, in percent of its bound: above 100 is wrong. Dense: the dense formulas in "
-        "NumPy; in float64 they are the reference.",
-        caption_justify="left",
         box=SIMPLE_HEAD,
         show_edge=False,
         padding=(0, 1, 0, 0),
@@ -47,6 +48,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
             dense = _largest(one.dense / one.resolution for one in row)
             table.add_row(quantity, f"{dense:.1f}", *cells)
     console.print(table)
+    console.print(CAPTION, highlight=False)
     _print_rest(comparison, console)
 
 

@@ -109,6 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
     from doraxp.cli._bench import memory
     from doraxp.cli._bench.measure import Measured, WrongAnswerError, measure
     from doraxp.cli._bench.report import figures, print_exponents, print_tables
+    from doraxp.cli._tables import print_names
 
     asked = {name: getattr(arguments, name) for name in DEFAULT_CASES}
     on_gpu = gpu.LIBRARY in (arguments.backend or ())
@@ -166,7 +167,7 @@ def run(arguments: argparse.Namespace) -> int:
     if on_gpu:
         console.print(f"Device: {gpu.device()['name']}")
     for name, reason in missing.items():
-        console.print(f"Without {name}: {reason}", soft_wrap=True)
+        print_names(f"Without {name}: {reason}", console)
     if arguments.json is not None:
         took_part = dict.fromkeys([*libraries, *(one.library for one in results)])
         names = [name.lower() for name in took_part]
@@ -178,12 +179,12 @@ def run(arguments: argparse.Namespace) -> int:
         fitted = {name: curves.exponents(name, curve) for name, curve in found.items()}
         fits = {"exponents": fitted} if found else {}
         write_json(arguments.json, {**head, **fits, "results": figures(results)})
-        console.print(f"Figures: {arguments.json}", soft_wrap=True)
+        print_names(f"Figures: {arguments.json}", console)
     if arguments.plot is not None:
         from doraxp.cli._bench.picture import save_curves, save_ratios
 
         save_curves(found, arguments.plot) if found else save_ratios(results, arguments.plot)
-        console.print(f"Picture: {arguments.plot}", soft_wrap=True)
+        print_names(f"Picture: {arguments.plot}", console)
     return 0
 
 

@@ -98,6 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from doraxp.cli._picture import save_picture
     from doraxp.cli._table import print_results
+    from doraxp.cli._tables import print_names
 
     settings = Settings(
         **{field.name: getattr(arguments, field.name) for field in fields(Settings)}
@@ -116,9 +117,9 @@ def run(arguments: argparse.Namespace) -> int:
     print_results(results, console)
     if arguments.json is not None:
         write_json(arguments.json, _report(results))
-        console.print(f"Figures: {arguments.json}", soft_wrap=True)
+        print_names(f"Figures: {arguments.json}", console)
     save_picture(results, arguments.plot)
-    console.print(f"Picture: {arguments.plot}", soft_wrap=True)
+    print_names(f"Picture: {arguments.plot}", console)
     return 0
 
 

@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from doraxp.cli._tables import print_names
     from doraxp.cli._verify_table import print_comparison
 
     names = arguments.backend
@@ -59,14 +60,14 @@ def run(arguments: argparse.Namespace) -> int:
                 ),
             )
         except (RuntimeError, ValueError) as error:
-            errors.print(f"doraxp verify: error: {error}", soft_wrap=True, highlight=False)
+            print_names(f"doraxp verify: error: {error}", errors)
             return 2
     console = Console()
     print_comparison(comparison, console)
     if arguments.json is not None:
         report = {"catalogue": VERSION, "versions": versions(*names), **_report(comparison)}
         arguments.json.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-        console.print(f"Figures: {arguments.json}", soft_wrap=True)
+        print_names(f"Figures: {arguments.json}", console)
     return 0 if comparison.ok else 1
 
 

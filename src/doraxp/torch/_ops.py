@@ -163,7 +163,8 @@ def backward_op(
         gradients = backward(dy, Cache(x, None, low_rank, z, prepared), train_base=train_base)
     dweight = weight.new_empty(0) if gradients.weight is None else gradients.weight
     da, db, dm = (d.to(leaf.dtype) for d, leaf in zip(gradients.adapter, adapter, strict=True))
-    return gradients.x, da, db, dm, dweight.to(weight.dtype)
+    dx = gradients.x.contiguous()  # of a stack, it is a part of a product
+    return dx, da, db, dm, dweight.to(weight.dtype)
 
 
 @backward_op.register_fake
