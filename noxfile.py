@@ -89,11 +89,11 @@ def examples(session: nox.Session) -> None:
 
 @nox.session
 def peers(session: nox.Session) -> None:
-    """Run the yardstick on the implementations of others, and read and write their files."""
+    """Run the yardstick on others' implementations, show what it finds; read and write files."""
     install(session, "test", "jax", "peers")
     lanes = [f"--backend={name}" for name in PEERS]
     names = ("peers", "implementation", "checkpoint_peers")
-    pytest(session, *lanes, *PARALLEL, *(f"tests/test_{name}.py" for name in names))
+    pytest(session, *lanes, *PARALLEL, "-rP", *(f"tests/test_{name}.py" for name in names))
 
 
 @nox.session(tags=["ci"])

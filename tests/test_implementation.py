@@ -273,7 +273,7 @@ def test_what_is_wrong_everywhere_in_the_same_way_is_one_line():
     lines = str(report).splitlines()
     (line,) = (line for line in lines if "unexpected keyword argument 'weight'" in line)
     assert line.startswith("  merge, tall, float32, all: raises TypeError: ")
-    assert line.endswith(f" (and {len(report.findings) - 1} times more)")
+    assert line.endswith(f" (and {len(report.findings) - 1} more)")
     assert len(lines) == 3  # and what the conventions leave out
 
 

@@ -19,6 +19,13 @@ AS_A_MATRIX = {("forward", "one token", "y"), ("gradients", "one token", "all")}
 """A vector x comes back as a matrix of one row."""
 
 
+def reported(peer, conventions):
+    """The report, printed too: `nox -s peers` shows it."""
+    report = check_implementation(peer, conventions)
+    print(report)
+    return report
+
+
 def meant(**choices):
     return Conventions(**{"norm_gradient": "detached", **choices})
 
@@ -54,7 +61,7 @@ def made(torch):
 
 
 def test_pefts_float_layer_is_right_but_for_three_things(peft, made):
-    report = check_implementation(made.Peft(), meant(dropout="input"))
+    report = reported(made.Peft(), meant(dropout="input"))
     assert findings(report) == {
         *AS_A_MATRIX,
         ("gradients", "one row", "dx"),  # W g is made as W + (g - 1) W
@@ -64,7 +71,7 @@ def test_pefts_float_layer_is_right_but_for_three_things(peft, made):
 
 
 def test_peft_is_nan_on_a_zero_row(peft, made):
-    report = check_implementation(made.Peft(), meant(dtypes=("float32",)))
+    report = reported(made.Peft(), meant(dtypes=("float32",)))
     assert not_finite(report, "zero row") == {
         ("forward", "y"),
         ("merge", "merged"),
@@ -73,27 +80,27 @@ def test_peft_is_nan_on_a_zero_row(peft, made):
 
 
 def test_pefts_init_is_off_on_a_bf16_base(peft, made):
-    report = check_implementation(offered(made.Peft(), "init"), meant(dtypes=("bfloat16",)))
+    report = reported(offered(made.Peft(), "init"), meant(dtypes=("bfloat16",)))
     assert names(report) == {("init",): ("the magnitude is rounded to bfloat16 at init",)}
     errors = [float(one.problem.split()[-1]) for one in report.findings]
     assert max(errors) == 0.0035  # 0.35 %
-    right = check_implementation(offered(made.Peft(), "init"), meant())
+    right = reported(offered(made.Peft(), "init"), meant())
     assert findings(right) == set()
 
 
 def test_peft_rounds_to_bf16_on_the_way(peft, made):
-    report = check_implementation(offered(made.Peft(), "forward"), meant(dtypes=("bfloat16",)))
+    report = reported(offered(made.Peft(), "forward"), meant(dtypes=("bfloat16",)))
     assert findings(report) == {("forward", "half storage", "y")}
 
 
 def test_torchtune_scales_the_bias_so_that_its_forward_is_not_its_merge(torchtune, made):
     peer = made.Torchtune()
-    report = check_implementation(peer, meant(dropout="low_rank"))
+    report = reported(peer, meant(dropout="low_rank"))
     assert names(report)[("forward",)] == (
         "the bias is scaled by m/n, so that forward is not merge",
     )
     assert not {case for function, case, _ in findings(report) if function == "merge"}
-    scaled = check_implementation(peer, meant(dropout="low_rank", bias_scaled=True))
+    scaled = reported(peer, meant(dropout="low_rank", bias_scaled=True))
     assert findings(scaled) == {
         *AS_A_MATRIX,
         ("forward", "low-rank dropout, one token", "y"),
@@ -103,7 +110,7 @@ def test_torchtune_scales_the_bias_so_that_its_forward_is_not_its_merge(torchtun
 
 
 def test_torchtune_is_nan_on_a_zero_row(torchtune, made):
-    report = check_implementation(offered(made.Torchtune(), "forward", "merge"), meant())
+    report = reported(offered(made.Torchtune(), "forward", "merge"), meant())
     assert not_finite(report, "zero row") == {("forward", "y"), ("merge", "merged")}
 
 
@@ -111,14 +118,14 @@ def test_torchtune_is_nan_on_a_zero_row(torchtune, made):
 def test_lycoris_is_right_with_its_eps(lycoris, made, dtype):
     eps = float(np.finfo(dtype).eps)
     choices = {"norm_gradient": "exact", "dtypes": (dtype,)}
-    report = check_implementation(made.Lycoris(), meant(eps=eps, **choices))
+    report = reported(made.Lycoris(), meant(eps=eps, **choices))
     rounding = {("forward", "rows of all sizes", "y"), ("gradients", "one row", "dx")}
     assert findings(report) == (rounding if dtype == "float32" else set())
     assert not_finite(report, "zero row") == set()
 
 
 def test_mlx_lm_is_right_but_nan_on_a_zero_row(mlx_lm, made):
-    report = check_implementation(made.MlxLm(), meant(dropout="low_rank"))
+    report = reported(made.MlxLm(), meant(dropout="low_rank"))
     assert findings(report) == set()
     assert not_finite(report, "zero row") == {
         ("forward", "y"),

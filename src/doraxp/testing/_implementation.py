@@ -62,7 +62,7 @@ class Report(NamedTuple):
             alike.setdefault((one.function, one.quantity, one.problem), []).append(one)
         for one, *more in alike.values():
             where = f"{one.function}, {one.case}, {one.dtype}, {one.quantity}"
-            again = f" (and {len(more)} times more)" if more else ""
+            again = f" (and {len(more)} more)" if more else ""
             lines.append(f"  {where}: {one.problem}{again}")
         if self.left_out:
             lines.append(f"  not run, as the conventions say: {'; '.join(self.left_out)}")
