@@ -103,7 +103,9 @@ def test_x_and_dy_in_the_weights_dtype_are_not_cast(ops, array, monkeypatch, dty
     assert ops.operand_dtype(x, weight, wide) == np.dtype(dtype)
     a, b = array(*stack, 2, 6, dtype=wide), array(*stack, 7, 2, dtype=wide)
     vector, low_rank = array(*stack, 7, dtype=wide), array(*stack, 5, 2, dtype=wide)
-    found = Suspects(array(21), array(1), array(2, dtype=wide), Factors(weight, a, b, None))
+    marks = array(*stack, 7, dtype="bool")
+    factors = Factors(weight, a, b, None)
+    found = Suspects(array(21), array(1), array(2, dtype=wide), marks, factors)
     # A float32 factor beside a half one is cast or split, which needs a device.
     monkeypatch.setattr(
         CupyOperations, "_multiply_two", lambda _, *given: ops.cuda.gemm(*given[:4])

@@ -89,16 +89,16 @@ class CupyOperations(Guard):
             return super().outputs(x, base, factors, low_rank, formed, gain, bias)
         low = name_of(x) in LOW
         kind = x.dtype if low and is_reduced() else gain.dtype
-        weight, _, scaled_b, row_scale = factors
-        update = low_rank, scaled_b
+        weight, a, scaled_b, row_scale = factors
         if self.takes_token(x, weight, gain.dtype):
             x, shape = packed(x, self.xp), (*x.shape[:-1], weight.shape[-2])
             z, y = (self.cuda.empty(shape, dtype) for dtype in (kind, x.dtype))
-            last = gain, bias, y
-            self.launch_token(x, weight, gain.dtype, z, row_scale, update, last)
-        else:
-            z = self.multiply(x, self.xp.matrix_transpose(weight), kind)
-            z, y = self._finish(z, row_scale, update, gain, bias, x.dtype if low else kind)
+            update = a, scaled_b, row_scale, formed.suspect, low_rank
+            self.launch_token(x, weight, gain.dtype, z, update, (gain, bias, y))
+            return z, y
+        z = self.multiply(x, self.xp.matrix_transpose(weight), kind)
+        kind = x.dtype if low else kind
+        z, y = self._finish(z, row_scale, (low_rank, scaled_b), gain, bias, kind)
         self.guard_outputs(formed, x, z, (y, gain, bias))
         return z, y
 

@@ -29,6 +29,7 @@ class Suspects(NamedTuple):
     rows: Array  # (stack · out,) int32; the first `count` are indices of rows
     count: Array  # (1,) int32
     switches: Array  # (2,): 1, and 1 where count > 0, else 0
+    suspect: Array  # (*stack, out): the same rows, marked
     factors: Factors
 
 
@@ -39,7 +40,7 @@ class Guard(Products):
         self, suspect: Array, norm: Array, factors: Factors, dtype: Any,
         reduce: Reduce | None = None,
     ) -> tuple[Array, Any]:  # fmt: skip
-        """Saves V: rows are formed where they are needed. `norm` is written to."""
+        """Saves V: rows are formed where they are needed. `norm` and `suspect` are written to."""
         if reduce is not None:
             return super().guard(suspect, norm, factors, dtype, reduce)
         weight, *rest = factors
@@ -48,7 +49,7 @@ class Guard(Products):
         factors = Factors(weight if turned else stored, *rest)
         rows = self.cuda.empty((norm.size,), np.int32)
         count, switches = self.cuda.empty((1,), np.int32), self.cuda.empty((2,), norm.dtype)
-        found = Suspects(rows, count, switches, factors)
+        found = Suspects(rows, count, switches, suspect, factors)
         size, grid = np.int64(norm.size), (min(norm.size, MEASURERS), 1, 1)
         self._launch_guard("guard_norms", factors, (suspect, size), norm.dtype, grid, (norm,))
         self.cuda.launch("list_suspects", alike(norm), (1, 1, 1), suspect, norm, *found[:3], size)

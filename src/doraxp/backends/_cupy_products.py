@@ -95,22 +95,26 @@ class Products(Operations):
         return one and len({x.dtype, rows.dtype, np.dtype(dtype)}) <= 2
 
     def launch_token(
-        self, x: Array, rows: Array, dtype: Any, z: Array, scale: Array | None = None,
-        update: tuple[Array, Array] | None = None, last: tuple[Any, ...] = (None, None, None),
+        self, x: Array, rows: Array, dtype: Any, z: Array, update: tuple[Any, ...] = (None,) * 5,
+        last: tuple[Any, ...] = (None, None, None),
     ) -> None:  # fmt: skip
-        """Write z = scale⊙(x rowsᵀ) + L (s B)ᵀ, and for `last` = (gain, bias, y) y = g⊙z + bias."""
+        """Write z = x rowsᵀ; or for `update` = (A, s B, ρ, suspects, L) z = x Vᵀ, of W in `rows`.
+
+        For `last` = (gain, bias, y) then y = g⊙z + bias.
+        """
         wide, xp = dtype_name(np.dtype(dtype)), self.xp
         stored = next((name_of(array) for array in (x, rows) if name_of(array) != wide), wide)
-        low_rank, scaled_b = (None, None) if update is None else update
-        rank = 0 if scaled_b is None else scaled_b.shape[-1]
+        rank = 0 if update[0] is None else update[0].shape[-2]
         gain, bias, y = last
         *stack, out, inner = rows.shape
         count = math.prod(stack) * out
-        vectors = (packed(array, xp) for array in (scale, scaled_b, low_rank, gain, bias))
+        by_block = rank == 0
+        grid = count if by_block else -(-count // WARPS), 1, 1
+        vectors = (packed(array, xp) for array in (*update, gain, bias))
         self.cuda.launch(
-            "token", Types(stored, name_of(z), wide), (-(-count // WARPS), 1, 1),
+            "token", Types(stored, name_of(z), wide), grid,
             rows, np.int32(name_of(rows) == stored), x, np.int32(name_of(x) == stored),
-            *vectors, z, y, *map(np.int64, (count, out, inner, rank)),
+            *vectors, z, y, *map(np.int64, (count, out, inner, rank)), np.int32(by_block),
         )  # fmt: skip
 
     def multiply(

@@ -250,6 +250,8 @@ class Operations:
     ) -> tuple[Array, Any | None]:  # fmt: skip
         """Form the rows of V where `suspect` (*stack, out), and measure them.
 
+        `suspect` and `norm` may be written to.
+
         Returns
         -------
         norm, formed

@@ -220,14 +220,28 @@ extern "C" __global__ void sum_chunks(const C* partial, C* result, index_t chunk
 
 // ---------------------------------------------------------------- one token
 
-// Σ m_k x_k, of a warp.
+// One number of V = ρ⊙W + b A; A is (stack, rank, in). `b` null for no update; `turned` where W lies
+// as (in, out). In double: what is left of a row that cancels shows every rounding on the way, and
+// such rows are few.
+template <typename M>
+__device__ inline C formed(const M* weight, int turned, const C* a, const C* b, const C* row_scale,
+                           index_t row, index_t k, index_t out, index_t in, index_t rank) {
+    const index_t e = row / out;
+    double value = wide(weight[turned ? (e * in + k) * out + row % out : row * in + k]);
+    if (row_scale) value *= row_scale[row];
+    for (index_t r = 0; b && r < rank; ++r)
+        value += (double)b[row * rank + r] * a[(e * rank + r) * in + k];
+    return (C)value;
+}
+
+// Σ m_k x_k over what is this thread's, of `team` threads.
 template <typename M, typename X>
-__device__ inline C dot(const M* m, const X* x, index_t length) {
+__device__ inline C dot(const M* m, const X* x, index_t length, int team) {
     const bool packed = length % N == 0 && aligned(m, x);
     C left[N], right[N], sums[N];
     for (int j = 0; j < N; ++j) sums[j] = 0;
 #pragma unroll 4
-    for (index_t k = threadIdx.x % WARP * N; k < length; k += WARP * N) {
+    for (index_t k = (int)threadIdx.x % team * N; k < length; k += team * N) {
         const int count = length - k < N ? (int)(length - k) : N;
         load(m + k, left, count, packed);
         load(x + k, right, count, packed);
@@ -236,29 +250,53 @@ __device__ inline C dot(const M* m, const X* x, index_t length) {
     }
     C total = 0;
     for (int j = 0; j < N; ++j) total += sums[j];
-    return warp_sum(total);
+    return total;
 }
 
-// z = ρ⊙(M x) + b L and y = g⊙z + bias, a warp to each row of M: W, or A with `b` and `y` null.
-// grid (rows / WARPS)                        2 bytes of M, 4 of (out, rank); x comes from the cache
+// Σ V_k x_k of a suspect row, over what is this thread's of a warp.
+template <typename M, typename X>
+__device__ inline C dot_formed(const M* m, const X* x, const C* a, const C* b, const C* row_scale,
+                               index_t row, index_t out, index_t in, index_t rank) {
+    C total = 0;
+    for (index_t k = threadIdx.x % WARP; k < in; k += WARP)
+        total += formed(m, 0, a, b, row_scale, row, k, out, in, rank) * (C)wide(x[k]);
+    return total;
+}
+
+// z = M x, a block to each row of M: L = A x, of few rows.  grid (rows)
+//                                    2 or 4 bytes of M; x comes from the cache
+// z = ρ⊙(M x) + b L and y = g⊙z + bias, a warp to each row of M = W.  grid (rows / WARPS)
+//                                    2 bytes of W, 5 of (out, rank)
+// The first where `by_block`. A suspect row is x V itself, but for a row of zeros: see the guard.
 // M is of S where `m_stored`, else of C; x and y of S where `stored`.
 extern "C" __global__ void token(const void* m, int m_stored, const void* x, int stored,
-                                 const C* row_scale, const C* b, const C* low_rank, const C* gain,
+                                 const C* a, const C* b, const C* row_scale,
+                                 const unsigned char* suspect, const C* low_rank, const C* gain,
                                  const C* bias, Z* z, void* y, index_t rows, index_t out,
-                                 index_t in, index_t rank) {
-    const index_t row = (index_t)blockIdx.x * WARPS + threadIdx.x / WARP, e = row / out;
+                                 index_t in, index_t rank, int by_block) {
+    const index_t row = by_block ? (index_t)blockIdx.x
+                                 : (index_t)blockIdx.x * WARPS + threadIdx.x / WARP;
     if (row >= rows) return;
-    const index_t at = row * in, of_x = e * in;
-    C value = m_stored ? stored ? dot((const S*)m + at, (const S*)x + of_x, in)
-                                : dot((const S*)m + at, (const C*)x + of_x, in)
-              : stored ? dot((const C*)m + at, (const S*)x + of_x, in)
-                       : dot((const C*)m + at, (const C*)x + of_x, in);
-    if (row_scale) value *= row_scale[row];
-    C update = 0;
-    for (index_t r = threadIdx.x % WARP; b && r < rank; r += WARP)
-        update += b[row * rank + r] * low_rank[e * rank + r];
-    value += warp_sum(update);
-    if (threadIdx.x % WARP != 0) return;
+    const int team = by_block ? THREADS : WARP;
+    const index_t e = row / out, at = row * in, of_x = e * in;
+    const S *m_s = (const S*)m, *x_s = (const S*)x + of_x;
+    const C *m_c = (const C*)m, *x_c = (const C*)x + of_x;
+    C value;
+    if (suspect && suspect[row]) {
+        value = m_stored ? stored ? dot_formed(m_s, x_s, a, b, row_scale, row, out, in, rank)
+                                  : dot_formed(m_s, x_c, a, b, row_scale, row, out, in, rank)
+                : stored ? dot_formed(m_c, x_s, a, b, row_scale, row, out, in, rank)
+                         : dot_formed(m_c, x_c, a, b, row_scale, row, out, in, rank);
+    } else {
+        value = m_stored ? stored ? dot(m_s + at, x_s, in, team) : dot(m_s + at, x_c, in, team)
+                : stored ? dot(m_c + at, x_s, in, team)
+                         : dot(m_c + at, x_c, in, team);
+        if (row_scale) value *= row_scale[row];
+        for (index_t r = threadIdx.x % WARP; b && r < rank; r += WARP)
+            value += b[row * rank + r] * low_rank[e * rank + r];
+    }
+    value = by_block ? block_sum(value) : warp_sum(value);
+    if (threadIdx.x % team != 0) return;
     z[row] = narrow<Z>(value);
     if (!y) return;
     const C result = bias ? gain[row] * value + bias[row] : gain[row] * value;
@@ -351,19 +389,6 @@ extern "C" __global__ void split(const C* a, S* parts, C* shrink, index_t rows, 
 
 // ---------------------------------------------------------------- the guard
 
-// One number of V = ρ⊙W + b A; A is (stack, rank, in). `b` null for no update; `turned` where W lies
-// as (in, out). In double: what is left of a row that cancels shows every rounding on the way, and
-// such rows are few.
-__device__ inline C formed(const S* weight, int turned, const C* a, const C* b, const C* row_scale,
-                           index_t row, index_t k, index_t out, index_t in, index_t rank) {
-    const index_t e = row / out;
-    double value = wide(weight[turned ? (e * in + k) * out + row % out : row * in + k]);
-    if (row_scale) value *= row_scale[row];
-    for (index_t r = 0; b && r < rank; ++r)
-        value += (double)b[row * rank + r] * a[(e * rank + r) * in + k];
-    return (C)value;
-}
-
 // n of the suspect rows, from V itself, without overflow or underflow.     grid (any), a row a block
 extern "C" __global__ void guard_norms(const unsigned char* suspect, index_t rows, const S* weight,
                                        int turned, const C* a, const C* b, const C* row_scale,
@@ -386,16 +411,19 @@ extern "C" __global__ void guard_norms(const unsigned char* suspect, index_t row
 }
 
 // The suspect rows that are not of zeros, in order, and how many. What is computed for a row of
-// zeros has no effect, as its gain is 0. One block: grid (1).                 1 byte of (out,)
-// `switches` gets {1, 1 if there are any else 0}, for products that add to what the guard wrote.
-extern "C" __global__ void list_suspects(const unsigned char* suspect, const C* norm, int* list,
+// zeros has no effect, as its gain is 0: it is no suspect any more. One block: grid (1).
+// 2 bytes of (out,). `switches` gets {1, 1 if there are any else 0}, for products that add to what the guard wrote.
+extern "C" __global__ void list_suspects(unsigned char* suspect, const C* norm, int* list,
                                          int* count, C* switches, index_t rows) {
     __shared__ int before[THREADS];
     const index_t share = (rows + THREADS - 1) / THREADS;
     const index_t first = threadIdx.x * share;
     const index_t end = first + share < rows ? first + share : rows;
     int own = 0;
-    for (index_t row = first; row < end; ++row) own += suspect[row] && norm[row] != 0;
+    for (index_t row = first; row < end; ++row) {
+        if (norm[row] == 0) suspect[row] = 0;
+        own += suspect[row] != 0;
+    }
     before[threadIdx.x] = own;
     __syncthreads();
     int at = 0;
@@ -406,7 +434,7 @@ extern "C" __global__ void list_suspects(const unsigned char* suspect, const C* 
         switches[1] = at + own > 0;
     }
     for (index_t row = first; row < end; ++row)
-        if (suspect[row] && norm[row] != 0) list[at++] = (int)row;
+        if (suspect[row]) list[at++] = (int)row;
 }
 
 enum { TILE = 8 };  // tokens that a thread works on at once, so that V is formed once for all
