@@ -14,6 +14,7 @@
 #define DORAXP_HOST
 #define __global__
 #define __device__
+#define __launch_bounds__(...)
 #define __shared__ static  // blocks do not overlap
 
 struct Dim3 { unsigned x, y, z; };

@@ -99,7 +99,10 @@ class HostCuda:
     def upload(self, values: Any) -> Any:
         return values.copy().view(DeviceArray)
 
-    def launch(self, name: str, types: Types, grid: tuple[int, int, int], *arguments: Any) -> None:
+    def launch(
+        self, name: str, types: Types, grid: tuple[int, int, int], *arguments: Any,
+        threads: int = THREADS,
+    ) -> None:  # fmt: skip
         assert all(0 < size <= limit for size, limit in zip(grid, GRID, strict=True)), (name, grid)
         assert types in BUILDS, types
         self.launched.append(name)
@@ -109,7 +112,7 @@ class HostCuda:
         assert given == codes().decode(), f"{name} takes {codes().decode()}, got {given}"
         held = [_argument(value) for value in arguments]
         pointers = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
-        getattr(library(types), f"launch_{name}")(*grid, THREADS, pointers)
+        getattr(library(types), f"launch_{name}")(*grid, threads, pointers)
 
     def gemm(
         self, left: Any, right: Any, out: Any, beta: float | Any, *, tf32: bool = False

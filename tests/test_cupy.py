@@ -13,7 +13,7 @@ import pytest
 
 from doraxp import Adapter, Config, backends, forward, prepare
 from doraxp.backends import Factors, reduced_precision
-from doraxp.backends._cuda import Cuda
+from doraxp.backends._cuda import THREADS, Cuda
 from doraxp.backends._cupy import CupyOperations
 from doraxp.backends._cupy_guard import Suspects
 
@@ -44,7 +44,7 @@ class Recorder:
     def empty(self, shape, dtype):
         return self.array(*shape, dtype=dtype)
 
-    def launch(self, name, types, grid, *arguments):
+    def launch(self, name, types, grid, *arguments, threads=THREADS):
         assert all(0 < size < 2**16 for size in grid)
         self.calls.append((name, types))
 
@@ -142,7 +142,7 @@ def test_the_norm_takes_few_launches(ops, array):
     assert (merged.shape, merged.dtype) == ((7, 6), np.float16)
     assert [name for name, *_ in ops.cuda.calls] == [
         "gemm", "assemble", "squares", "sum_chunks", "over_norm", "guard_norms", "list_suspects",
-        "merge",
+        "tiles", "merge",
     ]  # fmt: skip
 
 

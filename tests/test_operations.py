@@ -255,7 +255,8 @@ def test_few_rows_in_float32_read_the_weight_once(backend, put, dtype):
 @pytest.mark.parametrize("form", ["weight", "direction"])
 @pytest.mark.parametrize("lies", ["by rows", "by columns"])
 @pytest.mark.parametrize(
-    ("stack", "out", "inner", "rank"), [((), 70, 136, 19), ((2,), 66, 7, 3), ((), 1, 1, 1)]
+    ("stack", "out", "inner", "rank"),
+    [((), 70, 136, 19), ((), 136, 200, 33), ((2,), 66, 7, 3), ((), 1, 1, 1)],
 )
 def test_merge_of_a_weight_of_either_layout(
     backend, put, dtype, form, lies, stack, out, inner, rank
@@ -398,8 +399,8 @@ def test_merge_from_nothing_reads_the_weight_twice(backend, put, dtype):
     ops.cuda.launched.clear()
     merged = doraxp.merge(weight, adapter, config)
     if dtype != "float64":  # has no tensor cores of use
-        measured = ["squares", "sum_chunks", "guard_norms", "list_suspects", "over_norm"]
-        assert ops.cuda.launched == [*measured, "merge"]
+        measured = ["tiles", "squares", "sum_chunks", "norms", "guard_norms", "over_norm"]
+        assert ops.cuda.launched == [*measured, "tiles", "merge"]
     v = rounded(weight) + rounded(adapter.lora_b) @ rounded(adapter.lora_a)
     expected = (rounded(adapter.magnitude) / np.linalg.norm(v, axis=1))[:, None] * v
     rtol = {"float32": 1e-5, "float64": 1e-13}.get(dtype, EPS.get(dtype))

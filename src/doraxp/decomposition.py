@@ -136,16 +136,7 @@ def weight_norms(
 
     The expressions are those of `prepare` with B = 0, so that m / n is exactly 1 there.
     """
-    return direction_norms(Factors(weight, None, None, None), squares, ops=ops, reduce=reduce)
-
-
-def direction_norms(
-    factors: Factors, squares: Array, *, ops: Operations, reduce: Reduce | None = None
-) -> Array:
-    """Return ‖Vᵢ‖, given their squares, which may have left the range of the dtype."""
-    suspect = ~ops.in_range(squares, factors.weight.shape[-1])
-    norm, _ = ops.guard(suspect, ops.xp.sqrt(squares), factors, squares.dtype, reduce)
-    return norm
+    return ops.norms(squares, Factors(weight, None, None, None), reduce)
 
 
 def inverse_norms(

@@ -38,7 +38,7 @@ from doraxp.adapted import (
     times,
 )
 from doraxp.backends import Factors, Operations, as_dtype, compute_dtype, operations
-from doraxp.decomposition import direction_norms, inverse_norms, weight_norms
+from doraxp.decomposition import inverse_norms, weight_norms
 
 InitMethod: TypeAlias = Literal["kaiming", "gaussian"]
 
@@ -394,7 +394,7 @@ def merge(
         row_scale = inverse_norms(weight, ops.row_squares(weight, dtype), ops=ops)
     factors = Factors(weight, a, config.scaling * b, row_scale)
     if not ops.merges_in_one_pass:
-        norm = direction_norms(factors, ops.direction_squares(factors, dtype), ops=ops)
+        norm = ops.norms(ops.direction_squares(factors, dtype), factors)
         return ops.merge(factors, ops.over_norm(m, norm), dtype)
 
     def gain_of(rows: slice, v: Array) -> Array:

@@ -17,13 +17,14 @@ from doraxp._types import Array
 
 SOURCE = Path(__file__).with_name("kernels.cu").read_text(encoding="utf-8")
 THREADS = 128
-"""Of every block; as in the source."""
+"""Of a block, where nothing else is said; as in the source."""
 KERNELS = (
     "outputs",
     "gradients",
     "sum_chunks",
     "token",
     "assemble",
+    "norms",
     "over_norm",
     "split",
     "guard_norms",
@@ -31,6 +32,7 @@ KERNELS = (
     "guard_outputs",
     "guard_inputs",
     "guard_hide",
+    "tiles",
     "merge",
     "squares",
     "merge_wide",
@@ -88,10 +90,13 @@ class Cuda:
         """Return a NumPy array on the device; the copy waits for nothing."""
         return import_module("cupy").asarray(values)
 
-    def launch(self, name: str, types: Types, grid: tuple[int, int, int], *arguments: Any) -> None:
+    def launch(
+        self, name: str, types: Types, grid: tuple[int, int, int], *arguments: Any,
+        threads: int = THREADS,
+    ) -> None:  # fmt: skip
         """Start a kernel. An argument is an array, None for a null pointer, or a NumPy scalar."""
         values = tuple(np.intp(0) if value is None else value for value in arguments)
-        _kernel(name, types)(grid, (THREADS,), values)
+        _kernel(name, types)(grid, (threads,), values)
 
     def gemm(
         self, left: Array, right: Array, out: Array, beta: float | Array, *, tf32: bool = False

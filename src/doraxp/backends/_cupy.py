@@ -31,7 +31,9 @@ from doraxp.backends._generic import Factors
 CHUNK = 32  # tokens, or rows, whose sums a thread takes
 NEEDED = 80  # compute capability, ten times: the first with bfloat16
 RUN = 4  # tokens that a thread of `outputs` takes, so that it reads gain and bias once for them
-PATCH, STRIP = 64, 32  # rows and columns of a block of `merge`, and of a warp
+STRIP = 32  # rows and columns of a warp of `merge`
+BELOW, BESIDE = 2, 4  # warps of a block of it
+TERMS = 16  # of a rank, that tensor cores add up at once
 ROWS = 4  # rows of a thread of `merge_wide`
 LEAF_BLOCK = 4 * THREADS  # numbers of a block of `adamw`
 KINDS = ("float16", "bfloat16", "float32", "float64")  # as `adamw` counts them
@@ -172,19 +174,32 @@ class CupyOperations(Guard):
         return self._squares(factors, np.dtype(dtype))
 
     def _squares(self, factors: Factors, dtype: Any) -> Array:
-        weight, *rest = factors
-        stored, turned = lying(weight, self.xp)
+        stored, turned = lying(factors.weight, self.xp)
         *stack, rows, columns = stored.shape
         out, inner = (columns, rows) if turned else (rows, columns)
         partial = self.cuda.empty((*stack, -(-inner // STRIP), out), dtype)
-        given = (packed(array, self.xp) for array in rest)
-        rank = 0 if factors.lora_a is None else factors.lora_a.shape[-2]
-        sizes = (np.int64(size) for size in (rows, columns, rank))
-        types = Types(name_of(weight), dtype_name(dtype), dtype_name(dtype))
-        grid = -(-columns // PATCH), -(-rows // PATCH), math.prod(stack)
-        how = np.int32(PARTS), np.int32(turned)
-        self.cuda.launch("squares", types, grid, stored, *given, partial, *sizes, *how)
+        types = Types(name_of(stored), dtype_name(dtype), dtype_name(dtype))
+        self._launch_patches("squares", types, stored, turned, factors, PARTS, partial)
         return self.sum_chunks(partial)
+
+    def _launch_patches(
+        self, name: str, types: Types, stored: Array, turned: bool, factors: Factors, parts: int,
+        *given: Array,
+    ) -> None:  # fmt: skip
+        """Launch a kernel that forms V by patches, s B A of so many parts of s B and of A."""
+        _, a, b, row_scale = factors
+        *stack, rows, columns = stored.shape
+        count, rank, tiles = math.prod(stack), 0 if a is None else a.shape[-2], None
+        sizes = (*map(np.int64, (rows, columns, rank)), np.int32(parts), np.int32(turned))
+        if rank:
+            sides, steps = 2 * (-(-rows // STRIP) - (-columns // STRIP)), -(-rank // TERMS)
+            tiles = self.cuda.empty((count, sides, steps, parts, TERMS * TERMS // 2), np.uint32)
+            grid = -(-sides // WARPS), steps, count
+            a, b = (packed(array, self.xp) for array in (a, b))
+            self.cuda.launch("tiles", types, grid, a, b, tiles, *sizes)
+        grid = -(-columns // (STRIP * BESIDE)), -(-rows // (STRIP * BELOW)), count
+        arguments = stored, tiles, packed(row_scale, self.xp), *given, *sizes
+        self.cuda.launch(name, types, grid, *arguments, threads=32 * BELOW * BESIDE)
 
     def assemble(
         self, u: Array, gram: Array, a_squares: Array, squares: Array, scaled_b: Array,
@@ -192,7 +207,6 @@ class CupyOperations(Guard):
     ) -> tuple[Array, Array, Array]:  # fmt: skip
         """Saves some twenty launches."""
         xp, scalar = self.xp, np.dtype(u.dtype).type
-        info = np.finfo(u.dtype)
         bg = self.product(scaled_b, gram)
         *_, out, rank = scaled_b.shape
         norm, suspect = (self.cuda.empty(squares.shape, kind) for kind in (u.dtype, xp.bool))
@@ -200,7 +214,7 @@ class CupyOperations(Guard):
         terms_of = u, scaled_b, bg, squares, row_scale, xp.reshape(a_squares, (-1,))
         given = (packed(array, xp) for array in terms_of)
         sizes = (np.int64(size) for size in (squares.size, out, rank))
-        floor = scalar(terms * float(info.smallest_normal) / float(info.eps))
+        floor = scalar(self.floor(u.dtype, terms))
         self.cuda.launch(
             "assemble", alike(u), (-(-squares.size // WARPS), 1, 1),
             *given, norm, projection, suspect, *sizes, floor, scalar(cancellation),
@@ -221,23 +235,26 @@ class CupyOperations(Guard):
 
     def merge(self, factors: Factors, gain: Array, dtype: Any) -> Array:
         """Saves every (out, in) temporary: W is read once and W' written once, as W lies."""
-        xp, (weight, *rest) = self.xp, factors
-        double = gain.dtype == np.float64
-        stored, turned = (packed(weight, xp), False) if double else lying(weight, xp)
-        *stack, rows, columns = stored.shape
-        merged = self.cuda.empty(stored.shape, weight.dtype)
+        xp, weight = self.xp, factors.weight
+        gain = packed(gain, xp)
         types = Types(name_of(weight), name_of(gain), name_of(gain))
-        sizes = (np.int64(size) for size in (rows, columns, factors.lora_a.shape[-2]))
-        given = stored, *(packed(array, xp) for array in (*rest, gain)), merged, *sizes
-        if double:
-            grid = _columns(columns, stored), min(-(-rows // ROWS), LIMIT), math.prod(stack)
-            self.cuda.launch("merge_wide", types, grid, *given)
-        else:
-            grid = -(-columns // PATCH), -(-rows // PATCH), math.prod(stack)
-            rounded = 1 if name_of(weight) == "bfloat16" else 2  # parts of 8 bits
-            parts = rounded if is_reduced() else PARTS
-            self.cuda.launch("merge", types, grid, *given, np.int32(parts), np.int32(turned))
+        if gain.dtype == np.float64:
+            return self._merge_wide(types, factors, gain)
+        stored, turned = lying(weight, xp)
+        merged = self.cuda.empty(stored.shape, weight.dtype)
+        rounded = 1 if name_of(weight) == "bfloat16" else 2  # parts of 8 bits
+        parts = rounded if is_reduced() else PARTS
+        self._launch_patches("merge", types, stored, turned, factors, parts, gain, merged)
         return xp.matrix_transpose(merged) if turned else merged
+
+    def _merge_wide(self, types: Types, factors: Factors, gain: Array) -> Array:
+        stored, *rest = (packed(array, self.xp) for array in factors)
+        *stack, out, inner = stored.shape
+        merged = self.cuda.empty(stored.shape, stored.dtype)
+        grid = _columns(inner, stored), min(-(-out // ROWS), LIMIT), math.prod(stack)
+        sizes = (np.int64(size) for size in (out, inner, rest[0].shape[-2]))
+        self.cuda.launch("merge_wide", types, grid, stored, *rest, gain, merged, *sizes)
+        return merged
 
     def adamw(
         self, leaves: dict[str, tuple[Array, ...]], rates: dict[str, Any], decays: dict[str, Any],

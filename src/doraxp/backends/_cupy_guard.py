@@ -43,17 +43,38 @@ class Guard(Products):
         """Saves V: rows are formed where they are needed. `norm` and `suspect` are written to."""
         if reduce is not None:
             return super().guard(suspect, norm, factors, dtype, reduce)
-        weight, *rest = factors
-        stored, turned = lying(weight, self.xp)
-        rest = [packed(array, self.xp) for array in rest]
-        factors = Factors(weight if turned else stored, *rest)
+        factors = self._laid(factors)
+        self._measure(suspect, norm, factors)
         rows = self.cuda.empty((norm.size,), np.int32)
         count, switches = self.cuda.empty((1,), np.int32), self.cuda.empty((2,), norm.dtype)
         found = Suspects(rows, count, switches, suspect, factors)
-        size, grid = np.int64(norm.size), (min(norm.size, MEASURERS), 1, 1)
-        self._launch_guard("guard_norms", factors, (suspect, size), norm.dtype, grid, (norm,))
-        self.cuda.launch("list_suspects", alike(norm), (1, 1, 1), suspect, norm, *found[:3], size)
+        given = suspect, norm, *found[:3], np.int64(norm.size)
+        self.cuda.launch("list_suspects", alike(norm), (1, 1, 1), *given)
         return norm, found
+
+    def norms(self, squares: Array, factors: Factors, reduce: Reduce | None = None) -> Array:
+        """Saves the list of the suspect rows, and six launches."""
+        if reduce is not None:
+            return super().norms(squares, factors, reduce)
+        kind, size = squares.dtype, np.int64(squares.size)
+        norm, suspect = (self.cuda.empty(squares.shape, dtype) for dtype in (kind, self.xp.bool))
+        grid = -(-squares.size // THREADS), 1, 1
+        floor = kind.type(self.floor(kind, factors.weight.shape[-1]))
+        self.cuda.launch("norms", alike(squares), grid, squares, norm, suspect, size, floor)
+        self._measure(suspect, norm, self._laid(factors))
+        return norm
+
+    def _laid(self, factors: Factors) -> Factors:
+        """Return the factors as kernels want them: W by rows or by columns, the rest by rows."""
+        weight, *rest = factors
+        stored, turned = lying(weight, self.xp)
+        rest = [packed(array, self.xp) for array in rest]
+        return Factors(weight if turned else stored, *rest)
+
+    def _measure(self, suspect: Array, norm: Array, factors: Factors) -> None:
+        """Write the norms of the suspect rows."""
+        which, grid = (suspect, np.int64(norm.size)), (min(norm.size, MEASURERS), 1, 1)
+        self._launch_guard("guard_norms", factors, which, norm.dtype, grid, (norm,))
 
     def guarded_times_transposed(
         self, formed: Any, x: Array, factored: Callable[[Array], Array]

@@ -166,9 +166,12 @@ class Operations:
 
     def in_range(self, squares: Array, terms: int) -> Array:
         """Say which sums of `terms` squares lost nothing to overflow or underflow (NaN: no)."""
-        info = self.xp.finfo(squares.dtype)
-        floor = terms * float(info.smallest_normal) / float(info.eps)
-        return (squares > floor) & (squares < float("inf"))
+        return (squares > self.floor(squares.dtype, terms)) & (squares < float("inf"))
+
+    def floor(self, dtype: Any, terms: int) -> float:
+        """Return what a sum of `terms` squares must be above, to have lost nothing to underflow."""
+        info = self.xp.finfo(dtype)
+        return terms * float(info.smallest_normal) / float(info.eps)
 
     def assemble(
         self, u: Array, gram: Array, a_squares: Array, squares: Array, scaled_b: Array,
@@ -202,6 +205,11 @@ class Operations:
         trusted = (n2 > cancellation * (base + update)) & self.in_range(n2, terms)
         suspect = ~(trusted & (self.in_range(mean_square, terms) | (b_squares == 0)))
         return xp.sqrt(xp.abs(n2)), u + bg, suspect  # what is below 0 is suspect
+
+    def norms(self, squares: Array, factors: Factors, reduce: Reduce | None = None) -> Array:
+        """Return ‖Vᵢ‖ of ‖Vᵢ‖² (*stack, out), which may have left the range of the dtype."""
+        suspect = ~self.in_range(squares, factors.weight.shape[-1])
+        return self.guard(suspect, self.xp.sqrt(squares), factors, squares.dtype, reduce)[0]
 
     # V, formed
 

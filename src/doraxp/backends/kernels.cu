@@ -344,6 +344,17 @@ extern "C" __global__ void assemble(const C* u, const C* b, const C* bg, const C
     suspect[row] = !(trusted && regular);
 }
 
+// n = √n² of sums of squares; `suspect` where they are not within floor..∞.
+// grid (rows / THREADS)                                             9 bytes of (out,)
+extern "C" __global__ void norms(const C* squares, C* norm, unsigned char* suspect, index_t rows,
+                                 C floor) {
+    const index_t row = (index_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (row >= rows) return;
+    const C n2 = squares[row], infinity = (C)__uint_as_float(0x7f800000u);
+    norm[row] = sqrt(n2);
+    suspect[row] = !(n2 > floor && n2 < infinity);
+}
+
 // values / n by rows, 0 where n = 0, NaN where it is.       grid (size / THREADS)       8 bytes
 extern "C" __global__ void over_norm(const C* values, const C* norm, C* result, index_t size,
                                      index_t per_row) {
@@ -527,78 +538,135 @@ __device__ inline void tensor_product(float* sums, const unsigned* left, const u
 }
 #endif
 
-// Numbers k and k + 1 of a vector as bfloat16 in one register, for each part, as `split` makes them.
-enum { PARTS = 3 };
-__device__ inline void pair(const C* vector, index_t step, index_t k, index_t rank,
-                            unsigned* parts, int stride) {
-    float low = k < rank ? (float)vector[k * step] : 0, high = 0;
-    if (k + 1 < rank) high = (float)vector[(k + 1) * step];
-#pragma unroll
-    for (int p = 0; p < PARTS; ++p) {
-        const bf16_t first = narrow<bf16_t>(low), second = narrow<bf16_t>(high);
-        parts[p * stride] = first.bits | (unsigned)second.bits << 16;
-        low -= wide(first);
-        high -= wide(second);
-    }
+// What a lane has of 16 by 16 numbers, two in a register.
+struct alignas(16) Tile { unsigned item[4]; };
+
+enum {
+    PARTS = 3,               // of bfloat16, that have the digits of a float
+    TERMS = 16,              // of a rank, that tensor cores add up at once
+    DOWN = 2, ACROSS = 2,    // tiles that a warp has: 32 rows by 32 columns
+    STRIP = 32,
+    PATCH_ROWS = 2 * DOWN, PATCH_COLUMNS = 4 * ACROSS,  // of a lane
+    BELOW = 2, BESIDE = 4,   // warps of a block: it has 64 rows by 128 columns
+    PATCH_THREADS = WARP * BELOW * BESIDE
+};
+
+__device__ inline index_t tiles_down(index_t rows) {
+    return (rows + STRIP - 1) / STRIP * DOWN;
+}
+__device__ inline index_t tiles_across(index_t columns) {
+    return (columns + STRIP - 1) / STRIP * ACROSS;
 }
 
-enum { DOWN = 2, ACROSS = 4 };  // tiles of 16 by 8 numbers that a warp has; a block has 2 by 2 warps
+// b and A in parts of bfloat16, each what it keeps of what the parts before it left, and in the order
+// in which the lanes of a tensor core take them: tiles (stack, down and across, rank / TERMS, parts,
+// WARP). W is (rows, columns): its rows are those of b and its columns those of A, or where `turned`
+// the other way round.       grid (tiles / WARPS, rank / TERMS, stack)       4 + 2 `parts` bytes
+extern "C" __global__ void tiles(const C* a, const C* b, Tile* result, index_t rows, index_t columns,
+                                 index_t rank, int parts, int turned) {
+    const index_t tile = (index_t)blockIdx.x * WARPS + threadIdx.x / WARP, e = blockIdx.z;
+    const index_t down = tiles_down(rows), across = tiles_across(columns);
+    if (tile >= down + across) return;
+    const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    const bool is_down = tile < down, of_b = is_down == !turned;
+    const index_t count = is_down ? rows : columns;
+    const C* from = (of_b ? b : a) + e * rank * count;
+    const index_t step = of_b ? rank : 1, step_k = of_b ? 1 : count;
+    Tile found[PARTS];
+#pragma unroll
+    for (int h = 0; h < 4; ++h) {
+        // Which columns a tile has is free: so a lane has 8 neighbours in its tiles.
+        const index_t eight = 2 * (tile - down) + h / 2;
+        const index_t own = is_down ? tile * 16 + h % 2 * 8 + g
+                                    : eight / 4 * 32 + g / 2 * 8 + eight % 4 * 2 + g % 2;
+        const index_t k = (index_t)blockIdx.y * TERMS + 2 * t + (is_down ? h / 2 : h % 2) * 8;
+        float low = 0, high = 0;
+        if (own < count && k < rank) low = (float)from[own * step + k * step_k];
+        if (own < count && k + 1 < rank) high = (float)from[own * step + (k + 1) * step_k];
+#pragma unroll
+        for (int p = 0; p < PARTS; ++p) {
+            const bf16_t first = narrow<bf16_t>(low), second = narrow<bf16_t>(high);
+            found[p].item[h] = first.bits | (unsigned)second.bits << 16;
+            low -= wide(first);
+            high -= wide(second);
+        }
+    }
+    result += ((e * (down + across) + tile) * gridDim.y + blockIdx.y) * parts * WARP + lane;
+#pragma unroll
+    for (int p = 0; p < PARTS; ++p)
+        if (p < parts) result[p * WARP] = found[p];
+}
 
-// What a warp has of V = ρ⊙W + b A: 32 by 32 numbers. W is (rows, columns), or where `turned`
-// (columns, rows) turned over: then ρ goes by columns.
+// Ask for the 32 bytes at `from` to be brought to L2.
+__device__ inline void ask_for(const void* from) {
+#ifndef DORAXP_HOST
+    asm volatile("prefetch.global.L2 [%0];" : : "l"(from));
+#endif
+}
+
+// What a warp has of V = ρ⊙W + b A. W is (rows, columns), or where `turned` (columns, rows) turned
+// over: then ρ goes by columns.
 struct Patch {
     int g, t;
-    index_t top, first, e, rows, columns, rank;
+    index_t top, first, e, rows, columns;
     int turned;
-    float sums[DOWN][ACROSS][4];
+    float sums[DOWN][2 * ACROSS][4];
 
-    __device__ Patch(index_t rows, index_t columns, index_t rank, int turned)
+    __device__ Patch(index_t rows, index_t columns, int turned)
         : g(threadIdx.x % WARP / 4), t(threadIdx.x % 4),
-          top(((index_t)blockIdx.y * 2 + threadIdx.x / WARP / 2) * 16 * DOWN),
-          first(((index_t)blockIdx.x * 2 + threadIdx.x / WARP % 2) * 8 * ACROSS), e(blockIdx.z),
-          rows(rows), columns(columns), rank(rank), turned(turned), sums{} {}
+          top(((index_t)blockIdx.y * BELOW + threadIdx.x / WARP / BESIDE) * STRIP),
+          first(((index_t)blockIdx.x * BESIDE + threadIdx.x / WARP % BESIDE) * STRIP),
+          e(blockIdx.z), rows(rows), columns(columns), turned(turned), sums{} {}
 
     __device__ bool outside() const { return top >= rows || first >= columns; }
 
+    // W, to be on its way while tensor cores multiply: a lane asks for a row.
+    __device__ void ask_for_w(const S* weight) const {
+        const index_t own = top + threadIdx.x % WARP;
+        const index_t end = columns - first < STRIP ? columns - first : STRIP;
+        for (index_t c = 0; own < rows && c < end; c += 32 / sizeof(S))
+            ask_for(weight + (e * rows + own) * columns + first + c);
+    }
+
     // b A. With 3 `parts` it has float's digits, from 6 products.
-    __device__ void multiply(const C* a, const C* b, int parts) {
-        const C* left = turned ? a + e * rank * rows : b + e * rank * rows;
-        const C* right = turned ? b + e * rank * columns : a + e * rank * columns;
-        const index_t left_row = turned ? 1 : rank, left_step = turned ? rows : 1;
-        const index_t right_column = turned ? rank : 1, right_step = turned ? 1 : columns;
-        for (index_t k = 2 * t; k - 2 * t < rank; k += 16) {
-            unsigned of_left[PARTS][DOWN][4];
+    __device__ void multiply(const Tile* tiles, index_t rank, int parts) {
+        const index_t steps = (rank + TERMS - 1) / TERMS, down = tiles_down(rows);
+        const Tile* of_e = tiles + e * (down + tiles_across(columns)) * steps * parts * WARP;
+        const Tile* left = of_e + top / 16 * steps * parts * WARP + threadIdx.x % WARP;
+        const Tile* right = of_e + (down + first / 16) * steps * parts * WARP + threadIdx.x % WARP;
+        for (index_t step = 0; step < steps; ++step) {
+            Tile of_left[DOWN][PARTS];
 #pragma unroll
             for (int i = 0; i < DOWN; ++i)
 #pragma unroll
-                for (int h = 0; h < 4; ++h) {
-                    const index_t row = top + 16 * i + 8 * (h % 2) + g;
-                    pair(left + (row < rows ? row : rows - 1) * left_row, left_step, k + h / 2 * 8,
-                         rank, &of_left[0][i][h], 4 * DOWN);
-                }
+                for (int p = 0; p < PARTS; ++p)
+                    if (p < parts) of_left[i][p] = left[((i * steps + step) * parts + p) * WARP];
 #pragma unroll
             for (int j = 0; j < ACROSS; ++j) {
-                // Which columns a tile has is free: so a lane has 8 neighbours in its tiles.
-                const index_t column = first + g / 2 * 8 + 2 * j + g % 2;
-                const C* from = right + (column < columns ? column : columns - 1) * right_column;
-                unsigned of_right[PARTS][2];
-                pair(from, right_step, k, rank, &of_right[0][0], 2);
-                pair(from, right_step, k + 8, rank, &of_right[0][1], 2);
+                Tile of_right[PARTS];
+#pragma unroll
+                for (int p = 0; p < PARTS; ++p)
+                    if (p < parts) of_right[p] = right[((j * steps + step) * parts + p) * WARP];
                 // Tensor cores cut off what they add, and do not round it. So they add up no more than
-                // these products, the least first; the sum over k is made outside.
-                float fresh[DOWN][4] = {};
+                // these products, the least first; the sum over steps is made outside.
+                float fresh[DOWN][2][4] = {};
 #pragma unroll
                 for (int least = PARTS - 1; least >= 0; --least)
 #pragma unroll
                     for (int p = 0; p <= least; ++p)
 #pragma unroll
                         for (int i = 0; i < DOWN; ++i)
-                            if (least < parts)
-                                tensor_product(fresh[i], of_left[p][i], of_right[least - p]);
+#pragma unroll
+                            for (int half = 0; half < 2; ++half)
+                                if (least < parts)
+                                    tensor_product(fresh[i][half], of_left[i][p].item,
+                                                   of_right[least - p].item + 2 * half);
 #pragma unroll
                 for (int i = 0; i < DOWN; ++i)
 #pragma unroll
-                    for (int h = 0; h < 4; ++h) sums[i][j][h] += fresh[i][h];
+                    for (int half = 0; half < 2; ++half)
+#pragma unroll
+                        for (int h = 0; h < 4; ++h) sums[i][2 * j + half][h] += fresh[i][half][h];
             }
         }
     }
@@ -628,20 +696,21 @@ struct Patch {
     }
 };
 
-// W' = g⊙(ρ⊙W + b A).     2 (W) + 2 (W') = 4 bytes; A and b come from the cache, for each block once.
-// grid (columns / 64, rows / 64, stack), of W as in `Patch`
-extern "C" __global__ void merge(const S* __restrict__ weight, const C* __restrict__ a,
-                                 const C* __restrict__ b, const C* __restrict__ row_scale,
-                                 const C* __restrict__ gain, S* __restrict__ merged, index_t rows,
-                                 index_t columns, index_t rank, int parts, int turned) {
-    Patch patch(rows, columns, rank, turned);
+// W' = g⊙(ρ⊙W + b A).     2 (W) + 2 (W') = 4 bytes; tiles come from the cache, for each block once.
+// grid (columns / 128, rows / 64, stack), of W as in `Patch`; 256 threads
+extern "C" __global__ void __launch_bounds__(PATCH_THREADS, sizeof(C) == 8 ? 1 : 2) merge(const S* __restrict__ weight, const Tile* __restrict__ tiles,
+                                 const C* __restrict__ row_scale, const C* __restrict__ gain,
+                                 S* __restrict__ merged, index_t rows, index_t columns, index_t rank,
+                                 int parts, int turned) {
+    Patch patch(rows, columns, turned);
     if (patch.outside()) return;
-    patch.multiply(a, b, parts);
+    patch.ask_for_w(weight);
+    patch.multiply(tiles, rank, parts);
     const bool packed = columns % N == 0 && aligned(weight, merged);
 #pragma unroll
-    for (int i = 0; i < 2 * DOWN; ++i)
+    for (int i = 0; i < PATCH_ROWS; ++i)
 #pragma unroll
-        for (int c = 0; c < 8; c += N) {
+        for (int c = 0; c < PATCH_COLUMNS; c += N) {
             const int count = patch.count(i, c);
             if (count == 0) continue;
             C value[N];
@@ -653,22 +722,23 @@ extern "C" __global__ void merge(const S* __restrict__ weight, const C* __restri
         }
 }
 
-// ‖Vᵢ‖², or ‖wᵢ‖² where `rank` is 0: sums over each 32 numbers, (stack, chunks, out), for
+// ‖Vᵢ‖², or ‖wᵢ‖² where `rank` is 0: sums over what a warp has of each row, (stack, chunks, out), for
 // `sum_chunks`. One kernel for both, so that the two are equal where b = 0.  2 (W) + 4 / 32 bytes
-// grid (columns / 64, rows / 64, stack), of W as in `Patch`
-extern "C" __global__ void squares(const S* __restrict__ weight, const C* __restrict__ a,
-                                   const C* __restrict__ b, const C* __restrict__ row_scale,
-                                   C* __restrict__ partial, index_t rows, index_t columns,
-                                   index_t rank, int parts, int turned) {
-    Patch patch(rows, columns, rank, turned);
+// grid (columns / 128, rows / 64, stack), of W as in `Patch`; 256 threads
+extern "C" __global__ void __launch_bounds__(PATCH_THREADS, sizeof(C) == 8 ? 1 : 2) squares(const S* __restrict__ weight, const Tile* __restrict__ tiles,
+                                   const C* __restrict__ row_scale, C* __restrict__ partial,
+                                   index_t rows, index_t columns, index_t rank, int parts,
+                                   int turned) {
+    Patch patch(rows, columns, turned);
     if (patch.outside()) return;
-    patch.multiply(a, b, parts);
+    patch.ask_for_w(weight);
+    patch.multiply(tiles, rank, parts);
     const bool packed = columns % N == 0 && aligned(weight);
-    C by_row[2 * DOWN] = {}, by_column[8] = {};
+    C by_row[PATCH_ROWS] = {}, by_column[PATCH_COLUMNS] = {};
 #pragma unroll
-    for (int i = 0; i < 2 * DOWN; ++i)
+    for (int i = 0; i < PATCH_ROWS; ++i)
 #pragma unroll
-        for (int c = 0; c < 8; c += N) {
+        for (int c = 0; c < PATCH_COLUMNS; c += N) {
             const int count = patch.count(i, c);
             if (count == 0) continue;
             C value[N];
@@ -681,18 +751,18 @@ extern "C" __global__ void squares(const S* __restrict__ weight, const C* __rest
             }
         }
     const index_t out = turned ? columns : rows;
-    const index_t chunks = ((turned ? rows : columns) + 31) / 32;
-    partial += (patch.e * chunks + (turned ? patch.top : patch.first) / 32) * out;
+    const index_t chunks = ((turned ? rows : columns) + STRIP - 1) / STRIP;
+    partial += (patch.e * chunks + (turned ? patch.top : patch.first) / STRIP) * out;
     if (turned) {
 #pragma unroll
-        for (int c = 0; c < 8; ++c) {
+        for (int c = 0; c < PATCH_COLUMNS; ++c) {
             for (int step = 4; step < WARP; step *= 2)
                 by_column[c] += __shfl_xor_sync(~0u, by_column[c], step);
             if (patch.g == 0 && patch.column(c) < columns) partial[patch.column(c)] = by_column[c];
         }
     } else {
 #pragma unroll
-        for (int i = 0; i < 2 * DOWN; ++i) {
+        for (int i = 0; i < PATCH_ROWS; ++i) {
             for (int step = 1; step < 4; step *= 2)
                 by_row[i] += __shfl_xor_sync(~0u, by_row[i], step);
             if (patch.t == 0 && patch.row(i) < rows) partial[patch.row(i)] = by_row[i];
