@@ -21,18 +21,49 @@ from doraxp.cli._bench.report import ratios
 CASE = Case(24, 16, 5, 4, "bfloat16")
 
 
-class Clock:
-    """A clock of a device: a call takes a millisecond, whenever it is made."""
+class Gpu:
+    """A device by the clock of this test: it works through its queue, and the host does not wait.
 
-    calls = 0
+    Seconds. `now` is the host's; what is launched begins at `free`, or now where that is past.
+    """
+
+    def __init__(self):
+        self.now = self.free = 0.0
+        self.held = []
+
+    def work(self, *, device, host):
+        self.now += host
+        self.free = max(self.free, self.now) + device
+
+    def kernel(self, source, name):
+        assert name in source
+
+        def launch(grid, block, arguments):
+            assert (grid, block) == ((1,), (1,))
+            (nanoseconds,) = arguments
+            self.held.append(1e-9 * int(nanoseconds))
+            self.free = max(self.free, self.now) + self.held[-1]
+
+        return launch
+
+    def event(self):
+        event = types.SimpleNamespace()
+        event.record = lambda: vars(event).update(at=max(self.free, self.now))
+        event.synchronize = lambda: vars(self).update(now=max(self.now, event.at))
+        return event
+
+    def cupy(self):
+        cuda = types.SimpleNamespace(
+            Event=self.event, get_elapsed_time=lambda a, b: 1e3 * (b.at - a.at)
+        )
+        return types.SimpleNamespace(cuda=cuda, RawKernel=self.kernel)
 
 
-class Event:
-    def record(self):
-        self.at = Clock.calls
-
-    def synchronize(self):
-        pass
+@pytest.fixture
+def device(monkeypatch):
+    made = Gpu()
+    monkeypatch.setattr("time.perf_counter", lambda: made.now)
+    return made
 
 
 class Hook:
@@ -60,12 +91,7 @@ def fake_cupy(monkeypatch):
     fake = types.SimpleNamespace(
         __version__="14.2.0",
         asarray=np.asarray,
-        cuda=types.SimpleNamespace(
-            Event=Event,
-            MemoryHook=Hook,
-            get_elapsed_time=lambda began, ended: float(ended.at - began.at),
-            runtime=runtime,
-        ),
+        cuda=types.SimpleNamespace(MemoryHook=Hook, runtime=runtime),
     )
     load = importlib.import_module
     monkeypatch.setattr(
@@ -79,6 +105,7 @@ def fake_cupy(monkeypatch):
     monkeypatch.setattr(measure, "SETTLE", 0)
     monkeypatch.setattr(gpu, "ROTATED", 3000)  # two sets of inputs, or one
     monkeypatch.setattr(gpu, "seconds", lambda *_: 1e-3)
+    monkeypatch.setattr(gpu, "host_seconds", lambda *_: 2e-3)
     return fake
 
 
@@ -154,16 +181,60 @@ def test_inputs_are_in_the_weights_dtype():
     assert adapter.lora_a.dtype == np.float32
 
 
-def test_seconds_are_the_devices(monkeypatch):
-    cuda = types.SimpleNamespace(Event=Event, get_elapsed_time=lambda a, b: float(b.at - a.at))
+@pytest.mark.parametrize("host", [1e-6, 3e-5, 4e-3])
+@pytest.mark.parametrize("repeats", [1, 20])
+def test_time_is_the_devices_however_slow_the_host_is(device, host, repeats):
+    """The queue is held while it is filled: else a short call would take as long as Python."""
+    calls = []
 
     def call():
-        Clock.calls += 3
+        calls.append(None)
+        device.work(device=2e-5, host=host)
 
-    cupy = types.SimpleNamespace(cuda=cuda)
-    assert gpu.seconds(cupy, call, 5) == pytest.approx(3e-3)
-    entrant = Contestant("a", "cupy", "exact", call, dict, seconds=lambda repeats: 7.0 * repeats)
-    assert measure.seconds_of(entrant, 2) == 14
+    assert gpu.seconds(device.cupy(), call, repeats) == pytest.approx(2e-5)
+    assert repeats < len(calls) < repeats + 4
+    assert gpu.host_seconds(device.cupy(), call) == pytest.approx(host)
+
+
+def test_what_comes_before_a_call_is_not_timed(device):
+    def reset():
+        device.work(device=1.0, host=1.0)
+
+    def call():
+        device.work(device=2e-5, host=3e-5)
+
+    assert gpu.seconds(device.cupy(), call, 5, reset) == pytest.approx(2e-5)
+    assert gpu.host_seconds(device.cupy(), call, reset) == pytest.approx(3e-5)
+
+
+def test_more_calls_than_the_queue_takes_are_held_by_and_by(device):
+    longest = 0
+    queued = []
+
+    def call():
+        nonlocal longest
+        queued[:] = [end for end in queued if end > device.now]
+        device.work(device=1e-6, host=1e-5)
+        queued.append(device.free)
+        longest = max(longest, len(queued))
+
+    gpu.seconds(device.cupy(), call, 1000)
+    assert longest <= gpu.QUEUED
+    assert max(device.held) < 1e-3
+
+
+def test_the_hosts_time_is_reported_beside_the_devices(fake_cupy, tmp_path, capsys):
+    path = tmp_path / "gpu.json"
+    shape = ("--shapes", "24x16", "--rank", "4", "--tokens", "1", "--tasks", "forward")
+    assert main(["bench", "--backend", "cupy", "--rounds", "2", "--json", str(path), *shape]) == 0
+    assert {one["host_seconds"] for one in json.loads(path.read_text())["results"]} == {2e-3}
+    text = capsys.readouterr().out
+    assert "Times are the device's; the host needs its own to make a call of it." in text
+    assert [line.split() for line in text.splitlines()].count(
+        ["median", "quartiles", "host", "peak"]
+    ) == 1
+    table = text.partition("Figures: ")[0]
+    assert max(map(len, table.splitlines())) <= 80
 
 
 def test_the_peak_is_the_most_that_is_held_at_once():
@@ -194,9 +265,18 @@ def test_peft_takes_part_where_pytorch_finds_the_device(fake_cupy, monkeypatch):
         "importlib.import_module", lambda name, *r: torch if name == "torch" else load(name, *r)
     )
     monkeypatch.setattr(peft, "why_not", lambda: None)
-    monkeypatch.setattr(peft, "on_cuda", lambda task, case, sets: iter([(task, case, sets)]))
+    calls = []
+
+    def on_cuda(*given):
+        calls.append(given)
+        yield Contestant("DoRA", peft.LIBRARY, "detached", lambda: 1, dict, lambda: calls.append(2))
+
+    monkeypatch.setattr(peft, "on_cuda", on_cuda)
+    monkeypatch.setattr(gpu, "seconds", lambda cupy, call, repeats, reset: (call(), reset()))
+    monkeypatch.setattr(gpu, "host_seconds", lambda cupy, call, reset: (call(), reset()))
     *_, theirs = gpu.contestants("norm", CASE)
-    assert theirs == ("norm", CASE, 3)
+    assert theirs.seconds(7) == theirs.host_seconds() == (1, None)
+    assert calls == [("norm", CASE, 3), 2, 2]
 
 
 def test_peft_on_a_gpu_is_held_against_cupys_bare_products():

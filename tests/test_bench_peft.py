@@ -14,25 +14,10 @@ from doraxp.cli._bench.measure import check_all
 CASE = Case(24, 16, 5, 4)
 
 
-class Event:
-    """One of a device on which everything takes two milliseconds."""
-
-    def __init__(self, *, enable_timing):
-        assert enable_timing
-
-    def record(self):
-        pass
-
-    def elapsed_time(self, end):
-        return 2.0
-
-
 @pytest.fixture
 def on_cuda(torch, peft, monkeypatch):
     held = iter([100, 1000])
     cuda = types.SimpleNamespace(
-        Event=Event,
-        synchronize=lambda: None,
         reset_peak_memory_stats=lambda: None,
         memory_allocated=lambda: next(held),
         max_memory_allocated=lambda: next(held),
@@ -52,10 +37,25 @@ def test_each_is_right_and_none_is_ours(on_cuda, task):
     check_all(task, CASE, present)
 
 
-def test_the_clock_and_the_memory_are_the_devices(on_cuda):
+def test_the_memory_is_the_devices(on_cuda):
     (entrant,) = on_cuda("norm", CASE, 2)
-    assert entrant.seconds(5) == pytest.approx(2e-3)
     assert entrant.peak() == 900
+
+
+def test_sets_of_inputs_are_gone_round_and_each_is_reset_before_its_call(on_cuda, monkeypatch):
+    done = []
+
+    def made(number):
+        call, reset = (lambda what=what: done.append((what, number)) for what in ("call", "reset"))
+        return bench.Contestant("DoRA", bench.LIBRARY, "detached", call, dict, reset)
+
+    sets = iter(range(2))
+    monkeypatch.setattr(bench, "contestants", lambda *_, **__: iter([made(next(sets))]))
+    (entrant,) = on_cuda("merge", CASE, 2)
+    for _ in range(3):
+        entrant.reset()
+        entrant.call()
+    assert done == [(what, number) for number in (0, 1, 0) for what in ("reset", "call")]
 
 
 def test_the_answers_are_the_dense_ones():

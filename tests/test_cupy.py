@@ -16,6 +16,7 @@ from doraxp.backends import Factors, reduced_precision
 from doraxp.backends._cuda import THREADS, Cuda
 from doraxp.backends._cupy import CupyOperations
 from doraxp.backends._cupy_guard import Suspects
+from doraxp.cli._bench.gpu import HOLD
 
 DTYPES = ("float16", ml_dtypes.bfloat16, "float32", "float64")
 
@@ -159,3 +160,11 @@ def test_tf32_is_off_until_asked_for_and_off_again_after(ops, array):
         fail()
     ops.product(left, right)
     assert [name for name, *_ in ops.cuda.calls] == ["gemm", "tf32", "gemm"]
+
+
+def test_the_kernel_that_holds_the_queue_compiles(cupy):
+    """`doraxp bench` launches it; `benchmarks/kernels.py` compiles the package's own."""
+    nvrtc = cupy.cuda.nvrtc
+    program = nvrtc.createProgram(HOLD, "hold.cu", [], [])
+    nvrtc.compileProgram(program, ["--gpu-architecture=compute_80"])
+    assert b"globaltimer" in nvrtc.getPTX(program)

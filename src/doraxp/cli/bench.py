@@ -166,6 +166,7 @@ def run(arguments: argparse.Namespace) -> int:
         console.print("BLAS kernels: " + _listed(processors))
     if on_gpu:
         console.print(f"Device: {gpu.device()['name']}")
+        console.print("Times are the device's; the host needs its own to make a call of it.")
     for name, reason in missing.items():
         print_names(f"Without {name}: {reason}", console)
     if arguments.json is not None:

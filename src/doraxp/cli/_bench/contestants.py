@@ -40,6 +40,8 @@ class Contestant(NamedTuple):
     """Called before each call, untimed."""
     seconds: Callable[[int], float] | None = None
     """Returns the mean seconds of so many calls, where the host's clock is not the one to ask."""
+    host_seconds: Callable[[], float] | None = None
+    """Returns what a call takes of the host, where that is not the time of the call."""
     peak: Callable[[], int] | None = None
     """Returns the peak bytes of a call, where the memory is not the host's."""
     tolerance: float | None = None

@@ -1,8 +1,9 @@
 """Who takes part on a GPU: CuPy's bare products, doraxp on CuPy, and PEFT on PyTorch there.
 
 x and dy are in the weight's dtype, as they are in training. Each contestant goes round several sets
-of inputs, so that none is found in the cache. Time is the device's, between two events around calls
-that wait for nothing; memory is that of the library's pool.
+of inputs, so that none is found in the cache. Time is the device's, between two events: its queue
+is held while the host fills it, so that a short call does not take as long as Python needs for it.
+What the host needs is measured too. Memory is that of the library's pool.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ import contextlib
 import importlib
 import itertools
 import math
+import statistics
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 from array_api_compat import array_namespace
 
 from doraxp._types import Adapter, Array, Config
@@ -30,6 +34,16 @@ ROTATED = 1 << 28
 """Bytes of weight, x and dy that a contestant goes round, or one set: more than a cache holds."""
 CASES = [(4096, 4096, 16), (4096, 11008, 16), (8192, 28672, 64), (8192, 28672, 256)]
 """What is measured where nothing else is asked for: out, in, rank."""
+QUEUED = 8
+"""Calls that are made while the queue is held: it takes some thousand launches."""
+HOLD = r"""
+extern "C" __global__ void hold(unsigned long long nanoseconds) {
+    unsigned long long began, now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(began));
+    do asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    while (now - began < nanoseconds);
+}
+"""
 DTYPES, TOKENS = ("bfloat16", "float32"), (1, 128, 4096)
 REDUCED = {"float64": 1e-12, "float32": 4e-3, "float16": 4e-3, "bfloat16": 4e-2}
 """Largest error over largest value of what is in float32, by the weight's dtype."""
@@ -57,10 +71,15 @@ def contestants(task: str, case: Case) -> Iterator[Contestant]:
         call = partial(_next, calls)
         yield Contestant(
             name, LIBRARY, kind, call, answer, seconds=partial(seconds, cupy, call),
-            peak=partial(peak, cupy, call), tolerance=tolerance,
+            host_seconds=partial(host_seconds, cupy, call), peak=partial(peak, cupy, call),
+            tolerance=tolerance,
         )  # fmt: skip
     if peft.why_not() is None and importlib.import_module("torch").cuda.is_available():
-        yield from peft.on_cuda(task, case, count)
+        for theirs in peft.on_cuda(task, case, count):
+            yield theirs._replace(
+                seconds=partial(seconds, cupy, theirs.call, reset=theirs.reset),
+                host_seconds=partial(host_seconds, cupy, theirs.call, theirs.reset),
+            )
 
 
 def stored(case: Case) -> Inputs:
@@ -98,16 +117,54 @@ def driver() -> str | None:
     return None
 
 
-def seconds(cupy: Any, call: Callable[[], Any], repeats: int) -> float:
-    """Return the seconds of a call on the device, the queue never empty between two."""
-    began, ended = cupy.cuda.Event(), cupy.cuda.Event()
+Call: TypeAlias = Callable[[], Any]
+
+
+def seconds(cupy: Any, call: Call, repeats: int, reset: Call | None = None) -> float:
+    """Return the seconds of a call on the device, whose queue is never empty between two."""
+    _, host = _timed(cupy, call, reset, 1, 0.0)
+    total, left = 0.0, repeats
+    while left > 0:
+        count = min(QUEUED, left)
+        total += _timed(cupy, call, reset, count, 2 * host + 1e-5)[0]
+        left -= count
+    return total / repeats
+
+
+def host_seconds(cupy: Any, call: Call, reset: Call | None = None) -> float:
+    """Return the seconds that the host needs to put a call into the queue, the median of some."""
     call()
-    began.record()
-    for _ in range(repeats):
+    samples = [_timed(cupy, call, reset, QUEUED, 0.0)[1] / QUEUED for _ in range(5)]
+    return statistics.median(samples)
+
+
+def _timed(
+    cupy: Any, call: Call, reset: Call | None, count: int, hold: float
+) -> tuple[float, float]:
+    """Return the seconds of `count` calls, on the device and on the host.
+
+       The queue is held for `hold` times as many.
+    With `reset` there are two events to each call,
+       else two around them all.
+    """
+    cuda, host, pairs = cupy.cuda, 0.0, []
+    if hold:
+        held = np.uint64(1e9 * hold * count)
+        cupy.RawKernel(HOLD, "hold")((1,), (1,), (held,))
+    for number in range(count):
+        if reset is not None:
+            reset()
+        if reset is not None or number == 0:
+            pairs.append((cuda.Event(), cuda.Event()))
+            pairs[-1][0].record()
+        began = time.perf_counter()
         call()
-    ended.record()
-    ended.synchronize()
-    return float(cupy.cuda.get_elapsed_time(began, ended)) / 1e3 / repeats
+        host += time.perf_counter() - began
+        if reset is not None or number == count - 1:
+            pairs[-1][1].record()
+    pairs[-1][1].synchronize()
+    device = sum(float(cuda.get_elapsed_time(*pair)) for pair in pairs) / 1e3
+    return device, host
 
 
 def peak(cupy: Any, call: Callable[[], Any]) -> int:

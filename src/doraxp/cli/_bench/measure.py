@@ -48,6 +48,8 @@ class Measured:
     """Of one call, in each round."""
     peak_bytes: int | None
     """Beyond the inputs; None where it cannot be measured."""
+    host_seconds: float | None = None
+    """Of one call; None where it is the host that is measured."""
 
     @property
     def quartiles(self) -> tuple[float, float, float]:
@@ -84,10 +86,11 @@ def measure(
         peaks = child.submit(memory.peaks, task, case, names).result()
     else:
         peaks = [entrant.peak() if entrant.peak else None for entrant in present]
+    hosts = [entrant.host_seconds() if entrant.host_seconds else None for entrant in present]
     on_part()
     return [
-        Measured(case, task, entrant.name, entrant.library, entrant.kind, seconds, peak)
-        for entrant, seconds, peak in zip(present, times, peaks, strict=True)
+        Measured(case, task, entrant.name, entrant.library, entrant.kind, seconds, peak, host)
+        for entrant, seconds, peak, host in zip(present, times, peaks, hosts, strict=True)
     ]
 
 

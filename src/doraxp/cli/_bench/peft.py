@@ -6,7 +6,7 @@ Everything comes in the weight's dtype, as PEFT wants it. The layers get copies 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import cycle
 from typing import Any, TypeAlias
@@ -42,43 +42,37 @@ def contestants(task: str, case: Case, *, device: str = "cpu") -> Iterator[Conte
 
 
 def on_cuda(task: str, case: Case, sets: int) -> Iterator[Contestant]:
-    """Yield PEFT's own on the GPU, each going round so many sets of inputs."""
+    """Yield PEFT's own on the GPU, each going round so many sets of inputs with each reset."""
     rows = [list(contestants(task, case, device="cuda")) for _ in range(sets)]
     for of_all in zip(*rows, strict=True):
         if "accelerated" not in of_all[0].name:
-            calls = cycle(of_all)
-            yield of_all[0]._replace(
-                call=lambda calls=calls: next(calls).call(),
-                seconds=partial(_cuda_seconds, calls),
-                peak=partial(_cuda_peak, calls),
-            )
+            turns = _Turns(of_all)
+            yield of_all[0]._replace(call=turns.call, reset=turns.reset, peak=turns.peak)
 
 
-def _cuda_seconds(calls: Iterator[Contestant], repeats: int) -> float:
-    import torch
+class _Turns:
+    """Contestants that take turns."""
 
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for began, ended in events:  # a reset is not timed
-        entrant = next(calls)
-        entrant.reset()
-        began.record()
-        entrant.call()
-        ended.record()
-    torch.cuda.synchronize()
-    return float(sum(began.elapsed_time(ended) for began, ended in events)) / 1e3 / repeats
+    def __init__(self, contestants: Sequence[Contestant]) -> None:
+        self._turns = cycle(contestants)
 
+    def reset(self) -> None:
+        self._current = next(self._turns)
+        self._current.reset()
 
-def _cuda_peak(calls: Iterator[Contestant]) -> int:
-    import torch
+    def call(self) -> Any:
+        return self._current.call()
 
-    entrant = next(calls)
-    entrant.reset()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = entrant.call()
-    peak = torch.cuda.max_memory_allocated() - before
-    del result
-    return int(peak)
+    def peak(self) -> int:
+        import torch
+
+        self.reset()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = self.call()
+        peak = torch.cuda.max_memory_allocated() - before
+        del result
+        return int(peak)
 
 
 def layer_of(inputs: Inputs, case: Case, *, use_dora: bool) -> Any:

@@ -50,13 +50,16 @@ def print_tables(results: list[Measured], console: Console) -> None:
                 shown = map(_ratio, ratios(one, task).values())
                 table.add_row(*_labels(one, task), *shown, end_section=one is task[-1])
         console.print(table, "")
+    on_host = ("host\nms",) if any(one.host_seconds for one in results) else ()
     for case, group in groupby(results, lambda one: one.case):
-        table = _table(f"Times and memory, {case}", ("median\nms", "quartiles\nms", "peak\nMiB"))
+        headings = ("median\nms", "quartiles\nms", *on_host, "peak\nMiB")
+        table = _table(f"Times and memory, {case}", headings)
         for _, task in by_task(list(group)):
             for one in task:
                 low, median, high = (f"{1e3 * second:.3g}" for second in one.quartiles)
                 peak = "–" if one.peak_bytes is None else f"{one.peak_bytes / 2**20:.1f}"
-                cells = (median, f"{low}–{high}", peak)
+                host = [f"{1e3 * one.host_seconds:.3g}"] if one.host_seconds else []
+                cells = (median, f"{low}–{high}", *host, peak)
                 table.add_row(*_labels(one, task), *cells, end_section=one is task[-1])
         console.print(table, "")
 
@@ -86,6 +89,7 @@ def figures(results: list[Measured]) -> list[dict[str, Any]]:
             "library": one.library,
             "seconds": one.seconds,
             "seconds_quartiles": one.quartiles,
+            "host_seconds": one.host_seconds,
             "peak_bytes": one.peak_bytes,
             **ratios(one, task),
         }
