@@ -130,7 +130,7 @@ def test_x_and_dy_in_the_weights_dtype_are_not_cast(ops, array, monkeypatch, dty
 
 def test_the_norm_takes_few_launches(ops, array):
     u, gram, b = array(7, 2), array(2, 2), array(7, 2)
-    norm, projection, suspect = ops.assemble(u, gram, array(), array(7), b, None, 6, 0.5)
+    norm, projection, suspect = ops.assemble(u, gram, array(7), b, None, 6, 0.5)
     assert (norm.shape, projection.shape) == ((7,), (7, 2))
     assert suspect.dtype == bool
     squares = ops.row_squares(array(7, 6, dtype="float16"), "float32")

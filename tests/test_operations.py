@@ -126,6 +126,29 @@ class TestOperations:
         for actual, desired in zip([rows, *sums], expected, strict=True):
             assert_near(backend.numpy(actual), desired, rtol)
 
+    def test_the_gradient_through_the_norm(self, backend, given):
+        ops, arrays, plain, rtol = given
+        xp, stack = backend.namespace(), plain["gain"].shape[:-1]
+        norm = np.abs(plain["gain"]) + 0.5
+        norm[..., 0] = 0
+        arrays["norm"] = backend.asarray(norm.astype(backend.numpy(arrays["gain"]).dtype))
+        plain["norm"] = rounded(backend.numpy(arrays["norm"]))
+
+        def made(ops, arrays, xp):
+            room = arrays["b"].shape[-1]
+            scaled, e, _ = ops.scale_and_sum(arrays["d"], arrays["z"], arrays["gain"], room)
+            dm, p, rows = ops.norm_rows(scaled, e, arrays["gain"], arrays["norm"], arrays["b"])
+            db = xp.matrix_transpose(arrays["pull"]) * xp.ones_like(arrays["b"])
+            return dm, p, rows, ops.turning(db, p, arrays["b"], 0.75)
+
+        expected = made(GENERIC, plain, array_api_compat.numpy)
+        for actual, desired in zip(made(ops, arrays, xp), expected, strict=True):
+            assert_near(backend.numpy(actual), desired, 2 * rtol)
+        dm, _, rows, _ = expected
+        assert not dm[..., 0].any()
+        assert not rows[..., plain["d"].shape[-2] :, 0].any()
+        assert rows.shape[:-2] == stack
+
     def test_products_with_the_weight(self, backend, given):
         ops, arrays, plain, rtol = given
         kind = arrays["gain"].dtype
@@ -150,7 +173,7 @@ class TestOperations:
             if row_scale is not None:
                 row_scale = 1 / xp.sqrt(squares)
             gram = a @ xp.matrix_transpose(a)
-            rest = xp.sum(a * a, axis=(-2, -1)), squares, b, row_scale, weight.shape[-1], 0.5
+            rest = squares, b, row_scale, weight.shape[-1], 0.5
             return ops.assemble(ops.project(weight, a, kind), gram, *rest)
 
         made = assembled(ops, arrays, xp, kind)

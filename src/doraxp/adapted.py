@@ -6,6 +6,7 @@ V = ρ⊙W + s B A              n = ‖V‖ by rows, (out,)           g = m / n,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from doraxp._checks import check_layer
@@ -145,18 +146,17 @@ def _prepare(
     b = config.scaling * b  # s B: the update is never wanted without s
 
     gram = a @ xp.matrix_transpose(a)  # G, (rank, rank)
-    a_squares = xp.sum(a * a, axis=(-2, -1))
     squares = previous.weight_squares if previous is not None else None
     if squares is None or squares.dtype != dtype:
         squares = ops.row_squares(weight, dtype)
-        u, gram, a_squares, squares = sums(reduce, u, gram, a_squares, squares, xp=xp)
+        u, gram, squares = sums(reduce, u, gram, squares, xp=xp)
     else:
-        u, gram, a_squares = sums(reduce, u, gram, a_squares, xp=xp)
+        u, gram = sums(reduce, u, gram, xp=xp)
     row_scale = None
     if config.form == "direction":
         row_scale = inverse_norms(weight, squares, ops=ops, reduce=reduce)
     norm, projection, suspect = ops.assemble(
-        u, gram, a_squares, squares, b, row_scale, weight.shape[-1], CANCELLATION
+        u, gram, squares, b, row_scale, weight.shape[-1], CANCELLATION
     )
     factors = Factors(weight, a, b, row_scale)
     norm, formed = ops.guard(suspect, norm, factors, dtype, reduce)
@@ -213,10 +213,10 @@ def outputs(
     return low_rank, *ops.scale_and_shift(z, None, None, gain, bias)
 
 
-def times(d: Array, low: Array, prepared: Prepared, *, ops: Operations) -> Array:
+def times(d: Array, low_of_d: Callable[[], Array], prepared: Prepared, *, ops: Operations) -> Array:
     """Return d V = (ρ⊙d) W + (d s B) A: (tokens, out) -> (tokens, in).
 
-    `low` (tokens, rank) is d s B; d may be written to.
+    `low_of_d` returns d s B (tokens, rank), where it is asked for; d may be written to.
     """
     weight, a, scaled_b, row_scale = prepared.factors
 
@@ -225,7 +225,7 @@ def times(d: Array, low: Array, prepared: Prepared, *, ops: Operations) -> Array
         return ops.accumulate(ops.times(scaled, weight, d.dtype), low, a)
 
     if prepared.formed is None:
-        return factored(d, low)
+        return factored(d, low_of_d())
     # What the guard keeps out of d is not in d s B either.
     return ops.guarded_times(
         prepared.formed, d, lambda rest: factored(rest, ops.product(rest, scaled_b))

@@ -304,28 +304,27 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     exact = prepared.config.norm_gradient == "exact"
     room, total = prepared.config.rank if exact else 0, train_base and bias is not None
     dz, e, dbias = ops.scale_and_sum(d, z, gain, room, total=total)
-    dm = ops.over_norm(e, norm)
-    # q = −p / n is not formed: it overflows where n is tiny, q⊙V does not.
-    p = gain * dm
     dlow = ops.product(dz, scaled_b)  # (tokens, rank)
     da = ops.product(xp.matrix_transpose(dlow), dropped)  # (rank, in)
     db = ops.product(xp.matrix_transpose(dz), low_rank)  # (out, rank)
     dweight = ops.product(xp.matrix_transpose(dz), seen) if train_base else None  # (out, in)
 
-    rows, low = dz, dlow
     if exact:  # The norm's part of dA is a product with V too: in one with dx it costs little.
-        pull = ops.over_norm(-p[..., None] * scaled_b, norm)  # q⊙(s B), (out, rank)
-        pull = xp.matrix_transpose(pull)
-        rows = ops.append(dz, pull)
-        low = xp.concat([dlow, ops.product(pull, scaled_b)], axis=-2)
-    product = times(rows, low, prepared, ops=ops)  # writes to dz
-    dx = product[..., :count, :]
-    if exact:
+        dm, p, rows = ops.norm_rows(dz, e, gain, norm, scaled_b)
+
+        def low() -> Array:
+            return xp.concat([dlow, ops.product(rows[..., count:, :], scaled_b)], axis=-2)
+
+        product = times(rows, low, prepared, ops=ops)  # writes to dz
+        dx = product[..., :count, :]
         da += product[..., count:, :]
-        db -= p[..., None] * prepared.unit_projection
+        db = ops.turning(db, p, prepared.unit_projection, prepared.config.scaling)
         if dweight is not None:
             dweight -= p[..., None] * ops.over_norm(ops.form(prepared.factors, dtype), norm)
-    db *= prepared.config.scaling
+    else:
+        dm = ops.over_norm(e, norm)
+        dx = times(dz, lambda: dlow, prepared, ops=ops)  # writes to dz
+        db *= prepared.config.scaling
 
     if train_base:
         if row_scale is not None:

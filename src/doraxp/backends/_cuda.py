@@ -22,6 +22,8 @@ KERNELS = (
     "outputs",
     "gradients",
     "sum_chunks",
+    "norm_rows",
+    "turning",
     "token",
     "assemble",
     "norms",

@@ -153,11 +153,26 @@ class CupyOperations(Guard):
         e = self.sum_chunks(along)
         return rows[..., :tokens, :], e, None if totals is None else self.sum_chunks(totals)
 
-    def append(self, scaled: Array, rows: Array) -> Array:
-        """Saves the copy: there is room in the array that `scaled` is the head of."""
+    def norm_rows(
+        self, scaled: Array, e: Array, gain: Array, norm: Array, scaled_b: Array
+    ) -> tuple[Array, Array, Array]:
+        """Saves seven launches, and the copy: there is room where `scaled` lies."""
         whole: Array = scaled.base
-        whole[..., scaled.shape[-2] :, :] = self.xp.astype(rows, whole.dtype, copy=False)
-        return whole
+        *stack, out, rank = scaled_b.shape
+        dm, p = (self.cuda.empty(e.shape, e.dtype) for _ in range(2))
+        grid = -(-out // THREADS), min(rank, LIMIT), math.prod(stack)
+        sizes = map(np.int64, (scaled.shape[-2], out, rank))
+        types = Types(name_of(whole), name_of(whole), name_of(e))
+        given = e, gain, norm, packed(scaled_b, self.xp)
+        self.cuda.launch("norm_rows", types, grid, *given, dm, p, whole, *sizes)
+        return dm, p, whole
+
+    def turning(self, db: Array, p: Array, unit_projection: Array, scaling: float) -> Array:
+        """Saves two launches. `db` is written to."""
+        grid = -(-db.size // THREADS), 1, 1
+        sizes = np.int64(db.size), np.int64(db.shape[-1]), db.dtype.type(scaling)
+        self.cuda.launch("turning", alike(db), grid, db, p, unit_projection, *sizes)
+        return db
 
     # The norm
 
@@ -202,8 +217,8 @@ class CupyOperations(Guard):
         self.cuda.launch(name, types, grid, *arguments, threads=32 * BELOW * BESIDE)
 
     def assemble(
-        self, u: Array, gram: Array, a_squares: Array, squares: Array, scaled_b: Array,
-        row_scale: Array | None, terms: int, cancellation: float,
+        self, u: Array, gram: Array, squares: Array, scaled_b: Array, row_scale: Array | None,
+        terms: int, cancellation: float,
     ) -> tuple[Array, Array, Array]:  # fmt: skip
         """Saves some twenty launches."""
         xp, scalar = self.xp, np.dtype(u.dtype).type
@@ -211,8 +226,7 @@ class CupyOperations(Guard):
         *_, out, rank = scaled_b.shape
         norm, suspect = (self.cuda.empty(squares.shape, kind) for kind in (u.dtype, xp.bool))
         projection = self.cuda.empty(u.shape, u.dtype)
-        terms_of = u, scaled_b, bg, squares, row_scale, xp.reshape(a_squares, (-1,))
-        given = (packed(array, xp) for array in terms_of)
+        given = (packed(array, xp) for array in (u, scaled_b, bg, squares, row_scale, gram))
         sizes = (np.int64(size) for size in (squares.size, out, rank))
         floor = scalar(self.floor(u.dtype, terms))
         self.cuda.launch(

@@ -155,6 +155,27 @@ class Operations:
         """Return g⊙d from `scale_and_sum`, and `rows` (*stack, room, out) below it."""
         return self.xp.concat([scaled, rows], axis=-2)
 
+    def norm_rows(
+        self, scaled: Array, e: Array, gain: Array, norm: Array, scaled_b: Array
+    ) -> tuple[Array, Array, Array]:
+        """Return dm = e / n, p = g⊙dm, and below g⊙d the rows (q⊙(s B))ᵀ, where q = −p / n.
+
+        q itself is not formed: it overflows where n is tiny, q⊙V does not.
+        """
+        dm = self.over_norm(e, norm)
+        p = gain * dm
+        pull = self.over_norm(-p[..., None] * scaled_b, norm)  # (*stack, out, rank)
+        return dm, p, self.append(scaled, self.xp.matrix_transpose(pull))
+
+    def turning(self, db: Array, p: Array, unit_projection: Array, scaling: float) -> Array:
+        """Return s (db − p⊙(V Aᵀ / n)), (*stack, out, rank): without what only lengthens V.
+
+        `db` may be written to.
+        """
+        db -= p[..., None] * unit_projection
+        db *= scaling
+        return db
+
     def over_norm(self, values: Array, norm: Array) -> Array:
         """Return values / n by rows, 0 where n = 0, NaN where it is; values (*stack, out[, k])."""
         xp = self.xp
@@ -174,8 +195,8 @@ class Operations:
         return terms * float(info.smallest_normal) / float(info.eps)
 
     def assemble(
-        self, u: Array, gram: Array, a_squares: Array, squares: Array, scaled_b: Array,
-        row_scale: Array | None, terms: int, cancellation: float,
+        self, u: Array, gram: Array, squares: Array, scaled_b: Array, row_scale: Array | None,
+        terms: int, cancellation: float,
     ) -> tuple[Array, Array, Array]:  # fmt: skip
         """Return n, V Aᵀ, and which rows of both may have lost digits.
 
@@ -184,9 +205,8 @@ class Operations:
             n² = ρ²⊙‖w‖² + 2 rowsum(s B⊙U) + rowsum((s B G)⊙s B)     U = ρ⊙(W Aᵀ)
             V Aᵀ = U + s B G
 
-        u = W Aᵀ (*stack, out, rank), gram = G = A Aᵀ, a_squares = ‖A‖² (*stack,). Each sum is of
-        so many `terms`, and so is each row's share of ‖A‖². n² is trusted down to `cancellation`
-        of what it is the sum of.
+        u = W Aᵀ (*stack, out, rank), gram = G = A Aᵀ. Each sum is of so many `terms`, and so are
+        those of G. n² is trusted down to `cancellation` of what it is the sum of.
         """
         xp = self.xp
         base = squares
@@ -199,7 +219,9 @@ class Operations:
 
         # `update` cancels too, where A's rows are nearly dependent: compare with what it would be
         # if they were orthogonal and alike.
-        mean_square = (a_squares / scaled_b.shape[-1])[..., None]
+        *stack, rank, _ = gram.shape
+        diagonal = xp.reshape(gram, (*stack, rank * rank))[..., :: rank + 1]  # ‖A_r‖²
+        mean_square = (xp.sum(diagonal, axis=-1) / rank)[..., None]
         b_squares = xp.vecdot(scaled_b, scaled_b)  # (out,)
         update = xp.maximum(update, b_squares * mean_square)
         trusted = (n2 > cancellation * (base + update)) & self.in_range(n2, terms)

@@ -218,6 +218,30 @@ extern "C" __global__ void sum_chunks(const C* partial, C* result, index_t chunk
     result[e * out + i] = total;
 }
 
+// What a gradient through the norm needs: dm = e / n, p = g⊙dm, and below the `tokens` rows of dz the
+// rows (q⊙b)ᵀ where q = −p / n; all 0 where n = 0.          grid (out / THREADS, rank, stack)
+// 4 (b) + 4 (rows) = 8 bytes of (out, rank)
+extern "C" __global__ void norm_rows(const C* e_of, const C* gain, const C* norm, const C* b, C* dm,
+                                     C* p_of, Z* dz, index_t tokens, index_t out, index_t rank) {
+    const index_t i = (index_t)blockIdx.x * blockDim.x + threadIdx.x, e = blockIdx.z;
+    if (i >= out) return;
+    const index_t at = e * out + i;
+    const C n = norm[at], m = n != 0 ? e_of[at] / n : (C)0, p = gain[at] * m;
+    for (index_t r = blockIdx.y; r < rank; r += gridDim.y) {
+        const C row = n != 0 ? -p * b[at * rank + r] / n : (C)0;
+        dz[(e * (tokens + rank) + tokens + r) * out + i] = narrow<Z>(row);
+    }
+    if (blockIdx.y != 0) return;
+    dm[at] = m;
+    p_of[at] = p;
+}
+
+// dB ← s (dB − p⊙u) by rows.                    grid (size / THREADS)     12 bytes of (out, rank)
+extern "C" __global__ void turning(C* db, const C* p, const C* u, index_t size, index_t rank, C s) {
+    const index_t i = (index_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < size) db[i] = s * (db[i] - p[i / rank] * u[i]);
+}
+
 // ---------------------------------------------------------------- one token
 
 // One number of V = ρ⊙W + b A; A is (stack, rank, in). `b` null for no update; `turned` where W lies
@@ -311,15 +335,15 @@ extern "C" __global__ void token(const void* m, int m_stored, const void* x, int
 //
 // u = W Aᵀ; `norm` is √n², `projection` V Aᵀ = ρ⊙u + b G. A row is `suspect` where that sum may
 // have lost digits: n² is under `cancellation` of what it is the sum of, or squares are not within
-// floor..∞, `a_squares` = ‖A‖² by elements among them.
+// floor..∞, ‖A‖² / rank among them: the mean of the diagonal of `gram` = A Aᵀ.
 extern "C" __global__ void assemble(const C* u, const C* b, const C* bg, const C* squares,
-                                    const C* row_scale, const C* a_squares, C* norm,
+                                    const C* row_scale, const C* gram, C* norm,
                                     C* projection, unsigned char* suspect, index_t rows,
                                     index_t out, index_t rank, C floor, C cancellation) {
     const index_t row = (index_t)blockIdx.x * WARPS + threadIdx.x / WARP;
     if (row >= rows) return;
     const C scale = row_scale ? row_scale[row] : (C)1;
-    C along = 0, update = 0, b_squares = 0;
+    C along = 0, update = 0, b_squares = 0, a_squares = 0;
     for (index_t r = threadIdx.x % WARP; r < rank; r += WARP) {
         const C left = b[row * rank + r], right = bg[row * rank + r];
         const C scaled = scale * u[row * rank + r];
@@ -327,16 +351,18 @@ extern "C" __global__ void assemble(const C* u, const C* b, const C* bg, const C
         along += left * scaled;
         update += right * left;
         b_squares += left * left;
+        a_squares += gram[(row / out * rank + r) * rank + r];
     }
     along = warp_sum(along);
     update = warp_sum(update);
     b_squares = warp_sum(b_squares);
+    a_squares = warp_sum(a_squares);
     if (threadIdx.x % WARP != 0) return;
 
     const C infinity = (C)__uint_as_float(0x7f800000u);
     const C base = row_scale ? (scale > 0 ? (C)1 : (C)0) : squares[row];
     const C n2 = base + 2 * along + update;
-    const C mean_square = a_squares[row / out] / (C)rank;
+    const C mean_square = a_squares / (C)rank;
     const C expected = larger(update, b_squares * mean_square);
     const bool trusted = n2 > cancellation * (base + expected) && n2 > floor && n2 < infinity;
     const bool regular = (mean_square > floor && mean_square < infinity) || b_squares == 0;
