@@ -35,6 +35,7 @@ KERNELS = (
     "guard_inputs",
     "guard_hide",
     "tiles",
+    "update_outputs",
     "merge",
     "squares",
     "merge_wide",

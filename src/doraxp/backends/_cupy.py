@@ -116,6 +116,18 @@ class CupyOperations(Guard):
         gain: Array, bias: Array | None, dtype: Any,
     ) -> tuple[Array, Array]:  # fmt: skip
         *stack, tokens, out = z.shape
+        y = self.cuda.empty(z.shape, dtype)
+        if y.size == 0:
+            return z, y
+        row_scale, gain, bias = (packed(v, self.xp) for v in (row_scale, gain, bias))
+        types = Types(name_of(y), name_of(z), name_of(gain))
+        sizes = np.int64(tokens), np.int64(out)
+        if update is not None and gain.dtype == np.float32:
+            parts = _parts(z)
+            tiles, rank = self._tiles(*update, (True, True), types, parts)
+            given = z, tiles, row_scale, gain, bias, z, y, *sizes, rank, np.int32(parts)
+            self._launch_patches("update_outputs", types, z.shape, *given)
+            return z, y
         added = None
         if update is not None:
             low_rank, transposed = update[0], self.xp.matrix_transpose(update[1])
@@ -123,14 +135,11 @@ class CupyOperations(Guard):
                 z = self.multiply(low_rank, transposed, z.dtype, out=z, beta=1.0)
             else:
                 added = self.multiply(low_rank, transposed, z.dtype)
-        y = self.cuda.empty(z.shape, dtype)
-        if y.size:
-            changed = None if row_scale is None and added is None else z
-            vectors = (packed(v, self.xp) for v in (row_scale, gain, bias))
-            types = Types(name_of(y), name_of(z), name_of(gain))
-            grid = _columns(out, y), min(-(-tokens // RUN), LIMIT), math.prod(stack)
-            sizes = np.int64(tokens), np.int64(out)
-            self.cuda.launch("outputs", types, grid, z, added, *vectors, changed, y, *sizes)
+        changed = None if row_scale is None and added is None else z
+        grid = _columns(out, y), min(-(-tokens // RUN), LIMIT), math.prod(stack)
+        self.cuda.launch(
+            "outputs", types, grid, z, added, row_scale, gain, bias, changed, y, *sizes
+        )
         return z, y
 
     def scale_and_sum(
@@ -194,27 +203,50 @@ class CupyOperations(Guard):
         out, inner = (columns, rows) if turned else (rows, columns)
         partial = self.cuda.empty((*stack, -(-inner // STRIP), out), dtype)
         types = Types(name_of(stored), dtype_name(dtype), dtype_name(dtype))
-        self._launch_patches("squares", types, stored, turned, factors, PARTS, partial)
+        tiles, rank = self._tiles_of(factors, turned, types, PARTS)
+        row_scale = packed(factors.row_scale, self.xp)
+        sizes = np.int64(rows), np.int64(columns), rank, np.int32(PARTS), np.int32(turned)
+        given = stored, tiles, row_scale, partial, *sizes
+        self._launch_patches("squares", types, stored.shape, *given)
         return self.sum_chunks(partial)
 
-    def _launch_patches(
-        self, name: str, types: Types, stored: Array, turned: bool, factors: Factors, parts: int,
-        *given: Array,
-    ) -> None:  # fmt: skip
-        """Launch a kernel that forms V by patches, s B A of so many parts of s B and of A."""
-        _, a, b, row_scale = factors
-        *stack, rows, columns = stored.shape
-        count, rank, tiles = math.prod(stack), 0 if a is None else a.shape[-2], None
-        sizes = (*map(np.int64, (rows, columns, rank)), np.int32(parts), np.int32(turned))
-        if rank:
-            sides, steps = 2 * (-(-rows // STRIP) - (-columns // STRIP)), -(-rank // TERMS)
-            tiles = self.cuda.empty((count, sides, steps, parts, TERMS * TERMS // 2), np.uint32)
-            grid = -(-sides // WARPS), steps, count
-            a, b = (packed(array, self.xp) for array in (a, b))
-            self.cuda.launch("tiles", types, grid, a, b, tiles, *sizes)
-        grid = -(-columns // (STRIP * BESIDE)), -(-rows // (STRIP * BELOW)), count
-        arguments = stored, tiles, packed(row_scale, self.xp), *given, *sizes
-        self.cuda.launch(name, types, grid, *arguments, threads=32 * BELOW * BESIDE)
+    def _tiles_of(
+        self, factors: Factors, turned: bool, types: Types, parts: int
+    ) -> tuple[Array | None, Any]:
+        """Return the tiles of s B A, or of its transpose, and the rank; or None and 0."""
+        _, a, scaled_b, _ = factors
+        if a is None:
+            return None, np.int64(0)
+        left, right = (a, scaled_b) if turned else (scaled_b, a)
+        return self._tiles(left, right, (not turned, turned), types, parts)
+
+    def _tiles(
+        self, left: Array, right: Array, tall: tuple[bool, bool], types: Types, parts: int
+    ) -> tuple[Array, Any]:
+        """Return two factors as tensor cores take them, each in so many parts, and the rank.
+
+        They are (*stack, rows, rank) and (*stack, rank, columns), or transposed: see `tall`.
+        """
+        left, right = (packed(array, self.xp) for array in (left, right))
+        *stack, rows, rank = left.shape
+        columns = right.shape[-2 if tall[1] else -1]
+        if not tall[0]:
+            rows, rank = rank, rows
+        count, steps = math.prod(stack), -(-rank // TERMS)
+        sides = 2 * (-(-rows // STRIP) - (-columns // STRIP))
+        result = self.cuda.empty((count, sides, steps, parts, TERMS * TERMS // 2), np.uint32)
+        sizes = (np.int64(size) for size in (rows, columns, rank))
+        grid = -(-sides // WARPS), steps, count
+        self.cuda.launch(
+            "tiles", types, grid,
+            left, np.int32(tall[0]), right, np.int32(tall[1]), result, *sizes, np.int32(parts),
+        )  # fmt: skip
+        return result, np.int64(rank)
+
+    def _launch_patches(self, name: str, types: Types, shape: tuple[int, ...], *given: Any) -> None:
+        *stack, rows, columns = shape
+        grid = -(-columns // (STRIP * BESIDE)), -(-rows // (STRIP * BELOW)), math.prod(stack)
+        self.cuda.launch(name, types, grid, *given, threads=32 * BELOW * BESIDE)
 
     def assemble(
         self, u: Array, gram: Array, squares: Array, scaled_b: Array, row_scale: Array | None,
@@ -256,9 +288,12 @@ class CupyOperations(Guard):
             return self._merge_wide(types, factors, gain)
         stored, turned = lying(weight, xp)
         merged = self.cuda.empty(stored.shape, weight.dtype)
-        rounded = 1 if name_of(weight) == "bfloat16" else 2  # parts of 8 bits
-        parts = rounded if is_reduced() else PARTS
-        self._launch_patches("merge", types, stored, turned, factors, parts, gain, merged)
+        parts = _parts(weight)
+        tiles, rank = self._tiles_of(factors, turned, types, parts)
+        row_scale, sizes = packed(factors.row_scale, xp), map(np.int64, stored.shape[-2:])
+        given = stored, tiles, row_scale, gain, merged, *sizes, rank
+        how = np.int32(parts), np.int32(turned)
+        self._launch_patches("merge", types, stored.shape, *given, *how)
         return xp.matrix_transpose(merged) if turned else merged
 
     def _merge_wide(self, types: Types, factors: Factors, gain: Array) -> Array:
@@ -309,6 +344,11 @@ class CupyOperations(Guard):
             types = Types(*[wide.name] * 3)
             self.cuda.launch("adamw", types, (blocks, 1, 1), leaf_table, size, *scalars)
         return stepped
+
+
+def _parts(result: Array) -> int:
+    """Return how many parts of 8 bits a factor of such a result is split into."""
+    return PARTS if not is_reduced() else 1 if name_of(result) == "bfloat16" else 2
 
 
 def _columns(length: int, stored: Array) -> int:

@@ -584,20 +584,22 @@ __device__ inline index_t tiles_across(index_t columns) {
     return (columns + STRIP - 1) / STRIP * ACROSS;
 }
 
-// b and A in parts of bfloat16, each what it keeps of what the parts before it left, and in the order
-// in which the lanes of a tensor core take them: tiles (stack, down and across, rank / TERMS, parts,
-// WARP). W is (rows, columns): its rows are those of b and its columns those of A, or where `turned`
-// the other way round.       grid (tiles / WARPS, rank / TERMS, stack)       4 + 2 `parts` bytes
-extern "C" __global__ void tiles(const C* a, const C* b, Tile* result, index_t rows, index_t columns,
-                                 index_t rank, int parts, int turned) {
+// Two factors of a product (rows, columns), in parts of bfloat16, each what it keeps of what the parts
+// before it left, and in the order in which the lanes of a tensor core take them:
+// tiles (stack, down and across, rank / TERMS, parts, WARP). A `tall` factor is (rows, rank), or
+// (columns, rank); another one is (rank, rows), or (rank, columns).
+// grid (tiles / WARPS, rank / TERMS, stack)                            4 + 2 `parts` bytes
+extern "C" __global__ void tiles(const C* left, int left_tall, const C* right, int right_tall,
+                                 Tile* result, index_t rows, index_t columns, index_t rank,
+                                 int parts) {
     const index_t tile = (index_t)blockIdx.x * WARPS + threadIdx.x / WARP, e = blockIdx.z;
     const index_t down = tiles_down(rows), across = tiles_across(columns);
     if (tile >= down + across) return;
     const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-    const bool is_down = tile < down, of_b = is_down == !turned;
+    const bool is_down = tile < down, tall = is_down ? left_tall : right_tall;
     const index_t count = is_down ? rows : columns;
-    const C* from = (of_b ? b : a) + e * rank * count;
-    const index_t step = of_b ? rank : 1, step_k = of_b ? 1 : count;
+    const C* from = (is_down ? left : right) + e * rank * count;
+    const index_t step = tall ? rank : 1, step_k = tall ? 1 : count;
     Tile found[PARTS];
 #pragma unroll
     for (int h = 0; h < 4; ++h) {
@@ -630,8 +632,8 @@ __device__ inline void ask_for(const void* from) {
 #endif
 }
 
-// What a warp has of V = ρ⊙W + b A. W is (rows, columns), or where `turned` (columns, rows) turned
-// over: then ρ goes by columns.
+// What a warp has of M = ρ⊙M₀ + a product of rank columns by rank rows: of V = ρ⊙W + b A, where W may
+// be `turned` over, or of z = ρ⊙(x Wᵀ) + L bᵀ. ρ goes by rows, or where `turned` by columns.
 struct Patch {
     int g, t;
     index_t top, first, e, rows, columns;
@@ -646,15 +648,15 @@ struct Patch {
 
     __device__ bool outside() const { return top >= rows || first >= columns; }
 
-    // W, to be on its way while tensor cores multiply: a lane asks for a row.
-    __device__ void ask_for_w(const S* weight) const {
+    // M₀, to be on its way while tensor cores multiply: a lane asks for a row.
+    template <typename T> __device__ void ask_for_base(const T* base) const {
         const index_t own = top + threadIdx.x % WARP;
         const index_t end = columns - first < STRIP ? columns - first : STRIP;
-        for (index_t c = 0; own < rows && c < end; c += 32 / sizeof(S))
-            ask_for(weight + (e * rows + own) * columns + first + c);
+        for (index_t c = 0; own < rows && c < end; c += 32 / sizeof(T))
+            ask_for(base + (e * rows + own) * columns + first + c);
     }
 
-    // b A. With 3 `parts` it has float's digits, from 6 products.
+    // The product. With 3 `parts` it has float's digits, from 6 products.
     __device__ void multiply(const Tile* tiles, index_t rank, int parts) {
         const index_t steps = (rank + TERMS - 1) / TERMS, down = tiles_down(rows);
         const Tile* of_e = tiles + e * (down + tiles_across(columns)) * steps * parts * WARP;
@@ -709,10 +711,11 @@ struct Patch {
         return turned ? e * columns + column(c) : e * rows + row(i);
     }
 
-    // V from `c` on in row `i` of the lane's.
-    __device__ void load_v(const S* weight, const C* row_scale, int i, int c, bool packed,
-                           C* value) const {
-        load(weight + at(i, c), value, count(i, c), packed);
+    // M from `c` on in row `i` of the lane's.
+    template <typename T>
+    __device__ void load_all(const T* base, const C* row_scale, int i, int c, bool packed,
+                             C* value) const {
+        load(base + at(i, c), value, count(i, c), packed);
 #pragma unroll
         for (int j = 0; j < N; ++j) {
             const index_t own = line(i, c) + (turned && j < count(i, c) ? j : 0);
@@ -722,6 +725,40 @@ struct Patch {
     }
 };
 
+// z = ρ⊙base + L bᵀ and y = g⊙z + bias; z may be base.          4 (base) + 4 (z) + 2 (y) = 10 bytes
+// grid (out / 128, tokens / 64, stack), of z as in `Patch`, `turned`; 256 threads
+extern "C" __global__ void __launch_bounds__(PATCH_THREADS, sizeof(C) == 8 ? 1 : 2)
+    update_outputs(const Z* base, const Tile* __restrict__ tiles, const C* __restrict__ row_scale,
+                   const C* __restrict__ gain, const C* __restrict__ bias, Z* z, S* y,
+                   index_t tokens, index_t out, index_t rank, int parts) {
+    Patch patch(tokens, out, 1);
+    if (patch.outside()) return;
+    patch.ask_for_base(base);
+    patch.multiply(tiles, rank, parts);
+    const bool packed = out % N == 0 && aligned(base, z, y);
+    const bool whole = out % N == 0 && aligned(gain, bias);
+#pragma unroll
+    for (int c = 0; c < PATCH_COLUMNS; c += N) {
+        C g[N], shift[N];
+        const int width = patch.count(0, c);  // no other row has more
+        if (width == 0) break;
+        load(gain + patch.line(0, c), g, width, whole);
+        if (bias) load(bias + patch.line(0, c), shift, width, whole);
+#pragma unroll
+        for (int i = 0; i < PATCH_ROWS; ++i) {
+            const int count = patch.count(i, c);
+            if (count == 0) break;
+            C value[N];
+            patch.load_all(base, row_scale, i, c, packed, value);
+            store(z + patch.at(i, c), value, count, packed);
+#pragma unroll
+            for (int j = 0; j < N; ++j)
+                value[j] = bias ? g[j] * value[j] + shift[j] : g[j] * value[j];
+            store(y + patch.at(i, c), value, count, packed);
+        }
+    }
+}
+
 // W' = g⊙(ρ⊙W + b A).     2 (W) + 2 (W') = 4 bytes; tiles come from the cache, for each block once.
 // grid (columns / 128, rows / 64, stack), of W as in `Patch`; 256 threads
 extern "C" __global__ void __launch_bounds__(PATCH_THREADS, sizeof(C) == 8 ? 1 : 2) merge(const S* __restrict__ weight, const Tile* __restrict__ tiles,
@@ -730,7 +767,7 @@ extern "C" __global__ void __launch_bounds__(PATCH_THREADS, sizeof(C) == 8 ? 1 :
                                  int parts, int turned) {
     Patch patch(rows, columns, turned);
     if (patch.outside()) return;
-    patch.ask_for_w(weight);
+    patch.ask_for_base(weight);
     patch.multiply(tiles, rank, parts);
     const bool packed = columns % N == 0 && aligned(weight, merged);
 #pragma unroll
@@ -740,7 +777,7 @@ extern "C" __global__ void __launch_bounds__(PATCH_THREADS, sizeof(C) == 8 ? 1 :
             const int count = patch.count(i, c);
             if (count == 0) continue;
             C value[N];
-            patch.load_v(weight, row_scale, i, c, packed, value);
+            patch.load_all(weight, row_scale, i, c, packed, value);
 #pragma unroll
             for (int j = 0; j < N; ++j)
                 value[j] *= gain[patch.line(i, c) + (turned && j < count ? j : 0)];
@@ -757,7 +794,7 @@ extern "C" __global__ void __launch_bounds__(PATCH_THREADS, sizeof(C) == 8 ? 1 :
                                    int turned) {
     Patch patch(rows, columns, turned);
     if (patch.outside()) return;
-    patch.ask_for_w(weight);
+    patch.ask_for_base(weight);
     patch.multiply(tiles, rank, parts);
     const bool packed = columns % N == 0 && aligned(weight);
     C by_row[PATCH_ROWS] = {}, by_column[PATCH_COLUMNS] = {};
@@ -768,7 +805,7 @@ extern "C" __global__ void __launch_bounds__(PATCH_THREADS, sizeof(C) == 8 ? 1 :
             const int count = patch.count(i, c);
             if (count == 0) continue;
             C value[N];
-            patch.load_v(weight, row_scale, i, c, packed, value);
+            patch.load_all(weight, row_scale, i, c, packed, value);
 #pragma unroll
             for (int j = 0; j < N; ++j) {
                 const C square = j < count ? value[j] * value[j] : (C)0;
