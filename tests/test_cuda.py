@@ -200,5 +200,6 @@ def test_values_go_to_the_device_by_asarray(monkeypatch):
 
 
 def test_the_list_of_kernels_is_that_of_the_source():
-    found = re.findall(r'extern "C" __global__ void (\w+)\(', SOURCE)
+    bounds = r"(?:__launch_bounds__\(.*\)\s+)?"
+    found = re.findall(rf'extern "C" __global__ void {bounds}(\w+)\(', SOURCE)
     assert tuple(found) == KERNELS

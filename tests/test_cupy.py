@@ -129,20 +129,21 @@ def test_x_and_dy_in_the_weights_dtype_are_not_cast(ops, array, monkeypatch, dty
 
 
 def test_the_norm_takes_few_launches(ops, array):
-    u, gram, b = array(7, 2), array(2, 2), array(7, 2)
-    norm, projection, suspect = ops.assemble(u, gram, array(7), b, None, 6, 0.5)
-    assert (norm.shape, projection.shape) == ((7,), (7, 2))
-    assert suspect.dtype == bool
-    squares = ops.row_squares(array(7, 6, dtype="float16"), "float32")
+    weight, a, b = array(7, 6, dtype="float16"), array(2, 6), array(7, 2)
+    squares = ops.row_squares(weight, "float32")
     assert (squares.shape, squares.dtype) == ((7,), np.float32)
-    assert ops.over_norm(array(7, 2), norm).shape == (7, 2)
-    factors = Factors(array(7, 6, dtype="float16"), array(2, 6), b, None)
-    _, found = ops.guard(suspect, norm, factors, "float32")
+    factors = Factors(weight, a, b, None)
+    norm, gain, unit, found = ops.adapted_norm(
+        array(7, 2), array(2, 2), squares, factors, array(7), 0.5
+    )
+    assert (norm.shape, gain.shape, unit.shape) == ((7,), (7,), (7, 2))
     assert found.rows.shape == (7,)
+    assert found.suspect.dtype == bool
+    assert ops.over_norm(array(7, 2), norm).shape == (7, 2)
     merged = ops.merge(factors, array(7), "float32")
     assert (merged.shape, merged.dtype) == ((7, 6), np.float16)
     assert [name for name, *_ in ops.cuda.calls] == [
-        "gemm", "assemble", "squares", "sum_chunks", "over_norm", "guard_norms", "list_suspects",
+        "squares", "sum_chunks", "gemm", "assemble", "guard_norms", "list_suspects", "over_norm",
         "tiles", "merge",
     ]  # fmt: skip
 

@@ -155,27 +155,17 @@ def _prepare(
     row_scale = None
     if config.form == "direction":
         row_scale = inverse_norms(weight, squares, ops=ops, reduce=reduce)
-    norm, projection, suspect = ops.assemble(
-        u, gram, squares, b, row_scale, weight.shape[-1], CANCELLATION
-    )
     factors = Factors(weight, a, b, row_scale)
-    norm, formed = ops.guard(suspect, norm, factors, dtype, reduce)
-
-    if formed is not None:
-        factored = xp.matrix_transpose(projection if reduce is None else xp.zeros_like(b))
-        guarded = ops.guarded_times_transposed(formed, a, lambda _: factored)
-        (guarded,) = sums(reduce, xp.matrix_transpose(guarded), xp=xp)
-        # Over ranks, the rows that were not formed are sums already.
-        projection = (
-            guarded if reduce is None else xp.where(suspect[..., None], guarded, projection)
-        )
+    norm, gain, unit_projection, formed = ops.adapted_norm(
+        u, gram, squares, factors, m, CANCELLATION, reduce
+    )
     return Prepared(
         weight,
         adapter,
         config,
         norm=norm,
-        gain=ops.over_norm(m, norm),
-        unit_projection=ops.over_norm(projection, norm),
+        gain=gain,
+        unit_projection=unit_projection,
         weight_squares=squares,
         factors=factors,
         formed=formed,

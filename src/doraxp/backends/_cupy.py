@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from doraxp._types import Array
+from doraxp._types import Array, Reduce
 from doraxp.backends._cuda import THREADS, Types, dtype_name
 from doraxp.backends._cupy_guard import LIMIT, Guard, Suspects
 from doraxp.backends._cupy_products import (
@@ -248,24 +248,30 @@ class CupyOperations(Guard):
         grid = -(-columns // (STRIP * BESIDE)), -(-rows // (STRIP * BELOW)), math.prod(stack)
         self.cuda.launch(name, types, grid, *given, threads=32 * BELOW * BESIDE)
 
-    def assemble(
-        self, u: Array, gram: Array, squares: Array, scaled_b: Array, row_scale: Array | None,
-        terms: int, cancellation: float,
-    ) -> tuple[Array, Array, Array]:  # fmt: skip
-        """Saves some twenty launches."""
-        xp, scalar = self.xp, np.dtype(u.dtype).type
-        bg = self.product(scaled_b, gram)
-        *_, out, rank = scaled_b.shape
-        norm, suspect = (self.cuda.empty(squares.shape, kind) for kind in (u.dtype, xp.bool))
-        projection = self.cuda.empty(u.shape, u.dtype)
-        given = (packed(array, xp) for array in (u, scaled_b, bg, squares, row_scale, gram))
+    def adapted_norm(
+        self, u: Array, gram: Array, squares: Array, factors: Factors, magnitude: Array,
+        cancellation: float, reduce: Reduce | None = None,
+    ) -> tuple[Array, Array, Array, Any | None]:  # fmt: skip
+        """Saves some thirty launches."""
+        if reduce is not None:
+            return super().adapted_norm(u, gram, squares, factors, magnitude, cancellation, reduce)
+        factors, kind = self.laid(factors), u.dtype
+        norm, gain = (self.cuda.empty(squares.shape, kind) for _ in range(2))
+        suspect = self.cuda.empty(squares.shape, self.xp.bool)
+        unit = self.cuda.empty(u.shape, kind)
+        *_, out, rank = u.shape
+        bg = self.product(factors.scaled_b, gram)
+        vectors = squares, factors.row_scale, gram, magnitude
+        given = u, factors.scaled_b, bg, *vectors, norm, gain, unit, suspect
         sizes = (np.int64(size) for size in (squares.size, out, rank))
-        floor = scalar(self.floor(u.dtype, terms))
+        floor = self.floor(kind, factors.weight.shape[-1])
         self.cuda.launch(
             "assemble", alike(u), (-(-squares.size // WARPS), 1, 1),
-            *given, norm, projection, suspect, *sizes, floor, scalar(cancellation),
+            *(packed(array, self.xp) for array in given), *sizes,
+            kind.type(floor), kind.type(cancellation),
         )  # fmt: skip
-        return norm, projection, suspect
+        self.measure(suspect, norm, factors, (packed(magnitude, self.xp), gain, unit))
+        return norm, gain, unit, self.listed(suspect, norm, factors)
 
     def over_norm(self, values: Array, norm: Array) -> Array:
         """Saves four launches."""

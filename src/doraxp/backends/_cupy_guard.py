@@ -43,14 +43,9 @@ class Guard(Products):
         """Saves V: rows are formed where they are needed. `norm` and `suspect` are written to."""
         if reduce is not None:
             return super().guard(suspect, norm, factors, dtype, reduce)
-        factors = self._laid(factors)
-        self._measure(suspect, norm, factors)
-        rows = self.cuda.empty((norm.size,), np.int32)
-        count, switches = self.cuda.empty((1,), np.int32), self.cuda.empty((2,), norm.dtype)
-        found = Suspects(rows, count, switches, suspect, factors)
-        given = suspect, norm, *found[:3], np.int64(norm.size)
-        self.cuda.launch("list_suspects", alike(norm), (1, 1, 1), *given)
-        return norm, found
+        factors = self.laid(factors)
+        self.measure(suspect, norm, factors)
+        return norm, self.listed(suspect, norm, factors)
 
     def norms(self, squares: Array, factors: Factors, reduce: Reduce | None = None) -> Array:
         """Saves the list of the suspect rows, and six launches."""
@@ -61,20 +56,31 @@ class Guard(Products):
         grid = -(-squares.size // THREADS), 1, 1
         floor = kind.type(self.floor(kind, factors.weight.shape[-1]))
         self.cuda.launch("norms", alike(squares), grid, squares, norm, suspect, size, floor)
-        self._measure(suspect, norm, self._laid(factors))
+        self.measure(suspect, norm, self.laid(factors))
         return norm
 
-    def _laid(self, factors: Factors) -> Factors:
+    def laid(self, factors: Factors) -> Factors:
         """Return the factors as kernels want them: W by rows or by columns, the rest by rows."""
         weight, *rest = factors
         stored, turned = lying(weight, self.xp)
         rest = [packed(array, self.xp) for array in rest]
         return Factors(weight if turned else stored, *rest)
 
-    def _measure(self, suspect: Array, norm: Array, factors: Factors) -> None:
-        """Write the norms of the suspect rows."""
+    def measure(
+        self, suspect: Array, norm: Array, factors: Factors, then: tuple[Any, ...] = (None,) * 3
+    ) -> None:
+        """Write n of the suspect rows; and for `then` = (m, g, V Aᵀ / n) the latter two."""
         which, grid = (suspect, np.int64(norm.size)), (min(norm.size, MEASURERS), 1, 1)
-        self._launch_guard("guard_norms", factors, which, norm.dtype, grid, (norm,))
+        self._launch_guard("guard_norms", factors, which, norm.dtype, grid, (norm, *then))
+
+    def listed(self, suspect: Array, norm: Array, factors: Factors) -> Suspects:
+        """Return the suspect rows that are not of zeros, and unmark those that are."""
+        rows = self.cuda.empty((norm.size,), np.int32)
+        count, switches = self.cuda.empty((1,), np.int32), self.cuda.empty((2,), norm.dtype)
+        found = Suspects(rows, count, switches, suspect, factors)
+        given = suspect, norm, *found[:3], np.int64(norm.size)
+        self.cuda.launch("list_suspects", alike(norm), (1, 1, 1), *given)
+        return found
 
     def guarded_times_transposed(
         self, formed: Any, x: Array, factored: Callable[[Array], Array]

@@ -233,6 +233,30 @@ class Operations:
         suspect = ~self.in_range(squares, factors.weight.shape[-1])
         return self.guard(suspect, self.xp.sqrt(squares), factors, squares.dtype, reduce)[0]
 
+    def adapted_norm(
+        self, u: Array, gram: Array, squares: Array, factors: Factors, magnitude: Array,
+        cancellation: float, reduce: Reduce | None = None,
+    ) -> tuple[Array, Array, Array, Any | None]:  # fmt: skip
+        """Return n, g = m / n, V Aᵀ / n, and what `guard` returned: see `assemble`.
+
+        With `reduce`, u, `gram` and `squares` are sums over the ranks.
+        """
+        xp, (weight, a, scaled_b, row_scale) = self.xp, factors
+        norm, projection, suspect = self.assemble(
+            u, gram, squares, scaled_b, row_scale, weight.shape[-1], cancellation
+        )
+        norm, formed = self.guard(suspect, norm, factors, u.dtype, reduce)
+        if formed is not None:
+            factored = projection if reduce is None else xp.zeros_like(scaled_b)
+            factored = xp.matrix_transpose(factored)
+            guarded = self.guarded_times_transposed(formed, a, lambda _: factored)
+            (guarded,) = sums(reduce, xp.matrix_transpose(guarded), xp=xp)
+            # Over ranks, the rows that were not formed are sums already.
+            projection = (
+                guarded if reduce is None else xp.where(suspect[..., None], guarded, projection)
+            )
+        return norm, self.over_norm(magnitude, norm), self.over_norm(projection, norm), formed
+
     # V, formed
 
     def form(self, factors: Factors, dtype: Any) -> Array:

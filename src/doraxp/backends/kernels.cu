@@ -330,26 +330,24 @@ extern "C" __global__ void token(const void* m, int m_stored, const void* x, int
 
 // ---------------------------------------------------------------- the norm
 
-// n² = ρ²‖w‖² + 2 rowsum(b⊙u) + rowsum(b G⊙b), a warp to each row.         grid (rows / WARPS)
-// 4 (u) + 4 (b) + 4 (b G) + 4 (V Aᵀ) = 16 bytes of (out, rank).
+// n² = ρ²‖w‖² + 2 rowsum(b⊙u) + rowsum(b G⊙b), g = m / n and `unit` = V Aᵀ / n, 0 where n = 0.
+// A warp to each row: grid (rows / WARPS).          20 bytes of (out, rank): u, b, b G, unit
 //
-// u = W Aᵀ; `norm` is √n², `projection` V Aᵀ = ρ⊙u + b G. A row is `suspect` where that sum may
-// have lost digits: n² is under `cancellation` of what it is the sum of, or squares are not within
-// floor..∞, ‖A‖² / rank among them: the mean of the diagonal of `gram` = A Aᵀ.
+// u = W Aᵀ, V Aᵀ = ρ⊙u + b G. A row is `suspect` where n² may have lost digits: it is under
+// `cancellation` of what it is the sum of, or squares are not within floor..∞, ‖A‖² / rank among
+// them: the mean of the diagonal of `gram` = A Aᵀ. `guard_norms` comes after.
 extern "C" __global__ void assemble(const C* u, const C* b, const C* bg, const C* squares,
-                                    const C* row_scale, const C* gram, C* norm,
-                                    C* projection, unsigned char* suspect, index_t rows,
+                                    const C* row_scale, const C* gram, const C* magnitude, C* norm,
+                                    C* gain, C* unit, unsigned char* suspect, index_t rows,
                                     index_t out, index_t rank, C floor, C cancellation) {
     const index_t row = (index_t)blockIdx.x * WARPS + threadIdx.x / WARP;
     if (row >= rows) return;
     const C scale = row_scale ? row_scale[row] : (C)1;
     C along = 0, update = 0, b_squares = 0, a_squares = 0;
     for (index_t r = threadIdx.x % WARP; r < rank; r += WARP) {
-        const C left = b[row * rank + r], right = bg[row * rank + r];
-        const C scaled = scale * u[row * rank + r];
-        projection[row * rank + r] = scaled + right;
-        along += left * scaled;
-        update += right * left;
+        const C left = b[row * rank + r];
+        along += left * (scale * u[row * rank + r]);
+        update += bg[row * rank + r] * left;
         b_squares += left * left;
         a_squares += gram[(row / out * rank + r) * rank + r];
     }
@@ -357,7 +355,6 @@ extern "C" __global__ void assemble(const C* u, const C* b, const C* bg, const C
     update = warp_sum(update);
     b_squares = warp_sum(b_squares);
     a_squares = warp_sum(a_squares);
-    if (threadIdx.x % WARP != 0) return;
 
     const C infinity = (C)__uint_as_float(0x7f800000u);
     const C base = row_scale ? (scale > 0 ? (C)1 : (C)0) : squares[row];
@@ -366,7 +363,14 @@ extern "C" __global__ void assemble(const C* u, const C* b, const C* bg, const C
     const C expected = larger(update, b_squares * mean_square);
     const bool trusted = n2 > cancellation * (base + expected) && n2 > floor && n2 < infinity;
     const bool regular = (mean_square > floor && mean_square < infinity) || b_squares == 0;
-    norm[row] = n2 < 0 ? (C)0 : sqrt(n2);
+    const C n = n2 < 0 ? (C)0 : sqrt(n2);
+    for (index_t r = threadIdx.x % WARP; r < rank; r += WARP) {
+        const index_t at = row * rank + r;
+        unit[at] = n != 0 ? (scale * u[at] + bg[at]) / n : (C)0;
+    }
+    if (threadIdx.x % WARP != 0) return;
+    norm[row] = n;
+    gain[row] = n != 0 ? magnitude[row] / n : (C)0;
     suspect[row] = !(trusted && regular);
 }
 
@@ -426,24 +430,45 @@ extern "C" __global__ void split(const C* a, S* parts, C* shrink, index_t rows, 
 
 // ---------------------------------------------------------------- the guard
 
-// n of the suspect rows, from V itself, without overflow or underflow.     grid (any), a row a block
+enum { TILE = 8 };  // tokens, or ranks, that a thread works on at once: V is formed once for all
+
+// n of the suspect rows, from V itself, without overflow or underflow; and where `gain` is not null
+// g = m / n and `unit` = V Aᵀ / n, 0 where n = 0.                      grid (any), a row a block
 extern "C" __global__ void guard_norms(const unsigned char* suspect, index_t rows, const S* weight,
                                        int turned, const C* a, const C* b, const C* row_scale,
-                                       C* norm, index_t out, index_t in, index_t rank) {
+                                       C* norm, const C* magnitude, C* gain, C* unit, index_t out,
+                                       index_t in, index_t rank) {
     for (index_t row = blockIdx.x; row < rows; row += gridDim.x) {
         if (!suspect[row]) continue;
         C most = 0;
         for (index_t k = threadIdx.x; k < in; k += THREADS)
             most = larger(most, fabs(formed(weight, turned, a, b, row_scale, row, k, out, in, rank)));
         most = block_max(most);
-        const C unit = most > 0 ? most : (C)1;
+        const C peak = most > 0 ? most : (C)1;
         C total = 0;
         for (index_t k = threadIdx.x; k < in; k += THREADS) {
-            const C v = formed(weight, turned, a, b, row_scale, row, k, out, in, rank) / unit;
+            const C v = formed(weight, turned, a, b, row_scale, row, k, out, in, rank) / peak;
             total += v * v;
         }
         total = block_sum(total);
-        if (threadIdx.x == 0) norm[row] = most != most ? most : unit * sqrt(total);
+        const C n = most != most ? most : peak * sqrt(total);
+        if (threadIdx.x == 0) norm[row] = n;
+        if (!gain) continue;
+        if (threadIdx.x == 0) gain[row] = n != 0 ? magnitude[row] / n : (C)0;
+        for (index_t r0 = 0; r0 < rank; r0 += TILE) {
+            C sums[TILE];
+            for (int j = 0; j < TILE; ++j) sums[j] = 0;
+            for (index_t k = threadIdx.x; k < in && n != 0; k += THREADS) {
+                const C v = formed(weight, turned, a, b, row_scale, row, k, out, in, rank);
+                for (int j = 0; j < TILE; ++j)
+                    if (r0 + j < rank) sums[j] += a[(row / out * rank + r0 + j) * in + k] * v;
+            }
+            for (int j = 0; j < TILE; ++j) {
+                const C value = block_sum(sums[j]);
+                if (threadIdx.x == 0 && r0 + j < rank)
+                    unit[row * rank + r0 + j] = n != 0 ? value / n : (C)0;
+            }
+        }
     }
 }
 
@@ -473,8 +498,6 @@ extern "C" __global__ void list_suspects(unsigned char* suspect, const C* norm, 
     for (index_t row = first; row < end; ++row)
         if (suspect[row]) list[at++] = (int)row;
 }
-
-enum { TILE = 8 };  // tokens that a thread works on at once, so that V is formed once for all
 
 __device__ inline C item(const void* array, index_t i, bool stored) {
     return stored ? (C)wide(((const S*)array)[i]) : ((const C*)array)[i];
