@@ -6,6 +6,8 @@ later, more tokens than one chunk, more columns than one block, stacks.
 
 from __future__ import annotations
 
+import contextlib
+
 import array_api_compat.numpy
 import numpy as np
 import pytest
@@ -284,7 +286,7 @@ def test_few_rows_in_float32_read_the_weight_once(backend, put, dtype):
             ops.times_transposed(x, weight, x.dtype), ops.times(d, weight, x.dtype),
             ops.project(weight, a, x.dtype),
         )  # fmt: skip
-        assert ops.cuda.launched == ["split", "gemm", "sum_chunks"] * 3
+        assert ops.cuda.launched == ["split", "gemm", "sum_parts"] * 3
         for actual, desired in zip(made, (of_w[0] @ w.T, of_w[1] @ w, w @ of_w[2].T), strict=True):
             assert_near(backend.numpy(actual), desired, 1e-6)
     ops.cuda.launched.clear()
@@ -422,6 +424,34 @@ def test_one_token_takes_two_launches(backend, put, dtype, form, kind):
         assert actual.dtype == desired.dtype
         assert_near(actual, rounded(desired[:1]), 1e-6)
     np.testing.assert_allclose(rounded(cache.z)[0, 4], rounded(cached.z)[0, 4], rtol=1e-6)
+
+
+@pytest.mark.lanes("cuda-host")
+@pytest.mark.parametrize("reduced", [False, True])
+def test_a_step_takes_few_launches(backend, reduced):
+    """Each takes longer to launch than it runs, where tokens are few."""
+    rng, config = np.random.default_rng(0), doraxp.Config(3)
+    weight, x, dy = (
+        backend.asarray(rng.standard_normal(shape).astype(backend_dtype("bfloat16")))
+        for shape in ((24, 16), (1100, 16), (1100, 24))
+    )
+    adapter = doraxp.init(weight, config, seed=0)
+    previous = doraxp.prepare(weight, adapter, config)
+    launched = operations(weight=weight).cuda.launched
+    launched.clear()
+    with reduced_precision() if reduced else contextlib.nullcontext():
+        _, cache = doraxp.forward(x, weight, adapter, config, previous=previous)
+        norm = launched.index("list_suspects") + 1
+        forward = len(launched)
+        doraxp.backward(dy, cache)
+    done = [name.replace("tf32", "gemm") for name in launched]
+    few = ["gemm"] if reduced else ["split", "gemm", "sum_parts"]  # float32 beside bfloat16
+    assert done[:norm] == [*few, "gemm", "assemble", "guard_norms", "list_suspects"]
+    assert done[norm:forward] == [*few, "gemm", "tiles", "update_outputs", "guard_outputs"]
+    before = ["gradients", "sum_chunks", "gemm", *few, "gemm", "norm_rows"]
+    guarded = ["guard_inputs", "guard_hide", "gemm", "gemm"]
+    product = ["gemm"] if reduced else ["split", "gemm", "gemm", "gemm"]
+    assert done[forward:] == [*before, *guarded, *product, "turning"]
 
 
 @pytest.mark.lanes("cuda-host")

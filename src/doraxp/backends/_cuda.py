@@ -29,6 +29,7 @@ KERNELS = (
     "norms",
     "over_norm",
     "split",
+    "sum_parts",
     "guard_norms",
     "list_suspects",
     "guard_outputs",

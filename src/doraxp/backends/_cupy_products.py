@@ -159,10 +159,7 @@ class Products(Operations):
         on_left = name_of(left) == "float32"
         wide, low = (left, right) if on_left else (right, left)
         if (left.shape[0] if on_left else right.shape[1]) <= FEW:
-            rows = wide if on_left else xp.matrix_transpose(wide)  # (few, k)
-            product = self._few_rows(rows, low if on_left else xp.matrix_transpose(low))
-            product = product if on_left else xp.matrix_transpose(product)
-            out[...] = product if beta == 0.0 else product + out
+            self._multiply_few(wide, low, out, beta, on_left=on_left)
             return
         low = _piece(low, xp)
         if name_of(low) == "float16":  # its exponents are too few for the parts of any float32
@@ -177,15 +174,25 @@ class Products(Operations):
             self.cuda.gemm(*((part, low) if on_left else (low, part)), out, beta)
             beta = 1.0
 
-    def _few_rows(self, rows: Array, low: Array) -> Array:
-        """Return rows low, (few, k) by (k, n), from one product: low is read once."""
+    def _multiply_few(
+        self, wide: Array, low: Array, out: Array, beta: float | Array, *, on_left: bool
+    ) -> None:
+        """Multiply few rows or columns in float32 by `low` in one product: it is read once."""
         xp = self.xp
+        rows = wide if on_left else xp.matrix_transpose(wide)  # (few, k)
         parts, shrink = self._split(rows, low)
         few, k = rows.shape
-        products = self.cuda.empty((PARTS * few, low.shape[1]), xp.float32)
-        self.cuda.gemm(xp.reshape(parts, (PARTS * few, k)), _piece(low, xp), products, 0.0)
-        product = xp.reshape(self.sum_chunks(xp.reshape(products, (PARTS, -1))), (few, -1))
-        return product if shrink is None else shrink[:, None] * product
+        parts, low = xp.reshape(parts, (PARTS * few, k)), _piece(low, xp)
+        if on_left:
+            products = self.cuda.empty((PARTS * few, low.shape[1]), xp.float32)
+            self.cuda.gemm(parts, low, products, 0.0)
+        else:
+            products = self.cuda.empty((low.shape[0], PARTS * few), xp.float32)
+            self.cuda.gemm(low, xp.matrix_transpose(parts), products, 0.0)
+        sizes = np.int64(out.size), np.int64(out.shape[1])
+        how = np.int32(PARTS), np.int32(on_left), np.float32(beta)
+        grid = -(-out.size // THREADS), 1, 1
+        self.cuda.launch("sum_parts", alike(out), grid, products, shrink, out, *sizes, *how)
 
     def _split(self, rows: Array, low: Array) -> tuple[Array, Array | None]:
         """Return the parts (PARTS, rows, k) in the dtype of `low`, and what to scale rows by."""

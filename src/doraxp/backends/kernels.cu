@@ -428,6 +428,21 @@ extern "C" __global__ void split(const C* a, S* parts, C* shrink, index_t rows, 
     }
 }
 
+// result = Σ products of the parts + beta result, each row scaled by `shrink` where that is not null.
+// `products` is (parts, few, columns), or where not `on_left` (rows, parts, few): then `shrink` goes
+// by columns.                                     grid (size / THREADS)      4 `parts` + 4 bytes
+extern "C" __global__ void sum_parts(const C* products, const C* shrink, C* result, index_t size,
+                                     index_t columns, int parts, int on_left, C beta) {
+    const index_t i = (index_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= size) return;
+    const index_t row = i / columns, column = i % columns;
+    const index_t first = on_left ? i : row * parts * columns + column;
+    C total = 0;
+    for (int p = 0; p < parts; ++p) total += products[first + p * (on_left ? size : columns)];
+    if (shrink) total *= shrink[on_left ? row : column];
+    result[i] = beta != 0 ? total + beta * result[i] : total;
+}
+
 // ---------------------------------------------------------------- the guard
 
 enum { TILE = 8 };  // tokens, or ranks, that a thread works on at once: V is formed once for all
