@@ -383,7 +383,7 @@ def merge(
     dtype = compute_dtype(weight, *adapter, xp=ops.xp)
     if prepared is not None:
         check_prepared(prepared, weight, adapter, config, ops=ops)
-    elif not (ops.merges_in_one_pass or ops.measures_direction(dtype)):
+    elif not (ops.merges_in_one_pass or ops.measures_direction(dtype, config.rank)):
         prepared = prepare(weight, adapter, config)
     if prepared is not None:
         return ops.merge(prepared.factors, prepared.gain, prepared.gain.dtype)

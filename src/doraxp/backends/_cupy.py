@@ -33,6 +33,7 @@ NEEDED = 80  # compute capability, ten times: the first with bfloat16
 RUN = 4  # tokens that a thread of `outputs` takes, so that it reads gain and bias once for them
 STRIP = 32  # rows and columns of a warp of `merge`
 BELOW, BESIDE = 2, 4  # warps of a block of it
+MEASURED = 64  # the largest rank by which V is formed no slower than W is read twice
 TERMS = 16  # of a rank, that tensor cores add up at once
 ROWS = 4  # rows of a thread of `merge_wide`
 LEAF_BLOCK = 4 * THREADS  # numbers of a block of `adamw`
@@ -189,9 +190,9 @@ class CupyOperations(Guard):
         """Saves the (out, in) temporaries: W is read once, as it lies."""
         return self._squares(Factors(weight, None, None, None), np.dtype(dtype))
 
-    def measures_direction(self, dtype: Any) -> bool:
-        """Where tensor cores have the digits, V is formed as fast as W is read."""
-        return bool(dtype == np.float32)
+    def measures_direction(self, dtype: Any, rank: int) -> bool:
+        """Where tensor cores have the digits, V of a small rank is formed as fast as W is read."""
+        return bool(dtype == np.float32) and rank <= MEASURED
 
     def direction_squares(self, factors: Factors, dtype: Any) -> Array:
         """Saves every (out, in) temporary: W is read once. `dtype` is float32."""

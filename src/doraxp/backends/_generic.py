@@ -81,7 +81,7 @@ class Operations:
         wide = xp.astype(weight, dtype, copy=False)
         return xp.sum(wide * wide, axis=-1)
 
-    def measures_direction(self, dtype: Any) -> bool:
+    def measures_direction(self, dtype: Any, rank: int) -> bool:
         """Say whether n from `direction_squares` costs less than the expanded n², for one use."""
         return False
 
