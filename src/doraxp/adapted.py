@@ -6,7 +6,6 @@ V = ρ⊙W + s B A              n = ‖V‖ by rows, (out,)           g = m / n,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from doraxp._checks import check_layer
@@ -203,10 +202,10 @@ def outputs(
     return low_rank, *ops.scale_and_shift(z, None, None, gain, bias)
 
 
-def times(d: Array, low_of_d: Callable[[], Array], prepared: Prepared, *, ops: Operations) -> Array:
+def times(d: Array, low: Array, prepared: Prepared, *, ops: Operations) -> Array:
     """Return d V = (ρ⊙d) W + (d s B) A: (tokens, out) -> (tokens, in).
 
-    `low_of_d` returns d s B (tokens, rank), where it is asked for; d may be written to.
+    `low` (tokens, rank) is d s B; both may be written to.
     """
     weight, a, scaled_b, row_scale = prepared.factors
 
@@ -215,10 +214,10 @@ def times(d: Array, low_of_d: Callable[[], Array], prepared: Prepared, *, ops: O
         return ops.accumulate(ops.times(scaled, weight, d.dtype), low, a)
 
     if prepared.formed is None:
-        return factored(d, low_of_d())
+        return factored(d, low)
     # What the guard keeps out of d is not in d s B either.
     return ops.guarded_times(
-        prepared.formed, d, lambda rest: factored(rest, ops.product(rest, scaled_b))
+        prepared.formed, d, low, lambda rest: factored(rest, ops.product(rest, scaled_b))
     )
 
 

@@ -304,26 +304,25 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     exact = prepared.config.norm_gradient == "exact"
     room, total = prepared.config.rank if exact else 0, train_base and bias is not None
     dz, e, dbias = ops.scale_and_sum(d, z, gain, room, total=total)
-    dlow = ops.product(dz, scaled_b)  # (tokens, rank)
+    if exact:  # The norm's part of dA is a product with V too: in one with dx it costs little.
+        dm, p, rows = ops.norm_rows(dz, e, gain, norm, scaled_b)
+    else:
+        dm, rows = ops.over_norm(e, norm), dz
+    low = ops.product(rows, scaled_b)  # (tokens + rank, rank), or (tokens, rank)
+    dlow = low[..., :count, :]
     da = ops.product(xp.matrix_transpose(dlow), dropped)  # (rank, in)
     db = ops.product(xp.matrix_transpose(dz), low_rank)  # (out, rank)
     dweight = ops.product(xp.matrix_transpose(dz), seen) if train_base else None  # (out, in)
+    update = dlow @ a if dropout_mask is not None and seen is tokens else None  # s (dz B) A
 
-    if exact:  # The norm's part of dA is a product with V too: in one with dx it costs little.
-        dm, p, rows = ops.norm_rows(dz, e, gain, norm, scaled_b)
-
-        def low() -> Array:
-            return xp.concat([dlow, ops.product(rows[..., count:, :], scaled_b)], axis=-2)
-
-        product = times(rows, low, prepared, ops=ops)  # writes to dz
-        dx = product[..., :count, :]
+    product = times(rows, low, prepared, ops=ops)  # writes to dz and to low
+    dx = product[..., :count, :]
+    if exact:
         da += product[..., count:, :]
         db = ops.turning(db, p, prepared.unit_projection, prepared.config.scaling)
         if dweight is not None:
             dweight -= p[..., None] * ops.over_norm(ops.form(prepared.factors, dtype), norm)
     else:
-        dm = ops.over_norm(e, norm)
-        dx = times(dz, lambda: dlow, prepared, ops=ops)  # writes to dz
         db *= prepared.config.scaling
 
     if train_base:
@@ -335,10 +334,10 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
             dweight += xp.matrix_transpose(d) @ (tokens - seen)
     if dropout_mask is not None:
         mask = as_tokens(dropout_mask, weight, dtype, xp=xp)
-        if seen is not tokens:
+        if update is None:
             dx = mask * dx + (1 - mask) * ops.times(d, weight, dtype)
         else:
-            dx = dx + (mask - 1) * (dlow @ a)
+            dx = dx + (mask - 1) * update
     dx = xp.reshape(as_dtype(dx, x.dtype, xp=xp), x.shape)
     return Gradients(dx, Adapter(da, db, dm), dweight, dbias)
 

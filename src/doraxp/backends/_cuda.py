@@ -35,6 +35,7 @@ KERNELS = (
     "guard_outputs",
     "guard_inputs",
     "guard_hide",
+    "guard_low",
     "tiles",
     "update_outputs",
     "merge",

@@ -14,7 +14,7 @@ import numpy as np
 
 from doraxp._types import Array, Reduce
 from doraxp.backends._cuda import THREADS, Types, dtype_name
-from doraxp.backends._cupy_products import Products, alike, lying, name_of, packed
+from doraxp.backends._cupy_products import WARPS, Products, alike, lying, name_of, packed
 from doraxp.backends._generic import Factors
 
 GUARDS = 64  # blocks of the guard's kernels: it has few rows, or none
@@ -111,7 +111,9 @@ class Guard(Products):
         )  # fmt: skip
         self._launch_guard("guard_outputs", formed.factors, formed[:2], wide, grid, given, types)
 
-    def guarded_times(self, formed: Any, d: Array, factored: Callable[[Array], Array]) -> Array:
+    def guarded_times(
+        self, formed: Any, d: Array, low: Array, factored: Callable[[Array], Array]
+    ) -> Array:
         """Keep the columns of d of suspect rows out of the factored d V, and add their part."""
         xp = self.xp
         if not isinstance(formed, Suspects):
@@ -131,7 +133,11 @@ class Guard(Products):
         sizes = np.int64(tokens), np.int64(out)
         grid = -(-tokens // THREADS), GUARDS, 1
         self.cuda.launch("guard_hide", Types(*types), grid, *formed[:2], d, *sizes)
-        low = self.product(d, scaled_b)
+        low, rank = packed(low, xp), np.int64(low.shape[-1])
+        grid = min(-(-tokens // WARPS), LIMIT), elements, 1
+        self.cuda.launch(
+            "guard_low", Types(*types), grid, formed.count, d, scaled_b, low, *sizes, rank
+        )
         self.multiply(low, a, d.dtype, out=result, beta=formed.switches)
         if row_scale is not None:
             d = xp.astype(row_scale[..., None, :] * d, d.dtype, copy=False)

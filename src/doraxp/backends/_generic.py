@@ -327,10 +327,12 @@ class Operations:
         """Return x Vᵀ; `factored` computes it for the rows of V that were not formed."""
         return x @ self.xp.matrix_transpose(formed)
 
-    def guarded_times(self, formed: Any, d: Array, factored: Callable[[Array], Array]) -> Array:
+    def guarded_times(
+        self, formed: Any, d: Array, low: Array, factored: Callable[[Array], Array]
+    ) -> Array:
         """Return d V; `factored` computes it for the rows of V that were not formed.
 
-        `d` (*stack, tokens, out) may be written to.
+        `d` (*stack, tokens, out) and `low` = d s B (*stack, tokens, rank) may be written to.
         """
         return d @ formed
 

@@ -202,8 +202,9 @@ class NumpyOperations(Operations):
         return result
 
     def guarded_times(
-        self, formed: tuple[FormedRows, ...], d: Array, factored: Callable[[Array], Array]
-    ) -> Array:
+        self, formed: tuple[FormedRows, ...], d: Array, low: Array,
+        factored: Callable[[Array], Array],
+    ) -> Array:  # fmt: skip
         """Keep the formed columns of d out of the factored d V, and add their part."""
         parts = [d[element][..., rows] @ values for element, rows, values in formed]
         for element, rows, _ in formed:

@@ -585,6 +585,29 @@ extern "C" __global__ void guard_hide(const int* list, const int* count, Z* d, i
     }
 }
 
+// low = d b once more, where any rows were hidden: a warp to each token.       grid (any, stack)
+extern "C" __global__ void guard_low(const int* count, const Z* d, const C* b, C* low,
+                                     index_t tokens, index_t out, index_t rank) {
+    if (*count == 0) return;
+    const index_t e = blockIdx.y;
+    for (index_t t = (index_t)blockIdx.x * WARPS + threadIdx.x / WARP; t < tokens;
+         t += (index_t)gridDim.x * WARPS)
+        for (index_t r0 = 0; r0 < rank; r0 += TILE) {
+            C sums[TILE];
+            for (int j = 0; j < TILE; ++j) sums[j] = 0;
+            for (index_t i = threadIdx.x % WARP; i < out; i += WARP) {
+                const C value = (C)wide(d[(e * tokens + t) * out + i]);
+                for (int j = 0; j < TILE; ++j)
+                    if (r0 + j < rank) sums[j] += value * b[(e * out + i) * rank + r0 + j];
+            }
+            for (int j = 0; j < TILE; ++j) {
+                const C total = warp_sum(sums[j]);
+                if (threadIdx.x % WARP == 0 && r0 + j < rank)
+                    low[(e * tokens + t) * rank + r0 + j] = total;
+            }
+        }
+}
+
 // ---------------------------------------------------------------- merge and AdamW
 
 // A warp multiplies on tensor cores: sums (16, 8) += left (16, 16) right (16, 8). Lane 4 g + t has
