@@ -447,7 +447,7 @@ def test_a_step_takes_few_launches(backend, reduced):
         doraxp.backward(dy, cache)
     done = [name.replace("tf32", "gemm") for name in launched]
     few = ["gemm"] if reduced else ["split", "gemm", "sum_parts"]  # float32 beside bfloat16
-    assert done[:norm] == [*few, "gemm", "assemble", "guard_norms", "list_suspects"]
+    assert done[:norm] == [*few, "gemm", "gemm", "assemble", "guard_norms", "list_suspects"]
     assert done[norm:forward] == [*few, "gemm", "tiles", "update_outputs", "guard_outputs"]
     before = ["gradients", "sum_chunks", "norm_rows", "gemm", *few, "gemm"]
     guarded = ["guard_inputs", "guard_hide", "guard_low", "gemm"]

@@ -144,7 +144,7 @@ def _prepare(
     a, b, m = (as_dtype(leaf, dtype, xp=xp) for leaf in adapter)
     b = config.scaling * b  # s B: the update is never wanted without s
 
-    gram = a @ xp.matrix_transpose(a)  # G, (rank, rank)
+    gram = ops.product(a, xp.matrix_transpose(a))  # G, (rank, rank)
     squares = previous.weight_squares if previous is not None else None
     if squares is None or squares.dtype != dtype:
         squares = ops.row_squares(weight, dtype)
@@ -189,7 +189,7 @@ def outputs(
         factors = prepared.factors
         return low_rank, *ops.outputs(x, base, factors, low_rank, formed, gain, bias)
     transposed = ops.xp.matrix_transpose(a)
-    update = (low_rank if dropped is x or formed is None else x @ transposed), scaled_b
+    update = (low_rank if dropped is x or formed is None else ops.product(x, transposed)), scaled_b
 
     def factored(_: Array) -> Array:
         product = ops.times_transposed(x, weight, x.dtype) if base is None else base
@@ -197,7 +197,9 @@ def outputs(
 
     z = factored(x) if formed is None else ops.guarded_times_transposed(formed, x, factored)
     if formed is not None and dropped is not x:  # z = x Vᵀ + ((x~ − x) Aᵀ) (s B)ᵀ
-        z = ops.accumulate(z, (dropped - x) @ transposed, ops.xp.matrix_transpose(scaled_b))
+        z = ops.accumulate(
+            z, ops.product(dropped - x, transposed), ops.xp.matrix_transpose(scaled_b)
+        )
     z, low_rank = sums(reduce, z, low_rank, xp=ops.xp)
     return low_rank, *ops.scale_and_shift(z, None, None, gain, bias)
 

@@ -83,7 +83,7 @@ class Linear:
         check_output_gradient(dy, (*x.shape[:-1], weight.shape[-2]))
         dtype = compute_dtype(weight, xp=xp)
         d = as_tokens(dy, weight, dtype, xp=xp)  # (*stack, tokens, out)
-        dweight = xp.matrix_transpose(d) @ as_tokens(x, weight, dtype, xp=xp)
+        dweight = ops.product(xp.matrix_transpose(d), as_tokens(x, weight, dtype, xp=xp))
         self.weight_gradient = _add(self.weight_gradient, dweight)
         if self.bias is not None:
             self.bias_gradient = _add(self.bias_gradient, xp.sum(d, axis=-2))

@@ -313,7 +313,8 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     da = ops.product(xp.matrix_transpose(dlow), dropped)  # (rank, in)
     db = ops.product(xp.matrix_transpose(dz), low_rank)  # (out, rank)
     dweight = ops.product(xp.matrix_transpose(dz), seen) if train_base else None  # (out, in)
-    update = dlow @ a if dropout_mask is not None and seen is tokens else None  # s (dz B) A
+    apart = dropout_mask is not None and seen is tokens  # the mask is on s (dz B) A alone
+    update = ops.product(dlow, a) if apart else None
 
     product = times(rows, low, prepared, ops=ops)  # writes to dz and to low
     dx = product[..., :count, :]
@@ -331,7 +332,7 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
             (along,) = sums(prepared.reduce, xp.sum(unit * dweight, axis=-1), xp=xp)
             dweight = row_scale[..., None] * (dweight - along[..., None] * unit)
         if seen is not tokens:
-            dweight += xp.matrix_transpose(d) @ (tokens - seen)
+            dweight += ops.product(xp.matrix_transpose(d), tokens - seen)
     if dropout_mask is not None:
         mask = as_tokens(dropout_mask, weight, dtype, xp=xp)
         if update is None:
