@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import runpy
 import types
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -299,3 +301,11 @@ def test_the_driver_is_asked_for_its_version(tmp_path, monkeypatch, said, expect
         program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert gpu.driver() == expected
+
+
+def test_the_docs_show_what_the_model_prints(capsys):
+    """The model's counts of passes and launches change with the code; the page must follow."""
+    root = Path(__file__).parents[1]
+    runpy.run_path(str(root / "benchmarks" / "gpu_model.py"), run_name="__main__")
+    page = (root / "docs" / "backends" / "cupy.md").read_text(encoding="utf-8")
+    assert f"```text\n{capsys.readouterr().out.strip()}\n```" in page
