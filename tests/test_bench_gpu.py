@@ -14,7 +14,7 @@ import pytest
 
 from doraxp.backends import Status
 from doraxp.cli import main
-from doraxp.cli._bench import contestants, gpu, measure, peft
+from doraxp.cli._bench import gpu, measure, peft
 from doraxp.cli._bench.cases import Case
 from doraxp.cli._bench.contestants import Contestant
 from doraxp.cli._bench.measure import Measured
@@ -102,6 +102,7 @@ def fake_cupy(monkeypatch):
     usable = [Status("cupy", True, "14.2.0")]
     monkeypatch.setattr("doraxp.backends.available", lambda: usable)
     monkeypatch.setattr(gpu, "driver", lambda: "580.1.2")
+    monkeypatch.setattr(gpu, "_copied", lambda weight: weight.copy())
     monkeypatch.setattr(peft, "why_not", lambda: "not here")
     monkeypatch.setattr(measure, "SECONDS", 1e-6)
     monkeypatch.setattr(measure, "SETTLE", 0)
@@ -164,7 +165,7 @@ def test_contestants_go_round_several_sets_of_inputs(fake_cupy):
 
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
-        patch.setattr(contestants, "copied", merge)
+        patch.setattr(gpu, "_copied", merge)
         patch.setattr(gpu, "_on_device", lambda _, inputs: copied(inputs))
         bare, *_ = gpu.contestants("merge", CASE)
         for _ in range(4):

@@ -446,13 +446,16 @@ def test_a_step_takes_few_launches(backend, reduced):
         forward = len(launched)
         doraxp.backward(dy, cache)
     done = [name.replace("tf32", "gemm") for name in launched]
-    few = ["gemm"] if reduced else ["split", "gemm", "sum_parts"]  # float32 beside bfloat16
+    few = ["cast", "gemm"] if reduced else ["split", "gemm", "sum_parts"]  # float32 by bfloat16
+    both = ["cast", "cast", "gemm"] if reduced else ["gemm"]  # of float32, for a result in Z
+    one = ["cast", "gemm"] if reduced else ["gemm"]
+    update = [*both, "outputs"] if reduced else ["tiles", "update_outputs"]
     assert done[:norm] == [*few, "gemm", "gemm", "assemble", "guard_norms", "list_suspects"]
-    assert done[norm:forward] == [*few, "gemm", "tiles", "update_outputs", "guard_outputs"]
-    before = ["gradients", "sum_chunks", "norm_rows", "gemm", *few, "gemm"]
-    guarded = ["guard_inputs", "guard_hide", "guard_low", "gemm"]
-    product = ["gemm"] if reduced else ["split", "gemm", "gemm", "gemm"]
-    assert done[forward:] == [*before, *guarded, *product, "turning"]
+    assert done[norm:forward] == [*few, "gemm", *update, "guard_outputs"]
+    before = ["gradients", "sum_chunks", "norm_rows", *one, *few, *one]
+    guarded = ["guard_inputs", "guard_hide", "guard_low", *both]
+    product = ["gemm", "turning"] if reduced else ["split", *["gemm"] * 3, "turning", "cast"]
+    assert done[forward:] == [*before, *guarded, *product]
 
 
 @pytest.mark.lanes("cuda-host")

@@ -306,9 +306,10 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     dz, e, dbias = ops.scale_and_sum(d, z, gain, room, total=total)
     if exact:  # The norm's part of dA is a product with V too: in one with dx it costs little.
         dm, p, rows = ops.norm_rows(dz, e, gain, norm, scaled_b)
+        low = ops.low_rows(dz, rows, scaled_b)  # (tokens + rank, rank)
     else:
         dm, rows = ops.over_norm(e, norm), dz
-    low = ops.product(rows, scaled_b)  # (tokens + rank, rank), or (tokens, rank)
+        low = ops.product(dz, scaled_b)  # (tokens, rank)
     dlow = low[..., :count, :]
     da = ops.product(xp.matrix_transpose(dlow), dropped)  # (rank, in)
     db = ops.product(xp.matrix_transpose(dz), low_rank)  # (out, rank)
@@ -339,7 +340,7 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
             dx = mask * dx + (1 - mask) * ops.times(d, weight, dtype)
         else:
             dx = dx + (mask - 1) * update
-    dx = xp.reshape(as_dtype(dx, x.dtype, xp=xp), x.shape)
+    dx = xp.reshape(ops.cast(dx, x.dtype), x.shape)
     return Gradients(dx, Adapter(da, db, dm), dweight, dbias)
 
 

@@ -18,6 +18,8 @@ from doraxp._types import Array
 SOURCE = Path(__file__).with_name("kernels.cu").read_text(encoding="utf-8")
 THREADS = 128
 """Of a block, where nothing else is said; as in the source."""
+LIMIT = 65535
+"""Of a grid's y and z."""
 KERNELS = (
     "outputs",
     "gradients",
@@ -29,6 +31,7 @@ KERNELS = (
     "norms",
     "over_norm",
     "split",
+    "cast",
     "sum_parts",
     "guard_norms",
     "list_suspects",
@@ -79,9 +82,19 @@ BUILDS = (
 class Cuda:
     """A GPU, through CuPy."""
 
+    @functools.cached_property
+    def cupy(self) -> Any:
+        """CuPy: to ask for it by name takes longer than to use it."""
+        return import_module("cupy")
+
+    @functools.cached_property
+    def blas(self) -> Any:
+        """Return cuBLAS, as CuPy's package finds it: in NVIDIA's wheels too."""
+        return import_module("cupy_backends.cuda.libs").cublas
+
     def device(self) -> int:
         """Return the number of the current device."""
-        return int(import_module("cupy").cuda.runtime.getDevice())
+        return int(self.cupy.cuda.runtime.getDevice())
 
     def pointer(self, array: Array) -> int:
         """Return the address of the first number."""
@@ -89,17 +102,19 @@ class Cuda:
 
     def empty(self, shape: Sequence[int], dtype: Any) -> Array:
         """Return an array that is not written yet; CuPy's MemoryError names the bytes."""
-        return import_module("cupy").empty(tuple(shape), dtype)
+        return self.cupy.empty(tuple(shape), dtype)
 
     def upload(self, values: Any) -> Array:
         """Return a NumPy array on the device; the copy waits for nothing."""
-        return import_module("cupy").asarray(values)
+        return self.cupy.asarray(values)
 
     def launch(
         self, name: str, types: Types, grid: tuple[int, int, int], *arguments: Any,
         threads: int = THREADS,
     ) -> None:  # fmt: skip
         """Start a kernel. An argument is an array, None for a null pointer, or a NumPy scalar."""
+        if grid[2] > LIMIT:
+            raise ValueError(f"a stack must have at most {LIMIT} elements on a GPU, got {grid[2]}")
         values = tuple(np.intp(0) if value is None else value for value in arguments)
         _kernel(name, types)(grid, (threads,), values)
 
@@ -112,7 +127,7 @@ class Cuda:
         (m, n) lies row by row. A `beta` on the device is an array of two, {1, beta}, in the dtype
         of the sum. With `tf32`, float32 factors are rounded to 10 bits.
         """
-        blas = import_module("cupy_backends.cuda.libs").cublas  # looks into NVIDIA's wheels too
+        blas = self.blas
         wide = left.dtype == np.float64
         compute = blas.CUBLAS_COMPUTE_64F if wide else blas.CUBLAS_COMPUTE_32F
         if tf32 and left.dtype == np.float32:
@@ -124,7 +139,7 @@ class Cuda:
         on_device = not isinstance(beta, float)
         scalars: Any = beta if on_device else np.array([1, beta], "f8" if wide else "f4")
         pointer = scalars.data.ptr if on_device else scalars.ctypes.data
-        handle = import_module("cupy").cuda.device.get_cublas_handle()
+        handle = self.cupy.cuda.device.get_cublas_handle()
         pointer_mode, math_mode = blas.getPointerMode(handle), blas.getMathMode(handle)
         try:
             blas.setPointerMode(

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from doraxp._types import Array, Reduce
-from doraxp.backends._cuda import THREADS, Types, dtype_name
-from doraxp.backends._cupy_guard import LIMIT, Guard, Suspects
+from doraxp.backends._cuda import LIMIT, THREADS, Types, dtype_name
+from doraxp.backends._cupy_guard import Guard, Suspects
 from doraxp.backends._cupy_products import (
     LOW,
     PARTS,
@@ -28,7 +28,7 @@ from doraxp.backends._cupy_products import (
 )
 from doraxp.backends._generic import Factors
 
-CHUNK = 32  # tokens, or rows, whose sums a thread takes
+LEAST, CHUNK, CHUNKS = 4, 32, 64  # tokens whose sums a thread takes, by how many chunks there are
 NEEDED = 80  # compute capability, ten times: the first with bfloat16
 RUN = 4  # tokens that a thread of `outputs` takes, so that it reads gain and bias once for them
 STRIP = 32  # rows and columns of a warp of `merge`
@@ -123,10 +123,9 @@ class CupyOperations(Guard):
         row_scale, gain, bias = (packed(v, self.xp) for v in (row_scale, gain, bias))
         types = Types(name_of(y), name_of(z), name_of(gain))
         sizes = np.int64(tokens), np.int64(out)
-        if update is not None and gain.dtype == np.float32:
-            parts = _parts(z)
-            tiles, rank = self._tiles(*update, (True, True), types, parts)
-            given = z, tiles, row_scale, gain, bias, z, y, *sizes, rank, np.int32(parts)
+        if update is not None and gain.dtype == np.float32 and not is_reduced():
+            tiles, rank = self._tiles(*update, (True, True), types, PARTS)
+            given = z, tiles, row_scale, gain, bias, z, y, *sizes, rank, np.int32(PARTS)
             self._launch_patches("update_outputs", types, z.shape, *given)
             return z, y
         added = None
@@ -176,6 +175,10 @@ class CupyOperations(Guard):
         given = e, gain, norm, packed(scaled_b, self.xp)
         self.cuda.launch("norm_rows", types, grid, *given, dm, p, whole, *sizes)
         return dm, p, whole
+
+    def low_rows(self, scaled: Array, rows: Array, scaled_b: Array) -> Array:
+        """Saves two launches."""
+        return self.product(rows, scaled_b)
 
     def turning(self, db: Array, p: Array, unit_projection: Array, scaling: float) -> Array:
         """Saves two launches. `db` is written to."""
@@ -246,7 +249,7 @@ class CupyOperations(Guard):
 
     def _launch_patches(self, name: str, types: Types, shape: tuple[int, ...], *given: Any) -> None:
         *stack, rows, columns = shape
-        grid = -(-columns // (STRIP * BESIDE)), -(-rows // (STRIP * BELOW)), math.prod(stack)
+        grid = -(-rows // (STRIP * BELOW)), -(-columns // (STRIP * BESIDE)), math.prod(stack)
         self.cuda.launch(name, types, grid, *given, threads=32 * BELOW * BESIDE)
 
     def adapted_norm(
@@ -295,7 +298,8 @@ class CupyOperations(Guard):
             return self._merge_wide(types, factors, gain)
         stored, turned = lying(weight, xp)
         merged = self.cuda.empty(stored.shape, weight.dtype)
-        parts = _parts(weight)
+        rounded = 1 if name_of(weight) == "bfloat16" else 2  # parts of 8 bits
+        parts = rounded if is_reduced() else PARTS
         tiles, rank = self._tiles_of(factors, turned, types, parts)
         row_scale, sizes = packed(factors.row_scale, xp), map(np.int64, stored.shape[-2:])
         given = stored, tiles, row_scale, gain, merged, *sizes, rank
@@ -353,11 +357,6 @@ class CupyOperations(Guard):
         return stepped
 
 
-def _parts(result: Array) -> int:
-    """Return how many parts of 8 bits a factor of such a result is split into."""
-    return PARTS if not is_reduced() else 1 if name_of(result) == "bfloat16" else 2
-
-
 def _columns(length: int, stored: Array) -> int:
     """Return how many blocks cover so many columns, at 16 bytes of `stored` to a thread."""
     return -(-length * int(stored.itemsize) // (16 * THREADS))
@@ -365,5 +364,5 @@ def _columns(length: int, stored: Array) -> int:
 
 def _chunks(length: int) -> tuple[int, int]:
     """Return of how many rows a chunk of so many is, and how many chunks there are."""
-    each = -(-length // min(LIMIT, max(1, -(-length // CHUNK)))) or 1
+    each = max(LEAST, min(CHUNK, length // CHUNKS), -(-length // LIMIT))
     return each, max(1, -(-length // each))

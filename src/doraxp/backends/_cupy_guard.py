@@ -13,14 +13,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from doraxp._types import Array, Reduce
-from doraxp.backends._cuda import THREADS, Types, dtype_name
+from doraxp.backends._cuda import LIMIT, THREADS, Types, dtype_name
 from doraxp.backends._cupy_products import WARPS, Products, alike, lying, name_of, packed
 from doraxp.backends._generic import Factors
 
 GUARDS = 64  # blocks of the guard's kernels: it has few rows, or none
 MEASURERS = 1024  # blocks that look for its rows
+LISTERS = 1024  # threads that list them
 TILE = 8  # tokens of a thread
-LIMIT = 65535  # of a grid's y and z
+TILES = 16  # blocks over tokens of `guard_outputs`: empty blocks take their time too
+BLOCKS = 2048  # of `guard_inputs`
 
 
 class Suspects(NamedTuple):
@@ -79,7 +81,7 @@ class Guard(Products):
         count, switches = self.cuda.empty((1,), np.int32), self.cuda.empty((2,), norm.dtype)
         found = Suspects(rows, count, switches, suspect, factors)
         given = suspect, norm, *found[:3], np.int64(norm.size)
-        self.cuda.launch("list_suspects", alike(norm), (1, 1, 1), *given)
+        self.cuda.launch("list_suspects", alike(norm), (1, 1, 1), *given, threads=LISTERS)
         return found
 
     def guarded_times_transposed(
@@ -103,7 +105,7 @@ class Guard(Products):
         step, along = (stride // z.itemsize for stride in z.strides[-2:])
         element = z.shape[-2] * z.shape[-1]
         types = name_of(formed.factors.weight), name_of(z), name_of(formed.switches)
-        grid = GUARDS, min(-(-tokens // TILE), LIMIT), 1
+        grid = GUARDS, min(-(-tokens // TILE), TILES), 1
         y, gain, bias = last
         given = (
             x, np.int32(stored), z, *map(np.int64, (element, step, along)), y,
@@ -127,7 +129,9 @@ class Guard(Products):
             return result
         wide = formed.switches.dtype
         types = name_of(weight), name_of(d), name_of(formed.switches)
-        grid = -(-inner // THREADS), min(-(-tokens // TILE), LIMIT), elements
+        across = -(-inner // THREADS)
+        few = min(-(-tokens // TILE), max(1, BLOCKS // (across * elements)))
+        grid = across, few, elements
         given = d, result, np.int64(tokens)
         self._launch_guard("guard_inputs", formed.factors, formed[:2], wide, grid, given, types)
         sizes = np.int64(tokens), np.int64(out)

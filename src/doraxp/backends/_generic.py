@@ -91,6 +91,10 @@ class Operations:
 
     # What comes before and after these products
 
+    def cast(self, array: Array, dtype: Any) -> Array:
+        """Return `array` in `dtype`: itself where it is."""
+        return self.xp.astype(array, dtype, copy=False)
+
     def product(self, left: Array, right: Array) -> Array:
         """Return left right in the compute dtype; one may be an x or dy in its own."""
         return left @ right
@@ -166,6 +170,15 @@ class Operations:
         p = gain * dm
         pull = self.over_norm(-p[..., None] * scaled_b, norm)  # (*stack, out, rank)
         return dm, p, self.append(scaled, self.xp.matrix_transpose(pull))
+
+    def low_rows(self, scaled: Array, rows: Array, scaled_b: Array) -> Array:
+        """Return d s B (*stack, tokens + room, rank) for g⊙d and the rows below it.
+
+        Here by two products: over tokens that are on many devices, what is below is on all.
+        """
+        count = scaled.shape[-2]
+        below = self.product(rows[..., count:, :], scaled_b)
+        return self.xp.concat([self.product(scaled, scaled_b), below], axis=-2)
 
     def turning(self, db: Array, p: Array, unit_projection: Array, scaling: float) -> Array:
         """Return s (db − p⊙(V Aᵀ / n)), (*stack, out, rank): without what only lengthens V.

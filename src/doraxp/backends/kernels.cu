@@ -55,6 +55,9 @@ enum { N = 16 / sizeof(S), WARP = 32, WARPS = 4, THREADS = WARP * WARPS };
 
 template <typename T> struct alignas(16) Pack { T item[16 / sizeof(T)]; };
 
+// N numbers of T.
+template <typename T> struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Part { T item[N]; };
+
 __device__ inline bool aligned(const void* a, const void* b = 0, const void* c = 0,
                                const void* d = 0) {
     return (((size_t)a | (size_t)b | (size_t)c | (size_t)d) & 15) == 0;
@@ -209,11 +212,12 @@ extern "C" __global__ void gradients(const S* __restrict__ dy, const Z* __restri
     }
 }
 
-// The second stage: (stack, chunks, out) -> (stack, out).        grid (out / THREADS, 1, stack)
+// The second stage: (stack, chunks, out) -> (stack, out).  grid (out / WARP, 1, stack), a warp a block
 extern "C" __global__ void sum_chunks(const C* partial, C* result, index_t chunks, index_t out) {
     const index_t i = (index_t)blockIdx.x * blockDim.x + threadIdx.x, e = blockIdx.z;
     if (i >= out) return;
     C total = 0;
+#pragma unroll 16
     for (index_t c = 0; c < chunks; ++c) total += partial[(e * chunks + c) * out + i];
     result[e * out + i] = total;
 }
@@ -258,19 +262,32 @@ __device__ inline C formed(const M* weight, int turned, const C* a, const C* b, 
     return (C)value;
 }
 
+enum { AHEAD = 4 };  // loads of a thread that are on their way at once
+
 // Σ m_k x_k over what is this thread's, of `team` threads.
 template <typename M, typename X>
 __device__ inline C dot(const M* m, const X* x, index_t length, int team) {
     const bool packed = length % N == 0 && aligned(m, x);
-    C left[N], right[N], sums[N];
+    const index_t step = team * N;
+    C sums[N];
     for (int j = 0; j < N; ++j) sums[j] = 0;
-#pragma unroll 4
-    for (index_t k = (int)threadIdx.x % team * N; k < length; k += team * N) {
-        const int count = length - k < N ? (int)(length - k) : N;
-        load(m + k, left, count, packed);
-        load(x + k, right, count, packed);
+    for (index_t k = (int)threadIdx.x % team * N; k < length; k += AHEAD * step) {
+        Part<M> held[AHEAD];
 #pragma unroll
-        for (int j = 0; j < N; ++j) sums[j] += left[j] * right[j];
+        for (int u = 0; u < AHEAD; ++u)
+            if (packed && k + u * step < length) held[u] = *(const Part<M>*)(m + k + u * step);
+#pragma unroll
+        for (int u = 0; u < AHEAD; ++u) {
+            const index_t at = k + u * step;
+            if (at >= length) break;
+            const int count = length - at < N ? (int)(length - at) : N;
+            C right[N];
+            load(x + at, right, count, packed);
+#pragma unroll
+            for (int j = 0; j < N; ++j)
+                sums[j] += (packed ? wide(held[u].item[j]) : j < count ? wide(m[at + j]) : (C)0) *
+                           right[j];
+        }
     }
     C total = 0;
     for (int j = 0; j < N; ++j) total += sums[j];
@@ -396,7 +413,7 @@ extern "C" __global__ void over_norm(const C* values, const C* norm, C* result, 
 
 // ---------------------------------------------------------------- products in parts
 
-// a = Σ parts · 2^exponent by rows, a block to each.         grid (rows)   4 + 2 `parts` bytes
+// a = Σ parts · 2^exponent by rows.            grid (rows, any, or 1 with `shrink`)   4 + 2 `parts` bytes
 // Each part is what S keeps of what the parts before it left: three of bfloat16 have all 24 bits
 // of a float. Where S has fewer exponents than C (`shrink` not null), a row is first brought to a
 // largest number in 2^13..2^14, and `shrink` gets what to multiply the product with afterwards.
@@ -417,7 +434,8 @@ extern "C" __global__ void split(const C* a, S* parts, C* shrink, index_t rows, 
         grow = ldexp((C)1, exponent);
         if (threadIdx.x == 0) shrink[row] = ldexp((C)1, -exponent);
     }
-    for (index_t k = threadIdx.x; k < columns; k += THREADS) {
+    const index_t stride = (index_t)gridDim.y * THREADS;
+    for (index_t k = (index_t)blockIdx.y * THREADS + threadIdx.x; k < columns; k += stride) {
         C rest = grow * a[row * columns + k];
         for (int p = 0; p < count; ++p) {
             const S part = narrow<S>(rest);
@@ -426,6 +444,17 @@ extern "C" __global__ void split(const C* a, S* parts, C* shrink, index_t rows, 
             if (rest != rest) rest = 0;  // infinity and NaN are whole in the first part
         }
     }
+}
+
+// Of a compute dtype to the nearest of S.                     grid (size / (N THREADS))       6 bytes
+extern "C" __global__ void cast(const C* from, S* to, index_t size) {
+    const index_t at = ((index_t)blockIdx.x * blockDim.x + threadIdx.x) * N;
+    if (at >= size) return;
+    const int count = size - at < N ? (int)(size - at) : N;
+    const bool packed = count == N && aligned(from, to);
+    C value[N];
+    load(from + at, value, count, packed);
+    store(to + at, value, count, packed);
 }
 
 // result = Σ products of the parts + beta result, each row scaled by `shrink` where that is not null.
@@ -487,29 +516,38 @@ extern "C" __global__ void guard_norms(const unsigned char* suspect, index_t row
     }
 }
 
+enum { LISTERS = 1024 };  // threads
+
 // The suspect rows that are not of zeros, in order, and how many. What is computed for a row of
-// zeros has no effect, as its gain is 0: it is no suspect any more. One block: grid (1).
+// zeros has no effect, as its gain is 0: it is no suspect any more. One block: grid (1), 1024 threads.
 // 2 bytes of (out,). `switches` gets {1, 1 if there are any else 0}, for products that add to what the guard wrote.
 extern "C" __global__ void list_suspects(unsigned char* suspect, const C* norm, int* list,
                                          int* count, C* switches, index_t rows) {
-    __shared__ int before[THREADS];
-    const index_t share = (rows + THREADS - 1) / THREADS;
+    bool any = false;
+#pragma unroll 8
+    for (index_t row = threadIdx.x; row < rows; row += LISTERS) {
+        const bool own = suspect[row] && norm[row] != 0;
+        if (suspect[row] && !own) suspect[row] = 0;
+        any |= own;
+    }
+    any = __syncthreads_or(any);
+    if (threadIdx.x == 0) {
+        switches[0] = 1;
+        switches[1] = any;
+        if (!any) *count = 0;
+    }
+    if (!any) return;
+    __shared__ int before[LISTERS];
+    const index_t share = (rows + LISTERS - 1) / LISTERS;
     const index_t first = threadIdx.x * share;
     const index_t end = first + share < rows ? first + share : rows;
     int own = 0;
-    for (index_t row = first; row < end; ++row) {
-        if (norm[row] == 0) suspect[row] = 0;
-        own += suspect[row] != 0;
-    }
+    for (index_t row = first; row < end; ++row) own += suspect[row] != 0;
     before[threadIdx.x] = own;
     __syncthreads();
     int at = 0;
     for (int t = 0; t < (int)threadIdx.x; ++t) at += before[t];
-    if (threadIdx.x == THREADS - 1) {
-        *count = at + own;
-        switches[0] = 1;
-        switches[1] = at + own > 0;
-    }
+    if (threadIdx.x == LISTERS - 1) *count = at + own;
     for (index_t row = first; row < end; ++row)
         if (suspect[row]) list[at++] = (int)row;
 }
@@ -686,13 +724,6 @@ extern "C" __global__ void tiles(const C* left, int left_tall, const C* right, i
         if (p < parts) result[p * WARP] = found[p];
 }
 
-// Ask for the 32 bytes at `from` to be brought to L2.
-__device__ inline void ask_for(const void* from) {
-#ifndef DORAXP_HOST
-    asm volatile("prefetch.global.L2 [%0];" : : "l"(from));
-#endif
-}
-
 // What a warp has of M = ρ⊙M₀ + a product of rank columns by rank rows: of V = ρ⊙W + b A, where W may
 // be `turned` over, or of z = ρ⊙(x Wᵀ) + L bᵀ. ρ goes by rows, or where `turned` by columns.
 struct Patch {
@@ -703,19 +734,11 @@ struct Patch {
 
     __device__ Patch(index_t rows, index_t columns, int turned)
         : g(threadIdx.x % WARP / 4), t(threadIdx.x % 4),
-          top(((index_t)blockIdx.y * BELOW + threadIdx.x / WARP / BESIDE) * STRIP),
-          first(((index_t)blockIdx.x * BESIDE + threadIdx.x / WARP % BESIDE) * STRIP),
+          top(((index_t)blockIdx.x * BELOW + threadIdx.x / WARP / BESIDE) * STRIP),
+          first(((index_t)blockIdx.y * BESIDE + threadIdx.x / WARP % BESIDE) * STRIP),
           e(blockIdx.z), rows(rows), columns(columns), turned(turned), sums{} {}
 
     __device__ bool outside() const { return top >= rows || first >= columns; }
-
-    // M₀, to be on its way while tensor cores multiply: a lane asks for a row.
-    template <typename T> __device__ void ask_for_base(const T* base) const {
-        const index_t own = top + threadIdx.x % WARP;
-        const index_t end = columns - first < STRIP ? columns - first : STRIP;
-        for (index_t c = 0; own < rows && c < end; c += 32 / sizeof(T))
-            ask_for(base + (e * rows + own) * columns + first + c);
-    }
 
     // The product. With 3 `parts` it has float's digits, from 6 products.
     __device__ void multiply(const Tile* tiles, index_t rank, int parts) {
@@ -772,32 +795,52 @@ struct Patch {
         return turned ? e * columns + column(c) : e * rows + row(i);
     }
 
+    // What the lane has of M₀, all of it on its way at once: a row after the other would wait for the
+    // memory as often.
+    template <typename T>
+    __device__ void fetch(const T* base, bool packed, Part<T> (&held)[PATCH_ROWS][PATCH_COLUMNS / N]) {
+#pragma unroll
+        for (int i = 0; i < PATCH_ROWS; ++i)
+#pragma unroll
+            for (int c = 0; c < PATCH_COLUMNS; c += N) {
+                if (packed) {  // what lies outside is what lies at the edge
+                    const index_t own = row(i) < rows ? row(i) : rows - 1;
+                    const index_t from = column(c) < columns ? column(c) : columns - N;
+                    held[i][c / N] = *(const Part<T>*)(base + (e * rows + own) * columns + from);
+                } else {
+#pragma unroll
+                    for (int j = 0; j < N; ++j)
+                        if (j < count(i, c)) held[i][c / N].item[j] = base[at(i, c) + j];
+                }
+            }
+    }
+
     // M from `c` on in row `i` of the lane's.
     template <typename T>
-    __device__ void load_all(const T* base, const C* row_scale, int i, int c, bool packed,
-                             C* value) const {
-        load(base + at(i, c), value, count(i, c), packed);
+    __device__ void form(const Part<T>& held, const C* row_scale, int i, int c, C* value) const {
 #pragma unroll
         for (int j = 0; j < N; ++j) {
             const index_t own = line(i, c) + (turned && j < count(i, c) ? j : 0);
             const C scale = row_scale ? row_scale[own] : (C)1;
-            value[j] = scale * value[j] + (C)sums[i / 2][(c + j) / 2][i % 2 * 2 + (c + j) % 2];
+            value[j] = scale * (C)wide(held.item[j]) +
+                       (C)sums[i / 2][(c + j) / 2][i % 2 * 2 + (c + j) % 2];
         }
     }
 };
 
 // z = ρ⊙base + L bᵀ and y = g⊙z + bias; z may be base.          4 (base) + 4 (z) + 2 (y) = 10 bytes
-// grid (out / 128, tokens / 64, stack), of z as in `Patch`, `turned`; 256 threads
+// grid (tokens / 64, out / 128, stack), of z as in `Patch`, `turned`; 256 threads
 extern "C" __global__ void __launch_bounds__(PATCH_THREADS, sizeof(C) == 8 ? 1 : 2)
     update_outputs(const Z* base, const Tile* __restrict__ tiles, const C* __restrict__ row_scale,
                    const C* __restrict__ gain, const C* __restrict__ bias, Z* z, S* y,
                    index_t tokens, index_t out, index_t rank, int parts) {
     Patch patch(tokens, out, 1);
     if (patch.outside()) return;
-    patch.ask_for_base(base);
     patch.multiply(tiles, rank, parts);
     const bool packed = out % N == 0 && aligned(base, z, y);
     const bool whole = out % N == 0 && aligned(gain, bias);
+    Part<Z> held[PATCH_ROWS][PATCH_COLUMNS / N];
+    patch.fetch(base, packed, held);
 #pragma unroll
     for (int c = 0; c < PATCH_COLUMNS; c += N) {
         C g[N], shift[N];
@@ -810,7 +853,7 @@ extern "C" __global__ void __launch_bounds__(PATCH_THREADS, sizeof(C) == 8 ? 1 :
             const int count = patch.count(i, c);
             if (count == 0) break;
             C value[N];
-            patch.load_all(base, row_scale, i, c, packed, value);
+            patch.form(held[i][c / N], row_scale, i, c, value);
             store(z + patch.at(i, c), value, count, packed);
 #pragma unroll
             for (int j = 0; j < N; ++j)
@@ -821,16 +864,17 @@ extern "C" __global__ void __launch_bounds__(PATCH_THREADS, sizeof(C) == 8 ? 1 :
 }
 
 // W' = g⊙(ρ⊙W + b A).     2 (W) + 2 (W') = 4 bytes; tiles come from the cache, for each block once.
-// grid (columns / 128, rows / 64, stack), of W as in `Patch`; 256 threads
-extern "C" __global__ void __launch_bounds__(PATCH_THREADS, sizeof(C) == 8 ? 1 : 2) merge(const S* __restrict__ weight, const Tile* __restrict__ tiles,
-                                 const C* __restrict__ row_scale, const C* __restrict__ gain,
-                                 S* __restrict__ merged, index_t rows, index_t columns, index_t rank,
-                                 int parts, int turned) {
+// grid (rows / 64, columns / 128, stack), of W as in `Patch`; 256 threads
+extern "C" __global__ void __launch_bounds__(PATCH_THREADS, sizeof(C) == 8 ? 1 : 2)
+    merge(const S* __restrict__ weight, const Tile* __restrict__ tiles,
+          const C* __restrict__ row_scale, const C* __restrict__ gain, S* __restrict__ merged,
+          index_t rows, index_t columns, index_t rank, int parts, int turned) {
     Patch patch(rows, columns, turned);
     if (patch.outside()) return;
-    patch.ask_for_base(weight);
-    patch.multiply(tiles, rank, parts);
     const bool packed = columns % N == 0 && aligned(weight, merged);
+    Part<S> held[PATCH_ROWS][PATCH_COLUMNS / N];
+    patch.multiply(tiles, rank, parts);
+    patch.fetch(weight, packed, held);
 #pragma unroll
     for (int i = 0; i < PATCH_ROWS; ++i)
 #pragma unroll
@@ -838,7 +882,7 @@ extern "C" __global__ void __launch_bounds__(PATCH_THREADS, sizeof(C) == 8 ? 1 :
             const int count = patch.count(i, c);
             if (count == 0) continue;
             C value[N];
-            patch.load_all(weight, row_scale, i, c, packed, value);
+            patch.form(held[i][c / N], row_scale, i, c, value);
 #pragma unroll
             for (int j = 0; j < N; ++j)
                 value[j] *= gain[patch.line(i, c) + (turned && j < count ? j : 0)];
@@ -848,16 +892,17 @@ extern "C" __global__ void __launch_bounds__(PATCH_THREADS, sizeof(C) == 8 ? 1 :
 
 // ‖Vᵢ‖², or ‖wᵢ‖² where `rank` is 0: sums over what a warp has of each row, (stack, chunks, out), for
 // `sum_chunks`. One kernel for both, so that the two are equal where b = 0.  2 (W) + 4 / 32 bytes
-// grid (columns / 128, rows / 64, stack), of W as in `Patch`; 256 threads
-extern "C" __global__ void __launch_bounds__(PATCH_THREADS, sizeof(C) == 8 ? 1 : 2) squares(const S* __restrict__ weight, const Tile* __restrict__ tiles,
-                                   const C* __restrict__ row_scale, C* __restrict__ partial,
-                                   index_t rows, index_t columns, index_t rank, int parts,
-                                   int turned) {
+// grid (rows / 64, columns / 128, stack), of W as in `Patch`; 256 threads
+extern "C" __global__ void __launch_bounds__(PATCH_THREADS, sizeof(C) == 8 ? 1 : 2)
+    squares(const S* __restrict__ weight, const Tile* __restrict__ tiles,
+            const C* __restrict__ row_scale, C* __restrict__ partial, index_t rows,
+            index_t columns, index_t rank, int parts, int turned) {
     Patch patch(rows, columns, turned);
     if (patch.outside()) return;
-    patch.ask_for_base(weight);
-    patch.multiply(tiles, rank, parts);
     const bool packed = columns % N == 0 && aligned(weight);
+    Part<S> held[PATCH_ROWS][PATCH_COLUMNS / N];
+    patch.multiply(tiles, rank, parts);
+    patch.fetch(weight, packed, held);
     C by_row[PATCH_ROWS] = {}, by_column[PATCH_COLUMNS] = {};
 #pragma unroll
     for (int i = 0; i < PATCH_ROWS; ++i)
@@ -866,7 +911,7 @@ extern "C" __global__ void __launch_bounds__(PATCH_THREADS, sizeof(C) == 8 ? 1 :
             const int count = patch.count(i, c);
             if (count == 0) continue;
             C value[N];
-            patch.load_all(weight, row_scale, i, c, packed, value);
+            patch.form(held[i][c / N], row_scale, i, c, value);
 #pragma unroll
             for (int j = 0; j < N; ++j) {
                 const C square = j < count ? value[j] * value[j] : (C)0;
