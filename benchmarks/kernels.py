@@ -18,7 +18,7 @@ from typing import NamedTuple
 from doraxp.backends._cuda import BUILDS, KERNELS, SOURCE, Types
 
 ARCHITECTURES = (80, 90, 100)
-PASSES = ("outputs", "gradients", "token", "update_outputs", "merge", "squares", "merge_wide")
+PASSES = ("outputs", "gradients", "token", "merge", "squares", "merge_wide")
 """Kernels that read arrays of (tokens, out) or (out, in)."""
 PROPERTIES = re.compile(
     r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "

@@ -203,3 +203,8 @@ def test_the_list_of_kernels_is_that_of_the_source():
     bounds = r"(?:__launch_bounds__\(.*\)\s+)?"
     found = re.findall(rf'extern "C" __global__ void {bounds}(\w+)\(', SOURCE)
     assert tuple(found) == KERNELS
+
+
+def test_a_stack_beyond_the_grid_is_named():
+    with pytest.raises(ValueError, match="at most 65535 elements on a GPU, got 65536"):
+        Cuda().launch("outputs", Types("float32", "float32", "float32"), (1, 1, 65536))

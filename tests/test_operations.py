@@ -449,9 +449,8 @@ def test_a_step_takes_few_launches(backend, reduced):
     few = ["cast", "gemm"] if reduced else ["split", "gemm", "sum_parts"]  # float32 by bfloat16
     both = ["cast", "cast", "gemm"] if reduced else ["gemm"]  # of float32, for a result in Z
     one = ["cast", "gemm"] if reduced else ["gemm"]
-    update = [*both, "outputs"] if reduced else ["tiles", "update_outputs"]
     assert done[:norm] == [*few, "gemm", "gemm", "assemble", "guard_norms", "list_suspects"]
-    assert done[norm:forward] == [*few, "gemm", *update, "guard_outputs"]
+    assert done[norm:forward] == [*few, "gemm", *both, "outputs", "guard_outputs"]
     before = ["gradients", "sum_chunks", "norm_rows", *one, *few, *one]
     guarded = ["guard_inputs", "guard_hide", "guard_low", *both]
     product = ["gemm", "turning"] if reduced else ["split", *["gemm"] * 3, "turning", "cast"]

@@ -40,7 +40,6 @@ KERNELS = (
     "guard_hide",
     "guard_low",
     "tiles",
-    "update_outputs",
     "merge",
     "squares",
     "merge_wide",

@@ -123,11 +123,6 @@ class CupyOperations(Guard):
         row_scale, gain, bias = (packed(v, self.xp) for v in (row_scale, gain, bias))
         types = Types(name_of(y), name_of(z), name_of(gain))
         sizes = np.int64(tokens), np.int64(out)
-        if update is not None and gain.dtype == np.float32 and not is_reduced():
-            tiles, rank = self._tiles(*update, (True, True), types, PARTS)
-            given = z, tiles, row_scale, gain, bias, z, y, *sizes, rank, np.int32(PARTS)
-            self._launch_patches("update_outputs", types, z.shape, *given)
-            return z, y
         added = None
         if update is not None:
             low_rank, transposed = update[0], self.xp.matrix_transpose(update[1])
@@ -249,7 +244,8 @@ class CupyOperations(Guard):
 
     def _launch_patches(self, name: str, types: Types, shape: tuple[int, ...], *given: Any) -> None:
         *stack, rows, columns = shape
-        grid = -(-rows // (STRIP * BELOW)), -(-columns // (STRIP * BESIDE)), math.prod(stack)
+        blocks = -(-rows // (STRIP * BELOW)) * -(-columns // (STRIP * BESIDE))
+        grid = blocks, 1, math.prod(stack)
         self.cuda.launch(name, types, grid, *given, threads=32 * BELOW * BESIDE)
 
     def adapted_norm(

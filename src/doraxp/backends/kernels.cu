@@ -55,9 +55,6 @@ enum { N = 16 / sizeof(S), WARP = 32, WARPS = 4, THREADS = WARP * WARPS };
 
 template <typename T> struct alignas(16) Pack { T item[16 / sizeof(T)]; };
 
-// N numbers of T.
-template <typename T> struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Part { T item[N]; };
-
 __device__ inline bool aligned(const void* a, const void* b = 0, const void* c = 0,
                                const void* d = 0) {
     return (((size_t)a | (size_t)b | (size_t)c | (size_t)d) & 15) == 0;
@@ -262,32 +259,19 @@ __device__ inline C formed(const M* weight, int turned, const C* a, const C* b, 
     return (C)value;
 }
 
-enum { AHEAD = 4 };  // loads of a thread that are on their way at once
-
 // Σ m_k x_k over what is this thread's, of `team` threads.
 template <typename M, typename X>
 __device__ inline C dot(const M* m, const X* x, index_t length, int team) {
     const bool packed = length % N == 0 && aligned(m, x);
-    const index_t step = team * N;
-    C sums[N];
+    C left[N], right[N], sums[N];
     for (int j = 0; j < N; ++j) sums[j] = 0;
-    for (index_t k = (int)threadIdx.x % team * N; k < length; k += AHEAD * step) {
-        Part<M> held[AHEAD];
+#pragma unroll 4
+    for (index_t k = (int)threadIdx.x % team * N; k < length; k += team * N) {
+        const int count = length - k < N ? (int)(length - k) : N;
+        load(m + k, left, count, packed);
+        load(x + k, right, count, packed);
 #pragma unroll
-        for (int u = 0; u < AHEAD; ++u)
-            if (packed && k + u * step < length) held[u] = *(const Part<M>*)(m + k + u * step);
-#pragma unroll
-        for (int u = 0; u < AHEAD; ++u) {
-            const index_t at = k + u * step;
-            if (at >= length) break;
-            const int count = length - at < N ? (int)(length - at) : N;
-            C right[N];
-            load(x + at, right, count, packed);
-#pragma unroll
-            for (int j = 0; j < N; ++j)
-                sums[j] += (packed ? wide(held[u].item[j]) : j < count ? wide(m[at + j]) : (C)0) *
-                           right[j];
-        }
+        for (int j = 0; j < N; ++j) sums[j] += left[j] * right[j];
     }
     C total = 0;
     for (int j = 0; j < N; ++j) total += sums[j];
@@ -671,7 +655,7 @@ enum {
     TERMS = 16,              // of a rank, that tensor cores add up at once
     DOWN = 2, ACROSS = 2,    // tiles that a warp has: 32 rows by 32 columns
     STRIP = 32,
-    PATCH_ROWS = 2 * DOWN, PATCH_COLUMNS = 4 * ACROSS,  // of a lane
+    PATCH_ROWS = 2 * DOWN, PATCH_COLUMNS = 4 * ACROSS, PATCH_PACKS = PATCH_COLUMNS / N,  // of a lane
     BELOW = 2, BESIDE = 4,   // warps of a block: it has 64 rows by 128 columns
     PATCH_THREADS = WARP * BELOW * BESIDE
 };
@@ -724,8 +708,8 @@ extern "C" __global__ void tiles(const C* left, int left_tall, const C* right, i
         if (p < parts) result[p * WARP] = found[p];
 }
 
-// What a warp has of M = ρ⊙M₀ + a product of rank columns by rank rows: of V = ρ⊙W + b A, where W may
-// be `turned` over, or of z = ρ⊙(x Wᵀ) + L bᵀ. ρ goes by rows, or where `turned` by columns.
+// What a warp has of V = ρ⊙W + b A. W is (rows, columns), or where `turned` (columns, rows) turned
+// over: then ρ goes by columns. Blocks go along the columns first, as memory does.
 struct Patch {
     int g, t;
     index_t top, first, e, rows, columns;
@@ -733,14 +717,16 @@ struct Patch {
     float sums[DOWN][2 * ACROSS][4];
 
     __device__ Patch(index_t rows, index_t columns, int turned)
-        : g(threadIdx.x % WARP / 4), t(threadIdx.x % 4),
-          top(((index_t)blockIdx.x * BELOW + threadIdx.x / WARP / BESIDE) * STRIP),
-          first(((index_t)blockIdx.y * BESIDE + threadIdx.x / WARP % BESIDE) * STRIP),
-          e(blockIdx.z), rows(rows), columns(columns), turned(turned), sums{} {}
+        : g(threadIdx.x % WARP / 4), t(threadIdx.x % 4), e(blockIdx.z), rows(rows), columns(columns), turned(turned), sums{} {
+        const unsigned across = (unsigned)((columns + STRIP * BESIDE - 1) / (STRIP * BESIDE));
+        const index_t down = blockIdx.x / across, beside = blockIdx.x % across;
+        top = (down * BELOW + threadIdx.x / WARP / BESIDE) * STRIP;
+        first = (beside * BESIDE + threadIdx.x / WARP % BESIDE) * STRIP;
+    }
 
     __device__ bool outside() const { return top >= rows || first >= columns; }
 
-    // The product. With 3 `parts` it has float's digits, from 6 products.
+    // b A. With 3 `parts` it has float's digits, from 6 products.
     __device__ void multiply(const Tile* tiles, index_t rank, int parts) {
         const index_t steps = (rank + TERMS - 1) / TERMS, down = tiles_down(rows);
         const Tile* of_e = tiles + e * (down + tiles_across(columns)) * steps * parts * WARP;
@@ -795,10 +781,9 @@ struct Patch {
         return turned ? e * columns + column(c) : e * rows + row(i);
     }
 
-    // What the lane has of M₀, all of it on its way at once: a row after the other would wait for the
+    // What the lane has of W, all of it on its way at once: a row after the other would wait for the
     // memory as often.
-    template <typename T>
-    __device__ void fetch(const T* base, bool packed, Part<T> (&held)[PATCH_ROWS][PATCH_COLUMNS / N]) {
+    __device__ void fetch(const S* weight, bool packed, Pack<S> (&held)[PATCH_ROWS][PATCH_PACKS]) {
 #pragma unroll
         for (int i = 0; i < PATCH_ROWS; ++i)
 #pragma unroll
@@ -806,18 +791,17 @@ struct Patch {
                 if (packed) {  // what lies outside is what lies at the edge
                     const index_t own = row(i) < rows ? row(i) : rows - 1;
                     const index_t from = column(c) < columns ? column(c) : columns - N;
-                    held[i][c / N] = *(const Part<T>*)(base + (e * rows + own) * columns + from);
+                    held[i][c / N] = *(const Pack<S>*)(weight + (e * rows + own) * columns + from);
                 } else {
 #pragma unroll
                     for (int j = 0; j < N; ++j)
-                        if (j < count(i, c)) held[i][c / N].item[j] = base[at(i, c) + j];
+                        if (j < count(i, c)) held[i][c / N].item[j] = weight[at(i, c) + j];
                 }
             }
     }
 
-    // M from `c` on in row `i` of the lane's.
-    template <typename T>
-    __device__ void form(const Part<T>& held, const C* row_scale, int i, int c, C* value) const {
+    // V from `c` on in row `i` of the lane's.
+    __device__ void form(const Pack<S>& held, const C* row_scale, int i, int c, C* value) const {
 #pragma unroll
         for (int j = 0; j < N; ++j) {
             const index_t own = line(i, c) + (turned && j < count(i, c) ? j : 0);
@@ -828,43 +812,8 @@ struct Patch {
     }
 };
 
-// z = ρ⊙base + L bᵀ and y = g⊙z + bias; z may be base.          4 (base) + 4 (z) + 2 (y) = 10 bytes
-// grid (tokens / 64, out / 128, stack), of z as in `Patch`, `turned`; 256 threads
-extern "C" __global__ void __launch_bounds__(PATCH_THREADS, sizeof(C) == 8 ? 1 : 2)
-    update_outputs(const Z* base, const Tile* __restrict__ tiles, const C* __restrict__ row_scale,
-                   const C* __restrict__ gain, const C* __restrict__ bias, Z* z, S* y,
-                   index_t tokens, index_t out, index_t rank, int parts) {
-    Patch patch(tokens, out, 1);
-    if (patch.outside()) return;
-    patch.multiply(tiles, rank, parts);
-    const bool packed = out % N == 0 && aligned(base, z, y);
-    const bool whole = out % N == 0 && aligned(gain, bias);
-    Part<Z> held[PATCH_ROWS][PATCH_COLUMNS / N];
-    patch.fetch(base, packed, held);
-#pragma unroll
-    for (int c = 0; c < PATCH_COLUMNS; c += N) {
-        C g[N], shift[N];
-        const int width = patch.count(0, c);  // no other row has more
-        if (width == 0) break;
-        load(gain + patch.line(0, c), g, width, whole);
-        if (bias) load(bias + patch.line(0, c), shift, width, whole);
-#pragma unroll
-        for (int i = 0; i < PATCH_ROWS; ++i) {
-            const int count = patch.count(i, c);
-            if (count == 0) break;
-            C value[N];
-            patch.form(held[i][c / N], row_scale, i, c, value);
-            store(z + patch.at(i, c), value, count, packed);
-#pragma unroll
-            for (int j = 0; j < N; ++j)
-                value[j] = bias ? g[j] * value[j] + shift[j] : g[j] * value[j];
-            store(y + patch.at(i, c), value, count, packed);
-        }
-    }
-}
-
 // W' = g⊙(ρ⊙W + b A).     2 (W) + 2 (W') = 4 bytes; tiles come from the cache, for each block once.
-// grid (rows / 64, columns / 128, stack), of W as in `Patch`; 256 threads
+// grid (rows / 64 · columns / 128, 1, stack), of W as in `Patch`; 256 threads
 extern "C" __global__ void __launch_bounds__(PATCH_THREADS, sizeof(C) == 8 ? 1 : 2)
     merge(const S* __restrict__ weight, const Tile* __restrict__ tiles,
           const C* __restrict__ row_scale, const C* __restrict__ gain, S* __restrict__ merged,
@@ -872,7 +821,7 @@ extern "C" __global__ void __launch_bounds__(PATCH_THREADS, sizeof(C) == 8 ? 1 :
     Patch patch(rows, columns, turned);
     if (patch.outside()) return;
     const bool packed = columns % N == 0 && aligned(weight, merged);
-    Part<S> held[PATCH_ROWS][PATCH_COLUMNS / N];
+    Pack<S> held[PATCH_ROWS][PATCH_PACKS];
     patch.multiply(tiles, rank, parts);
     patch.fetch(weight, packed, held);
 #pragma unroll
@@ -892,7 +841,7 @@ extern "C" __global__ void __launch_bounds__(PATCH_THREADS, sizeof(C) == 8 ? 1 :
 
 // ‖Vᵢ‖², or ‖wᵢ‖² where `rank` is 0: sums over what a warp has of each row, (stack, chunks, out), for
 // `sum_chunks`. One kernel for both, so that the two are equal where b = 0.  2 (W) + 4 / 32 bytes
-// grid (rows / 64, columns / 128, stack), of W as in `Patch`; 256 threads
+// grid (rows / 64 · columns / 128, 1, stack), of W as in `Patch`; 256 threads
 extern "C" __global__ void __launch_bounds__(PATCH_THREADS, sizeof(C) == 8 ? 1 : 2)
     squares(const S* __restrict__ weight, const Tile* __restrict__ tiles,
             const C* __restrict__ row_scale, C* __restrict__ partial, index_t rows,
@@ -900,7 +849,7 @@ extern "C" __global__ void __launch_bounds__(PATCH_THREADS, sizeof(C) == 8 ? 1 :
     Patch patch(rows, columns, turned);
     if (patch.outside()) return;
     const bool packed = columns % N == 0 && aligned(weight);
-    Part<S> held[PATCH_ROWS][PATCH_COLUMNS / N];
+    Pack<S> held[PATCH_ROWS][PATCH_PACKS];
     patch.multiply(tiles, rank, parts);
     patch.fetch(weight, packed, held);
     C by_row[PATCH_ROWS] = {}, by_column[PATCH_COLUMNS] = {};

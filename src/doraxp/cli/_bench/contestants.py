@@ -45,7 +45,7 @@ class Contestant(NamedTuple):
     peak: Callable[[], int] | None = None
     """Returns the peak bytes of a call, where the memory is not the host's."""
     tolerance: float | None = None
-    """Of answers that are stored wider than they are computed."""
+    """Of answers that are stored wider than they are computed; never less than their dtype's."""
 
 
 def contestants(task: str, case: Case, name: str) -> Iterator[Contestant]:

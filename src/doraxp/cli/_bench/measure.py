@@ -108,7 +108,7 @@ def check_all(task: str, case: Case, present: list[Contestant]) -> None:
 
 
 def _check(what: str, array: Array, truth: Array, tolerance: float | None) -> None:
-    tolerance = tolerance or TOLERANCES[str(array.dtype).rpartition(".")[-1]]
+    tolerance = max(tolerance or 0.0, TOLERANCES[str(array.dtype).rpartition(".")[-1]])
     truth = on_host(truth)
     error = np.max(np.abs(on_host(array) - truth)) / np.max(np.abs(truth))
     if not error <= tolerance:  # NaN too
