@@ -342,3 +342,10 @@ def test_blocks_of_rows_leave_no_seam(backend, draw, assert_close, dtype, monkey
         merged = doraxp.merge(weight, adapter, config)
         expected = backend.namespace().astype(doraxp.merge(wide, adapter, config), weight.dtype)
         assert_close(merged, expected, rtol={"float16": 1e-3, "bfloat16": 8e-3}[dtype])
+
+
+def test_a_norm_whose_square_overflows_by_the_sum_alone(backend):
+    values = ([[1.1e19, 0]], [[1, 0]], [[1.1e19]], [1])
+    weight, *leaves = (backend.asarray(np.array(v, "float32")) for v in values)
+    prepared = backend.run(doraxp.prepare, weight, Adapter(*leaves), Config(1))
+    np.testing.assert_allclose(backend.numpy(prepared.norm), [2.2e19], rtol=1e-6)

@@ -331,7 +331,7 @@ extern "C" __global__ void token(const void* m, int m_stored, const void* x, int
 
 // ---------------------------------------------------------------- the norm
 
-// n² = ρ²‖w‖² + 2 rowsum(b⊙u) + rowsum(b G⊙b), g = m / n and `unit` = V Aᵀ / n, 0 where n = 0.
+// n² = ρ²‖w‖² + 2 rowsum(b⊙u) + rowsum(b G⊙b), g = m / n and `unit` = V Aᵀ / n.
 // A warp to each row: grid (rows / WARPS).          20 bytes of (out, rank): u, b, b G, unit
 //
 // u = W Aᵀ, V Aᵀ = ρ⊙u + b G. A row is `suspect` where n² may have lost digits: it is under
@@ -363,15 +363,15 @@ extern "C" __global__ void assemble(const C* u, const C* b, const C* bg, const C
     const C mean_square = a_squares / (C)rank;
     const C expected = larger(update, b_squares * mean_square);
     const bool trusted = n2 > cancellation * (base + expected) && n2 > floor && n2 < infinity;
-    const bool regular = (mean_square > floor && mean_square < infinity) || b_squares == 0;
-    const C n = n2 < 0 ? (C)0 : sqrt(n2);
+    const bool regular = mean_square > floor || b_squares == 0;
+    const C n = sqrt(n2);  // what is not above `floor` is suspect, and written again
     for (index_t r = threadIdx.x % WARP; r < rank; r += WARP) {
         const index_t at = row * rank + r;
-        unit[at] = n != 0 ? (scale * u[at] + bg[at]) / n : (C)0;
+        unit[at] = (scale * u[at] + bg[at]) / n;
     }
     if (threadIdx.x % WARP != 0) return;
     norm[row] = n;
-    gain[row] = n != 0 ? magnitude[row] / n : (C)0;
+    gain[row] = magnitude[row] / n;
     suspect[row] = !(trusted && regular);
 }
 
@@ -479,7 +479,7 @@ extern "C" __global__ void guard_norms(const unsigned char* suspect, index_t row
             total += v * v;
         }
         total = block_sum(total);
-        const C n = most != most ? most : peak * sqrt(total);
+        const C n = peak * sqrt(total);  // NaN where a number is
         if (threadIdx.x == 0) norm[row] = n;
         if (!gain) continue;
         if (threadIdx.x == 0) gain[row] = n != 0 ? magnitude[row] / n : (C)0;

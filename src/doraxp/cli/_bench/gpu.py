@@ -141,7 +141,6 @@ def seconds(cupy: Any, call: Call, repeats: int, reset: Call | None = None) -> f
 
 def host_seconds(cupy: Any, call: Call, reset: Call | None = None) -> float:
     """Return the seconds that the host needs to put a call into the queue, the median of some."""
-    call()
     samples = [_timed(cupy, call, reset, QUEUED, 0.0)[1] / QUEUED for _ in range(5)]
     return statistics.median(samples)
 
