@@ -154,7 +154,7 @@ class TestNumpyOverrides:
         z = NUMPY.guarded_times_transposed(formed, x, lambda x: x @ spoilt.mT)
         assert_equal(z, x @ v.mT)
         spoilt = np.where(suspect[..., None], 1e6, v)  # formed columns never meet the factors
-        assert_equal(NUMPY.guarded_times(formed, d.copy(), None, lambda d: d @ spoilt), d @ v)
+        assert_equal(NUMPY.guarded_times(formed, d.copy(), None, lambda d: d @ spoilt, 0), d @ v)
 
 
 @pytest.mark.parametrize("form", ["weight", "direction"])
@@ -312,7 +312,7 @@ def test_the_generic_guard_forms_v_whole_or_not_at_all(rng, row_scale):
     x, d = rng.standard_normal((5, 6)), rng.standard_normal((5, 7))
     never = pytest.fail
     np.testing.assert_allclose(GENERIC.guarded_times_transposed(formed, x, never), x @ v.T)
-    np.testing.assert_allclose(GENERIC.guarded_times(formed, d, None, never), d @ v)
+    np.testing.assert_allclose(GENERIC.guarded_times(formed, d, None, never, 0), d @ v)
 
 
 def test_a_library_without_overrides_gets_the_generic_operations(monkeypatch):

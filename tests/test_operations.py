@@ -229,7 +229,7 @@ class TestOperations:
             np.where(suspect[..., None], 0, v).astype(backend.numpy(norm).dtype)
         )
         low = ops.product(d, arrays["b"])
-        dx = ops.guarded_times(formed, d * xp.ones_like(d), low, lambda d: d @ whole)
+        dx = ops.guarded_times(formed, d * xp.ones_like(d), low, lambda d: d @ whole, 0)
         assert_near(backend.numpy(dx), plain["d"] @ v, rtol)
 
 
@@ -522,8 +522,36 @@ def test_a_step_takes_few_launches(backend, reduced):
     assert done[norm:forward] == [*few, "gemm", *both, "outputs", "guard_outputs"]
     before = ["gradients", "sum_chunks", "norm_rows", *one, *few, *one]
     guarded = ["guard_inputs", "guard_hide", "guard_low", *both]
-    product = ["gemm", "turning"] if reduced else ["split", *["gemm"] * 3, "turning", "cast"]
+    # 16 bits of dz for dx, which keeps 8; and 24 of the norm's rows for dA.
+    two = ["split", "gemm", "gemm"]
+    product = ["gemm", "turning"] if reduced else [*two, *few, "turning", "cast"]
     assert done[forward:] == [*before, *guarded, *product]
+
+
+@pytest.mark.lanes("cuda-host", "cupy")
+@pytest.mark.parametrize("form", ["weight", "direction"])
+def test_dx_loses_nothing_but_its_rounding(backend, put, form):
+    """Of many tokens in bfloat16, beside the same numbers in float32; and dA nothing at all."""
+    rng, config = np.random.default_rng(0), doraxp.Config(3, form=form)
+    weight, x, dy = (
+        put(rng.standard_normal(shape), "bfloat16") for shape in ((24, 16), (1100, 16), (1100, 24))
+    )
+    adapter = doraxp.init(weight, config, seed=0)
+    adapter = adapter._replace(lora_b=put(rng.standard_normal((24, 3))))
+    wide = [put(rounded(backend.numpy(array))) for array in (x, dy)]
+    made = []
+    for x_, dy_ in (x, dy), wide:
+        _, cache = doraxp.forward(x_, weight, adapter, config)
+        made.append([backend.numpy(g) for g in _leaves(doraxp.backward(dy_, cache))])
+    (dx, *grads), (dx_wide, *grads_wide) = made
+    error = np.abs(rounded(dx) - rounded(dx_wide))
+    np.testing.assert_array_less(error, 2.0**-8 * np.abs(dx_wide) + 2.0**-16 * np.max(dx_wide))
+    for one, other in zip(grads, grads_wide, strict=True):
+        assert_near(one, rounded(other), 2e-6)
+
+
+def _leaves(gradients):
+    return gradients.x, *gradients.adapter
 
 
 @pytest.mark.lanes("cuda-host")

@@ -204,10 +204,11 @@ def outputs(
     return low_rank, *ops.scale_and_shift(z, None, None, gain, bias)
 
 
-def times(d: Array, low: Array, prepared: Prepared, *, ops: Operations) -> Array:
+def times(d: Array, low: Array, prepared: Prepared, rounded: int, *, ops: Operations) -> Array:
     """Return d V = (ρ⊙d) W + (d s B) A: (tokens, out) -> (tokens, in).
 
-    `low` (tokens, rank) is d s B; both may be written to.
+    `low` (tokens, rank) is d s B; both may be written to. The first `rounded` rows of the result
+    will be rounded to the dtype of W.
     """
     weight, a, scaled_b, row_scale = prepared.factors
 
@@ -219,7 +220,7 @@ def times(d: Array, low: Array, prepared: Prepared, *, ops: Operations) -> Array
         return factored(d, low)
     # What the guard keeps out of d is not in d s B either.
     return ops.guarded_times(
-        prepared.formed, d, low, lambda rest: factored(rest, ops.product(rest, scaled_b))
+        prepared.formed, d, low, lambda rest: factored(rest, ops.product(rest, scaled_b)), rounded
     )
 
 

@@ -317,7 +317,8 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     apart = dropout_mask is not None and seen is tokens  # the mask is on s (dz B) A alone
     update = ops.product(dlow, a) if apart else None
 
-    product = times(rows, low, prepared, ops=ops)  # writes to dz and to low
+    rounded = count if x.dtype == weight.dtype else 0
+    product = times(rows, low, prepared, rounded, ops=ops)  # writes to dz and to low
     dx = product[..., :count, :]
     if exact:
         da += product[..., count:, :]

@@ -14,13 +14,23 @@ import numpy as np
 
 from doraxp._types import Array, Reduce
 from doraxp.backends._cuda import LIMIT, THREADS, Types, dtype_name
-from doraxp.backends._cupy_products import WARPS, Products, alike, lying, name_of, packed
+from doraxp.backends._cupy_products import (
+    FEW,
+    PARTS,
+    WARPS,
+    Products,
+    alike,
+    lying,
+    name_of,
+    packed,
+)
 from doraxp.backends._generic import Factors
 
 GUARDS = 64  # blocks of the guard's kernels: it has few rows, or none
 MEASURERS = 1024  # blocks that look for its rows
 LISTERS = 1024  # threads that list them
 TILE = 8  # tokens of a thread
+ROUNDED = 2  # parts of a factor: 16 bits, where the result keeps 8
 TILES = 16  # blocks over tokens of `guard_outputs`: empty blocks take their time too
 BLOCKS = 2048  # of `guard_inputs`
 
@@ -114,7 +124,7 @@ class Guard(Products):
         self._launch_guard("guard_outputs", formed.factors, formed[:2], wide, grid, given, types)
 
     def guarded_times(
-        self, formed: Any, d: Array, low: Array, factored: Callable[[Array], Array]
+        self, formed: Any, d: Array, low: Array, factored: Callable[[Array], Array], rounded: int
     ) -> Array:
         """Keep the columns of d of suspect rows out of the factored d V, and add their part."""
         xp = self.xp
@@ -145,7 +155,12 @@ class Guard(Products):
         self.multiply(low, a, d.dtype, out=result, beta=formed.switches)
         if row_scale is not None:
             d = xp.astype(row_scale[..., None, :] * d, d.dtype, copy=False)
-        return self.multiply(d, weight, d.dtype, out=result, beta=1.0)
+        if rounded <= FEW or name_of(d) != "float32" or name_of(weight) != "bfloat16":
+            return self.multiply(d, weight, d.dtype, out=result, beta=1.0)
+        for rows, parts in (slice(rounded), ROUNDED), (slice(rounded, None), PARTS):
+            part = result[..., rows, :]
+            self.multiply(d[..., rows, :], weight, d.dtype, out=part, beta=1.0, parts=parts)
+        return result
 
     def _launch_guard(
         self, name: str, factors: Factors, which: tuple[Any, ...], dtype: Any,

@@ -119,9 +119,12 @@ class Products(Operations):
 
     def multiply(
         self, left: Array, right: Array, dtype: Any, *, out: Array | None = None,
-        beta: float | Array = 0.0,
+        beta: float | Array = 0.0, parts: int = PARTS,
     ) -> Array:  # fmt: skip
-        """Return out ← left right + beta out, by products of two axes; `out` is in `dtype`."""
+        """Return out ← left right + beta out, by products of two axes; `out` is in `dtype`.
+
+        A float32 factor beside one of bfloat16 is split into so many parts of 8 bits.
+        """
         if out is None:
             shape = (*left.shape[:-1], right.shape[-1])
             out = self.cuda.empty(shape, dtype)
@@ -131,13 +134,15 @@ class Products(Operations):
             out[...] = 0
             return out
         if left.ndim == 2:
-            self._multiply_two(left, right, out, beta)
+            self._multiply_two(left, right, out, beta, parts)
             return out
         for element in np.ndindex(left.shape[:-2]):
-            self._multiply_two(left[element], right[element], out[element], beta)
+            self._multiply_two(left[element], right[element], out[element], beta, parts)
         return out
 
-    def _multiply_two(self, left: Array, right: Array, out: Array, beta: float | Array) -> None:
+    def _multiply_two(
+        self, left: Array, right: Array, out: Array, beta: float | Array, parts: int
+    ) -> None:
         xp, reduced = self.xp, is_reduced()
         names = name_of(left), name_of(right)
         if names[0] != names[1]:
@@ -150,13 +155,15 @@ class Products(Operations):
                 rounded = self.cast(wide, low.dtype)
                 left, right = (low, rounded) if low is left else (rounded, right)
             else:
-                self._multiply_parts(left, right, out, beta)
+                self._multiply_parts(left, right, out, beta, parts)
                 return
         elif names[0] not in LOW and out.dtype != left.dtype:
             left, right = (self.cast(array, out.dtype) for array in (left, right))
         self.cuda.gemm(_piece(left, xp), _piece(right, xp), out, beta, tf32=reduced)
 
-    def _multiply_parts(self, left: Array, right: Array, out: Array, beta: float | Array) -> None:
+    def _multiply_parts(
+        self, left: Array, right: Array, out: Array, beta: float | Array, count: int
+    ) -> None:
         """Multiply a float32 factor by one of half precision, exact in both."""
         xp = self.xp
         on_left = name_of(left) == "float32"
@@ -171,7 +178,7 @@ class Products(Operations):
         else:
             columns = wide.strides[-1] != wide.itemsize
             rows = xp.matrix_transpose(wide) if columns else wide
-            parts = list(self._split(rows, low)[0])
+            parts = list(self._split(rows, low, count)[0])
             parts = [xp.matrix_transpose(part) for part in parts] if columns else parts
         for part in parts:
             self.cuda.gemm(*((part, low) if on_left else (low, part)), out, beta)
@@ -197,14 +204,14 @@ class Products(Operations):
         grid = -(-out.size // THREADS), 1, 1
         self.cuda.launch("sum_parts", alike(out), grid, products, shrink, out, *sizes, *how)
 
-    def _split(self, rows: Array, low: Array) -> tuple[Array, Array | None]:
-        """Return the parts (PARTS, rows, k) in the dtype of `low`, and what to scale rows by."""
+    def _split(self, rows: Array, low: Array, count: int = PARTS) -> tuple[Array, Array | None]:
+        """Return the parts (count, rows, k) in the dtype of `low`, and what to scale rows by."""
         rows = packed(rows, self.xp)
-        parts = self.cuda.empty((PARTS, *rows.shape), low.dtype)
+        parts = self.cuda.empty((count, *rows.shape), low.dtype)
         shrink = (
             self.cuda.empty((rows.shape[0],), rows.dtype) if name_of(low) == "float16" else None
         )
-        sizes = *map(np.int64, rows.shape), np.int32(PARTS)
+        sizes = *map(np.int64, rows.shape), np.int32(count)
         types = Types(name_of(low), "float32", "float32")
         across = 1 if shrink is not None else min(-(-rows.shape[1] // (4 * THREADS)), LIMIT)
         self.cuda.launch("split", types, (rows.shape[0], across, 1), rows, parts, shrink, *sizes)

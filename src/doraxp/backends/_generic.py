@@ -341,11 +341,12 @@ class Operations:
         return x @ self.xp.matrix_transpose(formed)
 
     def guarded_times(
-        self, formed: Any, d: Array, low: Array, factored: Callable[[Array], Array]
+        self, formed: Any, d: Array, low: Array, factored: Callable[[Array], Array], rounded: int
     ) -> Array:
         """Return d V; `factored` computes it for the rows of V that were not formed.
 
-        `d` (*stack, tokens, out) and `low` = d s B (*stack, tokens, rank) may be written to.
+        `d` (*stack, tokens, out) and `low` = d s B (*stack, tokens, rank) may be written to. The
+        first `rounded` rows of the result will be rounded to the dtype of W.
         """
         return d @ formed
 

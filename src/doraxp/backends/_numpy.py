@@ -203,7 +203,7 @@ class NumpyOperations(Operations):
 
     def guarded_times(
         self, formed: tuple[FormedRows, ...], d: Array, low: Array,
-        factored: Callable[[Array], Array],
+        factored: Callable[[Array], Array], rounded: int,
     ) -> Array:  # fmt: skip
         """Keep the formed columns of d out of the factored d V, and add their part."""
         parts = [d[element][..., rows] @ values for element, rows, values in formed]
