@@ -71,6 +71,7 @@ def test_every_contestant_is_checked_and_reported(quick, tmp_path, capsys, dtype
     text = capsys.readouterr().out
     assert text.index("Ratios of time") < text.index("Times and memory")
     assert "Threads: " in text
+    assert "host" not in text.partition("Threads: ")[0]  # it is the host that is measured
     table = text.partition("Figures: ")[0]  # then the path of the JSON, as long as it is
     assert max(map(len, table.splitlines())) <= 80
 

@@ -16,12 +16,10 @@ CASE = Case(24, 16, 5, 4)
 
 @pytest.fixture
 def on_cuda(torch, peft, monkeypatch):
-    held = iter([100, 1000])
-    cuda = types.SimpleNamespace(
-        reset_peak_memory_stats=lambda: None,
-        memory_allocated=lambda: next(held),
-        max_memory_allocated=lambda: next(held),
-    )
+    cuda = types.SimpleNamespace(most=5000)  # before anything was reset
+    cuda.reset_peak_memory_stats = lambda: vars(cuda).update(most=1000)
+    cuda.memory_allocated = lambda: 100
+    cuda.max_memory_allocated = lambda: cuda.most
     monkeypatch.setattr(torch, "cuda", cuda)
     here = bench.contestants
     monkeypatch.setattr(bench, "contestants", lambda task, case, device: here(task, case))
