@@ -201,17 +201,29 @@ def test_elsewhere_than_on_linux_no_peak_is_known(monkeypatch, tmp_path):
     assert memory.peak_bytes(list, list) is None
 
 
-def test_values_of_every_library_are_read_on_the_host():
+def test_values_of_pytorch_are_read_by_way_of_float64():
     class Theirs(list):
         def double(self):
             return np.array(self, np.float64)
 
-    class OnDevice(list):
-        def get(self):
-            return np.array(self)
+    np.testing.assert_array_equal(measure.on_host(Theirs([1, 2])), [1.0, 2.0])
 
-    for kind in (Theirs, OnDevice):
-        np.testing.assert_array_equal(measure.on_host(kind([1, 2])), [1.0, 2.0])
+
+@pytest.mark.parametrize("theirs", [False, True])
+def test_answers_on_a_gpu_are_held_to_the_truth_there(theirs):
+    """To bring 1.9 GB of float64 to the host takes longer than all that is measured."""
+
+    class OnDevice(np.ndarray):
+        def get(self):
+            pytest.fail("it was brought to the host")
+
+    class Theirs(list):
+        def double(self):
+            return np.array(self, np.float64)
+
+    truth = np.array([1.0, -4.0]).view(OnDevice)
+    answer = Theirs([1.0, -3.5]) if theirs else np.array([1.0, -3.5], "float32").view(OnDevice)
+    assert measure._error(answer, truth) == 0.125
 
 
 def test_who_is_missing_is_named_and_how_to_get_it(quick, monkeypatch, capsys):

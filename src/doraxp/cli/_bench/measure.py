@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+from array_api_compat import array_namespace
 
 from doraxp._types import Array
 from doraxp.cli._bench import gpu, memory
@@ -109,19 +110,24 @@ def check_all(task: str, case: Case, present: list[Contestant]) -> None:
 
 def _check(what: str, array: Array, truth: Array, tolerance: float | None) -> None:
     tolerance = max(tolerance or 0.0, TOLERANCES[str(array.dtype).rpartition(".")[-1]])
-    truth = on_host(truth)
-    error = np.max(np.abs(on_host(array) - truth)) / np.max(np.abs(truth))
+    error = _error(array, truth)
     if not error <= tolerance:  # NaN too
         raise WrongAnswerError(f"{what} must be within {tolerance} of the dense one, got {error}")
 
 
+def _error(array: Array, truth: Array) -> float:
+    """Return the largest error over the largest value; where the truth is on a GPU, made there."""
+    if hasattr(truth, "get"):  # CuPy
+        array = array.double() if hasattr(array, "double") else array  # PyTorch's bfloat16
+        array = array_namespace(truth).asarray(array, dtype=truth.dtype)
+    else:
+        array, truth = on_host(array), on_host(truth)
+    return float(abs(array - truth).max()) / float(abs(truth).max())
+
+
 def on_host(array: Array) -> Array:
-    """Return an array of any library as NumPy's, in float64."""
-    if hasattr(array, "get"):  # CuPy
-        array = array.get()
-    elif hasattr(array, "double"):  # PyTorch, whose bfloat16 NumPy does not take
-        array = array.double()
-        array = array.cpu() if hasattr(array, "cpu") else array
+    """Return an array of a library on the host as NumPy's, in float64."""
+    array = array.double() if hasattr(array, "double") else array  # PyTorch's bfloat16
     return np.asarray(array).astype(np.float64)
 
 
