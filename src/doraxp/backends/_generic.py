@@ -9,6 +9,7 @@ Stacks: every array may have the same leading axes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -204,8 +205,7 @@ class Operations:
 
     def floor(self, dtype: Any, terms: int) -> float:
         """Return what a sum of `terms` squares must be above, to have lost nothing to underflow."""
-        info = self.xp.finfo(dtype)
-        return terms * float(info.smallest_normal) / float(info.eps)
+        return terms * _least(self.xp, dtype)
 
     def assemble(
         self, u: Array, gram: Array, squares: Array, scaled_b: Array, row_scale: Array | None,
@@ -387,3 +387,10 @@ class Operations:
 
     def _all(self, mask: Array) -> bool:
         return bool(self.xp.all(mask))
+
+
+@functools.cache
+def _least(xp: Any, dtype: Any) -> float:
+    """Return what a square must be above to have all its digits; to ask each time takes longer."""
+    info = xp.finfo(dtype)
+    return float(info.smallest_normal) / float(info.eps)

@@ -142,11 +142,6 @@ class NumpyOperations(Operations):
         norm = norm.reshape(norm.shape + (1,) * (values.ndim - norm.ndim))
         return np.divide(values, norm, out=np.zeros_like(values), where=norm != 0)
 
-    def assemble(self, *given: Any) -> tuple[Array, Array, Array]:
-        """Saves nothing: what overflows is suspect, and no warning."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            return super().assemble(*given)
-
     def merge_with(
         self, factors: Factors, gain_of: Callable[[slice, Array], Array], dtype: Any
     ) -> Array:
