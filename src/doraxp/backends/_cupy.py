@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 
 from doraxp._types import Array, Reduce
-from doraxp.backends._cuda import LIMIT, THREADS, Types, dtype_name
-from doraxp.backends._cupy_guard import Guard, Suspects
+from doraxp.backends._cuda import LIMIT, THREADS, Types
+from doraxp.backends._cupy_guard import Suspects
+from doraxp.backends._cupy_patches import Patches
 from doraxp.backends._cupy_products import (
     LOW,
-    PARTS,
     WARPS,
     alike,
+    columns_of,
     compute_dtype,
     is_reduced,
-    lying,
     name_of,
     packed,
 )
@@ -31,11 +31,6 @@ from doraxp.backends._generic import Factors
 LEAST, CHUNK, CHUNKS = 4, 32, 64  # tokens whose sums a thread takes, by how many chunks there are
 NEEDED = 80  # compute capability, ten times: the first with bfloat16
 RUN = 4  # tokens that a thread of `outputs` takes, so that it reads gain and bias once for them
-STRIP = 32  # rows and columns of a warp of `merge`
-BELOW, BESIDE = 2, 4  # warps of a block of it
-MEASURED = 64  # the largest rank by which V is formed no slower than W is read twice
-TERMS = 16  # of a rank, that tensor cores add up at once
-ROWS = 4  # rows of a thread of `merge_wide`
 LEAF_BLOCK = 4 * THREADS  # numbers of a block of `adamw`
 KINDS = ("float16", "bfloat16", "float32", "float64")  # as `adamw` counts them
 LEAF = np.dtype(
@@ -65,7 +60,7 @@ def why_not() -> str | None:
     return None
 
 
-class CupyOperations(Guard):
+class CupyOperations(Patches):
     """The operations on CuPy arrays."""
 
     def may_look(self, array: Array) -> bool:
@@ -131,7 +126,7 @@ class CupyOperations(Guard):
             else:
                 added = self.multiply(low_rank, transposed, z.dtype)
         changed = None if row_scale is None and added is None else z
-        grid = _columns(out, y), min(-(-tokens // RUN), LIMIT), math.prod(stack)
+        grid = columns_of(out, y), min(-(-tokens // RUN), LIMIT), math.prod(stack)
         self.cuda.launch(
             "outputs", types, grid, z, added, row_scale, gain, bias, changed, y, *sizes
         )
@@ -151,7 +146,7 @@ class CupyOperations(Guard):
         along = self.cuda.empty((*stack, chunks, out), gain.dtype)
         totals = self.cuda.empty((*stack, chunks, out), gain.dtype) if total else None
         types = Types(name_of(d), name_of(z), name_of(gain))
-        grid = _columns(out, d), chunks, math.prod(stack)
+        grid = columns_of(out, d), chunks, math.prod(stack)
         sizes = (np.int64(size) for size in (tokens, tokens + room, out, each))
         self.cuda.launch("gradients", types, grid, d, z, gain, rows, along, totals, *sizes)
         e = self.sum_chunks(along)
@@ -160,7 +155,7 @@ class CupyOperations(Guard):
     def norm_rows(
         self, scaled: Array, e: Array, gain: Array, norm: Array, scaled_b: Array
     ) -> tuple[Array, Array, Array]:
-        """Saves seven launches, and the copy: there is room where `scaled` lies."""
+        """Takes one launch, and saves the copy: there is room where `scaled` lies."""
         whole: Array = scaled.base
         *stack, out, rank = scaled_b.shape
         dm, p = (self.cuda.empty(e.shape, e.dtype) for _ in range(2))
@@ -184,78 +179,14 @@ class CupyOperations(Guard):
 
     # The norm
 
-    def row_squares(self, weight: Array, dtype: Any) -> Array:
-        """Saves the (out, in) temporaries: W is read once, as it lies."""
-        return self._squares(Factors(weight, None, None, None), np.dtype(dtype))
-
-    def measures_direction(self, dtype: Any, rank: int) -> bool:
-        """Where tensor cores have the digits, V of a small rank is formed as fast as W is read."""
-        return bool(dtype == np.float32) and rank <= MEASURED
-
-    def direction_squares(self, factors: Factors, dtype: Any) -> Array:
-        """Saves every (out, in) temporary: W is read once. `dtype` is float32."""
-        return self._squares(factors, np.dtype(dtype))
-
-    def _squares(self, factors: Factors, dtype: Any) -> Array:
-        stored, turned = lying(factors.weight, self.xp)
-        *stack, rows, columns = stored.shape
-        out, inner = (columns, rows) if turned else (rows, columns)
-        partial = self.cuda.empty((*stack, -(-inner // STRIP), out), dtype)
-        types = Types(name_of(stored), dtype_name(dtype), dtype_name(dtype))
-        tiles, rank = self._tiles_of(factors, turned, types, PARTS)
-        row_scale = packed(factors.row_scale, self.xp)
-        sizes = np.int64(rows), np.int64(columns), rank, np.int32(PARTS), np.int32(turned)
-        given = stored, tiles, row_scale, partial, *sizes
-        self._launch_patches("squares", types, stored.shape, *given)
-        return self.sum_chunks(partial)
-
-    def _tiles_of(
-        self, factors: Factors, turned: bool, types: Types, parts: int
-    ) -> tuple[Array | None, Any]:
-        """Return the tiles of s B A, or of its transpose, and the rank; or None and 0."""
-        _, a, scaled_b, _ = factors
-        if a is None:
-            return None, np.int64(0)
-        left, right = (a, scaled_b) if turned else (scaled_b, a)
-        return self._tiles(left, right, (not turned, turned), types, parts)
-
-    def _tiles(
-        self, left: Array, right: Array, tall: tuple[bool, bool], types: Types, parts: int
-    ) -> tuple[Array, Any]:
-        """Return two factors as tensor cores take them, each in so many parts, and the rank.
-
-        They are (*stack, rows, rank) and (*stack, rank, columns), or transposed: see `tall`.
-        """
-        left, right = (packed(array, self.xp) for array in (left, right))
-        *stack, rows, rank = left.shape
-        columns = right.shape[-2 if tall[1] else -1]
-        if not tall[0]:
-            rows, rank = rank, rows
-        count, steps = math.prod(stack), -(-rank // TERMS)
-        sides = 2 * (-(-rows // STRIP) - (-columns // STRIP))
-        result = self.cuda.empty((count, sides, steps, parts, TERMS * TERMS // 2), np.uint32)
-        sizes = (np.int64(size) for size in (rows, columns, rank))
-        grid = -(-sides // WARPS), steps, count
-        self.cuda.launch(
-            "tiles", types, grid,
-            left, np.int32(tall[0]), right, np.int32(tall[1]), result, *sizes, np.int32(parts),
-        )  # fmt: skip
-        return result, np.int64(rank)
-
-    def _launch_patches(self, name: str, types: Types, shape: tuple[int, ...], *given: Any) -> None:
-        *stack, rows, columns = shape
-        blocks = -(-rows // (STRIP * BELOW)) * -(-columns // (STRIP * BESIDE))
-        grid = blocks, 1, math.prod(stack)
-        self.cuda.launch(name, types, grid, *given, threads=32 * BELOW * BESIDE)
-
     def adapted_norm(
         self, u: Array, gram: Array, squares: Array, factors: Factors, magnitude: Array,
         cancellation: float, reduce: Reduce | None = None,
     ) -> tuple[Array, Array, Array, Any | None]:  # fmt: skip
-        """Saves some thirty launches."""
+        """Takes four launches: a product, the norm, the suspect rows, and their list."""
         if reduce is not None:
             return super().adapted_norm(u, gram, squares, factors, magnitude, cancellation, reduce)
-        factors, kind = self.laid(factors), u.dtype
+        factors, magnitude, kind = self.laid(factors), packed(magnitude, self.xp), u.dtype
         norm, gain = (self.cuda.empty(squares.shape, kind) for _ in range(2))
         suspect = self.cuda.empty(squares.shape, self.xp.bool)
         unit = self.cuda.empty(u.shape, kind)
@@ -270,7 +201,7 @@ class CupyOperations(Guard):
             *(packed(array, self.xp) for array in given), *sizes,
             kind.type(floor), kind.type(cancellation),
         )  # fmt: skip
-        self.measure(suspect, norm, factors, (packed(magnitude, self.xp), gain, unit))
+        self.measure(suspect, norm, factors, (magnitude, gain, unit))
         return norm, gain, unit, self.listed(suspect, norm, factors)
 
     def over_norm(self, values: Array, norm: Array) -> Array:
@@ -283,34 +214,7 @@ class CupyOperations(Guard):
             self.cuda.launch("over_norm", alike(values), grid, values, norm, result, *sizes)
         return result
 
-    # Merge and AdamW
-
-    def merge(self, factors: Factors, gain: Array, dtype: Any) -> Array:
-        """Saves every (out, in) temporary: W is read once and W' written once, as W lies."""
-        xp, weight = self.xp, factors.weight
-        gain = packed(gain, xp)
-        types = Types(name_of(weight), name_of(gain), name_of(gain))
-        if gain.dtype == np.float64:
-            return self._merge_wide(types, factors, gain)
-        stored, turned = lying(weight, xp)
-        merged = self.cuda.empty(stored.shape, weight.dtype)
-        rounded = 1 if name_of(weight) == "bfloat16" else 2  # parts of 8 bits
-        parts = rounded if is_reduced() else PARTS
-        tiles, rank = self._tiles_of(factors, turned, types, parts)
-        row_scale, sizes = packed(factors.row_scale, xp), map(np.int64, stored.shape[-2:])
-        given = stored, tiles, row_scale, gain, merged, *sizes, rank
-        how = np.int32(parts), np.int32(turned)
-        self._launch_patches("merge", types, stored.shape, *given, *how)
-        return xp.matrix_transpose(merged) if turned else merged
-
-    def _merge_wide(self, types: Types, factors: Factors, gain: Array) -> Array:
-        stored, *rest = (packed(array, self.xp) for array in factors)
-        *stack, out, inner = stored.shape
-        merged = self.cuda.empty(stored.shape, stored.dtype)
-        grid = _columns(inner, stored), min(-(-out // ROWS), LIMIT), math.prod(stack)
-        sizes = (np.int64(size) for size in (out, inner, rest[0].shape[-2]))
-        self.cuda.launch("merge_wide", types, grid, stored, *rest, gain, merged, *sizes)
-        return merged
+    # AdamW
 
     def adamw(
         self, leaves: dict[str, tuple[Array, ...]], rates: dict[str, Any], decays: dict[str, Any],
@@ -351,11 +255,6 @@ class CupyOperations(Guard):
             types = Types(*[wide.name] * 3)
             self.cuda.launch("adamw", types, (blocks, 1, 1), leaf_table, size, *scalars)
         return stepped
-
-
-def _columns(length: int, stored: Array) -> int:
-    """Return how many blocks cover so many columns, at 16 bytes of `stored` to a thread."""
-    return -(-length * int(stored.itemsize) // (16 * THREADS))
 
 
 def _chunks(length: int) -> tuple[int, int]:

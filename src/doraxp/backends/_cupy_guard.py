@@ -60,7 +60,7 @@ class Guard(Products):
         return norm, self.listed(suspect, norm, factors)
 
     def norms(self, squares: Array, factors: Factors, reduce: Reduce | None = None) -> Array:
-        """Saves the list of the suspect rows, and six launches."""
+        """Takes two launches: no list of the suspect rows is wanted."""
         if reduce is not None:
             return super().norms(squares, factors, reduce)
         kind, size = squares.dtype, np.int64(squares.size)
