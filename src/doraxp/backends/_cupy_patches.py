@@ -53,45 +53,34 @@ class Patches(Guard):
         out, inner = (columns, rows) if turned else (rows, columns)
         partial = self.cuda.empty((*stack, -(-inner // STRIP), out), dtype)
         types = Types(name_of(stored), dtype_name(dtype), dtype_name(dtype))
-        tiles, rank = self._tiles_of(factors, turned, types, PARTS)
+        tiles, rank = self._tiles(factors, turned, types, PARTS)
         row_scale = packed(factors.row_scale, self.xp)
         sizes = np.int64(rows), np.int64(columns), rank, np.int32(PARTS), np.int32(turned)
         given = stored, tiles, row_scale, partial, *sizes
         self._launch_patches("squares", types, stored.shape, *given)
         return self.sum_chunks(partial)
 
-    def _tiles_of(
+    def _tiles(
         self, factors: Factors, turned: bool, types: Types, parts: int
     ) -> tuple[Array | None, Any]:
-        """Return the tiles of s B A, or of its transpose, and the rank; or None and 0."""
-        _, a, scaled_b, _ = factors
-        if a is None:
-            return None, np.int64(0)
-        left, right = (a, scaled_b) if turned else (scaled_b, a)
-        return self._tiles(left, right, (not turned, turned), types, parts)
+        """Return s B and A as tensor cores take them, each in so many parts, and the rank.
 
-    def _tiles(
-        self, left: Array, right: Array, tall: tuple[bool, bool], types: Types, parts: int
-    ) -> tuple[Array, Any]:
-        """Return two factors as tensor cores take them, each in so many parts, and the rank.
-
-        They are (*stack, rows, rank) and (*stack, rank, columns), or transposed: see `tall`.
+        Where there is no update, that is None and 0.
         """
-        left, right = (packed(array, self.xp) for array in (left, right))
-        *stack, rows, rank = left.shape
-        columns = right.shape[-2 if tall[1] else -1]
-        if not tall[0]:
-            rows, rank = rank, rows
+        if factors.lora_a is None:
+            return None, np.int64(0)
+        a, b = (packed(array, self.xp) for array in factors[1:3])
+        *stack, rank, inner = a.shape
+        out = b.shape[-2]
+        rows, columns = (inner, out) if turned else (out, inner)
         count, steps = math.prod(stack), -(-rank // TERMS)
         sides = 2 * (-(-rows // STRIP) - (-columns // STRIP))
-        result = self.cuda.empty((count, sides, steps, parts, TERMS * TERMS // 2), np.uint32)
+        tiles = self.cuda.empty((count, sides, steps, parts, TERMS * TERMS // 2), np.uint32)
         sizes = (np.int64(size) for size in (rows, columns, rank))
+        how = np.int32(parts), np.int32(turned)
         grid = -(-sides // WARPS), steps, count
-        self.cuda.launch(
-            "tiles", types, grid,
-            left, np.int32(tall[0]), right, np.int32(tall[1]), result, *sizes, np.int32(parts),
-        )  # fmt: skip
-        return result, np.int64(rank)
+        self.cuda.launch("tiles", types, grid, a, b, tiles, *sizes, *how)
+        return tiles, np.int64(rank)
 
     def _launch_patches(self, name: str, types: Types, shape: tuple[int, ...], *given: Any) -> None:
         *stack, rows, columns = shape
@@ -110,7 +99,7 @@ class Patches(Guard):
         merged = self.cuda.empty(stored.shape, weight.dtype)
         rounded = 1 if name_of(weight) == "bfloat16" else 2  # parts of 8 bits
         parts = rounded if is_reduced() else PARTS
-        tiles, rank = self._tiles_of(factors, turned, types, parts)
+        tiles, rank = self._tiles(factors, turned, types, parts)
         row_scale, sizes = packed(factors.row_scale, xp), map(np.int64, stored.shape[-2:])
         given = stored, tiles, row_scale, gain, merged, *sizes, rank
         how = np.int32(parts), np.int32(turned)

@@ -667,22 +667,20 @@ __device__ inline index_t tiles_across(index_t columns) {
     return (columns + STRIP - 1) / STRIP * ACROSS;
 }
 
-// Two factors of a product (rows, columns), in parts of bfloat16, each what it keeps of what the parts
-// before it left, and in the order in which the lanes of a tensor core take them:
-// tiles (stack, down and across, rank / TERMS, parts, WARP). A `tall` factor is (rows, rank), or
-// (columns, rank); another one is (rank, rows), or (rank, columns).
-// grid (tiles / WARPS, rank / TERMS, stack)                            4 + 2 `parts` bytes
-extern "C" __global__ void tiles(const C* left, int left_tall, const C* right, int right_tall,
-                                 Tile* result, index_t rows, index_t columns, index_t rank,
-                                 int parts) {
+// b and A in parts of bfloat16, each what it keeps of what the parts before it left, and in the order
+// in which the lanes of a tensor core take them: tiles (stack, down and across, rank / TERMS, parts,
+// WARP). W is (rows, columns): its rows are those of b and its columns those of A, or where `turned`
+// the other way round.       grid (tiles / WARPS, rank / TERMS, stack)       4 + 2 `parts` bytes
+extern "C" __global__ void tiles(const C* a, const C* b, Tile* result, index_t rows,
+                                 index_t columns, index_t rank, int parts, int turned) {
     const index_t tile = (index_t)blockIdx.x * WARPS + threadIdx.x / WARP, e = blockIdx.z;
     const index_t down = tiles_down(rows), across = tiles_across(columns);
     if (tile >= down + across) return;
     const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-    const bool is_down = tile < down, tall = is_down ? left_tall : right_tall;
+    const bool is_down = tile < down, of_b = is_down == !turned;
     const index_t count = is_down ? rows : columns;
-    const C* from = (is_down ? left : right) + e * rank * count;
-    const index_t step = tall ? rank : 1, step_k = tall ? 1 : count;
+    const C* from = (of_b ? b : a) + e * rank * count;
+    const index_t step = of_b ? rank : 1, step_k = of_b ? 1 : count;
     Tile found[PARTS];
 #pragma unroll
     for (int h = 0; h < 4; ++h) {
