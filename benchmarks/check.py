@@ -16,7 +16,7 @@ import numpy as np
 
 import doraxp
 from doraxp import Adapter, Cache, Gradients
-from doraxp._types import Array
+from doraxp._base.types import Array
 from doraxp.cli._bench import memory
 from doraxp.cli._bench.cases import Case, draw
 from doraxp.cli._bench.contestants import contestants

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from doraxp.backends._cuda import BUILDS, KERNELS, SOURCE, Types
+from doraxp.backends._cupy.device import BUILDS, KERNELS, SOURCE, Types
 
 ARCHITECTURES = (80, 90, 100)
 PASSES = ("outputs", "gradients", "token", "merge", "squares", "merge_wide")

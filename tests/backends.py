@@ -19,7 +19,7 @@ import pytest
 
 from doraxp import Config
 from doraxp.backends import available
-from doraxp.backends._cupy import CupyOperations
+from doraxp.backends._cupy.operations import CupyOperations
 
 
 class Lane:

@@ -1,6 +1,6 @@
 """A CUDA device made of a C++ compiler and NumPy: the kernels' own source, run on the host.
 
-`HostCuda` has the methods of `doraxp.backends._cuda.Cuda`. Arrays are NumPy's.
+`HostCuda` has the methods of `doraxp.backends._cupy.device.Cuda`. Arrays are NumPy's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from doraxp.backends._cuda import BUILDS, KERNELS, SOURCE, THREADS, Types, layout
+from doraxp.backends._cupy.device import BUILDS, KERNELS, SOURCE, THREADS, Types, layout
 
 GRID = (2**31 - 1, 65535, 65535)
 HALF = ("float16", "bfloat16")

@@ -15,7 +15,8 @@ import pytest
 
 import doraxp
 from doraxp import Adapter, Config, backends
-from doraxp.backends import Factors, Operations, _cupy
+from doraxp.backends import Factors, Operations
+from doraxp.backends._cupy import operations as _cupy
 from doraxp.backends._numpy import NumpyOperations
 from doraxp.backends._torch import TorchOperations
 

@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from doraxp.backends import _cuda
-from doraxp.backends._cuda import KERNELS, SOURCE, THREADS, Cuda, Types, layout
+from doraxp.backends._cupy import device as _cuda
+from doraxp.backends._cupy.device import KERNELS, SOURCE, THREADS, Cuda, Types, layout
 
 KINDS = {2: np.float16, 14: ml_dtypes.bfloat16, 0: np.float32, 1: np.float64}
 """cudaDataType, as CUDA's library_types.h has it."""

@@ -13,9 +13,9 @@ import pytest
 
 from doraxp import Adapter, Config, backends, forward, prepare
 from doraxp.backends import Factors, reduced_precision
-from doraxp.backends._cuda import THREADS, Cuda
-from doraxp.backends._cupy import CupyOperations
-from doraxp.backends._cupy_guard import Suspects
+from doraxp.backends._cupy.device import THREADS, Cuda
+from doraxp.backends._cupy.guard import Suspects
+from doraxp.backends._cupy.operations import CupyOperations
 from doraxp.cli._bench.gpu import HOLD
 
 DTYPES = ("float16", ml_dtypes.bfloat16, "float32", "float64")

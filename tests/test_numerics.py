@@ -8,7 +8,7 @@ import reference
 
 import doraxp
 from doraxp import Adapter, Config
-from doraxp.adapted import CANCELLATION
+from doraxp._core.prepared import CANCELLATION
 
 FORMS = ("weight", "direction")
 

@@ -1,27 +1,28 @@
 """DoRA, weight-decomposed low-rank adaptation, for the Python array API (arXiv:2402.09353)."""
 
 from doraxp import backends
-from doraxp._types import Adapter, Config, Gradients
-from doraxp.adaptation import AdaptedLayer, adapt
-from doraxp.adapted import Prepared, prepare
-from doraxp.decomposition import (
+from doraxp._base.types import Adapter, Config, Gradients
+from doraxp._core.decomposition import (
     MagnitudeDirectionChange,
     decompose,
     magnitude_direction_change,
 )
-from doraxp.kinds import LayerKind
-from doraxp.layer import Diagnostics, DoRALayer, Linear
-from doraxp.linear import Cache, backward, convert_form, forward, init, merge
-from doraxp.optimizers import (
+from doraxp._core.kinds import LayerKind
+from doraxp._core.linear import Cache, backward, convert_form, forward, init, merge
+from doraxp._core.prepared import Prepared, prepare
+from doraxp.layers import AdaptedLayer, Diagnostics, DoRALayer, Linear, adapt
+from doraxp.optim import (
     AdamWState,
     SGDState,
     adamw_init,
     adamw_step,
     clip_by_global_norm,
+    constant_schedule,
+    cosine_schedule,
+    linear_schedule,
     sgd_init,
     sgd_step,
 )
-from doraxp.schedules import constant_schedule, cosine_schedule, linear_schedule
 
 __version__ = "0.1.0"
 

@@ -17,11 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from doraxp import linear
-from doraxp._checks import check_layer
-from doraxp._scalars import check_flag, check_kind
-from doraxp._types import Adapter, Array, Config
-from doraxp.adapted import Prepared, check_prepared
+from doraxp._base.scalars import check_flag, check_kind
+from doraxp._base.types import Adapter, Array, Config
+from doraxp._core import linear
+from doraxp._core.checks import check_layer
+from doraxp._core.prepared import Prepared, check_prepared
 
 __all__ = ["dora_linear", "merge"]
 

@@ -15,10 +15,10 @@ import array_api_compat
 import array_api_compat.numpy
 import numpy as np
 
-from doraxp._types import Array
-from doraxp.backends import _cupy
-from doraxp.backends._cupy import CupyOperations
-from doraxp.backends._cupy_products import reduced_precision
+from doraxp._base.types import Array
+from doraxp.backends._cupy import operations as _cupy
+from doraxp.backends._cupy.operations import CupyOperations
+from doraxp.backends._cupy.products import reduced_precision
 from doraxp.backends._generic import Factors, Operations
 from doraxp.backends._numpy import NumpyOperations
 from doraxp.backends._torch import TorchOperations

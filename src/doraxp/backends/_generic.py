@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import array_api_compat
 
-from doraxp._parallel import sums
-from doraxp._types import Adapter, Array, Reduce
+from doraxp._base.ranks import sums
+from doraxp._base.types import Adapter, Array, Reduce
 
 
 class Factors(NamedTuple):

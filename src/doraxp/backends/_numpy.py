@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from doraxp._types import Adapter, Array, Reduce
+from doraxp._base.types import Adapter, Array, Reduce
 from doraxp.backends._generic import Factors, Operations
 
 # Elements of a block. What is done to a block in cache is free beside reading it from memory; that

@@ -7,7 +7,7 @@ a step.
 
 from __future__ import annotations
 
-from doraxp._types import Array
+from doraxp._base.types import Array
 from doraxp.backends._generic import Operations
 
 

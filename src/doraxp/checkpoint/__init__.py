@@ -3,7 +3,6 @@
 Reading and writing adapters, and merging them into models of any size, tensor by tensor.
 """
 
-from doraxp.adaptation import AdaptedLayer
 from doraxp.checkpoint._adapters import AdapterSet
 from doraxp.checkpoint._formats import load_adapters, save_adapters
 from doraxp.checkpoint._inspect import Against, Factored, look_at, look_at_base
@@ -12,6 +11,7 @@ from doraxp.checkpoint._model import Model, open_model
 from doraxp.checkpoint._rows import Change
 from doraxp.checkpoint._safetensors import CheckpointError
 from doraxp.checkpoint._shard import Options
+from doraxp.layers import AdaptedLayer
 
 __all__ = [
     "AdaptedLayer",

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from doraxp._types import Adapter, Array, Config
-from doraxp.adaptation import AdaptedLayer
+from doraxp._base.types import Adapter, Array, Config
+from doraxp._core.kinds import LayerKind
 from doraxp.checkpoint._safetensors import DTYPES, CheckpointError, Reader
-from doraxp.kinds import LayerKind
+from doraxp.layers import AdaptedLayer
 
 
 class StoredLayer(NamedTuple):

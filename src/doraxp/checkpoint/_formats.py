@@ -12,12 +12,12 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 from safetensors.numpy import save_file
 
-from doraxp.adaptation import AdaptedLayer
 from doraxp.checkpoint._adapters import AdapterSet
 from doraxp.checkpoint._others import read_lycoris, read_mlx
 from doraxp.checkpoint._peft import read_peft
 from doraxp.checkpoint._safetensors import CheckpointError, Reader, read_json
 from doraxp.checkpoint._writers import to_mlx, to_peft
+from doraxp.layers import AdaptedLayer
 
 TargetFormat: TypeAlias = Literal["peft", "mlx"]
 _FILES = ("adapter_model.safetensors", "adapters.safetensors")

@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from doraxp._types import Array
-from doraxp.adaptation import AdaptedLayer
+from doraxp._base.types import Array
 from doraxp.checkpoint._adapters import AdapterSet
 from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._plan import plan
 from doraxp.checkpoint._rows import Norms, change
 from doraxp.checkpoint._shard import Options, merged_rows
+from doraxp.layers import AdaptedLayer
 
 
 class Factored(NamedTuple):

@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from doraxp._scalars import check_number
-from doraxp._types import Adapter, Config
+from doraxp._base.scalars import check_number
+from doraxp._base.types import Adapter, Config
+from doraxp._core.kinds import LayerKind
 from doraxp.checkpoint._adapters import AdapterSet, StoredLayer
 from doraxp.checkpoint._safetensors import DTYPES, CheckpointError, Reader
-from doraxp.kinds import LayerKind
 
 _LYCORIS = {"lora_down.weight": "a", "lora_up.weight": "b", "dora_scale": "m", "alpha": "alpha"}
 

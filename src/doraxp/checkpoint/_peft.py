@@ -8,12 +8,12 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from doraxp._scalars import check_number
-from doraxp._types import Adapter, Config
-from doraxp.adaptation import match_patterns
+from doraxp._base.scalars import check_number
+from doraxp._base.types import Adapter, Config
+from doraxp._core.kinds import LayerKind
 from doraxp.checkpoint._adapters import AdapterSet, StoredLayer
 from doraxp.checkpoint._safetensors import CheckpointError, Reader
-from doraxp.kinds import LayerKind
+from doraxp.layers._adapt import match_patterns
 
 PREFIX = "base_model.model."
 _NAME = re.compile(

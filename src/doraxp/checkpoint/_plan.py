@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from doraxp._tensors import Tensor
+from doraxp._base.safetensors import Tensor
+from doraxp._core.kinds import LayerKind
 from doraxp.checkpoint._adapters import AdapterSet, StoredLayer
 from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._safetensors import DTYPES, CheckpointError
-from doraxp.kinds import LayerKind
 
 _OTHER_WAY = {"linear": LayerKind("transposed"), "transposed": LayerKind("linear")}
 

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from doraxp._types import Array
-from doraxp.adaptation import AdaptedLayer
+from doraxp._base.types import Array
+from doraxp._core.decomposition import weight_norms
 from doraxp.backends import Operations, operations
-from doraxp.decomposition import weight_norms
+from doraxp.layers import AdaptedLayer
 
 
 class Library(NamedTuple):

@@ -16,8 +16,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from doraxp._tensors import Tensor
-from doraxp._types import Array
+from doraxp._base.safetensors import Tensor
+from doraxp._base.types import Array
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),

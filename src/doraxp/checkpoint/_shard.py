@@ -12,8 +12,8 @@ from typing import BinaryIO
 import numpy as np
 import threadpoolctl
 
-from doraxp._tensors import Tensor, write_header
-from doraxp._types import Array
+from doraxp._base.safetensors import Tensor, write_header
+from doraxp._base.types import Array
 from doraxp.checkpoint._adapters import AdapterSet
 from doraxp.checkpoint._plan import Task
 from doraxp.checkpoint._rows import (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from doraxp._types import Array
+from doraxp._base.types import Array
 from doraxp.checkpoint._adapters import AdapterSet
 from doraxp.checkpoint._plan import Task
 from doraxp.checkpoint._rows import row_blocks

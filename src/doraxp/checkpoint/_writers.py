@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from doraxp._types import Array, Config
-from doraxp.adaptation import AdaptedLayer
+from doraxp._base.types import Array, Config
 from doraxp.checkpoint._peft import PREFIX
+from doraxp.layers import AdaptedLayer
 
 Written = tuple[dict[str, Array], dict[str, Any]]
 """The tensors, and the configuration."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from doraxp._types import Array
+from doraxp._base.types import Array
 
 TEST_DIGITS = 400
 VALIDATION_DIGITS = 400

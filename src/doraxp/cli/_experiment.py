@@ -20,7 +20,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from doraxp import magnitude_direction_change
-from doraxp._types import Array
+from doraxp._base.types import Array
 from doraxp.cli._digits import Digits, split_digits
 from doraxp.cli._libraries import library
 from doraxp.cli._methods import (
@@ -36,8 +36,7 @@ from doraxp.cli._methods import (
     parameter_count,
     plain_logits,
 )
-from doraxp.optimizers import AdamWState, adamw_init, adamw_step
-from doraxp.schedules import cosine_schedule
+from doraxp.optim import AdamWState, adamw_init, adamw_step, cosine_schedule
 
 LAYERS = {"layer 1": (64, 128), "layer 2": (128, 128), "layer 3": (128, 10)}
 """(in, out) of each, in the order of the names: JAX sorts the keys of a dict."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from doraxp.adaptation import AdaptedLayer
+from doraxp.layers import AdaptedLayer
 
 
 def save_picture(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import doraxp
-from doraxp._types import Array
+from doraxp._base.types import Array
 
 BACKENDS = ("numpy", "torch", "jax", "cupy")
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from doraxp._types import Config, Dropout
+from doraxp._base.types import Config, Dropout
 
 VERSION = 2
 """Goes up when there are other cases, or other numbers in one."""

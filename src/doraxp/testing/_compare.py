@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import doraxp
-from doraxp._types import Adapter
+from doraxp._base.types import Adapter
 from doraxp.testing._catalogue import (
     ADAPTER,
     Case,

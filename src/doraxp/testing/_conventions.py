@@ -8,8 +8,8 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from doraxp._scalars import check_flag, check_number
-from doraxp._types import Dropout, Form, NormGradient
+from doraxp._base.scalars import check_flag, check_number
+from doraxp._base.types import Dropout, Form, NormGradient
 from doraxp.testing._catalogue import (
     ADAPTER,
     FULL,

@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, TypeAlias
 
-from doraxp._types import Config
+from doraxp._base.types import Config
 
 Formula: TypeAlias = Callable[[Any], Any]
 OUTPUTS = ("norm", "merged", "y")

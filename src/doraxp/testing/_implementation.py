@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from doraxp._scalars import check_kind
+from doraxp._base.scalars import check_kind
 from doraxp.testing._catalogue import Case, OptimizerCase, catalogue, optimizer_catalogue
 from doraxp.testing._compare import described
 from doraxp.testing._conventions import Conventions, call_layer, call_step

@@ -10,7 +10,7 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from doraxp._types import Array
+from doraxp._base.types import Array
 
 # The module that makes arrays of each library that `doraxp.backends.available` lists.
 MODULES = {

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from doraxp._tensors import Tensor, write_header
+from doraxp._base.safetensors import Tensor, write_header
 from doraxp.testing._catalogue import (
     FULL,
     VERSION,

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from doraxp._scalars import check_kind
-from doraxp._types import Config, NormGradient
+from doraxp._base.scalars import check_kind
+from doraxp._base.types import Config, NormGradient
 
 
 class Accelerated:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from doraxp._scalars import check_kind
-from doraxp._types import Adapter, Array, Config
+from doraxp._base.scalars import check_kind
+from doraxp._base.types import Adapter, Array, Config
 from doraxp.torch._ops import backward_op, forward_op
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch.nn import Parameter
 
-from doraxp._scalars import check_flag, check_kind
-from doraxp._types import Adapter, Array, Config
-from doraxp.linear import init, merge
+from doraxp._base.scalars import check_flag, check_kind
+from doraxp._base.types import Adapter, Array, Config
+from doraxp._core.linear import init, merge
 from doraxp.torch._function import dora_linear
 
 

@@ -16,11 +16,11 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from doraxp._checks import check_bias, check_input, check_layer
-from doraxp._types import Adapter, Array, Config
-from doraxp.adapted import Prepared, prepare
+from doraxp._base.types import Adapter, Array, Config
+from doraxp._core.checks import check_bias, check_input, check_layer
+from doraxp._core.linear import Cache, backward, forward
+from doraxp._core.prepared import Prepared, prepare
 from doraxp.backends import compute_dtype, operations
-from doraxp.linear import Cache, backward, forward
 
 
 class _State(NamedTuple):

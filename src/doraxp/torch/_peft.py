@@ -11,7 +11,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear
 
-from doraxp._types import Adapter, Array, Config, NormGradient
+from doraxp._base.types import Adapter, Array, Config, NormGradient
 from doraxp.torch._function import dora_linear
 
 AGAIN = "it is accelerated already"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_api_compat import array_namespace
 
-from doraxp._types import Adapter, Array, Config
+from doraxp._base.types import Adapter, Array, Config
 
 TASKS = ("forward", "backward", "step", "evaluation", "norm", "merge", "adamw")
 DTYPES = ("float32", "float64", "float16", "bfloat16")

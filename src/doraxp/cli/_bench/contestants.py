@@ -15,7 +15,7 @@ from array_api_compat import array_namespace
 
 import doraxp
 from doraxp import Adapter, Config, Prepared
-from doraxp._types import Array, NormGradient
+from doraxp._base.types import Array, NormGradient
 from doraxp.backends import compute_dtype
 from doraxp.cli._bench.cases import LEARNING_RATE, Case, Inputs, draw
 from doraxp.cli._libraries import Library, library

@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from array_api_compat import array_namespace
 
-from doraxp._types import Adapter, Array, Config
+from doraxp._base.types import Adapter, Array, Config
 from doraxp.backends import reduced_precision
 from doraxp.cli._bench import contestants as on_any
 from doraxp.cli._bench import peft

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from array_api_compat import array_namespace
 
-from doraxp._types import Array
+from doraxp._base.types import Array
 from doraxp.cli._bench import gpu, memory
 from doraxp.cli._bench.cases import Case, Dense, draw
 from doraxp.cli._bench.contestants import Contestant

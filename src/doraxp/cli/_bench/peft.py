@@ -11,7 +11,7 @@ from functools import partial
 from itertools import cycle
 from typing import Any, TypeAlias
 
-from doraxp._types import Adapter, Array, NormGradient
+from doraxp._base.types import Adapter, Array, NormGradient
 from doraxp.cli._bench.cases import LEARNING_RATE, Case, Inputs, draw
 from doraxp.cli._bench.contestants import DORA, LAYERS, Contestant
 from doraxp.cli._libraries import library

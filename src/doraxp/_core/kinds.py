@@ -23,7 +23,7 @@ from typing import Literal, TypeAlias, get_args
 
 from array_api_compat import array_namespace
 
-from doraxp._types import Array
+from doraxp._base.types import Array
 
 KindName: TypeAlias = Literal["linear", "experts", "transposed", "embedding", "columns", "conv"]
 _STORED = {

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
-from doraxp._scalars import check_count, check_flag, check_real
+from doraxp._base.scalars import check_count, check_flag, check_real
 
 Array: TypeAlias = Any
 """An array of any library that array-api-compat knows."""

@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable
 from typing import TypeAlias
 
-from doraxp._scalars import check_count, check_number
+from doraxp._base.scalars import check_count, check_number
 
 Schedule: TypeAlias = Callable[[int], float]
 

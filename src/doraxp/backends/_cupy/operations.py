@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from doraxp._types import Array, Reduce
-from doraxp.backends._cuda import LIMIT, THREADS, Types
-from doraxp.backends._cupy_guard import Suspects
-from doraxp.backends._cupy_patches import Patches
-from doraxp.backends._cupy_products import (
+from doraxp._base.types import Array, Reduce
+from doraxp.backends._cupy.device import LIMIT, THREADS, Types
+from doraxp.backends._cupy.guard import Suspects
+from doraxp.backends._cupy.patches import Patches
+from doraxp.backends._cupy.products import (
     LOW,
     WARPS,
     alike,

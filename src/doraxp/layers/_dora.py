@@ -15,84 +15,16 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import array_api_compat
 
-from doraxp._checks import check_bias, check_input, check_output_gradient, check_weight
-from doraxp._scalars import check_flag, check_kind, check_number
-from doraxp._types import Adapter, Array, Config
-from doraxp.adapted import Prepared, prepare
+from doraxp._base.scalars import check_flag, check_kind, check_number
+from doraxp._base.types import Adapter, Array, Config
+from doraxp._core.checks import check_bias, check_weight
+from doraxp._core.decomposition import MagnitudeDirectionChange, magnitude_direction_change
+from doraxp._core.linear import Cache, InitMethod, backward, forward, init, merge
+from doraxp._core.prepared import Prepared, prepare
 from doraxp.backends import as_dtype, compute_dtype, operations
-from doraxp.decomposition import MagnitudeDirectionChange, magnitude_direction_change
-from doraxp.linear import Cache, InitMethod, as_tokens, backward, forward, init, merge
+from doraxp.layers._linear import add_to
 
 WeightLayout: TypeAlias = Literal["out_in", "in_out"]
-
-
-class Linear:
-    """A linear layer y = x Wᵀ + bias, for those who have none of their own.
-
-    Parameters
-    ----------
-    weight : array, shape (*stack, out, in)
-    bias : array, shape (*stack, out), optional
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> layer = Linear(np.array([[3.0, 4.0], [0.0, 5.0]]), np.array([0.0, 1.0]))
-    >>> layer.forward(np.array([1.0, 2.0])), layer.backward(np.array([1.0, 0.0]))
-    (array([11., 11.]), array([3., 4.]))
-    >>> layer.weight_gradient
-    array([[1., 2.],
-           [0., 0.]])
-    """
-
-    weight_gradient: Array | None = None
-    bias_gradient: Array | None = None
-    _cache: tuple[Array, Array] | None = None
-
-    def __init__(self, weight: Array, bias: Array | None = None) -> None:
-        operations(weight=weight, bias=bias)
-        check_weight(weight)
-        check_bias(weight, bias)
-        self.weight = weight
-        self.bias = bias
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave what a forward and a backward left here out of copies: it is of this layer."""
-        return self.__dict__ | {"_cache": None, "weight_gradient": None, "bias_gradient": None}
-
-    def forward(self, x: Array) -> Array:
-        """Return y = x Wᵀ + bias in x's dtype: (*stack, ..., in) -> (*stack, ..., out)."""
-        weight, bias = self.weight, self.bias
-        ops = operations(x=x, weight=weight, bias=bias)
-        xp = ops.xp
-        check_input(weight, x)
-        dtype = compute_dtype(weight, xp=xp)
-        y = ops.times_transposed(as_tokens(x, weight, dtype, xp=xp), weight, dtype)
-        if bias is not None:
-            y += as_dtype(bias, dtype, xp=xp)[..., None, :]
-        self._cache = x, weight
-        return xp.reshape(as_dtype(y, x.dtype, xp=xp), (*x.shape[:-1], weight.shape[-2]))
-
-    def backward(self, dy: Array) -> Array:
-        """Return dx = dy W; add dyᵀ x to `weight_gradient` and Σ_tokens dy to `bias_gradient`."""
-        if self._cache is None:
-            raise RuntimeError("backward needs a forward first")
-        x, weight = self._cache
-        ops = operations(dy=dy, x=x)
-        xp = ops.xp
-        check_output_gradient(dy, (*x.shape[:-1], weight.shape[-2]))
-        dtype = compute_dtype(weight, xp=xp)
-        d = as_tokens(dy, weight, dtype, xp=xp)  # (*stack, tokens, out)
-        dweight = ops.product(xp.matrix_transpose(d), as_tokens(x, weight, dtype, xp=xp))
-        self.weight_gradient = _add(self.weight_gradient, dweight)
-        if self.bias is not None:
-            self.bias_gradient = _add(self.bias_gradient, xp.sum(d, axis=-2))
-        dx = ops.times(d, weight, dtype)
-        return xp.reshape(as_dtype(dx, x.dtype, xp=xp), x.shape)
-
-    def clear_gradients(self) -> None:
-        """Forget the gradients that were added up: None until the next backward."""
-        self.weight_gradient = self.bias_gradient = None
 
 
 class Diagnostics(NamedTuple):
@@ -226,7 +158,7 @@ class DoRALayer:
             )
         dx, adapter, weight, bias = backward(dy, self._cache, train_base=self.train_base)
         old, new = self._live_gradients() or {}, self._named(weight, bias, adapter)
-        self.gradients = {name: _add(old.get(name), gradient) for name, gradient in new.items()}
+        self.gradients = {name: add_to(old.get(name), gradient) for name, gradient in new.items()}
         self._graded = self._cache.prepared
         return dx
 
@@ -422,7 +354,3 @@ class DoRALayer:
         dtype = compute_dtype(self.weight, xp=xp)
         wide = [as_dtype(array, dtype, xp=xp) for array in arrays.values()]
         return xp.concat([xp.reshape(array, (-1,)) for array in wide])
-
-
-def _add(total: Array | None, gradient: Array) -> Array:
-    return gradient if total is None else total + gradient

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from doraxp._types import Array
-from doraxp.backends._cuda import LIMIT, THREADS, Cuda, Types, dtype_name, layout
+from doraxp._base.types import Array
+from doraxp.backends._cupy.device import LIMIT, THREADS, Cuda, Types, dtype_name, layout
 from doraxp.backends._generic import Operations
 
 LOW = ("float16", "bfloat16")

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from doraxp._checks import check_layer
-from doraxp._parallel import check_reduce, sums
-from doraxp._scalars import check_kind
-from doraxp._types import Adapter, Array, Config, Reduce
+from doraxp._base.ranks import check_reduce, sums
+from doraxp._base.scalars import check_kind
+from doraxp._base.types import Adapter, Array, Config, Reduce
+from doraxp._core.checks import check_layer
+from doraxp._core.decomposition import inverse_norms
 from doraxp.backends import Factors, Operations, as_dtype, compute_dtype
-from doraxp.decomposition import inverse_norms
 
 # The expanded n² is trusted down to this part of the terms that it is the sum of. Below, their
 # rounding errors show: at a half they are 3 ulp of n, at a hundredth 500. Rows get there only

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from doraxp._types import Array, Reduce
+from doraxp._base.types import Array, Reduce
 
 
 def check_reduce(reduce: Reduce | None) -> None:

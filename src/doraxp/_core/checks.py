@@ -6,8 +6,8 @@ and `_scalars` has the rules for all that is no array.
 
 from __future__ import annotations
 
-from doraxp._scalars import check_kind
-from doraxp._types import Adapter, Array, Config
+from doraxp._base.scalars import check_kind
+from doraxp._base.types import Adapter, Array, Config
 from doraxp.backends import Operations, operations
 
 

@@ -1,4 +1,4 @@
-"""Trees of parameters, and the numbers that go with their leaves.
+"""Paramss of parameters, and the numbers that go with their leaves.
 
 A tree is a NamedTuple, or a dict of trees. A leaf is known by its path, "['q_proj'].lora_a", and
 not by its place: JAX sorts the keys of a dict.
@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from numbers import Real
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import array_api_compat
 
-from doraxp._scalars import check_number
-from doraxp._types import Array
-from doraxp.backends import Operations, operations
+from doraxp._base.scalars import check_number
+from doraxp._base.types import Array
+from doraxp.backends import Operations, as_dtype, compute_dtype, operations
 
-Tree = TypeVar("Tree")
+Params = TypeVar("Params")
+PerLeaf: TypeAlias = Any
+"""A number or 0-d array; a NamedTuple of them; or a dict of either."""
 
 
 def _leaves(name: str, tree: Any, path: str = "") -> dict[str, Any]:
@@ -32,14 +34,14 @@ def _leaves(name: str, tree: Any, path: str = "") -> dict[str, Any]:
     return {f"{path}.{field}": leaf for field, leaf in tree._asdict().items()}
 
 
-def build(tree: Tree, leaves: dict[str, Array], path: str = "") -> Tree:
+def build(tree: Params, leaves: dict[str, Array], path: str = "") -> Params:
     """Return `leaves` in the structure of `tree`."""
     like: Any = tree
     if isinstance(like, dict):
         built = {key: build(like[key], leaves, f"{path}[{key!r}]") for key in like}
     else:
         built = like._make(leaves[f"{path}.{field}"] for field in like._fields)
-    return cast(Tree, built)
+    return cast(Params, built)
 
 
 def align(**trees: Any) -> tuple[Operations, dict[str, tuple[Array, ...]]]:
@@ -108,3 +110,22 @@ def _number(name: str, value: Any, *, ops: Operations) -> Any:
     if not xp.isdtype(value.dtype, ("real floating", "integral")):
         raise TypeError(f"{name} must be of a real dtype, got {value.dtype}")
     return check_number(name, float(value)) if ops.may_look(value) else value
+
+
+def widened(*values: Any, xp: Any) -> tuple[Any, ...]:
+    """Return arrays in the compute dtype of the first, and floats as they are."""
+    dtype = compute_dtype(values[0], xp=xp)
+    return tuple(
+        value if isinstance(value, float) else as_dtype(value, dtype, xp=xp) for value in values
+    )
+
+
+def zeros_like(params: Params) -> Params:
+    """Return zeros for each leaf, in its compute dtype."""
+    ops, leaves = align(params=params)
+    xp = ops.xp
+    zeros = {
+        path: xp.zeros_like(leaf, dtype=compute_dtype(leaf, xp=xp))
+        for path, (leaf,) in leaves.items()
+    }
+    return build(params, zeros)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from doraxp._checks import check_weight
-from doraxp._types import Array, Reduce
+from doraxp._base.types import Array, Reduce
+from doraxp._core.checks import check_weight
 from doraxp.backends import Factors, Operations, as_dtype, compute_dtype, operations
 
 

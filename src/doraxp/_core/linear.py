@@ -16,7 +16,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import array_api_compat
 import numpy as np
 
-from doraxp._checks import (
+from doraxp._base.ranks import sums
+from doraxp._base.scalars import check_count, check_flag, check_kind
+from doraxp._base.types import Adapter, Array, Config, Form, Gradients, Reduce
+from doraxp._core.checks import (
     check_bias,
     check_config,
     check_input,
@@ -24,10 +27,8 @@ from doraxp._checks import (
     check_mask,
     check_output_gradient,
 )
-from doraxp._parallel import sums
-from doraxp._scalars import check_count, check_flag, check_kind
-from doraxp._types import Adapter, Array, Config, Form, Gradients, Reduce
-from doraxp.adapted import (
+from doraxp._core.decomposition import inverse_norms, weight_norms
+from doraxp._core.prepared import (
     Prepared,
     check_prepared,
     check_previous,
@@ -38,7 +39,6 @@ from doraxp.adapted import (
     times,
 )
 from doraxp.backends import Factors, Operations, as_dtype, compute_dtype, operations
-from doraxp.decomposition import inverse_norms, weight_norms
 
 InitMethod: TypeAlias = Literal["kaiming", "gaussian"]
 

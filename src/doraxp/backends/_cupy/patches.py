@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from doraxp._types import Array
-from doraxp.backends._cuda import LIMIT, Types, dtype_name
-from doraxp.backends._cupy_guard import Guard
-from doraxp.backends._cupy_products import (
+from doraxp._base.types import Array
+from doraxp.backends._cupy.device import LIMIT, Types, dtype_name
+from doraxp.backends._cupy.guard import Guard
+from doraxp.backends._cupy.products import (
     PARTS,
     WARP,
     WARPS,

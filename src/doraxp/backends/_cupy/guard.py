@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from doraxp._types import Array, Reduce
-from doraxp.backends._cuda import LIMIT, THREADS, Types, dtype_name
-from doraxp.backends._cupy_products import (
+from doraxp._base.types import Array, Reduce
+from doraxp.backends._cupy.device import LIMIT, THREADS, Types, dtype_name
+from doraxp.backends._cupy.products import (
     FEW,
     PARTS,
     WARPS,

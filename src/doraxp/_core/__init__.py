@@ -1,0 +1,1 @@
+"""One adapted layer: its checks, decomposition, norm, forward, backward and merge."""

@@ -1,0 +1,1 @@
+"""CuPy on NVIDIA GPUs: products by cuBLAS, and the kernels of `kernels.cu`."""

@@ -1,0 +1,176 @@
+"""AdamW, as a pure function.
+
+p  parameter    g  gradient    mu, nu  running means of g and g²    t  step, from 1
+η  learning_rate    λ  weight_decay
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import array_api_compat
+
+from doraxp._base.scalars import check_count, check_kind, check_number
+from doraxp.backends import Operations, as_dtype, compute_dtype
+from doraxp.optim._trees import Params, PerLeaf, align, build, per_leaf, widened, zeros_like
+
+
+class AdamWState(NamedTuple):
+    """What `adamw_step` carries from step to step."""
+
+    step: Any
+    """How many steps were taken: an int, or a 0-d array where it was traced."""
+    mu: Any
+    """Running mean of g, in the structure of the parameters and in the compute dtype."""
+    nu: Any
+    """Running mean of g², like `mu`."""
+
+
+def adamw_init(params: Any) -> AdamWState:
+    """Return the state before the first step: step = 0, mu = 0, nu = 0.
+
+    Parameters
+    ----------
+    params : NamedTuple of arrays, or dict of them
+
+    Returns
+    -------
+    AdamWState
+
+    Raises
+    ------
+    TypeError
+        `params` is no NamedTuple of arrays nor a dict of them, they are not of one library, or a
+        dtype is not floating.
+    ValueError
+        The devices differ, or there is no array.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from doraxp import Adapter
+    >>> adamw_init(Adapter(np.ones((1, 2)), np.ones((3, 1)), np.ones(3))).mu.magnitude
+    array([0., 0., 0.])
+    """
+    return AdamWState(0, zeros_like(params), zeros_like(params))
+
+
+def adamw_step(
+    params: Params,
+    grads: Params,
+    state: AdamWState,
+    *,
+    learning_rate: PerLeaf,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: PerLeaf = 0.01,
+) -> tuple[Params, AdamWState]:
+    """Return the parameters and the state after one step of AdamW.
+
+    ::
+
+        mu ← β₁ mu + (1 − β₁) g
+        nu ← β₂ nu + (1 − β₂) g²
+        p  ← p − η (m̂ / (√n̂ + ε) + λ p)     m̂ = mu / (1 − β₁ᵗ), n̂ = nu / (1 − β₂ᵗ)
+
+    The decay is decoupled: it does not enter the moments. It is multiplied by η, as in
+    torch.optim.AdamW; in the paper by the schedule alone.
+
+    Parameters
+    ----------
+    params, grads : NamedTuple of arrays, or dict of them
+    state : AdamWState
+        From `adamw_init` or the step before.
+    learning_rate : number, or one per leaf
+        η, at least 0; see the top of this module.
+    beta1, beta2 : float
+        β₁ and β₂, in 0 ≤ β < 1.
+    eps : float
+        ε, above 0: A's first gradient is 0, as B is, and 0/0 would be its first step.
+    weight_decay : number, or one per leaf
+        λ, at least 0. One number leaves `magnitude` alone.
+
+    Returns
+    -------
+    params : as given, each leaf in its dtype
+    state : AdamWState
+
+    Raises
+    ------
+    TypeError
+        The arrays are not of one library, a dtype is not floating, or a number is none.
+    ValueError
+        Structures, shapes or devices differ, or a number is out of range.
+
+    References
+    ----------
+    arXiv:1711.05101, algorithm 2; arXiv:2402.12354 (LoRA+), which advises a learning rate for B
+    16 times that of A.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from doraxp import Adapter
+    >>> params = {"q_proj": Adapter(np.ones((1, 2)), np.ones((2, 1)), np.ones(2))}
+    >>> rate = Adapter(lora_a=0.125, lora_b=0.5, magnitude=0.125)
+    >>> params, state = adamw_step(
+    ...     params, params, adamw_init(params), learning_rate=rate, weight_decay=0
+    ... )
+    >>> params["q_proj"].lora_a.round(6), params["q_proj"].lora_b.round(6), state.step
+    (array([[0.875, 0.875]]), array([[0.5],
+           [0.5]]), 1)
+    """
+    check_kind("state", state, AdamWState)
+    beta1 = check_number("beta1", beta1, below=1)
+    beta2 = check_number("beta2", beta2, below=1)
+    eps = check_number("eps", eps, positive=True)
+    ops, leaves = align(params=params, grads=grads, **{"state.mu": state.mu, "state.nu": state.nu})
+    xp = ops.xp
+    rates = per_leaf("learning_rate", learning_rate, params, ops=ops)
+    decays = per_leaf("weight_decay", weight_decay, params, spared="magnitude", ops=ops)
+    step = _count_of(state, ops=ops) + 1
+    for leaf, *_ in leaves.values():
+        dtype = compute_dtype(leaf, xp=xp)
+        least = float(xp.finfo(dtype).smallest_normal)
+        if eps < least:  # it would vanish, and 0/0 be NaN where a gradient is 0
+            name = "float64" if dtype == xp.float64 else "float32"
+            raise ValueError(f"eps must be at least {least} in {name}, got {eps}")
+    stepped, first, second, fused = {}, {}, {}, None
+    if isinstance(step, int):
+        corrections = (_bias_correction(beta, step, None, xp=xp) for beta in (beta1, beta2))
+        numbers = beta1, 1 - beta1, beta2, 1 - beta2, eps, *corrections
+        fused = ops.adamw(leaves, rates, decays, numbers)
+    for path, arrays in leaves.items():
+        if fused is not None:
+            stepped[path], first[path], second[path] = fused[path]
+            continue
+        p, g, mu, nu, rate, decay = widened(*arrays, rates[path], decays[path], xp=xp)
+        mu = beta1 * mu + (1 - beta1) * g
+        nu = beta2 * nu + (1 - beta2) * (g * g)
+        mean = mu / _bias_correction(beta1, step, p.dtype, xp=xp)
+        square = nu / _bias_correction(beta2, step, p.dtype, xp=xp)
+        p = p - rate * (mean / (xp.sqrt(square) + eps) + decay * p)
+        stepped[path] = as_dtype(p, arrays[0].dtype, xp=xp)
+        first[path], second[path] = mu, nu
+    state = AdamWState(step, build(state.mu, first), build(state.nu, second))
+    return build(params, stepped), state
+
+
+def _count_of(state: AdamWState, *, ops: Operations) -> Any:
+    """Return how many steps were taken, held to an int, or to a 0-d array of an integer dtype."""
+    step = state.step
+    if array_api_compat.is_array_api_obj(step):
+        known = array_api_compat.array_namespace(step) is ops.xp
+        if known and step.ndim == 0 and ops.xp.isdtype(step.dtype, "integral"):
+            return step
+    return check_count("state.step", step)
+
+
+def _bias_correction(beta: float, step: Any, dtype: Any, *, xp: Any) -> Any:
+    """Return 1 − βᵗ as −expm1(t log β), which keeps in float32 the digits that 1 − β loses."""
+    log_beta = math.log(beta) if beta > 0 else -math.inf
+    if isinstance(step, int):
+        return -math.expm1(step * log_beta)
+    return -xp.expm1(xp.astype(step, dtype) * log_beta)

@@ -1,0 +1,67 @@
+"""Clipping of gradients by their norm over all leaves."""
+
+from __future__ import annotations
+
+from doraxp._base.scalars import check_number
+from doraxp._base.types import Array
+from doraxp.backends import as_dtype, compute_dtype
+from doraxp.optim._trees import Params, align, build
+
+
+def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Array]:
+    """Return the gradients times min(1, max_norm / norm), and the norm that they had.
+
+    ::
+
+        norm = √(Σ g²)      over all leaves together
+
+    Gradients within `max_norm` come back bit for bit. There is no ε, unlike in torch's
+    `clip_grad_norm_`. Where a gradient is not finite, all come back as they are and the norm is
+    NaN.
+
+    Parameters
+    ----------
+    grads : NamedTuple of arrays, or dict of them
+    max_norm : float
+        Above 0.
+
+    Returns
+    -------
+    grads : as given, each leaf in its dtype
+    norm : array, shape (), in the compute dtype
+        Before the clipping. It is not read on the host.
+
+    Raises
+    ------
+    TypeError
+        The arrays are not of one library, a dtype is not floating, or `max_norm` is no number.
+    ValueError
+        The devices differ, or `max_norm` is not above 0.
+
+    References
+    ----------
+    arXiv:1211.5063, algorithm 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from doraxp import Adapter
+    >>> grads = Adapter(np.array([[0.0, 2.0]]), np.array([[4.0]]), np.array([4.0]))
+    >>> clipped, norm = clip_by_global_norm(grads, max_norm=3.0)
+    >>> float(norm), clipped.lora_a
+    (6.0, array([[0., 1.]]))
+    """
+    max_norm = check_number("max_norm", max_norm, positive=True)
+    ops, leaves = align(grads=grads)
+    xp = ops.xp
+    dtype = compute_dtype(*(leaf for (leaf,) in leaves.values()), xp=xp)
+    wide = {path: as_dtype(leaf, dtype, xp=xp) for path, (leaf,) in leaves.items()}
+    # Squares of what is left of a scaled loss overflow long before their root does.
+    flat = xp.concat([xp.reshape(leaf, (-1,)) for leaf in wide.values()])
+    norm = ops.safe_row_norms(flat)
+    over = norm > max_norm
+    factor = xp.where(over, max_norm / xp.where(over, norm, 1.0), 1.0)
+    clipped = {
+        path: as_dtype(factor * wide[path], leaf.dtype, xp=xp) for path, (leaf,) in leaves.items()
+    }
+    return build(grads, clipped), norm

@@ -1,0 +1,129 @@
+"""SGD with momentum and decoupled numbers for each leaf, as a pure function.
+
+p  parameter    g  gradient    v  velocity    η  learning_rate    λ  weight_decay
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from doraxp._base.scalars import check_flag, check_kind, check_number
+from doraxp.backends import as_dtype
+from doraxp.optim._trees import Params, PerLeaf, align, build, per_leaf, widened, zeros_like
+
+
+class SGDState(NamedTuple):
+    """What `sgd_step` carries from step to step."""
+
+    velocity: Any
+    """v, in the structure of the parameters and in the compute dtype."""
+
+
+def sgd_init(params: Any) -> SGDState:
+    """Return the state before the first step, v = 0.
+
+    Parameters
+    ----------
+    params : NamedTuple of arrays, or dict of them
+
+    Returns
+    -------
+    SGDState
+
+    Raises
+    ------
+    TypeError
+        `params` is no NamedTuple of arrays nor a dict of them, they are not of one library, or a
+        dtype is not floating.
+    ValueError
+        The devices differ, or there is no array.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from doraxp import Adapter
+    >>> sgd_init(Adapter(np.ones((1, 2)), np.ones((3, 1)), np.ones(3))).velocity.magnitude
+    array([0., 0., 0.])
+    """
+    return SGDState(zeros_like(params))
+
+
+def sgd_step(
+    params: Params,
+    grads: Params,
+    state: SGDState,
+    *,
+    learning_rate: PerLeaf,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: PerLeaf = 0.0,
+) -> tuple[Params, SGDState]:
+    """Return the parameters and the state after one step of SGD, with momentum β.
+
+    ::
+
+        g ← g + λ p                the decay is coupled: it enters the momentum
+        v ← β v + g                v = 0 before the first step
+        p ← p − η v                plain
+        p ← p − η (g + β v)        nesterov
+
+    This is torch.optim.SGD without dampening.
+
+    Parameters
+    ----------
+    params, grads : NamedTuple of arrays, or dict of them
+    state : SGDState
+        From `sgd_init` or the step before.
+    learning_rate : number, or one per leaf
+        η, at least 0; see the top of this module.
+    momentum : float
+        β, in 0 ≤ β < 1.
+    nesterov : bool
+        Look ahead along v. Needs a momentum.
+    weight_decay : number, or one per leaf
+        λ, at least 0. One number leaves `magnitude` alone.
+
+    Returns
+    -------
+    params : as given, each leaf in its dtype
+    state : SGDState
+
+    Raises
+    ------
+    TypeError
+        The arrays are not of one library, a dtype is not floating, or a number is none.
+    ValueError
+        Structures, shapes or devices differ, a number is out of range, or `nesterov` has no
+        momentum.
+
+    References
+    ----------
+    Sutskever et al., "On the importance of initialization and momentum in deep learning", 2013.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from doraxp import Adapter
+    >>> params = Adapter(np.ones((1, 2)), np.ones((2, 1)), np.ones(2))
+    >>> params, state = sgd_step(params, params, sgd_init(params), learning_rate=0.25)
+    >>> params.magnitude
+    array([0.75, 0.75])
+    """
+    check_kind("state", state, SGDState)
+    check_flag("nesterov", nesterov)
+    momentum = check_number("momentum", momentum, below=1)
+    if nesterov and momentum == 0:
+        raise ValueError("nesterov must come with a momentum above 0, got 0.0")
+    ops, leaves = align(params=params, grads=grads, **{"state.velocity": state.velocity})
+    xp = ops.xp
+    rates = per_leaf("learning_rate", learning_rate, params, ops=ops)
+    decays = per_leaf("weight_decay", weight_decay, params, spared="magnitude", ops=ops)
+    stepped, velocity = {}, {}
+    for path, arrays in leaves.items():
+        p, g, v, rate, decay = widened(*arrays, rates[path], decays[path], xp=xp)
+        g = g + decay * p
+        v = momentum * v + g
+        p = p - rate * (g + momentum * v if nesterov else v)
+        stepped[path] = as_dtype(p, arrays[0].dtype, xp=xp)
+        velocity[path] = v
+    return build(params, stepped), SGDState(build(state.velocity, velocity))
