@@ -121,7 +121,7 @@ def test_identity_at_init_is_exact(backend, draw, assert_close, dtype, stack):
     wide = xp.float64 if dtype == "float64" else xp.float32
     if backend.name in ("cupy", "cuda-host"):  # cuBLAS has many products, with bits of their own
         ops = operations(weight=weight)
-        base = ops.times_transposed(x, weight, wide)
+        base = ops.product(x, xp.matrix_transpose(weight))
     else:
         base = backend.run(
             lambda x, w: x @ xp.matrix_transpose(w), xp.astype(x, wide), xp.astype(weight, wide)

@@ -142,8 +142,8 @@ def test_what_this_package_computes_on_the_way_is_within_the_bounds(tensors, cas
         "e": grads.adapter.magnitude * prepared.norm,
         "dz": prepared.gain[..., None, :] * arrays["dy"].reshape(cache.z.shape),
     }
-    if prepared.factors.row_scale is not None:
-        found["row_scale"] = prepared.factors.row_scale
+    if prepared.direction.factors.row_scale is not None:
+        found["row_scale"] = prepared.direction.factors.row_scale
     for name, array in found.items():
         want, bound = (
             tensors[dtype][f"{case.name}/{what}/{name}"] for what in ("expected", "bound")

@@ -2,13 +2,14 @@
 
 from doraxp import backends
 from doraxp._base.types import Adapter, Config, Gradients
+from doraxp._core.adapter import convert_form, init, merge
 from doraxp._core.decomposition import (
     MagnitudeDirectionChange,
     decompose,
     magnitude_direction_change,
 )
 from doraxp._core.kinds import LayerKind
-from doraxp._core.linear import Cache, backward, convert_form, forward, init, merge
+from doraxp._core.linear import Cache, backward, forward
 from doraxp._core.prepared import Prepared, prepare
 from doraxp.layers import AdaptedLayer, Diagnostics, DoRALayer, Linear, adapt
 from doraxp.optim import (

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from doraxp._base.scalars import check_flag, check_kind
 from doraxp._base.types import Adapter, Array, Config
+from doraxp._core import adapter as adapters
 from doraxp._core import linear
 from doraxp._core.checks import check_layer
 from doraxp._core.prepared import Prepared, check_prepared
@@ -88,7 +89,8 @@ def dora_linear(
     """
     _check(weight, adapter, config, train_base, x=x, bias=bias)
     if prepared is not None:
-        check_prepared(prepared, weight, adapter, config, ops=check_layer(weight, adapter, config))
+        ops, _ = check_layer(weight, adapter, config)
+        check_prepared(prepared, weight, adapter, config, ops=ops)
         # Its own derivative would be of no use, and NaN for a zero row.
         prepared = jax.lax.stop_gradient(prepared)
     return _linear(config, train_base, x, weight, adapter, bias, prepared)
@@ -159,7 +161,8 @@ def _linear_forward(
     bias: Array | None, prepared: Prepared | None,
 ) -> tuple[Array, linear.Cache]:  # fmt: skip
     if prepared is not None:  # it was found to belong to them; JAX has made new objects of both
-        prepared = prepared._replace(weight=weight, adapter=adapter)
+        direction = prepared.direction.with_weight(weight)
+        prepared = prepared._replace(direction=direction, adapter=adapter)
     return linear.forward(x, weight, adapter, config, bias=bias, prepared=prepared)
 
 
@@ -179,13 +182,13 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _merge(config: Config, train_base: bool, weight: Array, adapter: Adapter) -> Array:
-    return linear.merge(weight, adapter, config)
+    return adapters.merge(weight, adapter, config)
 
 
 def _merge_forward(
     config: Config, train_base: bool, weight: Array, adapter: Adapter
 ) -> tuple[Array, tuple[Array, Adapter]]:
-    return linear.merge(weight, adapter, config), (weight, adapter)
+    return adapters.merge(weight, adapter, config), (weight, adapter)
 
 
 def _merge_backward(

@@ -18,6 +18,9 @@ from doraxp._base.scalars import check_count, check_flag, check_real
 Array: TypeAlias = Any
 """An array of any library that array-api-compat knows."""
 
+Consumed: TypeAlias = Array
+"""An array that the function may write to: its caller must not read it again."""
+
 Reduce: TypeAlias = Callable[[Array], Array]
 """Returns the sum of an array over the ranks, to each of them the same bits. Writes to nothing."""
 

@@ -1,27 +1,48 @@
-"""The rules of shape at the public border: name, rule, value.
+"""The check of one layer's arguments: classes, libraries, dtypes and shapes.
 
-`doraxp.backends.operations` holds the arrays to one library, one device and a floating dtype,
-and `_scalars` has the rules for all that is no array.
+A public function calls `check_layer` or `check_call` once, before it computes anything. Each error
+names the argument, the rule and the value.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from doraxp._base.scalars import check_kind
 from doraxp._base.types import Adapter, Array, Config
-from doraxp.backends import Operations, operations
+from doraxp.backends import Operations, compute_dtype, operations
 
 
-def check_layer(weight: Array, adapter: Adapter, config: Config, **others: Array) -> Operations:
-    """Hold the arguments of one layer to each other; return the operations for its arrays."""
+def check_layer(weight: Array, adapter: Adapter, config: Config) -> tuple[Operations, Any]:
+    """Return the operations for the arrays of one layer, and the dtype to compute in."""
+    return _check(weight, adapter, config, None, {})
+
+
+def check_call(
+    x: Array, weight: Array, adapter: Adapter, config: Config, bias: Array | None,
+    dropout_mask: Array | None = None,
+) -> tuple[Operations, Any]:  # fmt: skip
+    """Return the operations for a layer and its input, and the dtype to compute in."""
+    others = {"x": x} if dropout_mask is None else {"x": x, "dropout_mask": dropout_mask}
+    checked = _check(weight, adapter, config, bias, others)
+    check_input(weight, x, dropout_mask)
+    check_bias(weight, bias)
+    return checked
+
+
+def _check(
+    weight: Array, adapter: Adapter, config: Config, bias: Array | None, others: dict[str, Array]
+) -> tuple[Operations, Any]:
     check_kind("adapter", adapter, Adapter)
     check_kind("config", config, Config)
-    ops = operations(weight=weight, **adapter._asdict(), **others)
+    a, b, m = adapter
+    ops = operations(weight=weight, lora_a=a, lora_b=b, magnitude=m, bias=bias, **others)
     check_adapter(weight, adapter, config)
-    return ops
+    return ops, compute_dtype(weight, a, b, m, xp=ops.xp)
 
 
 def check_weight(weight: Array, name: str = "weight") -> None:
-    """Hold a weight to (*stack, out, in), no axis empty."""
+    """Refuse a weight that is not (*stack, out, in), or that has an empty axis."""
     if weight.ndim < 2 or 0 in weight.shape:
         raise ValueError(
             f"{name} must have shape (*stack, out, in) with no axis of length 0, "
@@ -29,8 +50,8 @@ def check_weight(weight: Array, name: str = "weight") -> None:
         )
 
 
-def check_config(weight: Array, config: Config) -> None:
-    """Hold the rank to what the weight allows."""
+def check_rank(weight: Array, config: Config) -> None:
+    """Refuse a rank above min(out, in)."""
     check_weight(weight)
     limit = min(weight.shape[-2:])
     if config.rank > limit:
@@ -41,26 +62,25 @@ def check_config(weight: Array, config: Config) -> None:
 
 
 def check_adapter(weight: Array, adapter: Adapter, config: Config) -> None:
-    """Hold the adapter's arrays to the weight and the rank."""
-    check_config(weight, config)
+    """Refuse an adapter whose arrays do not fit the weight and the rank."""
+    check_rank(weight, config)
     *stack, out, inner = weight.shape
     rank = config.rank
-    rules = {
-        "lora_a": ((*stack, rank, inner), "(*stack, rank, in)"),
-        "lora_b": ((*stack, out, rank), "(*stack, out, rank)"),
-        "magnitude": ((*stack, out), "(*stack, out)"),
-    }
-    for name, leaf in adapter._asdict().items():
-        shape, rule = rules[name]
+    shapes = (*stack, rank, inner), (*stack, out, rank), (*stack, out)
+    a, b, m = adapter
+    if (a.shape, b.shape, m.shape) == shapes:
+        return
+    for name, leaf, shape in zip(Adapter._fields, adapter, shapes, strict=True):
         if tuple(leaf.shape) != shape:
+            rule = {"lora_a": "rank, in", "lora_b": "out, rank", "magnitude": "out"}[name]
             raise ValueError(
-                f"{name} must have shape {rule} = {shape} for rank {rank} and a weight of shape "
-                f"{tuple(weight.shape)}, got {tuple(leaf.shape)}"
+                f"{name} must have shape (*stack, {rule}) = {shape} for rank {rank} and a weight "
+                f"of shape {tuple(weight.shape)}, got {tuple(leaf.shape)}"
             )
 
 
 def check_bias(weight: Array, bias: Array | None) -> None:
-    """Hold the bias to the weight's rows."""
+    """Refuse a bias that does not have one number for each row of the weight."""
     if bias is not None and tuple(bias.shape) != tuple(weight.shape[:-1]):
         raise ValueError(
             f"bias must have shape (*stack, out) = {tuple(weight.shape[:-1])} for a weight of "
@@ -68,28 +88,24 @@ def check_bias(weight: Array, bias: Array | None) -> None:
         )
 
 
-def check_input(weight: Array, x: Array) -> None:
-    """Hold x to the weight's columns, and to its stack."""
-    *stack, _, inner = weight.shape
+def check_input(weight: Array, x: Array, dropout_mask: Array | None = None) -> None:
+    """Refuse an x that does not fit the weight's stack and columns, or a mask of another shape."""
+    stack, inner = weight.shape[:-2], weight.shape[-1]
     depth = len(stack)
-    fits = x.ndim > depth and tuple(x.shape[:depth]) == tuple(stack) and x.shape[-1] == inner
-    if not fits:
+    if x.ndim <= depth or x.shape[-1] != inner or tuple(x.shape[:depth]) != tuple(stack):
         rule = "(*stack, ..., in)" if stack else "(..., in)"
         raise ValueError(
             f"x must have shape {rule} with in = {inner} for a weight of shape "
             f"{tuple(weight.shape)}, got {tuple(x.shape)}"
         )
-
-
-def check_mask(x: Array, mask: Array | None) -> None:
-    """Hold a dropout mask to the shape of x."""
-    if mask is not None and tuple(mask.shape) != tuple(x.shape):
+    if dropout_mask is not None and tuple(dropout_mask.shape) != tuple(x.shape):
         raise ValueError(
-            f"dropout_mask must have the shape of x, {tuple(x.shape)}, got {tuple(mask.shape)}"
+            f"dropout_mask must have the shape of x, {tuple(x.shape)}, "
+            f"got {tuple(dropout_mask.shape)}"
         )
 
 
 def check_output_gradient(dy: Array, shape: tuple[int, ...]) -> None:
-    """Hold dy to the shape of the y that it is the gradient of."""
+    """Refuse a dy that does not have the shape of its y."""
     if tuple(dy.shape) != shape:
         raise ValueError(f"dy must have the shape of y, {shape}, got {tuple(dy.shape)}")

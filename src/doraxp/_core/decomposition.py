@@ -1,4 +1,4 @@
-"""Magnitude and direction of a plain weight: its row norms, and how far it moved.
+"""Magnitude and direction of a plain weight: its row norms, and how far the weight moved.
 
     W  (out, in)        m = ‖wᵢ‖, (out,)        W/m (out, in), rows of length 1
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from doraxp._base.types import Array, Reduce
 from doraxp._core.checks import check_weight
-from doraxp.backends import Factors, Operations, as_dtype, compute_dtype, operations
+from doraxp.backends import Operations, as_dtype, compute_dtype, operations
 
 
 class MagnitudeDirectionChange(NamedTuple):
@@ -44,7 +44,7 @@ def decompose(weight: Array) -> tuple[Array, Array]:
     Raises
     ------
     TypeError
-        `weight` is no array of a floating dtype.
+        `weight` is not an array of a floating dtype.
     ValueError
         `weight` has fewer than two axes, or an empty one.
 
@@ -65,7 +65,7 @@ def decompose(weight: Array) -> tuple[Array, Array]:
     ops = operations(weight=weight)
     check_weight(weight)
     dtype = compute_dtype(weight, xp=ops.xp)
-    magnitude = weight_norms(weight, ops.row_squares(weight, dtype), ops=ops)
+    magnitude = ops.row_norms(weight, ops.row_squares(weight, dtype))
     return magnitude, ops.over_norm(as_dtype(weight, dtype, xp=ops.xp), magnitude)
 
 
@@ -90,9 +90,9 @@ def magnitude_direction_change(
     Raises
     ------
     TypeError
-        They are no arrays of one library, or a dtype is not floating.
+        They are not arrays of one library, or a dtype is not floating.
     ValueError
-        The shapes differ or are no weight's, or the devices differ.
+        The shapes differ or are not those of a weight, or the devices differ.
 
     References
     ----------
@@ -129,21 +129,11 @@ def magnitude_direction_change(
     )
 
 
-def weight_norms(
-    weight: Array, squares: Array, *, ops: Operations, reduce: Reduce | None = None
-) -> Array:
-    """Return ‖wᵢ‖, given their squares in the compute dtype, summed where `reduce` is given.
-
-    The expressions are those of `prepare` with B = 0, so that m / n is exactly 1 there.
-    """
-    return ops.norms(squares, Factors(weight, None, None, None), reduce)
-
-
 def inverse_norms(
     weight: Array, squares: Array, *, ops: Operations, reduce: Reduce | None = None
 ) -> Array:
-    """Return ρ = 1/‖wᵢ‖, and 0 for a row of zeros or so near to it that 1/‖wᵢ‖ overflows."""
+    """Return ρ = 1/‖wᵢ‖, and 0 for a row of zeros or one so short that 1/‖wᵢ‖ overflows."""
     xp = ops.xp
-    norm = weight_norms(weight, squares, ops=ops, reduce=reduce)
+    norm = ops.row_norms(weight, squares, reduce)
     invertible = ~(norm <= 1 / float(xp.finfo(norm.dtype).max))  # NaN too
     return xp.where(invertible, 1 / xp.where(invertible, norm, 1.0), 0.0)

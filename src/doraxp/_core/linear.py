@@ -1,126 +1,58 @@
-"""A linear layer with a DoRA adapter: init, forward, backward, merge.
+"""The forward and the backward of a linear layer with a DoRA adapter.
 
-    x (tokens, in)   W (out, in) frozen   A (rank, in)   B (out, rank)   m (out,)
-    V = ρ⊙W + s B A      n = ‖V‖ by rows      g = m / n      W' = g⊙V      y = x W'ᵀ + bias
+    x (tokens, in)   W (out, in) frozen   A (rank, in)   B (out, rank)   m (out,)   ρ (out,)
+    V = ρ⊙W + s B A      n = ‖V‖ by rows      g = m / n      y = g⊙(x Vᵀ) + bias
 
-V and W' are never formed, but for the gradient of W and for `merge`. `adapted` has the norm and
-the two products with V; here they are put together.
+`Prepared.direction` is V: it multiplies by W, A and s B, and only the gradient of W forms V.
+`doraxp._core.prepared` makes it, with n, g and V Aᵀ / n.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
-
-import array_api_compat
-import numpy as np
+from typing import Any, NamedTuple
 
 from doraxp._base.ranks import sums
-from doraxp._base.scalars import check_count, check_flag, check_kind
-from doraxp._base.types import Adapter, Array, Config, Form, Gradients, Reduce
-from doraxp._core.checks import (
-    check_bias,
-    check_config,
-    check_input,
-    check_layer,
-    check_mask,
-    check_output_gradient,
-)
-from doraxp._core.decomposition import inverse_norms, weight_norms
+from doraxp._base.scalars import check_flag, check_kind
+from doraxp._base.types import Adapter, Array, Config, Gradients, Reduce
+from doraxp._core.checks import check_call, check_output_gradient
 from doraxp._core.prepared import (
     Prepared,
     check_prepared,
     check_previous,
     check_same_reduce,
-    outputs,
-    prepare,
+    prepare_checked,
     prepare_with_product,
-    times,
 )
-from doraxp.backends import Factors, Operations, as_dtype, compute_dtype, operations
-
-InitMethod: TypeAlias = Literal["kaiming", "gaussian"]
+from doraxp.backends import Operations, as_dtype, operations, transpose
 
 
 class Cache(NamedTuple):
-    """What `forward` keeps for `backward`. Read it, do not build it."""
+    """The values of a `forward` that its `backward` needs. Read it, do not build it."""
 
     x: Array
-    """x as it came."""
+    """x, the array that the forward was given."""
     bias: Array | None
-    """The bias as it came."""
+    """The bias that the forward was given."""
     low_rank: Array
-    """L = x Aᵀ, shape (*stack, tokens, rank); of the dropped x where there is a mask."""
+    """L = x Aᵀ, shape (*stack, tokens, rank); x~ Aᵀ with a dropout mask."""
     z: Array
-    """z with y = g⊙z + bias, shape (*stack, tokens, out); x Vᵀ where there is no mask."""
+    """z with y = g⊙z + bias, shape (*stack, tokens, out); x Vᵀ without a dropout mask."""
     prepared: Prepared
-    """What the forward was given, or made."""
+    """The norm and V, given to the forward or made by it."""
     dropout_mask: Array | None = None
-    """The mask as it came."""
+    """The mask that the forward was given."""
 
 
-def init(weight: Array, config: Config, *, seed: int, method: InitMethod = "kaiming") -> Adapter:
-    """Return a fresh adapter: A random, B = 0, m = ‖wᵢ‖, so that W' = W.
+class _Inputs(NamedTuple):
+    """x as the products take it, (*stack, tokens, in). Without a mask all three are one array."""
 
-    In the weight form that identity is exact, bit for bit.
-
-    Parameters
-    ----------
-    weight : array, shape (*stack, out, in)
-    config : Config
-    seed : int
-        The numbers are drawn on the host by NumPy, so every backend gets the same ones.
-    method : {"kaiming", "gaussian"}
-        A uniform in ±1/√in, which is what PEFT's kaiming_uniform_(a=√5) comes to; or normal with
-        variance 1/rank.
-
-    Returns
-    -------
-    Adapter
-        In the compute dtype: float64 for a float64 weight, else float32.
-
-    Raises
-    ------
-    TypeError
-        `weight` is no array of a floating dtype.
-    ValueError
-        The rank is above min(out, in), or `method` is unknown.
-
-    References
-    ----------
-    arXiv:2402.09353, section 4.1; PEFT 0.21.2, ``lora/layer.py``.
-
-    Examples
-    --------
-    >>> weight = np.array([[3.0, 4.0], [0.0, 5.0]])
-    >>> adapter = init(weight, Config(rank=1), seed=0)
-    >>> adapter.magnitude
-    array([5., 5.])
-    """
-    if method not in get_args(InitMethod):
-        raise ValueError(f"method must be one of {get_args(InitMethod)}, got {method!r}")
-    seed = check_count("seed", seed)
-    check_kind("config", config, Config)
-    ops = operations(weight=weight)
-    xp = ops.xp
-    check_config(weight, config)
-    weight = ops.detached(weight)
-    dtype = compute_dtype(weight, xp=xp)
-    device = array_api_compat.device(weight)
-    *stack, out, inner = weight.shape
-    shape = (*stack, config.rank, inner)
-    # The standard has no random numbers: draw on the host, so every backend starts equal.
-    rng = np.random.default_rng(seed)
-    if method == "kaiming":
-        drawn = rng.uniform(-1, 1, shape) / math.sqrt(inner)
-    else:
-        drawn = rng.standard_normal(shape) / math.sqrt(config.rank)
-    return Adapter(
-        lora_a=as_dtype(xp.asarray(drawn, device=device), dtype, xp=xp),
-        lora_b=xp.zeros((*stack, out, config.rank), dtype=dtype, device=device),
-        magnitude=weight_norms(weight, ops.row_squares(weight, dtype), ops=ops),
-    )
+    whole: Array
+    """x."""
+    dropped: Array
+    """x~ = mask⊙x. The update s B A sees it."""
+    seen: Array
+    """x~ for dropout "input", else x. ρ⊙W, as a part of V, sees it."""
 
 
 def forward(
@@ -135,7 +67,7 @@ def forward(
     dropout_mask: Array | None = None,
     reduce: Reduce | None = None,
 ) -> tuple[Array, Cache]:
-    """Return y = g⊙(x Vᵀ) + bias, and what the backward needs.
+    """Return y = g⊙(x Vᵀ) + bias, and the cache for the backward.
 
     ::
 
@@ -148,16 +80,16 @@ def forward(
         "input":     y = g⊙(x~ Vᵀ) + (x − x~) Wᵀ + bias
         "low_rank":  z = ρ⊙(x Wᵀ) + s (x~ Aᵀ) Bᵀ,   y = g⊙z + bias
 
-    "input" is PEFT's: the base has the whole x, what the adapter adds to it has x~. It costs a
+    "input" is PEFT's rule: the base sees the whole x, and the adapter's part sees x~. It costs a
     second product with W, (tokens, out) in the forward and (tokens, in) in the backward, each with
     a temporary of that shape. "low_rank" costs one more product of rank columns in the backward.
-    Of a fresh adapter "low_rank" gives what no mask gives, bit for bit; "input" does to rounding.
+    With a fresh adapter, "low_rank" gives the same bits as no mask; "input" differs by rounding.
 
     Parameters
     ----------
     x : array, shape (*stack, ..., in)
-        Computed with in the compute dtype, that of weight and adapter: a float64 x does not widen
-        a float32 layer.
+        The compute dtype is that of weight and adapter: a float64 x does not widen a float32
+        layer.
     weight : array, shape (*stack, out, in)
     adapter : Adapter
     config : Config
@@ -165,20 +97,21 @@ def forward(
     prepared : Prepared, optional
         From `doraxp.prepare` with this weight, adapter and config: saves the norm.
     previous : Prepared, optional
-        An earlier one of the same `weight` object, where there is no `prepared`: its ‖w‖² is used
-        again, and W Aᵀ is made in one product with x Wᵀ. `cache.prepared` is the new one.
+        An earlier result for the same `weight` object, where there is no `prepared`: its ‖w‖² is
+        used again, and one product makes W Aᵀ and x Wᵀ. `cache.prepared` is the new result.
     dropout_mask : array, shape of x, optional
         0 where a number is dropped, 1/(1 − p) where it is kept: drawn and scaled by the caller.
-        The norm knows nothing of it, and it has no gradient.
+        The norm does not depend on the mask, and the mask has no gradient.
     reduce : callable, optional
         Array -> its sum over the ranks, where the input axis of x, W and A is split among ranks;
-        see the docs page "Many processes". Remembered by `prepared`, `previous` and the cache.
+        see the docs page "Many processes". `prepared`, `previous` and the cache remember it.
 
     Returns
     -------
     y : array, shape (*stack, ..., out), in x's dtype
     cache : Cache
-        For `doraxp.backward`. It holds x and the mask themselves: do not write to them before.
+        For `doraxp.backward`. It holds x and the mask themselves: do not write to them before the
+        backward.
 
     Raises
     ------
@@ -186,7 +119,7 @@ def forward(
         The arrays are not of one library, or a dtype is not floating.
     ValueError
         The shapes do not fit, the devices differ, `prepared` or `previous` belongs to something
-        else or is of another `reduce`, or `reduce` does not return what it must.
+        else or is of another `reduce`, or `reduce` returns another shape or dtype.
 
     References
     ----------
@@ -195,39 +128,34 @@ def forward(
 
     Examples
     --------
-    >>> weight, config = np.array([[3.0, 4.0], [0.0, 5.0]]), Config(rank=1)
-    >>> y, cache = forward(np.array([1.0, 2.0]), weight, init(weight, config, seed=0), config)
+    >>> import numpy as np
+    >>> import doraxp
+    >>> weight, config = np.array([[3.0, 4.0], [0.0, 5.0]]), doraxp.Config(rank=1)
+    >>> adapter = doraxp.init(weight, config, seed=0)
+    >>> y, cache = forward(np.array([1.0, 2.0]), weight, adapter, config)
     >>> y
     array([11., 10.])
     """
-    masks = {} if dropout_mask is None else {"dropout_mask": dropout_mask}
-    ops = check_layer(weight, adapter, config, x=x, bias=bias, **masks)
-    xp = ops.xp
-    check_input(weight, x)
-    check_mask(x, dropout_mask)
-    check_bias(weight, bias)
+    ops, dtype = check_call(x, weight, adapter, config, bias, dropout_mask)
     remembered = check_previous(previous, weight, reduce)
-    dtype = compute_dtype(weight, *adapter, xp=xp)
-    tokens, dropped, seen = _parts(x, dropout_mask, weight, config, dtype, ops=ops)
-    base = None  # seen Wᵀ
+    inputs, base = _inputs(x, dropout_mask, weight, config, dtype, ops=ops), None
     if prepared is not None:
         check_prepared(prepared, weight, adapter, config, ops=ops)
         check_same_reduce("prepared", prepared, reduce)
-    elif previous is not None and ops.may_look(x):  # else V is formed, and x Wᵀ of no use
+    elif previous is not None and ops.can_read_values(x):  # else V is stored, and x Wᵀ is no use
         prepared, base = prepare_with_product(
-            seen, weight, adapter, config, previous, remembered, ops=ops
+            inputs.seen, weight, adapter, config, previous, remembered, ops=ops
         )
     else:
-        prepared = prepare(weight, adapter, config, previous=previous, reduce=remembered)
+        prepared = prepare_checked(weight, adapter, config, previous, remembered, dtype, ops=ops)
 
-    low_rank = ops.product(dropped, xp.matrix_transpose(prepared.factors.lora_a))  # L
-    wide_bias = None if bias is None else as_dtype(bias, dtype, xp=xp)
-    low_rank, z, y = outputs(seen, base, dropped, low_rank, prepared, wide_bias, ops=ops)
-    if seen is not tokens:
-        (rest,) = sums(prepared.reduce, ops.times_transposed(tokens - seen, weight, dtype), xp=xp)
-        y += rest
-    y = xp.reshape(as_dtype(y, x.dtype, xp=xp), (*x.shape[:-1], weight.shape[-2]))
-    return y, Cache(x, bias, low_rank, z, prepared, dropout_mask)
+    wide_bias = None if bias is None else as_dtype(bias, dtype, xp=ops.xp)
+    low, z, y = _outputs(inputs, base, prepared, wide_bias, ops=ops)
+    if inputs.seen is not inputs.whole:  # the base sees what was dropped: (x − x~) Wᵀ
+        rest = ops.product(inputs.whole - inputs.seen, transpose(weight))
+        y += sums(prepared.reduce, rest, xp=ops.xp)[0]
+    y = _in_shape(as_dtype(y, x.dtype, xp=ops.xp), (*x.shape[:-1], weight.shape[-2]), ops=ops)
+    return y, Cache(x, bias, low, z, prepared, dropout_mask)
 
 
 def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
@@ -249,10 +177,10 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     The q terms are the gradient through the norm; the paper's section 4.3 and PEFT drop them.
     A row with n = 0 has no gradient.
 
-    With a dropout mask, x~ = mask⊙x stands for x in dA, L and z, and::
+    With a dropout mask, x~ = mask⊙x replaces x in dA, L and z, and::
 
         "input":     dx = mask⊙(dz V) + (1 − mask)⊙(dy W)
-                     dW has x~ for x too, and at last + dyᵀ (x − x~)
+                     dW has x~ for x too, and the term dyᵀ (x − x~) is added
         "low_rank":  dx = dz V + (mask − 1)⊙(s (dz B) A)
 
     Parameters
@@ -280,208 +208,140 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
 
     Examples
     --------
-    >>> weight, config = np.array([[3.0, 4.0], [0.0, 5.0]]), Config(rank=1)
-    >>> y, cache = forward(np.eye(2), weight, init(weight, config, seed=0), config)
+    >>> import numpy as np
+    >>> import doraxp
+    >>> weight, config = np.array([[3.0, 4.0], [0.0, 5.0]]), doraxp.Config(rank=1)
+    >>> y, cache = forward(np.eye(2), weight, doraxp.init(weight, config, seed=0), config)
     >>> backward(np.ones((2, 2)), cache).x
     array([[3., 9.],
            [3., 9.]])
     """
     check_kind("cache", cache, Cache)
     check_flag("train_base", train_base)
-    x, bias, low_rank, z, prepared, dropout_mask = cache
-    weight, norm, gain = prepared.weight, prepared.norm, prepared.gain
-    _, a, scaled_b, row_scale = prepared.factors
+    x, bias, low_rank, z, prepared, mask = cache
+    config, weight, dtype = prepared.config, prepared.weight, prepared.gain.dtype
+    direction, scaled_b = prepared.direction, prepared.direction.factors.scaled_b
     ops = operations(dy=dy, x=x)
-    xp = ops.xp
     check_output_gradient(dy, (*x.shape[:-1], weight.shape[-2]))
-    check_prepared(prepared, weight, prepared.adapter, prepared.config, ops=ops)
-    dtype = gain.dtype
+    check_prepared(prepared, weight, prepared.adapter, config, ops=ops)
 
-    narrow = dtype if dropout_mask is not None else ops.operand_dtype(dy, weight, dtype)
-    d = as_tokens(dy, weight, narrow, xp=xp)  # (*stack, tokens, out)
-    tokens, dropped, seen = _parts(x, dropout_mask, weight, prepared.config, dtype, ops=ops)
-    count = d.shape[-2]
-    exact = prepared.config.norm_gradient == "exact"
-    room, total = prepared.config.rank if exact else 0, train_base and bias is not None
-    dz, e, dbias = ops.scale_and_sum(d, z, gain, room, total=total)
-    if exact:  # The norm's part of dA is a product with V too: in one with dx it costs little.
-        dm, p, rows = ops.norm_rows(dz, e, gain, norm, scaled_b)
-        low = ops.low_rows(dz, rows, scaled_b)  # (tokens + rank, rank)
-    else:
-        dm, rows = ops.over_norm(e, norm), dz
-        low = ops.product(dz, scaled_b)  # (tokens, rank)
-    dlow = low[..., :count, :]
-    da = ops.product(xp.matrix_transpose(dlow), dropped)  # (rank, in)
-    db = ops.product(xp.matrix_transpose(dz), low_rank)  # (out, rank)
-    dweight = ops.product(xp.matrix_transpose(dz), seen) if train_base else None  # (out, in)
-    apart = dropout_mask is not None and seen is tokens  # the mask is on s (dz B) A alone
-    update = ops.product(dlow, a) if apart else None
+    # 1. Through y, g and n: rows = [dz; (q⊙(s B))ᵀ], low = rows (s B), dm = e / n, p = g⊙dm.
+    kind = dtype if mask is not None else ops.operand_dtype(dy, weight, dtype)
+    d = as_tokens(dy, weight, kind, xp=ops.xp)
+    inputs, tokens = _inputs(x, mask, weight, config, dtype, ops=ops), d.shape[-2]
+    rows, low, dm, p, dbias = ops.output_gradients(
+        d, z, prepared.gain, prepared.norm, scaled_b,
+        exact=config.norm_gradient == "exact", with_bias=train_base and bias is not None,
+    )  # fmt: skip
+    dz, dlow = rows[..., :tokens, :], low[..., :tokens, :]  # (tokens, out), (tokens, rank)
 
-    rounded = count if x.dtype == weight.dtype else 0
-    product = times(rows, low, prepared, rounded, ops=ops)  # writes to dz and to low
-    dx = product[..., :count, :]
-    if exact:
-        da += product[..., count:, :]
-        db = ops.turning(db, p, prepared.unit_projection, prepared.config.scaling)
-        if dweight is not None:
-            dweight -= p[..., None] * ops.over_norm(ops.form(prepared.factors, dtype), norm)
-    else:
-        db *= prepared.config.scaling
+    # 2. Into the adapter: dB = s (dzᵀ L − p⊙(V Aᵀ / n)), and dA = (s dz B)ᵀ x~ without its q term.
+    db = ops.lora_b_gradient(dz, low_rank, p, prepared.unit_projection, config.scaling)
+    da = ops.product(transpose(dlow), inputs.dropped)
 
+    # 3. Into W, from dV = dzᵀ x + q⊙V with q⊙V = −p⊙V / n. It forms V.
+    dweight = None
     if train_base:
-        if row_scale is not None:
-            unit = row_scale[..., None] * as_dtype(weight, dtype, xp=xp)  # D
-            (along,) = sums(prepared.reduce, xp.sum(unit * dweight, axis=-1), xp=xp)
-            dweight = row_scale[..., None] * (dweight - along[..., None] * unit)
-        if seen is not tokens:
-            dweight += ops.product(xp.matrix_transpose(d), tokens - seen)
-    if dropout_mask is not None:
-        mask = as_tokens(dropout_mask, weight, dtype, xp=xp)
-        if update is None:
-            dx = mask * dx + (1 - mask) * ops.times(d, weight, dtype)
-        else:
-            dx = dx + (mask - 1) * update
-    dx = xp.reshape(ops.cast(dx, x.dtype), x.shape)
-    return Gradients(dx, Adapter(da, db, dm), dweight, dbias)
+        dweight = ops.product(transpose(dz), inputs.seen)
+        dweight = _weight_gradient(dweight, p, prepared, ops=ops)
+        if inputs.seen is not inputs.whole:
+            dweight += ops.product(transpose(d), inputs.whole - inputs.seen)
+
+    # 4. Into x, and the q term of dA: rows V = [dz V; (q⊙(s B))ᵀ V]. The rows are used up.
+    update = ops.product(dlow, direction.factors.lora_a) if _drops_update(inputs, mask) else None
+    stored = x.dtype if mask is None else dtype
+    dx, pull = direction.product(rows, low, tokens, stored, ops=ops)
+    if p is not None:
+        da += pull
+    if mask is not None:
+        dx = _through_dropout(dx, d, update, mask, weight, x.dtype, ops=ops)
+    return Gradients(_in_shape(dx, x.shape, ops=ops), Adapter(da, db, dm), dweight, dbias)
 
 
-def merge(
-    weight: Array, adapter: Adapter, config: Config, *, prepared: Prepared | None = None
-) -> Array:
-    """Return W' = (m / n)⊙V, the plain weight that acts as the adapted layer does.
+def _inputs(
+    x: Array, mask: Array | None, weight: Array, config: Config, dtype: Any, *, ops: Operations
+) -> _Inputs:
+    """Return x, x~ and the one of the two that ρ⊙W sees."""
+    if mask is None:
+        tokens = as_tokens(x, weight, ops.operand_dtype(x, weight, dtype), xp=ops.xp)
+        return _Inputs(tokens, tokens, tokens)
+    whole = as_tokens(x, weight, dtype, xp=ops.xp)
+    dropped = as_tokens(mask, weight, dtype, xp=ops.xp) * whole
+    return _Inputs(whole, dropped, dropped if config.dropout == "input" else whole)
 
-    Parameters
-    ----------
-    weight : array, shape (*stack, out, in)
-    adapter : Adapter
-    config : Config
-    prepared : Prepared, optional
-        From `doraxp.prepare` with this weight, adapter and config: saves the norm.
 
-    Returns
-    -------
-    array, shape (*stack, out, in), in weight's dtype
+def _outputs(
+    inputs: _Inputs, base: Array | None, prepared: Prepared, bias: Array | None, *, ops: Operations
+) -> tuple[Array, Array, Array]:
+    """Return L = x~ Aᵀ, z and y = g⊙z + bias; `base` is x Wᵀ where it is known.
 
-    Raises
-    ------
-    TypeError
-        The arrays are not of one library, or a dtype is not floating.
-    ValueError
-        The shapes do not fit, the devices differ, or `prepared` belongs to something else.
-
-    References
-    ----------
-    arXiv:2402.09353, equation 5.
-
-    Examples
-    --------
-    >>> weight, config = np.array([[3.0, 4.0], [0.0, 5.0]]), Config(rank=1)
-    >>> adapter = init(weight, config, seed=0)
-    >>> merge(weight, adapter._replace(magnitude=2 * adapter.magnitude), config)
-    array([[ 6.,  8.],
-           [ 0., 10.]])
+    (*stack, tokens, in) -> (*stack, tokens, rank) and twice (*stack, tokens, out).
     """
-    ops = check_layer(weight, adapter, config)
-    dtype = compute_dtype(weight, *adapter, xp=ops.xp)
-    if prepared is not None:
-        check_prepared(prepared, weight, adapter, config, ops=ops)
-    elif not (ops.merges_in_one_pass or ops.measures_direction(dtype, config.rank)):
-        prepared = prepare(weight, adapter, config)
-    if prepared is not None:
-        return ops.merge(prepared.factors, prepared.gain, prepared.gain.dtype)
-    a, b, m = (as_dtype(leaf, dtype, xp=ops.xp) for leaf in adapter)
-    row_scale = None
-    if config.form == "direction":
-        row_scale = inverse_norms(weight, ops.row_squares(weight, dtype), ops=ops)
-    factors = Factors(weight, a, config.scaling * b, row_scale)
-    if not ops.merges_in_one_pass:
-        norm = ops.norms(ops.direction_squares(factors, dtype), factors)
-        return ops.merge(factors, ops.over_norm(m, norm), dtype)
-
-    def gain_of(rows: slice, v: Array) -> Array:
-        norm = weight_norms(v, ops.row_squares(v, dtype), ops=ops)
-        return ops.over_norm(m[..., rows], norm)
-
-    return ops.merge_with(factors, gain_of, dtype)
+    direction, gain = prepared.direction, prepared.gain
+    low = ops.product(inputs.dropped, transpose(direction.factors.lora_a))
+    dropped = inputs.dropped if inputs.dropped is not inputs.seen else None
+    if prepared.reduce is None:
+        z, y = direction.outputs(inputs.seen, low, gain, bias, base, dropped, ops=ops)
+        return low, z, y
+    # Each rank has its part of L and of z. One sum over the ranks adds both up.
+    z = direction.transposed_product(inputs.seen, low, base, dropped, ops=ops)
+    z, low = sums(prepared.reduce, z, low, xp=ops.xp)
+    return low, *ops.forward_epilogue(z, None, None, gain, bias)
 
 
-def convert_form(
-    weight: Array, adapter: Adapter, config: Config, form: Form
-) -> tuple[Adapter, Config]:
-    """Return the adapter and config that give the same W' in another form.
+def _weight_gradient(dv: Array, p: Array | None, prepared: Prepared, *, ops: Operations) -> Array:
+    """Return dW, (out, in), given dzᵀ x, which is written to.
 
     ::
 
-        weight form:     V = W + s B A
-        direction form:  V = W/‖W‖ + s B' A     with B = ‖wᵢ‖⊙B' by rows
-
-    Exact: both V have the same direction. A row of zeros, or one so short that 1/‖wᵢ‖ overflows,
-    has no length to divide by; there V = s B A in both forms, and B stays.
-
-    Parameters
-    ----------
-    weight : array, shape (*stack, out, in)
-    adapter : Adapter
-        In the form that `config` names.
-    config : Config
-    form : {"weight", "direction"}
-
-    Returns
-    -------
-    adapter : Adapter
-        With another B; A and m are the same arrays.
-    config : Config
-        With `form`.
-
-    Raises
-    ------
-    TypeError
-        The arrays are not of one library, or a dtype is not floating.
-    ValueError
-        The shapes do not fit, the devices differ, or `form` is unknown.
-
-    Examples
-    --------
-    >>> weight, config = np.array([[3.0, 4.0], [0.0, 5.0]]), Config(rank=1)
-    >>> adapter = init(weight, config, seed=0)._replace(lora_b=np.ones((2, 1)))
-    >>> adapter, config = convert_form(weight, adapter, config, "direction")
-    >>> config.form, adapter.lora_b
-    ('direction', array([[0.2],
-           [0.2]]))
+        weight form:     dW = dV                              dV = dzᵀ x − p⊙V / n
+        direction form:  dW = ρ⊙(dV − D⊙rowsum(D⊙dV))         D = ρ⊙W
     """
-    ops = check_layer(weight, adapter, config)
-    target = replace(config, form=form)
-    if form == config.form:
-        return adapter, config
-    xp = ops.xp
-    dtype = compute_dtype(weight, *adapter, xp=xp)
-    row_scale = inverse_norms(weight, ops.row_squares(weight, dtype), ops=ops)[..., None]
-    row_scale = xp.where(row_scale > 0, row_scale, 1.0)
-    b = as_dtype(adapter.lora_b, dtype, xp=xp)
-    return adapter._replace(lora_b=b / row_scale if form == "weight" else b * row_scale), target
+    direction = prepared.direction
+    if p is not None:
+        dv -= p[..., None] * ops.over_norm(direction.dense(ops=ops), prepared.norm)
+    weight, _, _, row_scale = direction.factors
+    if row_scale is None:
+        return dv
+    unit = row_scale[..., None] * as_dtype(weight, dv.dtype, xp=ops.xp)  # D
+    (along,) = sums(prepared.reduce, ops.xp.sum(unit * dv, axis=-1), xp=ops.xp)
+    return row_scale[..., None] * (dv - along[..., None] * unit)
+
+
+def _drops_update(inputs: _Inputs, mask: Array | None) -> bool:
+    """Return whether only the update s B A sees x~: dropout "low_rank"."""
+    return mask is not None and inputs.seen is inputs.whole
+
+
+def _through_dropout(
+    dx: Array, d: Array, update: Array | None, mask: Array, weight: Array, dtype: Any,
+    *, ops: Operations,
+) -> Array:  # fmt: skip
+    """Return dx in `dtype`, given dz V, (tokens, in), and dy.
+
+    ::
+
+        "input":     mask⊙(dz V) + (1 − mask)⊙(dy W)
+        "low_rank":  dz V + (mask − 1)⊙(s (dz B) A)        update = s (dz B) A
+    """
+    mask = as_tokens(mask, weight, dx.dtype, xp=ops.xp)
+    if update is None:
+        dx = mask * dx + (1 - mask) * ops.product(d, weight)
+    else:
+        dx = dx + (mask - 1) * update
+    return as_dtype(dx, dtype, xp=ops.xp)
+
+
+def _in_shape(array: Array, shape: tuple[int, ...], *, ops: Operations) -> Array:
+    """Return `array` in `shape`: the same object where it has that already."""
+    return array if array.shape == shape else ops.xp.reshape(array, shape)
 
 
 def as_tokens(x: Array, weight: Array, dtype: Any, *, xp: Any) -> Array:
-    """Return x (*stack, ..., k) with one axis of tokens, in `dtype`."""
+    """Return x (*stack, ..., k) in `dtype`, with one axis of tokens: (*stack, tokens, k)."""
     x = as_dtype(x, dtype, xp=xp)
     if x.ndim == weight.ndim:
         return x
     stack = x.shape[: weight.ndim - 2]
     count = math.prod(x.shape[weight.ndim - 2 : -1])
     return xp.reshape(x, (*stack, count, x.shape[-1]))
-
-
-def _parts(
-    x: Array, mask: Array | None, weight: Array, config: Config, dtype: Any, *, ops: Operations
-) -> tuple[Array, Array, Array]:
-    """Return x, x~ = mask⊙x, and the one of them that ρ⊙W in V sees: (*stack, tokens, in).
-
-    Without a mask all three are one array.
-    """
-    xp = ops.xp
-    if mask is None:
-        tokens = as_tokens(x, weight, ops.operand_dtype(x, weight, dtype), xp=xp)
-        return tokens, tokens, tokens
-    tokens = as_tokens(x, weight, dtype, xp=xp)
-    dropped = as_tokens(mask, weight, dtype, xp=xp) * tokens
-    return tokens, dropped, dropped if config.dropout == "input" else tokens

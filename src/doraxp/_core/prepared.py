@@ -1,4 +1,4 @@
-"""The adapted direction V: its norm, and products with it, without forming it.
+"""The norm n of an adapted weight, and all else that depends on W and the adapter but not on x.
 
 W  (out, in)   frozen        A (rank, in)    B (out, rank)     ρ (out,), 1 in the weight form
 V = ρ⊙W + s B A              n = ‖V‖ by rows, (out,)           g = m / n, 0 where n = 0
@@ -13,23 +13,18 @@ from doraxp._base.scalars import check_kind
 from doraxp._base.types import Adapter, Array, Config, Reduce
 from doraxp._core.checks import check_layer
 from doraxp._core.decomposition import inverse_norms
-from doraxp.backends import Factors, Operations, as_dtype, compute_dtype
-
-# The expanded n² is trusted down to this part of the terms that it is the sum of. Below, their
-# rounding errors show: at a half they are 3 ulp of n, at a hundredth 500. Rows get there only
-# when B A points against W and is of its size.
-CANCELLATION = 0.5
+from doraxp.backends import Direction, Factors, Operations, as_dtype, transpose
 
 
 class Prepared(NamedTuple):
-    """What `prepare` makes once per change of the adapter. Read it, do not build it."""
+    """The results of `prepare`, for one state of the adapter. Read it, do not build it."""
 
-    weight: Array
-    """W, the array that `prepare` was given."""
     adapter: Adapter
     """A, B and m, the arrays that `prepare` was given."""
     config: Config
-    """The one that `prepare` was given."""
+    """The config that `prepare` was given."""
+    direction: Direction
+    """V = ρ⊙W + s B A, for products with it. It holds W, A, s B and ρ."""
     norm: Array
     """n = ‖V‖ by rows, shape (*stack, out), in the compute dtype."""
     gain: Array
@@ -38,14 +33,15 @@ class Prepared(NamedTuple):
     """V Aᵀ / n, and 0 where n = 0, shape (*stack, out, rank)."""
     weight_squares: Array
     """‖w‖² by rows, shape (*stack, out)."""
-    factors: Factors
-    """W, A, s B and ρ, for products with V."""
-    formed: Any
-    """Rows of V that the factored formulas cannot serve; None where there are none."""
-    snapshot: Adapter | None
-    """The adapter's values, to notice a later write to its arrays."""
+    snapshot: Any
+    """A copy of the adapter's values, to notice a later write to its arrays."""
     reduce: Reduce | None = None
-    """The one that `prepare` was given."""
+    """The sum over ranks that `prepare` was given."""
+
+    @property
+    def weight(self) -> Array:
+        """W, the array that `prepare` was given."""
+        return self.direction.factors.weight
 
 
 def prepare(
@@ -72,16 +68,16 @@ def prepare(
     adapter : Adapter
     config : Config
     previous : Prepared, optional
-        An earlier one of the same `weight` object: its ‖w‖² is used again.
+        An earlier result for the same `weight` object: its ‖w‖² is used again.
     reduce : callable, optional
         Array -> its sum over the ranks, where the input axis is split among ranks; see the docs
-        page "Many processes". Remembered.
+        page "Many processes". The result remembers it.
 
     Returns
     -------
     Prepared
-        For `doraxp.forward` and `doraxp.merge`, which refuse it with any other adapter. It is of
-        the weight's values as they were: do not write to the weight.
+        For `doraxp.forward` and `doraxp.merge`, which refuse it with any other adapter. It holds
+        for the weight's values at the time of the call: do not write to the weight.
 
     Raises
     ------
@@ -104,142 +100,91 @@ def prepare(
     >>> doraxp.prepare(weight, adapter, config).norm
     array([1., 1., 1.])
     """
-    ops = check_layer(weight, adapter, config)
+    ops, dtype = check_layer(weight, adapter, config)
     reduce = check_previous(previous, weight, reduce)
-    dtype = compute_dtype(weight, *adapter, xp=ops.xp)
-    a = as_dtype(adapter.lora_a, dtype, xp=ops.xp)
-    u = ops.project(weight, a, dtype)
-    return _prepare(weight, adapter, config, previous, reduce, u, ops=ops)
+    return prepare_checked(weight, adapter, config, previous, reduce, dtype, ops=ops)
+
+
+def prepare_checked(
+    weight: Array, adapter: Adapter, config: Config, previous: Prepared | None,
+    reduce: Reduce | None, dtype: Any, *, ops: Operations,
+) -> Prepared:  # fmt: skip
+    """Return the result of `prepare` for arguments that were checked."""
+    a, b, m = (as_dtype(leaf, dtype, xp=ops.xp) for leaf in adapter)
+    u = ops.product(weight, transpose(a))  # W Aᵀ, (out, rank)
+    leaves = Adapter(a, b, m)
+    return _measure(weight, adapter, leaves, config, previous, reduce, u, ops=ops)
 
 
 def prepare_with_product(
-    x: Array,
-    weight: Array,
-    adapter: Adapter,
-    config: Config,
-    previous: Prepared,
-    reduce: Reduce | None,
-    *,
-    ops: Operations,
-) -> tuple[Prepared, Array]:
-    """Return what `prepare` does and x Wᵀ, with x (*stack, tokens, in) in the compute dtype.
+    x: Array, weight: Array, adapter: Adapter, config: Config, previous: Prepared,
+    reduce: Reduce | None, *, ops: Operations,
+) -> tuple[Prepared, Array]:  # fmt: skip
+    """Return the result of `prepare`, and x Wᵀ for x (*stack, tokens, in) in the compute dtype.
 
-    W Aᵀ comes out of the same product: beside many tokens, rank more cost little.
+    One product makes x Wᵀ and A Wᵀ: beside many tokens, `rank` rows more cost little.
     """
-    xp = ops.xp
-    count = x.shape[-2]
-    rows = xp.concat([x, as_dtype(adapter.lora_a, x.dtype, xp=xp)], axis=-2)
-    product = ops.times_transposed(rows, weight, x.dtype)  # (tokens + rank, out)
-    u = xp.matrix_transpose(product[..., count:, :])
-    prepared = _prepare(weight, adapter, config, previous, reduce, u, ops=ops)
-    return prepared, product[..., :count, :]
+    xp, tokens = ops.xp, x.shape[-2]
+    a, b, m = (as_dtype(leaf, x.dtype, xp=xp) for leaf in adapter)
+    product = ops.product(xp.concat([x, a], axis=-2), transpose(weight))
+    u = transpose(product[..., tokens:, :])  # W Aᵀ, (out, rank)
+    leaves = Adapter(a, b, m)
+    prepared = _measure(weight, adapter, leaves, config, previous, reduce, u, ops=ops)
+    return prepared, product[..., :tokens, :]
 
 
-def _prepare(
-    weight: Array, adapter: Adapter, config: Config, previous: Prepared | None,
+def _measure(
+    weight: Array, adapter: Adapter, leaves: Adapter, config: Config, previous: Prepared | None,
     reduce: Reduce | None, u: Array, *, ops: Operations,
 ) -> Prepared:  # fmt: skip
-    """Return what `prepare` does, given W Aᵀ (out, rank) in the compute dtype."""
-    xp, dtype = ops.xp, u.dtype
-    a, b, m = (as_dtype(leaf, dtype, xp=xp) for leaf in adapter)
-    b = config.scaling * b  # s B: the update is never wanted without s
-
-    gram = ops.product(a, xp.matrix_transpose(a))  # G, (rank, rank)
-    squares = previous.weight_squares if previous is not None else None
+    """Return the result of `prepare`, given W Aᵀ and the adapter's leaves in the compute dtype."""
+    xp, dtype, a, m = ops.xp, u.dtype, leaves.lora_a, leaves.magnitude
+    gram = ops.product(a, transpose(a))  # G, (rank, rank)
+    squares = None if previous is None else previous.weight_squares
     if squares is None or squares.dtype != dtype:
         squares = ops.row_squares(weight, dtype)
         u, gram, squares = sums(reduce, u, gram, squares, xp=xp)
     else:
         u, gram = sums(reduce, u, gram, xp=xp)
+    factors = factor(weight, leaves, config, squares, reduce, ops=ops)
+    norm, gain, unit, direction = ops.norm_and_direction(u, gram, squares, factors, m, reduce)
+    snapshot = ops.snapshot(adapter)
+    return Prepared(adapter, config, direction, norm, gain, unit, squares, snapshot, reduce)
+
+
+def factor(
+    weight: Array, leaves: Adapter, config: Config, squares: Array | None = None,
+    reduce: Reduce | None = None, *, ops: Operations,
+) -> Factors:  # fmt: skip
+    """Return W, A, s B and ρ, for the adapter's leaves in the compute dtype.
+
+    `squares` are ‖w‖², where they are known.
+    """
+    a, b, _ = leaves
     row_scale = None
     if config.form == "direction":
+        if squares is None:
+            squares = ops.row_squares(weight, a.dtype)
         row_scale = inverse_norms(weight, squares, ops=ops, reduce=reduce)
-    factors = Factors(weight, a, b, row_scale)
-    norm, gain, unit_projection, formed = ops.adapted_norm(
-        u, gram, squares, factors, m, CANCELLATION, reduce
-    )
-    return Prepared(
-        weight,
-        adapter,
-        config,
-        norm=norm,
-        gain=gain,
-        unit_projection=unit_projection,
-        weight_squares=squares,
-        factors=factors,
-        formed=formed,
-        snapshot=ops.snapshot(adapter),
-        reduce=reduce,
-    )
-
-
-def outputs(
-    x: Array, base: Array | None, dropped: Array, low_rank: Array, prepared: Prepared,
-    bias: Array | None, *, ops: Operations,
-) -> tuple[Array, Array, Array]:  # fmt: skip
-    """Return L = x~ Aᵀ, z = ρ⊙(x Wᵀ) + L (s B)ᵀ and y = g⊙z + bias.
-
-    (*stack, tokens, in) -> (*stack, tokens, rank) and twice (*stack, tokens, out). x~ = `dropped`
-    is the same object as x where z = x Vᵀ; `base` is x Wᵀ where that is known. `low_rank` is L,
-    or this rank's part of it: the sums of L and z over ranks are made in one.
-    """
-    weight, a, scaled_b, row_scale = prepared.factors
-    gain, formed, reduce = prepared.gain, prepared.formed, prepared.reduce
-    if reduce is None and (formed is None or dropped is x):
-        factors = prepared.factors
-        return low_rank, *ops.outputs(x, base, factors, low_rank, formed, gain, bias)
-    transposed = ops.xp.matrix_transpose(a)
-    update = (low_rank if dropped is x or formed is None else ops.product(x, transposed)), scaled_b
-
-    def factored(_: Array) -> Array:
-        product = ops.times_transposed(x, weight, x.dtype) if base is None else base
-        return ops.scale_and_shift(product, row_scale, update, gain, None)[0]
-
-    z = factored(x) if formed is None else ops.guarded_times_transposed(formed, x, factored)
-    if formed is not None and dropped is not x:  # z = x Vᵀ + ((x~ − x) Aᵀ) (s B)ᵀ
-        z = ops.accumulate(
-            z, ops.product(dropped - x, transposed), ops.xp.matrix_transpose(scaled_b)
-        )
-    z, low_rank = sums(reduce, z, low_rank, xp=ops.xp)
-    return low_rank, *ops.scale_and_shift(z, None, None, gain, bias)
-
-
-def times(d: Array, low: Array, prepared: Prepared, rounded: int, *, ops: Operations) -> Array:
-    """Return d V = (ρ⊙d) W + (d s B) A: (tokens, out) -> (tokens, in).
-
-    `low` (tokens, rank) is d s B; both may be written to. The first `rounded` rows of the result
-    will be rounded to the dtype of W.
-    """
-    weight, a, scaled_b, row_scale = prepared.factors
-
-    def factored(d: Array, low: Array) -> Array:
-        scaled = d if row_scale is None else row_scale[..., None, :] * d
-        return ops.accumulate(ops.times(scaled, weight, d.dtype), low, a)
-
-    if prepared.formed is None:
-        return factored(d, low)
-    # What the guard keeps out of d is not in d s B either.
-    return ops.guarded_times(
-        prepared.formed, d, low, lambda rest: factored(rest, ops.product(rest, scaled_b)), rounded
-    )
+    return Factors(weight, a, config.scaling * b, row_scale)
 
 
 def check_previous(
     previous: Prepared | None, weight: Array, reduce: Reduce | None
 ) -> Reduce | None:
-    """Refuse to take ‖w‖² from another weight; return the `reduce` that holds."""
-    if previous is not None:
-        check_kind("previous", previous, Prepared)
-        if previous.weight is not weight:
-            raise ValueError("previous must be of the same weight object, but is of another")
-        check_same_reduce("previous", previous, reduce)
-        return previous.reduce
-    check_reduce(reduce)
-    return reduce
+    """Refuse a `previous` of another weight; return the `reduce` that applies."""
+    if previous is None:
+        check_reduce(reduce)
+        return reduce
+    check_kind("previous", previous, Prepared)
+    if previous.weight is not weight:
+        raise ValueError("previous must be of the same weight object, but is of another")
+    check_same_reduce("previous", previous, reduce)
+    return previous.reduce
 
 
 def check_same_reduce(name: str, known: Prepared, reduce: Reduce | None) -> None:
-    """Refuse sums over other ranks; None is what `known` was given."""
+    """Refuse a `reduce` other than the one that `known` was given. None stands for that one."""
     check_reduce(reduce)
     # Not by identity: each look at a bound method makes another object.
     if reduce is not None and reduce != known.reduce:
@@ -255,7 +200,7 @@ def check_prepared(
     check_kind("prepared", prepared, Prepared)
     if prepared.weight is not weight:
         changed = "the weight is another object"
-    elif prepared.config != config:
+    elif prepared.config is not config and prepared.config != config:
         changed = f"the config was {prepared.config}, is {config}"
     elif not ops.unchanged(prepared.snapshot, prepared.adapter, adapter):
         changed = "the adapter has changed"

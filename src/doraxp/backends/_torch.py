@@ -1,14 +1,14 @@
-"""PyTorch's own: what lies in the graph of autograd, and what is written in place.
+"""PyTorch's overrides: tensors outside of autograd's graph, and results written in place.
 
 Its host allocator gives large arrays back to the system at once, and the first write to fresh
-memory costs several times that to memory in use: so an array of tokens less saves a few percent of
-a step.
+memory costs several times a write to memory in use. So an array of tokens less saves a few percent
+of a step.
 """
 
 from __future__ import annotations
 
-from doraxp._base.types import Array
-from doraxp.backends._generic import Operations
+from doraxp._base.types import Array, Consumed
+from doraxp.backends._generic import Operations, OutputGradients
 
 
 class TorchOperations(Operations):
@@ -18,41 +18,46 @@ class TorchOperations(Operations):
         """Leave the graph: a layer that steps its own parameters would keep every step's."""
         return array.detach()
 
-    def accumulate(self, total: Array, left: Array, right: Array) -> Array:
-        """Saves the temporary of the product, and adding it: BLAS adds while it multiplies."""
+    def accumulate(self, total: Consumed, left: Array, right: Array) -> Array:
+        """Return total + left right. BLAS adds while it multiplies, so no temporary is made."""
         if total.ndim == 2:
             return total.addmm_(left, right)
         return super().accumulate(total, left, right)
 
-    def scale_and_sum(
-        self, d: Array, z: Array, gain: Array, room: int, *, total: bool = False
-    ) -> tuple[Array, Array, Array | None]:
-        """Saves the temporary d⊙z, which is made where g⊙d will be, and what appending copies."""
+    def output_gradients(
+        self, d: Array, z: Array, gain: Array, norm: Array, scaled_b: Array,
+        *, exact: bool, with_bias: bool,
+    ) -> OutputGradients:  # fmt: skip
+        """Write dz and the rows below it into one array, which holds dy⊙z before.
+
+        Saves that temporary and the copy that appending rows makes.
+        """
+        if _is_transformed(d, z, gain, norm, scaled_b):
+            return super().output_gradients(
+                d, z, gain, norm, scaled_b, exact=exact, with_bias=with_bias
+            )
         xp = self.xp
-        if self._derived(d, z, gain):
-            return super().scale_and_sum(d, z, gain, room, total=total)
         *stack, tokens, out = d.shape
-        scaled = d.new_empty((*stack, tokens + room, out))[..., :tokens, :]
-        along = xp.sum(xp.mul(d, z, out=scaled), dim=-2)
-        totals = xp.sum(d, dim=-2) if total else None
-        return xp.mul(gain[..., None, :], d, out=scaled), along, totals
+        rank = scaled_b.shape[-1] if exact else 0
+        rows = d.new_empty((*stack, tokens + rank, out))
+        dz = rows[..., :tokens, :]
+        dm = self.over_norm(xp.sum(xp.mul(d, z, out=dz), dim=-2), norm)
+        xp.mul(gain[..., None, :], d, out=dz)
+        p = gain * dm if exact else None
+        if p is not None:
+            below = self.over_norm(-p[..., None] * scaled_b, norm)  # (out, rank)
+            rows[..., tokens:, :] = xp.matrix_transpose(below)
+        dbias = xp.sum(d, dim=-2) if with_bias else None
+        return OutputGradients(rows, rows @ scaled_b, dm, p, dbias)
 
-    def append(self, scaled: Array, rows: Array) -> Array:
-        """Saves the copy: there is room in the array that `scaled` is the head of."""
-        if self._derived(rows):
-            return super().append(scaled, rows)
-        *stack, tokens, out = scaled.shape
-        whole = scaled.as_strided((*stack, tokens + rows.shape[-2], out), scaled.stride())
-        whole[..., tokens:, :] = rows
-        return whole
 
-    def _derived(self, *arrays: Array) -> bool:
-        """Say whether PyTorch differentiates what is made of these, or maps it: not into `out`."""
-        import torch
+def _is_transformed(*arrays: Array) -> bool:
+    """Return whether PyTorch differentiates or maps over the arrays. Then `out` is forbidden."""
+    import torch
 
-        if torch._C._are_functorch_transforms_active():
-            return True
-        if torch.is_grad_enabled() and any(array.requires_grad for array in arrays):
-            return True
-        duals = map(torch.autograd.forward_ad.unpack_dual, arrays)
-        return any(dual.tangent is not None for dual in duals)
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if torch.is_grad_enabled() and any(array.requires_grad for array in arrays):
+        return True
+    duals = map(torch.autograd.forward_ad.unpack_dual, arrays)
+    return any(dual.tangent is not None for dual in duals)

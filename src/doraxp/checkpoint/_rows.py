@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from doraxp._base.types import Array
-from doraxp._core.decomposition import weight_norms
 from doraxp.backends import Operations, operations
 from doraxp.layers import AdaptedLayer
 
@@ -126,9 +125,7 @@ def _merge_rows(
         with np.errstate(invalid="ignore"):  # the norms tell of NaN and infinity
             v = product(b[rows, :], a)
             v += weight
-            base, norm = (
-                weight_norms(x, ops.row_squares(x, v.dtype), ops=ops) for x in (weight, v)
-            )
+            base, norm = (ops.row_norms(x, ops.row_squares(x, v.dtype)) for x in (weight, v))
         with np.errstate(invalid="ignore", over="raise"):
             v *= ops.over_norm(m[rows], norm)[:, None]
         yield v, Norms(base, norm)

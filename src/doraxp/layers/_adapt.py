@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 from doraxp._base.types import Adapter, Array, Config
+from doraxp._core.adapter import init
 from doraxp._core.kinds import LayerKind
-from doraxp._core.linear import init
 
 Value = TypeVar("Value")
 _END = r"(.*\.)?({})$"

@@ -17,9 +17,10 @@ import array_api_compat
 
 from doraxp._base.scalars import check_flag, check_kind, check_number
 from doraxp._base.types import Adapter, Array, Config
+from doraxp._core.adapter import InitMethod, init, merge
 from doraxp._core.checks import check_bias, check_weight
 from doraxp._core.decomposition import MagnitudeDirectionChange, magnitude_direction_change
-from doraxp._core.linear import Cache, InitMethod, backward, forward, init, merge
+from doraxp._core.linear import Cache, backward, forward
 from doraxp._core.prepared import Prepared, prepare
 from doraxp.backends import as_dtype, compute_dtype, operations
 from doraxp.layers._linear import add_to

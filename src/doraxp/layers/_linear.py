@@ -51,7 +51,7 @@ class Linear:
         xp = ops.xp
         check_input(weight, x)
         dtype = compute_dtype(weight, xp=xp)
-        y = ops.times_transposed(as_tokens(x, weight, dtype, xp=xp), weight, dtype)
+        y = ops.product(as_tokens(x, weight, dtype, xp=xp), xp.matrix_transpose(weight))
         if bias is not None:
             y += as_dtype(bias, dtype, xp=xp)[..., None, :]
         self._cache = x, weight
@@ -71,7 +71,7 @@ class Linear:
         self.weight_gradient = add_to(self.weight_gradient, dweight)
         if self.bias is not None:
             self.bias_gradient = add_to(self.bias_gradient, xp.sum(d, axis=-2))
-        dx = ops.times(d, weight, dtype)
+        dx = ops.product(d, weight)
         return xp.reshape(as_dtype(dx, x.dtype, xp=xp), x.shape)
 
     def clear_gradients(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from doraxp._base.scalars import check_number
 from doraxp._base.types import Array
-from doraxp.backends import as_dtype, compute_dtype
+from doraxp.backends import as_dtype, compute_dtype, safe_row_norms
 from doraxp.optim._trees import Params, align, build
 
 
@@ -58,7 +58,7 @@ def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Array]:
     wide = {path: as_dtype(leaf, dtype, xp=xp) for path, (leaf,) in leaves.items()}
     # Squares of what is left of a scaled loss overflow long before their root does.
     flat = xp.concat([xp.reshape(leaf, (-1,)) for leaf in wide.values()])
-    norm = ops.safe_row_norms(flat)
+    norm = safe_row_norms(flat, xp=xp)
     over = norm > max_norm
     factor = xp.where(over, max_norm / xp.where(over, norm, 1.0), 1.0)
     clipped = {

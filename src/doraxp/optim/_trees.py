@@ -109,7 +109,7 @@ def _number(name: str, value: Any, *, ops: Operations) -> Any:
         )
     if not xp.isdtype(value.dtype, ("real floating", "integral")):
         raise TypeError(f"{name} must be of a real dtype, got {value.dtype}")
-    return check_number(name, float(value)) if ops.may_look(value) else value
+    return check_number(name, float(value)) if ops.can_read_values(value) else value
 
 
 def widened(*values: Any, xp: Any) -> tuple[Any, ...]:

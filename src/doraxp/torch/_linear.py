@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 from doraxp._base.scalars import check_flag, check_kind
 from doraxp._base.types import Adapter, Array, Config
-from doraxp._core.linear import init, merge
+from doraxp._core.adapter import init, merge
 from doraxp.torch._function import dora_linear
 
 

@@ -17,10 +17,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from doraxp._base.types import Adapter, Array, Config
-from doraxp._core.checks import check_bias, check_input, check_layer
+from doraxp._core.checks import check_call
 from doraxp._core.linear import Cache, backward, forward
 from doraxp._core.prepared import Prepared, prepare
-from doraxp.backends import compute_dtype, operations
+from doraxp.backends import operations
 
 
 class _State(NamedTuple):
@@ -48,8 +48,7 @@ def _state(tensor: Array) -> _State:
 
 
 def _with_weight(prepared: Prepared, weight: Array | None) -> Prepared:
-    factors = prepared.factors._replace(weight=weight)
-    return prepared._replace(weight=weight, factors=factors)
+    return prepared._replace(direction=prepared.direction.with_weight(weight))
 
 
 class _Known(NamedTuple):
@@ -129,12 +128,9 @@ def _forward_shapes(
     *rules: Any,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     adapter = Adapter(lora_a, lora_b, magnitude)
-    check_layer(weight, adapter, _config(*rules), x=x, bias=bias)
-    check_input(weight, x)
-    check_bias(weight, bias)
+    _, dtype = check_call(x, weight, adapter, _config(*rules), bias)
     *stack, out, _ = weight.shape
     tokens = math.prod(x.shape[len(stack) : -1])
-    dtype = compute_dtype(weight, *adapter, xp=torch)
     return (
         x.new_empty((*x.shape[:-1], out)),
         x.new_empty((*stack, tokens, out), dtype=dtype),

@@ -24,7 +24,7 @@ from doraxp.backends._cupy.products import (
     name_of,
     packed,
 )
-from doraxp.backends._generic import Factors
+from doraxp.backends._direction import Factors
 
 GUARDS = 64  # blocks of the guard's kernels: it has few rows, or none
 MEASURERS = 1024  # blocks that look for its rows

@@ -26,7 +26,7 @@ from doraxp.backends._cupy.products import (
     name_of,
     packed,
 )
-from doraxp.backends._generic import Factors
+from doraxp.backends._direction import Factors
 
 LEAST, CHUNK, CHUNKS = 4, 32, 64  # tokens whose sums a thread takes, by how many chunks there are
 NEEDED = 80  # compute capability, ten times: the first with bfloat16

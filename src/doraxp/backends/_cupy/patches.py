@@ -23,7 +23,7 @@ from doraxp.backends._cupy.products import (
     name_of,
     packed,
 )
-from doraxp.backends._generic import Factors
+from doraxp.backends._direction import Factors
 
 STRIP = 32  # rows and columns of a warp
 BELOW, BESIDE = 2, 4  # warps of a block

@@ -1,0 +1,185 @@
+"""Adapters without an input: a fresh one, its merge into the weight, and its other form.
+
+W (out, in) frozen   A (rank, in)   B (out, rank)   m (out,)   ρ = 1 or 1/‖wᵢ‖ by rows
+V = ρ⊙W + s B A      n = ‖V‖ by rows                W' = (m / n)⊙V
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Literal, TypeAlias, get_args
+
+import array_api_compat
+import numpy as np
+
+from doraxp._base.scalars import check_count, check_kind
+from doraxp._base.types import Adapter, Array, Config, Form
+from doraxp._core.checks import check_layer, check_rank
+from doraxp._core.decomposition import inverse_norms
+from doraxp._core.prepared import Prepared, check_prepared, factor
+from doraxp.backends import as_dtype, compute_dtype, operations
+
+InitMethod: TypeAlias = Literal["kaiming", "gaussian"]
+
+
+def init(weight: Array, config: Config, *, seed: int, method: InitMethod = "kaiming") -> Adapter:
+    """Return a fresh adapter: A random, B = 0, m = ‖wᵢ‖, so that W' = W.
+
+    In the weight form that identity is exact, bit for bit.
+
+    Parameters
+    ----------
+    weight : array, shape (*stack, out, in)
+    config : Config
+    seed : int
+        NumPy draws the numbers on the host, so every backend gets the same numbers.
+    method : {"kaiming", "gaussian"}
+        A uniform in ±1/√in, as PEFT's kaiming_uniform_(a=√5) draws it; or normal with variance
+        1/rank.
+
+    Returns
+    -------
+    Adapter
+        In the compute dtype: float64 for a float64 weight, else float32.
+
+    Raises
+    ------
+    TypeError
+        `weight` is not an array of a floating dtype.
+    ValueError
+        The rank is above min(out, in), or `method` is unknown.
+
+    References
+    ----------
+    arXiv:2402.09353, section 4.1; PEFT 0.21.2, ``lora/layer.py``.
+
+    Examples
+    --------
+    >>> weight = np.array([[3.0, 4.0], [0.0, 5.0]])
+    >>> adapter = init(weight, Config(rank=1), seed=0)
+    >>> adapter.magnitude
+    array([5., 5.])
+    """
+    if method not in get_args(InitMethod):
+        raise ValueError(f"method must be one of {get_args(InitMethod)}, got {method!r}")
+    seed = check_count("seed", seed)
+    check_kind("config", config, Config)
+    ops = operations(weight=weight)
+    xp = ops.xp
+    check_rank(weight, config)
+    weight = ops.detached(weight)
+    dtype = compute_dtype(weight, xp=xp)
+    device = array_api_compat.device(weight)
+    *stack, out, inner = weight.shape
+    shape = (*stack, config.rank, inner)
+    # The standard has no random numbers: draw on the host, so every backend starts equal.
+    rng = np.random.default_rng(seed)
+    if method == "kaiming":
+        drawn = rng.uniform(-1, 1, shape) / math.sqrt(inner)
+    else:
+        drawn = rng.standard_normal(shape) / math.sqrt(config.rank)
+    return Adapter(
+        lora_a=as_dtype(xp.asarray(drawn, device=device), dtype, xp=xp),
+        lora_b=xp.zeros((*stack, out, config.rank), dtype=dtype, device=device),
+        magnitude=ops.row_norms(weight, ops.row_squares(weight, dtype)),
+    )
+
+
+def merge(
+    weight: Array, adapter: Adapter, config: Config, *, prepared: Prepared | None = None
+) -> Array:
+    """Return W' = (m / n)⊙V, the plain weight that acts as the adapted layer does.
+
+    Parameters
+    ----------
+    weight : array, shape (*stack, out, in)
+    adapter : Adapter
+    config : Config
+    prepared : Prepared, optional
+        From `doraxp.prepare` with this weight, adapter and config: saves the norm.
+
+    Returns
+    -------
+    array, shape (*stack, out, in), in weight's dtype
+
+    Raises
+    ------
+    TypeError
+        The arrays are not of one library, or a dtype is not floating.
+    ValueError
+        The shapes do not fit, the devices differ, or `prepared` belongs to something else.
+
+    References
+    ----------
+    arXiv:2402.09353, equation 5.
+
+    Examples
+    --------
+    >>> weight, config = np.array([[3.0, 4.0], [0.0, 5.0]]), Config(rank=1)
+    >>> adapter = init(weight, config, seed=0)
+    >>> merge(weight, adapter._replace(magnitude=2 * adapter.magnitude), config)
+    array([[ 6.,  8.],
+           [ 0., 10.]])
+    """
+    ops, dtype = check_layer(weight, adapter, config)
+    if prepared is not None:
+        check_prepared(prepared, weight, adapter, config, ops=ops)
+        return ops.merge(prepared.direction, prepared.gain)
+    leaves = Adapter(*(as_dtype(leaf, dtype, xp=ops.xp) for leaf in adapter))
+    return ops.merge_and_measure(factor(weight, leaves, config, ops=ops), leaves.magnitude)
+
+
+def convert_form(
+    weight: Array, adapter: Adapter, config: Config, form: Form
+) -> tuple[Adapter, Config]:
+    """Return the adapter and config that give the same W' in another form.
+
+    ::
+
+        weight form:     V = W + s B A
+        direction form:  V = W/‖W‖ + s B' A     with B = ‖wᵢ‖⊙B' by rows
+
+    Exact: both V have the same direction. A row of zeros, or one so short that 1/‖wᵢ‖ overflows,
+    has no length to divide by; there V = s B A in both forms, and B stays.
+
+    Parameters
+    ----------
+    weight : array, shape (*stack, out, in)
+    adapter : Adapter
+        In the form that `config` names.
+    config : Config
+    form : {"weight", "direction"}
+
+    Returns
+    -------
+    adapter : Adapter
+        With another B; A and m are the same arrays.
+    config : Config
+        With `form`.
+
+    Raises
+    ------
+    TypeError
+        The arrays are not of one library, or a dtype is not floating.
+    ValueError
+        The shapes do not fit, the devices differ, or `form` is unknown.
+
+    Examples
+    --------
+    >>> weight, config = np.array([[3.0, 4.0], [0.0, 5.0]]), Config(rank=1)
+    >>> adapter = init(weight, config, seed=0)._replace(lora_b=np.ones((2, 1)))
+    >>> adapter, config = convert_form(weight, adapter, config, "direction")
+    >>> config.form, adapter.lora_b
+    ('direction', array([[0.2],
+           [0.2]]))
+    """
+    ops, dtype = check_layer(weight, adapter, config)
+    target = replace(config, form=form)
+    if form == config.form:
+        return adapter, config
+    xp = ops.xp
+    row_scale = inverse_norms(weight, ops.row_squares(weight, dtype), ops=ops)[..., None]
+    row_scale = xp.where(row_scale > 0, row_scale, 1.0)
+    b = as_dtype(adapter.lora_b, dtype, xp=xp)
+    return adapter._replace(lora_b=b / row_scale if form == "weight" else b * row_scale), target

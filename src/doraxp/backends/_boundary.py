@@ -1,0 +1,114 @@
+"""The check of the arrays of one call: one library, one device, floating dtypes.
+
+`operations` is called once in each public function, before anything is computed.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+import array_api_compat
+import array_api_compat.numpy
+import numpy as np
+
+from doraxp._base.types import Array
+from doraxp.backends._cupy.operations import CupyOperations
+from doraxp.backends._dtypes import DTYPES, dtype_name
+from doraxp.backends._generic import Operations
+from doraxp.backends._numpy import NumpyOperations
+from doraxp.backends._torch import TorchOperations
+
+_NUMPY = NumpyOperations(array_api_compat.numpy)
+_NUMPY_DTYPES = {np.dtype(name) for name in ("float16", "float32", "float64")}
+
+
+def operations(*, bias: Array | None = None, **arrays: Array) -> Operations:
+    """Return the operations for arrays, given by the names that the caller knows them by.
+
+    Only the bias may be None.
+
+    Raises
+    ------
+    TypeError
+        An argument is not an array, two are of different libraries, or a dtype is not one of
+        float16, bfloat16, float32 and float64.
+    ValueError
+        Two arrays are on different devices, or CuPy's are not on its current device.
+    """
+    given = arrays if bias is None else {**arrays, "bias": bias}
+    for array in given.values():
+        if type(array) is not np.ndarray or array.dtype not in _NUMPY_DTYPES:
+            return _operations_of_any(given)
+    return _NUMPY  # NumPy's own arrays need no search for their library: saves 20 µs a call
+
+
+def _operations_of_any(given: dict[str, Array]) -> Operations:
+    xp = _one_library(given)
+    _check_devices(given)
+    for name, array in given.items():
+        _check_dtype(name, array)
+    ops = _operations_of(xp)
+    ops.check_device(*next(iter(given.items())))
+    return ops
+
+
+@functools.cache
+def _operations_of(xp: ModuleType) -> Operations:
+    if array_api_compat.is_numpy_namespace(xp):
+        return _NUMPY
+    if array_api_compat.is_cupy_namespace(xp):
+        return CupyOperations(xp)
+    if array_api_compat.is_torch_namespace(xp):
+        return TorchOperations(xp)
+    return Operations(xp)
+
+
+def _check_dtype(name: str, array: Array) -> None:
+    if dtype_name(array) not in DTYPES:
+        raise TypeError(f"{name} must be of dtype {', '.join(DTYPES)}, got {array.dtype}")
+
+
+def _one_library(given: dict[str, Array]) -> ModuleType:
+    namespaces = {name: _namespace(name, array) for name, array in given.items()}
+    (first, xp), *others = namespaces.items()
+    for name, other in others:
+        if other is not xp:
+            raise TypeError(
+                f"all arrays must be of one library: {first} is of {_library(xp)}, "
+                f"{name} of {_library(other)}"
+            )
+    return xp
+
+
+def _check_devices(given: dict[str, Array]) -> None:
+    devices = {name: _device(array) for name, array in given.items()}
+    first = next(iter(given))
+    for name, device in devices.items():
+        # A traced JAX array has no device.
+        if None not in (device, devices[first]) and device != devices[first]:
+            raise ValueError(
+                f"all arrays must be on one device: {first} is on {devices[first]}, "
+                f"{name} on {device}"
+            )
+
+
+def _namespace(name: str, array: Array) -> ModuleType:
+    try:
+        namespace: ModuleType = array_api_compat.array_namespace(array)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be an array of a library that array-api-compat knows, got "
+            f"{type(array).__name__}"
+        ) from None
+    return namespace
+
+
+def _device(array: Array) -> Any:
+    device = array_api_compat.device(array)
+    return getattr(device, "device_set", device)  # JAX: arrays may lie across the same devices
+
+
+def _library(xp: ModuleType) -> str:
+    return str(xp.__name__).removeprefix("array_api_compat.")

@@ -1,0 +1,202 @@
+"""The direction V of an adapted weight, as one object: products with V, and V itself.
+
+    W (out, in)   A (rank, in)   B (out, rank)   ρ (out,), None for 1     V = ρ⊙W + s B A
+    x (tokens, in)    L = x Aᵀ (tokens, rank)    z = x Vᵀ (tokens, out)    d (tokens, out)
+
+`Factored` multiplies by W, A and s B and never stores V. `Dense` stores V. A backend may have a
+direction of its own for weights of which a few rows must be stored.
+Every array may have the same leading axes, a stack: (*stack, out, in) and so on.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol
+
+from doraxp._base.types import Array, Consumed
+from doraxp.backends._dtypes import as_dtype, transpose
+
+
+class Factors(NamedTuple):
+    """The arrays of which V is made. Without A and B, V is ρ⊙W."""
+
+    weight: Array
+    """W, in the dtype that it is stored in."""
+    lora_a: Array | None
+    """A, in the compute dtype."""
+    scaled_b: Array | None
+    """s B, in the compute dtype."""
+    row_scale: Array | None
+    """ρ, in the compute dtype."""
+
+
+class Products(Protocol):
+    """The operations that a direction calls."""
+
+    xp: ModuleType
+
+    def product(self, left: Array, right: Array) -> Array:
+        """Return left right."""
+
+    def accumulate(self, total: Consumed, left: Array, right: Array) -> Array:
+        """Return total + left right."""
+
+    def forward_epilogue(
+        self, z: Consumed, row_scale: Array | None, update: tuple[Array, Array] | None,
+        gain: Array, bias: Array | None,
+    ) -> tuple[Array, Array]:  # fmt: skip
+        """Return z ← ρ⊙z + L (s B)ᵀ, and y = g⊙z + bias."""
+
+
+class Direction(Protocol):
+    """V = ρ⊙W + s B A."""
+
+    @property
+    def factors(self) -> Factors:
+        """The arrays of which V is made."""
+
+    def transposed_product(
+        self, x: Array, low: Array, base: Array | None = None, dropped: Array | None = None,
+        *, ops: Products,
+    ) -> Array:  # fmt: skip
+        """Return z = x Vᵀ: (*stack, tokens, in) -> (*stack, tokens, out).
+
+        `low` is L = x Aᵀ, and `base` is x Wᵀ where the caller knows it. With `dropped` = x~,
+        the update s B A sees x~ in place of x: z = ρ⊙(x Wᵀ) + L (s B)ᵀ with L = x~ Aᵀ.
+        """
+
+    def outputs(
+        self, x: Array, low: Array, gain: Array, bias: Array | None,
+        base: Array | None = None, dropped: Array | None = None, *, ops: Products,
+    ) -> tuple[Array, Array]:  # fmt: skip
+        """Return z as `transposed_product` does, and y = g⊙z + bias: (*stack, tokens, out)."""
+
+    def product(
+        self, d: Consumed, low: Consumed, tokens: int, dtype: Any, *, ops: Products
+    ) -> tuple[Array, Array]:
+        """Return d V: (*stack, tokens + k, out) -> (*stack, tokens, in) and (*stack, k, in).
+
+        `low` is d s B. The first result is in `dtype`, the second in the compute dtype.
+        """
+
+    def projection(self, factored: Array, *, ops: Products) -> Array:
+        """Return V Aᵀ (*stack, out, rank), given what the factors alone say it is."""
+
+    def dense(self, *, ops: Products) -> Array:
+        """Return V, shape (*stack, out, in), in the compute dtype."""
+
+    def with_weight(self, weight: Array | None) -> Direction:
+        """Return the direction with another object for W. It must hold the same numbers."""
+
+
+class Factored(NamedTuple):
+    """V by its factors alone. V is never stored."""
+
+    factors: Factors
+
+    def transposed_product(
+        self, x: Array, low: Array, base: Array | None = None, dropped: Array | None = None,
+        *, ops: Products,
+    ) -> Array:  # fmt: skip
+        """Return ρ⊙(x Wᵀ) + L (s B)ᵀ."""
+        weight, _, scaled_b, row_scale = self.factors
+        z = ops.product(x, transpose(weight)) if base is None else base
+        if row_scale is not None:
+            z = row_scale[..., None, :] * z
+        return ops.accumulate(z, low, transpose(scaled_b))
+
+    def outputs(
+        self, x: Array, low: Array, gain: Array, bias: Array | None,
+        base: Array | None = None, dropped: Array | None = None, *, ops: Products,
+    ) -> tuple[Array, Array]:  # fmt: skip
+        """Return z and y. One operation makes both, so z is read from memory once."""
+        weight, _, scaled_b, row_scale = self.factors
+        z = ops.product(x, transpose(weight)) if base is None else base
+        return ops.forward_epilogue(z, row_scale, (low, scaled_b), gain, bias)
+
+    def product(
+        self, d: Consumed, low: Consumed, tokens: int, dtype: Any, *, ops: Products
+    ) -> tuple[Array, Array]:
+        """Return (ρ⊙d) W + (d s B) A."""
+        weight, a, _, row_scale = self.factors
+        if row_scale is not None:
+            d = row_scale[..., None, :] * d
+        return split_rows(ops.accumulate(ops.product(d, weight), low, a), tokens, dtype, ops=ops)
+
+    def projection(self, factored: Array, *, ops: Products) -> Array:
+        """Return `factored`."""
+        return factored
+
+    def dense(self, *, ops: Products) -> Array:
+        """Return ρ⊙W + (s B) A."""
+        return form(self.factors, self.factors.lora_a.dtype, xp=ops.xp)
+
+    def with_weight(self, weight: Array | None) -> Factored:
+        """Return the direction with another object for W."""
+        return Factored(self.factors._replace(weight=weight))
+
+
+class Dense(NamedTuple):
+    """V stored whole, for libraries in which single rows cannot be chosen by their values."""
+
+    factors: Factors
+    v: Array
+    """V, shape (*stack, out, in), in the compute dtype."""
+
+    def transposed_product(
+        self, x: Array, low: Array, base: Array | None = None, dropped: Array | None = None,
+        *, ops: Products,
+    ) -> Array:  # fmt: skip
+        """Return x Vᵀ by one product."""
+        z = ops.product(x, transpose(self.v))
+        return see_dropped(z, x, dropped, self.factors, ops=ops)
+
+    def outputs(
+        self, x: Array, low: Array, gain: Array, bias: Array | None,
+        base: Array | None = None, dropped: Array | None = None, *, ops: Products,
+    ) -> tuple[Array, Array]:  # fmt: skip
+        """Return z and y = g⊙z + bias."""
+        z = self.transposed_product(x, low, base, dropped, ops=ops)
+        return ops.forward_epilogue(z, None, None, gain, bias)
+
+    def product(
+        self, d: Consumed, low: Consumed, tokens: int, dtype: Any, *, ops: Products
+    ) -> tuple[Array, Array]:
+        """Return d V by one product."""
+        return split_rows(ops.product(d, self.v), tokens, dtype, ops=ops)
+
+    def projection(self, factored: Array, *, ops: Products) -> Array:
+        """Return V Aᵀ by one product."""
+        return ops.product(self.v, transpose(self.factors.lora_a))
+
+    def dense(self, *, ops: Products) -> Array:
+        """Return the stored V."""
+        return self.v
+
+    def with_weight(self, weight: Array | None) -> Dense:
+        """Return the direction with another object for W."""
+        return Dense(self.factors._replace(weight=weight), self.v)
+
+
+def form(factors: Factors, dtype: Any, *, xp: ModuleType) -> Array:
+    """Return V = ρ⊙W + (s B) A, shape (*stack, out, in), in `dtype`."""
+    weight, a, scaled_b, row_scale = factors
+    v = as_dtype(weight, dtype, xp=xp)
+    if row_scale is not None:
+        v = row_scale[..., None] * v
+    return v if scaled_b is None else v + scaled_b @ a
+
+
+def see_dropped(
+    z: Consumed, x: Array, dropped: Array | None, factors: Factors, *, ops: Products
+) -> Array:
+    """Return z = x Vᵀ with x~ = `dropped` in place of x in the update: z + ((x~ − x) Aᵀ) (s B)ᵀ."""
+    if dropped is None:
+        return z
+    low = ops.product(dropped - x, transpose(factors.lora_a))
+    return ops.accumulate(z, low, transpose(factors.scaled_b))
+
+
+def split_rows(product: Array, tokens: int, dtype: Any, *, ops: Products) -> tuple[Array, Array]:
+    """Return the first `tokens` rows (*stack, tokens + k, in) in `dtype`, and the other k rows."""
+    return as_dtype(product[..., :tokens, :], dtype, xp=ops.xp), product[..., tokens:, :]

@@ -1,0 +1,48 @@
+"""Small things that every array needs: its dtype by name, its cast, its transpose."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+from array_api_compat import array_namespace
+
+from doraxp._base.types import Array
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+"""The dtypes that arrays may have."""
+
+
+def dtype_name(array: Array) -> str:
+    """Return the name of the dtype of `array` as NumPy writes it: "float32"."""
+    dtype = array.dtype
+    # The type goes into the key because array-api-strict warns where its dtypes meet NumPy's.
+    return _name_of(type(dtype), dtype)
+
+
+@functools.cache
+def _name_of(kind: type, dtype: Any) -> str:
+    # numpy and jax: "float32"; torch: "torch.float32"; strict: "array_api_strict.float32".
+    return str(dtype).rpartition(".")[-1]
+
+
+def as_dtype(array: Array, dtype: Any, *, xp: ModuleType) -> Array:
+    """Return `array` in `dtype`: the same object where it has that dtype already."""
+    return array if array.dtype == dtype else xp.astype(array, dtype)
+
+
+def compute_dtype(*arrays: Array, xp: ModuleType) -> Any:
+    """Return the dtype to compute in: float64 if any of the arrays has it, else float32."""
+    for array in arrays:
+        if dtype_name(array) == "float64":
+            return xp.float64
+    return xp.float32
+
+
+def transpose(array: Array) -> Array:
+    """Return `array` with its last two axes swapped."""
+    try:
+        return array.mT  # NumPy takes a sixth of the time that `matrix_transpose` takes
+    except AttributeError:  # Dask's arrays have no mT
+        return array_namespace(array).matrix_transpose(array)
