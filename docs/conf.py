@@ -36,15 +36,6 @@ def escape_stars(app: Any, what: str, name: str, obj: Any, options: Any, lines: 
     lines[:] = [line.replace("(*stack", "(\\*stack") for line in lines]
 
 
-def every_public_name_has_an_entry(app: Any, env: Any) -> None:
-    """Refuse a page that forgets one of `doraxp.__all__`."""
-    entries = env.domains["py"].objects
-    forgotten = [name for name in doraxp.__all__ if f"doraxp.{name}" not in entries]
-    if forgotten:
-        raise ValueError(f"docs/api.md must have an entry for {', '.join(forgotten)}")
-
-
 def setup(app: Any) -> None:
-    """Add both to the build."""
+    """Let Sphinx call `escape_stars` with each docstring."""
     app.connect("autodoc-process-docstring", escape_stars)
-    app.connect("env-check-consistency", every_public_name_has_an_entry)
