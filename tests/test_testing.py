@@ -18,7 +18,7 @@ from doraxp.testing import (
     expected_steps,
     optimizer_catalogue,
 )
-from doraxp.testing._dense import QUANTITIES
+from doraxp.testing._formulas import QUANTITIES
 from doraxp.testing._libraries import Library, as_numpy
 from doraxp.testing._reference import in_the_dtype
 

@@ -10,18 +10,11 @@ import numpy as np
 
 from doraxp._base.scalars import check_flag, check_number
 from doraxp._base.types import Dropout, Form, NormGradient
-from doraxp.testing._catalogue import (
-    ADAPTER,
-    FULL,
-    HALF,
-    Case,
-    OptimizerCase,
-    catalogue,
-    compute_dtype,
-)
-from doraxp.testing._compare import Actual, described
+from doraxp.testing._cases import ADAPTER, FULL, HALF, Case, OptimizerCase, compute_dtype_name
+from doraxp.testing._catalogue import catalogue
 from doraxp.testing._deviations import FORWARD, Changes, eps
 from doraxp.testing._libraries import Library, as_numpy, dtype_name
+from doraxp.testing._runs import Actual, described
 
 Layout: TypeAlias = Literal["out_in", "in_out"]
 NormAxis: TypeAlias = Literal["output", "input"]
@@ -121,7 +114,7 @@ def call_layer(
     function: Callable[..., Any], name: str, conventions: Conventions, case: Case, dtype: str
 ) -> dict[str, Any]:
     """Return what init, forward, gradients or merge gives, by the names of the quantities."""
-    library, wide = Library("numpy"), compute_dtype(dtype)
+    library, wide = Library("numpy"), compute_dtype_name(dtype)
     turned = conventions.layout == "in_out"
     arrays: dict[str, Any] = {}
     for key, values in case.stored(dtype).items():

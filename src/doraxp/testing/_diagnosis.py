@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from doraxp.testing._catalogue import Case, OptimizerCase
-from doraxp.testing._compare import Actual
-from doraxp.testing._dense import RETURNED
+from doraxp.testing._cases import Case, OptimizerCase
 from doraxp.testing._deviations import Changes
+from doraxp.testing._formulas import RETURNED
 from doraxp.testing._reference import Expected, expected, expected_steps
+from doraxp.testing._runs import Actual
 
 
 class Diagnosis(NamedTuple):

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from doraxp._base.scalars import check_kind
-from doraxp.testing._catalogue import Case, OptimizerCase, catalogue, optimizer_catalogue
-from doraxp.testing._compare import described
+from doraxp.testing._cases import Case, OptimizerCase
+from doraxp.testing._catalogue import catalogue, optimizer_catalogue
 from doraxp.testing._conventions import Conventions, call_layer, call_step
 from doraxp.testing._deviations import BACKWARD, FORWARD, STEP
 from doraxp.testing._diagnosis import Diagnosis, Run, diagnose, wanted_of
 from doraxp.testing._libraries import Library
+from doraxp.testing._runs import described
 
 
 class Finding(NamedTuple):

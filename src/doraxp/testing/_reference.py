@@ -14,8 +14,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from doraxp.testing._catalogue import Case, OptimizerCase, compute_dtype, rounded
-from doraxp.testing._dense import OPTIMIZERS, QUANTITIES, RETURNED, Dense, Formula, deviating
+from doraxp.testing._cases import Case, OptimizerCase, compute_dtype_name, rounded
+from doraxp.testing._formulas import (
+    OPTIMIZERS,
+    QUANTITIES,
+    RETURNED,
+    DenseFormulas,
+    Formula,
+    deviating,
+)
 from doraxp.testing._rounding import Plain, Rounded
 
 UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -96,7 +103,7 @@ def expected(
     >>> norm.share(norm.value), norm.share(1.001 * norm.value) > 1
     (0.0, True)
     """
-    reference = deviating(Dense, changes) if changes else Dense
+    reference = deviating(DenseFormulas, changes) if changes else DenseFormulas
     layer = reference(case.config, case.stored(dtype), Rounded.exact)
     return {
         name: bounded(name, getattr(layer, name), shape, dtype)
@@ -145,11 +152,11 @@ def in_the_dtype(case: Case | OptimizerCase, dtype: str) -> dict[str, Any]:
     """Return what the dense formulas give where NumPy computes them in the dtype itself."""
 
     def plain(array: Any) -> Any:
-        return np.asarray(array, compute_dtype(dtype)).view(Plain)
+        return np.asarray(array, compute_dtype_name(dtype)).view(Plain)
 
     if isinstance(case, OptimizerCase):
         return {name: np.asarray(p) for name, p in steps(case, dtype, plain, None).items()}
-    layer = Dense(case.config, case.stored(dtype), plain)
+    layer = DenseFormulas(case.config, case.stored(dtype), plain)
     found = {name: np.asarray(getattr(layer, name)) for name in shapes(case)}
     return {
         name: (rounded(array, dtype) if name in STORED else array).reshape(shape)
@@ -196,7 +203,7 @@ def steps(
 
 def bounded(name: str, number: Any, shape: tuple[int, ...], dtype: str) -> Expected:
     """Return the value of a quantity and how far rounding may lead from it, in a shape."""
-    compute = compute_dtype(dtype)
+    compute = compute_dtype_name(dtype)
     value = number.value.reshape(shape)
     bound = (UNIT_ROUNDOFF[compute] + UNIT_ROUNDOFF["float64"]) * number.error.reshape(shape)
     bound = bound + TINY[compute]

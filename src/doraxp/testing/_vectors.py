@@ -19,15 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from doraxp._base.safetensors import Tensor, write_header
-from doraxp.testing._catalogue import (
-    FULL,
-    VERSION,
-    Case,
-    OptimizerCase,
-    catalogue,
-    optimizer_catalogue,
-)
-from doraxp.testing._dense import Dense
+from doraxp.testing._cases import FULL, Case, OptimizerCase
+from doraxp.testing._catalogue import VERSION, catalogue, optimizer_catalogue
+from doraxp.testing._formulas import DenseFormulas
 from doraxp.testing._reference import Expected, bounded, shapes, steps
 from doraxp.testing._rounding import Portable
 
@@ -37,7 +31,7 @@ MANIFEST = "manifest.json"
 FILES = {dtype: f"{dtype}.safetensors" for dtype in FULL}
 
 
-class Traced(Dense):
+class Traced(DenseFormulas):
     """The reference with what an implementation goes through that never forms V."""
 
     @cached_property

@@ -33,7 +33,7 @@ QUANTITIES = (*OUTPUTS, *GRADIENTS)
 RETURNED = (*QUANTITIES, "initial")  # by an implementation, whose m at init is looked at too
 
 
-class Dense:
+class DenseFormulas:
     """One layer, x and dy with one axis of tokens, in `Rounded` or `Plain` numbers."""
 
     def __init__(self, config: Config, arrays: Mapping[str, Any], number: Formula) -> None:
