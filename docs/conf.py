@@ -19,8 +19,8 @@ exclude_patterns = ["_build"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
-autodoc_mock_imports = ["jax", "torch"]  # the bridges are described where those are not
-autodoc_typehints = "none"  # the docstrings say shapes, which says more
+autodoc_mock_imports = ["jax", "torch"]  # the bridges are described without them
+autodoc_typehints = "none"  # the docstrings give shapes, which tell more
 napoleon_google_docstring = False
 napoleon_use_param = False
 napoleon_use_rtype = False
@@ -32,7 +32,7 @@ suppress_warnings = ["ref.python"]  # a `weight` is an attribute of several clas
 
 
 def escape_stars(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Keep (*stack, out, in) in docstrings from opening an emphasis."""
+    """Escape the star of (*stack, out, in) in docstrings: it would begin an emphasis."""
     lines[:] = [line.replace("(*stack", "(\\*stack") for line in lines]
 
 

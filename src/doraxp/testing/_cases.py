@@ -1,8 +1,10 @@
-"""Cases of the catalogue: one layer, or some steps of an optimizer, with all their numbers.
+"""One case of the catalogue: a layer or an optimizer, with all of its numbers.
 
-weight (*stack, out, in)   lora_a (*stack, rank, in)   lora_b (*stack, out, rank)
-magnitude, bias (*stack, out)    x (*stack, ..., in)   dy (*stack, ..., out)
-dropout_mask, of x's shape: 0, or 1/(1 − p) with p = 1/5
+    weight (*stack, out, in)   lora_a (*stack, rank, in)   lora_b (*stack, out, rank)
+    magnitude, bias (*stack, out)    x (*stack, ..., in)   dy (*stack, ..., out)
+    dropout_mask, of x's shape: 0, or 1/(1 − p) with p = 1/5
+
+The arrays are NumPy's and hold float64. `Case.stored` rounds them to a storage dtype.
 """
 
 from __future__ import annotations
@@ -28,15 +30,14 @@ class Case:
     ----------
     name : str
     reason : str
-        What goes wrong where it is not tested.
+        The mistake that the case finds.
     config : Config
     arrays : mapping of str to array
-        x, weight, lora_a, lora_b, magnitude, dy, and where there is one, bias and dropout_mask.
+        x, weight, lora_a, lora_b, magnitude and dy; in some cases also bias and dropout_mask.
     dtypes : tuple of str
-        What all but the adapter is stored in; that is in the compute dtype.
+        The storage dtypes to run in. The adapter is always in the compute dtype.
     extreme : bool
-        Whether the formulas fail where they are computed as they stand: 0/0, or squares that
-        overflow or underflow.
+        Whether the formulas as written divide 0 by 0, or have squares that overflow or underflow.
     """
 
     name: str
@@ -47,9 +48,9 @@ class Case:
     extreme: bool = False
 
     def stored(self, dtype: str) -> dict[str, Any]:
-        """Return the arrays rounded to a storage dtype, the adapter to the compute dtype.
+        """Return the arrays rounded to a storage dtype, and the adapter to the compute dtype.
 
-        The numbers of float16 and bfloat16 come in float32, which holds them exactly.
+        Numbers of float16 and bfloat16 are returned in float32, which holds them exactly.
         """
         wide = compute_dtype_name(dtype)
         return {
@@ -60,7 +61,7 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class OptimizerCase:
-    """Steps of an optimizer with given gradients, as NumPy arrays.
+    """Some steps of an optimizer with given gradients, as NumPy arrays.
 
     Parameters
     ----------
@@ -68,9 +69,9 @@ class OptimizerCase:
     reason : str
     optimizer : {"adamw", "sgd"}
     numbers : mapping of str to float
-        The arguments of the step.
+        The arguments of each step.
     params : mapping of str to array
-        lora_a, lora_b and magnitude.
+        lora_a, lora_b and magnitude before the first step.
     grads : tuple of mappings
         The gradients of each step.
     """
@@ -85,16 +86,22 @@ class OptimizerCase:
 
 
 def compute_dtype_name(dtype: str) -> str:
-    """Return what a storage dtype is computed in; ValueError where it is none."""
+    """Return the name of the dtype in which layers of a storage dtype are computed.
+
+    Raises
+    ------
+    ValueError
+        `dtype` is not one of float16, bfloat16, float32 and float64.
+    """
     if dtype not in (*HALF, *FULL):
         raise ValueError(f"dtype must be one of {', '.join((*HALF, *FULL))}, got {dtype!r}")
     return "float32" if dtype in HALF else dtype
 
 
 def rounded(values: Any, dtype: str) -> Any:
-    """Round to a dtype. NumPy alone has no bfloat16: float32 with the lower 16 bits rounded off."""
+    """Return values rounded to a dtype; those of bfloat16 in float32, as NumPy has no bfloat16."""
     if dtype != "bfloat16":
         return values.astype(dtype)
     bits = values.astype(np.float32).view(np.uint32)
-    half_to_even = 0x7FFF + (bits >> 16 & 1)
+    half_to_even = 0x7FFF + (bits >> 16 & 1)  # bfloat16 is the upper half of float32
     return ((bits + half_to_even) & 0xFFFF0000).astype(np.uint32).view(np.float32)

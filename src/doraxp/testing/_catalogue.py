@@ -1,7 +1,7 @@
 """The catalogue: named cases that an implementation of DoRA must get right, and why each is there.
 
-The numbers are drawn by name: a new case changes none of the others. They are the same on every
-machine: what is made of the drawn ones needs no BLAS and no power or logarithm.
+The name of a case is the seed of its random numbers, so a new case does not change the others. The
+numbers are the same on every machine: no BLAS, power or logarithm is applied to them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from doraxp._base.types import Config, Dropout
 from doraxp.testing._cases import FULL, HALF, Case, OptimizerCase, rounded
 
 VERSION = 2
-"""Goes up when there are other cases, or other numbers in one."""
+"""The version of the catalogue. It goes up when a case is added or its numbers change."""
 
 
 def catalogue() -> tuple[Case, ...]:
-    """Return the cases of layers.
+    """Return the cases that are layers.
 
     Returns
     -------
@@ -153,7 +153,7 @@ def catalogue() -> tuple[Case, ...]:
 
 
 def optimizer_catalogue() -> tuple[OptimizerCase, ...]:
-    """Return the cases of optimizers, three steps each.
+    """Return the cases that are optimizers, with three steps each.
 
     Returns
     -------
@@ -200,7 +200,7 @@ def _case(
     }
     arrays = {key: rng.standard_normal(shape) for key, shape in shapes.items()}
     arrays["magnitude"] = np.abs(arrays["magnitude"]) + 0.5
-    # Exact in float16 and float32: what a dtype stores is the same numbers in every dtype.
+    # float16 holds each number exactly, so every storage dtype holds the same numbers.
     arrays = {key: rounded(array, "float16").astype(float) for key, array in arrays.items()}
     if not bias:
         del arrays["bias"]

@@ -1,9 +1,9 @@
-"""What implementations of DoRA get wrong: each deviation as the formulas that it replaces.
+"""Known mistakes of implementations of DoRA: each deviation as the formulas that it replaces.
 
-    name in words: {quantity of `DenseFormulas` or `AdamW`: its formula there}
+    name in words: {quantity of `DenseFormulas` or `AdamW`: its wrong formula}
 
-All that depends on a quantity follows from the replaced one, so a deviation of the forward has its
-own gradients, as autograd would give them.
+Every quantity that depends on a replaced one changes with it. So a deviation of the forward also
+has the wrong gradients that autograd would give.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ Changes: TypeAlias = Mapping[str, Formula]
 
 
 def original(name: str) -> Formula:
-    """Return the formula that the reference has for a quantity."""
+    """Return the formula of the reference for a quantity."""
     formula: Formula = getattr(DenseFormulas if hasattr(DenseFormulas, name) else AdamW, name).func
     return formula
 
 
 def multiplied(name: str, factor: Formula) -> Changes:
-    """Return the change that multiplies one quantity."""
+    """Return the change that multiplies one quantity by a factor."""
     return {name: lambda d: original(name)(d) * factor(d)}
 
 
 def through_norm(d: Any) -> Any:
-    """Return the part of dV that goes through the norm."""
+    """Return the part of dV that comes from the norm."""
     return d.dv - d.gain * d.dmerged
 
 
 def bias_gain(d: Any) -> Any:
-    """Return the gradient of the gain where it scales the bias."""
+    """Return the part of the gain's gradient that comes from a bias multiplied by the gain."""
     return (d.dy * d.bias).sum(-2)[..., None]
 
 
@@ -47,7 +47,7 @@ def eps(size: float) -> Changes:
 
 
 def rounded_at_init(dtype: str) -> Changes:
-    """Return the change that rounds the magnitude of a fresh adapter, made in float32."""
+    """Return the change that computes a fresh magnitude in float32 and then rounds it."""
 
     def formula(d: Any) -> Any:
         m = original("initial")(d)
@@ -56,7 +56,7 @@ def rounded_at_init(dtype: str) -> Changes:
             low, high = (
                 rounded(end, dtype).astype(float) for end in (m.value - slack, m.value + slack)
             )
-        # Near a tie it may go either way: such a number is held to nothing.
+        # Near a tie the number may be rounded up or down, so its bound is infinite.
         return Rounded(low, np.where(low == high, 0.0, np.inf))
 
     return {"initial": formula}

@@ -14,15 +14,15 @@ from doraxp.testing._reference import Expected
 
 
 class Actual(NamedTuple):
-    """A result on the host."""
+    """A result, read back to the host."""
 
     values: Any
     dtype: str
     turned: bool = False
-    """Whether what was returned has the last two axes the other way around."""
+    """Whether the array that was returned has its last two axes the other way round."""
 
     def mismatch(self, want: Expected) -> str | None:
-        """Say how it differs from what is wanted, but for rounding; None where it does not."""
+        """Return the fault in shape, dtype or finiteness, in words; None without a fault."""
         if self.values.shape != want.value.shape:
             got, must = (
                 (*shape[:-2], *shape[-2:][:: -1 if self.turned else 1])
@@ -37,8 +37,8 @@ class Actual(NamedTuple):
 
 
 def run_case(case: Case | OptimizerCase, dtype: str, library: Library) -> Any:
-    """Return the quantities of a case as `Actual`, or the exception that it raised."""
-    # What overflows on the way, where NumPy is underneath, shows in the numbers.
+    """Return the quantities of a case as `Actual`, or the exception that was raised."""
+    # NumPy need not warn of an overflow: infinities and NaN in the results are reported.
     with library.active(), np.errstate(all="ignore"):
         try:
             run = _run_layer if isinstance(case, Case) else _run_steps
@@ -48,7 +48,7 @@ def run_case(case: Case | OptimizerCase, dtype: str, library: Library) -> Any:
                 for name, array in found.items()
                 if array is not None
             }
-        except Exception as error:  # of any library: it is reported, with the case's name
+        except Exception as error:  # of any type: it is reported with the name of the case
             return error
 
 
@@ -85,7 +85,7 @@ def _run_layer(case: Any, dtype: str, library: Library) -> dict[str, Any]:
 
 
 def _run_steps(case: Any, dtype: str, library: Library) -> dict[str, Any]:
-    init, step = (getattr(doraxp, f"{case.optimizer}_{what}") for what in ("init", "step"))
+    init, step = (getattr(doraxp, f"{case.optimizer}_{name}") for name in ("init", "step"))
     params, *grads = (
         Adapter(*(library.asarray(arrays[name], dtype) for name in ADAPTER))
         for arrays in (case.params, *case.grads)
@@ -99,7 +99,7 @@ def _run_steps(case: Any, dtype: str, library: Library) -> dict[str, Any]:
 
 
 def described(error: BaseException) -> str:
-    """Return the type and the message of an exception of someone else's code."""
+    """Return the type and the message of an exception that other code raised."""
     try:
         message = str(error)
     except Exception as another:
