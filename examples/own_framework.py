@@ -1,10 +1,10 @@
-"""A NumPy framework in its own style, and the class that lets doraxp's DoRA into it.
+"""A small NumPy framework, and the class that adds doraxp's DoRA to it.
 
     python examples/own_framework.py
 
-The framework stores weights (in, out), and reads `parameters` and `gradients` by name and hands
-new values to `assign`. A network learns to tell two spirals apart, is frozen, and is adapted to
-spirals turned by 90°.
+The framework stores weights (in, out). Its optimizer reads `parameters` and `gradients` by name,
+and passes new values to `assign`. A network learns to tell two spirals apart, is frozen, and is
+then adapted to spirals that are turned by 90°.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Relu:
 
 
 class Adapted:
-    """A frozen Dense with a DoRA adapter: all that doraxp needs to know of this framework."""
+    """A frozen Dense layer with a DoRA adapter. Only this class knows both libraries."""
 
     def __init__(self, dense, config, seed):
         self.dora = doraxp.DoRALayer(dense, config, seed=seed, weight_layout="in_out")
@@ -61,7 +61,7 @@ class Adapted:
         self.merged = self.dora.merge_to_original_layer
 
     def backward(self, dy):
-        self.dora.clear_gradients()  # doraxp adds gradients up; here each backward starts anew
+        self.dora.clear_gradients()  # doraxp adds to the gradients; this framework replaces them
         return self.dora.backward(dy)
 
     @property
@@ -95,7 +95,7 @@ def predict(layers, x):
 
 
 def train(layers, x, labels, steps, rate):
-    """Lower the cross-entropy on the whole of x."""
+    """Lower the cross-entropy on all of x."""
     optimizer = Momentum(layers, rate)
     for _ in range(steps):
         scores = predict(layers, x)
@@ -109,7 +109,7 @@ def train(layers, x, labels, steps, rate):
 
 
 def spirals(rng, count):
-    """Return points (count, 2) on two arms, and which arm each is on."""
+    """Return points (count, 2) on two arms, and the number of each point's arm."""
     labels = rng.integers(2, size=count)
     length = rng.uniform(0.3, 1, count)
     angle = 2 * np.pi * length + np.pi * labels

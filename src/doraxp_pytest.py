@@ -2,10 +2,11 @@
 
     dora_case      one case; a test that asks for it runs once for each, with its name as the id
     dora_cases     all cases, as a tuple
-    dora_backend   one array library; those of `--dora-backend`, or else all that can be used here
+    dora_backend   one array library; a test runs once for each of `--dora-backend`, or else for
+                   each that can be used here
 
-pytest imports this module at every start, wherever doraxp is installed. So it is no part of the
-package, whose import takes NumPy with it, and imports the package where a test asks for it.
+Where doraxp is installed, pytest imports this module at every start. So the module is outside of
+the package, which imports NumPy, and imports the package only when a test asks for it.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="array library for the fixture dora_backend, as doraxp.backends.available() names it; "
-        "repeatable (default: all that can be used here)",
+        help="array library for the fixture dora_backend, by its name in "
+        "doraxp.backends.available(); repeatable (default: all that can be used here)",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Refuse what is asked for and cannot run."""
+    """Refuse a library of `--dora-backend` that cannot run here."""
     if names := config.getoption("dora_backend"):
         from doraxp.testing._compare import check_usable
 
@@ -43,7 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test once for each case, and once for each library, where it does not choose itself."""
+    """Run a test once for each case and each library, unless its own marks choose them."""
     wanted = set(metafunc.fixturenames) - _chosen(metafunc)
     if "dora_case" in wanted:
         from doraxp.testing import catalogue
@@ -95,5 +96,5 @@ def dora_backend(request: pytest.FixtureRequest) -> Iterator[Library]:
     from doraxp.testing import Library
 
     library = Library(request.param)
-    with library.active(), np.errstate(all="ignore"):  # what overflows shows in the numbers
+    with library.active(), np.errstate(all="ignore"):  # an overflow shows in the numbers
         yield library

@@ -1,4 +1,4 @@
-"""The faults that are planted in `naive.py`: a line, what it becomes, and the name it must get.
+"""The faults that are planted in `naive.py`: the old code, the new code and the fault's name.
 
 python tests/faults.py    writes the table of docs/testing.md
 """
@@ -21,9 +21,9 @@ class Fault(NamedTuple):
     old: str
     new: str
     name: str | None
-    """What the kit must call it; None where it is caught, but has no name."""
+    """The deviation that the report must name; None for a fault without a known name."""
     scaling: Literal["s", "alpha"] = "s"
-    """Which number the code is given as `scaling`."""
+    """The number that the code is given as `scaling`."""
 
 
 FAULTS = (
@@ -143,7 +143,7 @@ FAULTS = (
 
 
 def planted(fault: Fault | None) -> types.ModuleType:
-    """Return `naive` as a module, with a fault in it."""
+    """Return `naive` as a module, with a fault unless it is None."""
     source = SOURCE
     if fault is not None:
         assert fault.old in SOURCE, fault.old

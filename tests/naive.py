@@ -1,4 +1,4 @@
-"""DoRA and AdamW as an author of a framework would write them: to check, and to plant faults in."""
+"""DoRA and AdamW as an author of a framework would write them; `faults.py` plants faults here."""
 
 import numpy as np
 

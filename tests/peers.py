@@ -1,8 +1,8 @@
-"""Implementations of DoRA that others wrote, as the yardstick calls them.
+"""Published implementations of DoRA, with the functions that the yardstick calls.
 
 layer(weight, bias, ...)    their layer
 parameters(layer)           its trained parameters, by this project's names
-drop(layer, dropout)        puts a module in the place of its dropout
+drop(layer, dropout)        replaces its dropout by a module
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ Arrays = dict[str, Any]
 
 
 def as_torch(array: np.ndarray) -> torch.Tensor:
-    """Return a tensor; NumPy's bfloat16 is not known to PyTorch."""
+    """Return an array as a tensor. PyTorch cannot read bfloat16 from NumPy."""
     if array.dtype.name != "bfloat16":
         return torch.tensor(array)
     return torch.tensor(array.astype("float32")).to(torch.bfloat16)
 
 
 def as_numpy(tensor: torch.Tensor, like: np.ndarray) -> np.ndarray:
-    """Return an array in another's dtype, which is the tensor's own."""
+    """Return a tensor as an array in the dtype of `like`, which is that of the tensor."""
     tensor = tensor.detach()
     return (tensor.float() if tensor.element_size() == 2 else tensor).numpy().astype(like.dtype)
 
@@ -38,7 +38,7 @@ def linear(weight: np.ndarray, bias: np.ndarray | None) -> torch.nn.Linear:
 
 
 class Given(torch.nn.Module):
-    """Dropout with a given mask."""
+    """A dropout with a fixed mask."""
 
     def __init__(self, mask: torch.Tensor) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Given(torch.nn.Module):
 
 
 class Peer:
-    """What the layers of PyTorch have in common."""
+    """The functions that are the same for every layer of PyTorch."""
 
     def run(
         self, x: np.ndarray, dropout_mask: np.ndarray | None = None, **arrays: Any
@@ -105,7 +105,7 @@ class Peft(Peer):
         layer.train()
 
     def init(self, weight: np.ndarray) -> np.ndarray:
-        layer = self.layer(weight, None, 1.0, 1, autocast=True)  # as PEFT does by default
+        layer = self.layer(weight, None, 1.0, 1, autocast=True)  # PEFT's default
         return self.parameters(layer)["magnitude"].detach().numpy()
 
     def merge(self, **arrays: Any) -> np.ndarray:
@@ -153,7 +153,7 @@ class Torchtune(Peer):
 
 
 class Lycoris(Peer):
-    """LyCORIS's LoCon on a linear layer, with one norm for each output."""
+    """LyCORIS's LoCon on a linear layer, with one norm for each output row."""
 
     def layer(self, weight: Any, bias: Any, scaling: float, rank: int) -> Any:
         locon = importlib.import_module("lycoris.modules.locon")

@@ -1,7 +1,7 @@
-"""Ranks of a parallel computation, one after the other in one process.
+"""Ranks of a parallel computation, which run one after the other in one process.
 
-A rank that needs a sum it cannot know yet is broken off, and begun anew once all ranks have come
-there. So no threads are needed, and it works for lazy arrays and under `jax.jit`.
+A rank that needs a sum over all ranks is stopped, and started again when all ranks have computed
+their parts of it. This needs no threads, and works for lazy arrays and under `jax.jit`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class NeedsSumError(Exception):
 
 
 class Ranks:
-    """`size` ranks; counts the sums that they make."""
+    """`size` ranks, and the sums that they needed."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -38,7 +38,7 @@ class Ranks:
 
 
 class _Reduce:
-    """Replays the sums that are known, and leaves its part of the first that is not."""
+    """Returns the known sums in their order, and stores a rank's part of the first unknown sum."""
 
     def __init__(self, sums: list[Any], parts: list[Any]) -> None:
         self.known, self.parts = iter(tuple(sums)), parts

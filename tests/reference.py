@@ -3,8 +3,8 @@
     W' = m · V / ‖V‖ by output rows (equation 5)     y = x W'ᵀ + bias
     V  = W + s B A, or W/‖W‖ + s B A                 s = scaling
 
-It shares no code with src and none of its formulas: the gradients go through the dense W' by the
-chain rule, row by row. Plain weights only, x with one axis of tokens.
+It does not share code or formulas with src: the gradients go through the dense W' by the chain
+rule, row by row. The weight must be a matrix, and x must have one axis of tokens.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def length(row: np.ndarray) -> float:
 
 
 def direction_rows(layer: Layer) -> np.ndarray:
-    """V."""
+    """Return V."""
     weight, a, b, _, s, form = layer
     v = np.zeros_like(weight)
     for i, row in enumerate(weight):
@@ -68,7 +68,7 @@ def solve(
     mask: np.ndarray | None = None,
     dropout: str = "input",
 ) -> Result:
-    """Run forward, backward and merge; what the mask leaves of x is seen as `dropout` says."""
+    """Run forward, backward and merge. `dropout` tells how the mask is applied, as in `Config`."""
     layer = layer.wide()
     x, bias, dy = (np.asarray(array, np.float64) for array in (x, bias, dy))
     weight, a, b, m, s, form = layer
@@ -80,7 +80,7 @@ def solve(
         if norm[i] > 0:
             merged[i] = m[i] / norm[i] * v[i]
     mask = np.ones_like(x) if mask is None else np.asarray(mask, np.float64)
-    seen = mask * x  # by what the adapter adds, the rest of x by `beside`
+    seen = mask * x  # multiplied by W'; the rest of x is multiplied by `beside`
     beside = weight.copy()
     if dropout == "low_rank":
         nothing = np.zeros_like(b)

@@ -1,6 +1,6 @@
-"""A layer over 8 devices of one CPU, beside one device: errors and collectives, as JSON.
+"""Print, as JSON, the errors and collectives of a layer over 8 devices of one CPU.
 
-A script of its own: JAX counts its devices once, at its start.
+The errors are those against one device. It is a script because JAX counts its devices at its start.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def layer(x, weight, adapter, bias, config, prepared=None):
 
 
 def functions(config):
-    """By name: what is compiled, of x, weight, adapter, bias and prepared."""
+    """Return the functions to compile, of x, weight, adapter, bias and prepared, by name."""
 
     def forward(x, weight, adapter, bias, prepared):
         weight, adapter = prepared.weight, prepared.adapter
@@ -54,7 +54,7 @@ def functions(config):
         return layer(x, weight, adapter, bias, config)
 
     def step(x, weight, adapter, bias, prepared):
-        """One loss, and the gradients of all."""
+        """Return a loss and the gradients of all arguments."""
 
         def loss(x, weight, adapter, bias):
             return jax.numpy.sum(layer(x, weight, adapter, bias, config) ** 2)
@@ -68,7 +68,7 @@ def functions(config):
 
 
 def run(config, put):
-    """The results of every function, and how many collectives each was compiled to."""
+    """Return the results of every function, and the collectives in its compiled code."""
     rng = np.random.default_rng(3)
     given = {name: put(name, rng.standard_normal(shape)) for name, shape in SHAPES.items()}
     adapter = Adapter(*(given[name] for name in Adapter._fields))

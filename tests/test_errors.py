@@ -1,4 +1,4 @@
-"""Design section 5: every bad input, by message; and after an error nothing has changed."""
+"""Every bad input is refused with its message, and nothing has changed after an error."""
 
 from __future__ import annotations
 

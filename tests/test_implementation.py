@@ -1,4 +1,4 @@
-"""The diagnosis of other implementations: no false alarm, every planted fault, no crash."""
+"""The check of implementations: it finds every planted fault, and nothing in right code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def checked(conventions=None, **functions):
 
 
 def own(config=None):
-    """This package, as an implementation."""
+    """Return the functions of this package as an implementation."""
 
     def parts(weight, lora_a, lora_b, magnitude, scaling):
         rank = lora_a.shape[-2]
@@ -47,7 +47,7 @@ def own(config=None):
     }
 
 
-def test_dense_numpy_is_right_but_in_extreme_cases():
+def test_dense_numpy_is_right_except_in_extreme_cases():
     report = check_implementation(RIGHT, Conventions(dropout="input"))
     assert report.ok
     assert report.diagnoses == ()
@@ -68,7 +68,7 @@ def test_this_package_is_right_in_every_case(form, norm_gradient):
 @pytest.mark.parametrize("dropout", ["input", "low_rank"])
 @pytest.mark.parametrize("form", ["weight", "direction"])
 @pytest.mark.parametrize("norm_gradient", ["exact", "detached"])
-def test_what_the_mask_touches_is_declared_or_named(form, norm_gradient, dropout):
+def test_the_kind_of_dropout_is_declared_or_named(form, norm_gradient, dropout):
     choices = {"form": form, "norm_gradient": norm_gradient}
     functions = own(choices | {"dropout": dropout})
     meant = Conventions(**choices, dropout=dropout, dtypes=("float16", "float64"), stacks=True)
@@ -84,7 +84,7 @@ def test_what_the_mask_touches_is_declared_or_named(form, norm_gradient, dropout
     assert diagnosis.deviations == (names[dropout],)
 
 
-def test_what_takes_no_mask_is_given_none_and_told_so():
+def test_without_declared_dropout_the_cases_with_a_mask_are_left_out():
     report = check_implementation(RIGHT)
     assert {"dropout", "all dropped", "low-rank dropout"} <= set(report.left_out)
     assert "not run, as the conventions say: " in str(report)
@@ -175,7 +175,7 @@ def test_two_deviations_at_once_are_named():
     assert "merge, tall, float32, merged: is " in str(report)
 
 
-def test_functions_that_are_wrong_in_ways_of_their_own_are_told_apart():
+def test_each_function_can_be_wrong_in_another_way():
     def forward(bias, **others):
         return RIGHT.forward(bias=None, **others)
 
@@ -190,7 +190,7 @@ def test_functions_that_are_wrong_in_ways_of_their_own_are_told_apart():
 
 
 def turned(function):
-    """The same function on weights stored (in, out)."""
+    """Return the same function for weights stored (in, out)."""
 
     def call(weight, lora_a, lora_b, **others):
         result = function(weight=weight.T, lora_a=lora_a.T, lora_b=lora_b.T, **others)
@@ -231,17 +231,19 @@ def alpha_merge(scaling, **others):
     ],
     ids=["layout", "bias", "eps", "axis"],
 )
-def test_what_is_declared_is_no_error(conventions, functions):
+def test_a_declared_convention_is_not_an_error(conventions, functions):
     assert checked(conventions, **functions).ok
     assert not checked(**functions).ok
 
 
-def test_alpha_may_be_what_is_passed():
+def test_alpha_may_be_passed_as_scaling():
     findings = checked(Conventions(scaling="alpha"), merge=alpha_merge).findings
-    assert {one.case for one in findings if not one.extreme} == {"rslora"}  # it has no √rank
+    assert {one.case for one in findings if not one.extreme} == {
+        "rslora"
+    }  # alpha does not tell √rank
 
 
-def test_bad_manners_are_reported_and_end_nothing():
+def test_a_function_that_raises_or_writes_or_returns_other_arrays_is_reported():
     def raises(**_):
         raise ZeroDivisionError("oh")
 
@@ -267,14 +269,14 @@ def test_bad_manners_are_reported_and_end_nothing():
         assert report.diagnoses == ()
 
 
-def test_what_is_wrong_everywhere_in_the_same_way_is_one_line():
-    """A misspelt argument, say: all cases would say so."""
+def test_the_same_fault_in_every_case_is_printed_once():
+    """An argument with another name, for example, fails in every case."""
     report = checked(merge=lambda w, a, b, m, s: w)
     lines = str(report).splitlines()
     (line,) = (line for line in lines if "unexpected keyword argument 'weight'" in line)
     assert line.startswith("  merge, tall, float32, all: raises TypeError: ")
     assert line.endswith(f" (and {len(report.findings) - 1} more)")
-    assert len(lines) == 3  # and what the conventions leave out
+    assert len(lines) == 3  # the last line lists the cases that are left out
 
 
 class MuteError(Exception):
@@ -286,17 +288,17 @@ class MuteError(Exception):
     ("error", "said"),
     [(SystemExit(2), "SystemExit: 2"), (MuteError(), "MuteError: its message raises RuntimeError")],
 )
-def test_not_even_an_exit_ends_the_check(error, said):
+def test_an_exit_does_not_end_the_check(error, said):
     def raises(*_, **__):
         raise error
 
     returned = type("Returned", (), {"__array__": raises})()
     assert problems(forward=raises)[0] == ("tall", "all", f"raises {said}")
     taken = problems(forward=lambda **_: returned)[0]
-    assert taken == ("tall", "y", f"is nothing that numpy.asarray takes: {said}")
+    assert taken == ("tall", "y", f"cannot be read by numpy.asarray: {said}")
 
 
-def test_who_interrupts_the_check_ends_it():
+def test_a_keyboard_interrupt_ends_the_check():
     def interrupted(**_):
         raise KeyboardInterrupt
 
@@ -312,7 +314,7 @@ def problems(conventions=None, **functions):
     return [(one.case, one.quantity, one.problem) for one in found]
 
 
-def test_a_number_out_of_all_proportion_is_reported():
+def test_the_largest_float_is_reported():
     largest = np.finfo("float64").max
     found = problems(merge=lambda weight, **_: np.full_like(weight, largest))
     assert found[0][:2] == ("tall", "merged")
@@ -328,15 +330,15 @@ def test_a_number_out_of_all_proportion_is_reported():
         ({"x": None}, ("all", "returns no gradient")),
         (
             {"lora_c": np.ones(1)},
-            ("lora_c", "is none of x, lora_a, lora_b, magnitude, weight, bias"),
+            ("lora_c", "is not one of x, lora_a, lora_b, magnitude, weight, bias"),
         ),
     ],
 )
-def test_gradients_that_are_no_dict_of_them_are_reported(returned, problem):
+def test_gradients_that_are_not_a_dict_of_gradients_are_reported(returned, problem):
     assert problems(gradients=lambda **_: returned)[0] == ("tall", *problem)
 
 
-def test_a_gradient_of_a_bias_that_is_none_is_reported():
+def test_a_gradient_of_a_missing_bias_is_reported():
     def gradients(dy, **layer):
         found = RIGHT.gradients(dy=dy, **layer)
         return {**found, "bias": dy.reshape(-1, dy.shape[-1]).sum(axis=0)}
@@ -358,18 +360,18 @@ def test_a_step_that_returns_something_else_is_reported(returned, problem):
     assert problems(step=lambda **_: returned)[0] == ("adamw", "all", problem)
 
 
-def test_a_step_that_returns_no_arrays_ends_its_case():
+def test_a_step_without_arrays_ends_its_case():
     def step(params, **others):
         return {**params, "lora_b": [[1.0], [1.0, 2.0]]}, None
 
     found = {
         quantity: problem for case, quantity, problem in problems(step=step) if case == "adamw"
     }
-    assert found["lora_b 1"].startswith("is nothing that numpy.asarray takes: ValueError")
+    assert found["lora_b 1"].startswith("cannot be read by numpy.asarray: ValueError")
     assert all(quantity.endswith(" 1") for quantity in found)
 
 
-def test_a_step_may_return_what_numpy_takes():
+def test_a_step_may_return_lists():
     def step(params, **others):
         assert all(type(p) is np.ndarray for p in params.values())
         stepped, state = RIGHT.step(params=params, **others)
@@ -389,16 +391,16 @@ def test_a_step_that_replaces_its_parameters_is_reported():
 
 @pytest.mark.parametrize("returned", [None, np.ones(3), np.ones((3, 2))])
 @pytest.mark.parametrize(("layout", "shape"), [("out_in", (8, 5)), ("in_out", (5, 8))])
-def test_a_shape_is_reported_in_the_layout_that_is_declared(layout, shape, returned):
+def test_a_wrong_shape_is_reported_in_the_declared_layout(layout, shape, returned):
     conventions = Conventions(layout=layout, dtypes=("float64",))
     first = problems(conventions, merge=lambda **_: returned)[0]
     assert first == ("tall", "merged", f"has shape {np.shape(returned)}, must have {shape}")
 
 
-def test_what_is_no_array_is_reported():
+def test_a_result_that_numpy_cannot_read_is_reported():
     case, quantity, problem = problems(forward=lambda **_: [[1.0], [1.0, 2.0]])[0]
     assert (case, quantity) == ("tall", "y")
-    assert problem.startswith("is nothing that numpy.asarray takes: ValueError: ")
+    assert problem.startswith("cannot be read by numpy.asarray: ValueError: ")
 
 
 @pytest.mark.parametrize(
@@ -418,7 +420,7 @@ def test_what_is_no_array_is_reported():
         ({"dtypes": "float32"}, f"dtypes must be some of {HALF_AND_FULL}, got 'float32'"),
     ],
 )
-def test_conventions_that_are_none_are_refused(choice, message):
+def test_wrong_conventions_are_refused(choice, message):
     with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         Conventions(**choice)
 
@@ -444,6 +446,6 @@ def test_a_step_that_writes_to_its_parameters_is_reported():
     assert {one.problem for one in checked(step=step).findings} == {"was written to"}
 
 
-def test_an_implementation_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="must offer init, forward, gradients, merge or step"):
+def test_an_object_without_a_function_is_refused():
+    with pytest.raises(ValueError, match="init, forward, gradients, merge or step, got object"):
         check_implementation(object())

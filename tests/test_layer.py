@@ -1,4 +1,4 @@
-"""DoRALayer and Linear: each row of the table in the design, and the state between calls."""
+"""DoRALayer and Linear: what each method returns and refuses, and the state between calls."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The yardstick on code that others wrote: what it finds in each, by name, and nothing else.
-
-`nox -s peers` runs this, and nothing here is skipped there.
-"""
+"""The findings of the yardstick in published implementations. `nox -s peers` runs these tests."""
 
 from __future__ import annotations
 
@@ -12,15 +9,15 @@ import pytest
 
 from doraxp.testing import Conventions, check_implementation
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # what they import
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from their imports
 
 FULL = ("float32", "float64")
 AS_A_MATRIX = {("forward", "one token", "y"), ("gradients", "one token", "all")}
-"""A vector x comes back as a matrix of one row."""
+"""For a vector x they return a matrix of one row."""
 
 
 def reported(peer, conventions):
-    """The report, printed too: `nox -s peers` shows it."""
+    """Return the report, and print it: `nox -s peers` shows it."""
     report = check_implementation(peer, conventions)
     print(report)
     return report
@@ -54,23 +51,23 @@ def names(report):
 
 @pytest.fixture
 def made(torch):
-    """The implementations; they need PyTorch."""
+    """The module of the implementations, which needs PyTorch."""
     import peers
 
     return peers
 
 
-def test_pefts_float_layer_is_right_but_for_three_things(peft, made):
+def test_pefts_float_layer_has_three_findings(peft, made):
     report = reported(made.Peft(), meant(dropout="input"))
     assert findings(report) == {
         *AS_A_MATRIX,
-        ("gradients", "one row", "dx"),  # W g is made as W + (g - 1) W
-        ("gradients", "rows of all sizes", "dm"),  # the bias is added, and taken away again
+        ("gradients", "one row", "dx"),  # computes g W as W + (g - 1) W
+        ("gradients", "rows of all sizes", "dm"),  # adds the bias and subtracts it again
     }
     assert report.diagnoses == ()
 
 
-def test_peft_is_nan_on_a_zero_row(peft, made):
+def test_peft_returns_nan_for_a_zero_row(peft, made):
     report = reported(made.Peft(), meant(dtypes=("float32",)))
     assert not_finite(report, "zero row") == {
         ("forward", "y"),
@@ -79,7 +76,7 @@ def test_peft_is_nan_on_a_zero_row(peft, made):
     }
 
 
-def test_pefts_init_is_off_on_a_bf16_base(peft, made):
+def test_pefts_init_rounds_the_magnitude_on_a_bf16_base(peft, made):
     report = reported(offered(made.Peft(), "init"), meant(dtypes=("bfloat16",)))
     assert names(report) == {("init",): ("the magnitude is rounded to bfloat16 at init",)}
     errors = [float(one.problem.split()[-1]) for one in report.findings]
@@ -88,7 +85,7 @@ def test_pefts_init_is_off_on_a_bf16_base(peft, made):
     assert findings(right) == set()
 
 
-def test_peft_rounds_to_bf16_on_the_way(peft, made):
+def test_peft_rounds_intermediates_to_bf16(peft, made):
     report = reported(offered(made.Peft(), "forward"), meant(dtypes=("bfloat16",)))
     assert findings(report) == {("forward", "half storage", "y")}
 
@@ -109,7 +106,7 @@ def test_torchtune_scales_the_bias_so_that_its_forward_is_not_its_merge(torchtun
     }
 
 
-def test_torchtune_is_nan_on_a_zero_row(torchtune, made):
+def test_torchtune_returns_nan_for_a_zero_row(torchtune, made):
     report = reported(offered(made.Torchtune(), "forward", "merge"), meant())
     assert not_finite(report, "zero row") == {("forward", "y"), ("merge", "merged")}
 
@@ -124,7 +121,7 @@ def test_lycoris_is_right_with_its_eps(lycoris, made, dtype):
     assert not_finite(report, "zero row") == set()
 
 
-def test_mlx_lm_is_right_but_nan_on_a_zero_row(mlx_lm, made):
+def test_mlx_lm_is_right_but_returns_nan_for_a_zero_row(mlx_lm, made):
     report = reported(made.MlxLm(), meant(dropout="low_rank"))
     assert findings(report) == set()
     assert not_finite(report, "zero row") == {

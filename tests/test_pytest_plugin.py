@@ -1,4 +1,4 @@
-"""The pytest plugin: free until it is used, one test per case and library, and what it refuses."""
+"""The pytest plugin: it costs nothing unused, runs a test per case and library, and refuses."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ PLUGIN = ("-p", "doraxp_pytest", "-p", "no:cacheprovider")
 
 @pytest.fixture
 def run(pytester, monkeypatch):
-    """Run a test file with the plugin, imported anew, where NumPy alone can be used.
+    """Run a test file with a fresh import of the plugin, where only NumPy can be used.
 
-    What is first imported in the run is forgotten after it: PyTorch and JAX do not bear that.
+    pytester removes the modules that a run imports first. PyTorch and JAX fail when they are
+    imported a second time, so a run must not import them.
     """
     both = [Status("numpy", True, ""), Status("jax", False, "not installed: pip install jax")]
     monkeypatch.setattr("doraxp.backends.available", lambda: both)
@@ -42,7 +43,7 @@ def test_the_entry_point_names_the_module():
     assert project["entry-points"]["pytest11"] == {"doraxp_pytest": "doraxp_pytest"}
 
 
-def test_unused_it_imports_nothing(pytester, monkeypatch):
+def test_the_plugin_imports_nothing_until_it_is_used(pytester, monkeypatch):
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     monkeypatch.setenv(
         "PYTHONPATH", str(Path(importlib.util.find_spec("doraxp_pytest").origin).parent)
@@ -59,7 +60,7 @@ def test_unused_it_imports_nothing(pytester, monkeypatch):
     pytester.runpytest_subprocess(*PLUGIN).assert_outcomes(passed=1)
 
 
-def test_a_case_makes_a_test_by_its_name(run):
+def test_each_case_makes_a_test_with_its_name(run):
     names = [case.name for case in catalogue()]
     result = run("def test(dora_case): assert dora_case.reason", "-v")
     result.assert_outcomes(passed=len(names))
@@ -67,7 +68,7 @@ def test_a_case_makes_a_test_by_its_name(run):
         assert f"::test[{name}] PASSED" in result.stdout.str()
 
 
-def test_all_cases_come_at_once(run):
+def test_dora_cases_is_a_tuple_of_all_cases(run):
     source = """
     import pytest
 
@@ -83,7 +84,7 @@ def test_without_the_option_all_usable_libraries_run(run):
     assert "::test[numpy] PASSED" in result.stdout.str()
 
 
-def test_with_the_option_those_that_are_named_run_once(run):
+def test_with_the_option_each_named_library_runs_once(run):
     source = """
     import numpy as np
 
@@ -127,7 +128,7 @@ def test_a_test_may_choose_its_libraries_itself(run):
     run(source).assert_outcomes(passed=1)
 
 
-def test_what_a_library_needs_holds_while_a_test_runs(run):
+def test_a_test_runs_inside_the_context_of_its_library(run):
     source = """
     import contextlib
     import pytest
@@ -158,16 +159,16 @@ def test_what_a_library_needs_holds_while_a_test_runs(run):
     ("name", "message"),
     [
         ("jax", "--dora-backend: jax cannot run here: not installed: pip install jax"),
-        ("abacus", "--dora-backend: names must be of numpy, jax, got 'abacus'"),
+        ("abacus", "--dora-backend: each name must be one of numpy, jax, got 'abacus'"),
     ],
 )
-def test_what_is_asked_for_and_cannot_run_fails(run, name, message):
+def test_a_named_library_that_cannot_run_is_an_error(run, name, message):
     result = run("def test(): pass", f"--dora-backend={name}")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert message in result.stderr.str()
 
 
-def test_the_pages_example_runs(run):
+def test_the_example_of_the_page_runs(run):
     page = (ROOT / "docs" / "testing.md").read_text("utf-8")
     (example,) = re.findall(r"```python\n((?:(?!```).)*dora_case(?:(?!```).)*)```", page, re.DOTALL)
     run(example, "--dora-backend=numpy").assert_outcomes(passed=len(catalogue()))

@@ -1,4 +1,4 @@
-"""The yardstick itself: its reference against the oracle, its bounds, and what it refuses."""
+"""The yardstick: its reference against the oracle, its bounds and its error messages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from doraxp.testing import (
     expected_steps,
     optimizer_catalogue,
 )
-from doraxp.testing._dense import QUANTITIES
+from doraxp.testing._formulas import QUANTITIES
 from doraxp.testing._libraries import Library, as_numpy
 from doraxp.testing._reference import in_the_dtype
 
@@ -31,7 +31,7 @@ def wanted(case, dtype):
 
 
 @pytest.mark.once
-def test_every_number_is_within_the_bound_of_rounding(backend):
+def test_every_number_is_within_its_bound(backend):
     comparison = compare_backends([backend.backend])
     assert [figure for figure in comparison.figures if not figure.ok] == []
     assert comparison.ok
@@ -54,14 +54,14 @@ def test_the_reference_equals_the_oracle(case):
     )
     theirs = dict(zip(QUANTITIES, exact, strict=True))
     for name, want in expected(case, dtype).items():
-        # Both are in float64: each may be off by what its own rounding allows.
+        # The oracle has rounding errors in float64 too.
         assert want.share(theirs[name].reshape(want.value.shape)) <= 1, name
 
 
 @pytest.mark.parametrize(
     ("case", "dtype"), RUNS, ids=lambda value: getattr(value, "name", str(value))
 )
-def test_the_dense_way_is_within_the_bound(case, dtype):
+def test_the_dense_formulas_are_within_the_bound(case, dtype):
     found = in_the_dtype(case, dtype)
     for name, want in wanted(case, dtype).items():
         assert want.share(found[name]) <= 1, name
@@ -69,7 +69,7 @@ def test_the_dense_way_is_within_the_bound(case, dtype):
 
 @pytest.mark.parametrize("name", ["one token", "no tokens"])
 @pytest.mark.parametrize("axes", [None, (1,), (1, 1)])
-def test_what_has_another_shape_has_no_share(name, axes):
+def test_an_array_of_another_shape_is_refused(name, axes):
     (case,) = (case for case in catalogue() if case.name == name)
     want = expected(case, "float64")["y"]
     actual = None if axes is None else want.value.reshape(*axes, *want.value.shape)
@@ -78,14 +78,14 @@ def test_what_has_another_shape_has_no_share(name, axes):
         want.share(actual)
 
 
-def test_bounds_are_not_so_wide_that_a_digit_could_hide():
-    """In float32 a sum of six may be off in the sixth digit, not in the third."""
+def test_bounds_are_narrow():
+    """A sum of six numbers in float32 may be wrong in the sixth digit, but not in the third."""
     (case,) = (case for case in catalogue() if case.name == "tall")
     for name, want in expected(case, "float32").items():
         assert np.max(want.bound) < 1e-4 * np.max(np.abs(want.value)), name
 
 
-def test_cases_have_names_and_reasons_of_their_own():
+def test_every_case_has_a_different_name_and_reason():
     cases = (*catalogue(), *optimizer_catalogue())
     assert len({case.name for case in cases}) == len({case.reason for case in cases}) == len(cases)
 
@@ -127,7 +127,7 @@ def test_a_wrong_number_shape_or_dtype_is_found(monkeypatch, name, change, quant
     assert wrong == ({quantity} if quantity else {f"magnitude {t}" for t in (1, 2, 3)})
 
 
-def test_what_raises_is_reported_with_its_case(monkeypatch):
+def test_an_exception_is_reported_with_its_case(monkeypatch):
     def broken(*args, **kwargs):
         raise OSError("the disk is full")
 
@@ -140,7 +140,7 @@ def test_what_raises_is_reported_with_its_case(monkeypatch):
 
 
 def two_libraries(monkeypatch, change=lambda array: array):
-    """Let array-api-strict's name stand for a second NumPy, whose y goes through `change`."""
+    """Make a second NumPy under the name of array-api-strict, whose arrays `change` replaces."""
     both = [doraxp.backends.Status(name, True, "") for name in ("numpy", "array_api_strict")]
     monkeypatch.setattr("doraxp.backends.available", lambda: both)
     modules = {"numpy": np, "array_api_strict": types.SimpleNamespace(**vars(np))}
@@ -162,7 +162,7 @@ def test_two_backends_that_differ_disagree(monkeypatch, change):
     assert not comparison.ok
 
 
-def test_a_backend_that_raises_agrees_with_none(monkeypatch):
+def test_a_backend_that_raises_does_not_agree_with_another(monkeypatch):
     two_libraries(monkeypatch, lambda array: [][0])
     assert compare_backends(["numpy", "array_api_strict"]).agreements[0].share == np.inf
 
@@ -176,17 +176,17 @@ def test_a_backend_that_is_missing_is_named_with_the_way_to_install_it(monkeypat
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["abacus"], "names must be of numpy, .*, got 'abacus'"),
+        (["abacus"], "each name must be one of numpy, .*, got 'abacus'"),
         ([], "at least one of numpy, "),
         ("numpy", r"names must be a list of names, got 'numpy'"),
     ],
 )
-def test_names_that_are_none_are_refused(names, message):
+def test_names_that_are_not_those_of_backends_are_refused(names, message):
     with pytest.raises(ValueError, match=message):
         compare_backends(names)
 
 
-def test_a_comparison_reads_as_its_worst_and_its_wrong_figures(monkeypatch):
+def test_a_comparison_prints_its_worst_and_its_wrong_figures(monkeypatch):
     right = compare_backends(["numpy"])
     worst = max(right.figures, key=lambda figure: figure.share)
     assert str(right) == (
@@ -200,7 +200,7 @@ def test_a_comparison_reads_as_its_worst_and_its_wrong_figures(monkeypatch):
     assert re.fullmatch(r"  numpy, tall, float32, merged: is .* times its bound off", second)
 
 
-def test_two_that_disagree_are_said_to(monkeypatch):
+def test_two_backends_that_disagree_are_printed(monkeypatch):
     two_libraries(monkeypatch, lambda array: 1.01 * array)
     last = str(compare_backends(["numpy", "array_api_strict"])).splitlines()[-1]
     assert re.fullmatch(r"  numpy and array_api_strict disagree: .* times two bounds apart", last)
@@ -210,7 +210,7 @@ def test_a_case_does_not_print_its_arrays():
     assert "array(" not in repr(catalogue()[0]) + repr(optimizer_catalogue()[0])
 
 
-def test_names_that_the_kit_does_not_know_are_refused():
+def test_an_unknown_library_or_dtype_is_refused():
     with pytest.raises(ValueError, match=r"name must be one of numpy, .*, got 'abacus'"):
         Library("abacus")
     for case in (catalogue()[0], optimizer_catalogue()[0]):
@@ -218,13 +218,13 @@ def test_names_that_the_kit_does_not_know_are_refused():
             wanted(case, "int8")
 
 
-def test_a_dtype_that_a_library_lacks_is_said_to_be_left_out(monkeypatch):
+def test_a_dtype_that_a_library_lacks_is_listed_as_left_out(monkeypatch):
     modules = {"numpy": np}
     monkeypatch.setattr("doraxp.testing._libraries.importlib.import_module", _import_from(modules))
     assert compare_backends(["numpy"]).left_out == (("numpy", "bfloat16"),)
 
 
-def test_dask_has_float16_though_it_has_no_name_for_it(monkeypatch):
+def test_dask_has_float16_without_a_name_for_it(monkeypatch):
     monkeypatch.setattr("importlib.import_module", {"dask.array": types.ModuleType("da")}.get)
     library = Library("dask")
     assert (library.dtype("float16"), library.dtype("bfloat16")) == (np.float16, None)
@@ -236,7 +236,7 @@ def test_jax_computes_with_float64_enabled(monkeypatch):
     assert Library("jax").active() == ("enabled", True)
 
 
-def test_arrays_on_a_gpu_are_fetched():
+def test_arrays_on_a_gpu_are_copied_to_the_host():
     class OnDevice(np.ndarray):
         def get(self):
             return np.asarray(self) + 1

@@ -1,4 +1,4 @@
-"""Config: its scaling, its defaults and what it refuses."""
+"""Config: its scaling, its defaults and its error messages."""
 
 from __future__ import annotations
 

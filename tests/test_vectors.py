@@ -1,4 +1,4 @@
-"""`doraxp vectors`: the same bytes everywhere, what is in them, what is refused, and a reader."""
+"""`doraxp vectors`: it writes the same bytes everywhere, and a program in JavaScript reads them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_two_runs_write_the_same_bytes(vectors, tmp_path, capsys):
 
 
 def test_another_blas_writes_the_same_bytes(vectors, tmp_path):
-    """The oldest kernels of OpenBLAS sum in another order than those of this machine."""
+    """The oldest kernels of OpenBLAS add in another order than those of this machine."""
     command = [sys.executable, "-m", "doraxp", "vectors", "--out", str(tmp_path / "again")]
     environment = os.environ | {
         "OPENBLAS_CORETYPE": "Prescott",
@@ -93,7 +93,7 @@ def test_the_manifest_names_every_tensor_and_nothing_else(manifest, tensors):
             assert "/bound/" not in name or (array > 0).all()
 
 
-def test_the_numbers_are_those_of_the_kit(manifest, tensors):
+def test_the_numbers_are_those_of_the_catalogue(manifest, tensors):
     for dtype, arrays in tensors.items():
         for entry in manifest["cases"]:
             case = CASES[entry["name"]]
@@ -111,14 +111,14 @@ def test_the_numbers_are_those_of_the_kit(manifest, tensors):
                 np.testing.assert_array_equal(written, array.astype(dtype))
             for name, want in wanted.items():
                 assert want.share(arrays[f"{case.name}/expected/{name}"]) <= 1
-                # The sums are in another order, so the last digits may be others.
+                # The files add in another order, so the last digits may differ.
                 bound = arrays[f"{case.name}/bound/{name}"]
                 np.testing.assert_allclose(bound, want.bound, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.name)
-def test_what_this_package_computes_on_the_way_is_within_the_bounds(tensors, case, dtype):
+def test_intermediates_of_this_package_are_within_the_bounds(tensors, case, dtype):
     numpy = Library("numpy")
     arrays = {name: numpy.asarray(array, dtype) for name, array in case.stored(dtype).items()}
     adapter = Adapter(*(arrays[name] for name in Adapter._fields))
@@ -146,7 +146,7 @@ def test_what_this_package_computes_on_the_way_is_within_the_bounds(tensors, cas
         found["row_scale"] = prepared.direction.factors.row_scale
     for name, array in found.items():
         want, bound = (
-            tensors[dtype][f"{case.name}/{what}/{name}"] for what in ("expected", "bound")
+            tensors[dtype][f"{case.name}/{group}/{name}"] for group in ("expected", "bound")
         )
         assert (np.abs(array.reshape(want.shape) - want) <= bound).all(), name
 
@@ -156,7 +156,7 @@ def refused(capsys, *arguments):
     return capsys.readouterr().err
 
 
-def test_a_folder_with_something_in_it_is_refused(tmp_path, capsys):
+def test_a_folder_with_files_is_refused(tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
     message = f"doraxp vectors: error: {tmp_path}: must be empty; --force replaces the vectors"
     assert message in refused(capsys, "--out", tmp_path)
@@ -174,23 +174,23 @@ def test_force_replaces_the_vectors_and_nothing_else(vectors, tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_an_empty_folder_is_taken(vectors, tmp_path):
+def test_an_empty_folder_is_filled(vectors, tmp_path):
     (tmp_path / "out").mkdir()
     assert main(["vectors", "--out", str(tmp_path / "out")]) == 0
     assert contents(tmp_path / "out") == contents(vectors)
 
 
-def test_what_can_hold_no_folder_is_refused(tmp_path, capsys):
+def test_a_path_where_a_folder_cannot_be_made_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert "file: must be a folder, but is a file" in refused(capsys, "--out", tmp_path / "file")
     assert "nowhere: no such folder" in refused(capsys, "--out", tmp_path / "nowhere" / "out")
 
 
-def test_a_run_that_fails_leaves_nothing(tmp_path, capsys, monkeypatch):
+def test_a_run_that_fails_leaves_no_files(tmp_path, capsys, monkeypatch):
     def full(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("doraxp.testing._vectors.json.dumps", full)  # the manifest comes last
+    monkeypatch.setattr("doraxp.testing._vectors.json.dumps", full)  # the manifest is written last
     assert "no space left on device" in refused(capsys, "--out", tmp_path / "out")
     assert os.listdir(tmp_path) == []
 
@@ -224,7 +224,7 @@ def test_the_reader_finds_every_number_within_its_bound(node, vectors, manifest)
         ("float32", "sgd/expected/lora_a 3"),
     ],
 )
-def test_the_reader_finds_one_number_that_is_changed(node, vectors, tmp_path, dtype, name):
+def test_the_reader_finds_one_changed_number(node, vectors, tmp_path, dtype, name):
     shutil.copytree(vectors, tmp_path, dirs_exist_ok=True)
     path = tmp_path / f"{dtype}.safetensors"
     raw = bytearray(path.read_bytes())
@@ -242,7 +242,7 @@ def test_the_reader_finds_one_number_that_is_changed(node, vectors, tmp_path, dt
     assert all(line.startswith(f"WRONG {dtype}, {name.split('/')[0]}, ") for line in wrong)
 
 
-def test_the_reader_says_what_it_cannot_read(node, vectors, tmp_path):
+def test_the_reader_prints_an_error_for_files_that_it_cannot_read(node, vectors, tmp_path):
     status, printed = read_by_node(node, tmp_path)
     assert (status, "error: ENOENT" in printed) == (2, True)
     shutil.copytree(vectors, tmp_path, dirs_exist_ok=True)

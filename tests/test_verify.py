@@ -81,7 +81,7 @@ def test_two_backends_are_said_to_agree_and_what_they_lack_is_said(capsys, monke
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("abacus", "names must be of numpy, "),
+        ("abacus", "each name must be one of numpy, "),
         ("cupy", "cupy cannot run here: pip install 'doraxp[cuda13]', or [cuda12]"),
     ],
 )

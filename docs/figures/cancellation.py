@@ -1,7 +1,7 @@
-"""Print what cancellation costs in float32: the error of n, y and the worst gradient.
+"""Print the errors that cancellation causes in float32: of n, y and the worst gradient.
 
-B A is drawn, and W so that every row of V = W + B A has `ratio` times the length of B A. Errors
-are the largest one over the largest value, against the dense formulas in float64.
+B A is random, and W is such that every row of V = W + B A has `ratio` times the length of the row
+of B A. An error is the largest one over the largest value, against the dense formulas in float64.
 
     python docs/figures/cancellation.py
 """
@@ -37,14 +37,14 @@ def row_norms(v: Any) -> Any:
 
 
 def expanded_norms(weight: Any, a: Any, b: Any) -> Any:
-    """Return n by the three terms of n², and nothing else."""
+    """Return n by the three terms of n² alone."""
     u, gram = weight @ a.T, a @ a.T
     n2 = np.sum(weight * weight, axis=1) + 2 * np.sum(b * u, axis=1) + np.sum(b @ gram * b, axis=1)
     return np.sqrt(np.maximum(n2, 0))
 
 
 def dense(x: Any, weight: Any, a: Any, b: Any, m: Any, dy: Any) -> dict[str, Any]:
-    """Return n, y and the gradients through V, formed."""
+    """Return n, y and the gradients, computed through a stored V."""
     v = weight + b @ a
     n = row_norms(v)
     g = m / n
@@ -56,7 +56,7 @@ def dense(x: Any, weight: Any, a: Any, b: Any, m: Any, dy: Any) -> dict[str, Any
 
 
 def guarded(x: Any, weight: Any, a: Any, b: Any, m: Any, dy: Any) -> dict[str, Any]:
-    """Return the same from doraxp."""
+    """Return the same quantities, computed by doraxp."""
     adapter = doraxp.Adapter(a, b, m)
     y, cache = doraxp.forward(x, weight, adapter, CONFIG)
     gradients = doraxp.backward(dy, cache)
@@ -65,7 +65,7 @@ def guarded(x: Any, weight: Any, a: Any, b: Any, m: Any, dy: Any) -> dict[str, A
 
 
 def errors(ratio: float) -> dict[str, dict[str, float]]:
-    """Return, for each way, the error of n, of y and of the worst gradient."""
+    """Return the errors of n, of y and of the worst gradient, for each way to compute them."""
     arrays = draw(ratio)
     exact = dense(*(v.astype(np.float64) for v in arrays))
 

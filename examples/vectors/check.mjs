@@ -1,9 +1,9 @@
-// Holds an implementation of DoRA to the golden vectors of `doraxp vectors --out DIR`:
+// Checks an implementation of DoRA against the golden vectors of `doraxp vectors --out DIR`:
 //
 //     node examples/vectors/check.mjs DIR
 //
 // The implementation is the one below: plain loops in double, no dependencies. Put yours in its place.
-// Exit status 0 where every number is within its bound, 1 where one is not, 2 where DIR is not read.
+// The exit status is 0 if every number is within its bound, 1 if not, 2 if DIR cannot be read.
 
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
@@ -68,7 +68,7 @@ function layer({ scaling: s, form, norm_gradient, dropout }, input) {
   const g = perRow(v, (i) => (n[i] > 0 ? m[i] / n[i] : 0));
   const merged = rowsTimes(g, v);
 
-  // The mask's x goes through W', and what that leaves of x through the weight beside it.
+  // W' multiplies the masked x, and `beside` multiplies the rest of x.
   const mask = dropout === null ? null : input.dropout_mask;
   const seen = mask === null ? x : filled(x.rows, x.cols, (t, j) => at(mask, t, j) * at(x, t, j));
   const rest = minus(x, seen);
@@ -127,7 +127,7 @@ function layer({ scaling: s, form, norm_gradient, dropout }, input) {
   };
 }
 
-// A stack is one layer after the other; x and dy have any number of tokens.
+// A stack holds one layer after the other; x and dy have any number of tokens.
 function stacked(entry, inputs) {
   const [out, inner] = inputs.weight.shape.slice(-2);
   const width = { x: inner, weight: inner, lora_a: inner, lora_b: entry.rank, dropout_mask: inner };

@@ -1,6 +1,7 @@
-"""The yardstick: named cases with their reasons, a float64 reference, and bounds for rounding."""
+"""The yardstick: named cases with their reasons, a float64 reference and bounds for rounding."""
 
-from doraxp.testing._catalogue import VERSION, Case, OptimizerCase, catalogue, optimizer_catalogue
+from doraxp.testing._cases import Case, OptimizerCase
+from doraxp.testing._catalogue import VERSION, catalogue, optimizer_catalogue
 from doraxp.testing._compare import Agreement, Comparison, Figure, compare_backends
 from doraxp.testing._conventions import Conventions
 from doraxp.testing._diagnosis import Diagnosis

@@ -1,117 +1,27 @@
 """The catalogue: named cases that an implementation of DoRA must get right, and why each is there.
 
-    weight (*stack, out, in)   lora_a (*stack, rank, in)   lora_b (*stack, out, rank)
-    magnitude, bias (*stack, out)    x (*stack, ..., in)   dy (*stack, ..., out)
-    dropout_mask, of x's shape: 0, or 1/(1 − p) with p = 1/5
-
-The numbers are drawn by name: a new case changes none of the others. They are the same on every
-machine: what is made of the drawn ones needs no BLAS and no power or logarithm.
+The name of a case is the seed of its random numbers, so a new case does not change the others. The
+numbers are the same on every machine: no BLAS, power or logarithm is applied to them.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from doraxp._base.types import Config, Dropout
+from doraxp.testing._cases import FULL, HALF, Case, OptimizerCase, rounded
 
 VERSION = 2
-"""Goes up when there are other cases, or other numbers in one."""
-
-FULL = ("float32", "float64")
-HALF = ("float16", "bfloat16")
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """One layer with its inputs, as NumPy arrays.
-
-    Parameters
-    ----------
-    name : str
-    reason : str
-        What goes wrong where it is not tested.
-    config : Config
-    arrays : mapping of str to array
-        x, weight, lora_a, lora_b, magnitude, dy, and where there is one, bias and dropout_mask.
-    dtypes : tuple of str
-        What all but the adapter is stored in; that is in the compute dtype.
-    extreme : bool
-        Whether the formulas fail where they are computed as they stand: 0/0, or squares that
-        overflow or underflow.
-    """
-
-    name: str
-    reason: str
-    config: Config
-    arrays: Mapping[str, Any] = field(repr=False)
-    dtypes: tuple[str, ...] = FULL
-    extreme: bool = False
-
-    def stored(self, dtype: str) -> dict[str, Any]:
-        """Return the arrays rounded to a storage dtype, the adapter to the compute dtype.
-
-        The numbers of float16 and bfloat16 come in float32, which holds them exactly.
-        """
-        wide = compute_dtype(dtype)
-        return {
-            name: (array if name in ADAPTER else rounded(array, dtype)).astype(wide)
-            for name, array in self.arrays.items()
-        }
-
-
-@dataclass(frozen=True, eq=False)
-class OptimizerCase:
-    """Steps of an optimizer with given gradients, as NumPy arrays.
-
-    Parameters
-    ----------
-    name : str
-    reason : str
-    optimizer : {"adamw", "sgd"}
-    numbers : mapping of str to float
-        The arguments of the step.
-    params : mapping of str to array
-        lora_a, lora_b and magnitude.
-    grads : tuple of mappings
-        The gradients of each step.
-    """
-
-    name: str
-    reason: str
-    optimizer: str
-    numbers: Mapping[str, float]
-    params: Mapping[str, Any] = field(repr=False)
-    grads: tuple[Mapping[str, Any], ...] = field(repr=False)
-    dtypes: tuple[str, ...] = FULL
-
-
-ADAPTER = ("lora_a", "lora_b", "magnitude")
-
-
-def compute_dtype(dtype: str) -> str:
-    """Return what a storage dtype is computed in; ValueError where it is none."""
-    if dtype not in (*HALF, *FULL):
-        raise ValueError(f"dtype must be one of {', '.join((*HALF, *FULL))}, got {dtype!r}")
-    return "float32" if dtype in HALF else dtype
-
-
-def rounded(values: Any, dtype: str) -> Any:
-    """Round to a dtype. NumPy alone has no bfloat16: float32 with the lower 16 bits rounded off."""
-    if dtype != "bfloat16":
-        return values.astype(dtype)
-    bits = values.astype(np.float32).view(np.uint32)
-    half_to_even = 0x7FFF + (bits >> 16 & 1)
-    return ((bits + half_to_even) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+"""The version of the catalogue. It goes up when a case is added or its numbers change."""
 
 
 def catalogue() -> tuple[Case, ...]:
-    """Return the cases of layers.
+    """Return the cases that are layers.
 
     Returns
     -------
@@ -243,7 +153,7 @@ def catalogue() -> tuple[Case, ...]:
 
 
 def optimizer_catalogue() -> tuple[OptimizerCase, ...]:
-    """Return the cases of optimizers, three steps each.
+    """Return the cases that are optimizers, with three steps each.
 
     Returns
     -------
@@ -290,7 +200,7 @@ def _case(
     }
     arrays = {key: rng.standard_normal(shape) for key, shape in shapes.items()}
     arrays["magnitude"] = np.abs(arrays["magnitude"]) + 0.5
-    # Exact in float16 and float32: what a dtype stores is the same numbers in every dtype.
+    # float16 holds each number exactly, so every storage dtype holds the same numbers.
     arrays = {key: rounded(array, "float16").astype(float) for key, array in arrays.items()}
     if not bias:
         del arrays["bias"]

@@ -1,4 +1,4 @@
-"""Run the catalogue on array libraries, and hold every number to the reference and its bound."""
+"""Run the catalogue on array libraries, and compare every number with the reference."""
 
 from __future__ import annotations
 
@@ -9,16 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import doraxp
-from doraxp._base.types import Adapter
-from doraxp.testing._catalogue import (
-    ADAPTER,
-    Case,
-    OptimizerCase,
-    catalogue,
-    compute_dtype,
-    optimizer_catalogue,
-)
-from doraxp.testing._libraries import Library, as_numpy, dtype_name
+from doraxp.testing._cases import Case, OptimizerCase
+from doraxp.testing._catalogue import catalogue, optimizer_catalogue
+from doraxp.testing._libraries import Library
 from doraxp.testing._reference import (
     UNIT_ROUNDOFF,
     Expected,
@@ -26,6 +19,7 @@ from doraxp.testing._reference import (
     expected_steps,
     in_the_dtype,
 )
+from doraxp.testing._runs import described, run_case
 
 
 class Figure(NamedTuple):
@@ -36,20 +30,20 @@ class Figure(NamedTuple):
     dtype: str
     quantity: str
     error: float
-    """Largest error over largest number, against float64; NaN where rounding leaves no digit."""
+    """The largest error over the largest number; NaN where rounding leaves no correct digit."""
     dense: float
-    """That of the dense formulas computed by NumPy in the dtype; 0 in float64, where they are
-    the reference."""
+    """The same error of the dense formulas, computed by NumPy in the dtype. In float64 it is 0,
+    because these formulas are the reference."""
     resolution: float
-    """Of the dtype that the quantity is returned in, 2u; what to state both errors in."""
+    """2u of the dtype that the quantity is returned in: the unit in which to show both errors."""
     share: float
-    """Largest error in units of its bound; above 1 is wrong."""
+    """The largest error in units of its bound. A share above 1 is wrong."""
     failure: str | None
-    """What else is wrong with it, in words."""
+    """Another fault, such as a wrong shape, in words; None without one."""
 
     @property
     def ok(self) -> bool:
-        """Whether it is within its bound and nothing else is wrong."""
+        """Whether the error is within its bound and there is no other fault."""
         return self.failure is None and self.share <= 1
 
 
@@ -58,20 +52,20 @@ class Agreement(NamedTuple):
 
     backends: tuple[str, str]
     share: float
-    """Largest difference in units of twice the bound; above 1 they disagree."""
+    """The largest difference in units of twice the bound. Above 1 the two disagree."""
 
 
 class Comparison(NamedTuple):
-    """What `compare_backends` found."""
+    """The result of `compare_backends`."""
 
     figures: tuple[Figure, ...]
     agreements: tuple[Agreement, ...]
     left_out: tuple[tuple[str, str], ...]
-    """Backend and dtype, where the library has no such dtype."""
+    """Each backend and dtype that did not run, because the library does not have the dtype."""
 
     @property
     def ok(self) -> bool:
-        """Whether every number is right, and every two backends agree."""
+        """Whether every number is within its bound and every two backends agree."""
         return all(one.ok for one in self.figures) and all(
             pair.share <= 1 for pair in self.agreements
         )
@@ -101,18 +95,19 @@ class Comparison(NamedTuple):
 def compare_backends(
     names: Sequence[str], *, progress: Callable[[str, int, int], None] = lambda *_: None
 ) -> Comparison:
-    """Run the catalogue on every named backend, and compare with the float64 reference.
+    """Run the catalogue on every named backend, and compare it with the float64 reference.
 
     ::
 
-        |actual − reference| ≤ bound      the rounding errors of the dense formulas, added up
+        |actual − reference| ≤ bound      the sum of the rounding errors of the dense formulas
 
     Parameters
     ----------
     names : sequence of str
         Names of `doraxp.backends.available()`.
     progress : callable, optional
-        Called before each case with what it is, how many are done and how many there are.
+        Called before each case with its description, the number of cases that are done and the
+        number of all cases.
 
     Returns
     -------
@@ -121,7 +116,7 @@ def compare_backends(
     Raises
     ------
     ValueError
-        There is no backend of a name, or none is named.
+        A name is not that of a backend, or `names` is empty.
     RuntimeError
         A backend cannot be used here; the message says how to install it.
 
@@ -141,8 +136,8 @@ def compare_backends(
         wanted, dense = _wanted(case, dtype), in_the_dtype(case, dtype)
         found: dict[str, dict[str, Any]] = {}
         for number, library in enumerate(libraries):
-            what = f"{library.name}: {case.name}, {dtype}"
-            progress(what, done * len(libraries) + number, len(runs) * len(libraries))
+            label = f"{library.name}: {case.name}, {dtype}"
+            progress(label, done * len(libraries) + number, len(runs) * len(libraries))
             if library.dtype(dtype) is None:
                 left_out[library.name, dtype] = None
                 continue
@@ -157,43 +152,21 @@ def compare_backends(
 
 
 def check_usable(names: Sequence[str]) -> None:
+    """Raise ValueError or RuntimeError unless every name is that of a backend that runs here."""
     if isinstance(names, str):
         raise ValueError(f"names must be a list of names, got {names!r}")
     known = {status.name: status for status in doraxp.backends.available()}
     if not names:
-        raise ValueError(f"names must hold at least one of {', '.join(known)}, got none")
+        raise ValueError(f"names must hold at least one of {', '.join(known)}, got {names!r}")
     for name in names:
         if name not in known:
-            raise ValueError(f"names must be of {', '.join(known)}, got {name!r}")
+            raise ValueError(f"each name must be one of {', '.join(known)}, got {name!r}")
         if not known[name].usable:
             raise RuntimeError(f"{name} cannot run here: {known[name].detail}")
 
 
 def _wanted(case: Case | OptimizerCase, dtype: str) -> dict[str, Expected]:
     return expected_steps(case, dtype) if isinstance(case, OptimizerCase) else expected(case, dtype)
-
-
-class Actual(NamedTuple):
-    """A result on the host."""
-
-    values: Any
-    dtype: str
-    turned: bool = False
-    """Whether what was returned has the last two axes the other way around."""
-
-    def mismatch(self, want: Expected) -> str | None:
-        """Say how it differs from what is wanted, but for rounding; None where it does not."""
-        if self.values.shape != want.value.shape:
-            got, must = (
-                (*shape[:-2], *shape[-2:][:: -1 if self.turned else 1])
-                for shape in (self.values.shape, want.value.shape)
-            )
-            return f"has shape {got}, must have {must}"
-        if self.dtype != want.dtype:
-            return f"has dtype {self.dtype}, must have {want.dtype}"
-        if bad := np.count_nonzero(~np.isfinite(self.values)):
-            return f"has {bad} numbers that are not finite"
-        return None
 
 
 def _figures(
@@ -204,7 +177,7 @@ def _figures(
     dense: dict[str, Any],
     actual: dict[str, Any],
 ) -> Iterator[Figure]:
-    if isinstance(actual, Exception):  # it stands for all quantities of the case
+    if isinstance(actual, Exception):  # one figure stands for all quantities of the case
         failure = f"raises {described(actual)}"
         yield Figure(backend, case, dtype, "all", np.inf, np.inf, 1.0, np.inf, failure)
         return
@@ -225,15 +198,6 @@ def _figures(
         )
 
 
-def described(error: BaseException) -> str:
-    """Return the type and the message of an exception of someone else's code."""
-    try:
-        message = str(error)
-    except Exception as another:
-        message = f"its message raises {type(another).__name__}"
-    return f"{type(error).__name__}: {message}"
-
-
 def _worst_difference(wanted: dict[str, Expected], one: Any, other: Any) -> float:
     if isinstance(one, Exception) or isinstance(other, Exception):
         return np.inf
@@ -244,65 +208,3 @@ def _worst_difference(wanted: dict[str, Expected], one: Any, other: Any) -> floa
         between = want._replace(value=one[name].values.astype(np.float64))
         worst = max(worst, between.share(other[name].values) / 2)
     return worst
-
-
-def run_case(case: Case | OptimizerCase, dtype: str, library: Library) -> Any:
-    """Return the quantities of a case as `Actual`, or the exception that it raised."""
-    # What overflows on the way, where NumPy is underneath, shows in the numbers.
-    with library.active(), np.errstate(all="ignore"):
-        try:
-            run = _run_layer if isinstance(case, Case) else _run_steps
-            found: Any = run(case, dtype, library)
-            return {
-                name: Actual(as_numpy(array), dtype_name(array))
-                for name, array in found.items()
-                if array is not None
-            }
-        except Exception as error:  # of any library: it is reported, with the case's name
-            return error
-
-
-def _run_layer(case: Any, dtype: str, library: Library) -> dict[str, Any]:
-    wide = compute_dtype(dtype)
-    arrays = {
-        name: library.asarray(array, wide if name in ADAPTER else dtype)
-        for name, array in case.stored(dtype).items()
-    }
-    adapter = Adapter(*(arrays[name] for name in ADAPTER))
-    weight, bias = arrays["weight"], arrays.get("bias")
-    prepared = doraxp.prepare(weight, adapter, case.config)
-    y, cache = doraxp.forward(
-        arrays["x"],
-        weight,
-        adapter,
-        case.config,
-        bias=bias,
-        prepared=prepared,
-        dropout_mask=arrays.get("dropout_mask"),
-    )
-    grads = doraxp.backward(arrays["dy"], cache, train_base=True)
-    return {
-        "norm": prepared.norm,
-        "merged": doraxp.merge(weight, adapter, case.config, prepared=prepared),
-        "y": y,
-        "dx": grads.x,
-        "da": grads.adapter.lora_a,
-        "db": grads.adapter.lora_b,
-        "dm": grads.adapter.magnitude,
-        "dw": grads.weight,
-        "dbias": grads.bias,
-    }
-
-
-def _run_steps(case: Any, dtype: str, library: Library) -> dict[str, Any]:
-    init, step = (getattr(doraxp, f"{case.optimizer}_{what}") for what in ("init", "step"))
-    params, *grads = (
-        Adapter(*(library.asarray(arrays[name], dtype) for name in ADAPTER))
-        for arrays in (case.params, *case.grads)
-    )
-    state = init(params)
-    found: dict[str, Any] = {}
-    for t, gradient in enumerate(grads, start=1):
-        params, state = step(params, gradient, state, **case.numbers)
-        found |= {f"{name} {t}": leaf for name, leaf in params._asdict().items()}
-    return found

@@ -1,4 +1,4 @@
-"""What an implementation means to do, and how it is called: with NumPy arrays, by name."""
+"""The conventions of an implementation, and its calls: NumPy arrays, passed by name."""
 
 from __future__ import annotations
 
@@ -10,18 +10,11 @@ import numpy as np
 
 from doraxp._base.scalars import check_flag, check_number
 from doraxp._base.types import Dropout, Form, NormGradient
-from doraxp.testing._catalogue import (
-    ADAPTER,
-    FULL,
-    HALF,
-    Case,
-    OptimizerCase,
-    catalogue,
-    compute_dtype,
-)
-from doraxp.testing._compare import Actual, described
+from doraxp.testing._cases import ADAPTER, FULL, HALF, Case, OptimizerCase, compute_dtype_name
+from doraxp.testing._catalogue import catalogue
 from doraxp.testing._deviations import FORWARD, Changes, eps
 from doraxp.testing._libraries import Library, as_numpy, dtype_name
+from doraxp.testing._runs import Actual, described
 
 Layout: TypeAlias = Literal["out_in", "in_out"]
 NormAxis: TypeAlias = Literal["output", "input"]
@@ -41,36 +34,37 @@ GRADIENTS = {"x": "dx", "lora_a": "da", "lora_b": "db", "magnitude": "dm", "weig
 
 @dataclass(frozen=True, kw_only=True)
 class Conventions:
-    """What an implementation means to do; all else that differs is wrong.
+    """The choices that an implementation has made. Any other difference is an error.
 
     Parameters
     ----------
     layout : {"out_in", "in_out"}
-        How it stores the weight; "in_out" has A as (in, rank) and B as (rank, out) too.
+        How it stores the weight. With "in_out", A is (in, rank) and B is (rank, out).
     form : {"weight", "direction"}
     norm_gradient : {"exact", "detached"}
     norm_axis : {"output", "input"}
-        One norm for each output row, or for each input column; the latter is run on square
-        weights alone.
+        Whether there is one norm for each output row or for each input column. With "input",
+        only cases with a square weight run.
     bias_scaled : bool
-        Whether m/n scales the bias.
+        Whether the bias is multiplied by m/n.
     eps : float
-        What it adds to the norm.
+        A number that is added to the norm.
     scaling : {"s", "alpha"}
-        Which number it takes by the name of `scaling`.
+        The number that its argument `scaling` expects.
     dropout : {"input", "low_rank"}, optional
-        Which x the dropout mask touches, as in `doraxp.Config`; None where it takes no mask.
+        The x that the dropout mask multiplies, as in `doraxp.Config`; None if its functions do
+        not take a mask.
     stacks : bool
-        Whether it takes weights with leading axes.
+        Whether it accepts weights with leading axes.
     dtypes : tuple of str
         The storage dtypes to run in.
 
     Raises
     ------
     TypeError
-        A flag is none, or `eps` no number.
+        `bias_scaled` or `stacks` is not a bool, or `eps` is not a number.
     ValueError
-        Something is not one of its choices.
+        An argument is not one of the choices above, or `eps` is negative or not finite.
     """
 
     layout: Layout = "out_in"
@@ -92,19 +86,19 @@ class Conventions:
         check_flag("stacks", self.stacks)
         object.__setattr__(self, "eps", check_number("eps", self.eps))
         known = (*HALF, *FULL)
-        # A string is a collection too, of letters.
+        # A string is also a collection: of letters.
         if isinstance(self.dtypes, str) or not self.dtypes or not set(self.dtypes) <= set(known):
             raise ValueError(f"dtypes must be some of {known}, got {self.dtypes!r}")
 
     @property
     def changes(self) -> Changes:
-        """The formulas of the reference that the conventions replace."""
+        """The formulas that take the place of the reference's under these conventions."""
         axis = FORWARD["the norm runs over the input axis"] if self.norm_axis == "input" else {}
         bias = FORWARD["the bias is scaled by m/n, so that forward is not merge"]
         return {**axis, **(bias if self.bias_scaled else {}), **(eps(self.eps) if self.eps else {})}
 
     def cases(self) -> Iterator[Case]:
-        """Yield the layers of the catalogue in this form, those that it claims to take."""
+        """Yield the layers of the catalogue that the implementation accepts, in its form."""
         for case in catalogue():
             *stack, out, inner = case.arrays["weight"].shape
             choices = {case.config.form, case.config.norm_gradient}
@@ -120,8 +114,8 @@ class Conventions:
 def call_layer(
     function: Callable[..., Any], name: str, conventions: Conventions, case: Case, dtype: str
 ) -> dict[str, Any]:
-    """Return what init, forward, gradients or merge gives, by the names of the quantities."""
-    library, wide = Library("numpy"), compute_dtype(dtype)
+    """Call init, forward, gradients or merge; return the results by the names of the quantities."""
+    library, wide = Library("numpy"), compute_dtype_name(dtype)
     turned = conventions.layout == "in_out"
     arrays: dict[str, Any] = {}
     for key, values in case.stored(dtype).items():
@@ -146,19 +140,19 @@ def call_layer(
 
 
 def _gradients(returned: Any, turn_back: Collection[str], *, has_bias: bool) -> dict[str, Any]:
-    """Return the gradients by the names of the quantities, or what is wrong with them."""
+    """Return the gradients by the names of the quantities; a fault takes a gradient's place."""
     if not isinstance(returned, Mapping):
         return {"all": f"must return a dict of gradients, got {type(returned).__name__}"}
     found: dict[str, Any] = {}
     for key, array in returned.items():
         quantity = GRADIENTS.get(key)
         if quantity is None:
-            found[str(key)] = f"is none of {', '.join(GRADIENTS)}"
+            found[str(key)] = f"is not one of {', '.join(GRADIENTS)}"
         elif array is not None:
-            missing = key == "bias" and not has_bias
+            without_bias = key == "bias" and not has_bias
             found[quantity] = (
                 "must be None where there is no bias"
-                if missing
+                if without_bias
                 else _actual(array, quantity in turn_back)
             )
     return found or {"all": "returns no gradient"}
@@ -180,8 +174,8 @@ def call_step(
         )
         found |= written
         if not isinstance(returned, (tuple, list)) or len(returned) != 2:
-            what = type(returned).__name__
-            return found | {"all": f"must return (params, state), got {what}"}
+            kind = type(returned).__name__
+            return found | {"all": f"must return (params, state), got {kind}"}
         stepped, state = returned
         if not isinstance(stepped, Mapping) or not set(case.params) <= set(stepped):
             return found | {"all": f"must return params with {', '.join(case.params)}"}
@@ -196,7 +190,7 @@ def call_step(
 def _call(
     function: Callable[..., Any], given: dict[str, Any], **others: Any
 ) -> tuple[Any, dict[str, str]]:
-    """Call, and say which of the given arrays were written to."""
+    """Call a function; return its result, and a fault for each argument that it wrote to."""
     before = {key: _copied(value) for key, value in given.items()}
     returned = function(**given, **others)
     written = {
@@ -212,18 +206,18 @@ def _copied(value: Any) -> Any:
 
 
 def _bits(value: Any) -> Any:
-    """Return what differs where a number does, NaN or not."""
+    """Return the bytes of an array or of a dict of arrays: equal bytes mean equal numbers."""
     if isinstance(value, dict):
         return {key: np.asarray(array).tobytes() for key, array in value.items()}
     return None if value is None else value.tobytes()
 
 
 def _actual(array: Any, turn: bool) -> Actual | str:
-    """Return a result on the host, or what is wrong with it."""
+    """Return a result as an array on the host, or the fault that it has."""
     try:
         array = np.array(array)  # a copy: the next call may write to it
-    except (Exception, SystemExit) as error:  # of someone else's class
-        return f"is nothing that numpy.asarray takes: {described(error)}"
+    except (Exception, SystemExit) as error:  # any class may have been returned
+        return f"cannot be read by numpy.asarray: {described(error)}"
     name = dtype_name(array)
     values = as_numpy(array) if name in (*HALF, "float32", "float64") else array
     return Actual(values.swapaxes(-1, -2) if turn and values.ndim > 1 else values, name, turn)

@@ -1,9 +1,9 @@
-"""What implementations of DoRA get wrong: each deviation as the formulas that it replaces.
+"""Known mistakes of implementations of DoRA: each deviation as the formulas that it replaces.
 
-    name in words: {quantity of `Dense` or `AdamW`: its formula there}
+    name in words: {quantity of `DenseFormulas` or `AdamW`: its wrong formula}
 
-All that depends on a quantity follows from the replaced one, so a deviation of the forward has its
-own gradients, as autograd would give them.
+Every quantity that depends on a replaced one changes with it. So a deviation of the forward also
+has the wrong gradients that autograd would give.
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from doraxp.testing._catalogue import HALF, rounded
-from doraxp.testing._dense import AdamW, Dense, Formula
+from doraxp.testing._cases import HALF, rounded
+from doraxp.testing._formulas import AdamW, DenseFormulas, Formula
 from doraxp.testing._rounding import Rounded
 
 Changes: TypeAlias = Mapping[str, Formula]
 
 
 def original(name: str) -> Formula:
-    """Return the formula that the reference has for a quantity."""
-    formula: Formula = getattr(Dense if hasattr(Dense, name) else AdamW, name).func
+    """Return the formula of the reference for a quantity."""
+    formula: Formula = getattr(DenseFormulas if hasattr(DenseFormulas, name) else AdamW, name).func
     return formula
 
 
-def times(name: str, factor: Formula) -> Changes:
-    """Return the change that multiplies one quantity."""
+def multiplied(name: str, factor: Formula) -> Changes:
+    """Return the change that multiplies one quantity by a factor."""
     return {name: lambda d: original(name)(d) * factor(d)}
 
 
 def through_norm(d: Any) -> Any:
-    """Return the part of dV that goes through the norm."""
+    """Return the part of dV that comes from the norm."""
     return d.dv - d.gain * d.dmerged
 
 
 def bias_gain(d: Any) -> Any:
-    """Return the gradient of the gain where it scales the bias."""
+    """Return the part of the gain's gradient that comes from a bias multiplied by the gain."""
     return (d.dy * d.bias).sum(-2)[..., None]
 
 
@@ -47,7 +47,7 @@ def eps(size: float) -> Changes:
 
 
 def rounded_at_init(dtype: str) -> Changes:
-    """Return the change that rounds the magnitude of a fresh adapter, made in float32."""
+    """Return the change that computes a fresh magnitude in float32 and then rounds it."""
 
     def formula(d: Any) -> Any:
         m = original("initial")(d)
@@ -56,7 +56,7 @@ def rounded_at_init(dtype: str) -> Changes:
             low, high = (
                 rounded(end, dtype).astype(float) for end in (m.value - slack, m.value + slack)
             )
-        # Near a tie it may go either way: such a number is held to nothing.
+        # Near a tie the number may be rounded up or down, so its bound is infinite.
         return Rounded(low, np.where(low == high, 0.0, np.inf))
 
     return {"initial": formula}
@@ -113,8 +113,8 @@ FORWARD: dict[str, Changes] = {
     "s is applied twice": {"s": lambda d: original("s")(d) ** 2},
     "1/s where s belongs": {"s": lambda d: 1 / original("s")(d)},
     "s = alpha/√rank": {"s": lambda d: d.config.alpha / d.rank**0.5},
-    "the update is subtracted": times("update", lambda d: -1.0),
-    "the update is left out": times("update", lambda d: 0.0),
+    "the update is subtracted": multiplied("update", lambda d: -1.0),
+    "the update is left out": multiplied("update", lambda d: 0.0),
     "m is not divided by n": {
         "gain": lambda d: d.m,
         "dm": lambda d: d.dgain[..., 0],
@@ -161,12 +161,12 @@ BACKWARD: dict[str, Changes] = {
     "dB lacks m/n": {"db": lambda d: d.s * ((d.dmerged + through_norm(d)) @ d.a.mT)},
     "dA lacks s": {"da": lambda d: d.b.mT @ d.dv},
     "dB lacks s": {"db": lambda d: d.dv @ d.a.mT},
-    "dA has s twice": times("da", lambda d: d.s),
-    "dB has s twice": times("db", lambda d: d.s),
-    "dA has the wrong sign": times("da", lambda d: -1.0),
-    "dB has the wrong sign": times("db", lambda d: -1.0),
-    "dm has the wrong sign": times("dm", lambda d: -1.0),
-    "dx has the wrong sign": times("dx", lambda d: -1.0),
+    "dA has s twice": multiplied("da", lambda d: d.s),
+    "dB has s twice": multiplied("db", lambda d: d.s),
+    "dA has the wrong sign": multiplied("da", lambda d: -1.0),
+    "dB has the wrong sign": multiplied("db", lambda d: -1.0),
+    "dm has the wrong sign": multiplied("dm", lambda d: -1.0),
+    "dx has the wrong sign": multiplied("dx", lambda d: -1.0),
     "dA lacks the gradient through the norm": {
         "da": lambda d: d.s * (d.b.mT @ (d.gain * d.dmerged))
     },
@@ -196,11 +196,11 @@ BACKWARD: dict[str, Changes] = {
     "dm has m/n once more": {"dm": lambda d: (d.gain * d.dgain).over(d.n)[..., 0]},
     "dbias is scaled by m/n": {"dbias": lambda d: (d.dy * d.gain.mT).sum(-2)},
     "dA, dB, dm and dbias are means over the tokens": {
-        **times("dmerged", per_token),
-        **times("dbias", per_token),
+        **multiplied("dmerged", per_token),
+        **multiplied("dbias", per_token),
     },
-    "dbias is a mean over the tokens": times("dbias", per_token),
-    "dm is a mean over the tokens": times("dm", per_token),
+    "dbias is a mean over the tokens": multiplied("dbias", per_token),
+    "dm is a mean over the tokens": multiplied("dm", per_token),
     "dW is that of the weight form": {"through_base": lambda d: d.dbase},
     "dW lacks its projection": {"through_base": lambda d: d.dbase.over(d.w.norms())},
 }

@@ -1,4 +1,4 @@
-"""Which known deviations, alone or two together, explain the numbers that functions returned."""
+"""Find the known deviations, one or two together, that explain the numbers of an implementation."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from doraxp.testing._catalogue import Case, OptimizerCase
-from doraxp.testing._compare import Actual
-from doraxp.testing._dense import RETURNED
+from doraxp.testing._cases import Case, OptimizerCase
 from doraxp.testing._deviations import Changes
+from doraxp.testing._formulas import RETURNED
 from doraxp.testing._reference import Expected, expected, expected_steps
+from doraxp.testing._runs import Actual
 
 
 class Diagnosis(NamedTuple):
-    """Deviations that explain every number that some functions returned."""
+    """One or two deviations that explain every number that some functions returned."""
 
     functions: tuple[str, ...]
     deviations: tuple[str, ...]
-    """One, or two together."""
+    """One name, or two where only both together explain the numbers."""
     before: float
-    """Largest error in units of its bound, against the reference."""
+    """The largest error in units of its bound, against the reference."""
     after: float
-    """The same against a reference that deviates in these ways; not above 1."""
+    """The same against a reference with these deviations. It is at most 1."""
 
 
 class Run(NamedTuple):
-    """What one function returned for one case, and what it should have."""
+    """The results of one function for one case, and the expected results."""
 
     function: str
     case: Case | OptimizerCase
@@ -40,7 +40,7 @@ class Run(NamedTuple):
 def wanted_of(
     case: Any, dtype: str, changes: Changes, names: Collection[str] = RETURNED
 ) -> dict[str, Expected]:
-    """Return what a case is to give, by the reference or by one that deviates."""
+    """Return the expected results of a case, by the reference or by one that deviates."""
     if isinstance(case, OptimizerCase):
         return expected_steps(case, dtype, changes)
     return expected(case, dtype, changes, names)
@@ -53,7 +53,7 @@ def diagnose(runs: list[Run], known: Mapping[str, Changes], base: Changes) -> li
     if before <= 1:
         return []
     functions = tuple(dict.fromkeys(run.function for run in runs))
-    # Most deviations fail on the run that is worst explained: it goes first.
+    # Most deviations fail on the run with the largest error, so try that run first.
     runs = sorted(runs, key=lambda run: -_worst(run.actual, run.wanted))
     candidates = list(known)
     for size in (1, 2):
@@ -66,13 +66,13 @@ def diagnose(runs: list[Run], known: Mapping[str, Changes], base: Changes) -> li
                     found.append(Diagnosis(functions, names, before, after))
         if found:
             return found
-        # One that moves none of these numbers is part of no pair that explains them.
+        # A deviation that changes no number that was returned cannot be part of a pair.
         candidates = [name for name in known if _moves(runs, {**base, **known[name]})]
     return []
 
 
 def _moves(runs: list[Run], changes: Changes) -> bool:
-    """Say whether a deviation changes anything that was returned."""
+    """Return whether a deviation changes any number that was returned."""
     for run in runs:
         if run.actual:
             wanted = _deviating(run, changes)
@@ -83,7 +83,7 @@ def _moves(runs: list[Run], changes: Changes) -> bool:
 
 
 def _deviating(run: Run, changes: Changes) -> dict[str, Expected] | None:
-    """Return what a deviation gives; None where the shapes of the case have no such deviation."""
+    """Return the results under a deviation; None if the shapes of the case do not allow it."""
     try:
         return wanted_of(run.case, run.dtype, changes, run.actual)
     except ValueError:
@@ -91,7 +91,7 @@ def _deviating(run: Run, changes: Changes) -> dict[str, Expected] | None:
 
 
 def _explained(runs: list[Run], changes: Changes) -> float:
-    """Return the largest error against the deviating reference, or the first above 1."""
+    """Return the largest error against the deviating reference, or the first that is above 1."""
     worst = 0.0
     for run in runs:
         if run.actual:

@@ -1,4 +1,4 @@
-"""Run the catalogue on someone else's implementation, and say what is wrong with it."""
+"""Run the catalogue on another implementation, and report what is wrong with it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from doraxp._base.scalars import check_kind
-from doraxp.testing._catalogue import Case, OptimizerCase, catalogue, optimizer_catalogue
-from doraxp.testing._compare import described
+from doraxp.testing._cases import Case, OptimizerCase
+from doraxp.testing._catalogue import catalogue, optimizer_catalogue
 from doraxp.testing._conventions import Conventions, call_layer, call_step
 from doraxp.testing._deviations import BACKWARD, FORWARD, STEP
 from doraxp.testing._diagnosis import Diagnosis, Run, diagnose, wanted_of
 from doraxp.testing._libraries import Library
+from doraxp.testing._runs import described
 
 
 class Finding(NamedTuple):
-    """Something wrong with what an implementation returned."""
+    """One fault of a result that an implementation returned."""
 
     function: str
     case: str
@@ -26,24 +27,25 @@ class Finding(NamedTuple):
     quantity: str
     problem: str
     extreme: bool
-    """Whether the formulas themselves fail there, as they stand: 0/0, or squares out of range."""
+    """Whether the formulas as written fail in this case: 0/0, or squares out of range."""
 
 
 class Report(NamedTuple):
-    """What `check_implementation` found."""
+    """The result of `check_implementation`."""
 
     findings: tuple[Finding, ...]
     diagnoses: tuple[Diagnosis, ...]
-    """Of all functions that work on a layer together, or else of each by itself; several where
-    each explains the same numbers, none where no known deviation does. Extreme cases aside."""
+    """Diagnoses of all functions of a layer together, or else of each function by itself. There
+    are several where each of them explains the same numbers, and it is empty where no known
+    deviation does. Extreme cases are not used."""
     checked: int
-    """How many arrays were looked at."""
+    """The number of arrays that were compared."""
     left_out: tuple[str, ...]
-    """The cases of layers that the conventions do not claim."""
+    """The names of the layers that did not run, because the conventions leave them out."""
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong, extreme cases aside."""
+        """Whether there are no findings outside the extreme cases."""
         return all(one.extreme for one in self.findings)
 
     def __str__(self) -> str:
@@ -72,43 +74,43 @@ class Report(NamedTuple):
 def check_implementation(impl: Any, conventions: Conventions | None = None) -> Report:
     """Run the catalogue on an implementation of DoRA, and name what is wrong with it.
 
-    Every function takes its arguments by name, as NumPy arrays, and returns NumPy arrays or what
-    `numpy.asarray` takes. Offer those that there are::
+    Every function is given NumPy arrays by name, and returns NumPy arrays or objects that
+    `numpy.asarray` can read. `impl` has one or more of these functions::
 
         init(weight) -> the magnitude of a fresh adapter, where B A is 0
         forward(x, weight, lora_a, lora_b, magnitude, bias, scaling) -> y
         gradients(dy, x, weight, lora_a, lora_b, magnitude, bias, scaling)
-            -> dict with any of x, lora_a, lora_b, magnitude, weight and, where it is given, bias
+            -> dict with any of x, lora_a, lora_b, magnitude, weight and, unless it is None, bias
         merge(weight, lora_a, lora_b, magnitude, scaling) -> W'
         step(params, grads, state, learning_rate, beta1, beta2, eps, weight_decay)
             -> (params, state); AdamW, on dicts with lora_a, lora_b, magnitude; state is first None
 
-    bias is None in some cases. Where the conventions declare dropout, forward and gradients are
-    given dropout_mask too: None, or of x's shape with 0 and 1/(1 − p) in it. Where numbers are
-    wrong, every known deviation is tried, then every two together, and those that explain all
-    numbers are named.
+    `bias` is None in some cases. If the conventions declare dropout, forward and gradients are
+    also given `dropout_mask`: None, or an array of x's shape that holds 0 and 1/(1 − p). If
+    numbers are wrong, every known deviation is tried, and then every pair of them. The report
+    names those that explain all numbers.
 
     Parameters
     ----------
     impl : object
-        With some of these callables as attributes.
+        An object with one or more of these functions as attributes.
     conventions : Conventions, optional
-        What it means to do.
+        The choices that it has made.
 
     Returns
     -------
     Report
-        Nothing that the implementation does ends the check: what raises, returns something else,
-        or writes to its inputs is a finding.
+        A function that raises, returns something else or writes to its inputs does not end the
+        check: each of these is a finding.
 
     Raises
     ------
     TypeError
-        `conventions` are none.
+        `conventions` is not of type `Conventions`.
     ValueError
-        `impl` offers none of the functions.
+        `impl` does not have any of the functions.
     RuntimeError
-        The conventions name a dtype that NumPy lacks here.
+        The conventions name bfloat16, and ml_dtypes is not installed.
 
     Examples
     --------
@@ -132,7 +134,8 @@ def check_implementation(impl: Any, conventions: Conventions | None = None) -> R
     }
     if not functions:
         raise ValueError(
-            "impl must offer init, forward, gradients, merge or step, got none of them"
+            "impl must have a function init, forward, gradients, merge or step, got "
+            f"{type(impl).__name__} without any of them"
         )
     findings: list[Finding] = []
     runs: dict[bool, list[Run]] = {True: [], False: []}
@@ -147,7 +150,7 @@ def check_implementation(impl: Any, conventions: Conventions | None = None) -> R
     layers, steps = runs[False], runs[True]
     known, base = {**FORWARD, **BACKWARD}, conventions.changes
     diagnoses = diagnose(layers, known, base)
-    if not diagnoses:  # what one function gets wrong, the others may not know of
+    if not diagnoses:  # each function may be wrong in another way
         for name in functions:
             diagnoses += diagnose([run for run in layers if run.function == name], known, base)
     diagnoses += diagnose(steps, STEP, {})
@@ -169,7 +172,7 @@ def _observe(
     conventions: Conventions,
     findings: list[Finding],
 ) -> Run:
-    """Call one function on one case; keep its numbers, and note what is wrong with them."""
+    """Call one function on one case, return its numbers, and add its faults to the findings."""
     extreme = isinstance(case, Case) and case.extreme
 
     def note(quantity: str, problem: str) -> None:
@@ -177,9 +180,9 @@ def _observe(
 
     wanted = wanted_of(case, dtype, {} if name == "step" else conventions.changes)
     try:
-        with np.errstate(all="ignore"):  # what overflows on the way shows in the numbers
+        with np.errstate(all="ignore"):  # an overflow shows in the numbers
             returned = run(name, conventions, case, dtype)
-    except (Exception, SystemExit) as error:  # of someone else's code: it is a finding
+    except (Exception, SystemExit) as error:  # raised by the implementation: a finding
         note("all", f"raises {described(error)}")
         return Run(name, case, dtype, {}, wanted)
     actual = {}

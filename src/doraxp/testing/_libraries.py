@@ -1,4 +1,4 @@
-"""How the kit makes a library's arrays in a storage dtype, and reads them back."""
+"""Make arrays of a library in a storage dtype, and read them back."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Library:
     Raises
     ------
     ValueError
-        There is none of that name.
+        `name` is not one of these libraries.
     """
 
     def __init__(self, name: str) -> None:
@@ -43,17 +43,17 @@ class Library:
         self.module = importlib.import_module(MODULES[name])
 
     def active(self) -> contextlib.AbstractContextManager[None]:
-        """Return what must hold while the library computes."""
+        """Return the context in which the library computes: with float64 enabled in JAX."""
         if self.name != "jax":
             return contextlib.nullcontext()
-        # Without it JAX takes float64 for float32, and says nothing.
+        # Otherwise JAX makes float32 of float64 without a warning.
         enabled: contextlib.AbstractContextManager[None] = importlib.import_module(
             "jax"
         ).enable_x64(True)
         return enabled
 
     def dtype(self, name: str) -> Any:
-        """Return a dtype of the library; None where it has none of this name."""
+        """Return the library's dtype of a name; None if the library does not have it."""
         if (own := getattr(self.module, name, None)) is not None:
             return own
         if name == "float16" and self.name == "dask":
@@ -64,19 +64,19 @@ class Library:
         return None
 
     def asarray(self, values: Any, dtype: str) -> Array:
-        """Return NumPy's values as a fresh array of this library, in a dtype given by name."""
+        """Return values of NumPy as a new array of this library, in a dtype given by name."""
         array = self.module.asarray(np.array(values))
         xp = array_api_compat.array_namespace(array)
         return xp.astype(array, self.dtype(dtype), copy=False)
 
 
 def dtype_name(array: Array) -> str:
-    """Return the name of an array's dtype, without the library's."""
+    """Return the name of an array's dtype without the name of its library."""
     return str(array.dtype).rpartition(".")[-1]
 
 
 def as_numpy(array: Array) -> Any:
-    """Return the values on the host, what is narrower than float32 in float32."""
+    """Return the values as a NumPy array on the host; float16 and bfloat16 become float32."""
     xp = array_api_compat.array_namespace(array)
     if dtype_name(array) in ("float16", "bfloat16"):
         array = xp.astype(array, xp.float32)

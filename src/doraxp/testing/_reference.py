@@ -1,10 +1,10 @@
-"""What is right for a case, and how far rounding may lead from it.
+"""The expected results of a case, and a bound on their rounding errors.
 
     |actual − value| ≤ (u + u₆₄)·error + uₛ·|value| + tiny
 
-u is the unit roundoff of the compute dtype, u₆₄ that of float64, in which `value` itself was
-computed; uₛ is that of the dtype in which the result is stored, where that is a narrower one.
-`error` is the sum over all roundings of the dense formulas, see `_rounding`.
+u is the unit roundoff of the compute dtype, and u₆₄ that of float64, in which `value` was computed.
+uₛ is that of the storage dtype, where it is narrower than the compute dtype. `error` is the sum of
+all rounding errors of the dense formulas, see `_rounding`.
 """
 
 from __future__ import annotations
@@ -14,32 +14,39 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from doraxp.testing._catalogue import Case, OptimizerCase, compute_dtype, rounded
-from doraxp.testing._dense import OPTIMIZERS, QUANTITIES, RETURNED, Dense, Formula, deviating
+from doraxp.testing._cases import Case, OptimizerCase, compute_dtype_name, rounded
+from doraxp.testing._formulas import (
+    OPTIMIZERS,
+    QUANTITIES,
+    RETURNED,
+    DenseFormulas,
+    Formula,
+    deviating,
+)
 from doraxp.testing._rounding import Plain, Rounded
 
 UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 TINY = {"float64": 2.0**-1022, "float32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**-24}
-STORED = ("y", "dx", "merged")  # in the dtype of x and of the weight; all else in the compute dtype
+STORED = ("y", "dx", "merged")  # in the storage dtype; the others are in the compute dtype
 
 
 class Expected(NamedTuple):
-    """A quantity of a case, in float64."""
+    """The expected numbers of one quantity of a case, in float64."""
 
     value: Any
-    """What the formula gives."""
+    """The result of the formulas."""
     bound: Any
-    """How far from it rounding may lead, for each number."""
+    """The largest error that rounding may cause, for each number."""
     dtype: str
-    """What it is to be returned in."""
+    """The dtype in which the quantity must be returned."""
 
     def share(self, actual: Any) -> float:
-        """Return the largest error in units of its bound; not above 1 is right.
+        """Return the largest error in units of its bound. Up to 1 the numbers are right.
 
         Raises
         ------
         ValueError
-            `actual` has another shape: that of one row, or of none, would broadcast.
+            `actual` has another shape. NumPy would broadcast a single row without an error.
         """
         if np.shape(actual) != self.value.shape:
             raise ValueError(f"actual must have shape {self.value.shape}, got {np.shape(actual)}")
@@ -50,8 +57,8 @@ class Expected(NamedTuple):
     def relative(self, actual: Any) -> float:
         """Return the largest error over the largest number.
 
-        NaN where every number is below its bound, so that no digit of it is determined: a sum
-        that cancels to 0 has no relative error.
+        The result is NaN if every number is below its bound: a sum that cancels to 0 has no
+        relative error.
         """
         with np.errstate(invalid="ignore", over="ignore"):
             error = np.abs(np.asarray(actual, np.float64) - self.value)
@@ -67,17 +74,18 @@ def expected(
     changes: Mapping[str, Formula] | None = None,
     names: Collection[str] = QUANTITIES,
 ) -> dict[str, Expected]:
-    """Return what is right for a case; with `changes`, what a deviation gives.
+    """Return the expected results of a case, by the reference or by one that deviates.
 
     Parameters
     ----------
     case : Case
     dtype : str
-        What the implementation is given: its bounds follow from it, and what it must return.
+        The storage dtype. It determines the bounds and the dtypes of the results.
     changes : mapping of str to formula, optional
         The formulas of a deviation from the reference.
     names : collection of str
-        Which quantities; all of norm, merged, y, dx, da, db, dm, dw and dbias, where there are.
+        The quantities to return. The default is norm, merged, y, dx, da, db, dm, dw and, if the
+        case has a bias, dbias.
 
     Returns
     -------
@@ -86,7 +94,7 @@ def expected(
     Raises
     ------
     ValueError
-        `dtype` is none of float16, bfloat16, float32 and float64.
+        `dtype` is not one of float16, bfloat16, float32 and float64.
 
     Examples
     --------
@@ -96,7 +104,7 @@ def expected(
     >>> norm.share(norm.value), norm.share(1.001 * norm.value) > 1
     (0.0, True)
     """
-    reference = deviating(Dense, changes) if changes else Dense
+    reference = deviating(DenseFormulas, changes) if changes else DenseFormulas
     layer = reference(case.config, case.stored(dtype), Rounded.exact)
     return {
         name: bounded(name, getattr(layer, name), shape, dtype)
@@ -108,25 +116,25 @@ def expected(
 def expected_steps(
     case: OptimizerCase, dtype: str, changes: Mapping[str, Formula] | None = None
 ) -> dict[str, Expected]:
-    """Return what is right for a case of an optimizer: the parameters after each of its steps.
+    """Return the expected parameters after each step of a case of an optimizer.
 
     Parameters
     ----------
     case : OptimizerCase
     dtype : str
-        Of parameters and gradients.
+        The dtype of parameters and gradients.
     changes : mapping of str to formula, optional
         The formulas of a deviation from the reference.
 
     Returns
     -------
     dict of str to Expected
-        By parameter and step: "lora_a 1", "lora_b 1", "magnitude 1", "lora_a 2" and so on.
+        By parameter and step, as in "lora_a 1" and "magnitude 3".
 
     Raises
     ------
     ValueError
-        `dtype` is none of float16, bfloat16, float32 and float64.
+        `dtype` is not one of float16, bfloat16, float32 and float64.
 
     Examples
     --------
@@ -142,14 +150,14 @@ def expected_steps(
 
 
 def in_the_dtype(case: Case | OptimizerCase, dtype: str) -> dict[str, Any]:
-    """Return what the dense formulas give where NumPy computes them in the dtype itself."""
+    """Return the results of the dense formulas, computed by NumPy in the compute dtype."""
 
     def plain(array: Any) -> Any:
-        return np.asarray(array, compute_dtype(dtype)).view(Plain)
+        return np.asarray(array, compute_dtype_name(dtype)).view(Plain)
 
     if isinstance(case, OptimizerCase):
         return {name: np.asarray(p) for name, p in steps(case, dtype, plain, None).items()}
-    layer = Dense(case.config, case.stored(dtype), plain)
+    layer = DenseFormulas(case.config, case.stored(dtype), plain)
     found = {name: np.asarray(getattr(layer, name)) for name in shapes(case)}
     return {
         name: (rounded(array, dtype) if name in STORED else array).reshape(shape)
@@ -158,7 +166,7 @@ def in_the_dtype(case: Case | OptimizerCase, dtype: str) -> dict[str, Any]:
 
 
 def shapes(case: Case) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each quantity; without a bias there is no gradient of it."""
+    """Return the shape of each quantity. A case without a bias does not have dbias."""
     like = {name: array.shape for name, array in case.arrays.items()}
     found = {
         "norm": like["magnitude"],
@@ -178,7 +186,7 @@ def shapes(case: Case) -> dict[str, tuple[int, ...]]:
 def steps(
     case: OptimizerCase, dtype: str, number: Formula, changes: Mapping[str, Formula] | None
 ) -> dict[str, Any]:
-    """Return the parameters after each step, in numbers of some kind."""
+    """Return the parameters after each step, in the kind of numbers that `number` makes."""
     reference, kept = OPTIMIZERS[case.optimizer]
     if changes:
         reference = deviating(reference, changes)
@@ -186,17 +194,17 @@ def steps(
     for name, values in case.params.items():
         p = number(values)
         state = (number(np.zeros_like(values)),) * kept
-        spared = name == "magnitude"  # from the decay
+        without_decay = name == "magnitude"
         for t, grads in enumerate(case.grads, start=1):
-            step = reference(p, number(grads[name]), state, t, spared, case.numbers.values())
+            step = reference(p, number(grads[name]), state, t, without_decay, case.numbers.values())
             p, state = step.stepped, step.state
             found[f"{name} {t}"] = p
     return found
 
 
 def bounded(name: str, number: Any, shape: tuple[int, ...], dtype: str) -> Expected:
-    """Return the value of a quantity and how far rounding may lead from it, in a shape."""
-    compute = compute_dtype(dtype)
+    """Return the value of a quantity with its bound, in a shape."""
+    compute = compute_dtype_name(dtype)
     value = number.value.reshape(shape)
     bound = (UNIT_ROUNDOFF[compute] + UNIT_ROUNDOFF["float64"]) * number.error.reshape(shape)
     bound = bound + TINY[compute]

@@ -1,11 +1,12 @@
-"""Numbers with the rounding error that they may carry: a value in float64, and a bound.
+"""Numbers with a bound on their rounding errors.
 
-    value  what the formula gives        error  in units of u, the unit roundoff of some dtype
+    value  the number in float64        error  the bound in units of u, a dtype's unit roundoff
 
-Evaluate a formula on `Rounded` arrays, and `u · error` bounds, to first order in u, how far the
-same formula evaluated in that dtype can be off: any order of summation, any association of the
-products that has the same terms. A sum of k products adds k roundings of their absolute values,
-every other operation one, a Python number one more (it is rounded to the dtype first).
+Evaluate a formula on `Rounded` arrays. Then `u · error` bounds, to first order in u, the error of
+the same formula evaluated in that dtype. The bound holds for any order of summation, and for any
+association of the products that has the same terms. A sum of k products adds k roundings of their
+absolute values, and every other operation adds one. A Python number adds one more, because it is
+first rounded to the dtype.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ class Rounded:
 
     @classmethod
     def exact(cls, values: Any) -> Self:
-        """Return an input: it has no error."""
+        """Return an input, which has no error."""
         wide = np.asarray(values, np.float64)
         return cls(wide, np.zeros_like(wide))
 
     @staticmethod
     def product(a: Wide, b: Wide) -> Wide:
-        """Return the products of matrices; the BLAS chooses the order of the sums."""
+        """Return the products of matrices. The BLAS chooses the order of the sums."""
         return a @ b
 
     def __matmul__(self, other: Rounded) -> Self:
@@ -107,18 +108,18 @@ class Rounded:
         return type(self)(value, half + value)
 
     def norms(self, axis: int = -1) -> Self:
-        """Return √Σ v² along an axis, which is kept. It moves by no more than ‖error‖."""
+        """Return √Σ v² along an axis, which is kept. Errors of v change it by at most ‖error‖."""
         terms = self.value.shape[axis]
         value = lengths(self.value, axis)
         return type(self)(value, lengths(self.error, axis) + (terms / 2 + 1) * value)
 
 
 class Portable(Rounded):
-    """The same, in the same bits on every machine: no BLAS, and sums of products in their order."""
+    """`Rounded` numbers that are equal to the last bit on every machine: it uses no BLAS."""
 
     @staticmethod
     def product(a: Wide, b: Wide) -> Wide:
-        """Return the products of matrices, one outer product added to the other."""
+        """Return the products of matrices, as sums of outer products in a fixed order."""
         total = np.zeros((*a.shape[:-1], b.shape[-1]))
         for k in range(a.shape[-1]):
             total += a[..., k, None] * b[..., k, None, :]
@@ -126,7 +127,7 @@ class Portable(Rounded):
 
 
 class Plain(np.ndarray[Any, Any]):
-    """An array of NumPy with the names that `Rounded` has: the formulas in the dtype itself."""
+    """A NumPy array with the methods of `Rounded`, to evaluate the formulas in its own dtype."""
 
     def over(self, other: Any) -> Any:
         """Return the quotient, and 0 where the divisor is 0."""
@@ -142,7 +143,7 @@ class Plain(np.ndarray[Any, Any]):
 
 
 def lengths(values: Any, axis: int = -1) -> Any:
-    """Return √Σ v² along an axis, which is kept, whatever the size of the numbers."""
+    """Return √Σ v² along an axis, which is kept. The squares do not overflow or underflow."""
     peak = np.max(np.abs(values), axis=axis, keepdims=True)
     unit = values / np.where(peak > 0, peak, peak.dtype.type(1))
     return peak * np.sqrt(np.sum(unit * unit, axis=axis, keepdims=True))

@@ -1,10 +1,10 @@
-"""Golden vectors: the catalogue in files that any language reads. docs/vectors.md is the format.
+"""Golden vectors: the catalogue in files for any language. docs/vectors.md describes the format.
 
     ρ = 1, or 1/‖w‖ in the direction form      U = ρ⊙(W Aᵀ)      G = A Aᵀ      L = x Aᵀ
     z = x Vᵀ                                   dz = g⊙dy         e = Σ_tokens dy⊙z
     q = −m e / n³, and 0 where the norm is detached
 
-in addition to what the reference names itself. The bytes are the same on every machine.
+These come in addition to the names of the reference. The bytes are the same on every machine.
 """
 
 from __future__ import annotations
@@ -19,26 +19,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from doraxp._base.safetensors import Tensor, write_header
-from doraxp.testing._catalogue import (
-    FULL,
-    VERSION,
-    Case,
-    OptimizerCase,
-    catalogue,
-    optimizer_catalogue,
-)
-from doraxp.testing._dense import Dense
+from doraxp.testing._cases import FULL, Case, OptimizerCase
+from doraxp.testing._catalogue import VERSION, catalogue, optimizer_catalogue
+from doraxp.testing._formulas import DenseFormulas
 from doraxp.testing._reference import Expected, bounded, shapes, steps
 from doraxp.testing._rounding import Portable
 
 FORMAT = 1
-"""Goes up when what is written can no longer be read as before."""
+"""The version of the format. It goes up when a reader of the older format would fail."""
 MANIFEST = "manifest.json"
 FILES = {dtype: f"{dtype}.safetensors" for dtype in FULL}
 
 
-class Traced(Dense):
-    """The reference with what an implementation goes through that never forms V."""
+class Traced(DenseFormulas):
+    """The reference, and the intermediates of an implementation that does not form V."""
 
     @cached_property
     def row_scale(self) -> Any:
@@ -79,36 +73,36 @@ class Traced(Dense):
 
 
 def write_vectors(out: Path, *, force: bool = False) -> int:
-    """Write the catalogue with all values and bounds, in float32 and float64.
+    """Write the catalogue with all values and bounds, for float32 and float64.
 
     Parameters
     ----------
     out : Path
-        The folder: a new or an empty one.
+        A folder that is empty or does not exist.
     force : bool
-        Also take one with files in it, and replace those of the same names.
+        Write into a folder with files too, and replace the files of the same names.
 
     Returns
     -------
     int
-        How many cases there are.
+        The number of cases.
 
     Raises
     ------
     FileExistsError
-        There is something in `out`, and no `force`, or `out` is a file.
+        `out` is a file, or a folder with files and `force` is False.
     OSError
-        It cannot be written.
+        The files cannot be written.
     """
     out = out.absolute()
     _check_target(out, force=force)
-    # Beside where it will be: to rename is not to copy.
+    # A temporary folder on the same disk: the files are then renamed, not copied.
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         written = Path(folder) / "vectors"
         written.mkdir()
         count = _write(written)
         if out.exists():
-            # What has a manifest is whole: it goes first, and comes last.
+            # A folder with a manifest is complete: remove it first, and write it last.
             (out / MANIFEST).unlink(missing_ok=True)
             for name in (*FILES.values(), MANIFEST):
                 (written / name).replace(out / name)
@@ -127,7 +121,7 @@ def _check_target(out: Path, *, force: bool) -> None:
 
 
 def _write(folder: Path) -> int:
-    """Write all files; return how many cases there are."""
+    """Write all files; return the number of cases."""
     everything: tuple[Case | OptimizerCase, ...] = (*catalogue(), *optimizer_catalogue())
     cases = [case for case in everything if set(FULL) <= set(case.dtypes)]
     entries = []
@@ -142,7 +136,7 @@ def _write(folder: Path) -> int:
 
 
 class Solved(NamedTuple):
-    """A case in a dtype, with what it must give."""
+    """A case in a dtype, with its expected results."""
 
     case: Case | OptimizerCase
     inputs: dict[str, Any]
@@ -190,7 +184,7 @@ def _more_shapes(case: Case) -> dict[str, tuple[int, ...]]:
 
 
 def _tensors(solved: list[Solved], dtype: str) -> Iterator[tuple[str, Any]]:
-    """Yield what is in float64 first, so that every tensor starts at a multiple of its items."""
+    """Yield the tensors, float64 first: then each starts at a multiple of its item size."""
     for case, _, wanted in solved:
         for name, want in wanted.items():
             yield f"{case.name}/expected/{name}", want.value.astype("<f8")
@@ -212,7 +206,7 @@ def _write_tensors(path: Path, arrays: dict[str, Any]) -> None:
 
 
 def _entry(solved: Solved) -> dict[str, Any]:
-    """Return what the manifest says of a case."""
+    """Return the entry of a case in the manifest."""
     case, inputs, wanted = solved
     names = {"inputs": list(inputs), "expected": list(wanted)}
     told = {"name": case.name, "reason": case.reason}

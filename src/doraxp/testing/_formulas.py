@@ -1,4 +1,4 @@
-"""The reference: DoRA by the dense formulas, every intermediate a name.
+"""The reference: DoRA by the dense formulas, with a name for every intermediate.
 
     V  = base + s B A        base = W, or W/‖W‖ in the direction form
     n  = ‖V‖ by rows         g  = m / n, 0 where n = 0
@@ -8,14 +8,14 @@
     dn  = −g dg / n          dV = g⊙dW' + dn ∂n/∂V      ∂n/∂V = V / n, dropped where detached
     dA  = s Bᵀ dV            dB = s dV Aᵀ               dx = dy W'        dbias = Σ_tokens dy
 
-With a dropout mask M, x~ = M⊙x goes through W', and what that leaves of x through the weight K
-beside it: K = W, or g⊙base where the mask touches the low-rank product alone.
+With a dropout mask M, x~ = M⊙x is multiplied by W', and the rest x − x~ by another weight K. It is
+W, or g⊙base where the mask multiplies the low-rank product alone.
 
     y   = x~ W'ᵀ + (x Kᵀ − x~ Kᵀ) + bias        dx = M⊙(dy W') + (dy K − M⊙(dy K))
     dW' = dyᵀ x~        dK = dyᵀ x − dyᵀ x~
 
-It shares no formula with the package, which never forms V. A deviation replaces some of the
-names by other formulas; all that depends on them follows.
+The package computes the same numbers by other formulas, from W, A and B. A deviation replaces the
+formulas of some names, and every name that depends on them changes with them.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ Formula: TypeAlias = Callable[[Any], Any]
 OUTPUTS = ("norm", "merged", "y")
 GRADIENTS = ("dx", "da", "db", "dm", "dw", "dbias")
 QUANTITIES = (*OUTPUTS, *GRADIENTS)
-RETURNED = (*QUANTITIES, "initial")  # by an implementation, whose m at init is looked at too
+RETURNED = (*QUANTITIES, "initial")  # an implementation also returns m at init
 
 
-class Dense:
-    """One layer, x and dy with one axis of tokens, in `Rounded` or `Plain` numbers."""
+class DenseFormulas:
+    """One layer in `Rounded` or `Plain` numbers; x and dy have one axis of tokens."""
 
     def __init__(self, config: Config, arrays: Mapping[str, Any], number: Formula) -> None:
         self.config = config
@@ -111,7 +111,7 @@ class Dense:
 
     @cached_property
     def product(self) -> Any:
-        """x~ W'ᵀ, and what the base gives beside it."""
+        """x~ W'ᵀ + (x − x~) Kᵀ."""
         product = self.seen @ self.merged.mT
         if self.mask is None:
             return product
@@ -137,7 +137,7 @@ class Dense:
 
     @cached_property
     def through_gain(self) -> Any:
-        """The terms of dg."""
+        """The terms whose sum over a row is dg."""
         terms = self.dmerged * self.v
         if self.mask is None or not self.low_rank_dropout:
             return terms
@@ -166,7 +166,7 @@ class Dense:
 
     @cached_property
     def back(self) -> Any:
-        """What dy goes back through to x~."""
+        """The weight that multiplies dy in the gradient of x~."""
         return self.merged
 
     @cached_property
@@ -214,12 +214,12 @@ class Dense:
 
 
 class AdamW:
-    """One step of one leaf: p, g, the moments mu and nu, and t, which counts from 1."""
+    """One step for one array p: its gradient g, the moments mu and nu, and t, counted from 1."""
 
     def __init__(
-        self, p: Any, g: Any, state: tuple[Any, Any], t: int, spared: bool, numbers: Any
+        self, p: Any, g: Any, state: tuple[Any, Any], t: int, without_decay: bool, numbers: Any
     ) -> None:
-        self.p, self.g, self.spared = p, g, spared
+        self.p, self.g, self.without_decay = p, g, without_decay
         self.mu_before, self.nu_before = state
         self.t = t
         self.rate, self.beta1, self.beta2, self.eps, self.decay = numbers
@@ -254,7 +254,7 @@ class AdamW:
 
     @cached_property
     def pull(self) -> Any:
-        return 0.0 if self.spared else self.decay * self.p
+        return 0.0 if self.without_decay else self.decay * self.p
 
     @cached_property
     def stepped(self) -> Any:
@@ -266,14 +266,14 @@ class AdamW:
 
 
 class SGD:
-    """One step of one leaf with momentum: p, g and the velocity."""
+    """One step with momentum for one array p: its gradient g and the velocity."""
 
     def __init__(
-        self, p: Any, g: Any, state: tuple[Any], t: int, spared: bool, numbers: Any
+        self, p: Any, g: Any, state: tuple[Any], t: int, without_decay: bool, numbers: Any
     ) -> None:
         self.p = p
         self.rate, self.momentum, decay = numbers
-        self.gradient = g if spared else g + decay * p
+        self.gradient = g if without_decay else g + decay * p
         self.state = (self.momentum * state[0] + self.gradient,)
 
     @cached_property
@@ -281,11 +281,11 @@ class SGD:
         return self.p - self.rate * self.state[0]
 
 
-OPTIMIZERS = {"adamw": (AdamW, 2), "sgd": (SGD, 1)}  # the step, and how many arrays it keeps
+OPTIMIZERS = {"adamw": (AdamW, 2), "sgd": (SGD, 1)}  # the step, and the arrays of its state
 
 
 def deviating(reference: type, changes: Mapping[str, Formula]) -> type:
-    """Return a reference where names have other formulas."""
+    """Return a reference in which some names have other formulas."""
     return type(
         "Deviating",
         (reference,),
