@@ -7,13 +7,15 @@ p  parameter    g  gradient    mu, nu  running means of g and g²    t  step, fr
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import array_api_compat
 
 from doraxp._base.scalars import check_count, check_kind, check_number
+from doraxp._base.types import AdamWLeaf, AdamWNumbers
 from doraxp.backends import Operations, as_dtype, compute_dtype
-from doraxp.optim._trees import Params, PerLeaf, align, build, per_leaf, widened, zeros_like
+from doraxp.optim._trees import Params, PerLeaf, align, build, per_leaf, zeros_like
 
 
 class AdamWState(NamedTuple):
@@ -131,35 +133,34 @@ def adamw_step(
     rates = per_leaf("learning_rate", learning_rate, params, ops=ops)
     decays = per_leaf("weight_decay", weight_decay, params, spared="magnitude", ops=ops)
     step = _count_of(state, ops=ops) + 1
-    for leaf, *_ in leaves.values():
-        dtype = compute_dtype(leaf, xp=xp)
+    dtypes = {path: compute_dtype(p, xp=xp) for path, (p, *_) in leaves.items()}
+    _check_eps(eps, dtypes.values(), xp=xp)
+    widest = compute_dtype(*(p for p, *_ in leaves.values()), xp=xp)
+    numbers = AdamWNumbers(
+        beta1, 1 - beta1, beta2, 1 - beta2, eps,
+        *(_bias_correction(beta, step, widest, xp=xp) for beta in (beta1, beta2)),
+    )  # fmt: skip
+    wide = {
+        path: AdamWLeaf(p, g, *(as_dtype(mean, dtypes[path], xp=xp) for mean in means))
+        for path, (p, g, *means) in leaves.items()
+    }
+    stepped = ops.adamw(wide, rates, decays, numbers)
+    new = [{path: arrays[i] for path, arrays in stepped.items()} for i in range(3)]
+    state = AdamWState(step, build(state.mu, new[1]), build(state.nu, new[2]))
+    return build(params, new[0]), state
+
+
+def _check_eps(eps: float, dtypes: Iterable[Any], *, xp: Any) -> None:
+    """Raise ValueError where ε would round to 0: then 0/0 is NaN where a gradient is 0."""
+    for dtype in dtypes:
         least = float(xp.finfo(dtype).smallest_normal)
-        if eps < least:  # it would vanish, and 0/0 be NaN where a gradient is 0
+        if eps < least:
             name = "float64" if dtype == xp.float64 else "float32"
             raise ValueError(f"eps must be at least {least} in {name}, got {eps}")
-    stepped, first, second, fused = {}, {}, {}, None
-    if isinstance(step, int):
-        corrections = (_bias_correction(beta, step, None, xp=xp) for beta in (beta1, beta2))
-        numbers = beta1, 1 - beta1, beta2, 1 - beta2, eps, *corrections
-        fused = ops.adamw(leaves, rates, decays, numbers)
-    for path, arrays in leaves.items():
-        if fused is not None:
-            stepped[path], first[path], second[path] = fused[path]
-            continue
-        p, g, mu, nu, rate, decay = widened(*arrays, rates[path], decays[path], xp=xp)
-        mu = beta1 * mu + (1 - beta1) * g
-        nu = beta2 * nu + (1 - beta2) * (g * g)
-        mean = mu / _bias_correction(beta1, step, p.dtype, xp=xp)
-        square = nu / _bias_correction(beta2, step, p.dtype, xp=xp)
-        p = p - rate * (mean / (xp.sqrt(square) + eps) + decay * p)
-        stepped[path] = as_dtype(p, arrays[0].dtype, xp=xp)
-        first[path], second[path] = mu, nu
-    state = AdamWState(step, build(state.mu, first), build(state.nu, second))
-    return build(params, stepped), state
 
 
 def _count_of(state: AdamWState, *, ops: Operations) -> Any:
-    """Return how many steps were taken, held to an int, or to a 0-d array of an integer dtype."""
+    """Return `state.step`: an int, or a 0-d array of an integer dtype; raise for anything else."""
     step = state.step
     if array_api_compat.is_array_api_obj(step):
         known = array_api_compat.array_namespace(step) is ops.xp
