@@ -84,6 +84,7 @@ class DoRALayer:
     Examples
     --------
     >>> import numpy as np
+    >>> from doraxp import Linear
     >>> base = Linear(np.array([[3.0, 4.0], [0.0, 5.0]]))
     >>> layer = DoRALayer(base, Config(rank=1), seed=0)
     >>> layer.forward(np.array([1.0, 2.0])), layer.backward(np.array([1.0, 0.0]))

@@ -1,7 +1,9 @@
 """AdamW, as a pure function.
 
-p  parameter    g  gradient    mu, nu  running means of g and g²    t  step, from 1
-η  learning_rate    λ  weight_decay
+    p  parameter    g  gradient    mu, nu  running means of g and g²    t  step, from 1
+    η  learning_rate    λ  weight_decay
+
+Here the arguments are checked; `Operations.adamw` computes the step.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ from doraxp.optim._trees import Params, PerLeaf, align, build, per_leaf, zeros_l
 
 
 class AdamWState(NamedTuple):
-    """What `adamw_step` carries from step to step."""
+    """The state that `adamw_step` takes and returns."""
 
     step: Any
-    """How many steps were taken: an int, or a 0-d array where it was traced."""
+    """Number of steps taken: an int, or a 0-d array where it was traced."""
     mu: Any
     """Running mean of g, in the structure of the parameters and in the compute dtype."""
     nu: Any
@@ -34,7 +36,7 @@ def adamw_init(params: Any) -> AdamWState:
 
     Parameters
     ----------
-    params : NamedTuple of arrays, or dict of them
+    params : NamedTuple of arrays, or dict of NamedTuples
 
     Returns
     -------
@@ -43,10 +45,10 @@ def adamw_init(params: Any) -> AdamWState:
     Raises
     ------
     TypeError
-        `params` is no NamedTuple of arrays nor a dict of them, they are not of one library, or a
-        dtype is not floating.
+        `params` is neither a NamedTuple of arrays nor a dict of NamedTuples, the arrays are of
+        two libraries, or a dtype is not floating.
     ValueError
-        The devices differ, or there is no array.
+        The devices differ, or `params` holds no array.
 
     Examples
     --------
@@ -78,31 +80,33 @@ def adamw_step(
         p  ← p − η (m̂ / (√n̂ + ε) + λ p)     m̂ = mu / (1 − β₁ᵗ), n̂ = nu / (1 − β₂ᵗ)
 
     The decay is decoupled: it does not enter the moments. It is multiplied by η, as in
-    torch.optim.AdamW; in the paper by the schedule alone.
+    torch.optim.AdamW. The paper multiplies it by the schedule alone.
 
     Parameters
     ----------
-    params, grads : NamedTuple of arrays, or dict of them
+    params, grads : NamedTuple of arrays, or dict of NamedTuples
     state : AdamWState
-        From `adamw_init` or the step before.
+        From `adamw_init` or from the previous step.
     learning_rate : number, or one per leaf
-        η, at least 0; see the top of this module.
+        η, at least 0; see `doraxp.optim`.
     beta1, beta2 : float
         β₁ and β₂, in 0 ≤ β < 1.
     eps : float
-        ε, above 0: A's first gradient is 0, as B is, and 0/0 would be its first step.
+        ε, above 0. The first gradient of A is 0, because B is 0; with ε = 0 its first step would
+        be 0/0.
     weight_decay : number, or one per leaf
-        λ, at least 0. One number leaves `magnitude` alone.
+        λ, at least 0. One number does not decay `magnitude`; see `doraxp.optim`.
 
     Returns
     -------
-    params : as given, each leaf in its dtype
+    params : the structure and dtypes of `params`
     state : AdamWState
 
     Raises
     ------
     TypeError
-        The arrays are not of one library, a dtype is not floating, or a number is none.
+        The arrays are of two libraries, a dtype is not floating, or an argument that must be a
+        number is not one.
     ValueError
         Structures, shapes or devices differ, or a number is out of range.
 
@@ -170,7 +174,10 @@ def _count_of(state: AdamWState, *, ops: Operations) -> Any:
 
 
 def _bias_correction(beta: float, step: Any, dtype: Any, *, xp: Any) -> Any:
-    """Return 1 − βᵗ as −expm1(t log β), which keeps in float32 the digits that 1 − β loses."""
+    """Return 1 − βᵗ as −expm1(t log β): in float32, 1 − βᵗ itself loses digits where β is near 1.
+
+    A float where the step is an int; else a 0-d array of the dtype.
+    """
     log_beta = math.log(beta) if beta > 0 else -math.inf
     if isinstance(step, int):
         return -math.expm1(step * log_beta)
