@@ -37,7 +37,7 @@ class Diagnostics(NamedTuple):
     change: MagnitudeDirectionChange
     """Change from the weight that the layer was made with to W'."""
     gradient_norms: dict[str, Array]
-    """‖gradient‖ of each trained array, shape (); empty where there are no gradients."""
+    """‖gradient‖ of each trained array, shape (); empty without gradients."""
 
 
 class DoRALayer:
@@ -70,7 +70,7 @@ class DoRALayer:
     weight, bias : array
         The arrays that the layer computes with; the bias may be None.
     gradients : dict of str to array, or None
-        The gradients by the names of the state, in the compute dtype; None if there are none.
+        The gradients by the names of the state, in the compute dtype; None before a backward.
 
     Raises
     ------
@@ -200,7 +200,7 @@ class DoRALayer:
         self.load_state_dict(from_vector(vector, self.state_dict(), xp=self._xp))
 
     def get_parameter_gradients(self) -> Array:
-        """Return the gradients in the order of `get_parameters`; zeros if there are none."""
+        """Return the gradients in the order of `get_parameters`; zeros before a backward."""
         gradients = self._live_gradients()
         if gradients is None:
             return self._xp.zeros_like(self.get_parameters())
@@ -260,10 +260,10 @@ class DoRALayer:
         return array_api_compat.array_namespace(self.weight)
 
     def _known(self) -> tuple[Prepared | None, Prepared | None]:
-        """Return what `prepare` made of the current parameters, or None; and of earlier ones.
+        """Return the `Prepared` of the current parameters or None, and an earlier one or None.
 
-        The second is of the same weight and another adapter or config. It is None where the first
-        is not, and where the weight has been replaced.
+        The earlier one has the same weight and another adapter or config. At most one of the two
+        is given; after the weight has been replaced, neither is.
         """
         then = self._prepared
         if then is None or then.weight is not self.weight:
@@ -273,7 +273,7 @@ class DoRALayer:
         return (then, None) if same else (None, then)
 
     def _current(self) -> Prepared:
-        """Return what `prepare` makes of the current parameters; it runs only after a change."""
+        """Return the `Prepared` of the current parameters, computed anew only after a change."""
         prepared, previous = self._known()
         if prepared is None:
             prepared = prepare(self.weight, self.adapter, self.config, previous=previous)
