@@ -1,8 +1,8 @@
-"""The array libraries that the tests run on: how to make an array, call a function, read back.
+"""Lanes: for each array library, how a test makes an array, calls a function and reads values.
 
-A backend is asked for by name, `pytest --backend jax`. Some names stand for two lanes, so that
-one option also runs the harder variant: read-only NumPy, the strictest array-api-strict (no
-extensions, no boolean indexing, no data-dependent shapes) and JAX under `jax.jit`.
+`pytest --backend jax` chooses a backend by name. Some backends have two lanes, and their name
+runs the harder one too: read-only NumPy, the strictest array-api-strict (no extensions, no boolean
+indexing, no data-dependent shapes), and JAX under `jax.jit`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from doraxp.backends._cupy.operations import CupyOperations
 
 
 class Lane:
-    """NumPy, and what the other lanes replace."""
+    """The lane of NumPy. Other lanes override the methods that differ."""
 
     name = "numpy"
     backend = "numpy"
@@ -32,14 +32,14 @@ class Lane:
         return array_api_compat.array_namespace(self.asarray(np.zeros(1)))
 
     def asarray(self, values: np.ndarray) -> Any:
-        """Return `values` as a fresh array of this library, dtype kept."""
+        """Return `values` as a new array of this library with the same dtype."""
         return np.array(values)
 
     def numpy(self, array: Any) -> np.ndarray:
         return np.asarray(array)
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call `function` in the way that this lane demands of every public function."""
+        """Call `function` the way that this lane tests every public function."""
         return function(*args, **kwargs)
 
     def has(self, dtype: str) -> bool:
@@ -65,7 +65,7 @@ class Strict(Lane):
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        with np.errstate(over="ignore"):  # NumPy is underneath, and warns of what the guard mends
+        with np.errstate(over="ignore"):  # NumPy computes, and warns where the guard recomputes
             yield
 
     def asarray(self, values: np.ndarray) -> Any:
@@ -136,10 +136,10 @@ class JaxJit(Jax):
     name = "jax-jit"
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Trace every array among the arguments; all else is static."""
+        """Call `function` under jit. Arrays among the arguments are traced, the rest is static."""
         import jax
 
-        # A Config is no array: told so, JAX lets caches that hold one cross the border of a jit.
+        # JAX must know Config as static: a jitted function may then return a Cache, which has one.
         with contextlib.suppress(ValueError):  # registered by an earlier call
             jax.tree_util.register_static(Config)
         leaves, tree = jax.tree_util.tree_flatten((args, kwargs))
@@ -149,7 +149,7 @@ class JaxJit(Jax):
 
 
 class Static:
-    """An argument that is compiled in: 1, 1.0 and True are three, and each object is another."""
+    """A static argument. 1, 1.0 and True differ, and any two objects of other classes differ."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -167,7 +167,7 @@ class Static:
 
 @functools.lru_cache(maxsize=256)
 def jitted(function: Callable[..., Any], tree: Any, static: tuple[Static | None, ...]) -> Any:
-    """Return `function` of its arrays under jit: tests of one function share what is compiled."""
+    """Return the jitted `function` of its arrays; tests with equal static arguments share it."""
     import jax
 
     def call(arrays: list[Any]) -> Any:
@@ -193,7 +193,7 @@ class Dask(Lane):
         return np.asarray(array.compute(scheduler="synchronous"))
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Build the graph with computing forbidden."""
+        """Build the graph; a computation of it fails."""
         import dask
 
         def refuse(*_: Any, **__: Any) -> Any:
@@ -220,7 +220,7 @@ class Cupy(Lane):
 
 
 class HostCuda(Lane):
-    """CuPy's operations, on a device that a C++ compiler and NumPy make."""
+    """CuPy's operations on an emulated device, made from a C++ compiler and NumPy."""
 
     name = "cuda-host"
 
@@ -231,7 +231,7 @@ class HostCuda(Lane):
         return np.asarray(array).view(np.ndarray)
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call `function` with reading of values forbidden."""
+        """Call `function`; a read of values fails."""
         with cuda_host.forbid_reading():
             return function(*args, **kwargs)
 
@@ -256,10 +256,10 @@ LANES: dict[str, tuple[Lane, ...]] = {
 }
 
 EMULATED = {"cuda-host"}
-"""Lanes that run where they are asked for by name: they need a C++ compiler."""
+"""Lanes that run only when they are named, because they need a C++ compiler."""
 
 
 def reason_against(lane: Lane) -> str | None:
-    """Why this machine cannot run `lane`; None where it can."""
+    """Return the reason why this machine cannot run `lane`, or None where it can."""
     (status,) = (status for status in available() if status.name == lane.backend)
     return None if status.usable else status.detail

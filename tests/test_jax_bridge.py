@@ -90,8 +90,8 @@ def test_the_merged_weight_has_the_gradients_of_the_dense_formula(jax, form, nor
 
 
 @pytest.mark.parametrize("axis", ["x", "adapter", "weight"])
-def test_vmap_is_a_loop(jax, axis):
-    """Over inputs, over adapters of one weight, and over whole layers; forward and gradients."""
+def test_vmap_equals_a_loop(jax, axis):
+    """Over inputs, over adapters of one weight, and over whole layers; output and gradients."""
     jnp, config = jax.numpy, Config(2, 3)
     inputs = draw(jax)
     mapped = {"x": [0], "adapter": [2, 3, 4], "weight": range(6)}[axis]
@@ -133,11 +133,11 @@ def test_a_zero_row_and_a_cancelled_row_are_safe(jax):
     keep = np.array([0, 2, 3])
     assert_same([y[:, keep]], [dense(jax, config, x, w[keep], a, b[keep], m[keep])], 1e-6)
     plain = jax.grad(lambda a: doraxp.forward(x, w, Adapter(a, b, m), config)[0].sum())(a)
-    assert jax.numpy.isnan(plain).any()  # what the rule is for
+    assert jax.numpy.isnan(plain).any()  # the case that the gradient rules of doraxp.jax avoid
 
 
 @pytest.mark.parametrize("function", ["dora_linear", "merge"])
-def test_the_weight_has_a_gradient_where_it_is_asked_for(jax, function):
+def test_the_weight_has_a_gradient_only_with_train_base(jax, function):
     import doraxp.jax
 
     x, w, a, b, m, _ = draw(jax)
@@ -152,7 +152,7 @@ def test_the_weight_has_a_gradient_where_it_is_asked_for(jax, function):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_gradients_have_the_dtypes_of_what_they_are_of(jax, dtype):
+def test_gradients_have_the_dtypes_of_their_arrays(jax, dtype):
     from doraxp.jax import merge
 
     x, w, *rest = draw(jax, dtype="float32")
@@ -170,7 +170,7 @@ def test_gradients_have_the_dtypes_of_what_they_are_of(jax, dtype):
 
 @pytest.mark.parametrize(("form", "norm_gradient"), RULES)
 def test_a_prepared_norm_changes_nothing(jax, form, norm_gradient):
-    """Used twice in one loss, as micro-batches do."""
+    """One norm serves two inputs in one loss, as in training with micro-batches."""
     from doraxp.jax import dora_linear
 
     x, w, a, b, m, bias = draw(jax)
@@ -211,7 +211,7 @@ def test_a_prepared_norm_of_another_adapter_is_refused(jax):
 
 
 @pytest.mark.parametrize("name", ["x", "weight", "lora_a", "bias", "adapter", "config", "base"])
-def test_what_is_of_another_kind_is_refused(jax, name):
+def test_an_argument_of_another_class_is_refused(jax, name):
     from doraxp.jax import dora_linear
 
     x, w, a, b, m, bias = draw(jax)
@@ -227,7 +227,7 @@ def test_what_is_of_another_kind_is_refused(jax, name):
         dora_linear(**given, **flag)
 
 
-def test_shapes_are_held_to_each_other_inside_a_jit(jax):
+def test_shapes_that_do_not_fit_are_refused_inside_a_jit(jax):
     from doraxp.jax import dora_linear
 
     x, w, a, b, m, _ = draw(jax)

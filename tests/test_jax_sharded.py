@@ -1,4 +1,4 @@
-"""`doraxp.jax` over a mesh of 8 devices: what one device gives, and what XLA sends for it."""
+"""`doraxp.jax` over a mesh of 8 devices: the results of one device, and few collectives."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLLECTIVES = {  # instructions of the compiled program; docs/parallel.md states
     "row": {"forward": 1, "forward_and_norm": 2, "merged": 2, "step": 2},
     "data": {"forward": 0, "forward_and_norm": 0, "merged": 0, "step": 1},
 }
-MORE = {  # where it takes more than that
+MORE = {  # cases that take more collectives than COLLECTIVES says
     ("row", "direction"): {"forward_and_norm": 4, "merged": 4, "step": 5},
     ("data", "exact"): {"step": 11},
 }
@@ -42,13 +42,13 @@ def report():
 @pytest.mark.parametrize("norm_gradient", NORM_GRADIENTS)
 @pytest.mark.parametrize("form", FORMS)
 class TestSharded:
-    def test_results_are_those_of_one_device(self, jax, form, norm_gradient, split):
-        """y, the loss, every gradient and W', each against its largest value."""
+    def test_results_equal_those_of_one_device(self, jax, form, norm_gradient, split):
+        """Compares y, the loss, every gradient and W'; errors are relative to the largest value."""
         errors = report()[f"{form}-{norm_gradient}-{split}"]["errors"]
         assert errors.keys() == COLLECTIVES[split].keys()
         assert max(errors.values()) <= 1e-14
 
-    def test_collectives_are_as_many_as_stated(self, jax, form, norm_gradient, split):
+    def test_the_number_of_collectives_is_as_stated(self, jax, form, norm_gradient, split):
         counts = report()[f"{form}-{norm_gradient}-{split}"]["counts"]
         more = MORE.get((split, form), {}) | MORE.get((split, norm_gradient), {})
         totals = {name: sum(kinds.values()) for name, kinds in counts.items()}

@@ -124,11 +124,11 @@ def test_kinds_rank_and_alpha_are_given_by_pattern():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"target_modules": ["q_porj"]}, "target_modules 'q_porj' matches none of 8 modules; near"),
-        ({"target_modules": "q"}, "target_modules 'q' matches none of 8 modules; near"),
-        ({"target_modules": ["conv"]}, "kinds must say what layers.1.conv is"),
+        ({"target_modules": ["q_porj"]}, "target_modules 'q_porj' must match one of 8 modules"),
+        ({"target_modules": "q"}, "target_modules 'q' must match one of 8 modules; the"),
+        ({"target_modules": ["conv"]}, "kinds must have an entry for layers.1.conv, such as conv"),
         ({"target_modules": ["q_proj"], "rank_pattern": {"k_proj": 1}}, "rank_pattern 'k_proj'"),
-        ({"target_modules": ["q_proj"], "kinds": {"cnv": LayerKind("conv")}}, "near it are conv"),
+        ({"target_modules": ["q_proj"], "kinds": {"cnv": LayerKind("conv")}}, "nearest are conv"),
     ],
 )
 def test_what_matches_nothing_is_an_error_with_near_names(arguments, message):

@@ -1,4 +1,4 @@
-"""DoRALayer and Linear: what each method returns and refuses, and the state between calls."""
+"""DoRALayer and Linear: their values, their vector and state, and what they keep between calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ W = np.array([[3.0, 4.0], [0.0, 5.0]])
 
 
 class Plain:
-    """A layer of someone's own, without a bias."""
+    """A user's layer without a bias."""
 
     def __init__(self, weight):
         self.weight = weight
@@ -37,7 +37,7 @@ def bits(backend, layer):
     return {name: backend.numpy(array).tobytes() for name, array in layer.state_dict().items()}
 
 
-def test_values_of_the_adapter_class(backend, assert_close):
+def test_forward_merge_and_count_by_hand(backend, assert_close):
     layer = DoRALayer(Linear(backend.asarray(W)), Config(1), seed=0)
     assert_close(
         layer.forward(backend.asarray(np.array([1.0, 2.0]))), np.array([11.0, 10.0]), rtol=0
@@ -68,8 +68,8 @@ def test_linear_is_the_dense_formula(backend, draw, assert_close):
     assert plain.bias_gradient is None
 
 
-def test_linear_refuses(draw):
-    with pytest.raises(RuntimeError, match="backward needs a forward first"):
+def test_linear_refuses_bad_arguments(draw):
+    with pytest.raises(RuntimeError, match="backward needs a forward: call"):
         Linear(draw(7, 6)).backward(draw(5, 7))
     with pytest.raises(ValueError, match=r"bias must have shape .* got \(6,\)"):
         Linear(draw(7, 6), draw(6))
@@ -86,7 +86,7 @@ def test_linear_refuses(draw):
 @pytest.mark.parametrize("norm_gradient", ["exact", "detached"])
 @pytest.mark.parametrize("form", ["weight", "direction"])
 @pytest.mark.parametrize("train_base", [False, True])
-def test_the_layer_is_the_functional_core(
+def test_the_layer_equals_the_functions(
     backend, draw, assert_close, form, norm_gradient, train_base
 ):
     config = Config(2, 4.0, form=form, norm_gradient=norm_gradient)
@@ -122,7 +122,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(backend, draw):
     np.testing.assert_array_equal(backend.numpy(layer.base.weight), before)
 
 
-def test_gradients_add_up_until_they_are_used(backend, draw, assert_close):
+def test_gradients_add_up_until_a_step_uses_them(backend, draw, assert_close):
     layer = make(draw)
     assert_close(layer.get_parameter_gradients(), np.zeros(layer.parameter_count), rtol=0)
     y = layer.forward(draw(5, 6))
@@ -139,14 +139,18 @@ def test_gradients_add_up_until_they_are_used(backend, draw, assert_close):
 
 def test_a_step_needs_gradients_and_a_backward_a_forward(draw):
     layer = make(draw)
-    with pytest.raises(RuntimeError, match="backward needs a forward with the parameters"):
+    with pytest.raises(RuntimeError, match="backward needs a forward with the current parameters"):
         layer.backward(draw(5, 7))
-    with pytest.raises(RuntimeError, match="update_parameters needs the gradients of a backward"):
+    with pytest.raises(
+        RuntimeError, match="update_parameters needs gradients of the current parameters"
+    ):
         layer.update_parameters(0.1)
     step(layer, draw)
-    with pytest.raises(RuntimeError, match="update_parameters needs the gradients of a backward"):
+    with pytest.raises(
+        RuntimeError, match="update_parameters needs gradients of the current parameters"
+    ):
         layer.update_parameters(0.1)
-    with pytest.raises(RuntimeError, match="dropped when they changed"):
+    with pytest.raises(RuntimeError, match="again after the parameters change"):
         layer.backward(draw(5, 7))
     for drop in (
         lambda: layer.set_parameters(layer.get_parameters()),
@@ -156,16 +160,18 @@ def test_a_step_needs_gradients_and_a_backward_a_forward(draw):
         layer.backward(layer.forward(draw(5, 6)))
         drop()
         assert layer.gradients is None
-        with pytest.raises(RuntimeError, match="the state was reset"):
+        with pytest.raises(RuntimeError, match="the state is reset"):
             layer.backward(draw(5, 7))
 
 
-def test_gradients_of_other_parameters_are_not_used(draw, assert_close):
+def test_gradients_of_earlier_parameters_are_not_used(draw, assert_close):
     layer = make(draw)
     layer.backward(layer.forward(draw(5, 6)))
     layer.adapter = layer.adapter._replace(magnitude=2 * layer.adapter.magnitude)
     assert layer.diagnostics().gradient_norms == {}
-    with pytest.raises(RuntimeError, match="update_parameters needs the gradients of a backward"):
+    with pytest.raises(
+        RuntimeError, match="update_parameters needs gradients of the current parameters"
+    ):
         layer.update_parameters(0.1)
     x = draw(5, 6)
     layer.backward(layer.forward(x))
@@ -177,7 +183,7 @@ def test_gradients_of_other_parameters_are_not_used(draw, assert_close):
 
 
 def test_training_runs_inside_a_compiler(backend, draw, assert_close):
-    """Under jit no value is known, and on Dask none is computed."""
+    """Under jit no value is known, and a Dask graph is built without computing."""
 
     def train(weight, bias, x, dy):
         layer = DoRALayer(Linear(weight, bias), Config(2), seed=0)
@@ -200,7 +206,7 @@ def test_a_module_of_torch_stays_out_of_the_graph(torch):
         layer.update_parameters(0.1)
     assert not any(array.requires_grad for array in layer.state_dict().values())
     assert base.weight.requires_grad
-    with pytest.raises(TypeError, match="can be assigned a weight and a bias; Linear is none"):
+    with pytest.raises(TypeError, match="weight and bias can be assigned, got Linear: "):
         layer.merge_to_original_layer()
 
 
@@ -234,7 +240,7 @@ def test_the_norm_is_prepared_once_per_change(draw, monkeypatch):
     assert calls[1] is not None  # the weight's squares are used again
 
 
-def test_a_base_that_is_trained_is_not_reused(draw, assert_close):
+def test_a_trained_base_is_prepared_anew_after_a_step(draw, assert_close):
     layer = make(draw, train_base=True)
     step(layer, draw)
     x = draw(5, 6)
@@ -247,7 +253,7 @@ def test_a_write_into_the_adapter_is_noticed():
     x = np.eye(2)
     y = layer.forward(x)
     layer.adapter.lora_b[...] = 1
-    with pytest.raises(RuntimeError, match="parameters as they are now"):
+    with pytest.raises(RuntimeError, match="with the current parameters"):
         layer.backward(y)
     expected, _ = doraxp.forward(x, W, layer.adapter, layer.config)
     np.testing.assert_array_equal(layer.forward(x), expected)
@@ -255,7 +261,7 @@ def test_a_write_into_the_adapter_is_noticed():
 
 @pytest.mark.parametrize("train_base", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_vector_has_the_order_of_the_table(backend, draw, assert_close, train_base, bias):
+def test_the_vector_is_weight_bias_a_b_magnitude(backend, draw, assert_close, train_base, bias):
     layer = make(draw, train_base=train_base, bias=bias)
     arrays = [*layer.adapter]
     if train_base:
@@ -273,7 +279,7 @@ def test_the_vector_has_the_order_of_the_table(backend, draw, assert_close, trai
 
 
 @pytest.mark.parametrize("train_base", [False, True])
-def test_a_base_stored_in_out_is_the_transposed_one(backend, draw, assert_close, train_base):
+def test_a_base_stored_in_out_acts_as_its_transpose(backend, draw, assert_close, train_base):
     weight, bias = draw(7, 6), draw(7)
     turned = backend.asarray(backend.numpy(weight).T.copy())
     options = {"seed": 0, "train_base": train_base}
@@ -352,14 +358,14 @@ class Uncopied(Plain):
 
 
 @pytest.mark.parametrize("kind", [ReadOnly, Frozen, Tuple, Uncopied])
-def test_a_base_whose_weight_cannot_be_replaced(draw, kind):
+def test_a_base_that_cannot_be_copied_or_assigned_is_refused(draw, kind):
     layer = DoRALayer(kind(draw(7, 6)), Config(2), seed=0)
-    message = f"can be assigned a weight; {kind.__name__} is none"
+    message = f"weight can be assigned, got {kind.__name__}: "
     with pytest.raises(TypeError, match=message):
         layer.merge_to_original_layer()
 
 
-def test_a_base_that_is_none(draw):
+def test_a_bad_base_or_option_is_refused(draw):
     for base in (None, object(), Plain(None)):
         with pytest.raises(TypeError, match="base must be a layer with a weight, got"):
             DoRALayer(base, Config(1), seed=0)
@@ -386,7 +392,7 @@ def test_init_options_reach_the_adapter(draw, assert_close):
 
 
 @pytest.mark.parametrize("train_base", [False, True])
-def test_state_goes_out_and_in(backend, draw, train_base):
+def test_a_loaded_state_gives_the_same_parameters(backend, draw, train_base):
     layer, other = make(draw, train_base=train_base), make(draw, train_base=train_base)
     step(layer, draw)
     state = layer.state_dict()
@@ -409,7 +415,7 @@ def test_loaded_arrays_are_copied():
     assert (layer.adapter.lora_b == 0).all()
 
 
-def test_what_does_not_fit_is_listed_and_changes_nothing(backend, draw):
+def test_a_state_that_does_not_fit_lists_its_problems_and_changes_nothing(backend, draw):
     layer = make(draw, train_base=True)
     step(layer, draw)
     layer.backward(layer.forward(draw(5, 6)))
@@ -440,7 +446,7 @@ def test_what_does_not_fit_is_listed_and_changes_nothing(backend, draw):
     layer.update_parameters(0.1)
 
 
-def test_diagnostics(backend, draw, assert_close):
+def test_diagnostics_of_a_fresh_and_of_a_trained_layer(backend, draw, assert_close):
     layer = make(draw, Config(2, 4.0), train_base=True)
     fresh = layer.diagnostics()
     assert fresh.shapes == {
@@ -475,7 +481,7 @@ def test_a_low_precision_base_keeps_its_dtype(backend, draw, dtype):
     assert not np.array_equal(backend.numpy(layer.weight), backend.numpy(weight))
 
 
-def test_a_learning_rate_that_is_none(draw):
+def test_a_bad_learning_rate_is_refused(draw):
     layer = make(draw)
     layer.backward(layer.forward(draw(5, 6)))
     with pytest.raises((TypeError, ValueError), match="learning_rate"):

@@ -1,4 +1,4 @@
-"""The optimizers against plain loops over single numbers, and the laws that they follow."""
+"""The optimizers against plain loops over single numbers, and their laws."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ both = pytest.mark.parametrize(("init", "step"), OPTIMIZERS.values(), ids=OPTIMI
 
 
 class Dense(NamedTuple):
-    """What is trained need not be an adapter."""
+    """Parameters that are not an adapter."""
 
     weight: Any
     bias: Any
@@ -56,8 +56,8 @@ def assert_same(assert_close, actual, desired, rtol=0):
         assert_close(one, other, rtol=rtol)
 
 
-# The oracle: each single number by itself, in float64, with Python's arithmetic. The running
-# means are written out as sums over the past, as nothing in `src` does it.
+# The oracle steps each number by itself, in float64, with Python's arithmetic. It writes the
+# running means out as sums over the past; `src` computes them by recursion.
 
 
 def by_loops(rule, backend, params, gradients, rates=RATES, decays=DECAYS, **numbers):
@@ -190,12 +190,12 @@ def test_defaults_are_those_of_torch(backend, draw, assert_close):
         assert_close(one, other, rtol=1e-14)
 
 
-# What the state and the arguments keep
+# Dtypes, and arguments that must not change
 
 
 @pytest.mark.dtypes("float16", "bfloat16", "float32", "float64")
 @both
-def test_dtype_is_kept_and_moments_are_wide(backend, draw, init, step, dtype):
+def test_parameters_keep_their_dtype_and_moments_are_wide(backend, draw, init, step, dtype):
     params = random_adapter(draw, dtype)
     stepped, state = train(backend, init, step, params, [params] * 2, learning_rate=RATES)
     assert [leaf.dtype for leaf in stepped] == [leaf.dtype for leaf in params]
@@ -206,7 +206,7 @@ def test_dtype_is_kept_and_moments_are_wide(backend, draw, init, step, dtype):
 
 @pytest.mark.dtypes("float16", "bfloat16")
 @both
-def test_low_precision_is_rounded_once(backend, draw, assert_close, init, step, dtype):
+def test_low_precision_parameters_are_rounded_once(backend, draw, assert_close, init, step, dtype):
     params = random_adapter(draw, dtype)
     wide = Adapter(*(backend.asarray(backend.numpy(leaf).astype("float32")) for leaf in params))
     actual, _ = train(backend, init, step, params, [wide], learning_rate=RATES)
@@ -261,7 +261,7 @@ def test_a_scalar_is_a_parameter_too(backend, draw, init, step):
 
 
 @both
-def test_one_weight_decay_leaves_magnitude_alone(backend, draw, assert_close, init, step):
+def test_one_weight_decay_does_not_decay_the_magnitude(backend, draw, assert_close, init, step):
     params, grads = random_adapter(draw), random_adapter(draw)
     for one, explicit in [(0.5, Adapter(0.5, 0.5, 0.0)), (0, Adapter(0.0, 0, 0.0))]:
         numbers = {"learning_rate": 0.1}
@@ -292,7 +292,7 @@ def test_lora_plus_is_a_rate_per_leaf(backend, draw, assert_close, init, step):
 def test_a_dict_is_stepped_entry_by_entry(backend, draw, assert_close, init, step):
     params = {"k": random_adapter(draw), "q": random_adapter(draw), "head": Dense(draw(3), draw(2))}
     gradients = [
-        # Another order: what belongs together is told by name.
+        # The order of the keys differs: entries are matched by name.
         {"head": Dense(draw(3), draw(2)), "q": random_adapter(draw), "k": random_adapter(draw)}
         for _ in range(2)
     ]
@@ -344,11 +344,20 @@ def test_a_traced_step_loses_no_digits(backend, draw, assert_close):
         assert_same(assert_close, actual, desired, rtol=1e-6)
 
 
+def test_a_traced_step_keeps_the_dtype_of_each_leaf(backend, draw):
+    params = random_adapter(draw)._replace(magnitude=draw(4, dtype="float32"))
+    state = adamw_init(params)._replace(step=backend.asarray(np.asarray(0)))
+    stepped, state = backend.run(adamw_step, params, params, state, learning_rate=1.0)
+    dtypes = [leaf.dtype for leaf in params]
+    for tree in (stepped, state.mu, state.nu):
+        assert [leaf.dtype for leaf in tree] == dtypes
+
+
 # Clipping
 
 
 @pytest.mark.dtypes("float32", "float64")
-def test_clipping_bounds_the_global_norm(backend, draw, assert_close, dtype):
+def test_clipping_scales_all_gradients_to_the_bound(backend, draw, assert_close, dtype):
     grads = {
         "q": random_adapter(draw, dtype),
         "head": Dense(draw(3, dtype=dtype), draw(2, 2, dtype=dtype)),
@@ -365,7 +374,7 @@ def test_clipping_bounds_the_global_norm(backend, draw, assert_close, dtype):
             assert_close(leaf, (0.5 / length * given.astype("float64")).astype(dtype), rtol=rtol)
 
 
-def test_within_the_bound_nothing_changes(backend, draw, assert_close):
+def test_gradients_within_the_bound_are_unchanged(backend, draw, assert_close):
     grads = random_adapter(draw, "float32")
     _, norm = clip_by_global_norm(grads, 1.0)
     for bound in (float(backend.numpy(norm)), 1e30):
@@ -374,7 +383,7 @@ def test_within_the_bound_nothing_changes(backend, draw, assert_close):
 
 
 @pytest.mark.parametrize("scale", [1e30, 1e-30])
-def test_the_norm_does_not_overflow(backend, assert_close, scale):
+def test_the_norm_neither_overflows_nor_underflows(backend, assert_close, scale):
     leaves = (np.full(shape, scale, "float32") for shape in ((1, 2), (1, 1), (1,)))
     grads = Adapter(*(backend.asarray(leaf) for leaf in leaves))
     clipped, norm = backend.run(clip_by_global_norm, grads, scale)
@@ -382,7 +391,7 @@ def test_the_norm_does_not_overflow(backend, assert_close, scale):
     assert_close(clipped.lora_a, np.full((1, 2), scale / 2, "float32"), rtol=2e-7)
 
 
-def test_zero_gradients_stay(backend, assert_close):
+def test_zero_gradients_are_unchanged(backend, assert_close):
     grads = Dense(*(backend.asarray(np.zeros(shape)) for shape in ((2, 3), (2,))))
     clipped, norm = backend.run(clip_by_global_norm, grads, 1.0)
     assert_close(norm, np.zeros(()), rtol=0)
@@ -390,7 +399,7 @@ def test_zero_gradients_stay(backend, assert_close):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_gradient_that_is_not_finite_shows_in_the_norm(backend, bad):
+def test_a_gradient_that_is_not_finite_makes_the_norm_nan(backend, bad):
     values = (np.array([[1.0, bad]]), np.array([7.0]))
     with np.errstate(invalid="ignore"):
         clipped, norm = backend.run(clip_by_global_norm, Dense(*map(backend.asarray, values)), 1.0)
@@ -400,7 +409,7 @@ def test_a_gradient_that_is_not_finite_shows_in_the_norm(backend, bad):
 
 
 @pytest.mark.dtypes("float16", "bfloat16")
-def test_low_precision_is_clipped_wide(backend, assert_close, dtype):
+def test_low_precision_gradients_are_clipped_in_float32(backend, assert_close, dtype):
     grads = Dense(*(backend.asarray(np.full(2, 300.0).astype(dtype)) for _ in range(2)))
     clipped, norm = backend.run(clip_by_global_norm, grads, 3.0)
     assert_close(norm, np.asarray(2 * backend.numpy(grads.bias)[0], "float32"), rtol=1e-6)
@@ -410,14 +419,14 @@ def test_low_precision_is_clipped_wide(backend, assert_close, dtype):
 # Schedules
 
 
-def test_constant_schedule_at_its_corners():
+def test_constant_schedule_warms_up_and_stays():
     assert [constant_schedule(0.5)(step) for step in (0, 1, 10**6)] == [0.5] * 3
     schedule = constant_schedule(0.5, warmup_steps=3)
     assert [schedule(step) for step in range(6)] == [0.125, 0.25, 0.375, 0.5, 0.5, 0.5]
 
 
 @pytest.mark.parametrize("schedule", [linear_schedule, cosine_schedule])
-def test_decay_at_its_corners(schedule):
+def test_a_decaying_schedule_at_its_first_and_last_steps(schedule):
     full = schedule(0.8, total_steps=10)
     assert full(0) == 0.8
     assert full(5) == pytest.approx(0.4, rel=1e-15)
@@ -435,7 +444,7 @@ def test_decay_at_its_corners(schedule):
     assert [all_warm(step) for step in range(4)] == [0.8 / 4, 1.6 / 4, 0.8 * 3 / 4, 0.1]
 
 
-def test_decay_between_its_corners():
+def test_a_decaying_schedule_between_its_ends():
     assert linear_schedule(0.8, total_steps=8, final=0.4)(2) == pytest.approx(0.7, rel=1e-15)
     quarter = 0.4 + 0.2 * (1 + math.sqrt(0.5))
     assert cosine_schedule(0.8, total_steps=8, final=0.4)(2) == pytest.approx(quarter, rel=1e-15)
@@ -505,7 +514,7 @@ def test_schedules_return_python_floats(schedule):
         ),
     ],
 )
-def test_a_schedule_of_nonsense_is_refused(call, error, message):
+def test_bad_arguments_of_a_schedule_are_refused(call, error, message):
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         call()
 
@@ -535,17 +544,16 @@ TREES = [  # params, grads, error, message
         ONE,
         whole(),
         ValueError,
-        "grads and params must have the same entries, but there is no grads['q'].lora_a and no "
-        "grads['q'].lora_b and no grads['q'].magnitude and no params.lora_a and no params.lora_b "
-        "and no params.magnitude",
+        "grads and params must have the same entries; missing: grads['q'].lora_a, "
+        "grads['q'].lora_b, grads['q'].magnitude, params.lora_a, params.lora_b, "
+        "params.magnitude",
     ),
     (
         ONE,
         {"q": Dense(np.ones(1), np.ones(1))},
         ValueError,
-        "grads and params must have the same entries, but there is no grads['q'].lora_a and no "
-        "grads['q'].lora_b and no grads['q'].magnitude and no params['q'].weight and no "
-        "params['q'].bias",
+        "grads and params must have the same entries; missing: grads['q'].lora_a, "
+        "grads['q'].lora_b, grads['q'].magnitude, params['q'].weight, params['q'].bias",
     ),
     (
         whole(),
@@ -591,15 +599,14 @@ NUMBERS = [  # value of learning_rate or of weight_decay, params, error, message
         {"v": 1},
         ONE,
         ValueError,
-        " and params must have the same entries, but there is no {name}['q'] and no params['v']",
+        " and params must have the same entries; missing: {name}['q'], params['v']",
     ),
     (
         {"q": 1, "k": Dense(1, 1)},
         TWO,
         ValueError,
-        " and params must have the same entries, but there is no {name}['k'].lora_a and no "
-        "{name}['k'].lora_b and no {name}['k'].magnitude and no params['k'].weight and no "
-        "params['k'].bias",
+        " and params must have the same entries; missing: {name}['k'].lora_a, "
+        "{name}['k'].lora_b, {name}['k'].magnitude, params['k'].weight, params['k'].bias",
     ),
 ]
 LIMITS = [
@@ -633,7 +640,7 @@ def test_trees_that_do_not_fit_are_refused(init, step, params, grads, error, mes
     ],
 )
 def test_a_state_of_other_parameters_is_refused(step, state, name):
-    message = f"{name} and params must have the same entries, but there is no {name}.lora_a and"
+    message = f"{name} and params must have the same entries; missing: {name}.lora_a, "
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         step(whole(), whole(), state, learning_rate=0.1)
 
@@ -657,7 +664,7 @@ def test_numbers_out_of_range_are_refused(step, name, value, message):
         step(whole(), whole(), init(whole()), learning_rate=0.1, **{name: None})
 
 
-def test_an_eps_that_vanishes_is_refused():
+def test_an_eps_below_the_smallest_normal_is_refused():
     narrow = Adapter(*(np.asarray(leaf, dtype="float32") for leaf in whole()))
     state = adamw_init(narrow)
     least = float(np.finfo("float32").smallest_normal)
@@ -679,7 +686,7 @@ def test_an_eps_that_vanishes_is_refused():
         (np.array([1]), TypeError, "state.step must be an integer, got array([1])"),
     ],
 )
-def test_a_step_that_is_none_is_refused(step, error, message):
+def test_a_step_that_is_not_a_count_is_refused(step, error, message):
     state = adamw_init(whole())._replace(step=step)
     with pytest.raises(error, match=exactly(message)):
         adamw_step(whole(), whole(), state, learning_rate=0.1)
@@ -692,7 +699,7 @@ def test_a_state_of_another_optimizer_is_refused():
         sgd_step(whole(), whole(), None, learning_rate=0.1)
 
 
-def test_nesterov_that_is_no_bool_is_refused():
+def test_nesterov_that_is_not_a_bool_is_refused():
     with pytest.raises(TypeError, match="nesterov must be True or False, got 'no'"):
         sgd_step(whole(), whole(), sgd_init(whole()), learning_rate=0.1, nesterov="no")
 
@@ -705,7 +712,7 @@ def test_nesterov_without_momentum_is_refused():
 
 
 @pytest.mark.parametrize("bound", [0, -1.0, math.inf, math.nan])
-def test_a_bound_that_is_none_is_refused(bound):
+def test_a_bad_bound_is_refused(bound):
     message = f"max_norm must be above 0 and finite, got {float(bound)}"
     with pytest.raises(ValueError, match=exactly(message)):
         clip_by_global_norm(whole(), bound)
@@ -713,7 +720,7 @@ def test_a_bound_that_is_none_is_refused(bound):
         clip_by_global_norm(whole(), "1")
 
 
-def test_trees_that_are_none_are_refused():
+def test_arguments_that_are_not_trees_are_refused():
     for call in (sgd_init, adamw_init):
         with pytest.raises(TypeError, match=exactly(TREES[6][3])):
             call([whole()])
@@ -724,7 +731,7 @@ def test_trees_that_are_none_are_refused():
 
 
 class Foreign:
-    """A 0-d array of no library that is installed."""
+    """A 0-d array whose library is not installed."""
 
     ndim = 0
     shape = ()

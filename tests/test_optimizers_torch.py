@@ -1,4 +1,4 @@
-"""The optimizers against torch.optim, step by step in float64, on every backend."""
+"""The optimizers against torch.optim: each step in float64, on every backend."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def random_adapter(draw):
 
 
 def follow(backend, draw, assert_close, torch, init, step, theirs, case):
-    """Take the steps side by side and compare after each."""
+    """Take the same steps here and in torch.optim, and compare the parameters after each."""
     rates, decays, numbers = case
     params = random_adapter(draw)
     leaves = [torch.tensor(backend.numpy(leaf), requires_grad=True) for leaf in params]

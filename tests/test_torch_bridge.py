@@ -60,7 +60,7 @@ def make(torch, config=None, *, train_base=False, bias=True):
 
 
 def step(torch, layer, x, run=None):
-    """y, and the gradients of x and of what is trained."""
+    """Return y and the gradients of x and of the trained parameters."""
     x = x.detach().requires_grad_()
     y = layer(x) if run is None else run(x)
     trained = [p for p in layer.parameters() if p.requires_grad]
@@ -129,11 +129,11 @@ def test_gradients_have_the_dtypes_of_their_arrays(torch, dtype):
     assert_same(torch, [array.double() for array in got], want, 2 * max(eps, 1e-6))
 
 
-def test_autocast_gives_its_dtype_and_computes_wide(torch):
+def test_under_autocast_y_has_its_dtype_and_the_adapter_is_computed_in_float32(torch):
     inputs = draw(torch, dtype="float32")
     with torch.autocast("cpu", torch.bfloat16):
         y = ours(Config(2), *inputs)
-        got = torch.autograd.grad(y.float().sum(), inputs)  # in it, as some trainers do
+        got = torch.autograd.grad(y.float().sum(), inputs)  # under autocast, as some trainers do
     x = inputs[0].detach().bfloat16().float().requires_grad_()
     wide = ours(Config(2), x, *inputs[1:])
     assert y.dtype == torch.bfloat16
@@ -161,7 +161,7 @@ def test_the_module_has_the_dense_gradients(torch, form, norm_gradient, train_ba
     assert shared != train_base
 
 
-def test_checkpointing_changes_nothing(torch):
+def test_activation_checkpointing_changes_nothing(torch):
     from torch.utils.checkpoint import checkpoint
 
     _, layer = make(torch)
@@ -176,7 +176,7 @@ def test_checkpointing_changes_nothing(torch):
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does
 @pytest.mark.parametrize("train_base", [False, True])
-def test_it_compiles_in_one_graph(torch, train_base):
+def test_the_module_compiles_in_one_graph(torch, train_base):
     torch.compiler.reset()
     _, layer = make(torch, train_base=train_base)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
@@ -189,8 +189,8 @@ def test_it_compiles_in_one_graph(torch, train_base):
                     p.mul_(1.25)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])  # the latter is not cast at last
-def test_the_shapes_that_a_compiler_is_told_are_those_that_come(torch, dtype):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])  # in float64 no result is cast
+def test_the_operators_return_the_shapes_that_they_declare(torch, dtype):
     from doraxp.torch import _ops
 
     x, w, a, b, m, bias = draw(torch, SHAPES["stack"], dtype)
@@ -206,21 +206,21 @@ def test_the_shapes_that_a_compiler_is_told_are_those_that_come(torch, dtype):
 
 @pytest.mark.parametrize("shapes", ["matrix", "stack"])
 def test_after_a_step_the_base_is_read_once_in_a_forward(torch, monkeypatch, shapes):
-    """W Aᵀ comes out of the product with x; what autograd is told of z holds all the same."""
+    """The product with x gives W Aᵀ too; z is contiguous all the same, as autograd was told."""
     from doraxp.torch._ops import forward_op
 
     x, w, *leaves = (array.detach() for array in draw(torch, SHAPES[shapes]))
-    x = x[..., :1, :]  # little beside the weight
+    x = x[..., :1, :]  # few tokens compared with the weight
     rules = 2, 1.5, "weight", "exact"
     forward_op(x, w, *leaves, *rules)
-    leaves[1] *= 0.1  # no row cancels
+    leaves[1] *= 0.1  # then no row of V cancels
     monkeypatch.setattr("doraxp.backends._generic.Operations.project", None)
     y, z, _ = forward_op(x, w, *leaves, *rules)
     assert_same(torch, [y], [dense(Config(2, 3), x, w, *leaves)])
     assert z.is_contiguous()
 
 
-def test_shapes_are_known_without_numbers(torch):
+def test_the_module_works_on_the_meta_device(torch):
     layer = make(torch)[1].to("meta")
     x = torch.ones(5, 6, device="meta", dtype=torch.float64, requires_grad=True)
     y = layer(x)
@@ -265,9 +265,9 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", ["weight", "lora_a", "lora_b", "magnitude"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_no_change_of_an_array_goes_unnoticed(torch, name, change):
+def test_every_change_of_an_array_is_noticed(torch, name, change):
     _, layer = make(torch)
-    layer.weight.grad = torch.randn_like(layer.weight)  # frozen, but stepped by hand
+    layer.weight.grad = torch.randn_like(layer.weight)  # frozen, but stepped by the test
     x = torch.randn(5, 6, dtype=torch.float64)
     layer(x).square().sum().backward()
     with torch.no_grad():
@@ -275,7 +275,7 @@ def test_no_change_of_an_array_goes_unnoticed(torch, name, change):
     assert_same(torch, step(torch, layer, x), dense_step(torch, layer, x))
 
 
-def test_another_config_is_prepared_for(torch):
+def test_a_new_config_is_used_by_the_next_forward(torch):
     _, layer = make(torch)
     x = torch.randn(5, 6, dtype=torch.float64)
     layer(x)
@@ -283,7 +283,7 @@ def test_another_config_is_prepared_for(torch):
     assert_same(torch, step(torch, layer, x), dense_step(torch, layer, x))
 
 
-def test_where_values_are_not_looked_at_the_gradients_are_the_same(torch, monkeypatch):
+def test_gradients_are_the_same_where_values_are_not_read(torch, monkeypatch):
     from doraxp.backends._torch import TorchOperations
 
     monkeypatch.setattr(TorchOperations, "may_look", lambda self, array: False)
@@ -291,10 +291,10 @@ def test_where_values_are_not_looked_at_the_gradients_are_the_same(torch, monkey
     x = torch.randn(5, 6, dtype=torch.float64)
     for _ in range(2):
         assert_same(torch, step(torch, layer, x), dense_step(torch, layer, x))
-        layer.lora_b.data.mul_(2)  # as an optimizer that works behind PyTorch's back
+        layer.lora_b.data.mul_(2)  # a write that changes no version, as some optimizers make
 
 
-def test_the_module_says_what_it_is(torch):
+def test_the_repr_shows_sizes_rank_and_scaling(torch):
     _, layer = make(torch)
     assert str(layer) == "DoRALinear(in=6, out=4, bias=True, rank=2, scaling=1.5)"
 
@@ -312,7 +312,7 @@ def test_training_goes_on_after_inference_mode(torch):
     x = torch.randn(5, 6, dtype=torch.float64)
     with torch.inference_mode():
         y = layer(x)
-        w = base.weight.clone()  # has no count of writes: nothing of it is kept
+        w = base.weight.clone()  # has no version, so nothing is kept of it
         for factor in (1, 2):
             w.mul_(factor)
             assert_same(
@@ -325,7 +325,7 @@ def test_training_goes_on_after_inference_mode(torch):
     assert_same(torch, step(torch, layer, x), want)
 
 
-def test_nothing_is_kept_of_a_weight_that_has_gone(torch):
+def test_a_freed_weight_leaves_nothing_behind(torch):
     from doraxp.torch import _ops
 
     _, layer = make(torch)
@@ -338,7 +338,7 @@ def test_nothing_is_kept_of_a_weight_that_has_gone(torch):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_state_goes_round(torch, bias, tmp_path):
+def test_a_saved_and_loaded_state_gives_the_same_module(torch, bias, tmp_path):
     _, layer = make(torch, bias=bias)
     _, other = make(torch, bias=bias)
     x = torch.randn(5, 6, dtype=torch.float64)
@@ -365,7 +365,7 @@ def test_a_copy_has_its_own_parameters(torch):
     assert_same(torch, step(torch, other, x), dense_step(torch, other, x))
 
 
-def test_training_and_evaluation_are_one_function(torch):
+def test_training_and_evaluation_mode_compute_the_same(torch):
     _, layer = make(torch)
     x = torch.randn(5, 6, dtype=torch.float64)
     y = layer(x)
@@ -375,7 +375,7 @@ def test_training_and_evaluation_are_one_function(torch):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("form", ["weight", "direction"])
-def test_merged_is_a_plain_layer_that_does_the_same(torch, form, bias):
+def test_merge_returns_a_plain_layer_with_the_same_outputs(torch, form, bias):
     base, layer = make(torch, Config(2, 3, form=form), bias=bias)
     merged = layer.merge()
     x = torch.randn(5, 6, dtype=torch.float64)
@@ -386,7 +386,7 @@ def test_merged_is_a_plain_layer_that_does_the_same(torch, form, bias):
     assert not pointers & {p.data_ptr() for p in merged.parameters()}
 
 
-def test_at_init_it_is_the_base(torch):
+def test_a_fresh_module_equals_its_base(torch):
     from doraxp.torch import DoRALinear
 
     base = torch.nn.Linear(6, 4)
@@ -396,7 +396,7 @@ def test_at_init_it_is_the_base(torch):
 
 
 @pytest.mark.parametrize("stack", [(), (2,)])
-def test_the_override_adds_in_place_as_the_generic_does(torch, stack):
+def test_accumulate_adds_in_place_and_equals_the_generic_operation(torch, stack):
     from doraxp.backends import Operations, operations
 
     total, left, right = (torch.randn(*stack, *s) for s in ((5, 6), (5, 2), (2, 6)))
@@ -410,7 +410,7 @@ def test_the_override_adds_in_place_as_the_generic_does(torch, stack):
 
 
 @pytest.mark.parametrize("stack", [(), (2,)])
-def test_what_comes_before_the_last_product_fills_one_array(torch, stack):
+def test_the_operands_of_the_last_product_fill_one_array(torch, stack):
     from doraxp.backends import Operations, operations
 
     d, z, rows = (torch.randn(*stack, *s) for s in ((5, 6), (5, 6), (2, 6)))
@@ -426,8 +426,8 @@ def test_what_comes_before_the_last_product_fills_one_array(torch, stack):
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_the_core_itself_stays_in_the_graph_of_autograd(torch, known):
-    """Of x, or of dy alone: whether or not z is in the graph."""
+def test_autograd_differentiates_the_functions_of_the_core(torch, known):
+    """For x and dy, and for dy alone, where z is outside of the graph."""
     x, w, a, b, m = (array.detach() for array in draw(torch)[:5])
     dy = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
 
@@ -438,7 +438,7 @@ def test_the_core_itself_stays_in_the_graph_of_autograd(torch, known):
     assert torch.autograd.gradcheck(dx, (x if known else x.requires_grad_(), dy))
 
 
-def test_bad_input_is_refused(torch):
+def test_bad_arguments_are_refused(torch):
     from doraxp.torch import DoRALinear
 
     with pytest.raises(TypeError, match=r"^base must be of type Linear, got Identity$"):
@@ -462,9 +462,9 @@ def test_bad_input_is_refused(torch):
         ours(Config(1), x, w, a, b, m)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # addmm_ is a loop there
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap runs addmm_ as a loop
 @pytest.mark.parametrize("batched", ["x", "dy"])
-def test_vmap_over_tokens_goes_through_the_functional_api(torch, batched):
+def test_vmap_works_on_the_functions_of_the_core(torch, batched):
     config = Config(2, 3)
     (w, a, b, m), (x, dy) = LEAVES[:4], [(5, 6), (5, 4)]
     x, dy, *leaves = (
@@ -487,7 +487,7 @@ def test_vmap_over_tokens_goes_through_the_functional_api(torch, batched):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script.:DeprecationWarning")  # PyTorch's own
-def test_forward_mode_goes_through_the_functional_api(torch):
+def test_forward_mode_works_on_the_functions_of_the_core(torch):
     from torch.autograd import forward_ad
 
     config = Config(2, 3)

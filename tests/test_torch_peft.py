@@ -1,4 +1,4 @@
-"""`doraxp.torch.accelerate` against PEFT's own layers: same numbers, same files, and back."""
+"""`doraxp.torch.accelerate` against PEFT's own layers: same numbers, same files, and undone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NAMES = ("0", "2")
 
 
 def model_of(peft, torch, *, dtype="float64", bias=True, dropout=0.0, **options):
-    """A small model whose two linear layers have DoRA, some training ago."""
+    """Return a small model with DoRA on two linear layers, with parameters as after training."""
     torch.manual_seed(11)
     base = torch.nn.Sequential(
         torch.nn.Linear(12, 10, bias=bias), torch.nn.Tanh(), torch.nn.Linear(10, 8, bias=bias)
@@ -33,7 +33,7 @@ def model_of(peft, torch, *, dtype="float64", bias=True, dropout=0.0, **options)
 
 
 def step(torch, model, x):
-    """y, and all gradients; dropout draws the same numbers every time."""
+    """Return y and all gradients; dropout draws the same numbers every time."""
     x = x.detach().requires_grad_()
     trained = [p for p in model.parameters() if p.requires_grad]
     torch.manual_seed(5)
@@ -47,7 +47,7 @@ def assert_same(torch, actual, desired, rtol=1e-12):
 
 
 def exact(torch, model):
-    """PEFT's own step, with the gradient let through the norm."""
+    """Return PEFT's formula as a function of x whose gradient goes through the norm."""
 
     def run(x):
         for layer in (model.base_model.model[0], torch.tanh, model.base_model.model[2]):
@@ -70,7 +70,9 @@ def x(torch):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_detached_it_is_pefts_step_to_rounding_and_back_to_the_bit(peft, torch, x, dropout, bias):
+def test_detached_equals_pefts_step_to_rounding_and_restore_equals_it_to_the_bit(
+    peft, torch, x, dropout, bias
+):
     from doraxp.torch import accelerate
 
     model = model_of(peft, torch, dropout=dropout, bias=bias)
@@ -86,7 +88,7 @@ def test_detached_it_is_pefts_step_to_rounding_and_back_to_the_bit(peft, torch, 
     assert_same(torch, [y.detach()], [model.eval()(x).detach()])
 
 
-def test_exact_is_the_true_gradient_of_pefts_formula(peft, torch, x):
+def test_exact_gives_the_true_gradient_of_pefts_formula(peft, torch, x):
     from doraxp.torch import accelerate
 
     model = model_of(peft, torch)
@@ -104,7 +106,7 @@ def test_exact_is_the_true_gradient_of_pefts_formula(peft, torch, x):
 
 
 @pytest.mark.parametrize("scaling", [0.0, -0.5, 2.0])
-def test_any_scaling_that_peft_allows(peft, torch, x, scaling):
+def test_any_scaling_of_peft_gives_pefts_step(peft, torch, x, scaling):
     from doraxp.torch import accelerate
 
     model = model_of(peft, torch)
@@ -116,7 +118,7 @@ def test_any_scaling_that_peft_allows(peft, torch, x, scaling):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
-def test_files_parameters_and_names_stay_pefts(peft, torch, x, tmp_path):
+def test_files_parameters_and_names_do_not_change(peft, torch, x, tmp_path):
     from doraxp.torch import accelerate
 
     model = model_of(peft, torch)
@@ -137,7 +139,7 @@ def test_files_parameters_and_names_stay_pefts(peft, torch, x, tmp_path):
         assert others == [first, first]
 
 
-def test_trained_accelerated_and_loaded_by_peft(peft, torch, x, tmp_path):
+def test_peft_loads_an_adapter_that_was_trained_accelerated(peft, torch, x, tmp_path):
     from doraxp.torch import accelerate
 
     model = model_of(peft, torch)
@@ -158,7 +160,7 @@ def test_trained_accelerated_and_loaded_by_peft(peft, torch, x, tmp_path):
     assert_same(torch, [fresh.to(torch.float64)(x).detach()], [y])
 
 
-def test_merging_switching_off_and_refusing_stay_pefts(peft, torch, x):
+def test_peft_still_merges_disables_and_refuses(peft, torch, x):
     from doraxp.torch import accelerate
 
     model = model_of(peft, torch).eval()
@@ -177,7 +179,7 @@ def test_merging_switching_off_and_refusing_stay_pefts(peft, torch, x):
     assert_same(torch, [model.merge_and_unload()(x).detach()], [want])
 
 
-def test_other_adapters_of_a_layer(peft, torch, x):
+def test_each_adapter_of_a_layer_can_be_the_active_one(peft, torch, x):
     from doraxp.torch import accelerate
 
     model = model_of(peft, torch)
@@ -193,7 +195,9 @@ def test_other_adapters_of_a_layer(peft, torch, x):
         model.set_adapter(name)
         assert_same(torch, [model(x).detach()], [y])
     model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(ValueError, match=r"one adapter at a time .* got \['default', 'other'\]"):
+    with pytest.raises(
+        ValueError, match=r"must have one active adapter, got \['default', 'other'\]"
+    ):
         model(x)
 
 
@@ -212,7 +216,7 @@ def test_copies_and_pickles_compute_with_their_own_arrays(peft, torch, x):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does
-def test_bfloat16_autocast_checkpointing_and_compiling(peft, torch, x):
+def test_autocast_checkpointing_and_compiling_work(peft, torch, x):
     from torch.utils.checkpoint import checkpoint
 
     from doraxp.torch import accelerate
@@ -236,7 +240,7 @@ def test_bfloat16_autocast_checkpointing_and_compiling(peft, torch, x):
 
 
 def recomputed(torch, model, checkpoint):
-    """The model, recomputed in the backward."""
+    """Return the model with its forward recomputed in the backward."""
 
     class Recomputed(torch.nn.Module):
         def __init__(self):
@@ -249,7 +253,7 @@ def recomputed(torch, model, checkpoint):
     return Recomputed()
 
 
-def test_a_bfloat16_model_keeps_its_dtypes(peft, torch, x):
+def test_a_bfloat16_model_gives_bfloat16_gradients(peft, torch, x):
     from doraxp.torch import accelerate
 
     for dropout in (0.0, 0.4):
@@ -261,7 +265,7 @@ def test_a_bfloat16_model_keeps_its_dtypes(peft, torch, x):
         assert_same(torch, got, want, 2**-4)
 
 
-def test_what_cannot_be_swapped_is_left_and_named(peft, torch):
+def test_layers_that_cannot_be_swapped_are_left_and_named(peft, torch):
     from doraxp.torch import accelerate
 
     torch.manual_seed(0)
@@ -272,14 +276,16 @@ def test_what_cannot_be_swapped_is_left_and_named(peft, torch):
     want = model(ids).detach()
     with accelerate(model) as handle:
         assert handle.layers == ("base_model.model.1",)
-        assert dict(handle.left) == {"base_model.model.0": "it is a Embedding, not a Linear"}
+        assert dict(handle.left) == {
+            "base_model.model.0": "its class must be Linear, got Embedding"
+        }
         torch.testing.assert_close(model(ids), want)
     model.base_model.model[1].base_layer.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="its base layer has hooks"):
         accelerate(model)
 
 
-def test_a_base_of_another_class_is_left(peft, torch):
+def test_a_base_of_another_class_is_left_to_peft(peft, torch):
     from doraxp.torch import accelerate
 
     class Own(torch.nn.Linear):
@@ -287,7 +293,7 @@ def test_a_base_of_another_class_is_left(peft, torch):
 
     config = peft.LoraConfig(r=2, use_dora=True, target_modules=["0"])
     model = peft.get_peft_model(torch.nn.Sequential(Own(6, 5)), config)
-    with pytest.raises(ValueError, match=r"its base is a Own, not a torch\.nn\.Linear"):
+    with pytest.raises(ValueError, match=r"its base must be a torch\.nn\.Linear, got Own"):
         accelerate(model)
 
 
@@ -302,8 +308,8 @@ HOOKS = ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_bac
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("hook", HOOKS)
-def test_no_hook_is_passed_over(peft, torch, x, part, hook):
-    """A layer with one stays PEFT's; one that comes later is an error, and not called in vain."""
+def test_a_hook_inside_a_layer_is_never_skipped(peft, torch, x, part, hook):
+    """A layer with a hook is left to PEFT; a hook that is added later makes the call an error."""
     from doraxp.torch import accelerate
 
     model = model_of(peft, torch)
@@ -311,7 +317,7 @@ def test_no_hook_is_passed_over(peft, torch, x, part, hook):
     reason = f"its {part} has hooks, which would not be called"
     with accelerate(model):
         put = getattr(PARTS[part](layer), f"register_{hook}")(lambda *_: None)
-        with pytest.raises(ValueError, match=f"restored first, but {reason}"):
+        with pytest.raises(ValueError, match=f"hooks inside; restore it first: {reason}"):
             model(x)
         put.remove()
         model(x)
@@ -319,7 +325,7 @@ def test_no_hook_is_passed_over(peft, torch, x, part, hook):
     assert dict(accelerate(model).left) == {"base_model.model.0": reason}
 
 
-def test_bad_input_is_refused_and_changes_nothing(peft, torch):
+def test_bad_arguments_are_refused_and_change_nothing(peft, torch):
     from doraxp.torch import accelerate
 
     model = model_of(peft, torch)
@@ -338,13 +344,15 @@ def test_bad_input_is_refused_and_changes_nothing(peft, torch):
     assert [type(module) for module in model.modules()] == classes
 
 
-def test_a_rank_above_the_layers_own_stays_pefts(peft, torch, x):
-    """PEFT takes any rank, as around a classifier of a few classes."""
+def test_a_layer_with_too_high_a_rank_is_left_to_peft(peft, torch, x):
+    """PEFT takes any rank, for example on a classifier with a few classes."""
     from doraxp.torch import accelerate
 
     model = model_of(peft, torch, rank_pattern={"2": 9})
     want = step(torch, model, x)
     with accelerate(model, "detached") as handle:
         assert handle.layers == ("base_model.model.0",)
-        assert dict(handle.left) == {"base_model.model.2": "its rank 9 is above min(out, in) = 8"}
+        assert dict(handle.left) == {
+            "base_model.model.2": "its rank must be at most min(out, in) = 8, got 9"
+        }
         assert_same(torch, step(torch, model, x), want)

@@ -1,11 +1,12 @@
-"""DoRA inside of JAX: `forward` and `merge` under jit, vmap and grad, sharded or not.
+"""DoRA inside of JAX: two functions for jit, vmap and grad, sharded or not.
 
     dora_linear          y = x W'ᵀ + bias
     merge                W'
 
-Needs the extra ``jax``. The math is `doraxp.forward` and `doraxp.backward`; `jax.grad` through
-those themselves is NaN where a row of V is zero. The import registers `doraxp.Config` as static
-with JAX, so that `doraxp.Prepared` crosses the border of a jit.
+Needs the extra ``jax``. The math is `doraxp.forward` and `doraxp.backward`. `jax.grad` of
+`doraxp.forward` itself is NaN where a row of V is zero; the functions here have gradient rules
+that avoid this. The import registers `doraxp.Config` as static with JAX: a `doraxp.Prepared` may
+then be an argument and a result of a jitted function.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from doraxp._core.prepared import Prepared, check_prepared
 
 __all__ = ["dora_linear", "merge"]
 
-with contextlib.suppress(ValueError):  # registered by the user
+with contextlib.suppress(ValueError):  # the user has registered it already
     jax.tree_util.register_static(Config)
 
 
@@ -40,7 +41,7 @@ def dora_linear(
     prepared: Prepared | None = None,
     train_base: bool = False,
 ) -> Array:
-    """Return y = g⊙(x Vᵀ) + bias, differentiable once, in reverse, by x, adapter and bias.
+    """Return y = g⊙(x Vᵀ) + bias. Differentiable once, in reverse mode, by x, adapter and bias.
 
     ::
 
@@ -51,15 +52,16 @@ def dora_linear(
     x : jax.Array, shape (*stack, ..., in)
     weight : jax.Array, shape (*stack, out, in)
     adapter : Adapter
-        Of JAX arrays.
+        Its arrays are JAX arrays.
     config : Config
         ``norm_gradient`` says whether gradients go through n.
     bias : jax.Array, shape (*stack, out), optional
     prepared : Prepared, optional
-        From `doraxp.prepare` with this weight, adapter and config: saves the norm. The gradients
-        are the same, so under `jax.grad` make it inside of the function that is differentiated.
+        From `doraxp.prepare` with this weight, adapter and config: saves the computation of the
+        norm and does not change the gradients. Under `jax.grad`, call `doraxp.prepare` inside the
+        differentiated function.
     train_base : bool
-        The weight has a gradient too; else it is zero.
+        Compute the gradient of the weight too; without it that gradient is zero.
 
     Returns
     -------
@@ -68,9 +70,9 @@ def dora_linear(
     Raises
     ------
     TypeError
-        The arrays are not all JAX's, or a dtype is not floating.
+        An array is not a JAX array, or a dtype is not floating.
     ValueError
-        The shapes do not fit, or `prepared` belongs to something else.
+        The shapes do not fit, or `prepared` is of another weight, adapter or config.
 
     References
     ----------
@@ -91,25 +93,26 @@ def dora_linear(
     if prepared is not None:
         ops, _ = check_layer(weight, adapter, config)
         check_prepared(prepared, weight, adapter, config, ops=ops)
-        # Its own derivative would be of no use, and NaN for a zero row.
+        # The gradients below include those through the norm. Those of `prepare` would be NaN for
+        # a zero row.
         prepared = jax.lax.stop_gradient(prepared)
     return _linear(config, train_base, x, weight, adapter, bias, prepared)
 
 
 def merge(weight: Array, adapter: Adapter, config: Config, *, train_base: bool = False) -> Array:
-    """Return W' = (m / n)⊙V, differentiable once, in reverse, by the adapter.
+    """Return W' = (m / n)⊙V. Differentiable once, in reverse mode, by the adapter.
 
-    The gradients are those of `dora_linear` at the unit matrix: they cost what a batch of `in`
-    tokens does.
+    The gradients are those of `dora_linear` where x is the unit matrix: they cost as much as a
+    batch of `in` tokens.
 
     Parameters
     ----------
     weight : jax.Array, shape (*stack, out, in)
     adapter : Adapter
-        Of JAX arrays.
+        Its arrays are JAX arrays.
     config : Config
     train_base : bool
-        The weight has a gradient too; else it is zero.
+        Compute the gradient of the weight too; without it that gradient is zero.
 
     Returns
     -------
@@ -118,7 +121,7 @@ def merge(weight: Array, adapter: Adapter, config: Config, *, train_base: bool =
     Raises
     ------
     TypeError
-        The arrays are not all JAX's, or a dtype is not floating.
+        An array is not a JAX array, or a dtype is not floating.
     ValueError
         The shapes do not fit.
 
@@ -143,6 +146,7 @@ def merge(weight: Array, adapter: Adapter, config: Config, *, train_base: bool =
 def _check(
     weight: Array, adapter: Adapter, config: Config, train_base: bool, **others: Array
 ) -> None:
+    """Raise TypeError where an argument is of the wrong class; a bias of None is allowed."""
     check_kind("adapter", adapter, Adapter)
     check_kind("config", config, Config)
     check_flag("train_base", train_base)
@@ -160,7 +164,7 @@ def _linear_forward(
     config: Config, train_base: bool, x: Array, weight: Array, adapter: Adapter,
     bias: Array | None, prepared: Prepared | None,
 ) -> tuple[Array, linear.Cache]:  # fmt: skip
-    if prepared is not None:  # it was found to belong to them; JAX has made new objects of both
+    if prepared is not None:  # checked by the caller; JAX has made new objects of the arrays since
         direction = prepared.direction.with_weight(weight)
         prepared = prepared._replace(direction=direction, adapter=adapter)
     return linear.forward(x, weight, adapter, config, bias=bias, prepared=prepared)
@@ -208,7 +212,7 @@ _merge.defvjp(_merge_forward, _merge_backward)
 def _as_given(
     dweight: Array | None, dadapter: Adapter, prepared: Prepared
 ) -> tuple[Array | None, Adapter]:
-    """Return the gradients in the dtypes of what they are of."""
+    """Return the gradients in the dtypes of the weight and of the adapter's arrays."""
     if dweight is not None:
         dweight = dweight.astype(prepared.weight.dtype)
     leaves = (d.astype(of.dtype) for d, of in zip(dadapter, prepared.adapter, strict=True))

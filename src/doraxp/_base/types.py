@@ -123,3 +123,35 @@ class Gradients(NamedTuple):
     """Shape of the weight, in the compute dtype; None unless `train_base`."""
     bias: Array | None
     """Shape of the bias, in the compute dtype; None unless `train_base` and a bias was given."""
+
+
+class AdamWLeaf(NamedTuple):
+    """The arrays of one parameter in a step of AdamW, all of one shape."""
+
+    param: Array
+    """p, in its own dtype."""
+    grad: Array
+    """g, in its own dtype."""
+    mu: Array
+    """Running mean of g, in the compute dtype of p."""
+    nu: Array
+    """Running mean of g², in the compute dtype of p."""
+
+
+class AdamWNumbers(NamedTuple):
+    """The numbers of one step of AdamW that all parameters share, in Python's double precision."""
+
+    beta1: float
+    """β₁."""
+    rest1: float
+    """1 − β₁."""
+    beta2: float
+    """β₂."""
+    rest2: float
+    """1 − β₂."""
+    eps: float
+    """ε."""
+    correction1: float | Array
+    """1 − β₁ᵗ; a 0-d array where the step t is traced."""
+    correction2: float | Array
+    """1 − β₂ᵗ; a 0-d array where the step t is traced."""

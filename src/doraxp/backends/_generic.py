@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import array_api_compat
 
 from doraxp._base.ranks import sums
-from doraxp._base.types import Adapter, Array, Consumed, Reduce
+from doraxp._base.types import AdamWLeaf, AdamWNumbers, Adapter, Array, Consumed, Reduce
 from doraxp.backends._direction import Dense, Direction, Factored, Factors, form
 from doraxp.backends._dtypes import as_dtype, compute_dtype, transpose
 
@@ -246,14 +246,29 @@ class Operations:
     # Optimizers
 
     def adamw(
-        self, leaves: dict[str, tuple[Array, ...]], rates: dict[str, Any], decays: dict[str, Any],
-        numbers: tuple[Any, ...],
-    ) -> dict[str, tuple[Array, Array, Array]] | None:  # fmt: skip
-        """Return p, mu and nu by path after a step of AdamW; None to be asked leaf by leaf.
+        self, leaves: dict[str, AdamWLeaf], rates: dict[str, float | Array],
+        decays: dict[str, float | Array], numbers: AdamWNumbers,
+    ) -> dict[str, tuple[Array, Array, Array]]:  # fmt: skip
+        """Return p, mu and nu by path after a step of AdamW; the formula is `doraxp.adamw_step`'s.
 
-        leaves: p, g, mu and nu by path; numbers: β₁, 1 − β₁, β₂, 1 − β₂, ε, 1 − β₁ᵗ, 1 − β₂ᵗ.
+        p keeps its dtype. A rate η or decay λ is a float, or a 0-d array where it is traced.
         """
-        return None
+        xp, stepped = self.xp, {}
+        for path, (param, grad, mu, nu) in leaves.items():
+            dtype = mu.dtype
+            scalars = rates[path], decays[path], numbers.correction1, numbers.correction2
+            rate, decay, correction1, correction2 = (
+                # NumPy's float64 is a float too, but it would widen float32 arrays.
+                number if type(number) is float else xp.astype(number, dtype, copy=False)
+                for number in scalars
+            )
+            p, g = (xp.astype(array, dtype, copy=False) for array in (param, grad))
+            mu = numbers.beta1 * mu + numbers.rest1 * g
+            nu = numbers.beta2 * nu + numbers.rest2 * (g * g)
+            mean, square = mu / correction1, nu / correction2
+            p = p - rate * (mean / (xp.sqrt(square) + numbers.eps) + decay * p)
+            stepped[path] = xp.astype(p, param.dtype, copy=False), mu, nu
+        return stepped
 
     # A prepared norm must not outlive its adapter
 

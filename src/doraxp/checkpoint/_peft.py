@@ -8,12 +8,12 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from doraxp._base.patterns import values_by_path
 from doraxp._base.scalars import check_number
 from doraxp._base.types import Adapter, Config
 from doraxp._core.kinds import LayerKind
 from doraxp.checkpoint._adapters import AdapterSet, StoredLayer
 from doraxp.checkpoint._safetensors import CheckpointError, Reader
-from doraxp.layers._adapt import match_patterns
 
 PREFIX = "base_model.model."
 _NAME = re.compile(
@@ -174,7 +174,7 @@ def _layer_configs(
         ranks, alphas = (dict(config.get(f"{name}_pattern") or {}) for name in ("rank", "alpha"))
         _check_patterns([*ranks, *alphas], paths)
         with warnings.catch_warnings(action="ignore"):  # of what a set of letters may mean one day
-            ranks, alphas = (match_patterns(pattern, paths) for pattern in (ranks, alphas))
+            ranks, alphas = (values_by_path(pattern, paths) for pattern in (ranks, alphas))
         for path in paths:
             alpha = alphas.get(path, config.get("lora_alpha"))
             # PEFT takes a negative one as it is, and none is 8 there: in Config both mean the rank.

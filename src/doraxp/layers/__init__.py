@@ -1,4 +1,4 @@
-"""Layers with a state, and adapters for whole models."""
+"""Layers with a state, and fresh adapters for the weights of a model."""
 
 from doraxp.layers._adapt import AdaptedLayer, adapt
 from doraxp.layers._dora import Diagnostics, DoRALayer

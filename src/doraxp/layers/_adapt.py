@@ -1,4 +1,11 @@
-"""Fresh adapters for a whole dict of weights."""
+"""Fresh adapters for the weights of a model.
+
+    path     of a module, "layers.0.q_proj"; its weight is named "layers.0.q_proj.weight"
+    target   a module that gets an adapter
+    kind     how a module stores its weight: `LayerKind`
+
+Targets, kinds, ranks and alphas are looked up by path.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +13,21 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
+from doraxp._base.patterns import matches_any, values_by_path
 from doraxp._base.types import Adapter, Array, Config
 from doraxp._core.adapter import init
 from doraxp._core.kinds import LayerKind
 
-Value = TypeVar("Value")
-_END = r"(.*\.)?({})$"
 _NOT_LINEAR = re.compile(r"(.*embed.*|wte|wpe|lm_head)")
 
 
 class AdaptedLayer(NamedTuple):
-    """The adapter of one layer, and what it takes to use it."""
+    """The adapter of one layer, with the numbers and shapes that are needed to use it."""
 
     adapter: Adapter
-    """A, B and m of the matrix that `kind` makes of the weight."""
+    """A, B and m, for the matrix `kind.matrix(weight)`."""
     config: Config
     """Rank, alpha and the rest."""
     kind: LayerKind
@@ -40,7 +46,7 @@ def adapt(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
 ) -> dict[str, AdaptedLayer]:
-    """Return a fresh adapter for each weight that is targeted: W' = W.
+    """Return a fresh adapter, W' = W, for each weight that `target_modules` selects.
 
     Parameters
     ----------
@@ -48,17 +54,19 @@ def adapt(
         By name, as in a checkpoint: ``"model.layers.0.self_attn.q_proj.weight"``. The path of the
         module is the name without ``.weight``.
     target_modules : str or iterable of str
-        Paths or ends of paths; or one regular expression for whole paths; or ``"all-linear"``:
-        every weight of two axes, or whose kind is given as linear, experts or transposed, but no
-        embedding and no ``lm_head``.
+        Paths or ends of paths; or one regular expression for whole paths; or ``"all-linear"``.
+        The latter selects each weight of a kind that `kinds` gives as linear, experts or
+        transposed. Of the weights without a given kind it selects those of two axes, except
+        embeddings and ``lm_head``.
     config : Config
-        Of all; the patterns say where rank and alpha differ.
+        For all layers; the patterns give other ranks and alphas to some.
     seed : int
         Each layer draws from its own seed, counted up from this one in the order of `weights`.
     kinds : mapping of str to LayerKind, optional
-        By path or pattern. Without one, a weight of two axes is linear; one of more must be named.
+        By path, or by a regular expression for the end of a path. A weight of two axes that is
+        not in it is linear. A target of more axes must be in it.
     rank_pattern, alpha_pattern : mapping, optional
-        Regular expressions for the end of a path, as in PEFT: the first that matches counts.
+        By regular expression for the end of a path, as in PEFT: the first that matches counts.
 
     Returns
     -------
@@ -68,8 +76,8 @@ def adapt(
     Raises
     ------
     ValueError
-        A target or a pattern matches no weight, the kind of a weight is not known, or a rank is
-        too large.
+        A target or a pattern matches no weight, `kinds` lacks a weight that is not a matrix, or a
+        rank is too large.
 
     Examples
     --------
@@ -81,10 +89,10 @@ def adapt(
     kinds, rank_pattern, alpha_pattern = kinds or {}, rank_pattern or {}, alpha_pattern or {}
     by_path = {name.removesuffix(".weight"): weight for name, weight in weights.items()}
     layers: dict[str, AdaptedLayer] = {}
-    known = match_patterns(kinds, by_path)
+    known = values_by_path(kinds, by_path)
     targets = _targets(by_path, target_modules, known)
-    ranks = match_patterns(rank_pattern, targets)
-    alphas = match_patterns(alpha_pattern, targets)
+    ranks = values_by_path(rank_pattern, targets)
+    alphas = values_by_path(alpha_pattern, targets)
     for path in targets:
         weight = by_path[path]
         kind = _kind(path, weight, known)
@@ -102,24 +110,9 @@ def adapt(
     for name, pattern in patterns.items():
         paths = by_path if name == "kinds" else layers
         for key in pattern:
-            if not any(_matches(key, path) for path in paths):
+            if not matches_any(key, paths):
                 raise ValueError(_no_match(f"{name} {key!r}", key, paths))
     return layers
-
-
-def match_patterns(pattern: Mapping[str, Value], paths: Iterable[str]) -> dict[str, Value]:
-    """Return, by path, the value of the first key that matches its end, as PEFT looks it up."""
-    left = list(paths)
-    found: dict[str, Value] = {}
-    for key, value in pattern.items():
-        end = re.compile(_END.format(key))
-        found |= {path: value for path in left if end.match(path)}
-        left = [path for path in left if path not in found]
-    return found
-
-
-def _matches(key: str, path: str) -> bool:
-    return re.match(_END.format(key), path) is not None
 
 
 def _targets(
@@ -154,14 +147,15 @@ def _kind(path: str, weight: Array, kinds: Mapping[str, LayerKind]) -> LayerKind
     kind = kinds.get(path)
     if kind is None and weight.ndim != 2:
         raise ValueError(
-            f"kinds must say what {path} is (conv, experts): its weight has shape "
+            f"kinds must have an entry for {path}, such as conv or experts: its weight has shape "
             f"{tuple(weight.shape)}"
         )
     return kind or LayerKind()
 
 
-def _no_match(what: str, wanted: str, paths: Iterable[str]) -> str:
+def _no_match(argument: str, wanted: str, paths: Iterable[str]) -> str:
+    """Return an error message that lists the paths whose names are nearest to `wanted`."""
     paths = list(paths)
     ends = {path.rpartition(".")[-1]: path for path in paths}
     near = difflib.get_close_matches(wanted, [*paths, *ends], n=5, cutoff=0.5) or paths[:5]
-    return f"{what} matches none of {len(paths)} modules; near it are {', '.join(near)}"
+    return f"{argument} must match one of {len(paths)} modules; the nearest are {', '.join(near)}"

@@ -1,21 +1,19 @@
-"""Layers with a state: a plain linear one, and DoRA around a layer of one's own.
+"""DoRA around a layer that the caller has, as an object with a state.
 
     W (out, in)   A (rank, in)   B (out, rank)   m (out,)      y = x W'ᵀ + bias
 
-They remember one forward for the backward and add gradients up. Parameters are replaced, never
-written to. All of the math is in `linear`.
+The layer remembers one forward for the backward, and adds gradients up. Arrays of parameters are
+replaced, never written to. The math is in `doraxp._core.linear`.
 """
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, NamedTuple
 
 import array_api_compat
 
-from doraxp._base.scalars import check_flag, check_kind, check_number
+from doraxp._base.scalars import check_flag, check_number
 from doraxp._base.types import Adapter, Array, Config
 from doraxp._core.adapter import InitMethod, init, merge
 from doraxp._core.checks import check_bias, check_weight
@@ -23,61 +21,62 @@ from doraxp._core.decomposition import MagnitudeDirectionChange, magnitude_direc
 from doraxp._core.linear import Cache, backward, forward
 from doraxp._core.prepared import Prepared, prepare
 from doraxp.backends import as_dtype, compute_dtype, operations
+from doraxp.layers._base_layer import WeightLayout, check_base, copy_with, swap
 from doraxp.layers._linear import add_to
-
-WeightLayout: TypeAlias = Literal["out_in", "in_out"]
+from doraxp.layers._parameters import as_vector, count, from_vector, updated
 
 
 class Diagnostics(NamedTuple):
-    """What `DoRALayer.diagnostics` returns."""
+    """The result of `DoRALayer.diagnostics`."""
 
     shapes: dict[str, tuple[int, ...]]
-    """Of weight (*stack, out, in), bias, lora_a, lora_b and magnitude."""
+    """Shapes of weight (*stack, out, in), bias, lora_a, lora_b and magnitude."""
     rank: int
-    """Of the update B A."""
+    """Rank of the update B A."""
     scaling: float
-    """s."""
+    """The factor s."""
     change: MagnitudeDirectionChange
-    """From the weight that the layer was made with to W'."""
+    """Change from the weight that the layer was made with to W'."""
     gradient_norms: dict[str, Array]
-    """‖gradient‖ of each trained array, shape (); empty where there are no gradients."""
+    """‖gradient‖ of each trained array, shape (); empty without gradients."""
 
 
 class DoRALayer:
-    """A layer of one's own, adapted: y = x W'ᵀ + bias with W' = (m / n)⊙(ρ⊙W + s B A).
+    """A given layer with a DoRA adapter: y = x W'ᵀ + bias with W' = (m / n)⊙(ρ⊙W + s B A).
 
-    The base lends its arrays and is never changed. Do not write to its weight in place while the
-    layer is in use: the norm made from it is kept. One layer is for one thread at a time.
+    The layer computes with the arrays of the base and never changes the base. Do not write to the
+    base's weight in place while the layer is in use: the layer keeps a norm made from it. Use a
+    layer from one thread at a time.
 
     Parameters
     ----------
     base : object
-        Anything with a `weight` and, unless there is none, a `bias`.
+        Any object with a `weight` and, if it has one, a `bias`.
     config : Config
     seed : int
         Draws A, see `doraxp.init`.
     train_base : bool
-        Train the weight and the bias too: the layer's own, which start as the base's. They keep
-        their dtype: in float16 or bfloat16, steps below its resolution are lost.
+        Train the weight and the bias too. The layer has its own, which start equal to the base's.
+        They keep their dtype: in float16 or bfloat16, steps below its resolution are lost.
     weight_layout : {"out_in", "in_out"}
-        How the base stores its weight, and so how the vector, the state, the gradients and the
-        merged layer have it. `layer.weight` has (out, in) in any case.
+        How the base stores its weight. The vector, the state, the gradients and the merged layer
+        have the same layout. `layer.weight` is always (out, in).
     method : {"kaiming", "gaussian"}
         How A is drawn, see `doraxp.init`.
 
     Attributes
     ----------
     adapter : Adapter
-        May be assigned to: forward and gradients of the one before are then dropped.
+        May be assigned to. The layer then drops its forward and its gradients.
     weight, bias : array
-        What the layer computes with; the bias may be None.
+        The arrays that the layer computes with; the bias may be None.
     gradients : dict of str to array, or None
-        By the names of the state, in the compute dtype; None where there are none.
+        The gradients by the names of the state, in the compute dtype; None before a backward.
 
     Raises
     ------
     TypeError
-        The base has no weight, the arrays are not of one library, or a dtype is not floating.
+        The base has no weight, the arrays are of two libraries, or a dtype is not floating.
     ValueError
         The shapes do not fit, the devices differ, the rank is above min(out, in), or a choice is
         unknown.
@@ -85,6 +84,7 @@ class DoRALayer:
     Examples
     --------
     >>> import numpy as np
+    >>> from doraxp import Linear
     >>> base = Linear(np.array([[3.0, 4.0], [0.0, 5.0]]))
     >>> layer = DoRALayer(base, Config(rank=1), seed=0)
     >>> layer.forward(np.array([1.0, 2.0])), layer.backward(np.array([1.0, 0.0]))
@@ -97,7 +97,7 @@ class DoRALayer:
     gradients: dict[str, Array] | None = None
     _cache: Cache | None = None
     _prepared: Prepared | None = None
-    _graded: Prepared | None = None  # what the gradients belong to
+    _graded: Prepared | None = None  # of the parameters that the gradients belong to
 
     def __init__(
         self,
@@ -109,14 +109,9 @@ class DoRALayer:
         weight_layout: WeightLayout = "out_in",
         method: InitMethod = "kaiming",
     ) -> None:
-        weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
-        if weight is None:
-            raise TypeError(f"base must be a layer with a weight, got {type(base).__name__}")
-        if weight_layout not in get_args(WeightLayout):
-            raise ValueError(
-                f"weight_layout must be one of {get_args(WeightLayout)}, got {weight_layout!r}"
-            )
+        check_base(base, weight_layout)
         check_flag("train_base", train_base)
+        weight, bias = base.weight, getattr(base, "bias", None)
         ops = operations(weight=weight, bias=bias)
         check_weight(weight)
         self.base, self.config, self.train_base = base, config, train_base
@@ -128,9 +123,10 @@ class DoRALayer:
         self._initial_weight = self.weight
 
     def forward(self, x: Array, dropout_mask: Array | None = None) -> Array:
-        """Return y = x W'ᵀ + bias in x's dtype, as `doraxp.forward`; remember it for `backward`.
+        """Return y = x W'ᵀ + bias in x's dtype, and remember the forward for `backward`.
 
-        With a mask of x's shape, 0 or 1/(1 − p), `config.dropout` says what sees mask⊙x.
+        See `doraxp.forward`, also for the mask: it has the shape of x and the values 0 and
+        1/(1 − p).
         """
         prepared, previous = self._known()
         y, self._cache = forward(
@@ -147,15 +143,15 @@ class DoRALayer:
         return y
 
     def backward(self, dy: Array) -> Array:
-        """Return dx, as `doraxp.backward`, and add the parameters' gradients up.
+        """Return dx, as `doraxp.backward` does, and add the parameters' gradients up.
 
-        One forward may be gone back through many times. RuntimeError without a forward, or where
-        the parameters have changed since.
+        One forward serves any number of backwards. RuntimeError without a forward of the current
+        parameters.
         """
         if self._cache is None or self._cache.prepared is not self._current():
             raise RuntimeError(
-                "backward needs a forward with the parameters as they are now: none was made, or "
-                "it was dropped when they changed or the state was reset"
+                "backward needs a forward with the current parameters: call forward first, and "
+                "again after the parameters change or the state is reset"
             )
         dx, adapter, weight, bias = backward(dy, self._cache, train_base=self.train_base)
         old, new = self._live_gradients() or {}, self._named(weight, bias, adapter)
@@ -164,15 +160,15 @@ class DoRALayer:
         return dx
 
     def update_parameters(self, learning_rate: float) -> None:
-        """Take the step p ← p − learning_rate · gradient on all that is trained.
+        """Replace each trained array p by p − learning_rate · gradient, and drop the gradients.
 
-        The gradients are used up: RuntimeError without a backward since the last step.
+        RuntimeError without gradients of the current parameters.
         """
         gradients = self._live_gradients()
         if gradients is None:
             raise RuntimeError(
-                "update_parameters needs the gradients of a backward: none was made, or they "
-                "were used up or dropped"
+                "update_parameters needs gradients of the current parameters: call backward "
+                "first, and again after every step"
             )
         rate = check_number("learning_rate", learning_rate)
         new = {}
@@ -184,11 +180,11 @@ class DoRALayer:
 
     @property
     def parameter_count(self) -> int:
-        """rank·(in + out) + out, and the sizes of weight and bias where the base is trained."""
-        return sum(math.prod(array.shape) for array in self.state_dict().values())
+        """rank·(in + out) + out; with `train_base` also the sizes of weight and bias."""
+        return count(self.state_dict())
 
     def get_parameters(self) -> Array:
-        """Return all that is trained as one vector in the compute dtype.
+        """Return all trained arrays as one vector in the compute dtype.
 
         ::
 
@@ -197,98 +193,59 @@ class DoRALayer:
         return self._vector(self.state_dict())
 
     def set_parameters(self, vector: Array) -> None:
-        """Take the parameters from a vector as of `get_parameters`; drop gradients and forward.
+        """Replace the parameters by those of a vector like `get_parameters` returns.
 
-        TypeError or ValueError where library, dtype, device or length are others; then nothing
-        has changed.
+        The layer drops its gradients and its forward. TypeError or ValueError where the library,
+        the dtype, the device or the length is wrong; then nothing has changed.
         """
-        operations(vector=vector, layer=self.weight)
-        shape = (self.parameter_count,)
-        if tuple(vector.shape) != shape:
-            raise ValueError(
-                f"vector must have shape (parameter_count,) = {shape}, got {tuple(vector.shape)}"
-            )
-        state, start = {}, 0
-        for name, old in self.state_dict().items():
-            stop = start + math.prod(old.shape)
-            state[name] = self._xp.reshape(vector[start:stop], old.shape)
-            start = stop
-        self.load_state_dict(state)
+        self.load_state_dict(from_vector(vector, self.state_dict(), xp=self._xp))
 
     def get_parameter_gradients(self) -> Array:
-        """Return the gradients in the order of `get_parameters`, zeros where there are none."""
+        """Return the gradients in the order of `get_parameters`; zeros before a backward."""
         gradients = self._live_gradients()
         if gradients is None:
             return self._xp.zeros_like(self.get_parameters())
         return self._vector(gradients)
 
     def clear_gradients(self) -> None:
-        """Forget the gradients that were added up."""
+        """Drop the gradients."""
         self.gradients = None
 
     def reset_state(self) -> None:
-        """Forget the gradients and the forward; keep the parameters."""
+        """Drop the gradients and the forward; keep the parameters."""
         self._cache = self._prepared = self._graded = self.gradients = None
 
     def merge_to_original_layer(self) -> Any:
         """Return a copy of the base with W' as its weight and a copy of the layer's bias.
 
-        The base is untouched and shares no array with it. TypeError where the base cannot be
-        copied by `copy.deepcopy`, or weight or bias not be assigned.
+        The copy shares no array with the base. TypeError where `copy.deepcopy` cannot copy the
+        base, or its weight or bias cannot be assigned.
         """
         new = {"weight": self._swap(self._merged())}
         if self.bias is not None:
             new["bias"] = self._xp.astype(self.bias, self.bias.dtype)
-        try:
-            old = {name: getattr(self.base, name) for name in new}
-            # What the memo knows is not copied. `old` stays alive, so that its ids stay its own.
-            layer = copy.deepcopy(self.base, {id(old[name]): new[name] for name in new})
-            if layer is self.base:
-                raise TypeError("copy.deepcopy returned the base itself")
-            for name, array in new.items():
-                setattr(layer, name, array)
-        except (TypeError, AttributeError, ValueError, RuntimeError) as error:
-            raise TypeError(
-                f"merge_to_original_layer needs a base that copy.deepcopy copies and that can be "
-                f"assigned a {' and a '.join(new)}; {type(self.base).__name__} is none: {error}"
-            ) from error
-        return layer
+        return copy_with(self.base, new)
 
     def state_dict(self) -> dict[str, Array]:
-        """Return what is trained, by name: weight and bias with `train_base`; the adapter's.
+        """Return the trained arrays by name: the adapter's; with `train_base` weight and bias too.
 
-        These are the layer's own arrays, which it never writes to; nor may you: with `train_base`
-        they are the base's until the first step.
+        These are the layer's own arrays. Do not write to them: with `train_base` they are also the
+        base's arrays until the first step.
         """
         return self._named(self.weight, self.bias, self.adapter)
 
     def load_state_dict(self, state: Mapping[str, Array], strict: bool = True) -> None:
-        """Take the parameters from arrays by name; drop gradients and forward.
+        """Replace the parameters by copies of the arrays in `state`, cast to the layer's dtypes.
 
-        The arrays are copied and cast to the layer's dtypes. TypeError for another library or no
-        floating dtype; ValueError that lists all names missing and unexpected and all wrong
-        shapes; then nothing has changed. `strict=False` keeps what is missing and ignores the
-        unexpected.
+        The layer drops its gradients and its forward. TypeError for an array of another library or
+        of a dtype that is not floating. ValueError that lists all wrong shapes, all missing and
+        all unexpected names. After an error nothing has changed. With `strict=False` missing
+        arrays keep their values and unexpected ones are ignored.
         """
-        check_kind("state", state, Mapping)
-        old = self.state_dict()
-        given = {name: state[name] for name in old if state.get(name) is not None}
-        operations(**given, layer=self.weight)
-        problems = [
-            f"{name} must have shape {tuple(old[name].shape)}, got {tuple(array.shape)}"
-            for name, array in given.items()
-            if tuple(array.shape) != tuple(old[name].shape)
-        ]
-        if strict:
-            problems += [f"missing {name}" for name in old if name not in given]
-            problems += [f"unexpected {name}" for name in state if name not in old]
-        if problems:
-            raise ValueError("state must fit the layer: " + "; ".join(problems))
-        new = {name: self._xp.astype(array, old[name].dtype) for name, array in given.items()}
-        self._replace(old | new)
+        self._replace(updated(self.state_dict(), state, strict=strict, xp=self._xp))
 
     def diagnostics(self) -> Diagnostics:
-        """Return shapes, numbers, gradient norms, and how far W' is from the initial weight."""
+        """Return shapes, numbers, gradient norms, and the change from the initial weight to W'."""
         xp = self._xp
         arrays = {"weight": self.weight, "bias": self.bias, **self.adapter._asdict()}
         return Diagnostics(
@@ -304,7 +261,11 @@ class DoRALayer:
         return array_api_compat.array_namespace(self.weight)
 
     def _known(self) -> tuple[Prepared | None, Prepared | None]:
-        """Return the norm of the parameters as they are now; else an earlier of this weight."""
+        """Return the `Prepared` of the current parameters or None, and an earlier one or None.
+
+        The earlier one has the same weight and another adapter or config. At most one of the two
+        is given; after the weight has been replaced, neither is.
+        """
         then = self._prepared
         if then is None or then.weight is not self.weight:
             return None, None
@@ -313,7 +274,7 @@ class DoRALayer:
         return (then, None) if same else (None, then)
 
     def _current(self) -> Prepared:
-        """Return the norm of the parameters as they are now, made only where they changed."""
+        """Return the `Prepared` of the current parameters, computed anew only after a change."""
         prepared, previous = self._known()
         if prepared is None:
             prepared = prepare(self.weight, self.adapter, self.config, previous=previous)
@@ -321,7 +282,7 @@ class DoRALayer:
         return prepared
 
     def _live_gradients(self) -> dict[str, Array] | None:
-        """Return the gradients, where they are of the parameters as they are now."""
+        """Return the gradients, or None where they belong to earlier parameters."""
         if self.gradients is None or self._graded is not self._current():
             return None
         return self.gradients
@@ -332,7 +293,7 @@ class DoRALayer:
     def _named(
         self, weight: Array | None, bias: Array | None, adapter: Adapter
     ) -> dict[str, Array]:
-        """Name what is trained, in the order of the vector, the weight in the base's layout."""
+        """Return the trained arrays by name, in the order of the vector and the base's layout."""
         if not self.train_base:
             return adapter._asdict()
         biases = {} if bias is None else {"bias": bias}
@@ -345,13 +306,9 @@ class DoRALayer:
         self._cache = self._graded = self.gradients = None
 
     def _swap(self, weight: Array) -> Array:
-        """Turn a weight from the base's layout to (out, in), or back."""
-        if self.weight_layout == "out_in":
-            return weight
-        return array_api_compat.array_namespace(weight).matrix_transpose(weight)
+        """Return a weight of the base's layout as (out, in), or the reverse."""
+        return swap(weight, self.weight_layout)
 
     def _vector(self, arrays: dict[str, Array]) -> Array:
         xp = self._xp
-        dtype = compute_dtype(self.weight, xp=xp)
-        wide = [as_dtype(array, dtype, xp=xp) for array in arrays.values()]
-        return xp.concat([xp.reshape(array, (-1,)) for array in wide])
+        return as_vector(arrays, compute_dtype(self.weight, xp=xp), xp=xp)

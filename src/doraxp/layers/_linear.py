@@ -1,4 +1,7 @@
-"""A plain linear layer with a backward."""
+"""A plain linear layer with a backward.
+
+W (out, in)      y = x Wᵀ + bias
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from doraxp.backends import as_dtype, compute_dtype, operations
 
 
 class Linear:
-    """A linear layer y = x Wᵀ + bias, for those who have none of their own.
+    """A linear layer, y = x Wᵀ + bias, for use as the base of a `DoRALayer`.
 
     Parameters
     ----------
@@ -41,7 +44,7 @@ class Linear:
         self.bias = bias
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave what a forward and a backward left here out of copies: it is of this layer."""
+        """Return the state for a copy, which starts without a forward and without gradients."""
         return self.__dict__ | {"_cache": None, "weight_gradient": None, "bias_gradient": None}
 
     def forward(self, x: Array) -> Array:
@@ -60,7 +63,7 @@ class Linear:
     def backward(self, dy: Array) -> Array:
         """Return dx = dy W; add dyᵀ x to `weight_gradient` and Σ_tokens dy to `bias_gradient`."""
         if self._cache is None:
-            raise RuntimeError("backward needs a forward first")
+            raise RuntimeError("backward needs a forward: call forward first")
         x, weight = self._cache
         ops = operations(dy=dy, x=x)
         xp = ops.xp
@@ -75,9 +78,10 @@ class Linear:
         return xp.reshape(as_dtype(dx, x.dtype, xp=xp), x.shape)
 
     def clear_gradients(self) -> None:
-        """Forget the gradients that were added up: None until the next backward."""
+        """Drop the gradients: they are None until the next backward."""
         self.weight_gradient = self.bias_gradient = None
 
 
 def add_to(total: Array | None, gradient: Array) -> Array:
+    """Return total + gradient, where a total of None is 0."""
     return gradient if total is None else total + gradient

@@ -1,26 +1,30 @@
 """AdamW, as a pure function.
 
-p  parameter    g  gradient    mu, nu  running means of g and g²    t  step, from 1
-η  learning_rate    λ  weight_decay
+    p  parameter    g  gradient    mu, nu  running means of g and g²    t  step, from 1
+    η  learning_rate    λ  weight_decay
+
+Here the arguments are checked; `Operations.adamw` computes the step.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import array_api_compat
 
 from doraxp._base.scalars import check_count, check_kind, check_number
+from doraxp._base.types import AdamWLeaf, AdamWNumbers
 from doraxp.backends import Operations, as_dtype, compute_dtype
-from doraxp.optim._trees import Params, PerLeaf, align, build, per_leaf, widened, zeros_like
+from doraxp.optim._trees import Params, PerLeaf, align, build, per_leaf, zeros_like
 
 
 class AdamWState(NamedTuple):
-    """What `adamw_step` carries from step to step."""
+    """The state that `adamw_step` takes and returns."""
 
     step: Any
-    """How many steps were taken: an int, or a 0-d array where it was traced."""
+    """Number of steps taken: an int, or a 0-d array where it was traced."""
     mu: Any
     """Running mean of g, in the structure of the parameters and in the compute dtype."""
     nu: Any
@@ -32,7 +36,7 @@ def adamw_init(params: Any) -> AdamWState:
 
     Parameters
     ----------
-    params : NamedTuple of arrays, or dict of them
+    params : NamedTuple of arrays, or dict of NamedTuples
 
     Returns
     -------
@@ -41,10 +45,10 @@ def adamw_init(params: Any) -> AdamWState:
     Raises
     ------
     TypeError
-        `params` is no NamedTuple of arrays nor a dict of them, they are not of one library, or a
-        dtype is not floating.
+        `params` is neither a NamedTuple of arrays nor a dict of NamedTuples, the arrays are of
+        two libraries, or a dtype is not floating.
     ValueError
-        The devices differ, or there is no array.
+        The devices differ, or `params` holds no array.
 
     Examples
     --------
@@ -76,31 +80,33 @@ def adamw_step(
         p  ← p − η (m̂ / (√n̂ + ε) + λ p)     m̂ = mu / (1 − β₁ᵗ), n̂ = nu / (1 − β₂ᵗ)
 
     The decay is decoupled: it does not enter the moments. It is multiplied by η, as in
-    torch.optim.AdamW; in the paper by the schedule alone.
+    torch.optim.AdamW. The paper multiplies it by the schedule alone.
 
     Parameters
     ----------
-    params, grads : NamedTuple of arrays, or dict of them
+    params, grads : NamedTuple of arrays, or dict of NamedTuples
     state : AdamWState
-        From `adamw_init` or the step before.
+        From `adamw_init` or from the previous step.
     learning_rate : number, or one per leaf
-        η, at least 0; see the top of this module.
+        η, at least 0; see `doraxp.optim`.
     beta1, beta2 : float
         β₁ and β₂, in 0 ≤ β < 1.
     eps : float
-        ε, above 0: A's first gradient is 0, as B is, and 0/0 would be its first step.
+        ε, above 0. The first gradient of A is 0, because B is 0; with ε = 0 its first step would
+        be 0/0.
     weight_decay : number, or one per leaf
-        λ, at least 0. One number leaves `magnitude` alone.
+        λ, at least 0. One number does not decay `magnitude`; see `doraxp.optim`.
 
     Returns
     -------
-    params : as given, each leaf in its dtype
+    params : the structure and dtypes of `params`
     state : AdamWState
 
     Raises
     ------
     TypeError
-        The arrays are not of one library, a dtype is not floating, or a number is none.
+        The arrays are of two libraries, a dtype is not floating, or an argument that must be a
+        number is not one.
     ValueError
         Structures, shapes or devices differ, or a number is out of range.
 
@@ -131,35 +137,34 @@ def adamw_step(
     rates = per_leaf("learning_rate", learning_rate, params, ops=ops)
     decays = per_leaf("weight_decay", weight_decay, params, spared="magnitude", ops=ops)
     step = _count_of(state, ops=ops) + 1
-    for leaf, *_ in leaves.values():
-        dtype = compute_dtype(leaf, xp=xp)
+    dtypes = {path: compute_dtype(p, xp=xp) for path, (p, *_) in leaves.items()}
+    _check_eps(eps, dtypes.values(), xp=xp)
+    widest = compute_dtype(*(p for p, *_ in leaves.values()), xp=xp)
+    numbers = AdamWNumbers(
+        beta1, 1 - beta1, beta2, 1 - beta2, eps,
+        *(_bias_correction(beta, step, widest, xp=xp) for beta in (beta1, beta2)),
+    )  # fmt: skip
+    wide = {
+        path: AdamWLeaf(p, g, *(as_dtype(mean, dtypes[path], xp=xp) for mean in means))
+        for path, (p, g, *means) in leaves.items()
+    }
+    stepped = ops.adamw(wide, rates, decays, numbers)
+    new = [{path: arrays[i] for path, arrays in stepped.items()} for i in range(3)]
+    state = AdamWState(step, build(state.mu, new[1]), build(state.nu, new[2]))
+    return build(params, new[0]), state
+
+
+def _check_eps(eps: float, dtypes: Iterable[Any], *, xp: Any) -> None:
+    """Raise ValueError where ε would round to 0: then 0/0 is NaN where a gradient is 0."""
+    for dtype in dtypes:
         least = float(xp.finfo(dtype).smallest_normal)
-        if eps < least:  # it would vanish, and 0/0 be NaN where a gradient is 0
+        if eps < least:
             name = "float64" if dtype == xp.float64 else "float32"
             raise ValueError(f"eps must be at least {least} in {name}, got {eps}")
-    stepped, first, second, fused = {}, {}, {}, None
-    if isinstance(step, int):
-        corrections = (_bias_correction(beta, step, None, xp=xp) for beta in (beta1, beta2))
-        numbers = beta1, 1 - beta1, beta2, 1 - beta2, eps, *corrections
-        fused = ops.adamw(leaves, rates, decays, numbers)
-    for path, arrays in leaves.items():
-        if fused is not None:
-            stepped[path], first[path], second[path] = fused[path]
-            continue
-        p, g, mu, nu, rate, decay = widened(*arrays, rates[path], decays[path], xp=xp)
-        mu = beta1 * mu + (1 - beta1) * g
-        nu = beta2 * nu + (1 - beta2) * (g * g)
-        mean = mu / _bias_correction(beta1, step, p.dtype, xp=xp)
-        square = nu / _bias_correction(beta2, step, p.dtype, xp=xp)
-        p = p - rate * (mean / (xp.sqrt(square) + eps) + decay * p)
-        stepped[path] = as_dtype(p, arrays[0].dtype, xp=xp)
-        first[path], second[path] = mu, nu
-    state = AdamWState(step, build(state.mu, first), build(state.nu, second))
-    return build(params, stepped), state
 
 
 def _count_of(state: AdamWState, *, ops: Operations) -> Any:
-    """Return how many steps were taken, held to an int, or to a 0-d array of an integer dtype."""
+    """Return `state.step`: an int, or a 0-d array of an integer dtype; raise for anything else."""
     step = state.step
     if array_api_compat.is_array_api_obj(step):
         known = array_api_compat.array_namespace(step) is ops.xp
@@ -169,7 +174,10 @@ def _count_of(state: AdamWState, *, ops: Operations) -> Any:
 
 
 def _bias_correction(beta: float, step: Any, dtype: Any, *, xp: Any) -> Any:
-    """Return 1 − βᵗ as −expm1(t log β), which keeps in float32 the digits that 1 − β loses."""
+    """Return 1 − βᵗ as −expm1(t log β): in float32, 1 − βᵗ itself loses digits where β is near 1.
+
+    A float where the step is an int; else a 0-d array of the dtype.
+    """
     log_beta = math.log(beta) if beta > 0 else -math.inf
     if isinstance(step, int):
         return -math.expm1(step * log_beta)

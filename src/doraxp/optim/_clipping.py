@@ -1,4 +1,7 @@
-"""Clipping of gradients by their norm over all leaves."""
+"""Clipping of gradients by their global norm.
+
+g  all gradients, as one vector        norm = ‖g‖
+"""
 
 from __future__ import annotations
 
@@ -9,32 +12,32 @@ from doraxp.optim._trees import Params, align, build
 
 
 def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Array]:
-    """Return the gradients times min(1, max_norm / norm), and the norm that they had.
+    """Return the gradients times min(1, max_norm / norm), and the norm before clipping.
 
     ::
 
         norm = √(Σ g²)      over all leaves together
 
-    Gradients within `max_norm` come back bit for bit. There is no ε, unlike in torch's
-    `clip_grad_norm_`. Where a gradient is not finite, all come back as they are and the norm is
-    NaN.
+    Gradients whose norm is at most `max_norm` are returned unchanged. torch's `clip_grad_norm_`
+    adds an ε to the norm; this function does not. Where a gradient is not finite, all gradients
+    are returned unchanged and the norm is NaN.
 
     Parameters
     ----------
-    grads : NamedTuple of arrays, or dict of them
+    grads : NamedTuple of arrays, or dict of NamedTuples
     max_norm : float
         Above 0.
 
     Returns
     -------
-    grads : as given, each leaf in its dtype
+    grads : the structure and dtypes of `grads`
     norm : array, shape (), in the compute dtype
-        Before the clipping. It is not read on the host.
+        It is not read on the host.
 
     Raises
     ------
     TypeError
-        The arrays are not of one library, a dtype is not floating, or `max_norm` is no number.
+        The arrays are of two libraries, a dtype is not floating, or `max_norm` is not a number.
     ValueError
         The devices differ, or `max_norm` is not above 0.
 
@@ -56,7 +59,7 @@ def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Array]:
     xp = ops.xp
     dtype = compute_dtype(*(leaf for (leaf,) in leaves.values()), xp=xp)
     wide = {path: as_dtype(leaf, dtype, xp=xp) for path, (leaf,) in leaves.items()}
-    # Squares of what is left of a scaled loss overflow long before their root does.
+    # Under loss scaling the squares of gradients overflow long before the norm does.
     flat = xp.concat([xp.reshape(leaf, (-1,)) for leaf in wide.values()])
     norm = safe_row_norms(flat, xp=xp)
     over = norm > max_norm

@@ -1,16 +1,16 @@
-"""Learning rates that change with the step: functions of an int that return a float.
+"""Learning rates that change with the step: functions from an int to a float.
 
     t  step, from 0    w  warmup_steps    T  total_steps    η  learning_rate    φ  final
 
-Steps are counted from 0: step t is taken at `schedule(t)`. All schedules warm up alike::
+Steps are counted from 0: step t is taken at the rate `schedule(t)`. All schedules warm up alike::
 
     η (t + 1) / (w + 1)      for t < w
 
-No step is wasted on a rate of 0, and step w is the first at the full rate. Those that decay come
-to φ at step T, the first after training, and stay there: with φ = 0, step T − 1 still learns.
+The first rate is above 0, and step w is the first at the full rate. A schedule that decays reaches
+φ at step T, the first after training, and stays there: with φ = 0, step T − 1 still learns.
 
-They run on the host. Under a compiler that traces, pass what they return to the step as its
-argument.
+Schedules run on the host. Under a compiler that traces, pass their result to the traced function
+as an argument.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def constant_schedule(learning_rate: float, *, warmup_steps: int = 0) -> Schedul
     Raises
     ------
     TypeError
-        A count is no integer or η no number; the schedule raises it for its step.
+        A count is not an integer, or η is not a number. The schedule raises it for its step.
     ValueError
-        A number is out of range; the schedule raises it for a negative step.
+        A number is out of range. The schedule raises it for a negative step.
 
     Examples
     --------
@@ -65,11 +65,11 @@ def linear_schedule(
     learning_rate : float
         η, at least 0.
     total_steps : int
-        T, at least 1; the warm-up is part of it.
+        T, at least 1. It includes the warm-up.
     warmup_steps : int
         w, in 0 ≤ w ≤ T.
     final : float
-        φ, at least 0; a rate, no fraction.
+        φ, at least 0: a rate, not a fraction of η.
 
     Returns
     -------
@@ -78,9 +78,9 @@ def linear_schedule(
     Raises
     ------
     TypeError
-        A count is no integer or a rate no number; the schedule raises it for its step.
+        A count is not an integer, or a rate is not a number. The schedule raises it for its step.
     ValueError
-        A number is out of range; the schedule raises it for a negative step.
+        A number is out of range. The schedule raises it for a negative step.
 
     Examples
     --------
@@ -101,11 +101,11 @@ def cosine_schedule(
     learning_rate : float
         η, at least 0.
     total_steps : int
-        T, at least 1; the warm-up is part of it.
+        T, at least 1. It includes the warm-up.
     warmup_steps : int
         w, in 0 ≤ w ≤ T.
     final : float
-        φ, at least 0; a rate, no fraction.
+        φ, at least 0: a rate, not a fraction of η.
 
     Returns
     -------
@@ -114,9 +114,9 @@ def cosine_schedule(
     Raises
     ------
     TypeError
-        A count is no integer or a rate no number; the schedule raises it for its step.
+        A count is not an integer, or a rate is not a number. The schedule raises it for its step.
     ValueError
-        A number is out of range; the schedule raises it for a negative step.
+        A number is out of range. The schedule raises it for a negative step.
 
     References
     ----------
@@ -158,6 +158,8 @@ def _decaying(
 
 
 def _warmed_up(learning_rate: float, warmup: int, after: Schedule) -> Schedule:
+    """Return the schedule that warms up to η and then follows `after`."""
+
     def schedule(step: int) -> float:
         step = check_count("step", step)
         if step < warmup:

@@ -1,6 +1,6 @@
-"""SGD with momentum and decoupled numbers for each leaf, as a pure function.
+"""SGD with momentum, as a pure function.
 
-p  parameter    g  gradient    v  velocity    η  learning_rate    λ  weight_decay
+p  parameter    g  gradient    v  velocity    β  momentum    η  learning_rate    λ  weight_decay
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from doraxp._base.scalars import check_flag, check_kind, check_number
-from doraxp.backends import as_dtype
-from doraxp.optim._trees import Params, PerLeaf, align, build, per_leaf, widened, zeros_like
+from doraxp.backends import as_dtype, compute_dtype
+from doraxp.optim._trees import Params, PerLeaf, align, build, per_leaf, zeros_like
 
 
 class SGDState(NamedTuple):
-    """What `sgd_step` carries from step to step."""
+    """The state that `sgd_step` takes and returns."""
 
     velocity: Any
     """v, in the structure of the parameters and in the compute dtype."""
@@ -24,7 +24,7 @@ def sgd_init(params: Any) -> SGDState:
 
     Parameters
     ----------
-    params : NamedTuple of arrays, or dict of them
+    params : NamedTuple of arrays, or dict of NamedTuples
 
     Returns
     -------
@@ -33,10 +33,10 @@ def sgd_init(params: Any) -> SGDState:
     Raises
     ------
     TypeError
-        `params` is no NamedTuple of arrays nor a dict of them, they are not of one library, or a
-        dtype is not floating.
+        `params` is neither a NamedTuple of arrays nor a dict of NamedTuples, the arrays are of
+        two libraries, or a dtype is not floating.
     ValueError
-        The devices differ, or there is no array.
+        The devices differ, or `params` holds no array.
 
     Examples
     --------
@@ -58,7 +58,7 @@ def sgd_step(
     nesterov: bool = False,
     weight_decay: PerLeaf = 0.0,
 ) -> tuple[Params, SGDState]:
-    """Return the parameters and the state after one step of SGD, with momentum β.
+    """Return the parameters and the state after one step of SGD with momentum.
 
     ::
 
@@ -71,30 +71,31 @@ def sgd_step(
 
     Parameters
     ----------
-    params, grads : NamedTuple of arrays, or dict of them
+    params, grads : NamedTuple of arrays, or dict of NamedTuples
     state : SGDState
-        From `sgd_init` or the step before.
+        From `sgd_init` or from the previous step.
     learning_rate : number, or one per leaf
-        η, at least 0; see the top of this module.
+        η, at least 0; see `doraxp.optim`.
     momentum : float
         β, in 0 ≤ β < 1.
     nesterov : bool
-        Look ahead along v. Needs a momentum.
+        Look ahead along v. Needs a momentum above 0.
     weight_decay : number, or one per leaf
-        λ, at least 0. One number leaves `magnitude` alone.
+        λ, at least 0. One number does not decay `magnitude`; see `doraxp.optim`.
 
     Returns
     -------
-    params : as given, each leaf in its dtype
+    params : the structure and dtypes of `params`
     state : SGDState
 
     Raises
     ------
     TypeError
-        The arrays are not of one library, a dtype is not floating, or a number is none.
+        The arrays are of two libraries, a dtype is not floating, or an argument that must be a
+        number is not one.
     ValueError
-        Structures, shapes or devices differ, a number is out of range, or `nesterov` has no
-        momentum.
+        Structures, shapes or devices differ, a number is out of range, or `nesterov` comes with a
+        momentum of 0.
 
     References
     ----------
@@ -120,10 +121,18 @@ def sgd_step(
     decays = per_leaf("weight_decay", weight_decay, params, spared="magnitude", ops=ops)
     stepped, velocity = {}, {}
     for path, arrays in leaves.items():
-        p, g, v, rate, decay = widened(*arrays, rates[path], decays[path], xp=xp)
+        p, g, v, rate, decay = _widened(*arrays, rates[path], decays[path], xp=xp)
         g = g + decay * p
         v = momentum * v + g
         p = p - rate * (g + momentum * v if nesterov else v)
         stepped[path] = as_dtype(p, arrays[0].dtype, xp=xp)
         velocity[path] = v
     return build(params, stepped), SGDState(build(state.velocity, velocity))
+
+
+def _widened(*values: Any, xp: Any) -> tuple[Any, ...]:
+    """Return arrays in the compute dtype of the first, and floats as they are."""
+    dtype = compute_dtype(values[0], xp=xp)
+    return tuple(
+        value if isinstance(value, float) else as_dtype(value, dtype, xp=xp) for value in values
+    )

@@ -1,7 +1,10 @@
-"""Paramss of parameters, and the numbers that go with their leaves.
+"""Trees of parameters, and the numbers that go with their leaves.
 
-A tree is a NamedTuple, or a dict of trees. A leaf is known by its path, "['q_proj'].lora_a", and
-not by its place: JAX sorts the keys of a dict.
+    tree   a NamedTuple of arrays, or a dict of trees
+    leaf   one array of a tree
+    path   of a leaf: "['q_proj'].lora_a"
+
+Leaves are matched by path, not by position, because JAX sorts the keys of a dict.
 """
 
 from __future__ import annotations
@@ -14,15 +17,15 @@ import array_api_compat
 
 from doraxp._base.scalars import check_number
 from doraxp._base.types import Array
-from doraxp.backends import Operations, as_dtype, compute_dtype, operations
+from doraxp.backends import Operations, compute_dtype, operations
 
 Params = TypeVar("Params")
 PerLeaf: TypeAlias = Any
-"""A number or 0-d array; a NamedTuple of them; or a dict of either."""
+"""A number or 0-d array; a NamedTuple of these; or a dict of numbers and NamedTuples."""
 
 
 def _leaves(name: str, tree: Any, path: str = "") -> dict[str, Any]:
-    """Return the leaves by path; an error calls them `name` + path."""
+    """Return the leaves of a tree by path. An error calls a leaf `name` + path."""
     if isinstance(tree, dict):
         entries = (_leaves(name, entry, f"{path}[{key!r}]") for key, entry in tree.items())
         return {path: leaf for leaves in entries for path, leaf in leaves.items()}
@@ -35,7 +38,7 @@ def _leaves(name: str, tree: Any, path: str = "") -> dict[str, Any]:
 
 
 def build(tree: Params, leaves: dict[str, Array], path: str = "") -> Params:
-    """Return `leaves` in the structure of `tree`."""
+    """Return the leaves, given by path, in the structure of `tree`."""
     like: Any = tree
     if isinstance(like, dict):
         built = {key: build(like[key], leaves, f"{path}[{key!r}]") for key in like}
@@ -45,7 +48,10 @@ def build(tree: Params, leaves: dict[str, Array], path: str = "") -> Params:
 
 
 def align(**trees: Any) -> tuple[Operations, dict[str, tuple[Array, ...]]]:
-    """Return the leaves of all trees by path, held to the structure and shapes of the first."""
+    """Return the operations, and by path the leaves of all trees at that path.
+
+    Raise where a tree differs from the first in structure or shapes.
+    """
     flat = {name: _leaves(name, tree) for name, tree in trees.items()}
     (first, leaves), *others = flat.items()
     if not leaves:
@@ -65,20 +71,22 @@ def align(**trees: Any) -> tuple[Operations, dict[str, tuple[Array, ...]]]:
 
 
 def _check_paths(name: str, paths: Collection[str], other: str, wanted: Collection[str]) -> None:
-    """Hold two trees to the same entries."""
+    """Raise ValueError unless two trees have the same paths."""
     absent = [name + path for path in wanted if path not in paths]
     absent += [other + path for path in paths if path not in wanted]
     if absent:
         raise ValueError(
-            f"{name} and {other} must have the same entries, but there is no "
-            f"{' and no '.join(absent)}"
+            f"{name} and {other} must have the same entries; missing: {', '.join(absent)}"
         )
 
 
 def per_leaf(
     name: str, value: Any, tree: Any, path: str = "", *, spared: str = "", ops: Operations
 ) -> dict[str, Any]:
-    """Return a number for each leaf of `tree` by path; where one is for all, `spared` has 0."""
+    """Return a number for each leaf of `tree` by path.
+
+    Where `value` is one number for all leaves, those named `spared` get 0 instead.
+    """
     if isinstance(tree, dict):
         each = value if isinstance(value, dict) else dict.fromkeys(tree, value)
         given, wanted = ([f"{path}[{key!r}]" for key in keys] for keys in (each, tree))
@@ -98,7 +106,7 @@ def per_leaf(
 
 
 def _number(name: str, value: Any, *, ops: Operations) -> Any:
-    """Return a float; or `value`, where it is a 0-d array whose value may not be looked at."""
+    """Return a float; or `value` itself, where it is a 0-d array that must not be read."""
     if isinstance(value, Real):
         return check_number(name, value)
     xp = ops.xp
@@ -110,14 +118,6 @@ def _number(name: str, value: Any, *, ops: Operations) -> Any:
     if not xp.isdtype(value.dtype, ("real floating", "integral")):
         raise TypeError(f"{name} must be of a real dtype, got {value.dtype}")
     return check_number(name, float(value)) if ops.can_read_values(value) else value
-
-
-def widened(*values: Any, xp: Any) -> tuple[Any, ...]:
-    """Return arrays in the compute dtype of the first, and floats as they are."""
-    dtype = compute_dtype(values[0], xp=xp)
-    return tuple(
-        value if isinstance(value, float) else as_dtype(value, dtype, xp=xp) for value in values
-    )
 
 
 def zeros_like(params: Params) -> Params:

@@ -1,8 +1,8 @@
-"""DoRA inside of PyTorch: under autograd, as a module, and in place of PEFT's.
+"""DoRA inside of PyTorch: a function for autograd, a module, and a speed-up for PEFT.
 
-    dora_linear          the function, y = x W'ᵀ + bias
-    DoRALinear           the module around a torch.nn.Linear
-    accelerate           PEFT's DoRA layers, computed here
+    dora_linear          the function y = x W'ᵀ + bias
+    DoRALinear           the same as a module, around a torch.nn.Linear
+    accelerate           computes the DoRA layers of a PEFT model with `dora_linear`
 
 Needs the extra ``torch``; `accelerate` needs PEFT too. The math is `doraxp.forward` and
 `doraxp.backward`.

@@ -1,4 +1,8 @@
-"""PEFT's DoRA layers, computed by `dora_linear`, in place and back."""
+"""Swap the DoRA layers of a PEFT model to `dora_linear`, in place, and swap them back.
+
+swapped   a layer of PEFT's that `dora_linear` computes now
+left      a DoRA layer that PEFT still computes
+"""
 
 from __future__ import annotations
 
@@ -13,14 +17,14 @@ from doraxp._base.types import Config, NormGradient
 
 
 class Accelerated:
-    """What `accelerate` swapped. A context manager that swaps back at its end.
+    """The layers that `accelerate` swapped. As a context manager it swaps them back at its end.
 
     Attributes
     ----------
     layers : tuple of str
-        Names of the layers that are computed here.
+        Names of the layers that doraxp computes.
     left : mapping of str to str
-        The other DoRA layers of the model, which PEFT still computes, and why.
+        Names of the DoRA layers that PEFT still computes, each with the reason.
     """
 
     def __init__(self, swapped: Mapping[str, Any], left: Mapping[str, str]) -> None:
@@ -29,48 +33,49 @@ class Accelerated:
         self.left = MappingProxyType(dict(left))
 
     def restore(self) -> None:
-        """Give the layers back to PEFT. A second call does nothing."""
+        """Let PEFT compute the layers again. A second call does nothing."""
         from doraxp.torch._peft import unswap
 
         while self._swapped:
             unswap(self._swapped.popitem()[1])
 
     def __enter__(self) -> Accelerated:
-        """Return itself: the layers are swapped already."""
+        """Return this object; the layers are swapped already."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Swap back."""
+        """Call `restore`."""
         self.restore()
 
 
 def accelerate(model: Any, norm_gradient: NormGradient = "exact") -> Accelerated:
-    """Compute the DoRA layers of a PEFT model here, in place.
+    """Let doraxp compute the DoRA layers of a PEFT model, in place.
 
     The parameters stay PEFT's: the optimizer, `state_dict` and `save_pretrained` see no
-    difference, and merging is still PEFT's. Dropout is PEFT's, its random numbers too. Copies
-    and pickles of the model are accelerated like it. A layer with two active adapters, or with
-    hooks inside that came later, is an error when it is called.
+    difference. PEFT still merges, and still draws the dropout with the same random numbers.
+    Copies and pickles of the model are accelerated too. A call of a layer raises ValueError where
+    the layer has two active adapters, or where a part of it was given a hook later.
 
     Parameters
     ----------
     model : torch.nn.Module
-        That holds PEFT's layers, as `peft.get_peft_model` returns it.
+        A model with PEFT's layers, such as `peft.get_peft_model` returns.
     norm_gradient : {"exact", "detached"}
-        Whether the gradients go through the row norm. PEFT's do not: "detached" trains as PEFT
-        does, "exact" does not.
+        Whether the gradients go through the row norm. With "detached" they do not, and the model
+        trains as PEFT trains it. With "exact" they do.
 
     Returns
     -------
     Accelerated
-        To swap back, by its `restore` or at the end of a ``with`` block.
+        Its `restore`, or the end of a ``with`` block, lets PEFT compute the layers again.
 
     Raises
     ------
     TypeError
-        `model` is no module.
+        `model` is not a module.
     ValueError
-        No DoRA layer around a plain `torch.nn.Linear` is in it, or some are accelerated already.
+        The model has no DoRA layer around a plain `torch.nn.Linear`, or some of its layers are
+        accelerated already.
 
     Examples
     --------
@@ -85,7 +90,7 @@ def accelerate(model: Any, norm_gradient: NormGradient = "exact") -> Accelerated
     from doraxp.torch import _peft
 
     check_kind("model", model, torch.nn.Module)
-    Config(1, norm_gradient=norm_gradient)  # holds it to the choices
+    Config(1, norm_gradient=norm_gradient)  # raises for an unknown choice
     found, left = {}, {}
     for name, layer in model.named_modules():
         if _peft.has_dora(layer):

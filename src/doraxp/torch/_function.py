@@ -1,4 +1,7 @@
-"""`doraxp.forward` and `doraxp.backward` as one function of torch.autograd."""
+"""`doraxp.forward` and `doraxp.backward` as one function of torch.autograd.
+
+x (*stack, ..., in)   W (*stack, out, in)   A (*stack, rank, in)   B (*stack, out, rank)
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ class _DoRA(torch.autograd.Function):
         dbias = None
         if train_bias:
             tokens = tuple(range(weight.ndim - 2, dy.ndim - 1))
-            wide = dy.to(z.dtype)  # of no token axis, the sum would be over all
+            wide = dy.to(z.dtype)  # sum(()) would sum over all axes
             dbias = (wide.sum(tokens) if tokens else wide).to(ctx.bias_dtype)
         dweight = dweight if train_base else None
         return dx, dweight, da, db, dm, dbias, None, None, None, None
@@ -41,24 +44,25 @@ class _DoRA(torch.autograd.Function):
 def dora_linear(
     x: Array, weight: Array, adapter: Adapter, config: Config, bias: Array | None = None
 ) -> Array:
-    """Return y = g⊙(x Vᵀ) + bias, differentiable once by every tensor given.
+    """Return y = g⊙(x Vᵀ) + bias, differentiable once by each tensor among the arguments.
 
     ::
 
         V = ρ⊙W + s B A      n = ‖V‖ by rows      g = m / n
 
-    Computed in float32, in float64 where weight or adapter has it. Under autocast x is first cast
-    to autocast's dtype, and y has it; the adapter is still computed with in float32.
+    The computation is in float64 where the weight or the adapter is float64, else in float32.
+    Under autocast x is first cast to autocast's dtype, and y has that dtype; the adapter stays in
+    float32.
 
-    ‖w‖² and the rest of `doraxp.prepare` are kept as long as the weight lives. A write to the
-    weight is noticed, but one in place through ``weight.data`` is not.
+    ‖w‖² and the rest of `doraxp.prepare` are kept as long as the weight lives. The function
+    notices writes to the weight, except writes in place through ``weight.data``.
 
     Parameters
     ----------
     x : Tensor, shape (*stack, ..., in)
     weight : Tensor, shape (*stack, out, in)
     adapter : Adapter
-        Of tensors.
+        Its arrays are tensors.
     config : Config
         ``norm_gradient`` says whether gradients go through n.
     bias : Tensor, shape (*stack, out), optional
@@ -70,7 +74,7 @@ def dora_linear(
     Raises
     ------
     TypeError
-        The arrays are not all tensors, or a dtype is not floating.
+        An array is not a tensor, or a dtype is not floating.
     ValueError
         The shapes do not fit, or the devices differ.
 
@@ -95,7 +99,7 @@ def dora_linear(
     for name, array in tensors.items() if bias is None else (*tensors.items(), ("bias", bias)):
         check_kind(name, array, torch.Tensor)
     kind = x.device.type
-    # To ask whether it is enabled is an error on a device that has none, as meta.
+    # is_autocast_enabled raises for a device without autocast, such as meta.
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     if autocast and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))

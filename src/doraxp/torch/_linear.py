@@ -1,4 +1,4 @@
-"""A torch.nn.Linear with a DoRA adapter, as a module.
+"""A module that adds a DoRA adapter to a torch.nn.Linear.
 
 W (out, in) frozen     A (rank, in)     B (out, rank)     m (out,)     y = x W'ᵀ + bias
 """
@@ -15,11 +15,11 @@ from doraxp.torch._function import dora_linear
 
 
 class DoRALinear(torch.nn.Module):
-    """A `torch.nn.Linear`, adapted: y = x W'ᵀ + bias with W' = (m / n)⊙(ρ⊙W + s B A).
+    """A `torch.nn.Linear` with a DoRA adapter: y = x W'ᵀ + bias with W' = (m / n)⊙(ρ⊙W + s B A).
 
-    Its state is ``weight``, ``bias`` where the base has one, ``lora_a``, ``lora_b`` and
-    ``magnitude``. The base is never changed. A frozen weight shares the base's memory; with
-    `train_base` weight and bias are copies.
+    The state consists of ``weight``, ``bias`` if the base has one, ``lora_a``, ``lora_b`` and
+    ``magnitude``. The base is never changed. Frozen, weight and bias share the base's memory; with
+    `train_base` they are copies.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ class DoRALinear(torch.nn.Module):
     Raises
     ------
     TypeError
-        `base` is no `torch.nn.Linear`.
+        `base` is not a `torch.nn.Linear`.
     ValueError
         The rank is above min(out, in).
 
@@ -68,7 +68,7 @@ class DoRALinear(torch.nn.Module):
 
     @property
     def adapter(self) -> Adapter:
-        """A, B and m, the parameters themselves."""
+        """A, B and m: the parameters, not copies."""
         return Adapter(self.lora_a, self.lora_b, self.magnitude)
 
     def forward(self, x: Array) -> Array:
@@ -76,7 +76,7 @@ class DoRALinear(torch.nn.Module):
         return dora_linear(x, self.weight, self.adapter, self.config, self.bias)
 
     def merge(self) -> torch.nn.Linear:
-        """Return a plain, new `torch.nn.Linear` with W' and a copy of the bias."""
+        """Return a new `torch.nn.Linear` with W' and a copy of the bias."""
         out, inner = self.weight.shape
         has_bias = self.bias is not None
         linear = torch.nn.Linear(inner, out, bias=has_bias, device="meta")
@@ -87,7 +87,7 @@ class DoRALinear(torch.nn.Module):
         return linear
 
     def extra_repr(self) -> str:
-        """Say the sizes and the numbers."""
+        """Return the sizes, the rank and the scaling for the module's repr."""
         (out, inner), config = self.weight.shape, self.config
         sizes = f"in={inner}, out={out}, bias={self.bias is not None}"
         return f"{sizes}, rank={config.rank}, scaling={config.scaling}"

@@ -1,9 +1,9 @@
-"""The two calls under `dora_linear` that torch.compile does not look into.
+"""Forward and backward as two custom operators, which torch.compile does not trace into.
 
     x (*stack, ..., in)   W (*stack, out, in)   A (*stack, rank, in)   B (*stack, out, rank)
 
-Both need what `doraxp.prepare` makes. The last of each weight is kept: for its ‖w‖², for the
-backward of the same forward, and for the next forward while the adapter has not changed.
+Both need a `doraxp.Prepared`. The last one of each weight is kept for three uses: its ‖w‖², the
+backward of the same forward, and the next forward while the adapter has not changed.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from doraxp.backends import operations
 
 
 class _State(NamedTuple):
-    """Equal while a tensor has the same memory, and nobody wrote to it but through `.data`."""
+    """Equal while a tensor has the same memory and is not written to, except through `.data`."""
 
-    storage: Any  # weak, but while it is held its address is given to no other
+    storage: Any  # a weak reference; while it exists, no other storage gets its address
     offset: int
     stride: tuple[int, ...]
     version: int
@@ -35,7 +35,7 @@ class _State(NamedTuple):
 class _Kept(NamedTuple):
     weight: _State
     adapter: tuple[_State, ...]
-    prepared: Prepared  # without the weight, so that the weight may go
+    prepared: Prepared  # without the weight, which may then be freed
 
 
 _kept: MutableMapping[Array, _Kept] = WeakTensorKeyDictionary()
@@ -52,23 +52,23 @@ def _with_weight(prepared: Prepared, weight: Array | None) -> Prepared:
 
 
 class _Known(NamedTuple):
-    """A layer outside of autograd, with what is known of it: the one or the other, or neither."""
+    """The arrays of a layer outside of autograd, with at most one `Prepared` of the weight."""
 
     weight: Array
     adapter: Adapter
-    prepared: Prepared | None
+    prepared: Prepared | None  # of this adapter and config
     previous: Prepared | None  # of another adapter or config
 
 
 def _recall(weight: Array, adapter: Adapter, config: Config, *, known: bool) -> _Known:
-    """Return the layer with what is kept of its last call.
+    """Return the layer with the `Prepared` of its last call.
 
-    The adapter is held to the kept one by value. Where values cannot be looked at cheaply, it is
-    prepared anew in a forward; in a backward, with `known`, autograd has seen to it that nobody
-    wrote to the arrays of the forward. Of a weight that is trained nothing is kept.
+    The adapter is compared with the kept one by value. Where reading values is expensive, a
+    forward prepares anew. A backward passes `known`: autograd has checked that nobody wrote to the
+    arrays of the forward. Nothing is kept of a weight that is trained.
     """
     base = weight.detach()
-    plain = Adapter(*(leaf.detach() for leaf in adapter))  # else their graph would be kept
+    plain = Adapter(*(leaf.detach() for leaf in adapter))  # so that their graph is not kept
     kept = _kept.get(weight) if _may_keep(weight) else None
     if kept is None or kept.weight != _state(weight):
         return _Known(base, plain, None, None)
@@ -89,14 +89,14 @@ def _keep(weight: Array, adapter: Adapter, prepared: Prepared) -> None:
 
 
 def _may_keep(weight: Array) -> bool:
-    return not (weight.requires_grad or weight.is_inference())  # the latter counts no writes
+    return not (weight.requires_grad or weight.is_inference())  # inference tensors have no version
 
 
 def _config(rank: int, scaling: float, form: Any, norm_gradient: Any) -> Config:
     return Config(rank, scaling * rank, form=form, norm_gradient=norm_gradient)
 
 
-# What is in `rules` is a Config's: rank, scaling, form and norm gradient.
+# `rules` are the numbers and choices of a Config: rank, scaling, form and norm gradient.
 
 
 @torch.library.custom_op(
@@ -110,16 +110,16 @@ def forward_op(
     x: Array, weight: Array, lora_a: Array, lora_b: Array, magnitude: Array, bias: Array | None,
     *rules: Any,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
-    """Return y, z = x Vᵀ and L = x Aᵀ; x is computed with in the compute dtype."""
+    """Return y in x's dtype, and z = x Vᵀ and L = x Aᵀ in the compute dtype."""
     adapter, config = Adapter(lora_a, lora_b, magnitude), _config(*rules)
     with torch.autocast(x.device.type, enabled=False):
         base, plain, prepared, previous = _recall(weight, adapter, config, known=False)
         if previous is not None and 2 * x.numel() >= weight.numel():
-            # W Aᵀ out of one product with x takes a copy of x, which then costs more.
+            # To get W Aᵀ from one product with x takes a copy of x, which costs more here.
             prepared = prepare(base, plain, config, previous=previous)
         y, cache = forward(x, base, plain, config, bias=bias, prepared=prepared, previous=previous)
         _keep(weight, adapter, cache.prepared)
-    return y, cache.z.contiguous(), cache.low_rank  # of a stack, z is a part of a product
+    return y, cache.z.contiguous(), cache.low_rank  # for a stack, z is a view of a product
 
 
 @forward_op.register_fake
@@ -149,7 +149,7 @@ def backward_op(
     dy: Array, x: Array, weight: Array, lora_a: Array, lora_b: Array, magnitude: Array,
     z: Array, low_rank: Array, train_base: bool, *rules: Any,
 ) -> tuple[Array, Array, Array, Array, Array]:  # fmt: skip
-    """Return the gradients of x, A, B, m and W, in their dtypes; W's is empty unless trained."""
+    """Return the gradients by x, A, B, m and W, in their dtypes; that by W is empty if frozen."""
     adapter, config = Adapter(lora_a, lora_b, magnitude), _config(*rules)
     with torch.autocast(x.device.type, enabled=False):
         base, plain, prepared, previous = _recall(weight, adapter, config, known=True)
@@ -159,7 +159,7 @@ def backward_op(
         gradients = backward(dy, Cache(x, None, low_rank, z, prepared), train_base=train_base)
     dweight = weight.new_empty(0) if gradients.weight is None else gradients.weight
     da, db, dm = (d.to(leaf.dtype) for d, leaf in zip(gradients.adapter, adapter, strict=True))
-    dx = gradients.x.contiguous()  # of a stack, it is a part of a product
+    dx = gradients.x.contiguous()  # for a stack, it is a view of a product
     return dx, da, db, dm, dweight.to(weight.dtype)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from doraxp._base.types import Array, Reduce
+from doraxp._base.types import AdamWLeaf, AdamWNumbers, Array, Reduce
 from doraxp.backends._cupy.device import LIMIT, THREADS, Types
 from doraxp.backends._cupy.guard import Suspects
 from doraxp.backends._cupy.patches import Patches
@@ -21,7 +21,6 @@ from doraxp.backends._cupy.products import (
     WARPS,
     alike,
     columns_of,
-    compute_dtype,
     is_reduced,
     name_of,
     packed,
@@ -217,30 +216,29 @@ class CupyOperations(Patches):
     # AdamW
 
     def adamw(
-        self, leaves: dict[str, tuple[Array, ...]], rates: dict[str, Any], decays: dict[str, Any],
-        numbers: tuple[Any, ...],
-    ) -> dict[str, tuple[Array, Array, Array]] | None:  # fmt: skip
+        self, leaves: dict[str, AdamWLeaf], rates: dict[str, float | Array],
+        decays: dict[str, float | Array], numbers: AdamWNumbers,
+    ) -> dict[str, tuple[Array, Array, Array]]:  # fmt: skip
         """Saves all launches but one, or two where some leaves are of float64."""
         given = (*rates.values(), *decays.values(), *numbers)
         if not all(isinstance(number, float) for number in given):
-            return None  # one is on the device
+            return super().adamw(leaves, rates, decays, numbers)  # a number is on the device
         stepped: dict[str, tuple[Array, Array, Array]] = {}
         for wide in (np.dtype(np.float32), np.dtype(np.float64)):
-            group = {path: each for path, each in leaves.items() if compute_dtype(each[0]) == wide}
+            group = {path: leaf for path, leaf in leaves.items() if leaf.mu.dtype == wide}
             if group:
                 stepped |= self._adamw(group, rates, decays, numbers, wide)
         return stepped
 
     def _adamw(
-        self, leaves: dict[str, tuple[Array, ...]], rates: dict[str, Any], decays: dict[str, Any],
-        numbers: tuple[float, ...], wide: Any,
+        self, leaves: dict[str, AdamWLeaf], rates: dict[str, float | Array],
+        decays: dict[str, float | Array], numbers: AdamWNumbers, wide: Any,
     ) -> dict[str, tuple[Array, Array, Array]]:  # fmt: skip
         xp, blocks, held = self.xp, 0, []
         stepped: dict[str, tuple[Array, Array, Array]] = {}
         table = np.zeros(len(leaves), LEAF)
         for row, (path, arrays) in enumerate(leaves.items()):
             p, g, *moments = (packed(array, xp) for array in arrays)
-            moments = [xp.astype(moment, wide, copy=False) for moment in moments]
             new = [self.cuda.empty(p.shape, dtype) for dtype in (p.dtype, wide, wide)]
             pointers = (self.cuda.pointer(array) for array in (p, g, *moments, *new))
             codes = (KINDS.index(name_of(array)) for array in (p, g))
