@@ -207,6 +207,7 @@ def test_the_operators_return_the_shapes_that_they_declare(torch, dtype):
 @pytest.mark.parametrize("shapes", ["matrix", "stack"])
 def test_after_a_step_the_base_is_read_once_in_a_forward(torch, monkeypatch, shapes):
     """The product with x gives W Aᵀ too; z is contiguous all the same, as autograd was told."""
+    from doraxp.backends import Operations
     from doraxp.torch._ops import forward_op
 
     x, w, *leaves = (array.detach() for array in draw(torch, SHAPES[shapes]))
@@ -214,8 +215,15 @@ def test_after_a_step_the_base_is_read_once_in_a_forward(torch, monkeypatch, sha
     rules = 2, 1.5, "weight", "exact"
     forward_op(x, w, *leaves, *rules)
     leaves[1] *= 0.1  # then no row of V cancels
-    monkeypatch.setattr("doraxp.backends._generic.Operations.project", None)
+    product, factors = Operations.product, []
+
+    def spy(ops, left, right):
+        factors.extend((left.data_ptr(), right.data_ptr()))
+        return product(ops, left, right)
+
+    monkeypatch.setattr(Operations, "product", spy)
     y, z, _ = forward_op(x, w, *leaves, *rules)
+    assert factors.count(w.data_ptr()) == 1
     assert_same(torch, [y], [dense(Config(2, 3), x, w, *leaves)])
     assert z.is_contiguous()
 
@@ -286,7 +294,7 @@ def test_a_new_config_is_used_by_the_next_forward(torch):
 def test_gradients_are_the_same_where_values_are_not_read(torch, monkeypatch):
     from doraxp.backends._torch import TorchOperations
 
-    monkeypatch.setattr(TorchOperations, "may_look", lambda self, array: False)
+    monkeypatch.setattr(TorchOperations, "can_read_values", lambda self, array: False)
     _, layer = make(torch)
     x = torch.randn(5, 6, dtype=torch.float64)
     for _ in range(2):
@@ -410,18 +418,20 @@ def test_accumulate_adds_in_place_and_equals_the_generic_operation(torch, stack)
 
 
 @pytest.mark.parametrize("stack", [(), (2,)])
-def test_the_operands_of_the_last_product_fill_one_array(torch, stack):
+def test_output_gradients_equal_the_generic_operation(torch, stack):
     from doraxp.backends import Operations, operations
 
-    d, z, rows = (torch.randn(*stack, *s) for s in ((5, 6), (5, 6), (2, 6)))
-    given, gain = d.clone(), torch.randn(*stack, 6)
-    ops = operations(d=d)
-    scaled, *want = Operations(ops.xp).scale_and_sum(d, z, gain, 2, total=True)
-    want = [Operations(ops.xp).append(scaled, rows), *want]
-    scaled, *got = ops.scale_and_sum(d, z, gain, 2, total=True)
-    whole = ops.append(scaled, rows)
-    assert whole.data_ptr() == scaled.data_ptr()
-    assert_same(torch, [whole, *got], want, 1e-6)
+    shapes = (5, 6), (5, 6), (6,), (6,), (6, 2)
+    d, z, gain, norm, scaled_b = (torch.randn(*stack, *shape) for shape in shapes)
+    given, ops = d.clone(), operations(d=d)
+    for exact, with_bias in ((True, True), (False, False)):
+        got, want = (
+            each.output_gradients(d, z, gain, norm, scaled_b, exact=exact, with_bias=with_bias)
+            for each in (ops, Operations(ops.xp))
+        )
+        found = [array is not None for array in got]
+        assert found == [array is not None for array in want]
+        assert_same(torch, *([a for a in arrays if a is not None] for arrays in (got, want)), 1e-6)
     assert torch.equal(d, given)
 
 
