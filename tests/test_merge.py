@@ -31,6 +31,7 @@ from checkpoints import (
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from doraxp import AdaptedLayer, Adapter, Config, LayerKind
 from doraxp.checkpoint import (
     Options,
     _rows,
@@ -42,6 +43,7 @@ from doraxp.checkpoint import (
     plan_merge,
     run_merge,
 )
+from doraxp.checkpoint._engine import load_engine
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._safetensors import Reader
 from doraxp.cli import main
@@ -187,6 +189,27 @@ def test_the_result_does_not_depend_on_the_size_of_blocks(folders, monkeypatch):
     assert merge(folder, "--force") == 0
     for name, tensor in load_folder(folder / "out").items():
         assert tensor.tobytes() == whole[name].tobytes(), name
+
+
+@pytest.mark.parametrize("kind", ["linear", "transposed"])
+def test_a_merged_weight_is_a_stream_of_blocks_with_the_norm_of_each_row_once(monkeypatch, kind):
+    monkeypatch.setattr(_rows, "BLOCK", 11)
+    rng = np.random.default_rng(2)
+    matrix, adapter = draw(rng, 7, 5, dtype="float64"), Adapter(*factors(rng, (7, 5)))
+    stored = matrix.T if kind == "transposed" else matrix
+    layer = AdaptedLayer(adapter, Config(2, 3.0), LayerKind(kind), stored.shape)
+    source = SimpleNamespace(read=lambda rows, empty: stored[rows])
+    stream = _rows.merged_blocks("w", source, layer, load_engine("numpy"), "float64")
+    blocks = [(block.rows, block.merged.copy(), block.norms) for block in stream]
+    assert len(blocks) == len(range(0, len(stored), blocks[0][0].stop)) > 1
+    merged = np.concatenate([rows for _, rows, _ in blocks])
+    np.testing.assert_array_equal(merged[blocks[1][0]], blocks[1][1])
+    desired = dense(matrix, *adapter)
+    np.testing.assert_allclose(merged, desired.T if kind == "transposed" else desired, rtol=1e-12)
+    base, adapted = (np.concatenate(sides) for sides in zip(*(x for *_, x in blocks), strict=True))
+    np.testing.assert_allclose(base, np.linalg.norm(matrix, axis=1), rtol=1e-12)
+    v = matrix + 1.5 * adapter.lora_b.astype("f8") @ adapter.lora_a
+    np.testing.assert_allclose(adapted, np.linalg.norm(v, axis=1), rtol=1e-12)
 
 
 @pytest.mark.parametrize("command", ["merge", "inspect"])

@@ -46,7 +46,7 @@ class Model:
     def output_heads(self) -> set[str]:
         """Return the names of the embeddings that are also the output head.
 
-        There are none if the head has a tensor of its own. A model type whose default is true may
+        The set is empty if the head has its own tensor. A model type whose default is true may
         leave ``tie_word_embeddings`` out; then any language model without a head counts as tied.
         """
         tensors = self.reader_of()

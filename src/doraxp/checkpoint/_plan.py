@@ -70,22 +70,13 @@ def plan(model: Model, adapters: AdapterSet) -> dict[str, Task]:
     replaced = {
         names[name]: Source(adapters.reader, own) for name, own in adapters.replacements.items()
     }
-    problems = list(_misfits(replaced, tensors))
-    merged: dict[str, MergedTensor] = {}
-    for path, layer in adapters.layers.items():
-        name = names[path]
-        if name in merged:
-            problems.append(f"{merged[name].path} and {path} are both for {name}")
-            continue
-        try:
-            layer = _as_stored(name, layer, tensors)
-        except CheckpointError as error:
-            problems.append(str(error))
-        else:
-            source = replaced.get(name) or sources[name]
-            merged[name] = MergedTensor(source, path, layer)
-    problems += _ambiguous(merged, adapters)
-    problems += _untrained_parts(merged, replaced, tensors, adapters)
+    merged, unmerged = _merged_tensors(adapters, names, sources, replaced)
+    problems = [
+        *_misfits(replaced, tensors),
+        *unmerged,
+        *_ambiguous(merged, adapters),
+        *_untrained_parts(merged, replaced, tensors, adapters),
+    ]
     missing = next((names[path] for path in adapters.layers if names[path] not in tensors), None)
     if missing is not None:
         near = max(tensors, key=lambda name: _shared_end(name, missing), default="nothing")
@@ -96,6 +87,32 @@ def plan(model: Model, adapters: AdapterSet) -> dict[str, Task]:
     changed |= merged
     copied = {name: CopiedTensor(source) for name, source in sources.items() if name not in changed}
     return changed | copied
+
+
+def _merged_tensors(
+    adapters: AdapterSet,
+    names: Mapping[str, str],
+    sources: Mapping[str, Source],
+    replaced: Mapping[str, Source],
+) -> tuple[dict[str, MergedTensor], list[str]]:
+    """Return the weights that have an adapter, and a message for each adapter that does not fit."""
+    merged: dict[str, MergedTensor] = {}
+    problems = []
+    for path, layer in adapters.layers.items():
+        name = names[path]
+        if name in merged:
+            problems.append(f"{merged[name].path} and {path} are both for {name}")
+        elif name not in sources:
+            problems.append(f"the base has no {name} for an adapter of shape {layer.shape}")
+        else:
+            try:
+                stored = _as_stored(name, layer, sources[name].tensor)
+            except CheckpointError as error:
+                problems.append(str(error))
+            else:
+                source = replaced.get(name, sources[name])
+                merged[name] = MergedTensor(source, path, stored)
+    return merged, problems
 
 
 def _misfits(replaced: Mapping[str, Source], tensors: Mapping[str, Tensor]) -> Iterator[str]:
@@ -110,14 +127,11 @@ def _misfits(replaced: Mapping[str, Source], tensors: Mapping[str, Tensor]) -> I
             yield f"{source.name} must be of dtype {', '.join(DTYPES)}, got {dtype}"
 
 
-def _as_stored(name: str, layer: StoredLayer, tensors: Mapping[str, Tensor]) -> StoredLayer:
+def _as_stored(name: str, layer: StoredLayer, tensor: Tensor) -> StoredLayer:
     """Return the layer with the kind and shape in which the base stores the weight.
 
     For a weight of two axes the shape says more than the adapter's flag.
     """
-    tensor = tensors.get(name)
-    if tensor is None:
-        raise CheckpointError(f"the base has no {name} for an adapter of shape {layer.shape}")
     if tensor.dtype not in DTYPES:
         raise CheckpointError(
             f"{name} is quantised (dtype {tensor.dtype}) and cannot be merged into"

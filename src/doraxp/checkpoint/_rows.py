@@ -46,7 +46,7 @@ class Block(NamedTuple):
     """The norms of those rows of the matrix that no block before had.
 
     Usually these are the block's own rows. Where the matrix is the transpose of the stored weight,
-    the first block has the norms of all rows, and the other blocks have none.
+    the first block has the norms of all rows, and those of the other blocks are empty.
     """
 
 

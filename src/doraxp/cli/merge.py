@@ -189,7 +189,7 @@ def _print_plan(merge: Merge, console: Console) -> None:
     from doraxp.checkpoint import MergedTensor
     from doraxp.cli._tables import print_table
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, task in merge.changed.items():
         if isinstance(task, MergedTensor):
             config, kind = task.layer.config, task.layer.kind
