@@ -1,8 +1,8 @@
-"""Hold `doraxp merge` to the project's goals: `python benchmarks/checkpoint.py FOLDER`.
+"""Measure `doraxp merge` against the project's goals: `python benchmarks/checkpoint.py FOLDER`.
 
-On a machine at rest, with PEFT installed, 20 GB free in FOLDER and 16 GB of memory. FOLDER gets
-two models of `checkpoint_model.py`, one of 4 GB in bfloat16 and one of 1 GB in float32, which stay
-for the next run. Ends with status 1 where a goal is missed.
+It needs a machine at rest, with PEFT installed, 20 GB free in FOLDER and 16 GB of memory. It
+writes two models of `checkpoint_model.py` to FOLDER, one of 4 GB in bfloat16 and one of 1 GB in
+float32, and keeps them for the next run. The exit status is 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ print(time.perf_counter() - start)
 
 
 def main() -> int:
-    """Print goal, measured value and verdict."""
+    """Print each measured value with its goal and a verdict."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gigabytes", type=float, default=4)
@@ -56,26 +56,26 @@ def main() -> int:
     return 0 if all([*good, *kills(small)]) else 1
 
 
-def held(what: str, value: float, bound: float, *, at_least: bool = False) -> bool:
-    """Print a line; return whether the bound is kept."""
+def met(figure: str, value: float, bound: float, *, at_least: bool = False) -> bool:
+    """Print a line about one goal; return True if it is met."""
     good = value >= bound if at_least else value <= bound
     sign, verdict = "≥" if at_least else "≤", "ok" if good else "MISSED"
-    print(f"{what:60} {value:9.3g}  goal {sign} {bound:<6g} {verdict}", flush=True)
+    print(f"{figure:60} {value:9.3g}  goal {sign} {bound:<6g} {verdict}", flush=True)
     return good
 
 
 def speed(model: Path) -> Iterator[bool]:
-    """Hold the time to that of `cp -r` and of PEFT: medians of interleaved rounds."""
-    contestants: dict[str, Callable[[], float]] = {
+    """Compare the time with those of `cp -r` and PEFT: medians of interleaved rounds."""
+    ways: dict[str, Callable[[], float]] = {
         "cp -r": lambda: timed(["cp", "-r", str(model / "base"), str(model / "out")]),
         "doraxp merge": lambda: timed(merge_command(model)),
         "PEFT": lambda: peft(model, "bfloat16"),
     }
-    times: dict[str, list[float]] = {name: [] for name in contestants}
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
-        for name, run in contestants.items():
+        for name, run in ways.items():
             for file in (model / "base").iterdir():
-                file.read_bytes()  # into the system's cache, for each of them
+                file.read_bytes()  # each way finds the files in the system's cache
             subprocess.run(["sync"], check=True)
             times[name].append(run())
             shutil.rmtree(model / "out")
@@ -84,14 +84,14 @@ def speed(model: Path) -> Iterator[bool]:
     copy, ours, theirs = (statistics.median(seconds) for seconds in times.values())
     size = sum(file.stat().st_size for file in (model / "base").iterdir())
     print(f"bytes per second: {size / ours / 1e9:.2f} GB")
-    yield held("time ÷ cp -r", ours / copy, 3)
-    yield held(
+    yield met("time ÷ cp -r", ours / copy, 3)
+    yield met(
         "time of PEFT (load, merge, save; no imports) ÷ ours", theirs / ours, 3, at_least=True
     )
 
 
 def merge_command(model: Path) -> list[str]:
-    """Return the command that is measured."""
+    """Return the command that merges `model`."""
     return [
         *MERGE,
         *(str(model / name) for name in ("base", "adapter")),
@@ -101,42 +101,42 @@ def merge_command(model: Path) -> list[str]:
 
 
 def timed(command: list[str]) -> float:
-    """Return the seconds of a command, from its start to its end."""
+    """Run a command and return its seconds."""
     start = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 
 def peft(model: Path, dtype: str) -> float:
-    """Let PEFT write `out`; return its seconds without those of the imports."""
+    """Merge with PEFT into `out`; return its seconds without those of the imports."""
     paths = [str(model / name) for name in ("base", "adapter", "out")]
     command = [sys.executable, "-c", PEFT, *paths, dtype]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def memory(model: Path) -> Iterator[bool]:
-    """Hold the peak to that of the interpreter with the imports; Linux counts it."""
+    """Compare the peak with that of an interpreter that only imports; this needs Linux."""
     status = subprocess.run(
         [sys.executable, "-c", IMPORTS], check=True, capture_output=True, text=True
     )
     process = subprocess.Popen(merge_command(model), stdout=subprocess.DEVNULL)
     peak = 0
-    while process.poll() is None:  # one process, all threads
+    while process.poll() is None:
         peak = max(peak, resident(Path(f"/proc/{process.pid}/status").read_text()))
         time.sleep(0.01)
     shutil.rmtree(model / "out")
     print(f"peak memory {peak / MIB:.0f} MiB")
-    yield held("peak memory beyond the imports, MiB", (peak - resident(status.stdout)) / MIB, 300)
+    yield met("peak memory beyond the imports, MiB", (peak - resident(status.stdout)) / MIB, 300)
 
 
 def resident(status: str) -> int:
-    """Return the highest resident memory so far, from a process' status."""
+    """Return the highest resident memory so far, in bytes, from the text of a process's status."""
     lines = [line for line in status.splitlines() if line.startswith("VmHWM:")]
     return int(lines[0].split()[1]) * 1024 if lines else 0
 
 
 def accuracy(model: Path, dtype: str) -> Iterator[bool]:
-    """Hold every merged tensor to PEFT's and to a dense merge in float64."""
+    """Compare every merged tensor with PEFT's and with a dense merge in float64."""
     peft(model, dtype)
     (model / "out").rename(model / "peft")
     timed(merge_command(model))
@@ -150,17 +150,17 @@ def accuracy(model: Path, dtype: str) -> Iterator[bool]:
     shutil.rmtree(model / "out")
     shutil.rmtree(model / "peft")
     if dtype == "float32":
-        yield held(
+        yield met(
             f"difference from PEFT's, {dtype}, largest of {len(ratios)}", max(differences), 1e-6
         )
-    yield held(f"error beside float64 ÷ PEFT's, {dtype}, largest", max(ratios), 1)
+    yield met(f"error beside float64 ÷ PEFT's, {dtype}, largest", max(ratios), 1)
 
 
 def tensor(folder: Path, path: str) -> np.ndarray:
-    """Return a weight of a folder, in float64."""
+    """Return the weight of a module, in float64, from a model's folder."""
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "numpy") as opened:
-            if f"{path}.weight" in opened.keys():  # noqa: SIM118  no mapping
+            if f"{path}.weight" in opened.keys():  # noqa: SIM118  not a mapping
                 return opened.get_tensor(f"{path}.weight").astype(np.float64)
     raise KeyError(path)
 
@@ -173,7 +173,7 @@ def dense(weight: np.ndarray, layer: AdaptedLayer) -> np.ndarray:
 
 
 def kills(model: Path) -> Iterator[bool]:
-    """Kill merges at random moments: each leaves no OUT or a complete one."""
+    """Kill merges at random moments: each must leave no OUT or a complete one."""
     whole = timed(merge_command(model))
     right = digests(model / "out")
     shutil.rmtree(model / "out")
@@ -188,12 +188,12 @@ def kills(model: Path) -> Iterator[bool]:
             complete += 1
             wrong += digests(model / "out") != right
             shutil.rmtree(model / "out")
-    print(f"killed {KILLS} times: {complete} complete OUT, {KILLS - complete} none")
-    yield held("of these wrong or in part", wrong, 0)
+    print(f"killed {KILLS} times: {complete} left a complete OUT, {KILLS - complete} no OUT")
+    yield met("OUT that is wrong or incomplete", wrong, 0)
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Return what the files of a folder hold."""
+    """Return a digest of each file in a folder."""
     return {file.name: sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
 
 

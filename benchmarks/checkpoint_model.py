@@ -3,8 +3,9 @@
     python benchmarks/checkpoint_model.py FOLDER [--gigabytes 4] [--rank 16] [--width 4096]
         [--dtype bfloat16]
 
-FOLDER gets `base`, a Llama with the shapes of the 7-billion-parameter one and as many layers as
-fit, which transformers loads, and `adapter`, in PEFT's format.
+The script writes `base` and `adapter` to FOLDER. `base` is a Llama that transformers loads, with
+the layer shapes of the model of 7 billion parameters and as many layers as fit into the size.
+`adapter` is in PEFT's format.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def linear_shapes(width: int) -> dict[str, tuple[int, int]]:
 
 
 def main() -> None:
-    """Write both folders."""
+    """Read the arguments and write both folders."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gigabytes", type=float, default=4)
@@ -58,7 +59,7 @@ def write(
     rng = np.random.default_rng(0)
     weights = sum(out * inner for out, inner in linear.values())
     vocabulary = 8 * width
-    ends = 2 * vocabulary * width  # the embedding, and the output layer
+    ends = 2 * vocabulary * width  # the embedding and the output layer
     layers = max(1, round((gigabytes * 1e9 / stored.itemsize - ends) / weights))
     weight_map, adapters = {}, {}
     for layer in range(layers):

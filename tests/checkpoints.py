@@ -18,7 +18,7 @@ def draw(rng, *shape, dtype="float32"):
 
 
 def factors(rng, shape, rank=RANK, dtype="float32"):
-    """A, B and m, which are no fresh adapter's."""
+    """A, B and m with random values, unlike a fresh adapter's."""
     out, inner = shape
     a, b = draw(rng, rank, inner, dtype=dtype), draw(rng, out, rank, dtype=dtype)
     return a, b, (1 + rng.random(out)).astype(dtype)
@@ -33,7 +33,7 @@ def dense(weight, a, b, m, scaling=ALPHA / RANK):
 
 
 def write_model(folder, dtype=ml_dtypes.bfloat16):
-    """A model of two shards, with a bias, a table of integers and a tokenizer beside it."""
+    """Write a model of two shards, with biases, integers and a tokenizer; return its tensors."""
     rng = np.random.default_rng(5)
     folder.mkdir()
     shards = {"model-1.safetensors": {}, "model-2.safetensors": {}}
@@ -56,7 +56,7 @@ def write_model(folder, dtype=ml_dtypes.bfloat16):
 
 
 def write_adapter(folder, shapes=SHAPES, dtype="float32", **changes):
-    """A PEFT adapter for some layers; `changes` go into its configuration."""
+    """Write a PEFT adapter for some layers; `changes` go into its configuration."""
     rng = np.random.default_rng(6)
     folder.mkdir()
     adapter = {path: factors(rng, shape, dtype=dtype) for path, shape in shapes.items()}

@@ -1,4 +1,4 @@
-"""Formats: what is read from each, what is written, what is refused; convert and inspect."""
+"""Formats of adapter files: reading, writing and refusing each; `convert` and `inspect`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def assert_same(actual, desired):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("format", ["peft", "mlx"])
-def test_saved_and_loaded_they_are_the_same_bits(tmp_path, format, dtype):
+def test_saving_and_loading_keeps_every_bit(tmp_path, format, dtype):
     save_adapters(tmp_path / "a", layers(dtype), format)
     adapters = load_adapters(tmp_path / "a")
     assert adapters.format == format
@@ -58,14 +58,14 @@ def test_saved_and_loaded_they_are_the_same_bits(tmp_path, format, dtype):
 
 
 @pytest.mark.parametrize("other", ["conv", "embedding", "transposed"])
-def test_peft_holds_every_kind_that_it_adapts(tmp_path, other):
+def test_pefts_format_holds_every_kind_that_peft_adapts(tmp_path, other):
     kinds = dict.fromkeys(SHAPES, LayerKind(other))
     config = Config(2, 3.5, rslora=True)
     save_adapters(tmp_path / "a", layers(kinds=kinds, config=config))
     assert_same(load_adapters(tmp_path / "a"), layers(kinds=kinds, config=config))
 
 
-def test_peft_to_mlx_and_back_is_the_same_bits(tmp_path, capsys):
+def test_converting_peft_to_mlx_and_back_keeps_every_bit(tmp_path, capsys):
     write_adapter(tmp_path / "peft")
     assert (
         main(["convert", str(tmp_path / "peft"), "--to", "mlx", "--out", str(tmp_path / "mlx")])
@@ -172,25 +172,25 @@ def test_lycoris_convolutions_are_merged(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dora_scale": None}, "has no magnitude: LoRA, and not DoRA"),
+        ({"dora_scale": None}, "has no magnitude: it is LoRA, not DoRA"),
         ({"lora_up.weight": None}, "must have both factors and a magnitude"),
-        ({"lora_mid.weight": np.ones((2, 2), "f4")}, "is no part of a DoRA adapter"),
-        ({"lora_up.weight": np.ones((7, 3), "f4")}, "(2, 5) and (7, 3) are no factors"),
+        ({"lora_mid.weight": np.ones((2, 2), "f4")}, "is not part of a DoRA adapter"),
+        ({"lora_up.weight": np.ones((7, 3), "f4")}, "(out, rank, ...), got (2, 5) and (7, 3)"),
         (
             {
                 "lora_down.weight": np.ones((2, 5, 3), "f4"),
                 "lora_up.weight": np.ones((7, 2, 1), "f4"),
                 "dora_scale": np.ones((1, 5, 1), "f4"),
             },
-            "a dora_scale of shape (1, 5, 1) is one for each input channel of a convolution",
+            "dora_scale of shape (1, 5, 1) has one number for each input channel of a convolution",
         ),
-        ({"dora_scale": np.ones((3, 1), "f4")}, "shape (3, 1) is not one per output row"),
+        ({"dora_scale": np.ones((3, 1), "f4")}, "for each output row, got shape (3, 1)"),
         ({"alpha": np.ones(2, "f4")}, "alpha must be one floating number"),
         ({"alpha": np.array(0, "f4")}, "alpha must be above 0 and finite, got 0.0"),
         ({"alpha": np.array(-4, "f4")}, "alpha must be above 0 and finite, got -4.0"),
     ],
 )
-def test_a_lycoris_file_that_is_none(tmp_path, changes, message):
+def test_a_wrong_lycoris_file_is_refused(tmp_path, changes, message):
     lycoris(tmp_path / "a.safetensors", **changes)
     with pytest.raises(CheckpointError, match=re.escape(message)):
         load_adapters(tmp_path / "a.safetensors")
@@ -207,7 +207,7 @@ def test_a_lycoris_file_that_is_none(tmp_path, changes, message):
         (
             {"lora_parameters": {"scale": 20.0, "rank": 4}},
             {},
-            "adapter_config.json: x: the rank is 4, but lora_a has (5, 2)",
+            "adapter_config.json: x: rank is 4, but lora_a has shape (5, 2)",
         ),
         ({}, {"x.m": (5,)}, "x is an embedding with a magnitude for each token"),
         (
@@ -215,11 +215,11 @@ def test_a_lycoris_file_that_is_none(tmp_path, changes, message):
             {"x.lora_a": (5, 0), "x.lora_b": (0, 7)},
             "x: rank must be at least 1, got 0",
         ),
-        ({}, {"x.lora_b": (3, 7)}, "lora_a (5, 2) and lora_b (3, 7) are no factors"),
+        ({}, {"x.lora_b": (3, 7)}, "lora_b (rank, out), got (5, 2) and (3, 7)"),
         ({}, {"x.m": (6,)}, "x.m has shape (6,), which does not fit rank 2"),
     ],
 )
-def test_an_mlx_folder_that_is_none(tmp_path, config, changes, message):
+def test_a_wrong_mlx_folder_is_refused(tmp_path, config, changes, message):
     shapes = {"x.lora_a": (5, 2), "x.lora_b": (2, 7), "x.m": (7,), **changes}
     tensors = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
     save_file(tensors, tmp_path / "adapters.safetensors")
@@ -246,17 +246,17 @@ def replaced(**fields):
         (
             "mlx",
             layers() | {"block.1.q": layers()["block.1.q"]._replace(config=Config(2, 4.0))},
-            "block.0.q has 2 and 1.5, block.1.q 2 and 2.0",
+            "block.0.q has rank 2 and s 1.5, and block.1.q has rank 2 and s 2.0",
         ),
         (
             "peft",
             layers() | {"block.1.q": layers(config=Config(2, rslora=True))["block.1.q"]},
             "PEFT has one use_rslora for all modules",
         ),
-        ("mlx", replaced(config=Config(3, 0.1, rslora=True)), "no longer the same after"),
+        ("mlx", replaced(config=Config(3, 0.1, rslora=True)), "would not come back exactly"),
     ],
 )
-def test_what_a_format_cannot_hold_is_refused(tmp_path, format, adapters, message):
+def test_an_adapter_that_a_format_cannot_hold_is_refused(tmp_path, format, adapters, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         save_adapters(tmp_path / "a", adapters, format)
     assert not list(tmp_path.iterdir())
@@ -266,21 +266,21 @@ def test_nothing_is_overwritten_and_nothing_is_dropped(tmp_path, capsys):
     write_adapter(tmp_path / "a")
     paths = [str(tmp_path / name) for name in ("a", "b")]
     assert main(["convert", paths[0], "--to", "peft", "--out", paths[0]]) == 2
-    assert "already there" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     path = tmp_path / "a" / "adapter_model.safetensors"
     save_file(load_file(path) | {"base_model.model.lm_head.weight": np.ones((2, 2), "f4")}, path)
     assert main(["convert", paths[0], "--to", "mlx", "--out", paths[1]]) == 2
     assert "also replaces lm_head.weight" in capsys.readouterr().err
 
 
-def test_the_folder_to_save_in_must_be_there(tmp_path):
+def test_the_folder_above_the_target_must_exist(tmp_path):
     path = tmp_path / "none" / "out"
     with pytest.raises(FileNotFoundError) as raised:
         save_adapters(path, layers())
     assert str(raised.value) == f"{path.parent}: no such folder"
 
 
-def test_unequal_ranks_keep_their_patterns(tmp_path):
+def test_unequal_ranks_are_saved_as_patterns(tmp_path):
     own = layers()
     a, b, m = own["block.0.k"].adapter
     own["block.0.k"] = AdaptedLayer(Adapter(a[:1], b[:, :1], m), Config(1, -1), LayerKind(), (6, 5))
@@ -317,7 +317,7 @@ def inspected(tmp_path):
     return tmp_path, base, adapter, json.loads((tmp_path / "i.json").read_text())
 
 
-def test_inspect_tells_what_the_formulas_give(inspected):
+def test_inspect_agrees_with_the_formulas(inspected):
     folder, base, adapter, report = inspected
     assert report["format"] == "peft"
     assert (folder / "i.png").read_bytes().startswith(b"\x89PNG\r\n")

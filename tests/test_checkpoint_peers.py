@@ -1,4 +1,4 @@
-"""The files of LyCORIS and mlx-lm, with these libraries themselves on the other side."""
+"""The files of LyCORIS and mlx-lm, written or read by these libraries themselves."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def assert_close(actual, desired):
 
 
 def adapt_with_lycoris(layer, arguments, on_output, folder):
-    """Write `base` and `adapter`; return the layer and what is in its place."""
+    """Write `base` and `adapter`, and return the adapted layer."""
     torch = importlib.import_module("torch")
     locon = importlib.import_module("lycoris.modules.locon")
     torch.manual_seed(7)
@@ -61,7 +61,7 @@ CONVOLUTIONS = [
         *((*convolution, True) for convolution in CONVOLUTIONS),
     ],
 )
-def test_what_lycoris_writes_merges_as_it_does(lycoris, tmp_path, layer, arguments, on_output):
+def test_merges_agree_with_those_of_lycoris(lycoris, tmp_path, layer, arguments, on_output):
     desired, _ = adapt_with_lycoris(layer, arguments, on_output, tmp_path).get_merged_weight()
     assert merge(tmp_path) == 0
     assert_close(load_file(tmp_path / "out")["down.0.weight"], desired.detach().numpy())
@@ -89,8 +89,8 @@ def llama(mlx_lm):
 PATHS = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "lm_head"]
 
 
-def test_what_we_write_mlx_lm_loads(llama, mlx_lm, tmp_path):
-    """Of the first blocks alone, and of a module that is in none."""
+def test_mlx_lm_loads_a_folder_that_we_write(llama, mlx_lm, tmp_path):
+    """Also for adapters of the first blocks only, and of a module outside the blocks."""
     model, weights = llama
     rng = np.random.default_rng(3)
     layers = {
@@ -112,7 +112,7 @@ def test_what_we_write_mlx_lm_loads(llama, mlx_lm, tmp_path):
         assert_close(weight, base)
 
 
-def test_what_mlx_lm_trains_we_load(llama, mlx_lm, tmp_path):
+def test_we_load_a_folder_that_mlx_lm_writes(llama, mlx_lm, tmp_path):
     model, weights = llama
     mx, utils = (importlib.import_module(name) for name in ("mlx.core", "mlx.utils"))
     parameters = {"rank": 3, "scale": 7.0, "dropout": 0.0, "keys": ["self_attn.v_proj"]}

@@ -1,4 +1,4 @@
-"""PEFT's format, both ways, with PEFT 0.21.2 itself on the other side."""
+"""PEFT's format, written or read by PEFT 0.21.2 itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PATTERNS = {"rank_pattern": {"square": 2, "conv.": 3}, "alpha_pattern": {"^linea
 
 @pytest.fixture
 def network(torch):
-    """A layer of each kind that PEFT can adapt, none square but one."""
+    """A layer of each kind that PEFT can adapt. One of them is square."""
     from transformers.pytorch_utils import Conv1D
 
     torch.manual_seed(7)
@@ -33,7 +33,7 @@ def network(torch):
 
 
 def train(torch, model):
-    """Give every parameter of the adapters a value that is no start's."""
+    """Give every parameter of the adapters a value other than its initial one."""
     torch.manual_seed(8)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -71,7 +71,7 @@ def assert_equal_to_5_digits(actual, desired):
     "targets", [["linear", "square", "conv1", "conv2", "pointwise"], ["embedding"], ["c_attn"]]
 )
 @pytest.mark.parametrize("rslora", [False, True])
-def test_what_peft_writes_we_load(peft, torch, network, tmp_path, targets, rslora):
+def test_we_load_a_folder_that_peft_writes(peft, torch, network, tmp_path, targets, rslora):
     base = weights(network)
     config = peft.LoraConfig(
         r=4,
@@ -104,7 +104,7 @@ def test_what_peft_writes_we_load(peft, torch, network, tmp_path, targets, rslor
         {"hidden.c_attn": "transposed"},
     ],
 )
-def test_what_we_write_peft_loads(peft, torch, network, tmp_path, kinds):
+def test_peft_loads_a_folder_that_we_write(peft, torch, network, tmp_path, kinds):
     base = {path: weight for path, weight in weights(network).items() if path in kinds}
     layers = doraxp.adapt(
         base,

@@ -42,7 +42,7 @@ def test_decompose_merge_and_analysis_work_for_every_kind(backend, draw, assert_
     assert_close(change.magnitude_rows, magnitude, rtol=1e-12)
 
 
-def test_a_groups_update_stays_in_its_group():
+def test_the_update_of_a_group_stays_in_that_group():
     kind, shape, _ = STORED["grouped"]
     rng = np.random.default_rng(0)
     weight = rng.standard_normal(shape)
@@ -68,7 +68,7 @@ def test_a_groups_update_stays_in_its_group():
         ("embedding", 1, (0, 2), "no axis of length 0"),
     ],
 )
-def test_what_is_no_weight_of_a_kind(name, groups, shape, message):
+def test_a_weight_that_does_not_fit_its_kind_is_refused(name, groups, shape, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         LayerKind(name, groups).matrix_shape(shape)
 
@@ -95,7 +95,7 @@ WEIGHTS = {
         ("all-linear", ["layers.0.q_proj", "layers.0.k_proj", "layers.1.q_proj"]),
     ],
 )
-def test_targets_are_names_ends_expressions_or_all(targets, found):
+def test_targets_are_names_or_ends_of_names_or_expressions_or_all(targets, found):
     assert list(doraxp.adapt(WEIGHTS, targets, Config(2), seed=0)) == found
 
 
@@ -131,6 +131,6 @@ def test_kinds_rank_and_alpha_are_given_by_pattern():
         ({"target_modules": ["q_proj"], "kinds": {"cnv": LayerKind("conv")}}, "nearest are conv"),
     ],
 )
-def test_what_matches_nothing_is_an_error_with_near_names(arguments, message):
+def test_the_error_about_a_pattern_without_a_match_has_near_names(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         doraxp.adapt(WEIGHTS, config=Config(2), seed=0, **arguments)

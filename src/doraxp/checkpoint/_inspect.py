@@ -1,22 +1,24 @@
-"""What an adapter does, by module: from its factors alone, and with the base beside it."""
+"""The effect of an adapter, module by module: from its factors alone, and beside the base."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from doraxp._base.types import Array
 from doraxp.checkpoint._adapters import AdapterSet
+from doraxp.checkpoint._change import change, joined, update_squares
+from doraxp.checkpoint._engine import load_engine
 from doraxp.checkpoint._model import Model
-from doraxp.checkpoint._plan import plan
-from doraxp.checkpoint._rows import Norms, change
-from doraxp.checkpoint._shard import Options, merged_rows
+from doraxp.checkpoint._options import Options, compute_dtype
+from doraxp.checkpoint._plan import MergedTensor, plan
+from doraxp.checkpoint._rows import merged_blocks
 from doraxp.layers import AdaptedLayer
 
 
 class Factored(NamedTuple):
-    """What the factors alone tell."""
+    """The figures that follow from the factors alone."""
 
     update_norm: float
     """‖s B A‖, Frobenius."""
@@ -27,7 +29,7 @@ class Factored(NamedTuple):
 
 
 class Against(NamedTuple):
-    """What the base beside it tells."""
+    """The figures that need the base."""
 
     magnitude_change: float
     """ΔM = mean over rows of abs(‖w'ᵢ‖ − ‖wᵢ‖)."""
@@ -40,12 +42,14 @@ class Against(NamedTuple):
 
 
 def look_at(layer: AdaptedLayer) -> Factored:
-    """Return what the factors of one layer tell."""
-    a, b, m = (leaf.astype(np.float64) for leaf in layer.adapter)
+    """Return the figures of one layer that follow from its factors."""
+    a, b, m = (np.asarray(leaf, np.float64) for leaf in layer.adapter)
     # The singular values of B A are those of R_B R_Aᵀ, which is (rank, rank).
     left, right = (np.asarray(np.linalg.qr(factor, mode="r")) for factor in (b, a.mT))
     small = left @ right.mT
-    values = abs(layer.config.scaling) * np.linalg.svd(small, compute_uv=False).ravel()
+    values: NDArray[np.float64] = (
+        abs(layer.config.scaling) * np.linalg.svd(small, compute_uv=False).ravel()
+    )
     total = float(values.sum())
     parts = values[values > 0] / total if total else values[:0]
     rank = float(np.exp(-np.sum(parts * np.log(parts)))) if total else 0.0
@@ -53,26 +57,29 @@ def look_at(layer: AdaptedLayer) -> Factored:
 
 
 def look_at_base(model: Model, adapters: AdapterSet) -> dict[str, Against]:
-    """Return, by module path, what the base tells; raises what `plan` raises."""
-    readers = model.reader_of()
+    """Return the figures of all layers that need the base, by module path.
+
+    Raises
+    ------
+    CheckpointError
+        The adapter does not fit the base, or a weight contains NaN or infinity.
+    """
+    engine, entries = load_engine("numpy"), model.reader_of()
     found = {}
     for name, task in plan(model, adapters).items():
-        if task.path is not None:
-            norms: list[Norms] = []
-            for _ in merged_rows(readers[name], name, task, adapters, Options(), norms):
-                pass
-            layer = adapters[task.path]
-            size, turn, _ = change(norms, layer)
-            base, adapted = (np.concatenate(sides) for sides in zip(*norms, strict=True))
-            reach = base + _update_norms(layer)
+        if isinstance(task, MergedTensor):
+            layer = adapters.read(task.layer)
+            dtype = compute_dtype(task.source.tensor, entries[name].tensors[name], Options())
+            blocks = merged_blocks(name, task.source, layer, engine, dtype)
+            norms = [block.norms for block in blocks]
+            moved = change(norms, layer)
+            base, adapted = joined(norms)
+            reach = base + np.sqrt(np.maximum(update_squares(layer), 0.0))
             part = np.divide(adapted, reach, out=np.ones_like(reach), where=reach > 0)
             found[task.path] = Against(
-                size, turn, float(part.min()), int(np.count_nonzero(adapted == 0))
+                moved.magnitude,
+                moved.direction,
+                float(part.min()),
+                int(np.count_nonzero(adapted == 0)),
             )
     return found
-
-
-def _update_norms(layer: AdaptedLayer) -> Array:
-    a, b, _ = (leaf.astype(np.float64) for leaf in layer.adapter)
-    squares = np.einsum("or,or->o", b @ (a @ a.T), b)
-    return layer.config.scaling * np.sqrt(np.maximum(squares, 0.0))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from doraxp.checkpoint._safetensors import CheckpointError, Reader, read_json
+from doraxp.checkpoint._errors import CheckpointError
+from doraxp.checkpoint._json import JsonObject, read_json
+from doraxp.checkpoint._safetensors import Reader
 
 INDEX = "model.safetensors.index.json"
-# Nearly always other copies of the weights, which would be those of before the merge.
+# Such files nearly always hold other copies of the weights, from before the merge.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _EMBEDDINGS = tuple(
@@ -25,27 +26,28 @@ class Model:
     shards: dict[str, Reader]
     """By file name."""
     others: tuple[Path, ...]
-    """Files that go with it, relative to `path`: configuration, tokenizer."""
+    """The other files to copy, relative to `path`: configuration, tokenizer."""
     left_out: tuple[Path, ...]
-    """Files of weights that are not merged: other copies of them, as a rule."""
-    index: dict[str, Any] | None
-    config: dict[str, Any]
-    """That of ``config.json``; empty where there is none."""
+    """Files of weights that are neither merged nor copied: nearly always other copies of them."""
+    index: JsonObject | None
+    """The content of ``model.safetensors.index.json``; None without that file."""
+    config: JsonObject
+    """The content of ``config.json``; empty without that file."""
 
     @property
     def is_folder(self) -> bool:
-        """Whether it is a folder; else it is one file."""
+        """True for a folder, False for one file."""
         return self.path.is_dir()
 
     def reader_of(self) -> dict[str, Reader]:
-        """Return the file of each tensor."""
+        """Return the file of each tensor, by name."""
         return {name: reader for reader in self.shards.values() for name in reader.tensors}
 
     def output_heads(self) -> set[str]:
-        """Return the embeddings that are the output head too: none if that has a tensor itself.
+        """Return the names of the embeddings that are also the output head.
 
-        Not every model type writes ``tie_word_embeddings`` where it is true: then a language model
-        without a head tells.
+        The set is empty if the head has its own tensor. A model type whose default is true may
+        leave ``tie_word_embeddings`` out; then any language model without a head counts as tied.
         """
         tensors = self.reader_of()
         if any(f".{name}".endswith(".lm_head.weight") for name in tensors):
@@ -61,7 +63,7 @@ class Model:
 
 
 def open_model(path: Path) -> Model:
-    """Open a model, and hold its index to its shards.
+    """Open a model, and compare its index with its shards.
 
     Raises
     ------
@@ -79,13 +81,13 @@ def open_model(path: Path) -> Model:
     config = read_json(file) if file.is_file() else {}
     if config.get("quantization_config"):
         raise CheckpointError(
-            f"{file}: it has a quantization_config: a quantised weight cannot take a merge; "
-            "merge into the model that it was made of"
+            f"{file}: the model has a quantization_config: quantised weights cannot be merged "
+            "into; merge into the model from which they were quantised"
         )
     index = read_json(_inside(path, INDEX)) if (path / INDEX).is_file() else None
     if index is None:
         names = sorted(file.name for file in path.glob("*.safetensors"))
-        # A model of pickles: the reader refuses the first, and says why.
+        # For a model of pickles, the reader refuses the first one with the reason.
         names = names or sorted(file.name for file in path.glob("pytorch_model*.bin"))[:1]
         if len(names) != 1:
             raise CheckpointError(
@@ -95,7 +97,8 @@ def open_model(path: Path) -> Model:
     else:
         shards = _indexed(path, index)
     files = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
-    # Hidden folders are a tool's own, of the old weights: .git of git, .cache of the hub's client.
+    # Hidden folders belong to tools and hold the old weights: .git of git, .cache of the hub's
+    # client.
     own = [file for file in files if not any(part.startswith(".") for part in file.parts[:-1])]
     rest = [file for file in own if str(file) not in (*shards, INDEX)]
     weights = tuple(file for file in rest if file.suffix in _WEIGHTS)
@@ -105,13 +108,14 @@ def open_model(path: Path) -> Model:
     return Model(path, shards, others, weights, index, config)
 
 
-def _indexed(path: Path, index: dict[str, Any]) -> dict[str, Reader]:
+def _indexed(path: Path, index: JsonObject) -> dict[str, Reader]:
+    """Open the shards that an index lists."""
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path / INDEX}: must have a weight_map of names to files")
     if not isinstance(index.get("metadata") or {}, dict):
         raise CheckpointError(
-            f"{path / INDEX}: metadata must be an object, got {index['metadata']!r}"
+            f"{path / INDEX}: metadata must be a JSON object, got {index['metadata']!r}"
         )
     names: dict[str, set[str]] = {}
     for tensor, name in weight_map.items():
@@ -131,19 +135,19 @@ def _indexed(path: Path, index: dict[str, Any]) -> dict[str, Reader]:
         if differ:
             raise CheckpointError(
                 f"{path / INDEX} and {name} must have the same tensors, but {differ[0]!r} is in "
-                "one only"
+                "one of them only"
             )
     return shards
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """Return a file of the folder, and refuse a link out of it.
+    """Return the path of a file in the folder, and refuse a link out of the folder.
 
-    The hub's cache is the exception: there every file is a link to ``../../blobs``.
+    The hub's cache is the exception: every file in it is a link to ``../../blobs``.
     """
     file = folder / name
     target, root = file.resolve(), folder.resolve()
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
     if not target.is_relative_to(root) and not target.is_relative_to(blobs):
-        raise CheckpointError(f"{file}: a link out of the folder, to {target}")
+        raise CheckpointError(f"{file}: this link leads out of the folder, to {target}")
     return file

@@ -186,16 +186,16 @@ def _executor(scheduler: str | None) -> Iterator[Executor | None]:
 
 
 def _print_plan(merge: Merge, console: Console) -> None:
+    from doraxp.checkpoint import MergedTensor
     from doraxp.cli._tables import print_table
 
-    layers = merge.adapters.layers
-    rows = []
-    for name, task in merge.tasks.items():
-        if task.path is None:
-            rows.append((name, "replaced", "", ""))
+    rows: list[tuple[str, ...]] = []
+    for name, task in merge.changed.items():
+        if isinstance(task, MergedTensor):
+            config, kind = task.layer.config, task.layer.kind
+            rows.append((name, kind.name, str(config.rank), f"{config.scaling:g}"))
         else:
-            config = layers[task.path].config
-            rows.append((name, task.kind.name, str(config.rank), f"{config.scaling:g}"))
+            rows.append((name, "replaced", "", ""))
     print_table(("tensor", "kind", "rank", "s"), rows, console)
 
 

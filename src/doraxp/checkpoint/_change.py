@@ -1,0 +1,62 @@
+"""`Change`: the distance that a merge moves one weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from doraxp.checkpoint._rows import Norms
+from doraxp.layers import AdaptedLayer
+
+
+class Change(NamedTuple):
+    """The distance that a merge moves one weight."""
+
+    magnitude: float
+    """ΔM = mean over the matrix's rows of abs(‖w'ᵢ‖ − ‖wᵢ‖)."""
+    direction: float
+    """ΔD = mean over the matrix's rows of 1 − cos(w'ᵢ, wᵢ)."""
+    largest: float
+    """max over the rows of ‖w'ᵢ − wᵢ‖ / ‖wᵢ‖."""
+
+
+def joined(norms: Iterable[Norms]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return ‖wᵢ‖ and n of all rows, from those of the blocks."""
+    base, adapted = (np.concatenate(sides).astype(np.float64) for sides in zip(*norms, strict=True))
+    return base, adapted
+
+
+def update_squares(layer: AdaptedLayer) -> NDArray[np.float64]:
+    """Return ‖s (B A)ᵢ‖² by rows, from the factors alone."""
+    a, b = (np.asarray(leaf, np.float64) for leaf in layer.adapter[:2])
+    b = layer.config.scaling * b
+    squares: NDArray[np.float64] = np.einsum("or,or->o", b @ (a @ a.T), b)
+    return squares
+
+
+def change(norms: Iterable[Norms], layer: AdaptedLayer) -> Change:
+    """Return ΔM, ΔD and the largest change, from the sides of the triangle in each row.
+
+    ::
+
+        1 − cos(v, w) = (‖v − w‖² − (n − ‖w‖)²) / (2 n ‖w‖)      v − w = s B A
+        ‖w' − w‖² = (m − ‖w‖)² + 2 m ‖w‖ (1 − cos)
+    """
+    base, adapted = joined(norms)
+    update = update_squares(layer)  # ‖v − w‖²
+    m = np.where(adapted > 0, np.asarray(layer.adapter.magnitude, np.float64), 0.0)
+    length = np.abs(m)
+    with np.errstate(over="ignore", invalid="ignore"):  # squares of what is above 1e154
+        sides = 2 * adapted * base
+        turn = update - (adapted - base) ** 2
+        direction = np.divide(turn, sides, out=np.ones_like(turn), where=sides > 0)
+        direction = np.where((base == 0) & (m == 0), 0.0, np.clip(direction, 0.0, 2.0))
+        direction = np.where(m < 0, 2.0 - direction, direction)
+        moved = np.sqrt((length - base) ** 2 + 2 * length * base * direction)
+    ratio = np.divide(moved, base, out=np.where(moved > 0, np.inf, 0.0), where=base > 0)
+    return Change(
+        float(np.mean(np.abs(length - base))), float(np.mean(direction)), float(np.max(ratio))
+    )

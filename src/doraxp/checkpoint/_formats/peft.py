@@ -1,0 +1,289 @@
+"""PEFT's folders, and those of NVlabs' PEFT from before DoRA was merged into PEFT.
+
+Both keep A, B and m of each module under the module's own name, whole tensors beside them
+(biases, ``modules_to_save``), and the rest in ``adapter_config.json``.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from doraxp._base.patterns import values_by_path
+from doraxp._base.scalars import check_count, check_number
+from doraxp._base.types import Config
+from doraxp._core.kinds import LayerKind
+from doraxp.checkpoint._adapters import CONFIG, AdapterSet, StoredLayer, TensorNames, config_path
+from doraxp.checkpoint._errors import CheckpointError
+from doraxp.checkpoint._formats.checks import check_weight_form
+from doraxp.checkpoint._formats.protocol import Written
+from doraxp.checkpoint._json import JsonObject, read_json
+from doraxp.checkpoint._safetensors import Reader
+from doraxp.layers import AdaptedLayer
+
+NAME, FILE = "peft", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_NAME = re.compile(
+    r"(?P<path>.+)\.(?:(?P<a>lora_(?:embedding_)?A)|(?P<b>lora_(?:embedding_)?B)"
+    r"|(?P<m>lora_magnitude_vector|weight_m_wdecomp))(?:\.default)?(?:\.weight)?"
+)
+_PARTS = {"lora_A", "lora_embedding_A", "lora_magnitude_vector", "weight_m_wdecomp"}
+# The values of ``init_lora_weights`` that change the base weights, and those that do not.
+_CHANGES_BASE = re.compile(r"(pissa.*|olora|loftq|corda.*|lora_ga)", re.IGNORECASE)
+_KEEPS_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
+_MATCH_LIMIT = 2e9
+"""Steps of the regular expressions. One step takes about 10 ns."""
+# Each of these entries changes the meaning of A, B and m.
+_UNSUPPORTED = (
+    "layer_replication",
+    "lora_bias",
+    "use_qalora",
+    "use_bdlora",
+    "kasa_config",
+    "monteclora_config",
+    "alora_invocation_tokens",
+    "target_parameters",
+    "trainable_token_indices",
+)
+
+
+def recognises(parts: Collection[str]) -> bool:
+    """Return True for names with PEFT's factors, or with PEFT's or NVlabs' magnitude."""
+    return not _PARTS.isdisjoint(parts)
+
+
+def read(reader: Reader) -> AdapterSet:
+    """Describe the adapters of a PEFT folder."""
+    where = config_path(reader)
+    config = read_json(where)
+    dora = _flag("use_dora", config, where)
+    peft_type = config.get("peft_type")
+    if peft_type not in ("LORA", "DORA"):
+        raise CheckpointError(f"{where}: peft_type must be LORA or DORA, got {peft_type!r}")
+    found = [name for name in _UNSUPPORTED if config.get(name)]
+    if found:
+        raise CheckpointError(f"{where}: {', '.join(found)} cannot be merged with a DoRA adapter")
+    parts, rest = _sort_names(reader)
+    names = _complete_names(reader, parts, dora=dora or peft_type == "DORA")
+    configs = _layer_configs(names, config, where)
+    transposed = _flag("fan_in_fan_out", config, where)
+    return AdapterSet(
+        "nvlabs" if peft_type == "DORA" else NAME,
+        reader,
+        {
+            path: _layer(reader, path, names[path], configs[path], transposed=transposed)
+            for path in names
+        },
+        {_base_name(name): name for name in rest},
+        _base_change(config, where),
+        _trained_biases(config, where),
+    )
+
+
+def _base_change(config: JsonObject, where: Path) -> str | None:
+    """Return the initialisation if it changed the base weights, else None."""
+    name = str(config.get("init_lora_weights"))
+    if name.lower() in _KEEPS_BASE:
+        return None
+    if _CHANGES_BASE.fullmatch(name) is None:
+        raise CheckpointError(
+            f"{where}: init_lora_weights {name!r} is unknown: it may have changed the base"
+        )
+    return name
+
+
+def _trained_biases(config: JsonObject, where: Path) -> str | None:
+    """Return "all" or "lora_only" if biases were trained, else None."""
+    bias = config.get("bias")
+    if bias is None or bias == "none":
+        return None
+    if isinstance(bias, str) and bias in ("all", "lora_only"):
+        return bias
+    raise CheckpointError(f"{where}: bias must be none, all or lora_only, got {bias!r}")
+
+
+def _flag(name: str, config: JsonObject, where: Path) -> bool:
+    flag = config.get(name) or False  # null too
+    if not isinstance(flag, bool):
+        raise CheckpointError(f"{where}: {name} must be true or false, got {flag!r}")
+    return flag
+
+
+def _sort_names(reader: Reader) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Return the names of A, B and m by module path and part, and the names of whole tensors."""
+    parts: dict[str, dict[str, str]] = {}
+    rest = []
+    for name in reader.tensors:
+        match = _NAME.fullmatch(name.removeprefix(_PREFIX))
+        if match is None:
+            rest.append(name)
+            continue
+        names = parts.setdefault(match["path"], {})
+        if match.lastgroup in names:
+            raise CheckpointError(
+                f"{reader.path}: {name} and {names[match.lastgroup]} name the same tensor"
+            )
+        names[str(match.lastgroup)] = name
+    return parts, rest
+
+
+def _base_name(name: str) -> str:
+    """Return the base's name of a whole tensor in the file."""
+    name = name.removeprefix(_PREFIX)
+    return re.sub(r"\.(base_layer|modules_to_save(\.default)?)(?=\.[^.]+$)", "", name)
+
+
+def _complete_names(
+    reader: Reader, parts: Mapping[str, Mapping[str, str]], *, dora: bool
+) -> dict[str, TensorNames]:
+    """Return the names of A, B and m by module path.
+
+    PEFT ignores without a word a magnitude that ``use_dora`` denies, and one that is missing. Both
+    are errors here.
+    """
+    with_m = [path for path, names in parts.items() if "m" in names]
+    without = [path for path, names in parts.items() if "m" not in names]
+    if not dora and with_m:
+        raise CheckpointError(
+            f"{reader.path}: the file has {len(with_m)} magnitudes, but {CONFIG} says use_dora "
+            "false, so PEFT leaves them out: set it to true if DoRA was trained"
+        )
+    if not dora:
+        raise CheckpointError(f"{reader.path}: a LoRA adapter, without magnitudes: not DoRA")
+    if without:
+        raise CheckpointError(
+            f"{reader.path}: {CONFIG} says use_dora true, but the magnitude is missing of "
+            f"{', '.join(without)}"
+        )
+    for path, names in parts.items():
+        if set(names) != {"a", "b", "m"}:
+            raise CheckpointError(f"{reader.path}: {path} must have lora_A, lora_B and a magnitude")
+    return {path: TensorNames(names["a"], names["b"], names["m"]) for path, names in parts.items()}
+
+
+def _layer(
+    reader: Reader, path: str, names: TensorNames, own: Config, *, transposed: bool
+) -> StoredLayer:
+    a, b = (reader.tensors[name].shape for name in names[:2])
+    if len(a) < 2 or len(b) != len(a) or 0 in (*a, *b):
+        raise CheckpointError(
+            f"{reader.path}: {path}: lora_A must have shape (rank, in, ...) and lora_B "
+            f"(out, rank, ...), got {a} and {b}"
+        )
+    if len(a) > 2 and b[1] != a[0]:
+        raise CheckpointError(
+            f"{reader.path}: {path} is a grouped convolution: PEFT's lora_A reads the channels of "
+            "all groups, so no grouped weight can act as it does"
+        )
+    if own.rank != a[0]:
+        raise CheckpointError(
+            f"{reader.path}: {path}: {CONFIG} says rank {own.rank}, but lora_A has shape {a}"
+        )
+    kind = LayerKind()
+    shape: tuple[int, ...] = (b[0], a[1])
+    if ".lora_embedding_A" in names.lora_a:
+        kind, shape = LayerKind("embedding"), (a[1], b[0])
+    elif len(a) > 2:
+        kind, shape = LayerKind("conv"), (b[0], *a[1:])
+    elif transposed:
+        kind, shape = LayerKind("transposed"), (a[1], b[0])
+    return StoredLayer(own, kind, shape, names)
+
+
+def _layer_configs(paths: Collection[str], config: JsonObject, where: Path) -> dict[str, Config]:
+    """Return the numbers of each module, by the patterns of the configuration as PEFT matches."""
+    rslora = _flag("use_rslora", config, where)
+    configs: dict[str, Config] = {}
+    try:
+        ranks, alphas = (_pattern(f"{name}_pattern", config) for name in ("rank", "alpha"))
+        _check_patterns([*ranks, *alphas], paths)
+        # Python warns of sets of letters whose meaning may change.
+        with warnings.catch_warnings(action="ignore"):
+            ranks, alphas = (values_by_path(pattern, paths) for pattern in (ranks, alphas))
+        for path in paths:
+            # PEFT takes a negative alpha as it is, and null as 8. In Config both mean the rank,
+            # so both are refused here.
+            alpha = check_number(
+                "lora_alpha", alphas.get(path, config.get("lora_alpha")), positive=True
+            )
+            rank = check_count("rank", ranks.get(path, config.get("r", 0)), least=1)
+            configs[path] = Config(rank, alpha, rslora=rslora)
+    except (TypeError, ValueError, OverflowError, RecursionError, re.error) as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    return configs
+
+
+def _pattern(name: str, config: JsonObject) -> JsonObject:
+    pattern = config.get(name) or {}  # null too
+    if not isinstance(pattern, dict):
+        raise TypeError(f"{name} must be an object of patterns and numbers, got {pattern!r}")
+    return pattern
+
+
+def _check_patterns(keys: Sequence[str], paths: Collection[str]) -> None:
+    """Refuse regular expressions that may take forever: they come from strangers."""
+    longest, cost = max(map(len, paths), default=0), 0
+    for key in keys:
+        repeats = len(re.findall(r"(?<!\\)[*+{]", key))
+        if re.search(r"\)[*+{?]", key) or repeats > 3:
+            raise ValueError(f"the pattern {key!r} repeats too much")
+        cost += len(paths) * max(100, longest**repeats)
+    if cost > _MATCH_LIMIT:
+        raise ValueError(f"its patterns take too long to match with {len(paths)} modules")
+
+
+def write(adapters: Mapping[str, AdaptedLayer]) -> Written:
+    """Return the tensors and the configuration that PEFT reads as these adapters."""
+    tensors = {}
+    for path, layer in adapters.items():
+        kind = layer.kind.name
+        if layer.kind.groups > 1 or kind in ("experts", "columns"):
+            raise ValueError(f"{path}: PEFT has no DoRA adapter of this kind, {layer.kind}")
+        check_weight_form(path, layer, "PEFT")
+        a, b, m = layer.adapter
+        names = ["lora_A.weight", "lora_B.weight", "lora_magnitude_vector"]
+        if kind == "conv":
+            ones = (1,) * (len(layer.shape) - 2)
+            a = a.reshape(layer.config.rank, *layer.shape[1:])
+            b, m = b.reshape(*b.shape, *ones), m.reshape(1, -1, *ones)
+        elif kind == "embedding":
+            names[:2] = "lora_embedding_A", "lora_embedding_B"
+        for name, array in zip(names, (a, b, m), strict=True):
+            tensors[f"{_PREFIX}{path}.{name}"] = array
+    return Written(tensors, _configuration(adapters))
+
+
+def _configuration(adapters: Mapping[str, AdaptedLayer]) -> JsonObject:
+    """Return the content of ``adapter_config.json``."""
+    configs = {path: layer.config for path, layer in adapters.items()}
+    first, *others = configs.values()
+    if any(config.rslora != first.rslora for config in others):
+        raise ValueError("PEFT has one use_rslora for all modules, but these differ")
+    # PEFT matches a key with the end of a path; ^ keeps it from matching the end of another one.
+    keys = {path: f"^{re.escape(path)}" for path in configs}
+    ranks = {keys[path]: config.rank for path, config in configs.items()}
+    alphas = {keys[path]: _alpha(config) for path, config in configs.items()}
+    return {
+        "peft_type": "LORA",
+        "use_dora": True,
+        "use_rslora": first.rslora,
+        "r": first.rank,
+        "lora_alpha": _alpha(first),
+        "rank_pattern": {key: rank for key, rank in ranks.items() if rank != first.rank},
+        "alpha_pattern": {key: alpha for key, alpha in alphas.items() if alpha != _alpha(first)},
+        "target_modules": sorted(configs),
+        "fan_in_fan_out": any(layer.kind.name == "transposed" for layer in adapters.values()),
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "task_type": None,
+        "base_model_name_or_path": None,
+    }
+
+
+def _alpha(config: Config) -> float:
+    alpha = config.rank if config.alpha is None or config.alpha < 0 else config.alpha
+    return int(alpha) if alpha == int(alpha) else alpha

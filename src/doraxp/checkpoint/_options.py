@@ -1,0 +1,36 @@
+"""`Options`: the choices of a merge, and the dtypes that follow from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from doraxp._base.safetensors import Tensor
+from doraxp.checkpoint._safetensors import DTYPES
+
+
+@dataclass(frozen=True)
+class Options:
+    """The choices of a merge."""
+
+    backend: str = "numpy"
+    """The library that computes: "numpy", "torch" or "cupy"."""
+    compute: str | None = None
+    """"float32" or "float64"; None for float32 where what is read and written is narrower, else
+    float64."""
+    dtype: str | None = None
+    """The dtype of every floating tensor in the result, such as "F16" or "BF16"; None keeps each
+    tensor's own."""
+
+
+def written_as(tensor: Tensor, options: Options) -> Tensor:
+    """Return the entry that a tensor of the base has in the result."""
+    if options.dtype is None or tensor.dtype not in DTYPES or tensor.dtype == options.dtype:
+        return tensor
+    items = tensor.nbytes // DTYPES[tensor.dtype].itemsize
+    return Tensor(options.dtype, tensor.shape, items * DTYPES[options.dtype].itemsize)
+
+
+def compute_dtype(read: Tensor, written: Tensor, options: Options) -> str:
+    """Return the dtype to compute in, "float32" or "float64"."""
+    narrow = {read.dtype, written.dtype} <= {"F16", "BF16"}
+    return options.compute or ("float32" if narrow else "float64")
