@@ -19,17 +19,20 @@ from doraxp._base.types import Array
 from doraxp.backends._cupy import operations as _cupy
 from doraxp.backends._cupy.operations import CupyOperations
 from doraxp.backends._cupy.products import reduced_precision
+from doraxp.backends._cupy.signatures import CudaKernels, cuda_kernels
 from doraxp.backends._generic import Factors, Operations
 from doraxp.backends._numpy import NumpyOperations
 from doraxp.backends._torch import TorchOperations
 
 __all__ = [
+    "CudaKernels",
     "Factors",
     "Operations",
     "Status",
     "as_dtype",
     "available",
     "compute_dtype",
+    "cuda_kernels",
     "operations",
     "reduced_precision",
 ]

@@ -7,6 +7,7 @@ arguments, so Python and mypy report a missing or a misspelt name. None stands f
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import (
@@ -47,6 +48,8 @@ Int: TypeAlias = Annotated[int, "int"]
 Number: TypeAlias = Annotated[float, "compute_t"]
 
 _NULL = np.intp(0)
+# The same sizes come again in every call, and a look-up takes a fraction of a conversion's time.
+_index, _int = (functools.lru_cache(maxsize=4096)(kind) for kind in (np.int64, np.int32))
 
 
 class Parameter(NamedTuple):
@@ -80,7 +83,7 @@ def packer(declared: type, types: Types) -> Callable[[tuple[Any, ...]], tuple[An
     keeps it for all launches of this kernel with these types: the declaration is read once.
     """
     converters: dict[str, Callable[[Any], Any]] = {
-        "index_t": np.int64, "int": np.int32, "compute_t": np.dtype(types.compute).type,
+        "index_t": _index, "int": _int, "compute_t": np.dtype(types.compute).type,
     }  # fmt: skip
     places = list(enumerate(parameters_of(declared)))
     nullable = [place for place, each in places if each.nullable]

@@ -28,6 +28,7 @@ from doraxp.backends._cupy.parameters import (
     Void,
     kernel_name,
 )
+from doraxp.backends._cupy.source import BUILDS, SOURCE
 
 
 class Outputs(NamedTuple):
@@ -382,3 +383,26 @@ _DECLARED: tuple[type[tuple[Any, ...]], ...] = (
 )
 KERNELS = {kernel_name(declared): declared for declared in _DECLARED}
 """The declarations by the names of the kernels, in the order of the source."""
+
+
+class CudaKernels(NamedTuple):
+    """All that a compiler needs to build the CUDA kernels of the CuPy backend."""
+
+    source: str
+    """The text of the source, for NVRTC."""
+    names: tuple[str, ...]
+    """The names of the kernels, in the order of the source."""
+    builds: dict[str, tuple[str, ...]]
+    """The compiler's options for each combination of dtypes, by the dtypes' names."""
+
+
+def cuda_kernels() -> CudaKernels:
+    """Return the CUDA kernels of the CuPy backend, as source. It needs neither CuPy nor a GPU.
+
+    Examples
+    --------
+    >>> cuda_kernels().builds["bfloat16 float32 float32"]
+    ('-std=c++17', '-Dstorage_t=bf16_t', '-Dproduct_t=float', '-Dcompute_t=float')
+    """
+    builds = {" ".join(types): types.options() for types in BUILDS}
+    return CudaKernels(SOURCE, tuple(KERNELS), builds)
