@@ -1,9 +1,9 @@
-"""Compile every CUDA kernel for three GPUs, without one, and print what each takes.
+"""Compile every CUDA kernel for three GPUs, without one, and print the registers that each uses.
 
     python benchmarks/kernels.py
 
-Needs NVRTC, `pip install nvidia-cuda-nvrtc`, and no driver. Fails where a kernel does not compile,
-spills registers or has a stack frame, or where a pass over large arrays has no 16-byte access.
+Needs NVRTC, `pip install nvidia-cuda-nvrtc`, and no driver. Fails if a kernel does not compile,
+spills registers or has a stack frame, or if a pass over large arrays has no 16-byte load.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from doraxp.backends._cupy.device import BUILDS, KERNELS, SOURCE, Types
+from doraxp.backends import CudaKernels, cuda_kernels
 
 ARCHITECTURES = (80, 90, 100)
 PASSES = ("outputs", "gradients", "token", "merge", "squares", "merge_wide")
-"""Kernels that read arrays of (tokens, out) or (out, in)."""
+"""The kernels that read arrays of (tokens, out) or (out, in)."""
 PROPERTIES = re.compile(
     r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
     r"(\d+) bytes spill loads.*?Used (\d+) registers(?:.*?(\d+) bytes smem)?",
@@ -28,7 +28,7 @@ WIDE = re.compile(r"\bld\.global(?:\.nc)?\.(?:v4\.[bfu]32|v2\.[bfu]64)")
 
 
 class Compiled(NamedTuple):
-    """What the compiler says of a kernel."""
+    """What a kernel uses, from the compiler's report."""
 
     registers: int
     shared: int
@@ -37,20 +37,20 @@ class Compiled(NamedTuple):
 
 
 def main() -> None:
-    """Compile all, print a table, exit with 1 where a rule is broken."""
-    nvrtc = load()
+    """Compile all kernels, print a table, and exit with 1 if a rule is broken."""
+    nvrtc, kernels = load(), cuda_kernels()
     major, minor = ctypes.c_int(), ctypes.c_int()
     nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     print(f"NVRTC {major.value}.{minor.value}; registers of a thread, shared bytes of a block\n")
     broken = []
-    for types in BUILDS:
-        found = [build(nvrtc, types, architecture) for architecture in ARCHITECTURES]
-        print(f"{' '.join(types):30}", *(f"{f'sm_{a}':>10}" for a in ARCHITECTURES))
-        for name in KERNELS:
+    for types in kernels.builds:
+        found = [build(nvrtc, kernels, types, architecture) for architecture in ARCHITECTURES]
+        print(f"{types:30}", *(f"{f'sm_{a}':>10}" for a in ARCHITECTURES))
+        for name in kernels.names:
             cells = (f"{each[name].registers} {each[name].shared}" for each in found)
             print(f"  {name:28}", *(f"{cell:>10}" for cell in cells))
             for architecture, each in zip(ARCHITECTURES, found, strict=True):
-                where = f"{name} of {' '.join(types)} for sm_{architecture}"
+                where = f"{name} of {types} for sm_{architecture}"
                 if each[name].spilled:
                     broken.append(f"{where}: {each[name].spilled} bytes spilled or on the stack")
                 if name in PASSES and not each[name].wide_loads:
@@ -69,9 +69,12 @@ def load() -> ctypes.CDLL:
     return ctypes.CDLL(str(found[0]))
 
 
-def build(nvrtc: ctypes.CDLL, types: Types, architecture: int) -> dict[str, Compiled]:
-    """Return what the compiler says of each kernel, by name."""
-    ptx, log = compiled(nvrtc, types, f"--gpu-architecture=sm_{architecture}")
+def build(
+    nvrtc: ctypes.CDLL, kernels: CudaKernels, types: str, architecture: int
+) -> dict[str, Compiled]:
+    """Compile the kernels for three dtypes, and return what each uses by its name."""
+    options = f"--gpu-architecture=sm_{architecture}", *kernels.builds[types]
+    ptx, log = compiled(nvrtc, kernels.source, options)
     entries = {part.partition("(")[0]: part for part in ptx.split(".entry ")[1:]}
     found = {}
     for block in re.split(r"(?=Compiling entry function)", log)[1:]:
@@ -84,12 +87,12 @@ def build(nvrtc: ctypes.CDLL, types: Types, architecture: int) -> dict[str, Comp
     return found
 
 
-def compiled(nvrtc: ctypes.CDLL, types: Types, architecture: str) -> tuple[str, str]:
+def compiled(nvrtc: ctypes.CDLL, source: str, options: tuple[str, ...]) -> tuple[str, str]:
     """Return the PTX and the compiler's log."""
     program = ctypes.c_void_p()
-    arguments = (architecture, *types.options(), "--ptxas-options=-v")
+    arguments = (*options, "--ptxas-options=-v")
     given = (ctypes.c_char_p * len(arguments))(*(text.encode() for text in arguments))
-    nvrtc.nvrtcCreateProgram(ctypes.byref(program), SOURCE.encode(), b"kernels.cu", 0, None, None)
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None)
     status = nvrtc.nvrtcCompileProgram(program, len(arguments), given)
     log = text_of(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
     if status != 0:

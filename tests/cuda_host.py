@@ -18,7 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from doraxp.backends._cupy.device import BUILDS, KERNELS, SOURCE, THREADS, Types, layout
+from doraxp.backends._cupy.arrays import layout
+from doraxp.backends._cupy.parameters import kernel_name, packer, parameters_of
+from doraxp.backends._cupy.signatures import KERNELS
+from doraxp.backends._cupy.source import BUILDS, SOURCE, THREADS, Types
 
 GRID = (2**31 - 1, 65535, 65535)
 HALF = ("float16", "bfloat16")
@@ -26,7 +29,9 @@ GEMMS = {
     *((name, name, name) for name in (*HALF, "float32", "float64")),
     *((name, name, "float32") for name in HALF),
 }
-"""What cuBLAS's gemmEx takes, of that which is asked here: left, right, result."""
+"""The dtypes of left, right and result that cuBLAS's gemmEx accepts."""
+CODES = {"index_t": "q", "int": "i", "float32": "f", "float64": "d"}
+"""The codes of cuda_host.hpp for numbers."""
 HEADER = Path(__file__).with_name("cuda_host.hpp")
 
 
@@ -100,17 +105,16 @@ class HostCuda:
         return values.copy().view(DeviceArray)
 
     def launch(
-        self, name: str, types: Types, grid: tuple[int, int, int], *arguments: Any,
-        threads: int = THREADS,
+        self, arguments: tuple[Any, ...], types: Types, grid: tuple[int, int, int],
+        *, threads: int = THREADS,
     ) -> None:  # fmt: skip
+        name = kernel_name(type(arguments))
         assert all(0 < size <= limit for size, limit in zip(grid, GRID, strict=True)), (name, grid)
         assert types in BUILDS, types
         self.launched.append(name)
-        codes = getattr(library(types), f"signature_{name}")
-        codes.restype = ctypes.c_char_p
-        given = "".join(map(_code, arguments))
-        assert given == codes().decode(), f"{name} takes {codes().decode()}, got {given}"
-        held = [_argument(value) for value in arguments]
+        check_arguments(arguments, types)
+        values = packer(type(arguments), types)(arguments)
+        held = [_argument(value) for value in values]
         pointers = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
         getattr(library(types), f"launch_{name}")(*grid, threads, pointers)
 
@@ -133,17 +137,49 @@ class HostCuda:
         )
 
 
-def _code(value: Any) -> str:
-    return (
-        "P"
-        if value is None or isinstance(value, np.ndarray)
-        else value.dtype.char.replace("l", "q")
-    )
+def check_arguments(arguments: tuple[Any, ...], types: Types) -> None:
+    """Compare the arguments of a launch with the declaration, and that with the compiled kernel."""
+    declared = parameters_of(type(arguments))
+    name = kernel_name(type(arguments))
+    codes = "".join(_code(each.c_type, types) for each in declared)
+    compiled = getattr(library(types), f"signature_{name}")
+    compiled.restype = ctypes.c_char_p
+    assert compiled().decode() == codes, f"{name} takes {compiled().decode()}, declared {codes}"
+    for each, value in zip(declared, arguments, strict=True):
+        what = f"argument {each.name} of {name} is of {each.c_type}"
+        if value is None:
+            assert each.nullable, f"{what}, got None"
+        elif not each.c_type.endswith("*"):
+            number = float if each.c_type == "compute_t" else int
+            assert isinstance(value, number | np.number), f"{what}, got {type(value)}"
+            assert number is float or not isinstance(value, float), f"{what}, got {value}"
+        else:
+            assert isinstance(value, np.ndarray), f"{what}, got {type(value)}"
+            allowed = _dtypes(each.c_type, types)
+            assert str(value.dtype) in allowed, f"{what}, got {value.dtype}, not {allowed}"
+
+
+def _code(c_type: str, types: Types) -> str:
+    if c_type.endswith("*"):
+        return "P"
+    return CODES[types.compute if c_type == "compute_t" else c_type]
+
+
+def _dtypes(c_type: str, types: Types) -> tuple[str, ...]:
+    """Return the dtypes of the arrays that a pointer may point to."""
+    return {
+        "storage_t*": (types.storage,),
+        "product_t*": (types.product,),
+        "compute_t*": (types.compute,),
+        "void*": (types.storage, types.compute),
+        "unsigned char*": ("bool", "uint8"),
+        "int*": ("int32",),
+        "Tile*": ("uint32",),
+        "Leaf*": ("uint8",),
+    }[c_type.removeprefix("const ")]
 
 
 def _argument(value: Any) -> Any:
-    if value is None:
-        return ctypes.c_void_p(None)
     if isinstance(value, np.ndarray):
         assert value.flags.c_contiguous or value.base is not None
         return ctypes.c_void_p(value.ctypes.data)

@@ -5,13 +5,26 @@ from __future__ import annotations
 import ctypes
 import re
 import types
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 from doraxp.backends._cupy import device as _cuda
-from doraxp.backends._cupy.device import KERNELS, SOURCE, THREADS, Cuda, Types, layout
+from doraxp.backends._cupy.arrays import layout
+from doraxp.backends._cupy.device import Cuda
+from doraxp.backends._cupy.parameters import (
+    ConstCompute,
+    Index,
+    Number,
+    Parameter,
+    Product,
+    packer,
+    parameters_of,
+)
+from doraxp.backends._cupy.signatures import KERNELS, Norms, OverNorm, Turning
+from doraxp.backends._cupy.source import SOURCE, THREADS, Types
 
 KINDS = {2: np.float16, 14: ml_dtypes.bfloat16, 0: np.float32, 1: np.float64}
 """cudaDataType, as CUDA's library_types.h has it."""
@@ -157,7 +170,16 @@ def test_a_matrix_in_pieces_is_refused():
         layout(np.ones((4, 12), "float32")[:, ::2])
 
 
-def test_a_kernel_is_built_once_and_given_null_pointers(monkeypatch):
+class Null(NamedTuple):
+    """A declaration of a kernel that does not exist."""
+
+    update: ConstCompute | None
+    z: Product
+    size: Index
+    scale: Number
+
+
+def test_a_kernel_is_built_once_and_gets_numbers_of_the_declared_types(monkeypatch):
     built, calls = [], []
 
     class Module:
@@ -174,9 +196,13 @@ def test_a_kernel_is_built_once_and_given_null_pointers(monkeypatch):
         cached.cache_clear()
     kinds = Types("bfloat16", "float32", "float32")
     for _ in range(2):
-        Cuda().launch("outputs", kinds, (1, 2, 3), None, np.int64(4))
-    assert built == [("-std=c++17", "-DS=bf16_t", "-DZ=float", "-DC=float")]
-    assert calls == [("outputs", (1, 2, 3), (THREADS,), (np.intp(0), np.int64(4)))] * 2
+        Cuda().launch(Null(update=None, z="an array", size=4, scale=5), kinds, (1, 2, 3))
+    defined = "-Dstorage_t=bf16_t", "-Dproduct_t=float", "-Dcompute_t=float"
+    assert built == [("-std=c++17", *defined)]
+    (given,) = {call[3] for call in calls}
+    assert calls == [("null", (1, 2, 3), (THREADS,), given)] * 2
+    assert given == (0, "an array", 4, 5)
+    assert [type(value) for value in given] == [np.intp, str, np.int64, np.float32]
     for cached in (_cuda._kernel, _cuda._module):
         cached.cache_clear()
 
@@ -199,12 +225,46 @@ def test_values_go_to_the_device_by_asarray(monkeypatch):
     assert Cuda().upload(3) == ("device", 3)
 
 
-def test_the_list_of_kernels_is_that_of_the_source():
-    bounds = r"(?:__launch_bounds__\(.*\)\s+)?"
-    found = re.findall(rf'extern "C" __global__ void {bounds}(\w+)\(', SOURCE)
-    assert tuple(found) == KERNELS
+def declared_in_the_source():
+    """Return the parameters of every kernel in kernels.cu, by the kernel's name."""
+    bounds = r"(?:__launch_bounds__\([^\n]*\)\s+)?"
+    kernels = re.findall(rf'extern "C" __global__ void\s+{bounds}(\w+)\(([^)]*)\) {{', SOURCE)
+    assert len(kernels) == SOURCE.count('extern "C" __global__')
+    return {name: tuple(map(parameter, text.split(","))) for name, text in kernels}
+
+
+def parameter(text):
+    """Return a parameter of the source: `const float* name /* or null */`."""
+    pattern = r"\s*((?:const )?[\w ]+?\*?) (?:__restrict__ )?(\w+)( /\* or null \*/)?"
+    c_type, name, null = re.fullmatch(pattern, text).groups()
+    return Parameter(name, c_type, null is not None)
+
+
+def test_every_kernel_of_the_source_is_declared():
+    assert tuple(declared_in_the_source()) == tuple(KERNELS)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_declaration_has_the_parameters_of_the_source(name):
+    """Names, types, order, const, and which pointers may be null."""
+    assert parameters_of(KERNELS[name]) == declared_in_the_source()[name]
+
+
+def test_a_missing_or_unknown_argument_names_itself_and_the_kernel():
+    with pytest.raises(TypeError, match=r"OverNorm.*missing 1 required .* argument: 'per_row'"):
+        OverNorm(values=1, norm=2, result=3, size=4)
+    with pytest.raises(TypeError, match=r"Norms.* unexpected keyword argument 'row'"):
+        Norms(squares=1, norm=2, suspect=3, row=4, floor=5)
+
+
+@pytest.mark.parametrize("name", ["p", "rank", "scaling"])
+def test_none_for_an_argument_that_is_not_nullable_is_refused(name):
+    arguments = Turning(db=1, p=2, unit=3, size=4, rank=5, scaling=6)._replace(**{name: None})
+    pack = packer(Turning, Types("float32", "float32", "float32"))
+    with pytest.raises(TypeError, match=f"argument {name} of the kernel turning must not be None"):
+        pack(arguments)
 
 
 def test_a_stack_beyond_the_grid_is_named():
     with pytest.raises(ValueError, match="at most 65535 elements on a GPU, got 65536"):
-        Cuda().launch("outputs", Types("float32", "float32", "float32"), (1, 1, 65536))
+        Cuda().launch((), Types("float32", "float32", "float32"), (1, 1, 65536))

@@ -13,9 +13,12 @@ import pytest
 
 from doraxp import Adapter, Config, backends, forward, prepare
 from doraxp.backends import Factors, reduced_precision
-from doraxp.backends._cupy.device import THREADS, Cuda
+from doraxp.backends._cupy.device import Cuda
 from doraxp.backends._cupy.guard import Suspects
 from doraxp.backends._cupy.operations import CupyOperations
+from doraxp.backends._cupy.parameters import kernel_name
+from doraxp.backends._cupy.products import Products
+from doraxp.backends._cupy.source import THREADS
 from doraxp.cli._bench.gpu import HOLD
 
 DTYPES = ("float16", ml_dtypes.bfloat16, "float32", "float64")
@@ -45,9 +48,9 @@ class Recorder:
     def empty(self, shape, dtype):
         return self.array(*shape, dtype=dtype)
 
-    def launch(self, name, types, grid, *arguments, threads=THREADS):
+    def launch(self, arguments, types, grid, *, threads=THREADS):
         assert all(0 < size < 2**16 for size in grid)
-        self.calls.append((name, types))
+        self.calls.append((kernel_name(type(arguments)), types))
 
     def gemm(self, left, right, out, beta, *, tf32=False):
         assert left.shape[1] == right.shape[0]
@@ -108,9 +111,7 @@ def test_x_and_dy_in_the_weights_dtype_are_not_cast(ops, array, monkeypatch, dty
     factors = Factors(weight, a, b, None)
     found = Suspects(array(21), array(1), array(2, dtype=wide), marks, factors)
     # A float32 factor beside a half one is cast or split, which needs a device.
-    monkeypatch.setattr(
-        CupyOperations, "_multiply_two", lambda _, *given: ops.cuda.gemm(*given[:4])
-    )
+    monkeypatch.setattr(Products, "_multiply_two", lambda _, *given: ops.cuda.gemm(*given[:4]))
     with reduced_precision() if reduced else contextlib.nullcontext():
         z, y = ops.outputs(x, None, found.factors, low_rank, found, vector, vector)
         rows, e, _ = ops.scale_and_sum(array(*y.shape, dtype=dtype), z, vector, 2, total=True)

@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 
 import doraxp
-from doraxp.backends import Factors, Operations, as_dtype, operations, reduced_precision
+from doraxp.backends import (
+    Factored,
+    Factors,
+    Operations,
+    as_dtype,
+    operations,
+    reduced_precision,
+)
+from doraxp.backends._cupy.direction import DevicePatched
 
 GENERIC = Operations(array_api_compat.numpy)
 SHAPES = {
@@ -75,6 +83,17 @@ def assert_near(actual, desired, rtol):
     np.testing.assert_allclose(actual, desired, rtol=0, atol=rtol * np.max(np.abs(desired)))
 
 
+def guarded(backend, ops, trusted, norm, factors):
+    """Return the norms, and the direction for which these rows alone are trusted."""
+    if backend.name not in ("cupy", "cuda-host"):
+        return ops._guard(backend.asarray(trusted), norm, factors, None)
+    guard, suspect = ops.device_guard, backend.asarray(~trusted)
+    factors = guard.laid(factors)
+    guard.measure(suspect, norm, factors)
+    suspects = guard.listed(suspect, norm, factors)
+    return norm, DevicePatched(suspects, guard, ops.passes)
+
+
 @pytest.mark.dtypes("float16", "bfloat16", "float32", "float64")
 @pytest.mark.parametrize("form", ["weight", "direction"])
 class TestOperations:
@@ -99,69 +118,59 @@ class TestOperations:
 
     def test_forward(self, backend, given, dtype):
         ops, arrays, plain, rtol = given
-        xp, kind = backend.namespace(), arrays["gain"].dtype
-        factors = self.factors(arrays)
-        none = xp.zeros(arrays["gain"].shape, dtype=xp.bool)
+        trusted = np.ones(plain["gain"].shape, bool)
         norm = arrays["gain"] * arrays["gain"] + 1
-        _, formed = ops.guard(none, norm, factors, kind)
-        names = ("low_rank", "gain", "bias")
-        low_rank, gain, bias = (arrays[name] for name in names)
-        if formed is not None:  # V whole knows one L only
-            low_rank = ops.product(arrays["x"], xp.matrix_transpose(arrays["a"]))
-            plain["low_rank"] = plain["x"] @ np.swapaxes(plain["a"], -1, -2)
-        z, y = ops.outputs(arrays["x"], None, factors, low_rank, formed, gain, bias)
-        low_rank, gain, bias = (plain[name] for name in names)
-        expected = GENERIC.outputs(
-            plain["x"], None, self.factors(plain), low_rank, None, gain, bias
+        _, direction = guarded(backend, ops, trusted, norm, self.factors(arrays))
+        arrays["low"] = ops.product(arrays["x"], backend.namespace().matrix_transpose(arrays["a"]))
+        plain["low"] = plain["x"] @ plain["a"].mT
+        names = ("x", "low", "gain", "bias")
+        z, y = direction.outputs(*(arrays[name] for name in names), ops=ops)
+        expected = Factored(self.factors(plain)).outputs(
+            *(plain[name] for name in names), ops=GENERIC
         )
         assert_near(backend.numpy(z), expected[0], rtol)
         assert_near(backend.numpy(y), expected[1], rtol + EPS.get(str(dtype), 0))
 
-    def test_backward(self, backend, given):
+    @pytest.mark.parametrize("exact", [False, True])
+    def test_backward(self, backend, given, exact):
         ops, arrays, plain, rtol = given
-        room = plain["pull"].shape[-2]
-        names = ("d", "z", "gain")
-        scaled, *sums = ops.scale_and_sum(*(arrays[n] for n in names), room, total=True)
-        rows = ops.append(scaled, arrays["pull"])
-        scaled, *expected = GENERIC.scale_and_sum(*(plain[n] for n in names), room, total=True)
-        expected = [GENERIC.append(scaled, plain["pull"]), *expected]
-        for actual, desired in zip([rows, *sums], expected, strict=True):
-            assert_near(backend.numpy(actual), desired, rtol)
-
-    def test_the_gradient_through_the_norm(self, backend, given):
-        ops, arrays, plain, rtol = given
-        xp, stack = backend.namespace(), plain["gain"].shape[:-1]
+        stack = plain["gain"].shape[:-1]
         norm = np.abs(plain["gain"]) + 0.5
         norm[..., 0] = 0
         arrays["norm"] = backend.asarray(norm.astype(backend.numpy(arrays["gain"]).dtype))
         plain["norm"] = rounded(backend.numpy(arrays["norm"]))
 
-        def made(ops, arrays, xp):
-            room = arrays["b"].shape[-1]
-            scaled, e, _ = ops.scale_and_sum(arrays["d"], arrays["z"], arrays["gain"], room)
-            dm, p, rows = ops.norm_rows(scaled, e, arrays["gain"], arrays["norm"], arrays["b"])
-            db = xp.matrix_transpose(arrays["pull"]) * xp.ones_like(arrays["b"])
-            return dm, p, rows, ops.turning(db, p, arrays["b"], 0.75)
+        def made(ops, arrays):
+            names = ("d", "z", "gain", "norm", "b")
+            rows, low, dm, p, dbias = ops.output_gradients(
+                *(arrays[name] for name in names), exact=exact, with_bias=True
+            )
+            dz = rows[..., : arrays["d"].shape[-2], :] + 0 * arrays["gain"][..., None, :]
+            db = ops.lora_b_gradient(dz, arrays["low_rank"], p, arrays["b"], 0.75)
+            return [rows, low, dm, dbias, db, *([p] if exact else [])]
 
-        expected = made(GENERIC, plain, array_api_compat.numpy)
-        for actual, desired in zip(made(ops, arrays, xp), expected, strict=True):
+        expected = made(GENERIC, plain)
+        for actual, desired in zip(made(ops, arrays), expected, strict=True):
             assert_near(backend.numpy(actual), desired, 2 * rtol)
-        dm, _, rows, _ = expected
+        rows, _, dm, *_ = expected
         assert not dm[..., 0].any()
-        assert not rows[..., plain["d"].shape[-2] :, 0].any()
-        assert rows.shape[:-2] == stack
+        count = plain["d"].shape[-2]
+        assert rows.shape == (*stack, count + exact * plain["b"].shape[-1], plain["d"].shape[-1])
+        assert not rows[..., count:, 0].any()
 
     def test_products_with_the_weight(self, backend, given):
         ops, arrays, plain, rtol = given
-        kind = arrays["gain"].dtype
-        for name, keys in {
-            "times_transposed": ("x", "weight"),
-            "times": ("d", "weight"),
-            "project": ("weight", "a"),
-            "row_squares": ("weight",),
-        }.items():
-            actual = getattr(ops, name)(*(arrays[key] for key in keys), kind)
-            desired = getattr(GENERIC, name)(*(plain[key] for key in keys), np.float64)
+        xp, kind = backend.namespace(), arrays["gain"].dtype
+
+        def made(ops, arrays, xp, kind):
+            weight, x, d, a = (arrays[name] for name in ("weight", "x", "d", "a"))
+            return (
+                ops.product(x, xp.matrix_transpose(weight)), ops.product(d, weight),
+                ops.product(weight, xp.matrix_transpose(a)), ops.row_squares(weight, kind),
+            )  # fmt: skip
+
+        expected = made(GENERIC, plain, array_api_compat.numpy, np.float64)
+        for actual, desired in zip(made(ops, arrays, xp, kind), expected, strict=True):
             assert actual.dtype == kind
             assert_near(backend.numpy(actual), desired, rtol)
 
@@ -188,8 +197,8 @@ class TestOperations:
                 row_scale = ops.over_norm(xp.ones(squares.shape, dtype=kind), xp.sqrt(squares))
             gram = a @ xp.matrix_transpose(a)
             factors = Factors(weight, a, b, row_scale)
-            u = ops.project(weight, a, kind)
-            return ops.adapted_norm(u, gram, squares, factors, arrays["gain"], 0.5)[:3]
+            u = ops.product(weight, xp.matrix_transpose(a))
+            return ops.norm_and_direction(u, gram, squares, factors, arrays["gain"])[:3]
 
         expected = made(GENERIC, plain, array_api_compat.numpy, np.float64)
         for actual, desired in zip(made(ops, arrays, xp, kind), expected, strict=True):
@@ -202,35 +211,39 @@ class TestOperations:
 
     def test_merge(self, backend, given, dtype):
         ops, arrays, plain, rtol = given
-        merged = ops.merge(self.factors(arrays), arrays["gain"], arrays["gain"].dtype)
-        desired = GENERIC.merge(self.factors(plain), plain["gain"], np.float64)
+        merged = ops.merge(Factored(self.factors(arrays)), arrays["gain"])
+        desired = GENERIC.merge(Factored(self.factors(plain)), plain["gain"])
         assert merged.dtype == arrays["weight"].dtype
         assert_near(backend.numpy(merged), desired, rtol + EPS.get(str(dtype), 0))
 
     def test_the_guard(self, backend, given):
-        """Every second row is suspect; what the factored formulas give for it is not used."""
+        """Every second row is suspect, and is one that the factored formulas cannot serve."""
         ops, arrays, plain, rtol = given
         xp, kind = backend.namespace(), arrays["gain"].dtype
-        v = GENERIC.form(self.factors(plain), np.float64)
-        suspect = np.zeros(v.shape[:-1], bool)
-        suspect[..., ::2] = True
+        trusted = np.ones(plain["gain"].shape, bool)
+        trusted[..., ::2] = False
+        v = Factored(self.factors(plain)).dense(ops=GENERIC)
         norm = xp.ones(v.shape[:-1], dtype=kind)
-        norm, formed = ops.guard(backend.asarray(suspect), norm, self.factors(arrays), kind)
+        norm, direction = guarded(backend, ops, trusted, norm, self.factors(arrays))
+        assert not isinstance(direction, Factored)
         lengths = np.sqrt((v * v).sum(axis=-1))
-        known = backend.numpy(norm)[suspect]
-        assert_near(known, lengths[suspect], rtol)
+        assert_near(backend.numpy(norm)[~trusted], lengths[~trusted], rtol)
         x, d = (as_dtype(arrays[name], kind, xp=xp) for name in ("x", "d"))
-        gone = backend.asarray(
-            np.where(suspect[..., None], np.nan, v).astype(str(norm.dtype).rpartition(".")[-1])
-        )
-        z = ops.guarded_times_transposed(formed, x, lambda x: x @ xp.matrix_transpose(gone))
-        assert_near(backend.numpy(z), plain["x"] @ np.swapaxes(v, -1, -2), rtol)
-        whole = backend.asarray(
-            np.where(suspect[..., None], 0, v).astype(backend.numpy(norm).dtype)
-        )
-        low = ops.product(d, arrays["b"])
-        dx = ops.guarded_times(formed, d * xp.ones_like(d), low, lambda d: d @ whole, 0)
-        assert_near(backend.numpy(dx), plain["d"] @ v, rtol)
+        low = ops.product(x, xp.matrix_transpose(arrays["a"]))
+        z = direction.transposed_product(x, low, ops=ops)
+        assert_near(backend.numpy(z), plain["x"] @ v.mT, rtol)
+        dropped = 2 * x
+        low = ops.product(dropped, xp.matrix_transpose(arrays["a"]))
+        z = direction.transposed_product(x, low, dropped=dropped, ops=ops)
+        update = plain["x"] @ plain["a"].mT @ plain["b"].mT
+        assert_near(backend.numpy(z), plain["x"] @ v.mT + update, rtol)
+        low, count = ops.product(d, arrays["b"]), d.shape[-2]
+        for tokens in count, count - 1:
+            given = d * xp.ones_like(d), low * xp.ones_like(low)
+            parts = direction.product(*given, tokens, kind, ops=ops)
+            assert parts[0].shape[-2] == tokens
+            whole = np.concatenate([backend.numpy(part) for part in parts], axis=-2)
+            assert_near(whole, plain["d"] @ v, rtol)
 
 
 @pytest.mark.parametrize("which", ["reversed", "broadcast", "pieces"])
@@ -264,10 +277,10 @@ def test_rows_of_zeros_are_measured_and_then_left_alone(backend):
     ops = operations(weight=backend.asarray(weight))
     norm = backend.asarray(np.full((2, 6), 7, "float32"))
     factors = Factors(backend.asarray(weight), None, None, None)
-    norm, formed = ops.guard(backend.asarray(suspect), norm, factors, norm.dtype)
-    (count,) = backend.numpy(formed.count)
-    np.testing.assert_array_equal(backend.numpy(formed.rows)[:count], [1, 3, 7, 9, 11])
-    assert backend.numpy(formed.switches)[1] == 1
+    norm, direction = guarded(backend, ops, ~suspect, norm, factors)
+    rows, count, switches, *_ = map(backend.numpy, direction.suspects[:3])
+    np.testing.assert_array_equal(rows[: count[0]], [1, 3, 7, 9, 11])
+    assert switches[1] == 1
     lengths = np.where(suspect, np.sqrt((weight * weight).sum(axis=-1)), 7)
     np.testing.assert_allclose(backend.numpy(norm), lengths, rtol=1e-6)
 
@@ -283,18 +296,16 @@ def test_few_rows_in_float32_read_the_weight_once(backend, put, dtype):
         x, d = put(rng.standard_normal((tokens, 16))), put(rng.standard_normal((tokens, 24)))
         w, *of_w = rounded(weight), rounded(x), rounded(d), rounded(a)
         ops.cuda.launched.clear()
-        made = (
-            ops.times_transposed(x, weight, x.dtype), ops.times(d, weight, x.dtype),
-            ops.project(weight, a, x.dtype),
-        )  # fmt: skip
-        assert ops.cuda.launched == ["split", "gemm", "sum_parts"] * 3
+        made = ops.product(x, weight.mT), ops.product(d, weight), ops.product(weight, a.mT)
+        split = ["split", "gemm", "sum_parts"]
+        assert ops.cuda.launched == split * 3
         for actual, desired in zip(made, (of_w[0] @ w.T, of_w[1] @ w, w @ of_w[2].T), strict=True):
             assert_near(backend.numpy(actual), desired, 1e-6)
     ops.cuda.launched.clear()
-    ops.times(put(np.ones((1025, 24))), weight, a.dtype)
+    ops.product(put(np.ones((1025, 24))), weight)
     assert ops.cuda.launched.count("gemm") == (3 if dtype == "bfloat16" else 1)
     d = put(rng.standard_normal((1025, 24)))
-    assert_near(ops.times(d, weight, a.dtype), rounded(d) @ rounded(weight), 1e-6)
+    assert_near(ops.product(d, weight), rounded(d) @ rounded(weight), 1e-6)
 
 
 @pytest.mark.dtypes("float16", "bfloat16", "float32", "float64")
@@ -318,9 +329,9 @@ def test_merge_of_a_weight_of_either_layout(
     a, b, gain = (put(rng.standard_normal((*stack, *shape)), wide) for shape in shapes)
     row_scale = put(rng.uniform(0.5, 2, (*stack, out)), wide) if form == "direction" else None
     factors = Factors(weight, a, b, row_scale)
-    merged = operations(weight=weight).merge(factors, gain, gain.dtype)
+    merged = operations(weight=weight).merge(Factored(factors), gain)
     plain = [None if v is None else rounded(backend.numpy(v)) for v in (*factors, gain)]
-    desired = GENERIC.merge(Factors(*plain[:4]), plain[4], np.float64)
+    desired = GENERIC.merge(Factored(Factors(*plain[:4])), plain[4])
     assert merged.dtype == weight.dtype
     rtol = (1e-13 if dtype == "float64" else 1e-6) + EPS.get(dtype, 0) / 2
     assert_near(backend.numpy(merged), desired, rtol)
@@ -333,11 +344,11 @@ def test_merge_may_round_its_factors(backend, put, dtype):
     rng = np.random.default_rng(0)
     weight = put(np.zeros((20, 30)), dtype)
     a, b, gain = (put(rng.standard_normal(shape)) for shape in ((4, 30), (20, 4), (20,)))
-    factors = Factors(weight, a, b, None)
+    direction = Factored(Factors(weight, a, b, None))
     ops = operations(weight=weight)
-    whole = rounded(backend.numpy(ops.merge(factors, gain, gain.dtype)))
+    whole = rounded(backend.numpy(ops.merge(direction, gain)))
     with reduced_precision():
-        merged = rounded(backend.numpy(ops.merge(factors, gain, gain.dtype)))
+        merged = rounded(backend.numpy(ops.merge(direction, gain)))
     error = np.max(abs(merged - whole)) / np.max(abs(whole))
     assert 0 < error < (2.0**-7 if dtype == "bfloat16" else 2.0**-15)
 
@@ -350,7 +361,7 @@ def test_tensor_cores_lose_no_digits_of_a_large_rank(backend, put, dtype):
     weight = put(np.zeros((20, 30)), dtype)
     a, b = (put(rng.uniform(0, 1, shape)) for shape in ((256, 30), (20, 256)))
     ops, factors = operations(weight=weight), Factors(weight, a, b, None)
-    squares = backend.numpy(ops.direction_squares(factors, a.dtype))
+    squares = backend.numpy(ops.patches.squares(factors, a.dtype))
     lengths = np.linalg.norm(rounded(backend.numpy(b)) @ rounded(backend.numpy(a)), axis=1)
     np.testing.assert_allclose(np.sqrt(squares), lengths, rtol=3e-7)
 
@@ -412,7 +423,8 @@ def test_one_token_takes_two_launches(backend, put, dtype, form, kind):
     weight, bias = put(values, dtype), put(rng.standard_normal((9,)))
     adapter = adapter._replace(lora_b=put(b, str(adapter.lora_a.dtype)))
     prepared = doraxp.prepare(weight, adapter, config)
-    assert list(prepared.formed.rows[: prepared.formed.count[0]]) == [4]
+    rows, count, *_ = prepared.direction.suspects
+    assert list(rows[: count[0]]) == [4]
     launched = operations(weight=weight).cuda.launched
     launched.clear()
     y, cache = doraxp.forward(x, weight, adapter, config, bias=bias, prepared=prepared)
@@ -481,8 +493,8 @@ def test_a_suspect_row_is_formed_in_double(backend, put):
     rng = np.random.default_rng(0)
     a, b = put(rng.standard_normal((40, 24))), put(rng.standard_normal((6, 40)))
     weight = put(-(1 + 2.0**-12) * (rounded(b) @ rounded(a)))
-    factors, suspect = Factors(weight, a, b, None), backend.asarray(np.ones(6, bool))
-    norm, _ = operations(weight=weight).guard(suspect, put(np.ones(6)), factors, a.dtype)
+    factors, trusted = Factors(weight, a, b, None), np.zeros(6, bool)
+    norm, _ = guarded(backend, operations(weight=weight), trusted, put(np.ones(6)), factors)
     v = rounded(weight) + rounded(b) @ rounded(a)
     np.testing.assert_allclose(rounded(norm), np.linalg.norm(v, axis=1), rtol=1e-6)
 
@@ -493,7 +505,7 @@ def test_an_adapter_of_zeros_has_no_suspect_rows(backend, put):
         put(np.full(shape, value)) for shape, value in (((6, 5), 1), ((2, 5), 0), ((6, 2), 0))
     )
     adapter = doraxp.Adapter(a, b, put(np.ones(6)))
-    assert doraxp.prepare(weight, adapter, doraxp.Config(2)).formed.count[0] == 0
+    assert doraxp.prepare(weight, adapter, doraxp.Config(2)).direction.suspects.count[0] == 0
 
 
 @pytest.mark.lanes("cuda-host")
@@ -520,11 +532,11 @@ def test_a_step_takes_few_launches(backend, reduced):
     one = ["cast", "gemm"] if reduced else ["gemm"]
     assert done[:norm] == [*few, "gemm", "gemm", "assemble", "guard_norms", "list_suspects"]
     assert done[norm:forward] == [*few, "gemm", *both, "outputs", "guard_outputs"]
-    before = ["gradients", "sum_chunks", "norm_rows", *one, *few, *one]
+    before = ["gradients", "sum_chunks", "norm_rows", *one, *one, "turning", *few]
     guarded = ["guard_inputs", "guard_hide", "guard_low", *both]
     # 16 bits of dz for dx, which keeps 8; and 24 of the norm's rows for dA.
     two = ["split", "gemm", "gemm"]
-    product = ["gemm", "turning"] if reduced else [*two, *few, "turning", "cast"]
+    product = ["gemm"] if reduced else [*two, *few, "cast"]
     assert done[forward:] == [*before, *guarded, *product]
 
 

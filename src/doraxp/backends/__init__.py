@@ -2,12 +2,14 @@
 
 from doraxp.backends._boundary import operations
 from doraxp.backends._cupy.products import reduced_precision
+from doraxp.backends._cupy.signatures import CudaKernels, cuda_kernels
 from doraxp.backends._direction import Dense, Direction, Factored, Factors
 from doraxp.backends._dtypes import as_dtype, compute_dtype, transpose
 from doraxp.backends._generic import Operations, safe_row_norms
 from doraxp.backends._libraries import Status, available
 
 __all__ = [
+    "CudaKernels",
     "Dense",
     "Direction",
     "Factored",
@@ -17,6 +19,7 @@ __all__ = [
     "as_dtype",
     "available",
     "compute_dtype",
+    "cuda_kernels",
     "operations",
     "reduced_precision",
     "safe_row_norms",

@@ -1,42 +1,51 @@
-"""The guard on NVIDIA GPUs: rows that the factored formulas cannot serve are served by V itself.
+"""The norm on NVIDIA GPUs, and the guard: rows that factored formulas cannot serve use V itself.
 
-Which these are is known to the device alone. Kernels are launched in any case; they form a suspect
-row where they need it, and without such rows they end at once.
+Only the device knows which rows are suspect. The guard launches its kernels in any case: they form
+a suspect row wherever they need it, and end at once if there are no such rows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from doraxp._base.types import Array, Reduce
-from doraxp.backends._cupy.device import LIMIT, THREADS, Types, dtype_name
-from doraxp.backends._cupy.products import (
-    FEW,
-    PARTS,
-    WARPS,
-    Products,
-    alike,
-    lying,
-    name_of,
-    packed,
+from doraxp._base.types import Array
+from doraxp.backends._cupy.arrays import as_stored, dtype_name, name_of, one_type, packed, types_of
+from doraxp.backends._cupy.device import Cuda
+from doraxp.backends._cupy.products import FEW, PARTS, Products
+from doraxp.backends._cupy.signatures import (
+    Assemble,
+    GuardHide,
+    GuardInputs,
+    GuardLow,
+    GuardNorms,
+    GuardOutputs,
+    ListSuspects,
+    Norms,
 )
+from doraxp.backends._cupy.source import LIMIT, THREADS, WARPS, Types, blocks
 from doraxp.backends._direction import Factors
 
-GUARDS = 64  # blocks of the guard's kernels: it has few rows, or none
-MEASURERS = 1024  # blocks that look for its rows
-LISTERS = 1024  # threads that list them
-TILE = 8  # tokens of a thread
-ROUNDED = 2  # parts of a factor: 16 bits, where the result keeps 8
-TILES = 16  # blocks over tokens of `guard_outputs`: empty blocks take their time too
-BLOCKS = 2048  # of `guard_inputs`
+GUARDS = 64
+"""Blocks over the listed rows. There are few such rows, or there are no such rows."""
+MEASURERS = 1024
+"""The most blocks that look for suspect rows and measure them."""
+LISTERS = 1024
+"""Threads that list the suspect rows. kernels.cu has the same."""
+TILE = 8
+"""Tokens that a thread works on at once. kernels.cu has the same."""
+TILES = 16
+"""The most blocks over tokens in `outputs`: blocks without work take time too."""
+BLOCKS = 2048
+"""About how many blocks `product` launches to add the listed rows."""
+ROUNDED = 2
+"""Parts of a factor whose product is rounded to 8 bits: they hold 16."""
 
 
 class Suspects(NamedTuple):
-    """The rows of V, not of zeros, that the guard's kernels form again where they are needed."""
+    """The suspect rows of V, without rows of zeros. The guard's kernels form them when needed."""
 
     rows: Array  # (stack · out,) int32; the first `count` are indices of rows
     count: Array  # (1,) int32
@@ -45,135 +54,156 @@ class Suspects(NamedTuple):
     factors: Factors
 
 
-class Guard(Products):
-    """The operations of the guard, on CuPy arrays."""
+class Guard:
+    """The norm, and the products with V, including the rows whose factored form lost digits."""
 
-    def guard(
-        self, suspect: Array, norm: Array, factors: Factors, dtype: Any,
-        reduce: Reduce | None = None,
-    ) -> tuple[Array, Any]:  # fmt: skip
-        """Saves V: rows are formed where they are needed. `norm` and `suspect` are written to."""
-        if reduce is not None:
-            return super().guard(suspect, norm, factors, dtype, reduce)
-        factors = self.laid(factors)
-        self.measure(suspect, norm, factors)
-        return norm, self.listed(suspect, norm, factors)
+    def __init__(self, xp: Any, cuda: Cuda, products: Products) -> None:
+        self.xp, self.cuda, self.products = xp, cuda, products
 
-    def norms(self, squares: Array, factors: Factors, reduce: Reduce | None = None) -> Array:
-        """Takes two launches: no list of the suspect rows is wanted."""
-        if reduce is not None:
-            return super().norms(squares, factors, reduce)
-        kind, size = squares.dtype, np.int64(squares.size)
+    # The norm
+
+    def adapted_norm(
+        self, u: Array, gram: Array, squares: Array, factors: Factors, magnitude: Array,
+        floor: float, cancellation: float,
+    ) -> tuple[Array, Array, Array, Suspects]:  # fmt: skip
+        """Return n, g = m / n, V Aᵀ / n and the suspect rows, by four launches.
+
+        The launches are a product, the norm, the norms of the suspect rows, and their list.
+        """
+        factors, magnitude, kind = self.laid(factors), packed(magnitude, self.xp), u.dtype
+        norm, gain = (self.cuda.empty(squares.shape, kind) for _ in range(2))
+        suspect = self.cuda.empty(squares.shape, self.xp.bool)
+        unit = self.cuda.empty(u.shape, kind)
+        *_, out, rank = u.shape
+        bg = self.products.product(factors.scaled_b, gram)
+        u, b, bg, squares, row_scale, gram = (
+            packed(array, self.xp)
+            for array in (u, factors.scaled_b, bg, squares, factors.row_scale, gram)
+        )
+        arguments = Assemble(
+            u=u, b=b, bg=bg, squares=squares, row_scale=row_scale, gram=gram, magnitude=magnitude,
+            norm=norm, gain=gain, unit=unit, suspect=suspect, rows=squares.size, out=out,
+            rank=rank, floor=floor, cancellation=cancellation,
+        )  # fmt: skip
+        self.cuda.launch(arguments, one_type(u), (blocks(squares.size, WARPS), 1, 1))
+        self.measure(suspect, norm, factors, magnitude=magnitude, gain=gain, unit=unit)
+        return norm, gain, unit, self.listed(suspect, norm, factors)
+
+    def norms(self, squares: Array, factors: Factors, floor: float) -> Array:
+        """Return ‖Vᵢ‖ from ‖Vᵢ‖², by two launches. The guard makes no list of its rows here."""
+        kind = squares.dtype
         norm, suspect = (self.cuda.empty(squares.shape, dtype) for dtype in (kind, self.xp.bool))
-        grid = -(-squares.size // THREADS), 1, 1
-        floor = kind.type(self.floor(kind, factors.weight.shape[-1]))
-        self.cuda.launch("norms", alike(squares), grid, squares, norm, suspect, size, floor)
+        arguments = Norms(
+            squares=squares, norm=norm, suspect=suspect, rows=squares.size, floor=floor
+        )
+        self.cuda.launch(arguments, one_type(squares), (blocks(squares.size, THREADS), 1, 1))
         self.measure(suspect, norm, self.laid(factors))
         return norm
 
+    # The suspect rows
+
     def laid(self, factors: Factors) -> Factors:
-        """Return the factors as kernels want them: W by rows or by columns, the rest by rows."""
+        """Return the factors as the kernels read them: W in C order or its transpose in it."""
         weight, *rest = factors
-        stored, turned = lying(weight, self.xp)
+        stored, turned = as_stored(weight, self.xp)
         rest = [packed(array, self.xp) for array in rest]
         return Factors(weight if turned else stored, *rest)
 
     def measure(
-        self, suspect: Array, norm: Array, factors: Factors, then: tuple[Any, ...] = (None,) * 3
-    ) -> None:
-        """Write n of the suspect rows; and for `then` = (m, g, V Aᵀ / n) the latter two."""
-        which, grid = (suspect, np.int64(norm.size)), (min(norm.size, MEASURERS), 1, 1)
-        self._launch_guard("guard_norms", factors, which, norm.dtype, grid, (norm, *then))
+        self, suspect: Array, norm: Array, factors: Factors, *,
+        magnitude: Array | None = None, gain: Array | None = None, unit: Array | None = None,
+    ) -> None:  # fmt: skip
+        """Write n of the suspect rows into `norm`; with `gain`, also g = m / n and V Aᵀ / n."""
+        kind = dtype_name(norm.dtype)
+        arguments = GuardNorms(
+            suspect=suspect, rows=norm.size, norm=norm, magnitude=magnitude, gain=gain, unit=unit,
+            **_of(factors),
+        )  # fmt: skip
+        types = Types(name_of(factors.weight), kind, kind)
+        self.cuda.launch(arguments, types, (min(norm.size, MEASURERS), 1, 1))
 
     def listed(self, suspect: Array, norm: Array, factors: Factors) -> Suspects:
         """Return the suspect rows that are not of zeros, and unmark those that are."""
         rows = self.cuda.empty((norm.size,), np.int32)
         count, switches = self.cuda.empty((1,), np.int32), self.cuda.empty((2,), norm.dtype)
-        found = Suspects(rows, count, switches, suspect, factors)
-        given = suspect, norm, *found[:3], np.int64(norm.size)
-        self.cuda.launch("list_suspects", alike(norm), (1, 1, 1), *given, threads=LISTERS)
-        return found
+        arguments = ListSuspects(
+            suspect=suspect, norm=norm, listed=rows, listed_count=count, switches=switches,
+            rows=norm.size,
+        )  # fmt: skip
+        self.cuda.launch(arguments, one_type(norm), (1, 1, 1), threads=LISTERS)
+        return Suspects(rows, count, switches, suspect, factors)
 
-    def guarded_times_transposed(
-        self, formed: Any, x: Array, factored: Callable[[Array], Array]
-    ) -> Array:
-        """Replace the columns of the factored x Vᵀ that belong to suspect rows."""
-        if not isinstance(formed, Suspects):
-            return self.product(x, self.xp.matrix_transpose(formed))
-        z = factored(x)
-        self.guard_outputs(formed, x, z, (None, None, None))
-        return z
+    # Products with V
 
-    def guard_outputs(self, formed: Suspects, x: Array, z: Array, last: tuple[Any, ...]) -> None:
-        """Write z[..., i] = x Vᵢᵀ, and for `last` = (y, gain, bias) y[..., i] too."""
+    def outputs(
+        self, found: Suspects, x: Array, z: Array, *,
+        y: Array | None = None, gain: Array | None = None, bias: Array | None = None,
+    ) -> None:  # fmt: skip
+        """Write the columns of z = x Vᵀ, and of y = g⊙z + bias, that belong to listed rows."""
         x = packed(x, self.xp)
         tokens = x.shape[-2]
         if tokens == 0:
             return
-        stored = x.dtype == formed.factors.weight.dtype
-        wide = formed.switches.dtype
         step, along = (stride // z.itemsize for stride in z.strides[-2:])
-        element = z.shape[-2] * z.shape[-1]
-        types = name_of(formed.factors.weight), name_of(z), name_of(formed.switches)
-        grid = GUARDS, min(-(-tokens // TILE), TILES), 1
-        y, gain, bias = last
-        given = (
-            x, np.int32(stored), z, *map(np.int64, (element, step, along)), y,
-            packed(gain, self.xp), packed(bias, self.xp), np.int64(tokens),
+        arguments = GuardOutputs(
+            listed=found.rows, listed_count=found.count, x=x,
+            x_is_stored=x.dtype == found.factors.weight.dtype,
+            z=z, z_element=z.shape[-2] * z.shape[-1], z_token=step, z_row=along,
+            y=y, gain=packed(gain, self.xp), bias=packed(bias, self.xp), tokens=tokens,
+            **_of(found.factors),
         )  # fmt: skip
-        self._launch_guard("guard_outputs", formed.factors, formed[:2], wide, grid, given, types)
+        grid = GUARDS, min(blocks(tokens, TILE), TILES), 1
+        self.cuda.launch(arguments, types_of(found.factors.weight, z, found.switches), grid)
 
-    def guarded_times(
-        self, formed: Any, d: Array, low: Array, factored: Callable[[Array], Array], rounded: int
-    ) -> Array:
-        """Keep the columns of d of suspect rows out of the factored d V, and add their part."""
-        xp = self.xp
-        if not isinstance(formed, Suspects):
-            return self.product(d, formed)
-        weight, a, scaled_b, row_scale = formed.factors
-        d = packed(d, xp)
-        *stack, tokens, out = d.shape
-        inner, elements = weight.shape[-1], math.prod(stack)
-        result = self.cuda.empty((*stack, tokens, inner), d.dtype)
-        if tokens == 0:
+    def product(self, found: Suspects, d: Array, low: Array, rounded: int) -> Array:
+        """Return d V. Overwrites `d`, and `low` = d s B.
+
+        The caller will round the first `rounded` rows of the result to the dtype of W.
+        """
+        xp, multiply = self.xp, self.products.multiply
+        weight, a, _, row_scale = found.factors
+        d, low = packed(d, xp), packed(low, xp)
+        result = self.cuda.empty((*d.shape[:-1], weight.shape[-1]), d.dtype)
+        if d.shape[-2] == 0:
             return result
-        wide = formed.switches.dtype
-        types = name_of(weight), name_of(d), name_of(formed.switches)
-        across = -(-inner // THREADS)
-        few = min(-(-tokens // TILE), max(1, BLOCKS // (across * elements)))
-        grid = across, few, elements
-        given = d, result, np.int64(tokens)
-        self._launch_guard("guard_inputs", formed.factors, formed[:2], wide, grid, given, types)
-        sizes = np.int64(tokens), np.int64(out)
-        grid = -(-tokens // THREADS), GUARDS, 1
-        self.cuda.launch("guard_hide", Types(*types), grid, *formed[:2], d, *sizes)
-        low, rank = packed(low, xp), np.int64(low.shape[-1])
-        grid = min(-(-tokens // WARPS), LIMIT), elements, 1
-        self.cuda.launch(
-            "guard_low", Types(*types), grid, formed.count, d, scaled_b, low, *sizes, rank
-        )
-        self.multiply(low, a, d.dtype, out=result, beta=formed.switches)
+        self._move_suspects(found, d, low, result)
+        multiply(low, a, d.dtype, out=result, beta=found.switches)
         if row_scale is not None:
             d = xp.astype(row_scale[..., None, :] * d, d.dtype, copy=False)
         if rounded <= FEW or name_of(d) != "float32" or name_of(weight) != "bfloat16":
-            return self.multiply(d, weight, d.dtype, out=result, beta=1.0)
+            return multiply(d, weight, d.dtype, out=result, beta=1.0)
         for rows, parts in (slice(rounded), ROUNDED), (slice(rounded, None), PARTS):
             part = result[..., rows, :]
-            self.multiply(d[..., rows, :], weight, d.dtype, out=part, beta=1.0, parts=parts)
+            multiply(d[..., rows, :], weight, d.dtype, out=part, beta=1.0, parts=parts)
         return result
 
-    def _launch_guard(
-        self, name: str, factors: Factors, which: tuple[Any, ...], dtype: Any,
-        grid: tuple[int, int, int], given: tuple[Any, ...],
-        types: tuple[str, str, str] | None = None,
-    ) -> None:  # fmt: skip
-        weight, a, scaled_b, row_scale = factors
-        *_, out, inner = weight.shape
-        rank = 0 if a is None else a.shape[-2]
-        kind = dtype_name(np.dtype(dtype))
-        sizes = (np.int64(size) for size in (out, inner, rank))
-        turned = np.int32(not weight.flags.c_contiguous)
-        self.cuda.launch(
-            name, Types(*(types or (name_of(weight), kind, kind))), grid, *which,
-            weight, turned, a, scaled_b, row_scale, *given, *sizes,
+    def _move_suspects(self, found: Suspects, d: Array, low: Array, result: Array) -> None:
+        """Put the listed rows' part of d V into `result`, and take them out of d and `low`."""
+        *stack, tokens, out = d.shape
+        inner, elements = result.shape[-1], math.prod(stack)
+        types = types_of(found.factors.weight, d, found.switches)
+        across = blocks(inner, THREADS)
+        few = min(blocks(tokens, TILE), max(1, BLOCKS // (across * elements)))
+        inputs = GuardInputs(
+            listed=found.rows, listed_count=found.count, d=d, result=result, tokens=tokens,
+            **_of(found.factors),
         )  # fmt: skip
+        self.cuda.launch(inputs, types, (across, few, elements))
+        hide = GuardHide(listed=found.rows, listed_count=found.count, d=d, tokens=tokens, out=out)
+        self.cuda.launch(hide, types, (blocks(tokens, THREADS), GUARDS, 1))
+        again = GuardLow(
+            listed_count=found.count, d=d, b=found.factors.scaled_b, low=low, tokens=tokens,
+            out=out, rank=low.shape[-1],
+        )  # fmt: skip
+        self.cuda.launch(again, types, (min(blocks(tokens, WARPS), LIMIT), elements, 1))
+
+
+def _of(factors: Factors) -> dict[str, Any]:
+    """Return the arguments for V, which four kernels of the guard have in common."""
+    weight, a, scaled_b, row_scale = factors
+    *_, out, inner = weight.shape
+    return {
+        "weight": weight, "turned": not weight.flags.c_contiguous, "a": a, "b": scaled_b,
+        "row_scale": row_scale, "out": out, "inner": inner,
+        "rank": 0 if a is None else a.shape[-2],
+    }  # fmt: skip

@@ -1,6 +1,7 @@
 """V by patches on NVIDIA GPUs: its row norms, and merge, without an (out, in) temporary.
 
-Each warp has a patch of W, and multiplies its part of s B A on tensor cores, with float32's digits.
+Each warp loads a patch of W and computes its part of s B A on tensor cores, with all digits of a
+float32.
 """
 
 from __future__ import annotations
@@ -11,106 +12,108 @@ from typing import Any
 import numpy as np
 
 from doraxp._base.types import Array
-from doraxp.backends._cupy.device import LIMIT, Types, dtype_name
-from doraxp.backends._cupy.guard import Guard
-from doraxp.backends._cupy.products import (
-    PARTS,
-    WARP,
-    WARPS,
-    columns_of,
-    is_reduced,
-    lying,
+from doraxp.backends._cupy.arrays import (
+    as_stored,
+    column_blocks,
+    dtype_name,
     name_of,
     packed,
+    types_of,
 )
+from doraxp.backends._cupy.device import Cuda
+from doraxp.backends._cupy.products import PARTS, Products, is_reduced
+from doraxp.backends._cupy.signatures import Merge, MergeWide, Squares, Tiles
+from doraxp.backends._cupy.source import LIMIT, WARP, WARPS, Types, blocks
 from doraxp.backends._direction import Factors
 
-STRIP = 32  # rows and columns of a warp
-BELOW, BESIDE = 2, 4  # warps of a block
-MEASURED = 64  # the largest rank by which V is formed no slower than W is read twice
-TERMS = 16  # of a rank, that tensor cores add up at once
-ROWS = 4  # rows of a thread of `merge_wide`
+STRIP = 32
+"""Rows and columns of a warp. kernels.cu has the same, and all that follow here."""
+BELOW, BESIDE = 2, 4
+"""Warps of a block."""
+TERMS = 16
+"""Terms of the sum over the rank that tensor cores add up at once."""
+ROWS = 4
+"""Rows of a thread of `merge_wide`."""
 
 
-class Patches(Guard):
-    """The operations that form V, on CuPy arrays."""
+class Patches:
+    """The operations that form V."""
 
-    def row_squares(self, weight: Array, dtype: Any) -> Array:
-        """Saves the (out, in) temporaries: W is read once, as it lies."""
-        return self._squares(Factors(weight, None, None, None), np.dtype(dtype))
+    def __init__(self, xp: Any, cuda: Cuda, products: Products) -> None:
+        self.xp, self.cuda, self.products = xp, cuda, products
 
-    def measures_direction(self, dtype: Any, rank: int) -> bool:
-        """Where tensor cores have the digits, V of a small rank is formed as fast as W is read."""
-        return bool(dtype == np.float32) and rank <= MEASURED
-
-    def direction_squares(self, factors: Factors, dtype: Any) -> Array:
-        """Saves every (out, in) temporary: W is read once. `dtype` is float32."""
-        return self._squares(factors, np.dtype(dtype))
-
-    def _squares(self, factors: Factors, dtype: Any) -> Array:
-        stored, turned = lying(factors.weight, self.xp)
+    def squares(self, factors: Factors, dtype: Any) -> Array:
+        """Return ‖Vᵢ‖² by rows, in `dtype`. W is read once, in the order in which it is stored."""
+        stored, turned = as_stored(factors.weight, self.xp)
         *stack, rows, columns = stored.shape
         out, inner = (columns, rows) if turned else (rows, columns)
-        partial = self.cuda.empty((*stack, -(-inner // STRIP), out), dtype)
-        types = Types(name_of(stored), dtype_name(dtype), dtype_name(dtype))
+        partial = self.cuda.empty((*stack, blocks(inner, STRIP), out), dtype)
+        kind = dtype_name(np.dtype(dtype))
+        types = Types(name_of(stored), kind, kind)
         tiles, rank = self._tiles(factors, turned, types, PARTS)
-        row_scale = packed(factors.row_scale, self.xp)
-        sizes = np.int64(rows), np.int64(columns), rank, np.int32(PARTS), np.int32(turned)
-        given = stored, tiles, row_scale, partial, *sizes
-        self._launch_patches("squares", types, stored.shape, *given)
-        return self.sum_chunks(partial)
+        arguments = Squares(
+            weight=stored, tiles=tiles, row_scale=packed(factors.row_scale, self.xp),
+            partial=partial, rows=rows, columns=columns, rank=rank, parts=PARTS, turned=turned,
+        )  # fmt: skip
+        self._launch(arguments, types, stored.shape)
+        return self.products.sum_chunks(partial)
 
-    def _tiles(
-        self, factors: Factors, turned: bool, types: Types, parts: int
-    ) -> tuple[Array | None, Any]:
-        """Return s B and A as tensor cores take them, each in so many parts, and the rank.
-
-        Where there is no update, that is None and 0.
-        """
-        if factors.lora_a is None:
-            return None, np.int64(0)
-        a, b = (packed(array, self.xp) for array in factors[1:3])
-        *stack, rank, inner = a.shape
-        out = b.shape[-2]
-        rows, columns = (inner, out) if turned else (out, inner)
-        count, steps = math.prod(stack), -(-rank // TERMS)
-        sides = 2 * (-(-rows // STRIP) - (-columns // STRIP))
-        tiles = self.cuda.empty((count, sides, steps, parts, TERMS * TERMS // 2), np.uint32)
-        sizes = (np.int64(size) for size in (rows, columns, rank))
-        how = np.int32(parts), np.int32(turned)
-        grid = -(-sides // WARPS), steps, count
-        self.cuda.launch("tiles", types, grid, a, b, tiles, *sizes, *how)
-        return tiles, np.int64(rank)
-
-    def _launch_patches(self, name: str, types: Types, shape: tuple[int, ...], *given: Any) -> None:
-        *stack, rows, columns = shape
-        blocks = -(-rows // (STRIP * BELOW)) * -(-columns // (STRIP * BESIDE))
-        grid = blocks, 1, math.prod(stack)
-        self.cuda.launch(name, types, grid, *given, threads=WARP * BELOW * BESIDE)
-
-    def merge(self, factors: Factors, gain: Array, dtype: Any) -> Array:
-        """Saves every (out, in) temporary: W is read once and W' written once, as W lies."""
-        xp, weight = self.xp, factors.weight
-        gain = packed(gain, xp)
-        types = Types(name_of(weight), name_of(gain), name_of(gain))
+    def merge(self, factors: Factors, gain: Array) -> Array:
+        """Return W' = g⊙V in the dtype of W. W is read once and W' is written once."""
+        weight, gain = factors.weight, packed(gain, self.xp)
+        types = types_of(weight, gain, gain)
         if gain.dtype == np.float64:
             return self._merge_wide(types, factors, gain)
-        stored, turned = lying(weight, xp)
+        stored, turned = as_stored(weight, self.xp)
         merged = self.cuda.empty(stored.shape, weight.dtype)
         rounded = 1 if name_of(weight) == "bfloat16" else 2  # parts of 8 bits
         parts = rounded if is_reduced() else PARTS
         tiles, rank = self._tiles(factors, turned, types, parts)
-        row_scale, sizes = packed(factors.row_scale, xp), map(np.int64, stored.shape[-2:])
-        given = stored, tiles, row_scale, gain, merged, *sizes, rank
-        how = np.int32(parts), np.int32(turned)
-        self._launch_patches("merge", types, stored.shape, *given, *how)
-        return xp.matrix_transpose(merged) if turned else merged
+        *_, rows, columns = stored.shape
+        arguments = Merge(
+            weight=stored, tiles=tiles, row_scale=packed(factors.row_scale, self.xp), gain=gain,
+            merged=merged, rows=rows, columns=columns, rank=rank, parts=parts, turned=turned,
+        )  # fmt: skip
+        self._launch(arguments, types, stored.shape)
+        return self.xp.matrix_transpose(merged) if turned else merged
 
     def _merge_wide(self, types: Types, factors: Factors, gain: Array) -> Array:
-        stored, *rest = (packed(array, self.xp) for array in factors)
+        stored, a, b, row_scale = (packed(array, self.xp) for array in factors)
         *stack, out, inner = stored.shape
         merged = self.cuda.empty(stored.shape, stored.dtype)
-        grid = columns_of(inner, stored), min(-(-out // ROWS), LIMIT), math.prod(stack)
-        sizes = (np.int64(size) for size in (out, inner, rest[0].shape[-2]))
-        self.cuda.launch("merge_wide", types, grid, stored, *rest, gain, merged, *sizes)
+        arguments = MergeWide(
+            weight=stored, a=a, b=b, row_scale=row_scale, gain=gain, merged=merged,
+            out=out, inner=inner, rank=a.shape[-2],
+        )  # fmt: skip
+        grid = column_blocks(inner, stored), min(blocks(out, ROWS), LIMIT), math.prod(stack)
+        self.cuda.launch(arguments, types, grid)
         return merged
+
+    def _tiles(
+        self, factors: Factors, turned: bool, types: Types, parts: int
+    ) -> tuple[Array | None, int]:
+        """Return s B and A in the order in which tensor cores load them, and the rank.
+
+        Each is split into this many `parts`. Without an update, return None and 0.
+        """
+        if factors.lora_a is None:
+            return None, 0
+        a, b = (packed(array, self.xp) for array in factors[1:3])
+        *stack, rank, inner = a.shape
+        out = b.shape[-2]
+        rows, columns = (inner, out) if turned else (out, inner)
+        count, steps = math.prod(stack), blocks(rank, TERMS)
+        sides = 2 * (blocks(rows, STRIP) + blocks(columns, STRIP))
+        tiles = self.cuda.empty((count, sides, steps, parts, TERMS * TERMS // 2), np.uint32)
+        arguments = Tiles(
+            a=a, b=b, result=tiles, rows=rows, columns=columns, rank=rank, parts=parts,
+            turned=turned,
+        )  # fmt: skip
+        self.cuda.launch(arguments, types, (blocks(sides, WARPS), steps, count))
+        return tiles, rank
+
+    def _launch(self, arguments: Squares | Merge, types: Types, shape: tuple[int, ...]) -> None:
+        *stack, rows, columns = shape
+        patches = blocks(rows, STRIP * BELOW) * blocks(columns, STRIP * BESIDE)
+        grid = patches, 1, math.prod(stack)
+        self.cuda.launch(arguments, types, grid, threads=WARP * BELOW * BESIDE)

@@ -1,8 +1,9 @@
-"""Products on NVIDIA GPUs by cuBLAS, of the weight as it is stored.
+"""Matrix products on NVIDIA GPUs, by cuBLAS, without a cast of the weight.
 
-A product of a float32 array with a bfloat16 weight is exact in its factors: the array is the sum of
-three of bfloat16, and cuBLAS adds up three products in float32, or one of all parts of few rows:
-the weight is then read once. `reduced_precision` rounds instead.
+The product of a float32 array and a bfloat16 weight loses nothing of either factor. The array is
+the exact sum of three bfloat16 arrays (its parts), and the products of the parts add up in float32.
+For few rows, one product takes all parts at once, so it reads the weight once. In
+`reduced_precision` the array is rounded instead.
 """
 
 from __future__ import annotations
@@ -16,24 +17,38 @@ from typing import Any
 import numpy as np
 
 from doraxp._base.types import Array
-from doraxp.backends._cupy.device import LIMIT, THREADS, Cuda, Types, dtype_name, layout
-from doraxp.backends._generic import Operations
+from doraxp.backends._cupy.arrays import (
+    LOW,
+    compute_dtype,
+    dtype_name,
+    for_blas,
+    name_of,
+    one_type,
+    packed,
+)
+from doraxp.backends._cupy.device import Cuda
+from doraxp.backends._cupy.signatures import Cast, Split, SumChunks, SumParts, Token
+from doraxp.backends._cupy.source import LIMIT, THREADS, WARP, WARPS, Types, blocks
+from doraxp.backends._direction import Factors
 
-LOW = ("float16", "bfloat16")
-FEW = 1024  # rows whose parts go into one product: its result has a row for each part
-WARP, WARPS = 32, THREADS // 32  # threads of a warp, and warps of a block
-PARTS = 3  # of 8 bits each: all 24 of a float32
+FEW = 1024
+"""The most rows whose parts go into one product. Its result has a row for each part."""
+PARTS = 3
+"""Parts of 8 bits that hold all 24 bits of a float32."""
+_NO_UPDATE: dict[str, None] = dict.fromkeys(
+    ("a", "b", "row_scale", "suspect", "low_rank", "gain", "bias", "y")
+)
 _REDUCED: ContextVar[bool] = ContextVar("reduced", default=False)
 
 
 @contextlib.contextmanager
 def reduced_precision() -> Iterator[None]:
-    """Let CuPy's products round their factors: the speed of the tensor cores.
+    """Allow CuPy's products to round their factors, which runs at the speed of the tensor cores.
 
-    Within, float32 factors are rounded to TF32's 10 bits, or beside a float16 or bfloat16 weight to
-    its dtype. Of x and dy in the weight's own dtype, z, g⊙dy and dx are stored in it too. Sums are
-    made in float32 either way. The gradients' errors are then those of PyTorch's mixed precision.
-    Other libraries are not concerned.
+    Inside the block, float32 factors are rounded to TF32's 10 bits, or to the dtype of a float16 or
+    bfloat16 weight that they are multiplied with. If x and dy have the weight's own dtype, z, g⊙dy
+    and dx are stored in it too. Sums are in float32 in any case. The gradients then have the errors
+    of PyTorch's mixed precision. The block has no effect on other libraries.
     """
     token = _REDUCED.set(True)
     try:
@@ -43,87 +58,76 @@ def reduced_precision() -> Iterator[None]:
 
 
 def is_reduced() -> bool:
-    """Say whether factors may be rounded here."""
+    """Return whether products may round their factors here."""
     return _REDUCED.get()
 
 
-class Products(Operations):
-    """The operations that are products, on CuPy arrays."""
+class Products:
+    """Products of arrays in any two of the four dtypes, and the casts and sums that they need."""
 
-    def __init__(self, xp: Any, cuda: Any = None) -> None:
-        super().__init__(xp)
-        self.cuda = cuda or Cuda()
-
-    def operand_dtype(self, array: Array, weight: Array, dtype: Any) -> Any:
-        """Saves the cast of x and dy: tensor cores take them as they are."""
-        own = name_of(array)
-        low = own in LOW and own == name_of(weight) and np.dtype(dtype) == np.float32
-        return array.dtype if low else dtype
-
-    def times_transposed(self, x: Array, weight: Array, dtype: Any) -> Array:
-        """Saves the cast of a low-precision W."""
-        return self.multiply(x, self.xp.matrix_transpose(weight), dtype)
-
-    def times(self, d: Array, weight: Array, dtype: Any) -> Array:
-        """Saves the cast of a low-precision W."""
-        return self.multiply(d, weight, dtype)
-
-    def project(self, weight: Array, a: Array, dtype: Any) -> Array:
-        """Saves the cast of a low-precision W."""
-        return self.multiply(weight, self.xp.matrix_transpose(a), dtype)
+    def __init__(self, xp: Any, cuda: Cuda) -> None:
+        self.xp, self.cuda = xp, cuda
 
     def product(self, left: Array, right: Array) -> Array:
-        """Saves the cast of an x or dy in its own dtype, and for one token two launches."""
+        """Return left right in the compute dtype. One token takes one launch."""
         dtype = np.promote_types(compute_dtype(left), compute_dtype(right))
         rows = self.xp.matrix_transpose(right)
-        if self.takes_token(left, rows, dtype):
-            result = self.cuda.empty((*left.shape[:-1], rows.shape[-2]), dtype)
-            self.launch_token(packed(left, self.xp), rows, dtype, result)
-            return result
-        return self.multiply(left, right, dtype)
+        if not self.takes_token(left, rows, dtype):
+            return self.multiply(left, right, dtype)
+        z = self.cuda.empty((*left.shape[:-1], rows.shape[-2]), dtype)
+        self._launch_token(packed(left, self.xp), rows, z, dtype, rank=0, **_NO_UPDATE)
+        return z
 
-    def accumulate(self, total: Array, left: Array, right: Array) -> Array:
-        """Saves the temporary of the product, and adding it: BLAS adds while it multiplies."""
-        return self.multiply(left, right, total.dtype, out=total, beta=1.0)
+    # One token
 
     def takes_token(self, x: Array, rows: Array, dtype: Any) -> bool:
-        """Say whether x rowsᵀ is one for `launch_token`: of one token, and rows longer than many.
+        """Return whether the kernel for one token can compute x rowsᵀ in `dtype`.
 
-        `rows` must lie row by row; of the three dtypes one may be another.
+        `rows` must be in C order and have at least a warp's columns, and one of the three dtypes
+        may differ from the other two.
         """
         one = x.shape[-2] == 1 and rows.shape[-1] >= WARP and rows.flags.c_contiguous
         return one and len({x.dtype, rows.dtype, np.dtype(dtype)}) <= 2
 
-    def launch_token(
-        self, x: Array, rows: Array, dtype: Any, z: Array, update: tuple[Any, ...] = (None,) * 5,
-        last: tuple[Any, ...] = (None, None, None),
+    def token_outputs(
+        self, x: Array, factors: Factors, suspect: Array, low_rank: Array,
+        gain: Array, bias: Array | None, z: Array, y: Array,
     ) -> None:  # fmt: skip
-        """Write z = x rowsᵀ; or for `update` = (A, s B, ρ, suspects, L) z = x Vᵀ, of W in `rows`.
+        """Write z = x Vᵀ and y = g⊙z + bias, for one token. The kernel forms suspect rows of V."""
+        xp = self.xp
+        weight, *update = factors
+        a, b, row_scale = (packed(array, xp) for array in update)
+        self._launch_token(
+            x, weight, z, gain.dtype, rank=a.shape[-2], a=a, b=b, row_scale=row_scale,
+            suspect=packed(suspect, xp), low_rank=packed(low_rank, xp),
+            gain=packed(gain, xp), bias=packed(bias, xp), y=y,
+        )  # fmt: skip
 
-        For `last` = (gain, bias, y) then y = g⊙z + bias.
-        """
-        wide, xp = dtype_name(np.dtype(dtype)), self.xp
+    def _launch_token(
+        self, x: Array, rows: Array, z: Array, dtype: Any, *, rank: int, **update: Array | None
+    ) -> None:
+        wide = dtype_name(np.dtype(dtype))
         stored = next((name_of(array) for array in (x, rows) if name_of(array) != wide), wide)
-        rank = 0 if update[0] is None else update[0].shape[-2]
-        gain, bias, y = last
         *stack, out, inner = rows.shape
         count = math.prod(stack) * out
         by_block = rank == 0
-        grid = count if by_block else -(-count // WARPS), 1, 1
-        vectors = (packed(array, xp) for array in (*update, gain, bias))
-        self.cuda.launch(
-            "token", Types(stored, name_of(z), wide), grid,
-            rows, np.int32(name_of(rows) == stored), x, np.int32(name_of(x) == stored),
-            *vectors, z, y, *map(np.int64, (count, out, inner, rank)), np.int32(by_block),
+        arguments = Token(
+            matrix=rows, matrix_is_stored=name_of(rows) == stored, x=x,
+            x_is_stored=name_of(x) == stored, z=z, rows=count, out=out, inner=inner, rank=rank,
+            by_block=by_block, **update,
         )  # fmt: skip
+        grid = count if by_block else blocks(count, WARPS), 1, 1
+        self.cuda.launch(arguments, Types(stored, name_of(z), wide), grid)
+
+    # Products by cuBLAS
 
     def multiply(
         self, left: Array, right: Array, dtype: Any, *, out: Array | None = None,
         beta: float | Array = 0.0, parts: int = PARTS,
     ) -> Array:  # fmt: skip
-        """Return out ← left right + beta out, by products of two axes; `out` is in `dtype`.
+        """Return out ← left right + beta out in `dtype`, one element of the stack at a time.
 
-        A float32 factor beside one of bfloat16 is split into so many parts of 8 bits.
+        A float32 factor that meets a bfloat16 one is split into this many `parts` of 8 bits.
         """
         if out is None:
             shape = (*left.shape[:-1], right.shape[-1])
@@ -148,7 +152,7 @@ class Products(Operations):
         if names[0] != names[1]:
             low = next((array for array in (left, right) if name_of(array) in LOW), None)
             wide = left if low is right else right
-            if low is None or name_of(wide) != "float32":  # float64, or two kinds of half
+            if low is None or name_of(wide) != "float32":  # float64, or float16 and bfloat16
                 common = np.promote_types(compute_dtype(left), compute_dtype(right))
                 left, right = (xp.astype(array, common, copy=False) for array in (left, right))
             elif reduced:
@@ -159,21 +163,21 @@ class Products(Operations):
                 return
         elif names[0] not in LOW and out.dtype != left.dtype:
             left, right = (self.cast(array, out.dtype) for array in (left, right))
-        self.cuda.gemm(_piece(left, xp), _piece(right, xp), out, beta, tf32=reduced)
+        self.cuda.gemm(for_blas(left, xp), for_blas(right, xp), out, beta, tf32=reduced)
 
     def _multiply_parts(
         self, left: Array, right: Array, out: Array, beta: float | Array, count: int
     ) -> None:
-        """Multiply a float32 factor by one of half precision, exact in both."""
+        """Multiply a float32 factor and one of 16 bits, and round neither."""
         xp = self.xp
         on_left = name_of(left) == "float32"
         wide, low = (left, right) if on_left else (right, left)
         if (left.shape[0] if on_left else right.shape[1]) <= FEW:
             self._multiply_few(wide, low, out, beta, on_left=on_left)
             return
-        low = _piece(low, xp)
-        if name_of(low) == "float16":  # its exponents are too few for the parts of any float32
-            parts = [_piece(wide, xp)]
+        low = for_blas(low, xp)
+        if name_of(low) == "float16":  # it has too few exponents for the parts of any float32
+            parts = [for_blas(wide, xp)]
             low = xp.astype(low, xp.float32)
         else:
             columns = wide.strides[-1] != wide.itemsize
@@ -187,99 +191,60 @@ class Products(Operations):
     def _multiply_few(
         self, wide: Array, low: Array, out: Array, beta: float | Array, *, on_left: bool
     ) -> None:
-        """Multiply few rows or columns in float32 by `low` in one product: it is read once."""
+        """Multiply all parts of few float32 rows or columns by `low` at once: it is read once."""
         xp = self.xp
         rows = wide if on_left else xp.matrix_transpose(wide)  # (few, k)
         parts, shrink = self._split(rows, low)
         few, k = rows.shape
-        parts, low = xp.reshape(parts, (PARTS * few, k)), _piece(low, xp)
+        parts, low = xp.reshape(parts, (PARTS * few, k)), for_blas(low, xp)
         if on_left:
             products = self.cuda.empty((PARTS * few, low.shape[1]), xp.float32)
             self.cuda.gemm(parts, low, products, 0.0)
         else:
             products = self.cuda.empty((low.shape[0], PARTS * few), xp.float32)
             self.cuda.gemm(low, xp.matrix_transpose(parts), products, 0.0)
-        sizes = np.int64(out.size), np.int64(out.shape[1])
-        how = np.int32(PARTS), np.int32(on_left), np.float32(beta)
-        grid = -(-out.size // THREADS), 1, 1
-        self.cuda.launch("sum_parts", alike(out), grid, products, shrink, out, *sizes, *how)
+        arguments = SumParts(
+            products=products, shrink=shrink, result=out, size=out.size, columns=out.shape[1],
+            parts=PARTS, on_left=on_left, beta=beta,
+        )  # fmt: skip
+        self.cuda.launch(arguments, one_type(out), (blocks(out.size, THREADS), 1, 1))
 
     def _split(self, rows: Array, low: Array, count: int = PARTS) -> tuple[Array, Array | None]:
-        """Return the parts (count, rows, k) in the dtype of `low`, and what to scale rows by."""
+        """Return the parts of `rows`, (count, few, k), in the dtype of `low`; and `shrink`.
+
+        `shrink` holds a factor for each row of the product, or is None.
+        """
         rows = packed(rows, self.xp)
-        parts = self.cuda.empty((count, *rows.shape), low.dtype)
-        shrink = (
-            self.cuda.empty((rows.shape[0],), rows.dtype) if name_of(low) == "float16" else None
-        )
-        sizes = *map(np.int64, rows.shape), np.int32(count)
+        few, k = rows.shape
+        parts = self.cuda.empty((count, few, k), low.dtype)
+        shrink = self.cuda.empty((few,), rows.dtype) if name_of(low) == "float16" else None
         types = Types(name_of(low), "float32", "float32")
-        across = 1 if shrink is not None else min(-(-rows.shape[1] // (4 * THREADS)), LIMIT)
-        self.cuda.launch("split", types, (rows.shape[0], across, 1), rows, parts, shrink, *sizes)
+        across = 1 if shrink is not None else min(blocks(k, 4 * THREADS), LIMIT)
+        arguments = Split(a=rows, parts=parts, shrink=shrink, rows=few, columns=k, part_count=count)
+        self.cuda.launch(arguments, types, (few, across, 1))
         return parts, shrink
+
+    # What products and other parts of the backend need besides
 
     def sum_chunks(self, partial: Array) -> Array:
         """Return the sums over chunks, one after the other: (*stack, chunks, k) -> (*stack, k)."""
         *stack, chunks, length = partial.shape
         result = self.cuda.empty((*stack, length), partial.dtype)
-        grid = -(-length // WARP), 1, math.prod(stack)
-        sizes = np.int64(chunks), np.int64(length)
-        self.cuda.launch("sum_chunks", alike(partial), grid, partial, result, *sizes, threads=WARP)
+        arguments = SumChunks(partial=partial, result=result, chunks=chunks, out=length)
+        grid = blocks(length, WARP), 1, math.prod(stack)
+        self.cuda.launch(arguments, one_type(partial), grid, threads=WARP)
         return result
 
     def cast(self, array: Array, dtype: Any) -> Array:
-        """Saves two thirds of the time, where a float32 is rounded to 16 bits."""
+        """Return `array` in `dtype`. A kernel rounds float32 to 16 bits in a third of the time."""
         if name_of(array) != "float32" or dtype_name(np.dtype(dtype)) not in LOW:
-            return super().cast(array, dtype)
+            return self.xp.astype(array, dtype, copy=False)
         turned = self.xp.matrix_transpose(array)
         if turned.flags.c_contiguous and not array.flags.c_contiguous:
             return self.xp.matrix_transpose(self.cast(turned, dtype))
         array, result = packed(array, self.xp), self.cuda.empty(array.shape, dtype)
         if array.size:
             types = Types(dtype_name(np.dtype(dtype)), "float32", "float32")
-            grid = -(-array.size // (THREADS * 8)), 1, 1
-            self.cuda.launch("cast", types, grid, array, result, np.int64(array.size))
+            arguments = Cast(array=array, result=result, size=array.size)
+            self.cuda.launch(arguments, types, (blocks(array.size, THREADS * 8), 1, 1))
         return result
-
-
-def name_of(array: Array) -> str:
-    """Return the name of the dtype."""
-    return dtype_name(array.dtype)
-
-
-def compute_dtype(array: Array) -> Any:
-    """Return the dtype to compute in."""
-    return np.dtype(np.float32) if name_of(array) in LOW else array.dtype
-
-
-def alike(array: Array) -> Types:
-    """Return the types of a kernel that is of one dtype."""
-    return Types(*[name_of(array)] * 3)
-
-
-def packed(array: Array, xp: Any) -> Any:
-    """Return an array, or None, row by row in memory: itself where it lies so."""
-    if array is None or array.flags.c_contiguous:
-        return array
-    return xp.asarray(array, copy=True, order="C")
-
-
-def lying(weight: Array, xp: Any) -> tuple[Array, bool]:
-    """Return a weight, or its transpose where that lies row by row; and whether it is that."""
-    turned = xp.matrix_transpose(weight)
-    if turned.flags.c_contiguous and not weight.flags.c_contiguous:
-        return turned, True
-    return packed(weight, xp), False
-
-
-def _piece(matrix: Array, xp: Any) -> Array:
-    """Return a matrix whose rows or columns are in one piece, as BLAS wants it."""
-    try:
-        layout(matrix)
-    except ValueError:  # pieces, rows in reverse or one row for all
-        return packed(matrix, xp)
-    return matrix
-
-
-def columns_of(length: int, stored: Array) -> int:
-    """Return how many blocks cover so many columns, at 16 bytes of `stored` to a thread."""
-    return -(-length * int(stored.itemsize) // (16 * THREADS))

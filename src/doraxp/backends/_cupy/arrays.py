@@ -1,0 +1,86 @@
+"""Dtypes by name, and how arrays lie in memory."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from doraxp._base.types import Array
+from doraxp.backends._cupy.source import THREADS, Types, blocks
+
+LOW = ("float16", "bfloat16")
+
+
+@functools.cache
+def dtype_name(dtype: Any) -> str:
+    """Return the name of a dtype. NumPy needs a microsecond or two to build it."""
+    return str(dtype)
+
+
+def name_of(array: Array) -> str:
+    """Return the name of the array's dtype."""
+    return dtype_name(array.dtype)
+
+
+def compute_dtype(array: Array) -> Any:
+    """Return the dtype to compute in."""
+    return np.dtype(np.float32) if name_of(array) in LOW else array.dtype
+
+
+def types_of(storage: Array, product: Array, compute: Array) -> Types:
+    """Return the types of a kernel from an array of each."""
+    return Types(name_of(storage), name_of(product), name_of(compute))
+
+
+def one_type(array: Array) -> Types:
+    """Return the types of a kernel whose arrays all have the dtype of `array`."""
+    return types_of(array, array, array)
+
+
+def packed(array: Array, xp: Any) -> Any:
+    """Return an array in C order: itself, or a copy. None stays None."""
+    if array is None or array.flags.c_contiguous:
+        return array
+    return xp.asarray(array, copy=True, order="C")
+
+
+def as_stored(weight: Array, xp: Any) -> tuple[Array, bool]:
+    """Return a weight in C order, or its transpose if that is in C order already.
+
+    The second value is True for the transpose. A weight in neither order is copied.
+    """
+    turned = xp.matrix_transpose(weight)
+    if turned.flags.c_contiguous and not weight.flags.c_contiguous:
+        return turned, True
+    return packed(weight, xp), False
+
+
+def for_blas(matrix: Array, xp: Any) -> Array:
+    """Return a matrix that `layout` accepts: itself, or a copy in C order."""
+    try:
+        layout(matrix)
+    except ValueError:
+        return packed(matrix, xp)
+    return matrix
+
+
+def layout(matrix: Array) -> tuple[int, int]:
+    """Return cuBLAS's number for how a matrix lies, and the step between its rows or columns.
+
+    The number is 0 if the rows are contiguous, and 1 if the columns are. A matrix where neither are
+    is a ValueError.
+    """
+    (rows, columns), (down, across) = matrix.shape, matrix.strides
+    down, across = down // matrix.itemsize, across // matrix.itemsize
+    if (across == 1 or columns == 1) and (down >= columns or rows == 1):
+        return 0, max(down if rows > 1 else columns, 1)
+    if (down == 1 or rows == 1) and (across >= rows or columns == 1):
+        return 1, max(across if columns > 1 else rows, 1)
+    raise ValueError(f"a matrix must be of unit stride along one axis, got {matrix.strides}")
+
+
+def column_blocks(length: int, stored: Array) -> int:
+    """Return how many blocks cover `length` columns, if a thread takes 16 bytes of `stored`."""
+    return blocks(length * int(stored.itemsize), 16 * THREADS)

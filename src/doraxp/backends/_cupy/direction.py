@@ -1,0 +1,91 @@
+"""V on NVIDIA GPUs: by its factors, except for suspect rows, which the guard's kernels form.
+
+    W (out, in)   A (rank, in)   B (out, rank)   ρ (out,) or None for 1   V = ρ⊙W + s B A
+
+Only the device knows which rows are suspect, and whether there are such rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from doraxp._base.types import Array, Consumed
+from doraxp.backends import _direction
+from doraxp.backends._cupy.arrays import LOW, name_of, packed
+from doraxp.backends._cupy.guard import Guard, Suspects
+from doraxp.backends._cupy.passes import Passes
+from doraxp.backends._cupy.products import is_reduced
+from doraxp.backends._direction import Factored, Factors, form, see_dropped
+
+
+class DevicePatched(NamedTuple):
+    """V by its factors, except for suspect rows: kernels form these where they need them."""
+
+    suspects: Suspects
+    guard: Guard
+    passes: Passes
+
+    @property
+    def factors(self) -> Factors:
+        """The arrays of which V is made."""
+        return self.suspects.factors
+
+    def transposed_product(
+        self, x: Array, low: Array, base: Array | None = None, dropped: Array | None = None,
+        *, ops: _direction.Products,
+    ) -> Array:  # fmt: skip
+        """Return x Vᵀ. The guard overwrites the columns of suspect rows."""
+        if dropped is not None:
+            low = ops.product(x, ops.xp.matrix_transpose(self.factors.lora_a))
+        z = Factored(self.factors).transposed_product(x, low, base, ops=ops)
+        self.guard.outputs(self.suspects, x, z)
+        return see_dropped(z, x, dropped, self.factors, ops=ops)
+
+    def outputs(
+        self, x: Array, low: Array, gain: Array, bias: Array | None,
+        base: Array | None = None, dropped: Array | None = None, *, ops: _direction.Products,
+    ) -> tuple[Array, Array]:  # fmt: skip
+        """Return z and y by one pass, or for one token by one launch."""
+        if base is not None or dropped is not None:
+            z = self.transposed_product(x, low, base, dropped, ops=ops)
+            return ops.forward_epilogue(z, None, None, gain, bias)
+        weight, _, scaled_b, row_scale = self.factors
+        products, xp = self.guard.products, ops.xp
+        is_low = name_of(x) in LOW
+        kind = x.dtype if is_low and is_reduced() else gain.dtype
+        if products.takes_token(x, weight, gain.dtype):
+            x, shape = packed(x, xp), (*x.shape[:-1], weight.shape[-2])
+            z, y = (products.cuda.empty(shape, dtype) for dtype in (kind, x.dtype))
+            products.token_outputs(x, self.factors, self.suspects.suspect, low, gain, bias, z, y)
+            return z, y
+        z = products.multiply(x, xp.matrix_transpose(weight), kind)
+        kind = x.dtype if is_low else kind
+        z, y = self.passes.outputs(z, row_scale, (low, scaled_b), gain, bias, kind)
+        self.guard.outputs(self.suspects, x, z, y=y, gain=gain, bias=bias)
+        return z, y
+
+    def product(
+        self, d: Consumed, low: Consumed, tokens: int, dtype: Any, *, ops: _direction.Products
+    ) -> tuple[Array, Array]:
+        """Return d V. Both arguments are overwritten."""
+        rounded = tokens if self._rounds(dtype) else 0
+        result = self.guard.product(self.suspects, d, low, rounded)
+        dx = self.guard.products.cast(result[..., :tokens, :], dtype)
+        return dx, result[..., tokens:, :]
+
+    def _rounds(self, dtype: Any) -> bool:
+        """Return whether a product in `dtype` keeps no more digits than W has."""
+        return bool(dtype == self.factors.weight.dtype)
+
+    def projection(self, factored: Array, *, ops: _direction.Products) -> Array:
+        """Return `factored`: the norm's kernels have replaced the suspect rows."""
+        return factored
+
+    def dense(self, *, ops: _direction.Products) -> Array:
+        """Return V."""
+        return form(self.factors, self.suspects.switches.dtype, xp=ops.xp)
+
+    def with_weight(self, weight: Array | None) -> DevicePatched:
+        """Return the direction with another object for W."""
+        factors = self.factors._replace(weight=weight)
+        return self._replace(suspects=self.suspects._replace(factors=factors))
