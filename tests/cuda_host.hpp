@@ -1,5 +1,5 @@
-// What CUDA gives a kernel, for a C++ compiler: each thread of a block is a fiber, which runs until
-// it meets a barrier. Blocks run one after the other.
+// The parts of CUDA that the kernels use, for a C++ compiler. Each thread of a block is a fiber, which
+// runs until it reaches a barrier. Blocks run one after the other.
 #pragma once
 #include <ucontext.h>
 
@@ -35,7 +35,7 @@ inline double host_round(double value, int digits, int least) {
     return std::ldexp(std::nearbyint(std::ldexp(value, -unit)), unit);
 }
 
-// Device code goes through float, as cvt has no double: two roundings of a double there.
+// A double is rounded twice, first to float: the device's instruction has no form for double.
 inline unsigned short host_bf16(double given) {
     float value = (float)given;
     if (std::isnan(value)) return 0x7fff;
@@ -73,7 +73,7 @@ struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack{new char[1 << 16]};
     bool done = false;
-    int waits = 0;  // 0 no, 1 for its warp, 2 for its block
+    int waits = 0;  // 0: not waiting, 1: for its warp, 2: for its block
 };
 static std::vector<std::unique_ptr<Fiber>> fibers;
 static ucontext_t scheduler;
@@ -146,7 +146,7 @@ template <typename... A> void call(void (*kernel)(A...), void** arguments) {
     call(kernel, arguments, std::index_sequence_for<A...>());
 }
 
-// What each parameter is: P pointer, q long long, i int, f float, d double.
+// A letter for the type of each parameter: P pointer, q long long, i int, f float, d double.
 inline char code(const void*) { return 'P'; }
 inline char code(long long) { return 'q'; }
 inline char code(int) { return 'i'; }
@@ -185,8 +185,8 @@ inline float host_truncated(double value) {
     return std::fabs(near) > std::fabs(value) ? std::nextafterf(near, 0) : near;
 }
 
-// sums (16, 8) += left (16, 16) right (16, 8), of bfloat16, with the lanes that mma.m16n8k16 has.
-// As on a device, a sum is cut off and not rounded (Fasi, Higham, Mikaitis and Pranesh 2021,
+// sums (16, 8) += left (16, 16) right (16, 8), of bfloat16, with the lanes of mma.m16n8k16.
+// As on a device, a sum is truncated and not rounded (Fasi, Higham, Mikaitis and Pranesh 2021,
 // doi:10.7717/peerj-cs.330).
 inline void host_tensor_product(float* sums, const unsigned* left, const unsigned* right) {
     static unsigned held[1024][6];
@@ -209,7 +209,7 @@ inline void host_tensor_product(float* sums, const unsigned* left, const unsigne
     host::wait(1);
 }
 
-// Makes `launch_NAME(x, y, z, threads, arguments)` of a kernel, and `signature_NAME()`.
+// Defines `launch_NAME(x, y, z, threads, arguments)` and `signature_NAME()` for a kernel.
 #define DORAXP_LAUNCHER(NAME)                                                             \
     extern "C" const char* signature_##NAME() { return host::signature(NAME); }           \
     extern "C" void launch_##NAME(unsigned x, unsigned y, unsigned z, unsigned threads,   \

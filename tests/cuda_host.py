@@ -1,6 +1,6 @@
-"""A CUDA device made of a C++ compiler and NumPy: the kernels' own source, run on the host.
+"""An emulated CUDA device: a C++ compiler builds the kernels' own source, and NumPy multiplies.
 
-`HostCuda` has the methods of `doraxp.backends._cupy.device.Cuda`. Arrays are NumPy's.
+`HostCuda` has the methods of `doraxp.backends._cupy.device.Cuda`. Its arrays are NumPy's.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ HEADER = Path(__file__).with_name("cuda_host.hpp")
 
 
 class DeviceArray(np.ndarray):
-    """An array whose values may not be read on the host while that is forbidden."""
+    """An array that raises if its values are read inside `forbid_reading`."""
 
     readable = True
 
@@ -73,7 +73,7 @@ def forbid_reading() -> Iterator[None]:
 
 @functools.cache
 def library(types: Types) -> ctypes.CDLL:
-    """Compile the kernels for three types, once per process."""
+    """Compile the kernels for a set of types, once in each process."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
     launchers = "".join(f"DORAXP_LAUNCHER({name})\n" for name in KERNELS)
     with tempfile.TemporaryDirectory() as folder:
@@ -93,7 +93,7 @@ class HostCuda:
         self.launched: list[str] = []
 
     def empty(self, shape: Sequence[int], dtype: Any) -> Any:
-        """Return an array of NaN: what a kernel forgets to write is seen."""
+        """Return an array of NaN: a number that a kernel forgets to write then shows up."""
         array = np.empty(tuple(shape), dtype)
         array.reshape(-1).view(np.uint8)[...] = 0xFF
         return array.view(DeviceArray)

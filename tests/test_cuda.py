@@ -1,4 +1,4 @@
-"""How kernels and cuBLAS are called, on a CuPy that is made up: only its calls are looked at."""
+"""The calls of kernels and of cuBLAS, recorded by a fake CuPy; and the kernels' declarations."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class FakeBlas:
 
 
 def columns(pointer, kind, step, rows, count):
-    """Return the matrix at a pointer that lies column by column."""
+    """Return the matrix at a pointer, whose columns are contiguous."""
     assert step >= rows
     dtype = np.dtype(KINDS[kind])
     raw = (ctypes.c_char * (((count - 1) * step + rows) * dtype.itemsize)).from_address(pointer)
@@ -84,7 +84,7 @@ def columns(pointer, kind, step, rows, count):
 
 
 class OnDevice(np.ndarray):
-    """An array with CuPy's way to its pointer."""
+    """An array that gives its pointer as CuPy's do."""
 
     @property
     def data(self):
@@ -126,7 +126,9 @@ WAYS = ("whole", "part", "transposed", "transposed part")
 @pytest.mark.parametrize("right_way", WAYS)
 @pytest.mark.parametrize("shape", [(4, 5, 3), (1, 5, 3), (4, 1, 3), (4, 5, 1), (1, 1, 1)])
 @pytest.mark.parametrize("beta", [0.0, 1.0, "device"])
-def test_a_product_is_what_cublas_makes_of_the_call(blas, left_way, right_way, shape, beta):
+def test_gemm_gives_cublas_the_right_matrices_for_every_layout(
+    blas, left_way, right_way, shape, beta
+):
     m, k, n = shape
     rng = np.random.default_rng(0)
     left = matrix(rng, (m, k), left_way, "float32")
@@ -145,7 +147,7 @@ def test_a_product_is_what_cublas_makes_of_the_call(blas, left_way, right_way, s
 @pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16, "float32", "float64"])
 @pytest.mark.parametrize("tf32", [False, True])
 @pytest.mark.parametrize("stored", [False, True])
-def test_sums_are_in_float32_and_tf32_is_asked_for(blas, dtype, tf32, stored):
+def test_sums_are_in_float32_and_tf32_is_used_only_on_request(blas, dtype, tf32, stored):
     rng = np.random.default_rng(0)
     left, right = matrix(rng, (4, 5), "whole", dtype), matrix(rng, (5, 3), "whole", dtype)
     wide = "float64" if dtype == "float64" else "float32"
@@ -157,7 +159,7 @@ def test_sums_are_in_float32_and_tf32_is_asked_for(blas, dtype, tf32, stored):
     assert blas.within[0][:2] == ({"pointer": 0, "math": WHOLE_SUMS}, compute)
 
 
-def test_the_modes_of_the_handle_come_back_where_cublas_fails(blas):
+def test_the_handle_gets_its_modes_back_if_cublas_fails(blas):
     blas.fails = True
     one = on_device(np.ones((1, 1), "float32"))
     with pytest.raises(RuntimeError, match="NOT_SUPPORTED"):
@@ -165,7 +167,7 @@ def test_the_modes_of_the_handle_come_back_where_cublas_fails(blas):
     assert blas.modes == {"pointer": 0, "math": 3}
 
 
-def test_a_matrix_in_pieces_is_refused():
+def test_a_matrix_without_unit_stride_is_refused():
     with pytest.raises(ValueError, match=r"unit stride along one axis, got \(48, 8\)"):
         layout(np.ones((4, 12), "float32")[:, ::2])
 
@@ -207,8 +209,8 @@ def test_a_kernel_is_built_once_and_gets_numbers_of_the_declared_types(monkeypat
         cached.cache_clear()
 
 
-def test_too_little_memory_is_the_librarys_own_error(monkeypatch):
-    """CuPy's names the bytes; what was computed before it is nobody's yet."""
+def test_cupys_own_memory_error_reaches_the_caller(monkeypatch):
+    """It names the bytes. The arguments are unchanged: results are new arrays."""
 
     def empty(shape, dtype):
         raise MemoryError("Out of memory allocating 48 bytes (allocated so far: 0 bytes).")
@@ -219,7 +221,7 @@ def test_too_little_memory_is_the_librarys_own_error(monkeypatch):
         Cuda().empty((3, 4), "float32")
 
 
-def test_values_go_to_the_device_by_asarray(monkeypatch):
+def test_upload_copies_by_asarray(monkeypatch):
     modules = {"cupy": types.SimpleNamespace(asarray=lambda values: ("device", values))}
     monkeypatch.setattr(_cuda, "import_module", modules.__getitem__)
     assert Cuda().upload(3) == ("device", 3)
@@ -265,6 +267,6 @@ def test_none_for_an_argument_that_is_not_nullable_is_refused(name):
         pack(arguments)
 
 
-def test_a_stack_beyond_the_grid_is_named():
+def test_a_stack_with_too_many_elements_for_the_grid_is_refused():
     with pytest.raises(ValueError, match="at most 65535 elements on a GPU, got 65536"):
         Cuda().launch((), Types("float32", "float32", "float32"), (1, 1, 65536))

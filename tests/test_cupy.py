@@ -1,6 +1,6 @@
-"""CuPy's own arrays over pointers to nothing: dispatch, shapes, dtypes, devices. No device needed.
+"""Dispatch, shapes, dtypes and devices with CuPy's own arrays, on memory that does not exist.
 
-`nox -s cuda-compile` runs it with CuPy installed and no driver.
+No device is needed: `nox -s cuda-compile` runs this file with CuPy installed and no driver.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def array(cupy, monkeypatch):
 
 
 class Recorder:
-    """Takes launches and products down."""
+    """A device that records launches and products instead of running them."""
 
     device = staticmethod(lambda: 0)
 
@@ -63,7 +63,7 @@ def ops(array):
     return CupyOperations(backends.operations(x=array(1)).xp, Recorder(array))
 
 
-def test_cupy_arrays_get_its_operations(array):
+def test_cupy_arrays_select_the_cupy_operations(array):
     assert type(backends.operations(x=array(3, 4))) is CupyOperations
 
 
@@ -79,20 +79,20 @@ def test_an_array_on_another_device_is_named(array, name):
         forward(x, weight, Adapter(*leaves), Config(2), bias=bias)
 
 
-def test_an_array_off_the_current_device_is_told_the_way(array):
+def test_an_array_off_the_current_device_is_refused_with_the_remedy(array):
     message = r"weight is on CUDA device 1, but the current one is 0: use `with cupy.cuda.Device\(1"
     with pytest.raises(ValueError, match=message):
         backends.operations(weight=array(7, 6, device=1))
 
 
-def test_an_array_of_the_host_among_those_of_the_device_is_named(array):
+def test_a_numpy_array_among_cupy_arrays_is_named(array):
     leaves = array(2, 6), np.ones((7, 2), "float32"), array(7)
     with pytest.raises(TypeError, match=r"weight is of cupy, lora_b of numpy"):
         prepare(array(7, 6), Adapter(*leaves), Config(2))
 
 
 @pytest.mark.parametrize("dtype", ["int32", "complex64", "bool", "uint8"])
-def test_a_dtype_that_gpus_are_not_given_is_named(array, dtype):
+def test_an_unsupported_dtype_is_named(array, dtype):
     with pytest.raises(TypeError, match=f"weight must be of dtype .*, got {dtype}"):
         backends.operations(weight=array(7, 6, dtype=dtype))
 
@@ -101,7 +101,7 @@ def test_a_dtype_that_gpus_are_not_given_is_named(array, dtype):
 @pytest.mark.parametrize("stack", [(), (3,)])
 @pytest.mark.parametrize("reduced", [False, True])
 def test_x_and_dy_in_the_weights_dtype_are_not_cast(ops, array, monkeypatch, dtype, stack, reduced):
-    """Shapes and dtypes of both passes, and what is called."""
+    """Checks the shapes and dtypes of both passes, and their launches."""
     wide = "float64" if dtype == "float64" else "float32"
     weight, x = array(*stack, 7, 6, dtype=dtype), array(*stack, 5, 6, dtype=dtype)
     assert ops.operand_dtype(x, weight, wide) == np.dtype(dtype)
@@ -110,7 +110,7 @@ def test_x_and_dy_in_the_weights_dtype_are_not_cast(ops, array, monkeypatch, dty
     marks = array(*stack, 7, dtype="bool")
     factors = Factors(weight, a, b, None)
     found = Suspects(array(21), array(1), array(2, dtype=wide), marks, factors)
-    # A float32 factor beside a half one is cast or split, which needs a device.
+    # A float32 factor that meets one of 16 bits is cast or split, which would need a device.
     monkeypatch.setattr(Products, "_multiply_two", lambda _, *given: ops.cuda.gemm(*given[:4]))
     with reduced_precision() if reduced else contextlib.nullcontext():
         z, y = ops.outputs(x, None, found.factors, low_rank, found, vector, vector)
@@ -147,16 +147,16 @@ def test_the_norm_takes_few_launches(ops, array):
     ]  # fmt: skip
 
 
-def test_tf32_is_off_until_asked_for_and_off_again_after(ops, array):
+def test_tf32_is_used_only_inside_reduced_precision(ops, array):
     left, right = array(5, 6), array(6, 7)
     ops.product(left, right)
 
     def fail():
         with reduced_precision():
             ops.product(left, right)
-            raise RuntimeError("on the way")
+            raise RuntimeError("inside the block")
 
-    with pytest.raises(RuntimeError, match="on the way"):
+    with pytest.raises(RuntimeError, match="inside the block"):
         fail()
     ops.product(left, right)
     assert [name for name, *_ in ops.cuda.calls] == ["gemm", "tf32", "gemm"]

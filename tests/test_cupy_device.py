@@ -1,4 +1,4 @@
-"""On a GPU alone: nothing waits for the queue, and all goes to the caller's stream and device."""
+"""Tests that need a GPU: no call waits for the queue, and the caller chooses stream and device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import doraxp
 from doraxp import Adapter, Config
 
 HOLD = 'extern "C" __global__ void hold(volatile int* released) { while (*released == 0) {} }'
-PATIENCE = 20.0  # seconds, after which the queue is let go, and the test fails
+PATIENCE = 20.0  # seconds, after which the queue runs on and the test fails
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 
 
@@ -26,7 +26,7 @@ def gpu(cupy):
 
 @pytest.fixture
 def held(gpu):
-    """Return a function that says whether another one waits for a queue that stands still."""
+    """Return a function that calls another and returns whether it waits for a blocked queue."""
     import cupyx
 
     hold = gpu.RawKernel(HOLD, "hold")
@@ -75,7 +75,7 @@ def step(weight, adapter, x, dy, config):
     return y, gradients.x, *gradients.adapter, *stepped["layer"], merged
 
 
-def test_the_hook_notices_a_hidden_read(gpu, held):
+def test_the_fixture_notices_a_hidden_read(gpu, held):
     one = gpu.ones(3)
     assert held(lambda: float(one[0]))
     assert not held(lambda: one + 1)
@@ -83,7 +83,9 @@ def test_the_hook_notices_a_hidden_read(gpu, held):
 
 @pytest.mark.parametrize("form", ["weight", "direction"])
 @pytest.mark.parametrize("norm_gradient", ["exact", "detached"])
-def test_forward_backward_step_and_merge_wait_for_nothing(held, layer, form, norm_gradient):
+def test_forward_backward_step_and_merge_do_not_wait_for_the_queue(
+    held, layer, form, norm_gradient
+):
     config = Config(8, form=form, norm_gradient=norm_gradient)
     assert not held(lambda: step(*layer, config))
 
@@ -100,7 +102,7 @@ def test_work_goes_to_the_callers_stream(gpu, layer):
 
 
 def test_work_goes_to_the_callers_device(gpu, layer):
-    """On each device that there is; the last in any case."""
+    """Runs on each device of the machine."""
     config = Config(8)
     expected = [array.get() for array in step(*layer, config)]
     weight, adapter, x, dy = layer
@@ -113,7 +115,7 @@ def test_work_goes_to_the_callers_device(gpu, layer):
                 np.testing.assert_array_equal(one.get(), other)
 
 
-def test_too_little_memory_is_told_in_bytes_and_leaves_all_as_it_was(gpu, layer):
+def test_a_memory_error_names_the_bytes_and_leaves_the_arguments_unchanged(gpu, layer):
     weight, adapter, *_ = layer
     before = weight.get()
     pool = gpu.get_default_memory_pool()

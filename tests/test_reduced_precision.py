@@ -1,4 +1,4 @@
-"""`reduced_precision`: what it may cost in digits, and that it ends where it should."""
+"""`reduced_precision`: the errors that it may cause, and that it ends with its block."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-10}  # TF32 ha
 @pytest.mark.dtypes("float16", "bfloat16", "float32")
 @pytest.mark.parametrize("form", ["weight", "direction"])
 @pytest.mark.parametrize("cancels", [False, True])
-def test_errors_are_those_of_one_rounding_of_the_factors(
+def test_errors_are_as_small_as_if_each_factor_were_rounded_once(
     backend, draw, assert_close, dtype, form, cancels
 ):
-    # An exact dB of a row that cancels is a small difference: measured by itself it shows more.
+    # For a row that cancels, the exact dB is a small difference with a large relative error.
     config = Config(3, form=form, norm_gradient="detached" if cancels else "exact")
     weight, x, dy = (draw(*shape, dtype=dtype) for shape in ((7, 6), (5, 6), (5, 7)))
     adapter = Adapter(*(draw(*shape, dtype="float32") for shape in ((3, 6), (7, 3), (7,))))
-    if cancels:  # one row of V is some hundredths of its parts
+    if cancels:  # one row of V is a few hundredths of its terms
         a, values = (backend.numpy(array).astype("float64") for array in (adapter.lora_a, weight))
         b = backend.numpy(adapter.lora_b).copy()
         row = b[2].astype("float64") @ a
