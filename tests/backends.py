@@ -240,8 +240,8 @@ class HostCuda(Lane):
         xp = array_api_compat.numpy
         ops = CupyOperations(xp, cuda_host.HostCuda())
         with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
-            patch.setattr("doraxp.backends._operations_of", lambda _: ops)
-            patch.setattr(CupyOperations, "check_current", lambda *_: None)
+            patch.setattr("doraxp.backends._boundary._operations_of", lambda _: ops)
+            patch.setattr(CupyOperations, "check_device", lambda *_: None)
             yield
 
 
