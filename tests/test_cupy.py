@@ -16,7 +16,7 @@ from doraxp.backends import Factors, reduced_precision
 from doraxp.backends._cupy.device import THREADS, Cuda
 from doraxp.backends._cupy.guard import Suspects
 from doraxp.backends._cupy.operations import CupyOperations
-from doraxp.cli._bench.gpu import HOLD
+from doraxp.bench._device import HOLD
 
 DTYPES = ("float16", ml_dtypes.bfloat16, "float32", "float64")
 
