@@ -117,7 +117,7 @@ def memory_of_a_step(process: Executor) -> bool:
 
 
 def low_precision(process: Executor) -> bool:
-    """Check the time of a step on a bfloat16 weight beside float32, and that it copies no weight."""
+    """Check the time of a step on a bfloat16 weight beside float32, and its memory."""
     workloads = SQUARE(tokens=512), SQUARE(tokens=512, dtype="bfloat16")
     print(f"{workloads[1]} ÷ float32, and 1 token in MiB", flush=True)
     present = [one for workload in workloads for one in contestants("step", workload, [NUMPY])]

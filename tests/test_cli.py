@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -70,6 +71,19 @@ def test_the_version_is_the_packages(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
     assert capsys.readouterr().out == f"doraxp {doraxp.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("doraxp", ("doraxp.cli", "doraxp.bench", "doraxp.demo", "doraxp._terminal")),
+        ("doraxp.cli", ("rich", "matplotlib", "ml_dtypes", "safetensors", "torch", "peft")),
+    ],
+)
+def test_an_import_loads_no_module_that_only_a_command_needs(module, absent):
+    code = f"import sys, {module}; print(*set(sys.modules).intersection({absent}))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "\n"
 
 
 def test_python_m_doraxp_is_the_command(monkeypatch, capsys):
