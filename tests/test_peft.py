@@ -55,7 +55,7 @@ def assert_close(actual, desired, rtol):
 
 
 def assert_equal_to_pefts(y, grads, layer, y_peft, x_torch, rtol):
-    """Hold y, dx and the adapter's gradients to what PEFT's layer has."""
+    """Compare y, dx and the adapter's gradients with those of PEFT's layer."""
     assert_close(y, y_peft.detach().numpy(), rtol)
     assert_close(grads.x, x_torch.grad.numpy(), rtol)
     expected = (

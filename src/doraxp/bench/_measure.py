@@ -25,7 +25,7 @@ from doraxp.bench._truth import Truth
 from doraxp.bench._workloads import Workload, draw
 
 SECONDS = 0.02
-"""Seconds of a sample, which is the mean of as many calls as fit in."""
+"""Seconds of a sample, which is the mean of as many calls as it takes to fill it."""
 SETTLE = 0.03
 """Seconds of sleep before each sample: until then threads of the previous library may spin."""
 TOLERANCES = {"float64": 1e-12, "float32": 1e-5, "float16": 4e-3, "bfloat16": 4e-2}

@@ -1,7 +1,7 @@
 """The peak memory of a call beyond the memory in use before it, as Linux counts it.
 
 It is measured in a fresh process, whose C library returns every freed array to the system at once.
-Otherwise a call would reuse the memory that an earlier call freed, and seem to need none.
+Otherwise a call would reuse the memory that an earlier call freed, and seem to need no memory.
 """
 
 from __future__ import annotations
