@@ -26,9 +26,14 @@ OUT, IN, RANK, TOKENS = 64, 64, 4, 1
 ROUNDS, MARGIN = 3000, 0.15
 TINY = IN * float(np.finfo(np.float32).smallest_normal / np.finfo(np.float32).eps)
 """A sum of squares up to this may have lost digits to underflow."""
-BEFORE = {"forward, norm reused": 1.0, "forward, norm computed": 1.0, "backward, exact": 1.0}
-"""The ratios while one public call still checked its arguments several times (Intel Xeon)."""
-GOALS = {name: 0.6 * ratio for name, ratio in BEFORE.items()}
+REPEATED_CHECKS = {
+    "forward, norm reused": 5.8,
+    "forward, norm computed": 1.52,
+    "backward, exact": 2.4,
+}
+"""The ratios of a version that checked library, device, dtypes and shapes several times in a call.
+Medians of 30 runs on an AMD EPYC with AVX2; a run is within 20 % of them."""
+GOALS = {name: 0.6 * ratio for name, ratio in REPEATED_CHECKS.items()}
 
 
 class Pair(NamedTuple):
