@@ -1,4 +1,4 @@
-"""Compare the figures of `doraxp demo --json FILE` with those of the README and its page."""
+"""Compare the figures of `doraxp demo --json FILE` with the README's promises and docs/demo.md."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 POINTS = 2.0
-"""How far the page's accuracies may be off: another BLAS rounds otherwise, and learns otherwise."""
+"""The largest difference to the accuracies of the page: another BLAS rounds differently."""
 
 figures = json.loads(Path(sys.argv[1]).read_text())
 frozen = figures["base"]["turned_accuracy"]
@@ -24,6 +24,6 @@ for name, method in figures["methods"].items():
 
 page = Path("docs/demo.md").read_text()
 for name, accuracy in accuracies.items():
-    (said,) = re.findall(rf"^{re.escape(name)} +([\d.]+) ±", page, re.MULTILINE)
-    assert abs(float(said) - 100 * accuracy) < POINTS, (name, said, accuracy)
-print("the demo's figures are as promised")
+    (printed,) = re.findall(rf"^{re.escape(name)} +([\d.]+) ±", page, re.MULTILINE)
+    assert abs(float(printed) - 100 * accuracy) < POINTS, (name, printed, accuracy)
+print("the demo's figures are those of the page")

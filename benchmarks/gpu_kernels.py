@@ -1,4 +1,4 @@
-"""What each kernel takes on a GPU, by PyTorch's profiler: `doraxp bench` sees calls as a whole.
+"""The time of each kernel on a GPU, by PyTorch's profiler: `doraxp bench` times whole calls.
 
     python benchmarks/gpu_kernels.py
 
@@ -39,7 +39,8 @@ def main() -> None:
         config = doraxp.Config(rank)
         adapter = doraxp.init(weight, config, seed=0)
         adapter = adapter._replace(lora_b=draw(out, rank, scale=0.01))
-        prepared = doraxp.prepare(weight, adapter, config)
+        layer = weight, adapter, config
+        prepared = doraxp.prepare(*layer)
         print(f"{out}×{inner} {weight.dtype}, rank {rank}")
         show("copy of W", partial(copied, weight))
         for tokens in TOKENS:
@@ -50,10 +51,10 @@ def main() -> None:
                 show(name, partial(step, x, dy, prepared, reduced=reduced))
         x = draw(1, inner, dtype=dtype)
         show("bare product, 1 token", partial(cupy.matmul, x, weight.T))
-        show("forward, 1 token", partial(doraxp.forward, x, *prepared[:3], prepared=prepared))
-        show("norm", partial(doraxp.prepare, *prepared[:3], previous=prepared))
-        show("merge", partial(doraxp.merge, *prepared[:3], prepared=prepared))
-        show("merge, from nothing", partial(doraxp.merge, *prepared[:3]))
+        show("forward, 1 token", partial(doraxp.forward, x, *layer, prepared=prepared))
+        show("norm", partial(doraxp.prepare, *layer, previous=prepared))
+        show("merge", partial(doraxp.merge, *layer, prepared=prepared))
+        show("merge, from nothing", partial(doraxp.merge, *layer))
 
 
 def draw(*shape: int, dtype: Any = "float32", scale: float = 1.0) -> Any:
@@ -76,12 +77,13 @@ def products(x: Any, dy: Any, weight: Any) -> tuple[Any, Any]:
 def step(x: Any, dy: Any, previous: doraxp.Prepared, *, reduced: bool) -> Any:
     """Return the gradients of an exact step: norm, forward and backward."""
     with reduced_precision() if reduced else contextlib.nullcontext():
-        _, cache = doraxp.forward(x, *previous[:3], previous=previous)
+        weight, adapter, config = previous.weight, previous.adapter, previous.config
+        _, cache = doraxp.forward(x, weight, adapter, config, previous=previous)
         return doraxp.backward(dy, cache)
 
 
 def show(name: str, call: Callable[[], Any]) -> None:
-    """Print what the kernels of a call take."""
+    """Print the times of the kernels of a call."""
     for _ in range(2):
         call()
     cupy.cuda.Device().synchronize()

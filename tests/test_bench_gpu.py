@@ -1,4 +1,4 @@
-"""`doraxp bench --backend cupy`, with NumPy in CuPy's place: cases, answers, clock and memory."""
+"""`doraxp bench --backend cupy`, with NumPy in CuPy's place: workloads, answers, clock, memory."""
 
 from __future__ import annotations
 
@@ -12,20 +12,17 @@ import numpy as np
 import pytest
 
 from doraxp.backends import Status
+from doraxp.bench import Contestant, Measured, Workload, _device, _gpu, _measure, _peft, gpu_suite
+from doraxp.bench._report import ratios
 from doraxp.cli import main
-from doraxp.cli._bench import gpu, measure, peft
-from doraxp.cli._bench.cases import Case
-from doraxp.cli._bench.contestants import Contestant
-from doraxp.cli._bench.measure import Measured
-from doraxp.cli._bench.report import ratios
 
-CASE = Case(24, 16, 5, 4, "bfloat16")
+WORKLOAD = Workload(24, 16, 5, 4, "bfloat16")
 
 
 class Gpu:
-    """A device by the clock of this test: it works through its queue, and the host does not wait.
+    """A device with a simulated clock: it works through its queue, and the host does not wait.
 
-    Seconds. `now` is the host's; what is launched begins at `free`, or now where that is past.
+    In seconds. `now` is the host's time. A launch begins at `free`, or now if `free` is past.
     """
 
     def __init__(self):
@@ -68,7 +65,7 @@ def device(monkeypatch):
 
 
 class Hook:
-    """CuPy's MemoryHook, with which one goes by `with`."""
+    """CuPy's MemoryHook, active inside its `with` block."""
 
     active = None
 
@@ -100,28 +97,28 @@ def fake_cupy(monkeypatch):
     )
     usable = [Status("cupy", True, "14.2.0")]
     monkeypatch.setattr("doraxp.backends.available", lambda: usable)
-    monkeypatch.setattr(gpu, "driver", lambda: "580.1.2")
-    monkeypatch.setattr(gpu, "_copied", lambda weight: weight.copy())
-    monkeypatch.setattr(peft, "why_not", lambda: "not here")
-    monkeypatch.setattr(measure, "SECONDS", 1e-6)
-    monkeypatch.setattr(measure, "SETTLE", 0)
-    monkeypatch.setattr(gpu, "ROTATED", 3000)  # two sets of inputs, or one
-    monkeypatch.setattr(gpu, "seconds", lambda *_: 1e-3)
+    monkeypatch.setattr(_device, "driver", lambda: "580.1.2")
+    monkeypatch.setattr(_gpu, "_copied", lambda weight: weight.copy())
+    monkeypatch.setattr(_peft, "why_not", lambda: "not here")
+    monkeypatch.setattr(_measure, "SECONDS", 1e-6)
+    monkeypatch.setattr(_measure, "SETTLE", 0)
+    monkeypatch.setattr(_gpu, "ROTATED", 3000)  # two sets of inputs, or one
+    monkeypatch.setattr(_device, "seconds", lambda *_: 1e-3)
     numbers = itertools.count(1)
-    monkeypatch.setattr(gpu, "host_seconds", lambda *_: next(numbers) / 1e3)
+    monkeypatch.setattr(_device, "host_seconds", lambda *_: next(numbers) / 1e3)
     return fake
 
 
 def test_the_suite_is_that_of_the_docs():
-    cases = list(gpu.suite())
-    assert len(cases) == 4 * 2 * 3
-    assert Case(8192, 28672, 4096, 256, "bfloat16") in cases
+    workloads = list(gpu_suite())
+    assert len(workloads) == 4 * 2 * 3
+    assert Workload(8192, 28672, 4096, 256, "bfloat16") in workloads
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
-def test_one_command_measures_all_that_is_asked(fake_cupy, tmp_path, capsys, monkeypatch, dtype):
-    cases = [Case(24, 16, tokens, 4, dtype) for tokens in (1, 5)]
-    monkeypatch.setattr(gpu, "suite", lambda: iter(cases))
+def test_one_command_measures_everything(fake_cupy, tmp_path, capsys, monkeypatch, dtype):
+    workloads = [Workload(24, 16, tokens, 4, dtype) for tokens in (1, 5)]
+    monkeypatch.setattr("doraxp.bench.gpu_suite", lambda: iter(workloads))
     path, plot = tmp_path / "gpu.json", tmp_path / "gpu.png"
     files = ("--json", str(path), "--plot", str(plot))
     assert main(["bench", "--backend", "cupy", "--rounds", "2", *files]) == 0
@@ -141,7 +138,7 @@ def test_one_command_measures_all_that_is_asked(fake_cupy, tmp_path, capsys, mon
     assert "NVIDIA Fake" in capsys.readouterr().out
 
 
-def test_other_cases_are_measured_where_they_are_asked_for(fake_cupy, tmp_path):
+def test_other_workloads_are_measured_on_request(fake_cupy, tmp_path):
     path = tmp_path / "gpu.json"
     shape = ("--shapes", "24x16", "--rank", "4", "--tokens", "5", "--tasks", "norm")
     command = ("--backend", "cupy", "--rounds", "2", "--json", str(path))
@@ -157,7 +154,7 @@ def test_a_gpu_is_measured_by_itself(fake_cupy, capsys, monkeypatch):
     assert "--backend cupy must be alone, got ['cupy', 'numpy']" in capsys.readouterr().err
 
 
-def test_contestants_go_round_several_sets_of_inputs(fake_cupy):
+def test_contestants_use_several_sets_of_inputs_in_turn(fake_cupy):
     met = set()
 
     def merge(weight):
@@ -165,9 +162,9 @@ def test_contestants_go_round_several_sets_of_inputs(fake_cupy):
 
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
-        patch.setattr(gpu, "_copied", merge)
-        patch.setattr(gpu, "_on_device", lambda _, inputs: copied(inputs))
-        bare, *_ = gpu.contestants("merge", CASE)
+        patch.setattr(_gpu, "_copied", merge)
+        patch.setattr(_gpu, "_on_device", lambda _, inputs: copied(inputs))
+        bare, *_ = _gpu.contestants("merge", WORKLOAD)
         for _ in range(4):
             bare.call()
     assert len(met) == 3000 // (2 * (24 * 16 + 5 * 16 + 5 * 24)) + 1
@@ -179,7 +176,7 @@ def copied(inputs):
 
 
 def test_the_bare_copy_is_the_devices_own():
-    """CuPy's kernel for it takes several times as long."""
+    """CuPy's kernel for a copy takes several times as long."""
     copied = []
 
     class OnDevice:
@@ -188,13 +185,13 @@ def test_the_bare_copy_is_the_devices_own():
             self.data = types.SimpleNamespace(copy_from_device_async=lambda *of: copied.append(of))
 
     weight = OnDevice((3, 4), "float32")
-    copy = gpu._copied(weight)
+    copy = _gpu._copied(weight)
     assert (copy.shape, copy.dtype) == ((3, 4), "float32")
     assert copied == [(weight.data, 48)]
 
 
 def test_inputs_are_in_the_weights_dtype():
-    weight, adapter, x, dy = gpu.stored(CASE)
+    weight, adapter, x, dy = _gpu.stored(WORKLOAD)
     assert weight.dtype == x.dtype == dy.dtype == ml_dtypes.bfloat16
     assert adapter.lora_a.dtype == np.float32
 
@@ -202,19 +199,19 @@ def test_inputs_are_in_the_weights_dtype():
 @pytest.mark.parametrize("host", [1e-6, 3e-5, 4e-3])
 @pytest.mark.parametrize("repeats", [1, 20])
 def test_time_is_the_devices_however_slow_the_host_is(device, host, repeats):
-    """The queue is held while it is filled: else a short call would take as long as Python."""
+    """The queue is held while it is filled: a short call must not take as long as Python needs."""
     calls = []
 
     def call():
         calls.append(None)
         device.work(device=2e-5, host=host)
 
-    assert gpu.seconds(device.cupy(), call, repeats) == pytest.approx(2e-5)
+    assert _device.seconds(device.cupy(), call, repeats) == pytest.approx(2e-5)
     assert repeats < len(calls) < repeats + 4
-    assert gpu.host_seconds(device.cupy(), call) == pytest.approx(host)
+    assert _device.host_seconds(device.cupy(), call) == pytest.approx(host)
 
 
-def test_what_comes_before_a_call_is_not_timed(device):
+def test_the_reset_before_a_call_is_not_timed(device):
     ready = []
 
     def reset():
@@ -225,8 +222,8 @@ def test_what_comes_before_a_call_is_not_timed(device):
         ready.pop()
         device.work(device=2e-5, host=3e-5)
 
-    assert gpu.seconds(device.cupy(), call, 5, reset) == pytest.approx(2e-5)
-    assert gpu.host_seconds(device.cupy(), call, reset) == pytest.approx(3e-5)
+    assert _device.seconds(device.cupy(), call, 5, reset) == pytest.approx(2e-5)
+    assert _device.host_seconds(device.cupy(), call, reset) == pytest.approx(3e-5)
 
 
 def test_a_call_slower_than_the_first_is_held_too(device):
@@ -235,18 +232,18 @@ def test_a_call_slower_than_the_first_is_held_too(device):
     def call():
         device.work(device=2e-6, host=next(hosts))
 
-    assert gpu.seconds(device.cupy(), call, 8) == pytest.approx(2e-6)
+    assert _device.seconds(device.cupy(), call, 8) == pytest.approx(2e-6)
 
 
-def test_the_hosts_time_is_a_median_and_nothing_is_held_for_it(device):
+def test_the_hosts_time_is_a_median_and_the_queue_is_not_held_for_it(device):
     hosts = iter([1e-5] * 12 + [1.0] + [1e-5] * 100)
-    assert gpu.host_seconds(
+    assert _device.host_seconds(
         device.cupy(), lambda: device.work(device=2e-5, host=next(hosts))
     ) == pytest.approx(1e-5)
     assert not device.held
 
 
-def test_more_calls_than_the_queue_takes_are_held_by_and_by(device):
+def test_the_queue_is_held_several_times_for_many_calls(device):
     longest = 0
     queued = []
 
@@ -257,8 +254,8 @@ def test_more_calls_than_the_queue_takes_are_held_by_and_by(device):
         queued.append(device.free)
         longest = max(longest, len(queued))
 
-    gpu.seconds(device.cupy(), call, 1000)
-    assert longest <= gpu.QUEUED
+    _device.seconds(device.cupy(), call, 1000)
+    assert longest <= _device.QUEUED
     assert max(device.held) < 1e-3
 
 
@@ -282,21 +279,21 @@ def test_the_peak_is_the_most_that_is_held_at_once():
         hook = Hook.active
         if hook is None:
             return
-        hook.free_postprocess(mem_ptr=99, mem_size=1 << 30)  # it was there before
+        hook.free_postprocess(mem_ptr=99, mem_size=1 << 30)  # it was allocated before the call
         for pointer, size in ((1, 512), (2, 1024)):
             hook.malloc_postprocess(mem_ptr=pointer, mem_size=size)
         hook.free_postprocess(mem_ptr=1, mem_size=512)
         hook.malloc_postprocess(mem_ptr=3, mem_size=256)
 
     cupy = types.SimpleNamespace(cuda=types.SimpleNamespace(MemoryHook=Hook))
-    assert gpu.peak(cupy, call) == 1536
+    assert _device.peak(cupy, call) == 1536
 
 
 def test_a_reduced_answer_has_a_tolerance_of_its_own(fake_cupy):
-    made = {one.name: one.tolerance for one in gpu.contestants("step", CASE)}
+    made = {one.name: one.tolerance for one in _gpu.contestants("step", WORKLOAD)}
     assert made["exact, reduced"] == 4e-2
     assert made["exact"] == 24 / 16 * 2.0**-23  # sums of bfloat16's products on tensor cores
-    whole = next(iter(gpu.contestants("merge", Case(24, 16, 5, 4))))
+    whole = next(iter(_gpu.contestants("merge", Workload(24, 16, 5, 4))))
     assert whole.tolerance is None
 
 
@@ -306,24 +303,26 @@ def test_peft_takes_part_where_pytorch_finds_the_device(fake_cupy, monkeypatch):
     monkeypatch.setattr(
         "importlib.import_module", lambda name, *r: torch if name == "torch" else load(name, *r)
     )
-    monkeypatch.setattr(peft, "why_not", lambda: None)
+    monkeypatch.setattr(_peft, "why_not", lambda: None)
     calls = []
 
     def on_cuda(*given):
         calls.append(given)
-        yield Contestant("DoRA", peft.LIBRARY, "detached", lambda: 1, dict, lambda: calls.append(2))
+        yield Contestant(
+            "DoRA", _peft.LIBRARY, "detached", lambda: 1, dict, lambda: calls.append(2)
+        )
 
-    monkeypatch.setattr(peft, "on_cuda", on_cuda)
-    monkeypatch.setattr(gpu, "seconds", lambda cupy, call, repeats, reset: (call(), reset()))
-    monkeypatch.setattr(gpu, "host_seconds", lambda cupy, call, reset: (call(), reset()))
-    *_, theirs = gpu.contestants("norm", CASE)
+    monkeypatch.setattr(_peft, "on_cuda", on_cuda)
+    monkeypatch.setattr(_device, "seconds", lambda cupy, call, repeats, reset: (call(), reset()))
+    monkeypatch.setattr(_device, "host_seconds", lambda cupy, call, reset: (call(), reset()))
+    *_, theirs = _gpu.contestants("norm", WORKLOAD)
     assert theirs.seconds(7) == theirs.host_seconds() == (1, None)
-    assert calls == [("norm", CASE, 3), 2, 2]
+    assert calls == [("norm", WORKLOAD, 3), 2, 2]
 
 
-def test_peft_on_a_gpu_is_held_against_cupys_bare_products():
+def test_peft_on_a_gpu_is_compared_with_cupys_bare_products():
     def of(library, kind, seconds):
-        return Measured(CASE, "step", kind, library, kind, [seconds] * 2, 0)
+        return Measured(WORKLOAD, "step", kind, library, kind, [seconds] * 2, 0)
 
     bare, theirs = of("cupy", "bare", 1.0), of("PEFT", "detached", 3.0)
     assert ratios(theirs, [bare, theirs])["over_own_bare"] == (3.0, 3.0, 3.0)
@@ -334,10 +333,10 @@ def test_peft_on_a_gpu_is_held_against_cupys_bare_products():
     [("echo 580.1.2; echo 580.1.2", "580.1.2"), ("exit 9", None), (None, None)],
     ids=["two devices", "no device", "no such program"],
 )
-def test_the_driver_is_asked_for_its_version(tmp_path, monkeypatch, said, expected):
+def test_the_version_of_the_driver_is_that_of_nvidia_smi(tmp_path, monkeypatch, said, expected):
     if said is not None:
         program = tmp_path / "nvidia-smi"
         program.write_text(f"#!/bin/sh\n{said}\n")
         program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert gpu.driver() == expected
+    assert _device.driver() == expected

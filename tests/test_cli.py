@@ -1,9 +1,10 @@
-"""The command line: the demo's laws on real digits, its files, and what it refuses."""
+"""The command line: the demo's laws on real digits, its files, and the arguments it refuses."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -13,10 +14,9 @@ import pytest
 from rich.console import Console
 
 import doraxp
+from doraxp._terminal.runtimes import runtime
 from doraxp.cli import main
-from doraxp.cli._experiment import BaseRun, Results, Run, Settings
-from doraxp.cli._libraries import library
-from doraxp.cli._table import print_results
+from doraxp.demo import BaseRun, Results, Run, Settings, print_results
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_the_picture_is_a_png(demo):
     assert demo[0].read_bytes().startswith(b"\x89PNG\r\n")
 
 
-def test_methods_learn_what_the_frozen_base_cannot(demo):
+def test_methods_read_digits_that_the_frozen_base_cannot(demo):
     _, figures = demo
     assert min(figures["base"]["upright_accuracy"]["values"]) > 0.9
     assert max(figures["base"]["turned_accuracy"]["values"]) < 0.4
@@ -73,6 +73,19 @@ def test_the_version_is_the_packages(capsys):
     assert capsys.readouterr().out == f"doraxp {doraxp.__version__}\n"
 
 
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("doraxp", ("doraxp.cli", "doraxp.bench", "doraxp.demo", "doraxp._terminal")),
+        ("doraxp.cli", ("rich", "matplotlib", "ml_dtypes", "safetensors", "torch", "peft")),
+    ],
+)
+def test_an_import_loads_no_module_that_only_a_command_needs(module, absent):
+    code = f"import sys, {module}; print(*set(sys.modules).intersection({absent}))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "\n"
+
+
 def test_python_m_doraxp_is_the_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["doraxp", "--version"])
     with pytest.raises(SystemExit, match="0"):
@@ -89,7 +102,7 @@ def test_a_rate_that_is_too_large_is_shown_and_written_as_null(tmp_path, capsys)
     assert "nan" in capsys.readouterr().out
 
 
-def test_the_table_says_what_the_runs_came_to(capsys):
+def test_the_table_has_the_figures_of_the_runs(capsys):
     def runs(*accuracies):
         return [Run(accuracy, accuracy - 0.5, 2e-6, 1234, 1.5, [], {}) for accuracy in accuracies]
 
@@ -114,7 +127,7 @@ def test_the_table_says_what_the_runs_came_to(capsys):
     assert lines[-1] == "First of the adapters: DoRA exact, 10.0 ± 28.3 points ahead of LoRA."
 
 
-def test_a_disk_that_is_full_and_an_interrupt_are_no_tracebacks(monkeypatch, capsys):
+def test_a_full_disk_and_an_interrupt_end_without_a_traceback(monkeypatch, capsys):
     def fail(_):
         raise OSError(28, "No space left on device", "out.json")
 
@@ -176,7 +189,7 @@ def test_good_arguments_reach_the_run(monkeypatch):
     assert (arguments.seed, arguments.seeds, arguments.json) == (0, 3, None)
 
 
-def test_jax_compiles_and_everyone_waits_for_what_is_computed(monkeypatch):
+def test_jax_compiles_and_every_runtime_waits_for_its_results(monkeypatch):
     registered, synchronised = [], []
     stream = types.SimpleNamespace(synchronize=lambda: synchronised.append("cupy"))
     modules = {
@@ -192,9 +205,9 @@ def test_jax_compiles_and_everyone_waits_for_what_is_computed(monkeypatch):
         "numpy": np,
     }
     monkeypatch.setattr("importlib.import_module", modules.__getitem__)
-    assert library("jax") == ("jax", "jax's", "jit", "wait")
+    assert runtime("jax") == ("jax", "jax's", "jit", "wait")
     assert registered == [doraxp.Config]
-    cupy, numpy = library("cupy"), library("numpy")
+    cupy, numpy = runtime("cupy"), runtime("numpy")
     assert (cupy.asarray, numpy.asarray) == ("cupy's", np.asarray)
     assert cupy.compiled(len) is numpy.compiled(len) is len
     assert numpy.wait(1) == 1
@@ -212,7 +225,7 @@ def test_jax_compiles_and_everyone_waits_for_what_is_computed(monkeypatch):
     ],
 )
 def test_a_file_is_named_as_it_is(tmp_path, capsys, monkeypatch, command):
-    """Brackets are no markup, and no error after all was measured."""
+    """Brackets in a name are not markup and cause no error after the work is done."""
     monkeypatch.chdir(tmp_path)
     name = "run[red][bold] :smile:"
     words = [word.format(name) for word in command.split()]

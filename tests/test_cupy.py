@@ -19,7 +19,7 @@ from doraxp.backends._cupy.operations import CupyOperations
 from doraxp.backends._cupy.parameters import kernel_name
 from doraxp.backends._cupy.products import Products
 from doraxp.backends._cupy.source import THREADS
-from doraxp.cli._bench.gpu import HOLD
+from doraxp.bench._device import HOLD
 
 DTYPES = ("float16", ml_dtypes.bfloat16, "float32", "float64")
 

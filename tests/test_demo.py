@@ -5,24 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from doraxp._terminal.runtimes import BACKENDS
 from doraxp.backends import available
-from doraxp.cli._digits import Digits, load_digits, split_digits
-from doraxp.cli._experiment import Settings, experiment
-from doraxp.cli._libraries import BACKENDS
-from doraxp.cli._methods import (
+from doraxp.demo import Settings, experiment
+from doraxp.demo._digits import Digits, load_digits, split_digits
+from doraxp.demo._methods import (
     Layer,
     adapted_logits,
-    contestants,
     loss_and_gradients,
     merged,
+    methods,
     plain_logits,
 )
 
-METHODS = contestants(rank=2)
+METHODS = methods(rank=2)
 
 
 def pytest_generate_tests(metafunc):
-    """Run `library` on those of the demo's backends that are asked for, and always on NumPy."""
+    """Parametrise `library` over NumPy and the demo's other backends that are asked for."""
     if "library" in metafunc.fixturenames:
         asked = {"numpy", *(metafunc.config.getoption("backend") or BACKENDS)}
         metafunc.parametrize("library", [name for name in BACKENDS if name in asked])
@@ -42,7 +42,7 @@ def draw(rng, *shape):
 
 @pytest.fixture
 def task():
-    """A network 6 -> 5 -> 4, four tokens and what they are; in float64."""
+    """A network 6 -> 5 -> 4, seven tokens and their targets; in float64."""
     rng = np.random.default_rng(20240214)
     sizes = {"layer 1": (5, 6), "layer 2": (4, 5)}
     base = {name: Layer(draw(rng, *shape), draw(rng, shape[0])) for name, shape in sizes.items()}
@@ -50,7 +50,7 @@ def task():
 
 
 def trained_somewhat(method, base):
-    """Return what a method trains, away from its start: B = 0 would hide A's gradient."""
+    """Return the parameters of a method away from their start: B = 0 would hide A's gradient."""
     rng = np.random.default_rng(7)
     starts = {name: method.start(layer, seed=7) for name, layer in base.items()}
     return {

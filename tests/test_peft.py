@@ -9,9 +9,7 @@ import pytest
 
 import doraxp
 from doraxp import Adapter, Config
-from doraxp.cli._bench.cases import DTYPES, TASKS, Case
-from doraxp.cli._bench.entrants import entrants
-from doraxp.cli._bench.measure import check_all
+from doraxp.bench import DTYPES, TASKS, Workload, check_all, contestants
 
 RTOL = {"float32": 1e-5, "float64": 1e-12}
 
@@ -57,7 +55,7 @@ def assert_close(actual, desired, rtol):
 
 
 def assert_equal_to_pefts(y, grads, layer, y_peft, x_torch, rtol):
-    """Hold y, dx and the adapter's gradients to what PEFT's layer has."""
+    """Compare y, dx and the adapter's gradients with those of PEFT's layer."""
     assert_close(y, y_peft.detach().numpy(), rtol)
     assert_close(grads.x, x_torch.grad.numpy(), rtol)
     expected = (
@@ -155,9 +153,9 @@ def test_a_bf16_base_is_off_at_init_in_peft_and_exact_here(peft, torch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("task", TASKS)
 def test_the_benchmarks_contestants_are_right_on_every_call(peft, torch, task, dtype):
-    case = Case(48, 32, 9, 4, dtype)
-    present = entrants(task, case, ("torch", "PEFT"))
-    assert {entrant.library for entrant in present} == {"torch", "PEFT"}
-    check_all(task, case, present)
+    workload = Workload(48, 32, 9, 4, dtype)
+    present = contestants(task, workload, ("torch", "PEFT"))
+    assert {contestant.library for contestant in present} == {"torch", "PEFT"}
+    check_all(task, workload, present)
     if task != "adamw":  # torch.optim's state moves on
-        check_all(task, case, present)
+        check_all(task, workload, present)

@@ -1,4 +1,4 @@
-"""`doraxp verify`: the table, the exit status, the figures, and what it refuses."""
+"""`doraxp verify`: the table, the exit status, the figures, and the backends it refuses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import doraxp
 from doraxp.cli import main
 
 
-def test_all_that_can_be_used_is_verified(capsys, monkeypatch, tmp_path):
+def test_all_usable_backends_are_verified(capsys, monkeypatch, tmp_path):
     usable = [doraxp.backends.Status("numpy", True, ""), doraxp.backends.Status("cupy", False, "")]
     monkeypatch.setattr("doraxp.backends.available", lambda: usable)
     path = tmp_path / "figures.json"
@@ -44,8 +44,8 @@ def test_a_wrong_number_is_exit_status_1_and_named(capsys, monkeypatch, tmp_path
     assert (one["case"], one["error"], one["share"]) == ("tall", None, None)
 
 
-def test_what_the_table_shows_is_said_in_whole_lines(capsys):
-    """The table of one library is narrow; what is said of it need not be."""
+def test_the_caption_of_the_table_fills_its_lines(capsys):
+    """The table of one library is narrow; its caption need not be."""
     assert main(["verify", "--backend", "numpy"]) == 0
     lines = capsys.readouterr().out.splitlines()
     (first,) = (line for line in lines if line.startswith("Largest error"))
@@ -62,7 +62,7 @@ def test_a_long_list_of_failures_is_cut(capsys, monkeypatch):
     assert "more\n" in printed
 
 
-def test_two_backends_are_said_to_agree_and_what_they_lack_is_said(capsys, monkeypatch):
+def test_agreement_of_two_backends_and_missing_dtypes_are_printed(capsys, monkeypatch):
     from doraxp.testing import Agreement, Comparison, Figure
 
     figure = Figure("numpy", "tall", "float32", "y", float("nan"), 0.0, 1.2e-7, 0.5, None)

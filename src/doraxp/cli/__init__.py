@@ -1,7 +1,7 @@
 """The command line: `doraxp COMMAND`, or `python -m doraxp COMMAND`.
 
 A command is a module with a `SUMMARY`, `add_arguments(parser)` and `run(arguments)`, which
-returns the exit status. What the bare installation lacks, a command imports only when it runs.
+returns the exit status. It imports the modules that an extra installs only when it runs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Parameters
     ----------
     argv : sequence of str, optional
-        The arguments; those of the process by default.
+        The arguments; by default those of the process.
 
     Returns
     -------

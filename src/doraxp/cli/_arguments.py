@@ -1,4 +1,4 @@
-"""What the commands refuse before any work that would be lost."""
+"""Checks of the arguments, made before any work that an error would lose."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import doraxp
-from doraxp.cli._libraries import BACKENDS
+from doraxp._terminal.runtimes import BACKENDS
 
 CHECKPOINT = ("safetensors", "ml_dtypes", "threadpoolctl", "rich")
-"""What the extra of this name installs."""
+"""The modules that the extra `checkpoint` installs."""
 
 
 def backend(text: str) -> str:
     """Parse the name of a library that can be used here."""
     if text not in BACKENDS:
         raise argparse.ArgumentTypeError(f"must be one of {', '.join(BACKENDS)}, got {text!r}")
-    if text == "numpy":  # always there; to ask about the others is to import them all
+    if text == "numpy":  # always there; `available` imports all the others
         return text
     (status,) = (status for status in doraxp.backends.available() if status.name == text)
     if not status.usable:
@@ -75,9 +75,9 @@ def output(suffix: str) -> Callable[[str], Path]:
 
 
 def lacks(command: str, *modules: str, extra: str | None = None) -> bool:
-    """Say on stderr which modules of an extra are not installed; return if any is.
+    """Return whether a module is missing, after an error message that says how to install it.
 
-    The extra is called as the command is, unless it is given.
+    The extra that installs the modules has the name of the command, unless `extra` is given.
     """
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:

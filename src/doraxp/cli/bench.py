@@ -1,35 +1,35 @@
-"""`doraxp bench`: what an adapted layer costs beside the bare one, and beside PEFT's."""
+"""`doraxp bench`: the cost of an adapted layer beside the bare one, and beside PEFT's."""
 
 from __future__ import annotations
 
 import argparse
 import re
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Mapping
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from doraxp.backends import available
+from doraxp import bench
+from doraxp._terminal.figures import write_json
+from doraxp._terminal.progress import progress_by_parts
+from doraxp._terminal.runtimes import BACKENDS
+from doraxp._terminal.tables import new_console, print_names
 from doraxp.cli._arguments import backend, integer, lacks, output
-from doraxp.cli._bench import curves, gpu, peft
-from doraxp.cli._bench.cases import DTYPES, TASKS, Case
-from doraxp.cli._libraries import BACKENDS, versions
-from doraxp.cli._report import write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SUMMARY = (
     "Measure time and memory of doraxp beside the bare products, and beside PEFT where it is "
     "installed: all in one process, checked for the same answers, ratios first."
 )
-DEFAULTS = ("numpy", "torch")
-DEFAULT_CASES: dict[str, list[Any]] = {
+CUPY = "cupy"
+DEFAULTS: dict[str, list[Any]] = {
     "shapes": [(4096, 4096)],
     "tokens": [1, 512],
     "rank": [16],
     "dtype": ["float32"],
 }
-TOKENLESS = ("norm", "merge", "adamw")
-"""Tasks that tokens make no difference to: done once for all."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,20 +41,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OUTxIN",
         help="of the weight (default: 4096x4096)",
     )
-    for name, what in (("tokens", "in x"), ("rank", "of the adapter")):
-        default = DEFAULT_CASES[name]
+    for name, meaning in (("tokens", "in x"), ("rank", "of the adapter")):
+        default = DEFAULTS[name]
         parser.add_argument(
             f"--{name}",
             type=integer(1),
             nargs="+",
             metavar="N",
-            help=f"{what} (default: {' '.join(map(str, default))})",
+            help=f"{meaning} (default: {' '.join(map(str, default))})",
         )
     parser.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=bench.DTYPES,
         nargs="+",
-        help="that the weight is stored in (default: float32)",
+        help="in which the weight is stored (default: float32)",
     )
     parser.add_argument(
         "--backend",
@@ -62,12 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="{" + ",".join(BACKENDS) + "}",
         help="array library, repeatable; PEFT takes part where torch does and it is installed "
-        f"(default: those of {', '.join(DEFAULTS)} that are installed); cupy by itself, and on "
-        "the cases of the docs where none are asked for",
+        f"(default: those of {', '.join(bench.LIBRARIES)} that are installed); cupy by itself, and "
+        "on the workloads of the docs unless you ask for others",
     )
     parser.add_argument(
         "--tasks",
-        choices=TASKS,
+        choices=bench.TASKS,
         nargs="+",
         help="(default: all; without cupy all but backward, which is a part of step)",
     )
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=integer(2),
         default=5,
         metavar="N",
-        help="how many samples of each contestant are taken (default: %(default)s)",
+        help="number of samples of each contestant (default: %(default)s)",
     )
     parser.add_argument(
         "--curves",
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--plot", type=output(".png"), metavar="FILE", help="save a picture")
     parser.add_argument(
-        "--json", type=output(".json"), metavar="FILE", help="write every figure, of each round"
+        "--json", type=output(".json"), metavar="FILE", help="write all figures, of each round"
     )
 
 
@@ -103,155 +103,115 @@ def run(arguments: argparse.Namespace) -> int:
     plotting = ("matplotlib",) if arguments.plot is not None else ()
     if lacks("bench", "rich", "threadpoolctl", "ml_dtypes", *plotting):
         return 2
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from doraxp.cli._bench import memory
-    from doraxp.cli._bench.measure import Measured, WrongAnswerError, measure
-    from doraxp.cli._bench.report import figures, print_exponents, print_tables
-    from doraxp.cli._tables import print_names
-
-    asked = {name: getattr(arguments, name) for name in DEFAULT_CASES}
-    on_gpu = gpu.LIBRARY in (arguments.backend or ())
-    if on_gpu and set(arguments.backend) != {gpu.LIBRARY}:
-        return _refuse(f"--backend {gpu.LIBRARY} must be alone, got {arguments.backend}")
-    for name, value in DEFAULT_CASES.items():
-        setattr(arguments, name, asked[name] or value)
-    arguments.tasks = arguments.tasks or [task for task in TASKS if on_gpu or task != "backward"]
-    cases = gpu.suite() if on_gpu and not any(asked.values()) else _cases(arguments)
-    jobs = list(dict.fromkeys(_sweeps(arguments) if arguments.curves else _jobs(cases, arguments)))
-    for case, _ in jobs:
-        most = min(case.out, case.inner)
-        if case.rank > most:
-            shape = f"{case.out}x{case.inner}"
-            if arguments.curves and case.rank not in arguments.rank:
-                least = max(curves.SWEEPS["rank"])
-                return _refuse(
-                    f"--shapes must be at least {least}x{least} for the ranks of --curves, got "
-                    f"{shape}"
-                )
-            return _refuse(f"--rank must be in 1..{most} for {shape}, got {case.rank}")
-    if arguments.plot is not None and {task for _, task in jobs} == {"adamw"}:
-        return _refuse("--plot draws times over the bare product's, and adamw has none")
-    libraries, missing = _libraries(arguments.backend)
-    results: list[Measured] = []
-    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with (
-        memory.child() as child,
-        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
-    ):
-        bar = progress.add_task("", total=len(jobs) * (arguments.rounds + 2))
-        for case, task in jobs:
-            progress.update(bar, description=f"{case}: {task}")
-            try:
-                results += measure(
-                    task,
-                    case,
-                    libraries,
-                    rounds=arguments.rounds,
-                    child=child,
-                    on_part=lambda: progress.advance(bar),
-                )
-            except WrongAnswerError as error:
-                return _refuse(f"wrong answer: {error}")
-    console, counts, processors = Console(), threads(), kernels()
-    found = curves.collect(_base(arguments), results) if arguments.curves else {}
-    if found:
-        print_exponents(found, console)
+    try:
+        jobs = _jobs(arguments)
+    except ValueError as error:
+        return _refuse(str(error))
+    libraries, missing = bench.libraries(arguments.backend)
+    try:
+        results = _measure(jobs, libraries, arguments.rounds)
+    except bench.WrongAnswerError as error:
+        return _refuse(f"wrong answer: {error}")
+    curves = bench.collect(_base(arguments), results) if arguments.curves else {}
+    console = new_console()
+    if curves:
+        bench.print_exponents(curves, console)
     else:
-        print_tables(results, console)
+        bench.print_tables(results, console)
     console.print(f"Medians of {arguments.rounds} rounds; ± half the distance of the quartiles.")
-    console.print("Threads: " + _listed(counts))
-    if processors:
-        console.print("BLAS kernels: " + _listed(processors))
-    if on_gpu:
-        console.print(f"Device: {gpu.device()['name']}")
-        console.print("Times are the device's; the host needs its own to make a call of it.")
-    for name, reason in missing.items():
-        print_names(f"Without {name}: {reason}", console)
+    _print_conditions(libraries, missing, console)
     if arguments.json is not None:
-        took_part = dict.fromkeys([*libraries, *(one.library for one in results)])
-        names = [name.lower() for name in took_part]
-        modules = dict.fromkeys(["numpy", *names, *(["torch"] if "peft" in names else [])])
-        head: dict[str, Any] = {"versions": versions(*modules), "threads": counts}
-        head |= {"blas_kernels": processors, "missing": missing}
-        if on_gpu:
-            head["device"] = gpu.device()
-        fitted = {name: curves.exponents(name, curve) for name, curve in found.items()}
-        fits = {"exponents": fitted} if found else {}
-        write_json(arguments.json, {**head, **fits, "results": figures(results)})
+        write_json(arguments.json, bench.report(results, libraries, missing, curves))
         print_names(f"Figures: {arguments.json}", console)
     if arguments.plot is not None:
-        from doraxp.cli._bench.picture import save_curves, save_ratios
-
-        save_curves(found, arguments.plot) if found else save_ratios(results, arguments.plot)
+        if curves:
+            bench.save_curves(curves, arguments.plot)
+        else:
+            bench.save_ratios(results, arguments.plot)
         print_names(f"Picture: {arguments.plot}", console)
     return 0
 
 
-def threads() -> dict[str, int]:
-    """Return how many threads each pool of this process has."""
-    import threadpoolctl
-
-    counts = {
-        str(pool["prefix"]): int(pool["num_threads"]) for pool in threadpoolctl.threadpool_info()
-    }
-    torch = sys.modules.get("torch")  # its MKL is linked in, where nobody else can ask it
-    return counts if torch is None else {**counts, "torch": torch.get_num_threads()}
-
-
-def kernels() -> dict[str, str]:
-    """Return the processor whose kernels each BLAS runs; OPENBLAS_CORETYPE may have chosen it."""
-    import threadpoolctl
-
-    pools = threadpoolctl.threadpool_info()
-    return {pool["prefix"]: pool["architecture"] for pool in pools if "architecture" in pool}
-
-
-def _listed(named: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in named.items())
-
-
-def _cases(arguments: argparse.Namespace) -> Iterator[Case]:
-    for (out, inner), rank, dtype in product(arguments.shapes, arguments.rank, arguments.dtype):
-        for tokens in arguments.tokens:
-            yield Case(out, inner, tokens, rank, dtype)
-
-
-def _jobs(cases: Iterable[Case], arguments: argparse.Namespace) -> Iterator[tuple[Case, str]]:
-    done = set()
-    for case in cases:
-        for task in arguments.tasks:
-            of_all = replace(case, tokens=1), task
-            if task not in TOKENLESS or of_all not in done:
-                yield case, task
-            done.add(of_all)
+def _jobs(arguments: argparse.Namespace) -> list[bench.Job]:
+    """Fill in the defaults and return the jobs; ValueError names an argument that does not fit."""
+    on_gpu = CUPY in (arguments.backend or ())
+    if on_gpu and set(arguments.backend) != {CUPY}:
+        raise ValueError(f"--backend {CUPY} must be alone, got {arguments.backend}")
+    is_default = not any(getattr(arguments, name) for name in DEFAULTS)
+    for name, value in DEFAULTS.items():
+        setattr(arguments, name, getattr(arguments, name) or value)
+    tasks = arguments.tasks or [task for task in bench.TASKS if on_gpu or task != "backward"]
+    if arguments.curves:
+        jobs = bench.curve_jobs(_base(arguments))
+    elif on_gpu and is_default:
+        jobs = bench.jobs(bench.gpu_suite(), tasks)
+    else:
+        sizes = product(arguments.shapes, arguments.rank, arguments.dtype, arguments.tokens)
+        workloads = (
+            bench.Workload(out, inner, tokens, rank, dtype)
+            for (out, inner), rank, dtype, tokens in sizes
+        )
+        jobs = bench.jobs(workloads, tasks)
+    _check_ranks(jobs, arguments)
+    if arguments.plot is not None and {job.task for job in jobs} == {"adamw"}:
+        raise ValueError(
+            "--plot draws times over the bare product's, but adamw has no bare product"
+        )
+    return jobs
 
 
-def _base(arguments: argparse.Namespace) -> Case:
+def _check_ranks(jobs: list[bench.Job], arguments: argparse.Namespace) -> None:
+    for workload, _ in jobs:
+        most = min(workload.out, workload.inner)
+        if workload.rank <= most:
+            continue
+        sizes = f"{workload.out}x{workload.inner}"
+        if arguments.curves and workload.rank not in arguments.rank:
+            least = max(job.workload.rank for job in jobs)
+            raise ValueError(
+                f"--shapes must be at least {least}x{least} for the ranks of --curves, got {sizes}"
+            )
+        raise ValueError(f"--rank must be in 1..{most} for {sizes}, got {workload.rank}")
+
+
+def _base(arguments: argparse.Namespace) -> bench.Workload:
+    """Return the workload that the curves go around."""
     out, inner = arguments.shapes[-1]
-    return Case(out, inner, arguments.tokens[-1], arguments.rank[-1], arguments.dtype[-1])
+    return bench.Workload(out, inner, arguments.tokens[-1], arguments.rank[-1], arguments.dtype[-1])
 
 
-def _sweeps(arguments: argparse.Namespace) -> Iterator[tuple[Case, str]]:
-    for _, _, case in curves.cases(_base(arguments)):
-        yield case, curves.TASK
+def _measure(jobs: list[bench.Job], libraries: list[str], rounds: int) -> list[bench.Measured]:
+    """Measure all jobs, with a progress bar."""
+    results: list[bench.Measured] = []
+    with bench.fresh_process() as process, progress_by_parts() as progress:
+        bar = progress.add_task("", total=len(jobs) * (rounds + 2))
+        for workload, task in jobs:
+            progress.update(bar, description=f"{workload}: {task}")
+            results += bench.measure(
+                task,
+                workload,
+                libraries,
+                rounds=rounds,
+                process=process,
+                on_part=lambda: progress.advance(bar),
+            )
+    return results
 
 
-def _libraries(asked: list[str] | None) -> tuple[list[str], dict[str, str]]:
-    """Return who takes part, and why the others cannot."""
-    missing: dict[str, str] = {}
-    if asked is None:
-        states = [status for status in available() if status.name in DEFAULTS]
-        asked = [status.name for status in states if status.usable]
-        missing = {status.name: status.detail for status in states if not status.usable}
-    libraries = list(dict.fromkeys(asked))
-    reason = peft.why_not()
-    if reason is not None:
-        missing[peft.LIBRARY] = reason
-    elif "torch" in libraries:
-        libraries.append(peft.LIBRARY)
-    return libraries, missing
+def _print_conditions(libraries: list[str], missing: dict[str, str], console: Console) -> None:
+    """Print the conditions of the run: threads, kernels, device, and libraries that are missing."""
+    console.print("Threads: " + _listed(bench.threads()))
+    if kernels := bench.blas_kernels():
+        console.print("BLAS kernels: " + _listed(kernels))
+    if CUPY in libraries:
+        console.print(f"Device: {bench.device()['name']}")
+        console.print("Times are the device's; the host needs its own to make a call of it.")
+    for name, reason in missing.items():
+        print_names(f"Without {name}: {reason}", console)
+
+
+def _listed(named: Mapping[str, object]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in named.items())
 
 
 def _refuse(message: str) -> int:

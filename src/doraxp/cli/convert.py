@@ -1,4 +1,4 @@
-"""`doraxp convert`: a DoRA adapter into another format, exactly or not at all."""
+"""`doraxp convert`: write a DoRA adapter in another format, exactly or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from doraxp.cli._arguments import CHECKPOINT, lacks
 
 SUMMARY = (
-    "Convert a DoRA adapter to PEFT's or mlx-lm's format: exactly, or refused with the reason."
+    "Convert a DoRA adapter to PEFT's or mlx-lm's format, exactly. An adapter that the format "
+    "cannot hold is refused with the reason."
 )
 
 
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--to", choices=("peft", "mlx"), required=True, help="the format of DST")
     parser.add_argument(
-        "--out", type=Path, metavar="DST", required=True, help="a folder that is not there yet"
+        "--out", type=Path, metavar="DST", required=True, help="a folder that does not exist yet"
     )
 
 

@@ -1,24 +1,26 @@
-"""`doraxp demo`: a frozen network learns turned digits, by five methods, measured."""
+"""`doraxp demo`: a frozen network learns turned digits, by four methods."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, fields
-from typing import Any
+from dataclasses import fields
 
 import numpy as np
 
+from doraxp._terminal.figures import write_json
+from doraxp._terminal.progress import progress_by_parts
+from doraxp._terminal.runtimes import BACKENDS
+from doraxp._terminal.tables import new_console, print_names
 from doraxp.cli._arguments import backend, integer, lacks, output, rate
-from doraxp.cli._experiment import (
+from doraxp.demo import (
     CHECKPOINTS,
     RANK_LIMIT,
-    Results,
     Settings,
     experiment,
-    figure,
+    print_results,
+    report,
+    save_picture,
 )
-from doraxp.cli._libraries import BACKENDS, versions
-from doraxp.cli._report import write_json
 
 SUMMARY = (
     "Train a small network on 1,797 real handwritten digits, freeze it, adapt it to digits turned "
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=integer(3),
         default=defaults.seeds,
         metavar="N",
-        help="how many seeds the figures are the mean of, at least 3 (default: %(default)s)",
+        help="number of seeds, at least 3; figures are means over them (default: %(default)s)",
     )
     parser.add_argument(
         "--rank",
@@ -93,65 +95,23 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the experiment, print the table, save the picture and the figures."""
     if lacks("demo", "rich", "matplotlib"):
         return 2
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from doraxp.cli._picture import save_picture
-    from doraxp.cli._table import print_results
-    from doraxp.cli._tables import print_names
-
     settings = Settings(
         **{field.name: getattr(arguments, field.name) for field in fields(Settings)}
     )
-    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with progress_by_parts() as progress:
         task = progress.add_task("", total=settings.total_steps)
-        with np.errstate(over="ignore", invalid="ignore"):  # the table shows a rate too large
+        with np.errstate(over="ignore", invalid="ignore"):  # the table shows such a rate
             results = experiment(
                 settings,
                 lambda what, seed: progress.update(
                     task, advance=1, description=f"seed {seed}: {what}"
                 ),
             )
-    console = Console()
+    console = new_console()
     print_results(results, console)
     if arguments.json is not None:
-        write_json(arguments.json, _report(results))
+        write_json(arguments.json, report(results))
         print_names(f"Figures: {arguments.json}", console)
     save_picture(results, arguments.plot)
     print_names(f"Picture: {arguments.plot}", console)
     return 0
-
-
-def _report(results: Results) -> dict[str, Any]:
-    """Return all figures, in the types of JSON."""
-    settings = results.settings
-    return {
-        "arguments": asdict(settings),
-        "versions": versions("numpy", settings.backend),
-        "digits": {"training": results.training_digits, "held out": results.held_out_digits},
-        "base": {
-            name: figure(getattr(run, name) for run in results.base)._asdict()
-            for name in ("upright_accuracy", "turned_accuracy", "seconds")
-        },
-        "methods": {name: _method_report(results, name) for name in results.methods},
-    }
-
-
-def _method_report(results: Results, method: str) -> dict[str, Any]:
-    runs = results.methods[method]
-    report: dict[str, Any] = {
-        "learning_rate": results.settings.rate(method),
-        "trainable_parameters": runs[0].trainable_parameters,
-    }
-    for name in ("accuracy", "seconds", "merged_accuracy", "largest_difference"):
-        value = results.figure(method, name)
-        report[name] = None if value is None else value._asdict()
-    report["layers"] = {
-        layer: {
-            name: figure(run.changes[layer][-1][index] for run in runs)._asdict()
-            for index, name in enumerate(("magnitude_change", "direction_change"))
-        }
-        for layer in runs[0].changes
-    }
-    return report

@@ -1,4 +1,4 @@
-"""`doraxp inspect`: what is in a DoRA adapter, and what it does to its base."""
+"""`doraxp inspect`: the modules of a DoRA adapter, and how they change the base."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from doraxp._terminal.adapter_picture import save_adapter_picture
+from doraxp._terminal.figures import write_json
+from doraxp._terminal.tables import plain_console, print_table
 from doraxp.cli._arguments import CHECKPOINT, lacks, output
-from doraxp.cli._report import write_json
 
 if TYPE_CHECKING:
     from doraxp.checkpoint import AdapterSet
 
 SUMMARY = (
-    "List the modules of a DoRA adapter with rank, scale, size and effective rank of the update; "
-    "with --base also how far magnitudes and directions move, and how near rows come to cancelling."
+    "List the modules of a DoRA adapter with rank, scale, size and effective rank of the update. "
+    "With --base, show how far magnitudes and directions move, and how near rows are to cancelling."
 )
 
 
@@ -24,8 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path", type=Path, metavar="PATH", help="a folder as PEFT or mlx-lm save it, or a file"
     )
-    parser.add_argument("--base", type=Path, metavar="BASE", help="the model that it belongs to")
-    parser.add_argument("--json", type=output(".json"), metavar="FILE", help="write all of it")
+    parser.add_argument(
+        "--base", type=Path, metavar="BASE", help="the model that the adapter belongs to"
+    )
+    parser.add_argument("--json", type=output(".json"), metavar="FILE", help="write all figures")
     parser.add_argument(
         "--plot",
         type=output(".png"),
@@ -35,13 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Look, print the table, write what was asked for."""
+    """Read the adapter, print the table, write the figures and the picture."""
     if lacks("inspect", *CHECKPOINT, extra="checkpoint"):
         return 2
     if arguments.plot and lacks("inspect --plot", "matplotlib", extra="demo"):
         return 2
     from doraxp.checkpoint import CheckpointError, load_adapters
-    from doraxp.cli._tables import plain_console, print_table
 
     try:
         adapters = load_adapters(arguments.path)
@@ -66,9 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         write_json(arguments.json, report)
     if arguments.plot:
-        from doraxp.cli._inspect_picture import save_picture
-
-        save_picture(adapters, report["modules"], arguments.plot)
+        save_adapter_picture(adapters, report["modules"], arguments.plot)
     return 0
 
 

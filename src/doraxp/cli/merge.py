@@ -1,4 +1,4 @@
-"""`doraxp merge`: a DoRA adapter into a model on disk, as a stream."""
+"""`doraxp merge`: merge a DoRA adapter into a model on disk, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from concurrent.futures import CancelledError, Executor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from doraxp._terminal.progress import progress_by_bytes
+from doraxp._terminal.tables import plain_console, print_table
 from doraxp.cli._arguments import CHECKPOINT, backend, integer, lacks
 
 if TYPE_CHECKING:
@@ -19,11 +21,11 @@ if TYPE_CHECKING:
     from doraxp.checkpoint import Change, Merge
 
 SUMMARY = (
-    "Merge a DoRA adapter into a model, tensor by tensor, in little memory; OUT is there when it "
-    "is complete, and a merge that was interrupted goes on where it was."
+    "Merge a DoRA adapter into a model, tensor by tensor, in little memory. OUT appears when it is "
+    "complete; after an interruption, the same command goes on where it stopped."
 )
 _ROUNDING = 1e-6
-"""The largest change of a row that m, made in float32, may bring without any training."""
+"""The largest change of a row that the rounding of m to float32 may cause without any training."""
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -39,18 +41,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder as PEFT or mlx-lm save it, or a safetensors file",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="OUT", required=True, help="a folder, or a file as BASE is"
+        "--out",
+        type=Path,
+        metavar="OUT",
+        required=True,
+        help="a folder, or a file if BASE is a file",
     )
-    parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.add_argument(
         "--dtype",
         choices=_DTYPES,
-        help="of every floating tensor in OUT (default: each keeps its own)",
+        help="of every floating-point tensor in OUT (default: that of the tensor in BASE)",
     )
     parser.add_argument(
         "--compute",
         choices=("float32", "float64"),
-        help="dtype to compute in (default: float32 for tensors narrower than that, else float64)",
+        help="dtype to compute in (default: float32 for narrower tensors, else float64)",
     )
     parser.add_argument(
         "--backend",
@@ -64,15 +70,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=integer(1),
         default=min(4, os.cpu_count() or 1),
         metavar="N",
-        help="shards at a time (default: %(default)s)",
+        help="number of shards to merge at a time (default: %(default)s)",
     )
     parser.add_argument(
         "--scheduler",
         metavar="ADDRESS",
-        help="of a Dask cluster whose workers see the same files: it takes the shards",
+        help="of a Dask cluster that merges the shards; its workers must see the same files",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="say what would be merged, and write nothing"
+        "--dry-run", action="store_true", help="list the tensors to merge, and write nothing"
     )
     parser.add_argument(
         "--verify",
@@ -83,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Plan, merge with a progress bar, and print what changed."""
+    """Plan, merge with a progress bar, and print the changes."""
     if lacks("merge", *CHECKPOINT, extra="checkpoint"):
         return 2
     if arguments.scheduler is not None and lacks(
@@ -91,7 +97,6 @@ def run(arguments: argparse.Namespace) -> int:
     ):
         return 2
     from doraxp.checkpoint import CheckpointError, Options, plan_merge
-    from doraxp.cli._tables import plain_console
 
     console = plain_console()
     dtype = _DTYPES.get(arguments.dtype)
@@ -99,17 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
         merge = plan_merge(
             arguments.base, arguments.adapter, Options(arguments.backend, arguments.compute, dtype)
         )
-        for name in merge.output_heads:
-            _warn(
-                f"{name} is the output head too: the merge changes both, though the adapter was "
-                "trained on the embedding alone"
-            )
-        for name, known in merge.tokenizers_apart().items():
-            _warn(
-                f"OUT has BASE's {name}, and not the other one of ADAPTER"
-                if known
-                else f"OUT has no {name}, and ADAPTER has one"
-            )
+        _warn_of_traps(merge)
         if arguments.dry_run:
             _print_plan(merge, console)
         else:
@@ -133,22 +128,24 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _merge(merge: Merge, arguments: argparse.Namespace) -> dict[str, Change]:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+def _warn_of_traps(merge: Merge) -> None:
+    for name in merge.output_heads:
+        _warn(
+            f"{name} is the output head too: the merge changes both, though the adapter was "
+            "trained on the embedding alone"
+        )
+    for name, known in merge.tokenizers_apart().items():
+        _warn(
+            f"OUT has BASE's {name}, and not the other one of ADAPTER"
+            if known
+            else f"OUT has no {name}, and ADAPTER has one"
+        )
 
+
+def _merge(merge: Merge, arguments: argparse.Namespace) -> dict[str, Change]:
     from doraxp.checkpoint import run_merge
 
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    with _executor(arguments.scheduler) as executor, bar as progress:
+    with _executor(arguments.scheduler) as executor, progress_by_bytes() as progress:
         task = progress.add_task("", total=merge.size)
         return run_merge(
             merge,
@@ -163,7 +160,7 @@ def _merge(merge: Merge, arguments: argparse.Namespace) -> dict[str, Change]:
 
 @contextlib.contextmanager
 def _executor(scheduler: str | None) -> Iterator[Executor | None]:
-    """Give what takes the shards; None for this process."""
+    """Give the executor that takes the shards; None for this process."""
     if scheduler is None:
         yield None
         return
@@ -187,7 +184,6 @@ def _executor(scheduler: str | None) -> Iterator[Executor | None]:
 
 def _print_plan(merge: Merge, console: Console) -> None:
     from doraxp.checkpoint import MergedTensor
-    from doraxp.cli._tables import print_table
 
     rows: list[tuple[str, ...]] = []
     for name, task in merge.changed.items():
@@ -213,8 +209,6 @@ def _print_summary(merge: Merge, console: Console) -> None:
 
 
 def _print_changes(changes: Mapping[str, Change], console: Console) -> None:
-    from doraxp.cli._tables import print_table
-
     rows = ((name, *(f"{value:.3g}" for value in change)) for name, change in changes.items())
     print_table(("tensor", "ΔM", "ΔD", "largest change of a row"), rows, console)
     idle = [name for name, change in changes.items() if change.largest <= _ROUNDING]

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write, and say what."""
+    """Write the vectors and print how many cases they have."""
     try:
         count = write_vectors(arguments.out, force=arguments.force)
     except OSError as error:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
+from doraxp._terminal.tables import new_table
 from doraxp.testing import Comparison, Figure
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 LINES = 20
-CAPTION = (  # not the table's own: that is as narrow as the table, which may have one library
+CAPTION = (  # rich would make a table's own caption as narrow as a table of one library
     "Largest error of all cases in units of the dtype's resolution, and, in brackets, in percent "
     "of its bound: above 100 is wrong. Dense: the dense formulas in NumPy; in float64 they are "
     "the reference."
@@ -22,18 +22,12 @@ CAPTION = (  # not the table's own: that is as narrow as the table, which may ha
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Print the worst case of each quantity and dtype for each backend, and what failed."""
+    """Print the worst case of each quantity and dtype for each backend, then the failures."""
     figures = comparison.figures
     backends = list(dict.fromkeys(figure.backend for figure in figures))
-    table = Table(
-        title=f"{len({figure.case for figure in figures})} cases against float64",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("", no_wrap=True)
-    for heading in ("dense", *backends):
-        table.add_column(heading.removeprefix("array_api_"), justify="right", no_wrap=True)
+    headings = [name.removeprefix("array_api_") for name in ("dense", *backends)]
+    title = f"{len({figure.case for figure in figures})} cases against float64"
+    table = new_table([""], headings, title=title)
     rows: dict[str, dict[str, list[Figure]]] = {}
     for figure in figures:
         # The quantities of an optimizer are its steps, "lora_a 1", "lora_a 2": one row for all.
@@ -66,13 +60,15 @@ def _largest(values: Iterable[float]) -> float:
 
 
 def _print_rest(comparison: Comparison, console: Console) -> None:
+    from rich.markup import escape
+
     for backend, dtype in comparison.left_out:
         console.print(f"{backend}: no {dtype} here", highlight=False)
     for pair in comparison.agreements:
         verdict = "agree" if pair.share <= 1 else "DISAGREE"
         console.print(
-            f"{' and '.join(pair.backends)} {verdict}: {100 * pair.share:.0f} % of what two "
-            "bounds allow",
+            f"{' and '.join(pair.backends)} {verdict}: {100 * pair.share:.0f} % of the sum of "
+            "their bounds",
             highlight=False,
         )
     wrong = [figure for figure in comparison.figures if not figure.ok]

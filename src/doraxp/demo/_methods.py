@@ -1,4 +1,4 @@
-"""Ways to adapt a network of linear layers: what each trains, its forward and its backward.
+"""The methods that adapt a network of linear layers, each with its forward and its backward.
 
     x (tokens, in)   W (out, in)   A (rank, in)   B (out, rank)   y = x W'ᵀ + bias
 
@@ -6,7 +6,7 @@
     LoRA               W' = W + s B A  trains A and B
     DoRA               W' = g⊙V        trains A, B and m, by `doraxp.forward` and `backward`
 
-Between the layers is a ReLU, after the last one a softmax and the cross-entropy.
+A ReLU follows every layer except the last, which a softmax and the cross-entropy follow.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import doraxp
 
 Array: TypeAlias = Any
 LayerParameters: TypeAlias = Any
-"""What a method trains in one layer, or its gradient: a NamedTuple of arrays."""
+"""The parameters that a method trains in one layer, or their gradients: a NamedTuple of arrays."""
 Parameters: TypeAlias = dict[str, LayerParameters]
-"""The same for the network, by name of layer."""
+"""The same for the whole network, by name of layer."""
 
 
 class Layer(NamedTuple):
@@ -38,7 +38,7 @@ Network: TypeAlias = dict[str, Layer]
 
 
 class LowRank(NamedTuple):
-    """What LoRA trains in one layer."""
+    """The parameters that LoRA trains in one layer."""
 
     lora_a: Array
     """A, shape (rank, in)."""
@@ -50,20 +50,20 @@ class Method(Protocol):
     """A way to adapt one layer."""
 
     def start(self, base: Layer, *, seed: int) -> LayerParameters:
-        """Return what is trained, as it is before the first step."""
+        """Return the trained parameters as they are before the first step."""
 
     def forward(self, x: Array, base: Layer, trained: LayerParameters) -> tuple[Array, Any]:
-        """Return y and what `backward` needs."""
+        """Return y and the cache that `backward` needs."""
 
     def backward(self, dy: Array, cache: Any) -> tuple[Array, LayerParameters]:
-        """Return dx and the gradients of what is trained."""
+        """Return dx and the gradients of the trained parameters."""
 
     def merge(self, base: Layer, trained: LayerParameters) -> Layer:
         """Return the plain layer that acts as the adapted one does."""
 
 
 class FullFineTuning:
-    """Trains every weight and bias; also how the base itself is made."""
+    """Trains every weight and bias. The base itself is trained so."""
 
     def start(self, base: Layer, *, seed: int) -> Layer:
         """Start at the base."""
@@ -80,12 +80,12 @@ class FullFineTuning:
         return dy @ trained.weight, Layer(dy.T @ x, xp.sum(dy, axis=0))
 
     def merge(self, base: Layer, trained: Layer) -> Layer:
-        """Return what was trained: there is nothing to merge."""
+        """Return the trained layer: there is nothing to merge."""
         return trained
 
 
 class LoRA:
-    """Trains A and B: DoRA with the gain held at 1."""
+    """Trains A and B: DoRA with a gain of 1."""
 
     def __init__(self, config: doraxp.Config) -> None:
         self.config = config
@@ -115,7 +115,7 @@ class LoRA:
 
 
 class DoRA:
-    """Trains A, B and m, by this library."""
+    """Trains A, B and m, by doraxp."""
 
     def __init__(self, config: doraxp.Config) -> None:
         self.config = config
@@ -138,7 +138,7 @@ class DoRA:
         return Layer(doraxp.merge(base.weight, trained, self.config), base.bias)
 
 
-def contestants(rank: int) -> dict[str, Method]:
+def methods(rank: int) -> dict[str, Method]:
     """Return the methods that the demo compares, all with s = 1."""
     exact = doraxp.Config(rank)
     detached = doraxp.Config(rank, norm_gradient="detached")
@@ -167,14 +167,14 @@ def merged(method: Method, base: Network, trained: Parameters) -> Network:
 
 
 def parameter_count(trained: Parameters) -> int:
-    """Return how many numbers are trained."""
+    """Return the number of trained parameters."""
     return sum(math.prod(array.shape) for leaves in trained.values() for array in leaves)
 
 
 def loss_and_gradients(
     method: Method, base: Network, trained: Parameters, x: Array, targets: Array
 ) -> tuple[Array, Parameters]:
-    """Return the mean cross-entropy and its gradients by what is trained.
+    """Return the mean cross-entropy and its gradients by the trained parameters.
 
     `targets` is 1 at each token's class and 0 elsewhere, shape (tokens, 10).
     """

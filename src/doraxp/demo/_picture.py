@@ -9,17 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-from doraxp.cli._experiment import LAYERS, Results
+from doraxp._terminal.pictures import (
+    BLACK,
+    BLUE,
+    SKY,
+    VERMILION,
+    draw_grid,
+    new_picture,
+    save,
+)
+from doraxp.demo._experiment import LAYERS
+from doraxp.demo._results import Results
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; the dashes are for print.
-_STYLES = {
-    "LoRA": ("#D55E00", "-"),
-    "DoRA detached": ("#56B4E9", "--"),
-    "DoRA exact": ("#0072B2", "-"),
-    "full fine-tuning": ("#000000", ":"),
+_STYLES = {  # the dashes are for prints without colours
+    "LoRA": (VERMILION, "-"),
+    "DoRA detached": (SKY, "--"),
+    "DoRA exact": (BLUE, "-"),
+    "full fine-tuning": (BLACK, ":"),
 }
 _MARKERS = dict(zip(LAYERS, "os^", strict=True))
 
@@ -27,19 +34,19 @@ _MARKERS = dict(zip(LAYERS, "os^", strict=True))
 def save_picture(results: Results, path: Path) -> None:
     """Save both panels as PNG."""
     settings = results.settings
-    figure = Figure(figsize=(11, 4.8), dpi=150, layout="constrained")
-    figure.suptitle(
+    picture = new_picture(11, 4.8)
+    picture.suptitle(
         "UCI handwritten digits turned by 90°, learned by a network that reads them upright\n"
         f"rank {settings.rank}, {settings.steps} steps, mean of {settings.seeds} seeds"
     )
-    losses, changes = figure.subplots(1, 2)
+    losses, changes = picture.subplots(1, 2)
     _draw_losses(losses, results)
     _draw_changes(changes, results)
-    figure.savefig(path, format="png")
+    save(picture, path)
 
 
 def _draw_losses(axes: Any, results: Results) -> None:
-    """Draw the mean over the seeds and over parts of the training: batches are noisy."""
+    """Draw the mean loss over the seeds and over some steps each: single batches are noisy."""
     steps = results.settings.steps
     window = max(1, steps // 25)
     for name, runs in results.methods.items():
@@ -55,11 +62,13 @@ def _draw_losses(axes: Any, results: Results) -> None:
         yscale="log",
     )
     axes.legend()
-    axes.grid(alpha=0.3)
+    draw_grid(axes)
 
 
 def _draw_changes(axes: Any, results: Results) -> None:
-    """Draw each layer's way from the base, (0, 0), to its end, where its mark is."""
+    """Draw the path of each layer from the base, (0, 0), to its end, which has a mark."""
+    from matplotlib.lines import Line2D
+
     for name, runs in results.methods.items():
         colour, dashes = _STYLES[name]
         for layer, marker in _MARKERS.items():
@@ -84,4 +93,4 @@ def _draw_changes(axes: Any, results: Results) -> None:
         for layer, marker in _MARKERS.items()
     ]
     axes.legend(handles=marks, loc="upper left")
-    axes.grid(alpha=0.3)
+    draw_grid(axes)

@@ -1,7 +1,7 @@
-"""Peak memory of a call, beyond what was there before: that of the process, as Linux counts it.
+"""The peak memory of a call beyond the memory in use before it, as Linux counts it.
 
-It is measured in a process of its own, in which the C library returns every freed array at once:
-otherwise a call would be given what an earlier one left, and seem to need nothing.
+It is measured in a fresh process, whose C library returns every freed array to the system at once.
+Otherwise a call would reuse the memory that an earlier call freed, and seem to need no memory.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from doraxp.cli._bench.cases import Case
-from doraxp.cli._bench.entrants import entrants
+from doraxp.bench._contestants import contestants
+from doraxp.bench._workloads import Workload
 
 PROCESS = Path("/proc/self")
 THRESHOLD = 1 << 16
-"""Bytes from which on an allocation is returned to the system when freed."""
+"""Bytes: a freed allocation at least as large goes back to the system."""
 _M_MMAP_THRESHOLD = -3
 
 
-def child() -> ProcessPoolExecutor:
-    """Return a process to measure in: `with child() as process`."""
+def fresh_process() -> ProcessPoolExecutor:
+    """Return a process to measure memory in: `with fresh_process() as process`."""
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit what the parent freed
     return ProcessPoolExecutor(1, mp_context=spawn, initializer=return_what_is_freed)
 
 
 def return_what_is_freed() -> None:
-    """Tell the C library to; one that is not GNU's is left as it is.
+    """Tell the GNU C library to return freed memory to the system at once.
 
-    So is that of a system where nothing is measured: Windows has no name for it.
+    Do nothing with another C library, or where memory cannot be measured, as on Windows.
     """
     if not (PROCESS / "clear_refs").exists():
         return
@@ -42,23 +42,23 @@ def return_what_is_freed() -> None:
         mallopt(_M_MMAP_THRESHOLD, THRESHOLD)
 
 
-def peaks(task: str, case: Case, names: list[tuple[str, str]]) -> list[int | None]:
-    """Return the peak of each contestant, given by library and name."""
+def peaks(task: str, workload: Workload, names: list[tuple[str, str]]) -> list[int | None]:
+    """Return the peak bytes of each contestant, given by library and name."""
     libraries = dict.fromkeys(library for library, _ in names)
-    present = {(e.library, e.name): e for e in entrants(task, case, libraries)}
+    present = {(c.library, c.name): c for c in contestants(task, workload, libraries)}
     return [peak_bytes(present[name].call, present[name].reset) for name in names]
 
 
 def peak_bytes(call: Callable[[], Any], reset: Callable[[], None]) -> int | None:
-    """Return how far the memory in use rises in a call, its result included; None if unknown."""
+    """Return the rise of the memory in use during a call, result included; None if unknown."""
     clear = PROCESS / "clear_refs"
     if not clear.exists():
         return None
     reset()
-    call()  # what is made once, buffers of BLAS and compiled code, is no call's
+    call()  # the first call also makes buffers of BLAS and compiled code
     reset()
     gc.collect()
-    clear.write_text("5")  # sets the peak back to what is in use
+    clear.write_text("5")  # resets the peak to the memory in use
     before = _status("VmRSS")
     result = call()
     peak = _status("VmHWM")

@@ -1,6 +1,6 @@
-"""PEFT's DoRA and LoRA, and torch.optim.AdamW, as contestants. Tested beside PEFT only.
+"""PEFT's DoRA and LoRA, and torch.optim.AdamW, as contestants. Their tests need PEFT.
 
-Everything comes in the weight's dtype, as PEFT wants it. The layers get copies of the arrays.
+All arrays are in the weight's dtype, as PEFT wants it. The layers get copies of the arrays.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from itertools import cycle
 from typing import Any, TypeAlias
 
 from doraxp._base.types import Adapter, Array, NormGradient
-from doraxp.cli._bench.cases import LEARNING_RATE, Case, Inputs, draw
-from doraxp.cli._bench.contestants import DORA, LAYERS, Contestant
-from doraxp.cli._libraries import library
+from doraxp._terminal.runtimes import runtime
+from doraxp.bench._contestant import Contestant
+from doraxp.bench._ways import DORA, LAYERS
+from doraxp.bench._workloads import LEARNING_RATE, Inputs, Workload, draw
 
 LIBRARY = "PEFT"
 Make: TypeAlias = Callable[[], Any]
@@ -22,28 +23,28 @@ Make: TypeAlias = Callable[[], Any]
 
 
 def why_not() -> str | None:
-    """Return why PEFT cannot take part, or None where it can."""
+    """Return the reason why PEFT cannot take part, or None if it can."""
     return None if importlib.util.find_spec("peft") else "not installed: pip install peft"
 
 
-def contestants(task: str, case: Case, *, device: str = "cpu") -> Iterator[Contestant]:
-    """Yield PEFT's, or for adamw PyTorch's own."""
+def contestants(task: str, workload: Workload, *, device: str = "cpu") -> Iterator[Contestant]:
+    """Yield the contestants of PEFT, or for adamw that of PyTorch."""
     if task == "adamw":  # in the compute dtype: in float16 the squares are 0
-        leaves = map(library("torch").asarray, draw(case).adapter)
+        leaves = map(runtime("torch").asarray, draw(workload).adapter)
         yield _adamw(Adapter(*(leaf.to(device) for leaf in leaves)))
         return
-    inputs = _tensors(draw(case), device)
+    inputs = _tensors(draw(workload), device)
     for kind in (
         ("DoRA", "LoRA") if task in ("forward", "backward", "step", "evaluation") else ("DoRA",)
     ):
-        yield from _ENTRIES[task](
-            kind, partial(layer_of, inputs, case, use_dora=kind == "DoRA"), inputs
+        yield from _WAYS[task](
+            kind, partial(layer_of, inputs, workload, use_dora=kind == "DoRA"), inputs
         )
 
 
-def on_cuda(task: str, case: Case, sets: int) -> Iterator[Contestant]:
-    """Yield PEFT's own on the GPU, each going round so many sets of inputs with each reset."""
-    rows = [list(contestants(task, case, device="cuda")) for _ in range(sets)]
+def on_cuda(task: str, workload: Workload, sets: int) -> Iterator[Contestant]:
+    """Yield the contestants of PEFT on the GPU. Each reset goes on to the next of `sets` inputs."""
+    rows = [list(contestants(task, workload, device="cuda")) for _ in range(sets)]
     for of_all in zip(*rows, strict=True):
         if "accelerated" not in of_all[0].name:
             turns = _Turns(of_all)
@@ -51,7 +52,7 @@ def on_cuda(task: str, case: Case, sets: int) -> Iterator[Contestant]:
 
 
 class _Turns:
-    """Contestants that take turns."""
+    """The same contestant with several sets of inputs, used in turn."""
 
     def __init__(self, contestants: Sequence[Contestant]) -> None:
         self._turns = cycle(contestants)
@@ -75,19 +76,19 @@ class _Turns:
         return int(peak)
 
 
-def layer_of(inputs: Inputs, case: Case, *, use_dora: bool) -> Any:
-    """Return PEFT's linear layer with copies of these tensors."""
+def layer_of(inputs: Inputs, workload: Workload, *, use_dora: bool) -> Any:
+    """Return a linear layer of PEFT with copies of these tensors."""
     import peft
     import torch
 
     weight, adapter, *_ = inputs
     base: Any = torch.nn.Sequential(
-        torch.nn.Linear(case.inner, case.out, bias=False, device="meta")
+        torch.nn.Linear(workload.inner, workload.out, bias=False, device="meta")
     )
     base[0].weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
     config = peft.LoraConfig(
-        r=case.rank,
-        lora_alpha=case.rank,  # s = 1, as in `Case.config`
+        r=workload.rank,
+        lora_alpha=workload.rank,  # s = 1, as in `Workload.config`
         target_modules=["0"],
         use_dora=use_dora,
         lora_dropout=0.0,
@@ -102,7 +103,7 @@ def layer_of(inputs: Inputs, case: Case, *, use_dora: bool) -> Any:
 
 def _tensors(inputs: Inputs, device: str) -> Inputs:
     def asarray(array: Array) -> Any:
-        return library("torch").asarray(array).to(device)
+        return runtime("torch").asarray(array).to(device)
 
     weight = asarray(inputs.weight)
     return Inputs(
@@ -114,7 +115,7 @@ def _tensors(inputs: Inputs, device: str) -> Inputs:
 
 def _forward(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
     layer = make()
-    yield _entry(kind, kind, lambda: layer(inputs.x), lambda y: {"y": y.detach()})
+    yield _contestant(kind, kind, lambda: layer(inputs.x), lambda y: {"y": y.detach()})
 
 
 def _backward(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
@@ -131,7 +132,7 @@ def _backward(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
         names = ("dx", "dA", "dB", "dm")
         return dict(zip(names, (array.detach() for array in result), strict=False))
 
-    yield _entry(kind, kind, call, answer)
+    yield _contestant(kind, kind, call, answer)
 
 
 def _step(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
@@ -148,7 +149,7 @@ def _step(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
     def answer(result: Any) -> dict[str, Array]:
         return dict(zip(names, (array.detach() for array in result), strict=False))
 
-    yield _entry(kind, kind, call, answer)
+    yield _contestant(kind, kind, call, answer)
     if kind == "DoRA":
         for norm_gradient in DORA:
             yield _accelerated(norm_gradient, make, inputs, answer)
@@ -165,7 +166,7 @@ def _accelerated(
     trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
     accelerate(layer, norm_gradient)
 
-    def reset() -> None:  # as a step of the optimizer: what is kept is of another adapter
+    def reset() -> None:  # like a step of the optimizer: the kept norm is of another adapter
         with torch.no_grad():
             trained[0].neg_()
             layer(x[:1])
@@ -183,7 +184,7 @@ def _evaluation(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
     import torch
     from peft.helpers import DoraCaching
 
-    # Without DoraCaching a call empties the cache: each way has a layer of its own.
+    # A call without DoraCaching empties the cache: the two ways need a layer each.
     for caching in (False, True) if kind == "DoRA" else (False,):
         layer = make().eval()
 
@@ -192,7 +193,7 @@ def _evaluation(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
                 return layer(inputs.x)
 
         name = f"{kind}, DoraCaching" if caching else kind
-        yield _entry(name, kind, call, lambda y: {"y": y})
+        yield _contestant(name, kind, call, lambda y: {"y": y})
 
 
 def _norm(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
@@ -207,7 +208,7 @@ def _norm(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
             update = dora.get_lora_weight(a, b)
             return dora.get_weight_norm(inputs.weight, update, layer.scaling["default"])
 
-    yield _entry(kind, kind, call, lambda norm: {"n": norm})
+    yield _contestant(kind, kind, call, lambda norm: {"n": norm})
 
 
 def _merge(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
@@ -223,10 +224,10 @@ def _merge(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
         layer.merge(safe_merge=False)
         return base.weight.data
 
-    yield _entry(kind, kind, call, lambda merged: {"W'": merged}, reset)
+    yield _contestant(kind, kind, call, lambda merged: {"W'": merged}, reset)
 
 
-_ENTRIES: dict[str, Callable[[str, Make, Inputs], Iterator[Contestant]]] = {
+_WAYS: dict[str, Callable[[str, Make, Inputs], Iterator[Contestant]]] = {
     "forward": _forward,
     "backward": _backward,
     "step": _step,
@@ -236,7 +237,7 @@ _ENTRIES: dict[str, Callable[[str, Make, Inputs], Iterator[Contestant]]] = {
 }
 
 
-def _entry(
+def _contestant(
     name: str,
     kind: str,
     call: Callable[[], Any],

@@ -1,4 +1,4 @@
-"""The handwritten digits in the package, and how they are split. On the host, in NumPy."""
+"""The handwritten digits in the package, and their split. In NumPy, on the host."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ VALIDATION_DIGITS = 400
 
 
 class Digits(NamedTuple):
-    """Scans and what they show."""
+    """Scans and the digits that they show."""
 
     images: Array
     """Grey levels 0..1, float32, shape (digits, 8, 8)."""
@@ -36,16 +36,17 @@ class Digits(NamedTuple):
 
 def load_digits() -> Digits:
     """Return all 1,797 digits, in the order of the source."""
-    path = importlib.resources.files("doraxp.cli") / "data" / "digits.npz"
+    path = importlib.resources.files("doraxp.demo") / "data" / "digits.npz"
     with path.open("rb") as file, np.load(file) as data:
         return Digits(data["images"].astype(np.float32) / 16, data["labels"].astype(np.int32))
 
 
 def split_digits(*, validate: bool) -> tuple[Digits, Digits]:
-    """Return the digits to train on and those to measure on.
+    """Return the digits to train on and the digits to measure on.
 
-    The latter are the test digits. With `validate` they are taken from the rest, so that a choice
-    made by looking at the outcome has not seen the test digits. Both splits are fixed.
+    The digits to measure on are the test digits. With `validate` they are a part of the other
+    digits: a learning rate that is chosen by them has not seen the test digits. Both splits are
+    fixed.
     """
     training, test = _hold_out(load_digits(), TEST_DIGITS)
     return _hold_out(training, VALIDATION_DIGITS) if validate else (training, test)

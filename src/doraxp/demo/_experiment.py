@@ -1,18 +1,18 @@
-"""The demo's experiment, without its output: a frozen network learns turned digits.
+"""The demo's experiment: a frozen network learns turned digits.
 
 For each seed, a network 64 -> 128 -> 128 -> 10 is trained on upright digits and frozen. Then each
 method adapts it to the digits turned by 90°: from the same base, on the same batches, for as many
-steps. Then what was learned is merged into a plain network.
+steps. Then the result is merged into a plain network.
 
-Before that, the base takes every turned digit for a 4.
+Without adaptation, the base reads every turned digit as a 4.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -21,136 +21,51 @@ from array_api_compat import array_namespace
 
 from doraxp import magnitude_direction_change
 from doraxp._base.types import Array
-from doraxp.cli._digits import Digits, split_digits
-from doraxp.cli._libraries import library
-from doraxp.cli._methods import (
+from doraxp._terminal.runtimes import runtime
+from doraxp.demo._digits import Digits, split_digits
+from doraxp.demo._methods import (
     FullFineTuning,
     Layer,
     Method,
     Network,
     Parameters,
     adapted_logits,
-    contestants,
     loss_and_gradients,
     merged,
+    methods,
     parameter_count,
     plain_logits,
 )
+from doraxp.demo._results import BaseRun, Results, Run, Settings
 from doraxp.optim import AdamWState, adamw_init, adamw_step, cosine_schedule
 
 LAYERS = {"layer 1": (64, 128), "layer 2": (128, 128), "layer 3": (128, 10)}
 """(in, out) of each, in the order of the names: JAX sorts the keys of a dict."""
 RANK_LIMIT = min(min(sizes) for sizes in LAYERS.values())
 BATCH = 16
-"""Its products are small enough for OpenBLAS to stay on one thread. With 64 it takes two, and on a
-machine that is busy already the demo then takes ten times as long."""
+"""Tokens of a step: so few that OpenBLAS computes the products on one thread. With 64 it uses two
+threads, and on a busy machine the demo then takes ten times as long."""
 CHECKPOINTS = 10
 BASE_RATE = 0.005
-RATES = {"LoRA": 0.03, "DoRA detached": 0.03, "DoRA exact": 0.03, "full fine-tuning": 0.02}
-"""Peak learning rates: each method's best of a sweep with `Settings.validate`."""
 
 AsArray: TypeAlias = Callable[[Array], Array]
 Compile: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
 Batches: TypeAlias = list[tuple[Array, Array]]
 """x (tokens, 64) and targets (tokens, 10) of each step."""
 OnStep: TypeAlias = Callable[[str, int], None]
-"""Called after each step with what is trained and the seed."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the outcome depends on."""
-
-    backend: str = "numpy"
-    seed: int = 0
-    """The first of `seeds` successive ones."""
-    seeds: int = 3
-    rank: int = 4
-    steps: int = 500
-    """Of AdamW, for the base and for each method."""
-    learning_rate: float | None = None
-    """Of every method; None for those in `RATES`."""
-    validate: bool = False
-    """Measure on a part of the training digits, instead of the test digits."""
-
-    def rate(self, method: str) -> float:
-        """Return a method's peak learning rate."""
-        return RATES[method] if self.learning_rate is None else self.learning_rate
-
-    @property
-    def total_steps(self) -> int:
-        """How often `OnStep` is called."""
-        return self.seeds * (1 + len(RATES)) * self.steps
-
-
-@dataclass(frozen=True)
-class BaseRun:
-    """How good the base is, for one seed, on digits that it was not trained on."""
-
-    upright_accuracy: float
-    turned_accuracy: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one method came to, for one seed."""
-
-    accuracy: float
-    """Of the adapted network, on turned digits that it was not trained on; 0..1."""
-    merged_accuracy: float | None
-    """Of the merged network, on the same ones; None where there is nothing to merge."""
-    largest_difference: float | None
-    """Between the logits of these two; None likewise."""
-    trainable_parameters: int
-    seconds: float
-    losses: list[float]
-    """Cross-entropy of the batch, at each step."""
-    changes: dict[str, list[tuple[float, float]]]
-    """ΔM and ΔD of each layer, at `CHECKPOINTS` equally spaced steps."""
-
-
-@dataclass(frozen=True)
-class Results:
-    """All runs; each list has one for each seed."""
-
-    settings: Settings
-    training_digits: int
-    held_out_digits: int
-    base: list[BaseRun]
-    methods: dict[str, list[Run]]
-
-    def figure(self, method: str, name: str) -> Figure | None:
-        """Return the figure of a method that a field of `Run` holds for each seed."""
-        values = [getattr(run, name) for run in self.methods[method]]
-        return None if None in values else figure(values)
-
-
-class Figure(NamedTuple):
-    """A figure with its spread over the seeds."""
-
-    mean: float
-    deviation: float
-    """Standard deviation of the sample."""
-    values: list[float]
-
-
-def figure(values: Iterable[float]) -> Figure:
-    """Return the mean and the spread of two or more values."""
-    values = list(values)
-    return Figure(float(np.mean(values)), float(np.std(values, ddof=1)), values)
+"""Called after each step with the name of what is trained and with the seed."""
 
 
 def experiment(settings: Settings, on_step: OnStep = lambda what, seed: None) -> Results:
-    """Return what each method comes to with each seed."""
+    """Train and measure each method with each seed."""
     training, held_out = split_digits(validate=settings.validate)
-    _, asarray, compiled, _ = library(settings.backend)
+    _, asarray, compiled, _ = runtime(settings.backend)
     upright, turned = (asarray(digits.tokens()) for digits in (held_out, held_out.turned()))
     labels = asarray(held_out.labels)
     makes_base = _Trainer(FullFineTuning(), BASE_RATE, compiled)
     trainers = {
         name: _Trainer(method, settings.rate(name), compiled)
-        for name, method in contestants(settings.rank).items()
+        for name, method in methods(settings.rank).items()
     }
     base_runs: list[BaseRun] = []
     runs: dict[str, list[Run]] = {name: [] for name in trainers}
@@ -173,7 +88,7 @@ def experiment(settings: Settings, on_step: OnStep = lambda what, seed: None) ->
 
 
 def accuracy(logits: Array, labels: Array) -> float:
-    """Return the part of tokens whose largest logit is at their label, 0..1."""
+    """Return the share of tokens whose largest logit is at their label, 0..1."""
     xp = array_namespace(logits)
     hits = xp.argmax(logits, axis=-1) == labels
     return int(xp.sum(xp.astype(hits, xp.int32))) / int(labels.shape[0])
@@ -196,13 +111,13 @@ class _Trainer:
     def train(
         self, base: Network, batches: Batches, seed: int, on_step: Callable[[], None]
     ) -> _Training:
-        """Take a step for each batch, with a warm-up of a tenth of them, then a cosine."""
+        """Take a step for each batch. The rate warms up for a tenth of them and then falls."""
         began = time.perf_counter()
         steps = len(batches)
         rate = cosine_schedule(self.learning_rate, total_steps=steps, warmup_steps=steps // 10)
         keep = {steps * part // CHECKPOINTS for part in range(1, CHECKPOINTS + 1)}
         trained = {
-            # Of one seed, layers of one size would start with the same A.
+            # With one seed for all, layers of one size would start with the same A.
             name: self.method.start(layer, seed=seed + index)
             for index, (name, layer) in enumerate(base.items())
         }
@@ -214,7 +129,7 @@ class _Trainer:
             if count in keep:
                 checkpoints.append(trained)
             on_step()
-        # Read only now: to read a value on the host, a GPU has to finish its queue.
+        # The losses are read after the last step: to read one, the host waits for the GPU's queue.
         values = [float(loss) for loss in losses]
         return _Training(checkpoints, values, time.perf_counter() - began)
 
@@ -228,7 +143,7 @@ def _step(
     targets: Array,
     rate: float,
 ) -> tuple[Array, Parameters, AdamWState]:
-    """Return the loss, and what is trained and the optimizer's state after one step."""
+    """Return the loss, and the trained parameters and the optimizer's state after one step."""
     loss, gradients = loss_and_gradients(method, base, trained, x, targets)
     trained, state = adamw_step(trained, gradients, state, learning_rate=rate, weight_decay=0.0)
     return loss, trained, state

@@ -1,4 +1,4 @@
-"""How the commands make a library's arrays, compile its functions and wait for its results."""
+"""How to make the arrays of a library, compile functions for it and wait for their results."""
 
 from __future__ import annotations
 
@@ -15,46 +15,46 @@ from doraxp._base.types import Array
 BACKENDS = ("numpy", "torch", "jax", "cupy")
 
 
-class Library(NamedTuple):
-    """An array library, as the commands use it."""
+class Runtime(NamedTuple):
+    """How one array library runs functions of arrays."""
 
     name: str
     asarray: Callable[[Array], Array]
-    """Takes an array of NumPy's over."""
+    """Turns a NumPy array into an array of the library."""
     compiled: Callable[[Callable[..., Any]], Callable[..., Any]]
-    """Compiles a function of arrays, where the library has a compiler that pays."""
+    """Compiles a function of arrays if the library has a compiler; else returns it unchanged."""
     wait: Callable[[Any], Any]
-    """Returns its argument when that is computed."""
+    """Waits until its argument is computed, and returns it."""
 
 
-def library(name: str) -> Library:
-    """Import one of `BACKENDS`."""
+def runtime(name: str) -> Runtime:
+    """Import a library, one of `BACKENDS`, and return its runtime."""
     module = importlib.import_module(name)
     if name == "jax":  # a step has hundreds of operations: one by one they take 20 times as long
         with contextlib.suppress(ValueError):  # registered before
             module.tree_util.register_static(doraxp.Config)
         asarray = importlib.import_module("jax.numpy").asarray
-        return Library(name, asarray, module.jit, module.block_until_ready)
+        return Runtime(name, asarray, module.jit, module.block_until_ready)
     if name == "cupy":
-        return Library(name, module.asarray, _as_it_is, _wait_for_cupy)
+        return Runtime(name, module.asarray, _unchanged, _wait_for_cupy)
     if name == "torch":
-        return Library(name, functools.partial(_tensor, module), _as_it_is, _as_it_is)
-    return Library(name, module.asarray, _as_it_is, _as_it_is)
+        return Runtime(name, functools.partial(_tensor, module), _unchanged, _unchanged)
+    return Runtime(name, module.asarray, _unchanged, _unchanged)
 
 
 def versions(*names: str) -> dict[str, str]:
-    """Return the versions of doraxp, Python and modules."""
+    """Return the versions of doraxp, Python and the named modules."""
     modules = {name: str(importlib.import_module(name).__version__) for name in names}
     return {"doraxp": doraxp.__version__, "python": platform.python_version(), **modules}
 
 
 def _tensor(torch: Any, array: Array) -> Array:
-    if array.dtype.name == "bfloat16":  # that of ml_dtypes, which PyTorch does not know
+    if array.dtype.name == "bfloat16":  # PyTorch does not know the dtype of ml_dtypes
         return torch.asarray(array.view("int16")).view(torch.bfloat16)
     return torch.asarray(array)
 
 
-def _as_it_is(value: Any) -> Any:
+def _unchanged(value: Any) -> Any:
     return value
 
 

@@ -1,4 +1,4 @@
-"""Machine-readable figures."""
+"""Figures as JSON files."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 
 def write_json(path: Path, report: Any) -> None:
-    """Write nested figures; JSON has no NaN and no infinity, so null stands for them."""
+    """Write nested figures as JSON, which has neither NaN nor infinity: null stands for them."""
     path.write_text(json.dumps(_finite(report), indent=2, allow_nan=False) + "\n", "utf-8")
 
 
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
+        return [_finite(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

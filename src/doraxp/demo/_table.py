@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING
 
-from doraxp.cli._experiment import Figure, Results, figure
+from doraxp._terminal.tables import new_table
+from doraxp.demo._results import Results, Spread, spread
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+HEADINGS = (
+    "accuracy\n%",
+    "trained\nparameters",
+    "training\nseconds",
+    "accuracy %\nmerged",
+    "difference\n1e-6",
+)
 
 
 def print_results(results: Results, console: Console) -> None:
     """Print a row for each method, and which adapter came first."""
     settings = results.settings
-    upright = figure(run.upright_accuracy for run in results.base)
-    turned = figure(run.turned_accuracy for run in results.base)
+    upright = spread(run.upright_accuracy for run in results.base)
+    turned = spread(run.turned_accuracy for run in results.base)
     part = "validation" if settings.validate else "test"
-    table = Table(
+    table = new_table(
+        ["method"],
+        HEADINGS,
         title=f"Digits turned by 90°: rank {settings.rank}, {settings.steps} steps, "
         f"float32 on {settings.backend}",
         caption=f"Mean ± standard deviation of {settings.seeds} seeds, on "
@@ -23,46 +35,34 @@ def print_results(results: Results, console: Console) -> None:
         f"{_scaled(upright, 100)} % of them. Difference: the largest between the logits of the "
         "adapted network and of the merged one.",
         caption_justify="left",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
     )
-    table.add_column("method", no_wrap=True)
-    for heading in (
-        "accuracy\n%",
-        "trained\nparameters",
-        "training\nseconds",
-        "accuracy %\nmerged",
-        "difference\n1e-6",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
     table.add_row("frozen base", _scaled(turned, 100), "0", "–", "–", "–")
     for name, runs in results.methods.items():
         table.add_row(
             name,
-            _scaled(results.figure(name, "accuracy"), 100),
+            _scaled(results.spread(name, "accuracy"), 100),
             f"{runs[0].trainable_parameters:,}",
-            _scaled(results.figure(name, "seconds"), 1, digits=2),
-            _scaled(results.figure(name, "merged_accuracy"), 100),
-            _scaled(results.figure(name, "largest_difference"), 1e6),
+            _scaled(results.spread(name, "seconds"), 1, digits=2),
+            _scaled(results.spread(name, "merged_accuracy"), 100),
+            _scaled(results.spread(name, "largest_difference"), 1e6),
         )
     console.print(table)
     console.print("\n" + _verdict(results))
 
 
 def _verdict(results: Results) -> str:
-    """Say which adapter came first, whichever it is, and by how much."""
+    """Return the line that names the best adapter and how far it is ahead of the second."""
     accuracies = {
         name: [100 * run.accuracy for run in runs]
         for name, runs in results.methods.items()
-        if results.figure(name, "merged_accuracy") is not None
+        if results.spread(name, "merged_accuracy") is not None
     }
     first, second, *_ = sorted(accuracies, key=lambda name: -sum(accuracies[name]))
-    ahead = figure(a - b for a, b in zip(accuracies[first], accuracies[second], strict=True))
+    ahead = spread(a - b for a, b in zip(accuracies[first], accuracies[second], strict=True))
     return f"First of the adapters: {first}, {_scaled(ahead, 1)} points ahead of {second}."
 
 
-def _scaled(value: Figure | None, factor: float, *, digits: int = 1) -> str:
+def _scaled(value: Spread | None, factor: float, *, digits: int = 1) -> str:
     if value is None:
         return "–"
     return f"{factor * value.mean:.{digits}f} ± {factor * value.deviation:.{digits}f}"

@@ -1,0 +1,76 @@
+"""A workload: one layer, its adapter, and how many tokens it is given."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from doraxp._base.types import Adapter, Array, Config
+
+TASKS = ("forward", "backward", "step", "evaluation", "norm", "merge", "adamw")
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+LEARNING_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The sizes of a layer, the number of tokens, the rank, and the dtype of the weight."""
+
+    out: int
+    inner: int
+    tokens: int
+    rank: int
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        tokens = f"{self.tokens} token{'s' if self.tokens > 1 else ''}"
+        return f"{self.out}×{self.inner} {self.dtype}, rank {self.rank}, {tokens}"
+
+    @property
+    def config(self) -> Config:
+        """The config of the adapter."""
+        return Config(self.rank)
+
+
+class Inputs(NamedTuple):
+    """The arrays of a workload; all except the weight are in the compute dtype."""
+
+    weight: Array
+    adapter: Adapter
+    x: Array
+    dy: Array
+
+
+@functools.lru_cache(maxsize=1)
+def draw(workload: Workload) -> Inputs:
+    """Draw a layer after some training: ‖s B A‖ is about ‖W‖ / 4, and m is near the norms."""
+    rng = np.random.default_rng(0)
+    wide = np.float64 if workload.dtype == "float64" else np.float32
+
+    def normal(*shape: int, scale: float = 1.0) -> Array:
+        array = rng.standard_normal(shape, wide)
+        array *= scale
+        return array
+
+    weight = normal(workload.out, workload.inner, scale=workload.inner**-0.5)
+    lora_a = normal(workload.rank, workload.inner, scale=(3 * workload.inner) ** -0.5)
+    lora_b = normal(workload.out, workload.rank, scale=0.4 * workload.rank**-0.5)
+    magnitude = np.sqrt(np.vecdot(weight, weight)) * (1 + normal(workload.out, scale=0.1))
+    return Inputs(
+        weight.astype(numpy_dtype(workload.dtype), copy=False),
+        Adapter(lora_a, lora_b, magnitude),
+        normal(workload.tokens, workload.inner),
+        normal(workload.tokens, workload.out),
+    )
+
+
+def numpy_dtype(name: str) -> Any:
+    """Return NumPy's dtype for a name in `DTYPES`; bfloat16 comes from ml_dtypes."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
