@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
-from doraxp._base.types import Array, Reduce
+from doraxp._base.types import Array, Namespace, Reduce
 
 
 def check_reduce(reduce: Reduce | None) -> None:
@@ -14,7 +13,7 @@ def check_reduce(reduce: Reduce | None) -> None:
         raise TypeError(f"reduce must be a callable or None, got {reduce!r}")
 
 
-def sums(reduce: Reduce | None, *parts: Array, xp: Any) -> tuple[Array, ...]:
+def sums(reduce: Reduce | None, *parts: Array, xp: Namespace) -> tuple[Array, ...]:
     """Return the sums of arrays of one dtype over the ranks, made in one call of `reduce`."""
     if reduce is None:
         return parts

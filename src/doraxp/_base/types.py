@@ -11,12 +11,75 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, get_args
 
 from doraxp._base.scalars import check_count, check_flag, check_real
 
-Array: TypeAlias = Any
-"""An array of any library that array-api-compat knows."""
+DType: TypeAlias = Any
+"""A dtype object of any array library: they have no type in common."""
+
+
+class Array(Protocol):
+    """An array of any library that array-api-compat knows, with the members that the core uses.
+
+    Each library has its own types for keys and operands, so those are not narrowed here.
+    """
+
+    @property
+    def dtype(self) -> DType:
+        """The dtype, an object of the library."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The lengths of the axes."""
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+
+    def __getitem__(self, key: Any, /) -> Array: ...
+    def __add__(self, other: Any, /) -> Array: ...
+    def __radd__(self, other: Any, /) -> Array: ...
+    def __sub__(self, other: Any, /) -> Array: ...
+    def __rsub__(self, other: Any, /) -> Array: ...
+    def __mul__(self, other: Any, /) -> Array: ...
+    def __rmul__(self, other: Any, /) -> Array: ...
+    def __truediv__(self, other: Any, /) -> Array: ...
+    def __rtruediv__(self, other: Any, /) -> Array: ...
+    def __matmul__(self, other: Any, /) -> Array: ...
+    def __neg__(self) -> Array: ...
+    def __invert__(self) -> Array: ...
+    def __and__(self, other: Any, /) -> Array: ...
+    def __or__(self, other: Any, /) -> Array: ...
+    def __lt__(self, other: Any, /) -> Array: ...
+    def __le__(self, other: Any, /) -> Array: ...
+    def __gt__(self, other: Any, /) -> Array: ...
+    def __ge__(self, other: Any, /) -> Array: ...
+    def __eq__(self, other: Any, /) -> Array: ...  # type: ignore[override]
+    def __ne__(self, other: Any, /) -> Array: ...  # type: ignore[override]
+    def __bool__(self) -> bool: ...
+    def __float__(self) -> float: ...
+
+
+class Namespace(Protocol):
+    """An array namespace of array-api-compat, whose functions return arrays."""
+
+    bool: DType
+    float32: DType
+    float64: DType
+
+    def finfo(self, dtype: DType, /) -> FloatInfo:
+        """Return the properties of a floating dtype."""
+
+    def __getattr__(self, name: str, /) -> Callable[..., Array]: ...
+
+
+class FloatInfo(Protocol):
+    """The properties of a floating dtype that the core uses."""
+
+    eps: float
+    smallest_normal: float
+
 
 Consumed: TypeAlias = Array
 """An array that the function may write to: its caller must not read it again."""
@@ -123,6 +186,10 @@ class Gradients(NamedTuple):
     """Shape of the weight, in the compute dtype; None unless `train_base`."""
     bias: Array | None
     """Shape of the bias, in the compute dtype; None unless `train_base` and a bias was given."""
+
+
+Snapshot: TypeAlias = Adapter | tuple[bytes, bytes, bytes]
+"""The values of A, B and m at one time: copies of the arrays, or their bytes."""
 
 
 class AdamWLeaf(NamedTuple):

@@ -6,14 +6,12 @@ names the argument, the rule and the value.
 
 from __future__ import annotations
 
-from typing import Any
-
 from doraxp._base.scalars import check_kind
-from doraxp._base.types import Adapter, Array, Config
+from doraxp._base.types import Adapter, Array, Config, DType
 from doraxp.backends import Operations, compute_dtype, operations
 
 
-def check_layer(weight: Array, adapter: Adapter, config: Config) -> tuple[Operations, Any]:
+def check_layer(weight: Array, adapter: Adapter, config: Config) -> tuple[Operations, DType]:
     """Return the operations for the arrays of one layer, and the dtype to compute in."""
     return _check(weight, adapter, config, None, {})
 
@@ -21,7 +19,7 @@ def check_layer(weight: Array, adapter: Adapter, config: Config) -> tuple[Operat
 def check_call(
     x: Array, weight: Array, adapter: Adapter, config: Config, bias: Array | None,
     dropout_mask: Array | None = None,
-) -> tuple[Operations, Any]:  # fmt: skip
+) -> tuple[Operations, DType]:  # fmt: skip
     """Return the operations for a layer and its input, and the dtype to compute in."""
     others = {"x": x} if dropout_mask is None else {"x": x, "dropout_mask": dropout_mask}
     checked = _check(weight, adapter, config, bias, others)
@@ -32,7 +30,7 @@ def check_call(
 
 def _check(
     weight: Array, adapter: Adapter, config: Config, bias: Array | None, others: dict[str, Array]
-) -> tuple[Operations, Any]:
+) -> tuple[Operations, DType]:
     check_kind("adapter", adapter, Adapter)
     check_kind("config", config, Config)
     a, b, m = adapter

@@ -10,11 +10,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from doraxp._base.ranks import sums
 from doraxp._base.scalars import check_flag, check_kind
-from doraxp._base.types import Adapter, Array, Config, Gradients, Reduce
+from doraxp._base.types import Adapter, Array, Config, DType, Gradients, Namespace, Reduce
 from doraxp._core.checks import check_call, check_output_gradient
 from doraxp._core.prepared import (
     Prepared,
@@ -259,7 +259,7 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
 
 
 def _inputs(
-    x: Array, mask: Array | None, weight: Array, config: Config, dtype: Any, *, ops: Operations
+    x: Array, mask: Array | None, weight: Array, config: Config, dtype: DType, *, ops: Operations
 ) -> _Inputs:
     """Return x, x~ and the one of the two that ρ⊙W sees."""
     if mask is None:
@@ -314,7 +314,7 @@ def _drops_update(inputs: _Inputs, mask: Array | None) -> bool:
 
 
 def _through_dropout(
-    dx: Array, d: Array, update: Array | None, mask: Array, weight: Array, dtype: Any,
+    dx: Array, d: Array, update: Array | None, mask: Array, weight: Array, dtype: DType,
     *, ops: Operations,
 ) -> Array:  # fmt: skip
     """Return dx in `dtype`, given dz V, (tokens, in), and dy.
@@ -337,7 +337,7 @@ def _in_shape(array: Array, shape: tuple[int, ...], *, ops: Operations) -> Array
     return array if array.shape == shape else ops.xp.reshape(array, shape)
 
 
-def as_tokens(x: Array, weight: Array, dtype: Any, *, xp: Any) -> Array:
+def as_tokens(x: Array, weight: Array, dtype: DType, *, xp: Namespace) -> Array:
     """Return x (*stack, ..., k) in `dtype`, with one axis of tokens: (*stack, tokens, k)."""
     x = as_dtype(x, dtype, xp=xp)
     if x.ndim == weight.ndim:

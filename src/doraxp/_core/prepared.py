@@ -6,11 +6,11 @@ V = ρ⊙W + s B A              n = ‖V‖ by rows, (out,)           g = m / n,
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from doraxp._base.ranks import check_reduce, sums
 from doraxp._base.scalars import check_kind
-from doraxp._base.types import Adapter, Array, Config, Reduce
+from doraxp._base.types import Adapter, Array, Config, DType, Reduce, Snapshot
 from doraxp._core.checks import check_layer
 from doraxp._core.decomposition import inverse_norms
 from doraxp.backends import Direction, Factors, Operations, as_dtype, transpose
@@ -33,7 +33,7 @@ class Prepared(NamedTuple):
     """V Aᵀ / n, and 0 where n = 0, shape (*stack, out, rank)."""
     weight_squares: Array
     """‖w‖² by rows, shape (*stack, out)."""
-    snapshot: Any
+    snapshot: Snapshot | None
     """A copy of the adapter's values, to notice a later write to its arrays."""
     reduce: Reduce | None = None
     """The sum over ranks that `prepare` was given."""
@@ -107,7 +107,7 @@ def prepare(
 
 def prepare_checked(
     weight: Array, adapter: Adapter, config: Config, previous: Prepared | None,
-    reduce: Reduce | None, dtype: Any, *, ops: Operations,
+    reduce: Reduce | None, dtype: DType, *, ops: Operations,
 ) -> Prepared:  # fmt: skip
     """Return the result of `prepare` for arguments that were checked."""
     a, b, m = (as_dtype(leaf, dtype, xp=ops.xp) for leaf in adapter)

@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import functools
-from types import ModuleType
 from typing import Any
 
 import array_api_compat
 import array_api_compat.numpy
 import numpy as np
 
-from doraxp._base.types import Array
+from doraxp._base.types import Array, Namespace
 from doraxp.backends._cupy.operations import CupyOperations
 from doraxp.backends._dtypes import DTYPES, dtype_name
 from doraxp.backends._generic import Operations
@@ -55,7 +54,7 @@ def _operations_of_any(given: dict[str, Array]) -> Operations:
 
 
 @functools.cache
-def _operations_of(xp: ModuleType) -> Operations:
+def _operations_of(xp: Namespace) -> Operations:
     if array_api_compat.is_numpy_namespace(xp):
         return _NUMPY
     if array_api_compat.is_cupy_namespace(xp):
@@ -70,7 +69,7 @@ def _check_dtype(name: str, array: Array) -> None:
         raise TypeError(f"{name} must be of dtype {', '.join(DTYPES)}, got {array.dtype}")
 
 
-def _one_library(given: dict[str, Array]) -> ModuleType:
+def _one_library(given: dict[str, Array]) -> Namespace:
     namespaces = {name: _namespace(name, array) for name, array in given.items()}
     (first, xp), *others = namespaces.items()
     for name, other in others:
@@ -94,9 +93,9 @@ def _check_devices(given: dict[str, Array]) -> None:
             )
 
 
-def _namespace(name: str, array: Array) -> ModuleType:
+def _namespace(name: str, array: Array) -> Namespace:
     try:
-        namespace: ModuleType = array_api_compat.array_namespace(array)
+        namespace: Namespace = array_api_compat.array_namespace(array)
     except TypeError:
         raise TypeError(
             f"{name} must be an array of a library that array-api-compat knows, got "
@@ -110,5 +109,5 @@ def _device(array: Array) -> Any:
     return getattr(device, "device_set", device)  # JAX: arrays may lie across the same devices
 
 
-def _library(xp: ModuleType) -> str:
+def _library(xp: Namespace) -> str:
     return str(xp.__name__).removeprefix("array_api_compat.")

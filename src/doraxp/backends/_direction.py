@@ -10,30 +10,29 @@ Every array may have the same leading axes, a stack: (*stack, out, in) and so on
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-from doraxp._base.types import Array, Consumed
+from doraxp._base.types import Array, Consumed, DType, Namespace
 from doraxp.backends._dtypes import as_dtype, transpose
 
 
 class Factors(NamedTuple):
-    """The arrays of which V is made. Without A and B, V is ρ⊙W."""
+    """The arrays of which V is made."""
 
     weight: Array
     """W, in the dtype that it is stored in."""
-    lora_a: Array | None
+    lora_a: Array
     """A, in the compute dtype."""
-    scaled_b: Array | None
+    scaled_b: Array
     """s B, in the compute dtype."""
     row_scale: Array | None
-    """ρ, in the compute dtype."""
+    """ρ, in the compute dtype; None for 1."""
 
 
 class Products(Protocol):
     """The operations that a direction calls."""
 
-    xp: ModuleType
+    xp: Namespace
 
     def product(self, left: Array, right: Array) -> Array:
         """Return left right."""
@@ -72,7 +71,7 @@ class Direction(Protocol):
         """Return z as `transposed_product` does, and y = g⊙z + bias: (*stack, tokens, out)."""
 
     def product(
-        self, d: Consumed, low: Consumed, tokens: int, dtype: Any, *, ops: Products
+        self, d: Consumed, low: Consumed, tokens: int, dtype: DType, *, ops: Products
     ) -> tuple[Array, Array]:
         """Return d V: (*stack, tokens + k, out) -> (*stack, tokens, in) and (*stack, k, in).
 
@@ -85,7 +84,7 @@ class Direction(Protocol):
     def dense(self, *, ops: Products) -> Array:
         """Return V, shape (*stack, out, in), in the compute dtype."""
 
-    def with_weight(self, weight: Array | None) -> Direction:
+    def with_weight(self, weight: Array) -> Direction:
         """Return the direction with another object for W. It must hold the same numbers."""
 
 
@@ -115,7 +114,7 @@ class Factored(NamedTuple):
         return ops.forward_epilogue(z, row_scale, (low, scaled_b), gain, bias)
 
     def product(
-        self, d: Consumed, low: Consumed, tokens: int, dtype: Any, *, ops: Products
+        self, d: Consumed, low: Consumed, tokens: int, dtype: DType, *, ops: Products
     ) -> tuple[Array, Array]:
         """Return (ρ⊙d) W + (d s B) A."""
         weight, a, _, row_scale = self.factors
@@ -131,7 +130,7 @@ class Factored(NamedTuple):
         """Return ρ⊙W + (s B) A."""
         return form(self.factors, self.factors.lora_a.dtype, xp=ops.xp)
 
-    def with_weight(self, weight: Array | None) -> Factored:
+    def with_weight(self, weight: Array) -> Factored:
         """Return the direction with another object for W."""
         return Factored(self.factors._replace(weight=weight))
 
@@ -160,7 +159,7 @@ class Dense(NamedTuple):
         return ops.forward_epilogue(z, None, None, gain, bias)
 
     def product(
-        self, d: Consumed, low: Consumed, tokens: int, dtype: Any, *, ops: Products
+        self, d: Consumed, low: Consumed, tokens: int, dtype: DType, *, ops: Products
     ) -> tuple[Array, Array]:
         """Return d V by one product."""
         return split_rows(ops.product(d, self.v), tokens, dtype, ops=ops)
@@ -173,18 +172,18 @@ class Dense(NamedTuple):
         """Return the stored V."""
         return self.v
 
-    def with_weight(self, weight: Array | None) -> Dense:
+    def with_weight(self, weight: Array) -> Dense:
         """Return the direction with another object for W."""
         return Dense(self.factors._replace(weight=weight), self.v)
 
 
-def form(factors: Factors, dtype: Any, *, xp: ModuleType) -> Array:
+def form(factors: Factors, dtype: DType, *, xp: Namespace) -> Array:
     """Return V = ρ⊙W + (s B) A, shape (*stack, out, in), in `dtype`."""
     weight, a, scaled_b, row_scale = factors
     v = as_dtype(weight, dtype, xp=xp)
     if row_scale is not None:
         v = row_scale[..., None] * v
-    return v if scaled_b is None else v + scaled_b @ a
+    return v + scaled_b @ a
 
 
 def see_dropped(
@@ -197,6 +196,6 @@ def see_dropped(
     return ops.accumulate(z, low, transpose(factors.scaled_b))
 
 
-def split_rows(product: Array, tokens: int, dtype: Any, *, ops: Products) -> tuple[Array, Array]:
+def split_rows(product: Array, tokens: int, dtype: DType, *, ops: Products) -> tuple[Array, Array]:
     """Return the first `tokens` rows (*stack, tokens + k, in) in `dtype`, and the other k rows."""
     return as_dtype(product[..., :tokens, :], dtype, xp=ops.xp), product[..., tokens:, :]

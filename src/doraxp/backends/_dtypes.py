@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-from types import ModuleType
-from typing import Any
 
 from array_api_compat import array_namespace
 
-from doraxp._base.types import Array
+from doraxp._base.types import Array, DType, Namespace
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 """The dtypes that arrays may have."""
@@ -22,17 +20,17 @@ def dtype_name(array: Array) -> str:
 
 
 @functools.cache
-def _name_of(kind: type, dtype: Any) -> str:
+def _name_of(kind: type, dtype: DType) -> str:
     # numpy and jax: "float32"; torch: "torch.float32"; strict: "array_api_strict.float32".
     return str(dtype).rpartition(".")[-1]
 
 
-def as_dtype(array: Array, dtype: Any, *, xp: ModuleType) -> Array:
+def as_dtype(array: Array, dtype: DType, *, xp: Namespace) -> Array:
     """Return `array` in `dtype`: the same object where it has that dtype already."""
     return array if array.dtype == dtype else xp.astype(array, dtype)
 
 
-def compute_dtype(*arrays: Array, xp: ModuleType) -> Any:
+def compute_dtype(*arrays: Array, xp: Namespace) -> DType:
     """Return the dtype to compute in: float64 if any of the arrays has it, else float32."""
     for array in arrays:
         if dtype_name(array) == "float64":
@@ -42,7 +40,9 @@ def compute_dtype(*arrays: Array, xp: ModuleType) -> Any:
 
 def transpose(array: Array) -> Array:
     """Return `array` with its last two axes swapped."""
-    try:
-        return array.mT  # NumPy takes a sixth of the time that `matrix_transpose` takes
-    except AttributeError:  # Dask's arrays have no mT
-        return array_namespace(array).matrix_transpose(array)
+    # NumPy's mT takes a sixth of the time of `matrix_transpose`. Dask's arrays have no mT.
+    transposed: Array | None = getattr(array, "mT", None)
+    if transposed is None:
+        xp: Namespace = array_namespace(array)
+        transposed = xp.matrix_transpose(array)
+    return transposed

@@ -11,13 +11,22 @@ else is in the compute dtype. Every array may have the same leading axes, a stac
 from __future__ import annotations
 
 import functools
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import array_api_compat
 
 from doraxp._base.ranks import sums
-from doraxp._base.types import AdamWLeaf, AdamWNumbers, Adapter, Array, Consumed, Reduce
+from doraxp._base.types import (
+    AdamWLeaf,
+    AdamWNumbers,
+    Adapter,
+    Array,
+    Consumed,
+    DType,
+    Namespace,
+    Reduce,
+    Snapshot,
+)
 from doraxp.backends._direction import Dense, Direction, Factored, Factors, form
 from doraxp.backends._dtypes import as_dtype, compute_dtype, transpose
 
@@ -59,7 +68,7 @@ class OutputGradients(NamedTuple):
 class Operations:
     """The operations on arrays of the namespace `xp`."""
 
-    def __init__(self, xp: ModuleType) -> None:
+    def __init__(self, xp: Namespace) -> None:
         self.xp = xp
 
     # Arrays
@@ -80,7 +89,7 @@ class Operations:
         """Return `array` outside of any graph that its library records for gradients."""
         return array
 
-    def operand_dtype(self, array: Array, weight: Array, dtype: Any) -> Any:
+    def operand_dtype(self, array: Array, weight: Array, dtype: DType) -> DType:
         """Return the dtype in which products take x or dy: here `dtype`, the compute dtype.
 
         A backend whose products of two 16-bit arrays come out in the compute dtype returns the
@@ -164,7 +173,7 @@ class Operations:
 
     # The norm
 
-    def row_squares(self, weight: Array, dtype: Any) -> Array:
+    def row_squares(self, weight: Array, dtype: DType) -> Array:
         """Return ‖wᵢ‖² by rows, (*stack, out, in) -> (*stack, out), in `dtype`."""
         wide = as_dtype(weight, dtype, xp=self.xp)
         return self.xp.sum(wide * wide, axis=-1)
@@ -175,8 +184,9 @@ class Operations:
         With `reduce`, `squares` are sums over ranks that each hold a part of the input axis.
         """
         trusted = in_range(squares, weight.shape[-1], xp=self.xp)
-        factors = Factors(weight, None, None, None)
-        return self._guard(trusted, self.xp.sqrt(squares), factors, reduce)[0]
+        if self.can_read_values(trusted) and bool(self.xp.all(trusted)):
+            return self.xp.sqrt(squares)
+        return safe_row_norms(as_dtype(weight, squares.dtype, xp=self.xp), reduce, xp=self.xp)
 
     def norm_and_direction(
         self, u: Array, gram: Array, squares: Array, factors: Factors, magnitude: Array,
@@ -272,13 +282,13 @@ class Operations:
 
     # A prepared norm must not outlive its adapter
 
-    def snapshot(self, adapter: Adapter) -> Any:
+    def snapshot(self, adapter: Adapter) -> Snapshot | None:
         """Return what `unchanged` needs to notice a later write to the arrays, or None."""
         if not self.can_read_values(adapter.lora_a):
             return None
         return Adapter(*(self.xp.asarray(self.detached(leaf), copy=True) for leaf in adapter))
 
-    def unchanged(self, snapshot: Any, then: Adapter, now: Adapter) -> bool:
+    def unchanged(self, snapshot: Snapshot | None, then: Adapter, now: Adapter) -> bool:
         """Return whether `now` is still the adapter `then`, of which `snapshot` was taken.
 
         By value where the host may read values. Elsewhere by identity: that is enough for
@@ -291,7 +301,7 @@ class Operations:
 
 def expanded_norm(
     u: Array, gram: Array, squares: Array, scaled_b: Array, row_scale: Array | None, terms: int,
-    *, xp: ModuleType,
+    *, xp: Namespace,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Return n and V Aᵀ by their expansion, and a mask of the rows that kept their digits.
 
@@ -318,7 +328,7 @@ def expanded_norm(
     return xp.sqrt(xp.abs(n2)), u + bg, trusted  # a row with n² < 0 is not trusted
 
 
-def in_range(squares: Array, terms: int, *, xp: ModuleType) -> Array:
+def in_range(squares: Array, terms: int, *, xp: Namespace) -> Array:
     """Return a mask of the sums of `terms` squares that neither overflowed nor underflowed.
 
     NaN counts as out of range.
@@ -326,26 +336,26 @@ def in_range(squares: Array, terms: int, *, xp: ModuleType) -> Array:
     return (squares > least_sum(squares.dtype, terms, xp=xp)) & (squares < float("inf"))
 
 
-def least_sum(dtype: Any, terms: int, *, xp: ModuleType) -> float:
+def least_sum(dtype: DType, terms: int, *, xp: Namespace) -> float:
     """Return the bound below which a sum of `terms` squares may have lost digits to underflow."""
     return terms * _least_square(xp, dtype)
 
 
 @functools.cache
-def _least_square(xp: ModuleType, dtype: Any) -> float:
+def _least_square(xp: Namespace, dtype: DType) -> float:
     """Return the least square that has all its digits. Asking `finfo` each time takes longer."""
     info = xp.finfo(dtype)
     return float(info.smallest_normal) / float(info.eps)
 
 
-def over_norm(values: Array, norm: Array, *, xp: ModuleType) -> Array:
+def over_norm(values: Array, norm: Array, *, xp: Namespace) -> Array:
     """Return values / n by rows, 0 where n = 0, NaN where it is; values (*stack, out[, k])."""
     norm = xp.reshape(norm, (*norm.shape, *(1,) * (values.ndim - norm.ndim)))
     nonzero = norm != 0
     return xp.where(nonzero, values / xp.where(nonzero, norm, 1.0), 0.0)
 
 
-def safe_row_norms(rows: Array, reduce: Reduce | None = None, *, xp: ModuleType) -> Array:
+def safe_row_norms(rows: Array, reduce: Reduce | None = None, *, xp: Namespace) -> Array:
     """Return ‖vᵢ‖ without overflow or underflow: (*stack, out, in) -> (*stack, out).
 
     With `reduce`, each rank holds a part of every row.
@@ -361,7 +371,7 @@ def safe_row_norms(rows: Array, reduce: Reduce | None = None, *, xp: ModuleType)
     return bound * xp.sqrt(sums(reduce, share * share, xp=xp)[0])
 
 
-def same_values(a: Array, b: Array, *, xp: ModuleType) -> bool:
+def same_values(a: Array, b: Array, *, xp: Namespace) -> bool:
     """Return whether two arrays have one shape, one dtype and the same values; NaN equals NaN."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from doraxp._base.types import Adapter, Array, Consumed, Reduce
+from doraxp._base.types import Adapter, DType, Reduce, Snapshot
 from doraxp.backends._direction import (
     Direction,
     Factored,
@@ -28,6 +28,7 @@ from doraxp.backends._generic import (
     Operations,
     OutputGradients,
     expanded_norm,
+    in_range,
     safe_row_norms,
     same_values,
 )
@@ -39,8 +40,11 @@ CACHE_BLOCK = 1 << 18
 PRODUCT_BLOCK = 1 << 22
 MERGE_BLOCK = 1 << 20  # between the two: its product has only `rank` terms
 
-Snapshot: TypeAlias = tuple[bytes, ...]
-"""The bytes of A, B and m."""
+HostArray: TypeAlias = Any
+"""An `np.ndarray`. mypy would refuse that as the type of an argument: the generic operations take
+any `Array`."""
+ConsumedArray: TypeAlias = HostArray
+"""A `HostArray` that the function may write to: its caller must not read it again."""
 
 
 class Patch(NamedTuple):
@@ -48,9 +52,9 @@ class Patch(NamedTuple):
 
     element: tuple[int, ...]
     """The element of the stack; () for a plain weight."""
-    rows: Array
+    rows: HostArray
     """Indices of the rows, (k,)."""
-    values: Array
+    values: HostArray
     """These rows of V, (k, in)."""
 
 
@@ -61,9 +65,9 @@ class Patched(NamedTuple):
     patches: tuple[Patch, ...]
 
     def transposed_product(
-        self, x: Array, low: Array, base: Array | None = None, dropped: Array | None = None,
+        self, x: HostArray, low: HostArray, base: HostArray | None = None, dropped: HostArray | None = None,
         *, ops: Products,
-    ) -> Array:  # fmt: skip
+    ) -> HostArray:  # fmt: skip
         """Replace the columns of the factored x Vᵀ that belong to stored rows."""
         if dropped is not None:
             low = ops.product(x, self.factors.lora_a.mT)
@@ -73,16 +77,16 @@ class Patched(NamedTuple):
         return see_dropped(z, x, dropped, self.factors, ops=ops)
 
     def outputs(
-        self, x: Array, low: Array, gain: Array, bias: Array | None,
-        base: Array | None = None, dropped: Array | None = None, *, ops: Products,
-    ) -> tuple[Array, Array]:  # fmt: skip
+        self, x: HostArray, low: HostArray, gain: HostArray, bias: HostArray | None,
+        base: HostArray | None = None, dropped: HostArray | None = None, *, ops: Products,
+    ) -> tuple[HostArray, HostArray]:  # fmt: skip
         """Return z and y = g⊙z + bias."""
         z = self.transposed_product(x, low, base, dropped, ops=ops)
         return ops.forward_epilogue(z, None, None, gain, bias)
 
     def product(
-        self, d: Consumed, low: Consumed, tokens: int, dtype: Any, *, ops: Products
-    ) -> tuple[Array, Array]:
+        self, d: ConsumedArray, low: ConsumedArray, tokens: int, dtype: DType, *, ops: Products
+    ) -> tuple[HostArray, HostArray]:
         """Multiply the columns of d that belong to stored rows by these, the others by factors."""
         parts = [d[element][..., rows] @ values for element, rows, values in self.patches]
         for element, rows, _ in self.patches:
@@ -94,18 +98,18 @@ class Patched(NamedTuple):
             result[element][...] += part
         return split_rows(result, tokens, dtype, ops=ops)
 
-    def projection(self, factored: Array, *, ops: Products) -> Array:
+    def projection(self, factored: HostArray, *, ops: Products) -> HostArray:
         """Replace the stored rows of the factored V Aᵀ."""
         projection = factored.copy()
         for element, rows, values in self.patches:
             projection[element][rows] = values @ self.factors.lora_a[element].T
         return projection
 
-    def dense(self, *, ops: Products) -> Array:
+    def dense(self, *, ops: Products) -> HostArray:
         """Return V."""
         return form(self.factors, self.factors.lora_a.dtype, xp=ops.xp)
 
-    def with_weight(self, weight: Array | None) -> Patched:
+    def with_weight(self, weight: HostArray | None) -> Patched:
         """Return the direction with another object for W."""
         return Patched(self.factors._replace(weight=weight), self.patches)
 
@@ -113,13 +117,13 @@ class Patched(NamedTuple):
 class NumpyOperations(Operations):
     """The operations that NumPy does better than the standard alone."""
 
-    def can_read_values(self, array: Array) -> bool:
+    def can_read_values(self, array: HostArray) -> bool:
         """Return True: NumPy's arrays are on the host and eager. Saves 2 µs a call."""
         return True
 
     # Products
 
-    def product(self, left: Array, right: Array) -> Array:
+    def product(self, left: HostArray, right: HostArray) -> HostArray:
         """Return left right. Saves a copy of the whole weight in the compute dtype."""
         if left.dtype == right.dtype:
             return left @ right
@@ -129,7 +133,7 @@ class NumpyOperations(Operations):
             return _narrow_transposed(left, right.mT)
         return _narrow_right(left, right)
 
-    def accumulate(self, total: Consumed, left: Array, right: Array) -> Array:
+    def accumulate(self, total: ConsumedArray, left: HostArray, right: HostArray) -> HostArray:
         """Return total + left right, in `total`, by blocks of tokens. Saves the product's array."""
         if total.size <= CACHE_BLOCK:
             total += left @ right
@@ -146,9 +150,9 @@ class NumpyOperations(Operations):
     # Before and after the products with V
 
     def forward_epilogue(
-        self, z: Consumed, row_scale: Array | None, update: tuple[Array, Array] | None,
-        gain: Array, bias: Array | None,
-    ) -> tuple[Array, Array]:  # fmt: skip
+        self, z: ConsumedArray, row_scale: HostArray | None, update: tuple[HostArray, HostArray] | None,
+        gain: HostArray, bias: HostArray | None,
+    ) -> tuple[HostArray, HostArray]:  # fmt: skip
         """Work by blocks of tokens. Saves the temporary, and reads z from memory once."""
         if z.size <= CACHE_BLOCK:
             return super().forward_epilogue(z, row_scale, update, gain, bias)
@@ -167,7 +171,7 @@ class NumpyOperations(Operations):
         return z, y
 
     def output_gradients(
-        self, d: Array, z: Array, gain: Array, norm: Array, scaled_b: Array,
+        self, d: HostArray, z: HostArray, gain: HostArray, norm: HostArray, scaled_b: HostArray,
         *, exact: bool, with_bias: bool,
     ) -> OutputGradients:  # fmt: skip
         """Work by blocks of tokens, into one array.
@@ -192,14 +196,14 @@ class NumpyOperations(Operations):
             rows[..., tokens:, :] = below.mT
         return OutputGradients(rows, rows @ scaled_b, dm, p, dbias)
 
-    def over_norm(self, values: Array, norm: Array) -> Array:
+    def over_norm(self, values: HostArray, norm: HostArray) -> HostArray:
         """Return values / n, 0 where n = 0. Saves two temporaries and half of the calls."""
         norm = norm.reshape(norm.shape + (1,) * (values.ndim - norm.ndim))
         return np.divide(values, norm, out=np.zeros(values.shape, values.dtype), where=norm != 0)
 
     # The norm
 
-    def row_squares(self, weight: Array, dtype: Any) -> Array:
+    def row_squares(self, weight: HostArray, dtype: DType) -> HostArray:
         """Return ‖wᵢ‖² by rows. Saves w², an array (out, in), and the time to write and read it."""
         with np.errstate(over="ignore"):  # infinities are suspect, and measured again
             if weight.dtype == dtype and weight.strides[-1] == weight.itemsize:
@@ -208,8 +212,19 @@ class NumpyOperations(Operations):
             blocks = (np.vecdot(wide, wide) for _, wide in _upcast(weight, dtype, CACHE_BLOCK))
             return np.concatenate(list(blocks), axis=-1)
 
+    def row_norms(
+        self, weight: HostArray, squares: HostArray, reduce: Reduce | None = None
+    ) -> HostArray:
+        """Return ‖wᵢ‖. Measure only the rows whose squares left the range of the dtype."""
+        trusted, norm = in_range(squares, weight.shape[-1], xp=self.xp), np.sqrt(squares)
+        if not trusted.all():
+            for element, rows in _indices(~trusted):
+                values = weight[element][rows].astype(norm.dtype)
+                norm[element][rows] = safe_row_norms(values, reduce, xp=self.xp)
+        return norm
+
     def norm_and_direction(
-        self, u: Array, gram: Array, squares: Array, factors: Factors, magnitude: Array,
+        self, u: HostArray, gram: HostArray, squares: HostArray, factors: Factors, magnitude: HostArray,
         reduce: Reduce | None = None,
     ) -> Norm:  # fmt: skip
         """Divide by n without a mask where all rows are trusted: then n > 0. Saves 5 µs a call."""
@@ -222,16 +237,13 @@ class NumpyOperations(Operations):
         return self._guarded_norm(norm, projection, trusted, factors, magnitude, reduce)
 
     def _guard(
-        self, trusted: Array, norm: Consumed, factors: Factors, reduce: Reduce | None
-    ) -> tuple[Array, Direction]:
+        self, trusted: HostArray, norm: ConsumedArray, factors: Factors, reduce: Reduce | None
+    ) -> tuple[HostArray, Direction]:
         """Form the rows of V that are not trusted, and store those whose norm is not 0."""
         if trusted.all():
             return norm, Factored(factors)
         patches = []
-        for element in np.ndindex(trusted.shape[:-1]):
-            rows = np.flatnonzero(~trusted[element])
-            if rows.size == 0:
-                continue
+        for element, rows in _indices(~trusted):
             values = form(_pick(factors, element, rows), norm.dtype, xp=self.xp)
             norms = safe_row_norms(values, reduce, xp=self.xp)
             norm[element][rows] = norms
@@ -243,14 +255,14 @@ class NumpyOperations(Operations):
 
     # Merging
 
-    def merge(self, direction: Direction, gain: Array) -> Array:
+    def merge(self, direction: Direction, gain: HostArray) -> HostArray:
         """Return W' = g⊙V by blocks of rows. Saves V and g⊙V, arrays (out, in)."""
         result, blocks = _merged_blocks(direction.factors, gain.dtype)
         for rows, v in blocks:
             v *= gain[..., rows, None]
         return result
 
-    def merge_and_measure(self, factors: Factors, magnitude: Array) -> Array:
+    def merge_and_measure(self, factors: Factors, magnitude: HostArray) -> HostArray:
         """Return W' = (m / n)⊙V by blocks of rows: V is in the cache when n is measured on it."""
         result, blocks = _merged_blocks(factors, magnitude.dtype)
         for rows, v in blocks:
@@ -260,7 +272,7 @@ class NumpyOperations(Operations):
 
     # A prepared norm must not outlive its adapter
 
-    def snapshot(self, adapter: Adapter) -> Snapshot:
+    def snapshot(self, adapter: Adapter) -> tuple[bytes, bytes, bytes]:
         """Return the bytes of A, B and m."""
         a, b, m = adapter
         return a.tobytes(), b.tobytes(), m.tobytes()
@@ -280,14 +292,22 @@ class NumpyOperations(Operations):
         return True
 
 
-def _blocks(array: Array, elements: int) -> Iterator[slice]:
+def _blocks(array: HostArray, elements: int) -> Iterator[slice]:
     """Cut the rows of `array` (..., rows, columns) into blocks of about that many elements."""
     rows, size = array.shape[-2], array.size
     step = rows if size <= elements else max(1, elements * rows // size)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step or 1))
 
 
-def _upcast(weight: Array, dtype: Any, elements: int) -> Iterator[tuple[slice, Array]]:
+def _indices(mask: HostArray) -> Iterator[tuple[tuple[int, ...], HostArray]]:
+    """Yield each element of the stack in which `mask` (*stack, out) is true, and its rows there."""
+    for element in np.ndindex(mask.shape[:-1]):
+        rows = np.flatnonzero(mask[element])
+        if rows.size:
+            yield element, rows
+
+
+def _upcast(weight: HostArray, dtype: DType, elements: int) -> Iterator[tuple[slice, HostArray]]:
     """Yield each block of rows of `weight` in `dtype`, in one buffer: use it before the next."""
     buffer = None
     for rows in _blocks(weight, elements):
@@ -299,12 +319,12 @@ def _upcast(weight: Array, dtype: Any, elements: int) -> Iterator[tuple[slice, A
         yield rows, wide
 
 
-def _elements(tokens: Array) -> int:
+def _elements(tokens: HostArray) -> int:
     """Return the size of the blocks of W: BLAS has no threads for one token, so none that spin."""
     return CACHE_BLOCK if tokens.shape[-2] == 1 else PRODUCT_BLOCK
 
 
-def _narrow_left(weight: Array, right: Array) -> Array:
+def _narrow_left(weight: HostArray, right: HostArray) -> HostArray:
     """Return W right, with W in 16 bits: (out, in) (in, k) -> (out, k)."""
     result = np.empty((*weight.shape[:-1], right.shape[-1]), right.dtype)
     for rows, wide in _upcast(weight, right.dtype, PRODUCT_BLOCK):
@@ -312,7 +332,7 @@ def _narrow_left(weight: Array, right: Array) -> Array:
     return result
 
 
-def _narrow_transposed(x: Array, weight: Array) -> Array:
+def _narrow_transposed(x: HostArray, weight: HostArray) -> HostArray:
     """Return x Wᵀ, with W in 16 bits: (tokens, in), (out, in) -> (tokens, out)."""
     result = np.empty((*x.shape[:-1], weight.shape[-2]), x.dtype)
     for rows, wide in _upcast(weight, x.dtype, _elements(x)):
@@ -320,7 +340,7 @@ def _narrow_transposed(x: Array, weight: Array) -> Array:
     return result
 
 
-def _narrow_right(d: Array, weight: Array) -> Array:
+def _narrow_right(d: HostArray, weight: HostArray) -> HostArray:
     """Return d W, with W in 16 bits: (tokens, out), (out, in) -> (tokens, in)."""
     result = np.zeros((*d.shape[:-1], weight.shape[-1]), d.dtype)
     for rows, wide in _upcast(weight, d.dtype, _elements(d)):
@@ -328,7 +348,9 @@ def _narrow_right(d: Array, weight: Array) -> Array:
     return result
 
 
-def _merged_blocks(factors: Factors, dtype: Any) -> tuple[Array, Iterator[tuple[slice, Array]]]:
+def _merged_blocks(
+    factors: Factors, dtype: DType
+) -> tuple[HostArray, Iterator[tuple[slice, HostArray]]]:
     """Return an empty W', and blocks of rows of V in `dtype`: scale each to have it in W'.
 
     A block lies in W' itself where that has the compute dtype, else in a buffer.
@@ -336,7 +358,7 @@ def _merged_blocks(factors: Factors, dtype: Any) -> tuple[Array, Iterator[tuple[
     weight, a, scaled_b, row_scale = factors
     result = np.empty(weight.shape, weight.dtype)
 
-    def blocks() -> Iterator[tuple[slice, Array]]:
+    def blocks() -> Iterator[tuple[slice, HostArray]]:
         buffer = None
         for rows in _blocks(weight, MERGE_BLOCK):
             base, v = weight[..., rows, :], result[..., rows, :]
@@ -352,12 +374,12 @@ def _merged_blocks(factors: Factors, dtype: Any) -> tuple[Array, Iterator[tuple[
     return result, blocks()
 
 
-def _pick(factors: Factors, element: tuple[int, ...], rows: Array) -> Factors:
+def _pick(factors: Factors, element: tuple[int, ...], rows: HostArray) -> Factors:
     """Return the factors of some rows of one element of the stack."""
     weight, a, scaled_b, row_scale = factors
     return Factors(
         weight[element][rows],
-        None if a is None else a[element],
-        None if scaled_b is None else scaled_b[element][rows],
+        a[element],
+        scaled_b[element][rows],
         None if row_scale is None else row_scale[element][rows],
     )

@@ -8,18 +8,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from doraxp._base.scalars import check_kind
-from doraxp._base.types import Adapter, Array, Config
+from doraxp._base.types import Adapter, Config
 from doraxp.torch._ops import backward_op, forward_op
 
 
 class _DoRA(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Array, weight: Array, lora_a: Array, lora_b: Array, magnitude: Array,
-        bias: Array | None, *rules: Any,
-    ) -> Array:  # fmt: skip
+        ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor,
+        bias: Tensor | None, *rules: Any,
+    ) -> Tensor:  # fmt: skip
         y, z, low_rank = forward_op(x, weight, lora_a, lora_b, magnitude, bias, *rules)
         ctx.save_for_backward(x, weight, lora_a, lora_b, magnitude, z, low_rank)
         ctx.rules = rules
@@ -27,7 +28,7 @@ class _DoRA(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Array) -> Any:
+    def backward(ctx: Any, dy: Tensor) -> Any:
         arrays = ctx.saved_tensors
         weight, z = arrays[1], arrays[5]
         train_base, train_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[5]
@@ -42,8 +43,8 @@ class _DoRA(torch.autograd.Function):
 
 
 def dora_linear(
-    x: Array, weight: Array, adapter: Adapter, config: Config, bias: Array | None = None
-) -> Array:
+    x: Tensor, weight: Tensor, adapter: Adapter, config: Config, bias: Tensor | None = None
+) -> Tensor:
     """Return y = g⊙(x Vᵀ) + bias, differentiable once by each tensor among the arguments.
 
     ::

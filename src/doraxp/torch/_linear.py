@@ -6,10 +6,11 @@ W (out, in) frozen     A (rank, in)     B (out, rank)     m (out,)     y = x W'แ
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
 from doraxp._base.scalars import check_flag, check_kind
-from doraxp._base.types import Adapter, Array, Config
+from doraxp._base.types import Adapter, Config
 from doraxp._core.adapter import init, merge
 from doraxp.torch._function import dora_linear
 
@@ -57,7 +58,7 @@ class DoRALinear(torch.nn.Module):
         check_flag("train_base", train_base)
         self.config = config
 
-        def own(array: Array) -> Array:
+        def own(array: Tensor) -> Tensor:
             array = array.detach()
             return Parameter(array.clone() if train_base else array, requires_grad=train_base)
 
@@ -71,7 +72,7 @@ class DoRALinear(torch.nn.Module):
         """A, B and m: the parameters, not copies."""
         return Adapter(self.lora_a, self.lora_b, self.magnitude)
 
-    def forward(self, x: Array) -> Array:
+    def forward(self, x: Tensor) -> Tensor:
         """Return y = x W'แต€ + bias: (..., in) -> (..., out). See `dora_linear`."""
         return dora_linear(x, self.weight, self.adapter, self.config, self.bias)
 

@@ -13,10 +13,11 @@ from collections.abc import MutableMapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from doraxp._base.types import Adapter, Array, Config
+from doraxp._base.types import Adapter, Config
 from doraxp._core.checks import check_call
 from doraxp._core.linear import Cache, backward, forward
 from doraxp._core.prepared import Prepared, prepare
@@ -38,29 +39,29 @@ class _Kept(NamedTuple):
     prepared: Prepared  # without the weight, which may then be freed
 
 
-_kept: MutableMapping[Array, _Kept] = WeakTensorKeyDictionary()
+_kept: MutableMapping[Tensor, _Kept] = WeakTensorKeyDictionary()
 
 
-def _state(tensor: Array) -> _State:
+def _state(tensor: Tensor) -> _State:
     version = -1 if tensor.is_inference() else tensor._version
     storage = StorageWeakRef(tensor.untyped_storage())
     return _State(storage, tensor.storage_offset(), tensor.stride(), version)
 
 
-def _with_weight(prepared: Prepared, weight: Array | None) -> Prepared:
+def _with_weight(prepared: Prepared, weight: Tensor | None) -> Prepared:
     return prepared._replace(direction=prepared.direction.with_weight(weight))
 
 
 class _Known(NamedTuple):
     """The arrays of a layer outside of autograd, with at most one `Prepared` of the weight."""
 
-    weight: Array
+    weight: Tensor
     adapter: Adapter
     prepared: Prepared | None  # of this adapter and config
     previous: Prepared | None  # of another adapter or config
 
 
-def _recall(weight: Array, adapter: Adapter, config: Config, *, known: bool) -> _Known:
+def _recall(weight: Tensor, adapter: Adapter, config: Config, *, known: bool) -> _Known:
     """Return the layer with the `Prepared` of its last call.
 
     The adapter is compared with the kept one by value. Where reading values is expensive, a
@@ -82,13 +83,13 @@ def _recall(weight: Array, adapter: Adapter, config: Config, *, known: bool) -> 
     return _Known(base, plain, None, last)
 
 
-def _keep(weight: Array, adapter: Adapter, prepared: Prepared) -> None:
+def _keep(weight: Tensor, adapter: Adapter, prepared: Prepared) -> None:
     if _may_keep(weight):
         states = _state(weight), tuple(map(_state, adapter))
         _kept[weight] = _Kept(*states, _with_weight(prepared, None))
 
 
-def _may_keep(weight: Array) -> bool:
+def _may_keep(weight: Tensor) -> bool:
     return not (weight.requires_grad or weight.is_inference())  # inference tensors have no version
 
 
@@ -107,9 +108,9 @@ def _config(rank: int, scaling: float, form: Any, norm_gradient: Any) -> Config:
     "-> (Tensor, Tensor, Tensor)",
 )
 def forward_op(
-    x: Array, weight: Array, lora_a: Array, lora_b: Array, magnitude: Array, bias: Array | None,
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, bias: Tensor | None,
     *rules: Any,
-) -> tuple[Array, Array, Array]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return y in x's dtype, and z = x Vᵀ and L = x Aᵀ in the compute dtype."""
     adapter, config = Adapter(lora_a, lora_b, magnitude), _config(*rules)
     with torch.autocast(x.device.type, enabled=False):
@@ -124,9 +125,9 @@ def forward_op(
 
 @forward_op.register_fake
 def _forward_shapes(
-    x: Array, weight: Array, lora_a: Array, lora_b: Array, magnitude: Array, bias: Array | None,
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, bias: Tensor | None,
     *rules: Any,
-) -> tuple[Array, Array, Array]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     adapter = Adapter(lora_a, lora_b, magnitude)
     _, dtype = check_call(x, weight, adapter, _config(*rules), bias)
     *stack, out, _ = weight.shape
@@ -146,9 +147,9 @@ def _forward_shapes(
     "str norm_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def backward_op(
-    dy: Array, x: Array, weight: Array, lora_a: Array, lora_b: Array, magnitude: Array,
-    z: Array, low_rank: Array, train_base: bool, *rules: Any,
-) -> tuple[Array, Array, Array, Array, Array]:  # fmt: skip
+    dy: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor,
+    z: Tensor, low_rank: Tensor, train_base: bool, *rules: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients by x, A, B, m and W, in their dtypes; that by W is empty if frozen."""
     adapter, config = Adapter(lora_a, lora_b, magnitude), _config(*rules)
     with torch.autocast(x.device.type, enabled=False):
@@ -165,9 +166,9 @@ def backward_op(
 
 @backward_op.register_fake
 def _backward_shapes(
-    dy: Array, x: Array, weight: Array, lora_a: Array, lora_b: Array, magnitude: Array,
-    z: Array, low_rank: Array, train_base: bool, *rules: Any,
-) -> tuple[Array, Array, Array, Array, Array]:  # fmt: skip
+    dy: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor,
+    z: Tensor, low_rank: Tensor, train_base: bool, *rules: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     like = (x, lora_a, lora_b, magnitude, weight if train_base else weight.new_empty(0))
     dx, da, db, dm, dweight = (array.new_empty(array.shape) for array in like)
     return dx, da, db, dm, dweight

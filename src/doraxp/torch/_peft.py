@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear
+from torch import Tensor
 
-from doraxp._base.types import Adapter, Array, Config, NormGradient
+from doraxp._base.types import Adapter, Config, NormGradient
 from doraxp.torch._function import dora_linear
 
 AGAIN = "it is accelerated already"
@@ -25,7 +26,7 @@ class AcceleratedLinear(Linear):
 
     _norm_gradient: NormGradient
 
-    def forward(self, x: Array, *args: Any, **kwargs: Any) -> Array:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the same as PEFT's forward."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         dora = [name for name in names if name in self.lora_magnitude_vector]
@@ -39,7 +40,7 @@ class AcceleratedLinear(Linear):
             )
         return self._adapted(x, *names)
 
-    def _adapted(self, x: Array, name: str) -> Array:
+    def _adapted(self, x: Tensor, name: str) -> Tensor:
         base, dropout = self.get_base_layer(), self.lora_dropout[name]
         lora_a, lora_b = self.lora_A[name].weight, self.lora_B[name].weight
         # PEFT's s may be any number; a Config's is positive.
