@@ -1,11 +1,13 @@
 """The rooms of the package stand on floors, and a module imports only from the floors below.
 
 It imports from another room through that room's package, and never a private module in it.
+docs/figures/rooms.py draws the rooms and their imports.
 """
 
 from __future__ import annotations
 
 import ast
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,15 @@ def test_imports_run_down(path):
 @MODULES
 def test_a_room_is_entered_through_its_package(path):
     assert past_the_door(path.read_text("utf-8"), room_of(path)) == []
+
+
+def test_the_picture_of_the_rooms_is_that_of_the_imports():
+    path = ROOT / "docs" / "figures" / "rooms.py"
+    spec = importlib.util.spec_from_file_location("rooms", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert set(script.ROOMS) == set(FLOOR)
+    assert script.PICTURE.read_text("utf-8") == script.drawn(), "run python docs/figures/rooms.py"
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
