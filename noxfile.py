@@ -163,7 +163,7 @@ def docs(session: nox.Session) -> None:
     install(session, "test", "docs")
     session.run("sphinx-build", "-nW", "--keep-going", "docs", "docs/_build/html")
     elsewhere = ["--ignore-glob=docs/backends/[!i]*", "--ignore=docs/examples.md"]
-    pytest(session, "README.md", "docs", *elsewhere)
+    pytest(session, "README.md", "CONTRIBUTING.md", "docs", *elsewhere)
     # The bridges need what is not here, and run in their lanes.
     bridges = [f"--ignore-glob=*/doraxp/{name}" for name in ("jax.py", "torch/*")]
     pytest(session, "--doctest-modules", "--pyargs", "doraxp", *bridges)

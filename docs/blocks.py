@@ -54,6 +54,6 @@ def run_in_shell(example: Example) -> None:
 
 python = PythonCodeBlockParser()
 pages = Sybil([python, CodeBlockParser("sh", run_in_shell), find_others], pattern="*.md")
-readme = Sybil([python, find_others], filenames=["README.md"], path=str(ROOT))
+readme = Sybil([python, find_others], filenames=["README.md", "CONTRIBUTING.md"], path=str(ROOT))
 
 pytest_collect_file = (pages + readme).pytest()

@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Refuse a library of `--dora-backend` that cannot run here."""
     if names := config.getoption("dora_backend"):
-        from doraxp.testing._compare import check_usable
+        from doraxp.testing import check_usable
 
         try:
             check_usable(names)

@@ -1,8 +1,13 @@
-"""The rooms of the package stand on floors, and a module imports only from the floors below."""
+"""The rooms of the package stand on floors, and a module imports only from the floors below.
+
+It imports from another room through that room's package, and never a private module in it.
+docs/figures/rooms.py draws the rooms and their imports.
+"""
 
 from __future__ import annotations
 
 import ast
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -31,8 +36,9 @@ OUTSIDE = sorted(
     for folder in ("benchmarks", "examples")
     for path in (ROOT / folder).rglob("*.py")
 )
-NOT_YET = ("benchmarks/check.py", "benchmarks/kernels.py", "benchmarks/overrides.py")
-PRIVATE_IMPORTS = pytest.mark.xfail(reason="imports private names")
+MODULES = pytest.mark.parametrize(
+    "path", sorted(SRC.rglob("*.py")), ids=lambda path: str(path.relative_to(SRC))
+)
 
 
 def room_of(path: Path) -> str:
@@ -53,15 +59,36 @@ def imported(source: str) -> list[tuple[int, str]]:
     return [(line, name) for line, name in found if name.split(".")[0] == "doraxp"]
 
 
+def imported_room(name: str) -> str:
+    """Return the room of an imported name."""
+    _, *inner = name.split(".")
+    return inner[0] if inner and inner[0] in FLOOR else "doraxp"
+
+
 def upward(source: str, room: str) -> list[str]:
     """Return the imports of a module in a room that come from the same floor or from above."""
-    wrong = []
-    for line, name in imported(source):
-        _, *inner = name.split(".")
-        other = inner[0] if inner and inner[0] in FLOOR else "doraxp"
-        if other != room and FLOOR[other] <= FLOOR[room]:
-            wrong.append(f"{line}: {room} must not import {name}")
-    return wrong
+    return [
+        f"{line}: {room} must not import {name}"
+        for line, name in imported(source)
+        if (other := imported_room(name)) != room and FLOOR[other] <= FLOOR[room]
+    ]
+
+
+def past_the_door(source: str, room: str) -> list[str]:
+    """Return the imports of private modules and names in other rooms.
+
+    The underscore of a room's own name keeps users out, not the other rooms.
+    """
+    return [
+        f"{line}: {room} must not import {name}: it is private to its room"
+        for line, name in imported(source)
+        if imported_room(name) != room and any(is_private(part) for part in name.split(".")[2:])
+    ]
+
+
+def is_private(part: str) -> bool:
+    """Return True for `_name`, and False for `__version__`."""
+    return part.startswith("_") and not part.endswith("__")
 
 
 def private(source: str) -> list[str]:
@@ -69,27 +96,36 @@ def private(source: str) -> list[str]:
     return [
         f"{line}: {name} is private"
         for line, name in imported(source)
-        if any(part.startswith("_") and not part.endswith("__") for part in name.split("."))
+        if any(is_private(part) for part in name.split("."))
     ]
 
 
 def test_every_room_is_in_the_table():
     entries = {path for path in (SRC / "doraxp").iterdir() if path.name != "__pycache__"}
     rooms = {path.stem for path in entries if path.is_dir() or path.suffix == ".py"}
-    assert rooms - {"__init__"} <= set(FLOOR)
+    assert {*rooms - {"__init__"}, "doraxp", "doraxp_pytest"} == set(FLOOR)
 
 
-@pytest.mark.parametrize(
-    "path", sorted(SRC.rglob("*.py")), ids=lambda path: str(path.relative_to(SRC))
-)
+@MODULES
 def test_imports_run_down(path):
     assert upward(path.read_text("utf-8"), room_of(path)) == []
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=PRIVATE_IMPORTS if name in NOT_YET else ()) for name in OUTSIDE],
-)
+@MODULES
+def test_a_room_is_entered_through_its_package(path):
+    assert past_the_door(path.read_text("utf-8"), room_of(path)) == []
+
+
+def test_the_picture_of_the_rooms_is_that_of_the_imports():
+    path = ROOT / "docs" / "figures" / "rooms.py"
+    spec = importlib.util.spec_from_file_location("rooms", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert set(script.ROOMS) == set(FLOOR)
+    assert script.PICTURE.read_text("utf-8") == script.drawn(), "run python docs/figures/rooms.py"
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
 def test_benchmarks_and_examples_import_public_names(name):
     assert private((ROOT / name).read_text("utf-8")) == []
 
@@ -138,3 +174,31 @@ def test_an_import_from_below_or_from_the_same_room_is_right(room, source):
 def test_an_import_of_a_private_name_is_found(source):
     assert len(private(source)) == 1
     assert private("import doraxp\nfrom doraxp import __version__, torch") == []
+
+
+@pytest.mark.parametrize(
+    ("room", "source"),
+    [
+        ("cli", "from doraxp.testing._vectors import write_vectors"),
+        ("cli", "from doraxp.testing import _vectors"),
+        ("checkpoint", "import doraxp.layers._dora"),
+        ("layers", "from doraxp._core.linear import _inputs"),
+        ("_core", "from doraxp.backends._numpy import NumpyOperations"),
+    ],
+)
+def test_an_import_past_the_door_is_found(room, source):
+    (found,) = past_the_door(source, room)
+    assert found.endswith("it is private to its room")
+
+
+@pytest.mark.parametrize(
+    ("room", "source"),
+    [
+        ("cli", "from doraxp.testing import write_vectors"),
+        ("testing", "from doraxp.testing._vectors import write_vectors"),
+        ("layers", "from doraxp._core.linear import forward"),
+        ("_terminal", "from doraxp import __version__"),
+    ],
+)
+def test_an_import_through_the_door_is_right(room, source):
+    assert past_the_door(source, room) == []

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from doraxp.testing._vectors import write_vectors
+from doraxp.testing import write_vectors
 
 SUMMARY = (
     "Write the catalogue of doraxp.testing as safetensors files and a JSON manifest: inputs, every "

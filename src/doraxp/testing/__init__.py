@@ -2,12 +2,19 @@
 
 from doraxp.testing._cases import Case, OptimizerCase
 from doraxp.testing._catalogue import VERSION, catalogue, optimizer_catalogue
-from doraxp.testing._compare import Agreement, Comparison, Figure, compare_backends
+from doraxp.testing._compare import (
+    Agreement,
+    Comparison,
+    Figure,
+    check_usable,
+    compare_backends,
+)
 from doraxp.testing._conventions import Conventions
 from doraxp.testing._diagnosis import Diagnosis
 from doraxp.testing._implementation import Finding, Report, check_implementation
 from doraxp.testing._libraries import Library, as_numpy
 from doraxp.testing._reference import Expected, expected, expected_steps
+from doraxp.testing._vectors import write_vectors
 
 __all__ = [
     "VERSION",
@@ -25,8 +32,10 @@ __all__ = [
     "as_numpy",
     "catalogue",
     "check_implementation",
+    "check_usable",
     "compare_backends",
     "expected",
     "expected_steps",
     "optimizer_catalogue",
+    "write_vectors",
 ]
