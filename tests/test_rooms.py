@@ -31,8 +31,6 @@ OUTSIDE = sorted(
     for folder in ("benchmarks", "examples")
     for path in (ROOT / folder).rglob("*.py")
 )
-NOT_YET = ("benchmarks/check.py", "benchmarks/kernels.py", "benchmarks/overrides.py")
-PRIVATE_IMPORTS = pytest.mark.xfail(reason="imports private names")
 
 
 def room_of(path: Path) -> str:
@@ -86,10 +84,7 @@ def test_imports_run_down(path):
     assert upward(path.read_text("utf-8"), room_of(path)) == []
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=PRIVATE_IMPORTS if name in NOT_YET else ()) for name in OUTSIDE],
-)
+@pytest.mark.parametrize("name", OUTSIDE)
 def test_benchmarks_and_examples_import_public_names(name):
     assert private((ROOT / name).read_text("utf-8")) == []
 
