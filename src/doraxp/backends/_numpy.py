@@ -1,9 +1,9 @@
-"""NumPy's overrides: no (out, in) temporary, and low precision by row blocks.
+"""NumPy's overrides: no temporary (out, in), and weights in 16 bits by blocks of rows.
 
     W (out, in)   A (rank, in)   B (out, rank)   ρ (out,) or None for 1   V = ρ⊙W + s B A
 
-float16 and bfloat16 have no BLAS: a product of them costs 70 times that of float32. So a block of
-rows is cast into one reused buffer, and the product is made from there.
+BLAS has no products of float16 or bfloat16 arrays, and NumPy's own take 70 times as long as those
+of float32. So one block of rows after another is cast into the same buffer, and multiplied there.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from doraxp.backends._generic import (
     same_values,
 )
 
-# Elements of a block. Work on a block in cache is free beside reading it from memory: that is
-# 1 MiB in float32. But BLAS's threads spin for some 20 ms after each product and slow any work
-# between two of them, so blocks that are multiplied by many tokens are few: 16 MiB.
+# Elements of a block. A block of 1 MiB in float32 stays in cache, where work on it costs little
+# beside reading it from memory. But the threads of BLAS spin for some 20 ms after each product, and
+# slow the work between two products: so a block that many tokens are multiplied by has 16 MiB.
 CACHE_BLOCK = 1 << 18
 PRODUCT_BLOCK = 1 << 22
 MERGE_BLOCK = 1 << 20  # between the two: its product has only `rank` terms
@@ -44,7 +44,7 @@ Snapshot: TypeAlias = tuple[bytes, ...]
 
 
 class Patch(NamedTuple):
-    """Rows of V that are stored, in one element of the stack."""
+    """The stored rows of V in one element of the stack."""
 
     element: tuple[int, ...]
     """The element of the stack; () for a plain weight."""
@@ -55,7 +55,7 @@ class Patch(NamedTuple):
 
 
 class Patched(NamedTuple):
-    """V by its factors, except for a few rows that are stored."""
+    """V given by its factors, and a few rows of V that are stored."""
 
     factors: Factors
     patches: tuple[Patch, ...]
@@ -64,7 +64,7 @@ class Patched(NamedTuple):
         self, x: Array, low: Array, base: Array | None = None, dropped: Array | None = None,
         *, ops: Products,
     ) -> Array:  # fmt: skip
-        """Replace the columns of the factored x Vᵀ that belong to stored rows."""
+        """Multiply by the factors, then replace the columns that belong to stored rows of V."""
         if dropped is not None:
             low = ops.product(x, self.factors.lora_a.mT)
         z = Factored(self.factors).transposed_product(x, low, base, ops=ops)
@@ -83,7 +83,7 @@ class Patched(NamedTuple):
     def product(
         self, d: Consumed, low: Consumed, tokens: int, dtype: Any, *, ops: Products
     ) -> tuple[Array, Array]:
-        """Multiply the columns of d that belong to stored rows by these, the others by factors."""
+        """Multiply columns of d by the stored rows of V, and the other columns by the factors."""
         parts = [d[element][..., rows] @ values for element, rows, values in self.patches]
         for element, rows, _ in self.patches:
             d[element][..., rows] = 0
@@ -95,7 +95,7 @@ class Patched(NamedTuple):
         return split_rows(result, tokens, dtype, ops=ops)
 
     def projection(self, factored: Array, *, ops: Products) -> Array:
-        """Replace the stored rows of the factored V Aᵀ."""
+        """Return `factored`, with the rows that are stored multiplied by Aᵀ anew."""
         projection = factored.copy()
         for element, rows, values in self.patches:
             projection[element][rows] = values @ self.factors.lora_a[element].T
@@ -111,7 +111,7 @@ class Patched(NamedTuple):
 
 
 class NumpyOperations(Operations):
-    """The operations that NumPy does better than the standard alone."""
+    """The operations on NumPy's arrays."""
 
     def can_read_values(self, array: Array) -> bool:
         """Return True: NumPy's arrays are on the host and eager. Saves 2 µs a call."""
@@ -149,7 +149,7 @@ class NumpyOperations(Operations):
         self, z: Consumed, row_scale: Array | None, update: tuple[Array, Array] | None,
         gain: Array, bias: Array | None,
     ) -> tuple[Array, Array]:  # fmt: skip
-        """Work by blocks of tokens. Saves the temporary, and reads z from memory once."""
+        """Return z and y, by blocks of tokens. Saves L (s B)ᵀ, and reads z from memory once."""
         if z.size <= CACHE_BLOCK:
             return super().forward_epilogue(z, row_scale, update, gain, bias)
         y = np.empty(z.shape, z.dtype)
@@ -170,9 +170,9 @@ class NumpyOperations(Operations):
         self, d: Array, z: Array, gain: Array, norm: Array, scaled_b: Array,
         *, exact: bool, with_bias: bool,
     ) -> OutputGradients:  # fmt: skip
-        """Work by blocks of tokens, into one array.
+        """Return the gradients, by blocks of tokens. One array holds dz and the rows below it.
 
-        Saves the temporary dy⊙z and the copy that appending rows makes, and reads dy once.
+        Saves the temporary dy⊙z and the copy that `concat` makes, and reads dy once.
         """
         *stack, tokens, out = d.shape
         rank = scaled_b.shape[-1] if exact else 0
@@ -193,7 +193,7 @@ class NumpyOperations(Operations):
         return OutputGradients(rows, rows @ scaled_b, dm, p, dbias)
 
     def over_norm(self, values: Array, norm: Array) -> Array:
-        """Return values / n, 0 where n = 0. Saves two temporaries and half of the calls."""
+        """Return values / n, 0 where n = 0. Saves two temporaries."""
         norm = norm.reshape(norm.shape + (1,) * (values.ndim - norm.ndim))
         return np.divide(values, norm, out=np.zeros(values.shape, values.dtype), where=norm != 0)
 
@@ -201,9 +201,9 @@ class NumpyOperations(Operations):
 
     def row_squares(self, weight: Array, dtype: Any) -> Array:
         """Return ‖wᵢ‖² by rows. Saves w², an array (out, in), and the time to write and read it."""
-        with np.errstate(over="ignore"):  # infinities are suspect, and measured again
+        with np.errstate(over="ignore"):  # the guard measures rows of infinite sums again
             if weight.dtype == dtype and weight.strides[-1] == weight.itemsize:
-                # Not einsum: it adds in one chain, and at 4096 numbers loses 5 times the digits.
+                # Not einsum: it adds in one chain, and its error at 4096 numbers is 5 times larger.
                 return np.vecdot(weight, weight)
             blocks = (np.vecdot(wide, wide) for _, wide in _upcast(weight, dtype, CACHE_BLOCK))
             return np.concatenate(list(blocks), axis=-1)
@@ -212,7 +212,7 @@ class NumpyOperations(Operations):
         self, u: Array, gram: Array, squares: Array, factors: Factors, magnitude: Array,
         reduce: Reduce | None = None,
     ) -> Norm:  # fmt: skip
-        """Divide by n without a mask where all rows are trusted: then n > 0. Saves 5 µs a call."""
+        """Return n, g, V Aᵀ / n and V. If all rows are trusted, n > 0: saves the masks of n = 0."""
         norm, projection, trusted = expanded_norm(
             u, gram, squares, factors.scaled_b, factors.row_scale, factors.weight.shape[-1],
             xp=self.xp,
@@ -224,7 +224,7 @@ class NumpyOperations(Operations):
     def _guard(
         self, trusted: Array, norm: Consumed, factors: Factors, reduce: Reduce | None
     ) -> tuple[Array, Direction]:
-        """Form the rows of V that are not trusted, and store those whose norm is not 0."""
+        """Compute only the rows of V that are not trusted, and store those whose norm is not 0."""
         if trusted.all():
             return norm, Factored(factors)
         patches = []
@@ -266,9 +266,9 @@ class NumpyOperations(Operations):
         return a.tobytes(), b.tobytes(), m.tobytes()
 
     def unchanged(self, snapshot: Snapshot, then: Adapter, now: Adapter) -> bool:
-        """Compare by bytes, and by value where bytes differ, as those of 0 and −0 do.
+        """Return whether the values are the same: those of arrays whose bytes differ are compared.
 
-        Saves half of the time of comparing by value.
+        The bytes of 0 and −0 differ, for one. Saves half of the time of comparing all values.
         """
         for stored, old, new in zip(snapshot, then, now, strict=True):
             if old.shape != new.shape or old.dtype != new.dtype:
@@ -281,14 +281,14 @@ class NumpyOperations(Operations):
 
 
 def _blocks(array: Array, elements: int) -> Iterator[slice]:
-    """Cut the rows of `array` (..., rows, columns) into blocks of about that many elements."""
+    """Return slices of the rows of `array` (..., rows, columns): about `elements` numbers each."""
     rows, size = array.shape[-2], array.size
     step = rows if size <= elements else max(1, elements * rows // size)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step or 1))
 
 
 def _upcast(weight: Array, dtype: Any, elements: int) -> Iterator[tuple[slice, Array]]:
-    """Yield each block of rows of `weight` in `dtype`, in one buffer: use it before the next."""
+    """Yield blocks of rows of `weight` in `dtype`. Each overwrites the one before it."""
     buffer = None
     for rows in _blocks(weight, elements):
         block = weight[..., rows, :]
@@ -300,7 +300,7 @@ def _upcast(weight: Array, dtype: Any, elements: int) -> Iterator[tuple[slice, A
 
 
 def _elements(tokens: Array) -> int:
-    """Return the size of the blocks of W: BLAS has no threads for one token, so none that spin."""
+    """Return the size of the blocks of W. For one token, BLAS has no threads that could spin."""
     return CACHE_BLOCK if tokens.shape[-2] == 1 else PRODUCT_BLOCK
 
 
@@ -329,9 +329,10 @@ def _narrow_right(d: Array, weight: Array) -> Array:
 
 
 def _merged_blocks(factors: Factors, dtype: Any) -> tuple[Array, Iterator[tuple[slice, Array]]]:
-    """Return an empty W', and blocks of rows of V in `dtype`: scale each to have it in W'.
+    """Return an empty W', and the blocks of rows of V in `dtype`.
 
-    A block lies in W' itself where that has the compute dtype, else in a buffer.
+    The caller scales each block in place, before it takes the next one. A block is a part of W' if
+    W' has that dtype. Else it is in a buffer, and is copied to W' when the next one is taken.
     """
     weight, a, scaled_b, row_scale = factors
     result = np.empty(weight.shape, weight.dtype)
