@@ -1,4 +1,4 @@
-"""The checks of this project: `nox` runs those of a fresh machine, `nox -t ci` the others.
+"""The checks of this project. `nox` runs the basic ones, `nox -t ci` the others that CI runs.
 
 Every session installs the package as a user would, and checks what it installed. Without nox, from
 the bare source tree: `PYTHONPATH=src python -m pytest --backend numpy`.
@@ -33,7 +33,7 @@ PEFT = (
     "test_torch_peft",
 )
 PEERS = ("torch", "jax", "peft", "torchtune", "lycoris", "mlx_lm")
-PYTHONS = nox.project.python_versions(PROJECT)  # those of the classifiers
+PYTHONS = nox.project.python_versions(PROJECT)  # those that the classifiers name
 
 
 @nox.session
@@ -63,7 +63,9 @@ def tests(session: nox.Session, backend: str) -> None:
     if backend in NO_OVERRIDES:
         options = [*options, "--ignore=tests/test_operations.py"]
     pytest(session, *lanes, *options, "tests")
-    pytest(session, f"docs/backends/{backend}.md")  # by itself: it registers things with JAX
+    pytest(
+        session, f"docs/backends/{backend}.md"
+    )  # another process: the page registers types with JAX
     if backend == "jax":
         pytest(session, "--doctest-modules", "--pyargs", "doraxp.jax")
 
@@ -89,7 +91,7 @@ def examples(session: nox.Session) -> None:
 
 @nox.session
 def peers(session: nox.Session) -> None:
-    """Run the yardstick on others' implementations, show what it finds; read and write files."""
+    """Run doraxp.testing on other implementations, show the results; exchange files with them."""
     install(session, "test", "jax", "peers")
     lanes = [f"--backend={name}" for name in PEERS]
     names = ("peers", "implementation", "checkpoint_peers")
@@ -107,7 +109,7 @@ def vectors(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS, tags=["ci"])
 def lowest(session: nox.Session) -> None:
-    """Run NumPy tests on the lowest versions that the package says it runs on; all: `-- tests`."""
+    """Run the core's tests on the lowest versions that the package allows; all: `-- tests`."""
     extras = PROJECT["project"]["optional-dependencies"]
     needs = PROJECT["project"]["dependencies"] + [
         need for extra in EXTRAS.split(",") for need in extras[extra]
@@ -119,7 +121,7 @@ def lowest(session: nox.Session) -> None:
 
 @nox.session(name="tests(cuda-host)", tags=["ci"])
 def cuda_host(session: nox.Session) -> None:
-    """Run tests on the kernels as a C++ compiler makes them, without a GPU; all: `-- tests`."""
+    """Run the kernels' tests without a GPU, built by a C++ compiler; all: `-- tests`."""
     install(session, "test")
     pytest(session, "--backend=cuda-host", *PARALLEL, *(session.posargs or KERNELS))
     pytest(session, "docs/backends/cupy.md")
@@ -127,7 +129,7 @@ def cuda_host(session: nox.Session) -> None:
 
 @nox.session(name="cuda-compile", tags=["ci"])
 def cuda_compile(session: nox.Session) -> None:
-    """Compile the CUDA kernels for three GPUs, and call CuPy with arrays that are nowhere."""
+    """Compile the CUDA kernels for three GPUs, and test the CuPy backend without a device."""
     install(session, "test", "nvrtc", extras="cuda13")
     session.run("python", "benchmarks/kernels.py")
     pytest(session, "--backend=cupy", "tests/test_cupy.py")
@@ -135,7 +137,7 @@ def cuda_compile(session: nox.Session) -> None:
 
 @nox.session(name="bench-check")
 def bench_check(session: nox.Session) -> None:
-    """Compare the speed with the project's goals, beside PEFT; on a machine that is at rest."""
+    """Compare the speed with PEFT's and with the project's goals. The machine must be idle."""
     install(session, "peft")
     session.run("python", "benchmarks/check.py")
     session.run("python", "benchmarks/checkpoint.py", session.create_tmp())
@@ -164,7 +166,7 @@ def docs(session: nox.Session) -> None:
     session.run("sphinx-build", "-nW", "--keep-going", "docs", "docs/_build/html")
     elsewhere = ["--ignore-glob=docs/backends/[!i]*", "--ignore=docs/examples.md"]
     pytest(session, "README.md", "CONTRIBUTING.md", "docs", *elsewhere)
-    # The bridges need what is not here, and run in their lanes.
+    # The bridges need JAX or PyTorch: their own sessions run these examples.
     bridges = [f"--ignore-glob=*/doraxp/{name}" for name in ("jax.py", "torch/*")]
     pytest(session, "--doctest-modules", "--pyargs", "doraxp", *bridges)
 

@@ -2,9 +2,9 @@
 
     python benchmarks/check.py
 
-The machine must be at rest. Ends with status 1 if a ratio misses its goal by more than `MARGIN`.
-Ratios to NumPy's products depend on the kernels of its BLAS, which the first line names.
-`small_layer.py` has the fixed cost of a call, and runs alone too.
+The machine must be idle. The exit status is 1 if a ratio misses its goal by more than `MARGIN`.
+Ratios to NumPy's products depend on the kernels of its BLAS, which the first line names. The script
+runs `small_layer.py` first, for the fixed cost of a call.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Goal(NamedTuple):
     bound: float
     at_least: bool = False
     of_memory: bool = False
-    """The ratio is that of the peaks beyond inputs and results, instead of the times."""
+    """The ratio is of the peaks of memory beyond inputs and results, not of the times."""
 
 
 SQUARE = partial(Workload, 4096, 4096, rank=16)
@@ -90,7 +90,7 @@ def met(goal: Goal, found: Results) -> bool:
 
 
 def held(what: str, ratio: float, bound: float, *, at_least: bool = False) -> bool:
-    """Print a line; return whether the bound is kept."""
+    """Print a line; return whether the ratio is within the bound."""
     limit = bound * (1 - MARGIN if at_least else 1 + MARGIN)
     good = ratio >= limit if at_least else ratio <= limit
     sign = "≥" if at_least else "≤"
@@ -99,7 +99,7 @@ def held(what: str, ratio: float, bound: float, *, at_least: bool = False) -> bo
 
 
 def beyond_results(measured: Measured) -> int:
-    """Return the peak of a float32 step or merge beyond its inputs and what it returns."""
+    """Return the peak of a float32 step or merge beyond its inputs and results."""
     workload = measured.workload
     layer = workload.out * workload.inner
     sizes = workload.out + workload.inner

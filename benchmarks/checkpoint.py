@@ -1,6 +1,6 @@
 """Measure `doraxp merge` against the project's goals: `python benchmarks/checkpoint.py FOLDER`.
 
-It needs a machine at rest, with PEFT installed, 20 GB free in FOLDER and 16 GB of memory. It
+It needs an idle machine, with PEFT installed, 20 GB free in FOLDER and 16 GB of memory. It
 writes two models of `checkpoint_model.py` to FOLDER, one of 4 GB in bfloat16 and one of 1 GB in
 float32, and keeps them for the next run. The exit status is 1 if a goal is missed.
 """
@@ -75,7 +75,7 @@ def speed(model: Path) -> Iterator[bool]:
     for _ in range(ROUNDS):
         for name, run in ways.items():
             for file in (model / "base").iterdir():
-                file.read_bytes()  # each way finds the files in the system's cache
+                file.read_bytes()  # the files are in the system's cache for each way
             subprocess.run(["sync"], check=True)
             times[name].append(run())
             shutil.rmtree(model / "out")
@@ -115,7 +115,7 @@ def peft(model: Path, dtype: str) -> float:
 
 
 def memory(model: Path) -> Iterator[bool]:
-    """Compare the peak with that of an interpreter that only imports; this needs Linux."""
+    """Compare the peak of memory with that of the imports alone. This needs Linux."""
     status = subprocess.run(
         [sys.executable, "-c", IMPORTS], check=True, capture_output=True, text=True
     )

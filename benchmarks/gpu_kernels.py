@@ -1,9 +1,9 @@
-"""The time of each kernel on a GPU, by PyTorch's profiler: `doraxp bench` times whole calls.
+"""Time each kernel on a GPU with PyTorch's profiler. `doraxp bench` times whole calls.
 
     python benchmarks/gpu_kernels.py
 
-Needs a GPU, CuPy, PyTorch and ml_dtypes. Prints, for each shape and call, the sum of its kernels in
-µs, how many there are, and the longest.
+It needs a GPU, CuPy, PyTorch and ml_dtypes. For each shape and call, it prints the time of all
+kernels in µs, the number of kernels, and the longest ones.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TOKENS, REPEATS, SHOWN = (4096, 128), 5, 12
 
 def main() -> None:
     """Print a line for each call."""
-    torch.zeros(1, device="cuda")  # the profiler wants a context
+    torch.zeros(1, device="cuda")  # the profiler needs a context
     for out, inner, rank, dtype in SHAPES:
         weight = draw(out, inner, dtype=dtype, scale=inner**-0.5)
         config = doraxp.Config(rank)
@@ -63,7 +63,7 @@ def draw(*shape: int, dtype: Any = "float32", scale: float = 1.0) -> Any:
 
 
 def copied(weight: Any) -> Any:
-    """Return a copy by the device's own copy."""
+    """Return a copy that CuPy makes from device to device."""
     copy = cupy.empty_like(weight)
     copy.data.copy_from_device_async(weight.data, weight.nbytes)
     return copy

@@ -2,8 +2,8 @@
 
     python benchmarks/kernels.py
 
-Needs NVRTC, `pip install nvidia-cuda-nvrtc`, and no driver. Fails if a kernel does not compile,
-spills registers or has a stack frame, or if a pass over large arrays has no 16-byte load.
+It needs NVRTC, `pip install nvidia-cuda-nvrtc`, and no driver. It fails if a kernel does not
+compile, spills registers or has a stack frame, or if a pass over large arrays has no 16-byte load.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WIDE = re.compile(r"\bld\.global(?:\.nc)?\.(?:v4\.[bfu]32|v2\.[bfu]64)")
 
 
 class Compiled(NamedTuple):
-    """What a kernel uses, from the compiler's report."""
+    """The resources that a kernel uses, from the compiler's report."""
 
     registers: int
     shared: int
@@ -72,7 +72,7 @@ def load() -> ctypes.CDLL:
 def build(
     nvrtc: ctypes.CDLL, kernels: CudaKernels, types: str, architecture: int
 ) -> dict[str, Compiled]:
-    """Compile the kernels for three dtypes, and return what each uses by its name."""
+    """Compile the kernels for three dtypes, and return the resources of each by its name."""
     options = f"--gpu-architecture=sm_{architecture}", *kernels.builds[types]
     ptx, log = compiled(nvrtc, kernels.source, options)
     entries = {part.partition("(")[0]: part for part in ptx.split(".entry ")[1:]}

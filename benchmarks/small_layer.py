@@ -2,10 +2,10 @@
 
     python benchmarks/small_layer.py
 
-Compares calls of doraxp with the same formulas and the same guard in plain NumPy, by turns, in one
-process. Microseconds do not carry from one processor to another: the goals are for a ratio,
-(call − plain) ÷ plain, the extra time of a call in units of the plain time. Ends with status 1 if a
-ratio is above its goal by more than the margin.
+It compares calls of doraxp with the same formulas and the same guard in plain NumPy. They take
+turns in one process. Times differ from one processor to another, so the goals are for a ratio,
+(call − plain) ÷ plain: the extra time of a call, divided by the plain time. The exit status is 1 if
+a ratio is above its goal by more than the margin.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ REPEATED_CHECKS = {
     "forward, norm computed": 1.52,
     "backward, exact": 2.4,
 }
-"""The ratios of a version that checked library, device, dtypes and shapes several times in a call.
-Medians of 30 runs on an AMD EPYC with AVX2; a run is within 20 % of them."""
+"""The ratios if a call checks library, device, dtypes and shapes several times, not once.
+Medians of 30 runs on an AMD EPYC with AVX2; each run is within 20 % of them."""
 GOALS = {name: 0.6 * ratio for name, ratio in REPEATED_CHECKS.items()}
 
 
@@ -150,7 +150,7 @@ def pairs() -> dict[str, Pair]:
 
 
 def plain_norm(weight: np.ndarray, adapter: Adapter, squares: np.ndarray) -> Norm:
-    """Return n, g and V Aᵀ / n by the expanded n², with the guard. No row may need its service."""
+    """Return n, g and V Aᵀ / n by the expanded n², with the guard. No row may be suspect."""
     a, b, m = adapter
     u, gram = weight @ a.T, a @ a.T
     bg, b_squares, mean_square = b @ gram, np.vecdot(b, b), np.sum(a * a) / len(a)
@@ -165,7 +165,7 @@ def plain_norm(weight: np.ndarray, adapter: Adapter, squares: np.ndarray) -> Nor
 def plain_forward(
     x: np.ndarray, weight: np.ndarray, adapter: Adapter, norm: Norm
 ) -> tuple[np.ndarray, Intermediates]:
-    """Return y and what the backward needs."""
+    """Return y and the intermediate arrays that the backward needs."""
     low_rank = x @ adapter.lora_a.T
     z = x @ weight.T + low_rank @ adapter.lora_b.T
     return norm.gain * z, Intermediates(x, low_rank, z, norm)

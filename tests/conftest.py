@@ -45,10 +45,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "once: run with the first lane of each backend; for tests with own arrays"
+        "markers", "once: run with the first lane of each backend; for tests that make their arrays"
     )
     config.addinivalue_line(
-        "markers", "lanes(*names): run on these backends only; for tests of their own features"
+        "markers", "lanes(*names): run on these backends only; for tests of what only they have"
     )
     config.addinivalue_line(
         "markers", "dtypes(*names): run with each `dtype` of these that the backend has"
@@ -73,7 +73,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests of libraries that were not chosen. Tests without a library go with numpy."""
+    """Leave out tests of libraries that were not chosen. Tests without a library run with numpy."""
     names = config.getoption("backend") or {*LANES, *ORACLES} - EMULATED
     others = {oracle for oracle in ORACLES if oracle not in names}
 

@@ -1,4 +1,4 @@
-"""Every override equals its generic operation; which libraries there are; CuPy without a GPU."""
+"""Every override equals its generic operation. The list of libraries. CuPy without a GPU."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class TestNumpyOverrides:
         assert (results[0].radial is None, results[0].bias is None) == (not exact, not with_bias)
         np.testing.assert_array_equal(d, before)
 
-    def test_a_weight_stored_the_other_way(self, rng, stack, dtype):
+    def test_a_weight_that_lies_by_columns(self, rng, stack, dtype):
         weight = rng.standard_normal((*stack, 6, 7)).astype(dtype).mT
         x = rng.standard_normal((*stack, 5, 6)).astype("float32")
         d = rng.standard_normal((*stack, 5, 7)).astype("float32")
@@ -135,7 +135,7 @@ class TestNumpyOverrides:
     @pytest.mark.parametrize("row_scale", [False, True])
     @pytest.mark.parametrize("suspects", [(), (2,), (0, 3, 6), tuple(range(7))])
     def test_guard(self, rng, stack, dtype, row_scale, suspects):
-        """Stored rows replace the factored results for them, and no others."""
+        """Stored rows of V replace the factored results of these rows, and of no others."""
         factors = make_factors(rng, stack, dtype, row_scale=row_scale)
         v = Factored(factors).dense(ops=GENERIC)
         trusted = np.ones((*stack, 7), bool)
@@ -165,7 +165,7 @@ class TestNumpyOverrides:
 
 @pytest.mark.parametrize("form", ["weight", "direction"])
 def test_a_merge_that_measures_equals_a_merge_with_a_known_norm(rng, form):
-    """A row of zeros, a row that cancels and a row whose squares overflow among them."""
+    """There are a row of zeros, a row that cancels and a row whose squares overflow."""
     weight, a, b, m = (rng.standard_normal(shape) for shape in ((7, 6), (2, 6), (7, 2), (7,)))
     weight[0], b[0] = 0, 0
     weight[1] = -2 * b[1] @ a
@@ -185,7 +185,7 @@ def test_the_guard_stores_no_rows_of_zeros():
 
 
 def test_squares_that_underflow_are_not_trusted():
-    """‖A_r‖² is 0 in float32, and B A is not small beside W: V has to be measured."""
+    """‖A_r‖² is 0 in float32, though B A is not small beside W: V must be measured."""
     rng = np.random.default_rng(2)
     weight = rng.standard_normal((7, 64)).astype("float32")
     a = (3e-19 * rng.standard_normal((2, 64))).astype("float32")
@@ -217,7 +217,7 @@ def test_available_lists_every_backend_in_order():
 
 
 def hide(monkeypatch, name, module):
-    """Make `name` look installed as `module`, missing where that is None, or broken."""
+    """Make the library `name` be `module`; missing if that is None, broken if it is an error."""
     spec = None if module is None else importlib.machinery.ModuleSpec(name, None)
     find_spec, import_module = importlib.util.find_spec, importlib.import_module
 
@@ -280,7 +280,7 @@ def test_cupy_without_a_device_for_its_kernels_says_so(monkeypatch, capability, 
 
 
 def test_values_on_a_gpu_are_not_read(monkeypatch):
-    """CuPy's operations never read a value: staleness is by identity."""
+    """CuPy's operations never read a value: adapters are compared by identity."""
     ops = _cupy.CupyOperations(array_api_compat.numpy)
     assert not ops.can_read_values(np.ones(1))
     adapter = Adapter(np.ones(1), np.ones(1), np.ones(1))
@@ -301,7 +301,7 @@ def test_tensors_are_taken_out_of_the_graph(monkeypatch):
     assert ops.detached(types.SimpleNamespace(detach=lambda: "a leaf")) == "a leaf"
 
 
-def test_torch_adds_a_product_of_matrices_by_itself():
+def test_torch_accumulates_a_product_of_matrices_by_addmm():
     ops = TorchOperations(np)
     matrix = types.SimpleNamespace(ndim=2, addmm_=lambda left, right: (left, right))
     assert ops.accumulate(matrix, "left", "right") == ("left", "right")
@@ -318,7 +318,7 @@ def test_values_that_are_lazy_or_on_a_device_are_not_read(monkeypatch):
 
 
 @pytest.mark.parametrize("row_scale", [False, True])
-def test_the_generic_guard_forms_v_whole_or_not_at_all(rng, row_scale):
+def test_the_generic_guard_stores_all_of_v_or_no_row_of_it(rng, row_scale):
     factors = make_factors(rng, (), "float32", row_scale=row_scale)
     v = Factored(factors).dense(ops=GENERIC)
     norm = np.linalg.norm(v, axis=-1)
@@ -354,7 +354,7 @@ def test_an_adapter_is_compared_by_value(ops):
 
 
 class Foreign(np.ndarray):
-    """An array that is looked at more closely than NumPy's own."""
+    """An array of another class than NumPy's own: its library is looked up."""
 
 
 def foreign(size):
@@ -382,7 +382,7 @@ def test_arrays_on_two_devices_are_refused_by_name(monkeypatch):
 
 
 def test_the_bare_package_imports_only_what_it_needs():
-    """The core runs where there is neither PyTorch nor matplotlib."""
+    """The core needs neither PyTorch nor matplotlib."""
     code = (
         "import sys; import array_api_compat.numpy; before = set(sys.modules); import doraxp; "
         "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
@@ -390,15 +390,15 @@ def test_the_bare_package_imports_only_what_it_needs():
     modules = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
-    # NumPy imports more where it is there: that is not the package's doing.
+    # NumPy imports some packages if they are installed. doraxp does not need them.
     owners = importlib.metadata.packages_distributions()
     packages = {owner.replace("_", "-") for name in modules for owner in owners.get(name, [])}
     assert packages <= {"doraxp", "numpy", "array-api-compat"}
     assert "doraxp" in modules
 
 
-def test_a_step_may_be_made_of_all_leaves_at_once(monkeypatch):
-    """What the operations return for a path is what the step returns for it."""
+def test_a_backend_may_step_all_leaves_at_once(monkeypatch):
+    """The step returns for each path the arrays that the operations return for it."""
     given = []
 
     class Fused(Operations):

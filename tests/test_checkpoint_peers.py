@@ -14,7 +14,7 @@ from doraxp import Adapter, Config, LayerKind
 from doraxp.checkpoint import load_adapters, save_adapters
 from doraxp.cli import main
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # what they import
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of their imports
 
 
 def assert_close(actual, desired):

@@ -1,4 +1,4 @@
-"""decompose, prepare's values, and the change of magnitude and direction."""
+"""decompose, the values of prepare, and the change of magnitude and direction."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from doraxp import Adapter, Config
         ([[1.0, 0.0], [0.0, 1.0]], [1.0, 1.0]),
     ],
 )
-def test_magnitudes_of_the_adapter_class(backend, assert_close, weight, magnitude):
+def test_magnitudes_of_examples_with_integer_norms(backend, assert_close, weight, magnitude):
     weight = backend.asarray(np.array(weight))
     actual, _ = backend.run(doraxp.decompose, weight)
     assert_close(actual, np.array(magnitude), rtol=0)

@@ -1,4 +1,4 @@
-"""Dropout with a mask that the caller draws: the formulas, every gradient, what is refused."""
+"""Dropout with a mask that the caller draws: the formulas, every gradient, bad masks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHOICES = [
 
 @pytest.fixture
 def draw_mask(backend):
-    """Masks of the backend: 0, or 1/(1 − p) with p = 1/4."""
+    """Return a function that draws masks: each number is 0, or 1/(1 − p) with p = 1/4."""
     rng = np.random.default_rng(4)
 
     def draw(*shape, dtype="float64"):
@@ -65,7 +65,7 @@ def all_gradients(dy, cache):
 
 
 def dense(x, a, b, m, weight, bias, mask, config):
-    """y as the two kinds of dropout are written down, V formed, on NumPy's arrays."""
+    """Return y by the formulas of both kinds of dropout, with V stored, from NumPy's arrays."""
     unit = weight
     if config.form == "direction":
         unit = weight / np.linalg.norm(weight, axis=-1, keepdims=True)
@@ -112,7 +112,7 @@ def test_gradient_is_the_transpose_of_the_derivative(
 
     def value(step):
         moved = inputs | {name: inputs[name] + step * direction}
-        if norm_gradient == "detached":  # n is a constant: m / n as if n had not moved
+        if norm_gradient == "detached":  # n is a constant: undo the change of n in m / n
             now = doraxp.prepare(moved["weight"], adapter_of(moved), config).norm
             moved["magnitude"] = moved["magnitude"] * now / norm
         y, _ = forward(moved, mask, config)
@@ -189,14 +189,14 @@ def test_a_fresh_adapter_gives_the_base_product_whatever_is_dropped(
     adapter = doraxp.init(weight, config, seed=0)
     y, _ = backend.run(doraxp.forward, x, weight, adapter, config, dropout_mask=draw_mask(5, 6))
     assert_close(y, backend.numpy(x) @ backend.numpy(weight).T, rtol=1e-15)
-    if dropout == "low_rank":  # B = 0 takes the dropped x away altogether
+    if dropout == "low_rank":  # the dropped x is multiplied by B = 0
         plain, _ = backend.run(doraxp.forward, x, weight, adapter, config)
         assert_close(y, plain, rtol=0)
 
 
 @pytest.mark.parametrize("dropout", MODES)
 def test_rows_that_cancel_keep_their_digits(backend, draw, draw_mask, assert_close, dropout):
-    """Where V is formed, the update still sees the dropped x, and the base the whole one."""
+    """Where rows of V are stored, the update still gets the dropped x, and the base all of x."""
     config = Config(3, dropout=dropout)
     inputs, mask, dy = draw_inputs(draw), draw_mask(5, 6), draw(5, 7)
     host = {name: backend.numpy(array) for name, array in inputs.items()}
@@ -267,7 +267,7 @@ def test_leading_axes_are_tokens(backend, draw, draw_mask, assert_close, dropout
 
 @pytest.mark.dtypes("float16", "bfloat16")
 @pytest.mark.parametrize("dropout", MODES)
-def test_low_precision_is_computed_with_in_float32(
+def test_results_with_low_precision_are_computed_in_float32(
     backend, draw, draw_mask, assert_close, dropout, dtype
 ):
     config = Config(3, dropout=dropout)
@@ -315,9 +315,9 @@ def test_the_layer_passes_the_mask_on(backend, draw, draw_mask, assert_close, dr
     assert_close(layer.forward(inputs["x"]), forward(inputs, None, config)[0], rtol=1e-15)
 
 
-def test_a_mask_that_does_not_fit(backend, draw, draw_mask):
+def test_a_mask_that_does_not_fit_is_refused(backend, draw, draw_mask):
     config, inputs = Config(3), draw_inputs(draw)
-    for shape in ((6,), (5, 3), (1, 6), (5, 1)):  # nor is one that broadcasts
+    for shape in ((6,), (5, 3), (1, 6), (5, 1)):  # one that broadcasts is refused too
         message = r"dropout_mask must have the shape of x, \(5, 6\), got \(" + str(shape[0])
         with pytest.raises(ValueError, match=message):
             forward(inputs, draw_mask(*shape), config)
@@ -328,13 +328,13 @@ def test_a_mask_that_does_not_fit(backend, draw, draw_mask):
         forward(inputs, 0.5, config)
 
 
-def test_a_mask_of_another_library(torch):
+def test_a_mask_of_another_library_is_refused(torch):
     weight, config = np.ones((7, 6)), Config(3)
     adapter = doraxp.init(weight, config, seed=0)
     with pytest.raises(TypeError, match=r"one library: .* dropout_mask of torch"):
         doraxp.forward(np.ones((5, 6)), weight, adapter, config, dropout_mask=torch.ones(5, 6))
 
 
-def test_a_choice_that_is_none():
+def test_an_unknown_kind_of_dropout_is_refused():
     with pytest.raises(ValueError, match=r"dropout must be one of .*low_rank.* got 'output'"):
         Config(3, dropout="output")

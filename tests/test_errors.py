@@ -24,7 +24,7 @@ BAD_SHAPES = {
 
 
 @pytest.mark.parametrize("name", BAD_SHAPES)
-def test_an_adapter_that_does_not_fit(draw, layer, name):
+def test_an_adapter_that_does_not_fit_is_refused(draw, layer, name):
     weight, adapter, config = layer
     shape, message = BAD_SHAPES[name]
     broken = adapter._replace(**{name: draw(*shape)})
@@ -39,7 +39,7 @@ def test_an_adapter_that_does_not_fit(draw, layer, name):
             call()
 
 
-def test_an_input_that_does_not_fit(draw, layer):
+def test_an_input_that_does_not_fit_is_refused(draw, layer):
     weight, adapter, config = layer
     message = r"x must have shape \(\.\.\., in\) with in = 6 .* got \(5, 7\)"
     with pytest.raises(ValueError, match=message):
@@ -54,7 +54,7 @@ def test_an_input_that_does_not_fit(draw, layer):
         doraxp.backward(draw(5, 7, dtype="int32"), cache)
 
 
-def test_an_input_without_the_stack_of_the_weight(draw):
+def test_an_input_without_the_stack_of_the_weight_is_refused(draw):
     config, weight = Config(2), draw(3, 7, 6)
     adapter = doraxp.init(weight, config, seed=0)
     for shape in ((5, 6), (2, 5, 6), (6,), ()):
@@ -70,34 +70,34 @@ def test_an_input_without_the_stack_of_the_weight(draw):
 
 
 @pytest.mark.parametrize("shape", [(6,), (0, 6), (7, 0)])
-def test_a_weight_that_is_none(draw, shape):
+def test_a_weight_with_one_axis_or_an_empty_one_is_refused(draw, shape):
     weight = draw(*shape)
     for call in (doraxp.decompose, lambda w: doraxp.init(w, Config(1), seed=0)):
         with pytest.raises(ValueError, match=r"weight must have shape \(\*stack, out, in\) with"):
             call(weight)
 
 
-def test_a_rank_above_the_weights(draw):
+def test_a_rank_above_that_of_the_weight_is_refused(draw):
     message = r"rank must be in 1\.\.6 = 1\.\.min\(out, in\) for a weight of shape \(7, 6\), got 7"
     with pytest.raises(ValueError, match=message):
         doraxp.init(draw(7, 6), Config(7), seed=0)
 
 
-def test_unknown_choices(draw, layer):
+def test_unknown_choices_are_refused(draw, layer):
     with pytest.raises(ValueError, match=r"method must be one of .*gaussian.* got 'zeros'"):
         doraxp.init(layer[0], Config(2), seed=0, method="zeros")
     with pytest.raises(ValueError, match=r"form must be one of .*direction.* got 'rows'"):
         doraxp.convert_form(*layer, "rows")
 
 
-def test_weights_of_two_shapes_have_no_change_between_them(draw):
+def test_weights_of_two_shapes_are_not_compared(draw):
     message = r"weight_before and weight_after must have one shape, got \(7, 6\) and \(6, 7\)"
     with pytest.raises(ValueError, match=message):
         doraxp.magnitude_direction_change(draw(7, 6), draw(6, 7))
 
 
 @pytest.mark.parametrize("dtype", ["int64", "bool", "complex64"])
-def test_dtypes_that_are_not_real_floating(backend, draw, layer, dtype):
+def test_dtypes_that_are_not_real_floating_are_refused(backend, draw, layer, dtype):
     weight, adapter, config = layer
     bad = backend.asarray(np.zeros((7, 6), dtype))
     message = f"must be of dtype float16, bfloat16, float32, float64, got .*{dtype}"
@@ -113,7 +113,7 @@ def test_dtypes_that_are_not_real_floating(backend, draw, layer, dtype):
         doraxp.forward(bad, weight, adapter, config)
 
 
-def test_what_is_no_array(draw, layer):
+def test_an_argument_that_is_not_an_array_is_refused(draw, layer):
     weight, adapter, config = layer
     with pytest.raises(TypeError, match=r"x must be an array of a library .* got list"):
         doraxp.forward([[1.0] * 6], weight, adapter, config)
@@ -122,7 +122,7 @@ def test_what_is_no_array(draw, layer):
 
 
 class TestPrepared:
-    """A prepared norm never serves another adapter."""
+    """A prepared norm is refused with another weight, adapter or config."""
 
     def test_another_weight(self, draw, layer):
         weight, adapter, config = layer
@@ -169,7 +169,7 @@ def test_a_write_into_the_adapter_is_noticed(name):
         doraxp.backward(y, cache)
 
 
-def test_nan_in_an_adapter_is_no_change():
+def test_nan_in_an_adapter_equals_itself():
     weight, config = np.eye(3), Config(1)
     adapter = doraxp.init(weight, config, seed=0)
     adapter = adapter._replace(magnitude=np.array([1.0, np.nan, 1.0]))
@@ -187,26 +187,26 @@ def test_an_adapter_of_another_shape_or_dtype_is_a_change():
         doraxp.forward(np.eye(3), weight, narrow, config, prepared=prepared)
 
 
-def test_arrays_of_two_libraries(torch):
+def test_arrays_of_two_libraries_are_refused(torch):
     message = "all arrays must be of one library: x is of numpy, weight of torch"
     with pytest.raises(TypeError, match=message):
         operations(x=np.ones(2), weight=torch.ones(2))
 
 
-def test_a_gradient_of_another_library_than_x(torch):
+def test_a_gradient_of_another_library_than_x_is_refused(torch):
     weight, config = np.eye(3), Config(1)
     y, cache = doraxp.forward(np.eye(3), weight, doraxp.init(weight, config, seed=0), config)
     with pytest.raises(TypeError, match="all arrays must be of one library: dy is of torch, x of"):
         doraxp.backward(torch.tensor(y), cache)
 
 
-def test_arrays_on_two_devices(torch):
+def test_arrays_on_two_devices_are_refused(torch):
     message = "all arrays must be on one device: x is on cpu, weight on meta"
     with pytest.raises(ValueError, match=message):
         operations(x=torch.ones(2), weight=torch.ones(2, device="meta"))
 
 
-def test_what_is_no_adapter_config_or_cache(draw, layer):
+def test_arguments_of_another_type_are_refused(draw, layer):
     weight, adapter, config = layer
     x = draw(5, 6)
     y, cache = doraxp.forward(x, weight, adapter, config)
@@ -241,7 +241,7 @@ def test_what_is_no_adapter_config_or_cache(draw, layer):
                 call()
 
 
-def test_none_is_no_array_but_the_bias_may_be(draw, layer):
+def test_none_is_refused_except_for_the_bias(draw, layer):
     weight, adapter, config = layer
     x = draw(5, 6)
     _, cache = doraxp.forward(x, weight, adapter, config, bias=None)
@@ -264,17 +264,17 @@ def test_none_is_no_array_but_the_bias_may_be(draw, layer):
         (-1, ValueError, "seed must be at least 0, got -1"),
     ],
 )
-def test_a_seed_that_is_none(draw, seed, error, message):
+def test_a_seed_that_is_not_an_integer_or_is_negative_is_refused(draw, seed, error, message):
     with pytest.raises(error, match=message):
         doraxp.init(draw(7, 6), Config(2), seed=seed)
 
 
 class Foreign(np.ndarray):
-    """An array that is looked at more closely than NumPy's own."""
+    """An array of another class than NumPy's own: its library is looked up."""
 
 
-def test_arrays_that_lie_across_the_same_devices_go_together(monkeypatch):
-    """As JAX's sharded arrays do: each has its own sharding, over the same set of devices."""
+def test_arrays_that_are_sharded_over_the_same_devices_are_accepted(monkeypatch):
+    """JAX's arrays have different shardings, over the same set of devices."""
 
     class Sharding:
         def __init__(self, *devices):

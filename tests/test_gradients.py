@@ -1,4 +1,4 @@
-"""Every gradient, against central differences and against autograd of the dense formula."""
+"""Every gradient equals central differences, and autograd of the dense formula."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def all_gradients(dy, cache, train_base=True):
 
 
 def forward_at_fixed_norm(inputs, base, config):
-    """y where n is a constant: what the detached gradient is the gradient of."""
+    """Return y with n as a constant: the detached gradient is the gradient of this function."""
     adapter = Adapter(*(inputs[name] for name in Adapter._fields))
     base_adapter = Adapter(*(base[name] for name in Adapter._fields))
     norm = doraxp.prepare(base["weight"], base_adapter, config).norm

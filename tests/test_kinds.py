@@ -59,8 +59,8 @@ def test_the_update_of_a_group_stays_in_that_group():
     ("name", "groups", "shape", "message"),
     [
         ("dense", 1, (2, 2), "kind must be one of"),
-        ("linear", 2, (2, 2), "groups must be 1, or more for a conv"),
-        ("conv", 0, (2, 2, 2), "groups must be 1, or more for a conv"),
+        ("linear", 2, (2, 2), "groups must be 1, or at least 1 for a conv"),
+        ("conv", 0, (2, 2, 2), "groups must be 1, or at least 1 for a conv"),
         ("linear", 1, (2, 2, 2), "kind 'linear' must have shape (out, in)"),
         ("experts", 1, (2, 2), "kind 'experts' must have shape (*stack, out, in)"),
         ("conv", 1, (2, 2), "kind 'conv' must have shape (out, in/groups, *kernel)"),

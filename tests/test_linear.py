@@ -1,4 +1,4 @@
-"""forward, backward and merge against the oracle, and the laws that tie them together."""
+"""forward, backward and merge equal the oracle, and obey the laws that connect them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_core_equals_oracle(backend, draw, assert_close, form, norm_gradient, dt
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("norm_gradient", NORM_GRADIENTS)
-def test_stack_is_each_layer_by_itself(backend, draw, assert_close, form, norm_gradient):
+def test_a_stack_equals_its_layers_one_by_one(backend, draw, assert_close, form, norm_gradient):
     config = Config(2, form=form, norm_gradient=norm_gradient)
     stack = (2, 3)
     weight = draw(*stack, 7, 6)
@@ -119,7 +119,7 @@ def test_identity_at_init_is_exact(backend, draw, assert_close, dtype, stack):
     y, _ = backend.run(doraxp.forward, x, weight, adapter, config)
     xp = backend.namespace()
     wide = xp.float64 if dtype == "float64" else xp.float32
-    if backend.name in ("cupy", "cuda-host"):  # cuBLAS has many products, with bits of their own
+    if backend.name in ("cupy", "cuda-host"):  # cuBLAS may round one product in several ways
         ops = operations(weight=weight)
         base = ops.product(x, xp.matrix_transpose(weight))
     else:
@@ -141,12 +141,12 @@ def test_merge_equals_forward(backend, draw, assert_close):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_prepared_saves_time_and_changes_nothing(backend, draw, assert_close, form):
+def test_a_prepared_norm_changes_no_result(backend, draw, assert_close, form):
     config = Config(3, form=form)
     weight, x = draw(7, 6), draw(5, 6)
     adapter = random_adapter(draw, config, out=7, inner=6)
     prepared = backend.run(doraxp.prepare, weight, adapter, config)
-    # Under jit the arrays that a prepared norm belongs to are those that it carries.
+    # jit returns new arrays: the prepared norm belongs to those that it holds.
     weight, adapter = prepared.weight, prepared.adapter
     plain, _ = doraxp.forward(x, weight, adapter, config)
     again = doraxp.prepare(weight, adapter, config, previous=prepared)
@@ -159,8 +159,8 @@ def test_prepared_saves_time_and_changes_nothing(backend, draw, assert_close, fo
 
 @pytest.mark.parametrize("stack", [(), (2,)])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_forward_from_an_earlier_norm_changes_nothing(backend, draw, assert_close, form, stack):
-    """W Aᵀ then comes out of the product with x; a row that cancels is still noticed."""
+def test_an_earlier_norm_changes_no_result(backend, draw, assert_close, form, stack):
+    """W Aᵀ is then a part of the product x Wᵀ. A row that cancels is still noticed."""
     config = Config(3, form=form)
     adapter = random_adapter(draw, config, *stack, out=7, inner=6)
     rows = backend.numpy(draw(*stack, 7, 6)).copy()
@@ -169,7 +169,7 @@ def test_a_forward_from_an_earlier_norm_changes_nothing(backend, draw, assert_cl
     weight, x, dy = backend.asarray(rows), draw(*stack, 5, 6), draw(*stack, 5, 7)
     other = random_adapter(draw, config, *stack, out=7, inner=6)
     previous = backend.run(doraxp.prepare, weight, other, config)
-    weight = previous.weight  # under jit, the one that it carries
+    weight = previous.weight  # jit returns a new array
     y, cache = doraxp.forward(x, weight, adapter, config)
     y_again, again = doraxp.forward(x, weight, adapter, config, previous=previous)
     assert_close(y_again, y, rtol=1e-13)
@@ -213,7 +213,7 @@ def test_exact_and_detached_agree_where_the_norm_term_is_zero(backend, draw, ass
     adapter = random_adapter(draw, exact, out=7, inner=6)
     y, cache = backend.run(doraxp.forward, x, weight, adapter, exact)
     _, cache_detached = backend.run(doraxp.forward, x, weight, adapter, detached)
-    # e = Σ dy⊙z = 0 by construction: take from dy its part along z.
+    # Subtract from dy its part along z: then e = Σ dy⊙z = 0.
     xp = backend.namespace()
     z = y / adapter.magnitude
     dy = draw(5, 7)
@@ -253,7 +253,7 @@ def test_init_is_drawn_from_the_seed(backend, draw, assert_close, method):
     assert not np.array_equal(backend.numpy(other.lora_a), backend.numpy(adapter.lora_a))
     assert_close(adapter.lora_b, np.zeros((60, 40), "float32"), rtol=0)
     a = backend.numpy(adapter.lora_a)
-    # 2000 numbers: the standard deviation of a sample's own is 1.6 %, of its mean 2.2 %.
+    # The standard errors of 2000 numbers: 1.6 % of the deviation, and 2.2 % of it for the mean.
     deviation = 1 / math.sqrt(3 * 50) if method == "kaiming" else 1 / math.sqrt(40)
     assert abs(a.std() / deviation - 1) < 0.08
     assert abs(a.mean() / deviation) < 0.11
@@ -270,7 +270,7 @@ def test_stacked_init_draws_every_element(backend, draw):
 
 
 @pytest.mark.dtypes("float16", "bfloat16", "float32", "float64")
-def test_output_has_the_dtype_of_x_and_parameters_that_of_the_computation(backend, draw, dtype):
+def test_outputs_have_the_dtype_of_x_and_gradients_the_compute_dtype(backend, draw, dtype):
     weight, config = draw(7, 6, dtype=dtype), Config(2)
     compute = draw(1, dtype="float64" if dtype == "float64" else "float32").dtype
     adapter = backend.run(doraxp.init, weight, config, seed=0)
@@ -287,7 +287,7 @@ def test_output_has_the_dtype_of_x_and_parameters_that_of_the_computation(backen
 
 @pytest.mark.dtypes("float16", "bfloat16")
 @pytest.mark.parametrize("form", FORMS)
-def test_low_precision_weights_are_computed_with_in_float32(
+def test_results_with_a_low_precision_weight_are_computed_in_float32(
     backend, draw, assert_close, dtype, form
 ):
     config = Config(3, form=form)
@@ -341,12 +341,12 @@ def test_arguments_are_never_written_to(backend, draw):
         np.testing.assert_array_equal(backend.numpy(array), values)
 
 
-# The values that the adapter class this project grew from is tested with.
+# Examples that can be checked by hand.
 
 W = np.array([[3.0, 4.0], [0.0, 5.0]])
 
 
-def test_forward_at_init_of_the_adapter_class(backend, assert_close):
+def test_a_fresh_adapter_gives_the_base_output_of_an_example(backend, assert_close):
     weight, config = backend.asarray(W), Config(1)
     adapter = doraxp.init(weight, config, seed=0)
     y, _ = doraxp.forward(backend.asarray(np.array([1.0, 2.0])), weight, adapter, config)
@@ -355,8 +355,8 @@ def test_forward_at_init_of_the_adapter_class(backend, assert_close):
     assert_close(y, np.array([[3.0, 0.0], [4.0, 5.0]]), rtol=0)
 
 
-def test_low_rank_product_of_the_adapter_class(backend, assert_close):
-    # There A is stored (in, r) and B (r, out). A norm of V that equals m leaves y = x Vᵀ.
+def test_the_update_alone_gives_the_output_of_an_example(backend, assert_close):
+    # W = 0, and m is the norm of V: then y = x Vᵀ = 2 x Aᵀ Bᵀ.
     a = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]).T
     b = np.array([[1.0, 2.0], [3.0, 4.0]]).T
     config = Config(2, 4.0)

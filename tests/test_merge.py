@@ -1074,7 +1074,7 @@ def test_an_init_that_changed_the_base_needs_the_changed_weights(folders, capsys
         ((), {"lora_alpha": -16}, "lora_alpha must be above 0 and finite, got -16.0"),
         ((), {"lora_alpha": None}, "lora_alpha must be a number, got None"),
         ((), {"alpha_pattern": {"q": -3}}, "lora_alpha must be above 0 and finite, got -3.0"),
-        ((), {"bias": "some"}, "bias must be none, all or lora_only, got 'some'"),
+        ((), {"bias": "some"}, "bias must be 'none', 'all' or 'lora_only', got 'some'"),
         ((), {"init_lora_weights": "new"}, "init_lora_weights 'new' is unknown: it may have"),
         ((), {"init_lora_weights": ["eva"]}, "is unknown: it may have changed the base"),
         ((), {"use_rslora": "false"}, "use_rslora must be true or false, got 'false'"),

@@ -14,7 +14,7 @@ FORMS = ("weight", "direction")
 
 
 def dense(layer, x, dy, asarray, xp):
-    """DoRA with V formed, in the arrays' dtype: the way that PEFT goes, with exact gradients."""
+    """Return the results of DoRA with V stored, as in PEFT, but with exact gradients."""
     w, a, b, m, x, dy = (asarray(array) for array in (*layer[:4], x, dy))
     s = layer.scaling
     if layer.form == "direction":
@@ -41,7 +41,7 @@ def dense_exact(layer, x, dy):
 
 
 def cancelling_layer(ratio, rows, config, rng, *, out=96, inner=128):
-    """A float32 layer where ‖V‖/‖W‖ is about `ratio` in the rows named, and about 1 in others."""
+    """A float32 layer where ‖V‖/‖W‖ is about `ratio` in `rows`, and about 1 in the other rows."""
     a = (rng.standard_normal((config.rank, inner)) / np.sqrt(inner)).astype("float32")
     b = rng.standard_normal((out, config.rank)).astype("float32")
     update = config.scaling * b.astype("float64") @ a
@@ -53,7 +53,7 @@ def cancelling_layer(ratio, rows, config, rng, *, out=96, inner=128):
     weight[rows] = ratio * rest[rows] - update[rows]
     if config.form == "direction":
         lengths = np.linalg.norm(weight, axis=1, keepdims=True)
-        b /= lengths.astype("float32")  # V is W + s B A over ‖W‖: the rows cancel as before
+        b /= lengths.astype("float32")  # V is (W + s B A) / ‖W‖: the same rows cancel
     weight = weight.astype("float32")
     magnitude = np.linalg.norm(weight, axis=1).astype("float32")
     return reference.Layer(weight, a, b, magnitude, config.scaling, config.form)
@@ -69,7 +69,7 @@ def error(actual, exact):
 @pytest.mark.parametrize("ratio", [1.0, 0.3, 0.1, 1e-2, 1e-3])
 @pytest.mark.parametrize("form", FORMS)
 def test_cancelling_rows_lose_no_more_than_the_dense_way(backend, form, ratio, rows):
-    """‖V‖/‖W‖ down to 1e-3: every error within 4 times that of the dense float32 way."""
+    """For ‖V‖/‖W‖ down to 1e-3, no error is above 4 times that of the dense float32 way."""
     rng = np.random.default_rng(5)
     config = Config(6, 12.0, form=form)
     layer = cancelling_layer(ratio, rows, config, rng)
@@ -88,7 +88,7 @@ def test_cancelling_rows_lose_no_more_than_the_dense_way(backend, form, ratio, r
         assert error(backend.numpy(array), exact[name]) <= bound, name
 
 
-def test_the_oracle_of_cancellation_is_the_oracle():
+def test_the_dense_way_in_float64_equals_the_oracle():
     rng = np.random.default_rng(5)
     layer = cancelling_layer(0.1, slice(0, 2), Config(2), rng, out=4, inner=5)
     x, dy = rng.standard_normal((3, 5)), rng.standard_normal((3, 4))
@@ -98,7 +98,7 @@ def test_the_oracle_of_cancellation_is_the_oracle():
 
 
 def test_nearly_dependent_rows_of_a_are_noticed(backend):
-    """B A cancels within itself where A's rows are alike and B's entries opposite."""
+    """B A itself cancels if the rows of A are nearly equal and the entries of B opposite."""
     rng = np.random.default_rng(7)
     row = rng.standard_normal(64)
     a = np.stack([row, row + 1e-4 * rng.standard_normal(64)]).astype("float32")
@@ -114,8 +114,8 @@ def test_nearly_dependent_rows_of_a_are_noticed(backend):
     assert error(backend.numpy(prepared.norm), exact["norm"]) <= bound
 
 
-def test_only_suspect_rows_are_formed():
-    """On NumPy the guard costs nothing where no row cancels, and only its rows where some do."""
+def test_only_suspect_rows_are_stored():
+    """On NumPy the guard stores the rows of V that cancel, and no others."""
     rng = np.random.default_rng(5)
     config = Config(6, 12.0)
     for rows, expected in ([], []), ([3, 90], [3, 90]):
@@ -157,7 +157,7 @@ def test_a_zero_row_gives_its_bias_and_no_gradient(
 
 
 def test_a_row_that_cancels_to_zero_gives_its_bias(backend, assert_close):
-    """V = 0 although W and B A are not."""
+    """V = 0, although W and B A are not 0."""
     row = np.array([3.0, 4.0, 0.0, 0.0])
     weight = backend.asarray(np.stack([row, np.arange(4.0)]))
     b, m = np.array([[-1.0], [0.0]]), np.array([5.0, 1.0])
@@ -174,7 +174,7 @@ def test_a_row_that_cancels_to_zero_gives_its_bias(backend, assert_close):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 1e20, 1e30])
 def test_rows_beyond_the_range_of_squares(backend, form, size):
-    """Float32 squares under- or overflow here; norms, outputs and gradients do not."""
+    """Squares overflow or underflow float32 here. Norms, outputs and gradients do not."""
     rng = np.random.default_rng(3)
     rows = rng.standard_normal((7, 6)).astype("float32")
     rows[::2] *= np.float32(size)
@@ -186,20 +186,20 @@ def test_rows_beyond_the_range_of_squares(backend, form, size):
     grads = backend.run(doraxp.backward, backend.asarray(dy), cache)
     layer = reference.Layer(rows, *map(backend.numpy, adapter), 1.0, form)
     expected = reference.solve(layer, x, np.zeros(7), dy, "exact")
-    # The exact gradient of B is what the detached one leaves of a difference.
+    # The exact gradient of B is a difference, of which the detached gradient is one term.
     parts = reference.solve(layer, x, np.zeros(7), dy, "detached").lora_b
     actual = (adapter.magnitude, y, grads.adapter.lora_b)
     magnitude, y, db = (backend.numpy(array).astype("float64") for array in actual)
     lengths = [reference.length(row) for row in rows]
     np.testing.assert_allclose(magnitude, lengths, rtol=4e-7)
-    for i in range(7):  # by rows: they differ by thirty orders of magnitude
+    for i in range(7):  # each row alone: their sizes differ by thirty orders of magnitude
         assert error(y[:, i], expected.y[:, i]) <= 1e-6
         assert np.max(abs(db[i] - expected.lora_b[i])) <= 1e-6 * np.max(abs(parts[i]))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_denormal_row_is_the_base_product_or_zero_and_never_nan(backend, form):
-    """Numbers below 1.2e-38: kept by NumPy, flushed to zero by XLA; 1/‖w‖ overflows."""
+    """NumPy keeps numbers below 1.2e-38, XLA flushes them to zero, and 1/‖w‖ overflows."""
     rows = np.random.default_rng(3).standard_normal((7, 6)).astype("float32")
     rows[::2] *= np.float32(1e-42)
     weight, config = backend.asarray(rows), Config(2, form=form)
@@ -225,7 +225,7 @@ def test_a_denormal_row_keeps_its_digits_on_numpy():
 
 @pytest.mark.dtypes("float16")
 def test_float16_norms_beyond_its_range(backend, assert_close, dtype):
-    """‖w‖ overflows float16 (65504), W does not: magnitudes are float32."""
+    """‖w‖ overflows float16 (65504) and W does not. Magnitudes are float32."""
     weight = backend.asarray(np.full((3, 400), 60000.0, dtype))
     adapter = backend.run(doraxp.init, weight, Config(2), seed=0)
     assert_close(adapter.magnitude, np.full(3, 1.2e6, "float32"), rtol=1e-6)
@@ -233,7 +233,7 @@ def test_float16_norms_beyond_its_range(backend, assert_close, dtype):
 
 
 def test_a_gram_matrix_that_underflows_is_noticed(backend):
-    """A Aᵀ is 0 in float32 here, and B A as large as W; in a stack, beside an ordinary layer."""
+    """A Aᵀ is 0 in float32, though B A is as large as W. The stack has an ordinary layer too."""
     rng = np.random.default_rng(5)
     layers = [
         [
@@ -252,7 +252,7 @@ def test_a_gram_matrix_that_underflows_is_noticed(backend):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_nan_is_passed_on(backend, draw, form):
-    """In a row of W it stays in that row; in A it is everywhere. Never is it turned into a 0."""
+    """A NaN in a row of W is in that row of the results and in every sum over rows, never a 0."""
     config = Config(2, form=form)
     rows = backend.numpy(draw(7, 6)).copy()
     rows[3, 2] = np.nan
@@ -295,7 +295,7 @@ def test_smallest_and_largest_rank(backend, draw, assert_close, form, out, inner
             "exact",
         )
         assert_close(y, expected.y, rtol=1e-13)
-        # An exact gradient through a norm of one number is 0: measure against its parts.
+        # An exact gradient through a norm of one number is 0: compare with the size of its terms.
         size = max(1.0, float(np.max(abs(backend.numpy(cache.prepared.gain)))))
         for name, leaf in {"x": grads.x, **grads.adapter._asdict()}.items():
             atol = 1e-12 * max(size, float(np.max(abs(getattr(expected, name)))))
@@ -324,8 +324,10 @@ def test_zero_tokens_give_empty_outputs_and_zero_gradients(
 
 
 @pytest.mark.dtypes("float16", "bfloat16")
-def test_blocks_of_rows_leave_no_seam(backend, draw, assert_close, dtype, monkeypatch):
-    """More rows than NumPy up-casts at once, and a last block that is not full."""
+def test_blocks_of_rows_give_the_results_of_the_whole(
+    backend, draw, assert_close, dtype, monkeypatch
+):
+    """There are more rows than NumPy casts at once, and the last block is not full."""
     monkeypatch.setattr("doraxp.backends._numpy.PRODUCT_BLOCK", 4 * 6)
     config = Config(3)
     for stack in (), (2,):
@@ -344,8 +346,8 @@ def test_blocks_of_rows_leave_no_seam(backend, draw, assert_close, dtype, monkey
         assert_close(merged, expected, rtol={"float16": 1e-3, "bfloat16": 8e-3}[dtype])
 
 
-@pytest.mark.filterwarnings("ignore:overflow")  # NumPy's: to silence it costs each call 3 µs
-def test_a_norm_whose_square_overflows_by_the_sum_alone(backend):
+@pytest.mark.filterwarnings("ignore:overflow")  # NumPy's: to silence it takes 3 µs of each call
+def test_a_norm_whose_square_overflows_only_in_the_sum(backend):
     values = ([[1.1e19, 0]], [[1, 0]], [[1.1e19]], [1])
     weight, *leaves = (backend.asarray(np.array(v, "float32")) for v in values)
     prepared = backend.run(doraxp.prepare, weight, Adapter(*leaves), Config(1))

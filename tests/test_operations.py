@@ -1,7 +1,7 @@
-"""Each library's operations against the generic ones in float64, on shapes that meet every path.
+"""Each library's operations equal the generic ones in float64, on every path of the code.
 
-Rows that fill 16 bytes and rows that do not, arrays that begin where 16 bytes do and one number
-later, more tokens than one chunk, more columns than one block, stacks.
+The length of a row is a multiple of 16 bytes or not. An array begins at a multiple of 16 bytes, or
+one number later. There are more tokens than one chunk, more columns than one block, and stacks.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 @pytest.fixture(params=[0, 1], ids=["aligned", "misaligned"])
 def put(request, backend):
-    """Return a function that makes an array of the library, which may begin within 16 bytes."""
+    """Return a function that makes an array of the library, aligned to 16 bytes or not."""
 
     def array(values, dtype="float32"):
         offset = request.param
@@ -73,7 +73,7 @@ def drawn(request):
 
 
 def rounded(array):
-    """Return what a library stores, in float64."""
+    """Return the stored numbers of an array in float64."""
     return None if array is None else np.asarray(array).astype("float64")
 
 
@@ -84,7 +84,7 @@ def assert_near(actual, desired, rtol):
 
 
 def guarded(backend, ops, trusted, norm, factors):
-    """Return the norms, and the direction for which these rows alone are trusted."""
+    """Return the norms and the direction, where `trusted` is the mask of the trusted rows."""
     if backend.name not in ("cupy", "cuda-host"):
         return ops._guard(backend.asarray(trusted), norm, factors, None)
     guard, suspect = ops.device_guard, backend.asarray(~trusted)
@@ -175,7 +175,7 @@ class TestOperations:
             assert_near(backend.numpy(actual), desired, rtol)
 
     def test_the_norm_of_an_adapter(self, backend, given):
-        """Of rows that cancel too, and of one of zeros."""
+        """One row of V cancels, and one is a row of zeros."""
         ops, arrays, plain, rtol = given
         xp, kind = backend.namespace(), arrays["gain"].dtype
         values = plain["weight"].copy()
@@ -217,7 +217,7 @@ class TestOperations:
         assert_near(backend.numpy(merged), desired, rtol + EPS.get(str(dtype), 0))
 
     def test_the_guard(self, backend, given):
-        """Every second row is suspect, and is one that the factored formulas cannot serve."""
+        """Every second row is suspect: it is computed from V, and the other rows from factors."""
         ops, arrays, plain, rtol = given
         xp, kind = backend.namespace(), arrays["gain"].dtype
         trusted = np.ones(plain["gain"].shape, bool)
@@ -267,8 +267,8 @@ def test_x_may_have_any_strides(backend, which):
 
 
 @pytest.mark.lanes("cuda-host", "cupy")
-def test_rows_of_zeros_are_measured_and_then_left_alone(backend):
-    """Their gain is 0: no kernel of the guard has to form them again. Llama-3.1 has 511 in one."""
+def test_rows_of_zeros_are_measured_and_not_listed(backend):
+    """Their gain is 0: the guard need not form them again. A weight of Llama-3.1 has 511."""
     weight = np.random.default_rng(0).standard_normal((2, 6, 5)).astype("float32")
     weight[:, ::2] = 0
     weight[1, 3, 2] = np.nan
@@ -288,7 +288,7 @@ def test_rows_of_zeros_are_measured_and_then_left_alone(backend):
 @pytest.mark.lanes("cuda-host")
 @pytest.mark.dtypes("float16", "bfloat16")
 def test_few_rows_in_float32_read_the_weight_once(backend, put, dtype):
-    """As dz does for dx: its parts go into one product with W, and into three from 1025 rows on."""
+    """Their parts go into one product with W, as those of dz do. More than 1024 rows take three."""
     rng = np.random.default_rng(0)
     weight, a = put(rng.standard_normal((24, 16)), dtype), put(rng.standard_normal((3, 16)))
     ops = operations(weight=weight)
@@ -318,7 +318,7 @@ def test_few_rows_in_float32_read_the_weight_once(backend, put, dtype):
 def test_merge_of_a_weight_of_either_layout(
     backend, put, dtype, form, lies, stack, out, inner, rank
 ):
-    """Shapes and ranks that fill no tile of the tensor cores; W by columns, as GPT-2 stores it."""
+    """Shapes and ranks fill no tile of the tensor cores. W may lie by columns, as in GPT-2."""
     rng = np.random.default_rng(0)
     wide, xp = "float64" if dtype == "float64" else "float32", backend.namespace()
     if lies == "by rows":
@@ -339,8 +339,8 @@ def test_merge_of_a_weight_of_either_layout(
 
 @pytest.mark.lanes("cuda-host", "cupy")
 @pytest.mark.dtypes("bfloat16", "float32")
-def test_merge_may_round_its_factors(backend, put, dtype):
-    """To the weight's dtype, or float32 to more than TF32 has, where that is asked for."""
+def test_merge_rounds_its_factors_on_request(backend, put, dtype):
+    """It rounds to the weight's dtype; for a float32 weight, to more digits than TF32 has."""
     rng = np.random.default_rng(0)
     weight = put(np.zeros((20, 30)), dtype)
     a, b, gain = (put(rng.standard_normal(shape)) for shape in ((4, 30), (20, 4), (20,)))
@@ -356,7 +356,7 @@ def test_merge_may_round_its_factors(backend, put, dtype):
 @pytest.mark.lanes("cuda-host", "cupy")
 @pytest.mark.dtypes("bfloat16", "float32")
 def test_tensor_cores_lose_no_digits_of_a_large_rank(backend, put, dtype):
-    """They cut off what they add to: of terms of one sign, that is a bias that grows with them."""
+    """They truncate their sums. If all terms have one sign, that error grows with the rank."""
     rng = np.random.default_rng(0)
     weight = put(np.zeros((20, 30)), dtype)
     a, b = (put(rng.uniform(0, 1, shape)) for shape in ((256, 30), (20, 256)))
@@ -371,7 +371,7 @@ def test_tensor_cores_lose_no_digits_of_a_large_rank(backend, put, dtype):
 @pytest.mark.parametrize("form", ["weight", "direction"])
 @pytest.mark.parametrize("stack", [(), (2,)])
 def test_a_weight_that_lies_by_columns_is_not_copied(backend, put, monkeypatch, dtype, form, stack):
-    """Not for the norm, its guard, the products and the merge; it is for a merge in float64."""
+    """The norm, its guard, the products and the merge read it; a merge in float64 copies it."""
     rng, config = np.random.default_rng(0), doraxp.Config(3, form=form)
     values = rng.standard_normal((*stack, 70, 48))
     values[..., 5, :] = 0
@@ -411,7 +411,7 @@ def test_a_weight_that_lies_by_columns_is_not_copied(backend, put, monkeypatch, 
 @pytest.mark.parametrize("form", ["weight", "direction"])
 @pytest.mark.parametrize("kind", ["the weight's", "float32"])
 def test_one_token_takes_two_launches(backend, put, dtype, form, kind):
-    """L, and all of z and y: W is read once, also for rows that cancel and for rows of zeros."""
+    """One makes L, the other z and y. W is read once, with rows that cancel and rows of zeros."""
     rng, config = np.random.default_rng(0), doraxp.Config(3, form=form)
     x = put(rng.standard_normal((1, 66)), dtype if kind == "the weight's" else kind)
     values, b = rng.standard_normal((9, 66)), rng.standard_normal((9, 3))
@@ -444,7 +444,7 @@ def test_one_token_takes_two_launches(backend, put, dtype, form, kind):
 @pytest.mark.lanes("cuda-host")
 @pytest.mark.parametrize("biased", [False, True])
 def test_one_token_of_a_stack_whose_rank_is_over_a_warp(backend, put, biased):
-    """A row cancels in the second element only."""
+    """A row cancels only in the second element."""
     rng, config = np.random.default_rng(0), doraxp.Config(33)
     values, b = rng.standard_normal((2, 40, 48)), rng.standard_normal((2, 40, 33))
     adapter = doraxp.init(put(values), config, seed=0)
@@ -464,7 +464,7 @@ def test_one_token_of_a_stack_whose_rank_is_over_a_warp(backend, put, biased):
 @pytest.mark.parametrize("form", ["weight", "direction"])
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_leaves_may_have_any_strides(backend, put, dtype, form, tokens):
-    """A and B by columns, every second number of m and of the bias; a row cancels."""
+    """A and B lie by columns, m and the bias with gaps. A row of V cancels."""
     rng, config = np.random.default_rng(0), doraxp.Config(3, form=form)
     values, b = rng.standard_normal((24, 40)), rng.standard_normal((24, 3))
     a, m, bias = (rng.uniform(0.5, 1, shape) for shape in ((3, 40), (24,), (24,)))
@@ -511,7 +511,7 @@ def test_an_adapter_of_zeros_has_no_suspect_rows(backend, put):
 @pytest.mark.lanes("cuda-host")
 @pytest.mark.parametrize("reduced", [False, True])
 def test_a_step_takes_few_launches(backend, reduced):
-    """Each takes longer to launch than it runs, where tokens are few."""
+    """If tokens are few, a kernel takes longer to launch than to run."""
     rng, config = np.random.default_rng(0), doraxp.Config(3)
     weight, x, dy = (
         backend.asarray(rng.standard_normal(shape).astype(backend_dtype("bfloat16")))
@@ -528,13 +528,13 @@ def test_a_step_takes_few_launches(backend, reduced):
         doraxp.backward(dy, cache)
     done = [name.replace("tf32", "gemm") for name in launched]
     few = ["cast", "gemm"] if reduced else ["split", "gemm", "sum_parts"]  # float32 by bfloat16
-    both = ["cast", "cast", "gemm"] if reduced else ["gemm"]  # of float32, for a result in Z
+    both = ["cast", "cast", "gemm"] if reduced else ["gemm"]  # of float32 arrays, for z
     one = ["cast", "gemm"] if reduced else ["gemm"]
     assert done[:norm] == [*few, "gemm", "gemm", "assemble", "guard_norms", "list_suspects"]
     assert done[norm:forward] == [*few, "gemm", *both, "outputs", "guard_outputs"]
     before = ["gradients", "sum_chunks", "norm_rows", *one, *one, "turning", *few]
     guarded = ["guard_inputs", "guard_hide", "guard_low", *both]
-    # 16 bits of dz for dx, which keeps 8; and 24 of the norm's rows for dA.
+    # dx keeps 8 bits: it takes 16 bits of dz. dA takes 24 bits of the norm's rows.
     two = ["split", "gemm", "gemm"]
     product = ["gemm"] if reduced else [*two, *few, "cast"]
     assert done[forward:] == [*before, *guarded, *product]
@@ -542,8 +542,8 @@ def test_a_step_takes_few_launches(backend, reduced):
 
 @pytest.mark.lanes("cuda-host", "cupy")
 @pytest.mark.parametrize("form", ["weight", "direction"])
-def test_dx_loses_nothing_but_its_rounding(backend, put, form):
-    """Of many tokens in bfloat16, beside the same numbers in float32; and dA nothing at all."""
+def test_dx_loses_only_its_rounding(backend, put, form):
+    """x and dy of many tokens in bfloat16 give the gradients of the same numbers in float32."""
     rng, config = np.random.default_rng(0), doraxp.Config(3, form=form)
     weight, x, dy = (
         put(rng.standard_normal(shape), "bfloat16") for shape in ((24, 16), (1100, 16), (1100, 24))
@@ -569,8 +569,8 @@ def _leaves(gradients):
 @pytest.mark.lanes("cuda-host")
 @pytest.mark.dtypes("float16", "bfloat16", "float32", "float64")
 @pytest.mark.parametrize("rank", [3, 64, 65])
-def test_merge_from_nothing_reads_the_weight_twice(backend, put, dtype, rank):
-    """For n and for W', and in the precision of V: where it cancels, too."""
+def test_merge_without_a_norm_reads_the_weight_twice(backend, put, dtype, rank):
+    """It is read for n and for W'. A row that cancels keeps its digits."""
     rng, config = np.random.default_rng(0), doraxp.Config(rank)
     values = rng.standard_normal((70, 80))
     weight, adapter = put(values, dtype), doraxp.init(put(values, dtype), config, seed=0)
@@ -582,7 +582,7 @@ def test_merge_from_nothing_reads_the_weight_twice(backend, put, dtype, rank):
     ops = operations(weight=weight)
     ops.cuda.launched.clear()
     merged = doraxp.merge(weight, adapter, config)
-    if dtype != "float64" and rank <= 64:  # float64 has no tensor cores of use
+    if dtype != "float64" and rank <= 64:  # else no tensor cores are used
         measured = ["tiles", "squares", "sum_chunks", "norms", "guard_norms", "over_norm"]
         assert ops.cuda.launched == [*measured, "tiles", "merge"]
     v = rounded(weight) + rounded(adapter.lora_b) @ rounded(adapter.lora_a)

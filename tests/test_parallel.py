@@ -1,4 +1,4 @@
-"""Layers cut over ranks: each rank's results are its part of the whole layer's."""
+"""Layers split over ranks: the results of a rank are its part of the whole layer's results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from doraxp import Adapter, Config
 RULES = [(form, norm) for form in ("weight", "direction") for norm in ("exact", "detached")]
 SIZE = 2
 INNER = 10
-CUTS = (slice(0, 6), slice(6, INNER))  # not alike: a part taken for another fails
+CUTS = (slice(0, 6), slice(6, INNER))  # of two sizes: a mix-up of the parts fails
 
 
 def draw_layer(draw, *stack, dtype="float64"):
@@ -29,7 +29,7 @@ def draw_layer(draw, *stack, dtype="float64"):
 
 
 def step(layer, dy, config, reduce=None):
-    """What a step gives, by name."""
+    """Return the results of a step by name: those all ranks have, and those they have a part of."""
     x, weight, adapter, bias = (layer[name] for name in ("x", "weight", "adapter", "bias"))
     y, cache = doraxp.forward(
         x, weight, adapter, config, bias=bias, reduce=reduce, dropout_mask=layer.get("mask")
@@ -41,7 +41,7 @@ def step(layer, dy, config, reduce=None):
 
 
 def cut(layer, rank):
-    """One rank's part of a layer whose input axis is split."""
+    """Return one rank's part of a layer whose input axis is split."""
     a, b, m = layer["adapter"]
     part = {name: layer[name][..., CUTS[rank]] for name in ("x", "weight", "mask") if name in layer}
     return {**part, "adapter": Adapter(a[..., CUTS[rank]], b, m), "bias": layer["bias"]}
@@ -74,7 +74,7 @@ def test_each_rank_has_its_part_of_the_mask(backend, draw, assert_close, dropout
     config = Config(3, 2.0, form=form, dropout=dropout)
     layer, dy = draw_layer(draw), draw(5, 7)
     layer["mask"] = backend.asarray(np.where(backend.numpy(draw(5, INNER)) > -0.5, 4 / 3, 0.0))
-    if formed:  # a hundredth is left of W's row 0, of a length that does for both forms
+    if formed:  # V's row 0 is a hundredth of W's, in both forms
         a, b = (backend.numpy(leaf) for leaf in layer["adapter"][:2])
         b = b / np.linalg.norm(config.scaling * b @ a, axis=1, keepdims=True)
         weight = backend.numpy(layer["weight"]).copy()
@@ -90,11 +90,11 @@ def test_each_rank_has_its_part_of_the_mask(backend, draw, assert_close, dropout
 
 
 def draw_awkward_layer(backend, draw, config):
-    """Rows of V that cancel or vanish, on all ranks or on one, and squares out of range."""
+    """Return a layer with rows of V that cancel or are 0, on all ranks or on one, or overflow."""
     layer = draw_layer(draw)
     weight = backend.numpy(layer["weight"]).copy()
     a, b, m = (backend.numpy(leaf).copy() for leaf in layer["adapter"])
-    if config.form == "direction":  # W/‖W‖ has length 1: so must what cancels it
+    if config.form == "direction":  # W/‖W‖ has length 1, so an update of length 1 cancels it
         b /= np.linalg.norm(config.scaling * b @ a, axis=1, keepdims=True)
     update = config.scaling * b @ a
     weight[0] = -update[0] * (1 + 1e-5 * np.arange(INNER))
@@ -108,12 +108,15 @@ def draw_awkward_layer(backend, draw, config):
     return layer | {"weight": backend.asarray(weight), "adapter": adapter}
 
 
-@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # Dask: the guard mends it
+@pytest.mark.filterwarnings(
+    "ignore:overflow:RuntimeWarning"
+)  # from Dask; the guard measures these rows again
 @pytest.mark.parametrize("form", ["weight", "direction"])
 def test_rows_that_the_guard_forms_are_summed_too(backend, draw, form):
-    """Each row against its own size: they are far apart. 1e-6 of a row is left, so 1e-8 of y.
+    """Errors are relative to the size of the row, because the sizes of rows are far apart.
 
-    A row's size is that of the whole row: on one rank nothing but rounding may be left of it.
+    1e-6 of a row is left where it cancels, so y has 8 digits. The size is that of the whole row: on
+    one rank, its part may be all rounding errors.
     """
     config = Config(3, 2.0, form=form)
     layer, dy = draw_awkward_layer(backend, draw, config), draw(5, 7)
@@ -134,8 +137,8 @@ def test_rows_that_the_guard_forms_are_summed_too(backend, draw, form):
             assert_close_by_rows(parts[name], wholes[name], axis, CUTS[rank])
 
 
-def test_cancelling_rows_lose_no_more_over_ranks(backend, draw):
-    """A thousandth is left of W. float32 against float64, beside the whole layer's float32."""
+def test_the_error_of_cancelling_rows_at_most_doubles_over_ranks(backend, draw):
+    """V is a thousandth of W. The float32 error is at most twice that of the whole layer."""
     config, size = Config(3, 2.0), 64
     x, dy = draw(5, size, dtype="float32"), draw(5, 48, dtype="float32")
     a, b, m, rest = (
@@ -165,8 +168,8 @@ def test_cancelling_rows_lose_no_more_over_ranks(backend, draw):
 
 
 @pytest.mark.parametrize("form", ["weight", "direction"])
-def test_ranks_agree_on_the_rows_to_form(backend, draw, form):
-    """‖s(BA)ᵢ‖² cancels: A's rows are nearly dependent, and on one rank they are zero."""
+def test_ranks_agree_on_the_suspect_rows(backend, draw, form):
+    """‖s(BA)ᵢ‖² cancels: the rows of A are nearly dependent, and on one rank they are 0."""
     layer, config = draw_layer(draw), Config(3, 2.0, form=form)
     a, b, m = (backend.numpy(leaf).copy() for leaf in layer["adapter"])
     a[2] = a[1] * (1 + 1e-7)
@@ -197,10 +200,10 @@ def test_a_fresh_adapter_whose_magnitude_is_the_summed_norm_changes_nothing(
 
 
 @pytest.mark.parametrize(("form", "norm_gradient"), RULES)
-def test_a_split_output_axis_needs_no_sum_but_of_gradients(
+def test_a_split_output_axis_needs_sums_of_dx_and_da_only(
     backend, draw, assert_close, form, norm_gradient
 ):
-    """Parts of y, dB, dm, dbias and dW; and dx and dA, which are sums over the ranks."""
+    """Each rank has its part of y, dB, dm, dbias and dW. dx and dA are sums over the ranks."""
     config = Config(3, 2.0, form=form, norm_gradient=norm_gradient)
     layer, dy = draw_layer(draw), draw(5, 7)
     (a, b, m), weight = layer["adapter"], layer["weight"]
@@ -225,12 +228,12 @@ def make(form="weight"):
     rng = np.random.default_rng(1)
     layer = draw_layer(lambda *shape, dtype: rng.standard_normal(shape).astype(dtype))
     a, b, m = layer["adapter"]
-    layer["adapter"] = Adapter(a, 0.01 * b, m)  # so small that the guard forms no row
+    layer["adapter"] = Adapter(a, 0.01 * b, m)  # so small that no row is suspect
     return layer, Config(3, form=form)
 
 
 @pytest.mark.parametrize("form", ["weight", "direction"])
-def test_a_norm_takes_one_sum_and_a_forward_one_and_a_backward_none(form):
+def test_the_norm_and_the_forward_take_one_sum_each_and_the_backward_zero(form):
     layer, config = make(form)
     x, weight, adapter, _ = layer.values()
     calls = []
@@ -285,7 +288,7 @@ def test_a_norm_of_another_reduce_is_refused(name):
 
 
 @pytest.mark.parametrize("function", ["forward", "prepare"])
-def test_what_cannot_be_called_is_no_reduce(function):
+def test_a_reduce_that_is_not_callable_is_refused(function):
     layer, config = make()
     x = [layer["x"]] if function == "forward" else []
     with pytest.raises(TypeError, match="reduce must be a callable or None, got 3"):

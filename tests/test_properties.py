@@ -1,4 +1,4 @@
-"""The laws of DoRA, on layers that hypothesis makes up."""
+"""The laws of DoRA, on layers that hypothesis generates."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_merge_equals_forward(backend, forward, layer):
     merged = backend.numpy(backend.run(doraxp.merge, weight, adapter, config))
     y = forward(weight, adapter, config, x)
     size = np.linalg.norm(layer[3], axis=1)[:, None] * np.abs(layer[1].magnitude)
-    # A row of one number may cancel to any part of W: its rounding grows as that part shrinks.
+    # A row of one number may cancel almost to 0: then its relative rounding error is large.
     assert np.all(np.abs(y - layer[3] @ merged.T) <= 1e-9 * size)
 
 
@@ -147,7 +147,7 @@ def test_the_detached_gradient_of_the_magnitude_is_the_exact_one(backend, layer)
     np.testing.assert_array_equal(
         *map(backend.numpy, (exact.adapter.magnitude, detached.adapter.magnitude))
     )
-    # dx is one sum in both, but BLAS may add it up in another order.
+    # dx is the same sum in both, but BLAS may add in another order.
     gain = np.abs(backend.numpy(cache.prepared.gain))
     w, a, b = (np.abs(backend.numpy(array)) for array in (weight, *adapter[:2]))
     if config.form == "direction":

@@ -1,1 +1,1 @@
-"""The ground that all other rooms stand on: types, numbers, sums over ranks."""
+"""Types, checks of numbers, and sums over ranks. All other rooms import from this one."""

@@ -1,7 +1,7 @@
-"""Regular expressions for the ends of module paths, read as PEFT reads `rank_pattern`.
+"""Regular expressions for the ends of module paths. PEFT reads its `rank_pattern` the same way.
 
-A pattern matches "layers.0.q_proj" where it matches the whole path or all that follows a dot:
-"q_proj" and "0.q_proj" match it, "proj" does not.
+A pattern matches a path if it matches the whole path, or everything after one of the dots:
+"q_proj" and "0.q_proj" match "layers.0.q_proj", and "proj" does not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Value = TypeVar("Value")
 
 
 def values_by_path(patterns: Mapping[str, Value], paths: Iterable[str]) -> dict[str, Value]:
-    """Return the value of the first pattern that matches, for each path that one matches."""
+    """Return a value for each path that a pattern matches: that of the first such pattern."""
     left = list(paths)
     found: dict[str, Value] = {}
     for pattern, value in patterns.items():
@@ -25,7 +25,7 @@ def values_by_path(patterns: Mapping[str, Value], paths: Iterable[str]) -> dict[
 
 
 def matches_any(pattern: str, paths: Iterable[str]) -> bool:
-    """Return True where the pattern matches at least one of the paths."""
+    """Return whether the pattern matches at least one of the paths."""
     end = _end(pattern)
     return any(end.match(path) for path in paths)
 

@@ -14,7 +14,7 @@ class Tensor(NamedTuple):
     """The entry of one tensor in the header."""
 
     dtype: str
-    """As the format spells it: "F32", "BF16"."""
+    """The name that the format uses: "F32", "BF16"."""
     shape: tuple[int, ...]
     nbytes: int
 

@@ -1,4 +1,7 @@
-"""The rules at the public border for what is no array: name, rule, value."""
+"""Checks of public arguments that are not arrays.
+
+Each error names the argument, the rule and the value.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,19 @@ from typing import Any
 
 
 def check_kind(name: str, value: Any, kind: type) -> None:
-    """Hold a structured argument to its class."""
+    """Raise TypeError unless `value` is an instance of `kind`."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}")
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Hold a choice to True or False: any string is true."""
+    """Raise TypeError unless `value` is a bool. Truthiness is not enough: `'no'` is truthy."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_count(name: str, value: Any, *, least: int = 0) -> int:
-    """Return an integer as Python's."""
+    """Return `value` as a Python int. Refuse other types, and integers below `least`."""
     message = f"{name} must be an integer, got {value!r}"
     if isinstance(value, bool):
         raise TypeError(message)
@@ -35,7 +38,7 @@ def check_count(name: str, value: Any, *, least: int = 0) -> int:
 
 
 def check_real(name: str, value: Any, *, rule: str = "a number") -> float:
-    """Return a number as Python's float, inf where it is a larger int."""
+    """Return `value` as a Python float; an int that is too large for a float becomes inf."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {rule}, got {value!r}")
     try:
@@ -47,7 +50,7 @@ def check_real(name: str, value: Any, *, rule: str = "a number") -> float:
 def check_number(
     name: str, value: Any, *, below: float = math.inf, positive: bool = False
 ) -> float:
-    """Return a hyperparameter as a Python float: NumPy's scalars would widen float32 arrays."""
+    """Return a hyperparameter as a Python float: a NumPy scalar would widen float32 arrays."""
     number = check_real(name, value)
     if not 0 <= number < below or (positive and number == 0):
         least = "above" if positive else "at least"

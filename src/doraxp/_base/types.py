@@ -1,4 +1,4 @@
-"""What travels between the functions of doraxp: numbers in `Config`, arrays in NamedTuples.
+"""The types that the functions of doraxp exchange: numbers in `Config`, arrays in NamedTuples.
 
     W  weight     (out, in)      A  lora_a  (rank, in)      B  lora_b  (out, rank)
     m  magnitude  (out,)         s  scaling
@@ -85,7 +85,7 @@ Consumed: TypeAlias = Array
 """An array that the function may write to: its caller must not read it again."""
 
 Reduce: TypeAlias = Callable[[Array], Array]
-"""Returns the sum of an array over the ranks, to each of them the same bits. Writes to nothing."""
+"""Returns the sum of an array over the ranks: each rank gets the same bits. Writes to no array."""
 
 Form: TypeAlias = Literal["weight", "direction"]
 NormGradient: TypeAlias = Literal["exact", "detached"]
@@ -101,25 +101,28 @@ class Config:
     rank : int
         Rank of the update B A; 1 up to min(out, in) of the weight that it is used with.
     alpha : float, optional
-        Scales the update. None or a negative value means alpha = rank, so s = 1.
+        Scales the update. None or a negative value means alpha = rank.
     rslora : bool
         s = alpha / √rank instead of alpha / rank (arXiv:2312.03732).
     form : {"weight", "direction"}
         V = W + s B A (the paper, PEFT), or V = W/‖W‖ + s B A (the update is in units of the
         row norm). `doraxp.convert_form` goes from one to the other.
     norm_gradient : {"exact", "detached"}
-        Whether the gradient goes through the row norm n. "detached" is the paper's section 4.3
-        and PEFT; "exact" is the true gradient, at the price of one more rank-wide product.
+        Whether the gradient goes through the row norm n. "detached" takes n for a constant, as
+        the paper's section 4.3 and PEFT do. "exact" is the true gradient, and costs one more
+        product with `rank` columns.
     dropout : {"input", "low_rank"}
-        What sees the dropped x where `doraxp.forward` is given a mask: all that the adapter adds
-        to the base (PEFT), or the low-rank product alone (mlx-lm, axolotl).
+        The part of the layer that gets the dropped x, where `doraxp.forward` is given a mask:
+        everything that the adapter adds to the base ("input", as in PEFT), or the low-rank
+        product alone ("low_rank", as in mlx-lm and axolotl).
 
     Raises
     ------
     TypeError
-        `rank` is no integer, `alpha` no number, or `rslora` no bool.
+        `rank` is not an integer, `alpha` is not a number, or `rslora` is not a bool.
     ValueError
-        `rank` is below 1, `alpha` is 0 or not finite, or a choice is unknown.
+        `rank` is below 1, `alpha` is 0 or not finite, or `form`, `norm_gradient`
+        or `dropout` is unknown.
 
     Examples
     --------
@@ -176,16 +179,16 @@ class Adapter(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What `doraxp.backward` returns: the gradient of the loss by each input of the forward."""
+    """The results of `doraxp.backward`: the gradients of the loss by the inputs of the forward."""
 
     x: Array
-    """Shape and dtype of x."""
+    """dx, in the shape and dtype of x."""
     adapter: Adapter
-    """Gradients of A, B and m, in the compute dtype."""
+    """dA, dB and dm, in the compute dtype."""
     weight: Array | None
-    """Shape of the weight, in the compute dtype; None unless `train_base`."""
+    """dW, in the compute dtype; None unless `train_base`."""
     bias: Array | None
-    """Shape of the bias, in the compute dtype; None unless `train_base` and a bias was given."""
+    """dbias, in the compute dtype; None unless `train_base` and a bias was given."""
 
 
 Snapshot: TypeAlias = Adapter | tuple[bytes, bytes, bytes]
@@ -193,7 +196,7 @@ Snapshot: TypeAlias = Adapter | tuple[bytes, bytes, bytes]
 
 
 class AdamWLeaf(NamedTuple):
-    """The arrays of one parameter in a step of AdamW, all of one shape."""
+    """The arrays of one parameter in a step of AdamW. All have the same shape."""
 
     param: Array
     """p, in its own dtype."""

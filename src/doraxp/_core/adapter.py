@@ -1,4 +1,4 @@
-"""Adapters without an input: a fresh one, its merge into the weight, and its other form.
+"""Functions of an adapter that need no input x: `init`, `merge` and `convert_form`.
 
 W (out, in) frozen   A (rank, in)   B (out, rank)   m (out,)   ρ = 1 or 1/‖wᵢ‖ by rows
 V = ρ⊙W + s B A      n = ‖V‖ by rows                W' = (m / n)⊙V
@@ -26,7 +26,7 @@ InitMethod: TypeAlias = Literal["kaiming", "gaussian"]
 def init(weight: Array, config: Config, *, seed: int, method: InitMethod = "kaiming") -> Adapter:
     """Return a fresh adapter: A random, B = 0, m = ‖wᵢ‖, so that W' = W.
 
-    In the weight form that identity is exact, bit for bit.
+    In the weight form, W' = W holds bit for bit.
 
     Parameters
     ----------
@@ -35,8 +35,8 @@ def init(weight: Array, config: Config, *, seed: int, method: InitMethod = "kaim
     seed : int
         NumPy draws the numbers on the host, so every backend gets the same numbers.
     method : {"kaiming", "gaussian"}
-        A uniform in ±1/√in, as PEFT's kaiming_uniform_(a=√5) draws it; or normal with variance
-        1/rank.
+        How A is drawn: uniform in ±1/√in, as PEFT's kaiming_uniform_(a=√5) does, or normal with
+        variance 1/rank.
 
     Returns
     -------
@@ -97,7 +97,7 @@ def merge(
     adapter : Adapter
     config : Config
     prepared : Prepared, optional
-        From `doraxp.prepare` with this weight, adapter and config: saves the norm.
+        From `doraxp.prepare` with this weight, adapter and config. It saves computing the norm.
 
     Returns
     -------
@@ -108,7 +108,7 @@ def merge(
     TypeError
         The arrays are not of one library, or a dtype is not floating.
     ValueError
-        The shapes do not fit, the devices differ, or `prepared` belongs to something else.
+        The shapes do not fit, the devices differ, or `prepared` belongs to other arguments.
 
     References
     ----------
@@ -140,8 +140,9 @@ def convert_form(
         weight form:     V = W + s B A
         direction form:  V = W/‖W‖ + s B' A     with B = ‖wᵢ‖⊙B' by rows
 
-    Exact: both V have the same direction. A row of zeros, or one so short that 1/‖wᵢ‖ overflows,
-    has no length to divide by; there V = s B A in both forms, and B stays.
+    The conversion is exact: the rows of both V have the same directions. A row of zeros, or one so
+    short that 1/‖wᵢ‖ overflows, cannot be divided by its length. There V = s B A in both forms, and
+    B does not change.
 
     Parameters
     ----------
@@ -156,7 +157,7 @@ def convert_form(
     adapter : Adapter
         With another B; A and m are the same arrays.
     config : Config
-        With `form`.
+        The same numbers and choices, with the new `form`.
 
     Raises
     ------

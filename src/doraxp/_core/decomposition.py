@@ -2,8 +2,8 @@
 
     W  (out, in)        m = ‖wᵢ‖, (out,)        W/m (out, in), rows of length 1
 
-The paper's "column-wise" norm is for weights stored (in, out). Stored (out, in), as here, it is
-one norm per output row.
+The paper's "column-wise" norm is for weights stored as (in, out). Here weights are stored as
+(out, in), and it is one norm per row.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def decompose(weight: Array) -> tuple[Array, Array]:
     TypeError
         `weight` is not an array of a floating dtype.
     ValueError
-        `weight` has fewer than two axes, or an empty one.
+        `weight` has fewer than two axes, or an axis of length 0.
 
     References
     ----------
@@ -75,12 +75,13 @@ def magnitude_direction_change(
     """Return ΔM = mean abs(‖w'ᵢ‖ − ‖wᵢ‖) and ΔD = mean (1 − cos(w'ᵢ, wᵢ)), over the rows.
 
     1 − cos is computed as ½‖ŵ' − ŵ‖², which keeps its digits where the change is small. A row
-    that is zero on one side only counts as orthogonal, ΔD = 1; on both, as unchanged.
+    that is zero in only one of the weights counts as orthogonal, ΔD = 1. A row that is zero in
+    both counts as unchanged, ΔD = 0.
 
     Parameters
     ----------
     weight_before, weight_after : array, shape (*stack, out, in)
-        Of one layer, or of a stack of layers; the means are taken for each layer.
+        The weights of one layer, or of a stack of layers. Each layer has its own means.
 
     Returns
     -------
@@ -90,7 +91,7 @@ def magnitude_direction_change(
     Raises
     ------
     TypeError
-        They are not arrays of one library, or a dtype is not floating.
+        The weights are not arrays of one library, or a dtype is not floating.
     ValueError
         The shapes differ or are not those of a weight, or the devices differ.
 
@@ -135,5 +136,5 @@ def inverse_norms(
     """Return ρ = 1/‖wᵢ‖, and 0 for a row of zeros or one so short that 1/‖wᵢ‖ overflows."""
     xp = ops.xp
     norm = ops.row_norms(weight, squares, reduce)
-    invertible = ~(norm <= 1 / float(xp.finfo(norm.dtype).max))  # NaN too
+    invertible = ~(norm <= 1 / float(xp.finfo(norm.dtype).max))  # a NaN stays NaN
     return xp.where(invertible, 1 / xp.where(invertible, norm, 1.0), 0.0)

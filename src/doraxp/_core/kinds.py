@@ -1,4 +1,4 @@
-"""Kinds of layer: how each stores its weight, and the matrix that DoRA sees in it.
+"""Kinds of layer: how each stores its weight, and the matrix that DoRA adapts.
 
 ::
 
@@ -12,7 +12,7 @@
                                                (groups, out/groups, in/groups·kernel)
 
 A grouped convolution is a stack: the update of a group stays in its group. Stride, padding and
-dilation say where a kernel is laid, not what it weighs: they have no part in this.
+dilation do not change the weight, and so they do not matter here.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class LayerKind:
     ----------
     name : {"linear", "experts", "transposed", "embedding", "columns", "conv"}
     groups : int
-        Of a convolution.
+        The groups of a convolution; 1 for every other kind.
 
     Raises
     ------
     ValueError
-        The name is unknown, or only a convolution may have these groups.
+        The name is unknown, or `groups` is below 1, or above 1 for another kind than "conv".
 
     Examples
     --------
@@ -69,12 +69,12 @@ class LayerKind:
             raise ValueError(f"kind must be one of {get_args(KindName)}, got {self.name!r}")
         if self.groups < 1 or (self.groups > 1 and self.name != "conv"):
             raise ValueError(
-                f"groups must be 1, or more for a conv, got {self.groups} for {self.name!r}"
+                f"groups must be 1, or at least 1 for a conv, got {self.groups} for {self.name!r}"
             )
 
     @property
     def is_transposed(self) -> bool:
-        """Whether the matrix is the transpose of what is stored."""
+        """Whether the matrix is the transpose of the stored weight."""
         return self.name in _TRANSPOSED
 
     def matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -89,7 +89,7 @@ class LayerKind:
         if not least <= len(shape) <= most or 0 in shape or shape[0] % self.groups:
             raise ValueError(
                 f"a weight of kind {self.name!r} must have shape {_STORED[self.name]}, "
-                f"no axis of length 0, out a multiple of groups = {self.groups}, got {shape}"
+                f"no axis of length 0 and out a multiple of groups = {self.groups}, got {shape}"
             )
         if self.is_transposed:
             return shape[::-1]

@@ -3,7 +3,7 @@
     x (tokens, in)   W (out, in) frozen   A (rank, in)   B (out, rank)   m (out,)   ρ (out,)
     V = ρ⊙W + s B A      n = ‖V‖ by rows      g = m / n      y = g⊙(x Vᵀ) + bias
 
-`Prepared.direction` is V: it multiplies by W, A and s B, and only the gradient of W forms V.
+`Prepared.direction` stands for V. It multiplies by W, A and s B; only the gradient of W stores V.
 `doraxp._core.prepared` makes it, with n, g and V Aᵀ / n.
 """
 
@@ -50,9 +50,9 @@ class _Inputs(NamedTuple):
     whole: Array
     """x."""
     dropped: Array
-    """x~ = mask⊙x. The update s B A sees it."""
+    """x~ = mask⊙x, the input of the update s B A."""
     seen: Array
-    """x~ for dropout "input", else x. ρ⊙W, as a part of V, sees it."""
+    """The input of ρ⊙W as a part of V: x~ for dropout "input", else x."""
 
 
 def forward(
@@ -80,7 +80,7 @@ def forward(
         "input":     y = g⊙(x~ Vᵀ) + (x − x~) Wᵀ + bias
         "low_rank":  z = ρ⊙(x Wᵀ) + s (x~ Aᵀ) Bᵀ,   y = g⊙z + bias
 
-    "input" is PEFT's rule: the base sees the whole x, and the adapter's part sees x~. It costs a
+    "input" is PEFT's rule: the base gets the whole x, and the adapter's part gets x~. It costs a
     second product with W, (tokens, out) in the forward and (tokens, in) in the backward, each with
     a temporary of that shape. "low_rank" costs one more product of rank columns in the backward.
     With a fresh adapter, "low_rank" gives the same bits as no mask; "input" differs by rounding.
@@ -95,16 +95,16 @@ def forward(
     config : Config
     bias : array, shape (*stack, out), optional
     prepared : Prepared, optional
-        From `doraxp.prepare` with this weight, adapter and config: saves the norm.
+        From `doraxp.prepare` with this weight, adapter and config. It saves computing the norm.
     previous : Prepared, optional
-        An earlier result for the same `weight` object, where there is no `prepared`: its ‖w‖² is
+        An earlier result for the same `weight` object, for a call without `prepared`. Its ‖w‖² is
         used again, and one product makes W Aᵀ and x Wᵀ. `cache.prepared` is the new result.
     dropout_mask : array, shape of x, optional
-        0 where a number is dropped, 1/(1 − p) where it is kept: drawn and scaled by the caller.
-        The norm does not depend on the mask, and the mask has no gradient.
+        0 where a number of x is dropped, 1/(1 − p) where it is kept. The caller draws it. The norm
+        does not depend on the mask, and the mask has no gradient.
     reduce : callable, optional
-        Array -> its sum over the ranks, where the input axis of x, W and A is split among ranks;
-        see the docs page "Many processes". `prepared`, `previous` and the cache remember it.
+        Returns the sum of an array over the ranks, if the input axis of x, W and A is split among
+        ranks; see the docs page "Many processes". `prepared`, `previous` and the cache remember it.
 
     Returns
     -------
@@ -118,8 +118,8 @@ def forward(
     TypeError
         The arrays are not of one library, or a dtype is not floating.
     ValueError
-        The shapes do not fit, the devices differ, `prepared` or `previous` belongs to something
-        else or is of another `reduce`, or `reduce` returns another shape or dtype.
+        The shapes do not fit, the devices differ, `prepared` or `previous` belongs to other
+        arguments or another `reduce`, or `reduce` returns another shape or dtype.
 
     References
     ----------
@@ -142,7 +142,7 @@ def forward(
     if prepared is not None:
         check_prepared(prepared, weight, adapter, config, ops=ops)
         check_same_reduce("prepared", prepared, reduce)
-    elif previous is not None and ops.can_read_values(x):  # else V is stored, and x Wᵀ is no use
+    elif previous is not None and ops.can_read_values(x):  # else V is stored: x Wᵀ is not needed
         prepared, base = prepare_with_product(
             inputs.seen, weight, adapter, config, previous, remembered, ops=ops
         )
@@ -151,7 +151,7 @@ def forward(
 
     wide_bias = None if bias is None else as_dtype(bias, dtype, xp=ops.xp)
     low, z, y = _outputs(inputs, base, prepared, wide_bias, ops=ops)
-    if inputs.seen is not inputs.whole:  # the base sees what was dropped: (x − x~) Wᵀ
+    if inputs.seen is not inputs.whole:  # the base gets the dropped part too: (x − x~) Wᵀ
         rest = ops.product(inputs.whole - inputs.seen, transpose(weight))
         y += sums(prepared.reduce, rest, xp=ops.xp)[0]
     y = _in_shape(as_dtype(y, x.dtype, xp=ops.xp), (*x.shape[:-1], weight.shape[-2]), ops=ops)
@@ -175,12 +175,12 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
         direction form:  D = ρ⊙W, dD = dzᵀ x + q⊙V, dW = ρ⊙(dD − D⊙rowsum(D⊙dD))
 
     The q terms are the gradient through the norm; the paper's section 4.3 and PEFT drop them.
-    A row with n = 0 has no gradient.
+    The gradients of a row with n = 0 are 0.
 
     With a dropout mask, x~ = mask⊙x replaces x in dA, L and z, and::
 
         "input":     dx = mask⊙(dz V) + (1 − mask)⊙(dy W)
-                     dW has x~ for x too, and the term dyᵀ (x − x~) is added
+                     x~ replaces x in dW too, and dyᵀ (x − x~) is added to it
         "low_rank":  dx = dz V + (mask − 1)⊙(s (dz B) A)
 
     Parameters
@@ -189,7 +189,7 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     cache : Cache
         From `doraxp.forward`.
     train_base : bool
-        Also return the gradients of the weight and of the bias. Forms V.
+        Also return the gradients of the weight and of the bias. This stores V for a while.
 
     Returns
     -------
@@ -200,7 +200,7 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     TypeError
         `dy` is of another library than the cache, or its dtype is not floating.
     ValueError
-        `dy` does not have y's shape, or the adapter was written to since the forward.
+        `dy` does not have y's shape, or the adapter was changed after the forward.
 
     References
     ----------
@@ -239,7 +239,7 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     db = ops.lora_b_gradient(dz, low_rank, p, prepared.unit_projection, config.scaling)
     da = ops.product(transpose(dlow), inputs.dropped)
 
-    # 3. Into W, from dV = dzᵀ x + q⊙V with q⊙V = −p⊙V / n. It forms V.
+    # 3. Into W, from dV = dzᵀ x + q⊙V with q⊙V = −p⊙V / n. This stores V.
     dweight = None
     if train_base:
         dweight = ops.product(transpose(dz), inputs.seen)
@@ -247,7 +247,7 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
         if inputs.seen is not inputs.whole:
             dweight += ops.product(transpose(d), inputs.whole - inputs.seen)
 
-    # 4. Into x, and the q term of dA: rows V = [dz V; (q⊙(s B))ᵀ V]. The rows are used up.
+    # 4. Into x, and the q term of dA: rows V = [dz V; (q⊙(s B))ᵀ V]. It may write to `rows`.
     update = ops.product(dlow, direction.factors.lora_a) if _drops_update(inputs, mask) else None
     stored = x.dtype if mask is None else dtype
     dx, pull = direction.product(rows, low, tokens, stored, ops=ops)
@@ -261,7 +261,7 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
 def _inputs(
     x: Array, mask: Array | None, weight: Array, config: Config, dtype: DType, *, ops: Operations
 ) -> _Inputs:
-    """Return x, x~ and the one of the two that ρ⊙W sees."""
+    """Return x, x~, and the one of the two that is the input of ρ⊙W."""
     if mask is None:
         tokens = as_tokens(x, weight, ops.operand_dtype(x, weight, dtype), xp=ops.xp)
         return _Inputs(tokens, tokens, tokens)
@@ -290,7 +290,7 @@ def _outputs(
 
 
 def _weight_gradient(dv: Array, p: Array | None, prepared: Prepared, *, ops: Operations) -> Array:
-    """Return dW, (out, in), given dzᵀ x, which is written to.
+    """Return dW, (out, in), given `dv` = dzᵀ x, which is written to.
 
     ::
 
@@ -309,7 +309,7 @@ def _weight_gradient(dv: Array, p: Array | None, prepared: Prepared, *, ops: Ope
 
 
 def _drops_update(inputs: _Inputs, mask: Array | None) -> bool:
-    """Return whether only the update s B A sees x~: dropout "low_rank"."""
+    """Return whether only the update s B A gets x~: dropout "low_rank"."""
     return mask is not None and inputs.seen is inputs.whole
 
 
@@ -333,7 +333,7 @@ def _through_dropout(
 
 
 def _in_shape(array: Array, shape: tuple[int, ...], *, ops: Operations) -> Array:
-    """Return `array` in `shape`: the same object where it has that already."""
+    """Return `array` in `shape`: the same object if it has that shape."""
     return array if array.shape == shape else ops.xp.reshape(array, shape)
 
 

@@ -60,7 +60,7 @@ def prepare(
         G  = A Aᵀ                  (rank, rank)
         n² = ρ²⊙‖w‖² + 2s·rowsum(B⊙U) + s²·rowsum((B G)⊙B)
 
-    Rows where this cancels, overflows or underflows are measured on V itself.
+    In rows where this sum cancels, overflows or underflows, n is measured on V itself.
 
     Parameters
     ----------
@@ -70,14 +70,14 @@ def prepare(
     previous : Prepared, optional
         An earlier result for the same `weight` object: its ‖w‖² is used again.
     reduce : callable, optional
-        Array -> its sum over the ranks, where the input axis is split among ranks; see the docs
-        page "Many processes". The result remembers it.
+        Returns the sum of an array over the ranks, if the input axis is split among ranks; see the
+        docs page "Many processes". The result remembers it.
 
     Returns
     -------
     Prepared
-        For `doraxp.forward` and `doraxp.merge`, which refuse it with any other adapter. It holds
-        for the weight's values at the time of the call: do not write to the weight.
+        For `doraxp.forward` and `doraxp.merge`, which refuse it with any other adapter. It is right
+        only for the values that the weight has now: do not write to the weight.
 
     Raises
     ------
@@ -109,7 +109,7 @@ def prepare_checked(
     weight: Array, adapter: Adapter, config: Config, previous: Prepared | None,
     reduce: Reduce | None, dtype: DType, *, ops: Operations,
 ) -> Prepared:  # fmt: skip
-    """Return the result of `prepare` for arguments that were checked."""
+    """Return the result of `prepare` for arguments that have been checked."""
     a, b, m = (as_dtype(leaf, dtype, xp=ops.xp) for leaf in adapter)
     u = ops.product(weight, transpose(a))  # W Aᵀ, (out, rank)
     leaves = Adapter(a, b, m)
@@ -122,7 +122,7 @@ def prepare_with_product(
 ) -> tuple[Prepared, Array]:  # fmt: skip
     """Return the result of `prepare`, and x Wᵀ for x (*stack, tokens, in) in the compute dtype.
 
-    One product makes x Wᵀ and A Wᵀ: beside many tokens, `rank` rows more cost little.
+    One product makes both x Wᵀ and A Wᵀ. Beside many tokens, `rank` more rows cost little.
     """
     xp, tokens = ops.xp, x.shape[-2]
     a, b, m = (as_dtype(leaf, x.dtype, xp=xp) for leaf in adapter)
@@ -178,18 +178,18 @@ def check_previous(
         return reduce
     check_kind("previous", previous, Prepared)
     if previous.weight is not weight:
-        raise ValueError("previous must be of the same weight object, but is of another")
+        raise ValueError("previous must be of the same weight object, but is of another one")
     check_same_reduce("previous", previous, reduce)
     return previous.reduce
 
 
 def check_same_reduce(name: str, known: Prepared, reduce: Reduce | None) -> None:
-    """Refuse a `reduce` other than the one that `known` was given. None stands for that one."""
+    """Refuse a `reduce` other than the one that `known` was given. None means the same one."""
     check_reduce(reduce)
-    # Not by identity: each look at a bound method makes another object.
+    # Not by identity: a bound method is another object each time that it is looked up.
     if reduce is not None and reduce != known.reduce:
         raise ValueError(
-            f"{name} must be of the same reduce, but was given {known.reduce}, not {reduce}"
+            f"{name} must be of the same reduce, but is of {known.reduce}, not of {reduce}"
         )
 
 

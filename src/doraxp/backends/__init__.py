@@ -1,4 +1,4 @@
-"""Which array libraries there are, and the operations that each one runs."""
+"""The array libraries that doraxp supports, and the operations that it runs on each."""
 
 from doraxp.backends._boundary import operations
 from doraxp.backends._cupy.products import reduced_precision

@@ -24,14 +24,14 @@ _NUMPY_DTYPES = {np.dtype(name) for name in ("float16", "float32", "float64")}
 
 
 def operations(*, bias: Array | None = None, **arrays: Array) -> Operations:
-    """Return the operations for arrays, given by the names that the caller knows them by.
+    """Return the operations for the arrays of one call. Errors call an array by its keyword.
 
     Only the bias may be None.
 
     Raises
     ------
     TypeError
-        An argument is not an array, two are of different libraries, or a dtype is not one of
+        An argument is not an array, two arrays are of different libraries, or a dtype is not one of
         float16, bfloat16, float32 and float64.
     ValueError
         Two arrays are on different devices, or CuPy's are not on its current device.
@@ -106,7 +106,7 @@ def _namespace(name: str, array: Array) -> Namespace:
 
 def _device(array: Array) -> Any:
     device = array_api_compat.device(array)
-    return getattr(device, "device_set", device)  # JAX: arrays may lie across the same devices
+    return getattr(device, "device_set", device)  # JAX: compare the sets of devices
 
 
 def _library(xp: Namespace) -> str:

@@ -3,8 +3,8 @@
     W (out, in)   A (rank, in)   B (out, rank)   ρ (out,), None for 1     V = ρ⊙W + s B A
     x (tokens, in)    L = x Aᵀ (tokens, rank)    z = x Vᵀ (tokens, out)    d (tokens, out)
 
-`Factored` multiplies by W, A and s B and never stores V. `Dense` stores V. A backend may have a
-direction of its own for weights of which a few rows must be stored.
+`Factored` multiplies by W, A and s B and never stores V. `Dense` stores V. A backend may have
+another direction, for a V of which only a few rows must be stored.
 Every array may have the same leading axes, a stack: (*stack, out, in) and so on.
 """
 
@@ -60,8 +60,8 @@ class Direction(Protocol):
     ) -> Array:  # fmt: skip
         """Return z = x Vᵀ: (*stack, tokens, in) -> (*stack, tokens, out).
 
-        `low` is L = x Aᵀ, and `base` is x Wᵀ where the caller knows it. With `dropped` = x~,
-        the update s B A sees x~ in place of x: z = ρ⊙(x Wᵀ) + L (s B)ᵀ with L = x~ Aᵀ.
+        `low` is L = x Aᵀ, and `base` is x Wᵀ where the caller knows it. With `dropped` = x~, x~
+        is the input of the update s B A: z = ρ⊙(x Wᵀ) + L (s B)ᵀ with L = x~ Aᵀ.
         """
 
     def outputs(
@@ -79,7 +79,7 @@ class Direction(Protocol):
         """
 
     def projection(self, factored: Array, *, ops: Products) -> Array:
-        """Return V Aᵀ (*stack, out, rank), given what the factors alone say it is."""
+        """Return V Aᵀ, (*stack, out, rank). `factored` is V Aᵀ computed from the factors alone."""
 
     def dense(self, *, ops: Products) -> Array:
         """Return V, shape (*stack, out, in), in the compute dtype."""
@@ -89,7 +89,7 @@ class Direction(Protocol):
 
 
 class Factored(NamedTuple):
-    """V by its factors alone. V is never stored."""
+    """V given by its factors alone. V is never stored."""
 
     factors: Factors
 
@@ -136,7 +136,7 @@ class Factored(NamedTuple):
 
 
 class Dense(NamedTuple):
-    """V stored whole, for libraries in which single rows cannot be chosen by their values."""
+    """V stored whole, for libraries that cannot select the suspect rows."""
 
     factors: Factors
     v: Array
@@ -197,5 +197,5 @@ def see_dropped(
 
 
 def split_rows(product: Array, tokens: int, dtype: DType, *, ops: Products) -> tuple[Array, Array]:
-    """Return the first `tokens` rows (*stack, tokens + k, in) in `dtype`, and the other k rows."""
+    """Return the first `tokens` rows of a product in `dtype`, and its other k rows."""
     return as_dtype(product[..., :tokens, :], dtype, xp=ops.xp), product[..., tokens:, :]

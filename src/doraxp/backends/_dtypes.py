@@ -1,4 +1,4 @@
-"""Small things that every array needs: its dtype by name, its cast, its transpose."""
+"""The name of an array's dtype, the cast of an array, the dtype to compute in, the transpose."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 def dtype_name(array: Array) -> str:
     """Return the name of the dtype of `array` as NumPy writes it: "float32"."""
     dtype = array.dtype
-    # The type goes into the key because array-api-strict warns where its dtypes meet NumPy's.
+    # The type is a part of the key: array-api-strict warns if its dtypes are compared to NumPy's.
     return _name_of(type(dtype), dtype)
 
 
@@ -26,7 +26,7 @@ def _name_of(kind: type, dtype: DType) -> str:
 
 
 def as_dtype(array: Array, dtype: DType, *, xp: Namespace) -> Array:
-    """Return `array` in `dtype`: the same object where it has that dtype already."""
+    """Return `array` in `dtype`: the same object if it has that dtype already."""
     return array if array.dtype == dtype else xp.astype(array, dtype)
 
 

@@ -1,11 +1,12 @@
-"""The operations that a backend may replace, in the array API standard alone.
+"""The operations that a backend may replace, written in the array API standard alone.
 
     W (out, in)   A (rank, in)   B (out, rank)   ρ (out,) or None for 1   V = ρ⊙W + s B A
     n = ‖V‖ by rows (out,)       g = m / n       z = x Vᵀ (tokens, out)
 
-A backend is a subclass. It overrides what a measurement pays for, with the same signature; mypy
-holds it to that. W, x and d are in the dtype that they are stored in or in the compute dtype; all
-else is in the compute dtype. Every array may have the same leading axes, a stack.
+A backend is a subclass. It overrides an operation only if measurements show that this is faster,
+and keeps the signature, which mypy checks. W, x and d have the dtype that they are stored in, or
+the compute dtype. All other arrays have the compute dtype. Every array may have the same leading
+axes, a stack.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from doraxp._base.types import (
 from doraxp.backends._direction import Dense, Direction, Factored, Factors, form
 from doraxp.backends._dtypes import as_dtype, compute_dtype, transpose
 
-# The expanded n² is trusted down to this part of the terms that it is the sum of. Below, their
-# rounding errors show: at a half they are 3 ulp of n, at a hundredth 500. Rows get there only
-# when B A points against W and is of its size.
+# The expanded n² is a sum of terms that may cancel. A row is trusted if n² is above this fraction
+# of the terms. The rounding error of n is 3 ulp at a half, and 500 ulp at a hundredth. A row is
+# below only if B A points against W and is about as large.
 CANCELLATION = 0.5
 
 
@@ -62,7 +63,7 @@ class OutputGradients(NamedTuple):
     radial: Array | None
     """p = g⊙dm, (*stack, out); None where the norm has no gradient."""
     bias: Array | None
-    """Σ_tokens dy, (*stack, out); None where it is not wanted."""
+    """Σ_tokens dy, (*stack, out); None where it was not asked for."""
 
 
 class Operations:
@@ -122,7 +123,7 @@ class Operations:
     ) -> tuple[Array, Array]:  # fmt: skip
         """Return z ← ρ⊙z + L (s B)ᵀ for `update` = (L, s B), and y = g⊙z + bias.
 
-        Both are (*stack, tokens, out). ρ and `update` are None for 1 and 0.
+        Both are (*stack, tokens, out). `row_scale` = None means ρ = 1, `update` = None means 0.
         """
         if row_scale is not None:
             z *= row_scale[..., None, :]
@@ -141,8 +142,8 @@ class Operations:
         """Return dz, dm, dz s B, and the rows of the gradient through the norm.
 
         d = dy and z are (*stack, tokens, out). `exact` asks for the gradient through the norm,
-        `with_bias` for Σ_tokens dy. q = −p / n itself is never formed: it overflows where n is
-        tiny, and q⊙(s B) does not.
+        `with_bias` for Σ_tokens dy. q = −p / n is never computed by itself: it overflows where
+        n is tiny, and q⊙(s B) does not.
         """
         xp = self.xp
         dbias = xp.sum(d, axis=-2) if with_bias else None
@@ -153,7 +154,7 @@ class Operations:
             return OutputGradients(dz, low, dm, None, dbias)
         p = gain * dm
         below = transpose(self.over_norm(-p[..., None] * scaled_b, norm))
-        # Two products: tokens that lie on many devices stay there, and `below` is on all of them.
+        # Not one product: tokens may be sharded over devices, and `below` is whole on each of them.
         low = xp.concat([low, below @ scaled_b], axis=-2)
         return OutputGradients(xp.concat([dz, below], axis=-2), low, dm, p, dbias)
 
@@ -168,7 +169,7 @@ class Operations:
         return db
 
     def over_norm(self, values: Array, norm: Array) -> Array:
-        """Return values / n by rows, 0 where n = 0, NaN where it is; values (*stack, out[, k])."""
+        """Return values / n by rows, and 0 where n = 0; values are (*stack, out[, k])."""
         return over_norm(values, norm, xp=self.xp)
 
     # The norm
@@ -179,7 +180,7 @@ class Operations:
         return self.xp.sum(wide * wide, axis=-1)
 
     def row_norms(self, weight: Array, squares: Array, reduce: Reduce | None = None) -> Array:
-        """Return ‖wᵢ‖ of ‖wᵢ‖² (*stack, out), which may have left the range of its dtype.
+        """Return ‖wᵢ‖, given ‖wᵢ‖² (*stack, out), which may have overflowed or underflowed.
 
         With `reduce`, `squares` are sums over ranks that each hold a part of the input axis.
         """
@@ -200,9 +201,9 @@ class Operations:
             n²   = ρ²⊙‖w‖² + 2 rowsum(s B⊙U) + rowsum((s B G)⊙s B)      (out,)
             V Aᵀ = U + s B G                                            (out, rank)
 
-        u = W Aᵀ (*stack, out, rank), gram = G = A Aᵀ and squares = ‖w‖² are known; with `reduce`
-        they are sums over the ranks. Rows in which n² may have lost digits are measured on V
-        itself.
+        The caller gives u = W Aᵀ (*stack, out, rank), gram = G = A Aᵀ and squares = ‖w‖²; with
+        `reduce` they are sums over the ranks. In rows where n² may have lost digits, n is
+        measured on V itself.
         """
         expanded = expanded_norm(
             u, gram, squares, factors.scaled_b, factors.row_scale, factors.weight.shape[-1],
@@ -221,7 +222,7 @@ class Operations:
         elif not isinstance(direction, Factored):
             part = direction.projection(self.xp.zeros_like(projection), ops=self)
             (total,) = sums(reduce, part, xp=self.xp)
-            # Rows that were not formed are sums over the ranks already.
+            # The trusted rows are sums over the ranks already.
             projection = self.xp.where(trusted[..., None], projection, total)
         gain, unit = self.over_norm(magnitude, norm), self.over_norm(projection, norm)
         return Norm(norm, gain, unit, direction)
@@ -229,11 +230,11 @@ class Operations:
     def _guard(
         self, trusted: Array, norm: Consumed, factors: Factors, reduce: Reduce | None
     ) -> tuple[Array, Direction]:
-        """Return the norms, with those of the rows that are not trusted measured on V, and V.
+        """Return the norms and V. In rows that are not trusted, the norm is measured on V.
 
-        Here V is formed whole unless the host can read that every row is trusted: the standard
-        cannot choose rows. That costs an array (out, in) for each adapter change.
-        With `reduce`, each rank forms its part of V.
+        Here V is stored whole, unless the host can read that every row is trusted: the standard
+        cannot select rows. That costs an array (out, in) each time that the adapter changes.
+        With `reduce`, each rank stores its part of V.
         """
         if self.can_read_values(trusted) and bool(self.xp.all(trusted)):
             return norm, Factored(factors)
@@ -259,7 +260,7 @@ class Operations:
         self, leaves: dict[str, AdamWLeaf], rates: dict[str, float | Array],
         decays: dict[str, float | Array], numbers: AdamWNumbers,
     ) -> dict[str, tuple[Array, Array, Array]]:  # fmt: skip
-        """Return p, mu and nu by path after a step of AdamW; the formula is `doraxp.adamw_step`'s.
+        """Return p, mu and nu by path after a step of AdamW; `doraxp.adamw_step` has the formula.
 
         p keeps its dtype. A rate η or decay λ is a float, or a 0-d array where it is traced.
         """
@@ -280,10 +281,10 @@ class Operations:
             stepped[path] = xp.astype(p, param.dtype, copy=False), mu, nu
         return stepped
 
-    # A prepared norm must not outlive its adapter
+    # A prepared norm must not be used with another adapter
 
     def snapshot(self, adapter: Adapter) -> Snapshot | None:
-        """Return what `unchanged` needs to notice a later write to the arrays, or None."""
+        """Return a copy by which `unchanged` notices a later write; None if values are not read."""
         if not self.can_read_values(adapter.lora_a):
             return None
         return Adapter(*(self.xp.asarray(self.detached(leaf), copy=True) for leaf in adapter))
@@ -291,8 +292,8 @@ class Operations:
     def unchanged(self, snapshot: Snapshot | None, then: Adapter, now: Adapter) -> bool:
         """Return whether `now` is still the adapter `then`, of which `snapshot` was taken.
 
-        By value where the host may read values. Elsewhere by identity: that is enough for
-        libraries whose arrays cannot be written to, and on a GPU it trusts the caller.
+        The arrays are compared by value, or by identity if there is no snapshot. Identity is enough
+        if arrays cannot be written to. On a GPU, a write into an array is not noticed.
         """
         if snapshot is None:
             return all(a is b for a, b in zip(then, now, strict=True))
@@ -316,9 +317,9 @@ def expanded_norm(
     update = xp.vecdot(bg, scaled_b)  # ‖s(BA)ᵢ‖²
     n2 = base + 2 * xp.vecdot(scaled_b, u) + update
 
-    # A row is trusted if n² is no small part of the terms that it is the sum of. `update` cancels
-    # too, where A's rows are nearly dependent: so take the size that it would have if they were
-    # orthogonal and of one length, and of squares that underflowed no less than the bound `least`.
+    # A row is trusted if n² is not small beside its terms. The term `update` is a sum that may
+    # cancel too, if the rows of A are nearly dependent. So it counts as no less than it would be if
+    # these rows were orthogonal and had one length. `least` allows for squares that underflowed.
     least = least_sum(u.dtype, terms, xp=xp)
     *stack, rank, _ = gram.shape
     diagonal = xp.reshape(gram, (*stack, rank * rank))[..., :: rank + 1]  # ‖A_r‖²
@@ -343,13 +344,13 @@ def least_sum(dtype: DType, terms: int, *, xp: Namespace) -> float:
 
 @functools.cache
 def _least_square(xp: Namespace, dtype: DType) -> float:
-    """Return the least square that has all its digits. Asking `finfo` each time takes longer."""
+    """Return the least square that has all its digits. Cached, because `finfo` takes longer."""
     info = xp.finfo(dtype)
     return float(info.smallest_normal) / float(info.eps)
 
 
 def over_norm(values: Array, norm: Array, *, xp: Namespace) -> Array:
-    """Return values / n by rows, 0 where n = 0, NaN where it is; values (*stack, out[, k])."""
+    """Return values / n by rows, and 0 where n = 0; values are (*stack, out[, k])."""
     norm = xp.reshape(norm, (*norm.shape, *(1,) * (values.ndim - norm.ndim)))
     nonzero = norm != 0
     return xp.where(nonzero, values / xp.where(nonzero, norm, 1.0), 0.0)
@@ -366,7 +367,7 @@ def safe_row_norms(rows: Array, reduce: Reduce | None = None, *, xp: Namespace) 
     norm = scale * xp.sqrt(xp.sum(unit * unit, axis=-1))
     if reduce is None:
         return norm
-    (bound,) = sums(reduce, norm, xp=xp)  # from ‖vᵢ‖ up to √ranks times that
+    (bound,) = sums(reduce, norm, xp=xp)  # at least ‖vᵢ‖, at most √ranks ‖vᵢ‖
     share = over_norm(norm, bound, xp=xp)
     return bound * xp.sqrt(sums(reduce, share * share, xp=xp)[0])
 

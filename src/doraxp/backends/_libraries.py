@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from doraxp.backends._cupy import operations as _cupy
 
-_LIBRARIES = {  # name: the module that must import
+_LIBRARIES = {  # name: the module to import
     "numpy": "numpy",
     "cupy": "cupy",
     "torch": "torch",
@@ -22,9 +22,9 @@ class Status(NamedTuple):
     """Whether an array library can be used here."""
 
     name: str
-    """As in `pip install`, but array_api_strict as in `import`."""
+    """The name in `pip install`, but array_api_strict has its name in `import`."""
     usable: bool
-    """True if it imports and, on a GPU, finds a device."""
+    """True if it can be imported and, for CuPy, finds a device that it can use."""
     detail: str
     """The version, or the reason why it cannot be used."""
 

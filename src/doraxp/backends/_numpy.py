@@ -1,9 +1,9 @@
-"""NumPy's overrides: no (out, in) temporary, and low precision by row blocks.
+"""NumPy's overrides: no temporary (out, in), and weights in 16 bits by blocks of rows.
 
     W (out, in)   A (rank, in)   B (out, rank)   ρ (out,) or None for 1   V = ρ⊙W + s B A
 
-float16 and bfloat16 have no BLAS: a product of them costs 70 times that of float32. So a block of
-rows is cast into one reused buffer, and the product is made from there.
+BLAS has no products of float16 or bfloat16 arrays, and NumPy's own take 70 times as long as those
+of float32. So one block of rows after another is cast into the same buffer, and multiplied there.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from doraxp.backends._generic import (
     same_values,
 )
 
-# Elements of a block. Work on a block in cache is free beside reading it from memory: that is
-# 1 MiB in float32. But BLAS's threads spin for some 20 ms after each product and slow any work
-# between two of them, so blocks that are multiplied by many tokens are few: 16 MiB.
+# Elements of a block. A block of 1 MiB in float32 stays in cache, where work on it costs little
+# beside reading it from memory. But the threads of BLAS spin for some 20 ms after each product, and
+# slow the work between two products: so a block that many tokens are multiplied by has 16 MiB.
 CACHE_BLOCK = 1 << 18
 PRODUCT_BLOCK = 1 << 22
 MERGE_BLOCK = 1 << 20  # between the two: its product has only `rank` terms
@@ -48,7 +48,7 @@ ConsumedArray: TypeAlias = HostArray
 
 
 class Patch(NamedTuple):
-    """Rows of V that are stored, in one element of the stack."""
+    """The stored rows of V in one element of the stack."""
 
     element: tuple[int, ...]
     """The element of the stack; () for a plain weight."""
@@ -59,7 +59,7 @@ class Patch(NamedTuple):
 
 
 class Patched(NamedTuple):
-    """V by its factors, except for a few rows that are stored."""
+    """V given by its factors, and a few rows of V that are stored."""
 
     factors: Factors
     patches: tuple[Patch, ...]
@@ -68,7 +68,7 @@ class Patched(NamedTuple):
         self, x: HostArray, low: HostArray, base: HostArray | None = None, dropped: HostArray | None = None,
         *, ops: Products,
     ) -> HostArray:  # fmt: skip
-        """Replace the columns of the factored x Vᵀ that belong to stored rows."""
+        """Multiply by the factors, then replace the columns that belong to stored rows of V."""
         if dropped is not None:
             low = ops.product(x, self.factors.lora_a.mT)
         z = Factored(self.factors).transposed_product(x, low, base, ops=ops)
@@ -87,7 +87,7 @@ class Patched(NamedTuple):
     def product(
         self, d: ConsumedArray, low: ConsumedArray, tokens: int, dtype: DType, *, ops: Products
     ) -> tuple[HostArray, HostArray]:
-        """Multiply the columns of d that belong to stored rows by these, the others by factors."""
+        """Multiply columns of d by the stored rows of V, and the other columns by the factors."""
         parts = [d[element][..., rows] @ values for element, rows, values in self.patches]
         for element, rows, _ in self.patches:
             d[element][..., rows] = 0
@@ -99,7 +99,7 @@ class Patched(NamedTuple):
         return split_rows(result, tokens, dtype, ops=ops)
 
     def projection(self, factored: HostArray, *, ops: Products) -> HostArray:
-        """Replace the stored rows of the factored V Aᵀ."""
+        """Return `factored`, with the rows that are stored multiplied by Aᵀ anew."""
         projection = factored.copy()
         for element, rows, values in self.patches:
             projection[element][rows] = values @ self.factors.lora_a[element].T
@@ -115,7 +115,7 @@ class Patched(NamedTuple):
 
 
 class NumpyOperations(Operations):
-    """The operations that NumPy does better than the standard alone."""
+    """The operations on NumPy's arrays."""
 
     def can_read_values(self, array: HostArray) -> bool:
         """Return True: NumPy's arrays are on the host and eager. Saves 2 µs a call."""
@@ -153,7 +153,7 @@ class NumpyOperations(Operations):
         self, z: ConsumedArray, row_scale: HostArray | None, update: tuple[HostArray, HostArray] | None,
         gain: HostArray, bias: HostArray | None,
     ) -> tuple[HostArray, HostArray]:  # fmt: skip
-        """Work by blocks of tokens. Saves the temporary, and reads z from memory once."""
+        """Return z and y, by blocks of tokens. Saves L (s B)ᵀ, and reads z from memory once."""
         if z.size <= CACHE_BLOCK:
             return super().forward_epilogue(z, row_scale, update, gain, bias)
         y = np.empty(z.shape, z.dtype)
@@ -174,9 +174,9 @@ class NumpyOperations(Operations):
         self, d: HostArray, z: HostArray, gain: HostArray, norm: HostArray, scaled_b: HostArray,
         *, exact: bool, with_bias: bool,
     ) -> OutputGradients:  # fmt: skip
-        """Work by blocks of tokens, into one array.
+        """Return the gradients, by blocks of tokens. One array holds dz and the rows below it.
 
-        Saves the temporary dy⊙z and the copy that appending rows makes, and reads dy once.
+        Saves the temporary dy⊙z and the copy that `concat` makes, and reads dy once.
         """
         *stack, tokens, out = d.shape
         rank = scaled_b.shape[-1] if exact else 0
@@ -197,7 +197,7 @@ class NumpyOperations(Operations):
         return OutputGradients(rows, rows @ scaled_b, dm, p, dbias)
 
     def over_norm(self, values: HostArray, norm: HostArray) -> HostArray:
-        """Return values / n, 0 where n = 0. Saves two temporaries and half of the calls."""
+        """Return values / n, 0 where n = 0. Saves two temporaries."""
         norm = norm.reshape(norm.shape + (1,) * (values.ndim - norm.ndim))
         return np.divide(values, norm, out=np.zeros(values.shape, values.dtype), where=norm != 0)
 
@@ -205,9 +205,9 @@ class NumpyOperations(Operations):
 
     def row_squares(self, weight: HostArray, dtype: DType) -> HostArray:
         """Return ‖wᵢ‖² by rows. Saves w², an array (out, in), and the time to write and read it."""
-        with np.errstate(over="ignore"):  # infinities are suspect, and measured again
+        with np.errstate(over="ignore"):  # the guard measures rows of infinite sums again
             if weight.dtype == dtype and weight.strides[-1] == weight.itemsize:
-                # Not einsum: it adds in one chain, and at 4096 numbers loses 5 times the digits.
+                # Not einsum: it adds in one chain, and its error at 4096 numbers is 5 times larger.
                 return np.vecdot(weight, weight)
             blocks = (np.vecdot(wide, wide) for _, wide in _upcast(weight, dtype, CACHE_BLOCK))
             return np.concatenate(list(blocks), axis=-1)
@@ -227,7 +227,7 @@ class NumpyOperations(Operations):
         self, u: HostArray, gram: HostArray, squares: HostArray, factors: Factors, magnitude: HostArray,
         reduce: Reduce | None = None,
     ) -> Norm:  # fmt: skip
-        """Divide by n without a mask where all rows are trusted: then n > 0. Saves 5 µs a call."""
+        """Return n, g, V Aᵀ / n and V. If all rows are trusted, n > 0: saves the masks of n = 0."""
         norm, projection, trusted = expanded_norm(
             u, gram, squares, factors.scaled_b, factors.row_scale, factors.weight.shape[-1],
             xp=self.xp,
@@ -239,7 +239,7 @@ class NumpyOperations(Operations):
     def _guard(
         self, trusted: HostArray, norm: ConsumedArray, factors: Factors, reduce: Reduce | None
     ) -> tuple[HostArray, Direction]:
-        """Form the rows of V that are not trusted, and store those whose norm is not 0."""
+        """Compute only the rows of V that are not trusted, and store those whose norm is not 0."""
         if trusted.all():
             return norm, Factored(factors)
         patches = []
@@ -278,9 +278,9 @@ class NumpyOperations(Operations):
         return a.tobytes(), b.tobytes(), m.tobytes()
 
     def unchanged(self, snapshot: Snapshot, then: Adapter, now: Adapter) -> bool:
-        """Compare by bytes, and by value where bytes differ, as those of 0 and −0 do.
+        """Return whether the values are the same: those of arrays whose bytes differ are compared.
 
-        Saves half of the time of comparing by value.
+        The bytes of 0 and −0 differ, for one. Saves half of the time of comparing all values.
         """
         for stored, old, new in zip(snapshot, then, now, strict=True):
             if old.shape != new.shape or old.dtype != new.dtype:
@@ -293,22 +293,14 @@ class NumpyOperations(Operations):
 
 
 def _blocks(array: HostArray, elements: int) -> Iterator[slice]:
-    """Cut the rows of `array` (..., rows, columns) into blocks of about that many elements."""
+    """Return slices of the rows of `array` (..., rows, columns): about `elements` numbers each."""
     rows, size = array.shape[-2], array.size
     step = rows if size <= elements else max(1, elements * rows // size)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step or 1))
 
 
 def _indices(mask: HostArray) -> Iterator[tuple[tuple[int, ...], HostArray]]:
-    """Yield each element of the stack in which `mask` (*stack, out) is true, and its rows there."""
-    for element in np.ndindex(mask.shape[:-1]):
-        rows = np.flatnonzero(mask[element])
-        if rows.size:
-            yield element, rows
-
-
-def _upcast(weight: HostArray, dtype: DType, elements: int) -> Iterator[tuple[slice, HostArray]]:
-    """Yield each block of rows of `weight` in `dtype`, in one buffer: use it before the next."""
+    """Yield blocks of rows of `weight` in `dtype`. Each overwrites the one before it."""
     buffer = None
     for rows in _blocks(weight, elements):
         block = weight[..., rows, :]
@@ -320,7 +312,7 @@ def _upcast(weight: HostArray, dtype: DType, elements: int) -> Iterator[tuple[sl
 
 
 def _elements(tokens: HostArray) -> int:
-    """Return the size of the blocks of W: BLAS has no threads for one token, so none that spin."""
+    """Return the size of the blocks of W. For one token, BLAS has no threads that could spin."""
     return CACHE_BLOCK if tokens.shape[-2] == 1 else PRODUCT_BLOCK
 
 
@@ -351,9 +343,10 @@ def _narrow_right(d: HostArray, weight: HostArray) -> HostArray:
 def _merged_blocks(
     factors: Factors, dtype: DType
 ) -> tuple[HostArray, Iterator[tuple[slice, HostArray]]]:
-    """Return an empty W', and blocks of rows of V in `dtype`: scale each to have it in W'.
+    """Return an empty W', and the blocks of rows of V in `dtype`.
 
-    A block lies in W' itself where that has the compute dtype, else in a buffer.
+    The caller scales each block in place, before it takes the next one. A block is a part of W' if
+    W' has that dtype. Else it is in a buffer, and is copied to W' when the next one is taken.
     """
     weight, a, scaled_b, row_scale = factors
     result = np.empty(weight.shape, weight.dtype)

@@ -1,8 +1,8 @@
 """PyTorch's overrides: tensors outside of autograd's graph, and results written in place.
 
-Its host allocator gives large arrays back to the system at once, and the first write to fresh
-memory costs several times a write to memory in use. So an array of tokens less saves a few percent
-of a step.
+PyTorch's allocator gives large arrays on the host back to the system at once, and the first write
+to fresh memory takes several times as long as a later one. So each temporary (tokens, out) that is
+not made saves a few percent of a step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class TorchOperations(Operations):
     """The operations on PyTorch tensors."""
 
     def detached(self, array: Array) -> Array:
-        """Leave the graph: a layer that steps its own parameters would keep every step's."""
+        """Return `array` without its graph. A layer would else keep the graphs of all its steps."""
         return array.detach()
 
     def accumulate(self, total: Consumed, left: Array, right: Array) -> Array:
@@ -28,9 +28,9 @@ class TorchOperations(Operations):
         self, d: Array, z: Array, gain: Array, norm: Array, scaled_b: Array,
         *, exact: bool, with_bias: bool,
     ) -> OutputGradients:  # fmt: skip
-        """Write dz and the rows below it into one array, which holds dy⊙z before.
+        """Return the gradients. One array holds dy⊙z first, and then dz and the rows below it.
 
-        Saves that temporary and the copy that appending rows makes.
+        Saves that temporary and the copy that `concat` makes.
         """
         if _is_transformed(d, z, gain, norm, scaled_b):
             return super().output_gradients(
@@ -52,7 +52,7 @@ class TorchOperations(Operations):
 
 
 def _is_transformed(*arrays: Array) -> bool:
-    """Return whether PyTorch differentiates or maps over the arrays. Then `out` is forbidden."""
+    """Return whether PyTorch differentiates or maps over the arrays. It forbids `out=` then."""
     import torch
 
     if torch._C._are_functorch_transforms_active():

@@ -101,7 +101,7 @@ def _trained_biases(config: JsonObject, where: Path) -> str | None:
         return None
     if isinstance(bias, str) and bias in ("all", "lora_only"):
         return bias
-    raise CheckpointError(f"{where}: bias must be none, all or lora_only, got {bias!r}")
+    raise CheckpointError(f"{where}: bias must be 'none', 'all' or 'lora_only', got {bias!r}")
 
 
 def _flag(name: str, config: JsonObject, where: Path) -> bool:
