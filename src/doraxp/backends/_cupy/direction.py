@@ -21,14 +21,12 @@ from doraxp.backends._direction import Factored, Factors, form, see_dropped
 class DevicePatched(NamedTuple):
     """V by its factors, except for suspect rows: kernels form these where they need them."""
 
+    factors: Factors
+    """The arrays of which V is made, as the caller gave them."""
     suspects: Suspects
+    """The suspect rows, with the factors as the kernels read them."""
     guard: Guard
     passes: Passes
-
-    @property
-    def factors(self) -> Factors:
-        """The arrays of which V is made."""
-        return self.suspects.factors
 
     def transposed_product(
         self, x: Array, low: Array, base: Array | None = None, dropped: Array | None = None,
@@ -88,4 +86,5 @@ class DevicePatched(NamedTuple):
     def with_weight(self, weight: Array | None) -> DevicePatched:
         """Return the direction with another object for W."""
         factors = self.factors._replace(weight=weight)
-        return self._replace(suspects=self.suspects._replace(factors=factors))
+        laid = factors if weight is None else self.guard.laid(factors)
+        return self._replace(factors=factors, suspects=self.suspects._replace(factors=laid))
