@@ -583,6 +583,33 @@ def test_a_step_takes_few_launches(backend, reduced):
     assert done[forward:] == [*before, *guarded, *product]
 
 
+@pytest.mark.lanes("cuda-host")
+@pytest.mark.parametrize("dropout", ["input", "low_rank"])
+def test_dropout_multiplies_16_bits_of_dz_for_a_dx_that_keeps_8(backend, dropout):
+    """As many as without a mask, though the mask scales dx before it is rounded."""
+    rng, config = np.random.default_rng(0), doraxp.Config(3, dropout=dropout)
+    weight, x, dy, mask = (
+        backend.asarray(values.astype(backend_dtype("bfloat16")))
+        for values in (
+            rng.standard_normal((24, 16)), rng.standard_normal((1100, 16)),
+            rng.standard_normal((1100, 24)), 2 * rng.integers(0, 2, (1100, 16)),
+        )
+    )  # fmt: skip
+    adapter = doraxp.init(weight, config, seed=0)
+    adapter = adapter._replace(lora_b=backend.asarray(rng.standard_normal((24, 3)).astype("f")))
+    _, cache = doraxp.forward(x, weight, adapter, config, dropout_mask=mask)
+    launched = operations(weight=weight).cuda.launched
+    launched.clear()
+    dx = doraxp.backward(dy, cache).x
+    product = launched[launched.index("guard_low") + 1 :][:7]
+    assert product == ["gemm", "split", "gemm", "gemm", "split", "gemm", "sum_parts"]
+    wide = [array.astype("float32") for array in (x, dy, mask)]
+    _, cache = doraxp.forward(wide[0], weight, adapter, config, dropout_mask=wide[2])
+    desired = rounded(doraxp.backward(wide[1], cache).x)
+    error = np.abs(rounded(dx) - desired)
+    np.testing.assert_array_less(error, 2.0**-8 * np.abs(desired) + 2.0**-15 * np.max(desired))
+
+
 @pytest.mark.lanes("cuda-host", "cupy")
 @pytest.mark.parametrize("form", ["weight", "direction"])
 def test_dx_loses_nothing_but_its_rounding(backend, put, form):

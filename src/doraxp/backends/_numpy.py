@@ -81,8 +81,9 @@ class Patched(NamedTuple):
         return ops.forward_epilogue(z, None, None, gain, bias)
 
     def product(
-        self, d: Consumed, low: Consumed, tokens: int, dtype: Any, *, ops: Products
-    ) -> tuple[Array, Array]:
+        self, d: Consumed, low: Consumed, tokens: int, dtype: Any,
+        *, round_later: bool = False, ops: Products,
+    ) -> tuple[Array, Array]:  # fmt: skip
         """Multiply the columns of d that belong to stored rows by these, the others by factors."""
         parts = [d[element][..., rows] @ values for element, rows, values in self.patches]
         for element, rows, _ in self.patches:
@@ -92,7 +93,7 @@ class Patched(NamedTuple):
         result, _ = Factored(self.factors).product(d, low, count, d.dtype, ops=ops)
         for (element, _, _), part in zip(self.patches, parts, strict=True):
             result[element][...] += part
-        return split_rows(result, tokens, dtype, ops=ops)
+        return split_rows(result, tokens, None if round_later else dtype, ops=ops)
 
     def projection(self, factored: Array, *, ops: Products) -> Array:
         """Replace the stored rows of the factored V Aᵀ."""

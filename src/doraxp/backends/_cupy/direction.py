@@ -63,17 +63,15 @@ class DevicePatched(NamedTuple):
         return z, y
 
     def product(
-        self, d: Consumed, low: Consumed, tokens: int, dtype: Any, *, ops: _direction.Products
-    ) -> tuple[Array, Array]:
+        self, d: Consumed, low: Consumed, tokens: int, dtype: Any,
+        *, round_later: bool = False, ops: _direction.Products,
+    ) -> tuple[Array, Array]:  # fmt: skip
         """Return d V. Both arguments are overwritten."""
-        rounded = tokens if self._rounds(dtype) else 0
+        # Rounded to the dtype of W, now or later, the first rows keep no more digits than W has.
+        rounded = tokens if dtype == self.factors.weight.dtype else 0
         result = self.guard.product(self.suspects, d, low, rounded)
-        dx = self.guard.products.cast(result[..., :tokens, :], dtype)
-        return dx, result[..., tokens:, :]
-
-    def _rounds(self, dtype: Any) -> bool:
-        """Return whether a product in `dtype` keeps no more digits than W has."""
-        return bool(dtype == self.factors.weight.dtype)
+        dx, below = result[..., :tokens, :], result[..., tokens:, :]
+        return dx if round_later else self.guard.products.cast(dx, dtype), below
 
     def projection(self, factored: Array, *, ops: _direction.Products) -> Array:
         """Return `factored`: the norm's kernels have replaced the suspect rows."""
