@@ -28,7 +28,7 @@ WIDE = re.compile(r"\bld\.global(?:\.nc)?\.(?:v4\.[bfu]32|v2\.[bfu]64)")
 
 
 class Compiled(NamedTuple):
-    """The resources that a kernel uses, from the compiler's report."""
+    """Registers and bytes that a kernel uses, from the compiler's report."""
 
     registers: int
     shared: int

@@ -156,6 +156,11 @@ class TestNumpyOverrides:
         dx, rest = spoilt.product(d.copy(), low, 3, np.float16, ops=NUMPY)
         assert_equal(dx, (d[..., :3, :] @ v).astype("float16"), rtol=2e-3)
         assert_equal(rest, d[..., 3:, :] @ v)
+        for each in spoilt, Factored(factors), Dense(factors, v):
+            given = d.copy(), d @ factors.scaled_b
+            dx, _ = each.product(*given, 3, np.float16, round_later=True, ops=NUMPY)
+            assert dx.dtype == np.float32
+            assert_equal(dx, d[..., :3, :] @ v)
         wrong = np.full((*stack, 7, 2), 9.0, "float32")
         expected = np.where(trusted[..., None], wrong, v @ factors.lora_a.mT)
         assert_equal(spoilt.projection(wrong, ops=NUMPY), expected)

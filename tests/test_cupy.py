@@ -14,7 +14,7 @@ import pytest
 from doraxp import Adapter, Config, backends, forward, prepare
 from doraxp.backends import Factors, reduced_precision
 from doraxp.backends._cupy.device import Cuda
-from doraxp.backends._cupy.guard import Suspects
+from doraxp.backends._cupy.direction import DevicePatched
 from doraxp.backends._cupy.operations import CupyOperations
 from doraxp.backends._cupy.parameters import kernel_name
 from doraxp.backends._cupy.products import Products
@@ -107,39 +107,75 @@ def test_x_and_dy_in_the_weights_dtype_are_not_cast(ops, array, monkeypatch, dty
     assert ops.operand_dtype(x, weight, wide) == np.dtype(dtype)
     a, b = array(*stack, 2, 6, dtype=wide), array(*stack, 7, 2, dtype=wide)
     vector, low_rank = array(*stack, 7, dtype=wide), array(*stack, 5, 2, dtype=wide)
-    marks = array(*stack, 7, dtype="bool")
-    factors = Factors(weight, a, b, None)
-    found = Suspects(array(21), array(1), array(2, dtype=wide), marks, factors)
+    squares, gram = array(*stack, 7, dtype=wide), array(*stack, 2, 2, dtype=wide)
     # A float32 factor that meets one of 16 bits is cast or split, which would need a device.
     monkeypatch.setattr(Products, "_multiply_two", lambda _, *given: ops.cuda.gemm(*given[:4]))
+    _, _, unit, direction = ops.norm_and_direction(
+        array(*stack, 7, 2, dtype=wide), gram, squares, Factors(weight, a, b, None), vector
+    )
+    ops.cuda.calls.clear()
     with reduced_precision() if reduced else contextlib.nullcontext():
-        z, y = ops.outputs(x, None, found.factors, low_rank, found, vector, vector)
-        rows, e, _ = ops.scale_and_sum(array(*y.shape, dtype=dtype), z, vector, 2, total=True)
+        z, y = direction.outputs(x, low_rank, vector, vector, ops=ops)
+        after = len(ops.cuda.calls)
+        rows, low, dm, p, dbias = ops.output_gradients(
+            array(*y.shape, dtype=dtype), z, vector, vector, b, exact=True, with_bias=True
+        )
+        db = ops.lora_b_gradient(rows[..., :5, :], low_rank, p, unit, 2.0)
     half = np.dtype(dtype).itemsize == 2
     kind = np.dtype(dtype) if half and reduced else np.dtype(wide)
     assert (z.shape, z.dtype) == ((*stack, 5, 7), kind)
     assert (y.shape, y.dtype) == ((*stack, 5, 7), np.dtype(dtype))
-    assert (rows.shape, rows.dtype) == ((*stack, 5, 7), kind)
-    assert rows.base.shape == (*stack, 7, 7)
-    assert (e.shape, e.dtype) == ((*stack, 7), np.dtype(wide))
+    assert (rows.shape, rows.dtype) == ((*stack, 7, 7), kind)
+    assert (low.shape, low.dtype) == ((*stack, 7, 2), np.dtype(wide))
+    assert (db.shape, db.dtype) == ((*stack, 7, 2), np.dtype(wide))
+    for each in (dm, p, dbias):
+        assert (each.shape, each.dtype) == ((*stack, 7), np.dtype(wide))
+    gemm = ["gemm"] * (3 if stack else 1)
     names = [name for name, *_ in ops.cuda.calls]
-    after = ["outputs", "guard_outputs", "gradients", "sum_chunks", "sum_chunks"]
-    assert names == ["gemm"] * 2 * (3 if stack else 1) + after
+    assert names[:after] == gemm * 2 + ["outputs", "guard_outputs"]
+    sums = ["gradients", "sum_chunks", "sum_chunks"]
+    assert names[after:] == [*sums, "norm_rows", *gemm, *gemm, "turning"]
 
 
-def test_the_norm_takes_few_launches(ops, array):
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stack", [(), (3,)])
+def test_the_product_with_v_takes_few_launches(ops, array, monkeypatch, dtype, stack):
+    """d V for five tokens and the two rows below them; the result for the tokens is in `dtype`."""
+    wide = "float64" if dtype == "float64" else "float32"
+    weight, a, b = (
+        array(*stack, *shape, dtype=kind)
+        for shape, kind in (((7, 6), dtype), ((2, 6), wide), ((7, 2), wide))
+    )
+    vector, gram = array(*stack, 7, dtype=wide), array(*stack, 2, 2, dtype=wide)
+    monkeypatch.setattr(Products, "_multiply_two", lambda _, *given: ops.cuda.gemm(*given[:4]))
+    # The cast is a launch of its own, and for float64 it would need a device.
+    monkeypatch.setattr(Products, "cast", lambda _, result, kind: array(*result.shape, dtype=kind))
+    *_, direction = ops.norm_and_direction(b, gram, vector, Factors(weight, a, b, None), vector)
+    ops.cuda.calls.clear()
+    d, low = array(*stack, 7, 7, dtype=wide), array(*stack, 7, 2, dtype=wide)
+    dx, below = direction.product(d, low, 5, dtype, ops=ops)
+    assert (dx.shape, dx.dtype) == ((*stack, 5, 6), np.dtype(dtype))
+    assert (below.shape, below.dtype) == ((*stack, 2, 6), np.dtype(wide))
+    names = [name for name, *_ in ops.cuda.calls]
+    gemm = ["gemm"] * (3 if stack else 1)
+    assert names == ["guard_inputs", "guard_hide", "guard_low", *gemm, *gemm]
+
+
+def test_the_norm_and_the_merge_take_few_launches(ops, array):
     weight, a, b = array(7, 6, dtype="float16"), array(2, 6), array(7, 2)
     squares = ops.row_squares(weight, "float32")
     assert (squares.shape, squares.dtype) == ((7,), np.float32)
     factors = Factors(weight, a, b, None)
-    norm, gain, unit, found = ops.adapted_norm(
-        array(7, 2), array(2, 2), squares, factors, array(7), 0.5
+    norm, gain, unit, direction = ops.norm_and_direction(
+        array(7, 2), array(2, 2), squares, factors, array(7)
     )
     assert (norm.shape, gain.shape, unit.shape) == ((7,), (7,), (7, 2))
-    assert found.rows.shape == (7,)
-    assert found.suspect.dtype == bool
+    assert type(direction) is DevicePatched
+    assert direction.factors == factors
+    assert direction.suspects.rows.shape == (7,)
+    assert direction.suspects.suspect.dtype == bool
     assert ops.over_norm(array(7, 2), norm).shape == (7, 2)
-    merged = ops.merge(factors, array(7), "float32")
+    merged = ops.merge(direction, array(7))
     assert (merged.shape, merged.dtype) == ((7, 6), np.float16)
     assert [name for name, *_ in ops.cuda.calls] == [
         "squares", "sum_chunks", "gemm", "assemble", "guard_norms", "list_suspects", "over_norm",

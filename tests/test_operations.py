@@ -88,10 +88,10 @@ def guarded(backend, ops, trusted, norm, factors):
     if backend.name not in ("cupy", "cuda-host"):
         return ops._guard(backend.asarray(trusted), norm, factors, None)
     guard, suspect = ops.device_guard, backend.asarray(~trusted)
-    factors = guard.laid(factors)
-    guard.measure(suspect, norm, factors)
-    suspects = guard.listed(suspect, norm, factors)
-    return norm, DevicePatched(suspects, guard, ops.passes)
+    laid = guard.laid(factors)
+    guard.measure(suspect, norm, laid)
+    suspects = guard.listed(suspect, norm, laid)
+    return norm, DevicePatched(factors, suspects, guard, ops.passes)
 
 
 @pytest.mark.dtypes("float16", "bfloat16", "float32", "float64")
@@ -459,6 +459,49 @@ def test_one_token_of_a_stack_whose_rank_is_over_a_warp(backend, put, biased):
     np.testing.assert_allclose(rounded(cache.z)[1, 0, 4], rounded(cached.z)[1, 0, 4], rtol=1e-6)
 
 
+@pytest.mark.lanes("cupy", "cuda-host", "numpy", "numpy-readonly", "torch")
+@pytest.mark.dtypes("float32", "float64")
+@pytest.mark.parametrize("form", ["weight", "direction"])
+@pytest.mark.parametrize("which", ["part", "every second", "transposed"])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_weight_may_have_any_strides(backend, dtype, form, which, tokens):
+    """One row cancels. What is prepared belongs to the given array, not to a copy of it."""
+    rng, xp = np.random.default_rng(0), backend.namespace()
+    values, b = rng.standard_normal((24, 40)), rng.standard_normal((24, 3))
+    a = rng.uniform(0.5, 1, (3, 40))
+    values[4] = -1.02 * b[4] @ a
+    if form == "direction":
+        b[4] /= np.linalg.norm(values[4])
+    a, b, m, x, dy, values = (
+        backend.asarray(array.astype(dtype))
+        for array in (
+            a, b, rng.uniform(0.5, 1, 24), rng.standard_normal((tokens, 40)),
+            rng.standard_normal((tokens, 24)), values,
+        )
+    )  # fmt: skip
+    if which == "part":
+        weight = xp.concat([values, values], axis=1)[:, :40]
+    elif which == "every second":
+        weight = xp.reshape(xp.stack([values, values], axis=-1), (24, 80))[:, ::2]
+    else:
+        weight = xp.asarray(xp.matrix_transpose(values), copy=True)
+        weight = xp.matrix_transpose(xp.reshape(xp.reshape(weight, (-1,)), (40, 24)))
+    config, adapter = doraxp.Config(3, form=form), doraxp.Adapter(a, b, m)
+
+    def work(weight):
+        prepared = doraxp.prepare(weight, adapter, config)
+        assert prepared.weight is weight
+        prepared = doraxp.prepare(weight, adapter, config, previous=prepared)
+        y, cache = doraxp.forward(x, weight, adapter, config, prepared=prepared)
+        grads = doraxp.backward(dy, cache)
+        merged = doraxp.merge(weight, adapter, config, prepared=prepared)
+        return y, *_leaves(grads), merged
+
+    rtol = {"float32": 4e-6, "float64": 1e-13}[dtype]
+    for one, other in zip(work(weight), work(values), strict=True):
+        assert_near(backend.numpy(one), rounded(backend.numpy(other)), rtol)
+
+
 @pytest.mark.lanes("cuda-host")
 @pytest.mark.dtypes("bfloat16", "float32")
 @pytest.mark.parametrize("form", ["weight", "direction"])
@@ -540,6 +583,33 @@ def test_a_step_takes_few_launches(backend, reduced):
     assert done[forward:] == [*before, *guarded, *product]
 
 
+@pytest.mark.lanes("cuda-host")
+@pytest.mark.parametrize("dropout", ["input", "low_rank"])
+def test_dropout_multiplies_16_bits_of_dz_for_a_dx_that_keeps_8(backend, dropout):
+    """As many as without a mask, though the mask scales dx before it is rounded."""
+    rng, config = np.random.default_rng(0), doraxp.Config(3, dropout=dropout)
+    weight, x, dy, mask = (
+        backend.asarray(values.astype(backend_dtype("bfloat16")))
+        for values in (
+            rng.standard_normal((24, 16)), rng.standard_normal((1100, 16)),
+            rng.standard_normal((1100, 24)), 2 * rng.integers(0, 2, (1100, 16)),
+        )
+    )  # fmt: skip
+    adapter = doraxp.init(weight, config, seed=0)
+    adapter = adapter._replace(lora_b=backend.asarray(rng.standard_normal((24, 3)).astype("f")))
+    _, cache = doraxp.forward(x, weight, adapter, config, dropout_mask=mask)
+    launched = operations(weight=weight).cuda.launched
+    launched.clear()
+    dx = doraxp.backward(dy, cache).x
+    product = launched[launched.index("guard_low") + 1 :][:7]
+    assert product == ["gemm", "split", "gemm", "gemm", "split", "gemm", "sum_parts"]
+    wide = [array.astype("float32") for array in (x, dy, mask)]
+    _, cache = doraxp.forward(wide[0], weight, adapter, config, dropout_mask=wide[2])
+    desired = rounded(doraxp.backward(wide[1], cache).x)
+    error = np.abs(rounded(dx) - desired)
+    np.testing.assert_array_less(error, 2.0**-8 * np.abs(desired) + 2.0**-15 * np.max(desired))
+
+
 @pytest.mark.lanes("cuda-host", "cupy")
 @pytest.mark.parametrize("form", ["weight", "direction"])
 def test_dx_loses_only_its_rounding(backend, put, form):
@@ -568,24 +638,32 @@ def _leaves(gradients):
 
 @pytest.mark.lanes("cuda-host")
 @pytest.mark.dtypes("float16", "bfloat16", "float32", "float64")
+@pytest.mark.parametrize("form", ["weight", "direction"])
 @pytest.mark.parametrize("rank", [3, 64, 65])
-def test_merge_without_a_norm_reads_the_weight_twice(backend, put, dtype, rank):
-    """It is read for n and for W'. A row that cancels keeps its digits."""
-    rng, config = np.random.default_rng(0), doraxp.Config(rank)
+def test_merge_from_nothing_reads_the_weight_twice(backend, put, dtype, form, rank):
+    """For n and for W', and once more for ρ or W Aᵀ. As precise as V, where it cancels too."""
+    rng, config = np.random.default_rng(0), doraxp.Config(rank, form=form)
     values = rng.standard_normal((70, 80))
     weight, adapter = put(values, dtype), doraxp.init(put(values, dtype), config, seed=0)
     b = rng.standard_normal((70, rank))
     row = b[4] @ rounded(adapter.lora_a)
     values[4] = -1.02 * row
     weight = put(values, dtype)
+    lengths = np.linalg.norm(rounded(weight), axis=1, keepdims=True)
+    if form == "direction":
+        b[4] /= lengths[4]
     adapter = adapter._replace(lora_b=put(b, str(adapter.lora_a.dtype)))
     ops = operations(weight=weight)
     ops.cuda.launched.clear()
     merged = doraxp.merge(weight, adapter, config)
-    if dtype != "float64" and rank <= 64:  # else no tensor cores are used
-        measured = ["tiles", "squares", "sum_chunks", "norms", "guard_norms", "over_norm"]
-        assert ops.cuda.launched == [*measured, "tiles", "merge"]
-    v = rounded(weight) + rounded(adapter.lora_b) @ rounded(adapter.lora_a)
+    if dtype != "float64" and rank <= 64:  # float64 has no tensor cores of use
+        norm = ["squares", "sum_chunks", "norms", "guard_norms"]
+        before = norm if form == "direction" else []
+        assert ops.cuda.launched == [*before, "tiles", *norm, "over_norm", "tiles", "merge"]
+    else:
+        assert ops.cuda.launched.count("squares") == 1
+    scaled = rounded(weight) / (lengths if form == "direction" else 1)
+    v = scaled + rounded(adapter.lora_b) @ rounded(adapter.lora_a)
     expected = (rounded(adapter.magnitude) / np.linalg.norm(v, axis=1))[:, None] * v
     rtol = {"float32": 1e-5, "float64": 1e-13}.get(dtype, EPS.get(dtype))
     assert_near(merged, expected, rtol)

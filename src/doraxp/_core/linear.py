@@ -249,8 +249,7 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
 
     # 4. Into x, and the q term of dA: rows V = [dz V; (q⊙(s B))ᵀ V]. It may write to `rows`.
     update = ops.product(dlow, direction.factors.lora_a) if _drops_update(inputs, mask) else None
-    stored = x.dtype if mask is None else dtype
-    dx, pull = direction.product(rows, low, tokens, stored, ops=ops)
+    dx, pull = direction.product(rows, low, tokens, x.dtype, round_later=mask is not None, ops=ops)
     if p is not None:
         da += pull
     if mask is not None:

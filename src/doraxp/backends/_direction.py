@@ -71,11 +71,13 @@ class Direction(Protocol):
         """Return z as `transposed_product` does, and y = g⊙z + bias: (*stack, tokens, out)."""
 
     def product(
-        self, d: Consumed, low: Consumed, tokens: int, dtype: DType, *, ops: Products
-    ) -> tuple[Array, Array]:
+        self, d: Consumed, low: Consumed, tokens: int, dtype: DType,
+        *, round_later: bool = False, ops: Products,
+    ) -> tuple[Array, Array]:  # fmt: skip
         """Return d V: (*stack, tokens + k, out) -> (*stack, tokens, in) and (*stack, k, in).
 
-        `low` is d s B. The first result is in `dtype`, the second in the compute dtype.
+        `low` is d s B. The first result is in `dtype`, the second in the compute dtype. With
+        `round_later` both are in the compute dtype: the caller rounds the first to `dtype` later.
         """
 
     def projection(self, factored: Array, *, ops: Products) -> Array:
@@ -114,13 +116,15 @@ class Factored(NamedTuple):
         return ops.forward_epilogue(z, row_scale, (low, scaled_b), gain, bias)
 
     def product(
-        self, d: Consumed, low: Consumed, tokens: int, dtype: DType, *, ops: Products
-    ) -> tuple[Array, Array]:
+        self, d: Consumed, low: Consumed, tokens: int, dtype: DType,
+        *, round_later: bool = False, ops: Products,
+    ) -> tuple[Array, Array]:  # fmt: skip
         """Return (ρ⊙d) W + (d s B) A."""
         weight, a, _, row_scale = self.factors
         if row_scale is not None:
             d = row_scale[..., None, :] * d
-        return split_rows(ops.accumulate(ops.product(d, weight), low, a), tokens, dtype, ops=ops)
+        result = ops.accumulate(ops.product(d, weight), low, a)
+        return split_rows(result, tokens, None if round_later else dtype, ops=ops)
 
     def projection(self, factored: Array, *, ops: Products) -> Array:
         """Return `factored`."""
@@ -159,10 +163,11 @@ class Dense(NamedTuple):
         return ops.forward_epilogue(z, None, None, gain, bias)
 
     def product(
-        self, d: Consumed, low: Consumed, tokens: int, dtype: DType, *, ops: Products
-    ) -> tuple[Array, Array]:
+        self, d: Consumed, low: Consumed, tokens: int, dtype: DType,
+        *, round_later: bool = False, ops: Products,
+    ) -> tuple[Array, Array]:  # fmt: skip
         """Return d V by one product."""
-        return split_rows(ops.product(d, self.v), tokens, dtype, ops=ops)
+        return split_rows(ops.product(d, self.v), tokens, None if round_later else dtype, ops=ops)
 
     def projection(self, factored: Array, *, ops: Products) -> Array:
         """Return V Aᵀ by one product."""
@@ -197,5 +202,9 @@ def see_dropped(
 
 
 def split_rows(product: Array, tokens: int, dtype: DType, *, ops: Products) -> tuple[Array, Array]:
-    """Return the first `tokens` rows of a product in `dtype`, and its other k rows."""
-    return as_dtype(product[..., :tokens, :], dtype, xp=ops.xp), product[..., tokens:, :]
+    """Return the first `tokens` rows (*stack, tokens + k, in) in `dtype`, and the other k rows.
+
+    None for `dtype` keeps the dtype of the rows.
+    """
+    first = product[..., :tokens, :]
+    return first if dtype is None else as_dtype(first, dtype, xp=ops.xp), product[..., tokens:, :]

@@ -85,9 +85,10 @@ class Patched(NamedTuple):
         return ops.forward_epilogue(z, None, None, gain, bias)
 
     def product(
-        self, d: ConsumedArray, low: ConsumedArray, tokens: int, dtype: DType, *, ops: Products
-    ) -> tuple[HostArray, HostArray]:
-        """Multiply columns of d by the stored rows of V, and the other columns by the factors."""
+        self, d: ConsumedArray, low: ConsumedArray, tokens: int, dtype: DType,
+        *, round_later: bool = False, ops: Products,
+    ) -> tuple[HostArray, HostArray]:  # fmt: skip
+        """Multiply the columns of d that belong to stored rows by these, the others by factors."""
         parts = [d[element][..., rows] @ values for element, rows, values in self.patches]
         for element, rows, _ in self.patches:
             d[element][..., rows] = 0
@@ -96,7 +97,7 @@ class Patched(NamedTuple):
         result, _ = Factored(self.factors).product(d, low, count, d.dtype, ops=ops)
         for (element, _, _), part in zip(self.patches, parts, strict=True):
             result[element][...] += part
-        return split_rows(result, tokens, dtype, ops=ops)
+        return split_rows(result, tokens, None if round_later else dtype, ops=ops)
 
     def projection(self, factored: HostArray, *, ops: Products) -> HostArray:
         """Return `factored`, with the rows that are stored multiplied by Aᵀ anew."""
@@ -300,7 +301,15 @@ def _blocks(array: HostArray, elements: int) -> Iterator[slice]:
 
 
 def _indices(mask: HostArray) -> Iterator[tuple[tuple[int, ...], HostArray]]:
-    """Yield blocks of rows of `weight` in `dtype`. Each overwrites the one before it."""
+    """Yield each element of the stack in which `mask` (*stack, out) is true, and its rows there."""
+    for element in np.ndindex(mask.shape[:-1]):
+        rows = np.flatnonzero(mask[element])
+        if rows.size:
+            yield element, rows
+
+
+def _upcast(weight: HostArray, dtype: DType, elements: int) -> Iterator[tuple[slice, HostArray]]:
+    """Yield each block of rows of `weight` in `dtype`. Blocks share one buffer: use each at once."""
     buffer = None
     for rows in _blocks(weight, elements):
         block = weight[..., rows, :]

@@ -21,14 +21,12 @@ from doraxp.backends._direction import Factored, Factors, form, see_dropped
 class DevicePatched(NamedTuple):
     """V by its factors, except for suspect rows: kernels form these where they need them."""
 
+    factors: Factors
+    """The arrays of which V is made, as the caller gave them."""
     suspects: Suspects
+    """The suspect rows, with the factors as the kernels read them."""
     guard: Guard
     passes: Passes
-
-    @property
-    def factors(self) -> Factors:
-        """The arrays of which V is made."""
-        return self.suspects.factors
 
     def transposed_product(
         self, x: Array, low: Array, base: Array | None = None, dropped: Array | None = None,
@@ -65,17 +63,15 @@ class DevicePatched(NamedTuple):
         return z, y
 
     def product(
-        self, d: Consumed, low: Consumed, tokens: int, dtype: Any, *, ops: _direction.Products
-    ) -> tuple[Array, Array]:
+        self, d: Consumed, low: Consumed, tokens: int, dtype: Any,
+        *, round_later: bool = False, ops: _direction.Products,
+    ) -> tuple[Array, Array]:  # fmt: skip
         """Return d V. Both arguments are overwritten."""
-        rounded = tokens if self._rounds(dtype) else 0
+        # Rounded to the dtype of W, now or later, the first rows keep no more digits than W has.
+        rounded = tokens if dtype == self.factors.weight.dtype else 0
         result = self.guard.product(self.suspects, d, low, rounded)
-        dx = self.guard.products.cast(result[..., :tokens, :], dtype)
-        return dx, result[..., tokens:, :]
-
-    def _rounds(self, dtype: Any) -> bool:
-        """Return whether a product in `dtype` keeps no more digits than W has."""
-        return bool(dtype == self.factors.weight.dtype)
+        dx, below = result[..., :tokens, :], result[..., tokens:, :]
+        return dx if round_later else self.guard.products.cast(dx, dtype), below
 
     def projection(self, factored: Array, *, ops: _direction.Products) -> Array:
         """Return `factored`: the norm's kernels have replaced the suspect rows."""
@@ -88,4 +84,5 @@ class DevicePatched(NamedTuple):
     def with_weight(self, weight: Array | None) -> DevicePatched:
         """Return the direction with another object for W."""
         factors = self.factors._replace(weight=weight)
-        return self._replace(suspects=self.suspects._replace(factors=factors))
+        laid = factors if weight is None else self.guard.laid(factors)
+        return self._replace(factors=factors, suspects=self.suspects._replace(factors=laid))

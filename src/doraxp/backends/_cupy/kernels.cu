@@ -367,9 +367,12 @@ extern "C" __global__ void token(
 //     u = W Aᵀ     gram = A Aᵀ     bg = b gram
 // A warp makes each row: grid (rows / WARPS)        20 bytes of (out, rank): u, b, bg, unit
 //
-// `suspect` marks the rows whose n² may have lost digits: n² is below `cancellation` times the sum
-// of its terms, or n² or ‖A‖² / rank is outside floor..∞. ‖A‖² / rank is the mean of the diagonal
-// of `gram`. `guard_norms` then replaces the numbers of these rows.
+// `suspect` marks the rows whose n² may have lost digits, by the rule of `expanded_norm` in
+// _generic.py. A row is trusted if n² < ∞ and
+//     n² > cancellation (base + max(rowsum(bg⊙b), ‖b‖² (‖A‖² / rank + floor))) + floor
+// where base is ‖w‖², or with ρ 1 or 0; ‖A‖² / rank is the mean of the diagonal of `gram`; and
+// `floor` is the bound below which a sum of squares may have underflowed. NaN is not trusted.
+// `guard_norms` then replaces the numbers of the suspect rows.
 extern "C" __global__ void assemble(const compute_t* u, const compute_t* b, const compute_t* bg,
                                     const compute_t* squares,
                                     const compute_t* row_scale /* or null */, const compute_t* gram,

@@ -151,7 +151,8 @@ class CupyOperations(Operations):
         norm, gain, unit, suspects = self.device_guard.adapted_norm(
             u, gram, squares, factors, magnitude, least, CANCELLATION
         )
-        return Norm(norm, gain, unit, DevicePatched(suspects, self.device_guard, self.passes))
+        direction = DevicePatched(factors, suspects, self.device_guard, self.passes)
+        return Norm(norm, gain, unit, direction)
 
     def _norms(self, factors: Factors, squares: Array) -> Array:
         least = least_sum(squares.dtype, factors.weight.shape[-1], xp=self.xp)
@@ -176,7 +177,9 @@ class CupyOperations(Operations):
             return self.patches.merge(factors, self.over_norm(magnitude, norm))
         transposed = self.xp.matrix_transpose(a)
         u, gram = self.product(weight, transposed), self.product(a, transposed)
-        squares = self.row_squares(weight, kind)
+        # With ρ, the norm does not read ‖w‖²: ρ²⊙‖w‖² is 1, or 0 for a row of zeros.
+        row_scale = factors.row_scale
+        squares = self.row_squares(weight, kind) if row_scale is None else row_scale
         found = self.norm_and_direction(u, gram, squares, factors, magnitude)
         return self.patches.merge(factors, found.gain)
 
