@@ -71,6 +71,7 @@ class Namespace(Protocol):
     def finfo(self, dtype: DType, /) -> FloatInfo:
         """Return the properties of a floating dtype."""
 
+    def __hash__(self) -> int: ...
     def __getattr__(self, name: str, /) -> Callable[..., Array]: ...
 
 
@@ -78,6 +79,7 @@ class FloatInfo(Protocol):
     """The properties of a floating dtype that the core uses."""
 
     eps: float
+    max: float
     smallest_normal: float
 
 
@@ -188,7 +190,7 @@ class Gradients(NamedTuple):
     """Shape of the bias, in the compute dtype; None unless `train_base` and a bias was given."""
 
 
-Snapshot: TypeAlias = Adapter | tuple[bytes, bytes, bytes]
+Snapshot: TypeAlias = Adapter | list[bytes]
 """The values of A, B and m at one time: copies of the arrays, or their bytes."""
 
 

@@ -257,7 +257,7 @@ class DoRALayer:
         )
 
     @property
-    def _xp(self) -> Any:
+    def _xp(self) -> Namespace:
         return array_api_compat.array_namespace(self.weight)
 
     def _known(self) -> tuple[Prepared | None, Prepared | None]:
@@ -294,7 +294,7 @@ class DoRALayer:
         self, weight: Array | None, bias: Array | None, adapter: Adapter
     ) -> dict[str, Array]:
         """Return the trained arrays by name, in the order of the vector and the base's layout."""
-        if not self.train_base:
+        if weight is None or not self.train_base:
             return adapter._asdict()
         biases = {} if bias is None else {"bias": bias}
         return {"weight": self._swap(weight), **biases, **adapter._asdict()}

@@ -7,11 +7,11 @@ Only the device knows which rows are suspect, and whether there are such rows.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from doraxp._base.types import Array, Consumed
+from doraxp._base.types import Consumed, DType
 from doraxp.backends import _direction
-from doraxp.backends._cupy.arrays import LOW, name_of, packed
+from doraxp.backends._cupy.arrays import LOW, DeviceArray, name_of, packed
 from doraxp.backends._cupy.guard import Guard, Suspects
 from doraxp.backends._cupy.passes import Passes
 from doraxp.backends._cupy.products import is_reduced
@@ -31,9 +31,9 @@ class DevicePatched(NamedTuple):
         return self.suspects.factors
 
     def transposed_product(
-        self, x: Array, low: Array, base: Array | None = None, dropped: Array | None = None,
-        *, ops: _direction.Products,
-    ) -> Array:  # fmt: skip
+        self, x: DeviceArray, low: DeviceArray, base: DeviceArray | None = None,
+        dropped: DeviceArray | None = None, *, ops: _direction.Products,
+    ) -> DeviceArray:  # fmt: skip
         """Return x Vᵀ. The guard overwrites the columns of suspect rows."""
         if dropped is not None:
             low = ops.product(x, ops.xp.matrix_transpose(self.factors.lora_a))
@@ -42,9 +42,10 @@ class DevicePatched(NamedTuple):
         return see_dropped(z, x, dropped, self.factors, ops=ops)
 
     def outputs(
-        self, x: Array, low: Array, gain: Array, bias: Array | None,
-        base: Array | None = None, dropped: Array | None = None, *, ops: _direction.Products,
-    ) -> tuple[Array, Array]:  # fmt: skip
+        self, x: DeviceArray, low: DeviceArray, gain: DeviceArray, bias: DeviceArray | None,
+        base: DeviceArray | None = None, dropped: DeviceArray | None = None, *,
+        ops: _direction.Products,
+    ) -> tuple[DeviceArray, DeviceArray]:  # fmt: skip
         """Return z and y by one pass, or for one token by one launch."""
         if base is not None or dropped is not None:
             z = self.transposed_product(x, low, base, dropped, ops=ops)
@@ -65,27 +66,27 @@ class DevicePatched(NamedTuple):
         return z, y
 
     def product(
-        self, d: Consumed, low: Consumed, tokens: int, dtype: Any, *, ops: _direction.Products
-    ) -> tuple[Array, Array]:
+        self, d: Consumed, low: Consumed, tokens: int, dtype: DType, *, ops: _direction.Products
+    ) -> tuple[DeviceArray, DeviceArray]:
         """Return d V. Both arguments are overwritten."""
         rounded = tokens if self._rounds(dtype) else 0
         result = self.guard.product(self.suspects, d, low, rounded)
         dx = self.guard.products.cast(result[..., :tokens, :], dtype)
         return dx, result[..., tokens:, :]
 
-    def _rounds(self, dtype: Any) -> bool:
+    def _rounds(self, dtype: DType) -> bool:
         """Return whether a product in `dtype` keeps no more digits than W has."""
         return bool(dtype == self.factors.weight.dtype)
 
-    def projection(self, factored: Array, *, ops: _direction.Products) -> Array:
+    def projection(self, factored: DeviceArray, *, ops: _direction.Products) -> DeviceArray:
         """Return `factored`: the norm's kernels have replaced the suspect rows."""
         return factored
 
-    def dense(self, *, ops: _direction.Products) -> Array:
+    def dense(self, *, ops: _direction.Products) -> DeviceArray:
         """Return V."""
         return form(self.factors, self.suspects.switches.dtype, xp=ops.xp)
 
-    def with_weight(self, weight: Array | None) -> DevicePatched:
+    def with_weight(self, weight: DeviceArray) -> DevicePatched:
         """Return the direction with another object for W."""
         factors = self.factors._replace(weight=weight)
         return self._replace(suspects=self.suspects._replace(factors=factors))
