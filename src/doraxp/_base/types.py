@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, get_args
 
+import numpy as np
+
 from doraxp._base.scalars import check_count, check_flag, check_real
 
 DType: TypeAlias = Any
@@ -82,6 +84,9 @@ class FloatInfo(Protocol):
     max: float
     smallest_normal: float
 
+
+HostArray: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+"""An array of NumPy, of any shape and dtype."""
 
 Consumed: TypeAlias = Array
 """An array that the function may write to: its caller must not read it again."""

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 from array_api_compat import array_namespace
 
 import doraxp
+from doraxp._base.types import Array
 
-Array: TypeAlias = Any
 LayerParameters: TypeAlias = Any
 """The parameters that a method trains in one layer, or their gradients: a NamedTuple of arrays."""
 Parameters: TypeAlias = dict[str, LayerParameters]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import array_api_compat
 
 from doraxp._base.scalars import check_flag, check_number
-from doraxp._base.types import Adapter, Array, Config
+from doraxp._base.types import Adapter, Array, Config, Namespace
 from doraxp._core.adapter import InitMethod, init, merge
 from doraxp._core.checks import check_bias, check_weight
 from doraxp._core.decomposition import MagnitudeDirectionChange, magnitude_direction_change
@@ -258,7 +258,8 @@ class DoRALayer:
 
     @property
     def _xp(self) -> Namespace:
-        return array_api_compat.array_namespace(self.weight)
+        xp: Namespace = array_api_compat.array_namespace(self.weight)
+        return xp
 
     def _known(self) -> tuple[Prepared | None, Prepared | None]:
         """Return the `Prepared` of the current parameters or None, and an earlier one or None.
