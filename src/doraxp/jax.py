@@ -32,15 +32,15 @@ with contextlib.suppress(ValueError):  # the user has registered it already
 
 
 def dora_linear(
-    x: Array,
-    weight: Array,
+    x: jax.Array,
+    weight: jax.Array,
     adapter: Adapter,
     config: Config,
-    bias: Array | None = None,
+    bias: jax.Array | None = None,
     *,
     prepared: Prepared | None = None,
     train_base: bool = False,
-) -> Array:
+) -> jax.Array:
     """Return y = g⊙(x Vᵀ) + bias. Differentiable once, in reverse mode, by x, adapter and bias.
 
     ::
@@ -96,10 +96,13 @@ def dora_linear(
         # The gradients below include those through the norm. Those of `prepare` would be NaN for
         # a zero row.
         prepared = jax.lax.stop_gradient(prepared)
-    return _linear(config, train_base, x, weight, adapter, bias, prepared)
+    y: jax.Array = _linear(config, train_base, x, weight, adapter, bias, prepared)
+    return y
 
 
-def merge(weight: Array, adapter: Adapter, config: Config, *, train_base: bool = False) -> Array:
+def merge(
+    weight: jax.Array, adapter: Adapter, config: Config, *, train_base: bool = False
+) -> jax.Array:
     """Return W' = (m / n)⊙V. Differentiable once, in reverse mode, by the adapter.
 
     The gradients are those of `dora_linear` where x is the unit matrix: they cost as much as a
@@ -140,11 +143,16 @@ def merge(weight: Array, adapter: Adapter, config: Config, *, train_base: bool =
     Array([1.4, 1. ], dtype=float32)
     """
     _check(weight, adapter, config, train_base)
-    return _merge(config, train_base, weight, adapter)
+    merged: jax.Array = _merge(config, train_base, weight, adapter)
+    return merged
 
 
 def _check(
-    weight: Array, adapter: Adapter, config: Config, train_base: bool, **others: Array
+    weight: jax.Array,
+    adapter: Adapter,
+    config: Config,
+    train_base: bool,
+    **others: jax.Array | None,
 ) -> None:
     """Raise TypeError where an argument is of the wrong class; a bias of None is allowed."""
     check_kind("adapter", adapter, Adapter)
@@ -156,13 +164,13 @@ def _check(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _linear(config: Config, train_base: bool, *arrays: Any) -> Array:
+def _linear(config: Config, train_base: bool, *arrays: Any) -> Any:
     return _linear_forward(config, train_base, *arrays)[0]
 
 
 def _linear_forward(
-    config: Config, train_base: bool, x: Array, weight: Array, adapter: Adapter,
-    bias: Array | None, prepared: Prepared | None,
+    config: Config, train_base: bool, x: jax.Array, weight: jax.Array, adapter: Adapter,
+    bias: jax.Array | None, prepared: Prepared | None,
 ) -> tuple[Array, linear.Cache]:  # fmt: skip
     if prepared is not None:  # checked by the caller; JAX has made new objects of the arrays since
         direction = prepared.direction.with_weight(weight)
@@ -170,7 +178,7 @@ def _linear_forward(
     return linear.forward(x, weight, adapter, config, bias=bias, prepared=prepared)
 
 
-def _linear_backward(config: Config, train_base: bool, cache: linear.Cache, dy: Array) -> Any:
+def _linear_backward(config: Config, train_base: bool, cache: linear.Cache, dy: jax.Array) -> Any:
     bias, prepared = cache.bias, cache.prepared
     gradients = linear.backward(dy, cache, train_base=train_base)
     dbias = None
@@ -185,18 +193,18 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _merge(config: Config, train_base: bool, weight: Array, adapter: Adapter) -> Array:
+def _merge(config: Config, train_base: bool, weight: jax.Array, adapter: Adapter) -> Any:
     return adapters.merge(weight, adapter, config)
 
 
 def _merge_forward(
-    config: Config, train_base: bool, weight: Array, adapter: Adapter
-) -> tuple[Array, tuple[Array, Adapter]]:
+    config: Config, train_base: bool, weight: jax.Array, adapter: Adapter
+) -> tuple[Array, tuple[jax.Array, Adapter]]:
     return adapters.merge(weight, adapter, config), (weight, adapter)
 
 
 def _merge_backward(
-    config: Config, train_base: bool, given: tuple[Array, Adapter], dmerged: Array
+    config: Config, train_base: bool, given: tuple[jax.Array, Adapter], dmerged: jax.Array
 ) -> Any:
     weight, adapter = given
     *stack, _, inner = weight.shape
@@ -214,6 +222,6 @@ def _as_given(
 ) -> tuple[Array | None, Adapter]:
     """Return the gradients in the dtypes of the weight and of the adapter's arrays."""
     if dweight is not None:
-        dweight = dweight.astype(prepared.weight.dtype)
-    leaves = (d.astype(of.dtype) for d, of in zip(dadapter, prepared.adapter, strict=True))
+        dweight = jnp.asarray(dweight, prepared.weight.dtype)
+    leaves = (jnp.asarray(d, of.dtype) for d, of in zip(dadapter, prepared.adapter, strict=True))
     return dweight, Adapter(*leaves)

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, get_args
 
+import numpy as np
+
 from doraxp._base.scalars import check_count, check_flag, check_real
 
 DType: TypeAlias = Any
@@ -71,6 +73,7 @@ class Namespace(Protocol):
     def finfo(self, dtype: DType, /) -> FloatInfo:
         """Return the properties of a floating dtype."""
 
+    def __hash__(self) -> int: ...
     def __getattr__(self, name: str, /) -> Callable[..., Array]: ...
 
 
@@ -78,8 +81,12 @@ class FloatInfo(Protocol):
     """The properties of a floating dtype that the core uses."""
 
     eps: float
+    max: float
     smallest_normal: float
 
+
+HostArray: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+"""An array of NumPy, of any shape and dtype."""
 
 Consumed: TypeAlias = Array
 """An array that the function may write to: its caller must not read it again."""
@@ -191,7 +198,7 @@ class Gradients(NamedTuple):
     """dbias, in the compute dtype; None unless `train_base` and a bias was given."""
 
 
-Snapshot: TypeAlias = Adapter | tuple[bytes, bytes, bytes]
+Snapshot: TypeAlias = Adapter | list[bytes]
 """The values of A, B and m at one time: copies of the arrays, or their bytes."""
 
 

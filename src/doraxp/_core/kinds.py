@@ -23,7 +23,7 @@ from typing import Literal, TypeAlias, get_args
 
 from array_api_compat import array_namespace
 
-from doraxp._base.types import Array
+from doraxp._base.types import Array, Namespace
 
 KindName: TypeAlias = Literal["linear", "experts", "transposed", "embedding", "columns", "conv"]
 _STORED = {
@@ -100,11 +100,11 @@ class LayerKind:
 
     def matrix(self, weight: Array) -> Array:
         """Return the matrix (*stack, out, in) of a stored weight."""
-        xp = array_namespace(weight)
+        xp: Namespace = array_namespace(weight)
         shape = self.matrix_shape(tuple(weight.shape))
         return xp.matrix_transpose(weight) if self.is_transposed else xp.reshape(weight, shape)
 
     def restore(self, matrix: Array, shape: tuple[int, ...]) -> Array:
         """Return a matrix in the shape that the weight is stored in."""
-        xp = array_namespace(matrix)
+        xp: Namespace = array_namespace(matrix)
         return xp.matrix_transpose(matrix) if self.is_transposed else xp.reshape(matrix, shape)

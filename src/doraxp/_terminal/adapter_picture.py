@@ -24,7 +24,10 @@ def save_adapter_picture(
     picture = new_picture(11 if changes else 6, 4.8)
     axes = picture.subplots(1, 2 if changes else 1, squeeze=False)[0]
     low, middle, high = np.transpose(
-        [np.percentile(layer.adapter.magnitude, (10, 50, 90)) for layer in adapters.values()]
+        [
+            np.percentile(np.asarray(layer.adapter.magnitude), (10, 50, 90))
+            for layer in adapters.values()
+        ]
     )
     layers = np.arange(len(adapters))
     axes[0].vlines(layers, low, high, color=SKY)

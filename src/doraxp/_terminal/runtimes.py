@@ -48,7 +48,7 @@ def versions(*names: str) -> dict[str, str]:
     return {"doraxp": doraxp.__version__, "python": platform.python_version(), **modules}
 
 
-def _tensor(torch: Any, array: Array) -> Array:
+def _tensor(torch: Any, array: Any) -> Any:
     if array.dtype.name == "bfloat16":  # PyTorch does not know the dtype of ml_dtypes
         return torch.asarray(array.view("int16")).view(torch.bfloat16)
     return torch.asarray(array)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+from types import ModuleType
 from typing import Any
 
 import array_api_compat
@@ -19,7 +20,8 @@ from doraxp.backends._generic import Operations
 from doraxp.backends._numpy import NumpyOperations
 from doraxp.backends._torch import TorchOperations
 
-_NUMPY = NumpyOperations(array_api_compat.numpy)
+_XP: ModuleType = array_api_compat.numpy
+_NUMPY = NumpyOperations(_XP)
 _NUMPY_DTYPES = {np.dtype(name) for name in ("float16", "float32", "float64")}
 
 

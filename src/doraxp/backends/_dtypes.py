@@ -16,7 +16,7 @@ def dtype_name(array: Array) -> str:
     """Return the name of the dtype of `array` as NumPy writes it: "float32"."""
     dtype = array.dtype
     # The type is a part of the key: array-api-strict warns if its dtypes are compared to NumPy's.
-    return _name_of(type(dtype), dtype)
+    return _name_of(dtype.__class__, dtype)
 
 
 @functools.cache

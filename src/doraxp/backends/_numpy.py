@@ -23,6 +23,7 @@ from doraxp.backends._direction import (
     see_dropped,
     split_rows,
 )
+from doraxp.backends._dtypes import transpose
 from doraxp.backends._generic import (
     Norm,
     Operations,
@@ -40,11 +41,11 @@ CACHE_BLOCK = 1 << 18
 PRODUCT_BLOCK = 1 << 22
 MERGE_BLOCK = 1 << 20  # between the two: its product has only `rank` terms
 
-HostArray: TypeAlias = Any
-"""An `np.ndarray`. mypy would refuse that as the type of an argument: the generic operations take
-any `Array`."""
-ConsumedArray: TypeAlias = HostArray
-"""A `HostArray` that the function may write to: its caller must not read it again."""
+NumpyArray: TypeAlias = Any
+"""An `np.ndarray`. mypy refuses that class as the type of an argument here, because the methods
+override those of `Operations` and `Direction`, which take any `Array`."""
+ConsumedArray: TypeAlias = NumpyArray
+"""A `NumpyArray` that the function may write to: its caller must not read it again."""
 
 
 class Patch(NamedTuple):
@@ -52,9 +53,9 @@ class Patch(NamedTuple):
 
     element: tuple[int, ...]
     """The element of the stack; () for a plain weight."""
-    rows: HostArray
+    rows: NumpyArray
     """Indices of the rows, (k,)."""
-    values: HostArray
+    values: NumpyArray
     """These rows of V, (k, in)."""
 
 
@@ -65,21 +66,22 @@ class Patched(NamedTuple):
     patches: tuple[Patch, ...]
 
     def transposed_product(
-        self, x: HostArray, low: HostArray, base: HostArray | None = None, dropped: HostArray | None = None,
+        self, x: NumpyArray, low: NumpyArray, base: NumpyArray | None = None,
+        dropped: NumpyArray | None = None,
         *, ops: Products,
-    ) -> HostArray:  # fmt: skip
+    ) -> NumpyArray:  # fmt: skip
         """Multiply by the factors, then replace the columns that belong to stored rows of V."""
         if dropped is not None:
-            low = ops.product(x, self.factors.lora_a.mT)
-        z = Factored(self.factors).transposed_product(x, low, base, ops=ops)
+            low = ops.product(x, transpose(self.factors.lora_a))
+        z: NumpyArray = Factored(self.factors).transposed_product(x, low, base, ops=ops)
         for element, rows, values in self.patches:
             z[element][..., rows] = x[element] @ values.T
         return see_dropped(z, x, dropped, self.factors, ops=ops)
 
     def outputs(
-        self, x: HostArray, low: HostArray, gain: HostArray, bias: HostArray | None,
-        base: HostArray | None = None, dropped: HostArray | None = None, *, ops: Products,
-    ) -> tuple[HostArray, HostArray]:  # fmt: skip
+        self, x: NumpyArray, low: NumpyArray, gain: NumpyArray, bias: NumpyArray | None,
+        base: NumpyArray | None = None, dropped: NumpyArray | None = None, *, ops: Products,
+    ) -> tuple[NumpyArray, NumpyArray]:  # fmt: skip
         """Return z and y = g⊙z + bias."""
         z = self.transposed_product(x, low, base, dropped, ops=ops)
         return ops.forward_epilogue(z, None, None, gain, bias)
@@ -87,30 +89,31 @@ class Patched(NamedTuple):
     def product(
         self, d: ConsumedArray, low: ConsumedArray, tokens: int, dtype: DType,
         *, round_later: bool = False, ops: Products,
-    ) -> tuple[HostArray, HostArray]:  # fmt: skip
+    ) -> tuple[NumpyArray, NumpyArray]:  # fmt: skip
         """Multiply the columns of d that belong to stored rows by these, the others by factors."""
         parts = [d[element][..., rows] @ values for element, rows, values in self.patches]
         for element, rows, _ in self.patches:
             d[element][..., rows] = 0
         low = ops.product(d, self.factors.scaled_b)  # without the columns that are now 0
         count = d.shape[-2]
+        result: NumpyArray
         result, _ = Factored(self.factors).product(d, low, count, d.dtype, ops=ops)
         for (element, _, _), part in zip(self.patches, parts, strict=True):
             result[element][...] += part
         return split_rows(result, tokens, None if round_later else dtype, ops=ops)
 
-    def projection(self, factored: HostArray, *, ops: Products) -> HostArray:
+    def projection(self, factored: NumpyArray, *, ops: Products) -> NumpyArray:
         """Return `factored`, with the rows that are stored multiplied by Aᵀ anew."""
-        projection = factored.copy()
+        projection, a = factored.copy(), transpose(self.factors.lora_a)
         for element, rows, values in self.patches:
-            projection[element][rows] = values @ self.factors.lora_a[element].T
+            projection[element][rows] = values @ a[element]
         return projection
 
-    def dense(self, *, ops: Products) -> HostArray:
+    def dense(self, *, ops: Products) -> NumpyArray:
         """Return V."""
         return form(self.factors, self.factors.lora_a.dtype, xp=ops.xp)
 
-    def with_weight(self, weight: HostArray | None) -> Patched:
+    def with_weight(self, weight: NumpyArray) -> Patched:
         """Return the direction with another object for W."""
         return Patched(self.factors._replace(weight=weight), self.patches)
 
@@ -118,13 +121,13 @@ class Patched(NamedTuple):
 class NumpyOperations(Operations):
     """The operations on NumPy's arrays."""
 
-    def can_read_values(self, array: HostArray) -> bool:
+    def can_read_values(self, array: NumpyArray) -> bool:
         """Return True: NumPy's arrays are on the host and eager. Saves 2 µs a call."""
         return True
 
     # Products
 
-    def product(self, left: HostArray, right: HostArray) -> HostArray:
+    def product(self, left: NumpyArray, right: NumpyArray) -> NumpyArray:
         """Return left right. Saves a copy of the whole weight in the compute dtype."""
         if left.dtype == right.dtype:
             return left @ right
@@ -134,7 +137,7 @@ class NumpyOperations(Operations):
             return _narrow_transposed(left, right.mT)
         return _narrow_right(left, right)
 
-    def accumulate(self, total: ConsumedArray, left: HostArray, right: HostArray) -> HostArray:
+    def accumulate(self, total: ConsumedArray, left: NumpyArray, right: NumpyArray) -> NumpyArray:
         """Return total + left right, in `total`, by blocks of tokens. Saves the product's array."""
         if total.size <= CACHE_BLOCK:
             total += left @ right
@@ -151,9 +154,9 @@ class NumpyOperations(Operations):
     # Before and after the products with V
 
     def forward_epilogue(
-        self, z: ConsumedArray, row_scale: HostArray | None, update: tuple[HostArray, HostArray] | None,
-        gain: HostArray, bias: HostArray | None,
-    ) -> tuple[HostArray, HostArray]:  # fmt: skip
+        self, z: ConsumedArray, row_scale: NumpyArray | None,
+        update: tuple[NumpyArray, NumpyArray] | None, gain: NumpyArray, bias: NumpyArray | None,
+    ) -> tuple[NumpyArray, NumpyArray]:  # fmt: skip
         """Return z and y, by blocks of tokens. Saves L (s B)ᵀ, and reads z from memory once."""
         if z.size <= CACHE_BLOCK:
             return super().forward_epilogue(z, row_scale, update, gain, bias)
@@ -172,7 +175,8 @@ class NumpyOperations(Operations):
         return z, y
 
     def output_gradients(
-        self, d: HostArray, z: HostArray, gain: HostArray, norm: HostArray, scaled_b: HostArray,
+        self, d: NumpyArray, z: NumpyArray, gain: NumpyArray, norm: NumpyArray,
+        scaled_b: NumpyArray,
         *, exact: bool, with_bias: bool,
     ) -> OutputGradients:  # fmt: skip
         """Return the gradients, by blocks of tokens. One array holds dz and the rows below it.
@@ -197,14 +201,14 @@ class NumpyOperations(Operations):
             rows[..., tokens:, :] = below.mT
         return OutputGradients(rows, rows @ scaled_b, dm, p, dbias)
 
-    def over_norm(self, values: HostArray, norm: HostArray) -> HostArray:
+    def over_norm(self, values: NumpyArray, norm: NumpyArray) -> NumpyArray:
         """Return values / n, 0 where n = 0. Saves two temporaries."""
         norm = norm.reshape(norm.shape + (1,) * (values.ndim - norm.ndim))
         return np.divide(values, norm, out=np.zeros(values.shape, values.dtype), where=norm != 0)
 
     # The norm
 
-    def row_squares(self, weight: HostArray, dtype: DType) -> HostArray:
+    def row_squares(self, weight: NumpyArray, dtype: DType) -> NumpyArray:
         """Return ‖wᵢ‖² by rows. Saves w², an array (out, in), and the time to write and read it."""
         with np.errstate(over="ignore"):  # the guard measures rows of infinite sums again
             if weight.dtype == dtype and weight.strides[-1] == weight.itemsize:
@@ -214,10 +218,11 @@ class NumpyOperations(Operations):
             return np.concatenate(list(blocks), axis=-1)
 
     def row_norms(
-        self, weight: HostArray, squares: HostArray, reduce: Reduce | None = None
-    ) -> HostArray:
+        self, weight: NumpyArray, squares: NumpyArray, reduce: Reduce | None = None
+    ) -> NumpyArray:
         """Return ‖wᵢ‖. Measure only the rows whose squares left the range of the dtype."""
-        trusted, norm = in_range(squares, weight.shape[-1], xp=self.xp), np.sqrt(squares)
+        trusted: NumpyArray = in_range(squares, weight.shape[-1], xp=self.xp)
+        norm = np.sqrt(squares)
         if not trusted.all():
             for element, rows in _indices(~trusted):
                 values = weight[element][rows].astype(norm.dtype)
@@ -225,28 +230,29 @@ class NumpyOperations(Operations):
         return norm
 
     def norm_and_direction(
-        self, u: HostArray, gram: HostArray, squares: HostArray, factors: Factors, magnitude: HostArray,
-        reduce: Reduce | None = None,
+        self, u: NumpyArray, gram: NumpyArray, squares: NumpyArray, factors: Factors,
+        magnitude: NumpyArray, reduce: Reduce | None = None,
     ) -> Norm:  # fmt: skip
         """Return n, g, V Aᵀ / n and V. If all rows are trusted, n > 0: saves the masks of n = 0."""
-        norm, projection, trusted = expanded_norm(
+        expanded: tuple[NumpyArray, NumpyArray, NumpyArray] = expanded_norm(
             u, gram, squares, factors.scaled_b, factors.row_scale, factors.weight.shape[-1],
             xp=self.xp,
         )  # fmt: skip
+        norm, projection, trusted = expanded
         if trusted.all():
             return Norm(norm, magnitude / norm, projection / norm[..., None], Factored(factors))
         return self._guarded_norm(norm, projection, trusted, factors, magnitude, reduce)
 
     def _guard(
-        self, trusted: HostArray, norm: ConsumedArray, factors: Factors, reduce: Reduce | None
-    ) -> tuple[HostArray, Direction]:
+        self, trusted: NumpyArray, norm: ConsumedArray, factors: Factors, reduce: Reduce | None
+    ) -> tuple[NumpyArray, Direction]:
         """Compute only the rows of V that are not trusted, and store those whose norm is not 0."""
         if trusted.all():
             return norm, Factored(factors)
         patches = []
         for element, rows in _indices(~trusted):
             values = form(_pick(factors, element, rows), norm.dtype, xp=self.xp)
-            norms = safe_row_norms(values, reduce, xp=self.xp)
+            norms: NumpyArray = safe_row_norms(values, reduce, xp=self.xp)
             norm[element][rows] = norms
             # A zero row has gain 0: the factored results for it are multiplied by 0.
             stored = norms != 0
@@ -256,14 +262,14 @@ class NumpyOperations(Operations):
 
     # Merging
 
-    def merge(self, direction: Direction, gain: HostArray) -> HostArray:
+    def merge(self, direction: Direction, gain: NumpyArray) -> NumpyArray:
         """Return W' = g⊙V by blocks of rows. Saves V and g⊙V, arrays (out, in)."""
         result, blocks = _merged_blocks(direction.factors, gain.dtype)
         for rows, v in blocks:
             v *= gain[..., rows, None]
         return result
 
-    def merge_and_measure(self, factors: Factors, magnitude: HostArray) -> HostArray:
+    def merge_and_measure(self, factors: Factors, magnitude: NumpyArray) -> NumpyArray:
         """Return W' = (m / n)⊙V by blocks of rows: V is in the cache when n is measured on it."""
         result, blocks = _merged_blocks(factors, magnitude.dtype)
         for rows, v in blocks:
@@ -273,16 +279,19 @@ class NumpyOperations(Operations):
 
     # A prepared norm must not outlive its adapter
 
-    def snapshot(self, adapter: Adapter) -> tuple[bytes, bytes, bytes]:
+    def snapshot(self, adapter: Adapter) -> list[bytes]:
         """Return the bytes of A, B and m."""
-        a, b, m = adapter
-        return a.tobytes(), b.tobytes(), m.tobytes()
+        leaves: tuple[NumpyArray, ...] = adapter
+        a, b, m = leaves
+        return [a.tobytes(), b.tobytes(), m.tobytes()]
 
-    def unchanged(self, snapshot: Snapshot, then: Adapter, now: Adapter) -> bool:
+    def unchanged(self, snapshot: Snapshot | None, then: Adapter, now: Adapter) -> bool:
         """Return whether the values are the same: those of arrays whose bytes differ are compared.
 
         The bytes of 0 and −0 differ, for one. Saves half of the time of comparing all values.
         """
+        assert isinstance(snapshot, list)  # as the method above returns it
+        new: NumpyArray
         for stored, old, new in zip(snapshot, then, now, strict=True):
             if old.shape != new.shape or old.dtype != new.dtype:
                 return False
@@ -293,14 +302,14 @@ class NumpyOperations(Operations):
         return True
 
 
-def _blocks(array: HostArray, elements: int) -> Iterator[slice]:
+def _blocks(array: NumpyArray, elements: int) -> Iterator[slice]:
     """Return slices of the rows of `array` (..., rows, columns): about `elements` numbers each."""
     rows, size = array.shape[-2], array.size
     step = rows if size <= elements else max(1, elements * rows // size)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step or 1))
 
 
-def _indices(mask: HostArray) -> Iterator[tuple[tuple[int, ...], HostArray]]:
+def _indices(mask: NumpyArray) -> Iterator[tuple[tuple[int, ...], NumpyArray]]:
     """Yield each element of the stack in which `mask` (*stack, out) is true, and its rows there."""
     for element in np.ndindex(mask.shape[:-1]):
         rows = np.flatnonzero(mask[element])
@@ -308,8 +317,8 @@ def _indices(mask: HostArray) -> Iterator[tuple[tuple[int, ...], HostArray]]:
             yield element, rows
 
 
-def _upcast(weight: HostArray, dtype: DType, elements: int) -> Iterator[tuple[slice, HostArray]]:
-    """Yield each block of rows of `weight` in `dtype`. Blocks share one buffer: use each at once."""
+def _upcast(weight: NumpyArray, dtype: DType, elements: int) -> Iterator[tuple[slice, NumpyArray]]:
+    """Yield blocks of rows of `weight` in `dtype`. Each overwrites the one before it."""
     buffer = None
     for rows in _blocks(weight, elements):
         block = weight[..., rows, :]
@@ -320,12 +329,12 @@ def _upcast(weight: HostArray, dtype: DType, elements: int) -> Iterator[tuple[sl
         yield rows, wide
 
 
-def _elements(tokens: HostArray) -> int:
+def _elements(tokens: NumpyArray) -> int:
     """Return the size of the blocks of W. For one token, BLAS has no threads that could spin."""
     return CACHE_BLOCK if tokens.shape[-2] == 1 else PRODUCT_BLOCK
 
 
-def _narrow_left(weight: HostArray, right: HostArray) -> HostArray:
+def _narrow_left(weight: NumpyArray, right: NumpyArray) -> NumpyArray:
     """Return W right, with W in 16 bits: (out, in) (in, k) -> (out, k)."""
     result = np.empty((*weight.shape[:-1], right.shape[-1]), right.dtype)
     for rows, wide in _upcast(weight, right.dtype, PRODUCT_BLOCK):
@@ -333,7 +342,7 @@ def _narrow_left(weight: HostArray, right: HostArray) -> HostArray:
     return result
 
 
-def _narrow_transposed(x: HostArray, weight: HostArray) -> HostArray:
+def _narrow_transposed(x: NumpyArray, weight: NumpyArray) -> NumpyArray:
     """Return x Wᵀ, with W in 16 bits: (tokens, in), (out, in) -> (tokens, out)."""
     result = np.empty((*x.shape[:-1], weight.shape[-2]), x.dtype)
     for rows, wide in _upcast(weight, x.dtype, _elements(x)):
@@ -341,7 +350,7 @@ def _narrow_transposed(x: HostArray, weight: HostArray) -> HostArray:
     return result
 
 
-def _narrow_right(d: HostArray, weight: HostArray) -> HostArray:
+def _narrow_right(d: NumpyArray, weight: NumpyArray) -> NumpyArray:
     """Return d W, with W in 16 bits: (tokens, out), (out, in) -> (tokens, in)."""
     result = np.zeros((*d.shape[:-1], weight.shape[-1]), d.dtype)
     for rows, wide in _upcast(weight, d.dtype, _elements(d)):
@@ -351,16 +360,19 @@ def _narrow_right(d: HostArray, weight: HostArray) -> HostArray:
 
 def _merged_blocks(
     factors: Factors, dtype: DType
-) -> tuple[HostArray, Iterator[tuple[slice, HostArray]]]:
+) -> tuple[NumpyArray, Iterator[tuple[slice, NumpyArray]]]:
     """Return an empty W', and the blocks of rows of V in `dtype`.
 
     The caller scales each block in place, before it takes the next one. A block is a part of W' if
     W' has that dtype. Else it is in a buffer, and is copied to W' when the next one is taken.
     """
+    weight: NumpyArray
+    a: NumpyArray
+    scaled_b: NumpyArray
     weight, a, scaled_b, row_scale = factors
     result = np.empty(weight.shape, weight.dtype)
 
-    def blocks() -> Iterator[tuple[slice, HostArray]]:
+    def blocks() -> Iterator[tuple[slice, NumpyArray]]:
         buffer = None
         for rows in _blocks(weight, MERGE_BLOCK):
             base, v = weight[..., rows, :], result[..., rows, :]
@@ -376,7 +388,7 @@ def _merged_blocks(
     return result, blocks()
 
 
-def _pick(factors: Factors, element: tuple[int, ...], rows: HostArray) -> Factors:
+def _pick(factors: Factors, element: tuple[int, ...], rows: NumpyArray) -> Factors:
     """Return the factors of some rows of one element of the stack."""
     weight, a, scaled_b, row_scale = factors
     return Factors(

@@ -7,25 +7,32 @@ not made saves a few percent of a step.
 
 from __future__ import annotations
 
-from doraxp._base.types import Array, Consumed
+from typing import Any, TypeAlias
+
 from doraxp.backends._generic import Operations, OutputGradients
+
+Tensor: TypeAlias = Any
+"""A `torch.Tensor`. mypy refuses that class as the type of an argument here, because the methods
+override those of `Operations`, which take any `Array`."""
+ConsumedTensor: TypeAlias = Tensor
+"""A `Tensor` that the function may write to: its caller must not read it again."""
 
 
 class TorchOperations(Operations):
     """The operations on PyTorch tensors."""
 
-    def detached(self, array: Array) -> Array:
+    def detached(self, array: Tensor) -> Tensor:
         """Return `array` without its graph. A layer would else keep the graphs of all its steps."""
         return array.detach()
 
-    def accumulate(self, total: Consumed, left: Array, right: Array) -> Array:
+    def accumulate(self, total: ConsumedTensor, left: Tensor, right: Tensor) -> Tensor:
         """Return total + left right. BLAS adds while it multiplies, so no temporary is made."""
         if total.ndim == 2:
             return total.addmm_(left, right)
         return super().accumulate(total, left, right)
 
     def output_gradients(
-        self, d: Array, z: Array, gain: Array, norm: Array, scaled_b: Array,
+        self, d: Tensor, z: Tensor, gain: Tensor, norm: Tensor, scaled_b: Tensor,
         *, exact: bool, with_bias: bool,
     ) -> OutputGradients:  # fmt: skip
         """Return the gradients. One array holds dy⊙z first, and then dz and the rows below it.
@@ -51,7 +58,7 @@ class TorchOperations(Operations):
         return OutputGradients(rows, rows @ scaled_b, dm, p, dbias)
 
 
-def _is_transformed(*arrays: Array) -> bool:
+def _is_transformed(*arrays: Tensor) -> bool:
     """Return whether PyTorch differentiates or maps over the arrays. It forbids `out=` then."""
     import torch
 

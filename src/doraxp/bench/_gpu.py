@@ -17,7 +17,7 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
-from doraxp._base.types import Adapter, Array, Config
+from doraxp._base.types import Adapter, Array, Config, Namespace
 from doraxp.backends import reduced_precision
 from doraxp.bench import _device, _peft
 from doraxp.bench._contestant import Contestant
@@ -48,7 +48,8 @@ def contestants(task: str, workload: Workload) -> Iterator[Contestant]:
     """Yield CuPy's contestants, the bare product first; then PEFT's if PyTorch finds the device."""
     cupy = importlib.import_module("cupy")
     host = stored(workload)
-    count = max(1, math.ceil(ROTATED / sum(a.nbytes for a in (host.weight, host.x, host.dy))))
+    numbers = sum(math.prod(array.shape) for array in (host.weight, host.x, host.dy))
+    count = max(1, math.ceil(ROTATED / (numbers * host.weight.dtype.itemsize)))
     sets = [_on_device(cupy, host) for _ in range(count)]
     made = [list(_ways(task, inputs, workload.config)) for inputs in sets]
     for of_all in zip(*made, strict=True):
@@ -76,7 +77,8 @@ def contestants(task: str, workload: Workload) -> Iterator[Contestant]:
 def stored(workload: Workload) -> Inputs:
     """Return the inputs with x and dy in the weight's dtype."""
     weight, adapter, x, dy = draw(workload)
-    return Inputs(weight, adapter, x.astype(weight.dtype), dy.astype(weight.dtype))
+    xp: Namespace = array_namespace(weight)
+    return Inputs(weight, adapter, *(xp.astype(array, weight.dtype) for array in (x, dy)))
 
 
 def truth(workload: Workload) -> Truth:
@@ -134,11 +136,12 @@ def _call(reduced: bool, function: Callable[..., Any], *arrays: Any) -> Any:
 def _bare(task: str, inputs: Inputs) -> Way | None:
     """Return the library's own products in the weight's dtype, or its own copy."""
     weight, adapter, x, dy = inputs
-    transposed = array_namespace(weight).matrix_transpose
+    xp: Namespace = array_namespace(weight)
+    transposed = xp.matrix_transpose
     if task == "merge":
         return Way("bare copy", "bare", _copied, (weight,), lambda copy: {"W'": copy})
     if task == "norm":
-        a = transposed(adapter.lora_a.astype(weight.dtype))
+        a = transposed(xp.astype(adapter.lora_a, weight.dtype))
         return Way("bare W Aᵀ", "bare", matmul, (weight, a), lambda u: {"W Aᵀ": u})
     if task == "backward":
         return Way("bare product", "bare", matmul, (dy, weight), lambda dx: {"dx": dx})
@@ -153,7 +156,7 @@ def _products(x: Array, dy: Array, weight: Array) -> dict[str, Array]:
     return {"y": x @ array_namespace(weight).matrix_transpose(weight), "dx": dy @ weight}
 
 
-def _copied(weight: Array) -> Array:
+def _copied(weight: Any) -> Any:
     """Return a copy by the device's own copy: CuPy's kernel takes several times as long."""
     copy = weight.__class__(weight.shape, weight.dtype)
     copy.data.copy_from_device_async(weight.data, weight.nbytes)

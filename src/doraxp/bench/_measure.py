@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from array_api_compat import array_namespace
 
-from doraxp._base.types import Array
+from doraxp._base.types import Array, HostArray, Namespace
 from doraxp.bench import _gpu, _memory
 from doraxp.bench._contestant import Contestant
 from doraxp.bench._contestants import contestants
@@ -126,10 +126,11 @@ def _error(array: Array, right: Array) -> float:
         array = array_namespace(right).asarray(array, dtype=right.dtype)
     else:
         array, right = on_host(array), on_host(right)
-    return float(abs(array - right).max()) / float(abs(right).max())
+    xp: Namespace = array_namespace(right)
+    return float(xp.max(xp.abs(array - right))) / float(xp.max(xp.abs(right)))
 
 
-def on_host(array: Array) -> Array:
+def on_host(array: Array) -> HostArray:
     """Return an array in host memory, of any library, as a NumPy array in float64."""
     array = array.double() if hasattr(array, "double") else array  # PyTorch's bfloat16
     return np.asarray(array).astype(np.float64)

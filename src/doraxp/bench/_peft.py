@@ -9,7 +9,7 @@ import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import cycle
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from doraxp._base.types import Adapter, Array, NormGradient
 from doraxp._terminal.runtimes import runtime
@@ -17,9 +17,21 @@ from doraxp.bench._contestant import Contestant
 from doraxp.bench._ways import DORA, LAYERS
 from doraxp.bench._workloads import LEARNING_RATE, Inputs, Workload, draw
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 LIBRARY = "PEFT"
 Make: TypeAlias = Callable[[], Any]
 """Makes a layer."""
+
+
+class Tensors(NamedTuple):
+    """The `Inputs` of a workload as tensors, all in the weight's dtype."""
+
+    weight: Tensor
+    adapter: tuple[Tensor, ...]
+    x: Tensor
+    dy: Tensor
 
 
 def why_not() -> str | None:
@@ -30,8 +42,7 @@ def why_not() -> str | None:
 def contestants(task: str, workload: Workload, *, device: str = "cpu") -> Iterator[Contestant]:
     """Yield the contestants of PEFT, or for adamw that of PyTorch."""
     if task == "adamw":  # in the compute dtype: in float16 the squares are 0
-        leaves = map(runtime("torch").asarray, draw(workload).adapter)
-        yield _adamw(Adapter(*(leaf.to(device) for leaf in leaves)))
+        yield _adamw(tuple(_tensor(leaf, device) for leaf in draw(workload).adapter))
         return
     inputs = _tensors(draw(workload), device)
     for kind in (
@@ -76,7 +87,7 @@ class _Turns:
         return int(peak)
 
 
-def layer_of(inputs: Inputs, workload: Workload, *, use_dora: bool) -> Any:
+def layer_of(inputs: Tensors, workload: Workload, *, use_dora: bool) -> Any:
     """Return a linear layer of PEFT with copies of these tensors."""
     import peft
     import torch
@@ -101,24 +112,24 @@ def layer_of(inputs: Inputs, workload: Workload, *, use_dora: bool) -> Any:
     return layer
 
 
-def _tensors(inputs: Inputs, device: str) -> Inputs:
-    def asarray(array: Array) -> Any:
-        return runtime("torch").asarray(array).to(device)
-
-    weight = asarray(inputs.weight)
-    return Inputs(
-        weight,
-        type(inputs.adapter)(*(asarray(leaf).to(weight.dtype) for leaf in inputs.adapter)),
-        *(asarray(array).to(weight.dtype) for array in (inputs.x, inputs.dy)),
-    )
+def _tensor(array: Array, device: str) -> Tensor:
+    tensor: Any = runtime("torch").asarray(array)
+    moved: Tensor = tensor.to(device)
+    return moved
 
 
-def _forward(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
+def _tensors(inputs: Inputs, device: str) -> Tensors:
+    weight, x, dy = (_tensor(array, device) for array in (inputs.weight, inputs.x, inputs.dy))
+    leaves = (_tensor(leaf, device).to(weight.dtype) for leaf in inputs.adapter)
+    return Tensors(weight, tuple(leaves), x.to(weight.dtype), dy.to(weight.dtype))
+
+
+def _forward(kind: str, make: Make, inputs: Tensors) -> Iterator[Contestant]:
     layer = make()
     yield _contestant(kind, kind, lambda: layer(inputs.x), lambda y: {"y": y.detach()})
 
 
-def _backward(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
+def _backward(kind: str, make: Make, inputs: Tensors) -> Iterator[Contestant]:
     import torch
 
     layer, x = make(), inputs.x.clone().requires_grad_()
@@ -135,7 +146,7 @@ def _backward(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
     yield _contestant(kind, kind, call, answer)
 
 
-def _step(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
+def _step(kind: str, make: Make, inputs: Tensors) -> Iterator[Contestant]:
     import torch
 
     layer, x = make(), inputs.x.clone().requires_grad_()
@@ -156,7 +167,7 @@ def _step(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
 
 
 def _accelerated(
-    norm_gradient: NormGradient, make: Make, inputs: Inputs, answer: Callable[[Any], Any]
+    norm_gradient: NormGradient, make: Make, inputs: Tensors, answer: Callable[[Any], Any]
 ) -> Contestant:
     import torch
 
@@ -180,7 +191,7 @@ def _accelerated(
     return Contestant(name, LIBRARY, norm_gradient, call, answer, reset)
 
 
-def _evaluation(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
+def _evaluation(kind: str, make: Make, inputs: Tensors) -> Iterator[Contestant]:
     import torch
     from peft.helpers import DoraCaching
 
@@ -196,7 +207,7 @@ def _evaluation(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
         yield _contestant(name, kind, call, lambda y: {"y": y})
 
 
-def _norm(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
+def _norm(kind: str, make: Make, inputs: Tensors) -> Iterator[Contestant]:
     import torch
 
     layer = make()
@@ -211,7 +222,7 @@ def _norm(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
     yield _contestant(kind, kind, call, lambda norm: {"n": norm})
 
 
-def _merge(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
+def _merge(kind: str, make: Make, inputs: Tensors) -> Iterator[Contestant]:
     layer = make()
     base = layer.get_base_layer()
 
@@ -227,7 +238,7 @@ def _merge(kind: str, make: Make, inputs: Inputs) -> Iterator[Contestant]:
     yield _contestant(kind, kind, call, lambda merged: {"W'": merged}, reset)
 
 
-_WAYS: dict[str, Callable[[str, Make, Inputs], Iterator[Contestant]]] = {
+_WAYS: dict[str, Callable[[str, Make, Tensors], Iterator[Contestant]]] = {
     "forward": _forward,
     "backward": _backward,
     "step": _step,
@@ -247,7 +258,7 @@ def _contestant(
     return Contestant(name, LIBRARY, "detached" if kind == "DoRA" else kind, call, answer, reset)
 
 
-def _adamw(adapter: Adapter) -> Contestant:
+def _adamw(adapter: tuple[Tensor, ...]) -> Contestant:
     import torch
 
     leaves = [torch.nn.Parameter(leaf.clone()) for _ in range(LAYERS) for leaf in adapter]
@@ -256,7 +267,7 @@ def _adamw(adapter: Adapter) -> Contestant:
     optimizer = torch.optim.AdamW(leaves, lr=LEARNING_RATE, weight_decay=0)
 
     def answer(result: Any) -> dict[str, Array]:
-        names = adapter._fields
+        names = Adapter._fields
         return {name: p.detach() for name, p in zip(names, leaves[-3:], strict=True)}
 
     return Contestant("torch.optim.AdamW", LIBRARY, "exact", optimizer.step, answer)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import functools
 
-import numpy as np
 from array_api_compat import array_namespace
 
-from doraxp._base.types import Array
+from doraxp._base.types import Array, Namespace
+from doraxp.backends import transpose
 from doraxp.bench._workloads import LEARNING_RATE, Inputs
 
 
@@ -24,23 +24,24 @@ class Truth:
 
     def __init__(self, inputs: Inputs, scaling: float) -> None:
         weight, adapter, x, dy = inputs
-        self.weight, self.x, self.dy = (a.astype(np.float64) for a in (weight, x, dy))
-        self.a, self.b, self.m = (leaf.astype(np.float64) for leaf in adapter)
+        xp: Namespace = array_namespace(weight)
+        self.weight, self.x, self.dy = (xp.astype(a, xp.float64) for a in (weight, x, dy))
+        self.a, self.b, self.m = (xp.astype(leaf, xp.float64) for leaf in adapter)
         self.b *= scaling
         self.scaling = scaling
-        self.xp = array_namespace(weight)
+        self.xp = xp
 
     def answers(self, task: str, kind: str) -> dict[str, Array]:
         """Return the right results of a task, by name."""
         if task == "adamw":  # g = p, and the first step is p − η g / (|g| + ε)
             leaves = {"lora_a": self.a, "lora_b": self.b / self.scaling, "magnitude": self.m}
-            return {k: p - LEARNING_RATE * p / (abs(p) + 1e-8) for k, p in leaves.items()}
+            return {k: p - LEARNING_RATE * p / (self.xp.abs(p) + 1e-8) for k, p in leaves.items()}
         if task == "norm":
-            return {"W Aᵀ": self.weight @ self.a.T} if kind == "bare" else {"n": self.norm}
+            return {"W Aᵀ": self.weight @ transpose(self.a)} if kind == "bare" else {"n": self.norm}
         acting = self.acting(kind)  # (out, in)
         if task == "merge":
             return {"W'": acting}
-        y = {"y": self.x @ acting.T}  # (tokens, out)
+        y = {"y": self.x @ transpose(acting)}  # (tokens, out)
         if task not in ("backward", "step"):
             return y
         gradients = {"dx": self.dy @ acting, **self.gradients(kind)}
@@ -63,7 +64,7 @@ class Truth:
             if kind == "exact":
                 dv = dv - (along / self.norm)[:, None] * self.v
             dv = gain[:, None] * dv
-        return {"dA": self.b.T @ dv, "dB": self.scaling * dv @ self.a.T, **dm}
+        return {"dA": transpose(self.b) @ dv, "dB": self.scaling * dv @ transpose(self.a), **dm}
 
     @functools.cached_property
     def v(self) -> Array:
@@ -78,4 +79,4 @@ class Truth:
     @functools.cached_property
     def dacting(self) -> Array:
         """dW', (out, in)."""
-        return self.dy.T @ self.x
+        return transpose(self.dy) @ self.x

@@ -14,7 +14,7 @@ from array_api_compat import array_namespace
 
 import doraxp
 from doraxp import Adapter, Config, Prepared
-from doraxp._base.types import Array, NormGradient
+from doraxp._base.types import Array, Namespace, NormGradient
 from doraxp.backends import compute_dtype
 from doraxp.bench._workloads import LEARNING_RATE, Inputs
 
@@ -108,7 +108,7 @@ _WAYS = {
 
 def product(x: Array, weight: Array) -> Array:
     """Return x Wᵀ. A weight in another dtype is cast first, as one does by hand."""
-    xp = array_namespace(x, weight)
+    xp: Namespace = array_namespace(x, weight)
     x, weight = _in_one_dtype(x, weight, xp=xp)
     return x @ xp.matrix_transpose(weight)
 
@@ -127,7 +127,7 @@ def products(x: Array, dy: Array, weight: Array) -> tuple[Array, Array]:
 
 def copied(weight: Array) -> Array:
     """Return a copy of the weight."""
-    xp = array_namespace(weight)
+    xp: Namespace = array_namespace(weight)
     return xp.asarray(weight, copy=True)
 
 
@@ -209,6 +209,6 @@ def _copy(adapter: Adapter) -> Adapter:
     return Adapter(*map(copied, adapter))
 
 
-def _in_one_dtype(x: Array, weight: Array, *, xp: Any) -> tuple[Array, Array]:
+def _in_one_dtype(x: Array, weight: Array, *, xp: Namespace) -> tuple[Array, Array]:
     dtype = compute_dtype(x, weight, xp=xp)
     return xp.astype(x, dtype, copy=False), xp.astype(weight, dtype, copy=False)

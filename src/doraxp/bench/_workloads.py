@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from doraxp._base.types import Adapter, Array, Config
+from doraxp._base.types import Adapter, Array, Config, DType, HostArray
 
 TASKS = ("forward", "backward", "step", "evaluation", "norm", "merge", "adamw")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -50,7 +50,7 @@ def draw(workload: Workload) -> Inputs:
     rng = np.random.default_rng(0)
     wide = np.float64 if workload.dtype == "float64" else np.float32
 
-    def normal(*shape: int, scale: float = 1.0) -> Array:
+    def normal(*shape: int, scale: float = 1.0) -> HostArray:
         array = rng.standard_normal(shape, wide)
         array *= scale
         return array
@@ -67,7 +67,7 @@ def draw(workload: Workload) -> Inputs:
     )
 
 
-def numpy_dtype(name: str) -> Any:
+def numpy_dtype(name: str) -> DType:
     """Return NumPy's dtype for a name in `DTYPES`; bfloat16 comes from ml_dtypes."""
     if name == "bfloat16":
         import ml_dtypes

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from doraxp._base.types import Adapter, Config
+from doraxp._base.types import Adapter, Config, HostArray
 from doraxp._core.kinds import LayerKind
 from doraxp.checkpoint._errors import CheckpointError
-from doraxp.checkpoint._safetensors import DTYPES, HostArray, Reader
+from doraxp.checkpoint._safetensors import DTYPES, Reader
 from doraxp.layers import AdaptedLayer
 
 CONFIG = "adapter_config.json"
@@ -88,7 +88,7 @@ class AdapterSet(Mapping[str, AdaptedLayer]):
 
     def _read(self, name: str) -> HostArray:
         array = self.reader.read(name)
-        if not np.isfinite(array).all():
+        if not np.all(np.isfinite(array)):
             raise CheckpointError(f"{self.reader.path}: {name} contains NaN or infinity")
         return array
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from doraxp._base.types import Array
-from doraxp.checkpoint._safetensors import HostArray
+from doraxp._base.types import HostArray
+
+EngineArray: TypeAlias = Any
+"""An array of the engine's library."""
 
 
 class Reused:
@@ -43,11 +45,11 @@ class Engine(NamedTuple):
     A result of `product` or `fetch` may be overwritten by the next one.
     """
 
-    place: Callable[[HostArray], Array]
+    place: Callable[[HostArray], EngineArray]
     """Takes an array of NumPy to the engine."""
-    product: Callable[[Array, Array], Array]
+    product: Callable[[EngineArray, EngineArray], EngineArray]
     """Multiplies two matrices there."""
-    fetch: Callable[[Array], HostArray]
+    fetch: Callable[[EngineArray], HostArray]
     """Brings an array back."""
 
 
@@ -66,7 +68,7 @@ def load_engine(backend: str) -> Engine:
         return Engine(cupy.asarray, operator.matmul, cupy.asnumpy)
     empty = Reused()
 
-    def product(left: Array, right: Array) -> Array:
+    def product(left: EngineArray, right: EngineArray) -> EngineArray:
         out = empty((left.shape[0], right.shape[1]), left.dtype)
         return np.matmul(left, right, out=out)
 

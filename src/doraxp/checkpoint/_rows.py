@@ -16,11 +16,11 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from doraxp._base.types import Array
+from doraxp._base.types import Array, HostArray
 from doraxp.backends import Operations, operations
 from doraxp.checkpoint._engine import Engine, Reused
 from doraxp.checkpoint._errors import CheckpointError
-from doraxp.checkpoint._safetensors import HostArray, Source
+from doraxp.checkpoint._safetensors import Source
 from doraxp.layers import AdaptedLayer
 
 BLOCK = 1 << 19
@@ -79,7 +79,7 @@ def merged_blocks(
     stored = Reused()
     try:
         for block in _merge(lambda rows: source.read(rows, stored), layer, engine, dtype):
-            if not all(np.isfinite(norm).all() for norm in block.norms):
+            if not all(np.isfinite(np.asarray(norm)).all() for norm in block.norms):
                 raise CheckpointError(
                     f"{source.reader.path}: {source.name} contains NaN or infinity"
                 )

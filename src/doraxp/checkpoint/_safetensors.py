@@ -14,15 +14,13 @@ from typing import NamedTuple, TypeAlias, TypedDict, cast
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from doraxp._base.safetensors import Tensor
+from doraxp._base.types import HostArray
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._json import SIZE_LIMIT, check_values, parse_json
 
-HostArray: TypeAlias = NDArray[np.generic]
-"""A NumPy array of one of `DTYPES`."""
 Empty: TypeAlias = Callable[[tuple[int, ...], np.dtype[np.generic]], HostArray]
 """Allocates an array, as `np.empty` does."""
 

@@ -11,6 +11,7 @@ import numpy as np
 import threadpoolctl
 
 from doraxp._base.safetensors import Tensor, write_header
+from doraxp._base.types import HostArray
 from doraxp.checkpoint._adapters import AdapterSet
 from doraxp.checkpoint._change import Change, change
 from doraxp.checkpoint._engine import Reused, load_engine
@@ -18,7 +19,7 @@ from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._options import Options, compute_dtype, written_as
 from doraxp.checkpoint._plan import CopiedTensor, MergedTensor, ReplacedTensor, Task
 from doraxp.checkpoint._rows import merged_blocks, row_blocks
-from doraxp.checkpoint._safetensors import DTYPES, HostArray, Reader, Source
+from doraxp.checkpoint._safetensors import DTYPES, Reader, Source
 from doraxp.layers import AdaptedLayer
 
 OnBytes: TypeAlias = Callable[[int], None]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from doraxp._base.types import Array
+from doraxp._base.types import HostArray
 
 TEST_DIGITS = 400
 VALIDATION_DIGITS = 400
@@ -16,20 +16,20 @@ VALIDATION_DIGITS = 400
 class Digits(NamedTuple):
     """Scans and the digits that they show."""
 
-    images: Array
+    images: HostArray
     """Grey levels 0..1, float32, shape (digits, 8, 8)."""
-    labels: Array
+    labels: HostArray
     """0..9, int32, shape (digits,)."""
 
     def turned(self) -> Digits:
         """Return the digits turned by 90°, counter-clockwise."""
         return self._replace(images=np.rot90(self.images, axes=(1, 2)))
 
-    def tokens(self) -> Array:
+    def tokens(self) -> HostArray:
         """Return the images as rows, shape (digits, 64)."""
         return np.ascontiguousarray(self.images).reshape(-1, 64)
 
-    def targets(self) -> Array:
+    def targets(self) -> HostArray:
         """Return 1 at each digit's class and 0 elsewhere, float32, shape (digits, 10)."""
         return np.eye(10, dtype=np.float32)[self.labels]
 

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 from array_api_compat import array_namespace
 
 import doraxp
+from doraxp._base.types import Array
+from doraxp.backends import transpose
 
-Array: TypeAlias = Any
 LayerParameters: TypeAlias = Any
 """The parameters that a method trains in one layer, or their gradients: a NamedTuple of arrays."""
 Parameters: TypeAlias = dict[str, LayerParameters]
@@ -71,13 +72,13 @@ class FullFineTuning:
 
     def forward(self, x: Array, base: Layer, trained: Layer) -> tuple[Array, Any]:
         """Return y = x Wᵀ + bias."""
-        return x @ trained.weight.T + trained.bias, (x, trained)
+        return x @ transpose(trained.weight) + trained.bias, (x, trained)
 
     def backward(self, dy: Array, cache: Any) -> tuple[Array, Layer]:
         """Return dx = dy W, dW = dyᵀ x and dbias = Σ_tokens dy."""
         x, trained = cache
         xp = array_namespace(dy)
-        return dy @ trained.weight, Layer(dy.T @ x, xp.sum(dy, axis=0))
+        return dy @ trained.weight, Layer(transpose(dy) @ x, xp.sum(dy, axis=0))
 
     def merge(self, base: Layer, trained: Layer) -> Layer:
         """Return the trained layer: there is nothing to merge."""
@@ -97,16 +98,16 @@ class LoRA:
 
     def forward(self, x: Array, base: Layer, trained: LowRank) -> tuple[Array, Any]:
         """Return y = x Wᵀ + s L Bᵀ + bias with L = x Aᵀ."""
-        low_rank = x @ trained.lora_a.T  # (tokens, rank)
-        update = self.config.scaling * (low_rank @ trained.lora_b.T)  # (tokens, out)
-        return x @ base.weight.T + update + base.bias, (x, low_rank, base, trained)
+        low_rank = x @ transpose(trained.lora_a)  # (tokens, rank)
+        update = self.config.scaling * (low_rank @ transpose(trained.lora_b))  # (tokens, out)
+        return x @ transpose(base.weight) + update + base.bias, (x, low_rank, base, trained)
 
     def backward(self, dy: Array, cache: Any) -> tuple[Array, LowRank]:
         """Return dx = dy W + s (dy B) A, dA = s (dy B)ᵀ x and dB = s dyᵀ L."""
         x, low_rank, base, trained = cache
         d = self.config.scaling * (dy @ trained.lora_b)  # (tokens, rank)
-        db = self.config.scaling * (dy.T @ low_rank)  # (out, rank)
-        return dy @ base.weight + d @ trained.lora_a, LowRank(d.T @ x, db)
+        db = self.config.scaling * (transpose(dy) @ low_rank)  # (out, rank)
+        return dy @ base.weight + d @ trained.lora_a, LowRank(transpose(d) @ x, db)
 
     def merge(self, base: Layer, trained: LowRank) -> Layer:
         """Return W' = W + s B A with the base's bias."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import array_api_compat
 
 from doraxp._base.scalars import check_flag, check_number
-from doraxp._base.types import Adapter, Array, Config
+from doraxp._base.types import Adapter, Array, Config, Namespace
 from doraxp._core.adapter import InitMethod, init, merge
 from doraxp._core.checks import check_bias, check_weight
 from doraxp._core.decomposition import MagnitudeDirectionChange, magnitude_direction_change
@@ -257,8 +257,9 @@ class DoRALayer:
         )
 
     @property
-    def _xp(self) -> Any:
-        return array_api_compat.array_namespace(self.weight)
+    def _xp(self) -> Namespace:
+        xp: Namespace = array_api_compat.array_namespace(self.weight)
+        return xp
 
     def _known(self) -> tuple[Prepared | None, Prepared | None]:
         """Return the `Prepared` of the current parameters or None, and an earlier one or None.
@@ -294,7 +295,7 @@ class DoRALayer:
         self, weight: Array | None, bias: Array | None, adapter: Adapter
     ) -> dict[str, Array]:
         """Return the trained arrays by name, in the order of the vector and the base's layout."""
-        if not self.train_base:
+        if weight is None or not self.train_base:
             return adapter._asdict()
         biases = {} if bias is None else {"bias": bias}
         return {"weight": self._swap(weight), **biases, **adapter._asdict()}

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from doraxp._base.scalars import check_kind
-from doraxp._base.types import Array
+from doraxp._base.types import Array, DType, Namespace
 from doraxp.backends import as_dtype, operations
 
 
@@ -22,13 +21,13 @@ def count(arrays: Mapping[str, Array]) -> int:
     return sum(math.prod(array.shape) for array in arrays.values())
 
 
-def as_vector(arrays: Mapping[str, Array], dtype: Any, *, xp: Any) -> Array:
+def as_vector(arrays: Mapping[str, Array], dtype: DType, *, xp: Namespace) -> Array:
     """Return the arrays as one vector of `dtype`."""
     wide = [as_dtype(array, dtype, xp=xp) for array in arrays.values()]
     return xp.concat([xp.reshape(array, (-1,)) for array in wide])
 
 
-def from_vector(vector: Array, like: Mapping[str, Array], *, xp: Any) -> dict[str, Array]:
+def from_vector(vector: Array, like: Mapping[str, Array], *, xp: Namespace) -> dict[str, Array]:
     """Return the arrays of a vector, with the names and shapes of `like`."""
     operations(vector=vector, layer=next(iter(like.values())))
     shape = (count(like),)
@@ -45,7 +44,7 @@ def from_vector(vector: Array, like: Mapping[str, Array], *, xp: Any) -> dict[st
 
 
 def updated(
-    old: Mapping[str, Array], state: Mapping[str, Array], *, strict: bool, xp: Any
+    old: Mapping[str, Array], state: Mapping[str, Array], *, strict: bool, xp: Namespace
 ) -> dict[str, Array]:
     """Return `old` with copies of the arrays of `state` in its place, cast to the old dtypes.
 

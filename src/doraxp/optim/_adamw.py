@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import array_api_compat
 
 from doraxp._base.scalars import check_count, check_kind, check_number
-from doraxp._base.types import AdamWLeaf, AdamWNumbers
+from doraxp._base.types import AdamWLeaf, AdamWNumbers, Array, DType, Namespace
 from doraxp.backends import Operations, as_dtype, compute_dtype
 from doraxp.optim._trees import Params, PerLeaf, align, build, per_leaf, zeros_like
 
@@ -154,7 +154,7 @@ def adamw_step(
     return build(params, new[0]), state
 
 
-def _check_eps(eps: float, dtypes: Iterable[Any], *, xp: Any) -> None:
+def _check_eps(eps: float, dtypes: Iterable[DType], *, xp: Namespace) -> None:
     """Raise ValueError where ε would round to 0: then 0/0 is NaN where a gradient is 0."""
     for dtype in dtypes:
         least = float(xp.finfo(dtype).smallest_normal)
@@ -163,17 +163,20 @@ def _check_eps(eps: float, dtypes: Iterable[Any], *, xp: Any) -> None:
             raise ValueError(f"eps must be at least {least} in {name}, got {eps}")
 
 
-def _count_of(state: AdamWState, *, ops: Operations) -> Any:
+def _count_of(state: AdamWState, *, ops: Operations) -> int | Array:
     """Return `state.step`: an int, or a 0-d array of an integer dtype; raise for anything else."""
     step = state.step
     if array_api_compat.is_array_api_obj(step):
         known = array_api_compat.array_namespace(step) is ops.xp
         if known and step.ndim == 0 and ops.xp.isdtype(step.dtype, "integral"):
-            return step
+            traced: Array = step
+            return traced
     return check_count("state.step", step)
 
 
-def _bias_correction(beta: float, step: Any, dtype: Any, *, xp: Any) -> Any:
+def _bias_correction(
+    beta: float, step: int | Array, dtype: DType, *, xp: Namespace
+) -> float | Array:
     """Return 1 − βᵗ as −expm1(t log β): in float32, 1 − βᵗ itself loses digits where β is near 1.
 
     A float where the step is an int; else a 0-d array of the dtype.

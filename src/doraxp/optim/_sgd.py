@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from doraxp._base.scalars import check_flag, check_kind, check_number
+from doraxp._base.types import Namespace
 from doraxp.backends import as_dtype, compute_dtype
 from doraxp.optim._trees import Params, PerLeaf, align, build, per_leaf, zeros_like
 
@@ -130,7 +131,7 @@ def sgd_step(
     return build(params, stepped), SGDState(build(state.velocity, velocity))
 
 
-def _widened(*values: Any, xp: Any) -> tuple[Any, ...]:
+def _widened(*values: Any, xp: Namespace) -> tuple[Any, ...]:
     """Return arrays in the compute dtype of the first, and floats as they are."""
     dtype = compute_dtype(values[0], xp=xp)
     return tuple(

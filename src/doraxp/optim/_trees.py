@@ -24,7 +24,7 @@ PerLeaf: TypeAlias = Any
 """A number or 0-d array; a NamedTuple of these; or a dict of numbers and NamedTuples."""
 
 
-def _leaves(name: str, tree: Any, path: str = "") -> dict[str, Any]:
+def _leaves(name: str, tree: Any, path: str = "") -> dict[str, Array]:
     """Return the leaves of a tree by path. An error calls a leaf `name` + path."""
     if isinstance(tree, dict):
         entries = (_leaves(name, entry, f"{path}[{key!r}]") for key, entry in tree.items())
@@ -82,7 +82,7 @@ def _check_paths(name: str, paths: Collection[str], other: str, wanted: Collecti
 
 def per_leaf(
     name: str, value: Any, tree: Any, path: str = "", *, spared: str = "", ops: Operations
-) -> dict[str, Any]:
+) -> dict[str, float | Array]:
     """Return a number for each leaf of `tree` by path.
 
     Where `value` is one number for all leaves, those named `spared` get 0 instead.
@@ -105,7 +105,7 @@ def per_leaf(
     return {f"{path}.{field}": 0.0 if field == spared else number for field in tree._fields}
 
 
-def _number(name: str, value: Any, *, ops: Operations) -> Any:
+def _number(name: str, value: Any, *, ops: Operations) -> float | Array:
     """Return a float; or `value` itself, where it is a 0-d array that must not be read."""
     if isinstance(value, Real):
         return check_number(name, value)

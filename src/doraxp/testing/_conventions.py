@@ -119,7 +119,7 @@ def call_layer(
     turned = conventions.layout == "in_out"
     arrays: dict[str, Any] = {}
     for key, values in case.stored(dtype).items():
-        array = library.asarray(values, wide if key in ADAPTER else dtype)
+        array = np.asarray(library.asarray(values, wide if key in ADAPTER else dtype))
         matrix = key in ("weight", "lora_a", "lora_b")
         arrays[key] = np.ascontiguousarray(array.swapaxes(-1, -2)) if turned and matrix else array
     mask = () if conventions.dropout is None else ("dropout_mask",)

@@ -10,7 +10,7 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from doraxp._base.types import Array
+from doraxp._base.types import Array, Namespace
 
 # The module that makes arrays of each library that `doraxp.backends.available` lists.
 MODULES = {
@@ -66,7 +66,7 @@ class Library:
     def asarray(self, values: Any, dtype: str) -> Array:
         """Return values of NumPy as a new array of this library, in a dtype given by name."""
         array = self.module.asarray(np.array(values))
-        xp = array_api_compat.array_namespace(array)
+        xp: Namespace = array_api_compat.array_namespace(array)
         return xp.astype(array, self.dtype(dtype), copy=False)
 
 

@@ -5,6 +5,8 @@ W (out, in) frozen     A (rank, in)     B (out, rank)     m (out,)     y = x W'á
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -50,6 +52,12 @@ class DoRALinear(torch.nn.Module):
     True
     """
 
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    magnitude: Tensor
+
     def __init__(
         self, base: torch.nn.Linear, config: Config, *, seed: int, train_base: bool = False
     ) -> None:
@@ -58,7 +66,7 @@ class DoRALinear(torch.nn.Module):
         check_flag("train_base", train_base)
         self.config = config
 
-        def own(array: Tensor) -> Tensor:
+        def own(array: Tensor) -> Parameter:
             array = array.detach()
             return Parameter(array.clone() if train_base else array, requires_grad=train_base)
 
@@ -79,11 +87,11 @@ class DoRALinear(torch.nn.Module):
     def merge(self) -> torch.nn.Linear:
         """Return a new `torch.nn.Linear` with W' and a copy of the bias."""
         out, inner = self.weight.shape
-        has_bias = self.bias is not None
-        linear = torch.nn.Linear(inner, out, bias=has_bias, device="meta")
+        linear = torch.nn.Linear(inner, out, bias=self.bias is not None, device="meta")
         with torch.no_grad():
-            linear.weight = Parameter(merge(self.weight, self.adapter, self.config))
-            if has_bias:
+            merged: Any = merge(self.weight, self.adapter, self.config)
+            linear.weight = Parameter(merged)
+            if self.bias is not None:
                 linear.bias = Parameter(self.bias.clone())
         return linear
 

@@ -36,19 +36,21 @@ class _State(NamedTuple):
 class _Kept(NamedTuple):
     weight: _State
     adapter: tuple[_State, ...]
-    prepared: Prepared  # without the weight, which may then be freed
+    prepared: Prepared  # with `_RELEASED` for the weight, which may then be freed
 
 
+_RELEASED = torch.empty(0)
+"""Stands for the weight in what is kept."""
 _kept: MutableMapping[Tensor, _Kept] = WeakTensorKeyDictionary()
 
 
-def _state(tensor: Tensor) -> _State:
+def _state(tensor: Any) -> _State:
     version = -1 if tensor.is_inference() else tensor._version
     storage = StorageWeakRef(tensor.untyped_storage())
     return _State(storage, tensor.storage_offset(), tensor.stride(), version)
 
 
-def _with_weight(prepared: Prepared, weight: Tensor | None) -> Prepared:
+def _with_weight(prepared: Prepared, weight: Tensor) -> Prepared:
     return prepared._replace(direction=prepared.direction.with_weight(weight))
 
 
@@ -69,7 +71,8 @@ def _recall(weight: Tensor, adapter: Adapter, config: Config, *, known: bool) ->
     arrays of the forward. Nothing is kept of a weight that is trained.
     """
     base = weight.detach()
-    plain = Adapter(*(leaf.detach() for leaf in adapter))  # so that their graph is not kept
+    leaves: tuple[Any, ...] = adapter
+    plain = Adapter(*(leaf.detach() for leaf in leaves))  # so that their graph is not kept
     kept = _kept.get(weight) if _may_keep(weight) else None
     if kept is None or kept.weight != _state(weight):
         return _Known(base, plain, None, None)
@@ -86,7 +89,7 @@ def _recall(weight: Tensor, adapter: Adapter, config: Config, *, known: bool) ->
 def _keep(weight: Tensor, adapter: Adapter, prepared: Prepared) -> None:
     if _may_keep(weight):
         states = _state(weight), tuple(map(_state, adapter))
-        _kept[weight] = _Kept(*states, _with_weight(prepared, None))
+        _kept[weight] = _Kept(*states, _with_weight(prepared, _RELEASED))
 
 
 def _may_keep(weight: Tensor) -> bool:
@@ -108,11 +111,13 @@ def _config(rank: int, scaling: float, form: Any, norm_gradient: Any) -> Config:
     "-> (Tensor, Tensor, Tensor)",
 )
 def forward_op(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, bias: Tensor | None,
-    *rules: Any,
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor,
+    bias: Tensor | None, *rules: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return y in x's dtype, and z = x Vᵀ and L = x Aᵀ in the compute dtype."""
     adapter, config = Adapter(lora_a, lora_b, magnitude), _config(*rules)
+    y: Any  # the arrays are tensors
+    cache: Any
     with torch.autocast(x.device.type, enabled=False):
         base, plain, prepared, previous = _recall(weight, adapter, config, known=False)
         if previous is not None and 2 * x.numel() >= weight.numel():
@@ -125,8 +130,8 @@ def forward_op(
 
 @forward_op.register_fake
 def _forward_shapes(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, bias: Tensor | None,
-    *rules: Any,
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor,
+    bias: Tensor | None, *rules: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     adapter = Adapter(lora_a, lora_b, magnitude)
     _, dtype = check_call(x, weight, adapter, _config(*rules), bias)
@@ -152,6 +157,7 @@ def backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients by x, A, B, m and W, in their dtypes; that by W is empty if frozen."""
     adapter, config = Adapter(lora_a, lora_b, magnitude), _config(*rules)
+    gradients: Any  # the arrays are tensors
     with torch.autocast(x.device.type, enabled=False):
         base, plain, prepared, previous = _recall(weight, adapter, config, known=True)
         if prepared is None:

@@ -41,19 +41,19 @@ class AcceleratedLinear(Linear):
         return self._adapted(x, *names)
 
     def _adapted(self, x: Tensor, name: str) -> Tensor:
-        base, dropout = self.get_base_layer(), self.lora_dropout[name]
-        lora_a, lora_b = self.lora_A[name].weight, self.lora_B[name].weight
+        layer: Any = self  # torch does not know the types of a module's parts
+        base, dropout = layer.get_base_layer(), layer.lora_dropout[name]
+        lora_a, lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        magnitude = layer.lora_magnitude_vector[name].weight
         # PEFT's s may be any number; a Config's is positive.
-        adapter = Adapter(
-            lora_a, self.scaling[name] * lora_b, self.lora_magnitude_vector[name].weight
-        )
+        adapter = Adapter(lora_a, layer.scaling[name] * lora_b, magnitude)
         config = Config(lora_a.shape[0], norm_gradient=self._norm_gradient)
         if isinstance(dropout, torch.nn.Identity) or not self.training:
             return dora_linear(x, base.weight, adapter, config, base.bias)
         # PEFT applies dropout to the x of the correction only, with x̃ = dropout(x):
         # y = base(x) + (W' − W) x̃ = base(x − x̃) + W' x̃.
         kept = dropout(self._cast_input_dtype(x, lora_a.dtype))
-        rest = base(x - kept.to(x.dtype))
+        rest: Tensor = base(x - kept.to(x.dtype))
         return (rest + dora_linear(kept, base.weight, adapter, config)).to(rest.dtype)
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from doraxp._base.types import AdamWLeaf, AdamWNumbers, Array
-from doraxp.backends._cupy.arrays import name_of, packed
+from doraxp._base.types import AdamWLeaf, AdamWNumbers, DType, Namespace
+from doraxp.backends._cupy.arrays import DeviceArray, name_of, packed
 from doraxp.backends._cupy.device import Cuda
 from doraxp.backends._cupy.signatures import Adamw
 from doraxp.backends._cupy.source import THREADS, Types, blocks
@@ -25,11 +23,11 @@ LEAF = np.dtype(
 
 
 def adamw(
-    cuda: Cuda, xp: Any, leaves: dict[str, AdamWLeaf], rates: dict[str, Any],
-    decays: dict[str, Any], numbers: AdamWNumbers,
-) -> dict[str, tuple[Array, Array, Array]]:  # fmt: skip
+    cuda: Cuda, xp: Namespace, leaves: dict[str, AdamWLeaf], rates: dict[str, float],
+    decays: dict[str, float], numbers: AdamWNumbers,
+) -> dict[str, tuple[DeviceArray, DeviceArray, DeviceArray]]:  # fmt: skip
     """Return p, mu and nu by path after a step. float64 leaves take a launch of their own."""
-    stepped: dict[str, tuple[Array, Array, Array]] = {}
+    stepped: dict[str, tuple[DeviceArray, DeviceArray, DeviceArray]] = {}
     for wide in (np.dtype(np.float32), np.dtype(np.float64)):
         group = {path: leaf for path, leaf in leaves.items() if leaf.mu.dtype == wide}
         if group:
@@ -38,11 +36,11 @@ def adamw(
 
 
 def _step(
-    cuda: Cuda, xp: Any, leaves: dict[str, AdamWLeaf], rates: dict[str, Any],
-    decays: dict[str, Any], numbers: AdamWNumbers, wide: Any,
-) -> dict[str, tuple[Array, Array, Array]]:  # fmt: skip
+    cuda: Cuda, xp: Namespace, leaves: dict[str, AdamWLeaf], rates: dict[str, float],
+    decays: dict[str, float], numbers: AdamWNumbers, wide: DType,
+) -> dict[str, tuple[DeviceArray, DeviceArray, DeviceArray]]:  # fmt: skip
     first_block, held = 0, []
-    stepped: dict[str, tuple[Array, Array, Array]] = {}
+    stepped: dict[str, tuple[DeviceArray, DeviceArray, DeviceArray]] = {}
     table = np.zeros(len(leaves), LEAF)
     for row, (path, arrays) in enumerate(leaves.items()):
         p, g, *moments = (packed(array, xp) for array in arrays)
@@ -57,7 +55,7 @@ def _step(
         arguments = Adamw(
             leaves=cuda.upload(table.view(np.uint8)), leaf_count=len(leaves), beta1=numbers.beta1,
             rest1=numbers.rest1, beta2=numbers.beta2, rest2=numbers.rest2, eps=numbers.eps,
-            correct1=numbers.correction1, correct2=numbers.correction2,
+            correct1=float(numbers.correction1), correct2=float(numbers.correction2),
         )  # fmt: skip
         cuda.launch(arguments, Types(*[wide.name] * 3), (first_block, 1, 1))
     return stepped

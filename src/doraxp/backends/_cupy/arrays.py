@@ -3,61 +3,77 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
-from doraxp._base.types import Array
+from doraxp._base.types import DType, Namespace
 from doraxp.backends._cupy.source import THREADS, Types, blocks
+from doraxp.backends._direction import Factors
 
 LOW = ("float16", "bfloat16")
 
+DeviceArray: TypeAlias = Any
+"""A `cupy.ndarray`. CuPy has no types for mypy."""
+
+
+class PlainWeight(NamedTuple):
+    """The `Factors` of a weight without an adapter: V = W."""
+
+    weight: DeviceArray
+    lora_a: None = None
+    scaled_b: None = None
+    row_scale: None = None
+
+
+FactorsT = TypeVar("FactorsT", Factors, PlainWeight)
+
 
 @functools.cache
-def dtype_name(dtype: Any) -> str:
+def dtype_name(dtype: DType) -> str:
     """Return the name of a dtype. NumPy needs a microsecond or two to build it."""
     return str(dtype)
 
 
-def name_of(array: Array) -> str:
+def name_of(array: DeviceArray) -> str:
     """Return the name of the array's dtype."""
     return dtype_name(array.dtype)
 
 
-def compute_dtype(array: Array) -> Any:
+def compute_dtype(array: DeviceArray) -> DType:
     """Return the dtype to compute in."""
     return np.dtype(np.float32) if name_of(array) in LOW else array.dtype
 
 
-def types_of(storage: Array, product: Array, compute: Array) -> Types:
+def types_of(storage: DeviceArray, product: DeviceArray, compute: DeviceArray) -> Types:
     """Return the types of a kernel from an array of each."""
     return Types(name_of(storage), name_of(product), name_of(compute))
 
 
-def one_type(array: Array) -> Types:
+def one_type(array: DeviceArray) -> Types:
     """Return the types of a kernel whose arrays all have the dtype of `array`."""
     return types_of(array, array, array)
 
 
-def packed(array: Array, xp: Any) -> Any:
+def packed(array: DeviceArray | None, xp: Namespace) -> DeviceArray:
     """Return an array in C order: itself, or a copy. None stays None."""
     if array is None or array.flags.c_contiguous:
         return array
     return xp.asarray(array, copy=True, order="C")
 
 
-def as_stored(weight: Array, xp: Any) -> tuple[Array, bool]:
+def as_stored(weight: DeviceArray, xp: Namespace) -> tuple[DeviceArray, bool]:
     """Return a weight in C order, or its transpose if that is in C order already.
 
     The second value is True for the transpose. A weight in neither order is copied.
     """
-    turned = xp.matrix_transpose(weight)
+    turned: DeviceArray = xp.matrix_transpose(weight)
     if turned.flags.c_contiguous and not weight.flags.c_contiguous:
         return turned, True
     return packed(weight, xp), False
 
 
-def for_blas(matrix: Array, xp: Any) -> Array:
+def for_blas(matrix: DeviceArray, xp: Namespace) -> DeviceArray:
     """Return a matrix that `layout` accepts: itself, or a copy in C order."""
     try:
         layout(matrix)
@@ -66,7 +82,7 @@ def for_blas(matrix: Array, xp: Any) -> Array:
     return matrix
 
 
-def layout(matrix: Array) -> tuple[int, int]:
+def layout(matrix: DeviceArray) -> tuple[int, int]:
     """Return cuBLAS's number for how a matrix lies, and the step between its rows or columns.
 
     The number is 0 if the rows are contiguous, and 1 if the columns are. A matrix where neither are
@@ -81,6 +97,6 @@ def layout(matrix: Array) -> tuple[int, int]:
     raise ValueError(f"a matrix must be of unit stride along one axis, got {matrix.strides}")
 
 
-def column_blocks(length: int, stored: Array) -> int:
+def column_blocks(length: int, stored: DeviceArray) -> int:
     """Return how many blocks cover `length` columns, if a thread takes 16 bytes of `stored`."""
     return blocks(length * int(stored.itemsize), 16 * THREADS)

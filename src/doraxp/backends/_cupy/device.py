@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from doraxp._base.types import Array
-from doraxp.backends._cupy.arrays import layout
+from doraxp._base.types import DType
+from doraxp.backends._cupy.arrays import DeviceArray, layout
 from doraxp.backends._cupy.parameters import kernel_name, packer
 from doraxp.backends._cupy.source import LIMIT, SOURCE, THREADS, Types
 
@@ -39,15 +39,15 @@ class Cuda:
         """Return the number of the current device."""
         return int(self.cupy.cuda.runtime.getDevice())
 
-    def pointer(self, array: Array) -> int:
+    def pointer(self, array: DeviceArray) -> int:
         """Return the address of the first number of an array."""
         return int(array.data.ptr)
 
-    def empty(self, shape: Sequence[int], dtype: Any) -> Array:
+    def empty(self, shape: Sequence[int], dtype: DType) -> DeviceArray:
         """Return an uninitialised array. If memory runs out, CuPy's MemoryError names the bytes."""
         return self.cupy.empty(tuple(shape), dtype)
 
-    def upload(self, values: Any) -> Array:
+    def upload(self, values: Any) -> DeviceArray:
         """Return a copy of a NumPy array on the device, without waiting for the queue."""
         return self.cupy.asarray(values)
 
@@ -62,7 +62,13 @@ class Cuda:
         function(grid, (threads,), pack(arguments))
 
     def gemm(
-        self, left: Array, right: Array, out: Array, beta: float | Array, *, tf32: bool = False
+        self,
+        left: DeviceArray,
+        right: DeviceArray,
+        out: DeviceArray,
+        beta: float | DeviceArray,
+        *,
+        tf32: bool = False,
     ) -> None:
         """Set out ← left right + beta out. The sum is in float32, or for float64 in float64.
 
@@ -103,7 +109,7 @@ class Cuda:
 
 
 @functools.cache
-def _data_type(dtype: Any) -> int:
+def _data_type(dtype: DType) -> int:
     runtime = import_module("cupy").cuda.runtime
     names = {"float16": "16F", "bfloat16": "16BF", "float32": "32F", "float64": "64F"}
     return int(getattr(runtime, f"CUDA_R_{names[str(dtype)]}"))

@@ -7,11 +7,11 @@ Only the device knows which rows are suspect, and whether there are such rows.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from doraxp._base.types import Array, Consumed
+from doraxp._base.types import Consumed, DType
 from doraxp.backends import _direction
-from doraxp.backends._cupy.arrays import LOW, name_of, packed
+from doraxp.backends._cupy.arrays import LOW, DeviceArray, name_of, packed
 from doraxp.backends._cupy.guard import Guard, Suspects
 from doraxp.backends._cupy.passes import Passes
 from doraxp.backends._cupy.products import is_reduced
@@ -29,9 +29,9 @@ class DevicePatched(NamedTuple):
     passes: Passes
 
     def transposed_product(
-        self, x: Array, low: Array, base: Array | None = None, dropped: Array | None = None,
-        *, ops: _direction.Products,
-    ) -> Array:  # fmt: skip
+        self, x: DeviceArray, low: DeviceArray, base: DeviceArray | None = None,
+        dropped: DeviceArray | None = None, *, ops: _direction.Products,
+    ) -> DeviceArray:  # fmt: skip
         """Return x Vᵀ. The guard overwrites the columns of suspect rows."""
         if dropped is not None:
             low = ops.product(x, ops.xp.matrix_transpose(self.factors.lora_a))
@@ -40,9 +40,10 @@ class DevicePatched(NamedTuple):
         return see_dropped(z, x, dropped, self.factors, ops=ops)
 
     def outputs(
-        self, x: Array, low: Array, gain: Array, bias: Array | None,
-        base: Array | None = None, dropped: Array | None = None, *, ops: _direction.Products,
-    ) -> tuple[Array, Array]:  # fmt: skip
+        self, x: DeviceArray, low: DeviceArray, gain: DeviceArray, bias: DeviceArray | None,
+        base: DeviceArray | None = None, dropped: DeviceArray | None = None, *,
+        ops: _direction.Products,
+    ) -> tuple[DeviceArray, DeviceArray]:  # fmt: skip
         """Return z and y by one pass, or for one token by one launch."""
         if base is not None or dropped is not None:
             z = self.transposed_product(x, low, base, dropped, ops=ops)
@@ -63,9 +64,9 @@ class DevicePatched(NamedTuple):
         return z, y
 
     def product(
-        self, d: Consumed, low: Consumed, tokens: int, dtype: Any,
+        self, d: Consumed, low: Consumed, tokens: int, dtype: DType,
         *, round_later: bool = False, ops: _direction.Products,
-    ) -> tuple[Array, Array]:  # fmt: skip
+    ) -> tuple[DeviceArray, DeviceArray]:  # fmt: skip
         """Return d V. Both arguments are overwritten."""
         # Rounded to the dtype of W, now or later, the first rows keep no more digits than W has.
         rounded = tokens if dtype == self.factors.weight.dtype else 0
@@ -73,15 +74,15 @@ class DevicePatched(NamedTuple):
         dx, below = result[..., :tokens, :], result[..., tokens:, :]
         return dx if round_later else self.guard.products.cast(dx, dtype), below
 
-    def projection(self, factored: Array, *, ops: _direction.Products) -> Array:
+    def projection(self, factored: DeviceArray, *, ops: _direction.Products) -> DeviceArray:
         """Return `factored`: the norm's kernels have replaced the suspect rows."""
         return factored
 
-    def dense(self, *, ops: _direction.Products) -> Array:
+    def dense(self, *, ops: _direction.Products) -> DeviceArray:
         """Return V."""
         return form(self.factors, self.suspects.switches.dtype, xp=ops.xp)
 
-    def with_weight(self, weight: Array | None) -> DevicePatched:
+    def with_weight(self, weight: DeviceArray) -> DevicePatched:
         """Return the direction with another object for W."""
         factors = self.factors._replace(weight=weight)
         laid = factors if weight is None else self.guard.laid(factors)

@@ -11,8 +11,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from doraxp._base.types import Array
-from doraxp.backends._cupy.arrays import as_stored, dtype_name, name_of, one_type, packed, types_of
+from doraxp._base.types import Namespace
+from doraxp.backends._cupy.arrays import (
+    DeviceArray,
+    FactorsT,
+    PlainWeight,
+    as_stored,
+    dtype_name,
+    name_of,
+    one_type,
+    packed,
+    types_of,
+)
 from doraxp.backends._cupy.device import Cuda
 from doraxp.backends._cupy.products import FEW, PARTS, Products
 from doraxp.backends._cupy.signatures import (
@@ -47,25 +57,25 @@ ROUNDED = 2
 class Suspects(NamedTuple):
     """The suspect rows of V, without rows of zeros. The guard's kernels form them when needed."""
 
-    rows: Array  # (stack · out,) int32; the first `count` are indices of rows
-    count: Array  # (1,) int32
-    switches: Array  # (2,): 1, and 1 where count > 0, else 0
-    suspect: Array  # (*stack, out): the same rows, marked
+    rows: DeviceArray  # (stack · out,) int32; the first `count` are indices of rows
+    count: DeviceArray  # (1,) int32
+    switches: DeviceArray  # (2,): 1, and 1 where count > 0, else 0
+    suspect: DeviceArray  # (*stack, out): the same rows, marked
     factors: Factors
 
 
 class Guard:
     """The norm, and the products with V, including the rows whose factored form lost digits."""
 
-    def __init__(self, xp: Any, cuda: Cuda, products: Products) -> None:
+    def __init__(self, xp: Namespace, cuda: Cuda, products: Products) -> None:
         self.xp, self.cuda, self.products = xp, cuda, products
 
     # The norm
 
     def adapted_norm(
-        self, u: Array, gram: Array, squares: Array, factors: Factors, magnitude: Array,
-        floor: float, cancellation: float,
-    ) -> tuple[Array, Array, Array, Suspects]:  # fmt: skip
+        self, u: DeviceArray, gram: DeviceArray, squares: DeviceArray, factors: Factors,
+        magnitude: DeviceArray, floor: float, cancellation: float,
+    ) -> tuple[DeviceArray, DeviceArray, DeviceArray, Suspects]:  # fmt: skip
         """Return n, g = m / n, V Aᵀ / n and the suspect rows, by four launches.
 
         The launches are a product, the norm, the norms of the suspect rows, and their list.
@@ -89,7 +99,7 @@ class Guard:
         self.measure(suspect, norm, factors, magnitude=magnitude, gain=gain, unit=unit)
         return norm, gain, unit, self.listed(suspect, norm, factors)
 
-    def norms(self, squares: Array, factors: Factors, floor: float) -> Array:
+    def norms(self, squares: DeviceArray, factors: FactorsT, floor: float) -> DeviceArray:
         """Return ‖Vᵢ‖ from ‖Vᵢ‖², by two launches. The guard makes no list of its rows here."""
         kind = squares.dtype
         norm, suspect = (self.cuda.empty(squares.shape, dtype) for dtype in (kind, self.xp.bool))
@@ -102,16 +112,17 @@ class Guard:
 
     # The suspect rows
 
-    def laid(self, factors: Factors) -> Factors:
+    def laid(self, factors: FactorsT) -> FactorsT:
         """Return the factors as the kernels read them: W in C order or its transpose in it."""
-        weight, *rest = factors
+        weight: DeviceArray = factors.weight
         stored, turned = as_stored(weight, self.xp)
-        rest = [packed(array, self.xp) for array in rest]
-        return Factors(weight if turned else stored, *rest)
+        rest: list[DeviceArray] = [packed(array, self.xp) for array in factors[1:]]
+        return type(factors)(weight if turned else stored, *rest)
 
     def measure(
-        self, suspect: Array, norm: Array, factors: Factors, *,
-        magnitude: Array | None = None, gain: Array | None = None, unit: Array | None = None,
+        self, suspect: DeviceArray, norm: DeviceArray, factors: Factors | PlainWeight, *,
+        magnitude: DeviceArray | None = None, gain: DeviceArray | None = None,
+        unit: DeviceArray | None = None,
     ) -> None:  # fmt: skip
         """Write n of the suspect rows into `norm`; with `gain`, also g = m / n and V Aᵀ / n."""
         kind = dtype_name(norm.dtype)
@@ -122,7 +133,7 @@ class Guard:
         types = Types(name_of(factors.weight), kind, kind)
         self.cuda.launch(arguments, types, (min(norm.size, MEASURERS), 1, 1))
 
-    def listed(self, suspect: Array, norm: Array, factors: Factors) -> Suspects:
+    def listed(self, suspect: DeviceArray, norm: DeviceArray, factors: Factors) -> Suspects:
         """Return the suspect rows that are not of zeros, and unmark those that are."""
         rows = self.cuda.empty((norm.size,), np.int32)
         count, switches = self.cuda.empty((1,), np.int32), self.cuda.empty((2,), norm.dtype)
@@ -136,8 +147,8 @@ class Guard:
     # Products with V
 
     def outputs(
-        self, found: Suspects, x: Array, z: Array, *,
-        y: Array | None = None, gain: Array | None = None, bias: Array | None = None,
+        self, found: Suspects, x: DeviceArray, z: DeviceArray, *, y: DeviceArray | None = None,
+        gain: DeviceArray | None = None, bias: DeviceArray | None = None,
     ) -> None:  # fmt: skip
         """Write the columns of z = x Vᵀ, and of y = g⊙z + bias, that belong to listed rows."""
         x = packed(x, self.xp)
@@ -155,7 +166,9 @@ class Guard:
         grid = GUARDS, min(blocks(tokens, TILE), TILES), 1
         self.cuda.launch(arguments, types_of(found.factors.weight, z, found.switches), grid)
 
-    def product(self, found: Suspects, d: Array, low: Array, rounded: int) -> Array:
+    def product(
+        self, found: Suspects, d: DeviceArray, low: DeviceArray, rounded: int
+    ) -> DeviceArray:
         """Return d V. Overwrites `d`, and `low` = d s B.
 
         The caller will round the first `rounded` rows of the result to the dtype of W.
@@ -177,7 +190,9 @@ class Guard:
             multiply(d[..., rows, :], weight, d.dtype, out=part, beta=1.0, parts=parts)
         return result
 
-    def _move_suspects(self, found: Suspects, d: Array, low: Array, result: Array) -> None:
+    def _move_suspects(
+        self, found: Suspects, d: DeviceArray, low: DeviceArray, result: DeviceArray
+    ) -> None:
         """Put the listed rows' part of d V into `result`, and take them out of d and `low`."""
         *stack, tokens, out = d.shape
         inner, elements = result.shape[-1], math.prod(stack)
@@ -198,9 +213,10 @@ class Guard:
         self.cuda.launch(again, types, (min(blocks(tokens, WARPS), LIMIT), elements, 1))
 
 
-def _of(factors: Factors) -> dict[str, Any]:
+def _of(factors: Factors | PlainWeight) -> dict[str, Any]:
     """Return the arguments for V, which four kernels of the guard have in common."""
-    weight, a, scaled_b, row_scale = factors
+    weight: DeviceArray = factors.weight
+    _, a, scaled_b, row_scale = factors
     *_, out, inner = weight.shape
     return {
         "weight": weight, "turned": not weight.flags.c_contiguous, "a": a, "b": scaled_b,

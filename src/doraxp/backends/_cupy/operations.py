@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from typing import Any
 
 import numpy as np
 
-from doraxp._base.types import AdamWLeaf, AdamWNumbers, Array, Consumed, Reduce
+from doraxp._base.types import AdamWLeaf, AdamWNumbers, Consumed, DType, Namespace, Reduce
 from doraxp.backends._cupy.adamw import adamw
-from doraxp.backends._cupy.arrays import LOW, name_of, packed
+from doraxp.backends._cupy.arrays import LOW, DeviceArray, FactorsT, PlainWeight, name_of, packed
 from doraxp.backends._cupy.device import Cuda
 from doraxp.backends._cupy.direction import DevicePatched
 from doraxp.backends._cupy.guard import Guard
@@ -51,7 +50,7 @@ def why_not() -> str | None:
 class CupyOperations(Operations):
     """The operations on CuPy arrays: products, passes, the guard and patches of V, on one GPU."""
 
-    def __init__(self, xp: Any, cuda: Any = None) -> None:
+    def __init__(self, xp: Namespace, cuda: Cuda | None = None) -> None:
         super().__init__(xp)
         self.cuda = cuda or Cuda()
         self.products = Products(xp, self.cuda)
@@ -59,11 +58,11 @@ class CupyOperations(Operations):
         self.device_guard = Guard(xp, self.cuda, self.products)
         self.patches = Patches(xp, self.cuda, self.products)
 
-    def can_read_values(self, array: Array) -> bool:
+    def can_read_values(self, array: DeviceArray) -> bool:
         """Return False: reading a value waits for the whole queue."""
         return False
 
-    def check_device(self, name: str, array: Array) -> None:
+    def check_device(self, name: str, array: DeviceArray) -> None:
         """Refuse an array that is not on the current device, where the kernels run."""
         number = self.cuda.device()
         if array.device.id != number:
@@ -72,7 +71,7 @@ class CupyOperations(Operations):
                 f"use `with cupy.cuda.Device({array.device.id}):`"
             )
 
-    def operand_dtype(self, array: Array, weight: Array, dtype: Any) -> Any:
+    def operand_dtype(self, array: DeviceArray, weight: DeviceArray, dtype: DType) -> DType:
         """Return the own dtype of an x or dy of 16 bits like W: tensor cores take them as is."""
         own = name_of(array)
         low = own in LOW and own == name_of(weight) and np.dtype(dtype) == np.float32
@@ -80,26 +79,26 @@ class CupyOperations(Operations):
 
     # Products
 
-    def product(self, left: Array, right: Array) -> Array:
+    def product(self, left: DeviceArray, right: DeviceArray) -> DeviceArray:
         """Return left right, without a cast of either, and by one launch for one token."""
         return self.products.product(left, right)
 
-    def accumulate(self, total: Consumed, left: Array, right: Array) -> Array:
+    def accumulate(self, total: Consumed, left: DeviceArray, right: DeviceArray) -> DeviceArray:
         """Return total ← total + left right: BLAS adds while it multiplies."""
         return self.products.multiply(left, right, total.dtype, out=total, beta=1.0)
 
     # Before and after the products with V
 
     def forward_epilogue(
-        self, z: Consumed, row_scale: Array | None, update: tuple[Array, Array] | None,
-        gain: Array, bias: Array | None,
-    ) -> tuple[Array, Array]:  # fmt: skip
+        self, z: Consumed, row_scale: DeviceArray | None,
+        update: tuple[DeviceArray, DeviceArray] | None, gain: DeviceArray, bias: DeviceArray | None,
+    ) -> tuple[DeviceArray, DeviceArray]:  # fmt: skip
         """Return z and y by one pass."""
         return self.passes.outputs(packed(z, self.xp), row_scale, update, gain, bias, gain.dtype)
 
     def output_gradients(
-        self, d: Array, z: Array, gain: Array, norm: Array, scaled_b: Array,
-        *, exact: bool, with_bias: bool,
+        self, d: DeviceArray, z: DeviceArray, gain: DeviceArray, norm: DeviceArray,
+        scaled_b: DeviceArray, *, exact: bool, with_bias: bool,
     ) -> OutputGradients:  # fmt: skip
         """Return dz and the sums over tokens by one pass over d and z, into room for the rows.
 
@@ -115,8 +114,9 @@ class CupyOperations(Operations):
         return OutputGradients(rows, self.products.product(rows, scaled_b), dm, p, dbias)
 
     def lora_b_gradient(
-        self, dz: Array, low: Array, p: Array | None, unit_projection: Array, scaling: float
-    ) -> Array:
+        self, dz: DeviceArray, low: DeviceArray, p: DeviceArray | None,
+        unit_projection: DeviceArray, scaling: float,
+    ) -> DeviceArray:  # fmt: skip
         """Return dB by a product and one launch."""
         db = self.product(self.xp.matrix_transpose(dz), low)
         if p is not None:
@@ -124,25 +124,27 @@ class CupyOperations(Operations):
         db *= scaling
         return db
 
-    def over_norm(self, values: Array, norm: Array) -> Array:
+    def over_norm(self, values: DeviceArray, norm: DeviceArray) -> DeviceArray:
         """Return values / n by one launch."""
         return self.passes.over_norm(values, norm)
 
     # The norm
 
-    def row_squares(self, weight: Array, dtype: Any) -> Array:
+    def row_squares(self, weight: DeviceArray, dtype: DType) -> DeviceArray:
         """Return ‖wᵢ‖² without an (out, in) temporary. W is read once."""
-        return self.patches.squares(Factors(weight, None, None, None), dtype)
+        return self.patches.squares(PlainWeight(weight), dtype)
 
-    def row_norms(self, weight: Array, squares: Array, reduce: Reduce | None = None) -> Array:
+    def row_norms(
+        self, weight: DeviceArray, squares: DeviceArray, reduce: Reduce | None = None
+    ) -> DeviceArray:
         """Return ‖wᵢ‖ by two launches if there is no `reduce`."""
         if reduce is not None:
             return super().row_norms(weight, squares, reduce)
-        return self._norms(Factors(weight, None, None, None), squares)
+        return self._norms(PlainWeight(weight), squares)
 
     def norm_and_direction(
-        self, u: Array, gram: Array, squares: Array, factors: Factors, magnitude: Array,
-        reduce: Reduce | None = None,
+        self, u: DeviceArray, gram: DeviceArray, squares: DeviceArray, factors: Factors,
+        magnitude: DeviceArray, reduce: Reduce | None = None,
     ) -> Norm:  # fmt: skip
         """Return n, g, V Aᵀ / n and V, by four launches if there is no `reduce`."""
         if reduce is not None:
@@ -154,17 +156,17 @@ class CupyOperations(Operations):
         direction = DevicePatched(factors, suspects, self.device_guard, self.passes)
         return Norm(norm, gain, unit, direction)
 
-    def _norms(self, factors: Factors, squares: Array) -> Array:
+    def _norms(self, factors: FactorsT, squares: DeviceArray) -> DeviceArray:
         least = least_sum(squares.dtype, factors.weight.shape[-1], xp=self.xp)
         return self.device_guard.norms(squares, factors, least)
 
     # Merging
 
-    def merge(self, direction: Direction, gain: Array) -> Array:
+    def merge(self, direction: Direction, gain: DeviceArray) -> DeviceArray:
         """Return W' without an (out, in) temporary. W is read once."""
         return self.patches.merge(direction.factors, gain)
 
-    def merge_and_measure(self, factors: Factors, magnitude: Array) -> Array:
+    def merge_and_measure(self, factors: Factors, magnitude: DeviceArray) -> DeviceArray:
         """Return W' without an (out, in) temporary. W is read once for n, and once to merge.
 
         n is measured on V for float32 and a small rank: there, forming V costs no more than
@@ -186,9 +188,9 @@ class CupyOperations(Operations):
     # Optimizers
 
     def adamw(
-        self, leaves: dict[str, AdamWLeaf], rates: dict[str, float | Array],
-        decays: dict[str, float | Array], numbers: AdamWNumbers,
-    ) -> dict[str, tuple[Array, Array, Array]]:  # fmt: skip
+        self, leaves: dict[str, AdamWLeaf], rates: dict[str, float | DeviceArray],
+        decays: dict[str, float | DeviceArray], numbers: AdamWNumbers,
+    ) -> dict[str, tuple[DeviceArray, DeviceArray, DeviceArray]]:  # fmt: skip
         """Return all leaves by one launch, or by two if some are float64."""
         given = (*rates.values(), *decays.values(), *numbers)
         if not all(isinstance(number, float) for number in given):

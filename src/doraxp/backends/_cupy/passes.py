@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
-from doraxp._base.types import Array
-from doraxp.backends._cupy.arrays import column_blocks, one_type, packed, types_of
+from doraxp._base.types import DType, Namespace
+from doraxp.backends._cupy.arrays import DeviceArray, column_blocks, one_type, packed, types_of
 from doraxp.backends._cupy.device import Cuda
 from doraxp.backends._cupy.products import Products, is_reduced
 from doraxp.backends._cupy.signatures import Gradients, NormRows, Outputs, OverNorm, Turning
@@ -21,13 +20,14 @@ RUN = 4
 class Passes:
     """The passes before and after the products."""
 
-    def __init__(self, xp: Any, cuda: Cuda, products: Products) -> None:
+    def __init__(self, xp: Namespace, cuda: Cuda, products: Products) -> None:
         self.xp, self.cuda, self.products = xp, cuda, products
 
     def outputs(
-        self, z: Array, row_scale: Array | None, update: tuple[Array, Array] | None,
-        gain: Array, bias: Array | None, dtype: Any,
-    ) -> tuple[Array, Array]:  # fmt: skip
+        self, z: DeviceArray, row_scale: DeviceArray | None,
+        update: tuple[DeviceArray, DeviceArray] | None, gain: DeviceArray, bias: DeviceArray | None,
+        dtype: DType,
+    ) -> tuple[DeviceArray, DeviceArray]:  # fmt: skip
         """Return z ← ρ⊙z + L (s B)ᵀ for `update` = (L, s B), and y = g⊙z + bias in `dtype`.
 
         Overwrites `z`, which must be in C order.
@@ -55,8 +55,8 @@ class Passes:
         return z, y
 
     def gradients(
-        self, d: Array, z: Array, gain: Array, room: int, *, total: bool
-    ) -> tuple[Array, Array, Array | None]:
+        self, d: DeviceArray, z: DeviceArray, gain: DeviceArray, room: int, *, total: bool
+    ) -> tuple[DeviceArray, DeviceArray, DeviceArray | None]:
         """Return g⊙d, Σ_tokens d⊙z and, with `total`, Σ_tokens d.
 
         The first array has `room` more rows than d, which are not written yet: see `norm_rows`.
@@ -80,8 +80,14 @@ class Passes:
         return rows, e, None if totals is None else self.products.sum_chunks(totals)
 
     def norm_rows(
-        self, rows: Array, tokens: int, e: Array, gain: Array, norm: Array, scaled_b: Array
-    ) -> tuple[Array, Array]:
+        self,
+        rows: DeviceArray,
+        tokens: int,
+        e: DeviceArray,
+        gain: DeviceArray,
+        norm: DeviceArray,
+        scaled_b: DeviceArray,
+    ) -> tuple[DeviceArray, DeviceArray]:
         """Return dm = e / n and p = g⊙dm, and write (q⊙(s B))ᵀ below the first rows of `rows`.
 
         q is −p / n. `rows` comes from `gradients`; its first `tokens` rows are g⊙d.
@@ -96,7 +102,9 @@ class Passes:
         self.cuda.launch(arguments, types_of(rows, rows, e), grid)
         return dm, p
 
-    def turning(self, db: Array, p: Array, unit_projection: Array, scaling: float) -> Array:
+    def turning(
+        self, db: DeviceArray, p: DeviceArray, unit_projection: DeviceArray, scaling: float
+    ) -> DeviceArray:
         """Return db ← s (db − p⊙(V Aᵀ / n)). Overwrites `db`."""
         arguments = Turning(
             db=db, p=p, unit=unit_projection, size=db.size, rank=db.shape[-1], scaling=scaling
@@ -104,7 +112,7 @@ class Passes:
         self.cuda.launch(arguments, one_type(db), (blocks(db.size, THREADS), 1, 1))
         return db
 
-    def over_norm(self, values: Array, norm: Array) -> Array:
+    def over_norm(self, values: DeviceArray, norm: DeviceArray) -> DeviceArray:
         """Return values / n by rows, and 0 where n = 0."""
         values, norm = packed(values, self.xp), packed(norm, self.xp)
         result = self.cuda.empty(values.shape, values.dtype)

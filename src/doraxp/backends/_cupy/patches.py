@@ -7,12 +7,13 @@ float32.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
-from doraxp._base.types import Array
+from doraxp._base.types import DType, Namespace
 from doraxp.backends._cupy.arrays import (
+    DeviceArray,
+    PlainWeight,
     as_stored,
     column_blocks,
     dtype_name,
@@ -39,10 +40,10 @@ ROWS = 4
 class Patches:
     """The operations that form V."""
 
-    def __init__(self, xp: Any, cuda: Cuda, products: Products) -> None:
+    def __init__(self, xp: Namespace, cuda: Cuda, products: Products) -> None:
         self.xp, self.cuda, self.products = xp, cuda, products
 
-    def squares(self, factors: Factors, dtype: Any) -> Array:
+    def squares(self, factors: Factors | PlainWeight, dtype: DType) -> DeviceArray:
         """Return ‖Vᵢ‖² by rows, in `dtype`. W is read once, in the order in which it is stored."""
         stored, turned = as_stored(factors.weight, self.xp)
         *stack, rows, columns = stored.shape
@@ -58,7 +59,7 @@ class Patches:
         self._launch(arguments, types, stored.shape)
         return self.products.sum_chunks(partial)
 
-    def merge(self, factors: Factors, gain: Array) -> Array:
+    def merge(self, factors: Factors, gain: DeviceArray) -> DeviceArray:
         """Return W' = g⊙V in the dtype of W. W is read once and W' is written once."""
         weight, gain = factors.weight, packed(gain, self.xp)
         types = types_of(weight, gain, gain)
@@ -77,7 +78,7 @@ class Patches:
         self._launch(arguments, types, stored.shape)
         return self.xp.matrix_transpose(merged) if turned else merged
 
-    def _merge_wide(self, types: Types, factors: Factors, gain: Array) -> Array:
+    def _merge_wide(self, types: Types, factors: Factors, gain: DeviceArray) -> DeviceArray:
         stored, a, b, row_scale = (packed(array, self.xp) for array in factors)
         *stack, out, inner = stored.shape
         merged = self.cuda.empty(stored.shape, stored.dtype)
@@ -90,8 +91,8 @@ class Patches:
         return merged
 
     def _tiles(
-        self, factors: Factors, turned: bool, types: Types, parts: int
-    ) -> tuple[Array | None, int]:
+        self, factors: Factors | PlainWeight, turned: bool, types: Types, parts: int
+    ) -> tuple[DeviceArray | None, int]:
         """Return s B and A in the order in which tensor cores load them, and the rank.
 
         Each is split into this many `parts`. Without an update, return None and 0.

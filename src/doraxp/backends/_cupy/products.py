@@ -12,13 +12,13 @@ import contextlib
 import math
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any
 
 import numpy as np
 
-from doraxp._base.types import Array
+from doraxp._base.types import DType, Namespace
 from doraxp.backends._cupy.arrays import (
     LOW,
+    DeviceArray,
     compute_dtype,
     dtype_name,
     for_blas,
@@ -65,10 +65,10 @@ def is_reduced() -> bool:
 class Products:
     """Products of arrays in any two of the four dtypes, and the casts and sums that they need."""
 
-    def __init__(self, xp: Any, cuda: Cuda) -> None:
+    def __init__(self, xp: Namespace, cuda: Cuda) -> None:
         self.xp, self.cuda = xp, cuda
 
-    def product(self, left: Array, right: Array) -> Array:
+    def product(self, left: DeviceArray, right: DeviceArray) -> DeviceArray:
         """Return left right in the compute dtype. One token takes one launch."""
         dtype = np.promote_types(compute_dtype(left), compute_dtype(right))
         rows = self.xp.matrix_transpose(right)
@@ -80,7 +80,7 @@ class Products:
 
     # One token
 
-    def takes_token(self, x: Array, rows: Array, dtype: Any) -> bool:
+    def takes_token(self, x: DeviceArray, rows: DeviceArray, dtype: DType) -> bool:
         """Return whether the kernel for one token can compute x rowsᵀ in `dtype`.
 
         `rows` must be in C order and have at least a warp's columns, and one of the three dtypes
@@ -90,8 +90,8 @@ class Products:
         return one and len({x.dtype, rows.dtype, np.dtype(dtype)}) <= 2
 
     def token_outputs(
-        self, x: Array, factors: Factors, suspect: Array, low_rank: Array,
-        gain: Array, bias: Array | None, z: Array, y: Array,
+        self, x: DeviceArray, factors: Factors, suspect: DeviceArray, low_rank: DeviceArray,
+        gain: DeviceArray, bias: DeviceArray | None, z: DeviceArray, y: DeviceArray,
     ) -> None:  # fmt: skip
         """Write z = x Vᵀ and y = g⊙z + bias, for one token. The kernel forms suspect rows of V."""
         xp = self.xp
@@ -104,7 +104,14 @@ class Products:
         )  # fmt: skip
 
     def _launch_token(
-        self, x: Array, rows: Array, z: Array, dtype: Any, *, rank: int, **update: Array | None
+        self,
+        x: DeviceArray,
+        rows: DeviceArray,
+        z: DeviceArray,
+        dtype: DType,
+        *,
+        rank: int,
+        **update: DeviceArray | None,
     ) -> None:
         wide = dtype_name(np.dtype(dtype))
         stored = next((name_of(array) for array in (x, rows) if name_of(array) != wide), wide)
@@ -122,9 +129,9 @@ class Products:
     # Products by cuBLAS
 
     def multiply(
-        self, left: Array, right: Array, dtype: Any, *, out: Array | None = None,
-        beta: float | Array = 0.0, parts: int = PARTS,
-    ) -> Array:  # fmt: skip
+        self, left: DeviceArray, right: DeviceArray, dtype: DType, *,
+        out: DeviceArray | None = None, beta: float | DeviceArray = 0.0, parts: int = PARTS,
+    ) -> DeviceArray:  # fmt: skip
         """Return out ← left right + beta out in `dtype`, one element of the stack at a time.
 
         A float32 factor that meets a bfloat16 one is split into this many `parts` of 8 bits.
@@ -145,7 +152,12 @@ class Products:
         return out
 
     def _multiply_two(
-        self, left: Array, right: Array, out: Array, beta: float | Array, parts: int
+        self,
+        left: DeviceArray,
+        right: DeviceArray,
+        out: DeviceArray,
+        beta: float | DeviceArray,
+        parts: int,
     ) -> None:
         xp, reduced = self.xp, is_reduced()
         names = name_of(left), name_of(right)
@@ -166,7 +178,12 @@ class Products:
         self.cuda.gemm(for_blas(left, xp), for_blas(right, xp), out, beta, tf32=reduced)
 
     def _multiply_parts(
-        self, left: Array, right: Array, out: Array, beta: float | Array, count: int
+        self,
+        left: DeviceArray,
+        right: DeviceArray,
+        out: DeviceArray,
+        beta: float | DeviceArray,
+        count: int,
     ) -> None:
         """Multiply a float32 factor and one of 16 bits, and round neither."""
         xp = self.xp
@@ -189,7 +206,13 @@ class Products:
             beta = 1.0
 
     def _multiply_few(
-        self, wide: Array, low: Array, out: Array, beta: float | Array, *, on_left: bool
+        self,
+        wide: DeviceArray,
+        low: DeviceArray,
+        out: DeviceArray,
+        beta: float | DeviceArray,
+        *,
+        on_left: bool,
     ) -> None:
         """Multiply all parts of few float32 rows or columns by `low` at once: it is read once."""
         xp = self.xp
@@ -209,7 +232,9 @@ class Products:
         )  # fmt: skip
         self.cuda.launch(arguments, one_type(out), (blocks(out.size, THREADS), 1, 1))
 
-    def _split(self, rows: Array, low: Array, count: int = PARTS) -> tuple[Array, Array | None]:
+    def _split(
+        self, rows: DeviceArray, low: DeviceArray, count: int = PARTS
+    ) -> tuple[DeviceArray, DeviceArray | None]:
         """Return the parts of `rows`, (count, few, k), in the dtype of `low`; and `shrink`.
 
         `shrink` holds a factor for each row of the product, or is None.
@@ -226,7 +251,7 @@ class Products:
 
     # What products and other parts of the backend need besides
 
-    def sum_chunks(self, partial: Array) -> Array:
+    def sum_chunks(self, partial: DeviceArray) -> DeviceArray:
         """Return the sums over chunks, one after the other: (*stack, chunks, k) -> (*stack, k)."""
         *stack, chunks, length = partial.shape
         result = self.cuda.empty((*stack, length), partial.dtype)
@@ -235,11 +260,11 @@ class Products:
         self.cuda.launch(arguments, one_type(partial), grid, threads=WARP)
         return result
 
-    def cast(self, array: Array, dtype: Any) -> Array:
+    def cast(self, array: DeviceArray, dtype: DType) -> DeviceArray:
         """Return `array` in `dtype`. A kernel rounds float32 to 16 bits in a third of the time."""
         if name_of(array) != "float32" or dtype_name(np.dtype(dtype)) not in LOW:
             return self.xp.astype(array, dtype, copy=False)
-        turned = self.xp.matrix_transpose(array)
+        turned: DeviceArray = self.xp.matrix_transpose(array)
         if turned.flags.c_contiguous and not array.flags.c_contiguous:
             return self.xp.matrix_transpose(self.cast(turned, dtype))
         array, result = packed(array, self.xp), self.cuda.empty(array.shape, dtype)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from doraxp._base.types import Array, Config
 from doraxp._core.kinds import LayerKind
+from doraxp.backends import transpose
 from doraxp.checkpoint._adapters import AdapterSet, StoredLayer, config_path
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._formats.checks import (
@@ -92,7 +93,7 @@ def write(adapters: Mapping[str, AdaptedLayer]) -> Written:
                 f"and s {scale}, and {path} has rank {config.rank} and s {config.scaling}"
             )
         a, b, m = layer.adapter
-        tensors |= {f"{path}.lora_a": a.T, f"{path}.lora_b": b.T, f"{path}.m": m}
+        tensors |= {f"{path}.lora_a": transpose(a), f"{path}.lora_b": transpose(b), f"{path}.m": m}
     if Config(rank, rank * scale).scaling != scale:
         raise ValueError(f"s = {scale} would not come back exactly: rank * s / rank differs")
     keys = {re.sub(r"^.*?\.layers\.\d+\.", "", f".{path}").lstrip(".") for path in adapters}

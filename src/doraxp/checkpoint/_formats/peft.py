@@ -11,9 +11,11 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from doraxp._base.patterns import values_by_path
 from doraxp._base.scalars import check_count, check_number
-from doraxp._base.types import Config
+from doraxp._base.types import Array, Config
 from doraxp._core.kinds import LayerKind
 from doraxp.checkpoint._adapters import CONFIG, AdapterSet, StoredLayer, TensorNames, config_path
 from doraxp.checkpoint._errors import CheckpointError
@@ -236,13 +238,13 @@ def _check_patterns(keys: Sequence[str], paths: Collection[str]) -> None:
 
 def write(adapters: Mapping[str, AdaptedLayer]) -> Written:
     """Return the tensors and the configuration that PEFT reads as these adapters."""
-    tensors = {}
+    tensors: dict[str, Array] = {}
     for path, layer in adapters.items():
         kind = layer.kind.name
         if layer.kind.groups > 1 or kind in ("experts", "columns"):
             raise ValueError(f"{path}: PEFT has no DoRA adapter of this kind, {layer.kind}")
         check_weight_form(path, layer, "PEFT")
-        a, b, m = layer.adapter
+        a, b, m = map(np.asarray, layer.adapter)
         names = ["lora_A.weight", "lora_B.weight", "lora_magnitude_vector"]
         if kind == "conv":
             ones = (1,) * (len(layer.shape) - 2)
