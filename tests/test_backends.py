@@ -141,7 +141,7 @@ class TestNumpyOverrides:
         trusted = np.ones((*stack, 7), bool)
         trusted[(0,) * len(stack)][list(suspects)] = False
         wrong = np.full((*stack, 7), 9.0, "float32")
-        norm, direction = NUMPY._guard(trusted, wrong, factors, None)
+        norm, direction = NUMPY._measure_on_v(trusted, wrong, factors, None)
         assert_equal(norm, np.where(trusted, np.float32(9), np.linalg.norm(v, axis=-1)))
         assert isinstance(direction, Patched if suspects else Factored)
         if not suspects:
@@ -185,7 +185,7 @@ def test_a_merge_that_measures_equals_a_merge_with_a_known_norm(rng, form):
 
 def test_the_guard_stores_no_rows_of_zeros():
     factors = Factors(np.zeros((7, 6)), np.ones((2, 6)), np.zeros((7, 2)), None)
-    norm, direction = NUMPY._guard(np.zeros(7, bool), np.ones(7), factors, None)
+    norm, direction = NUMPY._measure_on_v(np.zeros(7, bool), np.ones(7), factors, None)
     assert isinstance(direction, Factored)
     assert (norm == 0).all()
 
@@ -329,9 +329,9 @@ def test_the_generic_guard_stores_all_of_v_or_no_row_of_it(rng, row_scale):
     v = Factored(factors).dense(ops=GENERIC)
     norm = np.linalg.norm(v, axis=-1)
     trusted = np.ones(7, bool)
-    assert GENERIC._guard(trusted, norm, factors, None) == (norm, Factored(factors))
+    assert GENERIC._measure_on_v(trusted, norm, factors, None) == (norm, Factored(factors))
     trusted[3] = False
-    measured, direction = GENERIC._guard(trusted, np.zeros(7, "float32"), factors, None)
+    measured, direction = GENERIC._measure_on_v(trusted, np.zeros(7, "float32"), factors, None)
     assert_equal(measured, norm)
     assert isinstance(direction, Dense)
     x, d = rng.standard_normal((5, 6)), rng.standard_normal((5, 7))

@@ -86,7 +86,7 @@ def assert_near(actual, desired, rtol):
 def guarded(backend, ops, trusted, norm, factors):
     """Return the norms and the direction, where `trusted` is the mask of the trusted rows."""
     if backend.name not in ("cupy", "cuda-host"):
-        return ops._guard(backend.asarray(trusted), norm, factors, None)
+        return ops._measure_on_v(backend.asarray(trusted), norm, factors, None)
     guard, suspect = ops.device_guard, backend.asarray(~trusted)
     laid = guard.laid(factors)
     guard.measure(suspect, norm, laid)
@@ -465,7 +465,7 @@ def test_one_token_of_a_stack_whose_rank_is_over_a_warp(backend, put, biased):
 @pytest.mark.parametrize("which", ["part", "every second", "transposed"])
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_a_weight_may_have_any_strides(backend, dtype, form, which, tokens):
-    """One row cancels. What is prepared belongs to the given array, not to a copy of it."""
+    """One row cancels. The prepared norm belongs to the given array, not to a copy of it."""
     rng, xp = np.random.default_rng(0), backend.namespace()
     values, b = rng.standard_normal((24, 40)), rng.standard_normal((24, 3))
     a = rng.uniform(0.5, 1, (3, 40))

@@ -89,7 +89,7 @@ HostArray: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 """An array of NumPy, of any shape and dtype."""
 
 Consumed: TypeAlias = Array
-"""An array that the function may write to: its caller must not read it again."""
+"""An array that the function may write to, and may return: its caller reads only the result."""
 
 Reduce: TypeAlias = Callable[[Array], Array]
 """Returns the sum of an array over the ranks: each rank gets the same bits. Writes to no array."""
@@ -108,7 +108,8 @@ class Config:
     rank : int
         Rank of the update B A; 1 up to min(out, in) of the weight that it is used with.
     alpha : float, optional
-        Scales the update. None or a negative value means alpha = rank.
+        Scales the update. None or a negative value means alpha = rank: then s = 1, or √rank with
+        `rslora`.
     rslora : bool
         s = alpha / √rank instead of alpha / rank (arXiv:2312.03732).
     form : {"weight", "direction"}

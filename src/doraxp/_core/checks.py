@@ -1,7 +1,7 @@
 """The check of one layer's arguments: classes, libraries, dtypes and shapes.
 
-A public function calls `check_layer` or `check_call` once, before it computes anything. Each error
-names the argument, the rule and the value.
+A public function checks its arguments once, before it computes anything: `check_layer` and
+`check_call` are for those of a whole layer. Each error names the argument, the rule and the value.
 """
 
 from __future__ import annotations

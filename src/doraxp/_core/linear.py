@@ -21,6 +21,7 @@ from doraxp._core.prepared import (
     check_prepared,
     check_previous,
     check_same_reduce,
+    check_unwritten,
     prepare_checked,
     prepare_with_product,
 )
@@ -53,6 +54,16 @@ class _Inputs(NamedTuple):
     """x~ = mask⊙x, the input of the update s B A."""
     seen: Array
     """The input of ρ⊙W as a part of V: x~ for dropout "input", else x."""
+
+    @property
+    def rest(self) -> Array | None:
+        """The part x − x~, which only W itself gets, for dropout "input"; else None."""
+        return None if self.seen is self.whole else self.whole - self.seen
+
+    @property
+    def update_only(self) -> Array | None:
+        """The x~ that only the update s B A gets, for dropout "low_rank"; else None."""
+        return None if self.dropped is self.seen else self.dropped
 
 
 def forward(
@@ -138,22 +149,24 @@ def forward(
     """
     ops, dtype = check_call(x, weight, adapter, config, bias, dropout_mask)
     remembered = check_previous(previous, weight, reduce)
-    inputs, base = _inputs(x, dropout_mask, weight, config, dtype, ops=ops), None
+    inputs = _inputs(x, dropout_mask, weight, config, dtype, ops=ops)
+    base = None  # x Wᵀ, where it is known
     if prepared is not None:
         check_prepared(prepared, weight, adapter, config, ops=ops)
         check_same_reduce("prepared", prepared, reduce)
-    elif previous is not None and ops.can_read_values(x):  # else V is stored: x Wᵀ is not needed
+    elif previous is not None and ops.can_read_values(x):  # a library that cannot stores V: no x Wᵀ
         prepared, base = prepare_with_product(
-            inputs.seen, weight, adapter, config, previous, remembered, ops=ops
+            inputs.seen, weight, adapter, config, previous, remembered, dtype, ops=ops
         )
     else:
         prepared = prepare_checked(weight, adapter, config, previous, remembered, dtype, ops=ops)
 
     wide_bias = None if bias is None else as_dtype(bias, dtype, xp=ops.xp)
     low, z, y = _outputs(inputs, base, prepared, wide_bias, ops=ops)
-    if inputs.seen is not inputs.whole:  # the base gets the dropped part too: (x − x~) Wᵀ
-        rest = ops.product(inputs.whole - inputs.seen, transpose(weight))
-        y += sums(prepared.reduce, rest, xp=ops.xp)[0]
+    rest = inputs.rest
+    if rest is not None:
+        (of_rest,) = sums(prepared.reduce, ops.product(rest, transpose(weight)), xp=ops.xp)
+        y += of_rest
     y = _in_shape(as_dtype(y, x.dtype, xp=ops.xp), (*x.shape[:-1], weight.shape[-2]), ops=ops)
     return y, Cache(x, bias, low, z, prepared, dropout_mask)
 
@@ -223,12 +236,12 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     direction, scaled_b = prepared.direction, prepared.direction.factors.scaled_b
     ops = operations(dy=dy, x=x)
     check_output_gradient(dy, (*x.shape[:-1], weight.shape[-2]))
-    check_prepared(prepared, weight, prepared.adapter, config, ops=ops)
+    check_unwritten(prepared, ops=ops)
 
     # 1. Through y, g and n: rows = [dz; (q⊙(s B))ᵀ], low = rows (s B), dm = e / n, p = g⊙dm.
-    kind = dtype if mask is not None else ops.operand_dtype(dy, weight, dtype)
-    d = as_tokens(dy, weight, kind, xp=ops.xp)
-    inputs, tokens = _inputs(x, mask, weight, config, dtype, ops=ops), d.shape[-2]
+    d = as_tokens(dy, weight, _operand_dtype(dy, mask, weight, dtype, ops=ops), xp=ops.xp)
+    inputs = _inputs(x, mask, weight, config, dtype, ops=ops)
+    tokens = d.shape[-2]
     rows, low, dm, p, dbias = ops.output_gradients(
         d, z, prepared.gain, prepared.norm, scaled_b,
         exact=config.norm_gradient == "exact", with_bias=train_base and bias is not None,
@@ -244,11 +257,14 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     if train_base:
         dweight = ops.product(transpose(dz), inputs.seen)
         dweight = _weight_gradient(dweight, p, prepared, ops=ops)
-        if inputs.seen is not inputs.whole:
-            dweight += ops.product(transpose(d), inputs.whole - inputs.seen)
+        rest = inputs.rest
+        if rest is not None:
+            dweight += ops.product(transpose(d), rest)
 
-    # 4. Into x, and the q term of dA: rows V = [dz V; (q⊙(s B))ᵀ V]. It may write to `rows`.
-    update = ops.product(dlow, direction.factors.lora_a) if _drops_update(inputs, mask) else None
+    # 4. Into x, and the q term of dA: rows V = [dz V; (q⊙(s B))ᵀ V]. It writes to rows and low.
+    update = None  # s (dz B) A, for dropout "low_rank"
+    if inputs.update_only is not None:
+        update = ops.product(dlow, direction.factors.lora_a)
     dx, pull = direction.product(rows, low, tokens, x.dtype, round_later=mask is not None, ops=ops)
     if p is not None:
         da += pull
@@ -261,12 +277,18 @@ def _inputs(
     x: Array, mask: Array | None, weight: Array, config: Config, dtype: DType, *, ops: Operations
 ) -> _Inputs:
     """Return x, x~, and the one of the two that is the input of ρ⊙W."""
+    whole = as_tokens(x, weight, _operand_dtype(x, mask, weight, dtype, ops=ops), xp=ops.xp)
     if mask is None:
-        tokens = as_tokens(x, weight, ops.operand_dtype(x, weight, dtype), xp=ops.xp)
-        return _Inputs(tokens, tokens, tokens)
-    whole = as_tokens(x, weight, dtype, xp=ops.xp)
+        return _Inputs(whole, whole, whole)
     dropped = as_tokens(mask, weight, dtype, xp=ops.xp) * whole
     return _Inputs(whole, dropped, dropped if config.dropout == "input" else whole)
+
+
+def _operand_dtype(
+    array: Array, mask: Array | None, weight: Array, dtype: DType, *, ops: Operations
+) -> DType:
+    """Return the dtype in which products take x or dy. With a mask, it is the compute dtype."""
+    return dtype if mask is not None else ops.operand_dtype(array, weight, dtype)
 
 
 def _outputs(
@@ -278,12 +300,11 @@ def _outputs(
     """
     direction, gain = prepared.direction, prepared.gain
     low = ops.product(inputs.dropped, transpose(direction.factors.lora_a))
-    dropped = inputs.dropped if inputs.dropped is not inputs.seen else None
     if prepared.reduce is None:
-        z, y = direction.outputs(inputs.seen, low, gain, bias, base, dropped, ops=ops)
+        z, y = direction.outputs(inputs.seen, low, gain, bias, base, inputs.update_only, ops=ops)
         return low, z, y
     # Each rank has its part of L and of z. One sum over the ranks adds both up.
-    z = direction.transposed_product(inputs.seen, low, base, dropped, ops=ops)
+    z = direction.transposed_product(inputs.seen, low, base, inputs.update_only, ops=ops)
     z, low = sums(prepared.reduce, z, low, xp=ops.xp)
     return low, *ops.forward_epilogue(z, None, None, gain, bias)
 
@@ -305,11 +326,6 @@ def _weight_gradient(dv: Array, p: Array | None, prepared: Prepared, *, ops: Ope
     unit = row_scale[..., None] * as_dtype(weight, dv.dtype, xp=ops.xp)  # D
     (along,) = sums(prepared.reduce, ops.xp.sum(unit * dv, axis=-1), xp=ops.xp)
     return row_scale[..., None] * (dv - along[..., None] * unit)
-
-
-def _drops_update(inputs: _Inputs, mask: Array | None) -> bool:
-    """Return whether only the update s B A gets x~: dropout "low_rank"."""
-    return mask is not None and inputs.seen is inputs.whole
 
 
 def _through_dropout(

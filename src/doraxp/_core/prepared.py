@@ -32,9 +32,12 @@ class Prepared(NamedTuple):
     unit_projection: Array
     """V Aᵀ / n, and 0 where n = 0, shape (*stack, out, rank)."""
     weight_squares: Array
-    """‖w‖² by rows, shape (*stack, out)."""
+    """‖w‖² by rows, shape (*stack, out). With `reduce` it is the sum over the ranks."""
     snapshot: Snapshot | None
-    """A copy of the adapter's values, to notice a later write to its arrays."""
+    """A copy of the adapter's values, to notice a later write to its arrays.
+
+    None where the host cannot read values.
+    """
     reduce: Reduce | None = None
     """The sum over ranks that `prepare` was given."""
 
@@ -52,13 +55,14 @@ def prepare(
     previous: Prepared | None = None,
     reduce: Reduce | None = None,
 ) -> Prepared:
-    """Return n, g and V Aᵀ, which every forward and backward needs until the adapter changes.
+    """Return V, n, g and V Aᵀ / n: a forward and a backward need them until the adapter changes.
 
     ::
 
-        U  = ρ⊙(W Aᵀ)              (out, rank)
-        G  = A Aᵀ                  (rank, rank)
-        n² = ρ²⊙‖w‖² + 2s·rowsum(B⊙U) + s²·rowsum((B G)⊙B)
+        U    = ρ⊙(W Aᵀ)                (out, rank)
+        G    = A Aᵀ                    (rank, rank)
+        n²   = ρ²⊙‖w‖² + 2s·rowsum(B⊙U) + s²·rowsum((B G)⊙B)
+        V Aᵀ = U + s B G               (out, rank)
 
     In rows where this sum cancels, overflows or underflows, n is measured on V itself.
 
@@ -118,15 +122,16 @@ def prepare_checked(
 
 def prepare_with_product(
     x: Array, weight: Array, adapter: Adapter, config: Config, previous: Prepared,
-    reduce: Reduce | None, *, ops: Operations,
+    reduce: Reduce | None, dtype: DType, *, ops: Operations,
 ) -> tuple[Prepared, Array]:  # fmt: skip
     """Return the result of `prepare`, and x Wᵀ for x (*stack, tokens, in) in the compute dtype.
 
     One product makes both x Wᵀ and A Wᵀ. Beside many tokens, `rank` more rows cost little.
     """
     xp, tokens = ops.xp, x.shape[-2]
-    a, b, m = (as_dtype(leaf, x.dtype, xp=xp) for leaf in adapter)
-    product = ops.product(xp.concat([x, a], axis=-2), transpose(weight))
+    a, b, m = (as_dtype(leaf, dtype, xp=xp) for leaf in adapter)
+    rows = xp.concat([as_dtype(x, dtype, xp=xp), a], axis=-2)  # (tokens + rank, in)
+    product = ops.product(rows, transpose(weight))
     u = transpose(product[..., tokens:, :])  # W Aᵀ, (out, rank)
     leaves = Adapter(a, b, m)
     prepared = _measure(weight, adapter, leaves, config, previous, reduce, u, ops=ops)
@@ -210,3 +215,12 @@ def check_prepared(
         f"prepared must belong to this weight, adapter and config, but {changed}: "
         "call prepare again"
     )
+
+
+def check_unwritten(prepared: Prepared, *, ops: Operations) -> None:
+    """Refuse a cache whose adapter was written to since the forward."""
+    if not ops.unchanged(prepared.snapshot, prepared.adapter, prepared.adapter):
+        raise ValueError(
+            "cache must belong to the adapter of its forward, but the adapter has changed: "
+            "call forward again"
+        )

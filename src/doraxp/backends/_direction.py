@@ -29,7 +29,7 @@ class Factors(NamedTuple):
     """ρ, in the compute dtype; None for 1."""
 
 
-class Products(Protocol):
+class Arithmetic(Protocol):
     """The operations that a direction calls."""
 
     xp: Namespace
@@ -56,7 +56,7 @@ class Direction(Protocol):
 
     def transposed_product(
         self, x: Array, low: Array, base: Array | None = None, dropped: Array | None = None,
-        *, ops: Products,
+        *, ops: Arithmetic,
     ) -> Array:  # fmt: skip
         """Return z = x Vᵀ: (*stack, tokens, in) -> (*stack, tokens, out).
 
@@ -66,24 +66,31 @@ class Direction(Protocol):
 
     def outputs(
         self, x: Array, low: Array, gain: Array, bias: Array | None,
-        base: Array | None = None, dropped: Array | None = None, *, ops: Products,
+        base: Array | None = None, dropped: Array | None = None, *, ops: Arithmetic,
     ) -> tuple[Array, Array]:  # fmt: skip
-        """Return z as `transposed_product` does, and y = g⊙z + bias: (*stack, tokens, out)."""
+        """Return z as `transposed_product` does, and y = g⊙z + bias: (*stack, tokens, out).
+
+        Where z has to be summed over ranks before y, the caller uses `transposed_product`.
+        """
 
     def product(
         self, d: Consumed, low: Consumed, tokens: int, dtype: DType,
-        *, round_later: bool = False, ops: Products,
+        *, round_later: bool = False, ops: Arithmetic,
     ) -> tuple[Array, Array]:  # fmt: skip
         """Return d V: (*stack, tokens + k, out) -> (*stack, tokens, in) and (*stack, k, in).
 
-        `low` is d s B. The first result is in `dtype`, the second in the compute dtype. With
-        `round_later` both are in the compute dtype: the caller rounds the first to `dtype` later.
+        `low` is d s B, which the caller has made for dA. The first result is in `dtype`, the second
+        in the compute dtype. With `round_later` both are in the compute dtype: the caller rounds
+        the first to `dtype` later.
         """
 
-    def projection(self, factored: Array, *, ops: Products) -> Array:
-        """Return V Aᵀ, (*stack, out, rank). `factored` is V Aᵀ computed from the factors alone."""
+    def projection(self, factored: Array, *, ops: Arithmetic) -> Array:
+        """Return V Aᵀ, (*stack, out, rank), given U + s B G, which is V Aᵀ by the factors alone.
 
-    def dense(self, *, ops: Products) -> Array:
+        Only the rows of V that are stored are multiplied by Aᵀ anew.
+        """
+
+    def dense(self, *, ops: Arithmetic) -> Array:
         """Return V, shape (*stack, out, in), in the compute dtype."""
 
     def with_weight(self, weight: Array) -> Direction:
@@ -97,7 +104,7 @@ class Factored(NamedTuple):
 
     def transposed_product(
         self, x: Array, low: Array, base: Array | None = None, dropped: Array | None = None,
-        *, ops: Products,
+        *, ops: Arithmetic,
     ) -> Array:  # fmt: skip
         """Return ρ⊙(x Wᵀ) + L (s B)ᵀ."""
         weight, _, scaled_b, row_scale = self.factors
@@ -108,7 +115,7 @@ class Factored(NamedTuple):
 
     def outputs(
         self, x: Array, low: Array, gain: Array, bias: Array | None,
-        base: Array | None = None, dropped: Array | None = None, *, ops: Products,
+        base: Array | None = None, dropped: Array | None = None, *, ops: Arithmetic,
     ) -> tuple[Array, Array]:  # fmt: skip
         """Return z and y. One operation makes both, so z is read from memory once."""
         weight, _, scaled_b, row_scale = self.factors
@@ -117,7 +124,7 @@ class Factored(NamedTuple):
 
     def product(
         self, d: Consumed, low: Consumed, tokens: int, dtype: DType,
-        *, round_later: bool = False, ops: Products,
+        *, round_later: bool = False, ops: Arithmetic,
     ) -> tuple[Array, Array]:  # fmt: skip
         """Return (ρ⊙d) W + (d s B) A."""
         weight, a, _, row_scale = self.factors
@@ -126,11 +133,11 @@ class Factored(NamedTuple):
         result = ops.accumulate(ops.product(d, weight), low, a)
         return split_rows(result, tokens, None if round_later else dtype, ops=ops)
 
-    def projection(self, factored: Array, *, ops: Products) -> Array:
+    def projection(self, factored: Array, *, ops: Arithmetic) -> Array:
         """Return `factored`."""
         return factored
 
-    def dense(self, *, ops: Products) -> Array:
+    def dense(self, *, ops: Arithmetic) -> Array:
         """Return ρ⊙W + (s B) A."""
         return form(self.factors, self.factors.lora_a.dtype, xp=ops.xp)
 
@@ -148,7 +155,7 @@ class Dense(NamedTuple):
 
     def transposed_product(
         self, x: Array, low: Array, base: Array | None = None, dropped: Array | None = None,
-        *, ops: Products,
+        *, ops: Arithmetic,
     ) -> Array:  # fmt: skip
         """Return x Vᵀ by one product."""
         z = ops.product(x, transpose(self.v))
@@ -156,7 +163,7 @@ class Dense(NamedTuple):
 
     def outputs(
         self, x: Array, low: Array, gain: Array, bias: Array | None,
-        base: Array | None = None, dropped: Array | None = None, *, ops: Products,
+        base: Array | None = None, dropped: Array | None = None, *, ops: Arithmetic,
     ) -> tuple[Array, Array]:  # fmt: skip
         """Return z and y = g⊙z + bias."""
         z = self.transposed_product(x, low, base, dropped, ops=ops)
@@ -164,16 +171,16 @@ class Dense(NamedTuple):
 
     def product(
         self, d: Consumed, low: Consumed, tokens: int, dtype: DType,
-        *, round_later: bool = False, ops: Products,
+        *, round_later: bool = False, ops: Arithmetic,
     ) -> tuple[Array, Array]:  # fmt: skip
         """Return d V by one product."""
         return split_rows(ops.product(d, self.v), tokens, None if round_later else dtype, ops=ops)
 
-    def projection(self, factored: Array, *, ops: Products) -> Array:
+    def projection(self, factored: Array, *, ops: Arithmetic) -> Array:
         """Return V Aᵀ by one product."""
         return ops.product(self.v, transpose(self.factors.lora_a))
 
-    def dense(self, *, ops: Products) -> Array:
+    def dense(self, *, ops: Arithmetic) -> Array:
         """Return the stored V."""
         return self.v
 
@@ -192,7 +199,7 @@ def form(factors: Factors, dtype: DType, *, xp: Namespace) -> Array:
 
 
 def see_dropped(
-    z: Consumed, x: Array, dropped: Array | None, factors: Factors, *, ops: Products
+    z: Consumed, x: Array, dropped: Array | None, factors: Factors, *, ops: Arithmetic
 ) -> Array:
     """Return z = x Vᵀ with x~ = `dropped` in place of x in the update: z + ((x~ − x) Aᵀ) (s B)ᵀ."""
     if dropped is None:
@@ -201,7 +208,9 @@ def see_dropped(
     return ops.accumulate(z, low, transpose(factors.scaled_b))
 
 
-def split_rows(product: Array, tokens: int, dtype: DType, *, ops: Products) -> tuple[Array, Array]:
+def split_rows(
+    product: Array, tokens: int, dtype: DType, *, ops: Arithmetic
+) -> tuple[Array, Array]:
     """Return the first `tokens` rows (*stack, tokens + k, in) in `dtype`, and the other k rows.
 
     None for `dtype` keeps the dtype of the rows.

@@ -216,7 +216,7 @@ class Operations:
         magnitude: Array, reduce: Reduce | None,
     ) -> Norm:  # fmt: skip
         """Return the results of `norm_and_direction`, given those of `expanded_norm`."""
-        norm, direction = self._guard(trusted, norm, factors, reduce)
+        norm, direction = self._measure_on_v(trusted, norm, factors, reduce)
         if reduce is None:
             projection = direction.projection(projection, ops=self)
         elif not isinstance(direction, Factored):
@@ -227,7 +227,7 @@ class Operations:
         gain, unit = self.over_norm(magnitude, norm), self.over_norm(projection, norm)
         return Norm(norm, gain, unit, direction)
 
-    def _guard(
+    def _measure_on_v(
         self, trusted: Array, norm: Consumed, factors: Factors, reduce: Reduce | None
     ) -> tuple[Array, Direction]:
         """Return the norms and V. In rows that are not trusted, the norm is measured on V.

@@ -15,10 +15,10 @@ import numpy as np
 
 from doraxp._base.types import Adapter, DType, Reduce, Snapshot
 from doraxp.backends._direction import (
+    Arithmetic,
     Direction,
     Factored,
     Factors,
-    Products,
     form,
     see_dropped,
     split_rows,
@@ -28,7 +28,6 @@ from doraxp.backends._generic import (
     Norm,
     Operations,
     OutputGradients,
-    expanded_norm,
     in_range,
     safe_row_norms,
     same_values,
@@ -68,7 +67,7 @@ class Patched(NamedTuple):
     def transposed_product(
         self, x: NumpyArray, low: NumpyArray, base: NumpyArray | None = None,
         dropped: NumpyArray | None = None,
-        *, ops: Products,
+        *, ops: Arithmetic,
     ) -> NumpyArray:  # fmt: skip
         """Multiply by the factors, then replace the columns that belong to stored rows of V."""
         if dropped is not None:
@@ -80,7 +79,7 @@ class Patched(NamedTuple):
 
     def outputs(
         self, x: NumpyArray, low: NumpyArray, gain: NumpyArray, bias: NumpyArray | None,
-        base: NumpyArray | None = None, dropped: NumpyArray | None = None, *, ops: Products,
+        base: NumpyArray | None = None, dropped: NumpyArray | None = None, *, ops: Arithmetic,
     ) -> tuple[NumpyArray, NumpyArray]:  # fmt: skip
         """Return z and y = g⊙z + bias."""
         z = self.transposed_product(x, low, base, dropped, ops=ops)
@@ -88,7 +87,7 @@ class Patched(NamedTuple):
 
     def product(
         self, d: ConsumedArray, low: ConsumedArray, tokens: int, dtype: DType,
-        *, round_later: bool = False, ops: Products,
+        *, round_later: bool = False, ops: Arithmetic,
     ) -> tuple[NumpyArray, NumpyArray]:  # fmt: skip
         """Multiply the columns of d that belong to stored rows by these, the others by factors."""
         parts = [d[element][..., rows] @ values for element, rows, values in self.patches]
@@ -102,15 +101,15 @@ class Patched(NamedTuple):
             result[element][...] += part
         return split_rows(result, tokens, None if round_later else dtype, ops=ops)
 
-    def projection(self, factored: NumpyArray, *, ops: Products) -> NumpyArray:
+    def projection(self, factored: NumpyArray, *, ops: Arithmetic) -> NumpyArray:
         """Return `factored`, with the rows that are stored multiplied by Aᵀ anew."""
         projection, a = factored.copy(), transpose(self.factors.lora_a)
         for element, rows, values in self.patches:
             projection[element][rows] = values @ a[element]
         return projection
 
-    def dense(self, *, ops: Products) -> NumpyArray:
-        """Return V."""
+    def dense(self, *, ops: Arithmetic) -> NumpyArray:
+        """Return V, formed from its factors: a sum that is formed does not cancel further."""
         return form(self.factors, self.factors.lora_a.dtype, xp=ops.xp)
 
     def with_weight(self, weight: NumpyArray) -> Patched:
@@ -229,26 +228,19 @@ class NumpyOperations(Operations):
                 norm[element][rows] = safe_row_norms(values, reduce, xp=self.xp)
         return norm
 
-    def norm_and_direction(
-        self, u: NumpyArray, gram: NumpyArray, squares: NumpyArray, factors: Factors,
-        magnitude: NumpyArray, reduce: Reduce | None = None,
+    def _guarded_norm(
+        self, norm: ConsumedArray, projection: NumpyArray, trusted: NumpyArray, factors: Factors,
+        magnitude: NumpyArray, reduce: Reduce | None,
     ) -> Norm:  # fmt: skip
         """Return n, g, V Aᵀ / n and V. If all rows are trusted, n > 0: saves the masks of n = 0."""
-        expanded: tuple[NumpyArray, NumpyArray, NumpyArray] = expanded_norm(
-            u, gram, squares, factors.scaled_b, factors.row_scale, factors.weight.shape[-1],
-            xp=self.xp,
-        )  # fmt: skip
-        norm, projection, trusted = expanded
         if trusted.all():
             return Norm(norm, magnitude / norm, projection / norm[..., None], Factored(factors))
-        return self._guarded_norm(norm, projection, trusted, factors, magnitude, reduce)
+        return super()._guarded_norm(norm, projection, trusted, factors, magnitude, reduce)
 
-    def _guard(
+    def _measure_on_v(
         self, trusted: NumpyArray, norm: ConsumedArray, factors: Factors, reduce: Reduce | None
     ) -> tuple[NumpyArray, Direction]:
         """Compute only the rows of V that are not trusted, and store those whose norm is not 0."""
-        if trusted.all():
-            return norm, Factored(factors)
         patches = []
         for element, rows in _indices(~trusted):
             values = form(_pick(factors, element, rows), norm.dtype, xp=self.xp)
@@ -263,7 +255,10 @@ class NumpyOperations(Operations):
     # Merging
 
     def merge(self, direction: Direction, gain: NumpyArray) -> NumpyArray:
-        """Return W' = g⊙V by blocks of rows. Saves V and g⊙V, arrays (out, in)."""
+        """Return W' = g⊙V by blocks of rows. Saves V and g⊙V, arrays (out, in).
+
+        Each block of V is formed anew, so stored rows are not read.
+        """
         result, blocks = _merged_blocks(direction.factors, gain.dtype)
         for rows, v in blocks:
             v *= gain[..., rows, None]

@@ -11,7 +11,7 @@ from doraxp.checkpoint._adapters import AdapterSet
 from doraxp.checkpoint._change import change, joined, update_squares
 from doraxp.checkpoint._engine import load_engine
 from doraxp.checkpoint._model import Model
-from doraxp.checkpoint._options import Options, compute_dtype
+from doraxp.checkpoint._options import Options, merge_dtype
 from doraxp.checkpoint._plan import MergedTensor, plan
 from doraxp.checkpoint._rows import merged_blocks
 from doraxp.layers import AdaptedLayer
@@ -69,7 +69,7 @@ def look_at_base(model: Model, adapters: AdapterSet) -> dict[str, Against]:
     for name, task in plan(model, adapters).items():
         if isinstance(task, MergedTensor):
             layer = adapters.read(task.layer)
-            dtype = compute_dtype(task.source.tensor, entries[name].tensors[name], Options())
+            dtype = merge_dtype(task.source.tensor, entries[name].tensors[name], Options())
             blocks = merged_blocks(name, task.source, layer, engine, dtype)
             norms = [block.norms for block in blocks]
             moved = change(norms, layer)

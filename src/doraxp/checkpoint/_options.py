@@ -30,7 +30,7 @@ def written_as(tensor: Tensor, options: Options) -> Tensor:
     return Tensor(options.dtype, tensor.shape, items * DTYPES[options.dtype].itemsize)
 
 
-def compute_dtype(read: Tensor, written: Tensor, options: Options) -> str:
+def merge_dtype(read: Tensor, written: Tensor, options: Options) -> str:
     """Return the dtype to compute in, "float32" or "float64"."""
     narrow = {read.dtype, written.dtype} <= {"F16", "BF16"}
     return options.compute or ("float32" if narrow else "float64")

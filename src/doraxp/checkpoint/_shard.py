@@ -16,7 +16,7 @@ from doraxp.checkpoint._adapters import AdapterSet
 from doraxp.checkpoint._change import Change, change
 from doraxp.checkpoint._engine import Reused, load_engine
 from doraxp.checkpoint._errors import CheckpointError
-from doraxp.checkpoint._options import Options, compute_dtype, written_as
+from doraxp.checkpoint._options import Options, merge_dtype, written_as
 from doraxp.checkpoint._plan import CopiedTensor, MergedTensor, ReplacedTensor, Task
 from doraxp.checkpoint._rows import merged_blocks, row_blocks
 from doraxp.checkpoint._safetensors import DTYPES, Reader, Source
@@ -59,7 +59,7 @@ def merge_shard(
             match tasks[name]:
                 case MergedTensor(source, _, stored):
                     layer, norms = adapters.read(stored), []
-                    dtype = compute_dtype(source.tensor, tensor, options)
+                    dtype = merge_dtype(source.tensor, tensor, options)
                     for block in merged_blocks(name, source, layer, engine, dtype):
                         output.write_array(name, block.merged, tensor)
                         norms.append(block.norms)

@@ -40,8 +40,8 @@ def name_of(array: DeviceArray) -> str:
     return dtype_name(array.dtype)
 
 
-def compute_dtype(array: DeviceArray) -> DType:
-    """Return the dtype to compute in."""
+def wide_dtype(array: DeviceArray) -> DType:
+    """Return float32 for 16 bits, else the array's own dtype."""
     return np.dtype(np.float32) if name_of(array) in LOW else array.dtype
 
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from doraxp._base.types import Consumed, DType
-from doraxp.backends import _direction
 from doraxp.backends._cupy.arrays import LOW, DeviceArray, name_of, packed
 from doraxp.backends._cupy.guard import Guard, Suspects
 from doraxp.backends._cupy.passes import Passes
 from doraxp.backends._cupy.products import is_reduced
-from doraxp.backends._direction import Factored, Factors, form, see_dropped
+from doraxp.backends._direction import Arithmetic, Factored, Factors, form, see_dropped
 
 
 class DevicePatched(NamedTuple):
@@ -30,7 +29,7 @@ class DevicePatched(NamedTuple):
 
     def transposed_product(
         self, x: DeviceArray, low: DeviceArray, base: DeviceArray | None = None,
-        dropped: DeviceArray | None = None, *, ops: _direction.Products,
+        dropped: DeviceArray | None = None, *, ops: Arithmetic,
     ) -> DeviceArray:  # fmt: skip
         """Return x Vᵀ. The guard overwrites the columns of suspect rows."""
         if dropped is not None:
@@ -42,7 +41,7 @@ class DevicePatched(NamedTuple):
     def outputs(
         self, x: DeviceArray, low: DeviceArray, gain: DeviceArray, bias: DeviceArray | None,
         base: DeviceArray | None = None, dropped: DeviceArray | None = None, *,
-        ops: _direction.Products,
+        ops: Arithmetic,
     ) -> tuple[DeviceArray, DeviceArray]:  # fmt: skip
         """Return z and y by one pass, or for one token by one launch."""
         if base is not None or dropped is not None:
@@ -65,7 +64,7 @@ class DevicePatched(NamedTuple):
 
     def product(
         self, d: Consumed, low: Consumed, tokens: int, dtype: DType,
-        *, round_later: bool = False, ops: _direction.Products,
+        *, round_later: bool = False, ops: Arithmetic,
     ) -> tuple[DeviceArray, DeviceArray]:  # fmt: skip
         """Return d V. Both arguments are overwritten."""
         # Rounded to the dtype of W, now or later, the first rows keep no more digits than W has.
@@ -74,16 +73,16 @@ class DevicePatched(NamedTuple):
         dx, below = result[..., :tokens, :], result[..., tokens:, :]
         return dx if round_later else self.guard.products.cast(dx, dtype), below
 
-    def projection(self, factored: DeviceArray, *, ops: _direction.Products) -> DeviceArray:
+    def projection(self, factored: DeviceArray, *, ops: Arithmetic) -> DeviceArray:
         """Return `factored`: the norm's kernels have replaced the suspect rows."""
         return factored
 
-    def dense(self, *, ops: _direction.Products) -> DeviceArray:
+    def dense(self, *, ops: Arithmetic) -> DeviceArray:
         """Return V."""
         return form(self.factors, self.suspects.switches.dtype, xp=ops.xp)
 
     def with_weight(self, weight: DeviceArray) -> DevicePatched:
         """Return the direction with another object for W."""
         factors = self.factors._replace(weight=weight)
-        laid = factors if weight is None else self.guard.laid(factors)
-        return self._replace(factors=factors, suspects=self.suspects._replace(factors=laid))
+        suspects = self.suspects._replace(factors=self.guard.laid(factors))
+        return self._replace(factors=factors, suspects=suspects)

@@ -19,12 +19,12 @@ from doraxp._base.types import DType, Namespace
 from doraxp.backends._cupy.arrays import (
     LOW,
     DeviceArray,
-    compute_dtype,
     dtype_name,
     for_blas,
     name_of,
     one_type,
     packed,
+    wide_dtype,
 )
 from doraxp.backends._cupy.device import Cuda
 from doraxp.backends._cupy.signatures import Cast, Split, SumChunks, SumParts, Token
@@ -70,7 +70,7 @@ class Products:
 
     def product(self, left: DeviceArray, right: DeviceArray) -> DeviceArray:
         """Return left right in the compute dtype. One token takes one launch."""
-        dtype = np.promote_types(compute_dtype(left), compute_dtype(right))
+        dtype = np.promote_types(wide_dtype(left), wide_dtype(right))
         rows = self.xp.matrix_transpose(right)
         if not self.takes_token(left, rows, dtype):
             return self.multiply(left, right, dtype)
@@ -165,7 +165,7 @@ class Products:
             low = next((array for array in (left, right) if name_of(array) in LOW), None)
             wide = left if low is right else right
             if low is None or name_of(wide) != "float32":  # float64, or float16 and bfloat16
-                common = np.promote_types(compute_dtype(left), compute_dtype(right))
+                common = np.promote_types(wide_dtype(left), wide_dtype(right))
                 left, right = (xp.astype(array, common, copy=False) for array in (left, right))
             elif reduced:
                 rounded = self.cast(wide, low.dtype)
@@ -249,7 +249,7 @@ class Products:
         self.cuda.launch(arguments, types, (few, across, 1))
         return parts, shrink
 
-    # What products and other parts of the backend need besides
+    # Helpers of products and of other parts of the backend
 
     def sum_chunks(self, partial: DeviceArray) -> DeviceArray:
         """Return the sums over chunks, one after the other: (*stack, chunks, k) -> (*stack, k)."""
