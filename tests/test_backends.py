@@ -179,7 +179,7 @@ def test_a_merge_that_measures_equals_a_merge_with_a_known_norm(rng, form):
 
 
 def test_the_guard_stores_no_rows_of_zeros():
-    factors = Factors(np.zeros((7, 6)), None, None, None)
+    factors = Factors(np.zeros((7, 6)), np.zeros((2, 6)), np.zeros((7, 2)), None)
     norm, direction = NUMPY._guard(np.zeros(7, bool), np.ones(7), factors, None)
     assert direction == Factored(factors)
     assert (norm == 0).all()
