@@ -276,7 +276,8 @@ def test_rows_of_zeros_are_measured_and_not_listed(backend):
     suspect[0, 5] = False
     ops = operations(weight=backend.asarray(weight))
     norm = backend.asarray(np.full((2, 6), 7, "float32"))
-    factors = Factors(backend.asarray(weight), None, None, None)
+    zeros = (np.zeros(shape, "float32") for shape in ((2, 1, 5), (2, 6, 1)))
+    factors = Factors(backend.asarray(weight), *map(backend.asarray, zeros), None)
     norm, direction = guarded(backend, ops, ~suspect, norm, factors)
     rows, count, switches, *_ = map(backend.numpy, direction.suspects[:3])
     np.testing.assert_array_equal(rows[: count[0]], [1, 3, 7, 9, 11])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from types import ModuleType
-from typing import Any
 
 import array_api_compat
 import array_api_compat.numpy
@@ -106,8 +105,8 @@ def _namespace(name: str, array: Array) -> Namespace:
     return namespace
 
 
-def _device(array: Array) -> Any:
-    device = array_api_compat.device(array)
+def _device(array: Array) -> object:
+    device: object = array_api_compat.device(array)
     return getattr(device, "device_set", device)  # JAX: compare the sets of devices
 
 

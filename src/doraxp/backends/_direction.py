@@ -94,7 +94,10 @@ class Direction(Protocol):
         """Return V, shape (*stack, out, in), in the compute dtype."""
 
     def with_weight(self, weight: Array) -> Direction:
-        """Return the direction with another object for W. It must hold the same numbers."""
+        """Return the direction with another object for W.
+
+        A product with the direction needs one with the same numbers.
+        """
 
 
 class Factored(NamedTuple):

@@ -1,0 +1,29 @@
+"""Calls with arrays of NumPy that mypy must accept: `nox -s typecheck` checks this file."""
+
+from __future__ import annotations
+
+from typing import Any, assert_type
+
+import numpy as np
+from numpy.typing import NDArray
+
+import doraxp
+from doraxp._base.types import Array
+
+
+def layer(x: NDArray[np.float32], weight: NDArray[np.float16], b: NDArray[np.float64]) -> None:
+    config = doraxp.Config(rank=1)
+    adapter = doraxp.init(weight, config, seed=0)._replace(lora_b=b)
+    y, cache = doraxp.forward(x, weight, adapter, config, bias=None)
+    assert_type(y, Array)
+    assert_type(doraxp.backward(x, cache).x, Array)
+    assert_type(doraxp.merge(weight, adapter, config), Array)
+    assert_type(doraxp.Adapter(x, b, b).magnitude, Array)
+
+
+def any_array(array: np.ndarray[Any, np.dtype[Any]]) -> Array:
+    return array
+
+
+def not_an_array() -> None:
+    doraxp.decompose([[3.0, 4.0]])  # type: ignore[arg-type]  # mypy reports it if it is unused
