@@ -63,9 +63,8 @@ def tests(session: nox.Session, backend: str) -> None:
     if backend in NO_OVERRIDES:
         options = [*options, "--ignore=tests/test_operations.py"]
     pytest(session, *lanes, *options, "tests")
-    pytest(
-        session, f"docs/backends/{backend}.md"
-    )  # another process: the page registers types with JAX
+    # In a process of its own: the page registers types with JAX.
+    pytest(session, f"docs/backends/{backend}.md")
     if backend == "jax":
         pytest(session, "--doctest-modules", "--pyargs", "doraxp.jax")
 
