@@ -73,7 +73,7 @@ def drawn(request):
 
 
 def rounded(array):
-    """Return what a library stores, in float64."""
+    """Return the numbers that a library stores, in float64."""
     return None if array is None else np.asarray(array).astype("float64")
 
 
@@ -465,7 +465,7 @@ def test_one_token_of_a_stack_whose_rank_is_over_a_warp(backend, put, biased):
 @pytest.mark.parametrize("which", ["part", "every second", "transposed"])
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_a_weight_may_have_any_strides(backend, dtype, form, which, tokens):
-    """One row cancels. What is prepared belongs to the given array, not to a copy of it."""
+    """One row cancels. The prepared norm belongs to the given array, not to a copy of it."""
     rng, xp = np.random.default_rng(0), backend.namespace()
     values, b = rng.standard_normal((24, 40)), rng.standard_normal((24, 3))
     a = rng.uniform(0.5, 1, (3, 40))
