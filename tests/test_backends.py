@@ -15,14 +15,16 @@ import pytest
 
 import doraxp
 from doraxp import Adapter, Config, backends
-from doraxp.backends import Dense, Factored, Factors, Operations, _boundary
+from doraxp.backends import Dense, Factored, Factors, Operations, _boundary, _numpy, transpose
 from doraxp.backends._cupy import operations as _cupy
+from doraxp.backends._generic import least_sum
 from doraxp.backends._numpy import NumpyOperations, Patched
 from doraxp.backends._torch import TorchOperations
 
 GENERIC = Operations(array_api_compat.numpy)
 NUMPY = NumpyOperations(array_api_compat.numpy)
 LOW = ("float16", ml_dtypes.bfloat16, "float32")
+BLOCKS = [name for name in vars(_numpy) if name.endswith("_BLOCK")]
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def rng():
 
 @pytest.fixture(params=[1 << 20, 3 * 6], ids=["one-block", "many-blocks"])
 def _blocks(request, monkeypatch):
-    for name in ("CACHE_BLOCK", "PRODUCT_BLOCK"):
+    for name in BLOCKS:
         monkeypatch.setattr(f"doraxp.backends._numpy.{name}", request.param)
 
 
@@ -190,6 +192,18 @@ def test_the_guard_stores_no_rows_of_zeros():
     assert (norm == 0).all()
 
 
+def test_the_guard_stores_a_row_only_if_its_norm_is_not_0(rng):
+    weight, b = rng.standard_normal((7, 6)), rng.standard_normal((7, 2))
+    weight[2], b[2] = 0, 0
+    trusted = np.ones(7, bool)
+    trusted[[2, 4]] = False
+    factors = Factors(weight, rng.standard_normal((2, 6)), b, None)
+    norm, direction = NUMPY._measure_on_v(trusted, np.ones(7), factors, None)
+    (patch,) = direction.patches
+    assert list(patch.rows) == [4]
+    assert norm[2] == 0
+
+
 def test_squares_that_underflow_are_not_trusted():
     """‖A_r‖² is 0 in float32, though B A is not small beside W: V must be measured."""
     rng = np.random.default_rng(2)
@@ -337,11 +351,33 @@ def test_the_generic_guard_stores_all_of_v_or_no_row_of_it(rng, row_scale):
     x, d = rng.standard_normal((5, 6)), rng.standard_normal((5, 7))
     low = "not used"
     np.testing.assert_allclose(direction.transposed_product(x, low, ops=GENERIC), x @ v.T)
+    gain, bias = rng.standard_normal((2, 7))
+    z, y = direction.outputs(x, low, gain, bias, ops=GENERIC)
+    np.testing.assert_allclose(z, x @ v.T)
+    np.testing.assert_allclose(y, gain * (x @ v.T) + bias)
     dx, rest = direction.product(d, low, 5, d.dtype, ops=GENERIC)
     np.testing.assert_allclose(dx, d @ v)
     assert rest.shape == (0, 6)
     nothing = np.empty(0)
     assert direction.with_weight(nothing) == (factors._replace(weight=nothing), direction.v)
+    assert Factored(factors).with_weight(nothing).factors.weight is nothing
+
+
+def test_generic_row_norms_survive_overflow():
+    weight = np.array([[3e30, 4e30], [3, 4]], "float32")
+    with np.errstate(over="ignore"):
+        norms = GENERIC.row_norms(weight, GENERIC.row_squares(weight, np.float32))
+    np.testing.assert_allclose(norms, [5e30, 5], rtol=1e-6)
+
+
+def test_an_array_without_mt_is_transposed_by_its_library(monkeypatch):
+    class NoMT:
+        """As Dask's arrays."""
+
+    xp = types.SimpleNamespace(matrix_transpose=lambda array: ("transposed", array))
+    monkeypatch.setattr("doraxp.backends._dtypes.array_namespace", lambda array: xp)
+    array = NoMT()
+    assert transpose(array) == ("transposed", array)
 
 
 def test_a_library_without_overrides_gets_the_generic_operations(monkeypatch):
@@ -358,6 +394,36 @@ def test_an_adapter_is_compared_by_value(ops):
         leaf = getattr(adapter, name).copy()
         leaf[-1] = value
         assert not ops.unchanged(snapshot, adapter, adapter._replace(**{name: leaf}))
+
+
+@pytest.mark.parametrize("ops", [GENERIC, NUMPY])
+def test_a_write_after_the_snapshot_is_noticed(ops):
+    adapter = Adapter(np.ones(2), np.ones(3), np.ones(4))
+    snapshot = ops.snapshot(adapter)
+    adapter.lora_b[1] = 5.0
+    assert not ops.unchanged(snapshot, adapter, adapter)
+
+
+@pytest.mark.parametrize("ops", [GENERIC, NUMPY])
+def test_equal_values_of_another_dtype_are_a_change(ops):
+    then = Adapter(*(np.zeros(size, "float16") for size in (2, 3, 4)))
+    snapshot = ops.snapshot(then)
+    assert not ops.unchanged(snapshot, then, then._replace(lora_b=np.zeros(4, "float16")))
+    for other in ("float32", ml_dtypes.bfloat16):
+        assert not ops.unchanged(snapshot, then, then._replace(lora_b=np.zeros(3, other)))
+
+
+def test_numpy_compares_with_a_snapshot_of_another_library():
+    adapter = Adapter(np.ones(2), np.ones(3), np.ones(4))
+    snapshot = GENERIC.snapshot(adapter)
+    assert NUMPY.unchanged(snapshot, adapter, Adapter(*(leaf.copy() for leaf in adapter)))
+    adapter.magnitude[1] = 5.0
+    assert not NUMPY.unchanged(snapshot, adapter, adapter)
+
+
+def test_the_bound_on_a_sum_of_squares_grows_with_its_terms():
+    one, many = (least_sum(np.dtype("float32"), terms, xp=np) for terms in (1, 100))
+    assert many == 100 * one
 
 
 class Foreign(np.ndarray):

@@ -88,3 +88,22 @@ def test_scaling_the_magnitude_turns_nothing(backend, draw, assert_close):
     change = backend.run(doraxp.magnitude_direction_change, weight, doubled)
     assert_close(change.magnitude_rows, adapter.magnitude, rtol=1e-15)
     assert float(np.max(backend.numpy(change.direction_rows))) < 1e-30
+
+
+def test_nan_in_a_row_stays_nan_in_both_forms(backend, draw):
+    """A row with NaN must not pass for a row that is too short to have a direction."""
+    weight = backend.numpy(draw(7, 6)).copy()
+    weight[2, 3] = np.nan
+    weight, config = backend.asarray(weight), Config(2, form="direction")
+    adapter = doraxp.init(weight, config, seed=0)
+    norm = backend.numpy(backend.run(doraxp.prepare, weight, adapter, config).norm)
+    np.testing.assert_array_equal(np.isnan(norm), np.arange(7) == 2)
+
+
+def test_every_leaf_of_the_adapter_widens_the_compute_dtype(backend, draw):
+    weight, config = draw(7, 6, dtype="float32"), Config(2)
+    adapter = doraxp.init(weight, config, seed=0)
+    xp = backend.namespace()
+    for name, leaf in adapter._asdict().items():
+        wide = adapter._replace(**{name: xp.astype(leaf, xp.float64)})
+        assert doraxp.prepare(weight, wide, config).norm.dtype == xp.float64

@@ -338,3 +338,22 @@ def test_a_mask_of_another_library_is_refused(torch):
 def test_an_unknown_kind_of_dropout_is_refused():
     with pytest.raises(ValueError, match=r"dropout must be one of .*low_rank.* got 'output'"):
         Config(3, dropout="output")
+
+
+@pytest.mark.parametrize("dropout", MODES)
+def test_dx_is_rounded_once(dropout):
+    """The mask scales dx before it is rounded to the dtype of x."""
+    rng, config = np.random.default_rng(3), Config(3, dropout=dropout)
+    weight = rng.standard_normal((7, 6)).astype("float16")
+    adapter = doraxp.init(weight, config, seed=0)
+    adapter = adapter._replace(lora_b=rng.standard_normal((7, 3)).astype("float32"))
+    x, dy = (rng.standard_normal((50, k)).astype("float16") for k in (6, 7))
+    mask = ((rng.uniform(size=x.shape) > 0.3) / 0.7).astype("float16")
+
+    def dx(dtype):
+        _, cache = doraxp.forward(
+            x.astype(dtype), weight, adapter, config, dropout_mask=mask.astype(dtype)
+        )
+        return doraxp.backward(dy.astype(dtype), cache).x
+
+    np.testing.assert_array_equal(dx("float16"), dx("float32").astype("float16"))

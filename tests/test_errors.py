@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -145,6 +147,11 @@ class TestPrepared:
                 doraxp.forward(draw(5, 6), weight, changed, config, prepared=prepared)
             with pytest.raises(ValueError, match="but the adapter has changed"):
                 doraxp.merge(weight, changed, config, prepared=prepared)
+
+    def test_an_equal_config_is_accepted(self, draw, layer):
+        weight, adapter, config = layer
+        prepared = doraxp.prepare(weight, adapter, config)
+        doraxp.forward(draw(5, 6), weight, adapter, replace(config), prepared=prepared)
 
     def test_another_config(self, draw, layer):
         weight, adapter, config = layer

@@ -1124,6 +1124,7 @@ def test_layers_without_a_bias_need_no_trained_bias(tmp_path):
     [
         ("block.0.z.weight", np.ones((2, 2), "f4"), "the base has no tensor block.0.z.weight for"),
         ("block.0.q.bias", np.ones(9, "f4"), "(9,) does not fit block.0.q.bias (7,)"),
+        ("block.0.q.bias", np.ones(7, "i4"), "block.0.q.bias must be of dtype"),
         ("block.0.q.lora_A.default.weight", np.ones((2, 5), "f4"), "name the same tensor"),
         ("c.lora_A.weight", np.ones(5, "f4"), "the magnitude is missing of c"),
     ],

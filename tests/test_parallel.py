@@ -302,3 +302,18 @@ def test_a_reduce_that_returns_another_kind_of_array_is_an_error(result):
     layer, config = make()
     with pytest.raises(ValueError, match="reduce must return an array of shape"):
         doraxp.prepare(layer["weight"], layer["adapter"], config, reduce=result)
+
+
+def test_a_bound_method_is_the_same_reduce_each_time():
+    """Python makes another object at each look at a method."""
+
+    class OneRank:
+        def total(self, part):
+            return part + 0
+
+    rng, rank, config = np.random.default_rng(0), OneRank(), Config(2)
+    weight, x = rng.standard_normal((7, 6)), rng.standard_normal((5, 6))
+    adapter = doraxp.init(weight, config, seed=0)
+    prepared = doraxp.prepare(weight, adapter, config, reduce=rank.total)
+    y, _ = doraxp.forward(x, weight, adapter, config, prepared=prepared, reduce=rank.total)
+    np.testing.assert_allclose(y, x @ weight.T, rtol=1e-12)

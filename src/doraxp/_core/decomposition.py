@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from doraxp._base.types import Array, Reduce
+from doraxp._base.types import Array, DType, Reduce
 from doraxp._core.checks import check_weight
 from doraxp.backends import Operations, as_dtype, compute_dtype, operations
 
@@ -64,9 +64,7 @@ def decompose(weight: Array) -> tuple[Array, Array]:
     """
     ops = operations(weight=weight)
     check_weight(weight)
-    dtype = compute_dtype(weight, xp=ops.xp)
-    magnitude = ops.row_norms(weight, ops.row_squares(weight, dtype))
-    return magnitude, ops.over_norm(as_dtype(weight, dtype, xp=ops.xp), magnitude)
+    return _decompose(weight, compute_dtype(weight, xp=ops.xp), ops=ops)
 
 
 def magnitude_direction_change(
@@ -117,9 +115,8 @@ def magnitude_direction_change(
             f"{tuple(weight_before.shape)} and {tuple(weight_after.shape)}"
         )
     dtype = compute_dtype(weight_before, weight_after, xp=xp)
-    before, after = (as_dtype(w, dtype, xp=xp) for w in (weight_before, weight_after))
-    m_before, unit_before = decompose(before)
-    m_after, unit_after = decompose(after)
+    m_before, unit_before = _decompose(weight_before, dtype, ops=ops)
+    m_after, unit_after = _decompose(weight_after, dtype, ops=ops)
     turn = unit_after - unit_before  # (*stack, out, in)
     direction = 0.5 * xp.sum(turn * turn, axis=-1)
     one_is_zero = (m_before == 0) != (m_after == 0)
@@ -128,6 +125,12 @@ def magnitude_direction_change(
     return MagnitudeDirectionChange(
         xp.mean(magnitude, axis=-1), xp.mean(direction, axis=-1), magnitude, direction
     )
+
+
+def _decompose(weight: Array, dtype: DType, *, ops: Operations) -> tuple[Array, Array]:
+    """Return ‖wᵢ‖ and W/‖wᵢ‖ in `dtype`, for a weight that was checked."""
+    magnitude = ops.row_norms(weight, ops.row_squares(weight, dtype))
+    return magnitude, ops.over_norm(as_dtype(weight, dtype, xp=ops.xp), magnitude)
 
 
 def inverse_norms(

@@ -238,19 +238,19 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     check_output_gradient(dy, (*x.shape[:-1], weight.shape[-2]))
     check_unwritten(prepared, ops=ops)
 
-    # 1. Through y, g and n: rows = [dz; (q⊙(s B))ᵀ], low = rows (s B), dm = e / n, p = g⊙dm.
+    # 1. Through y, g and n: rows = [dz; (q⊙(s B))ᵀ], rows_b = rows (s B), dm = e / n, p = g⊙dm.
     d = as_tokens(dy, weight, _operand_dtype(dy, mask, weight, dtype, ops=ops), xp=ops.xp)
     inputs = _inputs(x, mask, weight, config, dtype, ops=ops)
     tokens = d.shape[-2]
-    rows, low, dm, p, dbias = ops.output_gradients(
+    rows, rows_b, dm, p, dbias = ops.output_gradients(
         d, z, prepared.gain, prepared.norm, scaled_b,
         exact=config.norm_gradient == "exact", with_bias=train_base and bias is not None,
     )  # fmt: skip
-    dz, dlow = rows[..., :tokens, :], low[..., :tokens, :]  # (tokens, out), (tokens, rank)
+    dz, dz_b = rows[..., :tokens, :], rows_b[..., :tokens, :]  # (tokens, out), (tokens, rank)
 
     # 2. Into the adapter: dB = s (dzᵀ L − p⊙(V Aᵀ / n)), and dA = (s dz B)ᵀ x~ without its q term.
     db = ops.lora_b_gradient(dz, low_rank, p, prepared.unit_projection, config.scaling)
-    da = ops.product(transpose(dlow), inputs.dropped)
+    da = ops.product(transpose(dz_b), inputs.dropped)
 
     # 3. Into W, from dV = dzᵀ x + q⊙V with q⊙V = −p⊙V / n. This stores V.
     dweight = None
@@ -261,11 +261,13 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
         if rest is not None:
             dweight += ops.product(transpose(d), rest)
 
-    # 4. Into x, and the q term of dA: rows V = [dz V; (q⊙(s B))ᵀ V]. It writes to rows and low.
+    # 4. Into x, and the q term of dA: rows V = [dz V; (q⊙(s B))ᵀ V]. It uses up both arguments.
     update = None  # s (dz B) A, for dropout "low_rank"
     if inputs.update_only is not None:
-        update = ops.product(dlow, direction.factors.lora_a)
-    dx, pull = direction.product(rows, low, tokens, x.dtype, round_later=mask is not None, ops=ops)
+        update = ops.product(dz_b, direction.factors.lora_a)
+    dx, pull = direction.product(
+        rows, rows_b, tokens, x.dtype, round_later=mask is not None, ops=ops
+    )
     if p is not None:
         da += pull
     if mask is not None:

@@ -130,7 +130,7 @@ def prepare_with_product(
     """
     xp, tokens = ops.xp, x.shape[-2]
     a, b, m = (as_dtype(leaf, dtype, xp=xp) for leaf in adapter)
-    rows = xp.concat([as_dtype(x, dtype, xp=xp), a], axis=-2)  # (tokens + rank, in)
+    rows = xp.concat([x, a], axis=-2)  # (tokens + rank, in)
     product = ops.product(rows, transpose(weight))
     u = transpose(product[..., tokens:, :])  # W Aᵀ, (out, rank)
     leaves = Adapter(a, b, m)

@@ -55,7 +55,7 @@ class Direction(Protocol):
         """The arrays of which V is made."""
 
     def transposed_product(
-        self, x: Array, low: Array, base: Array | None = None, dropped: Array | None = None,
+        self, x: Array, low: Array, base: Consumed | None = None, dropped: Array | None = None,
         *, ops: Arithmetic,
     ) -> Array:  # fmt: skip
         """Return z = x Vᵀ: (*stack, tokens, in) -> (*stack, tokens, out).
@@ -66,7 +66,7 @@ class Direction(Protocol):
 
     def outputs(
         self, x: Array, low: Array, gain: Array, bias: Array | None,
-        base: Array | None = None, dropped: Array | None = None, *, ops: Arithmetic,
+        base: Consumed | None = None, dropped: Array | None = None, *, ops: Arithmetic,
     ) -> tuple[Array, Array]:  # fmt: skip
         """Return z as `transposed_product` does, and y = g⊙z + bias: (*stack, tokens, out).
 
@@ -74,14 +74,14 @@ class Direction(Protocol):
         """
 
     def product(
-        self, d: Consumed, low: Consumed, tokens: int, dtype: DType,
+        self, d: Consumed, d_b: Consumed, tokens: int, dtype: DType,
         *, round_later: bool = False, ops: Arithmetic,
     ) -> tuple[Array, Array]:  # fmt: skip
         """Return d V: (*stack, tokens + k, out) -> (*stack, tokens, in) and (*stack, k, in).
 
-        `low` is d s B, which the caller has made for dA. The first result is in `dtype`, the second
-        in the compute dtype. With `round_later` both are in the compute dtype: the caller rounds
-        the first to `dtype` later.
+        `d_b` is d (s B), which the caller has made for dA. The first result is in `dtype`, the
+        second in the compute dtype. With `round_later` both are in the compute dtype: the caller
+        rounds the first to `dtype` later.
         """
 
     def projection(self, factored: Array, *, ops: Arithmetic) -> Array:
@@ -96,7 +96,7 @@ class Direction(Protocol):
     def with_weight(self, weight: Array) -> Direction:
         """Return the direction with another object for W.
 
-        A product with the direction needs one with the same numbers.
+        A product with the direction needs a W with the same numbers.
         """
 
 
@@ -106,7 +106,7 @@ class Factored(NamedTuple):
     factors: Factors
 
     def transposed_product(
-        self, x: Array, low: Array, base: Array | None = None, dropped: Array | None = None,
+        self, x: Array, low: Array, base: Consumed | None = None, dropped: Array | None = None,
         *, ops: Arithmetic,
     ) -> Array:  # fmt: skip
         """Return ρ⊙(x Wᵀ) + L (s B)ᵀ."""
@@ -118,7 +118,7 @@ class Factored(NamedTuple):
 
     def outputs(
         self, x: Array, low: Array, gain: Array, bias: Array | None,
-        base: Array | None = None, dropped: Array | None = None, *, ops: Arithmetic,
+        base: Consumed | None = None, dropped: Array | None = None, *, ops: Arithmetic,
     ) -> tuple[Array, Array]:  # fmt: skip
         """Return z and y. One operation makes both, so z is read from memory once."""
         weight, _, scaled_b, row_scale = self.factors
@@ -126,14 +126,14 @@ class Factored(NamedTuple):
         return ops.forward_epilogue(z, row_scale, (low, scaled_b), gain, bias)
 
     def product(
-        self, d: Consumed, low: Consumed, tokens: int, dtype: DType,
+        self, d: Consumed, d_b: Consumed, tokens: int, dtype: DType,
         *, round_later: bool = False, ops: Arithmetic,
     ) -> tuple[Array, Array]:  # fmt: skip
         """Return (ρ⊙d) W + (d s B) A."""
         weight, a, _, row_scale = self.factors
         if row_scale is not None:
             d = row_scale[..., None, :] * d
-        result = ops.accumulate(ops.product(d, weight), low, a)
+        result = ops.accumulate(ops.product(d, weight), d_b, a)
         return split_rows(result, tokens, None if round_later else dtype, ops=ops)
 
     def projection(self, factored: Array, *, ops: Arithmetic) -> Array:
@@ -157,7 +157,7 @@ class Dense(NamedTuple):
     """V, shape (*stack, out, in), in the compute dtype."""
 
     def transposed_product(
-        self, x: Array, low: Array, base: Array | None = None, dropped: Array | None = None,
+        self, x: Array, low: Array, base: Consumed | None = None, dropped: Array | None = None,
         *, ops: Arithmetic,
     ) -> Array:  # fmt: skip
         """Return x Vᵀ by one product."""
@@ -166,14 +166,14 @@ class Dense(NamedTuple):
 
     def outputs(
         self, x: Array, low: Array, gain: Array, bias: Array | None,
-        base: Array | None = None, dropped: Array | None = None, *, ops: Arithmetic,
+        base: Consumed | None = None, dropped: Array | None = None, *, ops: Arithmetic,
     ) -> tuple[Array, Array]:  # fmt: skip
         """Return z and y = g⊙z + bias."""
         z = self.transposed_product(x, low, base, dropped, ops=ops)
         return ops.forward_epilogue(z, None, None, gain, bias)
 
     def product(
-        self, d: Consumed, low: Consumed, tokens: int, dtype: DType,
+        self, d: Consumed, d_b: Consumed, tokens: int, dtype: DType,
         *, round_later: bool = False, ops: Arithmetic,
     ) -> tuple[Array, Array]:  # fmt: skip
         """Return d V by one product."""

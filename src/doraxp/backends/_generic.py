@@ -56,8 +56,8 @@ class OutputGradients(NamedTuple):
     rows: Array
     """dz = g⊙dy, and below it (q⊙(s B))ᵀ where the norm has a gradient: (*stack, tokens + k, out),
     with k = rank or 0. q = −p / n."""
-    low: Array
-    """rows s B, (*stack, tokens + k, rank)."""
+    rows_b: Array
+    """rows (s B), (*stack, tokens + k, rank)."""
     magnitude: Array
     """dm = e / n, (*stack, out), with e = Σ_tokens dy⊙z."""
     radial: Array | None
@@ -149,14 +149,14 @@ class Operations:
         dbias = xp.sum(d, axis=-2) if with_bias else None
         dz = gain[..., None, :] * d
         dm = self.over_norm(xp.sum(d * z, axis=-2), norm)
-        low = dz @ scaled_b
+        dz_b = dz @ scaled_b
         if not exact:
-            return OutputGradients(dz, low, dm, None, dbias)
+            return OutputGradients(dz, dz_b, dm, None, dbias)
         p = gain * dm
         below = transpose(self.over_norm(-p[..., None] * scaled_b, norm))
         # Not one product: tokens may be sharded over devices, and `below` is whole on each of them.
-        low = xp.concat([low, below @ scaled_b], axis=-2)
-        return OutputGradients(xp.concat([dz, below], axis=-2), low, dm, p, dbias)
+        rows_b = xp.concat([dz_b, below @ scaled_b], axis=-2)
+        return OutputGradients(xp.concat([dz, below], axis=-2), rows_b, dm, p, dbias)
 
     def lora_b_gradient(
         self, dz: Array, low: Array, p: Array | None, unit_projection: Array, scaling: float
@@ -249,10 +249,14 @@ class Operations:
         return as_dtype(merged, direction.factors.weight.dtype, xp=self.xp)
 
     def merge_and_measure(self, factors: Factors, magnitude: Array) -> Array:
-        """Return W' = (m / n)⊙V in the weight's dtype, with n = ‖V‖ measured on V itself."""
-        v = form(factors, magnitude.dtype, xp=self.xp)
-        norm = self.row_norms(v, self.row_squares(v, v.dtype))
-        return self.merge(Dense(factors, v), self.over_norm(magnitude, norm))
+        """Return W' = (m / n)⊙V in the weight's dtype, with n by `norm_and_direction`."""
+        weight, a, _, row_scale = factors
+        transposed = transpose(a)
+        u, gram = self.product(weight, transposed), self.product(a, transposed)
+        # With ρ, the norm does not read ‖w‖²: ρ²⊙‖w‖² is 1, or 0 for a row of zeros.
+        squares = self.row_squares(weight, a.dtype) if row_scale is None else row_scale
+        found = self.norm_and_direction(u, gram, squares, factors, magnitude)
+        return self.merge(found.direction, found.gain)
 
     # Optimizers
 

@@ -1,4 +1,4 @@
-"""NumPy's overrides: no temporary (out, in), and weights in 16 bits by blocks of rows.
+"""NumPy's overrides: no temporary (out, in), and narrow weights by blocks of rows.
 
     W (out, in)   A (rank, in)   B (out, rank)   ρ (out,) or None for 1   V = ρ⊙W + s B A
 
@@ -65,7 +65,7 @@ class Patched(NamedTuple):
     patches: tuple[Patch, ...]
 
     def transposed_product(
-        self, x: NumpyArray, low: NumpyArray, base: NumpyArray | None = None,
+        self, x: NumpyArray, low: NumpyArray, base: ConsumedArray | None = None,
         dropped: NumpyArray | None = None,
         *, ops: Arithmetic,
     ) -> NumpyArray:  # fmt: skip
@@ -79,24 +79,24 @@ class Patched(NamedTuple):
 
     def outputs(
         self, x: NumpyArray, low: NumpyArray, gain: NumpyArray, bias: NumpyArray | None,
-        base: NumpyArray | None = None, dropped: NumpyArray | None = None, *, ops: Arithmetic,
+        base: ConsumedArray | None = None, dropped: NumpyArray | None = None, *, ops: Arithmetic,
     ) -> tuple[NumpyArray, NumpyArray]:  # fmt: skip
         """Return z and y = g⊙z + bias."""
         z = self.transposed_product(x, low, base, dropped, ops=ops)
         return ops.forward_epilogue(z, None, None, gain, bias)
 
     def product(
-        self, d: ConsumedArray, low: ConsumedArray, tokens: int, dtype: DType,
+        self, d: ConsumedArray, d_b: ConsumedArray, tokens: int, dtype: DType,
         *, round_later: bool = False, ops: Arithmetic,
     ) -> tuple[NumpyArray, NumpyArray]:  # fmt: skip
         """Multiply the columns of d that belong to stored rows by these, the others by factors."""
         parts = [d[element][..., rows] @ values for element, rows, values in self.patches]
         for element, rows, _ in self.patches:
             d[element][..., rows] = 0
-        low = ops.product(d, self.factors.scaled_b)  # without the columns that are now 0
+        d_b = ops.product(d, self.factors.scaled_b)  # without the columns that are now 0
         count = d.shape[-2]
         result: NumpyArray
-        result, _ = Factored(self.factors).product(d, low, count, d.dtype, ops=ops)
+        result, _ = Factored(self.factors).product(d, d_b, count, d.dtype, ops=ops)
         for (element, _, _), part in zip(self.patches, parts, strict=True):
             result[element][...] += part
         return split_rows(result, tokens, None if round_later else dtype, ops=ops)
@@ -285,7 +285,8 @@ class NumpyOperations(Operations):
 
         The bytes of 0 and −0 differ, for one. Saves half of the time of comparing all values.
         """
-        assert isinstance(snapshot, list)  # as the method above returns it
+        if not isinstance(snapshot, list):  # made by another library's operations
+            return super().unchanged(snapshot, then, now)
         new: NumpyArray
         for stored, old, new in zip(snapshot, then, now, strict=True):
             if old.shape != new.shape or old.dtype != new.dtype:
@@ -330,7 +331,7 @@ def _elements(tokens: NumpyArray) -> int:
 
 
 def _narrow_left(weight: NumpyArray, right: NumpyArray) -> NumpyArray:
-    """Return W right, with W in 16 bits: (out, in) (in, k) -> (out, k)."""
+    """Return W right, with W narrower than the result: (out, in) (in, k) -> (out, k)."""
     result = np.empty((*weight.shape[:-1], right.shape[-1]), right.dtype)
     for rows, wide in _upcast(weight, right.dtype, PRODUCT_BLOCK):
         result[..., rows, :] = wide @ right
@@ -338,7 +339,7 @@ def _narrow_left(weight: NumpyArray, right: NumpyArray) -> NumpyArray:
 
 
 def _narrow_transposed(x: NumpyArray, weight: NumpyArray) -> NumpyArray:
-    """Return x Wᵀ, with W in 16 bits: (tokens, in), (out, in) -> (tokens, out)."""
+    """Return x Wᵀ, with W narrower than the result: (tokens, in), (out, in) -> (tokens, out)."""
     result = np.empty((*x.shape[:-1], weight.shape[-2]), x.dtype)
     for rows, wide in _upcast(weight, x.dtype, _elements(x)):
         result[..., rows] = x @ wide.mT
@@ -346,7 +347,7 @@ def _narrow_transposed(x: NumpyArray, weight: NumpyArray) -> NumpyArray:
 
 
 def _narrow_right(d: NumpyArray, weight: NumpyArray) -> NumpyArray:
-    """Return d W, with W in 16 bits: (tokens, out), (out, in) -> (tokens, in)."""
+    """Return d W, with W narrower than the result: (tokens, out), (out, in) -> (tokens, in)."""
     result = np.zeros((*d.shape[:-1], weight.shape[-1]), d.dtype)
     for rows, wide in _upcast(weight, d.dtype, _elements(d)):
         result += d[..., rows] @ wide

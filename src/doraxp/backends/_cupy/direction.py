@@ -63,13 +63,13 @@ class DevicePatched(NamedTuple):
         return z, y
 
     def product(
-        self, d: Consumed, low: Consumed, tokens: int, dtype: DType,
+        self, d: Consumed, d_b: Consumed, tokens: int, dtype: DType,
         *, round_later: bool = False, ops: Arithmetic,
     ) -> tuple[DeviceArray, DeviceArray]:  # fmt: skip
         """Return d V. Both arguments are overwritten."""
         # Rounded to the dtype of W, now or later, the first rows keep no more digits than W has.
         rounded = tokens if dtype == self.factors.weight.dtype else 0
-        result = self.guard.product(self.suspects, d, low, rounded)
+        result = self.guard.product(self.suspects, d, d_b, rounded)
         dx, below = result[..., :tokens, :], result[..., tokens:, :]
         return dx if round_later else self.guard.products.cast(dx, dtype), below
 

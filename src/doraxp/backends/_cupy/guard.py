@@ -167,20 +167,20 @@ class Guard:
         self.cuda.launch(arguments, types_of(found.factors.weight, z, found.switches), grid)
 
     def product(
-        self, found: Suspects, d: DeviceArray, low: DeviceArray, rounded: int
+        self, found: Suspects, d: DeviceArray, d_b: DeviceArray, rounded: int
     ) -> DeviceArray:
-        """Return d V. Overwrites `d`, and `low` = d s B.
+        """Return d V. Overwrites `d`, and `d_b` = d (s B).
 
         The caller will round the first `rounded` rows of the result to the dtype of W.
         """
         xp, multiply = self.xp, self.products.multiply
         weight, a, _, row_scale = found.factors
-        d, low = packed(d, xp), packed(low, xp)
+        d, d_b = packed(d, xp), packed(d_b, xp)
         result = self.cuda.empty((*d.shape[:-1], weight.shape[-1]), d.dtype)
         if d.shape[-2] == 0:
             return result
-        self._move_suspects(found, d, low, result)
-        multiply(low, a, d.dtype, out=result, beta=found.switches)
+        self._move_suspects(found, d, d_b, result)
+        multiply(d_b, a, d.dtype, out=result, beta=found.switches)
         if row_scale is not None:
             d = xp.astype(row_scale[..., None, :] * d, d.dtype, copy=False)
         if rounded <= FEW or name_of(d) != "float32" or name_of(weight) != "bfloat16":
@@ -191,9 +191,9 @@ class Guard:
         return result
 
     def _move_suspects(
-        self, found: Suspects, d: DeviceArray, low: DeviceArray, result: DeviceArray
+        self, found: Suspects, d: DeviceArray, d_b: DeviceArray, result: DeviceArray
     ) -> None:
-        """Put the listed rows' part of d V into `result`, and take them out of d and `low`."""
+        """Put the listed rows' part of d V into `result`, and take them out of d and d_b."""
         *stack, tokens, out = d.shape
         inner, elements = result.shape[-1], math.prod(stack)
         types = types_of(found.factors.weight, d, found.switches)
@@ -207,8 +207,8 @@ class Guard:
         hide = GuardHide(listed=found.rows, listed_count=found.count, d=d, tokens=tokens, out=out)
         self.cuda.launch(hide, types, (blocks(tokens, THREADS), GUARDS, 1))
         again = GuardLow(
-            listed_count=found.count, d=d, b=found.factors.scaled_b, low=low, tokens=tokens,
-            out=out, rank=low.shape[-1],
+            listed_count=found.count, d=d, b=found.factors.scaled_b, low=d_b, tokens=tokens,
+            out=out, rank=d_b.shape[-1],
         )  # fmt: skip
         self.cuda.launch(again, types, (min(blocks(tokens, WARPS), LIMIT), elements, 1))
 

@@ -102,7 +102,7 @@ class CupyOperations(Operations):
     ) -> OutputGradients:  # fmt: skip
         """Return dz and the sums over tokens by one pass over d and z, into room for the rows.
 
-        One launch writes dm, p and the rows, and one product makes all of `low`.
+        One launch writes dm, p and the rows, and one product makes all of `rows_b`.
         """
         rank = scaled_b.shape[-1] if exact else 0
         rows, e, dbias = self.passes.gradients(d, z, gain, rank, total=with_bias)
@@ -172,18 +172,11 @@ class CupyOperations(Operations):
         n is measured on V for float32 and a small rank: there, forming V costs no more than
         reading W. Else n is expanded.
         """
-        weight, a = factors.weight, factors.lora_a
-        kind, rank = magnitude.dtype, a.shape[-2]
-        if kind == np.float32 and rank <= MEASURED:
-            norm = self._norms(factors, self.patches.squares(factors, kind))
-            return self.patches.merge(factors, self.over_norm(magnitude, norm))
-        transposed = self.xp.matrix_transpose(a)
-        u, gram = self.product(weight, transposed), self.product(a, transposed)
-        # With ρ, the norm does not read ‖w‖²: ρ²⊙‖w‖² is 1, or 0 for a row of zeros.
-        row_scale = factors.row_scale
-        squares = self.row_squares(weight, kind) if row_scale is None else row_scale
-        found = self.norm_and_direction(u, gram, squares, factors, magnitude)
-        return self.patches.merge(factors, found.gain)
+        kind, rank = magnitude.dtype, factors.lora_a.shape[-2]
+        if kind != np.float32 or rank > MEASURED:
+            return super().merge_and_measure(factors, magnitude)
+        norm = self._norms(factors, self.patches.squares(factors, kind))
+        return self.patches.merge(factors, self.over_norm(magnitude, norm))
 
     # Optimizers
 
