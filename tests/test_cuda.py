@@ -228,7 +228,7 @@ def test_upload_copies_by_asarray(monkeypatch):
 
 
 def declared_in_the_source():
-    """Return the parameters of every kernel in kernels.cu, by the kernel's name."""
+    """Return the parameters of every kernel of the source, by the kernel's name."""
     bounds = r"(?:__launch_bounds__\([^\n]*\)\s+)?"
     kernels = re.findall(rf'extern "C" __global__ void\s+{bounds}(\w+)\(([^)]*)\) {{', SOURCE)
     assert len(kernels) == SOURCE.count('extern "C" __global__')

@@ -1,1 +1,1 @@
-"""CuPy on NVIDIA GPUs: products by cuBLAS, and the kernels of `kernels.cu`."""
+"""CuPy on NVIDIA GPUs: products by cuBLAS, and the kernels in `kernels/`."""

@@ -11,7 +11,7 @@ from doraxp.backends._cupy.signatures import Adamw
 from doraxp.backends._cupy.source import THREADS, Types, blocks
 
 LEAF_BLOCK = 4 * THREADS
-"""Numbers of a leaf that a block updates. kernels.cu has the same."""
+"""Numbers of a leaf that a block updates. kernels/adamw.cu has the same."""
 KINDS = ("float16", "bfloat16", "float32", "float64")
 """The numbers 0 to 3 stand for these dtypes in a leaf."""
 LEAF = np.dtype(
@@ -19,7 +19,7 @@ LEAF = np.dtype(
     + [(name, np.int64) for name in ("size", "first_block", "p_type", "g_type")]
     + [(name, np.float64) for name in ("rate", "decay")]
 )
-"""`Leaf` of kernels.cu."""
+"""`Leaf` of kernels/adamw.cu."""
 
 
 def adamw(

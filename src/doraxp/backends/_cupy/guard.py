@@ -43,9 +43,9 @@ GUARDS = 64
 MEASURERS = 1024
 """The most blocks that look for suspect rows and measure them."""
 LISTERS = 1024
-"""Threads that list the suspect rows. kernels.cu has the same."""
+"""Threads that list the suspect rows. kernels/guard.cu has the same."""
 TILE = 8
-"""Tokens that a thread works on at once. kernels.cu has the same."""
+"""Tokens that a thread works on at once. kernels/guard.cu has the same."""
 TILES = 16
 """The most blocks over tokens in `outputs`: blocks without work take time too."""
 BLOCKS = 2048

@@ -28,7 +28,7 @@ from doraxp.backends._cupy.source import LIMIT, WARP, WARPS, Types, blocks
 from doraxp.backends._direction import Factors
 
 STRIP = 32
-"""Rows and columns of a warp. kernels.cu has the same, and all that follow here."""
+"""Rows and columns of a warp. kernels/merge.cu has the same, and all that follow here."""
 BELOW, BESIDE = 2, 4
 """Warps of a block."""
 TERMS = 16

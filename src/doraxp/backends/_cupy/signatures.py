@@ -1,6 +1,6 @@
-"""The parameters of every kernel in kernels.cu, by name, type and order.
+"""The parameters of every kernel in `kernels/`, by name, type and order.
 
-The comments in kernels.cu say what each parameter means. A test compares the declarations with it.
+The comments there say what each parameter means. A test compares the declarations with it.
 """
 
 from __future__ import annotations

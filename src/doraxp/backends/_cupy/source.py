@@ -5,9 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-SOURCE = Path(__file__).with_name("kernels.cu").read_text(encoding="utf-8")
+FILES = ("common", "passes", "token", "norm", "parts", "guard", "merge", "adamw")
+"""The files of `kernels/`, in the order in which one source is made of them."""
+SOURCE = "\n".join(
+    Path(__file__).with_name("kernels").joinpath(f"{name}.cu").read_text(encoding="utf-8")
+    for name in FILES
+)
 THREADS = 128
-"""Threads of a block, where a launch does not give another number. kernels.cu has the same."""
+"""Threads of a block, where a launch does not give another number. The kernels have the same."""
 WARP, WARPS = 32, THREADS // 32
 """Threads of a warp, and warps of a block."""
 LIMIT = 65535
