@@ -25,7 +25,7 @@ from doraxp._core.prepared import (
     prepare_checked,
     prepare_with_product,
 )
-from doraxp.backends import Operations, as_dtype, operations, transpose
+from doraxp.backends import Norm, Operations, as_dtype, operations, transpose
 
 
 class Cache(NamedTuple):
@@ -166,7 +166,7 @@ def forward(
     rest = inputs.rest
     if rest is not None:
         (of_rest,) = sums(prepared.reduce, ops.product(rest, transpose(weight)), xp=ops.xp)
-        y += of_rest
+        y = of_rest + y  # y may have fewer digits
     y = _in_shape(as_dtype(y, x.dtype, xp=ops.xp), (*x.shape[:-1], weight.shape[-2]), ops=ops)
     return y, Cache(x, bias, low, z, prepared, dropout_mask)
 
@@ -233,44 +233,23 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     check_flag("train_base", train_base)
     x, bias, low_rank, z, prepared, mask = cache
     config, weight, dtype = prepared.config, prepared.weight, prepared.gain.dtype
-    direction, scaled_b = prepared.direction, prepared.direction.factors.scaled_b
     ops = operations(dy=dy, x=x)
     check_output_gradient(dy, (*x.shape[:-1], weight.shape[-2]))
     check_unwritten(prepared, ops=ops)
 
-    # 1. Through y, g and n: rows = [dz; (q⊙(s B))ᵀ], rows_b = rows (s B), dm = e / n, p = g⊙dm.
     d = as_tokens(dy, weight, _operand_dtype(dy, mask, weight, dtype, ops=ops), xp=ops.xp)
     inputs = _inputs(x, mask, weight, config, dtype, ops=ops)
-    tokens = d.shape[-2]
-    rows, rows_b, dm, p, dbias = ops.output_gradients(
-        d, z, prepared.gain, prepared.norm, scaled_b,
+    known = Norm(prepared.norm, prepared.gain, prepared.unit_projection, prepared.direction)
+    dx, da, db, dm, low, p, dbias = ops.gradients(
+        d, inputs.dropped, low_rank, z, known, config.scaling, x.dtype,
         exact=config.norm_gradient == "exact", with_bias=train_base and bias is not None,
+        round_later=mask is not None,
     )  # fmt: skip
-    dz, dz_b = rows[..., :tokens, :], rows_b[..., :tokens, :]  # (tokens, out), (tokens, rank)
-
-    # 2. Into the adapter: dB = s (dzᵀ L − p⊙(V Aᵀ / n)), and dA = (s dz B)ᵀ x~ without its q term.
-    db = ops.lora_b_gradient(dz, low_rank, p, prepared.unit_projection, config.scaling)
-    da = ops.product(transpose(dz_b), inputs.dropped)
-
-    # 3. Into W, from dV = dzᵀ x + q⊙V with q⊙V = −p⊙V / n. This stores V.
-    dweight = None
-    if train_base:
-        dweight = ops.product(transpose(dz), inputs.seen)
-        dweight = _weight_gradient(dweight, p, prepared, ops=ops)
-        rest = inputs.rest
-        if rest is not None:
-            dweight += ops.product(transpose(d), rest)
-
-    # 4. Into x, and the q term of dA: rows V = [dz V; (q⊙(s B))ᵀ V]. It uses up both arguments.
-    update = None  # s (dz B) A, for dropout "low_rank"
-    if inputs.update_only is not None:
-        update = ops.product(dz_b, direction.factors.lora_a)
-    dx, pull = direction.product(
-        rows, rows_b, tokens, x.dtype, round_later=mask is not None, ops=ops
-    )
-    if p is not None:
-        da += pull
+    dweight = _weight_gradient(d, inputs, p, prepared, ops=ops) if train_base else None
     if mask is not None:
+        update = None  # s (dz B) A, for dropout "low_rank"
+        if inputs.update_only is not None:
+            update = ops.product(low, prepared.direction.factors.lora_a)
         dx = _through_dropout(dx, d, update, mask, weight, x.dtype, ops=ops)
     return Gradients(_in_shape(dx, x.shape, ops=ops), Adapter(da, db, dm), dweight, dbias)
 
@@ -282,15 +261,15 @@ def _inputs(
     whole = as_tokens(x, weight, _operand_dtype(x, mask, weight, dtype, ops=ops), xp=ops.xp)
     if mask is None:
         return _Inputs(whole, whole, whole)
-    dropped = as_tokens(mask, weight, dtype, xp=ops.xp) * whole
+    dropped = as_tokens(mask, weight, whole.dtype, xp=ops.xp) * whole
     return _Inputs(whole, dropped, dropped if config.dropout == "input" else whole)
 
 
 def _operand_dtype(
     array: Array, mask: Array | None, weight: Array, dtype: DType, *, ops: Operations
 ) -> DType:
-    """Return the dtype in which products take x or dy. With a mask, it is the compute dtype."""
-    return dtype if mask is not None else ops.operand_dtype(array, weight, dtype)
+    """Return the dtype in which products take x or dy."""
+    return ops.operand_dtype(array, weight, dtype, masked=mask is not None)
 
 
 def _outputs(
@@ -311,23 +290,30 @@ def _outputs(
     return low, *ops.forward_epilogue(z, None, None, gain, bias)
 
 
-def _weight_gradient(dv: Array, p: Array | None, prepared: Prepared, *, ops: Operations) -> Array:
-    """Return dW, (out, in), given `dv` = dzᵀ x, which is written to.
+def _weight_gradient(
+    d: Array, inputs: _Inputs, p: Array | None, prepared: Prepared, *, ops: Operations
+) -> Array:
+    """Return dW, (out, in). This stores V.
 
     ::
 
-        weight form:     dW = dV                              dV = dzᵀ x − p⊙V / n
+        weight form:     dW = dV                              dV = g⊙(dyᵀ x) − p⊙V / n
         direction form:  dW = ρ⊙(dV − D⊙rowsum(D⊙dV))         D = ρ⊙W
     """
     direction = prepared.direction
+    dv = ops.product(transpose(d), inputs.seen)
+    dv *= prepared.gain[..., None]
     if p is not None:
         dv -= p[..., None] * ops.over_norm(direction.dense(ops=ops), prepared.norm)
     weight, _, _, row_scale = direction.factors
-    if row_scale is None:
-        return dv
-    unit = row_scale[..., None] * as_dtype(weight, dv.dtype, xp=ops.xp)  # D
-    (along,) = sums(prepared.reduce, ops.xp.sum(unit * dv, axis=-1), xp=ops.xp)
-    return row_scale[..., None] * (dv - along[..., None] * unit)
+    if row_scale is not None:
+        unit = row_scale[..., None] * as_dtype(weight, dv.dtype, xp=ops.xp)  # D
+        (along,) = sums(prepared.reduce, ops.xp.sum(unit * dv, axis=-1), xp=ops.xp)
+        dv = row_scale[..., None] * (dv - along[..., None] * unit)
+    rest = inputs.rest
+    if rest is not None:
+        dv += ops.product(transpose(d), rest)
+    return dv
 
 
 def _through_dropout(

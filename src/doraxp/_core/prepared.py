@@ -114,10 +114,10 @@ def prepare_checked(
     reduce: Reduce | None, dtype: DType, *, ops: Operations,
 ) -> Prepared:  # fmt: skip
     """Return the result of `prepare` for arguments that have been checked."""
-    a, b, m = (as_dtype(leaf, dtype, xp=ops.xp) for leaf in adapter)
-    u = ops.product(weight, transpose(a))  # W Aᵀ, (out, rank)
-    leaves = Adapter(a, b, m)
-    return _measure(weight, adapter, leaves, config, previous, reduce, u, ops=ops)
+    u = None
+    if reduce is not None:
+        u = ops.product(weight, transpose(as_dtype(adapter.lora_a, dtype, xp=ops.xp)))  # W Aᵀ
+    return _measure(weight, adapter, config, previous, reduce, u, dtype, ops=ops)
 
 
 def prepare_with_product(
@@ -129,48 +129,57 @@ def prepare_with_product(
     One product makes both x Wᵀ and A Wᵀ. Beside many tokens, `rank` more rows cost little.
     """
     xp, tokens = ops.xp, x.shape[-2]
-    a, b, m = (as_dtype(leaf, dtype, xp=xp) for leaf in adapter)
-    rows = xp.concat([x, a], axis=-2)  # (tokens + rank, in)
+    rows = xp.concat([x, as_dtype(adapter.lora_a, dtype, xp=xp)], axis=-2)  # (tokens + rank, in)
     product = ops.product(rows, transpose(weight))
     u = transpose(product[..., tokens:, :])  # W Aᵀ, (out, rank)
-    leaves = Adapter(a, b, m)
-    prepared = _measure(weight, adapter, leaves, config, previous, reduce, u, ops=ops)
+    prepared = _measure(weight, adapter, config, previous, reduce, u, dtype, ops=ops)
     return prepared, product[..., :tokens, :]
 
 
 def _measure(
-    weight: Array, adapter: Adapter, leaves: Adapter, config: Config, previous: Prepared | None,
-    reduce: Reduce | None, u: Array, *, ops: Operations,
+    weight: Array, adapter: Adapter, config: Config, previous: Prepared | None,
+    reduce: Reduce | None, u: Array | None, dtype: DType, *, ops: Operations,
 ) -> Prepared:  # fmt: skip
-    """Return the result of `prepare`, given W Aᵀ and the adapter's leaves in the compute dtype."""
-    xp, dtype, a, m = ops.xp, u.dtype, leaves.lora_a, leaves.magnitude
-    gram = ops.product(a, transpose(a))  # G, (rank, rank)
+    """Return the result of `prepare`, given W Aᵀ if the caller has it."""
     squares = None if previous is None else previous.weight_squares
-    if squares is None or squares.dtype != dtype:
+    if squares is not None and squares.dtype != dtype:
+        squares = None
+    products = None
+    if u is not None:
+        a = as_dtype(adapter.lora_a, dtype, xp=ops.xp)
+        products = u, ops.product(a, transpose(a))  # W Aᵀ and G
+    if squares is None:
         squares = ops.row_squares(weight, dtype)
-        u, gram, squares = sums(reduce, u, gram, squares, xp=xp)
-    else:
-        u, gram = sums(reduce, u, gram, xp=xp)
-    factors = factor(weight, leaves, config, squares, reduce, ops=ops)
-    norm, gain, unit, direction = ops.norm_and_direction(u, gram, squares, factors, m, reduce)
+        if products is not None:
+            *products, squares = sums(reduce, *products, squares, xp=ops.xp)
+    elif products is not None:
+        products = sums(reduce, *products, xp=ops.xp)
+    row_scale = None
+    if config.form == "direction":
+        row_scale = _known_row_scale(previous, dtype)
+        if row_scale is None:
+            row_scale = inverse_norms(weight, squares, ops=ops, reduce=reduce)
+    norm, gain, unit, direction = ops.norm_and_direction(
+        weight, adapter, config.scaling, row_scale, squares, products, reduce
+    )
     snapshot = ops.snapshot(adapter)
     return Prepared(adapter, config, direction, norm, gain, unit, squares, snapshot, reduce)
 
 
-def factor(
-    weight: Array, leaves: Adapter, config: Config, squares: Array | None = None,
-    reduce: Reduce | None = None, *, ops: Operations,
-) -> Factors:  # fmt: skip
-    """Return W, A, s B and ρ, for the adapter's leaves in the compute dtype.
+def _known_row_scale(previous: Prepared | None, dtype: DType) -> Array | None:
+    """Return ρ of an earlier result, if that has one in `dtype`."""
+    if previous is None:
+        return None
+    row_scale = previous.direction.factors.row_scale
+    return None if row_scale is None or row_scale.dtype != dtype else row_scale
 
-    `squares` are ‖w‖², where they are known.
-    """
+
+def factor(weight: Array, leaves: Adapter, config: Config, *, ops: Operations) -> Factors:
+    """Return W, A, s B and ρ, for the adapter's leaves in the compute dtype."""
     a, b, _ = leaves
     row_scale = None
     if config.form == "direction":
-        if squares is None:
-            squares = ops.row_squares(weight, a.dtype)
-        row_scale = inverse_norms(weight, squares, ops=ops, reduce=reduce)
+        row_scale = inverse_norms(weight, ops.row_squares(weight, a.dtype), ops=ops)
     return Factors(weight, a, config.scaling * b, row_scale)
 
 

@@ -1,11 +1,11 @@
 """The array libraries that doraxp supports, and the operations that it runs on each."""
 
 from doraxp.backends._boundary import operations
-from doraxp.backends._cupy.products import reduced_precision
+from doraxp.backends._cupy.products import exact_products, reduced_precision
 from doraxp.backends._cupy.signatures import CudaKernels, cuda_kernels
 from doraxp.backends._direction import Dense, Direction, Factored, Factors
 from doraxp.backends._dtypes import as_dtype, compute_dtype, transpose
-from doraxp.backends._generic import Operations, safe_row_norms
+from doraxp.backends._generic import Norm, Operations, safe_row_norms
 from doraxp.backends._libraries import Status, available
 
 __all__ = [
@@ -14,12 +14,14 @@ __all__ = [
     "Direction",
     "Factored",
     "Factors",
+    "Norm",
     "Operations",
     "Status",
     "as_dtype",
     "available",
     "compute_dtype",
     "cuda_kernels",
+    "exact_products",
     "operations",
     "reduced_precision",
     "safe_row_norms",

@@ -66,6 +66,25 @@ class OutputGradients(NamedTuple):
     """Σ_tokens dy, (*stack, out); None where it was not asked for."""
 
 
+class LayerGradients(NamedTuple):
+    """The results of `Operations.gradients`."""
+
+    x: Array
+    """dz V, (*stack, tokens, in)."""
+    lora_a: Array
+    """dA = (dz s B)ᵀ x~ + (q⊙(s B))ᵀ V, (*stack, rank, in)."""
+    lora_b: Array
+    """dB = s (dzᵀ L − p⊙(V Aᵀ / n)), (*stack, out, rank)."""
+    magnitude: Array
+    """dm = e / n, (*stack, out)."""
+    low: Array
+    """dz s B, (*stack, tokens, rank)."""
+    radial: Array | None
+    """p = g⊙dm, (*stack, out); None where the norm has no gradient."""
+    bias: Array | None
+    """Σ_tokens dy, (*stack, out); None where it was not asked for."""
+
+
 class Operations:
     """The operations on arrays of the namespace `xp`."""
 
@@ -90,11 +109,14 @@ class Operations:
         """Return `array` outside of any graph that its library records for gradients."""
         return array
 
-    def operand_dtype(self, array: Array, weight: Array, dtype: DType) -> DType:
+    def operand_dtype(
+        self, array: Array, weight: Array, dtype: DType, *, masked: bool = False
+    ) -> DType:
         """Return the dtype in which products take x or dy: here `dtype`, the compute dtype.
 
         A backend whose products of two 16-bit arrays come out in the compute dtype returns the
-        array's own dtype. That saves a cast.
+        array's own dtype. That saves a cast. `masked` says that the array will be multiplied by a
+        dropout mask, in the dtype that is returned.
         """
         return dtype
 
@@ -158,15 +180,33 @@ class Operations:
         rows_b = xp.concat([dz_b, below @ scaled_b], axis=-2)
         return OutputGradients(xp.concat([dz, below], axis=-2), rows_b, dm, p, dbias)
 
-    def lora_b_gradient(
-        self, dz: Array, low: Array, p: Array | None, unit_projection: Array, scaling: float
-    ) -> Array:
-        """Return dB = s (dzᵀ L − p⊙(V Aᵀ / n)), (*stack, out, rank); p is None for 0."""
+    def gradients(
+        self, d: Array, x: Array, low: Array, z: Array, norm: Norm, scaling: float, dtype: DType,
+        *, exact: bool, with_bias: bool, round_later: bool,
+    ) -> LayerGradients:  # fmt: skip
+        """Return dz V, dA, dB and dm, given dy, x~, L = x~ Aᵀ and z.
+
+        d and z are (*stack, tokens, out), x is (*stack, tokens, in). dz V is in `dtype`; with
+        `round_later` it is in the compute dtype, and the caller rounds it later. `exact` asks for
+        the gradient through the norm, `with_bias` for Σ_tokens dy.
+        """
+        tokens, scaled_b = d.shape[-2], norm.direction.factors.scaled_b
+        rows, rows_b, dm, p, dbias = self.output_gradients(
+            d, z, norm.gain, norm.norm, scaled_b, exact=exact, with_bias=with_bias
+        )
+        dz, dz_b = rows[..., :tokens, :], rows_b[..., :tokens, :]
         db = self.product(transpose(dz), low)
         if p is not None:
-            db -= p[..., None] * unit_projection
+            db -= p[..., None] * norm.unit_projection
         db *= scaling
-        return db
+        da = self.product(transpose(dz_b), x)
+        # rows V = [dz V; (q⊙(s B))ᵀ V]
+        dx, pull = norm.direction.product(
+            rows, rows_b, tokens, dtype, round_later=round_later, ops=self
+        )
+        if p is not None:
+            da += pull
+        return LayerGradients(dx, da, db, dm, dz_b, p, dbias)
 
     def over_norm(self, values: Array, norm: Array) -> Array:
         """Return values / n by rows, and 0 where n = 0; values are (*stack, out[, k])."""
@@ -190,25 +230,31 @@ class Operations:
         return safe_row_norms(as_dtype(weight, squares.dtype, xp=self.xp), reduce, xp=self.xp)
 
     def norm_and_direction(
-        self, u: Array, gram: Array, squares: Array, factors: Factors, magnitude: Array,
-        reduce: Reduce | None = None,
+        self, weight: Array, adapter: Adapter, scaling: float, row_scale: Array | None,
+        squares: Array, products: tuple[Array, Array] | None = None, reduce: Reduce | None = None,
     ) -> Norm:  # fmt: skip
         """Return n, g = m / n, V Aᵀ / n and V, without forming V where the factors suffice.
 
         ::
 
             U    = ρ⊙(W Aᵀ)                                             (out, rank)
+            G    = A Aᵀ                                                 (rank, rank)
             n²   = ρ²⊙‖w‖² + 2 rowsum(s B⊙U) + rowsum((s B G)⊙s B)      (out,)
             V Aᵀ = U + s B G                                            (out, rank)
 
-        The caller gives u = W Aᵀ (*stack, out, rank), gram = G = A Aᵀ and squares = ‖w‖²; with
-        `reduce` they are sums over the ranks. In rows where n² may have lost digits, n is
-        measured on V itself.
+        The caller gives squares = ‖w‖², in the compute dtype, and may give `products` = (W Aᵀ, G);
+        with `reduce` it must, and all three are sums over the ranks. The adapter may be stored in
+        any dtype. In rows where n² may have lost digits, n is measured on V itself.
         """
+        xp, dtype = self.xp, squares.dtype
+        a, b, magnitude = (as_dtype(leaf, dtype, xp=xp) for leaf in adapter)
+        if products is None:
+            transposed = transpose(a)
+            products = self.product(weight, transposed), self.product(a, transposed)
+        factors = Factors(weight, a, b if scaling == 1 else scaling * b, row_scale)
         expanded = expanded_norm(
-            u, gram, squares, factors.scaled_b, factors.row_scale, factors.weight.shape[-1],
-            xp=self.xp,
-        )  # fmt: skip
+            *products, squares, factors.scaled_b, row_scale, weight.shape[-1], xp=xp
+        )
         return self._guarded_norm(*expanded, factors, magnitude, reduce)
 
     def _guarded_norm(
@@ -250,12 +296,11 @@ class Operations:
 
     def merge_and_measure(self, factors: Factors, magnitude: Array) -> Array:
         """Return W' = (m / n)⊙V in the weight's dtype, with n by `norm_and_direction`."""
-        weight, a, _, row_scale = factors
-        transposed = transpose(a)
-        u, gram = self.product(weight, transposed), self.product(a, transposed)
+        weight, a, scaled_b, row_scale = factors
         # With ρ, the norm does not read ‖w‖²: ρ²⊙‖w‖² is 1, or 0 for a row of zeros.
         squares = self.row_squares(weight, a.dtype) if row_scale is None else row_scale
-        found = self.norm_and_direction(u, gram, squares, factors, magnitude)
+        leaves = Adapter(a, scaled_b, magnitude)
+        found = self.norm_and_direction(weight, leaves, 1.0, row_scale, squares)
         return self.merge(found.direction, found.gain)
 
     # Optimizers

@@ -1,8 +1,9 @@
-"""V on NVIDIA GPUs: by its factors, except for suspect rows, which the guard's kernels form.
+"""V on NVIDIA GPUs: by its factors, except for suspect rows, which the kernels form.
 
-    W (out, in)   A (rank, in)   B (out, rank)   ρ (out,) or None for 1   V = ρ⊙W + s B A
+    W (out, in)   A (rank, in)   b = s B (out, rank)   ρ (out,) or None for 1   V = ρ⊙W + b A
 
-Only the device knows which rows are suspect, and whether there are such rows.
+Only the device knows which rows are suspect, and whether there are such rows. The low-rank update
+is written first, and the product with W is added to it.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from doraxp._base.types import Consumed, DType
-from doraxp.backends._cupy.arrays import LOW, DeviceArray, name_of, packed
+from doraxp.backends._cupy.arrays import DeviceArray, packed
 from doraxp.backends._cupy.guard import Guard, Suspects
-from doraxp.backends._cupy.passes import Passes
-from doraxp.backends._cupy.products import is_reduced
-from doraxp.backends._direction import Arithmetic, Factored, Factors, form, see_dropped
+from doraxp.backends._cupy.passes import Passes, Through
+from doraxp.backends._cupy.products import Products, is_mixed
+from doraxp.backends._direction import Arithmetic, Factors, form, split_rows
 
 
 class DevicePatched(NamedTuple):
@@ -26,52 +27,66 @@ class DevicePatched(NamedTuple):
     """The suspect rows, with the factors as the kernels read them."""
     guard: Guard
     passes: Passes
+    products: Products
 
     def transposed_product(
         self, x: DeviceArray, low: DeviceArray, base: DeviceArray | None = None,
         dropped: DeviceArray | None = None, *, ops: Arithmetic,
     ) -> DeviceArray:  # fmt: skip
-        """Return x Vᵀ. The guard overwrites the columns of suspect rows."""
-        if dropped is not None:
-            low = ops.product(x, ops.xp.matrix_transpose(self.factors.lora_a))
-        z = Factored(self.factors).transposed_product(x, low, base, ops=ops)
-        self.guard.outputs(self.suspects, x, z)
-        return see_dropped(z, x, dropped, self.factors, ops=ops)
+        """Return x Vᵀ."""
+        one = ops.xp.ones_like(self.suspects.suspect, dtype=low.dtype)  # the gain of y, unused
+        return self._outputs(x, low, one, None, dropped, None, ops=ops)[0]
 
     def outputs(
         self, x: DeviceArray, low: DeviceArray, gain: DeviceArray, bias: DeviceArray | None,
         base: DeviceArray | None = None, dropped: DeviceArray | None = None, *,
         ops: Arithmetic,
     ) -> tuple[DeviceArray, DeviceArray]:  # fmt: skip
-        """Return z and y by one pass, or for one token by one launch."""
-        if base is not None or dropped is not None:
-            z = self.transposed_product(x, low, base, dropped, ops=ops)
-            return ops.forward_epilogue(z, None, None, gain, bias)
-        weight, _, scaled_b, row_scale = self.factors
-        products, xp = self.guard.products, ops.xp
-        is_low = name_of(x) in LOW
-        kind = x.dtype if is_low and is_reduced() else gain.dtype
-        if products.takes_token(x, weight, gain.dtype):
-            x, shape = packed(x, xp), (*x.shape[:-1], weight.shape[-2])
-            z, y = (products.cuda.empty(shape, dtype) for dtype in (kind, x.dtype))
-            products.token_outputs(x, self.factors, self.suspects.suspect, low, gain, bias, z, y)
+        """Return z and y: by a product and two passes, or for one token by one launch."""
+        stored = x.dtype == self.factors.weight.dtype
+        dtype = x.dtype if stored else gain.dtype
+        if dropped is None and self.products.takes_token(x, self.factors.weight, gain.dtype):
+            x = packed(x, ops.xp)
+            shape = *x.shape[:-1], self.factors.weight.shape[-2]
+            kind = x.dtype if is_mixed(x, self.factors.weight) else gain.dtype
+            z, y = (self.products.cuda.empty(shape, each) for each in (kind, dtype))
+            suspect = self.suspects.suspect
+            self.products.token_outputs(x, self.factors, suspect, low, gain, bias, z, y)
             return z, y
-        z = products.multiply(x, xp.matrix_transpose(weight), kind)
-        kind = x.dtype if is_low else kind
-        z, y = self.passes.outputs(z, row_scale, (low, scaled_b), gain, bias, kind)
-        self.guard.outputs(self.suspects, x, z, y=y, gain=gain, bias=bias)
+        return self._outputs(x, low, gain, bias, dropped, dtype, ops=ops)
+
+    def _outputs(
+        self, x: DeviceArray, low: DeviceArray, gain: DeviceArray, bias: DeviceArray | None,
+        dropped: DeviceArray | None, dtype: DType | None, *, ops: Arithmetic,
+    ) -> tuple[DeviceArray, DeviceArray | None]:  # fmt: skip
+        weight, a, scaled_b, row_scale = self.suspects.factors
+        xp, shift = ops.xp, None
+        if dropped is not None:  # low is x~ Aᵀ, and the suspect rows take x: they lack (x~ − x) Aᵀ
+            shift = low - ops.product(x, xp.matrix_transpose(a))
+        kind = x.dtype if is_mixed(x, weight) else gain.dtype
+        z = self.passes.update(
+            low, scaled_b, kind, by_rows=True, over=row_scale, storage=weight
+        )  # fmt: skip
+        self.products.multiply(x, xp.matrix_transpose(weight), kind, out=z, beta=1.0)
+        y = self.passes.outputs(self.suspects, z, x, gain, bias, shift, dtype)
         return z, y
 
     def product(
         self, d: Consumed, d_b: Consumed, tokens: int, dtype: DType,
         *, round_later: bool = False, ops: Arithmetic,
     ) -> tuple[DeviceArray, DeviceArray]:  # fmt: skip
-        """Return d V. Both arguments are overwritten."""
-        # Rounded to the dtype of W, now or later, the first rows keep no more digits than W has.
-        rounded = tokens if dtype == self.factors.weight.dtype else 0
-        result = self.guard.product(self.suspects, d, d_b, rounded)
-        dx, below = result[..., :tokens, :], result[..., tokens:, :]
-        return dx if round_later else self.guard.products.cast(dx, dtype), below
+        """Return d V. `CupyOperations.gradients` does without it: it has no d s B of all rows."""
+        xp, found = ops.xp, self.suspects
+        weight, a, scaled_b, row_scale = found.factors
+        trusted = xp.where(found.suspect[..., None, :], 0, d)
+        low = ops.product(trusted, scaled_b)
+        one = xp.ones_like(found.suspect, dtype=d.dtype)
+        result = self.passes.update(
+            low, a, d.dtype, found=found, through=Through(packed(d, xp), d, one, one, None)
+        )
+        scaled = trusted if row_scale is None else row_scale[..., None, :] * trusted
+        self.products.multiply(scaled, weight, d.dtype, out=result, beta=1.0)
+        return split_rows(result, tokens, None if round_later else dtype, ops=ops)
 
     def projection(self, factored: DeviceArray, *, ops: Arithmetic) -> DeviceArray:
         """Return `factored`: the norm's kernels have replaced the suspect rows."""
@@ -79,7 +94,7 @@ class DevicePatched(NamedTuple):
 
     def dense(self, *, ops: Arithmetic) -> DeviceArray:
         """Return V."""
-        return form(self.factors, self.suspects.switches.dtype, xp=ops.xp)
+        return form(self.factors, self.suspects.gained.dtype, xp=ops.xp)
 
     def with_weight(self, weight: DeviceArray) -> DevicePatched:
         """Return the direction with another object for W."""

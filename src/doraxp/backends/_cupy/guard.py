@@ -6,7 +6,6 @@ a suspect row wherever they need it, and end at once if there are no such rows.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,21 +20,16 @@ from doraxp.backends._cupy.arrays import (
     name_of,
     one_type,
     packed,
-    types_of,
 )
 from doraxp.backends._cupy.device import Cuda
-from doraxp.backends._cupy.products import FEW, PARTS, Products
+from doraxp.backends._cupy.products import Products
 from doraxp.backends._cupy.signatures import (
     Assemble,
-    GuardHide,
-    GuardInputs,
-    GuardLow,
     GuardNorms,
-    GuardOutputs,
     ListSuspects,
     Norms,
 )
-from doraxp.backends._cupy.source import LIMIT, THREADS, WARPS, Types, blocks
+from doraxp.backends._cupy.source import THREADS, WARPS, Types, blocks
 from doraxp.backends._direction import Factors
 
 GUARDS = 64
@@ -55,12 +49,14 @@ ROUNDED = 2
 
 
 class Suspects(NamedTuple):
-    """The suspect rows of V, without rows of zeros. The guard's kernels form them when needed."""
+    """The suspect rows of V, without rows of zeros, and the factors as the kernels read them."""
 
-    rows: DeviceArray  # (stack · out,) int32; the first `count` are indices of rows
-    count: DeviceArray  # (1,) int32
-    switches: DeviceArray  # (2,): 1, and 1 where count > 0, else 0
-    suspect: DeviceArray  # (*stack, out): the same rows, marked
+    any: DeviceArray
+    """Whether there are such rows, (1,) int32."""
+    suspect: DeviceArray
+    """Their marks, (*stack, out) bool."""
+    gained: DeviceArray
+    """g⊙b with 0 for the suspect rows, (*stack, out, rank)."""
     factors: Factors
 
 
@@ -97,7 +93,7 @@ class Guard:
         )  # fmt: skip
         self.cuda.launch(arguments, one_type(u), (blocks(squares.size, WARPS), 1, 1))
         self.measure(suspect, norm, factors, magnitude=magnitude, gain=gain, unit=unit)
-        return norm, gain, unit, self.listed(suspect, norm, factors)
+        return norm, gain, unit, self.listed(suspect, norm, gain, factors)
 
     def norms(self, squares: DeviceArray, factors: FactorsT, floor: float) -> DeviceArray:
         """Return ‖Vᵢ‖ from ‖Vᵢ‖², by two launches. The guard makes no list of its rows here."""
@@ -133,7 +129,9 @@ class Guard:
         types = Types(name_of(factors.weight), kind, kind)
         self.cuda.launch(arguments, types, (min(norm.size, MEASURERS), 1, 1))
 
-    def listed(self, suspect: DeviceArray, norm: DeviceArray, factors: Factors) -> Suspects:
+    def listed(
+        self, suspect: DeviceArray, norm: DeviceArray, gain: DeviceArray, factors: Factors
+    ) -> Suspects:
         """Return the suspect rows that are not of zeros, and unmark those that are."""
         rows = self.cuda.empty((norm.size,), np.int32)
         count, switches = self.cuda.empty((1,), np.int32), self.cuda.empty((2,), norm.dtype)
@@ -142,75 +140,8 @@ class Guard:
             rows=norm.size,
         )  # fmt: skip
         self.cuda.launch(arguments, one_type(norm), (1, 1, 1), threads=LISTERS)
-        return Suspects(rows, count, switches, suspect, factors)
-
-    # Products with V
-
-    def outputs(
-        self, found: Suspects, x: DeviceArray, z: DeviceArray, *, y: DeviceArray | None = None,
-        gain: DeviceArray | None = None, bias: DeviceArray | None = None,
-    ) -> None:  # fmt: skip
-        """Write the columns of z = x Vᵀ, and of y = g⊙z + bias, that belong to listed rows."""
-        x = packed(x, self.xp)
-        tokens = x.shape[-2]
-        if tokens == 0:
-            return
-        step, along = (stride // z.itemsize for stride in z.strides[-2:])
-        arguments = GuardOutputs(
-            listed=found.rows, listed_count=found.count, x=x,
-            x_is_stored=x.dtype == found.factors.weight.dtype,
-            z=z, z_element=z.shape[-2] * z.shape[-1], z_token=step, z_row=along,
-            y=y, gain=packed(gain, self.xp), bias=packed(bias, self.xp), tokens=tokens,
-            **_of(found.factors),
-        )  # fmt: skip
-        grid = GUARDS, min(blocks(tokens, TILE), TILES), 1
-        self.cuda.launch(arguments, types_of(found.factors.weight, z, found.switches), grid)
-
-    def product(
-        self, found: Suspects, d: DeviceArray, d_b: DeviceArray, rounded: int
-    ) -> DeviceArray:
-        """Return d V. Overwrites `d`, and `d_b` = d (s B).
-
-        The caller will round the first `rounded` rows of the result to the dtype of W.
-        """
-        xp, multiply = self.xp, self.products.multiply
-        weight, a, _, row_scale = found.factors
-        d, d_b = packed(d, xp), packed(d_b, xp)
-        result = self.cuda.empty((*d.shape[:-1], weight.shape[-1]), d.dtype)
-        if d.shape[-2] == 0:
-            return result
-        self._move_suspects(found, d, d_b, result)
-        multiply(d_b, a, d.dtype, out=result, beta=found.switches)
-        if row_scale is not None:
-            d = xp.astype(row_scale[..., None, :] * d, d.dtype, copy=False)
-        if rounded <= FEW or name_of(d) != "float32" or name_of(weight) != "bfloat16":
-            return multiply(d, weight, d.dtype, out=result, beta=1.0)
-        for rows, parts in (slice(rounded), ROUNDED), (slice(rounded, None), PARTS):
-            part = result[..., rows, :]
-            multiply(d[..., rows, :], weight, d.dtype, out=part, beta=1.0, parts=parts)
-        return result
-
-    def _move_suspects(
-        self, found: Suspects, d: DeviceArray, d_b: DeviceArray, result: DeviceArray
-    ) -> None:
-        """Put the listed rows' part of d V into `result`, and take them out of d and d_b."""
-        *stack, tokens, out = d.shape
-        inner, elements = result.shape[-1], math.prod(stack)
-        types = types_of(found.factors.weight, d, found.switches)
-        across = blocks(inner, THREADS)
-        few = min(blocks(tokens, TILE), max(1, BLOCKS // (across * elements)))
-        inputs = GuardInputs(
-            listed=found.rows, listed_count=found.count, d=d, result=result, tokens=tokens,
-            **_of(found.factors),
-        )  # fmt: skip
-        self.cuda.launch(inputs, types, (across, few, elements))
-        hide = GuardHide(listed=found.rows, listed_count=found.count, d=d, tokens=tokens, out=out)
-        self.cuda.launch(hide, types, (blocks(tokens, THREADS), GUARDS, 1))
-        again = GuardLow(
-            listed_count=found.count, d=d, b=found.factors.scaled_b, low=d_b, tokens=tokens,
-            out=out, rank=d_b.shape[-1],
-        )  # fmt: skip
-        self.cuda.launch(again, types, (min(blocks(tokens, WARPS), LIMIT), elements, 1))
+        gained = self.xp.where(suspect, 0, gain)[..., None] * factors.scaled_b
+        return Suspects(count, suspect, gained.astype(gain.dtype), factors)
 
 
 def _of(factors: Factors | PlainWeight) -> dict[str, Any]:

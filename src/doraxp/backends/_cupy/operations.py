@@ -10,17 +10,18 @@ import importlib.util
 
 import numpy as np
 
-from doraxp._base.types import AdamWLeaf, AdamWNumbers, Consumed, DType, Namespace, Reduce
+from doraxp._base.types import AdamWLeaf, AdamWNumbers, Adapter, Consumed, DType, Namespace, Reduce
 from doraxp.backends._cupy.adamw import adamw
-from doraxp.backends._cupy.arrays import LOW, DeviceArray, FactorsT, PlainWeight, name_of, packed
+from doraxp.backends._cupy.arrays import LOW, DeviceArray, FactorsT, PlainWeight, name_of
+from doraxp.backends._cupy.backward import Backward
 from doraxp.backends._cupy.device import Cuda
 from doraxp.backends._cupy.direction import DevicePatched
 from doraxp.backends._cupy.guard import Guard
 from doraxp.backends._cupy.passes import Passes
 from doraxp.backends._cupy.patches import Patches
-from doraxp.backends._cupy.products import Products
+from doraxp.backends._cupy.products import Products, is_exact
 from doraxp.backends._direction import Direction, Factors
-from doraxp.backends._generic import CANCELLATION, Norm, Operations, OutputGradients, least_sum
+from doraxp.backends._generic import CANCELLATION, LayerGradients, Norm, Operations, least_sum
 
 MEASURED = 64
 """The largest rank for which forming V takes no longer than reading W a second time."""
@@ -54,7 +55,8 @@ class CupyOperations(Operations):
         super().__init__(xp)
         self.cuda = cuda or Cuda()
         self.products = Products(xp, self.cuda)
-        self.passes = Passes(xp, self.cuda, self.products)
+        self.passes = Passes(xp, self.cuda)
+        self.backward = Backward(xp, self.cuda, self.products, self.passes)
         self.device_guard = Guard(xp, self.cuda, self.products)
         self.patches = Patches(xp, self.cuda, self.products)
 
@@ -71,11 +73,13 @@ class CupyOperations(Operations):
                 f"use `with cupy.cuda.Device({array.device.id}):`"
             )
 
-    def operand_dtype(self, array: DeviceArray, weight: DeviceArray, dtype: DType) -> DType:
+    def operand_dtype(
+        self, array: DeviceArray, weight: DeviceArray, dtype: DType, *, masked: bool = False
+    ) -> DType:
         """Return the own dtype of an x or dy of 16 bits like W: tensor cores take them as is."""
         own = name_of(array)
         low = own in LOW and own == name_of(weight) and np.dtype(dtype) == np.float32
-        return array.dtype if low else dtype
+        return array.dtype if low and not (masked and is_exact()) else dtype
 
     # Products
 
@@ -87,42 +91,16 @@ class CupyOperations(Operations):
         """Return total ← total + left right: BLAS adds while it multiplies."""
         return self.products.multiply(left, right, total.dtype, out=total, beta=1.0)
 
-    # Before and after the products with V
-
-    def forward_epilogue(
-        self, z: Consumed, row_scale: DeviceArray | None,
-        update: tuple[DeviceArray, DeviceArray] | None, gain: DeviceArray, bias: DeviceArray | None,
-    ) -> tuple[DeviceArray, DeviceArray]:  # fmt: skip
-        """Return z and y by one pass."""
-        return self.passes.outputs(packed(z, self.xp), row_scale, update, gain, bias, gain.dtype)
-
-    def output_gradients(
-        self, d: DeviceArray, z: DeviceArray, gain: DeviceArray, norm: DeviceArray,
-        scaled_b: DeviceArray, *, exact: bool, with_bias: bool,
-    ) -> OutputGradients:  # fmt: skip
-        """Return dz and the sums over tokens by one pass over d and z, into room for the rows.
-
-        One launch writes dm, p and the rows, and one product makes all of `rows_b`.
-        """
-        rank = scaled_b.shape[-1] if exact else 0
-        rows, e, dbias = self.passes.gradients(d, z, gain, rank, total=with_bias)
-        p = None
-        if exact:
-            dm, p = self.passes.norm_rows(rows, d.shape[-2], e, gain, norm, scaled_b)
-        else:
-            dm = self.over_norm(e, norm)
-        return OutputGradients(rows, self.products.product(rows, scaled_b), dm, p, dbias)
-
-    def lora_b_gradient(
-        self, dz: DeviceArray, low: DeviceArray, p: DeviceArray | None,
-        unit_projection: DeviceArray, scaling: float,
-    ) -> DeviceArray:  # fmt: skip
-        """Return dB by a product and one launch."""
-        db = self.product(self.xp.matrix_transpose(dz), low)
-        if p is not None:
-            return self.passes.turning(db, p, unit_projection, scaling)
-        db *= scaling
-        return db
+    def gradients(
+        self, d: DeviceArray, x: DeviceArray, low: DeviceArray, z: DeviceArray, norm: Norm,
+        scaling: float, dtype: DType, *, exact: bool, with_bias: bool, round_later: bool,
+    ) -> LayerGradients:  # fmt: skip
+        """Return dz V, dA, dB and dm; with 16-bit x, dy and W, dz is rounded for dz V alone."""
+        how = {"exact": exact, "with_bias": with_bias, "round_later": round_later}
+        if not isinstance(norm.direction, DevicePatched):  # V is stored: the input axis is split
+            d, x, z = (self.xp.astype(each, low.dtype, copy=False) for each in (d, x, z))
+            return super().gradients(d, x, low, z, norm, scaling, dtype, **how)
+        return self.backward.gradients(d, x, low, z, norm, norm.direction, scaling, dtype, **how)
 
     def over_norm(self, values: DeviceArray, norm: DeviceArray) -> DeviceArray:
         """Return values / n by one launch."""
@@ -143,17 +121,25 @@ class CupyOperations(Operations):
         return self._norms(PlainWeight(weight), squares)
 
     def norm_and_direction(
-        self, u: DeviceArray, gram: DeviceArray, squares: DeviceArray, factors: Factors,
-        magnitude: DeviceArray, reduce: Reduce | None = None,
+        self, weight: DeviceArray, adapter: Adapter, scaling: float,
+        row_scale: DeviceArray | None, squares: DeviceArray,
+        products: tuple[DeviceArray, DeviceArray] | None = None, reduce: Reduce | None = None,
     ) -> Norm:  # fmt: skip
-        """Return n, g, V Aᵀ / n and V, by four launches if there is no `reduce`."""
+        """Return n, g, V Aᵀ / n and V, by few launches if there is no `reduce`."""
         if reduce is not None:
-            return super().norm_and_direction(u, gram, squares, factors, magnitude, reduce)
-        least = least_sum(u.dtype, factors.weight.shape[-1], xp=self.xp)
+            return super().norm_and_direction(
+                weight, adapter, scaling, row_scale, squares, products, reduce
+            )
+        xp = self.xp
+        a, b, magnitude = (xp.astype(leaf, squares.dtype, copy=False) for leaf in adapter)
+        transposed = xp.matrix_transpose(a)
+        u, gram = self.product(weight, transposed), self.product(a, transposed)
+        factors = Factors(weight, a, scaling * b, row_scale)
+        least = least_sum(u.dtype, weight.shape[-1], xp=xp)
         norm, gain, unit, suspects = self.device_guard.adapted_norm(
             u, gram, squares, factors, magnitude, least, CANCELLATION
         )
-        direction = DevicePatched(factors, suspects, self.device_guard, self.passes)
+        direction = DevicePatched(factors, suspects, self.device_guard, self.passes, self.products)
         return Norm(norm, gain, unit, direction)
 
     def _norms(self, factors: FactorsT, squares: DeviceArray) -> DeviceArray:

@@ -22,7 +22,7 @@ from doraxp.backends._cupy.arrays import (
     types_of,
 )
 from doraxp.backends._cupy.device import Cuda
-from doraxp.backends._cupy.products import PARTS, Products, is_reduced
+from doraxp.backends._cupy.products import PARTS, Products
 from doraxp.backends._cupy.signatures import Merge, MergeWide, Squares, Tiles
 from doraxp.backends._cupy.source import LIMIT, WARP, WARPS, Types, blocks
 from doraxp.backends._direction import Factors
@@ -67,8 +67,7 @@ class Patches:
             return self._merge_wide(types, factors, gain)
         stored, turned = as_stored(weight, self.xp)
         merged = self.cuda.empty(stored.shape, weight.dtype)
-        rounded = 1 if name_of(weight) == "bfloat16" else 2  # parts of 8 bits
-        parts = rounded if is_reduced() else PARTS
+        parts = PARTS
         tiles, rank = self._tiles(factors, turned, types, parts)
         *_, rows, columns = stored.shape
         arguments = Merge(

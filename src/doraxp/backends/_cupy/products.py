@@ -33,22 +33,43 @@ from doraxp.backends._direction import Factors
 
 FEW = 1024
 """The most rows whose parts go into one product. Its result has a row for each part."""
-PARTS = 3
-"""Parts of 8 bits that hold all 24 bits of a float32."""
+PARTS, ROUNDED = 3, 2
+"""Parts of 8 bits that hold all 24 bits of a float32, and those whose product is rounded to 8."""
 _NO_UPDATE: dict[str, None] = dict.fromkeys(
     ("a", "b", "row_scale", "suspect", "low_rank", "gain", "bias", "y")
 )
 _REDUCED: ContextVar[bool] = ContextVar("reduced", default=False)
+_EXACT: ContextVar[bool] = ContextVar("exact", default=False)
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Ask CuPy's products with a 16-bit weight to round no factor.
+
+    Without it, where x, dy and W have one 16-bit dtype, z and g⊙dy are rounded to it: mixed
+    precision. Inside the block both are float32, and the product of g⊙dy and W takes two or three
+    times as long. A backward is as exact as its forward was. The block has no effect on other
+    dtypes and on other libraries.
+
+    Examples
+    --------
+    >>> import doraxp
+    >>> with doraxp.backends.exact_products():
+    ...     pass  # forward and backward
+    """
+    token = _EXACT.set(True)
+    try:
+        yield
+    finally:
+        _EXACT.reset(token)
 
 
 @contextlib.contextmanager
 def reduced_precision() -> Iterator[None]:
-    """Allow CuPy's products to round their factors, which runs at the speed of the tensor cores.
+    """Allow CuPy's products of float32 arrays to round their factors to TF32.
 
-    Inside the block, float32 factors are rounded to TF32's 10 bits, or to the dtype of a float16 or
-    bfloat16 weight that they are multiplied with. If x and dy have the weight's own dtype, z, g⊙dy
-    and dx are stored in it too. Sums are in float32 in any case. The gradients then have the errors
-    of PyTorch's mixed precision. The block has no effect on other libraries.
+    TF32 has 10 bits, and runs on the tensor cores. Sums are in float32 in any case. The block has
+    no effect on weights of other dtypes and on other libraries.
     """
     token = _REDUCED.set(True)
     try:
@@ -57,9 +78,19 @@ def reduced_precision() -> Iterator[None]:
         _REDUCED.reset(token)
 
 
+def is_exact() -> bool:
+    """Return whether products with a 16-bit weight must not round their factors here."""
+    return _EXACT.get()
+
+
 def is_reduced() -> bool:
-    """Return whether products may round their factors here."""
+    """Return whether products of float32 arrays may use TF32 here."""
     return _REDUCED.get()
+
+
+def is_mixed(x: DeviceArray, weight: DeviceArray) -> bool:
+    """Return whether x and W have one 16-bit dtype, in which z and g⊙dy may be stored here."""
+    return name_of(x) in LOW and x.dtype == weight.dtype and not is_exact()
 
 
 class Products:
@@ -130,7 +161,7 @@ class Products:
 
     def multiply(
         self, left: DeviceArray, right: DeviceArray, dtype: DType, *,
-        out: DeviceArray | None = None, beta: float | DeviceArray = 0.0, parts: int = PARTS,
+        out: DeviceArray | None = None, beta: float = 0.0, parts: int = PARTS,
     ) -> DeviceArray:  # fmt: skip
         """Return out ← left right + beta out in `dtype`, one element of the stack at a time.
 
@@ -142,7 +173,8 @@ class Products:
         if 0 in out.shape:
             return out
         if left.shape[-1] == 0:
-            out[...] = 0
+            if beta == 0:
+                out[...] = 0
             return out
         if left.ndim == 2:
             self._multiply_two(left, right, out, beta, parts)
@@ -156,10 +188,10 @@ class Products:
         left: DeviceArray,
         right: DeviceArray,
         out: DeviceArray,
-        beta: float | DeviceArray,
+        beta: float,
         parts: int,
     ) -> None:
-        xp, reduced = self.xp, is_reduced()
+        xp = self.xp
         names = name_of(left), name_of(right)
         if names[0] != names[1]:
             low = next((array for array in (left, right) if name_of(array) in LOW), None)
@@ -167,22 +199,19 @@ class Products:
             if low is None or name_of(wide) != "float32":  # float64, or float16 and bfloat16
                 common = np.promote_types(wide_dtype(left), wide_dtype(right))
                 left, right = (xp.astype(array, common, copy=False) for array in (left, right))
-            elif reduced:
-                rounded = self.cast(wide, low.dtype)
-                left, right = (low, rounded) if low is left else (rounded, right)
             else:
                 self._multiply_parts(left, right, out, beta, parts)
                 return
         elif names[0] not in LOW and out.dtype != left.dtype:
             left, right = (self.cast(array, out.dtype) for array in (left, right))
-        self.cuda.gemm(for_blas(left, xp), for_blas(right, xp), out, beta, tf32=reduced)
+        self.cuda.gemm(for_blas(left, xp), for_blas(right, xp), out, beta, tf32=is_reduced())
 
     def _multiply_parts(
         self,
         left: DeviceArray,
         right: DeviceArray,
         out: DeviceArray,
-        beta: float | DeviceArray,
+        beta: float,
         count: int,
     ) -> None:
         """Multiply a float32 factor and one of 16 bits, and round neither."""
@@ -210,7 +239,7 @@ class Products:
         wide: DeviceArray,
         low: DeviceArray,
         out: DeviceArray,
-        beta: float | DeviceArray,
+        beta: float,
         *,
         on_left: bool,
     ) -> None:

@@ -32,25 +32,64 @@ from doraxp.backends._cupy.source import BUILDS, SOURCE
 
 
 class Outputs(NamedTuple):
-    """z = ρ⊙base + update and y = g⊙z + bias."""
+    """z ← ρ⊙z and y = g⊙z + bias, with the suspect rows' columns of both."""
 
-    base: ConstProduct
-    update: ConstProduct | None
+    z: Product
     row_scale: ConstCompute | None
     gain: ConstCompute
     bias: ConstCompute | None
-    z: Product | None
-    y: Storage
+    y: Void | None
+    stored: Int
+    any: ConstInts
+    suspect: ConstMarks
+    weight: ConstStorage
+    turned: Int
+    a: ConstCompute
+    b: ConstCompute
+    x: ConstVoid
+    shift: ConstCompute | None
+    tokens: Index
+    out: Index
+    inner: Index
+    rank: Index
+
+
+class Update(NamedTuple):
+    """low factorᵀ / ρ, with the suspect rows' part of d V."""
+
+    low: ConstCompute
+    factor: ConstCompute
+    over: ConstCompute | None
+    result: Product
+    rows: Index
+    columns: Index
+    rank: Index
+    by_rows: Int
+    any: ConstInts | None
+    suspect: ConstMarks | None
+    weight: ConstStorage | None
+    turned: Int
+    a: ConstCompute | None
+    b: ConstCompute | None
+    row_scale: ConstCompute | None
+    gain: ConstCompute | None
+    norm: ConstCompute | None
+    p: ConstCompute | None
+    d: ConstVoid | None
+    x: ConstVoid | None
+    stored: Int
     tokens: Index
     out: Index
 
 
 class Gradients(NamedTuple):
-    """dz = g⊙dy, and the sums of dy⊙z and of dy over chunks of tokens."""
+    """dz = ρ⊙g⊙dy, and the sums of dy⊙z and of dy over chunks of tokens."""
 
     dy: ConstStorage
     z: ConstProduct
     gain: ConstCompute
+    row_scale: ConstCompute | None
+    suspect: ConstMarks
     dz: Product
     sum_dyz: Compute
     sum_dy: Compute | None
@@ -69,30 +108,62 @@ class SumChunks(NamedTuple):
     out: Index
 
 
-class NormRows(NamedTuple):
-    """dm, p, and the rows of the norm's gradient below dz."""
+class RowGradients(NamedTuple):
+    """dm, p, dbias, dB, and the rows of the norm's gradient."""
 
     sum_dyz: ConstCompute
+    sum_dy: ConstCompute | None
+    chunks: Index
+    db_sums: ConstCompute
+    db_chunks: Index
+    by_rank: Int
     gain: ConstCompute
     norm: ConstCompute
     b: ConstCompute
+    unit: ConstCompute
+    row_scale: ConstCompute | None
+    suspect: ConstMarks
+    exact: Int
+    scaling: Number
     dm: Compute
     p_result: Compute
-    dz: Product
+    dbias: Compute | None
+    db: Compute
+    pull: Compute | None
+    rows: Compute | None
+    square: Compute | None
+    over: Compute | None
     tokens: Index
     out: Index
     rank: Index
+    per_block: Index
 
 
-class Turning(NamedTuple):
-    """db ← scaling (db − p⊙unit), by rows."""
+class GradientA(NamedTuple):
+    """dA from its sums over chunks, the rank-wide square, and the suspect rows."""
 
-    db: Compute
-    p: ConstCompute
-    unit: ConstCompute
-    size: Index
+    partial: ConstCompute
+    chunks: Index
+    square: ConstCompute | None
+    square_chunks: Index
+    result: Compute
+    any: ConstInts
+    suspect: ConstMarks
+    weight: ConstStorage
+    turned: Int
+    a: ConstCompute
+    b: ConstCompute
+    row_scale: ConstCompute | None
+    gain: ConstCompute
+    norm: ConstCompute
+    p: ConstCompute | None
+    d: ConstVoid
+    x: ConstVoid
+    stored: Int
+    tokens: Index
+    out: Index
+    inner: Index
     rank: Index
-    scaling: Number
 
 
 class Token(NamedTuple):
@@ -221,71 +292,6 @@ class ListSuspects(NamedTuple):
     rows: Index
 
 
-class GuardOutputs(NamedTuple):
-    """The columns of z and y that belong to listed rows."""
-
-    listed: ConstInts
-    listed_count: ConstInts
-    weight: ConstStorage
-    turned: Int
-    a: ConstCompute | None
-    b: ConstCompute | None
-    row_scale: ConstCompute | None
-    x: ConstVoid
-    x_is_stored: Int
-    z: Product
-    z_element: Index
-    z_token: Index
-    z_row: Index
-    y: Void | None
-    gain: ConstCompute | None
-    bias: ConstCompute | None
-    tokens: Index
-    out: Index
-    inner: Index
-    rank: Index
-
-
-class GuardInputs(NamedTuple):
-    """The sum of d[:, i] Vᵢ over the listed rows i."""
-
-    listed: ConstInts
-    listed_count: ConstInts
-    weight: ConstStorage
-    turned: Int
-    a: ConstCompute | None
-    b: ConstCompute | None
-    row_scale: ConstCompute | None
-    d: ConstProduct
-    result: Product
-    tokens: Index
-    out: Index
-    inner: Index
-    rank: Index
-
-
-class GuardHide(NamedTuple):
-    """d[:, i] = 0 for the listed rows i."""
-
-    listed: ConstInts
-    listed_count: ConstInts
-    d: Product
-    tokens: Index
-    out: Index
-
-
-class GuardLow(NamedTuple):
-    """d b, computed again if any row is listed."""
-
-    listed_count: ConstInts
-    d: ConstProduct
-    b: ConstCompute
-    low: Compute
-    tokens: Index
-    out: Index
-    rank: Index
-
-
 class Tiles(NamedTuple):
     """s B and A in parts, in the order in which tensor cores load them."""
 
@@ -358,10 +364,11 @@ class Adamw(NamedTuple):
 
 _DECLARED: tuple[type[tuple[Any, ...]], ...] = (
     Outputs,
+    Update,
     Gradients,
     SumChunks,
-    NormRows,
-    Turning,
+    RowGradients,
+    GradientA,
     Token,
     Assemble,
     Norms,
@@ -371,10 +378,6 @@ _DECLARED: tuple[type[tuple[Any, ...]], ...] = (
     SumParts,
     GuardNorms,
     ListSuspects,
-    GuardOutputs,
-    GuardInputs,
-    GuardHide,
-    GuardLow,
     Tiles,
     Merge,
     Squares,
