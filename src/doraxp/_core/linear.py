@@ -240,7 +240,7 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     d = as_tokens(dy, weight, _operand_dtype(dy, mask, weight, dtype, ops=ops), xp=ops.xp)
     inputs = _inputs(x, mask, weight, config, dtype, ops=ops)
     known = Norm(prepared.norm, prepared.gain, prepared.unit_projection, prepared.direction)
-    dx, da, db, dm, low, p, dbias = ops.gradients(
+    dx, da, db, dm, p, dbias = ops.gradients(
         d, inputs.dropped, low_rank, z, known, config.scaling, x.dtype,
         exact=config.norm_gradient == "exact", with_bias=train_base and bias is not None,
         round_later=mask is not None,
@@ -249,7 +249,9 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     if mask is not None:
         update = None  # s (dz B) A, for dropout "low_rank"
         if inputs.update_only is not None:
-            update = ops.product(low, prepared.direction.factors.lora_a)
+            _, a, scaled_b, _ = prepared.direction.factors
+            low = ops.product(d, prepared.gain[..., None] * scaled_b)  # s dz B, (tokens, rank)
+            update = ops.product(low, a)
         dx = _through_dropout(dx, d, update, mask, weight, x.dtype, ops=ops)
     return Gradients(_in_shape(dx, x.shape, ops=ops), Adapter(da, db, dm), dweight, dbias)
 

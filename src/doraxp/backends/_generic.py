@@ -77,8 +77,6 @@ class LayerGradients(NamedTuple):
     """dB = s (dzᵀ L − p⊙(V Aᵀ / n)), (*stack, out, rank)."""
     magnitude: Array
     """dm = e / n, (*stack, out)."""
-    low: Array
-    """dz s B, (*stack, tokens, rank)."""
     radial: Array | None
     """p = g⊙dm, (*stack, out); None where the norm has no gradient."""
     bias: Array | None
@@ -206,7 +204,7 @@ class Operations:
         )
         if p is not None:
             da += pull
-        return LayerGradients(dx, da, db, dm, dz_b, p, dbias)
+        return LayerGradients(dx, da, db, dm, p, dbias)
 
     def over_norm(self, values: Array, norm: Array) -> Array:
         """Return values / n by rows, and 0 where n = 0; values are (*stack, out[, k])."""

@@ -37,7 +37,7 @@ class Backward:
         mixed = name_of(z) in LOW and d.dtype == x.dtype == z.dtype
         if not mixed:
             z = xp.astype(z, norm.gain.dtype, copy=False)
-        room = found.factors.lora_a.shape[-2] if exact and not mixed else 0
+        room = 0 if mixed else found.factors.lora_a.shape[-2]
         rows, along, totals = self.passes.gradients(d, z, norm.gain, found, room, total=with_bias)
         sums = self.passes.row_gradients(
             along, totals, self.products.product(xp.matrix_transpose(d), low), found, norm.gain,
@@ -47,14 +47,14 @@ class Backward:
         through = Through(d, x, norm.gain, norm.norm, sums.radial)
         kind = norm.gain.dtype if round_later else dtype
         work = self._mixed if mixed else self._wide
-        dx, da, low_d = work(rows, x, direction, sums, through, kind)
-        return LayerGradients(dx, da, sums.lora_b, sums.magnitude, low_d, sums.radial, sums.bias)
+        dx, da = work(rows, x, direction, sums, through, kind)
+        return LayerGradients(dx, da, sums.lora_b, sums.magnitude, sums.radial, sums.bias)
 
     def _mixed(
         self, dz: DeviceArray, x: DeviceArray, direction: DevicePatched, sums: RowSums,
         through: Through, dtype: DType,
-    ) -> tuple[DeviceArray, DeviceArray, DeviceArray]:  # fmt: skip
-        """Return dx, dA and low. dz is rounded to W's dtype, for dx alone."""
+    ) -> tuple[DeviceArray, DeviceArray]:  # fmt: skip
+        """Return dx and dA. dz is rounded to W's dtype, for dx alone."""
         found, transposed = direction.suspects, self.xp.matrix_transpose
         weight, a, *_ = found.factors
         low = self.products.product(through.d, found.gained)
@@ -64,13 +64,13 @@ class Backward:
         if sums.pull is not None:
             partial += self.products.product(transposed(sums.pull), weight)
         da = self.passes.gradient_a(partial[..., None, :, :], sums.square, found, through)
-        return dx, da, low
+        return dx, da
 
     def _wide(
         self, rows: DeviceArray, x: DeviceArray, direction: DevicePatched, sums: RowSums,
         through: Through, dtype: DType,
-    ) -> tuple[DeviceArray, DeviceArray, DeviceArray]:  # fmt: skip
-        """Return dx, dA and low. The rows of the norm's gradient lie below dz, for one product."""
+    ) -> tuple[DeviceArray, DeviceArray]:  # fmt: skip
+        """Return dx and dA. The rows of the norm's gradient lie below dz, for one product."""
         multiply, found, kind = self.products.multiply, direction.suspects, rows.dtype
         weight, a, scaled_b, _ = found.factors
         tokens = through.d.shape[-2]
@@ -89,8 +89,5 @@ class Backward:
                 break
         dx, da = result[..., :tokens, :], result[..., tokens:, :]
         of_x = self.xp.matrix_transpose(low[..., :tokens, :])
-        if da.shape[-2] == 0:
-            da = self.products.product(of_x, x)
-        else:
-            multiply(of_x, x, kind, out=da, beta=1.0)
-        return self.products.cast(dx, dtype), da, low[..., :tokens, :]
+        multiply(of_x, x, kind, out=da, beta=1.0)
+        return self.products.cast(dx, dtype), da

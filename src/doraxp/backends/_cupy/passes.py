@@ -188,7 +188,7 @@ class Passes:
             per_block = blocks(out, THREADS * SQUARES)
             pull = cuda.empty(b.shape, kind)
             square = cuda.empty((*stack, blocks(out, THREADS * per_block), rank, rank), kind)
-        elif exact and row_scale is not None:
+        elif rows is not None and row_scale is not None:
             over = cuda.empty(b.shape, kind)
         tokens = 0 if rows is None else rows.shape[-2] - rank
         kernel = RowGradients(
@@ -196,7 +196,7 @@ class Passes:
             db_chunks=db_sums.shape[-3] if by_rank else 1, by_rank=by_rank, gain=gain, norm=norm,
             b=b, unit=unit, row_scale=row_scale, suspect=found.suspect, exact=exact,
             scaling=scaling, dm=dm, p_result=p, dbias=dbias, db=db, pull=pull,
-            rows=rows if exact else None, square=square, over=over, tokens=tokens, out=out,
+            rows=rows, square=square, over=over, tokens=tokens, out=out,
             rank=rank, per_block=per_block,
         )  # fmt: skip
         grid = blocks(out, THREADS * per_block), min(blocks(rank, TILE), LIMIT), math.prod(stack)

@@ -75,10 +75,10 @@ __device__ inline compute_t over_chunks(const compute_t* partial, index_t e, ind
 // grid (out / (THREADS per_block), rank / TILE, stack)
 // 4 db_chunks (dyᵀ L) + 4 (b) + 4 (unit) + 4 (dB) + 4 (pull) bytes of (out, rank)
 // dyᵀ L comes as `db_chunks` sums of (rank, out) if `by_rank`, else as one of (out, rank).
-// With `exact`, also the gradient through the norm, q = −p / n: the rows ρ⊙q⊙b, 0 for suspect rows,
-// as `pull` (out, rank), or as its transpose below the first `tokens` rows of `rows`. One of the two
-// is null. `square` gets bᵀ (q⊙b), without suspect rows, over each block's rows: (stack, gridDim.x,
-// rank, rank). `over` gets b / ρ. Without `exact`, p is 0, and all of these are null.
+// The rows ρ⊙q⊙b of the gradient through the norm, q = −p / n, are written as `pull` (out, rank), or
+// as the transpose below the first `tokens` rows of `rows`. They are 0 for suspect rows. Without
+// `exact`, p is 0. `square` gets bᵀ (q⊙b), without suspect rows, summed over the rows of each block:
+// (stack, gridDim.x, rank, rank). `over` gets b / ρ.
 extern "C" __global__ void row_gradients(
     const compute_t* sum_dyz, const compute_t* sum_dy /* or null */, index_t chunks,
     const compute_t* db_sums, index_t db_chunks, int by_rank, const compute_t* gain,

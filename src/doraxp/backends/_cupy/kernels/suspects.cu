@@ -12,8 +12,8 @@ __device__ inline compute_t item(const void* array, index_t i, bool stored) {
 __device__ inline index_t next_suspect(const unsigned char* suspect, index_t i, index_t end) {
     while (i < end) {
         if (i + 16 <= end && aligned(suspect + i)) {
-            const uint4 marks = *(const uint4*)(suspect + i);
-            if ((marks.x | marks.y | marks.z | marks.w) == 0) {
+            const Pack<unsigned> marks = *(const Pack<unsigned>*)(suspect + i);
+            if ((marks.item[0] | marks.item[1] | marks.item[2] | marks.item[3]) == 0) {
                 i += 16;
                 continue;
             }
