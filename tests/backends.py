@@ -241,6 +241,7 @@ class HostCuda(Lane):
         ops = CupyOperations(xp, cuda_host.HostCuda())
         with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
             patch.setattr("doraxp.backends._boundary._operations_of", lambda _: ops)
+            patch.setattr("doraxp.backends._boundary._NUMPY", ops)  # for NumPy's own arrays
             patch.setattr(CupyOperations, "check_device", lambda *_: None)
             yield
 

@@ -8,6 +8,8 @@ arrays to round that mixed precision does not, so that a test sees whether its b
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 
@@ -42,6 +44,17 @@ def layer(config, *, stack=(), out=24, inner=40, tokens=16, dy=1.0, update=0.5, 
     if mask:
         arrays["dropout_mask"] = np.where(rng.uniform(size=arrays["x"].shape) < 0.2, 0.0, 1.25)
     return Case("random", "", config, arrays)
+
+
+def changed(case, config=None, **arrays):
+    """Return a case with another config or with other arrays."""
+    new = {**case.arrays, **arrays}
+    return replace(case, config=config or case.config, arrays=new)
+
+
+def distance(actual, right):
+    """Return ‖actual − right‖ / ‖right‖."""
+    return np.linalg.norm(np.asarray(actual, np.float64) - right) / np.linalg.norm(right)
 
 
 def with_tokens(case, dtype):
