@@ -228,10 +228,11 @@ def test_exact_products_of_one_thread_do_not_reach_another(backend, dtype):
 @pytest.mark.dtypes("bfloat16")
 def test_the_library_reports_the_precision(backend, dtype):
     library = Library(backend.backend)
-    assert library.precision(dtype) == library.precision("float16") == "mixed"
-    assert library.precision("float32") == library.precision("float64") == "exact"
-    with backends.exact_products():
-        assert library.precision(dtype) == "exact"
+    with backend.library():
+        assert library.precision(dtype) == library.precision("float16") == "mixed"
+        assert library.precision("float32") == library.precision("float64") == "exact"
+        with backends.exact_products():
+            assert library.precision(dtype) == "exact"
 
 
 @pytest.mark.dtypes("float16", "bfloat16")
