@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from doraxp import Config
-from doraxp.backends import available
+from doraxp.backends import available, operations
 from doraxp.backends._cupy.operations import CupyOperations
 
 
@@ -47,6 +47,11 @@ class Lane:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
+        yield
+
+    @contextlib.contextmanager
+    def library(self) -> Iterator[None]:
+        """Enter the context in which `doraxp.testing.Library` is this lane's library."""
         yield
 
 
@@ -242,6 +247,14 @@ class HostCuda(Lane):
         with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
             patch.setattr("doraxp.backends._boundary._operations_of", lambda _: ops)
             patch.setattr(CupyOperations, "check_device", lambda *_: None)
+            yield
+
+    @contextlib.contextmanager
+    def library(self) -> Iterator[None]:
+        """Compute with NumPy's own arrays on the emulated device too."""
+        ops = operations(weight=self.asarray(np.zeros((1, 1))))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("doraxp.backends._boundary._NUMPY", ops)
             yield
 
 

@@ -130,11 +130,20 @@ class HostCuda:
         layout(left), layout(right)
         wide = np.float64 if left.dtype == np.float64 else np.float32
         left, right, result = (np.asarray(array) for array in (left, right, out))
+        if tf32 and left.dtype == np.float32:
+            left, right = rounded_to_tf32(left), rounded_to_tf32(right)
         beta = beta if isinstance(beta, float) else float(np.asarray(beta)[1])
         product = left.astype(wide) @ right.astype(wide)
         result[...] = (product if beta == 0 else product + beta * result.astype(wide)).astype(
             out.dtype
         )
+
+
+def rounded_to_tf32(array: np.ndarray) -> np.ndarray:
+    """Round float32 to TF32, which has 10 bits after the leading one; ties to even."""
+    bits = np.ascontiguousarray(array).view(np.uint32)
+    half_to_even = 0xFFF + (bits >> 13 & 1)
+    return ((bits + half_to_even) & 0xFFFFE000).astype(np.uint32).view(np.float32)
 
 
 def check_arguments(arguments: tuple[Any, ...], types: Types) -> None:

@@ -1,4 +1,4 @@
-"""`reduced_precision`: the errors that it may cause, and that it ends with its block."""
+"""`reduced_precision`: TF32 for float32 layers on CuPy. Its errors, and that its block ends."""
 
 from __future__ import annotations
 
@@ -9,19 +9,42 @@ import doraxp
 from doraxp import Adapter, Config
 from doraxp.backends import reduced_precision
 
-EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-10}  # TF32 has 10 bits
+ROUNDOFF = 2.0**-11
+"""Of TF32, which has 10 bits after the leading one."""
 
 
-@pytest.mark.dtypes("float16", "bfloat16", "float32")
+def results(backend, config, layer):
+    """Return y and all gradients."""
+
+    def step(x, weight, adapter, dy):
+        y, cache = doraxp.forward(x, weight, adapter, config, bias=adapter.magnitude)
+        gradients = doraxp.backward(dy, cache, train_base=True)
+        return y, gradients.x, *gradients.adapter, gradients.weight, gradients.bias
+
+    return backend.run(step, *layer)
+
+
+@pytest.fixture
+def layer(draw):
+    """Function that draws x, W, the adapter and dy."""
+
+    def draw_layer(dtype):
+        shapes = (5, 6), (7, 6), (3, 6), (7, 3), (7,), (5, 7)
+        x, weight, *adapter, dy = (draw(*shape, dtype=dtype) for shape in shapes)
+        return x, weight, Adapter(*adapter), dy
+
+    return draw_layer
+
+
 @pytest.mark.parametrize("form", ["weight", "direction"])
 @pytest.mark.parametrize("cancels", [False, True])
 def test_errors_are_as_small_as_if_each_factor_were_rounded_once(
-    backend, draw, assert_close, dtype, form, cancels
+    backend, layer, assert_close, form, cancels
 ):
+    """At most eight rounded factors are on the way to a number: four by z or dz, and four by n."""
     # For a row that cancels, the exact dB is a small difference with a large relative error.
     config = Config(3, form=form, norm_gradient="detached" if cancels else "exact")
-    weight, x, dy = (draw(*shape, dtype=dtype) for shape in ((7, 6), (5, 6), (5, 7)))
-    adapter = Adapter(*(draw(*shape, dtype="float32") for shape in ((3, 6), (7, 3), (7,))))
+    x, weight, adapter, dy = layer("float32")
     if cancels:  # one row of V is a few hundredths of its terms
         a, values = (backend.numpy(array).astype("float64") for array in (adapter.lora_a, weight))
         b = backend.numpy(adapter.lora_b).copy()
@@ -34,15 +57,40 @@ def test_errors_are_as_small_as_if_each_factor_were_rounded_once(
         m[2] = 0.03  # as after training: its gain is about 1
         adapter = adapter._replace(lora_b=backend.asarray(b), magnitude=backend.asarray(m))
 
-    def step(x, weight, adapter, dy):
-        y, cache = doraxp.forward(x, weight, adapter, config, bias=adapter.magnitude)
-        gradients = doraxp.backward(dy, cache, train_base=True)
-        return y, gradients.x, *gradients.adapter, gradients.weight, gradients.bias
-
-    expected = backend.run(step, x, weight, adapter, dy)
+    drawn = x, weight, adapter, dy
+    expected = results(backend, config, drawn)
     with reduced_precision():
-        actual = backend.run(step, x, weight, adapter, dy)
-    again = backend.run(step, x, weight, adapter, dy)
+        actual = results(backend, config, drawn)
+    again = results(backend, config, drawn)
     for one, other, third in zip(actual, expected, again, strict=True):
-        assert_close(one, other, rtol=4 * EPS[dtype])
+        assert_close(one, other, rtol=8 * ROUNDOFF)
         assert_close(third, other, rtol=0)
+
+
+@pytest.mark.lanes("cuda-host", "cupy")
+def test_it_rounds_the_factors_of_a_float32_layer(backend, layer):
+    drawn = layer("float32")
+    exact = results(backend, Config(3), drawn)
+    with reduced_precision():
+        rounded = results(backend, Config(3), drawn)
+    *others, (dbias, same) = zip(rounded, exact, strict=True)
+    assert all(np.any(backend.numpy(one) != backend.numpy(other)) for one, other in others)
+    assert np.all(backend.numpy(dbias) == backend.numpy(same))  # a sum without products
+
+
+@pytest.mark.dtypes("float64")
+def test_it_does_not_change_a_float64_layer(backend, layer, assert_close, dtype):
+    drawn = layer(dtype)
+    exact = results(backend, Config(3), drawn)
+    with reduced_precision():
+        for one, other in zip(results(backend, Config(3), drawn), exact, strict=True):
+            assert_close(one, other, rtol=0)
+
+
+@pytest.mark.lanes("numpy", "strict", "torch", "jax", "dask")
+def test_it_does_not_change_other_libraries(backend, layer, assert_close):
+    drawn = layer("float32")
+    exact = results(backend, Config(3), drawn)
+    with reduced_precision():
+        for one, other in zip(results(backend, Config(3), drawn), exact, strict=True):
+            assert_close(one, other, rtol=0)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import types
 
+import mixed
 import numpy as np
 import pytest
 import reference
 
 import doraxp
+from doraxp import Config
 from doraxp.testing import (
     VERSION,
     catalogue,
@@ -32,7 +34,8 @@ def wanted(case, dtype):
 
 @pytest.mark.once
 def test_every_number_is_within_its_bound(backend):
-    comparison = compare_backends([backend.backend])
+    with backend.library():
+        comparison = compare_backends([backend.backend])
     assert [figure for figure in comparison.figures if not figure.ok] == []
     assert comparison.ok
 
@@ -65,6 +68,92 @@ def test_the_dense_formulas_are_within_the_bound(case, dtype):
     found = in_the_dtype(case, dtype)
     for name, want in wanted(case, dtype).items():
         assert want.share(found[name]) <= 1, name
+
+
+OUT_OF_RANGE = {"huge", "tiny", "rows of all sizes"}  # of float16
+RUNS_16 = [
+    (case, dtype)
+    for case in catalogue()
+    for dtype in ("float16", "bfloat16")
+    if dtype == "bfloat16" or case.name not in OUT_OF_RANGE
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), RUNS_16, ids=lambda value: getattr(value, "name", str(value))
+)
+def test_a_model_of_mixed_precision_is_within_the_bound(case, dtype):
+    with np.errstate(over="ignore"):
+        found = mixed.step(mixed.with_tokens(case, dtype), case.config, dtype)
+    for name, want in expected(case, dtype, precision="mixed").items():
+        assert want.share(found[name].reshape(want.value.shape)) <= 1, name
+
+
+LAYERS = [
+    (Config(4, 8.0, form=form, norm_gradient=norm_gradient), stack)
+    for form in ("weight", "direction")
+    for norm_gradient in ("exact", "detached")
+    for stack in ((), (2,))
+]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("config", "stack"), LAYERS)
+def test_the_bounds_of_mixed_precision_are_no_wider_than_its_roundings(config, stack, dtype):
+    """A model of the roundings comes near the bounds of what is rounded once, y and dx."""
+    case = mixed.layer(config, stack=stack)
+    found = mixed.step(mixed.with_tokens(case, dtype), config, dtype)
+    shares = {
+        name: want.share(found[name])
+        for name, want in expected(case, dtype, precision="mixed").items()
+    }
+    assert max(shares.values()) <= 1
+    assert min(shares["y"], shares["dx"]) > 0.3
+    assert min(shares["dm"], shares["merged"]) > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("form", ["weight", "direction"])
+@pytest.mark.parametrize(
+    ("also", "norm_gradient", "quantity"),
+    [
+        ("L", "detached", "db"),
+        ("low", "detached", "da"),
+        ("dz", "detached", "da"),
+        ("dz", "detached", "db"),
+        ("R", "exact", "da"),
+        ("p", "exact", "db"),
+        ("U", "exact", "db"),
+    ],
+)
+def test_one_more_rounding_is_outside_the_bounds(form, dtype, also, norm_gradient, quantity):
+    config = Config(4, 8.0, form=form, norm_gradient=norm_gradient)
+    case = mixed.layer(config, dy=1.0, update=2.0)
+    arrays = mixed.with_tokens(case, dtype)
+    right, wrong = (mixed.step(arrays, config, dtype, rounds) for rounds in ((), (also,)))
+    bounds = [mixed.expected_from(right["z"], case, dtype)]
+    if norm_gradient == "detached":  # else the rounding of z may change dA and dB by more
+        bounds.append(expected(case, dtype, precision="mixed"))
+    for wanted in bounds:
+        assert wanted[quantity].share(right[quantity]) <= 1
+        assert wanted[quantity].share(wrong[quantity]) > 1
+
+
+@pytest.mark.parametrize("case", catalogue()[:20], ids=lambda case: case.name)
+def test_mixed_precision_has_the_same_values_and_no_narrower_bounds(case):
+    exact = expected(case, "bfloat16")
+    for name, want in expected(case, "bfloat16", precision="mixed").items():
+        assert np.all(np.abs(want.value - exact[name].value) <= 1e-7 * exact[name].bound), name
+        assert want.dtype == exact[name].dtype
+        assert np.all(want.bound >= 0.999 * exact[name].bound), name
+
+
+def test_mixed_precision_is_refused_where_there_is_none():
+    case = catalogue()[0]
+    with pytest.raises(ValueError, match=r"dtype must be float16 or bfloat16 .*, got 'float32'"):
+        expected(case, "float32", precision="mixed")
+    with pytest.raises(ValueError, match=r"changes must be None in mixed precision, got y"):
+        expected(case, "float16", {"y": lambda d: d.product}, precision="mixed")
 
 
 @pytest.mark.parametrize("name", ["one token", "no tokens"])

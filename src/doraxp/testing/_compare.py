@@ -13,12 +13,12 @@ from doraxp.testing._cases import Case, OptimizerCase
 from doraxp.testing._catalogue import catalogue, optimizer_catalogue
 from doraxp.testing._libraries import Library
 from doraxp.testing._reference import (
-    UNIT_ROUNDOFF,
     Expected,
     expected,
     expected_steps,
     in_the_dtype,
 )
+from doraxp.testing._rounding import UNIT_ROUNDOFF, Precision
 from doraxp.testing._runs import described, run_case
 
 
@@ -52,7 +52,7 @@ class Agreement(NamedTuple):
 
     backends: tuple[str, str]
     share: float
-    """The largest difference in units of twice the bound. Above 1 the two disagree."""
+    """The largest difference in units of the sum of both bounds. Above 1 the two disagree."""
 
 
 class Comparison(NamedTuple):
@@ -99,7 +99,10 @@ def compare_backends(
 
     ::
 
-        |actual − reference| ≤ bound      the sum of the rounding errors of the dense formulas
+        |actual − reference| ≤ bound      the sum of all rounding errors that may happen
+
+    The bound is that of the precision in which the backend computes, see `Library.precision`: CuPy
+    computes layers of 16 bits in mixed precision, unless it is told not to.
 
     Parameters
     ----------
@@ -133,7 +136,8 @@ def compare_backends(
     left_out: dict[tuple[str, str], None] = {}
     shares = dict.fromkeys(combinations([one.name for one in libraries], 2), 0.0)
     for done, (case, dtype) in enumerate(runs):
-        wanted, dense = _wanted(case, dtype), in_the_dtype(case, dtype)
+        wanted: dict[str, dict[str, Expected]] = {}
+        dense = in_the_dtype(case, dtype)
         found: dict[str, dict[str, Any]] = {}
         for number, library in enumerate(libraries):
             label = f"{library.name}: {case.name}, {dtype}"
@@ -141,11 +145,12 @@ def compare_backends(
             if library.dtype(dtype) is None:
                 left_out[library.name, dtype] = None
                 continue
+            wanted[library.name] = want = _wanted(case, dtype, library.precision(dtype))
             found[library.name] = actual = run_case(case, dtype, library)
-            figures += _figures(library.name, case.name, dtype, wanted, dense, actual)
+            figures += _figures(library.name, case.name, dtype, want, dense, actual)
         for one, other in shares:
             if one in found and other in found:
-                worst = _worst_difference(wanted, found[one], found[other])
+                worst = _worst_difference(wanted[one], wanted[other], found[one], found[other])
                 shares[one, other] = max(shares[one, other], worst)
     agreements = tuple(Agreement(pair, share) for pair, share in shares.items())
     return Comparison(tuple(figures), agreements, tuple(left_out))
@@ -165,8 +170,10 @@ def check_usable(names: Sequence[str]) -> None:
             raise RuntimeError(f"{name} cannot run here: {known[name].detail}")
 
 
-def _wanted(case: Case | OptimizerCase, dtype: str) -> dict[str, Expected]:
-    return expected_steps(case, dtype) if isinstance(case, OptimizerCase) else expected(case, dtype)
+def _wanted(case: Case | OptimizerCase, dtype: str, precision: Precision) -> dict[str, Expected]:
+    if isinstance(case, OptimizerCase):
+        return expected_steps(case, dtype)
+    return expected(case, dtype, precision=precision)
 
 
 def _figures(
@@ -198,13 +205,16 @@ def _figures(
         )
 
 
-def _worst_difference(wanted: dict[str, Expected], one: Any, other: Any) -> float:
+def _worst_difference(
+    wanted: dict[str, Expected], others: dict[str, Expected], one: Any, other: Any
+) -> float:
     if isinstance(one, Exception) or isinstance(other, Exception):
         return np.inf
     worst = 0.0
     for name, want in wanted.items():
         if one[name].mismatch(want) or other[name].mismatch(want):
             return np.inf
-        between = want._replace(value=one[name].values.astype(np.float64))
-        worst = max(worst, between.share(other[name].values) / 2)
+        both = want.bound + others[name].bound
+        between = want._replace(value=one[name].values.astype(np.float64), bound=both)
+        worst = max(worst, between.share(other[name].values))
     return worst

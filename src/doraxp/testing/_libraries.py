@@ -11,6 +11,11 @@ import array_api_compat
 import numpy as np
 
 from doraxp._base.types import Array, Namespace
+from doraxp.backends import operations
+from doraxp.backends._cupy.operations import CupyOperations
+from doraxp.backends._cupy.products import is_exact
+from doraxp.testing._cases import HALF
+from doraxp.testing._rounding import Precision
 
 # The module that makes arrays of each library that `doraxp.backends.available` lists.
 MODULES = {
@@ -62,6 +67,29 @@ class Library:
             with contextlib.suppress(ImportError):
                 return np.dtype(importlib.import_module("ml_dtypes").bfloat16)
         return None
+
+    def precision(self, dtype: str) -> Precision:
+        """Return the precision in which the library computes layers stored in a dtype.
+
+        Parameters
+        ----------
+        dtype : str
+            The dtype of x, dy and the weight. The library must have it.
+
+        Returns
+        -------
+        {"exact", "mixed"}
+            For the argument of `expected` with the same name. "mixed" for float16 and bfloat16 on
+            CuPy, outside of `doraxp.backends.exact_products`.
+
+        Examples
+        --------
+        >>> Library("numpy").precision("float16")
+        'exact'
+        """
+        ops = operations(weight=self.module.zeros((1, 1), dtype=self.dtype(dtype)))
+        rounds = dtype in HALF and isinstance(ops, CupyOperations) and not is_exact()
+        return "mixed" if rounds else "exact"
 
     def asarray(self, values: Any, dtype: str) -> Array:
         """Return values of NumPy as a new array of this library, in a dtype given by name."""

@@ -4,17 +4,21 @@
 
 u is the unit roundoff of the compute dtype, and u₆₄ that of float64, in which `value` was computed.
 uₛ is that of the storage dtype, where it is narrower than the compute dtype. `error` is the sum of
-all rounding errors of the dense formulas, see `_rounding`.
+all rounding errors of the dense formulas, see `_rounding`. In mixed precision, `error` is that of
+`MixedFormulas`, and includes every rounding to the storage dtype::
+
+    |actual − value| ≤ (u + u₆₄)·error + tiny
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from doraxp.testing._cases import Case, OptimizerCase, compute_dtype_name, rounded
+from doraxp.testing._cases import HALF, Case, OptimizerCase, compute_dtype_name, rounded
 from doraxp.testing._formulas import (
     OPTIMIZERS,
     QUANTITIES,
@@ -23,10 +27,13 @@ from doraxp.testing._formulas import (
     Formula,
     deviating,
 )
-from doraxp.testing._rounding import Plain, Rounded
+from doraxp.testing._mixed import MixedFormulas
+from doraxp.testing._rounding import UNIT_ROUNDOFF, Plain, Precision, Rounded
 
-UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 TINY = {"float64": 2.0**-1022, "float32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**-24}
+BELOW_NORMAL = {"bfloat16": 2.0**-126, "float16": 2.0**-25}
+"""The largest error of a rounding below the normal range. float16 keeps its subnormal numbers; a
+device may flush those of bfloat16 to zero."""
 STORED = ("y", "dx", "merged")  # in the storage dtype; the others are in the compute dtype
 
 
@@ -73,8 +80,12 @@ def expected(
     dtype: str,
     changes: Mapping[str, Formula] | None = None,
     names: Collection[str] = QUANTITIES,
+    *,
+    precision: Precision = "exact",
 ) -> dict[str, Expected]:
     """Return the expected results of a case, by the reference or by one that deviates.
+
+    The values are the same in every precision. Only the bounds differ.
 
     Parameters
     ----------
@@ -86,6 +97,10 @@ def expected(
     names : collection of str
         The quantities to return. The default is norm, merged, y, dx, da, db, dm, dw and, if the
         case has a bias, dbias.
+    precision : {"exact", "mixed"}
+        "exact": x, dy and the weight are stored in `dtype`, and all else is in the compute dtype.
+        "mixed": for float16 and bfloat16, z, dz and the other arrays that `MixedFormulas` names are
+        rounded to `dtype` too. `Library.precision` returns the one that a library computes in.
 
     Returns
     -------
@@ -94,7 +109,8 @@ def expected(
     Raises
     ------
     ValueError
-        `dtype` is not one of float16, bfloat16, float32 and float64.
+        `dtype` is not one of float16, bfloat16, float32 and float64; or `precision` is "mixed", and
+        `dtype` has more than 16 bits or `changes` are given.
 
     Examples
     --------
@@ -104,13 +120,36 @@ def expected(
     >>> norm.share(norm.value), norm.share(1.001 * norm.value) > 1
     (0.0, True)
     """
-    reference = deviating(DenseFormulas, changes) if changes else DenseFormulas
-    layer = reference(case.config, case.stored(dtype), Rounded.exact)
+    arrays = case.stored(dtype)
+    layer: DenseFormulas
+    if precision == "mixed":
+        _check_mixed(dtype, changes)
+        layer = MixedFormulas(case.config, arrays, Rounded.exact, _rounding_to(dtype))
+    else:
+        reference = deviating(DenseFormulas, changes) if changes else DenseFormulas
+        layer = reference(case.config, arrays, Rounded.exact)
     return {
-        name: bounded(name, getattr(layer, name), shape, dtype)
+        name: bounded(name, getattr(layer, name), shape, dtype, precision)
         for name, shape in shapes(case).items()
         if name in names
     }
+
+
+def _check_mixed(dtype: str, changes: Mapping[str, Formula] | None) -> None:
+    if dtype not in HALF:
+        raise ValueError(f"dtype must be float16 or bfloat16 in mixed precision, got {dtype!r}")
+    if changes:
+        raise ValueError(f"changes must be None in mixed precision, got {', '.join(changes)}")
+
+
+def _rounding_to(dtype: str) -> Formula:
+    """Return the function that adds the rounding of a float32 number to a storage dtype."""
+    return partial(
+        Rounded.narrowed,
+        roundoff=UNIT_ROUNDOFF[dtype],
+        least=BELOW_NORMAL[dtype],
+        unit=UNIT_ROUNDOFF["float32"],
+    )
 
 
 def expected_steps(
@@ -202,7 +241,9 @@ def steps(
     return found
 
 
-def bounded(name: str, number: Any, shape: tuple[int, ...], dtype: str) -> Expected:
+def bounded(
+    name: str, number: Any, shape: tuple[int, ...], dtype: str, precision: Precision = "exact"
+) -> Expected:
     """Return the value of a quantity with its bound, in a shape."""
     compute = compute_dtype_name(dtype)
     value = number.value.reshape(shape)
@@ -210,4 +251,6 @@ def bounded(name: str, number: Any, shape: tuple[int, ...], dtype: str) -> Expec
     bound = bound + TINY[compute]
     if name not in STORED or dtype == compute:
         return Expected(value, bound, compute)
+    if precision == "mixed":  # the formulas have rounded it
+        return Expected(value, bound, dtype)
     return Expected(value, bound + UNIT_ROUNDOFF[dtype] * np.abs(value) + TINY[dtype], dtype)

@@ -6,18 +6,21 @@ Evaluate a formula on `Rounded` arrays. Then `u · error` bounds, to first order
 the same formula evaluated in that dtype. The bound holds for any order of summation, and for any
 association of the products that has the same terms. A sum of k products adds k roundings of their
 absolute values, and every other operation adds one. A Python number adds one more, because it is
-first rounded to the dtype.
+first rounded to the dtype. `narrowed` adds a rounding to a narrower dtype.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+Precision: TypeAlias = Literal["exact", "mixed"]
+"""The numbers that a layer of 16 bits rounds to its storage dtype: x, dy and W, or more of them."""
 Wide: TypeAlias = NDArray[np.float64]
+UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +79,31 @@ class Rounded:
 
     def __getitem__(self, index: Any) -> Self:
         return type(self)(self.value[index], self.error[index])
+
+    def where(self, mask: Any, other: Rounded | float) -> Self:
+        """Return these numbers where `mask` is true, and those of `other` elsewhere."""
+        other = _operand(other)
+        value = np.where(mask, self.value, other.value)
+        return type(self)(value, np.where(mask, self.error, other.error))
+
+    def narrowed(self, roundoff: float, least: float, unit: float) -> Self:
+        """Return the number after one more rounding, to a narrower dtype.
+
+        ::
+
+            u error ← u error + max(roundoff (|value| + u error), least)
+
+        Parameters
+        ----------
+        roundoff : float
+            The unit roundoff of the narrower dtype.
+        least : float
+            The largest error that this dtype makes below its normal range.
+        unit : float
+            u, the unit roundoff of the dtype in which the formula is evaluated.
+        """
+        largest = np.abs(self.value) + unit * self.error
+        return type(self)(self.value, self.error + np.maximum(roundoff * largest, least) / unit)
 
     @property
     def mT(self) -> Self:  # noqa: N802

@@ -1,0 +1,286 @@
+"""Mixed precision: what CuPy's 16-bit layers promise, and how `exact_products` turns it off."""
+
+from __future__ import annotations
+
+import threading
+
+import mixed
+import numpy as np
+import pytest
+
+import doraxp
+from doraxp import Adapter, Config, backends
+from doraxp.testing import Library, expected
+
+pytestmark = pytest.mark.lanes("cuda-host", "cupy")
+
+GRADIENTS = ("dx", "da", "db", "dm", "dw", "dbias")
+BETTER = [("detached", 0.02, 100), ("detached", 1.0, 100), ("exact", 0.02, 10), ("exact", 1.0, 3)]
+"""How many times smaller than PEFT's the errors of dA and dB are, at least.
+
+The norm's gradient, ‖s B A‖ / ‖W‖, and the factor. With a detached norm no rounding of 16 bits
+reaches dA and dB. With an exact one the rounding of z does, in proportion to V Aᵀ / n, and that
+grows with the update.
+"""
+
+
+def run(backend, case, dtype):
+    """Return the results of a layer, by the names of `expected`, and z. All in NumPy's float64."""
+    arrays = {
+        name: backend.asarray(array.astype(np.float32 if name in Adapter._fields else kind))
+        for name, array in case.stored(dtype).items()
+        for kind in (mixed.KINDS.get(dtype, dtype),)
+    }
+    adapter = Adapter(*(arrays[name] for name in Adapter._fields))
+    mask = arrays.get("dropout_mask")
+
+    def step(x, weight, adapter, dy, bias, mask):
+        prepared = doraxp.prepare(weight, adapter, case.config)
+        y, cache = doraxp.forward(
+            x, weight, adapter, case.config, bias=bias, prepared=prepared, dropout_mask=mask
+        )
+        found = doraxp.backward(dy, cache, train_base=True)
+        return {
+            "norm": prepared.norm,
+            "merged": doraxp.merge(weight, adapter, case.config, prepared=prepared),
+            "y": y,
+            "dx": found.x,
+            "da": found.adapter.lora_a,
+            "db": found.adapter.lora_b,
+            "dm": found.adapter.magnitude,
+            "dw": found.weight,
+            "dbias": found.bias,
+            "z": cache.z,
+        }
+
+    found = backend.run(
+        step, arrays["x"], arrays["weight"], adapter, arrays["dy"], arrays["bias"], mask
+    )
+    return {name: backend.numpy(array) for name, array in found.items()}
+
+
+def shares(found, wanted):
+    """Return the largest error of each result in units of its bound."""
+    return {name: want.share(found[name]) for name, want in wanted.items()}
+
+
+def is_mixed(found):
+    """Whether z is stored in 16 bits."""
+    return found["z"].dtype.itemsize == 2
+
+
+def bits(found):
+    return {name: array.tobytes() for name, array in found.items()}
+
+
+CONFIGS = [
+    Config(4, 8.0, form=form, norm_gradient=norm_gradient)
+    for form in ("weight", "direction")
+    for norm_gradient in ("exact", "detached")
+]
+
+
+def named(config):
+    return f"{config.form}-{config.norm_gradient}"
+
+
+@pytest.fixture(params=CONFIGS, ids=named)
+def config(request):
+    return request.param
+
+
+# The default
+
+
+@pytest.mark.dtypes("float16", "bfloat16")
+@pytest.mark.parametrize("stack", [(), (2, 1)], ids=["one", "stack"])
+@pytest.mark.parametrize("dropout", [None, "input", "low_rank"])
+def test_all_results_are_within_the_bounds(backend, dtype, config, dropout, stack):
+    if dropout is not None:
+        config = Config(
+            4, 8.0, form=config.form, norm_gradient=config.norm_gradient, dropout=dropout
+        )
+    case = mixed.layer(config, stack=stack, mask=dropout is not None)
+    found = run(backend, case, dtype)
+    assert is_mixed(found)
+    assert max(shares(found, expected(case, dtype, precision="mixed")).values()) <= 1
+
+
+@pytest.mark.dtypes("float16", "bfloat16")
+@pytest.mark.parametrize("tokens", [1, 3, 70])
+def test_only_the_rounding_of_z_reaches_the_adapter(backend, dtype, config, tokens):
+    """Given the stored z, dA, dB, dm and dW have float32's errors."""
+    case = mixed.layer(config, tokens=tokens, update=2.0)
+    found = run(backend, case, dtype)
+    assert is_mixed(found)
+    assert max(shares(found, mixed.expected_from(found["z"], case, dtype)).values()) <= 1
+
+
+@pytest.mark.dtypes("float16", "bfloat16")
+def test_rows_that_cancel_are_made_from_v(backend, dtype, config):
+    """The bounds of such rows have no terms of the size of W and B A, which cancel."""
+    case = mixed.layer(config, update=1.0, out=40)
+    arrays = case.stored(dtype)
+    length = np.linalg.norm(arrays["weight"], axis=-1, keepdims=True)
+    rho = 1 / length if config.form == "direction" else 1.0
+    update = config.scaling * arrays["lora_b"] @ arrays["lora_a"] / rho
+    weight = case.arrays["weight"].copy()
+    weight[::8] = 0.01 * weight[::8] - update[::8]
+    b = arrays["lora_b"].astype(float)
+    if config.form == "direction":
+        b[::8] *= length[::8] / np.linalg.norm(weight[::8], axis=-1, keepdims=True)
+    case = mixed.changed(case, weight=weight, lora_b=b)
+    found = run(backend, case, dtype)
+    assert is_mixed(found)
+    assert max(shares(found, expected(case, dtype, precision="mixed")).values()) <= 1
+
+
+@pytest.mark.dtypes("float16", "bfloat16")
+@pytest.mark.parametrize(("norm_gradient", "update", "factor"), BETTER)
+def test_gradients_of_a_and_b_are_better_than_pefts(backend, dtype, norm_gradient, update, factor):
+    detached = Config(4, 8.0, norm_gradient="detached")
+    case = mixed.layer(
+        Config(4, 8.0, norm_gradient=norm_gradient), out=96, inner=128, tokens=64, update=update
+    )
+    ours = run(backend, case, dtype)
+    theirs = mixed.peft_step(mixed.with_tokens(case, dtype), detached, dtype)
+    right, without = (
+        expected(each, dtype) for each in (case, mixed.changed(case, config=detached))
+    )
+    for name in ("da", "db"):
+        error = mixed.distance(ours[name], right[name].value)
+        assert mixed.distance(theirs[name], without[name].value) > factor * error, name
+
+
+# The range of float16
+
+
+@pytest.mark.dtypes("float16")
+@pytest.mark.parametrize("size", [1e-6, 1e-5, 1e-4, 1e-2, 1.0, 100.0, 5e3])
+def test_gradients_of_any_size_are_finite_and_within_the_bounds(backend, dtype, config, size):
+    case = mixed.layer(config, out=32, inner=64, tokens=96, dy=size)
+    found = run(backend, case, dtype)
+    wanted = expected(case, dtype, precision="mixed")
+    for name in GRADIENTS:
+        assert np.all(np.isfinite(found[name])), name
+        assert wanted[name].share(found[name]) <= 1, name
+    given_z = mixed.expected_from(found["z"], case, dtype)
+    assert max(shares(found, given_z).values()) <= 1
+
+
+@pytest.mark.dtypes("float16")
+def test_sums_over_many_tokens_do_not_overflow(backend, dtype, config):
+    """Each sum over the tokens is far above the range of float16."""
+    case = mixed.layer(config, out=32, inner=64, tokens=512)
+    signs = np.sign(case.arrays["x"] @ np.swapaxes(case.arrays["weight"], -1, -2))
+    case = mixed.changed(case, dy=302.0 * signs)
+    found = run(backend, case, dtype)
+    wanted = expected(case, dtype, precision="mixed")
+    assert np.max(np.abs(wanted["dm"].value * wanted["norm"].value)) > 65504  # e
+    for name in GRADIENTS:
+        assert np.all(np.isfinite(found[name])), name
+        assert wanted[name].share(found[name]) <= 1, name
+
+
+# Where the default is not mixed precision
+
+
+@pytest.mark.dtypes("float16", "bfloat16")
+@pytest.mark.parametrize("dropout", [None, "input", "low_rank"])
+def test_exact_products_round_only_results(backend, dtype, config, dropout):
+    if dropout is not None:
+        config = Config(
+            4, 8.0, form=config.form, norm_gradient=config.norm_gradient, dropout=dropout
+        )
+    case = mixed.layer(config, mask=dropout is not None)
+    with backends.exact_products():
+        found = run(backend, case, dtype)
+    assert not is_mixed(found)
+    assert max(shares(found, expected(case, dtype)).values()) <= 1
+
+
+@pytest.mark.dtypes("bfloat16")
+def test_exact_products_end_with_their_block_and_nest(backend, dtype):
+    case = mixed.layer(Config(4, 8.0))
+    before = bits(run(backend, case, dtype))
+    with backends.exact_products():
+        outer = bits(run(backend, case, dtype))
+        with backends.exact_products():
+            inner = bits(run(backend, case, dtype))
+        between = bits(run(backend, case, dtype))
+    with pytest.raises(RuntimeError, match="inside"), backends.exact_products():
+        raise RuntimeError("inside")
+    assert outer == inner == between != before
+    assert bits(run(backend, case, dtype)) == before
+
+
+@pytest.mark.dtypes("bfloat16")
+def test_exact_products_of_one_thread_do_not_reach_another(backend, dtype):
+    case = mixed.layer(Config(4, 8.0))
+    found = []
+    with backends.exact_products():
+        other = threading.Thread(target=lambda: found.append(run(backend, case, dtype)))
+        other.start()
+        other.join()
+    assert is_mixed(found[0])
+
+
+@pytest.mark.dtypes("bfloat16")
+def test_the_library_reports_the_precision(backend, dtype):
+    library = Library(backend.backend)
+    with backend.library():
+        assert library.precision(dtype) == library.precision("float16") == "mixed"
+        assert library.precision("float32") == library.precision("float64") == "exact"
+        with backends.exact_products():
+            assert library.precision(dtype) == "exact"
+
+
+@pytest.mark.dtypes("float16", "bfloat16")
+def test_reduced_precision_does_not_change_a_layer_of_16_bits(backend, dtype, config):
+    case = mixed.layer(config)
+    default = bits(run(backend, case, dtype))
+    with backends.reduced_precision():
+        assert bits(run(backend, case, dtype)) == default
+
+
+@pytest.mark.dtypes("float16", "bfloat16")
+def test_exact_products_win_over_reduced_precision(backend, dtype):
+    case = mixed.layer(Config(4, 8.0))
+    with backends.exact_products():
+        exact = bits(run(backend, case, dtype))
+        with backends.reduced_precision():
+            assert bits(run(backend, case, dtype)) == exact
+
+
+@pytest.mark.dtypes("float32", "float64")
+def test_exact_products_do_not_change_a_layer_of_more_bits(backend, dtype):
+    case = mixed.layer(Config(4, 8.0))
+    default = bits(run(backend, case, dtype))
+    with backends.exact_products():
+        assert bits(run(backend, case, dtype)) == default
+
+
+@pytest.mark.dtypes("float16", "bfloat16")
+def test_a_float32_x_beside_a_weight_of_16_bits_is_computed_exactly(backend, dtype, config):
+    case = mixed.layer(config)
+    stored = case.stored(dtype) | {"x": case.arrays["x"].astype(np.float32)}
+    kinds = {"weight": mixed.KINDS[dtype], "dy": mixed.KINDS[dtype]}
+    arrays = {name: backend.asarray(a.astype(kinds.get(name, "f4"))) for name, a in stored.items()}
+    adapter = Adapter(*(arrays[name] for name in Adapter._fields))
+
+    def step(x, weight, adapter, dy, bias):
+        y, cache = doraxp.forward(x, weight, adapter, case.config, bias=bias)
+        found = doraxp.backward(dy, cache)
+        return {
+            "y": y,
+            "dx": found.x,
+            "da": found.adapter.lora_a,
+            "db": found.adapter.lora_b,
+            "dm": found.adapter.magnitude,
+        }
+
+    given = (arrays[name] for name in ("x", "weight"))
+    found = backend.run(step, *given, adapter, arrays["dy"], arrays["bias"])
+    found = {name: backend.numpy(array) for name, array in found.items()}
+    wanted = expected(mixed.changed(case, **stored), "float32", names=found)
+    assert max(shares(found, wanted).values()) <= 1
