@@ -111,6 +111,25 @@ def test_a_wrong_answer_is_named_and_nothing_is_timed(quick, monkeypatch, capsys
     assert f"wrong answer: {task}, numpy, " in capsys.readouterr().err
 
 
+def test_a_stopped_run_leaves_the_figures_of_the_tasks_that_it_finished(
+    quick, monkeypatch, tmp_path
+):
+    path = tmp_path / "figures.json"
+    measure, left = _measure.measure, []
+
+    def stopped(task, *args, **kwargs):
+        if task == "norm":
+            left.append([one["task"] for one in json.loads(path.read_text())["results"]])
+            raise KeyboardInterrupt
+        return measure(task, *args, **kwargs)
+
+    monkeypatch.setattr("doraxp.bench.measure", stopped)
+    assert bench("--backend", "numpy", "--tasks", "merge", "norm", "--json", str(path)) == 130
+    assert left == [["merge"] * 3]
+    assert [one["task"] for one in json.loads(path.read_text())["results"]] == ["merge"] * 3
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_ratios_are_of_the_same_round():
     def of(library, kind, *seconds):
         return Measured(WORKLOAD, "step", kind, library, kind, list(seconds), 2**20)
