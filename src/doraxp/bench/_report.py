@@ -72,6 +72,7 @@ def _figures(results: list[Measured]) -> list[dict[str, Any]]:
             "seconds_quartiles": one.quartiles,
             "host_seconds": one.host_seconds,
             "peak_bytes": one.peak_bytes,
+            "errors": one.errors,
             **ratios(one, task),
         }
         for _, task in by_task(results)
