@@ -34,22 +34,23 @@ from doraxp.backends import cuda_kernels
 
 PACKAGES = ("numpy", "cupy-cuda13x", "cupy-cuda12x", "torch", "peft", "cuda-core")
 GROUPS = (stores, runs, orders, skinny, hosts, launches)
+LARGE = 1 << 30, 8192
+"""Numbers of a copy, 4 GiB, and rows and columns of a product: far more than the cache holds."""
 
 
 def machine(folder: Path) -> None:
     """Print the device, build all kernels, and measure the two ceilings."""
-    device, versions = bench.device(), {"doraxp": doraxp.__version__}
+    (size, n), device, versions = LARGE, bench.device(), {"doraxp": doraxp.__version__}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     append(folder, "machine", device=device, versions=versions)
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
     print(f"{device['name']}, driver {device['driver']}, {listed}", flush=True)
-    numbers = draw(1 << 30)  # 4 GiB: far more than the cache
+    numbers = draw(size)
     to = cupy.empty_like(numbers)
     copy = partial(to.data.copy_from_device_async, numbers.data, numbers.nbytes)
     bytes_per_second = 2 * numbers.nbytes / least_seconds(copy)
-    n = 8192
     a, b = (draw(n, n, dtype="bfloat16") for _ in range(2))
     operations_per_second = 2 * n**3 / least_seconds(lambda: a @ b)
     ceilings = {

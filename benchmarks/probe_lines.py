@@ -78,7 +78,7 @@ class Probe:
         self, name: str, shape: str, microseconds: float, over: str | None, **more: Any
     ) -> None:
         self.found[name, shape] = microseconds
-        reference = self.found.get((over, shape)) if over is not None else None
+        reference = self.found.get((over, shape)) if over not in (None, name) else None
         ratio = microseconds / reference if reference else None
         beside = f"  {ratio:6.2f} ÷ {over}" if ratio is not None else ""
         print(f"  {name:52} {shape:20} {microseconds:10.2f} µs{beside}", flush=True)

@@ -77,7 +77,7 @@ def runs(probe: Probe) -> None:
             for run in (given, *(run for run in (1, 2, 4, 8, 16) if run != given)):
                 passes.RUN = run
                 forget()
-                name, over = f"outputs, {run} tokens a thread", f"outputs, {given} tokens a thread"
+                name, over = (f"outputs, tokens of a thread: {each}" for each in (run, given))
                 probe.kernel(name, shape, lambda call=forward: call, of="outputs", over=over)
             passes.RUN = given
             forget()

@@ -16,6 +16,8 @@ from probe_lines import PRIVATE, SHAPES, TOKENS, Call, Probe, sizes
 
 from doraxp.backends import operations
 
+SKINNY = ((4096, 4096, 16), (4096, 11008, 16), (4096, 28672, 64), (8192, 28672, 64))
+"""n, k and r of skinny products: of x (tokens, in) and dy (tokens, out), and of W (out, in)."""
 WHOLE_SUMS = 16
 """CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION: the backend's mode of cuBLAS."""
 
@@ -135,7 +137,7 @@ def skinny(probe: Probe) -> None:
 
     M (n, k) is bfloat16, F is float32 and of 24 bits. M Fᵀ is (n, r), and Fᵀ M is (r, k).
     """
-    for n, k, rank in ((4096, 4096, 16), (4096, 11008, 16), (4096, 28672, 64), (8192, 28672, 64)):
+    for n, k, rank in SKINNY:
         shape = sizes(n, k, rank=rank)
         matrix = draw(n, k, dtype="bfloat16")
         for name, few, act in (
