@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import doraxp
 from doraxp._terminal.runtimes import runtime
 from doraxp.backends import Status
 from doraxp.bench import (
@@ -109,6 +110,46 @@ def test_a_wrong_answer_is_named_and_nothing_is_timed(quick, monkeypatch, capsys
     monkeypatch.setattr(_measure, "time_all", lambda *_: pytest.fail("it was timed"))
     assert bench("--backend", "numpy", "--tasks", task) == 2
     assert f"wrong answer: {task}, numpy, " in capsys.readouterr().err
+
+
+def test_the_largest_error_of_each_array_is_reported(quick, tmp_path, monkeypatch):
+    path = tmp_path / "figures.json"
+    monkeypatch.setattr(doraxp, "backward", off_by_a_millionth(doraxp.backward))
+    command = ("--backend", "numpy", "--tasks", "step", "--dtype", "float64", "--tokens", "5")
+    monkeypatch.setitem(_measure.TOLERANCES, "float64", 1e-5)
+    assert bench(*command, "--json", str(path)) == 0
+    bare, exact, _ = json.loads(path.read_text())["results"]
+    assert set(bare["errors"]) == {"y", "dx"}
+    assert exact["errors"]["dB"] == pytest.approx(1e-6)
+    assert all(exact["errors"][name] < 1e-12 for name in ("y", "dx", "dA", "dm"))
+
+
+def off_by_a_millionth(backward):
+    def wrong(*args):
+        dx, adapter, *rest = backward(*args)
+        scaled = adapter._replace(lora_b=(1 + 1e-6) * adapter.lora_b)
+        return doraxp.Gradients(dx, scaled, *rest)
+
+    return wrong
+
+
+def test_a_stopped_run_leaves_the_figures_of_the_tasks_that_it_finished(
+    quick, monkeypatch, tmp_path
+):
+    path = tmp_path / "figures.json"
+    measure, left = _measure.measure, []
+
+    def stopped(task, *args, **kwargs):
+        if task == "norm":
+            left.append([one["task"] for one in json.loads(path.read_text())["results"]])
+            raise KeyboardInterrupt
+        return measure(task, *args, **kwargs)
+
+    monkeypatch.setattr("doraxp.bench.measure", stopped)
+    assert bench("--backend", "numpy", "--tasks", "merge", "norm", "--json", str(path)) == 130
+    assert left == [["merge"] * 3]
+    assert [one["task"] for one in json.loads(path.read_text())["results"]] == ["merge"] * 3
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_ratios_are_of_the_same_round():

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import json
 import types
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+import doraxp
 from doraxp.backends import Status
 from doraxp.bench import Contestant, Measured, Workload, _device, _gpu, _measure, _peft, gpu_suite
 from doraxp.bench._report import ratios
@@ -129,7 +132,9 @@ def test_one_command_measures_everything(fake_cupy, tmp_path, capsys, monkeypatc
     assert plot.read_bytes().startswith(b"\x89PNG")
     done = {(one["task"], one["contestant"], one["case"]["tokens"]) for one in report["results"]}
     of_tokens = {(task, name) for task, name, tokens in done if tokens == 5}
-    ways = ("exact", "detached", "exact, reduced", "detached, reduced", "bare products")
+    other = {"float32": ", TF32", "float64": None}.get(dtype, ", exact products")
+    suffixes = ("",) if other is None else ("", other)
+    ways = (*(way + end for end in suffixes for way in ("exact", "detached")), "bare products")
     assert {name for task, name in of_tokens if task == "step"} == set(ways)
     assert {n for task, n in of_tokens if task == "backward"} == {*ways[:-1], "bare product"}
     assert {task for task, _ in of_tokens} == {"forward", "backward", "step", "evaluation"}
@@ -289,12 +294,59 @@ def test_the_peak_is_the_most_that_is_held_at_once():
     assert _device.peak(cupy, call) == 1536
 
 
-def test_a_reduced_answer_has_a_tolerance_of_its_own(fake_cupy):
-    made = {one.name: one.tolerance for one in _gpu.contestants("step", WORKLOAD)}
-    assert made["exact, reduced"] == 4e-2
-    assert made["exact"] == 24 / 16 * 2.0**-23  # sums of bfloat16's products on tensor cores
-    whole = next(iter(_gpu.contestants("merge", Workload(24, 16, 5, 4))))
-    assert whole.tolerance is None
+@pytest.mark.parametrize(
+    ("dtype", "unit", "other"),
+    [
+        ("bfloat16", 2.0**-8, "exact, exact products"),
+        ("float16", 2.0**-11, "exact, exact products"),
+        ("float32", 2.0**-11, "exact, TF32"),
+    ],
+)
+def test_an_answer_of_rounded_numbers_may_err_by_ten_roundings(fake_cupy, dtype, unit, other):
+    workload = replace(WORKLOAD, dtype=dtype)
+    made = {one.name: one.tolerance for one in _gpu.contestants("step", workload)}
+    rounded, whole = ("exact", other) if dtype != "float32" else (other, "exact")
+    assert made[rounded] == 10 * unit
+    # Sums of 16-bit products on tensor cores lose a little; those of float32 do not.
+    assert made[whole] == (None if dtype == "float32" else 24 / 16 * 2.0**-23)
+    norm = {one.name: one.tolerance for one in _gpu.contestants("norm", workload)}
+    assert norm["from nothing"] == made[whole]  # no 16-bit number is on its way
+
+
+@pytest.mark.parametrize("task", ["forward", "backward", "step"])
+@pytest.mark.parametrize(("dtype", "mode"), [("bfloat16", "EXACT"), ("float32", "TF32")])
+def test_forward_and_backward_of_a_contestant_run_in_its_mode(
+    fake_cupy, monkeypatch, task, dtype, mode
+):
+    inside, seen = [], []
+
+    @contextlib.contextmanager
+    def block():
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def record(call):
+        def recorded(*args, **kwargs):
+            seen.append(bool(inside))
+            return call(*args, **kwargs)
+
+        return recorded
+
+    monkeypatch.setattr(_gpu, mode, getattr(_gpu, mode)._replace(block=block))
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(doraxp, name, record(getattr(doraxp, name)))
+    workload = replace(WORKLOAD, dtype=dtype)
+    suffix = getattr(_gpu, mode).suffix
+    present = list(_gpu.contestants(task, workload))
+    # The forwards of backward's contestants run before, half of them in the other mode.
+    assert seen.count(True) == seen.count(False)
+    assert bool(seen) == (task == "backward")
+    for one in present:
+        seen.clear()
+        one.call()
+        assert set(seen) <= {one.name.endswith(suffix)}
+        assert bool(seen) == (one.kind != "bare")
 
 
 def test_peft_takes_part_where_pytorch_finds_the_device(fake_cupy, monkeypatch):

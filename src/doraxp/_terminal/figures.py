@@ -9,8 +9,13 @@ from typing import Any
 
 
 def write_json(path: Path, report: Any) -> None:
-    """Write nested figures as JSON, which has neither NaN nor infinity: null stands for them."""
-    path.write_text(json.dumps(_finite(report), indent=2, allow_nan=False) + "\n", "utf-8")
+    """Write nested figures as JSON, which has neither NaN nor infinity: null stands for them.
+
+    The file is written whole or not at all.
+    """
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(_finite(report), indent=2, allow_nan=False) + "\n", "utf-8")
+    part.replace(path)
 
 
 def _finite(value: Any) -> Any:

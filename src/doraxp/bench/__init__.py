@@ -11,6 +11,8 @@ from doraxp.bench._contestant import Contestant
 from doraxp.bench._contestants import contestants
 from doraxp.bench._curves import Curve, collect
 from doraxp.bench._device import description as device
+from doraxp.bench._device import host_seconds as gpu_host_seconds
+from doraxp.bench._device import seconds as gpu_seconds
 from doraxp.bench._gpu import suite as gpu_suite
 from doraxp.bench._machine import blas_kernels, threads
 from doraxp.bench._measure import (
@@ -46,6 +48,8 @@ __all__ = [
     "device",
     "draw",
     "fresh_process",
+    "gpu_host_seconds",
+    "gpu_seconds",
     "gpu_suite",
     "jobs",
     "libraries",

@@ -2,6 +2,10 @@
 
 x and dy are in the weight's dtype, as they are in training. Each contestant uses several sets of
 inputs in turn: no call finds its inputs in the GPU's cache. `_device` has the clock.
+
+    default            a 16-bit weight: z and g⊙dy are stored in 16 bits. float32: all in float32
+    , exact products   a 16-bit weight, in `exact_products`
+    , TF32             a float32 weight, in `reduced_precision`
 """
 
 from __future__ import annotations
@@ -13,12 +17,12 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from operator import matmul
-from typing import Any
+from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
-from doraxp._base.types import Adapter, Array, Config, Namespace
-from doraxp.backends import reduced_precision
+from doraxp._base.types import Adapter, Array, Namespace
+from doraxp.backends import exact_products, reduced_precision
 from doraxp.bench import _device, _peft
 from doraxp.bench._contestant import Contestant
 from doraxp.bench._truth import Truth
@@ -31,11 +35,30 @@ ROTATED = 1 << 28
 SHAPES = [(4096, 4096, 16), (4096, 11008, 16), (8192, 28672, 64), (8192, 28672, 256)]
 """out, in and rank of the default workloads."""
 DTYPES, TOKENS = ("bfloat16", "float32"), (1, 128, 4096)
-REDUCED = {"float64": 1e-12, "float32": 4e-3, "float16": 4e-3, "bfloat16": 4e-2}
-"""The largest error to allow in reduced precision, relative to the largest value, by the weight's
-dtype. The answers are float32."""
+LOW = ("float16", "bfloat16")
+IN_MODES = ("forward", "backward", "step")
+"""Tasks that are measured in each mode. The others have the same products in all."""
+UNITS = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "TF32": 2.0**-11}
+"""The unit roundoff: the largest relative error of one rounding."""
+ROUNDINGS = 10
+"""Unit roundoffs to allow, relative to the largest value, where numbers are rounded on the way to
+an answer. At most four are: z, y, g⊙dy and dx, or both factors of two products. Independent errors
+of a sum's terms add up as the terms do, to the same part of the sum; and the largest of a million
+normal numbers is 5 times the usual one, as is the value that it is compared with."""
 CUT = 2.0**-23
 """Tensor cores cut off at most so much of a float32 sum with each 16 terms that they add."""
+
+
+class Mode(NamedTuple):
+    """A precision of the products: the end of a contestant's name, and a block to call it in."""
+
+    suffix: str
+    block: Callable[[], contextlib.AbstractContextManager[None]]
+
+
+DEFAULT = Mode("", contextlib.nullcontext)
+EXACT = Mode(", exact products", exact_products)
+TF32 = Mode(", TF32", reduced_precision)
 
 
 def suite() -> Iterator[Workload]:
@@ -51,10 +74,10 @@ def contestants(task: str, workload: Workload) -> Iterator[Contestant]:
     numbers = sum(math.prod(array.shape) for array in (host.weight, host.x, host.dy))
     count = max(1, math.ceil(ROTATED / (numbers * host.weight.dtype.itemsize)))
     sets = [_on_device(cupy, host) for _ in range(count)]
-    made = [list(_ways(task, inputs, workload.config)) for inputs in sets]
+    made = [list(_ways(task, inputs, workload)) for inputs in sets]
     for of_all in zip(*made, strict=True):
-        way = of_all[0]
-        call = _in_turn([partial(one.function, *one.arrays) for one in of_all])
+        mode, way = of_all[0]
+        call = _in_turn([partial(one.function, *one.arrays) for _, one in of_all])
         yield Contestant(
             way.name,
             LIBRARY,
@@ -64,7 +87,7 @@ def contestants(task: str, workload: Workload) -> Iterator[Contestant]:
             seconds=partial(_device.seconds, cupy, call),
             host_seconds=partial(_device.host_seconds, cupy, call),
             peak=partial(_device.peak, cupy, call),
-            tolerance=_tolerance(way, workload),
+            tolerance=_tolerance(task, workload, way.kind, mode),
         )
     if _peft.why_not() is None and importlib.import_module("torch").cuda.is_available():
         for theirs in _peft.on_cuda(task, workload, count):
@@ -87,13 +110,13 @@ def truth(workload: Workload) -> Truth:
     return Truth(inputs, workload.config.scaling)
 
 
-def _tolerance(way: Way, workload: Workload) -> float | None:
+def _tolerance(task: str, workload: Workload, kind: str, mode: Mode) -> float | None:
     """Return the error to allow, or None for the usual one."""
-    if workload.dtype not in ("float16", "bfloat16"):
-        return REDUCED[workload.dtype] if way.name.endswith("reduced") else None
+    if workload.dtype not in LOW:
+        return ROUNDINGS * UNITS["TF32"] if mode is TF32 else None
     # A bare W Aᵀ rounds A to the weight's dtype.
-    if way.name.endswith("reduced") or way.kind == "bare":
-        return REDUCED[workload.dtype]
+    if kind == "bare" or (mode is DEFAULT and task in IN_MODES):
+        return ROUNDINGS * UNITS[workload.dtype]
     # The factors lose nothing: the tensor cores cut off parts of the sums alone.
     return CUT * max(workload.out, workload.inner, workload.tokens) / 16
 
@@ -110,26 +133,28 @@ def _on_device(cupy: Any, inputs: Inputs) -> Inputs:
     return Inputs(cupy.asarray(weight), leaves, cupy.asarray(x), cupy.asarray(dy))
 
 
-def _ways(task: str, inputs: Inputs, config: Config) -> Iterator[Way]:
-    """Yield each way to do a task with one set of inputs, those in reduced precision last."""
+def _ways(task: str, inputs: Inputs, workload: Workload) -> Iterator[tuple[Mode, Way]]:
+    """Yield each way to do a task with one set of inputs, and its mode; the default mode first."""
     bare = _bare(task, inputs)
     if bare is not None:
-        yield bare
-    for reduced in (False, True) if task in ("forward", "backward", "step") else (False,):
-        with _precision(reduced):  # a backward in reduced precision belongs to such a forward
-            made = list(ways(task, inputs, config))
+        yield DEFAULT, bare
+    for mode in _modes(task, workload.dtype):
+        with mode.block():  # a backward belongs to a forward of its mode
+            made = list(ways(task, inputs, workload.config))
         for way in made:
             if way.kind != "bare":
-                name = f"{way.name}, reduced" if reduced else way.name
-                yield way._replace(name=name, function=partial(_call, reduced, way.function))
+                function = partial(_call, mode, way.function)
+                yield mode, way._replace(name=way.name + mode.suffix, function=function)
 
 
-def _precision(reduced: bool) -> contextlib.AbstractContextManager[None]:
-    return reduced_precision() if reduced else contextlib.nullcontext()
+def _modes(task: str, dtype: str) -> list[Mode]:
+    """Return the modes in which a task differs for a weight of this dtype."""
+    other = {**dict.fromkeys(LOW, EXACT), "float32": TF32}.get(dtype)
+    return [DEFAULT, other] if other is not None and task in IN_MODES else [DEFAULT]
 
 
-def _call(reduced: bool, function: Callable[..., Any], *arrays: Any) -> Any:
-    with _precision(reduced):
+def _call(mode: Mode, function: Callable[..., Any], *arrays: Any) -> Any:
+    with mode.block():
         return function(*arrays)
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from array_api_compat import array_namespace
@@ -52,6 +52,8 @@ class Measured:
     """Beyond the inputs; None where it cannot be measured."""
     host_seconds: float | None = None
     """Of one call; None where `seconds` are the host's too."""
+    errors: dict[str, float] = field(default_factory=dict)
+    """The largest error of each array of the answer, relative to the largest right value."""
 
     @property
     def quartiles(self) -> tuple[float, float, float]:
@@ -80,7 +82,7 @@ def measure(
 ) -> list[Measured]:
     """Return the time and memory of each contestant; `on_part` is called `rounds` + 2 times."""
     present = contestants(task, workload, libraries)
-    check_all(task, workload, present)
+    errors = check_all(task, workload, present)
     on_part()
     times = time_all(present, rounds, on_part)
     names = [(one.library, one.name) for one in present]
@@ -91,32 +93,39 @@ def measure(
     hosts = [one.host_seconds() if one.host_seconds else None for one in present]
     on_part()
     return [
-        Measured(workload, task, one.name, one.library, one.kind, seconds, peak, host)
-        for one, seconds, peak, host in zip(present, times, peaks, hosts, strict=True)
+        Measured(workload, task, one.name, one.library, one.kind, seconds, peak, host, wrong)
+        for one, seconds, peak, host, wrong in zip(
+            present, times, peaks, hosts, errors, strict=True
+        )
     ]
 
 
-def check_all(task: str, workload: Workload, present: list[Contestant]) -> None:
-    """Compare all contestants with the dense formulas; WrongAnswerError names the first that errs.
+def check_all(task: str, workload: Workload, present: list[Contestant]) -> list[dict[str, float]]:
+    """Compare all contestants with the dense formulas; return the errors of each, by array.
 
-    A contestant on a GPU is compared there: to copy its arrays to the host takes longer.
+    WrongAnswerError names the first that is too large. A contestant on a GPU is compared there: to
+    copy its arrays to the host takes longer.
     """
     on_gpu = any(one.library == _gpu.LIBRARY for one in present)
     truth = _gpu.truth(workload) if on_gpu else Truth(draw(workload), workload.config.scaling)
     right = {kind: truth.answers(task, kind) for kind in {one.kind for one in present}}
+    found = []
     for one in present:
         one.reset()
-        answer = one.answer(one.call())
+        answer, errors = one.answer(one.call()), {}
         for name, array in right[one.kind].items():
             what = f"{task}, {one.library}, {one.name}: {name}"
-            _check(what, answer[name], array, one.tolerance)
+            errors[name] = _check(what, answer[name], array, one.tolerance)
+        found.append(errors)
+    return found
 
 
-def _check(what: str, array: Array, right: Array, tolerance: float | None) -> None:
+def _check(what: str, array: Array, right: Array, tolerance: float | None) -> float:
     tolerance = max(tolerance or 0.0, TOLERANCES[str(array.dtype).rpartition(".")[-1]])
     error = _error(array, right)
     if not error <= tolerance:  # NaN too
         raise WrongAnswerError(f"{what} must be within {tolerance} of the dense one, got {error}")
+    return error
 
 
 def _error(array: Array, right: Array) -> float:

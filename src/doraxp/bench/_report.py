@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import groupby
 from typing import Any
@@ -42,7 +42,7 @@ def report(
     results: list[Measured],
     libraries: list[str],
     missing: dict[str, str],
-    curves: dict[str, Curve],
+    curves: Mapping[str, Curve],
 ) -> dict[str, Any]:
     """Return all figures and the conditions of the run, in the types of JSON."""
     took_part = dict.fromkeys([*libraries, *(one.library for one in results)])
@@ -72,6 +72,7 @@ def _figures(results: list[Measured]) -> list[dict[str, Any]]:
             "seconds_quartiles": one.quartiles,
             "host_seconds": one.host_seconds,
             "peak_bytes": one.peak_bytes,
+            "errors": one.errors,
             **ratios(one, task),
         }
         for _, task in by_task(results)

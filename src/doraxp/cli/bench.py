@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -108,8 +108,13 @@ def run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         return _refuse(str(error))
     libraries, missing = bench.libraries(arguments.backend)
-    try:
-        results = _measure(jobs, libraries, arguments.rounds)
+
+    def save(results: list[bench.Measured], curves: Mapping[str, bench.Curve]) -> None:
+        if arguments.json is not None:
+            write_json(arguments.json, bench.report(results, libraries, missing, curves))
+
+    try:  # a run that is stopped leaves the figures of the tasks that it finished
+        results = _measure(jobs, libraries, arguments.rounds, lambda results: save(results, {}))
     except bench.WrongAnswerError as error:
         return _refuse(f"wrong answer: {error}")
     curves = bench.collect(_base(arguments), results) if arguments.curves else {}
@@ -121,7 +126,7 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(f"Medians of {arguments.rounds} rounds; ± half the distance of the quartiles.")
     _print_conditions(libraries, missing, console)
     if arguments.json is not None:
-        write_json(arguments.json, bench.report(results, libraries, missing, curves))
+        save(results, curves)
         print_names(f"Figures: {arguments.json}", console)
     if arguments.plot is not None:
         if curves:
@@ -180,8 +185,13 @@ def _base(arguments: argparse.Namespace) -> bench.Workload:
     return bench.Workload(out, inner, arguments.tokens[-1], arguments.rank[-1], arguments.dtype[-1])
 
 
-def _measure(jobs: list[bench.Job], libraries: list[str], rounds: int) -> list[bench.Measured]:
-    """Measure all jobs, with a progress bar."""
+def _measure(
+    jobs: list[bench.Job],
+    libraries: list[str],
+    rounds: int,
+    on_job: Callable[[list[bench.Measured]], None],
+) -> list[bench.Measured]:
+    """Measure all jobs, with a progress bar; `on_job` gets the results so far after each."""
     results: list[bench.Measured] = []
     with bench.fresh_process() as process, progress_by_parts() as progress:
         bar = progress.add_task("", total=len(jobs) * (rounds + 2))
@@ -195,6 +205,7 @@ def _measure(jobs: list[bench.Job], libraries: list[str], rounds: int) -> list[b
                 process=process,
                 on_part=lambda: progress.advance(bar),
             )
+            on_job(results)
     return results
 
 
