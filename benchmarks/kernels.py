@@ -1,9 +1,11 @@
-"""Compile every CUDA kernel for three GPUs, without one, and print the registers that each uses.
+"""Compile every CUDA kernel for three GPUs, without one, and print the resources that each uses.
 
     python benchmarks/kernels.py
 
-It needs NVRTC, `pip install nvidia-cuda-nvrtc`, and no driver. It fails if a kernel does not
-compile, spills registers or has a stack frame, or if a pass over large arrays has no 16-byte load.
+It needs NVRTC and the disassembler, `pip install nvidia-cuda-nvrtc nvidia-cuda-nvdisasm`, and no
+driver. It fails if a kernel does not compile, spills registers or has a stack frame, or if a pass
+over large arrays breaks a rule of `Pass`. The rules are checked on the machine code: PTX does not
+show that the compiler merges the stores of two branches into narrow ones.
 """
 
 from __future__ import annotations
@@ -11,104 +13,217 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import re
+import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from doraxp.backends import CudaKernels, cuda_kernels
+from doraxp.backends import cuda_kernels
 
 ARCHITECTURES = (80, 90, 100)
-PASSES = ("outputs", "gradients", "token", "merge", "squares", "merge_wide")
-"""The kernels that read arrays of (tokens, out) or (out, in)."""
-PROPERTIES = re.compile(
+WIDE = 16
+"""Bytes of the accesses that large arrays need."""
+REPORT = re.compile(
     r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
     r"(\d+) bytes spill loads.*?Used (\d+) registers(?:.*?(\d+) bytes smem)?",
 )
-WIDE = re.compile(r"\bld\.global(?:\.nc)?\.(?:v4\.[bfu]32|v2\.[bfu]64)")
+ACCESS = re.compile(r"\s(LDG|STG|LDGSTS|LD|ST)\.([\w.]+) ")
+WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
+"""Bytes of an access to global memory by a part of its name. Without one of these it has 4."""
+
+
+class Pass(NamedTuple):
+    """The rules of a kernel that reads large arrays, (tokens, out) or (out, in).
+
+    It needs an access of 16 bytes, to load and, if it `stores` a large array, to store. Its code
+    has two ways: one for packs of 16 bytes, and one for rows with a ragged end, number by number.
+    So its narrow accesses may move as many bytes as its wide ones, and `few_loads` or `few_stores`
+    numbers of small arrays (a gain, a bias, a sum). More of them would be the packs, number by
+    number, or a small array read again for each number of a large one. `whole` loads of 16 bytes
+    are of arrays without ragged ends.
+    """
+
+    stores: bool = True
+    few_loads: int = 0
+    few_stores: int = 0
+    whole: int = 0
+    computes: tuple[str, ...] = ("float32", "float64")
+    """The third dtype of the builds that are launched."""
+
+
+FORMED = 672
+"""Numbers that `formed` loads for suspect rows: four calls, unrolled over columns and rank."""
+LANE_ROWS, LANE_COLUMNS = 4, 8
+"""Rows and columns that a lane of `merge` works on. It loads gain and ρ for each."""
+PASSES = {
+    "outputs": Pass(),
+    "gradients": Pass(few_stores=24),
+    "token": Pass(stores=False, few_loads=FORMED),
+    "cast": Pass(),
+    "merge": Pass(few_loads=2 * (LANE_ROWS + LANE_COLUMNS), whole=12, computes=("float32",)),
+    "squares": Pass(stores=False, few_loads=LANE_ROWS + LANE_COLUMNS, whole=12),
+    "merge_wide": Pass(few_loads=48, computes=("float64",)),
+}
+
+
+class Bytes(NamedTuple):
+    """How many accesses of 16 bytes there are, and how many bytes and accesses are narrower."""
+
+    wide: int = 0
+    narrow: int = 0
+    narrow_bytes: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.wide}/{self.narrow}"
 
 
 class Compiled(NamedTuple):
-    """Registers and bytes that a kernel uses, from the compiler's report."""
+    """The resources of a kernel, from the compiler's report and the machine code."""
 
     registers: int
     shared: int
     spilled: int
-    wide_loads: int
+    loads: Bytes
+    stores: Bytes
 
 
 def main() -> None:
     """Compile all kernels, print a table, and exit with 1 if a rule is broken."""
-    nvrtc, kernels = load(), cuda_kernels()
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
-    print(f"NVRTC {major.value}.{minor.value}; registers of a thread, shared bytes of a block\n")
-    broken = []
+    kernels, broken = cuda_kernels(), []
+    jobs = [(types, each) for types in kernels.builds for each in ARCHITECTURES]
+    print(f"NVRTC {version(load())}; registers of a thread, shared bytes of a block;")
+    print("for a pass, its loads and stores of 16 bytes / of less in the machine code\n")
+    with ProcessPoolExecutor() as pool:
+        found = dict(zip(jobs, pool.map(build, *zip(*jobs, strict=True)), strict=True))
     for types in kernels.builds:
-        found = [build(nvrtc, kernels, types, architecture) for architecture in ARCHITECTURES]
-        print(f"{types:30}", *(f"{f'sm_{a}':>10}" for a in ARCHITECTURES))
+        print(f"{types:26}", *(f"{f'sm_{each}':>25}" for each in ARCHITECTURES))
         for name in kernels.names:
-            cells = (f"{each[name].registers} {each[name].shared}" for each in found)
-            print(f"  {name:28}", *(f"{cell:>10}" for cell in cells))
-            for architecture, each in zip(ARCHITECTURES, found, strict=True):
+            each = {a: found[types, a][name] for a in ARCHITECTURES}
+            print(f"  {name:24}", *(f"{cell(name, one):>25}" for one in each.values()))
+            for architecture, one in each.items():
                 where = f"{name} of {types} for sm_{architecture}"
-                if each[name].spilled:
-                    broken.append(f"{where}: {each[name].spilled} bytes spilled or on the stack")
-                if name in PASSES and not each[name].wide_loads:
-                    broken.append(f"{where}: no load of 16 bytes")
-    print("\n".join(broken) or "\nNo spills, no stack frames; 16-byte loads in every large pass.")
+                broken += [f"{where}: {rule}" for rule in broken_rules(name, types, one)]
+    print("\n".join(broken) or "\nNo spills, no stack frames; large passes use 16-byte accesses.")
     sys.exit(bool(broken))
+
+
+def cell(name: str, found: Compiled) -> str:
+    """Return the table's text for a kernel."""
+    accesses = f" {found.loads} {found.stores}" if name in PASSES else ""
+    return f"{found.registers} {found.shared}{accesses}"
+
+
+def broken_rules(name: str, types: str, found: Compiled) -> Iterator[str]:
+    """Return the rules that a kernel breaks."""
+    if found.spilled:
+        yield f"{found.spilled} bytes spilled or on the stack"
+    rules = PASSES.get(name)
+    compute = types.split()[-1]
+    if rules is None or compute not in rules.computes:
+        return
+    kinds = [("loads", found.loads, rules.few_loads, rules.whole)]
+    if rules.stores:
+        kinds.append(("stores", found.stores, rules.few_stores, 0))
+    for kind, made, few, whole in kinds:
+        if made.wide <= whole:
+            yield f"no {kind} of 16 bytes"
+        limit = WIDE * max(made.wide - whole, 0) + few * int(compute[-2:]) // 8
+        if made.narrow_bytes > limit:
+            yield f"narrow {kind} of {made.narrow_bytes} bytes, more than {limit}"
 
 
 def load() -> ctypes.CDLL:
     """Return NVRTC from NVIDIA's wheel."""
+    return ctypes.CDLL(str(of_wheel("libnvrtc.so.*", "nvidia-cuda-nvrtc")))
+
+
+def of_wheel(pattern: str, package: str) -> Path:
+    """Return the path of a file in one of NVIDIA's wheels."""
     spec = importlib.util.find_spec("nvidia")
     folders = spec.submodule_search_locations if spec is not None else []
-    found = [path for folder in folders or [] for path in Path(folder).rglob("libnvrtc.so.*")]
+    found = [path for folder in folders or [] for path in Path(folder).rglob(pattern)]
     if not found:
-        sys.exit("NVRTC was not found: pip install nvidia-cuda-nvrtc")
-    return ctypes.CDLL(str(found[0]))
+        sys.exit(f"{pattern} was not found: pip install {package}")
+    return found[0]
 
 
-def build(
-    nvrtc: ctypes.CDLL, kernels: CudaKernels, types: str, architecture: int
-) -> dict[str, Compiled]:
+def version(nvrtc: ctypes.CDLL) -> str:
+    """Return the version of NVRTC."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return f"{major.value}.{minor.value}"
+
+
+def build(types: str, architecture: int) -> dict[str, Compiled]:
     """Compile the kernels for three dtypes, and return the resources of each by its name."""
+    kernels = cuda_kernels()
     options = f"--gpu-architecture=sm_{architecture}", *kernels.builds[types]
-    ptx, log = compiled(nvrtc, kernels.source, options)
-    entries = {part.partition("(")[0]: part for part in ptx.split(".entry ")[1:]}
-    found = {}
+    cubin, log = compiled(load(), kernels.source, options)
+    code, found = functions(disassembled(cubin)), {}
     for block in re.split(r"(?=Compiling entry function)", log)[1:]:
-        match = PROPERTIES.search(" ".join(block.split()).replace("Compiling ", ""))
+        match = REPORT.search(" ".join(block.split()).replace("Compiling ", ""))
         assert match is not None, block
         name, *numbers = match.groups(default="0")
         stack, stores, loads, registers, shared = map(int, numbers)
-        wide = len(WIDE.findall(entries[name]))
-        found[name] = Compiled(registers, shared, stack + stores + loads, wide)
+        found[name] = Compiled(registers, shared, stack + stores + loads, *accesses(code[name]))
     return found
 
 
-def compiled(nvrtc: ctypes.CDLL, source: str, options: tuple[str, ...]) -> tuple[str, str]:
-    """Return the PTX and the compiler's log."""
+def compiled(nvrtc: ctypes.CDLL, source: str, options: tuple[str, ...]) -> tuple[bytes, str]:
+    """Return the machine code and the compiler's log."""
     program = ctypes.c_void_p()
     arguments = (*options, "--ptxas-options=-v")
     given = (ctypes.c_char_p * len(arguments))(*(text.encode() for text in arguments))
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None)
     status = nvrtc.nvrtcCompileProgram(program, len(arguments), given)
-    log = text_of(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
+    log = kept(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
+    log_text = log.rstrip(b"\0").decode()
     if status != 0:
-        sys.exit(f"{' '.join(arguments)}\n{log}")
-    ptx = text_of(nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX, program)
+        raise RuntimeError(f"{' '.join(arguments)}\n{log_text}")
+    cubin = kept(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    return ptx, log
+    return cubin, log_text
 
 
-def text_of(size_of: ctypes._CFuncPtr, get: ctypes._CFuncPtr, program: ctypes.c_void_p) -> str:
-    """Return a text that NVRTC keeps for a program."""
+def kept(size_of: ctypes._CFuncPtr, get: ctypes._CFuncPtr, program: ctypes.c_void_p) -> bytes:
+    """Return the bytes of something that NVRTC keeps for a program."""
     size = ctypes.c_size_t()
     size_of(program, ctypes.byref(size))
     buffer = ctypes.create_string_buffer(size.value)
     get(program, buffer)
-    return buffer.value.decode()
+    return buffer.raw
+
+
+def disassembled(cubin: bytes) -> str:
+    """Return the machine code as text."""
+    program = of_wheel("nvdisasm", "nvidia-cuda-nvdisasm")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(program), "--print-code", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def functions(code: str) -> dict[str, str]:
+    """Return the code of each kernel by its name."""
+    parts = re.split(r"^\s*\.section\s+\.text\.", code, flags=re.MULTILINE)[1:]
+    return {part.partition(",")[0]: part for part in parts}
+
+
+def accesses(code: str) -> tuple[Bytes, Bytes]:
+    """Count a kernel's loads from global memory, and its stores to it."""
+    widths: tuple[list[int], list[int]] = [], []
+    for kind, name in ACCESS.findall(code):
+        width = next((WIDTHS[part] for part in name.split(".") if part in WIDTHS), 4)
+        widths[kind.startswith("ST")].append(width)
+    made = []
+    for each in widths:
+        narrow = [width for width in each if width < WIDE]
+        made.append(Bytes(len(each) - len(narrow), len(narrow), sum(narrow)))
+    return made[0], made[1]
 
 
 if __name__ == "__main__":

@@ -89,6 +89,21 @@ template <typename T> __device__ inline void load(const T* from, compute_t* to, 
     }
 }
 
+// Store 16 bytes at once. It is assembly because the compiler merges a store of C++ with the narrow
+// stores of another branch, and writes number by number in both.
+template <typename T> __device__ inline void store_pack(Pack<T>* to, const Pack<T>& pack) {
+#ifdef DORAXP_HOST
+    *to = pack;
+#else
+    const uint4& bits = (const uint4&)pack;
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(to), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
+                 : "memory");
+#endif
+}
+
+// Store `count` ≤ PER_THREAD numbers, as `load` loads them.
 template <typename T> __device__ inline void store(T* to, const compute_t* from, int count,
                                                    bool packed) {
     const int each = 16 / sizeof(T);
@@ -98,7 +113,7 @@ template <typename T> __device__ inline void store(T* to, const compute_t* from,
             Pack<T> pack;
 #pragma unroll
             for (int j = 0; j < each; ++j) pack.item[j] = narrow<T>(from[k * each + j]);
-            ((Pack<T>*)to)[k] = pack;
+            store_pack((Pack<T>*)to + k, pack);
         }
     } else {
 #pragma unroll
