@@ -128,9 +128,10 @@ def cuda_host(session: nox.Session) -> None:
 
 @nox.session(name="cuda-compile", tags=["ci"])
 def cuda_compile(session: nox.Session) -> None:
-    """Compile the CUDA kernels for three GPUs, and test the CuPy backend without a device."""
+    """Compile the CUDA kernels, and test and time the CuPy backend, without a device."""
     install(session, "test", "nvrtc", extras="cuda13")
     session.run("python", "benchmarks/kernels.py")
+    session.run("python", "benchmarks/host.py")
     pytest(session, "--backend=cupy", "tests/test_cupy.py")
 
 
