@@ -31,6 +31,35 @@ from doraxp.backends._cupy.parameters import (
 from doraxp.backends._cupy.source import BUILDS, SOURCE
 
 
+class Project(NamedTuple):
+    """M Fᵀ, for M of 16 bits and F of few rows."""
+
+    matrix: ConstStorage
+    factor: ConstCompute
+    result: Compute
+    rows: Index
+    columns: Index
+    rank: Index
+    turned: Int
+    tiles: Int
+    groups: Int
+
+
+class Pull(NamedTuple):
+    """The sums of Fᵀ M + F₂ᵀ M₂ over chunks of rows, for M of 16 bits and F of few columns."""
+
+    matrix: ConstStorage
+    factor: ConstCompute
+    rows: Index
+    matrix2: ConstStorage | None
+    factor2: ConstCompute | None
+    rows2: Index
+    result: Compute
+    columns: Index
+    rank: Index
+    per_chunk: Index
+
+
 class Outputs(NamedTuple):
     """z ← ρ⊙z and y = g⊙z + bias, with the suspect rows' columns of both."""
 
@@ -363,6 +392,8 @@ class Adamw(NamedTuple):
 
 
 _DECLARED: tuple[type[tuple[Any, ...]], ...] = (
+    Project,
+    Pull,
     Outputs,
     Update,
     Gradients,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 FILES = (
     "common",
+    "skinny",
     "suspects",
     "forward",
     "backward",

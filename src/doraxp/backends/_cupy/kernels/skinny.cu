@@ -1,0 +1,449 @@
+// Products of a matrix of 16 bits with a float factor of few rows or columns, on tensor cores.
+//
+// The matrix is exact in its own type, and 24 bits of the factor are kept: in registers, a float is
+// split into three parts of bfloat16, and a number of float16 into two (its 11 bits are 8 and 3).
+// Both types then need products of bfloat16 alone, whose exponents are those of float.
+// Builds with another storage_t, or with double, have these kernels too, but empty: `is_skinny`.
+//
+// Tensor cores truncate the sums that they make. So they add up only the products of 16 terms, the
+// smallest first; ordinary additions sum over the steps of 16.
+
+enum {
+    FACTOR_PARTS = 3,
+    ROW_TILES = 2,          // of a warp, 16 rows each
+    BAND = 16 * ROW_TILES,  // rows of a warp
+    BAND_COLUMNS = 32,      // columns of a warp that it multiplies at once: two steps of 16
+    BAND_WARPS = 8,
+    BAND_THREADS = WARP * BAND_WARPS,
+    RING = 4,    // loads of a warp in flight
+    FLUTE = 64,  // columns of a warp in `pull`
+    FLUTE_STEP = 16,
+    FLUTES = 2, FLUTE_DOWN = 3,  // warps of a block beside and below each other
+    FLUTE_THREADS = WARP * FLUTES * FLUTE_DOWN,
+    FLUTE_TILES = 2,  // rank tiles of 8
+    FLUTE_RING = 2
+};
+
+template <typename M> struct Halves { enum { parts = 1 }; };
+template <> struct Halves<half_t> { enum { parts = 2 }; };
+
+enum {
+    MATRIX_PARTS = Halves<storage_t>::parts,
+    is_skinny = sizeof(storage_t) == 2 && sizeof(compute_t) == 4
+};
+
+// Eight neighbours of a row of the matrix, two in a word.
+struct alignas(16) Eight { unsigned word[4]; };
+
+#ifdef DORAXP_HOST
+__device__ inline unsigned narrow_pair(float low, float high) {
+    return host_bf16(low) | (unsigned)host_bf16(high) << 16;
+}
+__device__ inline unsigned low_halves(unsigned first, unsigned second) {
+    return (first & 0xffffu) | second << 16;
+}
+__device__ inline unsigned high_halves(unsigned first, unsigned second) {
+    return first >> 16 | (second & 0xffff0000u);
+}
+#else
+__device__ inline unsigned narrow_pair(float low, float high) {
+    unsigned result;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+    return result;
+}
+__device__ inline unsigned low_halves(unsigned first, unsigned second) {
+    return __byte_perm(first, second, 0x5410);
+}
+__device__ inline unsigned high_halves(unsigned first, unsigned second) {
+    return __byte_perm(first, second, 0x7632);
+}
+#endif
+
+// Split two numbers into `count` parts of bfloat16, the largest first. A part has both numbers.
+// Infinity gives NaN in the parts after the first.
+template <int count> __device__ inline void split_pair(float low, float high, unsigned* parts) {
+#pragma unroll
+    for (int p = 0; p < count; ++p) {
+        parts[p] = narrow_pair(low, high);
+        low -= __uint_as_float(parts[p] << 16);
+        high -= __uint_as_float(parts[p] & 0xffff0000u);
+    }
+}
+
+__device__ inline void split_stored(unsigned word, unsigned* parts) {
+    if (MATRIX_PARTS == 1) {
+        parts[0] = word;
+    } else {
+        const half_t low = {(unsigned short)word}, high = {(unsigned short)(word >> 16)};
+        split_pair<MATRIX_PARTS>(wide(low), wide(high), parts);
+    }
+}
+
+// Load eight neighbours, of which `count` are there; the others are 0.
+__device__ inline Eight eight_of(const storage_t* from, int count, bool packed) {
+    Eight found = {};
+    if (packed) {
+        if (count > 0) found = *(const Eight*)from;
+    } else {
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+            if (j < count)
+                found.word[j / 2] |= (unsigned)*(const unsigned short*)(from + j) << j % 2 * 16;
+    }
+    return found;
+}
+
+// values = `count` neighbours, by one load.
+template <int count> __device__ inline void neighbours(const float* from, float* values) {
+    struct alignas(4 * count) Group { float item[count]; };
+    const Group group = *(const Group*)from;
+#pragma unroll
+    for (int j = 0; j < count; ++j) values[j] = group.item[j];
+}
+
+// sums (16, 8) += left right, over 16 terms.
+__device__ inline void add_product(float* sums, const unsigned (&left)[MATRIX_PARTS][4],
+                                   const unsigned (&right)[FACTOR_PARTS][2]) {
+    float fresh[4] = {};
+#pragma unroll
+    for (int least = FACTOR_PARTS - 1; least >= 0; --least)
+#pragma unroll
+        for (int p = MATRIX_PARTS - 1; p >= 0; --p)
+            if (p <= least) tensor_product(fresh, left[p], right[least - p]);
+#pragma unroll
+    for (int h = 0; h < 4; ++h) sums[h] += fresh[h];
+}
+
+// How F is read in `project`: eight neighbours of a row, neighbours of a column, or one at a time.
+enum { BY_ROWS, BY_COLUMNS, ONE_BY_ONE };
+
+// A warp's part of M Fᵀ: BAND rows, and 8 `tiles` ranks. Lane 4 g + t multiplies 8 neighbouring
+// columns of rows g and g + 8 of each tile with those of the ranks tiles·g .. tiles·g + tiles − 1.
+template <int tiles, int way, int places> struct Band {
+    const storage_t* row[ROW_TILES][2];
+    const float* of_rank[tiles];
+    index_t step;  // from a column of F to the next
+    float sums[ROW_TILES][tiles][4];
+
+    // `left` columns are there from the lane's first on.
+    __device__ void fetch(int place, int left, Eight (&held)[ROW_TILES][2]) const {
+#pragma unroll
+        for (int i = 0; i < ROW_TILES; ++i)
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+                held[i][h] = eight_of(row[i][h] + place * BAND_COLUMNS, left - place * BAND_COLUMNS,
+                                      way != ONE_BY_ONE);
+    }
+
+    // values[q][j] = F of the lane's rank q and of its column 4 s + j, or 0.
+    __device__ void load_factor(int place, int s, int left, float (&values)[tiles][4]) const {
+        const int at = place * BAND_COLUMNS + 4 * s, count = left - at;
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+#pragma unroll
+            for (int q = 0; q < tiles; ++q) {
+                values[q][j] = 0;
+                if (way == ONE_BY_ONE && j < count) values[q][j] = of_rank[q][(at + j) * step];
+            }
+        if (way == ONE_BY_ONE || count <= 0) return;
+        if (way == BY_ROWS) {
+#pragma unroll
+            for (int q = 0; q < tiles; ++q) neighbours<4>(of_rank[q] + at, values[q]);
+        } else {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                float found[tiles];
+                neighbours<tiles>(of_rank[0] + (at + j) * step, found);
+#pragma unroll
+                for (int q = 0; q < tiles; ++q) values[q][j] = found[q];
+            }
+        }
+    }
+
+    // sums += the products of 32 columns. The order of the columns in a step of 16 is the same for
+    // both factors: columns 4 s .. 4 s + 3 of each lane's eight are in step s.
+    __device__ void multiply(int place, int columns, const Eight (&held)[ROW_TILES][2]) {
+#pragma unroll
+        for (int s = 0; s < 2; ++s) {
+            float values[tiles][4];
+            load_factor(place, s, columns, values);
+            unsigned left[ROW_TILES][MATRIX_PARTS][4];
+#pragma unroll
+            for (int i = 0; i < ROW_TILES; ++i)
+#pragma unroll
+                for (int h = 0; h < 4; ++h) {
+                    unsigned parts[MATRIX_PARTS];
+                    split_stored(held[i][h % 2].word[2 * s + h / 2], parts);
+#pragma unroll
+                    for (int p = 0; p < MATRIX_PARTS; ++p) left[i][p][h] = parts[p];
+                }
+#pragma unroll
+            for (int q = 0; q < tiles; ++q) {
+                unsigned right[FACTOR_PARTS][2];
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const float* pair = values[q] + 2 * h;
+                    unsigned parts[FACTOR_PARTS];
+                    split_pair<FACTOR_PARTS>(pair[0], pair[1], parts);
+#pragma unroll
+                    for (int p = 0; p < FACTOR_PARTS; ++p) right[p][h] = parts[p];
+                }
+#pragma unroll
+                for (int i = 0; i < ROW_TILES; ++i) add_product(sums[i][q], left[i], right);
+            }
+        }
+    }
+
+    // sums = the sum over the columns 0 .. 32 `places` − 1 of every `stride`, where `there` columns
+    // are there from the warp's first on. A ring of loads is in flight: each place is filled again
+    // as soon as its numbers are multiplied.
+    __device__ void run(int there, int stride) {
+        int left = there - threadIdx.x % 4 * 8;
+        Eight ring[places][ROW_TILES][2];
+#pragma unroll
+        for (int place = 0; place < places; ++place) fetch(place, left, ring[place]);
+#pragma unroll 1
+        for (; there > 0; there -= stride) {
+#pragma unroll
+            for (int i = 0; i < ROW_TILES; ++i)
+#pragma unroll
+                for (int h = 0; h < 2; ++h) row[i][h] += stride;
+#pragma unroll
+            for (int place = 0; place < places; ++place) {
+                multiply(place, left, ring[place]);
+                fetch(place, left - stride, ring[place]);
+            }
+            left -= stride;
+#pragma unroll
+            for (int q = 0; q < tiles; ++q) of_rank[q] += stride * step;
+        }
+    }
+};
+
+typedef float BandSums[BAND_WARPS][BAND][8];
+
+// The rows and ranks of a block of `project`. `groups` warps beside each other take different rows,
+// and the others the same rows and other columns.
+template <int tiles, int way, int places>
+__device__ inline void project_band(const storage_t* matrix, const float* factor, float* result,
+                                    index_t top, index_t first_rank, index_t rows, index_t columns,
+                                    index_t rank, int turned, int groups, BandSums& held) {
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    const index_t e = blockIdx.z;
+    const int each = places * BAND_COLUMNS, own_column = warp / groups * each + 8 * t;
+    Band<tiles, way, places> band = {};
+    band.step = turned ? rank : 1;
+#pragma unroll
+    for (int q = 0; q < tiles; ++q) {
+        index_t r = first_rank + g * tiles + q;
+        if (r >= rank) r = way == BY_COLUMNS ? rank - tiles : rank - 1;
+        band.of_rank[q] =
+            factor + e * rank * columns + r * (turned ? 1 : columns) + own_column * band.step;
+    }
+#pragma unroll
+    for (int i = 0; i < ROW_TILES; ++i)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const index_t own = top + warp % groups * BAND + 16 * i + 8 * h + g;
+            band.row[i][h] =
+                matrix + (e * rows + (own < rows ? own : rows - 1)) * columns + own_column;
+        }
+    band.run((int)columns - warp / groups * each, BAND_WARPS / groups * each);
+#pragma unroll
+    for (int q = 0; q < tiles; ++q) {
+        if (q) __syncthreads();
+#pragma unroll
+        for (int i = 0; i < ROW_TILES; ++i)
+#pragma unroll
+            for (int h = 0; h < 4; ++h)
+                held[warp][16 * i + h / 2 * 8 + g][2 * t + h % 2] = band.sums[i][q][h];
+        __syncthreads();
+        for (int at = threadIdx.x; at < groups * BAND * 8; at += BAND_THREADS) {
+            const int group = at / (BAND * 8), line = at / 8 % BAND, column = at % 8;
+            float total = 0;
+            for (int w = group; w < BAND_WARPS; w += groups) total += held[w][line][column];
+            const index_t row = top + group * BAND + line, r = first_rank + column * tiles + q;
+            if (row < rows && r < rank) result[(e * rows + row) * rank + r] = total;
+        }
+    }
+}
+
+// result (rows, rank) = M Fᵀ, for M = `matrix` (rows, columns) and F = `factor` (rank, columns), or
+// stored as its transpose (columns, rank) if `turned`.
+// grid (rows / (32 groups) · chunks of the ranks, 1, stack), 512 threads; the ranks of a chunk are
+// 8, 16 or 32, the least that hold `rank`, or else 32
+// 2 bytes of M for each chunk, once from memory; F comes from the cache, once for each block
+extern "C" __global__ void __launch_bounds__(BAND_THREADS, 1)
+    project(const storage_t* __restrict__ matrix, const compute_t* __restrict__ factor,
+            compute_t* __restrict__ result, index_t rows, index_t columns, index_t rank, int turned,
+            int tiles, int groups) {
+    if (!is_skinny) return;
+    __shared__ BandSums held;
+    const float* of = (const float*)factor;
+    float* to = (float*)result;
+    const index_t chunks = (rank + 8 * tiles - 1) / (8 * tiles);
+    const index_t top = blockIdx.x / chunks * groups * BAND, first = blockIdx.x % chunks * 8 * tiles;
+    const bool whole = columns % 8 == 0 && aligned(matrix, factor) && (!turned || rank % tiles == 0);
+#define PROJECT(TILES, WAY, FIRST)                                                                  \
+    project_band<TILES, WAY, WAY == ONE_BY_ONE ? 1 : TILES == 4 ? 2 : 4>(matrix, of, to, top, FIRST, rows, columns, rank, turned, groups, held)
+    if (!whole) {
+        for (index_t each = first; each < first + 8 * tiles; each += 8) {
+            PROJECT(1, ONE_BY_ONE, each);
+            __syncthreads();
+        }
+    } else if (tiles == 1) turned ? PROJECT(1, BY_COLUMNS, first) : PROJECT(1, BY_ROWS, first);
+    else if (tiles == 2) turned ? PROJECT(2, BY_COLUMNS, first) : PROJECT(2, BY_ROWS, first);
+    else turned ? PROJECT(4, BY_COLUMNS, first) : PROJECT(4, BY_ROWS, first);
+#undef PROJECT
+}
+
+// A lane's part of 16 rows of `pull`: rows 4 t .. 4 t + 3, of 8 neighbouring columns and of
+// FLUTE_TILES ranks.
+struct Rung {
+    Eight matrix[4];
+    float factor[4][FLUTE_TILES];
+};
+
+// Load the lane's rows of a step, of which `left` are there. Beyond the last, M is 0.
+template <bool packed>
+__device__ inline void fetch_rung(const storage_t* matrix, const float* factor, index_t columns,
+                                  index_t rank, int left, int left_columns, int left_ranks,
+                                  Rung& rung) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        rung.matrix[i] = eight_of(matrix + i * columns, i < left ? left_columns : 0, packed);
+#pragma unroll
+        for (int q = 0; q < FLUTE_TILES; ++q) {
+            rung.factor[i][q] = 0;
+            if (!packed && i < left && q < left_ranks) rung.factor[i][q] = factor[i * rank + q];
+        }
+        if (packed && i < left) neighbours<FLUTE_TILES>(factor + i * rank, rung.factor[i]);
+    }
+}
+
+// sums[u][q] += the products of 16 rows. The left factor is Mᵀ: rows g and g + 8 of its tile u are
+// the columns 2 u and 2 u + 1 of each lane's eight. Its neighbours are rows of M.
+__device__ inline void multiply_rung(const Rung& rung, float (&sums)[4][FLUTE_TILES][4]) {
+    unsigned right[FLUTE_TILES][FACTOR_PARTS][2];
+#pragma unroll
+    for (int q = 0; q < FLUTE_TILES; ++q)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            unsigned parts[FACTOR_PARTS];
+            split_pair<FACTOR_PARTS>(rung.factor[2 * h][q], rung.factor[2 * h + 1][q], parts);
+#pragma unroll
+            for (int p = 0; p < FACTOR_PARTS; ++p) right[q][p][h] = parts[p];
+        }
+#pragma unroll
+    for (int u = 0; u < 4; ++u) {
+        unsigned left[MATRIX_PARTS][4];
+#pragma unroll
+        for (int h = 0; h < 4; ++h) {
+            const unsigned first = rung.matrix[h / 2 * 2].word[u];
+            const unsigned second = rung.matrix[h / 2 * 2 + 1].word[u];
+            unsigned parts[MATRIX_PARTS];
+            split_stored(h % 2 ? high_halves(first, second) : low_halves(first, second), parts);
+#pragma unroll
+            for (int p = 0; p < MATRIX_PARTS; ++p) left[p][h] = parts[p];
+        }
+#pragma unroll
+        for (int q = 0; q < FLUTE_TILES; ++q) add_product(sums[u][q], left, right[q]);
+    }
+}
+
+// sums += the products of each FLUTE_DOWN-th step, `count` steps in all, by a ring of loads as in
+// Band. `left` rows of the matrix are there from the lane's first on.
+template <bool packed, int places>
+__device__ inline void run_flute(const storage_t* matrix, const float* factor, index_t columns,
+                                 index_t rank, int count, int left, int left_columns,
+                                 int left_ranks, float (&sums)[4][FLUTE_TILES][4]) {
+    const int down = FLUTE_DOWN * FLUTE_STEP;
+    Rung ring[places];
+    const auto fetch = [&](Rung& rung) {
+        fetch_rung<packed>(matrix, factor, columns, rank, left, left_columns, left_ranks, rung);
+        matrix += down * columns;
+        factor += down * rank;
+        left -= down;
+    };
+#pragma unroll
+    for (int place = 0; place < places; ++place) fetch(ring[place]);
+#pragma unroll 1
+    for (; count > 0; count -= places) {
+#pragma unroll
+        for (int place = 0; place < places; ++place) {
+            if (place < count) multiply_rung(ring[place], sums);
+            fetch(ring[place]);
+        }
+    }
+}
+
+// result (chunks, rank, columns) = the sums over chunks of rows of Fᵀ M + F₂ᵀ M₂, for F = `factor`
+// (rows, rank) and M = `matrix` (rows, columns), and so for F₂ and M₂. A chunk has `per_chunk`
+// steps of 16 rows, first of M and then of M₂; `sum_chunks` adds the chunks up.
+// grid (columns / 128 · rank / 16, chunks, stack), 256 threads
+// 2 bytes of M for each 16 ranks, once from memory; F comes from the cache
+extern "C" __global__ void __launch_bounds__(FLUTE_THREADS, 2)
+    pull(const storage_t* __restrict__ matrix, const compute_t* __restrict__ factor, index_t rows,
+         const storage_t* __restrict__ matrix2 /* or null */,
+         const compute_t* __restrict__ factor2 /* or null */, index_t rows2,
+         compute_t* __restrict__ result, index_t columns, index_t rank, index_t per_chunk) {
+    if (!is_skinny) return;
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    const int beside = warp % FLUTES, below = warp / FLUTES;
+    const index_t e = blockIdx.z, chunks = (rank + 8 * FLUTE_TILES - 1) / (8 * FLUTE_TILES);
+    const index_t left = blockIdx.x / chunks * FLUTES * FLUTE;
+    const index_t first_rank = blockIdx.x % chunks * 8 * FLUTE_TILES;
+
+    // A lane without columns or ranks loads the last ones: its sums are not stored.
+    const bool packed = columns % 8 == 0 && rank % FLUTE_TILES == 0 &&
+                        aligned(matrix, factor, matrix2, factor2);
+    index_t column = left + beside * FLUTE + 8 * g, own_rank = first_rank + FLUTE_TILES * g;
+    if (column >= columns) column = packed ? columns - 8 : columns - 1;
+    if (own_rank >= rank) own_rank = packed ? rank - FLUTE_TILES : rank - 1;
+
+    const int left_columns = columns - column < 8 ? columns - column : 8;
+    const int left_ranks = rank - own_rank < FLUTE_TILES ? rank - own_rank : FLUTE_TILES;
+
+    float sums[4][FLUTE_TILES][4] = {};
+    int begin = blockIdx.y * per_chunk, end = begin + per_chunk;
+#pragma unroll 1
+    for (int second = 0; second < (matrix2 ? 2 : 1); ++second) {
+        const index_t count = second ? rows2 : rows;
+        const int steps = (count + FLUTE_STEP - 1) / FLUTE_STEP;
+        const int step = begin + below, until = end < steps ? end : steps;
+        const index_t row = e * count + step * FLUTE_STEP + 4 * t;
+        const storage_t* m = (second ? matrix2 : matrix) + row * columns + column;
+        const float* f = (const float*)(second ? factor2 : factor) + row * rank + own_rank;
+        const int own = (until - step + FLUTE_DOWN - 1) / FLUTE_DOWN;
+        // The rows of later chunks are not there for this block.
+        const index_t last = until * FLUTE_STEP < count ? until * FLUTE_STEP : count;
+        const int there = last - (step * FLUTE_STEP + 4 * t);
+        if (packed)
+            run_flute<true, FLUTE_RING>(m, f, columns, rank, own, there, 8, FLUTE_TILES, sums);
+        else
+            run_flute<false, 1>(m, f, columns, rank, own, there, left_columns, left_ranks, sums);
+        begin = begin > steps ? begin - steps : 0;
+        end -= steps;
+    }
+
+    __shared__ float held[FLUTE_DOWN][8][FLUTES * FLUTE];
+    result += (e * gridDim.y + blockIdx.y) * rank * columns;
+#pragma unroll
+    for (int q = 0; q < FLUTE_TILES; ++q) {
+        if (q) __syncthreads();
+#pragma unroll
+        for (int u = 0; u < 4; ++u)
+#pragma unroll
+            for (int h = 0; h < 4; ++h)
+                held[below][2 * t + h % 2][beside * FLUTE + 8 * g + 2 * u + h / 2] = sums[u][q][h];
+        __syncthreads();
+        for (int each = threadIdx.x; each < 8 * FLUTES * FLUTE; each += FLUTE_THREADS) {
+            const int of_rank = each / (FLUTES * FLUTE), across = each % (FLUTES * FLUTE);
+            float total = 0;
+            for (int w = 0; w < FLUTE_DOWN; ++w) total += held[w][of_rank][across];
+            const index_t r = first_rank + of_rank * FLUTE_TILES + q;
+            if (r < rank && left + across < columns)
+                result[r * columns + left + across] = (compute_t)total;
+        }
+    }
+}

@@ -1,0 +1,146 @@
+"""Products of a matrix of 16 bits with a float32 factor that has few rows or columns.
+
+    M (rows, columns)   W, x or dy, in float16 or bfloat16
+    F (rank, columns) or (rows, rank), in float32
+
+24 bits of F are kept, and the sums are in float32. Each product reads M once, and takes one launch;
+`pull` takes another one where many blocks share a sum. Arrays may have a stack in front.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from doraxp._base.types import Namespace
+from doraxp.backends._cupy.arrays import DeviceArray, as_stored, name_of, one_type, packed
+from doraxp.backends._cupy.device import Cuda
+from doraxp.backends._cupy.signatures import Project, Pull, SumChunks
+from doraxp.backends._cupy.source import WARP, Types, blocks
+
+BAND, BAND_THREADS = 32, 256
+"""Rows of a warp of `project`, and threads of a block. kernels/skinny.cu has the same."""
+TILE, MOST_TILES = 8, 4
+"""Ranks of a tile, and the most tiles that a warp of `project` multiplies at once."""
+MOST_GROUPS = 8
+"""The most warps of `project` that share a part of F."""
+FLUTES, FLUTE_RANKS, FLUTE_STEP, FLUTE_THREADS = 128, 16, 16, 192
+"""Columns and ranks of a block of `pull`, rows of a step, and threads. The kernel has the same."""
+DOWN = 3
+"""Warps of a block of `pull` that share a chunk of the rows."""
+FULL = 120
+"""Blocks that keep a GPU of 132 multiprocessors busy, if each takes a whole one."""
+PULLING = 264
+"""Blocks of `pull` that a GPU of 132 multiprocessors runs at once: two on each."""
+
+
+class Skinny:
+    """The products, for a namespace and a device."""
+
+    def __init__(self, xp: Namespace, cuda: Cuda) -> None:
+        self.xp, self.cuda = xp, cuda
+
+    def project(
+        self, matrix: DeviceArray, factor: DeviceArray, *, turned: bool = False
+    ) -> DeviceArray:
+        """Return M Fᵀ, (*stack, rows, rank), for F (rank, columns), or given as Fᵀ if `turned`.
+
+        If M is the transpose of an array in C order, so is the result.
+        """
+        stored, by_columns = as_stored(matrix, self.xp)
+        if by_columns:
+            columns = factor if turned else self.xp.matrix_transpose(factor)
+            return self.xp.matrix_transpose(self.pull(columns, stored))
+        factor = packed(factor, self.xp)
+        *stack, rows, columns = stored.shape
+        rank = factor.shape[-1 if turned else -2]
+        result = self.cuda.empty((*stack, rows, rank), np.float32)
+        if result.size == 0:
+            return result
+        tiles = rank_tiles(rank)
+        chunks, count = blocks(rank, TILE * tiles), math.prod(stack)
+        groups = row_groups(rows, chunks * count)
+        arguments = Project(
+            matrix=stored, factor=factor, result=result, rows=rows, columns=columns, rank=rank,
+            turned=turned, tiles=tiles, groups=groups,
+        )  # fmt: skip
+        grid = blocks(rows, BAND * groups) * chunks, 1, count
+        self.cuda.launch(arguments, _types(stored), grid, threads=BAND_THREADS)
+        return result
+
+    def pull(
+        self, factor: DeviceArray, matrix: DeviceArray,
+        factor2: DeviceArray | None = None, matrix2: DeviceArray | None = None,
+    ) -> DeviceArray:  # fmt: skip
+        """Return Fᵀ M + F₂ᵀ M₂, (*stack, rank, columns), for F (rows, rank); M₂ may have more rows.
+
+        Both matrices have one dtype. A matrix that is the transpose of an array in C order takes a
+        launch of its own.
+        """
+        stored, by_columns = as_stored(matrix, self.xp)
+        if by_columns:
+            result = self.xp.matrix_transpose(self.project(stored, factor, turned=True))
+            return result if matrix2 is None else result + self.pull(factor2, matrix2)
+        second = None
+        if matrix2 is not None:
+            second, by_columns = as_stored(matrix2, self.xp)
+            if by_columns:
+                result = self.pull(factor, stored)
+                result += self.xp.matrix_transpose(self.project(second, factor2, turned=True))
+                return result
+        factor, factor2 = packed(factor, self.xp), packed(factor2, self.xp)
+        *stack, rows, columns = stored.shape
+        rank, rows2 = factor.shape[-1], 0 if second is None else second.shape[-2]
+        count = math.prod(stack)
+        across = blocks(columns, FLUTES) * blocks(rank, FLUTE_RANKS)
+        chunks, each = row_chunks(rows, rows2, across * count)
+        partial = self.cuda.empty((*stack, chunks, rank, columns), np.float32)
+        if partial.size == 0:
+            return self.xp.reshape(partial, (*stack, rank, columns))
+        arguments = Pull(
+            matrix=stored, factor=factor, rows=rows, matrix2=second, factor2=factor2, rows2=rows2,
+            result=partial, columns=columns, rank=rank, per_chunk=each,
+        )  # fmt: skip
+        grid = across, chunks, count
+        self.cuda.launch(arguments, _types(stored), grid, threads=FLUTE_THREADS)
+        if chunks == 1:
+            return self.xp.reshape(partial, (*stack, rank, columns))
+        result = self.cuda.empty((*stack, rank, columns), np.float32)
+        length = rank * columns
+        sums = SumChunks(partial=partial, result=result, chunks=chunks, out=length)
+        self.cuda.launch(sums, one_type(result), (blocks(length, WARP), 1, count), threads=WARP)
+        return result
+
+
+def rank_tiles(rank: int) -> int:
+    """Return how many tiles of ranks a warp of `project` takes: 1, 2 or 4."""
+    return next((tiles for tiles in (1, 2) if rank <= TILE * tiles), MOST_TILES)
+
+
+def row_groups(rows: int, others: int) -> int:
+    """Return how many warps of a block of `project` take different rows and share F.
+
+    More of them read F less often, as long as the blocks still keep the GPU busy: `others` blocks
+    take the same rows.
+    """
+    groups = MOST_GROUPS
+    while groups > 1 and blocks(rows, BAND * groups) * others < FULL:
+        groups //= 2
+    return groups
+
+
+def row_chunks(rows: int, rows2: int, others: int) -> tuple[int, int]:
+    """Return the number of chunks of rows of `pull`, and the steps of 16 rows of each.
+
+    `others` blocks take the same rows. The chunks bring the blocks to PULLING at most, so the
+    partial sums are PULLING blocks of 8 KiB at most.
+    """
+    steps = max(1, blocks(rows, FLUTE_STEP) + blocks(rows2, FLUTE_STEP))
+    chunks = min(max(1, PULLING // others), blocks(steps, DOWN))
+    each = blocks(steps, chunks)
+    return blocks(steps, each), each
+
+
+def _types(stored: DeviceArray) -> Types:
+    return Types(name_of(stored), "float32", "float32")
