@@ -7,10 +7,19 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Sequence
 
 import numpy as np
 
-from doraxp._base.types import AdamWLeaf, AdamWNumbers, Consumed, DType, Namespace, Reduce
+from doraxp._base.types import (
+    AdamWLeaves,
+    AdamWNumbers,
+    AdamWStepped,
+    Consumed,
+    DType,
+    Namespace,
+    Reduce,
+)
 from doraxp.backends._cupy.adamw import adamw
 from doraxp.backends._cupy.arrays import LOW, DeviceArray, FactorsT, PlainWeight, name_of, packed
 from doraxp.backends._cupy.device import Cuda
@@ -181,11 +190,13 @@ class CupyOperations(Operations):
     # Optimizers
 
     def adamw(
-        self, leaves: dict[str, AdamWLeaf], rates: dict[str, float | DeviceArray],
-        decays: dict[str, float | DeviceArray], numbers: AdamWNumbers,
-    ) -> dict[str, tuple[DeviceArray, DeviceArray, DeviceArray]]:  # fmt: skip
-        """Return all leaves by one launch, or by two if some are float64."""
-        given = (*rates.values(), *decays.values(), *numbers)
-        if not all(isinstance(number, float) for number in given):
-            return super().adamw(leaves, rates, decays, numbers)  # a number is on the device
-        return adamw(self.cuda, self.xp, leaves, rates, decays, numbers)
+        self, leaves: AdamWLeaves, rates: Sequence[float | DeviceArray],
+        decays: Sequence[float | DeviceArray], numbers: AdamWNumbers, *, donate: bool,
+    ) -> AdamWStepped:  # fmt: skip
+        """Return p, mu and nu by one launch for up to 36 leaves, and another for float64 leaves.
+
+        With `donate` they are the given arrays, where these are in C order.
+        """
+        if not set(map(type, (*rates, *decays, *numbers))) <= {float}:  # a number on the device
+            return super().adamw(leaves, rates, decays, numbers, donate=donate)
+        return adamw(self.cuda, self.xp, leaves, rates, decays, numbers, donate=donate)
