@@ -165,13 +165,13 @@ def without_device(cupy: Any) -> Iterator[Counts]:
         counts.operators += 1
         return array
 
-    kernel = Kernel(counts)
+    kernel, stream = Kernel(counts), Stream()
     module = mock.Mock(get_function=lambda _: kernel)
     with contextlib.ExitStack() as stack:
         for owner, name, value in (
             (cuda.runtime, "getDevice", lambda: 0),
             (cuda.runtime, "memGetInfo", lambda: (1, 1)),
-            (cuda, "get_current_stream", Stream),
+            (cuda, "get_current_stream", lambda: stream),
             (cuda.driver, "launchKernel", counts.launch),
             (cuda.device, "get_cublas_handle", lambda: 1),
             (cupy, "RawModule", lambda **_: module),
@@ -222,7 +222,9 @@ def ratio_to_piece(call: Callable[[], object]) -> float:
     gc.collect()
     gc.disable()  # as timeit does
     try:
-        times = [[spent(*both) for both in zip(functions, repeats, strict=True)] for _ in range(ROUNDS)]
+        times = [
+            [spent(*both) for both in zip(functions, repeats, strict=True)] for _ in range(ROUNDS)
+        ]
     finally:
         gc.enable()
     of_call, of_piece = (statistics.median(each) for each in zip(*times, strict=True))

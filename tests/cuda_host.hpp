@@ -8,6 +8,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -146,12 +147,13 @@ template <typename... A> void call(void (*kernel)(A...), void** arguments) {
     call(kernel, arguments, std::index_sequence_for<A...>());
 }
 
-// A letter for the type of each parameter: P pointer, q long long, i int, f float, d double.
+// A letter for the type of each parameter: P pointer, q long long, i int, f float, d double, s struct.
 inline char code(const void*) { return 'P'; }
 inline char code(long long) { return 'q'; }
 inline char code(int) { return 'i'; }
 inline char code(float) { return 'f'; }
 inline char code(double) { return 'd'; }
+template <typename T> std::enable_if_t<std::is_class<T>::value, char> code(const T&) { return 's'; }
 template <typename... A> const char* signature(void (*)(A...)) {
     static const char codes[] = {code(A{})..., 0};
     return codes;

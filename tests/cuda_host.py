@@ -14,12 +14,13 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from doraxp.backends._cupy.arrays import layout
-from doraxp.backends._cupy.parameters import kernel_name, packer, parameters_of
+from doraxp.backends._cupy.arrays import in_c_order, layout
+from doraxp.backends._cupy.parameters import LEAF, LEAVES, Arguments, kernel_name, parameters_of
 from doraxp.backends._cupy.signatures import KERNELS
 from doraxp.backends._cupy.source import BUILDS, SOURCE, THREADS, Types
 
@@ -98,11 +99,14 @@ class HostCuda:
         array.reshape(-1).view(np.uint8)[...] = 0xFF
         return array.view(DeviceArray)
 
-    def pointer(self, array: Any) -> int:
-        return array.ctypes.data
+    def empties(self, shapes: Sequence[Sequence[int]], dtype: Any) -> list[Any]:
+        return [self.empty(shape, dtype) for shape in shapes]
 
-    def upload(self, values: Any) -> Any:
-        return values.copy().view(DeviceArray)
+    def addresses(self, arrays: Sequence[Any]) -> list[int]:
+        return [array.ctypes.data for array in arrays]
+
+    def in_c_order(self, arrays: Sequence[Any]) -> bool:
+        return all(in_c_order(array) for array in arrays)
 
     def launch(
         self, arguments: tuple[Any, ...], types: Types, grid: tuple[int, int, int],
@@ -113,10 +117,9 @@ class HostCuda:
         assert types in BUILDS, types
         self.launched.append(name)
         check_arguments(arguments, types)
-        values = packer(type(arguments), types)(arguments)
-        held = [_argument(value) for value in values]
-        pointers = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
-        getattr(library(types), f"launch_{name}")(*grid, threads, pointers)
+        memory = Arguments(type(arguments), types)
+        memory.store(tuple(map(_addressed, arguments)))
+        getattr(library(types), f"launch_{name}")(*grid, threads, ctypes.c_void_p(memory.address))
 
     def gemm(
         self, left: Any, right: Any, out: Any, beta: float | Any, *, tf32: bool = False
@@ -158,7 +161,10 @@ def check_arguments(arguments: tuple[Any, ...], types: Types) -> None:
         what = f"argument {each.name} of {name} is of {each.c_type}"
         if value is None:
             assert each.nullable, f"{what}, got None"
-        elif not each.c_type.endswith("*"):
+        elif each.c_type == "Leaves":
+            assert isinstance(value, bytes), f"{what}, got {type(value)}"
+            assert len(value) <= LEAVES * LEAF.size, f"{what}, got {len(value)} bytes"
+        elif not each.is_array:
             number = float if each.c_type == "compute_t" else int
             assert isinstance(value, number | np.number), f"{what}, got {type(value)}"
             assert number is float or not isinstance(value, float), f"{what}, got {value}"
@@ -171,6 +177,8 @@ def check_arguments(arguments: tuple[Any, ...], types: Types) -> None:
 def _code(c_type: str, types: Types) -> str:
     if c_type.endswith("*"):
         return "P"
+    if c_type == "Leaves":
+        return "s"
     return CODES[types.compute if c_type == "compute_t" else c_type]
 
 
@@ -184,12 +192,12 @@ def _dtypes(c_type: str, types: Types) -> tuple[str, ...]:
         "unsigned char*": ("bool", "uint8"),
         "int*": ("int32",),
         "Tile*": ("uint32",),
-        "Leaf*": ("uint8",),
     }[c_type.removeprefix("const ")]
 
 
-def _argument(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        assert value.flags.c_contiguous or value.base is not None
-        return ctypes.c_void_p(value.ctypes.data)
-    return np.ctypeslib.as_ctypes_type(value.dtype)(value)
+def _addressed(value: Any) -> Any:
+    """Return an argument as the device's code expects it: an array has its address as CuPy's do."""
+    if not isinstance(value, np.ndarray):
+        return value
+    assert value.flags.c_contiguous or value.base is not None
+    return SimpleNamespace(data=SimpleNamespace(ptr=value.ctypes.data))

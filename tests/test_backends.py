@@ -15,6 +15,7 @@ import pytest
 
 import doraxp
 from doraxp import Adapter, Config, backends
+from doraxp._base.types import AdamWStepped
 from doraxp.backends import Dense, Factored, Factors, Operations, _boundary, _numpy, transpose
 from doraxp.backends._cupy import operations as _cupy
 from doraxp.backends._generic import least_sum
@@ -472,13 +473,14 @@ def test_the_bare_package_imports_only_what_it_needs():
 
 
 def test_a_backend_may_step_all_leaves_at_once(monkeypatch):
-    """The step returns for each path the arrays that the operations return for it."""
+    """The step returns in each place the arrays that the operations return for it."""
     given = []
 
     class Fused(Operations):
-        def adamw(self, leaves, rates, decays, numbers):
-            given.append((rates, decays, numbers))
-            return {path: (p + 1, mu + 2, nu + 3) for path, (p, _, mu, nu) in leaves.items()}
+        def adamw(self, leaves, rates, decays, numbers, *, donate):
+            given.append((rates, decays, numbers, donate))
+            new = zip((leaves.params, leaves.mu, leaves.nu), (1, 2, 3), strict=True)
+            return AdamWStepped(*([array + by for array in column] for column, by in new))
 
     ops = Fused(array_api_compat.numpy)
     monkeypatch.setattr(_boundary, "_NUMPY", ops)
@@ -487,7 +489,8 @@ def test_a_backend_may_step_all_leaves_at_once(monkeypatch):
     stepped, state = doraxp.adamw_step(params, params, state, learning_rate=0.5, weight_decay=0.25)
     assert [set(leaf.ravel()) for leaf in stepped["q"]] == [{1.0}] * 3
     assert {float(leaf[0].ravel()[0]) for leaf in (state.mu["q"], state.nu["q"])} == {2.0, 3.0}
-    ((rates, decays, numbers),) = given
-    assert rates["['q'].lora_a"] == 0.5
-    assert (decays["['q'].lora_b"], decays["['q'].magnitude"]) == (0.25, 0.0)
+    ((rates, decays, numbers, donate),) = given
+    assert rates == [0.5] * 3
+    assert decays == [0.25, 0.25, 0.0]  # for lora_a, lora_b and magnitude
+    assert donate is False
     assert numbers == pytest.approx((0.9, 0.1, 0.999, 0.001, 1e-8, 0.1, 0.001))

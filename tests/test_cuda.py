@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import re
+import threading
 import types
 from typing import NamedTuple
 
@@ -15,12 +17,16 @@ from doraxp.backends._cupy import device as _cuda
 from doraxp.backends._cupy.arrays import layout
 from doraxp.backends._cupy.device import Cuda
 from doraxp.backends._cupy.parameters import (
+    LEAF,
+    LEAVES,
+    Arguments,
     ConstCompute,
     Index,
+    Int,
+    Leaves,
     Number,
     Parameter,
     Product,
-    packer,
     parameters_of,
 )
 from doraxp.backends._cupy.signatures import KERNELS, Norms, OverNorm, Turning
@@ -178,35 +184,165 @@ class Null(NamedTuple):
     update: ConstCompute | None
     z: Product
     size: Index
+    table: Leaves
+    turned: Int
     scale: Number
 
 
+class Wide(Null):
+    """The same kernel in float64."""
+
+
+FLOAT, DOUBLE = Types("bfloat16", "float32", "float32"), Types("float32", "float64", "float64")
+
+
+class Launches:
+    """A fake CuPy, whose driver reads the arguments of a launch from memory at once."""
+
+    def __init__(self, monkeypatch, during=lambda: None):
+        self.calls, self.built, self.bound = [], [], []
+        self.device, self.stream, self.during = 0, 7, during
+        runtime = types.SimpleNamespace(
+            getDevice=lambda: self.device, memGetInfo=lambda: self.bound.append(self.device)
+        )
+        cuda = types.SimpleNamespace(
+            runtime=runtime,
+            driver=types.SimpleNamespace(launchKernel=self.launch_kernel),
+            get_current_stream=lambda: types.SimpleNamespace(ptr=self.stream),
+        )
+        modules = {"cupy": types.SimpleNamespace(RawModule=self.module, cuda=cuda)}
+        monkeypatch.setattr(_cuda, "import_module", modules.__getitem__)
+
+    def module(self, *, code, options):
+        assert code == SOURCE
+        self.built.append((self.device, options))
+        # Each look-up of a function loads it for the current device.
+        return types.SimpleNamespace(
+            get_function=lambda name: types.SimpleNamespace(
+                kernel=types.SimpleNamespace(ptr=(name, self.device))
+            )
+        )
+
+    def launch_kernel(self, function, *numbers):
+        *sizes, shared, stream, arguments, extra = numbers
+        assert (shared, extra) == (0, 0)
+        self.during()
+        kinds = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_longlong, Table, ctypes.c_int
+        kinds = (*kinds, ctypes.c_double if function[0] == "wide" else ctypes.c_float)
+        pointers = (ctypes.c_void_p * len(kinds)).from_address(arguments)
+        read = [kind.from_address(at) for kind, at in zip(kinds, pointers, strict=True)]
+        values = [bytes(each) if isinstance(each, Table) else each.value for each in read]
+        self.calls.append((function, sizes, stream, values))
+
+
+Table = ctypes.c_char * (LEAVES * LEAF.size)
+
+
+def at(address):
+    """Return an array that CuPy would have at an address."""
+    return types.SimpleNamespace(data=types.SimpleNamespace(ptr=address))
+
+
+def null(**changed):
+    given = {"update": None, "z": at(512), "size": 2**40, "table": b"table", "turned": True}
+    return Null(**{**given, "scale": 5, **changed})
+
+
 def test_a_kernel_is_built_once_and_gets_numbers_of_the_declared_types(monkeypatch):
-    built, calls = [], []
-
-    class Module:
-        def __init__(self, *, code, options):
-            assert code == SOURCE
-            built.append(options)
-
-        def get_function(self, name):
-            return lambda *call: calls.append((name, *call))
-
-    modules = {"cupy": types.SimpleNamespace(RawModule=Module)}
-    monkeypatch.setattr(_cuda, "import_module", modules.__getitem__)
-    for cached in (_cuda._kernel, _cuda._module):
-        cached.cache_clear()
-    kinds = Types("bfloat16", "float32", "float32")
+    fake, cuda = Launches(monkeypatch), Cuda()
     for _ in range(2):
-        Cuda().launch(Null(update=None, z="an array", size=4, scale=5), kinds, (1, 2, 3))
+        cuda.launch(null(), FLOAT, (1, 2, 3))
     defined = "-Dstorage_t=bf16_t", "-Dproduct_t=float", "-Dcompute_t=float"
-    assert built == [("-std=c++17", *defined)]
-    (given,) = {call[3] for call in calls}
-    assert calls == [("null", (1, 2, 3), (THREADS,), given)] * 2
-    assert given == (0, "an array", 4, 5)
-    assert [type(value) for value in given] == [np.intp, str, np.int64, np.float32]
-    for cached in (_cuda._kernel, _cuda._module):
-        cached.cache_clear()
+    assert fake.built == [(0, ("-std=c++17", *defined))]
+    assert fake.calls[0] == fake.calls[1]
+    function, sizes, stream, values = fake.calls[0]
+    assert function == ("null", 0)
+    assert sizes == [1, 2, 3, THREADS, 1, 1]
+    assert stream == 7
+    table = b"table".ljust(LEAVES * LEAF.size, b"\0")
+    assert values == [None, 512, 2**40, table, 1, 5]
+    cuda.launch(null(update=at(1024)), FLOAT, (1, 1, 1), threads=32)
+    assert fake.calls[2][1] == [1, 1, 1, 32, 1, 1]
+    assert fake.calls[2][3][0] == 1024
+
+
+def test_a_number_of_the_compute_dtype_is_wide_only_in_float64(monkeypatch):
+    fake = Launches(monkeypatch)
+    Cuda().launch(Wide(*null(scale=0.1)), DOUBLE, (1, 1, 1))
+    assert fake.calls[0][3][-1] == 0.1
+    Cuda().launch(null(scale=0.1), FLOAT, (1, 1, 1))
+    assert fake.calls[1][3][-1] == np.float32(0.1)
+
+
+@pytest.mark.parametrize("scale", [1e300, -1e300])
+def test_a_number_out_of_range_of_float32_becomes_infinite(monkeypatch, scale):
+    fake = Launches(monkeypatch)
+    Cuda().launch(null(scale=scale), FLOAT, (1, 1, 1))
+    assert fake.calls[0][3] == [
+        None,
+        512,
+        2**40,
+        fake.calls[0][3][3],
+        1,
+        math.copysign(math.inf, scale),
+    ]
+
+
+def test_a_kernel_is_loaded_for_each_device_and_starts_on_the_current_stream(monkeypatch):
+    fake, cuda = Launches(monkeypatch), Cuda()
+    for fake.device, fake.stream in ((0, 7), (1, 8), (0, 9)):
+        cuda.launch(null(), FLOAT, (1, 1, 1))
+    assert [(call[0], call[2]) for call in fake.calls] == [
+        (("null", 0), 7), (("null", 1), 8), (("null", 0), 9),
+    ]  # fmt: skip
+
+
+def test_each_thread_has_a_context_before_its_first_launch_on_a_device(monkeypatch):
+    """The driver refuses a launch from a thread that no context belongs to."""
+    fake, cuda = Launches(monkeypatch), Cuda()
+
+    def launch_on_two():
+        for fake.device in (0, 1, 0, 1):
+            cuda.launch(null(), FLOAT, (1, 1, 1))
+            assert fake.bound[-1:] != []
+
+    for _ in range(2):
+        thread = threading.Thread(target=launch_on_two)
+        thread.start()
+        thread.join()
+    assert fake.bound == [0, 1, 0, 1]
+    assert len(fake.calls) == 8
+
+
+def test_a_launch_within_a_launch_leaves_its_arguments_alone(monkeypatch):
+    """A finaliser or another thread may start the same kernel before the driver has read them."""
+    cuda, inner = Cuda(), []
+
+    def during():
+        if not inner:
+            inner.append(True)
+            cuda.launch(null(z=at(1024)), FLOAT, (1, 1, 1))
+
+    fake = Launches(monkeypatch, during)
+    cuda.launch(null(z=at(512)), FLOAT, (1, 1, 1))
+    assert [call[3][1] for call in fake.calls] == [1024, 512]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"size": 1.5}, "argument size of the kernel null must be of type index_t, got 1.5"),
+        ({"turned": "no"}, "argument turned of the kernel null must be of type int, got 'no'"),
+        ({"turned": 2**31}, "argument turned of the kernel null must be of type int, got 21474836"),
+        ({"scale": "1"}, "argument scale of the kernel null must be of type compute_t, got '1'"),
+        ({"z": 3}, r"argument z of the kernel null must be of type product_t\*, got 3"),
+    ],
+)  # fmt: skip
+def test_an_argument_of_another_type_is_named(monkeypatch, changed, message):
+    fake = Launches(monkeypatch)
+    with pytest.raises(TypeError, match=message):
+        Cuda().launch(null(**changed), FLOAT, (1, 1, 1))
+    assert fake.calls == []
 
 
 def test_cupys_own_memory_error_reaches_the_caller(monkeypatch):
@@ -219,12 +355,6 @@ def test_cupys_own_memory_error_reaches_the_caller(monkeypatch):
     monkeypatch.setattr(_cuda, "import_module", modules.__getitem__)
     with pytest.raises(MemoryError, match="allocating 48 bytes"):
         Cuda().empty((3, 4), "float32")
-
-
-def test_upload_copies_by_asarray(monkeypatch):
-    modules = {"cupy": types.SimpleNamespace(asarray=lambda values: ("device", values))}
-    monkeypatch.setattr(_cuda, "import_module", modules.__getitem__)
-    assert Cuda().upload(3) == ("device", 3)
 
 
 def declared_in_the_source():
@@ -261,10 +391,11 @@ def test_a_missing_or_unknown_argument_names_itself_and_the_kernel():
 
 @pytest.mark.parametrize("name", ["p", "rank", "scaling"])
 def test_none_for_an_argument_that_is_not_nullable_is_refused(name):
-    arguments = Turning(db=1, p=2, unit=3, size=4, rank=5, scaling=6)._replace(**{name: None})
-    pack = packer(Turning, Types("float32", "float32", "float32"))
+    given = Turning(db=at(1), p=at(2), unit=at(3), size=4, rank=5, scaling=6)
+    arguments = given._replace(**{name: None})
+    block = Arguments(Turning, Types("float32", "float32", "float32"))
     with pytest.raises(TypeError, match=f"argument {name} of the kernel turning must not be None"):
-        pack(arguments)
+        block.store(arguments)
 
 
 def test_a_stack_with_too_many_elements_for_the_grid_is_refused():

@@ -249,6 +249,82 @@ def test_arguments_are_not_written_to(backend, draw, init, step):
         np.testing.assert_array_equal(backend.numpy(leaf), values)
 
 
+# Arrays that are given up
+
+
+def trained(backend, draw, dtype="float32"):
+    """Return two entries of parameters, gradients, and a state that is not zero."""
+    params, grads = ({name: random_adapter(draw, dtype) for name in "kq"} for _ in range(2))
+    params, state = train(backend, adamw_init, adamw_step, params, [grads], learning_rate=0.1)
+    return params, grads, state
+
+
+def arrays_of(params, state):
+    return [leaf for tree in (params, state.mu, state.nu) for name in tree for leaf in tree[name]]
+
+
+def copied(backend, params, state):
+    """Return equal parameters and an equal state, in arrays of their own."""
+
+    def copy(tree):
+        return {
+            name: Adapter(*(backend.asarray(backend.numpy(leaf)) for leaf in tree[name]))
+            for name in tree
+        }
+
+    return copy(params), AdamWState(state.step, copy(state.mu), copy(state.nu))
+
+
+@pytest.mark.dtypes("float16", "bfloat16", "float32", "float64")
+def test_arrays_that_are_given_up_do_not_change_the_result(backend, draw, dtype):
+    params, grads, state = trained(backend, draw, dtype)
+    numbers = {"learning_rate": RATES, "weight_decay": 0.1}
+    desired = arrays_of(*backend.run(adamw_step, params, grads, state, **numbers))
+    own = copied(backend, params, state)
+    result = backend.run(adamw_step, own[0], grads, own[1], **numbers, donate=True)
+    assert int(result[1].step) == 2
+    for one, other in zip(arrays_of(*result), desired, strict=True):
+        np.testing.assert_array_equal(backend.numpy(one), backend.numpy(other))
+        assert one.dtype == other.dtype
+
+
+@pytest.mark.lanes("numpy", "cupy", "cuda-host")
+@pytest.mark.dtypes("float16", "float32", "float64")
+def test_the_results_are_the_arrays_that_were_given_up(backend, draw, dtype):
+    params, grads, state = trained(backend, draw, dtype)
+    given = [leaf for name in grads for leaf in grads[name]]
+    before = [backend.numpy(leaf).copy() for leaf in given]
+    result = backend.run(adamw_step, params, grads, state, learning_rate=0.1, donate=True)
+    for one, other in zip(arrays_of(*result), arrays_of(params, state), strict=True):
+        assert one is other
+    for leaf, values in zip(given, before, strict=True):
+        np.testing.assert_array_equal(backend.numpy(leaf), values)
+
+
+@pytest.mark.lanes("numpy", "cupy", "cuda-host")
+def test_an_array_that_cannot_be_reused_is_given_up_all_the_same(backend, draw, assert_close):
+    """B is not in C order, and a moment is not in the compute dtype."""
+    params, grads, state = trained(backend, draw)
+    wide = backend.asarray(backend.numpy(state.mu["q"].lora_a).astype("float64"))
+    state.mu["q"] = state.mu["q"]._replace(lora_a=wide)
+    turned = backend.asarray(np.ascontiguousarray(backend.numpy(params["q"].lora_b).T)).T
+    params["q"] = params["q"]._replace(lora_b=turned)
+    desired = adamw_step(params, grads, state, learning_rate=0.1)
+    result = backend.run(adamw_step, params, grads, state, learning_rate=0.1, donate=True)
+    for one, other in zip(arrays_of(*result), arrays_of(*desired), strict=True):
+        assert_close(one, other, rtol=0)
+
+
+def test_an_array_that_is_read_only_is_not_written_to():
+    params = whole()
+    for leaf in params:
+        leaf.setflags(write=False)
+    stepped, _ = adamw_step(params, whole(), adamw_init(params), learning_rate=0.1, donate=True)
+    for leaf, new in zip(params, stepped, strict=True):
+        assert np.all(leaf == 1)
+        assert np.all(new < 1)
+
+
 @both
 def test_a_scalar_is_a_parameter_too(backend, draw, init, step):
     params = Dense(draw(3, dtype="float32"), draw(dtype="float32"))
@@ -690,6 +766,42 @@ def test_a_step_that_is_not_a_count_is_refused(step, error, message):
     state = adamw_init(whole())._replace(step=step)
     with pytest.raises(error, match=exactly(message)):
         adamw_step(whole(), whole(), state, learning_rate=0.1)
+
+
+def test_an_array_that_is_given_up_twice_is_refused():
+    """As a parameter and a gradient too: a step that writes p would lose g of another leaf."""
+    params, grads = {"q": whole(), "k": whole()}, {"q": whole(), "k": whole()}
+    state, rule = adamw_init(params), "with donate each array must occur once, but"
+    shared = {**params, "k": params["q"]}
+    message = exactly(f"{rule} params['q'].lora_a and params['k'].lora_a are the same one")
+    with pytest.raises(ValueError, match=message):
+        adamw_step(shared, grads, state, learning_rate=0.1, donate=True)
+    crossed = {**grads, "k": grads["k"]._replace(magnitude=params["q"].magnitude)}
+    message = exactly(f"{rule} params['q'].magnitude and grads['k'].magnitude are the same one")
+    with pytest.raises(ValueError, match=message):
+        adamw_step(params, crossed, state, learning_rate=0.1, donate=True)
+    adamw_step(shared, crossed, state, learning_rate=0.1)
+
+
+def test_donate_that_is_not_a_bool_is_refused():
+    with pytest.raises(TypeError, match="donate must be True or False, got 1"):
+        adamw_step(whole(), whole(), adamw_init(whole()), learning_rate=0.1, donate=1)
+
+
+@both
+def test_keys_that_are_equal_but_of_two_types_differ(init, step):
+    message = "grads and params must have the same entries; missing: grads[1].lora_a"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        step({1: whole()}, {True: whole()}, init({1: whole()}), learning_rate=0.1)
+
+
+@both
+def test_trees_in_trees_are_stepped(backend, draw, assert_close, init, step):
+    params, grads = ({"block": {0: random_adapter(draw)}} for _ in range(2))
+    actual, _ = train(backend, init, step, params, [grads], learning_rate=RATES)
+    alone = params["block"][0], [grads["block"][0]]
+    desired, _ = train(backend, init, step, *alone, learning_rate=RATES)
+    assert_same(assert_close, actual["block"][0], desired)
 
 
 def test_a_state_of_another_optimizer_is_refused():

@@ -9,7 +9,7 @@ Every array may have the same leading axes, a stack: (*stack, out, in) and so on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, get_args
 
@@ -203,17 +203,31 @@ Snapshot: TypeAlias = Adapter | list[bytes]
 """The values of A, B and m at one time: copies of the arrays, or their bytes."""
 
 
-class AdamWLeaf(NamedTuple):
-    """The arrays of one parameter in a step of AdamW. All have the same shape."""
+class AdamWLeaves(NamedTuple):
+    """The arrays of a step of AdamW: those of one parameter are at one place of the four lists.
 
-    param: Array
+    They have the same shape.
+    """
+
+    params: Sequence[Array]
     """p, in its own dtype."""
-    grad: Array
+    grads: Sequence[Array]
     """g, in its own dtype."""
-    mu: Array
+    mu: Sequence[Array]
     """Running mean of g, in the compute dtype of p."""
-    nu: Array
+    nu: Sequence[Array]
     """Running mean of g², in the compute dtype of p."""
+
+
+class AdamWStepped(NamedTuple):
+    """The results of a step of AdamW, in the order of the parameters."""
+
+    params: Sequence[Array]
+    """p, in its own dtype."""
+    mu: Sequence[Array]
+    """Running mean of g."""
+    nu: Sequence[Array]
+    """Running mean of g²."""
 
 
 class AdamWNumbers(NamedTuple):

@@ -6,13 +6,17 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import sys
+from collections.abc import Collection
 from types import ModuleType
 
 import array_api_compat
 import array_api_compat.numpy
 import numpy as np
 
-from doraxp._base.types import Array, Namespace
+from doraxp._base.types import Array, DType, Namespace
+from doraxp.backends._cupy.arrays import DeviceArray
 from doraxp.backends._cupy.operations import CupyOperations
 from doraxp.backends._dtypes import DTYPES, dtype_name
 from doraxp.backends._generic import Operations
@@ -38,10 +42,40 @@ def operations(*, bias: Array | None = None, **arrays: Array) -> Operations:
         Two arrays are on different devices, or CuPy's are not on its current device.
     """
     given = arrays if bias is None else {**arrays, "bias": bias}
-    for array in given.values():
-        if type(array) is not np.ndarray or array.dtype not in _NUMPY_DTYPES:
-            return _operations_of_any(given)
-    return _NUMPY  # NumPy's own arrays need no search for their library: saves 20 µs a call
+    return operations_of_plain(given.values()) or _operations_of_any(given)
+
+
+def operations_of_plain(arrays: Collection[Array]) -> Operations | None:
+    """Return the operations if all arrays are NumPy's own, or CuPy's on the current device.
+
+    None means that the arrays must be looked at one by one, and may have to be refused. The search
+    for the library of an array takes 4 µs, and for five arrays 20.
+    """
+    kinds = set(map(type, arrays))
+    if len(kinds) != 1:
+        return None
+    (kind,) = kinds
+    if kind is np.ndarray:
+        return _NUMPY if {array.dtype for array in arrays} <= _NUMPY_DTYPES else None
+    if kind is not getattr(sys.modules.get("cupy"), "ndarray", None):
+        return None
+    ops = _cupy_operations()
+    on_gpu: Collection[DeviceArray] = arrays
+    devices = {array.data.device_id for array in on_gpu}
+    floating = all(map(_is_floating, {array.dtype for array in arrays}))
+    return ops if floating and devices == {ops.cuda.device()} else None
+
+
+@functools.cache
+def _cupy_operations() -> CupyOperations:
+    ops = _operations_of(importlib.import_module("array_api_compat.cupy"))
+    assert isinstance(ops, CupyOperations)
+    return ops
+
+
+@functools.cache
+def _is_floating(dtype: DType) -> bool:
+    return str(dtype) in DTYPES
 
 
 def _operations_of_any(given: dict[str, Array]) -> Operations:

@@ -12,14 +12,16 @@ axes, a stack.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import array_api_compat
 
 from doraxp._base.ranks import sums
 from doraxp._base.types import (
-    AdamWLeaf,
+    AdamWLeaves,
     AdamWNumbers,
+    AdamWStepped,
     Adapter,
     Array,
     Consumed,
@@ -304,29 +306,35 @@ class Operations:
     # Optimizers
 
     def adamw(
-        self, leaves: dict[str, AdamWLeaf], rates: dict[str, float | Array],
-        decays: dict[str, float | Array], numbers: AdamWNumbers,
-    ) -> dict[str, tuple[Array, Array, Array]]:  # fmt: skip
-        """Return p, mu and nu by path after a step of AdamW; `doraxp.adamw_step` has the formula.
+        self, leaves: AdamWLeaves, rates: Sequence[float | Array],
+        decays: Sequence[float | Array], numbers: AdamWNumbers, *, donate: bool,
+    ) -> AdamWStepped:  # fmt: skip
+        """Return p, mu and nu after a step of AdamW; `doraxp.adamw_step` has the formula.
 
-        p keeps its dtype. A rate η or decay λ is a float, or a 0-d array where it is traced.
+        p keeps its dtype. A rate η or decay λ is a float, or a 0-d array where it is traced. With
+        `donate`, the results may be written into p, mu and nu.
         """
-        xp, stepped = self.xp, {}
-        for path, (param, grad, mu, nu) in leaves.items():
-            dtype = mu.dtype
-            scalars = rates[path], decays[path], numbers.correction1, numbers.correction2
-            rate, decay, correction1, correction2 = (
-                # NumPy's float64 is a float too, but it would widen float32 arrays.
-                number if type(number) is float else xp.astype(number, dtype, copy=False)
-                for number in scalars
-            )
-            p, g = (xp.astype(array, dtype, copy=False) for array in (param, grad))
-            mu = numbers.beta1 * mu + numbers.rest1 * g
-            nu = numbers.beta2 * nu + numbers.rest2 * (g * g)
-            mean, square = mu / correction1, nu / correction2
-            p = p - rate * (mean / (xp.sqrt(square) + numbers.eps) + decay * p)
-            stepped[path] = xp.astype(p, param.dtype, copy=False), mu, nu
-        return stepped
+        each = zip(*leaves, rates, decays, strict=True)
+        steps = [self._adamw_of_one(*arrays, numbers=numbers) for arrays in each]
+        return AdamWStepped(*zip(*steps, strict=True))
+
+    def _adamw_of_one(
+        self, param: Array, grad: Array, mu: Array, nu: Array, rate: float | Array,
+        decay: float | Array, *, numbers: AdamWNumbers,
+    ) -> tuple[Array, Array, Array]:  # fmt: skip
+        """Return p, mu and nu of one parameter after a step of AdamW."""
+        xp, dtype = self.xp, mu.dtype
+        rate, decay, correction1, correction2 = (
+            # NumPy's float64 is a float too, but it would widen float32 arrays.
+            number if type(number) is float else xp.astype(number, dtype, copy=False)
+            for number in (rate, decay, numbers.correction1, numbers.correction2)
+        )
+        p, g = (xp.astype(array, dtype, copy=False) for array in (param, grad))
+        mu = numbers.beta1 * mu + numbers.rest1 * g
+        nu = numbers.beta2 * nu + numbers.rest2 * (g * g)
+        mean, square = mu / correction1, nu / correction2
+        p = p - rate * (mean / (xp.sqrt(square) + numbers.eps) + decay * p)
+        return xp.astype(p, param.dtype, copy=False), mu, nu
 
     # A prepared norm must not be used with another adapter
 

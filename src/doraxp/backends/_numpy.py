@@ -8,12 +8,20 @@ of float32. So one block of rows after another is cast into the same buffer, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from doraxp._base.types import Adapter, DType, Reduce, Snapshot
+from doraxp._base.types import (
+    AdamWLeaves,
+    AdamWNumbers,
+    AdamWStepped,
+    Adapter,
+    DType,
+    Reduce,
+    Snapshot,
+)
 from doraxp.backends._direction import (
     Arithmetic,
     Direction,
@@ -274,6 +282,24 @@ class NumpyOperations(Operations):
 
     # A prepared norm must not outlive its adapter
 
+    # Optimizers
+
+    def adamw(
+        self, leaves: AdamWLeaves, rates: Sequence[float | NumpyArray],
+        decays: Sequence[float | NumpyArray], numbers: AdamWNumbers, *, donate: bool,
+    ) -> AdamWStepped:  # fmt: skip
+        """Return p, mu and nu. With `donate` they are the given arrays, where these can be written.
+
+        There is memory for the results of one parameter at a time, and not for those of all.
+        """
+        if not donate:
+            return super().adamw(leaves, rates, decays, numbers, donate=False)
+        stepped = []
+        for p, g, mu, nu, *rest in zip(*leaves, rates, decays, strict=True):
+            new = self._adamw_of_one(p, g, mu, nu, *rest, numbers=numbers)
+            stepped.append([_written(*pair) for pair in zip((p, mu, nu), new, strict=True)])
+        return AdamWStepped(*zip(*stepped, strict=True))
+
     def snapshot(self, adapter: Adapter) -> list[bytes]:
         """Return the bytes of A, B and m."""
         leaves: tuple[NumpyArray, ...] = adapter
@@ -393,3 +419,11 @@ def _pick(factors: Factors, element: tuple[int, ...], rows: NumpyArray) -> Facto
         scaled_b[element][rows],
         None if row_scale is None else row_scale[element][rows],
     )
+
+
+def _written(array: NumpyArray, values: NumpyArray) -> NumpyArray:
+    """Return `array` with these values, or the values themselves if it cannot be written."""
+    if not array.flags.writeable:
+        return values
+    array[...] = values
+    return array

@@ -8,16 +8,16 @@ Here the arguments are checked; `Operations.adamw` computes the step.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import array_api_compat
 
-from doraxp._base.scalars import check_count, check_kind, check_number
-from doraxp._base.types import AdamWLeaf, AdamWNumbers, Array, DType, Namespace
+from doraxp._base.scalars import check_count, check_flag, check_kind, check_number
+from doraxp._base.types import AdamWLeaves, AdamWNumbers, Array, DType, Namespace
 from doraxp.backends import Operations, as_dtype, compute_dtype
-from doraxp.optim._trees import Params, PerLeaf, align, build, per_leaf, zeros_like
+from doraxp.optim._trees import Aligned, Params, PerLeaf, align, per_leaf, zeros_like
 
 
 class AdamWState(NamedTuple):
@@ -70,6 +70,7 @@ def adamw_step(
     beta2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: PerLeaf = 0.01,
+    donate: bool = False,
 ) -> tuple[Params, AdamWState]:
     """Return the parameters and the state after one step of AdamW.
 
@@ -96,6 +97,12 @@ def adamw_step(
         be 0/0.
     weight_decay : number, or one per leaf
         λ, at least 0. One number does not decay `magnitude`; see `doraxp.optim`.
+    donate : bool
+        Give up the arrays of `params` and `state`: do not read them after the call. NumPy and CuPy
+        write the results into them and return them, which saves the memory of new ones. The result
+        is a new array where the given one cannot be used: a NumPy array that is read-only, a CuPy
+        array that is not in C order, or a moment that is not in the compute dtype. Other libraries
+        return new arrays always. Under ``jax.jit``, pass ``donate_argnums`` to it instead.
 
     Returns
     -------
@@ -106,9 +113,10 @@ def adamw_step(
     ------
     TypeError
         The arrays are of two libraries, a dtype is not floating, or an argument that must be a
-        number is not one.
+        number is not one, or `donate` is not a bool.
     ValueError
-        Structures, shapes or devices differ, or a number is out of range.
+        Structures, shapes or devices differ, a number is out of range, or with `donate` an array
+        occurs twice.
 
     References
     ----------
@@ -129,38 +137,66 @@ def adamw_step(
            [0.5]]), 1)
     """
     check_kind("state", state, AdamWState)
+    check_flag("donate", donate)
     beta1 = check_number("beta1", beta1, below=1)
     beta2 = check_number("beta2", beta2, below=1)
     eps = check_number("eps", eps, positive=True)
-    ops, leaves = align(params=params, grads=grads, **{"state.mu": state.mu, "state.nu": state.nu})
-    xp = ops.xp
-    rates = per_leaf("learning_rate", learning_rate, params, ops=ops)
-    decays = per_leaf("weight_decay", weight_decay, params, spared="magnitude", ops=ops)
+    trees = {"params": params, "grads": grads, "state.mu": state.mu, "state.nu": state.nu}
+    aligned = align(**trees)
+    if donate:
+        _check_distinct(aligned)
+    ops = aligned.ops
+    rates = per_leaf("learning_rate", learning_rate, aligned)
+    decays = per_leaf("weight_decay", weight_decay, aligned, spared="magnitude")
     step = _count_of(state, ops=ops) + 1
-    dtypes = {path: compute_dtype(p, xp=xp) for path, (p, *_) in leaves.items()}
-    _check_eps(eps, dtypes.values(), xp=xp)
-    widest = compute_dtype(*(p for p, *_ in leaves.values()), xp=xp)
+    leaves = _in_compute_dtype(AdamWLeaves(*aligned.columns), eps, xp=ops.xp)
     numbers = AdamWNumbers(
         beta1, 1 - beta1, beta2, 1 - beta2, eps,
-        *(_bias_correction(beta, step, widest, xp=xp) for beta in (beta1, beta2)),
+        *(_bias_correction(beta, step, leaves, xp=ops.xp) for beta in (beta1, beta2)),
     )  # fmt: skip
-    wide = {
-        path: AdamWLeaf(p, g, *(as_dtype(mean, dtypes[path], xp=xp) for mean in means))
-        for path, (p, g, *means) in leaves.items()
-    }
-    stepped = ops.adamw(wide, rates, decays, numbers)
-    new = [{path: arrays[i] for path, arrays in stepped.items()} for i in range(3)]
-    state = AdamWState(step, build(state.mu, new[1]), build(state.nu, new[2]))
-    return build(params, new[0]), state
+    p, mu, nu = ops.adamw(leaves, rates, decays, numbers, donate=donate)
+    state = AdamWState(step, aligned.build("state.mu", mu), aligned.build("state.nu", nu))
+    return cast(Params, aligned.build("params", p)), state
 
 
-def _check_eps(eps: float, dtypes: Iterable[DType], *, xp: Namespace) -> None:
+def _check_distinct(aligned: Aligned) -> None:
+    """Refuse an array that occurs twice: its second use would read results of the first."""
+    leaves = [leaf for column in aligned.columns for leaf in column]
+    if len(set(map(id, leaves))) == len(leaves):
+        return
+    seen: dict[int, str] = {}
+    for name, leaf in aligned.named().items():
+        other = seen.setdefault(id(leaf), name)
+        if other != name:
+            raise ValueError(
+                f"with donate each array must occur once, but {other} and {name} are the same one"
+            )
+
+
+def _in_compute_dtype(leaves: AdamWLeaves, eps: float, *, xp: Namespace) -> AdamWLeaves:
+    """Return the leaves with the moments in the compute dtype of each, and check ε for it."""
+    wide = {}
+    for p in {p.dtype: p for p in leaves.params}.values():
+        dtype = compute_dtype(p, xp=xp)
+        _check_eps(eps, dtype, xp=xp)
+        # Equal objects compare faster if they are one object.
+        wide[p.dtype] = p.dtype if p.dtype == dtype else dtype
+    wanted = [wide[p.dtype] for p in leaves.params]
+    mu, nu = (
+        column
+        if [mean.dtype for mean in column] == wanted
+        else [as_dtype(*pair, xp=xp) for pair in zip(column, wanted, strict=True)]
+        for column in (leaves.mu, leaves.nu)
+    )
+    return leaves._replace(mu=mu, nu=nu)
+
+
+def _check_eps(eps: float, dtype: DType, *, xp: Namespace) -> None:
     """Raise ValueError where ε would round to 0: then 0/0 is NaN where a gradient is 0."""
-    for dtype in dtypes:
-        least = float(xp.finfo(dtype).smallest_normal)
-        if eps < least:
-            name = "float64" if dtype == xp.float64 else "float32"
-            raise ValueError(f"eps must be at least {least} in {name}, got {eps}")
+    least = _smallest_normal(xp, dtype.__class__, dtype)
+    if eps < least:
+        name = "float64" if dtype == xp.float64 else "float32"
+        raise ValueError(f"eps must be at least {least} in {name}, got {eps}")
 
 
 def _count_of(state: AdamWState, *, ops: Operations) -> int | Array:
@@ -174,14 +210,20 @@ def _count_of(state: AdamWState, *, ops: Operations) -> int | Array:
     return check_count("state.step", step)
 
 
+@functools.cache
+def _smallest_normal(xp: Namespace, kind: type, dtype: DType) -> float:
+    # The type is a part of the key: array-api-strict warns if its dtypes are compared to NumPy's.
+    return float(xp.finfo(dtype).smallest_normal)
+
+
 def _bias_correction(
-    beta: float, step: int | Array, dtype: DType, *, xp: Namespace
+    beta: float, step: int | Array, leaves: AdamWLeaves, *, xp: Namespace
 ) -> float | Array:
     """Return 1 − βᵗ as −expm1(t log β): in float32, 1 − βᵗ itself loses digits where β is near 1.
 
-    A float where the step is an int; else a 0-d array of the dtype.
+    A float where the step is an int; else a 0-d array of the widest compute dtype.
     """
     log_beta = math.log(beta) if beta > 0 else -math.inf
     if isinstance(step, int):
         return -math.expm1(step * log_beta)
-    return -xp.expm1(xp.astype(step, dtype) * log_beta)
+    return -xp.expm1(xp.astype(step, compute_dtype(*leaves.params, xp=xp)) * log_beta)

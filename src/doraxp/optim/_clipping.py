@@ -8,7 +8,7 @@ from __future__ import annotations
 from doraxp._base.scalars import check_number
 from doraxp._base.types import Array
 from doraxp.backends import as_dtype, compute_dtype, safe_row_norms
-from doraxp.optim._trees import Params, align, build
+from doraxp.optim._trees import Params, align
 
 
 def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Array]:
@@ -55,16 +55,15 @@ def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Array]:
     (6.0, array([[0., 1.]]))
     """
     max_norm = check_number("max_norm", max_norm, positive=True)
-    ops, leaves = align(grads=grads)
-    xp = ops.xp
-    dtype = compute_dtype(*(leaf for (leaf,) in leaves.values()), xp=xp)
-    wide = {path: as_dtype(leaf, dtype, xp=xp) for path, (leaf,) in leaves.items()}
+    aligned = align(grads=grads)
+    xp, (leaves,) = aligned.ops.xp, aligned.columns
+    dtype = compute_dtype(*leaves, xp=xp)
+    wide = [as_dtype(leaf, dtype, xp=xp) for leaf in leaves]
     # Under loss scaling the squares of gradients overflow long before the norm does.
-    flat = xp.concat([xp.reshape(leaf, (-1,)) for leaf in wide.values()])
+    flat = xp.concat([xp.reshape(leaf, (-1,)) for leaf in wide])
     norm = safe_row_norms(flat, xp=xp)
     over = norm > max_norm
     factor = xp.where(over, max_norm / xp.where(over, norm, 1.0), 1.0)
-    clipped = {
-        path: as_dtype(factor * wide[path], leaf.dtype, xp=xp) for path, (leaf,) in leaves.items()
-    }
-    return build(grads, clipped), norm
+    pairs = zip(leaves, wide, strict=True)
+    clipped = [as_dtype(factor * each, leaf.dtype, xp=xp) for leaf, each in pairs]
+    return aligned.build("grads", clipped), norm

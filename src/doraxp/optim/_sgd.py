@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from doraxp._base.scalars import check_flag, check_kind, check_number
 from doraxp._base.types import Namespace
 from doraxp.backends import as_dtype, compute_dtype
-from doraxp.optim._trees import Params, PerLeaf, align, build, per_leaf, zeros_like
+from doraxp.optim._trees import Params, PerLeaf, align, per_leaf, zeros_like
 
 
 class SGDState(NamedTuple):
@@ -116,19 +116,19 @@ def sgd_step(
     momentum = check_number("momentum", momentum, below=1)
     if nesterov and momentum == 0:
         raise ValueError("nesterov must come with a momentum above 0, got 0.0")
-    ops, leaves = align(params=params, grads=grads, **{"state.velocity": state.velocity})
-    xp = ops.xp
-    rates = per_leaf("learning_rate", learning_rate, params, ops=ops)
-    decays = per_leaf("weight_decay", weight_decay, params, spared="magnitude", ops=ops)
-    stepped, velocity = {}, {}
-    for path, arrays in leaves.items():
-        p, g, v, rate, decay = _widened(*arrays, rates[path], decays[path], xp=xp)
+    aligned = align(params=params, grads=grads, **{"state.velocity": state.velocity})
+    xp = aligned.ops.xp
+    rates = per_leaf("learning_rate", learning_rate, aligned)
+    decays = per_leaf("weight_decay", weight_decay, aligned, spared="magnitude")
+    stepped, velocity = [], []
+    for param, *given in zip(*aligned.columns, rates, decays, strict=True):
+        p, g, v, rate, decay = _widened(param, *given, xp=xp)
         g = g + decay * p
         v = momentum * v + g
         p = p - rate * (g + momentum * v if nesterov else v)
-        stepped[path] = as_dtype(p, arrays[0].dtype, xp=xp)
-        velocity[path] = v
-    return build(params, stepped), SGDState(build(state.velocity, velocity))
+        stepped.append(as_dtype(p, param.dtype, xp=xp))
+        velocity.append(v)
+    return aligned.build("params", stepped), SGDState(aligned.build("state.velocity", velocity))
 
 
 def _widened(*values: Any, xp: Namespace) -> tuple[Any, ...]:

@@ -1,12 +1,16 @@
-"""AdamW on NVIDIA GPUs: one launch for all leaves of one compute dtype."""
+"""AdamW on NVIDIA GPUs: one launch for up to 36 leaves of one compute dtype."""
 
 from __future__ import annotations
 
-import numpy as np
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any
 
-from doraxp._base.types import AdamWLeaf, AdamWNumbers, DType, Namespace
-from doraxp.backends._cupy.arrays import DeviceArray, name_of, packed
+from doraxp._base.types import AdamWLeaves, AdamWNumbers, AdamWStepped, DType, Namespace
+from doraxp.backends._cupy.arrays import DeviceArray, dtype_name, packed
 from doraxp.backends._cupy.device import Cuda
+from doraxp.backends._cupy.parameters import LEAF, LEAVES
 from doraxp.backends._cupy.signatures import Adamw
 from doraxp.backends._cupy.source import THREADS, Types, blocks
 
@@ -14,48 +18,76 @@ LEAF_BLOCK = 4 * THREADS
 """Numbers of a leaf that a block updates. kernels/adamw.cu has the same."""
 KINDS = ("float16", "bfloat16", "float32", "float64")
 """The numbers 0 to 3 stand for these dtypes in a leaf."""
-LEAF = np.dtype(
-    [(name, np.uint64) for name in ("p", "g", "mu", "nu", "new_p", "new_mu", "new_nu")]
-    + [(name, np.int64) for name in ("size", "first_block", "p_type", "g_type")]
-    + [(name, np.float64) for name in ("rate", "decay")]
-)
-"""`Leaf` of kernels/adamw.cu."""
 
 
 def adamw(
-    cuda: Cuda, xp: Namespace, leaves: dict[str, AdamWLeaf], rates: dict[str, float],
-    decays: dict[str, float], numbers: AdamWNumbers,
-) -> dict[str, tuple[DeviceArray, DeviceArray, DeviceArray]]:  # fmt: skip
-    """Return p, mu and nu by path after a step. float64 leaves take a launch of their own."""
-    stepped: dict[str, tuple[DeviceArray, DeviceArray, DeviceArray]] = {}
-    for wide in (np.dtype(np.float32), np.dtype(np.float64)):
-        group = {path: leaf for path, leaf in leaves.items() if leaf.mu.dtype == wide}
-        if group:
-            stepped |= _step(cuda, xp, group, rates, decays, numbers, wide)
-    return stepped
+    cuda: Cuda, xp: Namespace, leaves: AdamWLeaves, rates: Sequence[float],
+    decays: Sequence[float], numbers: AdamWNumbers, *, donate: bool,
+) -> AdamWStepped:  # fmt: skip
+    """Return p, mu and nu after a step. float64 leaves take a launch of their own."""
+    dtypes = [mean.dtype for mean in leaves.mu]
+    if len(set(dtypes)) == 1:
+        return _step(cuda, xp, leaves, rates, decays, numbers, donate=donate)
+    stepped: list[tuple[DeviceArray, ...]] = [()] * len(dtypes)
+    for wide in set(dtypes):
+        places = [place for place, dtype in enumerate(dtypes) if dtype == wide]
+        group = AdamWLeaves(*([column[place] for place in places] for column in leaves))
+        rate, decay = ([column[place] for place in places] for column in (rates, decays))
+        new = _step(cuda, xp, group, rate, decay, numbers, donate=donate)
+        for place, arrays in zip(places, zip(*new, strict=True), strict=True):
+            stepped[place] = arrays
+    return AdamWStepped(*zip(*stepped, strict=True))
 
 
 def _step(
-    cuda: Cuda, xp: Namespace, leaves: dict[str, AdamWLeaf], rates: dict[str, float],
-    decays: dict[str, float], numbers: AdamWNumbers, wide: DType,
-) -> dict[str, tuple[DeviceArray, DeviceArray, DeviceArray]]:  # fmt: skip
-    first_block, held = 0, []
-    stepped: dict[str, tuple[DeviceArray, DeviceArray, DeviceArray]] = {}
-    table = np.zeros(len(leaves), LEAF)
-    for row, (path, arrays) in enumerate(leaves.items()):
-        p, g, *moments = (packed(array, xp) for array in arrays)
-        new = [cuda.empty(p.shape, dtype) for dtype in (p.dtype, wide, wide)]
-        pointers = (cuda.pointer(array) for array in (p, g, *moments, *new))
-        codes = (KINDS.index(name_of(array)) for array in (p, g))
-        table[row] = (*pointers, p.size, first_block, *codes, rates[path], decays[path])
-        first_block += blocks(p.size, LEAF_BLOCK)
-        held.append((p, g, *moments))  # the launch needs their memory
-        stepped[path] = (new[0], new[1], new[2])
-    if first_block:
-        arguments = Adamw(
-            leaves=cuda.upload(table.view(np.uint8)), leaf_count=len(leaves), beta1=numbers.beta1,
-            rest1=numbers.rest1, beta2=numbers.beta2, rest2=numbers.rest2, eps=numbers.eps,
-            correct1=float(numbers.correction1), correct2=float(numbers.correction2),
-        )  # fmt: skip
-        cuda.launch(arguments, Types(*[wide.name] * 3), (first_block, 1, 1))
-    return stepped
+    cuda: Cuda, xp: Namespace, leaves: AdamWLeaves, rates: Sequence[float],
+    decays: Sequence[float], numbers: AdamWNumbers, *, donate: bool,
+) -> AdamWStepped:  # fmt: skip
+    """Step leaves of one compute dtype."""
+    if not all(map(cuda.in_c_order, leaves)):
+        leaves = AdamWLeaves(*([packed(array, xp) for array in column] for column in leaves))
+    wide: DType = leaves.mu[0].dtype
+    new = AdamWStepped(leaves.params, leaves.mu, leaves.nu) if donate else _like(cuda, leaves)
+    params: list[DeviceArray] = [*leaves.params]
+    sizes = [p.size for p in params]
+    kinds = ([_kind(array.dtype) for array in column] for column in leaves[:2])
+    addresses = map(cuda.addresses, (*leaves, *new))
+    rows = list(zip(*addresses, sizes, *kinds, rates, decays, strict=True))
+    for start in range(0, len(rows), LEAVES):
+        _launch(cuda, rows[start : start + LEAVES], numbers, Types(*[dtype_name(wide)] * 3))
+    return new
+
+
+def _like(cuda: Cuda, leaves: AdamWLeaves) -> AdamWStepped:
+    """Return arrays for the results: the moments in one allocation, the parameters in another.
+
+    So parameters that the caller keeps do not keep their moments.
+    """
+    shapes = tuple([p.shape for p in leaves.params])
+    moments = cuda.empties(shapes * 2, leaves.mu[0].dtype)
+    dtypes = [p.dtype for p in leaves.params]
+    if len(set(dtypes)) == 1:
+        params = cuda.empties(shapes, dtypes[0])
+    else:
+        params = [cuda.empty(*each) for each in zip(shapes, dtypes, strict=True)]
+    return AdamWStepped(params, moments[: len(shapes)], moments[len(shapes) :])
+
+
+def _launch(cuda: Cuda, rows: list[tuple[Any, ...]], numbers: AdamWNumbers, types: Types) -> None:
+    """Step the leaves that rows of addresses and numbers describe."""
+    firsts = itertools.accumulate((blocks(row[7], LEAF_BLOCK) for row in rows), initial=0)
+    *starts, total = firsts
+    if not total:
+        return
+    table = [LEAF.pack(*row[:8], first, *row[8:]) for row, first in zip(rows, starts, strict=True)]
+    arguments = Adamw(
+        leaves=b"".join(table), leaf_count=len(rows), beta1=numbers.beta1, rest1=numbers.rest1,
+        beta2=numbers.beta2, rest2=numbers.rest2, eps=numbers.eps,
+        correct1=float(numbers.correction1), correct2=float(numbers.correction2),
+    )  # fmt: skip
+    cuda.launch(arguments, types, (total, 1, 1))
+
+
+@functools.cache
+def _kind(dtype: DType) -> int:
+    return KINDS.index(dtype_name(dtype))

@@ -55,9 +55,27 @@ def one_type(array: DeviceArray) -> Types:
     return types_of(array, array, array)
 
 
+def in_c_order(array: DeviceArray) -> bool:
+    """Return whether an array is in C order."""
+    try:
+        order: bool = array._c_contiguous  # CuPy's `flags` take ten times as long
+    except AttributeError:
+        order = array.flags.c_contiguous
+    return order
+
+
+def _in_fortran_order(array: DeviceArray) -> bool:
+    """Return whether an array is the transpose of one in C order."""
+    try:
+        order: bool = array._f_contiguous
+    except AttributeError:
+        order = array.flags.f_contiguous
+    return order
+
+
 def packed(array: DeviceArray | None, xp: Namespace) -> DeviceArray:
     """Return an array in C order: itself, or a copy. None stays None."""
-    if array is None or array.flags.c_contiguous:
+    if array is None or in_c_order(array):
         return array
     return xp.asarray(array, copy=True, order="C")
 
@@ -88,7 +106,12 @@ def layout(matrix: DeviceArray) -> tuple[int, int]:
     The number is 0 if the rows are contiguous, and 1 if the columns are. A matrix where neither are
     is a ValueError.
     """
-    (rows, columns), (down, across) = matrix.shape, matrix.strides
+    rows, columns = matrix.shape
+    if in_c_order(matrix):
+        return 0, max(columns, 1)
+    if _in_fortran_order(matrix):
+        return 1, max(rows, 1)
+    down, across = matrix.strides
     down, across = down // matrix.itemsize, across // matrix.itemsize
     if (across == 1 or columns == 1) and (down >= columns or rows == 1):
         return 0, max(down if rows > 1 else columns, 1)

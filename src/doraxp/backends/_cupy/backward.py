@@ -13,18 +13,18 @@ from __future__ import annotations
 
 from doraxp._base.types import DType, Namespace
 from doraxp.backends._cupy.arrays import LOW, DeviceArray, name_of, packed
-from doraxp.backends._cupy.device import Cuda
 from doraxp.backends._cupy.direction import DevicePatched
 from doraxp.backends._cupy.passes import Passes, RowSums, Through
 from doraxp.backends._cupy.products import FEW, PARTS, ROUNDED, Products
+from doraxp.backends._cupy.skinny import Skinny
 from doraxp.backends._generic import LayerGradients, Norm
 
 
 class Backward:
     """dz V, dA, dB and dm."""
 
-    def __init__(self, xp: Namespace, cuda: Cuda, products: Products, passes: Passes) -> None:
-        self.xp, self.cuda, self.products, self.passes = xp, cuda, products, passes
+    def __init__(self, xp: Namespace, products: Products, passes: Passes, skinny: Skinny) -> None:
+        self.xp, self.products, self.passes, self.skinny = xp, products, passes, skinny
 
     def gradients(
         self, d: DeviceArray, x: DeviceArray, low: DeviceArray, z: DeviceArray, norm: Norm,
@@ -39,11 +39,23 @@ class Backward:
             z = xp.astype(z, norm.gain.dtype, copy=False)
         room = 0 if mixed else found.factors.lora_a.shape[-2]
         rows, along, totals = self.passes.gradients(d, z, norm.gain, found, room, total=with_bias)
+        if mixed:
+            db_sums = self.skinny.partial_pull(low, d)
+        else:
+            db_sums = self.products.product(xp.matrix_transpose(d), low)
         sums = self.passes.row_gradients(
-            along, totals, self.products.product(xp.matrix_transpose(d), low), found, norm.gain,
-            norm.norm, norm.unit_projection, scaling, by_rank=False, exact=exact,
+            along,
+            totals,
+            db_sums,
+            found,
+            norm.gain,
+            norm.norm,
+            norm.unit_projection,
+            scaling,
+            by_rank=mixed,
+            exact=exact,
             rows=None if mixed else rows,
-        )  # fmt: skip
+        )
         through = Through(d, x, norm.gain, norm.norm, sums.radial)
         kind = norm.gain.dtype if round_later else dtype
         work = self._mixed if mixed else self._wide
@@ -55,15 +67,16 @@ class Backward:
         through: Through, dtype: DType,
     ) -> tuple[DeviceArray, DeviceArray]:  # fmt: skip
         """Return dx and dA. dz is rounded to W's dtype, for dx alone."""
-        found, transposed = direction.suspects, self.xp.matrix_transpose
+        found = direction.suspects
         weight, a, *_ = found.factors
-        low = self.products.product(through.d, found.gained)
+        low = self.skinny.project(through.d, found.gained, turned=True)
         dx = self.passes.update(low, a, dtype, found=found, through=through)
         self.products.multiply(dz, weight, dtype, out=dx, beta=1.0)
-        partial = self.products.product(transposed(low), x)
-        if sums.pull is not None:
-            partial += self.products.product(transposed(sums.pull), weight)
-        da = self.passes.gradient_a(partial[..., None, :, :], sums.square, found, through)
+        if sums.pull is None:
+            partial = self.skinny.partial_pull(low, x)
+        else:
+            partial = self.skinny.partial_pull(low, x, sums.pull, weight)
+        da = self.passes.gradient_a(partial, sums.square, found, through)
         return dx, da
 
     def _wide(

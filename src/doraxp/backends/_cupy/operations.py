@@ -7,10 +7,20 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Sequence
 
 import numpy as np
 
-from doraxp._base.types import AdamWLeaf, AdamWNumbers, Adapter, Consumed, DType, Namespace, Reduce
+from doraxp._base.types import (
+    AdamWLeaves,
+    AdamWNumbers,
+    AdamWStepped,
+    Adapter,
+    Consumed,
+    DType,
+    Namespace,
+    Reduce,
+)
 from doraxp.backends._cupy.adamw import adamw
 from doraxp.backends._cupy.arrays import LOW, DeviceArray, FactorsT, PlainWeight, name_of
 from doraxp.backends._cupy.backward import Backward
@@ -20,6 +30,7 @@ from doraxp.backends._cupy.guard import Guard
 from doraxp.backends._cupy.passes import Passes
 from doraxp.backends._cupy.patches import Patches
 from doraxp.backends._cupy.products import Products, is_exact
+from doraxp.backends._cupy.skinny import Skinny
 from doraxp.backends._direction import Direction, Factors
 from doraxp.backends._generic import CANCELLATION, LayerGradients, Norm, Operations, least_sum
 
@@ -56,7 +67,8 @@ class CupyOperations(Operations):
         self.cuda = cuda or Cuda()
         self.products = Products(xp, self.cuda)
         self.passes = Passes(xp, self.cuda)
-        self.backward = Backward(xp, self.cuda, self.products, self.passes)
+        self.skinny = Skinny(xp, self.cuda)
+        self.backward = Backward(xp, self.products, self.passes, self.skinny)
         self.device_guard = Guard(xp, self.cuda, self.products)
         self.patches = Patches(xp, self.cuda, self.products)
 
@@ -167,11 +179,13 @@ class CupyOperations(Operations):
     # Optimizers
 
     def adamw(
-        self, leaves: dict[str, AdamWLeaf], rates: dict[str, float | DeviceArray],
-        decays: dict[str, float | DeviceArray], numbers: AdamWNumbers,
-    ) -> dict[str, tuple[DeviceArray, DeviceArray, DeviceArray]]:  # fmt: skip
-        """Return all leaves by one launch, or by two if some are float64."""
-        given = (*rates.values(), *decays.values(), *numbers)
-        if not all(isinstance(number, float) for number in given):
-            return super().adamw(leaves, rates, decays, numbers)  # a number is on the device
-        return adamw(self.cuda, self.xp, leaves, rates, decays, numbers)
+        self, leaves: AdamWLeaves, rates: Sequence[float | DeviceArray],
+        decays: Sequence[float | DeviceArray], numbers: AdamWNumbers, *, donate: bool,
+    ) -> AdamWStepped:  # fmt: skip
+        """Return p, mu and nu by one launch for up to 36 leaves, and another for float64 leaves.
+
+        With `donate` they are the given arrays, where these are in C order.
+        """
+        if not set(map(type, (*rates, *decays, *numbers))) <= {float}:  # a number on the device
+            return super().adamw(leaves, rates, decays, numbers, donate=donate)
+        return adamw(self.cuda, self.xp, leaves, rates, decays, numbers, donate=donate)

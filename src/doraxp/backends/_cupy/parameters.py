@@ -7,9 +7,10 @@ arguments, so Python and mypy report a missing or a misspelt name. None stands f
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import re
-from collections.abc import Callable
+import struct
 from typing import (
     Annotated,
     Any,
@@ -42,14 +43,20 @@ ConstInts: TypeAlias = Annotated[Array, "const int*"]
 Ints: TypeAlias = Annotated[Array, "int*"]
 ConstTile: TypeAlias = Annotated[Array, "const Tile*"]
 Tile: TypeAlias = Annotated[Array, "Tile*"]
-ConstLeaf: TypeAlias = Annotated[Array, "const Leaf*"]
 Index: TypeAlias = Annotated[int, "index_t"]
 Int: TypeAlias = Annotated[int, "int"]
 Number: TypeAlias = Annotated[float, "compute_t"]
 
-_NULL = np.intp(0)
-# The same sizes come again in every call, and a look-up takes a fraction of a conversion's time.
-_index, _int = (functools.lru_cache(maxsize=4096)(kind) for kind in (np.int64, np.int32))
+LEAVES = 36
+"""The most leaves of a launch of AdamW. The arguments of a launch have room for 4096 bytes."""
+LEAF = struct.Struct("7Q2q2i2d")
+"""`Leaf` of kernels/adamw.cu: the addresses of p, g, mu, nu and of the new p, mu and nu; the size
+and the first block; the dtypes of p and g by their numbers there; η and λ."""
+Leaves: TypeAlias = Annotated[bytes, "Leaves"]
+"""`Leaves` of kernels/adamw.cu: leaves one after the other, packed by `LEAF`."""
+
+_CODES = {"index_t": "q", "int": "i", "Leaves": f"{LEAVES * LEAF.size}s"}
+"""The codes of Python's `struct` for the types that are not pointers, except `compute_t`."""
 
 
 class Parameter(NamedTuple):
@@ -59,12 +66,28 @@ class Parameter(NamedTuple):
     c_type: str
     nullable: bool
 
+    @property
+    def is_array(self) -> bool:
+        """Whether the argument is an array, whose address the kernel gets."""
+        return self.c_type.endswith("*")
+
+    def accepts(self, value: Any) -> bool:
+        """Return whether an argument that is not None can be passed."""
+        if self.is_array:
+            return value is None or hasattr(value, "data")
+        try:
+            struct.pack(_CODES.get(self.c_type, "d"), value)
+        except struct.error:
+            return False
+        return True
+
 
 def kernel_name(declared: type) -> str:
     """Return the name in the source of the kernel that a class declares."""
     return re.sub("(?<=[a-z])(?=[A-Z])", "_", declared.__name__).lower()
 
 
+@functools.cache
 def parameters_of(declared: type) -> tuple[Parameter, ...]:
     """Return the parameters of the kernel that a class declares, in order."""
     found = []
@@ -76,33 +99,61 @@ def parameters_of(declared: type) -> tuple[Parameter, ...]:
     return tuple(found)
 
 
-def packer(declared: type, types: Types) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """Return the function that turns the arguments of a kernel into the values that CuPy takes.
+def _code(c_type: str, types: Types) -> str:
+    """Return the code of Python's `struct` for a parameter."""
+    if c_type == "compute_t":
+        return "d" if types.compute == "float64" else "f"
+    return _CODES.get(c_type, "P")
 
-    It converts each number to the C type of its parameter, and None to a null pointer. The caller
-    keeps it for all launches of this kernel with these types: the declaration is read once.
+
+class Arguments:
+    """The memory from which the driver reads the arguments of a launch of one kernel.
+
+    It is laid out once, and written by each launch. The driver has copied it when the launch
+    returns.
     """
-    converters: dict[str, Callable[[Any], Any]] = {
-        "index_t": _index, "int": _int, "compute_t": np.dtype(types.compute).type,
-    }  # fmt: skip
-    places = list(enumerate(parameters_of(declared)))
-    nullable = [place for place, each in places if each.nullable]
-    needed = [place for place, each in places if not each.nullable]
-    numbers = [(place, converters[p.c_type]) for place, p in places if p.c_type in converters]
 
-    def pack(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        for place in needed:
-            if arguments[place] is None:
-                raise TypeError(
-                    f"argument {places[place][1].name} of the kernel {kernel_name(declared)} must "
-                    "not be None"
-                )
+    def __init__(self, declared: type, types: Types) -> None:
+        self._kernel, self._parameters = kernel_name(declared), parameters_of(declared)
+        codes = [_code(each.c_type, types) for each in self._parameters]
+        pointers = [(place, each) for place, each in enumerate(self._parameters) if each.is_array]
+        self._needed = [place for place, each in pointers if not each.nullable]
+        self._nullable = [place for place, each in pointers if each.nullable]
+        self._numbers = [place for place, code in enumerate(codes) if code in "fd"]
+        # "0q" moves on to the next multiple of 8 bytes, where any type may begin.
+        laid = struct.Struct("0q".join(codes))
+        self._memory = ctypes.create_string_buffer(laid.size)
+        self._write = functools.partial(laid.pack_into, self._memory, 0)
+        start = ctypes.addressof(self._memory)
+        starts = (struct.calcsize("0q".join((*codes[:i], ""))) for i in range(len(codes)))
+        self._places = (ctypes.c_void_p * len(codes))(*(start + offset for offset in starts))
+        self.address = ctypes.addressof(self._places)
+        """The address of an array with the address of each argument, as the driver expects it."""
+
+    def store(self, arguments: tuple[Any, ...]) -> None:
+        """Write the arguments of a launch: the addresses of arrays, and numbers as they are."""
         values = list(arguments)
-        for place in nullable:
-            if values[place] is None:
-                values[place] = _NULL
-        for place, convert in numbers:
-            values[place] = convert(values[place])
-        return tuple(values)
+        try:
+            for place in self._needed:
+                values[place] = values[place].data.ptr
+            for place in self._nullable:
+                array = values[place]
+                values[place] = 0 if array is None else array.data.ptr
+            self._write(*values)
+        except (AttributeError, struct.error):
+            raise self._error(arguments) from None
+        except OverflowError:  # beyond float32: infinite, as in NumPy
+            with np.errstate(over="ignore"):
+                for place in self._numbers:
+                    values[place] = float(np.float32(values[place]))
+            self._write(*values)
 
-    return pack
+    def _error(self, arguments: tuple[Any, ...]) -> TypeError:
+        """Return the error that names the first argument of another type than the declared."""
+        for each, value in zip(self._parameters, arguments, strict=True):
+            what = f"argument {each.name} of the kernel {self._kernel} must"
+            if value is None and not each.nullable:
+                return TypeError(f"{what} not be None")
+            if not each.accepts(value):
+                return TypeError(f"{what} be of type {each.c_type}, got {value!r}")
+        raise AssertionError(arguments)

@@ -11,7 +11,6 @@ from doraxp.backends._cupy.parameters import (
     Compute,
     ConstCompute,
     ConstInts,
-    ConstLeaf,
     ConstMarks,
     ConstProduct,
     ConstStorage,
@@ -20,6 +19,7 @@ from doraxp.backends._cupy.parameters import (
     Index,
     Int,
     Ints,
+    Leaves,
     Marks,
     Number,
     Product,
@@ -380,7 +380,7 @@ class MergeWide(NamedTuple):
 class Adamw(NamedTuple):
     """A step of AdamW for all leaves."""
 
-    leaves: ConstLeaf
+    leaves: Leaves
     leaf_count: Int
     beta1: Number
     rest1: Number

@@ -73,23 +73,42 @@ class Skinny:
         self, factor: DeviceArray, matrix: DeviceArray,
         factor2: DeviceArray | None = None, matrix2: DeviceArray | None = None,
     ) -> DeviceArray:  # fmt: skip
-        """Return Fᵀ M + F₂ᵀ M₂, (*stack, rank, columns), for F (rows, rank); M₂ may have more rows.
+        """Return Fᵀ M + F₂ᵀ M₂, (*stack, rank, columns): the sums of `partial_pull`, added up."""
+        partial = self.partial_pull(factor, matrix, factor2, matrix2)
+        *stack, chunks, rank, columns = partial.shape
+        if chunks == 1 or partial.size == 0:
+            return self.xp.reshape(partial, (*stack, rank, columns))
+        result = self.cuda.empty((*stack, rank, columns), np.float32)
+        length, count = rank * columns, math.prod(stack)
+        sums = SumChunks(partial=partial, result=result, chunks=chunks, out=length)
+        self.cuda.launch(sums, one_type(result), (blocks(length, WARP), 1, count), threads=WARP)
+        return result
 
-        Both matrices have one dtype. A matrix that is the transpose of an array in C order takes a
-        launch of its own.
+    def partial_pull(
+        self, factor: DeviceArray, matrix: DeviceArray,
+        factor2: DeviceArray | None = None, matrix2: DeviceArray | None = None,
+    ) -> DeviceArray:  # fmt: skip
+        """Return Fᵀ M + F₂ᵀ M₂ as sums over chunks of rows, (*stack, chunks, rank, columns).
+
+        F is (rows, rank); M₂ may have more rows. Both matrices have one dtype. A matrix that is the
+        transpose of an array in C order takes a launch of its own.
         """
-        stored, by_columns = as_stored(matrix, self.xp)
+        xp = self.xp
+        stored, by_columns = as_stored(matrix, xp)
         if by_columns:
-            result = self.xp.matrix_transpose(self.project(stored, factor, turned=True))
-            return result if matrix2 is None else result + self.pull(factor2, matrix2)
+            first = xp.matrix_transpose(self.project(stored, factor, turned=True))[..., None, :, :]
+            if matrix2 is None:
+                return packed(first, xp)
+            return xp.concat([first, self.partial_pull(factor2, matrix2)], axis=-3)
         second = None
         if matrix2 is not None:
-            second, by_columns = as_stored(matrix2, self.xp)
+            second, by_columns = as_stored(matrix2, xp)
             if by_columns:
-                result = self.pull(factor, stored)
-                result += self.xp.matrix_transpose(self.project(second, factor2, turned=True))
-                return result
-        factor, factor2 = packed(factor, self.xp), packed(factor2, self.xp)
+                rest = xp.matrix_transpose(self.project(second, factor2, turned=True))
+                return xp.concat(
+                    [self.partial_pull(factor, stored), rest[..., None, :, :]], axis=-3
+                )
+        factor, factor2 = packed(factor, xp), packed(factor2, xp)
         *stack, rows, columns = stored.shape
         rank, rows2 = factor.shape[-1], 0 if second is None else second.shape[-2]
         count = math.prod(stack)
@@ -97,20 +116,14 @@ class Skinny:
         chunks, each = row_chunks(rows, rows2, across * count)
         partial = self.cuda.empty((*stack, chunks, rank, columns), np.float32)
         if partial.size == 0:
-            return self.xp.reshape(partial, (*stack, rank, columns))
+            return partial
         arguments = Pull(
             matrix=stored, factor=factor, rows=rows, matrix2=second, factor2=factor2, rows2=rows2,
             result=partial, columns=columns, rank=rank, per_chunk=each,
         )  # fmt: skip
         grid = across, chunks, count
         self.cuda.launch(arguments, _types(stored), grid, threads=FLUTE_THREADS)
-        if chunks == 1:
-            return self.xp.reshape(partial, (*stack, rank, columns))
-        result = self.cuda.empty((*stack, rank, columns), np.float32)
-        length = rank * columns
-        sums = SumChunks(partial=partial, result=result, chunks=chunks, out=length)
-        self.cuda.launch(sums, one_type(result), (blocks(length, WARP), 1, count), threads=WARP)
-        return result
+        return partial
 
 
 def rank_tiles(rank: int) -> int:
