@@ -98,12 +98,7 @@ bench() {
     fi
     part "$name" "$most" \
         "$PYTHON" -m doraxp bench --backend cupy --rounds 3 --json "$OUT/bench.json" "$@"
-    keep bench.json
-}
-
-# keep FILE: add a file that a part has left to the figures.
-keep() {
-    "$PYTHON" benchmarks/device_report.py "$OUT" add "$1"
+    "$PYTHON" benchmarks/device_report.py "$OUT" add bench.json
 }
 
 # sanitize TOOL SECONDS: make each call once on a small layer under one of compute-sanitizer's tools.
@@ -111,7 +106,6 @@ sanitize() {
     part "$1" "$2" "$(tool compute-sanitizer)" --tool "$1" --error-exitcode 9 \
         --log-file "$OUT/$1.log" "$PYTHON" benchmarks/gpu_kernels.py --calls small
     [[ ! -e $OUT/$1.log ]] || tail -n 20 "$OUT/$1.log"
-    keep "$1.log"
 }
 
 # why_not: print the reason why nothing can be measured here, if there is one.
@@ -170,7 +164,6 @@ part 'counters of merge, token and outputs' 60 \
     --metrics "gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum,${ratio}_ld.ratio,${ratio}_st.ratio" \
     --kernel-name 'regex:^(merge|token|outputs)$' --launch-count 12 \
     "$PYTHON" benchmarks/gpu_kernels.py --calls large
-keep counters.csv
 
 sanitize racecheck 60
 sanitize memcheck 60

@@ -44,7 +44,6 @@ exit "${{CODE:-0}}"
 TOOL = """#!/bin/bash
 while [[ $# -gt 0 ]]; do
     [[ $1 != --log-file ]] || log=$2
-    [[ $1 != --tool ]] || echo '========= ERROR SUMMARY: 2 errors' > "$log.of"
     shift
 done
 printf 'tool %s\\n' "${0##*/}" >> "$CALLS"
