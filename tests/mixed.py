@@ -124,7 +124,9 @@ def step(arrays, config, dtype, also=()):
     n2, terms = (np.sum(part**2, axis=-1, keepdims=True) for part in (v, base))
     typical = np.sum(sb**2, -1, keepdims=True) * np.sum(a**2, (-1, -2), keepdims=True) / a.shape[-2]
     terms = terms + np.maximum(np.sum(update**2, -1, keepdims=True), typical)
-    suspect = ~(n2 > terms / 2)
+    limits = np.finfo(np.float32)
+    least = w.shape[-1] * float(limits.smallest_normal / limits.eps)
+    suspect = ~((n2 > terms / 2 + least) & (n2 < float(limits.max)))
     n = np.sqrt(n2)
     g = over(m, n)
     projection = keep("U", over(v @ turned(a), n))
@@ -132,7 +134,7 @@ def step(arrays, config, dtype, also=()):
     low = keep("L", seen @ turned(a))
     z = narrow(whole @ turned(w) + narrow(low @ turned(sb / rho)))
     z = narrow(turned(rho) * z)
-    formed = narrow(whole @ turned(v) + (narrow((seen - x) @ turned(update)) if only_update else 0))
+    formed = narrow(whole @ turned(v) + ((seen - x) @ turned(update) if only_update else 0))
     z = np.where(turned(suspect), formed, z)
     y = narrow(turned(g) * z + bias)
     if mask is not None and not only_update:
@@ -148,10 +150,16 @@ def step(arrays, config, dtype, also=()):
     db = config.scaling * (turned(gdy) @ low - p * projection)
     dw = turned(gdy) @ whole - over(p, n) * v
 
-    shown = np.where(turned(suspect), 0, 1)
-    through = narrow(((1 - shown) * dz / turned(rho)) @ v)
-    through = narrow(through + (shown * gdy) @ sb @ a)
-    dx = narrow((shown * dz) @ w + through)
+    hidden = np.where(turned(suspect), 1, 0)
+    of_suspect = (hidden * gdy) @ v
+    through = ((1 - hidden) * gdy) @ sb @ a
+    if mask is None:
+        through = narrow(through)
+        if np.any(suspect):
+            through = narrow(through + of_suspect)
+        dx = narrow(((1 - hidden) * dz) @ w + through)
+    else:
+        dx = ((1 - hidden) * dz) @ w + through + of_suspect
     if only_update:
         dx = narrow(dx + (mask - 1) * (gdy @ sb @ a))
     elif mask is not None:

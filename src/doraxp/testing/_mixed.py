@@ -7,16 +7,15 @@
     dz = round(ρ̃⊙g⊙dy)                 C′ = round(dy (g⊙s B) A)            dx = round(dz W + C′)
     e  = Σ_tokens dy⊙z                 dm = e / n                          dn = −g e / n
 
-In the weight form, z has no second rounding. dV = g⊙(dyᵀ x) + dn V/n, and with it dA, dB and dW,
-has no rounding to the storage dtype of its own: only z reaches it, through e.
+In the weight form, z has no second rounding. C, C′ and the B A of the merged weight are products of
+two bfloat16 parts of each factor, by three products. dV = g⊙(dyᵀ x) + dn V/n, and with it dA, dB
+and dW, has no rounding to the storage dtype of its own: only z reaches it, through e.
 
-A suspect row i cancels, overflows or underflows (docs/numerics.md, rule 2). There z = round(x Vᵢᵀ),
-and in dx the part of all such rows is S = round(Σ (dz/ρ̃)ᵢ Vᵢ), with C′ = round(S + …).
+A suspect row cancels, overflows or underflows (docs/numerics.md, rule 2). There z = round(x Vᵀ),
+and C′ = round(round(…) + Σ g⊙dy V) has the part of all such rows in dx, without a rounded dz.
 
-With a dropout mask M, x~ = round(M⊙x) and the rest is round(x − x~). For dropout "input", x~
-replaces x in z, and a second product adds the rest or its gradient: y = round(y + rest Wᵀ).
-
-merged = round(g⊙V), where B A is made from two bfloat16 parts of s B and of A, by three products.
+With a dropout mask M, x~ = round(M⊙x) and the rest is round(x − x~). C′ and dz V are then not
+rounded. For dropout "input", x~ replaces x in z, and y = round(y + rest Wᵀ).
 """
 
 from __future__ import annotations
@@ -91,7 +90,7 @@ class MixedFormulas(DenseFormulas):
     @cached_property
     def z(self) -> Any:
         low = self.seen @ self.a.mT
-        update = self.narrow(low @ self.scaled_b.over(self.row_scale).mT)
+        update = self.narrow(in_two_parts(low, self.scaled_b.over(self.row_scale).mT))
         z = self.narrow(self.whole @ self.w.mT + update)
         if self.in_direction_form:
             z = self.narrow(self.row_scale.mT * z)
@@ -100,10 +99,11 @@ class MixedFormulas(DenseFormulas):
     @cached_property
     def formed(self) -> Any:
         """The sums z where V is formed."""
-        formed = self.narrow(self.whole @ self.v.mT)
-        if self.mask is None or not self.low_rank_dropout:
-            return formed
-        return self.narrow(formed + (self.seen - self.x) @ self.update.mT)
+        formed = self.whole @ self.v.mT
+        if self.mask is not None and self.low_rank_dropout:
+            lacking = self.seen @ self.a.mT - self.x @ self.a.mT
+            formed = formed + lacking @ self.scaled_b.mT
+        return self.narrow(formed)
 
     @cached_property
     def y(self) -> Any:
@@ -114,13 +114,8 @@ class MixedFormulas(DenseFormulas):
 
     @cached_property
     def merged(self) -> Any:
-        lost = (
-            np.abs(self.scaled_b.value)
-            @ np.abs(self.a.value)
-            * (TWO_PARTS / UNIT_ROUNDOFF["float32"])
-        )
-        v = self.v
-        return self.narrow(self.gain * Rounded(v.value, v.error + lost))
+        update = in_two_parts(self.scaled_b, self.a)
+        return self.narrow(self.gain * (self.base + update))
 
     # Backward
 
@@ -140,26 +135,31 @@ class MixedFormulas(DenseFormulas):
         return self.dv
 
     @cached_property
-    def low(self) -> Any:
-        """The low-rank gradient dy (g⊙s B), (tokens, rank)."""
-        return self.dy @ (self.gain * self.scaled_b)
-
-    @cached_property
     def through_v(self) -> Any:
-        """The gradient of x through V."""
-        dz = self.narrow(self.row_scale.mT * (self.gain.mT * self.dy))
-        if not np.any(self.suspect):
-            return self.narrow(dz @ self.w + self.narrow(self.low @ self.a))
+        """The gradient of x through V, (tokens, in)."""
         suspect = self.suspect.mT
-        of_v = self.narrow(dz.where(suspect, 0.0).over(self.row_scale.mT) @ self.v)
-        low = self.dy.where(~suspect, 0.0) @ (self.gain * self.scaled_b)
-        update = self.narrow(of_v + low @ self.a)
-        return self.narrow(dz.where(~suspect, 0.0) @ self.w + update)
+        dz = self.narrow(self.row_scale.mT * (self.gain.mT * self.dy)).where(~suspect, 0.0)
+        low = self.dy.where(~suspect, 0.0) @ (self.gain * self.scaled_b)  # (tokens, rank)
+        of_suspect = (self.gain.mT * self.dy).where(suspect, 0.0) @ self.v
+        if self.mask is not None:
+            return dz @ self.w + (low @ self.a + of_suspect)
+        update = self.narrow(in_two_parts(low, self.a))
+        if np.any(suspect):
+            update = self.narrow(update + of_suspect)
+        return self.narrow(dz @ self.w + update)
 
     @cached_property
     def dx(self) -> Any:
         if self.mask is None:
             return self.through_v
         if self.low_rank_dropout:
-            return self.narrow(self.through_v + (self.mask - 1.0) * (self.low @ self.a))
+            update = self.dy @ (self.gain * self.scaled_b) @ self.a
+            return self.narrow(self.through_v + (self.mask - 1.0) * update)
         return self.narrow(self.mask * self.through_v - (self.mask - 1.0) * (self.dy @ self.w))
+
+
+def in_two_parts(left: Rounded, right: Rounded) -> Rounded:
+    """Return left right, with the error of factors that are two bfloat16 parts each."""
+    product = left @ right
+    terms = np.abs(left.value) @ np.abs(right.value)
+    return Rounded(product.value, product.error + terms * (TWO_PARTS / UNIT_ROUNDOFF["float32"]))
