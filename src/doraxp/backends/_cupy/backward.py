@@ -88,7 +88,7 @@ class Backward:
         weight, a, scaled_b, _ = found.factors
         tokens = through.d.shape[-2]
         b = scaled_b if sums.over is None else sums.over
-        low = multiply(rows, b, kind)  # (tokens + rank, rank)
+        low = multiply(rows, b, kind, whole=name_of(weight) in LOW)  # (tokens + rank, rank)
         result = self.passes.update(low, a, kind, found=found, through=through)
         # Rounded to the dtype of W, the first rows keep no more digits than W has.
         few = tokens <= FEW or dtype != weight.dtype or name_of(weight) != "bfloat16"

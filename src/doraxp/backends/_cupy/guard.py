@@ -12,6 +12,7 @@ import numpy as np
 
 from doraxp._base.types import Namespace
 from doraxp.backends._cupy.arrays import (
+    LOW,
     DeviceArray,
     FactorsT,
     PlainWeight,
@@ -81,7 +82,8 @@ class Guard:
         suspect = self.cuda.empty(squares.shape, self.xp.bool)
         unit = self.cuda.empty(u.shape, kind)
         *_, out, rank = u.shape
-        bg = self.products.product(factors.scaled_b, gram)
+        whole = name_of(factors.weight) in LOW
+        bg = self.products.multiply(factors.scaled_b, gram, kind, whole=whole)
         u, b, bg, squares, row_scale, gram = (
             packed(array, self.xp)
             for array in (u, factors.scaled_b, bg, squares, factors.row_scale, gram)

@@ -65,9 +65,9 @@ class CupyOperations(Operations):
     def __init__(self, xp: Namespace, cuda: Cuda | None = None) -> None:
         super().__init__(xp)
         self.cuda = cuda or Cuda()
-        self.products = Products(xp, self.cuda)
-        self.passes = Passes(xp, self.cuda)
         self.skinny = Skinny(xp, self.cuda)
+        self.products = Products(xp, self.cuda, self.skinny)
+        self.passes = Passes(xp, self.cuda)
         self.backward = Backward(xp, self.products, self.passes, self.skinny)
         self.device_guard = Guard(xp, self.cuda, self.products)
         self.patches = Patches(xp, self.cuda, self.products)
@@ -145,7 +145,8 @@ class CupyOperations(Operations):
         xp = self.xp
         a, b, magnitude = (xp.astype(leaf, squares.dtype, copy=False) for leaf in adapter)
         transposed = xp.matrix_transpose(a)
-        u, gram = self.product(weight, transposed), self.product(a, transposed)
+        u = self.product(weight, transposed)
+        gram = self.products.multiply(a, transposed, a.dtype, whole=name_of(weight) in LOW)
         factors = Factors(weight, a, scaling * b, row_scale)
         least = least_sum(u.dtype, weight.shape[-1], xp=xp)
         norm, gain, unit, suspects = self.device_guard.adapted_norm(

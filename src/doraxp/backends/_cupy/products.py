@@ -28,11 +28,14 @@ from doraxp.backends._cupy.arrays import (
 )
 from doraxp.backends._cupy.device import Cuda
 from doraxp.backends._cupy.signatures import Cast, Split, SumChunks, SumParts, Token
+from doraxp.backends._cupy.skinny import Skinny
 from doraxp.backends._cupy.source import LIMIT, THREADS, WARP, WARPS, Types, blocks
 from doraxp.backends._direction import Factors
 
 FEW = 1024
 """The most rows whose parts go into one product. Its result has a row for each part."""
+NARROW = 256
+"""The most rows or columns of a factor that the kernels for a factor as narrow as a rank take."""
 PARTS, ROUNDED = 3, 2
 """Parts of 8 bits that hold all 24 bits of a float32, and those whose product is rounded to 8."""
 _NO_UPDATE: dict[str, None] = dict.fromkeys(
@@ -96,14 +99,25 @@ def is_mixed(x: DeviceArray, weight: DeviceArray) -> bool:
 class Products:
     """Products of arrays in any two of the four dtypes, and the casts and sums that they need."""
 
-    def __init__(self, xp: Namespace, cuda: Cuda) -> None:
-        self.xp, self.cuda = xp, cuda
+    def __init__(self, xp: Namespace, cuda: Cuda, skinny: Skinny) -> None:
+        self.xp, self.cuda, self.skinny = xp, cuda, skinny
 
     def product(self, left: DeviceArray, right: DeviceArray) -> DeviceArray:
-        """Return left right in the compute dtype. One token takes one launch."""
+        """Return left right in the compute dtype.
+
+        One token, and a float32 factor that is as narrow as a rank, take one launch.
+        """
+        transposed = self.xp.matrix_transpose
         dtype = np.promote_types(wide_dtype(left), wide_dtype(right))
-        rows = self.xp.matrix_transpose(right)
+        rows = transposed(right)
         if not self.takes_token(left, rows, dtype):
+            names = name_of(left), name_of(right)
+            if names[0] in LOW and names[1] == "float32" and right.shape[-1] <= NARROW:
+                if rows.flags.c_contiguous:
+                    return self.skinny.project(left, rows)
+                return self.skinny.project(left, right, turned=True)
+            if names[0] == "float32" and names[1] in LOW and left.shape[-2] <= NARROW:
+                return self.skinny.pull(transposed(left), right)
             return self.multiply(left, right, dtype)
         z = self.cuda.empty((*left.shape[:-1], rows.shape[-2]), dtype)
         self._launch_token(packed(left, self.xp), rows, z, dtype, rank=0, **_NO_UPDATE)
@@ -161,11 +175,12 @@ class Products:
 
     def multiply(
         self, left: DeviceArray, right: DeviceArray, dtype: DType, *,
-        out: DeviceArray | None = None, beta: float = 0.0, parts: int = PARTS,
+        out: DeviceArray | None = None, beta: float = 0.0, parts: int = PARTS, whole: bool = False,
     ) -> DeviceArray:  # fmt: skip
         """Return out ← left right + beta out in `dtype`, one element of the stack at a time.
 
-        A float32 factor that meets a bfloat16 one is split into this many `parts` of 8 bits.
+        A float32 factor that meets a bfloat16 one is split into this many `parts` of 8 bits. With
+        `whole`, `reduced_precision` has no effect.
         """
         if out is None:
             shape = (*left.shape[:-1], right.shape[-1])
@@ -176,11 +191,12 @@ class Products:
             if beta == 0:
                 out[...] = 0
             return out
+        tf32 = is_reduced() and not whole
         if left.ndim == 2:
-            self._multiply_two(left, right, out, beta, parts)
+            self._multiply_two(left, right, out, beta, parts, tf32=tf32)
             return out
         for element in np.ndindex(left.shape[:-2]):
-            self._multiply_two(left[element], right[element], out[element], beta, parts)
+            self._multiply_two(left[element], right[element], out[element], beta, parts, tf32=tf32)
         return out
 
     def _multiply_two(
@@ -190,6 +206,8 @@ class Products:
         out: DeviceArray,
         beta: float,
         parts: int,
+        *,
+        tf32: bool,
     ) -> None:
         xp = self.xp
         names = name_of(left), name_of(right)
@@ -204,7 +222,7 @@ class Products:
                 return
         elif names[0] not in LOW and out.dtype != left.dtype:
             left, right = (self.cast(array, out.dtype) for array in (left, right))
-        self.cuda.gemm(for_blas(left, xp), for_blas(right, xp), out, beta, tf32=is_reduced())
+        self.cuda.gemm(for_blas(left, xp), for_blas(right, xp), out, beta, tf32=tf32)
 
     def _multiply_parts(
         self,
