@@ -89,6 +89,9 @@ def library(types: Types) -> ctypes.CDLL:
 class HostCuda:
     """Launches and products on the host. `launched` lists the kernels, in order."""
 
+    cache = 2**20
+    """Bytes of the L2 cache."""
+
     def __init__(self) -> None:
         self.launched: list[str] = []
 
@@ -97,6 +100,9 @@ class HostCuda:
         array = np.empty(tuple(shape), dtype)
         array.reshape(-1).view(np.uint8)[...] = 0xFF
         return array.view(DeviceArray)
+
+    def cache_bytes(self) -> int:
+        return self.cache
 
     def pointer(self, array: Any) -> int:
         return array.ctypes.data

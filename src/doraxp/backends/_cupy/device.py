@@ -39,6 +39,10 @@ class Cuda:
         """Return the number of the current device."""
         return int(self.cupy.cuda.runtime.getDevice())
 
+    def cache_bytes(self) -> int:
+        """Return the size of the current device's L2 cache."""
+        return _cache_bytes(self.device())
+
     def pointer(self, array: DeviceArray) -> int:
         """Return the address of the first number of an array."""
         return int(array.data.ptr)
@@ -106,6 +110,12 @@ class Cuda:
         finally:
             blas.setPointerMode(handle, pointer_mode)
             blas.setMathMode(handle, math_mode)
+
+
+@functools.cache
+def _cache_bytes(device: int) -> int:
+    runtime = import_module("cupy").cuda.runtime
+    return int(runtime.getDeviceProperties(device)["l2CacheSize"])
 
 
 @functools.cache
