@@ -56,16 +56,18 @@ class Pass(NamedTuple):
 
 FORMED = 672
 """Numbers that `formed` loads for suspect rows: four calls, unrolled over columns and rank."""
-LANE_ROWS, LANE_COLUMNS = 4, 8
-"""Rows and columns that a lane of `merge` works on. It loads gain and ρ for each."""
+LANE = 4 + 8
+"""Rows and columns of a lane of `merge`. Its code has a way for W by rows, and one by columns."""
 PASSES = {
     "outputs": Pass(),
     "gradients": Pass(few_stores=24),
     "token": Pass(stores=False, few_loads=FORMED),
     "cast": Pass(),
-    "merge": Pass(few_loads=2 * (LANE_ROWS + LANE_COLUMNS), whole=12, computes=("float32",)),
-    "squares": Pass(stores=False, few_loads=LANE_ROWS + LANE_COLUMNS, whole=12),
-    "merge_wide": Pass(few_loads=48, computes=("float64",)),
+    # The gain, ρ and the scale of b once for each, and the scale of a strip of A in either way.
+    "merge": Pass(few_loads=3 * LANE + 2, whole=8, computes=("float32",)),
+    "squares": Pass(stores=False, few_loads=2 * LANE + 2, whole=8),
+    # Four rows of b for each term, in all copies of the unrolled loop over the rank.
+    "merge_wide": Pass(few_loads=88, computes=("float64",)),
 }
 
 

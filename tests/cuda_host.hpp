@@ -20,6 +20,7 @@
 
 struct Dim3 { unsigned x, y, z; };
 static Dim3 gridDim, blockDim, blockIdx, threadIdx;
+struct alignas(16) uint4 { unsigned x, y, z, w; };
 
 inline float __uint_as_float(unsigned bits) {
     float value;
@@ -182,15 +183,29 @@ template <typename T> inline T __shfl_xor_sync(unsigned, T value, int step) {
     return other;
 }
 
+template <typename T> inline T __shfl_sync(unsigned, T value, int lane) {
+    const unsigned own = host::current;
+    host::slots[own] = (double)value;
+    host::wait(1);
+    const T other = (T)host::slots[own / 32 * 32 + lane];
+    host::wait(1);
+    return other;
+}
+
 inline float host_truncated(double value) {
     const float near = (float)value;
     return std::fabs(near) > std::fabs(value) ? std::nextafterf(near, 0) : near;
 }
 
-// sums (16, 8) += left (16, 16) right (16, 8), of bfloat16, with the lanes of mma.m16n8k16.
+inline float host_bf16_to_float(unsigned short bits) {
+    return __uint_as_float((unsigned)bits << 16);
+}
+
+// sums (16, 8) += left (16, 16) right (16, 8), of 16-bit numbers, with the lanes of mma.m16n8k16.
 // As on a device, a sum is truncated and not rounded (Fasi, Higham, Mikaitis and Pranesh 2021,
 // doi:10.7717/peerj-cs.330).
-inline void host_tensor_product(float* sums, const unsigned* left, const unsigned* right) {
+template <float (*TO_FLOAT)(unsigned short)>
+inline void host_product(float* sums, const unsigned* left, const unsigned* right) {
     static unsigned held[1024][6];
     const unsigned own = host::current, warp = own / 32 * 32, g = own % 32 / 4, t = own % 4;
     std::memcpy(held[own], left, 4 * sizeof *left);
@@ -202,14 +217,16 @@ inline void host_tensor_product(float* sums, const unsigned* left, const unsigne
         for (unsigned k = 0; k < 16; ++k) {
             const unsigned* of_left = held[warp + row % 8 * 4 + k % 8 / 2];
             const unsigned* of_right = held[warp + column * 4 + k % 8 / 2];
-            const unsigned shift = k % 2 ? 0 : 16;
-            total += (double)__uint_as_float(of_left[row / 8 + k / 8 * 2] << shift & 0xffff0000u) *
-                     __uint_as_float(of_right[4 + k / 8] << shift & 0xffff0000u);
+            const unsigned shift = k % 2 * 16;
+            total += (double)TO_FLOAT((unsigned short)(of_left[row / 8 + k / 8 * 2] >> shift)) *
+                     TO_FLOAT((unsigned short)(of_right[4 + k / 8] >> shift));
         }
         sums[i] = host_truncated(total);
     }
     host::wait(1);
 }
+#define host_tensor_product host_product<host_bf16_to_float>
+#define host_half_product host_product<host_half_to_float>
 
 // Defines `launch_NAME(x, y, z, threads, arguments)` and `signature_NAME()` for a kernel.
 #define DORAXP_LAUNCHER(NAME)                                                             \

@@ -90,6 +90,9 @@ def library(types: Types) -> ctypes.CDLL:
 class HostCuda:
     """Launches and products on the host. `launched` lists the kernels, in order."""
 
+    cache = 2**20
+    """Bytes of the L2 cache."""
+
     def __init__(self) -> None:
         self.launched: list[str] = []
 
@@ -101,6 +104,9 @@ class HostCuda:
 
     def empties(self, shapes: Sequence[Sequence[int]], dtype: Any) -> list[Any]:
         return [self.empty(shape, dtype) for shape in shapes]
+
+    def cache_bytes(self) -> int:
+        return self.cache
 
     def addresses(self, arrays: Sequence[Any]) -> list[int]:
         return [array.ctypes.data for array in arrays]

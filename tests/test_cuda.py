@@ -29,7 +29,7 @@ from doraxp.backends._cupy.parameters import (
     Product,
     parameters_of,
 )
-from doraxp.backends._cupy.signatures import KERNELS, Norms, OverNorm, Turning
+from doraxp.backends._cupy.signatures import KERNELS, Cast, OverNorm, Turning
 from doraxp.backends._cupy.source import SOURCE, THREADS, Types
 
 KINDS = {2: np.float16, 14: ml_dtypes.bfloat16, 0: np.float32, 1: np.float64}
@@ -385,8 +385,8 @@ def test_a_declaration_has_the_parameters_of_the_source(name):
 def test_a_missing_or_unknown_argument_names_itself_and_the_kernel():
     with pytest.raises(TypeError, match=r"OverNorm.*missing 1 required .* argument: 'per_row'"):
         OverNorm(values=1, norm=2, result=3, size=4)
-    with pytest.raises(TypeError, match=r"Norms.* unexpected keyword argument 'row'"):
-        Norms(squares=1, norm=2, suspect=3, row=4, floor=5)
+    with pytest.raises(TypeError, match=r"Cast.* unexpected keyword argument 'sizes'"):
+        Cast(array=1, result=2, sizes=3)
 
 
 @pytest.mark.parametrize("name", ["p", "rank", "scaling"])

@@ -39,10 +39,11 @@ class Backward:
             z = xp.astype(z, norm.gain.dtype, copy=False)
         room = 0 if mixed else found.factors.lora_a.shape[-2]
         rows, along, totals = self.passes.gradients(d, z, norm.gain, found, room, total=with_bias)
-        if mixed:
+        narrow = name_of(d) in LOW and name_of(low) == "float32"
+        if narrow:
             db_sums = self.skinny.partial_pull(low, d)
         else:
-            db_sums = self.products.product(xp.matrix_transpose(d), low)
+            db_sums = packed(self.products.product(xp.matrix_transpose(d), low), xp)
         sums = self.passes.row_gradients(
             along,
             totals,

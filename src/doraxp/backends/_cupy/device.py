@@ -66,6 +66,10 @@ class Cuda:
         """Return the number of the current device."""
         return int(self.cupy.cuda.runtime.getDevice())
 
+    def cache_bytes(self) -> int:
+        """Return the size of the current device's L2 cache."""
+        return _cache_bytes(self.device())
+
     def addresses(self, arrays: Sequence[DeviceArray]) -> list[int]:
         """Return the address of the first number of each array."""
         return [array.data.ptr for array in arrays]
@@ -194,6 +198,12 @@ class _GemmTypes(NamedTuple):
     factor: int
     result: int
     compute: int
+
+
+@functools.cache
+def _cache_bytes(device: int) -> int:
+    runtime = import_module("cupy").cuda.runtime
+    return int(runtime.getDeviceProperties(device)["l2CacheSize"])
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from doraxp._base.types import (
     Reduce,
 )
 from doraxp.backends._cupy.adamw import adamw
-from doraxp.backends._cupy.arrays import LOW, DeviceArray, FactorsT, PlainWeight, name_of
+from doraxp.backends._cupy.arrays import LOW, DeviceArray, PlainWeight, name_of
 from doraxp.backends._cupy.backward import Backward
 from doraxp.backends._cupy.device import Cuda
 from doraxp.backends._cupy.direction import DevicePatched
@@ -127,10 +127,10 @@ class CupyOperations(Operations):
     def row_norms(
         self, weight: DeviceArray, squares: DeviceArray, reduce: Reduce | None = None
     ) -> DeviceArray:
-        """Return ‖wᵢ‖ by two launches if there is no `reduce`."""
+        """Return ‖wᵢ‖ by one launch if there is no `reduce`."""
         if reduce is not None:
             return super().row_norms(weight, squares, reduce)
-        return self._norms(PlainWeight(weight), squares)
+        return self.patches.norms(PlainWeight(weight), squares)[0]
 
     def norm_and_direction(
         self, weight: DeviceArray, adapter: Adapter, scaling: float,
@@ -155,10 +155,6 @@ class CupyOperations(Operations):
         direction = DevicePatched(factors, suspects, self.device_guard, self.passes, self.products)
         return Norm(norm, gain, unit, direction)
 
-    def _norms(self, factors: FactorsT, squares: DeviceArray) -> DeviceArray:
-        least = least_sum(squares.dtype, factors.weight.shape[-1], xp=self.xp)
-        return self.device_guard.norms(squares, factors, least)
-
     # Merging
 
     def merge(self, direction: Direction, gain: DeviceArray) -> DeviceArray:
@@ -174,8 +170,7 @@ class CupyOperations(Operations):
         kind, rank = magnitude.dtype, factors.lora_a.shape[-2]
         if kind != np.float32 or rank > MEASURED:
             return super().merge_and_measure(factors, magnitude)
-        norm = self._norms(factors, self.patches.squares(factors, kind))
-        return self.patches.merge(factors, self.over_norm(magnitude, norm))
+        return self.patches.measure_and_merge(factors, magnitude)
 
     # Optimizers
 

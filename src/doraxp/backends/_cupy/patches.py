@@ -1,12 +1,13 @@
 """V by patches on NVIDIA GPUs: its row norms, and merge, without an (out, in) temporary.
 
-Each warp loads a patch of W and computes its part of s B A on tensor cores, with all digits of a
-float32.
+Each warp loads a patch of W and computes its part of s B A on tensor cores, as precisely as sums
+of float32 products: see kernels/merge.cu.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,10 +23,11 @@ from doraxp.backends._cupy.arrays import (
     types_of,
 )
 from doraxp.backends._cupy.device import Cuda
-from doraxp.backends._cupy.products import PARTS, Products
-from doraxp.backends._cupy.signatures import Merge, MergeWide, Squares, Tiles
+from doraxp.backends._cupy.products import Products
+from doraxp.backends._cupy.signatures import Merge, MergeWide, Norms, Squares, Tiles
 from doraxp.backends._cupy.source import LIMIT, WARP, WARPS, Types, blocks
 from doraxp.backends._direction import Factors
+from doraxp.backends._generic import least_sum
 
 STRIP = 32
 """Rows and columns of a warp. kernels/merge.cu has the same, and all that follow here."""
@@ -33,8 +35,20 @@ BELOW, BESIDE = 2, 4
 """Warps of a block."""
 TERMS = 16
 """Terms of the sum over the rank that tensor cores add up at once."""
+PARTS = 2
+"""Parts in float16 of a number of s B or A: they hold 22 bits."""
+NORMED = 8
+"""Rows of a block of `norms`. kernels/norm.cu has the same."""
 ROWS = 4
 """Rows of a thread of `merge_wide`."""
+
+
+class Update(NamedTuple):
+    """s B A as tensor cores load it, or nothing for a plain weight."""
+
+    tiles: DeviceArray | None
+    shrink: DeviceArray | None
+    rank: int
 
 
 class Patches:
@@ -43,41 +57,112 @@ class Patches:
     def __init__(self, xp: Namespace, cuda: Cuda, products: Products) -> None:
         self.xp, self.cuda, self.products = xp, cuda, products
 
+    # The norm
+
     def squares(self, factors: Factors | PlainWeight, dtype: DType) -> DeviceArray:
         """Return ‖Vᵢ‖² by rows, in `dtype`. W is read once, in the order in which it is stored."""
         stored, turned = as_stored(factors.weight, self.xp)
+        update = self._update(factors, turned, name_of(stored), dtype)
+        return self.products.sum_chunks(self._chunks(stored, turned, factors, update, dtype))
+
+    def norms(
+        self, factors: Factors | PlainWeight, squares: DeviceArray,
+        magnitude: DeviceArray | None = None,
+    ) -> tuple[DeviceArray, DeviceArray | None]:  # fmt: skip
+        """Return n = ‖Vᵢ‖ from `squares`, ‖Vᵢ‖², and g = m / n for a `magnitude`, by one launch.
+
+        The launch forms V where a square is out of range.
+        """
+        stored, turned = as_stored(factors.weight, self.xp)
+        chunks = self.xp.reshape(squares, (*squares.shape[:-1], 1, squares.shape[-1]))
+        return self._norms(stored, turned, factors, packed(chunks, self.xp), magnitude)
+
+    def measured(
+        self, factors: Factors | PlainWeight, dtype: DType, magnitude: DeviceArray | None = None
+    ) -> tuple[DeviceArray, DeviceArray | None]:
+        """Return n = ‖Vᵢ‖ in `dtype`, and g = m / n for a `magnitude`. W is read once."""
+        stored, turned = as_stored(factors.weight, self.xp)
+        update = self._update(factors, turned, name_of(stored), dtype)
+        chunks = self._chunks(stored, turned, factors, update, dtype)
+        return self._norms(stored, turned, factors, chunks, magnitude)
+
+    # Merging
+
+    def merge(self, factors: Factors, gain: DeviceArray) -> DeviceArray:
+        """Return W' = g⊙V in the dtype of W. W is read once and W' is written once."""
+        if gain.dtype == np.float64:
+            return self._merge_wide(factors, packed(gain, self.xp))
+        stored, turned = as_stored(factors.weight, self.xp)
+        update = self._update(factors, turned, name_of(stored), gain.dtype)
+        return self._merged(stored, turned, factors, update, gain, backwards=False)
+
+    def measure_and_merge(self, factors: Factors, magnitude: DeviceArray) -> DeviceArray:
+        """Return W' = (m / n)⊙V, with n measured on V. W is read twice; s B A is split once.
+
+        The second pass begins where the first one ended if the L2 cache may still hold that part
+        of W: if W fits into it.
+        """
+        stored, turned = as_stored(factors.weight, self.xp)
+        update = self._update(factors, turned, name_of(stored), magnitude.dtype)
+        chunks = self._chunks(stored, turned, factors, update, magnitude.dtype)
+        _, gain = self._norms(stored, turned, factors, chunks, magnitude)
+        fits = stored.nbytes <= self.cuda.cache_bytes()
+        return self._merged(stored, turned, factors, update, gain, backwards=fits)
+
+    # Launches
+
+    def _chunks(
+        self, stored: DeviceArray, turned: bool, factors: Factors | PlainWeight, update: Update,
+        dtype: DType,
+    ) -> DeviceArray:  # fmt: skip
+        """Return the parts of ‖Vᵢ‖², (*stack, chunks, out), that each warp computes."""
         *stack, rows, columns = stored.shape
         out, inner = (columns, rows) if turned else (rows, columns)
         partial = self.cuda.empty((*stack, blocks(inner, STRIP), out), dtype)
         kind = dtype_name(np.dtype(dtype))
-        types = Types(name_of(stored), kind, kind)
-        tiles, rank = self._tiles(factors, turned, types, PARTS)
         arguments = Squares(
-            weight=stored, tiles=tiles, row_scale=packed(factors.row_scale, self.xp),
-            partial=partial, rows=rows, columns=columns, rank=rank, parts=PARTS, turned=turned,
+            weight=stored, tiles=update.tiles, shrink=update.shrink,
+            row_scale=packed(factors.row_scale, self.xp), partial=partial, rows=rows,
+            columns=columns, rank=update.rank, turned=turned,
         )  # fmt: skip
-        self._launch(arguments, types, stored.shape)
-        return self.products.sum_chunks(partial)
+        self._launch(arguments, Types(name_of(stored), kind, kind), stored.shape)
+        return partial
 
-    def merge(self, factors: Factors, gain: DeviceArray) -> DeviceArray:
-        """Return W' = g⊙V in the dtype of W. W is read once and W' is written once."""
-        weight, gain = factors.weight, packed(gain, self.xp)
-        types = types_of(weight, gain, gain)
-        if gain.dtype == np.float64:
-            return self._merge_wide(types, factors, gain)
-        stored, turned = as_stored(weight, self.xp)
-        merged = self.cuda.empty(stored.shape, weight.dtype)
-        parts = PARTS
-        tiles, rank = self._tiles(factors, turned, types, parts)
+    def _norms(
+        self, stored: DeviceArray, turned: bool, factors: Factors | PlainWeight,
+        chunks: DeviceArray, magnitude: DeviceArray | None,
+    ) -> tuple[DeviceArray, DeviceArray | None]:  # fmt: skip
+        *stack, count, out = chunks.shape
+        _, a, b, row_scale = (packed(array, self.xp) for array in (None, *factors[1:]))
+        inner, kind = factors.weight.shape[-1], chunks.dtype
+        norm = self.cuda.empty((*stack, out), kind)
+        gain = None if magnitude is None else self.cuda.empty((*stack, out), kind)
+        arguments = Norms(
+            partial=chunks, weight=stored, turned=turned, a=a, b=b, row_scale=row_scale,
+            magnitude=packed(magnitude, self.xp), norm=norm, gain=gain, chunks=count, out=out,
+            inner=inner, rank=0 if a is None else a.shape[-2],
+            floor=least_sum(kind, inner, xp=self.xp),
+        )  # fmt: skip
+        types = types_of(stored, chunks, chunks)
+        self.cuda.launch(arguments, types, (blocks(out, NORMED), 1, math.prod(stack)))
+        return norm, gain
+
+    def _merged(
+        self, stored: DeviceArray, turned: bool, factors: Factors, update: Update,
+        gain: DeviceArray | None, *, backwards: bool,
+    ) -> DeviceArray:  # fmt: skip
+        gain, merged = packed(gain, self.xp), self.cuda.empty(stored.shape, stored.dtype)
         *_, rows, columns = stored.shape
         arguments = Merge(
-            weight=stored, tiles=tiles, row_scale=packed(factors.row_scale, self.xp), gain=gain,
-            merged=merged, rows=rows, columns=columns, rank=rank, parts=parts, turned=turned,
+            weight=stored, tiles=update.tiles, shrink=update.shrink,
+            row_scale=packed(factors.row_scale, self.xp), gain=gain, merged=merged, rows=rows,
+            columns=columns, rank=update.rank, turned=turned, reversed=backwards,
         )  # fmt: skip
-        self._launch(arguments, types, stored.shape)
+        self._launch(arguments, types_of(stored, gain, gain), stored.shape)
         return self.xp.matrix_transpose(merged) if turned else merged
 
-    def _merge_wide(self, types: Types, factors: Factors, gain: DeviceArray) -> DeviceArray:
+    def _merge_wide(self, factors: Factors, gain: DeviceArray) -> DeviceArray:
+        types = types_of(factors.weight, gain, gain)
         stored, a, b, row_scale = (packed(array, self.xp) for array in factors)
         *stack, out, inner = stored.shape
         merged = self.cuda.empty(stored.shape, stored.dtype)
@@ -89,28 +174,28 @@ class Patches:
         self.cuda.launch(arguments, types, grid)
         return merged
 
-    def _tiles(
-        self, factors: Factors | PlainWeight, turned: bool, types: Types, parts: int
-    ) -> tuple[DeviceArray | None, int]:
-        """Return s B and A in the order in which tensor cores load them, and the rank.
-
-        Each is split into this many `parts`. Without an update, return None and 0.
-        """
+    def _update(
+        self, factors: Factors | PlainWeight, turned: bool, storage: str, dtype: DType
+    ) -> Update:
+        """Return s B and A in parts, in the order in which tensor cores load them."""
         if factors.lora_a is None:
-            return None, 0
+            return Update(None, None, 0)
         a, b = (packed(array, self.xp) for array in factors[1:3])
         *stack, rank, inner = a.shape
-        out = b.shape[-2]
+        out, kind = b.shape[-2], dtype_name(np.dtype(dtype))
         rows, columns = (inner, out) if turned else (out, inner)
         count, steps = math.prod(stack), blocks(rank, TERMS)
-        sides = 2 * (blocks(rows, STRIP) + blocks(columns, STRIP))
-        tiles = self.cuda.empty((count, sides, steps, parts, TERMS * TERMS // 2), np.uint32)
+        strips = blocks(rows, STRIP) + blocks(columns, STRIP)
+        tiles = self.cuda.empty((count, strips, steps, 2, PARTS, TERMS * TERMS // 2), np.uint32)
+        shrink = self.cuda.empty((count, out + blocks(inner, STRIP)), dtype)
         arguments = Tiles(
-            a=a, b=b, result=tiles, rows=rows, columns=columns, rank=rank, parts=parts,
+            a=a, b=b, result=tiles, shrink=shrink, rows=rows, columns=columns, rank=rank,
             turned=turned,
         )  # fmt: skip
-        self.cuda.launch(arguments, types, (blocks(sides, WARPS), steps, count))
-        return tiles, rank
+        self.cuda.launch(
+            arguments, Types(storage, kind, kind), (blocks(strips, WARPS), steps, count)
+        )
+        return Update(tiles, shrink, rank)
 
     def _launch(self, arguments: Squares | Merge, types: Types, shape: tuple[int, ...]) -> None:
         *stack, rows, columns = shape

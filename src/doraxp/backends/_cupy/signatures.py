@@ -240,12 +240,21 @@ class Assemble(NamedTuple):
 
 
 class Norms(NamedTuple):
-    """Square roots, and a mark for each square out of range."""
+    """n = ‖V‖ from the chunks of ‖V‖², measured on V where that is out of range, and g = m / n."""
 
-    squares: ConstCompute
+    partial: ConstCompute
+    weight: ConstStorage
+    turned: Int
+    a: ConstCompute | None
+    b: ConstCompute | None
+    row_scale: ConstCompute | None
+    magnitude: ConstCompute | None
     norm: Compute
-    suspect: Marks
-    rows: Index
+    gain: Compute | None
+    chunks: Index
+    out: Index
+    inner: Index
+    rank: Index
     floor: Number
 
 
@@ -322,15 +331,15 @@ class ListSuspects(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """s B and A in parts, in the order in which tensor cores load them."""
+    """s B and A in parts, in the order in which tensor cores load them, and their scales."""
 
     a: ConstCompute
     b: ConstCompute
     result: Tile
+    shrink: Compute
     rows: Index
     columns: Index
     rank: Index
-    parts: Int
     turned: Int
 
 
@@ -338,15 +347,16 @@ class Merge(NamedTuple):
     """W' = g⊙V."""
 
     weight: ConstStorage
-    tiles: ConstTile | None
+    tiles: ConstTile
+    shrink: ConstCompute
     row_scale: ConstCompute | None
     gain: ConstCompute
     merged: Storage
     rows: Index
     columns: Index
     rank: Index
-    parts: Int
     turned: Int
+    reversed: Int
 
 
 class Squares(NamedTuple):
@@ -354,12 +364,12 @@ class Squares(NamedTuple):
 
     weight: ConstStorage
     tiles: ConstTile | None
+    shrink: ConstCompute | None
     row_scale: ConstCompute | None
     partial: Compute
     rows: Index
     columns: Index
     rank: Index
-    parts: Int
     turned: Int
 
 
