@@ -61,7 +61,8 @@ def operations_of_plain(arrays: Collection[Array]) -> Operations | None:
     if kind is not getattr(sys.modules.get("cupy"), "ndarray", None):
         return None
     ops = _cupy_operations()
-    here = set(map(_DEVICE, arrays)) == {ops.cuda.device()}
+    devices = list(map(_DEVICE, arrays))
+    here = devices.count(ops.cuda.device()) == len(devices)
     return ops if here and all(map(_is_floating, set(map(_DTYPE, arrays)))) else None
 
 

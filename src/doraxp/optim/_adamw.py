@@ -179,11 +179,11 @@ def _in_compute_dtype(leaves: AdamWLeaves, eps: float, *, xp: Namespace) -> Adam
     dtypes = [p.dtype for p in params]
     distinct = params[:1] if dtypes.count(dtypes[0]) == len(dtypes) else params
     wide = {p.dtype: compute_dtype(p, xp=xp) for p in distinct}
-    for dtype in wide.values():
-        _check_eps(eps, dtype, xp=xp)
-    # A dtype compares faster with itself than with an equal type of its namespace.
-    wide = {dtype: dtype if dtype == other else other for dtype, other in wide.items()}
-    wanted = [wide[dtype] for dtype in dtypes]
+    for dtype, other in wide.items():
+        _check_eps(eps, other, xp=xp)
+        if dtype == other:
+            wide[dtype] = dtype  # compares faster with the moments' than its equal of `xp`
+    wanted = list(wide.values()) * len(params) if len(wide) == 1 else [wide[d] for d in dtypes]
     return AdamWLeaves(params, grads, _cast(mu, wanted, xp=xp), _cast(nu, wanted, xp=xp))
 
 
