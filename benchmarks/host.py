@@ -63,6 +63,7 @@ GOALS = {
     "norm": Goal(0.7, 3),
     "merge": Goal(0.5, 2),
     "AdamW": Goal(1.3, 1),
+    "AdamW, donate": Goal(1.3, 1),
 }
 
 
@@ -176,7 +177,6 @@ def without_device(cupy: Any) -> Iterator[Counts]:
             (cuda.device, "get_cublas_handle", lambda: 1),
             (cupy, "RawModule", lambda **_: module),
             (cupy, "array", lambda array, **_: operated(array)),
-            (cupy, "asarray", lambda array: cupy.empty(array.shape, array.dtype)),
             (cuda, "Device", lambda *_: contextlib.nullcontext()),
             *((cupy.ndarray, f"__{name}__", operated) for name in ("mul", "rmul", "add")),
             *((cupy.ndarray, f"__i{name}__", written) for name in ("mul", "add")),
@@ -200,7 +200,7 @@ def calls(cupy: Any) -> dict[str, Callable[[], object]]:
     x, dy, one = (cupy.empty((count, IN), stored) for count in (TOKENS, TOKENS, 1))
     prepared = doraxp.prepare(weight, leaves, config)
     params, grads, mu, nu = ({str(i): adapter() for i in range(LAYERS)} for _ in range(4))
-    state = doraxp.AdamWState(1, mu, nu)
+    trees = params, grads, doraxp.AdamWState(1, mu, nu)
 
     def step() -> object:
         _, cache = doraxp.forward(x, weight, leaves, config, previous=prepared)
@@ -211,7 +211,8 @@ def calls(cupy: Any) -> dict[str, Callable[[], object]]:
         "one token": lambda: doraxp.forward(one, weight, leaves, config, prepared=prepared),
         "norm": lambda: doraxp.prepare(weight, leaves, config, previous=prepared),
         "merge": lambda: doraxp.merge(weight, leaves, config, prepared=prepared),
-        "AdamW": lambda: doraxp.adamw_step(params, grads, state, learning_rate=1e-4),
+        "AdamW": lambda: doraxp.adamw_step(*trees, learning_rate=1e-4),
+        "AdamW, donate": lambda: doraxp.adamw_step(*trees, learning_rate=1e-4, donate=True),
     }
 
 
@@ -254,7 +255,7 @@ def main() -> None:
     arguments, broken = parser.parse_args(), False
     cupy = importlib.import_module("cupy")
     print(f"`piece` takes {1e6 * min(spent(piece, 100) for _ in range(20)):.1f} µs here\n")
-    print(f"{'call':12}{'ratio':>8}{'budget':>8}{'launches':>10}{'products':>10}{'operators':>11}")
+    print(f"{'call':14}{'ratio':>8}{'budget':>8}{'launches':>10}{'products':>10}{'operators':>11}")
     with without_device(cupy) as counts:
         for name, call in calls(cupy).items():
             call()
@@ -265,7 +266,7 @@ def main() -> None:
             above = ratio > goal.ratio or total > goal.launches
             broken = broken or above
             cells = f"{ratio:8.2f}{goal.ratio:8.2f}{kinds[0]:10}{kinds[1]:10}{kinds[2]:11}"
-            print(f"{name:12}{cells}{'   above' if above else ''}", flush=True)
+            print(f"{name:14}{cells}{'   above' if above else ''}", flush=True)
             if arguments.profile:
                 profile(call)
     sys.exit(broken)

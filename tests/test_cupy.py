@@ -11,8 +11,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from doraxp import Adapter, Config, backends, forward, prepare
+from doraxp import AdamWState, Adapter, Config, adamw_step, backends, forward, prepare
 from doraxp.backends import Factors, reduced_precision
+from doraxp.backends._cupy.arrays import in_c_order
 from doraxp.backends._cupy.device import Cuda
 from doraxp.backends._cupy.direction import DevicePatched
 from doraxp.backends._cupy.operations import CupyOperations
@@ -47,6 +48,11 @@ class Recorder:
 
     def empty(self, shape, dtype):
         return self.array(*shape, dtype=dtype)
+
+    def empties(self, shapes, dtype):
+        return [self.empty(shape, dtype) for shape in shapes]
+
+    addresses, in_c_order = Cuda.addresses, Cuda.in_c_order
 
     def launch(self, arguments, types, grid, *, threads=THREADS):
         assert all(0 < size < 2**16 for size in grid)
@@ -89,6 +95,14 @@ def test_a_numpy_array_among_cupy_arrays_is_named(array):
     leaves = array(2, 6), np.ones((7, 2), "float32"), array(7)
     with pytest.raises(TypeError, match=r"weight is of cupy, lora_b of numpy"):
         prepare(array(7, 6), Adapter(*leaves), Config(2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_plain_arrays_need_no_search_for_their_library(array, monkeypatch, dtype):
+    arrays = {"x": array(3, 4, dtype=dtype), "weight": array(2, 4), "bias": array(2)}
+    monkeypatch.setattr(backends._boundary, "_operations_of_any", None)
+    assert type(backends.operations(**arrays)) is CupyOperations
+    assert backends.operations(**arrays) is backends.operations(x=arrays["x"])
 
 
 @pytest.mark.parametrize("dtype", ["int32", "complex64", "bool", "uint8"])
@@ -181,6 +195,73 @@ def test_the_norm_and_the_merge_take_few_launches(ops, array):
         "squares", "sum_chunks", "gemm", "assemble", "guard_norms", "list_suspects", "over_norm",
         "tiles", "merge",
     ]  # fmt: skip
+
+
+@pytest.fixture
+def pool(cupy):
+    """Count allocations; each gets memory that does not exist, aligned as CuPy's pool is."""
+    sizes = []
+
+    def allocate(size):
+        sizes.append(size)
+        memory = cupy.cuda.UnownedMemory(len(sizes) << 20, size, None, 0)
+        return cupy.cuda.MemoryPointer(memory, 0)
+
+    with cupy.cuda.using_allocator(allocate):
+        yield sizes
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_arrays_share_one_allocation_and_are_aligned_in_it(pool, dtype):
+    dtype = np.dtype(dtype)
+    shapes = (5, 7), (300,), (0, 4), (), (129,)
+    arrays = Cuda().empties(shapes, dtype)
+    assert [array.shape for array in arrays] == [*shapes]
+    assert {array.dtype for array in arrays} == {dtype}
+    assert all(array.flags.c_contiguous for array in arrays)
+    ends = [array.data.ptr + array.nbytes for array in arrays]
+    starts = [array.data.ptr for array in arrays]
+    assert all(start % 512 == 0 for start in starts)
+    assert all(end <= start for end, start in zip(ends, starts[1:], strict=False))
+    (size,) = pool
+    assert ends[-1] <= starts[0] + size
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, np.dtype("float32"), np.float64])
+def test_an_empty_array_has_the_shape_and_dtype(cupy, pool, dtype):
+    array = Cuda().empty([3, 4], dtype)
+    assert type(array) is cupy.ndarray
+    assert (array.shape, array.dtype) == ((3, 4), np.dtype(dtype))
+    assert pool == [12 * np.dtype(dtype).itemsize]
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (3, 4), (1, 4), (3, 1), (0, 4), (2, 3, 4)])
+def test_the_order_of_an_array_is_the_one_of_its_flags(array, shape):
+    """CuPy's own attribute has no documentation. It must mean the same as `flags`."""
+    whole = array(*shape)
+    for view in (whole, whole.T, whole[..., None], whole[None][..., ::2]):
+        assert view._c_contiguous == view.flags.c_contiguous
+        assert view._f_contiguous == view.flags.f_contiguous
+        assert in_c_order(view) == view.flags.c_contiguous
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_adamw_of_24_leaves_takes_one_launch_and_two_allocations(
+    array, ops, pool, monkeypatch, donate
+):
+    monkeypatch.setattr(backends._boundary, "_cupy_operations", lambda: ops)
+    monkeypatch.setattr(Recorder, "empties", Cuda.empties)
+    monkeypatch.setattr(Recorder, "cupy", Cuda.cupy, raising=False)
+    params, grads, mu, nu = (
+        {str(i): Adapter(array(2, 6), array(7, 2), array(7)) for i in range(8)} for _ in range(4)
+    )
+    state = AdamWState(1, mu, nu)
+    stepped, after = adamw_step(params, grads, state, learning_rate=0.1, donate=donate)
+    assert [name for name, _ in ops.cuda.calls] == ["adamw"]
+    assert len(pool) == (0 if donate else 2)
+    assert (stepped is params) == donate
+    for tree in (stepped, after.mu, after.nu):
+        assert [leaf.shape for leaf in tree["7"]] == [(2, 6), (7, 2), (7,)]
 
 
 def test_tf32_is_used_only_inside_reduced_precision(ops, array):

@@ -249,6 +249,23 @@ def test_arguments_are_not_written_to(backend, draw, init, step):
         np.testing.assert_array_equal(backend.numpy(leaf), values)
 
 
+@pytest.mark.parametrize("count", [12, 13, 30])
+def test_many_leaves_of_two_compute_dtypes_are_stepped(backend, draw, assert_close, count):
+    """CuPy steps 36 leaves of one compute dtype at once."""
+    dtypes = ["float32", "float64", "float32"]
+    params, grads = (
+        {i: random_adapter(draw, dtypes[i % 3 if i > 9 else 0]) for i in range(count)}
+        for _ in range(2)
+    )
+    rates = {i: 0.01 * (i + 1) for i in range(count)}
+    stepped, state = train(backend, adamw_init, adamw_step, params, [grads], learning_rate=rates)
+    for i in range(count):
+        numbers = {"learning_rate": rates[i]}
+        alone, own = train(backend, adamw_init, adamw_step, params[i], [grads[i]], **numbers)
+        for one, other in ((stepped[i], alone), (state.mu[i], own.mu), (state.nu[i], own.nu)):
+            assert_same(assert_close, one, other)
+
+
 # Arrays that are given up
 
 

@@ -39,6 +39,8 @@ def check_count(name: str, value: Any, *, least: int = 0) -> int:
 
 def check_real(name: str, value: Any, *, rule: str = "a number") -> float:
     """Return `value` as a Python float; an int that is too large for a float becomes inf."""
+    if value.__class__ is float:  # most often; the search below takes longer than all else here
+        return float(value)
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {rule}, got {value!r}")
     try:

@@ -9,6 +9,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Collection
+from operator import attrgetter
 from types import ModuleType
 
 import array_api_compat
@@ -16,7 +17,6 @@ import array_api_compat.numpy
 import numpy as np
 
 from doraxp._base.types import Array, DType, Namespace
-from doraxp.backends._cupy.arrays import DeviceArray
 from doraxp.backends._cupy.operations import CupyOperations
 from doraxp.backends._dtypes import DTYPES, dtype_name
 from doraxp.backends._generic import Operations
@@ -25,6 +25,7 @@ from doraxp.backends._torch import TorchOperations
 
 _XP: ModuleType = array_api_compat.numpy
 _NUMPY = NumpyOperations(_XP)
+_DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("data.device_id")
 _NUMPY_DTYPES = {np.dtype(name) for name in ("float16", "float32", "float64")}
 
 
@@ -56,14 +57,13 @@ def operations_of_plain(arrays: Collection[Array]) -> Operations | None:
         return None
     (kind,) = kinds
     if kind is np.ndarray:
-        return _NUMPY if {array.dtype for array in arrays} <= _NUMPY_DTYPES else None
+        return _NUMPY if set(map(_DTYPE, arrays)) <= _NUMPY_DTYPES else None
     if kind is not getattr(sys.modules.get("cupy"), "ndarray", None):
         return None
     ops = _cupy_operations()
-    on_gpu: Collection[DeviceArray] = arrays
-    devices = {array.data.device_id for array in on_gpu}
-    floating = all(map(_is_floating, {array.dtype for array in arrays}))
-    return ops if floating and devices == {ops.cuda.device()} else None
+    devices = list(map(_DEVICE, arrays))
+    here = devices.count(ops.cuda.device()) == len(devices)
+    return ops if here and all(map(_is_floating, set(map(_DTYPE, arrays)))) else None
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import array_api_compat
@@ -161,8 +162,7 @@ def adamw_step(
 
 def _check_distinct(aligned: Aligned) -> None:
     """Refuse an array that occurs twice: its second use would read results of the first."""
-    leaves = [leaf for column in aligned.columns for leaf in column]
-    if len(set(map(id, leaves))) == len(leaves):
+    if len(set(map(id, aligned.leaves))) == len(aligned.leaves):
         return
     seen: dict[int, str] = {}
     for name, leaf in aligned.named().items():
@@ -175,20 +175,23 @@ def _check_distinct(aligned: Aligned) -> None:
 
 def _in_compute_dtype(leaves: AdamWLeaves, eps: float, *, xp: Namespace) -> AdamWLeaves:
     """Return the leaves with the moments in the compute dtype of each, and check ε for it."""
-    wide = {}
-    for p in {p.dtype: p for p in leaves.params}.values():
-        dtype = compute_dtype(p, xp=xp)
-        _check_eps(eps, dtype, xp=xp)
-        # Equal objects compare faster if they are one object.
-        wide[p.dtype] = p.dtype if p.dtype == dtype else dtype
-    wanted = [wide[p.dtype] for p in leaves.params]
-    mu, nu = (
-        column
-        if [mean.dtype for mean in column] == wanted
-        else [as_dtype(*pair, xp=xp) for pair in zip(column, wanted, strict=True)]
-        for column in (leaves.mu, leaves.nu)
-    )
-    return leaves._replace(mu=mu, nu=nu)
+    params, grads, mu, nu = leaves
+    dtypes = [p.dtype for p in params]
+    distinct = params[:1] if dtypes.count(dtypes[0]) == len(dtypes) else params
+    wide = {p.dtype: compute_dtype(p, xp=xp) for p in distinct}
+    for dtype, other in wide.items():
+        _check_eps(eps, other, xp=xp)
+        if dtype == other:
+            wide[dtype] = dtype  # compares faster with the moments' than its equal of `xp`
+    wanted = list(wide.values()) * len(params) if len(wide) == 1 else [wide[d] for d in dtypes]
+    return AdamWLeaves(params, grads, _cast(mu, wanted, xp=xp), _cast(nu, wanted, xp=xp))
+
+
+def _cast(column: Sequence[Array], dtypes: list[DType], *, xp: Namespace) -> Sequence[Array]:
+    """Return each array in its dtype: the same list if all are."""
+    if [array.dtype for array in column] == dtypes:
+        return column
+    return [as_dtype(*pair, xp=xp) for pair in zip(column, dtypes, strict=True)]
 
 
 def _check_eps(eps: float, dtype: DType, *, xp: Namespace) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Collection, Iterator, Sequence
 from numbers import Real
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
@@ -28,6 +29,10 @@ PerLeaf: TypeAlias = Any
 Structure: TypeAlias = tuple[Any, ...]
 """A tree without its leaves: the fields of a NamedTuple; or the keys of a dict, their types, and
 the structures below them. It is hashable."""
+
+_SHAPE = operator.attrgetter("shape")
+_FIELDS: dict[type, tuple[str, ...]] = {}
+"""The fields of each class of NamedTuple that was in a tree."""
 
 
 class Names(NamedTuple):
@@ -61,8 +66,8 @@ class Aligned:
         self.columns: list[list[Array]] = [leaves]
         for name, (other, column) in others:
             self.columns.append(column if other == structure else self._ordered(name, column))
-        plain = operations_of_plain([*itertools.chain(*self.columns)])
-        self.ops: Operations = plain or operations(**self.named())
+        self.leaves = [*itertools.chain(*self.columns)]
+        self.ops: Operations = operations_of_plain(self.leaves) or operations(**self.named())
         self._check_shapes()
 
     def named(self) -> dict[str, Array]:
@@ -75,7 +80,12 @@ class Aligned:
         }
 
     def build(self, name: str, column: Sequence[Array]) -> Any:
-        """Return a column of leaves in the structure of the tree `name`."""
+        """Return a column of leaves in the structure of the tree `name`.
+
+        Return the tree itself if these are its leaves.
+        """
+        if column is self.columns[[*self._trees].index(name)]:
+            return self._trees[name]
         structure = self._structures[name]
         if structure != self._structures[self._first]:
             by_path = dict(zip(self.names.paths, column, strict=True))
@@ -91,9 +101,10 @@ class Aligned:
 
     def _check_shapes(self) -> None:
         """Refuse a tree with a leaf of another shape than in the first tree."""
-        shapes = [leaf.shape for leaf in self.columns[0]]
-        for name, column in zip(self._trees, self.columns, strict=True):
-            if [leaf.shape for leaf in column] == shapes:
+        shapes = list(map(_SHAPE, self.columns[0]))
+        others = zip([*self._trees][1:], self.columns[1:], strict=True)
+        for name, column in others:
+            if list(map(_SHAPE, column)) == shapes:
                 continue
             for path, leaf, shape in zip(self.names.paths, column, shapes, strict=True):
                 if tuple(leaf.shape) != tuple(shape):
@@ -121,20 +132,20 @@ def _take_apart(name: str, tree: Any) -> tuple[Structure, list[Array]]:
 def _structure(tree: Any, leaves: list[Array]) -> Structure:
     """Return the structure of a tree, and append its leaves to `leaves`."""
     if isinstance(tree, dict):
-        below = [_structure(entry, leaves) for entry in tree.values()]
-        # The keys 1 and True are equal, but their paths differ.
-        return tuple(tree), tuple(map(type, tree)), *below
-    fields = _fields(tree.__class__)
-    leaves += tree
-    return fields
-
-
-@functools.lru_cache(maxsize=64)
-def _fields(kind: type) -> tuple[str, ...]:
-    """Return the fields of a NamedTuple class."""
+        keys, below = tuple(tree), []
+        for entry in tree.values():
+            fields = _FIELDS.get(entry.__class__)
+            if fields is None:
+                below.append(_structure(entry, leaves))
+            else:
+                below.append(fields)
+                leaves += entry
+        return keys, tuple(map(type, keys)), *below  # 1 and True are equal, but not their paths
+    kind = tree.__class__
     if not _is_node(kind):
         raise TypeError("neither a dict nor a NamedTuple")  # `_refuse_others` names the place
-    fields: tuple[str, ...] = kind._fields  # type: ignore[attr-defined]
+    leaves += tree
+    fields = _FIELDS[kind] = kind._fields
     return fields
 
 
@@ -199,6 +210,8 @@ def per_leaf(name: str, value: Any, aligned: Aligned, *, spared: str = "") -> li
     given: tuple[str, ...] | None = getattr(value, "_fields", None)
     if given is None and not isinstance(value, dict):
         number = _number(name, value, ops=ops)
+        if not spared:
+            return [number] * len(fields)
         return [0.0 if field == spared else number for field in fields]
     if given is not None and all(node == given for node in nodes):
         first = zip(paths[: len(given)], value, strict=True)
@@ -232,7 +245,7 @@ def _by_path(
 
 def _number(name: str, value: Any, *, ops: Operations) -> float | Array:
     """Return a float; or `value` itself, where it is a 0-d array that must not be read."""
-    if isinstance(value, Real):
+    if value.__class__ is float or isinstance(value, Real):
         return check_number(name, value)
     xp = ops.xp
     known = array_api_compat.is_array_api_obj(value)

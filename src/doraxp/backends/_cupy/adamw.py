@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Sequence
-from typing import Any
+from itertools import accumulate, starmap
 
 from doraxp._base.types import AdamWLeaves, AdamWNumbers, AdamWStepped, DType, Namespace
 from doraxp.backends._cupy.arrays import DeviceArray, dtype_name, packed
@@ -47,14 +46,27 @@ def _step(
     if not all(map(cuda.in_c_order, leaves)):
         leaves = AdamWLeaves(*([packed(array, xp) for array in column] for column in leaves))
     wide: DType = leaves.mu[0].dtype
-    new = AdamWStepped(leaves.params, leaves.mu, leaves.nu) if donate else _like(cuda, leaves)
+    old = list(map(cuda.addresses, leaves))
+    if donate:
+        new, addresses = (
+            AdamWStepped(leaves.params, leaves.mu, leaves.nu),
+            [*old, *old[:1], *old[2:]],
+        )
+    else:
+        new = _like(cuda, leaves)
+        addresses = [*old, *map(cuda.addresses, new)]
     params: list[DeviceArray] = [*leaves.params]
-    sizes = [p.size for p in params]
-    kinds = ([_kind(array.dtype) for array in column] for column in leaves[:2])
-    addresses = map(cuda.addresses, (*leaves, *new))
-    rows = list(zip(*addresses, sizes, *kinds, rates, decays, strict=True))
-    for start in range(0, len(rows), LEAVES):
-        _launch(cuda, rows[start : start + LEAVES], numbers, Types(*[dtype_name(wide)] * 3))
+    sizes = tuple([p.size for p in params])
+    kinds = [_kinds([array.dtype for array in column]) for column in (params, leaves.grads)]
+    types = Types(*[dtype_name(wide)] * 3)
+    for start in range(0, len(params), LEAVES):
+        part = slice(start, start + LEAVES)
+        firsts, total = _first_blocks(sizes[part])
+        columns = *addresses, sizes, kinds[0], kinds[1], rates, decays
+        *before, p_kinds, g_kinds, eta, decay = (column[part] for column in columns)
+        rows = zip(*before, firsts, p_kinds, g_kinds, eta, decay, strict=True)
+        if total:
+            _launch(cuda, b"".join(starmap(LEAF.pack, rows)), len(firsts), numbers, types, total)
     return new
 
 
@@ -73,19 +85,31 @@ def _like(cuda: Cuda, leaves: AdamWLeaves) -> AdamWStepped:
     return AdamWStepped(params, moments[: len(shapes)], moments[len(shapes) :])
 
 
-def _launch(cuda: Cuda, rows: list[tuple[Any, ...]], numbers: AdamWNumbers, types: Types) -> None:
-    """Step the leaves that rows of addresses and numbers describe."""
-    firsts = itertools.accumulate((blocks(row[7], LEAF_BLOCK) for row in rows), initial=0)
-    *starts, total = firsts
-    if not total:
-        return
-    table = [LEAF.pack(*row[:8], first, *row[8:]) for row, first in zip(rows, starts, strict=True)]
+def _launch(
+    cuda: Cuda, table: bytes, count: int, numbers: AdamWNumbers, types: Types, total: int
+) -> None:
+    """Step the leaves of a table by blocks of this total."""
     arguments = Adamw(
-        leaves=b"".join(table), leaf_count=len(rows), beta1=numbers.beta1, rest1=numbers.rest1,
+        leaves=table, leaf_count=count, beta1=numbers.beta1, rest1=numbers.rest1,
         beta2=numbers.beta2, rest2=numbers.rest2, eps=numbers.eps,
         correct1=float(numbers.correction1), correct2=float(numbers.correction2),
     )  # fmt: skip
     cuda.launch(arguments, types, (total, 1, 1))
+
+
+@functools.lru_cache(maxsize=64)
+def _first_blocks(sizes: tuple[int, ...]) -> tuple[list[int], int]:
+    """Return the first block of each leaf, and the number of blocks."""
+    *firsts, total = accumulate((blocks(size, LEAF_BLOCK) for size in sizes), initial=0)
+    return firsts, total
+
+
+def _kinds(dtypes: list[DType]) -> list[int]:
+    """Return the number of each dtype. Most often all are one."""
+    first, count = dtypes[0], len(dtypes)
+    if dtypes.count(first) == count:
+        return [_kind(first)] * count
+    return list(map(_kind, dtypes))
 
 
 @functools.cache
