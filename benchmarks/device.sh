@@ -53,7 +53,7 @@ part() {
         return
     fi
     if ((most > left)); then most=$left; fi
-    timeout --kill-after=$KILL "$most" "$@" &
+    timeout --kill-after="$KILL" "$most" "$@" &
     child=$!
     wait "$child"
     code=$?
@@ -133,8 +133,9 @@ part 'the device' 60 "$PYTHON" benchmarks/probe.py machine "$OUT"
 export DEVICE_UNTIL
 pytest=("$PYTHON" -m pytest -q -p device_tests -p no:cacheprovider --backend cupy --tb=short)
 together=()
-"$PYTHON" -c 'import xdist' 2>/dev/null && together=(-n 8)
-tests=(env "PYTHONPATH=$PYTHONPATH:$PWD/benchmarks" "${pytest[@]}")
+"$PYTHON" -c 'import xdist' 2>/dev/null && together=(-p xdist -n 8)
+# Other plugins of a machine may warn, and a warning is an error here: pytest-benchmark beside xdist.
+tests=(env PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 "PYTHONPATH=$PYTHONPATH:$PWD/benchmarks" "${pytest[@]}")
 DEVICE_UNTIL=$(($(date +%s) + 35))
 part 'tests of the device' 45 "${tests[@]}" tests/test_cupy_device.py
 DEVICE_UNTIL=$(($(date +%s) + 65))

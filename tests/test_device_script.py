@@ -147,7 +147,7 @@ def test_parts_run_in_order_and_leave_at_most_eight_files(run):
     ]  # fmt: skip
     assert [call[: len(begin)] for call, begin in zip(calls, begins, strict=True)] == begins
     assert "tests/test_cupy_device.py" in calls[1]
-    assert "-n 8" in calls[2]
+    assert "-p xdist -n 8" in calls[2]
     assert "--shapes 4096x4096 --rank 16 --dtype bfloat16 --tokens 4096" in calls[4]
     names = {path.name for path in run.out.iterdir()}
     assert names == {"figures.jsonl", "log.txt", "h200.json", "h200.png"}

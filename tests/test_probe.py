@@ -327,3 +327,17 @@ def test_kernels_are_those_of_one_call_and_the_longest_is_first(scripts):
     events = [event("a", 10, 5), event("cudaLaunchKernel", 0, 20), event("b", 30, 10)]
     kernels = scripts.gpu_kernels.kernels_of(events, 5)
     assert kernels == [("b", 6, 2), ("a", 2, 1)]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_probes_own_kernels_compile(cupy, monkeypatch, capability):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    nvrtc = cupy.cuda.nvrtc
+    for source in (
+        importlib.import_module("probe_passes").COPIES,
+        importlib.import_module("probe_launches").TINY,
+    ):
+        program = nvrtc.createProgram(source, "probe.cu", [], [])
+        options = ["-std=c++17", f"--gpu-architecture=compute_{capability}"]
+        nvrtc.compileProgram(program, options)
+        assert b".entry" in nvrtc.getPTX(program)
