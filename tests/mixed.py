@@ -13,7 +13,8 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 
-from doraxp.testing import Case
+from doraxp import Config
+from doraxp.testing import Case, expected
 from doraxp.testing._formulas import deviating
 from doraxp.testing._mixed import MixedFormulas
 from doraxp.testing._reference import _rounding_to, bounded, shapes
@@ -196,3 +197,27 @@ def peft_step(arrays, config, dtype):
     dthrough = narrow(s * narrow(g * dy))
     dlow = narrow(dthrough @ b)
     return {"da": narrow(dlow.T @ x), "db": narrow(dthrough.T @ low), "dm": narrow(dg / n)}
+
+
+def main():
+    """Print the errors of dA and dB in both models, ‖error‖ / ‖exact‖."""
+    head = f"{'':9} {'norm':9} {'‖sBA‖/‖W‖':10} {'dA: PEFT':>9} {'mixed':>9} {'dB: PEFT':>9}"
+    print(f"{head} {'mixed':>9} {'dm: PEFT':>9} {'mixed':>9}")
+    for dtype in KINDS:
+        for norm_gradient in ("detached", "exact"):
+            for update in (0.02, 0.2, 1.0):
+                config = Config(8, 16.0, norm_gradient=norm_gradient)
+                case = layer(config, out=256, inner=512, tokens=256, update=update)
+                without = changed(case, config=Config(8, 16.0, norm_gradient="detached"))
+                arrays = with_tokens(case, dtype)
+                row = f"{dtype:9} {norm_gradient:9} {update:<10}"
+                for name in ("da", "db", "dm"):
+                    theirs = expected(without, dtype, names=[name])[name].value
+                    ours = expected(case, dtype, names=[name])[name].value
+                    row += f" {distance(peft_step(arrays, config, dtype)[name], theirs):9.0e}"
+                    row += f" {distance(step(arrays, config, dtype)[name], ours):9.0e}"
+                print(row)
+
+
+if __name__ == "__main__":
+    main()

@@ -44,7 +44,7 @@ class MixedFormulas(DenseFormulas):
         super().__init__(config, arrays, number)
         self.narrow = narrow
 
-    # What the products multiply
+    # The factors of the products
 
     @cached_property
     def seen(self) -> Any:
