@@ -88,13 +88,18 @@ def library(types: Types) -> ctypes.CDLL:
 
 
 class HostCuda:
-    """Launches and products on the host. `launched` lists the kernels, in order."""
+    """Launches and products on the host.
+
+    `launched` lists the kernels, in order, and `moved` the bytes of the arrays of each: an array is
+    counted once, and twice if a product is added to it.
+    """
 
     cache = 2**20
     """Bytes of the L2 cache."""
 
     def __init__(self) -> None:
         self.launched: list[str] = []
+        self.moved: list[int] = []
 
     def empty(self, shape: Sequence[int], dtype: Any) -> Any:
         """Return an array of NaN: a number that a kernel forgets to write then shows up."""
@@ -122,6 +127,8 @@ class HostCuda:
         assert all(0 < size <= limit for size, limit in zip(grid, GRID, strict=True)), (name, grid)
         assert types in BUILDS, types
         self.launched.append(name)
+        arrays = {id(each): each.nbytes for each in arguments if isinstance(each, np.ndarray)}
+        self.moved.append(sum(arrays.values()))
         check_arguments(arguments, types)
         memory = Arguments(type(arguments), types)
         memory.store(tuple(map(_addressed, arguments)))
@@ -131,6 +138,8 @@ class HostCuda:
         self, left: Any, right: Any, out: Any, beta: float | Any, *, tf32: bool = False
     ) -> None:
         self.launched.append("tf32" if tf32 else "gemm")
+        added = not isinstance(beta, float) or beta != 0
+        self.moved.append(left.nbytes + right.nbytes + (1 + added) * out.nbytes)
         names = str(left.dtype), str(right.dtype), str(out.dtype)
         assert names in GEMMS, names
         assert out.flags.c_contiguous

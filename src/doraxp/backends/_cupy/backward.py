@@ -32,76 +32,71 @@ class Backward:
         round_later: bool,
     ) -> LayerGradients:  # fmt: skip
         """Return the results of `Operations.gradients`."""
-        xp, found = self.xp, direction.suspects
+        xp = self.xp
         d, x, low, z = (packed(array, xp) for array in (d, x, low, z))
         mixed = name_of(z) in LOW and d.dtype == x.dtype == z.dtype
+        work, kind = self._mixed, norm.gain.dtype if round_later else dtype
         if not mixed:
-            z = xp.astype(z, norm.gain.dtype, copy=False)
-        room = 0 if mixed else found.factors.lora_a.shape[-2]
-        rows, along, totals = self.passes.gradients(d, z, norm.gain, found, room, total=with_bias)
-        narrow = name_of(d) in LOW and name_of(low) == "float32"
-        if narrow:
-            db_sums = self.skinny.partial_pull(low, d)
-        else:
-            db_sums = packed(self.products.product(xp.matrix_transpose(d), low), xp)
-        sums = self.passes.row_gradients(
-            along,
-            totals,
-            db_sums,
-            found,
-            norm.gain,
-            norm.norm,
-            norm.unit_projection,
-            scaling,
-            by_rank=mixed,
-            exact=exact,
-            rows=None if mixed else rows,
+            work, z = self._wide, xp.astype(z, norm.gain.dtype, copy=False)
+        dx, da, sums = work(
+            d, x, low, z, norm, direction, scaling, kind, exact=exact, with_bias=with_bias
         )
-        through = Through(d, x, norm.gain, norm.norm, sums.radial)
-        kind = norm.gain.dtype if round_later else dtype
-        work = self._mixed if mixed else self._wide
-        dx, da = work(rows, x, direction, sums, through, kind)
         return LayerGradients(dx, da, sums.lora_b, sums.magnitude, sums.radial, sums.bias)
 
     def _mixed(
-        self, dz: DeviceArray, x: DeviceArray, direction: DevicePatched, sums: RowSums,
-        through: Through, dtype: DType,
-    ) -> tuple[DeviceArray, DeviceArray]:  # fmt: skip
-        """Return dx and dA. dz is rounded to W's dtype, for dx alone."""
-        found = direction.suspects
+        self, d: DeviceArray, x: DeviceArray, low_rank: DeviceArray, z: DeviceArray, norm: Norm,
+        direction: DevicePatched, scaling: float, dtype: DType, *, exact: bool, with_bias: bool,
+    ) -> tuple[DeviceArray, DeviceArray, RowSums]:  # fmt: skip
+        """Return dx, dA and the other gradients. dz is rounded to W's dtype, for dx alone."""
+        passes, found = self.passes, direction.suspects
         weight, a, *_ = found.factors
-        low = self.skinny.project(through.d, found.gained, turned=True)
-        dx = self.passes.update(low, a, dtype, found=found, through=through)
+        dz, along, totals, low_sums, db_sums = passes.mixed_gradients(
+            d, z, low_rank, norm.gain, found, total=with_bias
+        )
+        sums = passes.row_gradients(
+            along, totals, db_sums, found, norm.gain, norm.norm, norm.unit_projection, scaling,
+            by_rank=True, exact=exact, low_sums=low_sums,
+        )  # fmt: skip
+        low = sums.low
+        through = Through(d, x, norm.gain, norm.norm, sums.radial)
+        dx = passes.update(low, a, dtype, found=found, through=through)
         self.products.multiply(dz, weight, dtype, out=dx, beta=1.0)
         if sums.pull is None:
             partial = self.skinny.partial_pull(low, x)
         else:
             partial = self.skinny.partial_pull(low, x, sums.pull, weight)
-        da = self.passes.gradient_a(partial, sums.square, found, through)
-        return dx, da
+        return dx, passes.gradient_a(partial, sums.square, found, through), sums
 
     def _wide(
-        self, rows: DeviceArray, x: DeviceArray, direction: DevicePatched, sums: RowSums,
-        through: Through, dtype: DType,
-    ) -> tuple[DeviceArray, DeviceArray]:  # fmt: skip
-        """Return dx and dA. The rows of the norm's gradient lie below dz, for one product."""
-        multiply, found, kind = self.products.multiply, direction.suspects, rows.dtype
+        self, d: DeviceArray, x: DeviceArray, low_rank: DeviceArray, z: DeviceArray, norm: Norm,
+        direction: DevicePatched, scaling: float, dtype: DType, *, exact: bool, with_bias: bool,
+    ) -> tuple[DeviceArray, DeviceArray, RowSums]:  # fmt: skip
+        """Return dx, dA and the other gradients. The norm's rows lie below dz, for one product."""
+        xp, passes, products, found = self.xp, self.passes, self.products, direction.suspects
         weight, a, scaled_b, _ = found.factors
-        tokens = through.d.shape[-2]
+        rows, along, totals = passes.gradients(d, z, norm.gain, found, a.shape[-2], total=with_bias)
+        narrow = name_of(d) in LOW and name_of(low_rank) == "float32"
+        if narrow:
+            db_sums = self.skinny.partial_pull(low_rank, d)
+        else:
+            db_sums = packed(products.product(xp.matrix_transpose(d), low_rank), xp)
+        sums = passes.row_gradients(
+            along, totals, db_sums, found, norm.gain, norm.norm, norm.unit_projection, scaling,
+            by_rank=narrow, exact=exact, rows=rows,
+        )  # fmt: skip
+        multiply, kind, tokens = products.multiply, rows.dtype, d.shape[-2]
         b = scaled_b if sums.over is None else sums.over
         low = multiply(rows, b, kind, whole=name_of(weight) in LOW)  # (tokens + rank, rank)
-        result = self.passes.update(low, a, kind, found=found, through=through)
+        through = Through(d, x, norm.gain, norm.norm, sums.radial)
+        result = passes.update(low, a, kind, found=found, through=through)
         # Rounded to the dtype of W, the first rows keep no more digits than W has.
         few = tokens <= FEW or dtype != weight.dtype or name_of(weight) != "bfloat16"
-        for part, parts in ((slice(tokens), ROUNDED), (slice(tokens, None), PARTS)):
-            if few:
-                part, parts = slice(None), PARTS
-            multiply(
-                rows[..., part, :], weight, kind, out=result[..., part, :], beta=1.0, parts=parts
-            )
-            if few:
-                break
+        split = [(slice(None), PARTS)]
+        if not few:
+            split = [(slice(tokens), ROUNDED), (slice(tokens, None), PARTS)]
+        for part, parts in split:
+            out = result[..., part, :]
+            multiply(rows[..., part, :], weight, kind, out=out, beta=1.0, parts=parts)
         dx, da = result[..., :tokens, :], result[..., tokens:, :]
-        of_x = self.xp.matrix_transpose(low[..., :tokens, :])
-        multiply(of_x, x, kind, out=da, beta=1.0)
-        return self.products.cast(dx, dtype), da
+        multiply(xp.matrix_transpose(low[..., :tokens, :]), x, kind, out=da, beta=1.0)
+        return products.cast(dx, dtype), da, sums

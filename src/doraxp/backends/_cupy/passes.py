@@ -24,6 +24,7 @@ from doraxp.backends._cupy.guard import Suspects
 from doraxp.backends._cupy.signatures import (
     GradientA,
     Gradients,
+    MixedGradients,
     Outputs,
     OverNorm,
     RowGradients,
@@ -41,6 +42,11 @@ TILE = 8
 """Tokens, or ranks, that a thread works on at once. kernels/forward.cu has the same."""
 UPDATERS = 1024
 """About how many blocks `update` has: each keeps the factor of its columns in registers."""
+SWATH, SWATH_RANKS, SWATH_STEP, SWATH_THREADS = 512, 16, 16, 256
+"""Columns and ranks of a block of `mixed_gradients`, tokens of a step, and threads. The kernel has
+the same."""
+BUSY = 132
+"""Multiprocessors of a GPU: `mixed_gradients` has about as many blocks, or twice as many."""
 SQUARES = 16
 """The most blocks of rows of `row_gradients` that sum up a square of their own."""
 
@@ -58,6 +64,21 @@ class Through(NamedTuple):
     """g⊙dm, or None where the norm has no gradient."""
 
 
+class MixedSums(NamedTuple):
+    """The results of `mixed_gradients`."""
+
+    dz: DeviceArray
+    """ρ⊙g⊙dy with 0 for suspect rows, (*stack, tokens, out), in 16 bits."""
+    along: DeviceArray
+    """Σ dy⊙z over chunks of tokens, (*stack, chunks, out)."""
+    totals: DeviceArray | None
+    """Σ dy over chunks of tokens, (*stack, chunks, out)."""
+    low: DeviceArray
+    """dy (g⊙b) without suspect rows, over blocks of columns: (*stack, blocks, tokens, rank)."""
+    db: DeviceArray
+    """Lᵀ dy over chunks of tokens, (*stack, chunks, rank, out)."""
+
+
 class RowSums(NamedTuple):
     """The gradients that belong to rows of W, and the rows of the gradient through the norm."""
 
@@ -71,6 +92,8 @@ class RowSums(NamedTuple):
     """bᵀ (q⊙b) without suspect rows, (*stack, blocks, rank, rank): the sums over blocks of rows."""
     over: DeviceArray | None
     """b / ρ, (*stack, out, rank)."""
+    low: DeviceArray | None
+    """dz b without suspect rows, (*stack, tokens, rank)."""
 
 
 class Passes:
@@ -166,16 +189,42 @@ class Passes:
         self.cuda.launch(kernel, types_of(d, z, gain), grid)
         return rows, along, totals
 
+    def mixed_gradients(
+        self, d: DeviceArray, z: DeviceArray, low_rank: DeviceArray, gain: DeviceArray,
+        found: Suspects, *, total: bool,
+    ) -> MixedSums:  # fmt: skip
+        """Return dz = ρ⊙g⊙d in z's dtype, and all sums of d by one pass over d and z."""
+        cuda, kind = self.cuda, gain.dtype
+        *stack, tokens, out = d.shape
+        rank = low_rank.shape[-1]
+        across = blocks(out, SWATH)
+        each, chunks = _long_chunks(tokens, across * blocks(rank, SWATH_RANKS) * math.prod(stack))
+        dz = cuda.empty(d.shape, d.dtype)
+        along = cuda.empty((*stack, chunks, out), kind)
+        totals = cuda.empty(along.shape, kind) if total else None
+        low = cuda.empty((*stack, across, tokens, rank), kind)
+        db = cuda.empty((*stack, chunks, rank, out), kind)
+        kernel = MixedGradients(
+            dy=d, z=z, gain=gain, row_scale=found.factors.row_scale, suspect=found.suspect,
+            gained=found.gained, low_rank=low_rank, dz=dz, sum_dyz=along, sum_dy=totals, low=low,
+            db=db, tokens=tokens, out=out, rank=rank, per_chunk=each,
+        )  # fmt: skip
+        grid = across * blocks(rank, SWATH_RANKS), chunks, math.prod(stack)
+        types = types_of(d, gain, gain)
+        cuda.launch(kernel, types, grid, threads=SWATH_THREADS)
+        return MixedSums(dz, along, totals, low, db)
+
     def row_gradients(
         self, along: DeviceArray, totals: DeviceArray | None, db_sums: DeviceArray, found: Suspects,
         gain: DeviceArray, norm: DeviceArray, unit: DeviceArray, scaling: float,
         *, by_rank: bool, exact: bool, rows: DeviceArray | None = None,
+        low_sums: DeviceArray | None = None,
     ) -> RowSums:  # fmt: skip
         """Return dm, p, dB, dbias and the rows of the norm's gradient, given sums over tokens.
 
         `db_sums` is dyᵀ L, (*stack, chunks, rank, out) if `by_rank`, else (*stack, out, rank). With
         `rows` from `gradients`, the norm's rows are written below the tokens' there; without, they
-        are returned as `pull`.
+        are returned as `pull`. `low_sums` (*stack, chunks, tokens, rank) are added up to `low`.
         """
         cuda, factors, kind = self.cuda, found.factors, gain.dtype
         b, row_scale = factors.scaled_b, factors.row_scale
@@ -191,17 +240,24 @@ class Passes:
         elif rows is not None and row_scale is not None:
             over = cuda.empty(b.shape, kind)
         tokens = 0 if rows is None else rows.shape[-2] - rank
+        row_blocks = blocks(out, THREADS * per_block)
+        low, low_size = None, 0
+        if low_sums is not None:
+            low = cuda.empty((*stack, *low_sums.shape[-2:]), kind)
+            low_size = low.shape[-2] * rank
         kernel = RowGradients(
             sum_dyz=along, sum_dy=totals, chunks=along.shape[-2], db_sums=db_sums,
             db_chunks=db_sums.shape[-3] if by_rank else 1, by_rank=by_rank, gain=gain, norm=norm,
             b=b, unit=unit, row_scale=row_scale, suspect=found.suspect, exact=exact,
             scaling=scaling, dm=dm, p_result=p, dbias=dbias, db=db, pull=pull,
-            rows=rows, square=square, over=over, tokens=tokens, out=out,
-            rank=rank, per_block=per_block,
+            rows=rows, square=square, over=over, low_sums=low_sums,
+            low_chunks=0 if low_sums is None else low_sums.shape[-3], low_size=low_size, low=low,
+            tokens=tokens, out=out, rank=rank, per_block=per_block, row_blocks=row_blocks,
         )  # fmt: skip
-        grid = blocks(out, THREADS * per_block), min(blocks(rank, TILE), LIMIT), math.prod(stack)
+        across = row_blocks + blocks(low_size, THREADS)
+        grid = across, min(blocks(rank, TILE), LIMIT), math.prod(stack)
         cuda.launch(kernel, one_type(gain), grid)
-        return RowSums(dm, p if exact else None, db, dbias, pull, square, over)
+        return RowSums(dm, p if exact else None, db, dbias, pull, square, over, low)
 
     def gradient_a(
         self, partial: DeviceArray, square: DeviceArray | None, found: Suspects, through: Through
@@ -259,6 +315,17 @@ def _through(
     stored = name_of(d) == name_of(found.factors.weight)
     tokens, out = d.shape[-2:]
     return arrays, {"turned": turned, "stored": stored, "tokens": tokens, "out": out}
+
+
+def _long_chunks(tokens: int, others: int) -> tuple[int, int]:
+    """Return the tokens of a chunk of `mixed_gradients`, and the number of chunks.
+
+    `others` blocks take the same tokens.
+    """
+    steps = blocks(tokens, SWATH_STEP)
+    chunks = max(1, min(BUSY // others, steps, LIMIT))
+    each = blocks(steps, chunks)
+    return each * SWATH_STEP, max(1, blocks(steps, each))
 
 
 def _chunks(tokens: int) -> tuple[int, int]:

@@ -128,6 +128,27 @@ class Gradients(NamedTuple):
     per_chunk: Index
 
 
+class MixedGradients(NamedTuple):
+    """`Gradients`, and the sums low = dy gained and dyᵀ L, by one pass over dy and z."""
+
+    dy: ConstStorage
+    z: ConstStorage
+    gain: ConstCompute
+    row_scale: ConstCompute | None
+    suspect: ConstMarks
+    gained: ConstCompute
+    low_rank: ConstCompute
+    dz: Storage
+    sum_dyz: Compute
+    sum_dy: Compute | None
+    low: Compute
+    db: Compute
+    tokens: Index
+    out: Index
+    rank: Index
+    per_chunk: Index
+
+
 class SumChunks(NamedTuple):
     """The sums of `partial` over its chunks."""
 
@@ -162,10 +183,15 @@ class RowGradients(NamedTuple):
     rows: Compute | None
     square: Compute | None
     over: Compute | None
+    low_sums: ConstCompute | None
+    low_chunks: Index
+    low_size: Index
+    low: Compute | None
     tokens: Index
     out: Index
     rank: Index
     per_block: Index
+    row_blocks: Index
 
 
 class GradientA(NamedTuple):
@@ -407,6 +433,7 @@ _DECLARED: tuple[type[tuple[Any, ...]], ...] = (
     Outputs,
     Update,
     Gradients,
+    MixedGradients,
     SumChunks,
     RowGradients,
     GradientA,

@@ -40,6 +40,18 @@ __device__ inline float wide(half_t value) {
 }
 #endif
 
+// The number of storage_t with these bits. Only types of 16 bits have such a number.
+template <typename T> struct OfBits {
+    static __device__ T get(unsigned short) { return 0; }
+};
+template <> struct OfBits<half_t> {
+    static __device__ half_t get(unsigned short bits) { return {bits}; }
+};
+template <> struct OfBits<bf16_t> {
+    static __device__ bf16_t get(unsigned short bits) { return {bits}; }
+};
+__device__ inline storage_t from_bits(unsigned short bits) { return OfBits<storage_t>::get(bits); }
+
 // Round to the nearest number, ties to even.
 template <typename T> __device__ inline T narrow(compute_t value);
 template <> __device__ inline float narrow<float>(compute_t value) { return (float)value; }

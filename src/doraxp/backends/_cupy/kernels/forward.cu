@@ -93,14 +93,6 @@ struct Inputs {
     }
 };
 
-// result[row, k] += the suspect rows' part. It is rare: result may be rounded once more.
-__device__ inline void add_suspects(const Inputs& inputs, product_t* result, index_t e, index_t row,
-                                    index_t k, index_t rows, index_t columns) {
-    if (row >= rows) return;
-    product_t* at = result + (e * rows + row) * columns + k;
-    *at = narrow<product_t>((compute_t)wide(*at) + inputs.part(e, row, k));
-}
-
 // factor[column, k] / ρ for a factor (columns, rank) if `by_rows`, else (rank, columns). A row with
 // ρ = 0 is a row of zeros of W, which any ρ fits.
 __device__ inline compute_t of_factor(const compute_t* factor, const compute_t* over, int by_rows,
@@ -131,7 +123,7 @@ template <int STEPS>
 __device__ inline void update_on_tensor_cores(const compute_t* low, const compute_t* factor,
                                               const compute_t* over, product_t* result,
                                               index_t rows, index_t columns, index_t rank,
-                                              int by_rows, const Inputs& inputs, bool any) {
+                                              int by_rows) {
     const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
     const index_t e = blockIdx.z;
     const index_t first =
@@ -208,45 +200,13 @@ __device__ inline void update_on_tensor_cores(const compute_t* low, const comput
             store(result + (e * rows + row) * columns + column, value, count,
                   packed && count == PER_THREAD);
         }
-        for (int i = 0; any && i < 4 * count; ++i)
-            add_suspects(inputs, result, e, top + 8 * (i / count) + g, column + i % count, rows,
-                         columns);
     }
 }
 
-// result = low factorᵀ / ρ, to which the product with W is then added: z = x Wᵀ + result, or
-// dx = d W + result.
-// grid (columns / (WARPS · 32), any, stack) where product_t has 16 bits: 2 bytes; tensor cores add
-// up 16 bits of each factor, which is 2^-8 of what the rounding to bfloat16 loses
-// grid (columns / (PER_THREAD THREADS), any, stack) elsewhere: 4 bytes
-// `low` is (stack, rows, rank). The factor is (stack, columns, rank) if `by_rows`, else (stack, rank,
-// columns). `over` is ρ, or null for 1. If `any` is not null, any[0] says whether to add the suspect
-// rows' part of d V, and in the rows below `tokens` that of dA: see suspect_pull. d and x are arrays
-// of storage_t if `stored`, else of compute_t.
-extern "C" __global__ void update(
-    const compute_t* low, const compute_t* factor, const compute_t* over /* or null */,
-    product_t* result, index_t rows, index_t columns, index_t rank, int by_rows,
-    const int* any /* or null */, const unsigned char* suspect /* or null */,
-    const storage_t* weight /* or null */, int turned, const compute_t* a /* or null */,
-    const compute_t* b /* or null */, const compute_t* row_scale /* or null */,
-    const compute_t* gain /* or null */, const compute_t* norm /* or null */,
-    const compute_t* p /* or null */, const void* d /* or null */, const void* x /* or null */,
-    int stored, index_t tokens, index_t out) {
-    const Inputs inputs = {any,  suspect, weight, turned, a,      b,   row_scale, gain, norm,
-                           p,    d,       x,      stored, tokens, out, columns,   rank};
-    const bool has_any = any && *any;
-    if (sizeof(product_t) == 2) {
-        if (rank <= 16)
-            update_on_tensor_cores<1>(low, factor, over, result, rows, columns, rank, by_rows,
-                                      inputs, has_any);
-        else if (rank <= 32)
-            update_on_tensor_cores<2>(low, factor, over, result, rows, columns, rank, by_rows,
-                                      inputs, has_any);
-        else
-            update_on_tensor_cores<0>(low, factor, over, result, rows, columns, rank, by_rows,
-                                      inputs, has_any);
-        return;
-    }
+// The same by ordinary arithmetic, with all digits. A thread makes PER_THREAD columns of TILE rows.
+__device__ inline void update_by_threads(const compute_t* low, const compute_t* factor,
+                                         const compute_t* over, product_t* result, index_t rows,
+                                         index_t columns, index_t rank, int by_rows) {
     const index_t column = ((index_t)blockIdx.x * THREADS + threadIdx.x) * PER_THREAD;
     const index_t e = blockIdx.z;
     if (column >= columns) return;
@@ -276,7 +236,58 @@ extern "C" __global__ void update(
             if (top + i >= rows) break;
             store(result + (e * rows + top + i) * columns + column, sums[i], count, packed);
         }
-        for (int i = 0; has_any && i < TILE * count; ++i)
-            add_suspects(inputs, result, e, top + i / count, column + i % count, rows, columns);
     }
+}
+
+// result = low factorᵀ / ρ, to which the product with W is then added: z = x Wᵀ + result, or
+// dx = d W + result.
+// grid (columns / (WARPS · 32), any, stack) where product_t has 16 bits: 2 bytes; tensor cores add
+// up 16 bits of each factor, which is 2^-8 of what the rounding to bfloat16 loses
+// grid (columns / (PER_THREAD THREADS), any, stack) elsewhere: 4 bytes
+// `low` is (stack, rows, rank). The factor is (stack, columns, rank) if `by_rows`, else (stack, rank,
+// columns). `over` is ρ, or null for 1. If `any` is not null, any[0] says whether to add the suspect
+// rows' part of d V, and in the rows below `tokens` that of dA: see suspect_pull. d and x are arrays
+// of storage_t if `stored`, else of compute_t.
+extern "C" __global__ void update(
+    const compute_t* low, const compute_t* factor, const compute_t* over /* or null */,
+    product_t* result, index_t rows, index_t columns, index_t rank, int by_rows,
+    const int* any /* or null */, const unsigned char* suspect /* or null */,
+    const storage_t* weight /* or null */, int turned, const compute_t* a /* or null */,
+    const compute_t* b /* or null */, const compute_t* row_scale /* or null */,
+    const compute_t* gain /* or null */, const compute_t* norm /* or null */,
+    const compute_t* p /* or null */, const void* d /* or null */, const void* x /* or null */,
+    int stored, index_t tokens, index_t out) {
+    const index_t e = blockIdx.z;
+    const bool on_tensor_cores = sizeof(product_t) == 2;
+    if (on_tensor_cores) {
+        if (rank <= 16)
+            update_on_tensor_cores<1>(low, factor, over, result, rows, columns, rank, by_rows);
+        else if (rank <= 32)
+            update_on_tensor_cores<2>(low, factor, over, result, rows, columns, rank, by_rows);
+        else
+            update_on_tensor_cores<0>(low, factor, over, result, rows, columns, rank, by_rows);
+    } else {
+        update_by_threads(low, factor, over, result, rows, columns, rank, by_rows);
+    }
+    if (!any || !*any) return;
+    const Inputs inputs = {any,  suspect, weight, turned, a,      b,   row_scale, gain, norm,
+                           p,    d,       x,      stored, tokens, out, columns,   rank};
+    // The numbers that this thread has written: `tall` of every `step` rows, `beside` columns.
+    const int lane = threadIdx.x % WARP, tall = on_tensor_cores ? 4 : TILE;
+    const int apart = on_tensor_cores ? 8 : 1, beside = on_tensor_cores ? 8 : PER_THREAD;
+    const index_t first =
+        on_tensor_cores
+            ? ((index_t)blockIdx.x * WARPS + threadIdx.x / WARP) * STRIP_OF_UPDATE + 8 * (lane % 4)
+            : ((index_t)blockIdx.x * THREADS + threadIdx.x) * PER_THREAD;
+    const index_t step = tall * apart;
+    for (index_t top = blockIdx.y * step + (on_tensor_cores ? lane / 4 : 0); top < rows;
+         top += gridDim.y * step)
+        for (int i = 0; i < tall * beside; ++i) {
+            const index_t row = top + i / beside * apart, k = first + i % beside;
+            if (row < rows && k < columns) {
+                product_t* at = result + (e * rows + row) * columns + k;
+                // It is rare: the number may be rounded once more.
+                *at = narrow<product_t>((compute_t)wide(*at) + inputs.part(e, row, k));
+            }
+        }
 }
