@@ -159,11 +159,12 @@ step='--tokens 4096 --tasks step norm merge' token='--tokens 1 --tasks evaluatio
 
 part 'kernels' 60 "$PYTHON" benchmarks/gpu_kernels.py --folder "$OUT"
 
+passes='merge|token|outputs|update|gradients|squares|project|pull'
 ratio=l1tex__average_t_sectors_per_request_pipe_lsu_mem_global_op
-part 'counters of merge, token and outputs' 60 \
+part 'counters of the passes over large arrays' 60 \
     "$(tool ncu)" --clock-control none --csv --print-units base --log-file "$OUT/counters.csv" \
     --metrics "gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum,${ratio}_ld.ratio,${ratio}_st.ratio" \
-    --kernel-name 'regex:^(merge|token|outputs)$' --launch-count 12 \
+    --kernel-name "regex:^($passes)$" --launch-count 24 \
     "$PYTHON" benchmarks/gpu_kernels.py --calls large
 
 sanitize racecheck 60
