@@ -353,10 +353,10 @@ def test_an_argument_of_another_type_is_named(monkeypatch, changed, message):
 def test_cupys_own_memory_error_reaches_the_caller(monkeypatch):
     """It names the bytes. The arguments are unchanged: results are new arrays."""
 
-    def empty(shape, dtype):
+    def ndarray(shape, dtype):
         raise MemoryError("Out of memory allocating 48 bytes (allocated so far: 0 bytes).")
 
-    modules = {"cupy": types.SimpleNamespace(empty=empty)}
+    modules = {"cupy": types.SimpleNamespace(ndarray=ndarray)}
     monkeypatch.setattr(_cuda, "import_module", modules.__getitem__)
     with pytest.raises(MemoryError, match="allocating 48 bytes"):
         Cuda().empty((3, 4), "float32")
