@@ -274,6 +274,11 @@ def test_a_number_of_the_compute_dtype_is_wide_only_in_float64(monkeypatch):
     assert fake.calls[1][3][-1] == np.float32(0.1)
 
 
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_arguments_of_a_launch_fit_into_the_drivers_4096_bytes(name):
+    assert len(Arguments(KERNELS[name], DOUBLE)._memory) <= 4096
+
+
 @pytest.mark.parametrize("scale", [1e300, -1e300])
 def test_a_number_out_of_range_of_float32_becomes_infinite(monkeypatch, scale):
     fake = Launches(monkeypatch)
@@ -348,10 +353,10 @@ def test_an_argument_of_another_type_is_named(monkeypatch, changed, message):
 def test_cupys_own_memory_error_reaches_the_caller(monkeypatch):
     """It names the bytes. The arguments are unchanged: results are new arrays."""
 
-    def empty(shape, dtype):
+    def ndarray(shape, dtype):
         raise MemoryError("Out of memory allocating 48 bytes (allocated so far: 0 bytes).")
 
-    modules = {"cupy": types.SimpleNamespace(empty=empty)}
+    modules = {"cupy": types.SimpleNamespace(ndarray=ndarray)}
     monkeypatch.setattr(_cuda, "import_module", modules.__getitem__)
     with pytest.raises(MemoryError, match="allocating 48 bytes"):
         Cuda().empty((3, 4), "float32")

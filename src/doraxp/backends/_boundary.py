@@ -52,13 +52,12 @@ def operations_of_plain(arrays: Collection[Array]) -> Operations | None:
     None means that the arrays must be looked at one by one, and may have to be refused. The search
     for the library of an array takes 4 µs, and for five arrays 20.
     """
-    kinds = set(map(type, arrays))
-    if len(kinds) != 1:
-        return None
-    (kind,) = kinds
-    if kind is np.ndarray:
-        return _NUMPY if set(map(_DTYPE, arrays)) <= _NUMPY_DTYPES else None
-    if kind is not getattr(sys.modules.get("cupy"), "ndarray", None):
+    for array in arrays:
+        if type(array) is not np.ndarray or array.dtype not in _NUMPY_DTYPES:
+            break
+    else:
+        return _NUMPY
+    if set(map(type, arrays)) != {getattr(sys.modules.get("cupy"), "ndarray", None)}:
         return None
     ops = _cupy_operations()
     devices = list(map(_DEVICE, arrays))

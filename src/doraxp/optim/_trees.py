@@ -145,8 +145,8 @@ def _structure(tree: Any, leaves: list[Array]) -> Structure:
     if not _is_node(kind):
         raise TypeError("neither a dict nor a NamedTuple")  # `_refuse_others` names the place
     leaves += tree
-    fields = _FIELDS[kind] = kind._fields
-    return fields
+    _FIELDS[kind] = kind._fields
+    return _FIELDS[kind]
 
 
 def _is_node(kind: type) -> bool:

@@ -117,15 +117,17 @@ class Cuda:
         if kernel is None:
             kernel = self._kernels[key] = self._load(arguments.__class__, types)
         # Neither another thread nor a finaliser may write to this memory before the driver reads
-        # it. Taking it off the list and putting it back are atomic.
-        free = kernel.free
-        memory = free.pop() if free else Arguments(arguments.__class__, types)
+        # it: it is not on the list meanwhile.
+        try:
+            memory = kernel.free.pop()
+        except IndexError:
+            memory = Arguments(arguments.__class__, types)
         memory.store(arguments)
         cuda.driver.launchKernel(
             kernel.function.ptr, *grid, threads, 1, 1, 0, cuda.get_current_stream().ptr,
             memory.address, 0,
         )  # fmt: skip
-        free.append(memory)
+        kernel.free.append(memory)
 
     def _load(self, declared: type, types: Types) -> _Kernel:
         """Return a kernel for the current device. CuPy keeps one build for each device."""
