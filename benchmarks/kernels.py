@@ -54,14 +54,12 @@ class Pass(NamedTuple):
     """The third dtype of the builds that are launched."""
 
 
-FORMED = 672
-"""Numbers that `formed` loads for suspect rows: four calls, unrolled over columns and rank."""
 LANE = 4 + 8
 """Rows and columns of a lane of `merge`. Its code has a way for W by rows, and one by columns."""
 PASSES = {
     "outputs": Pass(),
     "gradients": Pass(few_stores=24),
-    "token": Pass(stores=False, few_loads=FORMED),
+    "token": Pass(stores=False),
     "cast": Pass(),
     # The gain, ρ and the scale of b once for each, and the scale of a strip of A in either way.
     "merge": Pass(few_loads=3 * LANE + 2, whole=8, computes=("float32",)),

@@ -492,19 +492,40 @@ def test_one_token_takes_two_launches(backend, put, dtype, form, kind):
 @pytest.mark.lanes("cuda-host")
 @pytest.mark.parametrize("biased", [False, True])
 def test_one_token_of_a_stack_whose_rank_is_over_a_warp(backend, put, biased):
-    """A row cancels only in the second element."""
+    """Two rows cancel only in the second element. A warp has two rows, and out is odd."""
     rng, config = np.random.default_rng(0), doraxp.Config(33)
-    values, b = rng.standard_normal((2, 40, 48)), rng.standard_normal((2, 40, 33))
+    values, b = rng.standard_normal((2, 41, 48)), rng.standard_normal((2, 41, 33))
     adapter = doraxp.init(put(values), config, seed=0)
-    values[1, 4] = -1.02 * (b[1, 4] @ rounded(adapter.lora_a)[1])
+    values[1, 4:6] = -1.02 * (b[1, 4:6] @ rounded(adapter.lora_a)[1])
     weight, adapter = put(values), adapter._replace(lora_b=put(b))
-    bias = put(rng.standard_normal((2, 40))) if biased else None
+    bias = put(rng.standard_normal((2, 41))) if biased else None
     x = put(rng.standard_normal((2, 1, 48)))
     y, cache = doraxp.forward(x, weight, adapter, config, bias=bias)
     three = np.repeat(x, 3, axis=1)
     expected, cached = doraxp.forward(three, weight, adapter, config, bias=bias)
     assert_near(y, rounded(expected[:, :1]), 1e-6)
-    np.testing.assert_allclose(rounded(cache.z)[1, 0, 4], rounded(cached.z)[1, 0, 4], rtol=1e-6)
+    np.testing.assert_allclose(rounded(cache.z)[1, 0, 4:6], rounded(cached.z)[1, 0, 4:6], rtol=1e-6)
+
+
+@pytest.mark.lanes("cuda-host")
+@pytest.mark.dtypes("float16", "bfloat16", "float32", "float64")
+@pytest.mark.parametrize("kind", ["the weight's", "float32"])
+@pytest.mark.parametrize("inner", [4096, 5000, 5001])
+def test_one_token_of_long_rows(backend, put, dtype, kind, inner):
+    """A thread loads four packs at once, then the rest one by one. Rows may have ragged ends."""
+    rng, config = np.random.default_rng(0), doraxp.Config(3)
+    x = put(rng.standard_normal((1, inner)), dtype if kind == "the weight's" else kind)
+    weight = put(rng.standard_normal((3, inner)), dtype)
+    adapter = doraxp.init(weight, config, seed=0)
+    adapter = adapter._replace(lora_b=put(rng.standard_normal((3, 3)), str(adapter.lora_a.dtype)))
+    launched = operations(weight=weight).cuda.launched
+    prepared = doraxp.prepare(weight, adapter, config)
+    launched.clear()
+    _, cache = doraxp.forward(x, weight, adapter, config, prepared=prepared)
+    assert launched == ["token", "token"]
+    low = rounded(x) @ rounded(adapter.lora_a).T
+    assert_near(cache.low_rank, low, 1e-6)
+    assert_near(cache.z, rounded(x) @ rounded(weight).T + low @ rounded(adapter.lora_b).T, 1e-6)
 
 
 @pytest.mark.lanes("cupy", "cuda-host", "numpy", "numpy-readonly", "torch")

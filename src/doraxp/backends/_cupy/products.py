@@ -34,6 +34,8 @@ from doraxp.backends._direction import Factors
 
 FEW = 1024
 """The most rows whose parts go into one product. Its result has a row for each part."""
+TOKEN_ROWS = 2
+"""Rows of a warp of `token`. kernels/token.cu has the same."""
 NARROW = 256
 """The most rows or columns of a factor that the kernels for a factor as narrow as a rank take."""
 PARTS, ROUNDED = 3, 2
@@ -168,7 +170,8 @@ class Products:
             x_is_stored=name_of(x) == stored, z=z, rows=count, out=out, inner=inner, rank=rank,
             by_block=by_block, **update,
         )  # fmt: skip
-        grid = count if by_block else blocks(count, WARPS), 1, 1
+        warps = math.prod(stack) * blocks(out, TOKEN_ROWS)
+        grid = count if by_block else blocks(warps, WARPS), 1, 1
         self.cuda.launch(arguments, Types(stored, name_of(z), wide), grid)
 
     # Products by cuBLAS
