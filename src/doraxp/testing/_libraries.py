@@ -11,10 +11,7 @@ import array_api_compat
 import numpy as np
 
 from doraxp._base.types import Array, Namespace
-from doraxp.backends import operations
-from doraxp.backends._cupy.operations import CupyOperations
-from doraxp.backends._cupy.products import is_exact
-from doraxp.testing._cases import HALF
+from doraxp.backends import compute_dtype, operations
 from doraxp.testing._rounding import Precision
 
 # The module that makes arrays of each library that `doraxp.backends.available` lists.
@@ -87,9 +84,12 @@ class Library:
         >>> Library("numpy").precision("float16")
         'exact'
         """
-        ops = operations(weight=self.module.zeros((1, 1), dtype=self.dtype(dtype)))
-        rounds = dtype in HALF and isinstance(ops, CupyOperations) and not is_exact()
-        return "mixed" if rounds else "exact"
+        weight = self.module.zeros((1, 1), dtype=self.dtype(dtype))
+        ops = operations(weight=weight)
+        wide = compute_dtype(weight, xp=ops.xp)
+        # Only mixed precision rounds the product of x and a dropout mask.
+        taken = ops.operand_dtype(weight, weight, wide, masked=True)
+        return "exact" if taken == wide else "mixed"
 
     def asarray(self, values: Any, dtype: str) -> Array:
         """Return values of NumPy as a new array of this library, in a dtype given by name."""
