@@ -93,11 +93,11 @@ class Skinny:
         *stack, rows, columns = stored.shape
         rank, rows2 = factor.shape[-1], 0 if second is None else second.shape[-2]
         count = math.prod(stack)
+        if count * rank * columns == 0:
+            return self.cuda.empty((*stack, rank, columns), np.float32)
         across = blocks(columns, FLUTES) * blocks(rank, FLUTE_RANKS)
         chunks, each = row_chunks(rows, rows2, across * count)
         partial = self.cuda.empty((*stack, chunks, rank, columns), np.float32)
-        if partial.size == 0:
-            return self.xp.reshape(partial, (*stack, rank, columns))
         arguments = Pull(
             matrix=stored, factor=factor, rows=rows, matrix2=second, factor2=factor2, rows2=rows2,
             result=partial, columns=columns, rank=rank, per_chunk=each,

@@ -226,7 +226,7 @@ typedef float BandSums[BAND_WARPS][BAND][8];
 // and the others the same rows and other columns.
 template <int tiles, int way, int places>
 __device__ inline void project_band(const storage_t* matrix, const float* factor, float* result,
-                                    index_t top, index_t first_rank, index_t rows, index_t columns,
+                                    int top, int first_rank, index_t rows, index_t columns,
                                     index_t rank, int turned, int groups, BandSums& held) {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     const index_t e = blockIdx.z;
@@ -281,13 +281,13 @@ extern "C" __global__ void __launch_bounds__(BAND_THREADS, 1)
     __shared__ BandSums held;
     const float* of = (const float*)factor;
     float* to = (float*)result;
-    const index_t chunks = (rank + 8 * tiles - 1) / (8 * tiles);
-    const index_t top = blockIdx.x / chunks * groups * BAND, first = blockIdx.x % chunks * 8 * tiles;
+    const int chunks = (int)((rank + 8 * tiles - 1) / (8 * tiles));
+    const int top = blockIdx.x / chunks * groups * BAND, first = blockIdx.x % chunks * 8 * tiles;
     const bool whole = columns % 8 == 0 && aligned(matrix, factor) && (!turned || rank % tiles == 0);
 #define PROJECT(TILES, WAY, FIRST)                                                                  \
     project_band<TILES, WAY, WAY == ONE_BY_ONE ? 1 : TILES == 4 ? 2 : 4>(matrix, of, to, top, FIRST, rows, columns, rank, turned, groups, held)
     if (!whole) {
-        for (index_t each = first; each < first + 8 * tiles; each += 8) {
+        for (int each = first; each < first + 8 * tiles; each += 8) {
             PROJECT(1, ONE_BY_ONE, each);
             __syncthreads();
         }
@@ -390,9 +390,10 @@ extern "C" __global__ void __launch_bounds__(FLUTE_THREADS, 2)
     if (!is_skinny) return;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     const int beside = warp % FLUTES, below = warp / FLUTES;
-    const index_t e = blockIdx.z, chunks = (rank + 8 * FLUTE_TILES - 1) / (8 * FLUTE_TILES);
-    const index_t left = blockIdx.x / chunks * FLUTES * FLUTE;
-    const index_t first_rank = blockIdx.x % chunks * 8 * FLUTE_TILES;
+    const index_t e = blockIdx.z;
+    const int chunks = (int)((rank + 8 * FLUTE_TILES - 1) / (8 * FLUTE_TILES));
+    const int left = blockIdx.x / chunks * FLUTES * FLUTE;
+    const int first_rank = blockIdx.x % chunks * 8 * FLUTE_TILES;
 
     // A lane without columns or ranks loads the last ones: its sums are not stored.
     const bool packed = columns % 8 == 0 && rank % FLUTE_TILES == 0 &&
