@@ -22,12 +22,12 @@ ROUNDING = 2.0**-24
 SHAPES = {
     "odd": ((), 5, 7, 3),
     "one": ((), 1, 1, 1),
-    "full": ((), 70, 648, 16),
-    "wide": ((2,), 37, 1160, 8),
+    "full": ((), 70, 1096, 16),
+    "wide": ((), 5, 1160, 8),
     "ranks": ((), 33, 136, 40),
-    "ragged": ((2,), 66, 331, 19),
-    "stack": ((2, 3), 40, 72, 6),
-    "tall": ((), 1300, 40, 4),
+    "ragged": ((2,), 37, 131, 19),
+    "stack": ((2, 2), 40, 72, 6),
+    "tall": ((), 600, 40, 4),
 }
 """The stack, the rows and columns of the matrix, and the rank."""
 
@@ -127,7 +127,7 @@ class TestProducts:
         result = skinny.pull(factor, matrix)
         assert_exact(backend, result, [transposed(factor)], [matrix], rows)
 
-    @pytest.mark.parametrize("more", [1, 50, 2000])
+    @pytest.mark.parametrize("more", [1, 50])
     @pytest.mark.parametrize("by_columns", [False, True])
     def test_pull_of_two_matrices(self, backend, skinny, given, put, dtype, more, by_columns):
         matrix, rng, stack, rows, columns, rank = given

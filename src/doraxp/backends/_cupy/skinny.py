@@ -21,12 +21,12 @@ from doraxp.backends._cupy.source import WARP, Types, blocks
 
 BAND, BAND_THREADS = 32, 256
 """Rows of a warp of `project`, and threads of a block. kernels/skinny.cu has the same."""
-TILE, MOST_TILES = 8, 4
-"""Ranks of a tile, and the most tiles that a warp of `project` multiplies at once."""
+RANKS = 16
+"""Ranks of a tile. A warp of `project` multiplies one or two of them at once."""
 MOST_GROUPS = 8
 """The most warps of `project` that share a part of F."""
-FLUTES, FLUTE_RANKS, FLUTE_STEP, FLUTE_THREADS = 128, 16, 16, 192
-"""Columns and ranks of a block of `pull`, rows of a step, and threads. The kernel has the same."""
+FLUTES, FLUTE_STEP, FLUTE_THREADS = 128, 16, 192
+"""Columns of a block of `pull`, which takes one tile, rows of a step, and threads."""
 DOWN = 3
 """Warps of a block of `pull` that share a chunk of the rows."""
 FULL = 120
@@ -58,8 +58,8 @@ class Skinny:
         result = self.cuda.empty((*stack, rows, rank), np.float32)
         if result.size == 0:
             return result
-        tiles = rank_tiles(rank)
-        chunks, count = blocks(rank, TILE * tiles), math.prod(stack)
+        tiles = 1 if rank <= RANKS else 2
+        chunks, count = blocks(rank, RANKS * tiles), math.prod(stack)
         groups = row_groups(rows, chunks * count)
         arguments = Project(
             matrix=stored, factor=factor, result=result, rows=rows, columns=columns, rank=rank,
@@ -112,11 +112,11 @@ class Skinny:
         *stack, rows, columns = stored.shape
         rank, rows2 = factor.shape[-1], 0 if second is None else second.shape[-2]
         count = math.prod(stack)
-        across = blocks(columns, FLUTES) * blocks(rank, FLUTE_RANKS)
+        if count * rank * columns == 0:
+            return self.cuda.empty((*stack, 1, rank, columns), np.float32)
+        across = blocks(columns, FLUTES) * blocks(rank, RANKS)
         chunks, each = row_chunks(rows, rows2, across * count)
         partial = self.cuda.empty((*stack, chunks, rank, columns), np.float32)
-        if partial.size == 0:
-            return partial
         arguments = Pull(
             matrix=stored, factor=factor, rows=rows, matrix2=second, factor2=factor2, rows2=rows2,
             result=partial, columns=columns, rank=rank, per_chunk=each,
@@ -124,11 +124,6 @@ class Skinny:
         grid = across, chunks, count
         self.cuda.launch(arguments, _types(stored), grid, threads=FLUTE_THREADS)
         return partial
-
-
-def rank_tiles(rank: int) -> int:
-    """Return how many tiles of ranks a warp of `project` takes: 1, 2 or 4."""
-    return next((tiles for tiles in (1, 2) if rank <= TILE * tiles), MOST_TILES)
 
 
 def row_groups(rows: int, others: int) -> int:

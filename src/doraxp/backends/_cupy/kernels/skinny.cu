@@ -10,12 +10,12 @@
 
 enum {
     FACTOR_PARTS = 3,
-    ROW_TILES = 2,          // of a warp, 16 rows each
-    BAND = 16 * ROW_TILES,  // rows of a warp
+    RANKS = 16,             // of a tile of F
+    ROW_TILES = 4,          // of a warp, 8 rows each
+    BAND = 8 * ROW_TILES,   // rows of a warp
     BAND_COLUMNS = 32,      // columns of a warp that it multiplies at once: two steps of 16
     BAND_WARPS = 8,
     BAND_THREADS = WARP * BAND_WARPS,
-    RING = 4,    // loads of a warp in flight
     FLUTE = 64,  // columns of a warp in `pull`
     FLUTE_STEP = 16,
     FLUTES = 2, FLUTE_DOWN = 3,  // warps of a block beside and below each other
@@ -101,15 +101,38 @@ template <int count> __device__ inline void neighbours(const float* from, float*
     for (int j = 0; j < count; ++j) values[j] = group.item[j];
 }
 
-// sums (16, 8) += left right, over 16 terms.
-__device__ inline void add_product(float* sums, const unsigned (&left)[MATRIX_PARTS][4],
-                                   const unsigned (&right)[FACTOR_PARTS][2]) {
-    float fresh[4] = {};
+// product (16, 8) = left right, over 16 terms: the first of the products that add up in it.
+#ifdef DORAXP_HOST
+__device__ inline void first_product(float* product, const unsigned* left, const unsigned* right) {
+    for (int h = 0; h < 4; ++h) product[h] = 0;
+    tensor_product(product, left, right);
+}
+#else
+__device__ inline void first_product(float* product, const unsigned* left, const unsigned* right) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+        : "=f"(product[0]), "=f"(product[1]), "=f"(product[2]), "=f"(product[3])
+        : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]),
+          "f"(0.0f));
+}
+#endif
+
+// sums (16, 8) += left right, over 16 terms. Both are in parts; the products of two small parts,
+// below 2^-24 of the whole, are left out.
+template <int left_parts, int right_parts>
+__device__ inline void add_product(float* sums, const unsigned (&left)[left_parts][4],
+                                   const unsigned (&right)[right_parts][2]) {
+    float fresh[4];
+    bool is_first = true;
 #pragma unroll
     for (int least = FACTOR_PARTS - 1; least >= 0; --least)
 #pragma unroll
-        for (int p = MATRIX_PARTS - 1; p >= 0; --p)
-            if (p <= least) tensor_product(fresh, left[p], right[least - p]);
+        for (int p = 0; p < left_parts; ++p) {
+            if (p > least || least - p >= right_parts) continue;
+            if (is_first) first_product(fresh, left[p], right[least - p]);
+            else tensor_product(fresh, left[p], right[least - p]);
+            is_first = false;
+        }
 #pragma unroll
     for (int h = 0; h < 4; ++h) sums[h] += fresh[h];
 }
@@ -117,79 +140,79 @@ __device__ inline void add_product(float* sums, const unsigned (&left)[MATRIX_PA
 // How F is read in `project`: eight neighbours of a row, neighbours of a column, or one at a time.
 enum { BY_ROWS, BY_COLUMNS, ONE_BY_ONE };
 
-// A warp's part of M Fᵀ: BAND rows, and 8 `tiles` ranks. Lane 4 g + t multiplies 8 neighbouring
-// columns of rows g and g + 8 of each tile with those of the ranks tiles·g .. tiles·g + tiles − 1.
+// A warp's part of F Mᵀ: BAND rows of M, and 16 `tiles` ranks. Lane 4 g + t loads 8 neighbouring
+// columns of row g of each row tile, and of the ranks 2 tiles·g .. 2 tiles·g + 2 tiles − 1. Rows g
+// and g + 8 of rank tile q are its ranks 2 q and 2 q + 1.
 template <int tiles, int way, int places> struct Band {
-    const storage_t* row[ROW_TILES][2];
-    const float* of_rank[tiles];
+    const storage_t* row[ROW_TILES];
+    const float* of_rank[2 * tiles];
     index_t step;  // from a column of F to the next
-    float sums[ROW_TILES][tiles][4];
+    float sums[tiles][ROW_TILES][4];
 
     // `left` columns are there from the lane's first on.
-    __device__ void fetch(int place, int left, Eight (&held)[ROW_TILES][2]) const {
+    __device__ void fetch(int place, int left, Eight (&held)[ROW_TILES]) const {
 #pragma unroll
         for (int i = 0; i < ROW_TILES; ++i)
-#pragma unroll
-            for (int h = 0; h < 2; ++h)
-                held[i][h] = eight_of(row[i][h] + place * BAND_COLUMNS, left - place * BAND_COLUMNS,
-                                      way != ONE_BY_ONE);
+            held[i] = eight_of(row[i] + place * BAND_COLUMNS, left - place * BAND_COLUMNS,
+                               way != ONE_BY_ONE);
     }
 
-    // values[q][j] = F of the lane's rank q and of its column 4 s + j, or 0.
-    __device__ void load_factor(int place, int s, int left, float (&values)[tiles][4]) const {
+    // values[r][j] = F of the lane's rank r and of its column 4 s + j, or 0.
+    __device__ void load_factor(int place, int s, int left, float (&values)[2 * tiles][4]) const {
         const int at = place * BAND_COLUMNS + 4 * s, count = left - at;
 #pragma unroll
         for (int j = 0; j < 4; ++j)
 #pragma unroll
-            for (int q = 0; q < tiles; ++q) {
-                values[q][j] = 0;
-                if (way == ONE_BY_ONE && j < count) values[q][j] = of_rank[q][(at + j) * step];
+            for (int r = 0; r < 2 * tiles; ++r) {
+                values[r][j] = 0;
+                if (way == ONE_BY_ONE && j < count) values[r][j] = of_rank[r][(at + j) * step];
             }
         if (way == ONE_BY_ONE || count <= 0) return;
         if (way == BY_ROWS) {
 #pragma unroll
-            for (int q = 0; q < tiles; ++q) neighbours<4>(of_rank[q] + at, values[q]);
+            for (int r = 0; r < 2 * tiles; ++r) neighbours<4>(of_rank[r] + at, values[r]);
         } else {
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                float found[tiles];
-                neighbours<tiles>(of_rank[0] + (at + j) * step, found);
+                float found[2 * tiles];
+                neighbours<2 * tiles>(of_rank[0] + (at + j) * step, found);
 #pragma unroll
-                for (int q = 0; q < tiles; ++q) values[q][j] = found[q];
+                for (int r = 0; r < 2 * tiles; ++r) values[r][j] = found[r];
             }
         }
     }
 
     // sums += the products of 32 columns. The order of the columns in a step of 16 is the same for
-    // both factors: columns 4 s .. 4 s + 3 of each lane's eight are in step s.
-    __device__ void multiply(int place, int columns, const Eight (&held)[ROW_TILES][2]) {
+    // both factors: columns 4 s .. 4 s + 3 of each lane's eight are in step s. A lane's two words
+    // of M are neighbours, as the right factor needs them.
+    __device__ void multiply(int place, int columns, const Eight (&held)[ROW_TILES]) {
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
-            float values[tiles][4];
+            float values[2 * tiles][4];
             load_factor(place, s, columns, values);
-            unsigned left[ROW_TILES][MATRIX_PARTS][4];
+            unsigned right[ROW_TILES][MATRIX_PARTS][2];
 #pragma unroll
             for (int i = 0; i < ROW_TILES; ++i)
 #pragma unroll
-                for (int h = 0; h < 4; ++h) {
+                for (int h = 0; h < 2; ++h) {
                     unsigned parts[MATRIX_PARTS];
-                    split_stored(held[i][h % 2].word[2 * s + h / 2], parts);
+                    split_stored(held[i].word[2 * s + h], parts);
 #pragma unroll
-                    for (int p = 0; p < MATRIX_PARTS; ++p) left[i][p][h] = parts[p];
+                    for (int p = 0; p < MATRIX_PARTS; ++p) right[i][p][h] = parts[p];
                 }
 #pragma unroll
             for (int q = 0; q < tiles; ++q) {
-                unsigned right[FACTOR_PARTS][2];
+                unsigned left[FACTOR_PARTS][4];
 #pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    const float* pair = values[q] + 2 * h;
+                for (int h = 0; h < 4; ++h) {
+                    const float* pair = values[2 * q + h % 2] + h / 2 * 2;
                     unsigned parts[FACTOR_PARTS];
                     split_pair<FACTOR_PARTS>(pair[0], pair[1], parts);
 #pragma unroll
-                    for (int p = 0; p < FACTOR_PARTS; ++p) right[p][h] = parts[p];
+                    for (int p = 0; p < FACTOR_PARTS; ++p) left[p][h] = parts[p];
                 }
 #pragma unroll
-                for (int i = 0; i < ROW_TILES; ++i) add_product(sums[i][q], left[i], right);
+                for (int i = 0; i < ROW_TILES; ++i) add_product(sums[q][i], left, right[i]);
             }
         }
     }
@@ -199,15 +222,13 @@ template <int tiles, int way, int places> struct Band {
     // as soon as its numbers are multiplied.
     __device__ void run(int there, int stride) {
         int left = there - threadIdx.x % 4 * 8;
-        Eight ring[places][ROW_TILES][2];
+        Eight ring[places][ROW_TILES];
 #pragma unroll
         for (int place = 0; place < places; ++place) fetch(place, left, ring[place]);
 #pragma unroll 1
         for (; there > 0; there -= stride) {
 #pragma unroll
-            for (int i = 0; i < ROW_TILES; ++i)
-#pragma unroll
-                for (int h = 0; h < 2; ++h) row[i][h] += stride;
+            for (int i = 0; i < ROW_TILES; ++i) row[i] += stride;
 #pragma unroll
             for (int place = 0; place < places; ++place) {
                 multiply(place, left, ring[place]);
@@ -215,18 +236,18 @@ template <int tiles, int way, int places> struct Band {
             }
             left -= stride;
 #pragma unroll
-            for (int q = 0; q < tiles; ++q) of_rank[q] += stride * step;
+            for (int r = 0; r < 2 * tiles; ++r) of_rank[r] += stride * step;
         }
     }
 };
 
-typedef float BandSums[BAND_WARPS][BAND][8];
+typedef float BandSums[BAND_WARPS][BAND][RANKS];
 
 // The rows and ranks of a block of `project`. `groups` warps beside each other take different rows,
 // and the others the same rows and other columns.
 template <int tiles, int way, int places>
 __device__ inline void project_band(const storage_t* matrix, const float* factor, float* result,
-                                    index_t top, index_t first_rank, index_t rows, index_t columns,
+                                    int top, int first_rank, index_t rows, index_t columns,
                                     index_t rank, int turned, int groups, BandSums& held) {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     const index_t e = blockIdx.z;
@@ -234,20 +255,17 @@ __device__ inline void project_band(const storage_t* matrix, const float* factor
     Band<tiles, way, places> band = {};
     band.step = turned ? rank : 1;
 #pragma unroll
-    for (int q = 0; q < tiles; ++q) {
-        index_t r = first_rank + g * tiles + q;
-        if (r >= rank) r = way == BY_COLUMNS ? rank - tiles : rank - 1;
-        band.of_rank[q] =
-            factor + e * rank * columns + r * (turned ? 1 : columns) + own_column * band.step;
+    for (int r = 0; r < 2 * tiles; ++r) {
+        index_t own = first_rank + g * 2 * tiles + r;
+        if (own >= rank) own = way == BY_COLUMNS ? rank - 2 * tiles : rank - 1;
+        band.of_rank[r] =
+            factor + e * rank * columns + own * (turned ? 1 : columns) + own_column * band.step;
     }
 #pragma unroll
-    for (int i = 0; i < ROW_TILES; ++i)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const index_t own = top + warp % groups * BAND + 16 * i + 8 * h + g;
-            band.row[i][h] =
-                matrix + (e * rows + (own < rows ? own : rows - 1)) * columns + own_column;
-        }
+    for (int i = 0; i < ROW_TILES; ++i) {
+        const index_t own = top + warp % groups * BAND + 8 * i + g;
+        band.row[i] = matrix + (e * rows + (own < rows ? own : rows - 1)) * columns + own_column;
+    }
     band.run((int)columns - warp / groups * each, BAND_WARPS / groups * each);
 #pragma unroll
     for (int q = 0; q < tiles; ++q) {
@@ -256,13 +274,14 @@ __device__ inline void project_band(const storage_t* matrix, const float* factor
         for (int i = 0; i < ROW_TILES; ++i)
 #pragma unroll
             for (int h = 0; h < 4; ++h)
-                held[warp][16 * i + h / 2 * 8 + g][2 * t + h % 2] = band.sums[i][q][h];
+                held[warp][8 * i + 2 * t + h % 2][2 * g + h / 2] = band.sums[q][i][h];
         __syncthreads();
-        for (int at = threadIdx.x; at < groups * BAND * 8; at += BAND_THREADS) {
-            const int group = at / (BAND * 8), line = at / 8 % BAND, column = at % 8;
+        for (int at = threadIdx.x; at < groups * BAND * RANKS; at += BAND_THREADS) {
+            const int group = at / (BAND * RANKS), line = at / RANKS % BAND, own = at % RANKS;
             float total = 0;
-            for (int w = group; w < BAND_WARPS; w += groups) total += held[w][line][column];
-            const index_t row = top + group * BAND + line, r = first_rank + column * tiles + q;
+            for (int w = group; w < BAND_WARPS; w += groups) total += held[w][line][own];
+            const index_t row = top + group * BAND + line;
+            const index_t r = first_rank + own / 2 * 2 * tiles + 2 * q + own % 2;
             if (row < rows && r < rank) result[(e * rows + row) * rank + r] = total;
         }
     }
@@ -270,8 +289,8 @@ __device__ inline void project_band(const storage_t* matrix, const float* factor
 
 // result (rows, rank) = M Fᵀ, for M = `matrix` (rows, columns) and F = `factor` (rank, columns), or
 // stored as its transpose (columns, rank) if `turned`.
-// grid (rows / (32 groups) · chunks of the ranks, 1, stack), 512 threads; the ranks of a chunk are
-// 8, 16 or 32, the least that hold `rank`, or else 32
+// grid (rows / (32 groups) · chunks of the ranks, 1, stack), 256 threads; a chunk has 16 `tiles`
+// ranks, for 1 or 2 tiles
 // 2 bytes of M for each chunk, once from memory; F comes from the cache, once for each block
 extern "C" __global__ void __launch_bounds__(BAND_THREADS, 1)
     project(const storage_t* __restrict__ matrix, const compute_t* __restrict__ factor,
@@ -281,19 +300,21 @@ extern "C" __global__ void __launch_bounds__(BAND_THREADS, 1)
     __shared__ BandSums held;
     const float* of = (const float*)factor;
     float* to = (float*)result;
-    const index_t chunks = (rank + 8 * tiles - 1) / (8 * tiles);
-    const index_t top = blockIdx.x / chunks * groups * BAND, first = blockIdx.x % chunks * 8 * tiles;
-    const bool whole = columns % 8 == 0 && aligned(matrix, factor) && (!turned || rank % tiles == 0);
+    const int chunks = (int)((rank + RANKS * tiles - 1) / (RANKS * tiles));
+    const int top = blockIdx.x / chunks * groups * BAND;
+    const int first = blockIdx.x % chunks * RANKS * tiles;
+    const bool whole =
+        columns % 8 == 0 && aligned(matrix, factor) && (!turned || rank % (2 * tiles) == 0);
 #define PROJECT(TILES, WAY, FIRST)                                                                  \
-    project_band<TILES, WAY, WAY == ONE_BY_ONE ? 1 : TILES == 4 ? 2 : 4>(matrix, of, to, top, FIRST, rows, columns, rank, turned, groups, held)
+    project_band<TILES, WAY, WAY == ONE_BY_ONE ? 1 : 4 / TILES>(matrix, of, to, top, FIRST, rows,   \
+                                                                columns, rank, turned, groups, held)
     if (!whole) {
-        for (index_t each = first; each < first + 8 * tiles; each += 8) {
+        for (int each = first; each < first + RANKS * tiles; each += RANKS) {
             PROJECT(1, ONE_BY_ONE, each);
             __syncthreads();
         }
     } else if (tiles == 1) turned ? PROJECT(1, BY_COLUMNS, first) : PROJECT(1, BY_ROWS, first);
-    else if (tiles == 2) turned ? PROJECT(2, BY_COLUMNS, first) : PROJECT(2, BY_ROWS, first);
-    else turned ? PROJECT(4, BY_COLUMNS, first) : PROJECT(4, BY_ROWS, first);
+    else turned ? PROJECT(2, BY_COLUMNS, first) : PROJECT(2, BY_ROWS, first);
 #undef PROJECT
 }
 
@@ -390,9 +411,10 @@ extern "C" __global__ void __launch_bounds__(FLUTE_THREADS, 2)
     if (!is_skinny) return;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     const int beside = warp % FLUTES, below = warp / FLUTES;
-    const index_t e = blockIdx.z, chunks = (rank + 8 * FLUTE_TILES - 1) / (8 * FLUTE_TILES);
-    const index_t left = blockIdx.x / chunks * FLUTES * FLUTE;
-    const index_t first_rank = blockIdx.x % chunks * 8 * FLUTE_TILES;
+    const index_t e = blockIdx.z;
+    const int chunks = (int)((rank + 8 * FLUTE_TILES - 1) / (8 * FLUTE_TILES));
+    const int left = blockIdx.x / chunks * FLUTES * FLUTE;
+    const int first_rank = blockIdx.x % chunks * 8 * FLUTE_TILES;
 
     // A lane without columns or ranks loads the last ones: its sums are not stored.
     const bool packed = columns % 8 == 0 && rank % FLUTE_TILES == 0 &&
