@@ -147,13 +147,15 @@ def _measure(
     products = None
     if u is not None:
         a = as_dtype(adapter.lora_a, dtype, xp=ops.xp)
-        products = u, ops.product(a, transpose(a))  # W Aᵀ and G
-    if squares is None:
+        gram = ops.product(a, transpose(a))
+        if squares is None:
+            squares = ops.row_squares(weight, dtype)
+            u, gram, squares = sums(reduce, u, gram, squares, xp=ops.xp)
+        else:
+            u, gram = sums(reduce, u, gram, xp=ops.xp)
+        products = u, gram
+    elif squares is None:
         squares = ops.row_squares(weight, dtype)
-        if products is not None:
-            *products, squares = sums(reduce, *products, squares, xp=ops.xp)
-    elif products is not None:
-        products = sums(reduce, *products, xp=ops.xp)
     row_scale = None
     if config.form == "direction":
         row_scale = _known_row_scale(previous, dtype)

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from doraxp._base.types import Consumed, DType
 from doraxp.backends._cupy.arrays import DeviceArray, packed
-from doraxp.backends._cupy.guard import Guard, Suspects
 from doraxp.backends._cupy.passes import Passes, Through
 from doraxp.backends._cupy.products import Products, is_mixed
+from doraxp.backends._cupy.suspects import Suspects, laid
 from doraxp.backends._direction import Arithmetic, Factors, form, split_rows
 
 
@@ -25,7 +25,6 @@ class DevicePatched(NamedTuple):
     """The arrays of which V is made, as the caller gave them."""
     suspects: Suspects
     """The suspect rows, with the factors as the kernels read them."""
-    guard: Guard
     passes: Passes
     products: Products
 
@@ -99,5 +98,5 @@ class DevicePatched(NamedTuple):
     def with_weight(self, weight: DeviceArray) -> DevicePatched:
         """Return the direction with another object for W."""
         factors = self.factors._replace(weight=weight)
-        suspects = self.suspects._replace(factors=self.guard.laid(factors))
+        suspects = self.suspects._replace(factors=laid(factors, self.passes.xp))
         return self._replace(factors=factors, suspects=suspects)

@@ -26,16 +26,18 @@ from doraxp.backends._cupy.arrays import LOW, DeviceArray, PlainWeight, name_of
 from doraxp.backends._cupy.backward import Backward
 from doraxp.backends._cupy.device import Cuda
 from doraxp.backends._cupy.direction import DevicePatched
-from doraxp.backends._cupy.guard import Guard
 from doraxp.backends._cupy.passes import Passes
 from doraxp.backends._cupy.patches import Patches
 from doraxp.backends._cupy.products import Products, is_exact
 from doraxp.backends._cupy.skinny import Skinny
+from doraxp.backends._cupy.suspects import Suspects, laid
 from doraxp.backends._direction import Direction, Factors
 from doraxp.backends._generic import CANCELLATION, LayerGradients, Norm, Operations, least_sum
 
 MEASURED = 64
 """The largest rank for which forming V takes no longer than reading W a second time."""
+NORMED = 64
+"""The largest rank for which one launch makes s B and A Aᵀ, and one the norm. Beyond, products do."""
 NEEDED = 80
 """Ten times the compute capability that the kernels need. It is the first with bfloat16."""
 
@@ -69,7 +71,6 @@ class CupyOperations(Operations):
         self.products = Products(xp, self.cuda, self.skinny)
         self.passes = Passes(xp, self.cuda)
         self.backward = Backward(xp, self.products, self.passes, self.skinny)
-        self.device_guard = Guard(xp, self.cuda, self.products)
         self.patches = Patches(xp, self.cuda, self.products)
 
     def can_read_values(self, array: DeviceArray) -> bool:
@@ -142,18 +143,27 @@ class CupyOperations(Operations):
             return super().norm_and_direction(
                 weight, adapter, scaling, row_scale, squares, products, reduce
             )
-        xp = self.xp
-        a, b, magnitude = (xp.astype(leaf, squares.dtype, copy=False) for leaf in adapter)
-        transposed = xp.matrix_transpose(a)
-        u = self.product(weight, transposed)
-        gram = self.products.multiply(a, transposed, a.dtype, whole=name_of(weight) in LOW)
-        factors = Factors(weight, a, scaling * b, row_scale)
-        least = least_sum(u.dtype, weight.shape[-1], xp=xp)
-        norm, gain, unit, suspects = self.device_guard.adapted_norm(
-            u, gram, squares, factors, magnitude, least, CANCELLATION
+        xp, dtype, rank = self.xp, squares.dtype, adapter.lora_a.shape[-2]
+        multiply, whole = self.products.multiply, name_of(weight) in LOW
+        few = rank <= NORMED
+        a, b, gram, found = self.skinny.prepare(
+            adapter.lora_a, adapter.lora_b, scaling, dtype, gram=few
         )
-        direction = DevicePatched(factors, suspects, self.device_guard, self.passes, self.products)
-        return Norm(norm, gain, unit, direction)
+        transposed = xp.matrix_transpose(a)
+        u = bg = None
+        if not self.skinny.makes_u(weight, dtype, rank):
+            u = self.product(weight, transposed)
+        if not few:
+            gram = multiply(a, transposed, dtype, whole=whole)
+            bg = multiply(b, gram, dtype, whole=whole)
+        factors = Factors(weight, a, b, row_scale)
+        magnitude = xp.astype(adapter.magnitude, dtype, copy=False)
+        least = least_sum(dtype, weight.shape[-1], xp=xp)
+        norm, gain, unit, gained, suspect = self.skinny.measure(
+            factors, gram, squares, magnitude, found, least, CANCELLATION, u=u, bg=bg
+        )
+        suspects = Suspects(found, suspect, gained, laid(factors, xp))
+        return Norm(norm, gain, unit, DevicePatched(factors, suspects, self.passes, self.products))
 
     # Merging
 

@@ -20,7 +20,6 @@ from doraxp.backends._cupy.arrays import (
     types_of,
 )
 from doraxp.backends._cupy.device import Cuda
-from doraxp.backends._cupy.guard import Suspects
 from doraxp.backends._cupy.signatures import (
     GradientA,
     Gradients,
@@ -31,6 +30,7 @@ from doraxp.backends._cupy.signatures import (
     Update,
 )
 from doraxp.backends._cupy.source import LIMIT, THREADS, WARPS, blocks
+from doraxp.backends._cupy.suspects import Suspects
 
 LEAST, CHUNK, CHUNKS = 4, 32, 64
 """The fewest and the most tokens of a chunk, and how many chunks there are in between."""
@@ -303,7 +303,7 @@ def _suspects(found: Suspects) -> dict[str, Any]:
 
 def _through(
     found: Suspects, through: Through, xp: Namespace
-) -> tuple[dict[str, Any], dict[str, int]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the arrays and the numbers by which a kernel adds the suspect rows' part."""
     arrays = _suspects(found)
     turned = arrays.pop("turned")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 import numpy as np
@@ -109,7 +109,7 @@ class Products:
 
         One token, and a float32 factor that is as narrow as a rank, take one launch.
         """
-        transposed = self.xp.matrix_transpose
+        transposed: Callable[[DeviceArray], DeviceArray] = self.xp.matrix_transpose
         dtype = np.promote_types(wide_dtype(left), wide_dtype(right))
         rows = transposed(right)
         if not self.takes_token(left, rows, dtype):

@@ -326,36 +326,6 @@ class SumParts(NamedTuple):
     beta: Number
 
 
-class GuardNorms(NamedTuple):
-    """n of the suspect rows, and g and V Aᵀ / n, from V itself."""
-
-    suspect: ConstMarks
-    rows: Index
-    weight: ConstStorage
-    turned: Int
-    a: ConstCompute | None
-    b: ConstCompute | None
-    row_scale: ConstCompute | None
-    norm: Compute
-    magnitude: ConstCompute | None
-    gain: Compute | None
-    unit: Compute | None
-    out: Index
-    inner: Index
-    rank: Index
-
-
-class ListSuspects(NamedTuple):
-    """The list of the suspect rows that are not zero, and their count."""
-
-    suspect: Marks
-    norm: ConstCompute
-    listed: Ints
-    listed_count: Ints
-    switches: Compute
-    rows: Index
-
-
 class Tiles(NamedTuple):
     """s B and A in parts, in the order in which tensor cores load them, and their scales."""
 
@@ -444,8 +414,6 @@ _DECLARED: tuple[type[tuple[Any, ...]], ...] = (
     Split,
     Cast,
     SumParts,
-    GuardNorms,
-    ListSuspects,
     Tiles,
     Merge,
     Squares,

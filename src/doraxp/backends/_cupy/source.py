@@ -14,7 +14,6 @@ FILES = (
     "token",
     "norm",
     "parts",
-    "guard",
     "merge",
     "adamw",
 )
