@@ -13,8 +13,9 @@ import itertools
 import numpy as np
 import pytest
 
-from doraxp.backends import operations
-from doraxp.backends._cupy.skinny import Skinny
+from doraxp.backends import Factors, operations
+from doraxp.backends._cupy.skinny import MOST_PAIRED, Skinny
+from doraxp.backends._generic import CANCELLATION, least_sum
 
 LANES = "cuda-host", "cupy"
 LOW = "float16", "bfloat16"
@@ -219,3 +220,186 @@ class TestWithoutNumbers:
         result = backend.numpy(skinny.pull(backend.asarray(np.ones((rows, 2), "float32")), matrix))
         assert result.shape == (2, columns)
         np.testing.assert_array_equal(result, rows)
+
+
+ALL = "float16", "bfloat16", "float32", "float64"
+
+
+def wide_of(dtype):
+    return "float64" if str(dtype) == "float64" else "float32"
+
+
+def in_float64(backend, array):
+    return np.asarray(backend.numpy(array)).astype("float64")
+
+
+@pytest.mark.lanes(*LANES)
+@pytest.mark.dtypes(*ALL)
+class TestPrepare:
+    @pytest.mark.parametrize(
+        ("stack", "out", "inner", "rank"),
+        [((), 7, 9, 3), ((2,), 40, 1032, 16), ((), 5, 24, 19), ((), 130, 40, 1)],
+    )
+    @pytest.mark.parametrize("other", [None, *ALL])
+    def test_the_adapters_own_arrays(
+        self, backend, skinny, put, dtype, other, stack, out, inner, rank
+    ):
+        """A and B may have different dtypes."""
+        wide = "float64" if "float64" in (str(dtype), other) else "float32"
+        rng = np.random.default_rng(rank)
+        a = put(rng.standard_normal((*stack, rank, inner)), dtype)
+        b = put(rng.standard_normal((*stack, out, rank)), other or dtype)
+        found = skinny.prepare(a, b, 1.5, wide)
+        exact_a, exact_b = in_float64(backend, a), in_float64(backend, b)
+        np.testing.assert_array_equal(in_float64(backend, found.lora_a), exact_a)
+        np.testing.assert_array_equal(
+            in_float64(backend, found.scaled_b), (exact_b.astype(wide) * np.asarray(1.5, wide))
+        )
+        gram = in_float64(backend, found.gram)
+        np.testing.assert_array_equal(gram, transposed(gram))
+        size = np.abs(exact_a) @ transposed(np.abs(exact_a))
+        # A lane adds inner / 1024 packs of numbers, each of 8 at most; then 7 + 4 sums are added.
+        bound = (8 * (inner // 512 + 1) + 11) * np.finfo(wide).eps / 2
+        assert (np.abs(gram - exact_a @ transposed(exact_a)) <= bound * size).all()
+        for each in (found.lora_a, found.scaled_b, found.gram):
+            assert each.dtype == np.dtype(wide)
+        assert backend.numpy(found.any_suspect).tolist() == [0]
+
+    def test_the_product_of_a_with_itself_is_made_on_request(self, backend, skinny, put, dtype):
+        a, b = put(np.ones((MOST_PAIRED + 1, 8)), dtype), put(np.ones((3, MOST_PAIRED + 1)), dtype)
+        found = skinny.prepare(a, b, 0.5, wide_of(dtype), gram=False)
+        assert found.gram is None
+        assert (in_float64(backend, found.scaled_b) == 0.5).all()
+        assert (in_float64(backend, found.lora_a) == 1).all()
+
+
+@pytest.mark.lanes(*LANES)
+@pytest.mark.dtypes(*ALL)
+@pytest.mark.parametrize("form", ["weight", "direction"])
+class TestNorm:
+    """n, g, V Aᵀ / n and g⊙b, also for rows that cancel, overflow, underflow or are zeros."""
+
+    CANCELLED, ZERO, HUGE, TINY = 1, 3, 34, 6
+
+    @pytest.fixture(params=["small", "tall", "ranks", "stack"])
+    def given(self, request, backend, put, dtype, form):
+        stack, out, inner, rank = {
+            "small": ((), 7, 9, 3),
+            "tall": ((), 70, 520, 16),
+            "ranks": ((), 37, 72, 20),
+            "stack": ((2,), 36, 40, 5),
+        }[request.param]
+        rng = np.random.default_rng(out)
+        weight, a = (rng.standard_normal((*stack, n, inner)) for n in (out, rank))
+        b = 0.3 * rng.standard_normal((*stack, out, rank))
+        update = (b @ a)[..., self.CANCELLED, :]
+        length = np.linalg.norm(update, axis=-1, keepdims=True)
+        weight[..., self.CANCELLED, :] = -update / length
+        b[..., self.CANCELLED, :] *= 0.9 / length
+        weight[..., self.ZERO, :], b[..., self.ZERO, :] = 0, 0
+        power = 600 if str(dtype) == "float64" else 66
+        b[..., self.TINY, :] *= 2.0**-power
+        weight[..., self.TINY, :] = 0
+        if out > self.HUGE:
+            b[..., self.HUGE, :] *= 2.0**power
+        wide, stored = wide_of(dtype), put(weight, dtype)
+        scale = None
+        if form == "direction":  # ρ = 1 / ‖w‖, as the norm takes ρ²‖w‖² to be 1
+            lengths = np.linalg.norm(in_float64(backend, stored), axis=-1)
+            safe = np.where(lengths == 0, 1, lengths)
+            scale = put(np.where(lengths == 0, 0, 1 / safe), wide)
+        factors = Factors(stored, put(a, wide), put(b, wide), scale)
+        return factors, put(rng.standard_normal((*stack, out)), wide)
+
+    @pytest.mark.parametrize("way", ["fused", "expanded", "by columns"])
+    def test_all_rows_are_measured(self, backend, skinny, put, dtype, form, given, way):
+        factors, magnitude = given
+        kind, xp = magnitude.dtype, skinny.xp
+        weight, a, b, scale = (
+            None if array is None else in_float64(backend, array) for array in factors
+        )
+        inner, rank = a.shape[-2:][::-1]
+        v = (weight if scale is None else scale[..., None] * weight) + b @ a
+        peak = np.max(np.abs(v), axis=-1, keepdims=True)
+        peak[peak == 0] = 1
+        n = peak[..., 0] * np.linalg.norm(v / peak, axis=-1)
+        squares, gram = (weight**2).sum(-1), a @ transposed(a)
+        extra = {}
+        if way == "fused":
+            if not skinny.makes_u(factors.weight, kind, rank):
+                assert wide_of(dtype) == str(dtype)
+                return
+        else:
+            extra = {"u": put(weight @ transposed(a), kind)}
+        if way == "by columns":
+            stored = transposed(factors.weight).copy()
+            factors = factors._replace(weight=transposed(stored))
+            extra["bg"] = put(b @ gram, kind)
+        flag = backend.asarray(np.zeros(1, "int32"))
+        least = least_sum(kind, inner, xp=xp)
+        found = skinny.measure(
+            factors, put(gram, kind), None if form == "direction" else put(squares, kind),
+            magnitude, flag, least, CANCELLATION, **extra,
+        )  # fmt: skip
+        norm, gain, unit, gained = (in_float64(backend, array) for array in found[:4])
+        suspect = np.asarray(backend.numpy(found.suspect))
+        for each in found[:4]:
+            assert each.dtype == kind
+
+        # A trusted n² is at least half of its terms, so its error is at most twice theirs, and n's
+        # is half of it. Each is a sum of fewer than inner + rank² rounded terms, or much better.
+        rtol = 64 * float(np.finfo(kind).eps)
+        m = in_float64(backend, magnitude)
+        safe = np.where(n == 0, 1, n)
+        g = np.where(n == 0, 0, m / safe)
+        np.testing.assert_allclose(norm, n, rtol=rtol)
+        np.testing.assert_allclose(gain, g, rtol=2 * rtol)
+        lengths = np.linalg.norm(a, axis=-1)[..., None, :]
+        exact = np.where(n[..., None] == 0, 0, v @ transposed(a) / safe[..., None])
+        assert (np.abs(unit - exact) <= rtol * lengths).all()
+        assert not unit[..., self.ZERO, :].any()
+
+        rows = np.zeros(n.shape, bool)
+        rows[..., [row for row in (self.CANCELLED, self.TINY, self.HUGE) if row < n.shape[-1]]] = True
+        assert suspect[rows].all()
+        assert not suspect[..., self.ZERO].any()
+        assert suspect.mean() < 0.6
+        np.testing.assert_allclose(
+            gained, np.where(suspect[..., None], 0, g[..., None] * b), rtol=2 * rtol
+        )
+        assert backend.numpy(flag).tolist() == [1]
+
+    def test_without_suspect_rows_the_flag_stays(self, backend, skinny, put, dtype, form):
+        weight, a, kind = np.eye(5, 16), np.eye(2, 16), wide_of(dtype)
+        factors = Factors(put(weight, dtype), put(a, kind), put(np.zeros((5, 2)), kind), None)
+        if form == "direction":
+            factors = factors._replace(row_scale=put(np.ones(5), kind))
+        flag = backend.asarray(np.zeros(1, "int32"))
+        u = None if skinny.makes_u(factors.weight, kind, 2) else put(weight @ a.T, kind)
+        found = skinny.measure(
+            factors, put(np.eye(2), kind), put(np.ones(5), kind), put(np.ones(5), kind), flag,
+            1e-30, CANCELLATION, u=u,
+        )  # fmt: skip
+        assert not backend.numpy(found.suspect).any()
+        assert backend.numpy(flag).tolist() == [0]
+        np.testing.assert_array_equal(in_float64(backend, found.norm), 1)
+
+    def test_a_number_that_is_not_finite_is_marked(self, backend, skinny, put, dtype, form):
+        weight, kind = np.eye(5, 16), wide_of(dtype)
+        weight[1, 3], weight[2, 4] = np.inf, np.nan
+        ones = put(np.ones(5), kind)
+        factors = Factors(
+            put(weight, dtype), put(np.eye(2, 16), kind), put(np.ones((5, 2)), kind),
+            None if form == "weight" else ones,
+        )  # fmt: skip
+        flag = backend.asarray(np.zeros(1, "int32"))
+        u = None if skinny.makes_u(factors.weight, kind, 2) else put(weight[:, :2], kind)
+        squares = put((weight**2).sum(-1), kind)
+        found = skinny.measure(
+            factors, put(np.eye(2), kind), squares, ones, flag, 1e-30, CANCELLATION, u=u
+        )
+        if form == "weight":
+            assert backend.numpy(found.suspect).tolist() == [False, True, True, False, False]
+            assert np.isnan(in_float64(backend, found.norm)).tolist() == [
+                False, True, True, False, False
+            ]  # fmt: skip

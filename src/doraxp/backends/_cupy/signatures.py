@@ -60,6 +60,75 @@ class Pull(NamedTuple):
     per_chunk: Index
 
 
+class PrepareAdapter(NamedTuple):
+    """A and s B in the compute dtype, A Aᵀ, and 0 in `any`."""
+
+    a: ConstVoid
+    a_is_stored: Int
+    b: ConstVoid
+    b_is_stored: Int
+    wide_a: Compute | None
+    scaled_b: Compute
+    gram: Compute | None
+    any: Ints
+    out: Index
+    inner: Index
+    rank: Index
+    scaling: Number
+
+
+class ExpandedNorm(NamedTuple):
+    """n, g, V Aᵀ / n and g⊙b from products with A, and a mark for each suspect row."""
+
+    u: ConstCompute
+    weight: ConstStorage
+    turned: Int
+    a: ConstCompute
+    b: ConstCompute
+    bg: ConstCompute | None
+    gram: ConstCompute
+    squares: ConstCompute | None
+    row_scale: ConstCompute | None
+    magnitude: ConstCompute
+    norm: Compute
+    gain: Compute
+    unit: Compute
+    gained: Compute
+    suspect: Marks
+    any: Ints
+    rows: Index
+    out: Index
+    inner: Index
+    rank: Index
+    floor: Number
+    cancellation: Number
+
+
+class AdaptedNorm(NamedTuple):
+    """The same as `ExpandedNorm`, from a W of 16 bits by rows."""
+
+    weight: ConstStorage
+    a: ConstCompute
+    b: ConstCompute
+    gram: ConstCompute
+    squares: ConstCompute | None
+    row_scale: ConstCompute | None
+    magnitude: ConstCompute
+    norm: Compute
+    gain: Compute
+    unit: Compute
+    gained: Compute
+    suspect: Marks
+    any: Ints
+    out: Index
+    inner: Index
+    rank: Index
+    tiles: Int
+    groups: Int
+    floor: Number
+    cancellation: Number
+
+
 class Outputs(NamedTuple):
     """z ← ρ⊙z and y = g⊙z + bias, with the suspect rows' columns of both."""
 
@@ -400,6 +469,9 @@ class Adamw(NamedTuple):
 _DECLARED: tuple[type[tuple[Any, ...]], ...] = (
     Project,
     Pull,
+    PrepareAdapter,
+    ExpandedNorm,
+    AdaptedNorm,
     Outputs,
     Update,
     Gradients,

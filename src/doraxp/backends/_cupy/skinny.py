@@ -10,21 +10,42 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
-from doraxp._base.types import Namespace
-from doraxp.backends._cupy.arrays import DeviceArray, as_stored, name_of, one_type, packed
+from doraxp._base.types import DType, Namespace
+from doraxp.backends._cupy.arrays import (
+    LOW,
+    DeviceArray,
+    as_stored,
+    dtype_name,
+    name_of,
+    one_type,
+    packed,
+)
 from doraxp.backends._cupy.device import Cuda
-from doraxp.backends._cupy.signatures import Project, Pull, SumChunks
-from doraxp.backends._cupy.source import WARP, Types, blocks
+from doraxp.backends._cupy.signatures import (
+    AdaptedNorm,
+    ExpandedNorm,
+    PrepareAdapter,
+    Project,
+    Pull,
+    SumChunks,
+)
+from doraxp.backends._cupy.source import THREADS, WARP, WARPS, Types, blocks
+from doraxp.backends._direction import Factors
 
 BAND, BAND_THREADS = 32, 256
 """Rows of a warp of `project`, and threads of a block. kernels/skinny.cu has the same."""
 RANKS = 16
 """Ranks of a tile. A warp of `project` multiplies one or two of them at once."""
-MOST_GROUPS = 8
-"""The most warps of `project` that share a part of F."""
+MOST_GROUPS, MOST_BANDS = 8, 4
+"""The most warps of `project` and of `adapted_norm` that share a part of F."""
+SIDE = 4
+"""Ranks on each side of the part of A Aᵀ that a block of `prepare_adapter` makes."""
+MOST_PAIRED = 64
+"""The largest rank for which `prepare_adapter` makes A Aᵀ: each block reads 8 rows of A."""
 FLUTES, FLUTE_STEP, FLUTE_THREADS = 128, 16, 192
 """Columns of a block of `pull`, which takes one tile, rows of a step, and threads."""
 DOWN = 3
@@ -35,8 +56,27 @@ PULLING = 264
 """Blocks of `pull` that a GPU of 132 multiprocessors runs at once: two on each."""
 
 
+class Prepared(NamedTuple):
+    """The adapter's own arrays."""
+
+    lora_a: DeviceArray  # (*stack, rank, in), in the compute dtype
+    scaled_b: DeviceArray  # s B, (*stack, out, rank)
+    gram: DeviceArray | None  # A Aᵀ, (*stack, rank, rank)
+    any_suspect: DeviceArray  # (1,) int32: 0, until the norm finds a suspect row
+
+
+class Measured(NamedTuple):
+    """The norm, and the arrays that follow from it by rows."""
+
+    norm: DeviceArray  # n, (*stack, out)
+    gain: DeviceArray  # g = m / n
+    unit: DeviceArray  # V Aᵀ / n, (*stack, out, rank)
+    gained: DeviceArray  # g⊙b, (*stack, out, rank), and 0 in suspect rows
+    suspect: DeviceArray  # (*stack, out) bool: the suspect rows that are not zeros
+
+
 class Skinny:
-    """The products, for a namespace and a device."""
+    """The products and the norm, for a namespace and a device."""
 
     def __init__(self, xp: Namespace, cuda: Cuda) -> None:
         self.xp, self.cuda = xp, cuda
@@ -124,6 +164,84 @@ class Skinny:
         grid = across, chunks, count
         self.cuda.launch(arguments, _types(stored), grid, threads=FLUTE_THREADS)
         return partial
+
+    def prepare(
+        self, lora_a: DeviceArray, lora_b: DeviceArray, scaling: float, dtype: DType, *,
+        gram: bool = True,
+    ) -> Prepared:  # fmt: skip
+        """Return A and s B in `dtype`, A Aᵀ for `gram`, and a 0 for suspect rows, by one launch.
+
+        A itself is returned if it is in C order and of `dtype`.
+        """
+        wide = dtype_name(np.dtype(dtype))
+        lora_a, lora_b = packed(lora_a, self.xp), packed(lora_b, self.xp)
+        stored = next((name_of(array) for array in (lora_a, lora_b) if name_of(array) != wide), wide)
+        if name_of(lora_b) not in (stored, wide):  # three dtypes: the kernel has types for two
+            lora_b = self.xp.astype(lora_b, dtype)
+        *stack, rank, inner = lora_a.shape
+        out, count = lora_b.shape[-2], math.prod(stack)
+        if name_of(lora_a) == wide:
+            wide_a, copied = None, 0
+        else:
+            wide_a, copied = self.cuda.empty(lora_a.shape, dtype), rank * inner
+        scaled_b = self.cuda.empty(lora_b.shape, dtype)
+        pairs = self.cuda.empty((*stack, rank, rank), dtype) if gram else None
+        found = self.cuda.empty((1,), np.int32)
+        arguments = PrepareAdapter(
+            a=lora_a, a_is_stored=name_of(lora_a) == stored, b=lora_b,
+            b_is_stored=name_of(lora_b) == stored, wide_a=wide_a, scaled_b=scaled_b, gram=pairs,
+            any=found, out=out, inner=inner, rank=rank, scaling=scaling,
+        )  # fmt: skip
+        each = THREADS * (8 if stored in LOW else 16 // np.dtype(stored).itemsize)
+        sides = blocks(rank, SIDE) if gram else 0
+        grid = sides * (sides + 1) // 2 + blocks(out * rank, each) + blocks(copied, each), 1, count
+        self.cuda.launch(arguments, Types(stored, wide, wide), grid)
+        return Prepared(lora_a if wide_a is None else wide_a, scaled_b, pairs, found)
+
+    def measure(
+        self, factors: Factors, gram: DeviceArray, squares: DeviceArray | None,
+        magnitude: DeviceArray, any_suspect: DeviceArray, floor: float, cancellation: float, *,
+        u: DeviceArray | None = None, bg: DeviceArray | None = None,
+    ) -> Measured:  # fmt: skip
+        """Return n and the arrays by rows that follow from it, by one launch.
+
+        `u` is W Aᵀ, and `bg` is b A Aᵀ; both may be None where `makes_u` is true. `squares` is ‖w‖²
+        by rows, which ρ makes needless. Sets any_suspect[0] to 1 if a suspect row is not of zeros.
+        """
+        xp, (weight, *rest) = self.xp, factors
+        a, b, row_scale = (packed(array, xp) for array in rest)
+        kind = b.dtype
+        *stack, out, rank = b.shape
+        inner, count = a.shape[-1], math.prod(stack)
+        norm, gain = (self.cuda.empty((*stack, out), kind) for _ in range(2))
+        unit, gained = (self.cuda.empty(b.shape, kind) for _ in range(2))
+        suspect = self.cuda.empty((*stack, out), xp.bool)
+        made = {
+            "a": a, "b": b, "gram": packed(gram, xp), "squares": packed(squares, xp),
+            "row_scale": row_scale, "magnitude": packed(magnitude, xp), "norm": norm, "gain": gain,
+            "unit": unit, "gained": gained, "suspect": suspect, "any": any_suspect, "out": out,
+            "inner": inner, "rank": rank, "floor": floor, "cancellation": cancellation,
+        }  # fmt: skip
+        stored, turned = as_stored(weight, xp)
+        types = Types(name_of(weight), name_of(b), name_of(b))
+        if u is None:
+            tiles = 1 if rank <= RANKS else 2
+            groups = min(row_groups(out, count), MOST_BANDS)
+            fused = AdaptedNorm(weight=stored, tiles=tiles, groups=groups, **made)
+            grid = blocks(out, BAND * groups), 1, count
+            self.cuda.launch(fused, types, grid, threads=BAND_THREADS)
+        else:
+            rows = count * out
+            arguments = ExpandedNorm(
+                u=packed(u, xp), weight=stored, turned=turned, bg=packed(bg, xp), rows=rows, **made
+            )
+            self.cuda.launch(arguments, types, (blocks(rows, WARPS), 1, 1))
+        return Measured(norm, gain, unit, gained, suspect)
+
+    def makes_u(self, weight: DeviceArray, dtype: DType, rank: int) -> bool:
+        """Return whether `measure` can make W Aᵀ itself: for W of 16 bits in C order."""
+        low = name_of(weight) in LOW and np.dtype(dtype) == np.float32
+        return low and bool(weight.flags.c_contiguous) and rank <= 2 * RANKS
 
 
 def row_groups(rows: int, others: int) -> int:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 FILES = (
     "common",
     "skinny",
+    "adapter",
     "suspects",
     "forward",
     "backward",

@@ -16,6 +16,7 @@ enum {
     BAND_COLUMNS = 32,      // columns of a warp that it multiplies at once: two steps of 16
     BAND_WARPS = 8,
     BAND_THREADS = WARP * BAND_WARPS,
+    MOST_BANDS = 4,  // that share a part of F, in `adapted_norm`
     FLUTE = 64,  // columns of a warp in `pull`
     FLUTE_STEP = 16,
     FLUTES = 2, FLUTE_DOWN = 3,  // warps of a block beside and below each other
@@ -244,11 +245,13 @@ template <int tiles, int way, int places> struct Band {
 typedef float BandSums[BAND_WARPS][BAND][RANKS];
 
 // The rows and ranks of a block of `project`. `groups` warps beside each other take different rows,
-// and the others the same rows and other columns.
-template <int tiles, int way, int places>
-__device__ inline void project_band(const storage_t* matrix, const float* factor, float* result,
-                                    int top, int first_rank, index_t rows, index_t columns,
-                                    index_t rank, int turned, int groups, BandSums& held) {
+// and the others the same rows and other columns. keep(line, r, sum) gets each number of the result,
+// for row top + line and rank r.
+template <int tiles, int way, typename Keep>
+__device__ inline void project_band(const storage_t* matrix, const float* factor, int top,
+                                    int first_rank, index_t rows, index_t columns, index_t rank,
+                                    int turned, int groups, BandSums& held, Keep keep) {
+    const int places = way == ONE_BY_ONE ? 1 : 4 / tiles;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     const index_t e = blockIdx.z;
     const int each = places * BAND_COLUMNS, own_column = warp / groups * each + 8 * t;
@@ -280,11 +283,35 @@ __device__ inline void project_band(const storage_t* matrix, const float* factor
             const int group = at / (BAND * RANKS), line = at / RANKS % BAND, own = at % RANKS;
             float total = 0;
             for (int w = group; w < BAND_WARPS; w += groups) total += held[w][line][own];
-            const index_t row = top + group * BAND + line;
-            const index_t r = first_rank + own / 2 * 2 * tiles + 2 * q + own % 2;
-            if (row < rows && r < rank) result[(e * rows + row) * rank + r] = total;
+            const int r = first_rank + own / 2 * 2 * tiles + 2 * q + own % 2;
+            if (top + group * BAND + line < rows && r < rank) keep(group * BAND + line, r, total);
         }
     }
+}
+
+// `project_band` for a chunk of 16 `tiles` ranks, by the way that fits the arrays.
+template <typename Keep>
+__device__ inline void project_bands(const storage_t* matrix, const float* factor, int top,
+                                     int first_rank, index_t rows, index_t columns, index_t rank,
+                                     int turned, int tiles, int groups, BandSums& held, Keep keep) {
+    const bool whole =
+        columns % 8 == 0 && aligned(matrix, factor) && (!turned || rank % (2 * tiles) == 0);
+#define PROJECT(TILES, WAY, FIRST)                                                                  \
+    project_band<TILES, WAY>(matrix, factor, top, FIRST, rows, columns, rank, turned, groups, held, \
+                             keep)
+    if (!whole) {
+        for (int each = first_rank; each < first_rank + RANKS * tiles; each += RANKS) {
+            PROJECT(1, ONE_BY_ONE, each);
+            __syncthreads();
+        }
+    } else if (tiles == 1) {
+        if (turned) PROJECT(1, BY_COLUMNS, first_rank);
+        else PROJECT(1, BY_ROWS, first_rank);
+    } else {
+        if (turned) PROJECT(2, BY_COLUMNS, first_rank);
+        else PROJECT(2, BY_ROWS, first_rank);
+    }
+#undef PROJECT
 }
 
 // result (rows, rank) = M Fᵀ, for M = `matrix` (rows, columns) and F = `factor` (rank, columns), or
@@ -298,24 +325,12 @@ extern "C" __global__ void __launch_bounds__(BAND_THREADS, 1)
             int tiles, int groups) {
     if (!is_skinny) return;
     __shared__ BandSums held;
-    const float* of = (const float*)factor;
-    float* to = (float*)result;
     const int chunks = (int)((rank + RANKS * tiles - 1) / (RANKS * tiles));
     const int top = blockIdx.x / chunks * groups * BAND;
-    const int first = blockIdx.x % chunks * RANKS * tiles;
-    const bool whole =
-        columns % 8 == 0 && aligned(matrix, factor) && (!turned || rank % (2 * tiles) == 0);
-#define PROJECT(TILES, WAY, FIRST)                                                                  \
-    project_band<TILES, WAY, WAY == ONE_BY_ONE ? 1 : 4 / TILES>(matrix, of, to, top, FIRST, rows,   \
-                                                                columns, rank, turned, groups, held)
-    if (!whole) {
-        for (int each = first; each < first + RANKS * tiles; each += RANKS) {
-            PROJECT(1, ONE_BY_ONE, each);
-            __syncthreads();
-        }
-    } else if (tiles == 1) turned ? PROJECT(1, BY_COLUMNS, first) : PROJECT(1, BY_ROWS, first);
-    else turned ? PROJECT(2, BY_COLUMNS, first) : PROJECT(2, BY_ROWS, first);
-#undef PROJECT
+    result += (blockIdx.z * rows + top) * rank;
+    project_bands(matrix, (const float*)factor, top, blockIdx.x % chunks * RANKS * tiles, rows,
+                  columns, rank, turned, tiles, groups, held,
+                  [&](int line, int r, float total) { result[line * rank + r] = total; });
 }
 
 // A lane's part of 16 rows of `pull`: rows 4 t .. 4 t + 3, of 8 neighbouring columns and of
