@@ -321,16 +321,17 @@ def test_each_thread_has_a_context_before_its_first_launch_on_a_device(monkeypat
 
 def test_a_launch_within_a_launch_leaves_its_arguments_alone(monkeypatch):
     """A finaliser or another thread may start the same kernel before the driver has read them."""
-    cuda, inner = Cuda(), []
+    cuda, within = Cuda(), []
 
     def during():
-        if not inner:
-            inner.append(True)
-            cuda.launch(null(z=at(1024)), FLOAT, (1, 1, 1))
+        if within:
+            cuda.launch(null(z=at(within.pop())), FLOAT, (1, 1, 1))
 
     fake = Launches(monkeypatch, during)
-    cuda.launch(null(z=at(512)), FLOAT, (1, 1, 1))
-    assert [call[3][1] for call in fake.calls] == [1024, 512]
+    for _ in range(2):  # the second time, memory from the first launch is at hand
+        within.append(1024)
+        cuda.launch(null(z=at(512)), FLOAT, (1, 1, 1))
+    assert [call[3][1] for call in fake.calls] == [1024, 512] * 2
 
 
 @pytest.mark.parametrize(
@@ -340,6 +341,7 @@ def test_a_launch_within_a_launch_leaves_its_arguments_alone(monkeypatch):
         ({"turned": "no"}, "argument turned of the kernel null must be of type int, got 'no'"),
         ({"turned": 2**31}, "argument turned of the kernel null must be of type int, got 21474836"),
         ({"scale": "1"}, "argument scale of the kernel null must be of type compute_t, got '1'"),
+        ({"update": np.ones(1)}, r"argument update of the kernel null must be of type const compu"),
         ({"z": 3}, r"argument z of the kernel null must be of type product_t\*, got 3"),
     ],
 )  # fmt: skip

@@ -22,8 +22,6 @@ from typing import (
     get_type_hints,
 )
 
-import numpy as np
-
 from doraxp._base.types import Array
 from doraxp.backends._cupy.source import Types
 
@@ -74,7 +72,7 @@ class Parameter(NamedTuple):
     def accepts(self, value: Any) -> bool:
         """Return whether an argument that is not None can be passed."""
         if self.is_array:
-            return value is None or hasattr(value, "data")
+            return value is None or hasattr(getattr(value, "data", None), "ptr")
         try:
             struct.pack(_CODES.get(self.c_type, "d"), value)
         except struct.error:
@@ -119,7 +117,6 @@ class Arguments:
         pointers = [(place, each) for place, each in enumerate(self._parameters) if each.is_array]
         self._needed = [place for place, each in pointers if not each.nullable]
         self._nullable = [place for place, each in pointers if each.nullable]
-        self._numbers = [place for place, code in enumerate(codes) if code in "fd"]
         # "0q" moves on to the next multiple of 8 bytes, where any type may begin.
         laid = struct.Struct("0q".join(codes))
         self._memory = ctypes.create_string_buffer(laid.size)
@@ -142,11 +139,6 @@ class Arguments:
             self._write(*values)
         except (AttributeError, struct.error):
             raise self._error(arguments) from None
-        except OverflowError:  # beyond float32: infinite, as in NumPy
-            with np.errstate(over="ignore"):
-                for place in self._numbers:
-                    values[place] = float(np.float32(values[place]))
-            self._write(*values)
 
     def _error(self, arguments: tuple[Any, ...]) -> TypeError:
         """Return the error that names the first argument of another type than the declared."""
