@@ -90,8 +90,8 @@ def library(types: Types) -> ctypes.CDLL:
 class HostCuda:
     """Launches and products on the host.
 
-    `launched` lists the kernels, in order, and `moved` the bytes of the arrays of each: an array is
-    counted once, and twice if a product is added to it.
+    `launched` lists the kernels, in order. `moved` lists the bytes of the arrays of each that have
+    the dtype of storage_t. An array counts once, and twice if a product is added to it.
     """
 
     cache = 2**20
@@ -127,19 +127,19 @@ class HostCuda:
         assert all(0 < size <= limit for size, limit in zip(grid, GRID, strict=True)), (name, grid)
         assert types in BUILDS, types
         self.launched.append(name)
-        arrays = {id(each): each.nbytes for each in arguments if isinstance(each, np.ndarray)}
-        self.moved.append(sum(arrays.values()))
+        arrays = {id(each): each for each in arguments if isinstance(each, np.ndarray)}
+        stored = [each.nbytes for each in arrays.values() if each.dtype.name == types.storage]
+        self.moved.append(sum(stored))
         check_arguments(arguments, types)
         memory = Arguments(type(arguments), types)
         memory.store(tuple(map(_addressed, arguments)))
         getattr(library(types), f"launch_{name}")(*grid, threads, ctypes.c_void_p(memory.address))
 
-    def gemm(
-        self, left: Any, right: Any, out: Any, beta: float | Any, *, tf32: bool = False
-    ) -> None:
+    def gemm(self, left: Any, right: Any, out: Any, beta: float, *, tf32: bool = False) -> None:
         self.launched.append("tf32" if tf32 else "gemm")
-        added = not isinstance(beta, float) or beta != 0
-        self.moved.append(left.nbytes + right.nbytes + (1 + added) * out.nbytes)
+        stored = min(left.itemsize, right.itemsize)
+        results = (1 + (beta != 0)) * out.nbytes if out.itemsize == stored else 0
+        self.moved.append(left.nbytes + right.nbytes + results)
         names = str(left.dtype), str(right.dtype), str(out.dtype)
         assert names in GEMMS, names
         assert out.flags.c_contiguous
@@ -150,7 +150,6 @@ class HostCuda:
         left, right, result = (np.asarray(array) for array in (left, right, out))
         if tf32 and left.dtype == np.float32:
             left, right = rounded_to_tf32(left), rounded_to_tf32(right)
-        beta = beta if isinstance(beta, float) else float(np.asarray(beta)[1])
         product = left.astype(wide) @ right.astype(wide)
         result[...] = (product if beta == 0 else product + beta * result.astype(wide)).astype(
             out.dtype

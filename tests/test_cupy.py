@@ -5,20 +5,26 @@ No device is needed: `nox -s cuda-compile` runs this file with CuPy installed an
 
 from __future__ import annotations
 
-import contextlib
-
 import ml_dtypes
 import numpy as np
 import pytest
 
-from doraxp import AdamWState, Adapter, Config, adamw_step, backends, forward, prepare
-from doraxp.backends import Factors, reduced_precision
+from doraxp import (
+    AdamWState,
+    Adapter,
+    Config,
+    adamw_step,
+    backends,
+    backward,
+    forward,
+    merge,
+    prepare,
+)
+from doraxp.backends import reduced_precision
 from doraxp.backends._cupy.arrays import in_c_order
 from doraxp.backends._cupy.device import Cuda
-from doraxp.backends._cupy.direction import DevicePatched
 from doraxp.backends._cupy.operations import CupyOperations
 from doraxp.backends._cupy.parameters import kernel_name
-from doraxp.backends._cupy.products import Products
 from doraxp.backends._cupy.source import THREADS
 from doraxp.bench._device import HOLD
 
@@ -111,90 +117,38 @@ def test_an_unsupported_dtype_is_named(array, dtype):
         backends.operations(weight=array(7, 6, dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("stack", [(), (3,)])
-@pytest.mark.parametrize("reduced", [False, True])
-def test_x_and_dy_in_the_weights_dtype_are_not_cast(ops, array, monkeypatch, dtype, stack, reduced):
-    """Checks the shapes and dtypes of both passes, and their launches."""
-    wide = "float64" if dtype == "float64" else "float32"
-    weight, x = array(*stack, 7, 6, dtype=dtype), array(*stack, 5, 6, dtype=dtype)
-    assert ops.operand_dtype(x, weight, wide) == np.dtype(dtype)
-    a, b = array(*stack, 2, 6, dtype=wide), array(*stack, 7, 2, dtype=wide)
-    vector, low_rank = array(*stack, 7, dtype=wide), array(*stack, 5, 2, dtype=wide)
-    squares, gram = array(*stack, 7, dtype=wide), array(*stack, 2, 2, dtype=wide)
-    # A float32 factor that meets one of 16 bits is cast or split, which would need a device.
-    monkeypatch.setattr(Products, "_multiply_two", lambda _, *given: ops.cuda.gemm(*given[:4]))
-    _, _, unit, direction = ops.norm_and_direction(
-        array(*stack, 7, 2, dtype=wide), gram, squares, Factors(weight, a, b, None), vector
-    )
-    ops.cuda.calls.clear()
-    with reduced_precision() if reduced else contextlib.nullcontext():
-        z, y = direction.outputs(x, low_rank, vector, vector, ops=ops)
-        after = len(ops.cuda.calls)
-        rows, low, dm, p, dbias = ops.output_gradients(
-            array(*y.shape, dtype=dtype), z, vector, vector, b, exact=True, with_bias=True
-        )
-        db = ops.lora_b_gradient(rows[..., :5, :], low_rank, p, unit, 2.0)
-    half = np.dtype(dtype).itemsize == 2
-    kind = np.dtype(dtype) if half and reduced else np.dtype(wide)
-    assert (z.shape, z.dtype) == ((*stack, 5, 7), kind)
-    assert (y.shape, y.dtype) == ((*stack, 5, 7), np.dtype(dtype))
-    assert (rows.shape, rows.dtype) == ((*stack, 7, 7), kind)
-    assert (low.shape, low.dtype) == ((*stack, 7, 2), np.dtype(wide))
-    assert (db.shape, db.dtype) == ((*stack, 7, 2), np.dtype(wide))
-    for each in (dm, p, dbias):
-        assert (each.shape, each.dtype) == ((*stack, 7), np.dtype(wide))
-    gemm = ["gemm"] * (3 if stack else 1)
-    names = [name for name, *_ in ops.cuda.calls]
-    assert names[:after] == gemm * 2 + ["outputs", "guard_outputs"]
-    sums = ["gradients", "sum_chunks", "sum_chunks"]
-    assert names[after:] == [*sums, "norm_rows", *gemm, *gemm, "turning"]
+@pytest.fixture
+def recorded(ops, monkeypatch):
+    """Public calls use the recording operations. Any kernel of CuPy's own would need a device."""
+    monkeypatch.setattr("doraxp.backends._boundary._operations_of", lambda _: ops)
+    monkeypatch.setattr("doraxp.backends._boundary._cupy_operations", lambda: ops)
+    return ops.cuda.calls
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("stack", [(), (3,)])
-def test_the_product_with_v_takes_few_launches(ops, array, monkeypatch, dtype, stack):
-    """d V for five tokens and the two rows below them; the result for the tokens is in `dtype`."""
+def test_a_step_starts_no_kernel_of_cupys_own(array, recorded, dtype, stack):
+    """Nor does a norm, a merge or one token. Checks the shapes and dtypes of all results."""
     wide = "float64" if dtype == "float64" else "float32"
-    weight, a, b = (
-        array(*stack, *shape, dtype=kind)
-        for shape, kind in (((7, 6), dtype), ((2, 6), wide), ((7, 2), wide))
+    weight, x, dy, one = (
+        array(*stack, *shape, dtype=dtype) for shape in ((7, 40), (5, 40), (5, 7), (1, 40))
     )
-    vector, gram = array(*stack, 7, dtype=wide), array(*stack, 2, 2, dtype=wide)
-    monkeypatch.setattr(Products, "_multiply_two", lambda _, *given: ops.cuda.gemm(*given[:4]))
-    # The cast is a launch of its own, and for float64 it would need a device.
-    monkeypatch.setattr(Products, "cast", lambda _, result, kind: array(*result.shape, dtype=kind))
-    *_, direction = ops.norm_and_direction(b, gram, vector, Factors(weight, a, b, None), vector)
-    ops.cuda.calls.clear()
-    d, low = array(*stack, 7, 7, dtype=wide), array(*stack, 7, 2, dtype=wide)
-    dx, below = direction.product(d, low, 5, dtype, ops=ops)
-    assert (dx.shape, dx.dtype) == ((*stack, 5, 6), np.dtype(dtype))
-    assert (below.shape, below.dtype) == ((*stack, 2, 6), np.dtype(wide))
-    names = [name for name, *_ in ops.cuda.calls]
-    gemm = ["gemm"] * (3 if stack else 1)
-    assert names == ["guard_inputs", "guard_hide", "guard_low", *gemm, *gemm]
-
-
-def test_the_norm_and_the_merge_take_few_launches(ops, array):
-    weight, a, b = array(7, 6, dtype="float16"), array(2, 6), array(7, 2)
-    squares = ops.row_squares(weight, "float32")
-    assert (squares.shape, squares.dtype) == ((7,), np.float32)
-    factors = Factors(weight, a, b, None)
-    norm, gain, unit, direction = ops.norm_and_direction(
-        array(7, 2), array(2, 2), squares, factors, array(7)
-    )
-    assert (norm.shape, gain.shape, unit.shape) == ((7,), (7,), (7, 2))
-    assert type(direction) is DevicePatched
-    assert direction.factors == factors
-    assert direction.suspects.rows.shape == (7,)
-    assert direction.suspects.suspect.dtype == bool
-    assert ops.over_norm(array(7, 2), norm).shape == (7, 2)
-    merged = ops.merge(direction, array(7))
-    assert (merged.shape, merged.dtype) == ((7, 6), np.float16)
-    assert [name for name, *_ in ops.cuda.calls] == [
-        "squares", "sum_chunks", "gemm", "assemble", "guard_norms", "list_suspects", "over_norm",
-        "tiles", "merge",
-    ]  # fmt: skip
+    shapes = (2, 40), (7, 2), (7,)
+    adapter = Adapter(*(array(*stack, *shape, dtype=wide) for shape in shapes))
+    bias, config = array(*stack, 7, dtype=wide), Config(2)
+    previous = prepare(weight, adapter, config)
+    recorded.clear()
+    y, cache = forward(x, weight, adapter, config, bias=bias, previous=previous)
+    gradients = backward(dy, cache)
+    assert (cache.z.shape, cache.z.dtype) == ((*stack, 5, 7), np.dtype(dtype))
+    for actual, desired in (y, dy), (gradients.x, x):
+        assert (actual.shape, actual.dtype) == (desired.shape, np.dtype(dtype))
+    for actual, desired in zip(gradients.adapter, adapter, strict=True):
+        assert (actual.shape, actual.dtype) == (desired.shape, np.dtype(wide))
+    merged = merge(weight, adapter, config, prepared=cache.prepared)
+    assert (merged.shape, merged.dtype) == (weight.shape, np.dtype(dtype))
+    y, _ = forward(one, weight, adapter, config, bias=bias, prepared=cache.prepared)
+    assert (y.shape, y.dtype) == ((*stack, 1, 7), np.dtype(dtype))
 
 
 @pytest.fixture

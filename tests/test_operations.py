@@ -299,7 +299,7 @@ def test_rows_of_zeros_are_measured_and_not_listed(backend):
 @pytest.mark.lanes("cuda-host")
 @pytest.mark.dtypes("float16", "bfloat16")
 def test_few_rows_in_float32_read_the_weight_once(backend, put, dtype):
-    """Up to 256 rows take one launch. The parts of up to 1024 go into one product, of more in three."""
+    """Up to 256 rows take one launch. Up to 1024 take one product of all parts, more take three."""
     rng = np.random.default_rng(0)
     weight, a = put(rng.standard_normal((24, 16)), dtype), put(rng.standard_normal((3, 16)))
     ops = operations(weight=weight)

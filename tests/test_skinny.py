@@ -360,7 +360,9 @@ class TestNorm:
         assert not unit[..., self.ZERO, :].any()
 
         rows = np.zeros(n.shape, bool)
-        rows[..., [row for row in (self.CANCELLED, self.TINY, self.HUGE) if row < n.shape[-1]]] = True
+        rows[..., [row for row in (self.CANCELLED, self.TINY, self.HUGE) if row < n.shape[-1]]] = (
+            True
+        )
         assert suspect[rows].all()
         assert not suspect[..., self.ZERO].any()
         assert suspect.mean() < 0.6

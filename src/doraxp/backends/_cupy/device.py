@@ -142,15 +142,14 @@ class Cuda:
         left: DeviceArray,
         right: DeviceArray,
         out: DeviceArray,
-        beta: float | DeviceArray,
+        beta: float,
         *,
         tf32: bool = False,
     ) -> None:
         """Set out ← left right + beta out. The sum is in float32, or for float64 in float64.
 
         left (m, k) and right (k, n) have one dtype, and `layout` accepts both. out (m, n) is in C
-        order. `beta` is a number, or an array {1, beta} on the device, in the dtype of the sum.
-        With `tf32`, float32 factors are rounded to 10 bits.
+        order. With `tf32`, float32 factors are rounded to 10 bits.
         """
         cuda, blas = self.cupy.cuda, self.blas
         wide, kind, result_kind, compute = _gemm_types(left.dtype, out.dtype, tf32)
@@ -158,17 +157,13 @@ class Cuda:
         # cuBLAS expects columns to be contiguous, so it sees a matrix in C order as its transpose.
         # This call asks it for outᵀ = rightᵀ leftᵀ.
         (first, first_step), (second, second_step) = layout(right), layout(left)
-        if isinstance(beta, float):
-            pointer_mode, scalars = blas.CUBLAS_POINTER_MODE_HOST, _scalars(beta, wide)
-            pointer = scalars.address
-        else:
-            pointer_mode, pointer = blas.CUBLAS_POINTER_MODE_DEVICE, beta.data.ptr
+        pointer = _scalars(beta, wide).address
         # CuPy's own products use the same handle and expect its own modes.
         handle = cuda.device.get_cublas_handle()
         modes = blas.getPointerMode(handle), blas.getMathMode(handle)
         try:
-            if modes[0] != pointer_mode:
-                blas.setPointerMode(handle, pointer_mode)
+            if modes[0] != blas.CUBLAS_POINTER_MODE_HOST:
+                blas.setPointerMode(handle, blas.CUBLAS_POINTER_MODE_HOST)
             blas.setMathMode(handle, WHOLE_SUMS)  # without TF32: `compute` asks for it
             blas.gemmEx(
                 handle, first, second, n, m, k,
@@ -177,7 +172,7 @@ class Cuda:
                 compute, blas.CUBLAS_GEMM_DEFAULT,
             )  # fmt: skip
         finally:
-            if modes[0] != pointer_mode:
+            if modes[0] != blas.CUBLAS_POINTER_MODE_HOST:
                 blas.setPointerMode(handle, modes[0])
             blas.setMathMode(handle, modes[1])
 

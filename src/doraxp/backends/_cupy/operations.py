@@ -37,7 +37,7 @@ from doraxp.backends._generic import CANCELLATION, LayerGradients, Norm, Operati
 MEASURED = 64
 """The largest rank for which forming V takes no longer than reading W a second time."""
 NORMED = 64
-"""The largest rank for which one launch makes s B and A Aᵀ, and one the norm. Beyond, products do."""
+"""The largest rank for which one launch makes s B and A Aᵀ, and another n. Beyond, products do."""
 NEEDED = 80
 """Ten times the compute capability that the kernels need. It is the first with bfloat16."""
 

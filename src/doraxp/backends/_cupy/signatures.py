@@ -313,27 +313,6 @@ class Token(NamedTuple):
     by_block: Int
 
 
-class Assemble(NamedTuple):
-    """n, g and V Aᵀ / n from products with A, and a mark for each suspect row."""
-
-    u: ConstCompute
-    b: ConstCompute
-    bg: ConstCompute
-    squares: ConstCompute
-    row_scale: ConstCompute | None
-    gram: ConstCompute
-    magnitude: ConstCompute
-    norm: Compute
-    gain: Compute
-    unit: Compute
-    suspect: Marks
-    rows: Index
-    out: Index
-    rank: Index
-    floor: Number
-    cancellation: Number
-
-
 class Norms(NamedTuple):
     """n = ‖V‖ from the chunks of ‖V‖², measured on V where that is out of range, and g = m / n."""
 
@@ -480,7 +459,6 @@ _DECLARED: tuple[type[tuple[Any, ...]], ...] = (
     RowGradients,
     GradientA,
     Token,
-    Assemble,
     Norms,
     OverNorm,
     Split,

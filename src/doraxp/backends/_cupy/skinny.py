@@ -175,7 +175,9 @@ class Skinny:
         """
         wide = dtype_name(np.dtype(dtype))
         lora_a, lora_b = packed(lora_a, self.xp), packed(lora_b, self.xp)
-        stored = next((name_of(array) for array in (lora_a, lora_b) if name_of(array) != wide), wide)
+        stored = next(
+            (name_of(array) for array in (lora_a, lora_b) if name_of(array) != wide), wide
+        )
         if name_of(lora_b) not in (stored, wide):  # three dtypes: the kernel has types for two
             lora_b = self.xp.astype(lora_b, dtype)
         *stack, rank, inner = lora_a.shape
