@@ -59,7 +59,8 @@ LANE = 4 + 8
 PASSES = {
     "outputs": Pass(),
     "gradients": Pass(few_stores=24),
-    "token": Pass(stores=False),
+    # The small arrays of two rows, and the loop over the rank that forms a suspect row.
+    "token": Pass(stores=False, few_loads=40),
     "cast": Pass(),
     # The gain, ρ and the scale of b once for each, and the scale of a strip of A in either way.
     "merge": Pass(few_loads=3 * LANE + 2, whole=8, computes=("float32",)),

@@ -122,9 +122,9 @@ struct Patch {
         const int left = 8 * i + g < rows_left ? columns_left - 8 * t - c : 0;
         return left < 0 ? 0 : left < PER_THREAD ? left : PER_THREAD;
     }
-    // The place of number (i, c).
-    __device__ index_t at(int i, int c) const {
-        return (e * rows + top + g) * columns + first + 8 * t + 8 * i * columns + c;
+    // The place of the lane's first number. The next row of the lane is 8 `columns` further on.
+    __device__ index_t corner() const {
+        return (e * rows + top + g) * columns + first + 8 * t;
     }
 
     // Load the lane's part of W, 0 outside of W. All loads of packs are issued together, before the
@@ -132,12 +132,13 @@ struct Patch {
     // numbers takes a register for each.
     __device__ void fetch(const storage_t* weight, bool packed,
                           uint4 (&held)[PATCH_ROWS][PATCH_PACKS]) const {
+        const storage_t* own = weight + corner();
 #pragma unroll
-        for (int i = 0; i < PATCH_ROWS; ++i)
+        for (int i = 0; i < PATCH_ROWS; ++i, own += 8 * columns)
 #pragma unroll
             for (int c = 0; c < PATCH_COLUMNS; c += PER_THREAD) {
                 const int inside = count(i, c);
-                const storage_t* from = weight + at(i, c);
+                const storage_t* from = own + c;
                 uint4& words = held[i][c / PER_THREAD];
                 words = uint4{0, 0, 0, 0};
                 if (packed) {
@@ -246,8 +247,9 @@ __device__ inline void put(const Patch& patch, const Scales<COUNT>& scales,
                            const uint4 (&held)[PATCH_ROWS][PATCH_PACKS],
                            const float (&sums)[DOWN][2 * ACROSS][4], storage_t* merged,
                            bool packed) {
+    merged += patch.corner();
 #pragma unroll
-    for (int i = 0; i < PATCH_ROWS; ++i)
+    for (int i = 0; i < PATCH_ROWS; ++i, merged += 8 * patch.columns)
 #pragma unroll
         for (int c = 0; c < PATCH_COLUMNS; c += PER_THREAD) {
             const int count = patch.count(i, c);
@@ -255,7 +257,7 @@ __device__ inline void put(const Patch& patch, const Scales<COUNT>& scales,
 #pragma unroll
             for (int j = 0; j < PER_THREAD; ++j)
                 value[j] = scales.form(held, sums, i, c + j);
-            if (count > 0) store(merged + patch.at(i, c), value, count, packed);
+            if (count > 0) store(merged + c, value, count, packed);
         }
 }
 
