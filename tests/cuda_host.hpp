@@ -180,6 +180,15 @@ template <typename T> inline T __shfl_xor_sync(unsigned, T value, int step) {
     return other;
 }
 
+template <typename T> inline T __shfl_sync(unsigned, T value, int lane) {
+    const unsigned own = host::current;
+    host::slots[own] = (double)value;
+    host::wait(1);
+    const T other = (T)host::slots[own / 32 * 32 + lane];
+    host::wait(1);
+    return other;
+}
+
 inline float host_truncated(double value) {
     const float near = (float)value;
     return std::fabs(near) > std::fabs(value) ? std::nextafterf(near, 0) : near;
