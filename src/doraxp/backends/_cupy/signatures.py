@@ -391,8 +391,8 @@ class Merge(NamedTuple):
     """W' = g⊙V."""
 
     weight: ConstStorage
-    tiles: ConstTile
-    shrink: ConstCompute
+    tiles: ConstTile | None
+    shrink: ConstCompute | None
     row_scale: ConstCompute | None
     gain: ConstCompute
     merged: Storage

@@ -44,6 +44,8 @@ MOST_GROUPS, MOST_BANDS = 8, 4
 """The most warps of `project` and of `adapted_norm` that share a part of F."""
 SIDE = 4
 """Ranks on each side of the part of A Aᵀ that a block of `prepare_adapter` makes."""
+ROWS_AT_ONCE = 4
+"""Rows that a warp of `expanded_norm` makes at once. kernels/adapter.cu has the same."""
 MOST_PAIRED = 64
 """The largest rank for which `prepare_adapter` makes A Aᵀ: each block reads 8 rows of A."""
 FLUTES, FLUTE_STEP, FLUTE_THREADS = 128, 16, 192
@@ -237,7 +239,7 @@ class Skinny:
             arguments = ExpandedNorm(
                 u=packed(u, xp), weight=stored, turned=turned, bg=packed(bg, xp), rows=rows, **made
             )
-            self.cuda.launch(arguments, types, (blocks(rows, WARPS), 1, 1))
+            self.cuda.launch(arguments, types, (blocks(rows, ROWS_AT_ONCE * WARPS), 1, 1))
         return Measured(norm, gain, unit, gained, suspect)
 
     def makes_u(self, weight: DeviceArray, dtype: DType, rank: int) -> bool:

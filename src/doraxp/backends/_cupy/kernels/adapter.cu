@@ -106,7 +106,17 @@ struct NormArrays {
     compute_t floor, cancellation;
 };
 
-enum { MEASURED = 16 };  // ranks for which a warp forms V once
+enum {
+    TEAM = 8,            // lanes that share a row
+    ROWS_AT_ONCE = WARP / TEAM,
+    MEASURED = 16        // ranks for which a warp forms V once
+};
+
+__device__ inline compute_t team_sum(compute_t value) {
+#pragma unroll
+    for (int step = TEAM / 2; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
+    return value;
+}
 
 // n = ‖V‖ for a suspect row, from V itself and without overflow or underflow, by a warp; also
 // g = m / n and unit = V Aᵀ / n, both 0 where n = 0. Returns n.
@@ -147,47 +157,58 @@ __device__ inline compute_t measure_row(const NormArrays& of, index_t row) {
     return n;
 }
 
-// A row of the norm, by a warp. `u` is the row of W Aᵀ.
-__device__ inline void norm_row(const NormArrays& of, const compute_t* u, index_t row) {
-    const int lane = threadIdx.x % WARP;
+// The rows first .. first + ROWS_AT_ONCE − 1 of the norm, by a warp. Those before `end` are there.
+// `u` is the first of these rows of W Aᵀ, and `stride` leads to the next.
+__device__ inline void expand_rows(const NormArrays& of, const compute_t* u, index_t stride,
+                                 index_t first, index_t end) {
+    const int lane = threadIdx.x % TEAM, team = threadIdx.x % WARP / TEAM;
+    const bool there = first + team < end;
+    const index_t row = there ? first + team : end - 1;
+    u += (row - first) * stride;
     const compute_t scale = of.row_scale ? of.row_scale[row] : (compute_t)1;
+    const compute_t base = of.row_scale ? (scale > 0 ? (compute_t)1 : (compute_t)0)
+                                        : of.squares[row];
+    const compute_t magnitude = of.magnitude[row];
     const compute_t *b = of.b + row * of.rank,
                     *gram = of.gram + row / of.out * of.rank * of.rank;
     compute_t* unit = of.unit + row * of.rank;
     compute_t along = 0, update = 0, b_squares = 0, a_squares = 0;
-    for (index_t r = lane; r < of.rank; r += WARP) {
+    for (index_t r = lane; r < of.rank; r += TEAM) {
         compute_t bg = 0;
-        if (of.bg) bg = of.bg[row * of.rank + r];
-        else
+        if (of.bg) {
+            bg = of.bg[row * of.rank + r];
+        } else {
+#pragma unroll 8
             for (index_t j = 0; j < of.rank; ++j) bg += b[j] * gram[j * of.rank + r];
-        unit[r] = bg;  // for the same lane, below
+        }
+        if (there) unit[r] = bg;  // for the same lane, below
         along += b[r] * (scale * u[r]);
         update += bg * b[r];
         b_squares += b[r] * b[r];
         a_squares += gram[r * of.rank + r];
     }
-    along = warp_sum(along);
-    update = warp_sum(update);
-    b_squares = warp_sum(b_squares);
-    a_squares = warp_sum(a_squares);
+    along = team_sum(along);
+    update = team_sum(update);
+    b_squares = team_sum(b_squares);
+    a_squares = team_sum(a_squares);
 
     const compute_t infinity = (compute_t)__uint_as_float(0x7f800000u);
-    const compute_t base = of.row_scale ? (scale > 0 ? (compute_t)1 : (compute_t)0)
-                                        : of.squares[row];
     const compute_t n2 = base + 2 * along + update;
     const compute_t mean_square = a_squares / (compute_t)of.rank + of.floor;
     const compute_t expected = larger(update, b_squares * mean_square);
     const bool trusted = n2 > of.cancellation * (base + expected) + of.floor && n2 < infinity;
-    compute_t n;
-    if (trusted) {
-        n = sqrt(n2);
-        for (index_t r = lane; r < of.rank; r += WARP) unit[r] = (scale * u[r] + unit[r]) / n;
-    } else {
-        n = measure_row(of, row);
+    compute_t n = sqrt(n2);
+    if (there && trusted)
+        for (index_t r = lane; r < of.rank; r += TEAM) unit[r] = (scale * u[r] + unit[r]) / n;
+    for (int other = 0; other < ROWS_AT_ONCE; ++other) {
+        if (!__shfl_sync(~0u, there && !trusted, other * TEAM)) continue;
+        const compute_t measured = measure_row(of, first + other);
+        if (other == team) n = measured;
     }
-    const compute_t gain = n != 0 ? of.magnitude[row] / n : (compute_t)0;
+    if (!there) return;
+    const compute_t gain = n != 0 ? magnitude / n : (compute_t)0;
     const bool suspect = !trusted && n != 0;
-    for (index_t r = lane; r < of.rank; r += WARP)
+    for (index_t r = lane; r < of.rank; r += TEAM)
         of.gained[row * of.rank + r] = suspect ? (compute_t)0 : gain * b[r];
     if (lane != 0) return;
     of.norm[row] = n;
@@ -199,7 +220,7 @@ __device__ inline void norm_row(const NormArrays& of, const compute_t* u, index_
 // n = √n², g = m / n, unit = V Aᵀ / n and gained = g⊙b, where
 //     n² = ρ²‖w‖² + 2 rowsum(b⊙ρ⊙u) + rowsum(bg⊙b)        V Aᵀ = ρ⊙u + bg
 //     u = W Aᵀ     gram = A Aᵀ     bg = b gram, which is computed here if it is null
-// A warp makes each row: grid (rows / WARPS)        20 bytes of (out, rank): u, b, unit, gained
+// A warp makes four rows: grid (rows / (4 WARPS))     20 bytes of (out, rank): u, b, unit, gained
 //
 // A row whose n² may have lost digits is suspect, by the rule of `expanded_norm` in _generic.py. A
 // row is trusted if n² < ∞ and
@@ -216,12 +237,11 @@ extern "C" __global__ void expanded_norm(
     const compute_t* magnitude, compute_t* norm, compute_t* gain, compute_t* unit,
     compute_t* gained, unsigned char* suspect, int* any, index_t rows, index_t out, index_t inner,
     index_t rank, compute_t floor, compute_t cancellation) {
-    const index_t row = (index_t)blockIdx.x * WARPS + threadIdx.x / WARP;
-    if (row >= rows) return;
-    const NormArrays of = {weight, turned, a,       b,     bg,    gram, squares, row_scale,
-                           magnitude, norm, gain, unit, gained, suspect, any, out, inner, rank,
-                           floor, cancellation};
-    norm_row(of, u + row * rank, row);
+    const index_t first = ((index_t)blockIdx.x * WARPS + threadIdx.x / WARP) * ROWS_AT_ONCE;
+    if (first >= rows) return;
+    const NormArrays of = {weight, turned, a, b, bg, gram, squares, row_scale, magnitude, norm, gain,
+                           unit, gained, suspect, any, out, inner, rank, floor, cancellation};
+    expand_rows(of, u + first * rank, rank, first, rows);
 }
 
 // The same for W of 16 bits by rows and a rank of 32 at most: u stays in the block that makes it.
@@ -243,10 +263,10 @@ extern "C" __global__ void __launch_bounds__(BAND_THREADS, 1)
     project_bands(weight, (const float*)a, top, 0, out, inner, rank, 0, tiles, groups, held,
                   [&](int line, int r, float total) { u[line][r] = total; });
     __syncthreads();
-    const NormArrays of = {weight, 0, a,       b,     0,    gram, squares, row_scale,
-                           magnitude, norm, gain, unit, gained, suspect, any, out, inner, rank,
-                           floor, cancellation};
-    for (int line = threadIdx.x / WARP; line < groups * BAND && top + line < out;
-         line += BAND_WARPS)
-        norm_row(of, (const compute_t*)u[line], blockIdx.z * out + top + line);
+    const NormArrays of = {weight, 0, a, b, 0, gram, squares, row_scale, magnitude, norm, gain,
+                           unit, gained, suspect, any, out, inner, rank, floor, cancellation};
+    const index_t first = blockIdx.z * out + top, end = (blockIdx.z + 1) * out;
+    for (int line = threadIdx.x / WARP * ROWS_AT_ONCE;
+         line < groups * BAND && first + line < end; line += BAND_WARPS * ROWS_AT_ONCE)
+        expand_rows(of, (const compute_t*)u[line], 2 * RANKS, first + line, end);
 }

@@ -268,10 +268,11 @@ __device__ inline void put(const Patch& patch, const Scales<COUNT>& scales,
 // sums that tensor cores truncate. W' is rounded by up to 2^−12 |W'| or more in float16, and 2^−9 or
 // more in bfloat16.
 extern "C" __global__ void __launch_bounds__(PATCH_THREADS, sizeof(compute_t) == 8 ? 1 : 2)
-    merge(const storage_t* __restrict__ weight, const Tile* __restrict__ tiles,
-          const compute_t* __restrict__ shrink, const compute_t* __restrict__ row_scale /* or null */,
-          const compute_t* __restrict__ gain, storage_t* __restrict__ merged, index_t rows,
-          index_t columns, index_t rank, int turned, int reversed) {
+    merge(const storage_t* __restrict__ weight, const Tile* __restrict__ tiles /* or null */,
+          const compute_t* __restrict__ shrink /* or null */,
+          const compute_t* __restrict__ row_scale /* or null */, const compute_t* __restrict__ gain,
+          storage_t* __restrict__ merged, index_t rows, index_t columns, index_t rank, int turned,
+          int reversed) {
     const Patch patch(rows, columns, reversed);
     if (patch.outside()) return;
     const bool packed = columns % PER_THREAD == 0 && aligned(weight, merged);
