@@ -1,6 +1,6 @@
 """The array libraries that doraxp supports, and the operations that it runs on each."""
 
-from doraxp.backends._boundary import operations
+from doraxp.backends._boundary import operations, operations_of_plain
 from doraxp.backends._cupy.products import exact_products, reduced_precision
 from doraxp.backends._cupy.signatures import CudaKernels, cuda_kernels
 from doraxp.backends._direction import Dense, Direction, Factored, Factors
@@ -23,6 +23,7 @@ __all__ = [
     "cuda_kernels",
     "exact_products",
     "operations",
+    "operations_of_plain",
     "reduced_precision",
     "safe_row_norms",
     "transpose",

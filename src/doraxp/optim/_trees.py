@@ -20,8 +20,7 @@ import array_api_compat
 
 from doraxp._base.scalars import check_number
 from doraxp._base.types import Array
-from doraxp.backends import Operations, compute_dtype, operations
-from doraxp.backends._boundary import operations_of_plain
+from doraxp.backends import Operations, compute_dtype, operations, operations_of_plain
 
 Params = TypeVar("Params")
 PerLeaf: TypeAlias = Any
