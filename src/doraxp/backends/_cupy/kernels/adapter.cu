@@ -59,8 +59,8 @@ __device__ inline void scale_numbers(const T* from, compute_t* to, int block, in
 }
 
 // wide_a = A and scaled_b = s B in compute_t, gram = A Aᵀ, and any = 0.
-// grid (pairs + numbers of B / (PER_THREAD THREADS) + numbers of A / (PER_THREAD THREADS), 1, stack)
-// where pairs = i (i + 1) / 2 for i = rank / SIDE, or 0 without `gram`; and A counts if it is copied
+// grid (pairs + numbers of B / (PER_THREAD THREADS) + of A / (PER_THREAD THREADS), 1, stack), where
+// pairs = i (i + 1) / 2 for i = rank / SIDE, or 0 without `gram`; A counts if it is copied
 // 2 + 4 = 6 bytes of A and of B; each pair reads 8 rows of A from the cache
 // A is an array of storage_t if `a_is_stored`, else of compute_t, and so is B.
 extern "C" __global__ void prepare_adapter(const void* a, int a_is_stored, const void* b,
@@ -107,9 +107,9 @@ struct NormArrays {
 };
 
 enum {
-    TEAM = 8,            // lanes that share a row
+    TEAM = 8,  // lanes that share a row
     ROWS_AT_ONCE = WARP / TEAM,
-    MEASURED = 16        // ranks for which a warp forms V once
+    MEASURED = 16  // ranks for which a warp forms V once
 };
 
 __device__ inline compute_t team_sum(compute_t value) {
@@ -160,7 +160,7 @@ __device__ inline compute_t measure_row(const NormArrays& of, index_t row) {
 // The rows first .. first + ROWS_AT_ONCE − 1 of the norm, by a warp. Those before `end` are there.
 // `u` is the first of these rows of W Aᵀ, and `stride` leads to the next.
 __device__ inline void expand_rows(const NormArrays& of, const compute_t* u, index_t stride,
-                                 index_t first, index_t end) {
+                                   index_t first, index_t end) {
     const int lane = threadIdx.x % TEAM, team = threadIdx.x % WARP / TEAM;
     const bool there = first + team < end;
     const index_t row = there ? first + team : end - 1;
@@ -171,7 +171,7 @@ __device__ inline void expand_rows(const NormArrays& of, const compute_t* u, ind
     const compute_t magnitude = of.magnitude[row];
     const compute_t *b = of.b + row * of.rank,
                     *gram = of.gram + row / of.out * of.rank * of.rank;
-    compute_t* unit = of.unit + row * of.rank;
+    compute_t *unit = of.unit + row * of.rank, *gained = of.gained + row * of.rank;
     compute_t along = 0, update = 0, b_squares = 0, a_squares = 0;
     for (index_t r = lane; r < of.rank; r += TEAM) {
         compute_t bg = 0;
@@ -181,7 +181,7 @@ __device__ inline void expand_rows(const NormArrays& of, const compute_t* u, ind
 #pragma unroll 8
             for (index_t j = 0; j < of.rank; ++j) bg += b[j] * gram[j * of.rank + r];
         }
-        if (there) unit[r] = bg;  // for the same lane, below
+        if (there) gained[r] = bg;  // this lane reads it again, and then replaces it
         along += b[r] * (scale * u[r]);
         update += bg * b[r];
         b_squares += b[r] * b[r];
@@ -199,7 +199,7 @@ __device__ inline void expand_rows(const NormArrays& of, const compute_t* u, ind
     const bool trusted = n2 > of.cancellation * (base + expected) + of.floor && n2 < infinity;
     compute_t n = sqrt(n2);
     if (there && trusted)
-        for (index_t r = lane; r < of.rank; r += TEAM) unit[r] = (scale * u[r] + unit[r]) / n;
+        for (index_t r = lane; r < of.rank; r += TEAM) unit[r] = (scale * u[r] + gained[r]) / n;
     for (int other = 0; other < ROWS_AT_ONCE; ++other) {
         if (!__shfl_sync(~0u, there && !trusted, other * TEAM)) continue;
         const compute_t measured = measure_row(of, first + other);
@@ -209,7 +209,7 @@ __device__ inline void expand_rows(const NormArrays& of, const compute_t* u, ind
     const compute_t gain = n != 0 ? magnitude / n : (compute_t)0;
     const bool suspect = !trusted && n != 0;
     for (index_t r = lane; r < of.rank; r += TEAM)
-        of.gained[row * of.rank + r] = suspect ? (compute_t)0 : gain * b[r];
+        gained[r] = suspect ? (compute_t)0 : gain * b[r];
     if (lane != 0) return;
     of.norm[row] = n;
     of.gain[row] = gain;
@@ -228,8 +228,8 @@ __device__ inline void expand_rows(const NormArrays& of, const compute_t* u, ind
 // where base is ‖w‖², or with ρ 1 or 0; ‖A‖² / rank is the mean of the diagonal of `gram`; and
 // `floor` is the bound below which a sum of squares may have underflowed. NaN is not trusted.
 // A suspect row is measured on V itself. All numbers of a row of zeros are 0, so it needs no care
-// later. `suspect` marks the other suspect rows: their part of `gained` is 0, and any[0] is set to 1
-// if there are such rows. `prepare_adapter` sets it to 0.
+// later. `suspect` marks the other suspect rows: their part of `gained` is 0, and any[0] is set to
+// 1 if there are such rows. `prepare_adapter` sets it to 0.
 extern "C" __global__ void expanded_norm(
     const compute_t* u, const storage_t* weight, int turned, const compute_t* a,
     const compute_t* b, const compute_t* bg /* or null */, const compute_t* gram,
@@ -239,8 +239,9 @@ extern "C" __global__ void expanded_norm(
     index_t rank, compute_t floor, compute_t cancellation) {
     const index_t first = ((index_t)blockIdx.x * WARPS + threadIdx.x / WARP) * ROWS_AT_ONCE;
     if (first >= rows) return;
-    const NormArrays of = {weight, turned, a, b, bg, gram, squares, row_scale, magnitude, norm, gain,
-                           unit, gained, suspect, any, out, inner, rank, floor, cancellation};
+    const NormArrays of = {weight,    turned, a,    b,    bg,     gram,    squares, row_scale,
+                           magnitude, norm,   gain, unit, gained, suspect, any,     out,
+                           inner,     rank,   floor, cancellation};
     expand_rows(of, u + first * rank, rank, first, rows);
 }
 
@@ -263,8 +264,9 @@ extern "C" __global__ void __launch_bounds__(BAND_THREADS, 1)
     project_bands(weight, (const float*)a, top, 0, out, inner, rank, 0, tiles, groups, held,
                   [&](int line, int r, float total) { u[line][r] = total; });
     __syncthreads();
-    const NormArrays of = {weight, 0, a, b, 0, gram, squares, row_scale, magnitude, norm, gain,
-                           unit, gained, suspect, any, out, inner, rank, floor, cancellation};
+    const NormArrays of = {weight,    0,    a,     b,    0,      gram,    squares, row_scale,
+                           magnitude, norm, gain,  unit, gained, suspect, any,     out,
+                           inner,     rank, floor, cancellation};
     const index_t first = blockIdx.z * out + top, end = (blockIdx.z + 1) * out;
     for (int line = threadIdx.x / WARP * ROWS_AT_ONCE;
          line < groups * BAND && first + line < end; line += BAND_WARPS * ROWS_AT_ONCE)

@@ -10,19 +10,20 @@
 
 enum {
     FACTOR_PARTS = 3,
-    RANKS = 16,             // of a tile of F
-    ROW_TILES = 4,          // of a warp, 8 rows each
-    BAND = 8 * ROW_TILES,   // rows of a warp
-    BAND_COLUMNS = 32,      // columns of a warp that it multiplies at once: two steps of 16
+    RANKS = 16,            // of a tile of F
+    ROW_TILES = 4,         // of a warp of `project`, 8 rows each
+    BAND = 8 * ROW_TILES,  // rows of a warp of `project`
+    BAND_COLUMNS = 32,     // columns that it multiplies at once: two steps of 16
     BAND_WARPS = 8,
     BAND_THREADS = WARP * BAND_WARPS,
-    MOST_BANDS = 4,  // that share a part of F, in `adapted_norm`
-    FLUTE = 64,  // columns of a warp in `pull`
-    FLUTE_STEP = 16,
-    FLUTES = 2, FLUTE_DOWN = 3,  // warps of a block beside and below each other
-    FLUTE_THREADS = WARP * FLUTES * FLUTE_DOWN,
-    FLUTE_TILES = 2,  // rank tiles of 8
-    FLUTE_RING = 2
+    MOST_BANDS = 4,  // warps of `adapted_norm` that share a part of F
+
+    PULL_STEP = 16,                   // rows of M that a warp of `pull` multiplies at once
+    PULL_BESIDE = 2, PULL_BELOW = 3,  // warps of a block
+    PULL_THREADS = WARP * PULL_BESIDE * PULL_BELOW,
+    PULL_COLUMNS = 64 * PULL_BESIDE,  // of a block: 64 of a warp
+    PULL_TILES = 2,                   // rank tiles of 8
+    PULL_PLACES = 2                   // steps of a warp in flight
 };
 
 template <typename M> struct Halves { enum { parts = 1 }; };
@@ -158,11 +159,11 @@ template <int tiles, int way, int places> struct Band {
                                way != ONE_BY_ONE);
     }
 
-    // values[r][j] = F of the lane's rank r and of its column 4 s + j, or 0.
-    __device__ void load_factor(int place, int s, int left, float (&values)[2 * tiles][4]) const {
-        const int at = place * BAND_COLUMNS + 4 * s, count = left - at;
+    // values[r][j] = F of the lane's rank r and of its column j, or 0.
+    __device__ void load_factor(int place, int left, float (&values)[2 * tiles][8]) const {
+        const int at = place * BAND_COLUMNS, count = left - at;
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
+        for (int j = 0; j < 8; ++j)
 #pragma unroll
             for (int r = 0; r < 2 * tiles; ++r) {
                 values[r][j] = 0;
@@ -171,10 +172,13 @@ template <int tiles, int way, int places> struct Band {
         if (way == ONE_BY_ONE || count <= 0) return;
         if (way == BY_ROWS) {
 #pragma unroll
-            for (int r = 0; r < 2 * tiles; ++r) neighbours<4>(of_rank[r] + at, values[r]);
+            for (int r = 0; r < 2 * tiles; ++r) {
+                neighbours<4>(of_rank[r] + at, values[r]);
+                neighbours<4>(of_rank[r] + at + 4, values[r] + 4);
+            }
         } else {
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
+            for (int j = 0; j < 8; ++j) {
                 float found[2 * tiles];
                 neighbours<2 * tiles>(of_rank[0] + (at + j) * step, found);
 #pragma unroll
@@ -186,11 +190,9 @@ template <int tiles, int way, int places> struct Band {
     // sums += the products of 32 columns. The order of the columns in a step of 16 is the same for
     // both factors: columns 4 s .. 4 s + 3 of each lane's eight are in step s. A lane's two words
     // of M are neighbours, as the right factor needs them.
-    __device__ void multiply(int place, int columns, const Eight (&held)[ROW_TILES]) {
+    __device__ void multiply(const float (&values)[2 * tiles][8], const Eight (&held)[ROW_TILES]) {
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
-            float values[2 * tiles][4];
-            load_factor(place, s, columns, values);
             unsigned right[ROW_TILES][MATRIX_PARTS][2];
 #pragma unroll
             for (int i = 0; i < ROW_TILES; ++i)
@@ -206,7 +208,7 @@ template <int tiles, int way, int places> struct Band {
                 unsigned left[FACTOR_PARTS][4];
 #pragma unroll
                 for (int h = 0; h < 4; ++h) {
-                    const float* pair = values[2 * q + h % 2] + h / 2 * 2;
+                    const float* pair = values[2 * q + h % 2] + 4 * s + h / 2 * 2;
                     unsigned parts[FACTOR_PARTS];
                     split_pair<FACTOR_PARTS>(pair[0], pair[1], parts);
 #pragma unroll
@@ -219,34 +221,51 @@ template <int tiles, int way, int places> struct Band {
     }
 
     // sums = the sum over the columns 0 .. 32 `places` − 1 of every `stride`, where `there` columns
-    // are there from the warp's first on. A ring of loads is in flight: each place is filled again
-    // as soon as its numbers are multiplied.
+    // are there from the warp's first on. A ring of loads of M is in flight: each place is filled
+    // again as soon as its numbers are multiplied. F is loaded one place ahead if the registers
+    // suffice. The branch around a product keeps the compiler from loading all of F at once.
     __device__ void run(int there, int stride) {
+        const int ahead = tiles == 1 && way != ONE_BY_ONE;
         int left = there - threadIdx.x % 4 * 8;
         Eight ring[places][ROW_TILES];
+        float factor[2][2 * tiles][8];
 #pragma unroll
         for (int place = 0; place < places; ++place) fetch(place, left, ring[place]);
+        if (ahead) load_factor(0, left, factor[0]);
 #pragma unroll 1
         for (; there > 0; there -= stride) {
 #pragma unroll
             for (int i = 0; i < ROW_TILES; ++i) row[i] += stride;
 #pragma unroll
             for (int place = 0; place < places; ++place) {
-                multiply(place, left, ring[place]);
+                const int later = place + ahead, own = place % 2;
+                if (!ahead) load_factor(place, left, factor[own]);
+                if (later == places) {
+#pragma unroll
+                    for (int r = 0; r < 2 * tiles; ++r) of_rank[r] += stride * step;
+                }
+                if (ahead)
+                    load_factor(later % places, left - later / places * stride, factor[1 - own]);
+                if (there > place * BAND_COLUMNS) multiply(factor[own], ring[place]);
                 fetch(place, left - stride, ring[place]);
             }
-            left -= stride;
+            if (!ahead) {
 #pragma unroll
-            for (int r = 0; r < 2 * tiles; ++r) of_rank[r] += stride * step;
+                for (int r = 0; r < 2 * tiles; ++r) of_rank[r] += stride * step;
+            }
+            left -= stride;
         }
     }
 };
 
-typedef float BandSums[BAND_WARPS][BAND][RANKS];
+// The sums of the ranks 2 g and 2 g + 1. A row has room for two more, so that the lanes of a warp
+// write to different banks.
+struct alignas(8) TwoSums { float of[2]; };
+typedef TwoSums BandSums[BAND_WARPS][BAND][RANKS / 2 + 2];
 
 // The rows and ranks of a block of `project`. `groups` warps beside each other take different rows,
-// and the others the same rows and other columns. keep(line, r, sum) gets each number of the result,
-// for row top + line and rank r.
+// and the others the same rows and other columns. keep(line, r, sum) gets each number of the
+// result, for row top + line and rank r.
 template <int tiles, int way, typename Keep>
 __device__ inline void project_band(const storage_t* matrix, const float* factor, int top,
                                     int first_rank, index_t rows, index_t columns, index_t rank,
@@ -276,13 +295,14 @@ __device__ inline void project_band(const storage_t* matrix, const float* factor
 #pragma unroll
         for (int i = 0; i < ROW_TILES; ++i)
 #pragma unroll
-            for (int h = 0; h < 4; ++h)
-                held[warp][8 * i + 2 * t + h % 2][2 * g + h / 2] = band.sums[q][i][h];
+            for (int h = 0; h < 2; ++h)
+                held[warp][8 * i + 2 * t + h][g] = {band.sums[q][i][h], band.sums[q][i][h + 2]};
         __syncthreads();
         for (int at = threadIdx.x; at < groups * BAND * RANKS; at += BAND_THREADS) {
             const int group = at / (BAND * RANKS), line = at / RANKS % BAND, own = at % RANKS;
             float total = 0;
-            for (int w = group; w < BAND_WARPS; w += groups) total += held[w][line][own];
+            for (int w = group; w < BAND_WARPS; w += groups)
+                total += held[w][line][own / 2].of[own % 2];
             const int r = first_rank + own / 2 * 2 * tiles + 2 * q + own % 2;
             if (top + group * BAND + line < rows && r < rank) keep(group * BAND + line, r, total);
         }
@@ -296,9 +316,9 @@ __device__ inline void project_bands(const storage_t* matrix, const float* facto
                                      int turned, int tiles, int groups, BandSums& held, Keep keep) {
     const bool whole =
         columns % 8 == 0 && aligned(matrix, factor) && (!turned || rank % (2 * tiles) == 0);
-#define PROJECT(TILES, WAY, FIRST)                                                                  \
-    project_band<TILES, WAY>(matrix, factor, top, FIRST, rows, columns, rank, turned, groups, held, \
-                             keep)
+#define PROJECT(TILES, WAY, FIRST)                                                            \
+    project_band<TILES, WAY>(matrix, factor, top, FIRST, rows, columns, rank, turned, groups, \
+                             held, keep)
     if (!whole) {
         for (int each = first_rank; each < first_rank + RANKS * tiles; each += RANKS) {
             PROJECT(1, ONE_BY_ONE, each);
@@ -333,40 +353,40 @@ extern "C" __global__ void __launch_bounds__(BAND_THREADS, 1)
                   [&](int line, int r, float total) { result[line * rank + r] = total; });
 }
 
-// A lane's part of 16 rows of `pull`: rows 4 t .. 4 t + 3, of 8 neighbouring columns and of
-// FLUTE_TILES ranks.
-struct Rung {
+// A lane's part of a step of `pull`: rows 4 t .. 4 t + 3, of 8 neighbouring columns and of the
+// ranks PULL_TILES·g .. PULL_TILES·g + PULL_TILES − 1.
+struct PulledRows {
     Eight matrix[4];
-    float factor[4][FLUTE_TILES];
+    float factor[4][PULL_TILES];
 };
 
 // Load the lane's rows of a step, of which `left` are there. Beyond the last, M is 0.
 template <bool packed>
-__device__ inline void fetch_rung(const storage_t* matrix, const float* factor, index_t columns,
-                                  index_t rank, int left, int left_columns, int left_ranks,
-                                  Rung& rung) {
+__device__ inline void fetch_rows(const storage_t* matrix, const float* factor, int columns,
+                                  int rank, int left, int left_columns, int left_ranks,
+                                  PulledRows& held) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        rung.matrix[i] = eight_of(matrix + i * columns, i < left ? left_columns : 0, packed);
+        held.matrix[i] = eight_of(matrix + i * columns, i < left ? left_columns : 0, packed);
 #pragma unroll
-        for (int q = 0; q < FLUTE_TILES; ++q) {
-            rung.factor[i][q] = 0;
-            if (!packed && i < left && q < left_ranks) rung.factor[i][q] = factor[i * rank + q];
+        for (int q = 0; q < PULL_TILES; ++q) {
+            held.factor[i][q] = 0;
+            if (!packed && i < left && q < left_ranks) held.factor[i][q] = factor[i * rank + q];
         }
-        if (packed && i < left) neighbours<FLUTE_TILES>(factor + i * rank, rung.factor[i]);
+        if (packed && i < left) neighbours<PULL_TILES>(factor + i * rank, held.factor[i]);
     }
 }
 
 // sums[u][q] += the products of 16 rows. The left factor is Mᵀ: rows g and g + 8 of its tile u are
 // the columns 2 u and 2 u + 1 of each lane's eight. Its neighbours are rows of M.
-__device__ inline void multiply_rung(const Rung& rung, float (&sums)[4][FLUTE_TILES][4]) {
-    unsigned right[FLUTE_TILES][FACTOR_PARTS][2];
+__device__ inline void multiply_rows(const PulledRows& held, float (&sums)[4][PULL_TILES][4]) {
+    unsigned right[PULL_TILES][FACTOR_PARTS][2];
 #pragma unroll
-    for (int q = 0; q < FLUTE_TILES; ++q)
+    for (int q = 0; q < PULL_TILES; ++q)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             unsigned parts[FACTOR_PARTS];
-            split_pair<FACTOR_PARTS>(rung.factor[2 * h][q], rung.factor[2 * h + 1][q], parts);
+            split_pair<FACTOR_PARTS>(held.factor[2 * h][q], held.factor[2 * h + 1][q], parts);
 #pragma unroll
             for (int p = 0; p < FACTOR_PARTS; ++p) right[q][p][h] = parts[p];
         }
@@ -375,28 +395,28 @@ __device__ inline void multiply_rung(const Rung& rung, float (&sums)[4][FLUTE_TI
         unsigned left[MATRIX_PARTS][4];
 #pragma unroll
         for (int h = 0; h < 4; ++h) {
-            const unsigned first = rung.matrix[h / 2 * 2].word[u];
-            const unsigned second = rung.matrix[h / 2 * 2 + 1].word[u];
+            const unsigned first = held.matrix[h / 2 * 2].word[u];
+            const unsigned second = held.matrix[h / 2 * 2 + 1].word[u];
             unsigned parts[MATRIX_PARTS];
             split_stored(h % 2 ? high_halves(first, second) : low_halves(first, second), parts);
 #pragma unroll
             for (int p = 0; p < MATRIX_PARTS; ++p) left[p][h] = parts[p];
         }
 #pragma unroll
-        for (int q = 0; q < FLUTE_TILES; ++q) add_product(sums[u][q], left, right[q]);
+        for (int q = 0; q < PULL_TILES; ++q) add_product(sums[u][q], left, right[q]);
     }
 }
 
-// sums += the products of each FLUTE_DOWN-th step, `count` steps in all, by a ring of loads as in
+// sums += the products of each PULL_BELOW-th step, `count` steps in all, by a ring of loads as in
 // Band. `left` rows of the matrix are there from the lane's first on.
 template <bool packed, int places>
-__device__ inline void run_flute(const storage_t* matrix, const float* factor, index_t columns,
-                                 index_t rank, int count, int left, int left_columns,
-                                 int left_ranks, float (&sums)[4][FLUTE_TILES][4]) {
-    const int down = FLUTE_DOWN * FLUTE_STEP;
-    Rung ring[places];
-    const auto fetch = [&](Rung& rung) {
-        fetch_rung<packed>(matrix, factor, columns, rank, left, left_columns, left_ranks, rung);
+__device__ inline void pull_rows(const storage_t* matrix, const float* factor, int columns,
+                                 int rank, int count, int left, int left_columns,
+                                 int left_ranks, float (&sums)[4][PULL_TILES][4]) {
+    const int down = PULL_BELOW * PULL_STEP;
+    PulledRows ring[places];
+    const auto fetch = [&](PulledRows& held) {
+        fetch_rows<packed>(matrix, factor, columns, rank, left, left_columns, left_ranks, held);
         matrix += down * columns;
         factor += down * rank;
         left -= down;
@@ -407,7 +427,7 @@ __device__ inline void run_flute(const storage_t* matrix, const float* factor, i
     for (; count > 0; count -= places) {
 #pragma unroll
         for (int place = 0; place < places; ++place) {
-            if (place < count) multiply_rung(ring[place], sums);
+            if (place < count) multiply_rows(ring[place], sums);
             fetch(ring[place]);
         }
     }
@@ -418,67 +438,68 @@ __device__ inline void run_flute(const storage_t* matrix, const float* factor, i
 // steps of 16 rows, first of M and then of M₂; `sum_chunks` adds the chunks up.
 // grid (columns / 128 · rank / 16, chunks, stack), 256 threads
 // 2 bytes of M for each 16 ranks, once from memory; F comes from the cache
-extern "C" __global__ void __launch_bounds__(FLUTE_THREADS, 2)
+extern "C" __global__ void __launch_bounds__(PULL_THREADS, 2)
     pull(const storage_t* __restrict__ matrix, const compute_t* __restrict__ factor, index_t rows,
          const storage_t* __restrict__ matrix2 /* or null */,
          const compute_t* __restrict__ factor2 /* or null */, index_t rows2,
          compute_t* __restrict__ result, index_t columns, index_t rank, index_t per_chunk) {
     if (!is_skinny) return;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-    const int beside = warp % FLUTES, below = warp / FLUTES;
+    const int beside = warp % PULL_BESIDE, below = warp / PULL_BESIDE;
     const index_t e = blockIdx.z;
-    const int chunks = (int)((rank + 8 * FLUTE_TILES - 1) / (8 * FLUTE_TILES));
-    const int left = blockIdx.x / chunks * FLUTES * FLUTE;
-    const int first_rank = blockIdx.x % chunks * 8 * FLUTE_TILES;
+    const int chunks = (int)((rank + 8 * PULL_TILES - 1) / (8 * PULL_TILES));
+    const int left = blockIdx.x / chunks * PULL_COLUMNS;
+    const int first_rank = blockIdx.x % chunks * 8 * PULL_TILES;
 
     // A lane without columns or ranks loads the last ones: its sums are not stored.
-    const bool packed = columns % 8 == 0 && rank % FLUTE_TILES == 0 &&
+    const bool packed = columns % 8 == 0 && rank % PULL_TILES == 0 &&
                         aligned(matrix, factor, matrix2, factor2);
-    index_t column = left + beside * FLUTE + 8 * g, own_rank = first_rank + FLUTE_TILES * g;
+    index_t column = left + beside * 64 + 8 * g, own_rank = first_rank + PULL_TILES * g;
     if (column >= columns) column = packed ? columns - 8 : columns - 1;
-    if (own_rank >= rank) own_rank = packed ? rank - FLUTE_TILES : rank - 1;
+    if (own_rank >= rank) own_rank = packed ? rank - PULL_TILES : rank - 1;
 
     const int left_columns = columns - column < 8 ? columns - column : 8;
-    const int left_ranks = rank - own_rank < FLUTE_TILES ? rank - own_rank : FLUTE_TILES;
+    const int left_ranks = rank - own_rank < PULL_TILES ? rank - own_rank : PULL_TILES;
 
-    float sums[4][FLUTE_TILES][4] = {};
+    float sums[4][PULL_TILES][4] = {};
     int begin = blockIdx.y * per_chunk, end = begin + per_chunk;
 #pragma unroll 1
     for (int second = 0; second < (matrix2 ? 2 : 1); ++second) {
         const index_t count = second ? rows2 : rows;
-        const int steps = (count + FLUTE_STEP - 1) / FLUTE_STEP;
+        const int steps = (count + PULL_STEP - 1) / PULL_STEP;
         const int step = begin + below, until = end < steps ? end : steps;
-        const index_t row = e * count + step * FLUTE_STEP + 4 * t;
+        const index_t row = e * count + step * PULL_STEP + 4 * t;
         const storage_t* m = (second ? matrix2 : matrix) + row * columns + column;
         const float* f = (const float*)(second ? factor2 : factor) + row * rank + own_rank;
-        const int own = (until - step + FLUTE_DOWN - 1) / FLUTE_DOWN;
+        const int own = (until - step + PULL_BELOW - 1) / PULL_BELOW;
         // The rows of later chunks are not there for this block.
-        const index_t last = until * FLUTE_STEP < count ? until * FLUTE_STEP : count;
-        const int there = last - (step * FLUTE_STEP + 4 * t);
+        const index_t last = until * PULL_STEP < count ? until * PULL_STEP : count;
+        const int there = last - (step * PULL_STEP + 4 * t);
         if (packed)
-            run_flute<true, FLUTE_RING>(m, f, columns, rank, own, there, 8, FLUTE_TILES, sums);
+            pull_rows<true, PULL_PLACES>(m, f, columns, rank, own, there, 8, PULL_TILES, sums);
         else
-            run_flute<false, 1>(m, f, columns, rank, own, there, left_columns, left_ranks, sums);
+            pull_rows<false, 1>(m, f, columns, rank, own, there, left_columns, left_ranks, sums);
         begin = begin > steps ? begin - steps : 0;
         end -= steps;
     }
 
-    __shared__ float held[FLUTE_DOWN][8][FLUTES * FLUTE];
+    __shared__ float held[PULL_BELOW][8][PULL_COLUMNS];
+    const int at = beside * 64 + 8 * g;
     result += (e * gridDim.y + blockIdx.y) * rank * columns;
 #pragma unroll
-    for (int q = 0; q < FLUTE_TILES; ++q) {
+    for (int q = 0; q < PULL_TILES; ++q) {
         if (q) __syncthreads();
 #pragma unroll
         for (int u = 0; u < 4; ++u)
 #pragma unroll
             for (int h = 0; h < 4; ++h)
-                held[below][2 * t + h % 2][beside * FLUTE + 8 * g + 2 * u + h / 2] = sums[u][q][h];
+                held[below][2 * t + h % 2][at + 2 * u + h / 2] = sums[u][q][h];
         __syncthreads();
-        for (int each = threadIdx.x; each < 8 * FLUTES * FLUTE; each += FLUTE_THREADS) {
-            const int of_rank = each / (FLUTES * FLUTE), across = each % (FLUTES * FLUTE);
+        for (int each = threadIdx.x; each < 8 * PULL_COLUMNS; each += PULL_THREADS) {
+            const int of_rank = each / PULL_COLUMNS, across = each % PULL_COLUMNS;
             float total = 0;
-            for (int w = 0; w < FLUTE_DOWN; ++w) total += held[w][of_rank][across];
-            const index_t r = first_rank + of_rank * FLUTE_TILES + q;
+            for (int w = 0; w < PULL_BELOW; ++w) total += held[w][of_rank][across];
+            const index_t r = first_rank + of_rank * PULL_TILES + q;
             if (r < rank && left + across < columns)
                 result[r * columns + left + across] = (compute_t)total;
         }
