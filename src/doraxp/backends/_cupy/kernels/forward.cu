@@ -67,7 +67,7 @@ extern "C" __global__ void outputs(
 
 enum { TILE = 8 };  // tokens, or ranks, that a thread works on at once
 
-// What `update` needs to add the suspect rows' part of d V.
+// The arrays with which `update` adds the suspect rows' part of d V.
 struct Inputs {
     const int* any;
     const unsigned char* suspect;
