@@ -10,6 +10,7 @@ import numpy as np
 from doraxp._base.types import DType, Namespace
 from doraxp.backends._cupy.source import THREADS, Types, blocks
 from doraxp.backends._direction import Factors
+from doraxp.backends._dtypes import transpose
 
 LOW = ("float16", "bfloat16")
 
@@ -85,10 +86,10 @@ def as_stored(weight: DeviceArray, xp: Namespace) -> tuple[DeviceArray, bool]:
 
     The second value is True for the transpose. A weight in neither order is copied.
     """
-    turned: DeviceArray = xp.matrix_transpose(weight)
-    if turned.flags.c_contiguous and not weight.flags.c_contiguous:
-        return turned, True
-    return packed(weight, xp), False
+    if in_c_order(weight):
+        return weight, False
+    turned: DeviceArray = transpose(weight)
+    return (turned, True) if in_c_order(turned) else (packed(weight, xp), False)
 
 
 def for_blas(matrix: DeviceArray, xp: Namespace) -> DeviceArray:

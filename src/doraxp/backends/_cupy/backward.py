@@ -17,6 +17,7 @@ from doraxp.backends._cupy.direction import DevicePatched
 from doraxp.backends._cupy.passes import Passes, RowSums, Through
 from doraxp.backends._cupy.products import FEW, PARTS, ROUNDED, Products
 from doraxp.backends._cupy.skinny import Skinny
+from doraxp.backends._dtypes import transpose
 from doraxp.backends._generic import LayerGradients, Norm
 
 
@@ -79,7 +80,7 @@ class Backward:
         if narrow:
             db_sums = self.skinny.partial_pull(low_rank, d)
         else:
-            db_sums = packed(products.product(xp.matrix_transpose(d), low_rank), xp)
+            db_sums = packed(products.product(transpose(d), low_rank), xp)
         sums = passes.row_gradients(
             along, totals, db_sums, found, norm.gain, norm.norm, norm.unit_projection, scaling,
             by_rank=narrow, exact=exact, rows=rows,
@@ -98,5 +99,5 @@ class Backward:
             out = result[..., part, :]
             multiply(rows[..., part, :], weight, kind, out=out, beta=1.0, parts=parts)
         dx, da = result[..., :tokens, :], result[..., tokens:, :]
-        multiply(xp.matrix_transpose(low[..., :tokens, :]), x, kind, out=da, beta=1.0)
+        multiply(transpose(low[..., :tokens, :]), x, kind, out=da, beta=1.0)
         return products.cast(dx, dtype), da, sums

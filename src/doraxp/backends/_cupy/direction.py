@@ -16,6 +16,7 @@ from doraxp.backends._cupy.passes import Passes, Through
 from doraxp.backends._cupy.products import Products, is_mixed
 from doraxp.backends._cupy.suspects import Suspects, laid
 from doraxp.backends._direction import Arithmetic, Factors, form, split_rows
+from doraxp.backends._dtypes import transpose
 
 
 class DevicePatched(NamedTuple):
@@ -59,14 +60,14 @@ class DevicePatched(NamedTuple):
         dropped: DeviceArray | None, dtype: DType | None, *, ops: Arithmetic,
     ) -> tuple[DeviceArray, DeviceArray | None]:  # fmt: skip
         weight, a, scaled_b, row_scale = self.suspects.factors
-        xp, shift = ops.xp, None
+        shift = None
         if dropped is not None:  # low is x~ Aᵀ, and the suspect rows take x: they lack (x~ − x) Aᵀ
-            shift = low - ops.product(x, xp.matrix_transpose(a))
+            shift = low - ops.product(x, transpose(a))
         kind = x.dtype if is_mixed(x, weight) else gain.dtype
         z = self.passes.update(
             low, scaled_b, kind, by_rows=True, over=row_scale, storage=weight
         )  # fmt: skip
-        self.products.multiply(x, xp.matrix_transpose(weight), kind, out=z, beta=1.0)
+        self.products.multiply(x, transpose(weight), kind, out=z, beta=1.0)
         y = self.passes.outputs(self.suspects, z, x, gain, bias, shift, dtype)
         return z, y
 

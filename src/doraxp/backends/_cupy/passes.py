@@ -14,6 +14,7 @@ from doraxp._base.types import DType, Namespace
 from doraxp.backends._cupy.arrays import (
     DeviceArray,
     column_blocks,
+    in_c_order,
     name_of,
     one_type,
     packed,
@@ -297,7 +298,7 @@ def _suspects(found: Suspects) -> dict[str, Any]:
     weight: DeviceArray = found.factors.weight
     return {
         "any": found.any, "suspect": found.suspect, "weight": weight,
-        "turned": not weight.flags.c_contiguous, "a": found.factors.lora_a,
+        "turned": not in_c_order(weight), "a": found.factors.lora_a,
     }  # fmt: skip
 
 

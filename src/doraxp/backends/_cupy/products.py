@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 
 import numpy as np
@@ -21,6 +21,7 @@ from doraxp.backends._cupy.arrays import (
     DeviceArray,
     dtype_name,
     for_blas,
+    in_c_order,
     name_of,
     one_type,
     packed,
@@ -31,6 +32,7 @@ from doraxp.backends._cupy.signatures import Cast, Split, SumChunks, SumParts, T
 from doraxp.backends._cupy.skinny import Skinny
 from doraxp.backends._cupy.source import LIMIT, THREADS, WARP, WARPS, Types, blocks
 from doraxp.backends._direction import Factors
+from doraxp.backends._dtypes import transpose
 
 FEW = 1024
 """The most rows whose parts go into one product. Its result has a row for each part."""
@@ -109,17 +111,16 @@ class Products:
 
         One token, and a float32 factor that is as narrow as a rank, take one launch.
         """
-        transposed: Callable[[DeviceArray], DeviceArray] = self.xp.matrix_transpose
         dtype = np.promote_types(wide_dtype(left), wide_dtype(right))
-        rows = transposed(right)
+        rows: DeviceArray = transpose(right)
         if not self.takes_token(left, rows, dtype):
             names = name_of(left), name_of(right)
             if names[0] in LOW and names[1] == "float32" and right.shape[-1] <= NARROW:
-                if rows.flags.c_contiguous:
+                if in_c_order(rows):
                     return self.skinny.project(left, rows)
                 return self.skinny.project(left, right, turned=True)
             if names[0] == "float32" and names[1] in LOW and left.shape[-2] <= NARROW:
-                return self.skinny.pull(transposed(left), right)
+                return self.skinny.pull(transpose(left), right)
             return self.multiply(left, right, dtype)
         z = self.cuda.empty((*left.shape[:-1], rows.shape[-2]), dtype)
         self._launch_token(packed(left, self.xp), rows, z, dtype, rank=0, **_NO_UPDATE)
@@ -133,7 +134,7 @@ class Products:
         `rows` must be in C order and have at least a warp's columns, and one of the three dtypes
         may differ from the other two.
         """
-        one = x.shape[-2] == 1 and rows.shape[-1] >= WARP and rows.flags.c_contiguous
+        one = x.shape[-2] == 1 and rows.shape[-1] >= WARP and in_c_order(rows)
         return one and len({x.dtype, rows.dtype, np.dtype(dtype)}) <= 2
 
     def token_outputs(
@@ -248,9 +249,9 @@ class Products:
             low = xp.astype(low, xp.float32)
         else:
             columns = wide.strides[-1] != wide.itemsize
-            rows = xp.matrix_transpose(wide) if columns else wide
+            rows = transpose(wide) if columns else wide
             parts = list(self._split(rows, low, count)[0])
-            parts = [xp.matrix_transpose(part) for part in parts] if columns else parts
+            parts = [transpose(part) for part in parts] if columns else parts
         for part in parts:
             self.cuda.gemm(*((part, low) if on_left else (low, part)), out, beta)
             beta = 1.0
@@ -266,7 +267,7 @@ class Products:
     ) -> None:
         """Multiply all parts of few float32 rows or columns by `low` at once: it is read once."""
         xp = self.xp
-        rows = wide if on_left else xp.matrix_transpose(wide)  # (few, k)
+        rows = wide if on_left else transpose(wide)  # (few, k)
         parts, shrink = self._split(rows, low)
         few, k = rows.shape
         parts, low = xp.reshape(parts, (PARTS * few, k)), for_blas(low, xp)
@@ -275,7 +276,7 @@ class Products:
             self.cuda.gemm(parts, low, products, 0.0)
         else:
             products = self.cuda.empty((low.shape[0], PARTS * few), xp.float32)
-            self.cuda.gemm(low, xp.matrix_transpose(parts), products, 0.0)
+            self.cuda.gemm(low, transpose(parts), products, 0.0)
         arguments = SumParts(
             products=products, shrink=shrink, result=out, size=out.size, columns=out.shape[1],
             parts=PARTS, on_left=on_left, beta=beta,
@@ -314,9 +315,9 @@ class Products:
         """Return `array` in `dtype`. A kernel rounds float32 to 16 bits in a third of the time."""
         if name_of(array) != "float32" or dtype_name(np.dtype(dtype)) not in LOW:
             return self.xp.astype(array, dtype, copy=False)
-        turned: DeviceArray = self.xp.matrix_transpose(array)
-        if turned.flags.c_contiguous and not array.flags.c_contiguous:
-            return self.xp.matrix_transpose(self.cast(turned, dtype))
+        turned: DeviceArray = transpose(array)
+        if in_c_order(turned) and not in_c_order(array):
+            return transpose(self.cast(turned, dtype))
         array, result = packed(array, self.xp), self.cuda.empty(array.shape, dtype)
         if array.size:
             types = Types(dtype_name(np.dtype(dtype)), "float32", "float32")

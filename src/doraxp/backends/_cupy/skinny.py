@@ -20,6 +20,7 @@ from doraxp.backends._cupy.arrays import (
     DeviceArray,
     as_stored,
     dtype_name,
+    in_c_order,
     name_of,
     one_type,
     packed,
@@ -35,6 +36,7 @@ from doraxp.backends._cupy.signatures import (
 )
 from doraxp.backends._cupy.source import THREADS, WARP, WARPS, Types, blocks
 from doraxp.backends._direction import Factors
+from doraxp.backends._dtypes import transpose
 
 BAND, BAND_THREADS = 32, 256
 """Rows of a warp of `project`, and threads of a block. kernels/skinny.cu has the same."""
@@ -90,8 +92,8 @@ class Skinny:
         """
         stored, by_columns = as_stored(matrix, self.xp)
         if by_columns:
-            columns = factor if turned else self.xp.matrix_transpose(factor)
-            return self.xp.matrix_transpose(self.pull(columns, stored))
+            columns = factor if turned else transpose(factor)
+            return transpose(self.pull(columns, stored))
         factor = packed(factor, self.xp)
         *stack, rows, columns = stored.shape
         rank = factor.shape[-1 if turned else -2]
@@ -136,7 +138,7 @@ class Skinny:
         xp = self.xp
         stored, by_columns = as_stored(matrix, xp)
         if by_columns:
-            first = xp.matrix_transpose(self.project(stored, factor, turned=True))[..., None, :, :]
+            first = transpose(self.project(stored, factor, turned=True))[..., None, :, :]
             if matrix2 is None:
                 return packed(first, xp)
             return xp.concat([first, self.partial_pull(factor2, matrix2)], axis=-3)
@@ -144,7 +146,7 @@ class Skinny:
         if matrix2 is not None:
             second, by_columns = as_stored(matrix2, xp)
             if by_columns:
-                rest = xp.matrix_transpose(self.project(second, factor2, turned=True))
+                rest = transpose(self.project(second, factor2, turned=True))
                 return xp.concat(
                     [self.partial_pull(factor, stored), rest[..., None, :, :]], axis=-3
                 )
@@ -243,7 +245,7 @@ class Skinny:
     def makes_u(self, weight: DeviceArray, dtype: DType, rank: int) -> bool:
         """Return whether `measure` can make W Aᵀ itself: for W of 16 bits in C order."""
         low = name_of(weight) in LOW and np.dtype(dtype) == np.float32
-        return low and bool(weight.flags.c_contiguous) and rank <= 2 * RANKS
+        return low and in_c_order(weight) and rank <= 2 * RANKS
 
 
 def row_groups(rows: int, others: int) -> int:
