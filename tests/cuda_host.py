@@ -107,8 +107,8 @@ class HostCuda:
         array.reshape(-1).view(np.uint8)[...] = 0xFF
         return array.view(DeviceArray)
 
-    def empties(self, shapes: Sequence[Sequence[int]], dtype: Any) -> list[Any]:
-        return [self.empty(shape, dtype) for shape in shapes]
+    def empties(self, wanted: Sequence[tuple[Sequence[int], Any] | None]) -> list[Any]:
+        return [None if each is None else self.empty(*each) for each in wanted]
 
     def cache_bytes(self) -> int:
         return self.cache

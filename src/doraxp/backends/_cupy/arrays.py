@@ -27,6 +27,9 @@ class PlainWeight(NamedTuple):
     row_scale: None = None
 
 
+Wanted: TypeAlias = tuple[tuple[int, ...], DType]
+"""The shape and the dtype of an array to be made."""
+
 FactorsT = TypeVar("FactorsT", Factors, PlainWeight)
 
 
@@ -46,9 +49,20 @@ def wide_dtype(array: DeviceArray) -> DType:
     return np.dtype(np.float32) if name_of(array) in LOW else array.dtype
 
 
+@functools.cache
+def common_dtype(left: DType, right: DType) -> DType:
+    """Return the compute dtype of the product of arrays of two dtypes: at least float32."""
+    return np.promote_types(np.promote_types(left, np.float32), right)
+
+
 def types_of(storage: DeviceArray, product: DeviceArray, compute: DeviceArray) -> Types:
     """Return the types of a kernel from an array of each."""
-    return Types(name_of(storage), name_of(product), name_of(compute))
+    return typed(storage.dtype, product.dtype, compute.dtype)
+
+
+def typed(storage: DType, product: DType, compute: DType) -> Types:
+    """Return the types of a kernel from its dtypes."""
+    return Types(*(dtype_name(np.dtype(dtype)) for dtype in (storage, product, compute)))
 
 
 def one_type(array: DeviceArray) -> Types:
@@ -121,6 +135,6 @@ def layout(matrix: DeviceArray) -> tuple[int, int]:
     raise ValueError(f"a matrix must be of unit stride along one axis, got {matrix.strides}")
 
 
-def column_blocks(length: int, stored: DeviceArray) -> int:
-    """Return how many blocks cover `length` columns, if a thread takes 16 bytes of `stored`."""
+def column_blocks(length: int, stored: DeviceArray | DType) -> int:
+    """Return how many blocks cover `length` columns of a dtype, if a thread takes 16 bytes."""
     return blocks(length * int(stored.itemsize), 16 * THREADS)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from doraxp._base.types import DType, Namespace
 from doraxp.backends._cupy.arrays import LOW, DeviceArray, name_of, packed
 from doraxp.backends._cupy.direction import DevicePatched
-from doraxp.backends._cupy.passes import Passes, RowSums, Through
+from doraxp.backends._cupy.passes import Passes, RowSums, through_suspects
 from doraxp.backends._cupy.products import FEW, PARTS, ROUNDED, Products
 from doraxp.backends._cupy.skinny import Skinny
 from doraxp.backends._dtypes import transpose
@@ -59,14 +59,14 @@ class Backward:
             by_rank=True, exact=exact, low_sums=low_sums,
         )  # fmt: skip
         low = sums.low
-        through = Through(d, x, norm.gain, norm.norm, sums.radial)
-        dx = passes.update(low, a, dtype, found=found, through=through)
+        through = through_suspects(found, d, x, norm.gain, norm.norm, sums.radial)
+        dx = passes.update(low, a, dtype, weight.dtype, through=through)
         self.products.multiply(dz, weight, dtype, out=dx, beta=1.0)
         if sums.pull is None:
             partial = self.skinny.partial_pull(low, x)
         else:
             partial = self.skinny.partial_pull(low, x, sums.pull, weight)
-        return dx, passes.gradient_a(partial, sums.square, found, through), sums
+        return dx, passes.gradient_a(partial, sums.square, through), sums
 
     def _wide(
         self, d: DeviceArray, x: DeviceArray, low_rank: DeviceArray, z: DeviceArray, norm: Norm,
@@ -88,8 +88,8 @@ class Backward:
         multiply, kind, tokens = products.multiply, rows.dtype, d.shape[-2]
         b = scaled_b if sums.over is None else sums.over
         low = multiply(rows, b, kind, whole=name_of(weight) in LOW)  # (tokens + rank, rank)
-        through = Through(d, x, norm.gain, norm.norm, sums.radial)
-        result = passes.update(low, a, kind, found=found, through=through)
+        through = through_suspects(found, d, x, norm.gain, norm.norm, sums.radial)
+        result = passes.update(low, a, kind, weight.dtype, through=through)
         # Rounded to the dtype of W, the first rows keep no more digits than W has.
         few = tokens <= FEW or dtype != weight.dtype or name_of(weight) != "bfloat16"
         split = [(slice(None), PARTS)]

@@ -6,7 +6,6 @@ Everything runs on the caller's current device and stream. No value is read back
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import operator
 import threading
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from doraxp._base.types import DType, HostArray
-from doraxp.backends._cupy.arrays import DeviceArray, in_c_order, layout
+from doraxp.backends._cupy.arrays import DeviceArray, Wanted, in_c_order, layout
 from doraxp.backends._cupy.parameters import Arguments, kernel_name
 from doraxp.backends._cupy.source import LIMIT, SOURCE, THREADS, Types, blocks
 
@@ -89,16 +88,18 @@ class Cuda:
         # `cupy.empty` takes twice as long, and finds a type faster than a dtype.
         return self.cupy.ndarray(tuple(shape), getattr(dtype, "type", dtype))
 
-    def empties(self, shapes: tuple[tuple[int, ...], ...], dtype: DType) -> list[DeviceArray]:
+    def empties(self, wanted: tuple[Wanted | None, ...]) -> list[DeviceArray]:
         """Return uninitialised arrays that share one allocation: it lives as long as one of them.
 
-        That saves the host's time for all allocations except one.
+        That saves the host's time for all allocations except one. None stays None.
         """
-        total, offsets = _places(shapes, dtype.itemsize)
-        cupy, kind = self.cupy, dtype.type
+        total, places = _places(wanted)
+        cupy = self.cupy
         memory, array = cupy.cuda.alloc(total), cupy.ndarray
-        places = zip(shapes, offsets, strict=True)
-        return [array(shape, kind, memory + offset) for shape, offset in places]
+        return [
+            None if place is None else array(place.shape, place.kind, memory + place.offset)
+            for place in places
+        ]
 
     def launch(
         self, arguments: tuple[Any, ...], types: Types, grid: tuple[int, int, int],
@@ -219,9 +220,24 @@ def _gemm_types(factor: DType, result: DType, tf32: bool) -> _GemmTypes:
     return _GemmTypes(wide, kinds[0], kinds[1], int(compute))
 
 
-@functools.lru_cache(maxsize=256)
-def _places(shapes: tuple[tuple[int, ...], ...], itemsize: int) -> tuple[int, list[int]]:
-    """Return the bytes of arrays side by side, and where each begins: aligned as CuPy's pool is."""
-    sizes = (blocks(math.prod(shape) * itemsize, ALIGNED) * ALIGNED for shape in shapes)
-    *offsets, total = itertools.accumulate(sizes, initial=0)
-    return total, offsets
+class _Place(NamedTuple):
+    """An array in an allocation."""
+
+    shape: tuple[int, ...]
+    kind: type
+    """The type of its numbers: CuPy finds it faster than a dtype."""
+    offset: int
+
+
+@functools.lru_cache(maxsize=1024)
+def _places(wanted: tuple[Wanted | None, ...]) -> tuple[int, list[_Place | None]]:
+    """Return the bytes of arrays side by side, and the place of each: aligned as CuPy's pool is."""
+    total, places = 0, list[_Place | None]()
+    for each in wanted:
+        if each is None:
+            places.append(None)
+            continue
+        shape, dtype = each[0], np.dtype(each[1])
+        places.append(_Place(shape, dtype.type, total))
+        total += blocks(math.prod(shape) * dtype.itemsize, ALIGNED) * ALIGNED
+    return total, places

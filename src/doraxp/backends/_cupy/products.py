@@ -19,15 +19,17 @@ from doraxp._base.types import DType, Namespace
 from doraxp.backends._cupy.arrays import (
     LOW,
     DeviceArray,
+    common_dtype,
     dtype_name,
     for_blas,
     in_c_order,
     name_of,
     one_type,
     packed,
-    wide_dtype,
+    typed,
 )
 from doraxp.backends._cupy.device import Cuda
+from doraxp.backends._cupy.plans import Plan, planned
 from doraxp.backends._cupy.signatures import Cast, Split, SumChunks, SumParts, Token
 from doraxp.backends._cupy.skinny import Skinny
 from doraxp.backends._cupy.source import LIMIT, THREADS, WARP, WARPS, Types, blocks
@@ -43,7 +45,7 @@ NARROW = 256
 PARTS, ROUNDED = 3, 2
 """Parts of 8 bits that hold all 24 bits of a float32, and those whose product is rounded to 8."""
 _NO_UPDATE: dict[str, None] = dict.fromkeys(
-    ("a", "b", "row_scale", "suspect", "low_rank", "gain", "bias", "y")
+    ("a", "b", "row_scale", "suspect", "low_rank", "gain", "bias")
 )
 _REDUCED: ContextVar[bool] = ContextVar("reduced", default=False)
 _EXACT: ContextVar[bool] = ContextVar("exact", default=False)
@@ -111,20 +113,19 @@ class Products:
 
         One token, and a float32 factor that is as narrow as a rank, take one launch.
         """
-        dtype = np.promote_types(wide_dtype(left), wide_dtype(right))
+        dtype = common_dtype(left.dtype, right.dtype)
         rows: DeviceArray = transpose(right)
-        if not self.takes_token(left, rows, dtype):
-            names = name_of(left), name_of(right)
-            if names[0] in LOW and names[1] == "float32" and right.shape[-1] <= NARROW:
-                if in_c_order(rows):
-                    return self.skinny.project(left, rows)
-                return self.skinny.project(left, right, turned=True)
-            if names[0] == "float32" and names[1] in LOW and left.shape[-2] <= NARROW:
-                return self.skinny.pull(transpose(left), right)
-            return self.multiply(left, right, dtype)
-        z = self.cuda.empty((*left.shape[:-1], rows.shape[-2]), dtype)
-        self._launch_token(packed(left, self.xp), rows, z, dtype, rank=0, **_NO_UPDATE)
-        return z
+        if self.takes_token(left, rows, dtype):
+            (z,) = self._launch_token(packed(left, self.xp), rows, (dtype,), dtype, **_NO_UPDATE)
+            return z
+        names = name_of(left), name_of(right)
+        if names[0] in LOW and names[1] == "float32" and right.shape[-1] <= NARROW:
+            if in_c_order(rows):
+                return self.skinny.project(left, rows)
+            return self.skinny.project(left, right, turned=True)
+        if names[0] == "float32" and names[1] in LOW and left.shape[-2] <= NARROW:
+            return self.skinny.pull(transpose(left), right)
+        return self.multiply(left, right, dtype)
 
     # One token
 
@@ -134,46 +135,40 @@ class Products:
         `rows` must be in C order and have at least a warp's columns, and one of the three dtypes
         may differ from the other two.
         """
-        one = x.shape[-2] == 1 and rows.shape[-1] >= WARP and in_c_order(rows)
-        return one and len({x.dtype, rows.dtype, np.dtype(dtype)}) <= 2
+        tokens, inner = x.shape[-2:]
+        if tokens != 1 or inner < WARP or not in_c_order(rows):
+            return False
+        return x.dtype == rows.dtype or np.dtype(dtype) in (x.dtype, rows.dtype)
 
     def token_outputs(
         self, x: DeviceArray, factors: Factors, suspect: DeviceArray, low_rank: DeviceArray,
-        gain: DeviceArray, bias: DeviceArray | None, z: DeviceArray, y: DeviceArray,
-    ) -> None:  # fmt: skip
-        """Write z = x Vᵀ and y = g⊙z + bias, for one token. The kernel forms suspect rows of V."""
-        xp = self.xp
-        weight, *update = factors
-        a, b, row_scale = (packed(array, xp) for array in update)
-        self._launch_token(
-            x, weight, z, gain.dtype, rank=a.shape[-2], a=a, b=b, row_scale=row_scale,
-            suspect=packed(suspect, xp), low_rank=packed(low_rank, xp),
-            gain=packed(gain, xp), bias=packed(bias, xp), y=y,
+        gain: DeviceArray, bias: DeviceArray | None, dtypes: tuple[DType, DType],
+    ) -> tuple[DeviceArray, DeviceArray]:  # fmt: skip
+        """Return z = x Vᵀ and y = g⊙z + bias in these dtypes, for one token, by one launch.
+
+        The kernel forms suspect rows of V.
+        """
+        xp, (weight, a, b, row_scale) = self.xp, factors
+        z, y = self._launch_token(
+            packed(x, xp), weight, dtypes, gain.dtype, a=a, b=b, row_scale=row_scale,
+            suspect=suspect, low_rank=packed(low_rank, xp), gain=packed(gain, xp),
+            bias=packed(bias, xp),
         )  # fmt: skip
+        return z, y
 
     def _launch_token(
-        self,
-        x: DeviceArray,
-        rows: DeviceArray,
-        z: DeviceArray,
-        dtype: DType,
-        *,
-        rank: int,
-        **update: DeviceArray | None,
-    ) -> None:
-        wide = dtype_name(np.dtype(dtype))
-        stored = next((name_of(array) for array in (x, rows) if name_of(array) != wide), wide)
-        *stack, out, inner = rows.shape
-        count = math.prod(stack) * out
-        by_block = rank == 0
-        arguments = Token(
-            matrix=rows, matrix_is_stored=name_of(rows) == stored, x=x,
-            x_is_stored=name_of(x) == stored, z=z, rows=count, out=out, inner=inner, rank=rank,
-            by_block=by_block, **update,
-        )  # fmt: skip
-        warps = math.prod(stack) * blocks(out, TOKEN_ROWS)
-        grid = count if by_block else blocks(warps, WARPS), 1, 1
-        self.cuda.launch(arguments, Types(stored, name_of(z), wide), grid)
+        self, x: DeviceArray, rows: DeviceArray, dtypes: tuple[DType, ...], dtype: DType,
+        **update: DeviceArray,
+    ) -> list[DeviceArray]:  # fmt: skip
+        """Return z, and y if `dtypes` has another dtype for it."""
+        a = update["a"]
+        rank = 0 if a is None else a.shape[-2]
+        plan = _plan_token(rows.shape, rank, x.dtype, rows.dtype, dtypes, dtype)
+        made = self.cuda.empties(plan.made)
+        z, y = made if len(made) == 2 else (*made, None)
+        kernel = Token(matrix=rows, x=x, z=z, y=y, **update, **plan.numbers)
+        self.cuda.launch(kernel, plan.types, plan.grid)
+        return made
 
     # Products by cuBLAS
 
@@ -219,7 +214,7 @@ class Products:
             low = next((array for array in (left, right) if name_of(array) in LOW), None)
             wide = left if low is right else right
             if low is None or name_of(wide) != "float32":  # float64, or float16 and bfloat16
-                common = np.promote_types(wide_dtype(left), wide_dtype(right))
+                common = common_dtype(left.dtype, right.dtype)
                 left, right = (xp.astype(array, common, copy=False) for array in (left, right))
             else:
                 self._multiply_parts(left, right, out, beta, parts)
@@ -324,3 +319,22 @@ class Products:
             arguments = Cast(array=array, result=result, size=array.size)
             self.cuda.launch(arguments, types, (blocks(array.size, THREADS * 8), 1, 1))
         return result
+
+
+@planned
+def _plan_token(
+    shape: tuple[int, ...], rank: int, x: DType, rows: DType, dtypes: tuple[DType, ...],
+    dtype: DType,
+) -> Plan:  # fmt: skip
+    """Plan `token`, for rows in this shape. Without a rank, it multiplies alone."""
+    *stack, out, inner = shape
+    count, wide = math.prod(stack), np.dtype(dtype)
+    stored = next((each for each in (x, rows) if each != wide), wide)
+    by_block = rank == 0
+    numbers = {
+        "matrix_is_stored": rows == stored, "x_is_stored": x == stored, "rows": count * out,
+        "out": out, "inner": inner, "rank": rank, "by_block": by_block,
+    }  # fmt: skip
+    grid = count * out if by_block else blocks(count * blocks(out, TOKEN_ROWS), WARPS), 1, 1
+    made = tuple(((*stack, 1, out), each) for each in dtypes)
+    return Plan(typed(stored, dtypes[0], dtype), grid, numbers, made)
