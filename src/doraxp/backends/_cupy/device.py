@@ -6,7 +6,6 @@ Everything runs on the caller's current device and stream. No value is read back
 from __future__ import annotations
 
 import functools
-import math
 import operator
 import threading
 from collections.abc import Sequence
@@ -16,16 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from doraxp._base.types import DType, HostArray
-from doraxp.backends._cupy.arrays import DeviceArray, Wanted, in_c_order, layout
+from doraxp.backends._cupy.arrays import DeviceArray, Together, in_c_order, layout
 from doraxp.backends._cupy.parameters import Arguments, kernel_name
-from doraxp.backends._cupy.source import LIMIT, SOURCE, THREADS, Types, blocks
+from doraxp.backends._cupy.source import LIMIT, SOURCE, THREADS, Types
 
 WHOLE_SUMS = 16
 """CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION, which CuPy does not name. cuBLAS then adds the
 parts of a sum in the dtype of the sum, even if the result is narrower."""
-
-ALIGNED = 512
-"""Arrays that share an allocation begin at multiples of this number of bytes."""
 
 _ADDRESS, _IN_C_ORDER = map(operator.attrgetter, ("data.ptr", "_c_contiguous"))
 
@@ -88,17 +84,16 @@ class Cuda:
         # `cupy.empty` takes twice as long, and finds a type faster than a dtype.
         return self.cupy.ndarray(tuple(shape), getattr(dtype, "type", dtype))
 
-    def empties(self, wanted: tuple[Wanted | None, ...]) -> list[DeviceArray]:
+    def empties(self, together: Together) -> list[DeviceArray]:
         """Return uninitialised arrays that share one allocation: it lives as long as one of them.
 
         That saves the host's time for all allocations except one. None stays None.
         """
-        total, places = _places(wanted)
         cupy = self.cupy
-        memory, array = cupy.cuda.alloc(total), cupy.ndarray
+        memory, array = cupy.cuda.alloc(together.size), cupy.ndarray
         return [
             None if place is None else array(place.shape, place.kind, memory + place.offset)
-            for place in places
+            for place in together.places
         ]
 
     def launch(
@@ -218,26 +213,3 @@ def _gemm_types(factor: DType, result: DType, tf32: bool) -> _GemmTypes:
     if tf32 and str(factor) == "float32":
         compute = blas.CUBLAS_COMPUTE_32F_FAST_TF32
     return _GemmTypes(wide, kinds[0], kinds[1], int(compute))
-
-
-class _Place(NamedTuple):
-    """An array in an allocation."""
-
-    shape: tuple[int, ...]
-    kind: type
-    """The type of its numbers: CuPy finds it faster than a dtype."""
-    offset: int
-
-
-@functools.lru_cache(maxsize=1024)
-def _places(wanted: tuple[Wanted | None, ...]) -> tuple[int, list[_Place | None]]:
-    """Return the bytes of arrays side by side, and the place of each: aligned as CuPy's pool is."""
-    total, places = 0, list[_Place | None]()
-    for each in wanted:
-        if each is None:
-            places.append(None)
-            continue
-        shape, dtype = each[0], np.dtype(each[1])
-        places.append(_Place(shape, dtype.type, total))
-        total += blocks(math.prod(shape) * dtype.itemsize, ALIGNED) * ALIGNED
-    return total, places

@@ -48,7 +48,7 @@ class DevicePatched(NamedTuple):
         if dropped is None and self.products.takes_token(x, self.factors.weight, gain.dtype):
             kind = x.dtype if is_mixed(x, self.factors.weight) else gain.dtype
             suspect, factors = self.suspects.suspect, self.suspects.factors
-            return self.products.token_outputs(x, factors, suspect, low, gain, bias, (kind, dtype))
+            return self.products.token_outputs(x, factors, suspect, low, gain, bias, kind, dtype)
         return self._outputs(x, low, gain, bias, dropped, dtype, ops=ops)
 
     def _outputs(

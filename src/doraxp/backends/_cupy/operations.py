@@ -22,7 +22,7 @@ from doraxp._base.types import (
     Reduce,
 )
 from doraxp.backends._cupy.adamw import adamw
-from doraxp.backends._cupy.arrays import LOW, DeviceArray, PlainWeight, name_of
+from doraxp.backends._cupy.arrays import LOW, DeviceArray, PlainWeight, dtype_name, name_of
 from doraxp.backends._cupy.backward import Backward
 from doraxp.backends._cupy.device import Cuda
 from doraxp.backends._cupy.direction import DevicePatched
@@ -91,9 +91,9 @@ class CupyOperations(Operations):
         self, array: DeviceArray, weight: DeviceArray, dtype: DType, *, masked: bool = False
     ) -> DType:
         """Return the own dtype of an x or dy of 16 bits like W: tensor cores take them as is."""
-        own = name_of(array)
-        low = own in LOW and own == name_of(weight) and np.dtype(dtype) == np.float32
-        return array.dtype if low and not (masked and is_exact()) else dtype
+        own = array.dtype
+        low = own == weight.dtype and dtype_name(own) in LOW and dtype == np.float32
+        return own if low and not (masked and is_exact()) else dtype
 
     # Products
 

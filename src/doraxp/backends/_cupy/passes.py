@@ -19,6 +19,7 @@ from doraxp.backends._cupy.arrays import (
     in_c_order,
     one_type,
     packed,
+    together,
     typed,
     types_of,
 )
@@ -268,7 +269,7 @@ def _plan_outputs(
     rank, inner = a_shape[-2:]
     numbers = {"stored": x == storage, "tokens": tokens, "out": out, "inner": inner, "rank": rank}
     grid = column_blocks(out, storage), min(blocks(tokens, RUN), LIMIT), math.prod(stack)
-    return Plan(typed(storage, z, compute), grid, numbers)
+    return Plan(typed(storage, z, compute), grid, numbers, together())
 
 
 @planned
@@ -288,7 +289,9 @@ def _plan_update(
         across, each = column_blocks(columns, storage), TILE
     down = min(blocks(rows, each), max(1, UPDATERS // max(1, across)), LIMIT)
     grid = across, down, math.prod(stack)
-    return Plan(typed(storage, dtype, low), grid, numbers, (((*stack, rows, columns), dtype),))
+    return Plan(
+        typed(storage, dtype, low), grid, numbers, together(((*stack, rows, columns), dtype))
+    )
 
 
 @planned
@@ -300,13 +303,13 @@ def _plan_mixed(
     others = across * blocks(rank, SWATH_RANKS)
     each, chunks = _long_chunks(tokens, others * math.prod(stack))
     along = (*stack, chunks, out), compute
-    scratch = (
+    scratch = together(
         along, along if total else None, ((*stack, across, tokens, rank), compute),
         ((*stack, chunks, rank, out), compute),
     )  # fmt: skip
     numbers = {"tokens": tokens, "out": out, "rank": rank, "per_chunk": each}
     types, grid = typed(dtype, compute, compute), (others, chunks, math.prod(stack))
-    return Plan(types, grid, numbers, ((shape, dtype),), scratch, SWATH_THREADS)
+    return Plan(types, grid, numbers, together((shape, dtype)), scratch, SWATH_THREADS)
 
 
 @planned
@@ -336,8 +339,8 @@ def _plan_rows(
     }  # fmt: skip
     across = row_blocks + blocks(low_size, THREADS)
     grid = across, min(blocks(rank, TILE), LIMIT), math.prod(stack)
-    made = narrow, narrow, wide, narrow if total else None
-    return Plan(typed(kind, kind, kind), grid, numbers, made, (pull, square, over, low))
+    made = together(narrow, narrow, wide, narrow if total else None)
+    return Plan(typed(kind, kind, kind), grid, numbers, made, together(pull, square, over, low))
 
 
 @planned
@@ -353,7 +356,7 @@ def _plan_a(
         "out": out, "inner": inner, "rank": rank,
     }  # fmt: skip
     grid = blocks(inner, THREADS), min(blocks(rank, TILE), LIMIT), math.prod(stack)
-    made = (((*stack, rank, inner), kind),)
+    made = together(((*stack, rank, inner), kind))
     return Plan(typed(storage, kind, kind), grid, numbers, made)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-from doraxp.backends._cupy.arrays import Wanted
+from doraxp.backends._cupy.arrays import Together
 from doraxp.backends._cupy.source import THREADS, Types
 
 planned = functools.lru_cache(maxsize=1024)
@@ -23,8 +23,8 @@ class Plan(NamedTuple):
     grid: tuple[int, int, int]
     numbers: dict[str, Any]
     """The kernel's sizes, counts and flags, by name."""
-    made: tuple[Wanted | None, ...] = ()
+    made: Together
     """The arrays that the launch writes and the call keeps; None for one that is not needed."""
-    scratch: tuple[Wanted | None, ...] = ()
+    scratch: Together = Together(0, ())
     """The arrays that it writes for other launches of the call."""
     threads: int = THREADS

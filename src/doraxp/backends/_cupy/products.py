@@ -26,6 +26,7 @@ from doraxp.backends._cupy.arrays import (
     name_of,
     one_type,
     packed,
+    together,
     typed,
 )
 from doraxp.backends._cupy.device import Cuda
@@ -116,8 +117,8 @@ class Products:
         dtype = common_dtype(left.dtype, right.dtype)
         rows: DeviceArray = transpose(right)
         if self.takes_token(left, rows, dtype):
-            (z,) = self._launch_token(packed(left, self.xp), rows, (dtype,), dtype, **_NO_UPDATE)
-            return z
+            x = packed(left, self.xp)
+            return self._launch_token(x, rows, dtype, None, dtype, rank=0, **_NO_UPDATE)[0]
         names = name_of(left), name_of(right)
         if names[0] in LOW and names[1] == "float32" and right.shape[-1] <= NARROW:
             if in_c_order(rows):
@@ -142,33 +143,29 @@ class Products:
 
     def token_outputs(
         self, x: DeviceArray, factors: Factors, suspect: DeviceArray, low_rank: DeviceArray,
-        gain: DeviceArray, bias: DeviceArray | None, dtypes: tuple[DType, DType],
+        gain: DeviceArray, bias: DeviceArray | None, z: DType, y: DType,
     ) -> tuple[DeviceArray, DeviceArray]:  # fmt: skip
         """Return z = x Vᵀ and y = g⊙z + bias in these dtypes, for one token, by one launch.
 
         The kernel forms suspect rows of V.
         """
         xp, (weight, a, b, row_scale) = self.xp, factors
-        z, y = self._launch_token(
-            packed(x, xp), weight, dtypes, gain.dtype, a=a, b=b, row_scale=row_scale,
-            suspect=suspect, low_rank=packed(low_rank, xp), gain=packed(gain, xp),
-            bias=packed(bias, xp),
+        return self._launch_token(
+            packed(x, xp), weight, z, y, gain.dtype, rank=a.shape[-2], a=a, b=b,
+            row_scale=row_scale, suspect=suspect, low_rank=packed(low_rank, xp),
+            gain=packed(gain, xp), bias=packed(bias, xp),
         )  # fmt: skip
-        return z, y
 
     def _launch_token(
-        self, x: DeviceArray, rows: DeviceArray, dtypes: tuple[DType, ...], dtype: DType,
-        **update: DeviceArray,
-    ) -> list[DeviceArray]:  # fmt: skip
-        """Return z, and y if `dtypes` has another dtype for it."""
-        a = update["a"]
-        rank = 0 if a is None else a.shape[-2]
-        plan = _plan_token(rows.shape, rank, x.dtype, rows.dtype, dtypes, dtype)
-        made = self.cuda.empties(plan.made)
-        z, y = made if len(made) == 2 else (*made, None)
+        self, x: DeviceArray, rows: DeviceArray, of_z: DType, of_y: DType | None, dtype: DType, *,
+        rank: int, **update: DeviceArray,
+    ) -> tuple[DeviceArray, DeviceArray]:  # fmt: skip
+        """Return z and y, or None for y if there is no dtype for it."""
+        plan = _plan_token(rows.shape, rank, x.dtype, rows.dtype, of_z, of_y, dtype)
+        z, y = self.cuda.empties(plan.made)
         kernel = Token(matrix=rows, x=x, z=z, y=y, **update, **plan.numbers)
         self.cuda.launch(kernel, plan.types, plan.grid)
-        return made
+        return z, y
 
     # Products by cuBLAS
 
@@ -190,7 +187,7 @@ class Products:
             if beta == 0:
                 out[...] = 0
             return out
-        tf32 = is_reduced() and not whole
+        tf32 = not whole and is_reduced()
         if left.ndim == 2:
             self._multiply_two(left, right, out, beta, parts, tf32=tf32)
             return out
@@ -209,8 +206,7 @@ class Products:
         tf32: bool,
     ) -> None:
         xp = self.xp
-        names = name_of(left), name_of(right)
-        if names[0] != names[1]:
+        if left.dtype != right.dtype:
             low = next((array for array in (left, right) if name_of(array) in LOW), None)
             wide = left if low is right else right
             if low is None or name_of(wide) != "float32":  # float64, or float16 and bfloat16
@@ -219,7 +215,7 @@ class Products:
             else:
                 self._multiply_parts(left, right, out, beta, parts)
                 return
-        elif names[0] not in LOW and out.dtype != left.dtype:
+        elif out.dtype != left.dtype and name_of(left) not in LOW:
             left, right = (self.cast(array, out.dtype) for array in (left, right))
         self.cuda.gemm(for_blas(left, xp), for_blas(right, xp), out, beta, tf32=tf32)
 
@@ -323,7 +319,7 @@ class Products:
 
 @planned
 def _plan_token(
-    shape: tuple[int, ...], rank: int, x: DType, rows: DType, dtypes: tuple[DType, ...],
+    shape: tuple[int, ...], rank: int, x: DType, rows: DType, of_z: DType, of_y: DType | None,
     dtype: DType,
 ) -> Plan:  # fmt: skip
     """Plan `token`, for rows in this shape. Without a rank, it multiplies alone."""
@@ -336,5 +332,6 @@ def _plan_token(
         "out": out, "inner": inner, "rank": rank, "by_block": by_block,
     }  # fmt: skip
     grid = count * out if by_block else blocks(count * blocks(out, TOKEN_ROWS), WARPS), 1, 1
-    made = tuple(((*stack, 1, out), each) for each in dtypes)
-    return Plan(typed(stored, dtypes[0], dtype), grid, numbers, made)
+    result = *stack, 1, out
+    made = together((result, of_z), None if of_y is None else (result, of_y))
+    return Plan(typed(stored, of_z, dtype), grid, numbers, made)

@@ -23,6 +23,7 @@ from doraxp.backends._cupy.arrays import (
     in_c_order,
     one_type,
     packed,
+    together,
     typed,
 )
 from doraxp.backends._cupy.device import Cuda
@@ -229,8 +230,8 @@ def _plan_project(shape: tuple[int, ...], rank: int, storage: DType, turned: boo
         "groups": groups,
     }  # fmt: skip
     grid = blocks(rows, BAND * groups) * chunks, 1, count
-    made = (((*stack, rows, rank), np.float32),)
-    return Plan(typed(storage, np.float32, np.float32), grid, numbers, made, (), BAND_THREADS)
+    made = together(((*stack, rows, rank), np.float32))
+    return Plan(typed(storage, np.float32, np.float32), grid, numbers, made, threads=BAND_THREADS)
 
 
 @planned
@@ -243,9 +244,9 @@ def _plan_pull(shape: tuple[int, ...], rows2: int, rank: int, storage: DType) ->
     numbers = {
         "rows": rows, "rows2": rows2, "columns": columns, "rank": rank, "per_chunk": each
     }  # fmt: skip
-    types, made = typed(storage, np.float32, np.float32), (*stack, chunks, rank, columns)
+    types, shape = typed(storage, np.float32, np.float32), (*stack, chunks, rank, columns)
     grid = across, chunks, count
-    return Plan(types, grid, numbers, ((made, np.float32),), (), FLUTE_THREADS)
+    return Plan(types, grid, numbers, together((shape, np.float32)), threads=FLUTE_THREADS)
 
 
 @planned
@@ -264,7 +265,7 @@ def _plan_prepare(
     each = THREADS * (16 // int(stored.itemsize))
     sides = blocks(rank, SIDE) if gram else 0
     grid = sides * (sides + 1) // 2 + blocks(out * rank, each) + blocks(copied, each), 1, count
-    made = (
+    made = together(
         (a_shape, kind) if copied else None, (b_shape, kind),
         ((*stack, rank, rank), kind) if gram else None, ((1,), np.int32),
     )  # fmt: skip
@@ -287,8 +288,9 @@ def _plan_measure(
         numbers["rows"] = count * out
         grid = blocks(count * out, WARPS), 1, 1
     rows = *stack, out
-    made = (rows, kind), (rows, kind), (shape, kind), (shape, kind), (rows, np.bool)
-    return Plan(typed(storage, kind, kind), grid, numbers, made, (), threads)
+    by_row, wide = (rows, kind), (shape, kind)
+    made = together(by_row, by_row, wide, wide, (rows, np.bool))
+    return Plan(typed(storage, kind, kind), grid, numbers, made, threads=threads)
 
 
 def row_groups(rows: int, others: int) -> int:
