@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from doraxp.backends._cupy.arrays import in_c_order, layout
+from doraxp.backends._cupy.arrays import Together, in_c_order, layout
 from doraxp.backends._cupy.parameters import LEAF, LEAVES, Arguments, kernel_name, parameters_of
 from doraxp.backends._cupy.signatures import KERNELS
 from doraxp.backends._cupy.source import BUILDS, SOURCE, THREADS, Types
@@ -107,8 +107,8 @@ class HostCuda:
         array.reshape(-1).view(np.uint8)[...] = 0xFF
         return array.view(DeviceArray)
 
-    def empties(self, shapes: Sequence[Sequence[int]], dtype: Any) -> list[Any]:
-        return [self.empty(shape, dtype) for shape in shapes]
+    def empties(self, together: Together) -> list[Any]:
+        return [each and self.empty(each.shape, each.kind) for each in together.places]
 
     def cache_bytes(self) -> int:
         return self.cache

@@ -21,7 +21,7 @@ from doraxp import (
     prepare,
 )
 from doraxp.backends import reduced_precision
-from doraxp.backends._cupy.arrays import in_c_order
+from doraxp.backends._cupy.arrays import in_c_order, together
 from doraxp.backends._cupy.device import Cuda
 from doraxp.backends._cupy.operations import CupyOperations
 from doraxp.backends._cupy.parameters import kernel_name
@@ -55,8 +55,8 @@ class Recorder:
     def empty(self, shape, dtype):
         return self.array(*shape, dtype=dtype)
 
-    def empties(self, shapes, dtype):
-        return [self.empty(shape, dtype) for shape in shapes]
+    def empties(self, together):
+        return [each and self.empty(each.shape, each.kind) for each in together.places]
 
     addresses, in_c_order = Cuda.addresses, Cuda.in_c_order
 
@@ -167,11 +167,12 @@ def pool(cupy):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_arrays_share_one_allocation_and_are_aligned_in_it(pool, dtype):
-    dtype = np.dtype(dtype)
     shapes = (5, 7), (300,), (0, 4), (), (129,)
-    arrays = Cuda().empties(shapes, dtype)
+    dtypes = np.dtype(dtype), np.float32, np.dtype("int32"), np.dtype("bool"), np.dtype(dtype)
+    *arrays, absent = Cuda().empties(together(*zip(shapes, dtypes, strict=True), None))
+    assert absent is None
     assert [array.shape for array in arrays] == [*shapes]
-    assert {array.dtype for array in arrays} == {dtype}
+    assert [array.dtype for array in arrays] == [*map(np.dtype, dtypes)]
     assert all(array.flags.c_contiguous for array in arrays)
     ends = [array.data.ptr + array.nbytes for array in arrays]
     starts = [array.data.ptr for array in arrays]

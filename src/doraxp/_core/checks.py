@@ -39,30 +39,31 @@ def _check(
     return ops, compute_dtype(weight, a, b, m, xp=ops.xp)
 
 
-def check_weight(weight: Array, name: str = "weight") -> None:
-    """Refuse a weight that is not (*stack, out, in), or that has an empty axis."""
-    if weight.ndim < 2 or 0 in weight.shape:
+def check_weight(weight: Array, name: str = "weight") -> tuple[int, ...]:
+    """Return a weight's shape. Refuse one that is not (*stack, out, in), or has an empty axis."""
+    shape = weight.shape
+    if len(shape) < 2 or 0 in shape:
         raise ValueError(
-            f"{name} must have shape (*stack, out, in) with no axis of length 0, "
-            f"got {tuple(weight.shape)}"
+            f"{name} must have shape (*stack, out, in) with no axis of length 0, got {tuple(shape)}"
         )
+    return shape
 
 
-def check_rank(weight: Array, config: Config) -> None:
-    """Refuse a rank above min(out, in)."""
-    check_weight(weight)
-    limit = min(weight.shape[-2:])
+def check_rank(weight: Array, config: Config) -> tuple[int, ...]:
+    """Return the weight's shape. Refuse a rank above min(out, in)."""
+    shape = check_weight(weight)
+    limit = min(shape[-2:])
     if config.rank > limit:
         raise ValueError(
             f"rank must be in 1..{limit} = 1..min(out, in) for a weight of shape "
-            f"{tuple(weight.shape)}, got {config.rank}"
+            f"{tuple(shape)}, got {config.rank}"
         )
+    return shape
 
 
 def check_adapter(weight: Array, adapter: Adapter, config: Config) -> None:
     """Refuse an adapter whose arrays do not fit the weight and the rank."""
-    check_rank(weight, config)
-    *stack, out, inner = weight.shape
+    *stack, out, inner = check_rank(weight, config)
     rank = config.rank
     shapes = (*stack, rank, inner), (*stack, out, rank), (*stack, out)
     a, b, m = adapter
@@ -88,13 +89,13 @@ def check_bias(weight: Array, bias: Array | None) -> None:
 
 def check_input(weight: Array, x: Array, dropout_mask: Array | None = None) -> None:
     """Refuse an x that does not fit the weight's stack and columns, or a mask of another shape."""
-    stack, inner = weight.shape[:-2], weight.shape[-1]
+    (*stack, _, inner), shape = weight.shape, x.shape
     depth = len(stack)
-    if x.ndim <= depth or x.shape[-1] != inner or tuple(x.shape[:depth]) != tuple(stack):
+    if len(shape) <= depth or shape[-1] != inner or [*shape[:depth]] != stack:
         rule = "(*stack, ..., in)" if stack else "(..., in)"
         raise ValueError(
             f"x must have shape {rule} with in = {inner} for a weight of shape "
-            f"{tuple(weight.shape)}, got {tuple(x.shape)}"
+            f"{tuple(weight.shape)}, got {tuple(shape)}"
         )
     if dropout_mask is not None and tuple(dropout_mask.shape) != tuple(x.shape):
         raise ValueError(

@@ -237,7 +237,8 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     check_output_gradient(dy, (*x.shape[:-1], weight.shape[-2]))
     check_unwritten(prepared, ops=ops)
 
-    d = as_tokens(dy, weight, _operand_dtype(dy, mask, weight, dtype, ops=ops), xp=ops.xp)
+    kind = ops.operand_dtype(dy, weight, dtype, masked=mask is not None)
+    d = as_tokens(dy, weight, kind, xp=ops.xp)
     inputs = _inputs(x, mask, weight, config, dtype, ops=ops)
     known = Norm(prepared.norm, prepared.gain, prepared.unit_projection, prepared.direction)
     dx, da, db, dm, p, dbias = ops.gradients(
@@ -260,18 +261,12 @@ def _inputs(
     x: Array, mask: Array | None, weight: Array, config: Config, dtype: DType, *, ops: Operations
 ) -> _Inputs:
     """Return x, x~, and the one of the two that is the input of ρ⊙W."""
-    whole = as_tokens(x, weight, _operand_dtype(x, mask, weight, dtype, ops=ops), xp=ops.xp)
+    kind = ops.operand_dtype(x, weight, dtype, masked=mask is not None)
+    whole = as_tokens(x, weight, kind, xp=ops.xp)
     if mask is None:
         return _Inputs(whole, whole, whole)
     dropped = as_tokens(mask, weight, whole.dtype, xp=ops.xp) * whole
     return _Inputs(whole, dropped, dropped if config.dropout == "input" else whole)
-
-
-def _operand_dtype(
-    array: Array, mask: Array | None, weight: Array, dtype: DType, *, ops: Operations
-) -> DType:
-    """Return the dtype in which products take x or dy."""
-    return ops.operand_dtype(array, weight, dtype, masked=mask is not None)
 
 
 def _outputs(

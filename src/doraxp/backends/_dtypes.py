@@ -32,10 +32,7 @@ def as_dtype(array: Array, dtype: DType, *, xp: Namespace) -> Array:
 
 def compute_dtype(*arrays: Array, xp: Namespace) -> DType:
     """Return the dtype to compute in: float64 if any of the arrays has it, else float32."""
-    for array in arrays:
-        if dtype_name(array) == "float64":
-            return xp.float64
-    return xp.float32
+    return xp.float64 if "float64" in map(dtype_name, arrays) else xp.float32
 
 
 def transpose(array: Array) -> Array:

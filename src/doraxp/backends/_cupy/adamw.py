@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import accumulate, starmap
 
 from doraxp._base.types import AdamWLeaves, AdamWNumbers, AdamWStepped, DType, Namespace
-from doraxp.backends._cupy.arrays import DeviceArray, dtype_name, packed
+from doraxp.backends._cupy.arrays import DeviceArray, dtype_name, packed, together
 from doraxp.backends._cupy.device import Cuda
 from doraxp.backends._cupy.parameters import LEAF, LEAVES
 from doraxp.backends._cupy.signatures import Adamw
@@ -75,13 +75,10 @@ def _like(cuda: Cuda, leaves: AdamWLeaves) -> AdamWStepped:
 
     So parameters that the caller keeps do not keep their moments.
     """
-    shapes = tuple([p.shape for p in leaves.params])
-    moments = cuda.empties(shapes * 2, leaves.mu[0].dtype)
-    dtypes = [p.dtype for p in leaves.params]
-    if len(set(dtypes)) == 1:
-        params = cuda.empties(shapes, dtypes[0])
-    else:
-        params = [cuda.empty(*each) for each in zip(shapes, dtypes, strict=True)]
+    shapes = [p.shape for p in leaves.params]
+    kind = leaves.mu[0].dtype
+    moments = cuda.empties(together(*[(shape, kind) for shape in shapes * 2]))
+    params = cuda.empties(together(*[(p.shape, p.dtype) for p in leaves.params]))
     return AdamWStepped(params, moments[: len(shapes)], moments[len(shapes) :])
 
 

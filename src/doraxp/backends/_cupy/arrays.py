@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from doraxp._base.types import DType, Namespace
 from doraxp.backends._cupy.source import THREADS, Types, blocks
 from doraxp.backends._direction import Factors
+from doraxp.backends._dtypes import transpose
 
 LOW = ("float16", "bfloat16")
 
@@ -24,6 +26,41 @@ class PlainWeight(NamedTuple):
     lora_a: None = None
     scaled_b: None = None
     row_scale: None = None
+
+
+ALIGNED = 512
+"""Arrays that share an allocation begin at multiples of this number of bytes, as CuPy's pool."""
+
+
+class Place(NamedTuple):
+    """An array to be made, in an allocation."""
+
+    shape: tuple[int, ...]
+    kind: type
+    """The type of its numbers: CuPy finds it faster than a dtype."""
+    offset: int
+
+
+class Together(NamedTuple):
+    """Arrays to be made in one allocation."""
+
+    size: int
+    """The bytes of all."""
+    places: tuple[Place | None, ...]
+
+
+@functools.lru_cache(maxsize=256)
+def together(*wanted: tuple[tuple[int, ...], DType] | None) -> Together:
+    """Return the places of arrays of these shapes and dtypes, side by side. None stays None."""
+    size, places = 0, list[Place | None]()
+    for each in wanted:
+        if each is None:
+            places.append(None)
+            continue
+        shape, dtype = each[0], np.dtype(each[1])
+        places.append(Place(shape, dtype.type, size))
+        size += blocks(math.prod(shape) * dtype.itemsize, ALIGNED) * ALIGNED
+    return Together(size, tuple(places))
 
 
 FactorsT = TypeVar("FactorsT", Factors, PlainWeight)
@@ -45,9 +82,20 @@ def wide_dtype(array: DeviceArray) -> DType:
     return np.dtype(np.float32) if name_of(array) in LOW else array.dtype
 
 
+@functools.cache
+def common_dtype(left: DType, right: DType) -> DType:
+    """Return the compute dtype of the product of arrays of two dtypes: at least float32."""
+    return np.promote_types(np.promote_types(left, np.float32), right)
+
+
 def types_of(storage: DeviceArray, product: DeviceArray, compute: DeviceArray) -> Types:
     """Return the types of a kernel from an array of each."""
-    return Types(name_of(storage), name_of(product), name_of(compute))
+    return typed(storage.dtype, product.dtype, compute.dtype)
+
+
+def typed(storage: DType, product: DType, compute: DType) -> Types:
+    """Return the types of a kernel from its dtypes."""
+    return Types(*(dtype_name(np.dtype(dtype)) for dtype in (storage, product, compute)))
 
 
 def one_type(array: DeviceArray) -> Types:
@@ -85,14 +133,16 @@ def as_stored(weight: DeviceArray, xp: Namespace) -> tuple[DeviceArray, bool]:
 
     The second value is True for the transpose. A weight in neither order is copied.
     """
-    turned: DeviceArray = xp.matrix_transpose(weight)
-    if turned.flags.c_contiguous and not weight.flags.c_contiguous:
-        return turned, True
-    return packed(weight, xp), False
+    if in_c_order(weight):
+        return weight, False
+    turned: DeviceArray = transpose(weight)
+    return (turned, True) if in_c_order(turned) else (packed(weight, xp), False)
 
 
 def for_blas(matrix: DeviceArray, xp: Namespace) -> DeviceArray:
     """Return a matrix that `layout` accepts: itself, or a copy in C order."""
+    if in_c_order(matrix) or _in_fortran_order(matrix):
+        return matrix
     try:
         layout(matrix)
     except ValueError:
@@ -120,6 +170,6 @@ def layout(matrix: DeviceArray) -> tuple[int, int]:
     raise ValueError(f"a matrix must be of unit stride along one axis, got {matrix.strides}")
 
 
-def column_blocks(length: int, stored: DeviceArray) -> int:
-    """Return how many blocks cover `length` columns, if a thread takes 16 bytes of `stored`."""
+def column_blocks(length: int, stored: DeviceArray | DType) -> int:
+    """Return how many blocks cover `length` columns of a dtype, if a thread takes 16 bytes."""
     return blocks(length * int(stored.itemsize), 16 * THREADS)

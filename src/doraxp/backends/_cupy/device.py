@@ -6,8 +6,6 @@ Everything runs on the caller's current device and stream. No value is read back
 from __future__ import annotations
 
 import functools
-import itertools
-import math
 import operator
 import threading
 from collections.abc import Sequence
@@ -17,16 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from doraxp._base.types import DType, HostArray
-from doraxp.backends._cupy.arrays import DeviceArray, in_c_order, layout
+from doraxp.backends._cupy.arrays import DeviceArray, Together, in_c_order, layout
 from doraxp.backends._cupy.parameters import Arguments, kernel_name
-from doraxp.backends._cupy.source import LIMIT, SOURCE, THREADS, Types, blocks
+from doraxp.backends._cupy.source import LIMIT, SOURCE, THREADS, Types
 
 WHOLE_SUMS = 16
 """CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION, which CuPy does not name. cuBLAS then adds the
 parts of a sum in the dtype of the sum, even if the result is narrower."""
-
-ALIGNED = 512
-"""Arrays that share an allocation begin at multiples of this number of bytes."""
 
 _ADDRESS, _IN_C_ORDER = map(operator.attrgetter, ("data.ptr", "_c_contiguous"))
 
@@ -89,16 +84,17 @@ class Cuda:
         # `cupy.empty` takes twice as long, and finds a type faster than a dtype.
         return self.cupy.ndarray(tuple(shape), getattr(dtype, "type", dtype))
 
-    def empties(self, shapes: tuple[tuple[int, ...], ...], dtype: DType) -> list[DeviceArray]:
+    def empties(self, together: Together) -> list[DeviceArray]:
         """Return uninitialised arrays that share one allocation: it lives as long as one of them.
 
-        That saves the host's time for all allocations except one.
+        That saves the host's time for all allocations except one. None stays None.
         """
-        total, offsets = _places(shapes, dtype.itemsize)
-        cupy, kind = self.cupy, dtype.type
-        memory, array = cupy.cuda.alloc(total), cupy.ndarray
-        places = zip(shapes, offsets, strict=True)
-        return [array(shape, kind, memory + offset) for shape, offset in places]
+        cupy = self.cupy
+        memory, array = cupy.cuda.alloc(together.size), cupy.ndarray
+        return [
+            None if place is None else array(place.shape, place.kind, memory + place.offset)
+            for place in together.places
+        ]
 
     def launch(
         self, arguments: tuple[Any, ...], types: Types, grid: tuple[int, int, int],
@@ -217,11 +213,3 @@ def _gemm_types(factor: DType, result: DType, tf32: bool) -> _GemmTypes:
     if tf32 and str(factor) == "float32":
         compute = blas.CUBLAS_COMPUTE_32F_FAST_TF32
     return _GemmTypes(wide, kinds[0], kinds[1], int(compute))
-
-
-@functools.lru_cache(maxsize=256)
-def _places(shapes: tuple[tuple[int, ...], ...], itemsize: int) -> tuple[int, list[int]]:
-    """Return the bytes of arrays side by side, and where each begins: aligned as CuPy's pool is."""
-    sizes = (blocks(math.prod(shape) * itemsize, ALIGNED) * ALIGNED for shape in shapes)
-    *offsets, total = itertools.accumulate(sizes, initial=0)
-    return total, offsets

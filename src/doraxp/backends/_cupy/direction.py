@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 from doraxp._base.types import Consumed, DType
 from doraxp.backends._cupy.arrays import DeviceArray, packed
-from doraxp.backends._cupy.passes import Passes, Through
+from doraxp.backends._cupy.passes import Passes, through_suspects
 from doraxp.backends._cupy.products import Products, is_mixed
 from doraxp.backends._cupy.suspects import Suspects, laid
 from doraxp.backends._direction import Arithmetic, Factors, form, split_rows
+from doraxp.backends._dtypes import transpose
 
 
 class DevicePatched(NamedTuple):
@@ -45,13 +46,9 @@ class DevicePatched(NamedTuple):
         stored = x.dtype == self.factors.weight.dtype
         dtype = x.dtype if stored else gain.dtype
         if dropped is None and self.products.takes_token(x, self.factors.weight, gain.dtype):
-            x = packed(x, ops.xp)
-            shape = *x.shape[:-1], self.factors.weight.shape[-2]
             kind = x.dtype if is_mixed(x, self.factors.weight) else gain.dtype
-            z, y = (self.products.cuda.empty(shape, each) for each in (kind, dtype))
-            suspect = self.suspects.suspect
-            self.products.token_outputs(x, self.factors, suspect, low, gain, bias, z, y)
-            return z, y
+            suspect, factors = self.suspects.suspect, self.suspects.factors
+            return self.products.token_outputs(x, factors, suspect, low, gain, bias, kind, dtype)
         return self._outputs(x, low, gain, bias, dropped, dtype, ops=ops)
 
     def _outputs(
@@ -59,14 +56,12 @@ class DevicePatched(NamedTuple):
         dropped: DeviceArray | None, dtype: DType | None, *, ops: Arithmetic,
     ) -> tuple[DeviceArray, DeviceArray | None]:  # fmt: skip
         weight, a, scaled_b, row_scale = self.suspects.factors
-        xp, shift = ops.xp, None
+        shift = None
         if dropped is not None:  # low is x~ Aᵀ, and the suspect rows take x: they lack (x~ − x) Aᵀ
-            shift = low - ops.product(x, xp.matrix_transpose(a))
+            shift = low - ops.product(x, transpose(a))
         kind = x.dtype if is_mixed(x, weight) else gain.dtype
-        z = self.passes.update(
-            low, scaled_b, kind, by_rows=True, over=row_scale, storage=weight
-        )  # fmt: skip
-        self.products.multiply(x, xp.matrix_transpose(weight), kind, out=z, beta=1.0)
+        z = self.passes.update(low, scaled_b, kind, weight.dtype, by_rows=True, over=row_scale)
+        self.products.multiply(x, transpose(weight), kind, out=z, beta=1.0)
         y = self.passes.outputs(self.suspects, z, x, gain, bias, shift, dtype)
         return z, y
 
@@ -80,9 +75,9 @@ class DevicePatched(NamedTuple):
         trusted = xp.where(found.suspect[..., None, :], 0, d)
         low = ops.product(trusted, scaled_b)
         one = xp.ones_like(found.suspect, dtype=d.dtype)
-        result = self.passes.update(
-            low, a, d.dtype, found=found, through=Through(packed(d, xp), d, one, one, None)
-        )
+        d = packed(d, xp)
+        through = through_suspects(found, d, d, one, one, None)
+        result = self.passes.update(low, a, d.dtype, weight.dtype, through=through)
         scaled = trusted if row_scale is None else row_scale[..., None, :] * trusted
         self.products.multiply(scaled, weight, d.dtype, out=result, beta=1.0)
         return split_rows(result, tokens, None if round_later else dtype, ops=ops)

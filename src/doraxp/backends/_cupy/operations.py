@@ -22,7 +22,7 @@ from doraxp._base.types import (
     Reduce,
 )
 from doraxp.backends._cupy.adamw import adamw
-from doraxp.backends._cupy.arrays import LOW, DeviceArray, PlainWeight, name_of
+from doraxp.backends._cupy.arrays import LOW, DeviceArray, PlainWeight, dtype_name, name_of
 from doraxp.backends._cupy.backward import Backward
 from doraxp.backends._cupy.device import Cuda
 from doraxp.backends._cupy.direction import DevicePatched
@@ -32,6 +32,7 @@ from doraxp.backends._cupy.products import Products, is_exact
 from doraxp.backends._cupy.skinny import Skinny
 from doraxp.backends._cupy.suspects import Suspects, laid
 from doraxp.backends._direction import Direction, Factors
+from doraxp.backends._dtypes import as_dtype, transpose
 from doraxp.backends._generic import CANCELLATION, LayerGradients, Norm, Operations, least_sum
 
 MEASURED = 64
@@ -90,9 +91,9 @@ class CupyOperations(Operations):
         self, array: DeviceArray, weight: DeviceArray, dtype: DType, *, masked: bool = False
     ) -> DType:
         """Return the own dtype of an x or dy of 16 bits like W: tensor cores take them as is."""
-        own = name_of(array)
-        low = own in LOW and own == name_of(weight) and np.dtype(dtype) == np.float32
-        return array.dtype if low and not (masked and is_exact()) else dtype
+        own = array.dtype
+        low = own == weight.dtype and dtype_name(own) in LOW and dtype == np.float32
+        return own if low and not (masked and is_exact()) else dtype
 
     # Products
 
@@ -149,15 +150,14 @@ class CupyOperations(Operations):
         a, b, gram, found = self.skinny.prepare(
             adapter.lora_a, adapter.lora_b, scaling, dtype, gram=few
         )
-        transposed = xp.matrix_transpose(a)
         u = bg = None
         if not self.skinny.makes_u(weight, dtype, rank):
-            u = self.product(weight, transposed)
+            u = self.product(weight, transpose(a))
         if not few:
-            gram = multiply(a, transposed, dtype, whole=whole)
+            gram = multiply(a, transpose(a), dtype, whole=whole)
             bg = multiply(b, gram, dtype, whole=whole)
         factors = Factors(weight, a, b, row_scale)
-        magnitude = xp.astype(adapter.magnitude, dtype, copy=False)
+        magnitude = as_dtype(adapter.magnitude, dtype, xp=xp)
         least = least_sum(dtype, weight.shape[-1], xp=xp)
         norm, gain, unit, gained, suspect = self.skinny.measure(
             factors, gram, squares, magnitude, found, least, CANCELLATION, u=u, bg=bg

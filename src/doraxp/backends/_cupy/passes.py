@@ -10,16 +10,21 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from doraxp._base.types import DType, Namespace
 from doraxp.backends._cupy.arrays import (
     DeviceArray,
     column_blocks,
-    name_of,
+    in_c_order,
     one_type,
     packed,
+    together,
+    typed,
     types_of,
 )
 from doraxp.backends._cupy.device import Cuda
+from doraxp.backends._cupy.plans import Plan, planned
 from doraxp.backends._cupy.signatures import (
     GradientA,
     Gradients,
@@ -49,19 +54,10 @@ BUSY = 132
 """Multiprocessors of a GPU: `mixed_gradients` has about as many blocks, or twice as many."""
 SQUARES = 16
 """The most blocks of rows of `row_gradients` that sum up a square of their own."""
-
-
-class Through(NamedTuple):
-    """The arrays of a backward that the suspect rows are multiplied with."""
-
-    d: DeviceArray
-    """dy, (*stack, tokens, out)."""
-    x: DeviceArray
-    """x~, (*stack, tokens, in)."""
-    gain: DeviceArray
-    norm: DeviceArray
-    p: DeviceArray | None
-    """g⊙dm, or None where the norm has no gradient."""
+NO_SUSPECTS: dict[str, Any] = dict.fromkeys(
+    ("any", "suspect", "weight", "a", "b", "row_scale", "gain", "norm", "p", "d", "x"), None
+) | {"turned": False}
+"""The arguments `through_suspects` where there is nothing to add."""
 
 
 class MixedSums(NamedTuple):
@@ -111,59 +107,42 @@ class Passes:
         Overwrites z, (*stack, tokens, out) in C order: also the columns of suspect rows, with
         x Vᵀ + shift bᵀ.
         """
-        xp = self.xp
-        *stack, tokens, out = z.shape
         y = None if dtype is None else self.cuda.empty(z.shape, dtype)
         if z.size == 0:
             return y
-        weight, row_scale = found.factors.weight, found.factors.row_scale
+        xp, (weight, a, b, row_scale) = self.xp, found.factors
+        plan = _plan_outputs(z.shape, a.shape, x.dtype, weight.dtype, z.dtype, gain.dtype)
         kernel = Outputs(
             z=z, row_scale=row_scale, gain=packed(gain, xp), bias=packed(bias, xp), y=y,
-            stored=x.dtype == weight.dtype, **_suspects(found), b=found.factors.scaled_b,
-            x=packed(x, xp), shift=packed(shift, xp), tokens=tokens, out=out,
-            inner=weight.shape[-1], rank=found.factors.lora_a.shape[-2],
+            any=found.any, suspect=found.suspect, weight=weight, turned=not in_c_order(weight),
+            a=a, b=b, x=packed(x, xp), shift=packed(shift, xp), **plan.numbers,
         )  # fmt: skip
-        grid = column_blocks(out, weight), min(blocks(tokens, RUN), LIMIT), math.prod(stack)
-        self.cuda.launch(kernel, types_of(weight, z, gain), grid)
+        self.cuda.launch(kernel, plan.types, plan.grid)
         return y
 
     def update(
-        self, low: DeviceArray, factor: DeviceArray, dtype: DType, *, by_rows: bool = False,
-        over: DeviceArray | None = None, found: Suspects | None = None,
-        through: Through | None = None, storage: DeviceArray | None = None,
+        self, low: DeviceArray, factor: DeviceArray, dtype: DType, storage: DType, *,
+        by_rows: bool = False, over: DeviceArray | None = None,
+        through: dict[str, Any] = NO_SUSPECTS,
     ) -> DeviceArray:  # fmt: skip
-        """Return low factorᵀ / ρ, (*stack, rows, columns), in `dtype`.
+        """Return low factorᵀ / ρ, (*stack, rows, columns), in `dtype`; W is of dtype `storage`.
 
         low is (*stack, rows, rank), the factor (*stack, columns, rank) if `by_rows`, else
-        (*stack, rank, columns); `over` is ρ or None. With `found` and `through`, the rows are
-        tokens, and any below them belong to dA; the suspect rows' part of d V and of dA is added.
+        (*stack, rank, columns); `over` is ρ or None. With the arguments `through_suspects`, the
+        rows are tokens, and any below them belong to dA; the suspect rows' part of d V and of dA is
+        added.
         """
-        xp, cuda = self.xp, self.cuda
+        xp, d = self.xp, through["d"]
         low, factor = packed(low, xp), packed(factor, xp)
-        *stack, rows, rank = low.shape
-        columns = factor.shape[-2 if by_rows else -1]
-        result = cuda.empty((*stack, rows, columns), dtype)
-        if result.size == 0:
-            return result
-        stored = storage
-        guarded: dict[str, Any] = dict.fromkeys(
-            ("any", "suspect", "weight", "a", "b", "row_scale", "gain", "norm", "p", "d", "x")
-        )
-        numbers = {"turned": 0, "stored": 0, "tokens": rows, "out": 0}
-        if found is not None and through is not None:
-            stored = found.factors.weight
-            given, numbers = _through(found, through, xp)
-            guarded |= given
-        kernel = Update(
-            low=low, factor=factor, over=packed(over, xp), result=result, rows=rows,
-            columns=columns, rank=rank, by_rows=by_rows, **guarded, **numbers,
-        )  # fmt: skip
-        if result.itemsize == 2:
-            across, each = blocks(columns, STRIP * WARPS), TALL
-        else:
-            across, each = column_blocks(columns, stored), TILE
-        down = min(blocks(rows, each), max(1, UPDATERS // across), LIMIT)
-        self.cuda.launch(kernel, types_of(stored, result, low), (across, down, math.prod(stack)))
+        of_d = (None, None) if d is None else (d.shape, d.dtype)
+        plan = _plan_update(low.shape, factor.shape, low.dtype, dtype, storage, *of_d, by_rows)
+        (result,) = self.cuda.empties(plan.made)
+        if result.size:
+            kernel = Update(
+                low=low, factor=factor, over=packed(over, xp), result=result, **through,
+                **plan.numbers,
+            )  # fmt: skip
+            self.cuda.launch(kernel, plan.types, plan.grid)
         return result
 
     def gradients(
@@ -194,24 +173,16 @@ class Passes:
         found: Suspects, *, total: bool,
     ) -> MixedSums:  # fmt: skip
         """Return dz = ρ⊙g⊙d in z's dtype, and all sums of d by one pass over d and z."""
-        cuda, kind = self.cuda, gain.dtype
-        *stack, tokens, out = d.shape
-        rank = low_rank.shape[-1]
-        across = blocks(out, SWATH)
-        each, chunks = _long_chunks(tokens, across * blocks(rank, SWATH_RANKS) * math.prod(stack))
-        dz = cuda.empty(d.shape, d.dtype)
-        along = cuda.empty((*stack, chunks, out), kind)
-        totals = cuda.empty(along.shape, kind) if total else None
-        low = cuda.empty((*stack, across, tokens, rank), kind)
-        db = cuda.empty((*stack, chunks, rank, out), kind)
+        cuda = self.cuda
+        plan = _plan_mixed(d.shape, low_rank.shape[-1], d.dtype, gain.dtype, total)
+        (dz,) = cuda.empties(plan.made)
+        along, totals, low, db = cuda.empties(plan.scratch)
         kernel = MixedGradients(
             dy=d, z=z, gain=gain, row_scale=found.factors.row_scale, suspect=found.suspect,
             gained=found.gained, low_rank=low_rank, dz=dz, sum_dyz=along, sum_dy=totals, low=low,
-            db=db, tokens=tokens, out=out, rank=rank, per_chunk=each,
+            db=db, **plan.numbers,
         )  # fmt: skip
-        grid = across * blocks(rank, SWATH_RANKS), chunks, math.prod(stack)
-        types = types_of(d, gain, gain)
-        cuda.launch(kernel, types, grid, threads=SWATH_THREADS)
+        cuda.launch(kernel, plan.types, plan.grid, threads=plan.threads)
         return MixedSums(dz, along, totals, low, db)
 
     def row_gradients(
@@ -226,57 +197,37 @@ class Passes:
         `rows` from `gradients`, the norm's rows are written below the tokens' there; without, they
         are returned as `pull`. `low_sums` (*stack, chunks, tokens, rank) are added up to `low`.
         """
-        cuda, factors, kind = self.cuda, found.factors, gain.dtype
-        b, row_scale = factors.scaled_b, factors.row_scale
-        *stack, out, rank = b.shape
-        dm, p = (cuda.empty(gain.shape, kind) for _ in range(2))
-        db = cuda.empty(b.shape, kind)
-        dbias = None if totals is None else cuda.empty(gain.shape, kind)
-        pull, square, over, per_block = None, None, None, 1
-        if exact and rows is None:
-            per_block = blocks(out, THREADS * SQUARES)
-            pull = cuda.empty(b.shape, kind)
-            square = cuda.empty((*stack, blocks(out, THREADS * per_block), rank, rank), kind)
-        elif rows is not None and row_scale is not None:
-            over = cuda.empty(b.shape, kind)
-        tokens = 0 if rows is None else rows.shape[-2] - rank
-        row_blocks = blocks(out, THREADS * per_block)
-        low, low_size = None, 0
-        if low_sums is not None:
-            low = cuda.empty((*stack, *low_sums.shape[-2:]), kind)
-            low_size = low.shape[-2] * rank
-        kernel = RowGradients(
-            sum_dyz=along, sum_dy=totals, chunks=along.shape[-2], db_sums=db_sums,
-            db_chunks=db_sums.shape[-3] if by_rank else 1, by_rank=by_rank, gain=gain, norm=norm,
-            b=b, unit=unit, row_scale=row_scale, suspect=found.suspect, exact=exact,
-            scaling=scaling, dm=dm, p_result=p, dbias=dbias, db=db, pull=pull,
-            rows=rows, square=square, over=over, low_sums=low_sums,
-            low_chunks=0 if low_sums is None else low_sums.shape[-3], low_size=low_size, low=low,
-            tokens=tokens, out=out, rank=rank, per_block=per_block, row_blocks=row_blocks,
+        cuda, (_, _, b, row_scale) = self.cuda, found.factors
+        plan = _plan_rows(
+            b.shape, b.dtype, along.shape[-2], db_sums.shape[-3] if by_rank else 1,
+            None if rows is None else rows.shape[-2], None if low_sums is None else low_sums.shape,
+            by_rank, exact, totals is not None, row_scale is not None,
         )  # fmt: skip
-        across = row_blocks + blocks(low_size, THREADS)
-        grid = across, min(blocks(rank, TILE), LIMIT), math.prod(stack)
-        cuda.launch(kernel, one_type(gain), grid)
+        dm, p, db, dbias = cuda.empties(plan.made)
+        pull, square, over, low = cuda.empties(plan.scratch)
+        kernel = RowGradients(
+            sum_dyz=along, sum_dy=totals, db_sums=db_sums, gain=gain, norm=norm, b=b, unit=unit,
+            row_scale=row_scale, suspect=found.suspect, scaling=scaling, dm=dm, p_result=p,
+            dbias=dbias, db=db, pull=pull, rows=rows, square=square, over=over, low_sums=low_sums,
+            low=low, **plan.numbers,
+        )  # fmt: skip
+        cuda.launch(kernel, plan.types, plan.grid)
         return RowSums(dm, p if exact else None, db, dbias, pull, square, over, low)
 
     def gradient_a(
-        self, partial: DeviceArray, square: DeviceArray | None, found: Suspects, through: Through
+        self, partial: DeviceArray, square: DeviceArray | None, through: dict[str, Any]
     ) -> DeviceArray:
         """Return dA = Σ partial + (Σ square) A + the suspect rows' part, (*stack, rank, in).
 
         `partial` is (*stack, chunks, rank, in): the sums lowᵀ x + pullᵀ W over chunks of rows.
+        `through` are the arguments `through_suspects`.
         """
-        *stack, chunks, rank, inner = partial.shape
-        result = self.cuda.empty((*stack, rank, inner), partial.dtype)
-        given, numbers = _through(found, through, self.xp)
-        kernel = GradientA(
-            partial=partial, chunks=chunks, square=square,
-            square_chunks=1 if square is None else square.shape[-3], result=result, **given,
-            **numbers, inner=inner, rank=rank,
-        )  # fmt: skip
-        grid = blocks(inner, THREADS), min(blocks(rank, TILE), LIMIT), math.prod(stack)
-        types = types_of(found.factors.weight, partial, partial)
-        self.cuda.launch(kernel, types, grid)
+        weight, d = through["weight"], through["d"]
+        square_chunks = 1 if square is None else square.shape[-3]
+        plan = _plan_a(partial.shape, square_chunks, d.shape, d.dtype, weight.dtype, partial.dtype)
+        (result,) = self.cuda.empties(plan.made)
+        kernel = GradientA(partial=partial, square=square, result=result, **through, **plan.numbers)
+        self.cuda.launch(kernel, plan.types, plan.grid)
         return result
 
     def over_norm(self, values: DeviceArray, norm: DeviceArray) -> DeviceArray:
@@ -292,29 +243,121 @@ class Passes:
         return result
 
 
-def _suspects(found: Suspects) -> dict[str, Any]:
-    """Return the arguments by which a kernel finds the suspect rows and forms them."""
-    weight: DeviceArray = found.factors.weight
+def through_suspects(
+    found: Suspects, d: DeviceArray, x: DeviceArray, gain: DeviceArray, norm: DeviceArray,
+    p: DeviceArray | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the arguments by which a kernel adds the suspect rows' part of d V and of dA.
+
+    d is dy, (*stack, tokens, out), and x is x~, (*stack, tokens, in), both in C order. p is g⊙dm,
+    or None where the norm has no gradient.
+    """
+    weight, a, b, row_scale = found.factors
     return {
         "any": found.any, "suspect": found.suspect, "weight": weight,
-        "turned": not weight.flags.c_contiguous, "a": found.factors.lora_a,
+        "turned": not in_c_order(weight), "a": a, "b": b, "row_scale": row_scale, "gain": gain,
+        "norm": norm, "p": p, "d": d, "x": x,
     }  # fmt: skip
 
 
-def _through(
-    found: Suspects, through: Through, xp: Namespace
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arrays and the numbers by which a kernel adds the suspect rows' part."""
-    arrays = _suspects(found)
-    turned = arrays.pop("turned")
-    d, x, gain, norm, p = through
-    arrays |= {
-        "b": found.factors.scaled_b, "row_scale": found.factors.row_scale, "gain": gain,
-        "norm": norm, "p": p, "d": d, "x": packed(x, xp),
+@planned
+def _plan_outputs(
+    shape: tuple[int, ...], a_shape: tuple[int, ...], x: DType, storage: DType, z: DType,
+    compute: DType,
+) -> Plan:  # fmt: skip
+    *stack, tokens, out = shape
+    rank, inner = a_shape[-2:]
+    numbers = {"stored": x == storage, "tokens": tokens, "out": out, "inner": inner, "rank": rank}
+    grid = column_blocks(out, storage), min(blocks(tokens, RUN), LIMIT), math.prod(stack)
+    return Plan(typed(storage, z, compute), grid, numbers, together())
+
+
+@planned
+def _plan_update(
+    low_shape: tuple[int, ...], factor_shape: tuple[int, ...], low: DType, dtype: DType,
+    storage: DType, d_shape: tuple[int, ...] | None, d: DType | None, by_rows: bool,
+) -> Plan:  # fmt: skip
+    *stack, rows, rank = low_shape
+    columns = factor_shape[-2 if by_rows else -1]
+    numbers = {"rows": rows, "columns": columns, "rank": rank, "by_rows": by_rows}
+    numbers |= {"stored": 0, "tokens": rows, "out": 0}
+    if d_shape is not None:
+        numbers |= {"stored": d == storage, "tokens": d_shape[-2], "out": d_shape[-1]}
+    if np.dtype(dtype).itemsize == 2:
+        across, each = blocks(columns, STRIP * WARPS), TALL
+    else:
+        across, each = column_blocks(columns, storage), TILE
+    down = min(blocks(rows, each), max(1, UPDATERS // max(1, across)), LIMIT)
+    grid = across, down, math.prod(stack)
+    return Plan(
+        typed(storage, dtype, low), grid, numbers, together(((*stack, rows, columns), dtype))
+    )
+
+
+@planned
+def _plan_mixed(
+    shape: tuple[int, ...], rank: int, dtype: DType, compute: DType, total: bool
+) -> Plan:
+    *stack, tokens, out = shape
+    across = blocks(out, SWATH)
+    others = across * blocks(rank, SWATH_RANKS)
+    each, chunks = _long_chunks(tokens, others * math.prod(stack))
+    along = (*stack, chunks, out), compute
+    scratch = together(
+        along, along if total else None, ((*stack, across, tokens, rank), compute),
+        ((*stack, chunks, rank, out), compute),
+    )  # fmt: skip
+    numbers = {"tokens": tokens, "out": out, "rank": rank, "per_chunk": each}
+    types, grid = typed(dtype, compute, compute), (others, chunks, math.prod(stack))
+    return Plan(types, grid, numbers, together((shape, dtype)), scratch, SWATH_THREADS)
+
+
+@planned
+def _plan_rows(
+    shape: tuple[int, ...], kind: DType, chunks: int, db_chunks: int, rows: int | None,
+    low_sums: tuple[int, ...] | None, by_rank: bool, exact: bool, total: bool, scaled: bool,
+) -> Plan:  # fmt: skip
+    """Plan `row_gradients`, for b in this shape and rows of W that are `scaled` by ρ or not."""
+    *stack, out, rank = shape
+    wide, narrow = (shape, kind), ((*stack, out), kind)
+    pull, square, over, low, per_block, low_size = None, None, None, None, 1, 0
+    if exact and rows is None:
+        per_block = blocks(out, THREADS * SQUARES)
+        pull = wide
+        square = (*stack, blocks(out, THREADS * per_block), rank, rank), kind
+    elif rows is not None and scaled:
+        over = wide
+    if low_sums is not None:
+        low = (*stack, *low_sums[-2:]), kind
+        low_size = low_sums[-2] * rank
+    row_blocks = blocks(out, THREADS * per_block)
+    numbers = {
+        "chunks": chunks, "db_chunks": db_chunks, "by_rank": by_rank, "exact": exact,
+        "low_chunks": 0 if low_sums is None else low_sums[-3], "low_size": low_size,
+        "tokens": 0 if rows is None else rows - rank, "out": out, "rank": rank,
+        "per_block": per_block, "row_blocks": row_blocks,
     }  # fmt: skip
-    stored = name_of(d) == name_of(found.factors.weight)
-    tokens, out = d.shape[-2:]
-    return arrays, {"turned": turned, "stored": stored, "tokens": tokens, "out": out}
+    across = row_blocks + blocks(low_size, THREADS)
+    grid = across, min(blocks(rank, TILE), LIMIT), math.prod(stack)
+    made = together(narrow, narrow, wide, narrow if total else None)
+    return Plan(typed(kind, kind, kind), grid, numbers, made, together(pull, square, over, low))
+
+
+@planned
+def _plan_a(
+    shape: tuple[int, ...], square_chunks: int, d_shape: tuple[int, ...], d: DType, storage: DType,
+    kind: DType,
+) -> Plan:  # fmt: skip
+    """Plan `gradient_a`, for partial sums in this shape."""
+    *stack, chunks, rank, inner = shape
+    tokens, out = d_shape[-2:]
+    numbers = {
+        "chunks": chunks, "square_chunks": square_chunks, "stored": d == storage, "tokens": tokens,
+        "out": out, "inner": inner, "rank": rank,
+    }  # fmt: skip
+    grid = blocks(inner, THREADS), min(blocks(rank, TILE), LIMIT), math.prod(stack)
+    made = together(((*stack, rank, inner), kind))
+    return Plan(typed(storage, kind, kind), grid, numbers, made)
 
 
 def _long_chunks(tokens: int, others: int) -> tuple[int, int]:

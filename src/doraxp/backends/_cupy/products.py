@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 
 import numpy as np
@@ -19,18 +19,23 @@ from doraxp._base.types import DType, Namespace
 from doraxp.backends._cupy.arrays import (
     LOW,
     DeviceArray,
+    common_dtype,
     dtype_name,
     for_blas,
+    in_c_order,
     name_of,
     one_type,
     packed,
-    wide_dtype,
+    together,
+    typed,
 )
 from doraxp.backends._cupy.device import Cuda
+from doraxp.backends._cupy.plans import Plan, planned
 from doraxp.backends._cupy.signatures import Cast, Split, SumChunks, SumParts, Token
 from doraxp.backends._cupy.skinny import Skinny
 from doraxp.backends._cupy.source import LIMIT, THREADS, WARP, WARPS, Types, blocks
 from doraxp.backends._direction import Factors
+from doraxp.backends._dtypes import transpose
 
 FEW = 1024
 """The most rows whose parts go into one product. Its result has a row for each part."""
@@ -41,7 +46,7 @@ NARROW = 256
 PARTS, ROUNDED = 3, 2
 """Parts of 8 bits that hold all 24 bits of a float32, and those whose product is rounded to 8."""
 _NO_UPDATE: dict[str, None] = dict.fromkeys(
-    ("a", "b", "row_scale", "suspect", "low_rank", "gain", "bias", "y")
+    ("a", "b", "row_scale", "suspect", "low_rank", "gain", "bias")
 )
 _REDUCED: ContextVar[bool] = ContextVar("reduced", default=False)
 _EXACT: ContextVar[bool] = ContextVar("exact", default=False)
@@ -109,21 +114,19 @@ class Products:
 
         One token, and a float32 factor that is as narrow as a rank, take one launch.
         """
-        transposed: Callable[[DeviceArray], DeviceArray] = self.xp.matrix_transpose
-        dtype = np.promote_types(wide_dtype(left), wide_dtype(right))
-        rows = transposed(right)
-        if not self.takes_token(left, rows, dtype):
-            names = name_of(left), name_of(right)
-            if names[0] in LOW and names[1] == "float32" and right.shape[-1] <= NARROW:
-                if rows.flags.c_contiguous:
-                    return self.skinny.project(left, rows)
-                return self.skinny.project(left, right, turned=True)
-            if names[0] == "float32" and names[1] in LOW and left.shape[-2] <= NARROW:
-                return self.skinny.pull(transposed(left), right)
-            return self.multiply(left, right, dtype)
-        z = self.cuda.empty((*left.shape[:-1], rows.shape[-2]), dtype)
-        self._launch_token(packed(left, self.xp), rows, z, dtype, rank=0, **_NO_UPDATE)
-        return z
+        dtype = common_dtype(left.dtype, right.dtype)
+        rows: DeviceArray = transpose(right)
+        if self.takes_token(left, rows, dtype):
+            x = packed(left, self.xp)
+            return self._launch_token(x, rows, dtype, None, dtype, rank=0, **_NO_UPDATE)[0]
+        names = name_of(left), name_of(right)
+        if names[0] in LOW and names[1] == "float32" and right.shape[-1] <= NARROW:
+            if in_c_order(rows):
+                return self.skinny.project(left, rows)
+            return self.skinny.project(left, right, turned=True)
+        if names[0] == "float32" and names[1] in LOW and left.shape[-2] <= NARROW:
+            return self.skinny.pull(transpose(left), right)
+        return self.multiply(left, right, dtype)
 
     # One token
 
@@ -133,46 +136,36 @@ class Products:
         `rows` must be in C order and have at least a warp's columns, and one of the three dtypes
         may differ from the other two.
         """
-        one = x.shape[-2] == 1 and rows.shape[-1] >= WARP and rows.flags.c_contiguous
-        return one and len({x.dtype, rows.dtype, np.dtype(dtype)}) <= 2
+        tokens, inner = x.shape[-2:]
+        if tokens != 1 or inner < WARP or not in_c_order(rows):
+            return False
+        return x.dtype == rows.dtype or np.dtype(dtype) in (x.dtype, rows.dtype)
 
     def token_outputs(
         self, x: DeviceArray, factors: Factors, suspect: DeviceArray, low_rank: DeviceArray,
-        gain: DeviceArray, bias: DeviceArray | None, z: DeviceArray, y: DeviceArray,
-    ) -> None:  # fmt: skip
-        """Write z = x Vᵀ and y = g⊙z + bias, for one token. The kernel forms suspect rows of V."""
-        xp = self.xp
-        weight, *update = factors
-        a, b, row_scale = (packed(array, xp) for array in update)
-        self._launch_token(
-            x, weight, z, gain.dtype, rank=a.shape[-2], a=a, b=b, row_scale=row_scale,
-            suspect=packed(suspect, xp), low_rank=packed(low_rank, xp),
-            gain=packed(gain, xp), bias=packed(bias, xp), y=y,
+        gain: DeviceArray, bias: DeviceArray | None, z: DType, y: DType,
+    ) -> tuple[DeviceArray, DeviceArray]:  # fmt: skip
+        """Return z = x Vᵀ and y = g⊙z + bias in these dtypes, for one token, by one launch.
+
+        The kernel forms suspect rows of V.
+        """
+        xp, (weight, a, b, row_scale) = self.xp, factors
+        return self._launch_token(
+            packed(x, xp), weight, z, y, gain.dtype, rank=a.shape[-2], a=a, b=b,
+            row_scale=row_scale, suspect=suspect, low_rank=packed(low_rank, xp),
+            gain=packed(gain, xp), bias=packed(bias, xp),
         )  # fmt: skip
 
     def _launch_token(
-        self,
-        x: DeviceArray,
-        rows: DeviceArray,
-        z: DeviceArray,
-        dtype: DType,
-        *,
-        rank: int,
-        **update: DeviceArray | None,
-    ) -> None:
-        wide = dtype_name(np.dtype(dtype))
-        stored = next((name_of(array) for array in (x, rows) if name_of(array) != wide), wide)
-        *stack, out, inner = rows.shape
-        count = math.prod(stack) * out
-        by_block = rank == 0
-        arguments = Token(
-            matrix=rows, matrix_is_stored=name_of(rows) == stored, x=x,
-            x_is_stored=name_of(x) == stored, z=z, rows=count, out=out, inner=inner, rank=rank,
-            by_block=by_block, **update,
-        )  # fmt: skip
-        warps = math.prod(stack) * blocks(out, TOKEN_ROWS)
-        grid = count if by_block else blocks(warps, WARPS), 1, 1
-        self.cuda.launch(arguments, Types(stored, name_of(z), wide), grid)
+        self, x: DeviceArray, rows: DeviceArray, of_z: DType, of_y: DType | None, dtype: DType, *,
+        rank: int, **update: DeviceArray,
+    ) -> tuple[DeviceArray, DeviceArray]:  # fmt: skip
+        """Return z and y, or None for y if there is no dtype for it."""
+        plan = _plan_token(rows.shape, rank, x.dtype, rows.dtype, of_z, of_y, dtype)
+        z, y = self.cuda.empties(plan.made)
+        kernel = Token(matrix=rows, x=x, z=z, y=y, **update, **plan.numbers)
+        self.cuda.launch(kernel, plan.types, plan.grid)
+        return z, y
 
     # Products by cuBLAS
 
@@ -194,7 +187,7 @@ class Products:
             if beta == 0:
                 out[...] = 0
             return out
-        tf32 = is_reduced() and not whole
+        tf32 = not whole and is_reduced()
         if left.ndim == 2:
             self._multiply_two(left, right, out, beta, parts, tf32=tf32)
             return out
@@ -213,17 +206,16 @@ class Products:
         tf32: bool,
     ) -> None:
         xp = self.xp
-        names = name_of(left), name_of(right)
-        if names[0] != names[1]:
+        if left.dtype != right.dtype:
             low = next((array for array in (left, right) if name_of(array) in LOW), None)
             wide = left if low is right else right
             if low is None or name_of(wide) != "float32":  # float64, or float16 and bfloat16
-                common = np.promote_types(wide_dtype(left), wide_dtype(right))
+                common = common_dtype(left.dtype, right.dtype)
                 left, right = (xp.astype(array, common, copy=False) for array in (left, right))
             else:
                 self._multiply_parts(left, right, out, beta, parts)
                 return
-        elif names[0] not in LOW and out.dtype != left.dtype:
+        elif out.dtype != left.dtype and name_of(left) not in LOW:
             left, right = (self.cast(array, out.dtype) for array in (left, right))
         self.cuda.gemm(for_blas(left, xp), for_blas(right, xp), out, beta, tf32=tf32)
 
@@ -248,9 +240,9 @@ class Products:
             low = xp.astype(low, xp.float32)
         else:
             columns = wide.strides[-1] != wide.itemsize
-            rows = xp.matrix_transpose(wide) if columns else wide
+            rows = transpose(wide) if columns else wide
             parts = list(self._split(rows, low, count)[0])
-            parts = [xp.matrix_transpose(part) for part in parts] if columns else parts
+            parts = [transpose(part) for part in parts] if columns else parts
         for part in parts:
             self.cuda.gemm(*((part, low) if on_left else (low, part)), out, beta)
             beta = 1.0
@@ -266,7 +258,7 @@ class Products:
     ) -> None:
         """Multiply all parts of few float32 rows or columns by `low` at once: it is read once."""
         xp = self.xp
-        rows = wide if on_left else xp.matrix_transpose(wide)  # (few, k)
+        rows = wide if on_left else transpose(wide)  # (few, k)
         parts, shrink = self._split(rows, low)
         few, k = rows.shape
         parts, low = xp.reshape(parts, (PARTS * few, k)), for_blas(low, xp)
@@ -275,7 +267,7 @@ class Products:
             self.cuda.gemm(parts, low, products, 0.0)
         else:
             products = self.cuda.empty((low.shape[0], PARTS * few), xp.float32)
-            self.cuda.gemm(low, xp.matrix_transpose(parts), products, 0.0)
+            self.cuda.gemm(low, transpose(parts), products, 0.0)
         arguments = SumParts(
             products=products, shrink=shrink, result=out, size=out.size, columns=out.shape[1],
             parts=PARTS, on_left=on_left, beta=beta,
@@ -314,12 +306,32 @@ class Products:
         """Return `array` in `dtype`. A kernel rounds float32 to 16 bits in a third of the time."""
         if name_of(array) != "float32" or dtype_name(np.dtype(dtype)) not in LOW:
             return self.xp.astype(array, dtype, copy=False)
-        turned: DeviceArray = self.xp.matrix_transpose(array)
-        if turned.flags.c_contiguous and not array.flags.c_contiguous:
-            return self.xp.matrix_transpose(self.cast(turned, dtype))
+        turned: DeviceArray = transpose(array)
+        if in_c_order(turned) and not in_c_order(array):
+            return transpose(self.cast(turned, dtype))
         array, result = packed(array, self.xp), self.cuda.empty(array.shape, dtype)
         if array.size:
             types = Types(dtype_name(np.dtype(dtype)), "float32", "float32")
             arguments = Cast(array=array, result=result, size=array.size)
             self.cuda.launch(arguments, types, (blocks(array.size, THREADS * 8), 1, 1))
         return result
+
+
+@planned
+def _plan_token(
+    shape: tuple[int, ...], rank: int, x: DType, rows: DType, of_z: DType, of_y: DType | None,
+    dtype: DType,
+) -> Plan:  # fmt: skip
+    """Plan `token`, for rows in this shape. Without a rank, it multiplies alone."""
+    *stack, out, inner = shape
+    count, wide = math.prod(stack), np.dtype(dtype)
+    stored = next((each for each in (x, rows) if each != wide), wide)
+    by_block = rank == 0
+    numbers = {
+        "matrix_is_stored": rows == stored, "x_is_stored": x == stored, "rows": count * out,
+        "out": out, "inner": inner, "rank": rank, "by_block": by_block,
+    }  # fmt: skip
+    grid = count * out if by_block else blocks(count * blocks(out, TOKEN_ROWS), WARPS), 1, 1
+    result = *stack, 1, out
+    made = together((result, of_z), None if of_y is None else (result, of_y))
+    return Plan(typed(stored, of_z, dtype), grid, numbers, made)

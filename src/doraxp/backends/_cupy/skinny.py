@@ -20,11 +20,14 @@ from doraxp.backends._cupy.arrays import (
     DeviceArray,
     as_stored,
     dtype_name,
-    name_of,
+    in_c_order,
     one_type,
     packed,
+    together,
+    typed,
 )
 from doraxp.backends._cupy.device import Cuda
+from doraxp.backends._cupy.plans import Plan, planned
 from doraxp.backends._cupy.signatures import (
     AdaptedNorm,
     ExpandedNorm,
@@ -33,8 +36,9 @@ from doraxp.backends._cupy.signatures import (
     Pull,
     SumChunks,
 )
-from doraxp.backends._cupy.source import THREADS, WARP, WARPS, Types, blocks
+from doraxp.backends._cupy.source import THREADS, WARP, WARPS, blocks
 from doraxp.backends._direction import Factors
+from doraxp.backends._dtypes import as_dtype, transpose
 
 BAND, BAND_THREADS = 32, 256
 """Rows of a warp of `project`, and threads of a block. kernels/skinny.cu has the same."""
@@ -92,23 +96,15 @@ class Skinny:
         """
         stored, by_columns = as_stored(matrix, self.xp)
         if by_columns:
-            columns = factor if turned else self.xp.matrix_transpose(factor)
-            return self.xp.matrix_transpose(self.pull(columns, stored))
+            columns = factor if turned else transpose(factor)
+            return transpose(self.pull(columns, stored))
         factor = packed(factor, self.xp)
-        *stack, rows, columns = stored.shape
         rank = factor.shape[-1 if turned else -2]
-        result = self.cuda.empty((*stack, rows, rank), np.float32)
-        if result.size == 0:
-            return result
-        tiles = 1 if rank <= RANKS else 2
-        chunks, count = blocks(rank, RANKS * tiles), math.prod(stack)
-        groups = row_groups(rows, chunks * count)
-        arguments = Project(
-            matrix=stored, factor=factor, result=result, rows=rows, columns=columns, rank=rank,
-            turned=turned, tiles=tiles, groups=groups,
-        )  # fmt: skip
-        grid = blocks(rows, BAND * groups) * chunks, 1, count
-        self.cuda.launch(arguments, _types(stored), grid, threads=BAND_THREADS)
+        plan = _plan_project(stored.shape, rank, stored.dtype, turned)
+        (result,) = self.cuda.empties(plan.made)
+        if result.size:
+            kernel = Project(matrix=stored, factor=factor, result=result, **plan.numbers)
+            self.cuda.launch(kernel, plan.types, plan.grid, threads=plan.threads)
         return result
 
     def pull(
@@ -138,7 +134,7 @@ class Skinny:
         xp = self.xp
         stored, by_columns = as_stored(matrix, xp)
         if by_columns:
-            first = xp.matrix_transpose(self.project(stored, factor, turned=True))[..., None, :, :]
+            first = transpose(self.project(stored, factor, turned=True))[..., None, :, :]
             if matrix2 is None:
                 return packed(first, xp)
             return xp.concat([first, self.partial_pull(factor2, matrix2)], axis=-3)
@@ -146,25 +142,21 @@ class Skinny:
         if matrix2 is not None:
             second, by_columns = as_stored(matrix2, xp)
             if by_columns:
-                rest = xp.matrix_transpose(self.project(second, factor2, turned=True))
+                rest = transpose(self.project(second, factor2, turned=True))
                 return xp.concat(
                     [self.partial_pull(factor, stored), rest[..., None, :, :]], axis=-3
                 )
         factor, factor2 = packed(factor, xp), packed(factor2, xp)
-        *stack, rows, columns = stored.shape
-        rank, rows2 = factor.shape[-1], 0 if second is None else second.shape[-2]
-        count = math.prod(stack)
-        if count * rank * columns == 0:
-            return self.cuda.empty((*stack, 1, rank, columns), np.float32)
-        across = blocks(columns, PULL_COLUMNS) * blocks(rank, RANKS)
-        chunks, each = row_chunks(rows, rows2, across * count)
-        partial = self.cuda.empty((*stack, chunks, rank, columns), np.float32)
-        arguments = Pull(
-            matrix=stored, factor=factor, rows=rows, matrix2=second, factor2=factor2, rows2=rows2,
-            result=partial, columns=columns, rank=rank, per_chunk=each,
-        )  # fmt: skip
-        grid = across, chunks, count
-        self.cuda.launch(arguments, _types(stored), grid, threads=PULL_THREADS)
+        plan = _plan_pull(
+            stored.shape, 0 if second is None else second.shape[-2], factor.shape[-1], stored.dtype
+        )
+        (partial,) = self.cuda.empties(plan.made)
+        if partial.size:
+            kernel = Pull(
+                matrix=stored, factor=factor, matrix2=second, factor2=factor2, result=partial,
+                **plan.numbers,
+            )  # fmt: skip
+            self.cuda.launch(kernel, plan.types, plan.grid, threads=plan.threads)
         return partial
 
     def prepare(
@@ -175,31 +167,17 @@ class Skinny:
 
         A itself is returned if it is in C order and of `dtype`.
         """
-        wide = dtype_name(np.dtype(dtype))
-        lora_a, lora_b = packed(lora_a, self.xp), packed(lora_b, self.xp)
-        stored = next(
-            (name_of(array) for array in (lora_a, lora_b) if name_of(array) != wide), wide
-        )
-        if name_of(lora_b) not in (stored, wide):  # three dtypes: the kernel has types for two
-            lora_b = self.xp.astype(lora_b, dtype)
-        *stack, rank, inner = lora_a.shape
-        out, count = lora_b.shape[-2], math.prod(stack)
-        if name_of(lora_a) == wide:
-            wide_a, copied = None, 0
-        else:
-            wide_a, copied = self.cuda.empty(lora_a.shape, dtype), rank * inner
-        scaled_b = self.cuda.empty(lora_b.shape, dtype)
-        pairs = self.cuda.empty((*stack, rank, rank), dtype) if gram else None
-        found = self.cuda.empty((1,), np.int32)
-        arguments = PrepareAdapter(
-            a=lora_a, a_is_stored=name_of(lora_a) == stored, b=lora_b,
-            b_is_stored=name_of(lora_b) == stored, wide_a=wide_a, scaled_b=scaled_b, gram=pairs,
-            any=found, out=out, inner=inner, rank=rank, scaling=scaling,
+        xp, kind = self.xp, np.dtype(dtype)
+        lora_a, lora_b = packed(lora_a, xp), packed(lora_b, xp)
+        if lora_b.dtype != lora_a.dtype != kind:  # three dtypes: the kernel has types for two
+            lora_b = as_dtype(lora_b, dtype, xp=xp)
+        plan = _plan_prepare(lora_a.shape, lora_b.shape, lora_a.dtype, lora_b.dtype, kind, gram)
+        wide_a, scaled_b, pairs, found = self.cuda.empties(plan.made)
+        kernel = PrepareAdapter(
+            a=lora_a, b=lora_b, wide_a=wide_a, scaled_b=scaled_b, gram=pairs, any=found,
+            scaling=scaling, **plan.numbers,
         )  # fmt: skip
-        each = THREADS * (8 if stored in LOW else 16 // np.dtype(stored).itemsize)
-        sides = blocks(rank, SIDE) if gram else 0
-        grid = sides * (sides + 1) // 2 + blocks(out * rank, each) + blocks(copied, each), 1, count
-        self.cuda.launch(arguments, Types(stored, wide, wide), grid)
+        self.cuda.launch(kernel, plan.types, plan.grid)
         return Prepared(lora_a if wide_a is None else wide_a, scaled_b, pairs, found)
 
     def measure(
@@ -214,38 +192,107 @@ class Skinny:
         """
         xp, (weight, *rest) = self.xp, factors
         a, b, row_scale = (packed(array, xp) for array in rest)
-        kind = b.dtype
-        *stack, out, rank = b.shape
-        inner, count = a.shape[-1], math.prod(stack)
-        norm, gain = (self.cuda.empty((*stack, out), kind) for _ in range(2))
-        unit, gained = (self.cuda.empty(b.shape, kind) for _ in range(2))
-        suspect = self.cuda.empty((*stack, out), xp.bool)
-        made = {
-            "a": a, "b": b, "gram": packed(gram, xp), "squares": packed(squares, xp),
-            "row_scale": row_scale, "magnitude": packed(magnitude, xp), "norm": norm, "gain": gain,
-            "unit": unit, "gained": gained, "suspect": suspect, "any": any_suspect, "out": out,
-            "inner": inner, "rank": rank, "floor": floor, "cancellation": cancellation,
-        }  # fmt: skip
         stored, turned = as_stored(weight, xp)
-        types = Types(name_of(weight), name_of(b), name_of(b))
+        plan = _plan_measure(b.shape, a.shape[-1], stored.dtype, b.dtype, u is None)
+        norm, gain, unit, gained, suspect = self.cuda.empties(plan.made)
+        made = {
+            "weight": stored, "a": a, "b": b, "gram": packed(gram, xp),
+            "squares": packed(squares, xp), "row_scale": row_scale,
+            "magnitude": packed(magnitude, xp), "norm": norm, "gain": gain, "unit": unit,
+            "gained": gained, "suspect": suspect, "any": any_suspect, "floor": floor,
+            "cancellation": cancellation,
+        }  # fmt: skip
+        kernel: AdaptedNorm | ExpandedNorm
         if u is None:
-            tiles = 1 if rank <= RANKS else 2
-            groups = min(row_groups(out, count), MOST_BANDS)
-            fused = AdaptedNorm(weight=stored, tiles=tiles, groups=groups, **made)
-            grid = blocks(out, BAND * groups), 1, count
-            self.cuda.launch(fused, types, grid, threads=BAND_THREADS)
+            kernel = AdaptedNorm(**made, **plan.numbers)
         else:
-            rows = count * out
-            arguments = ExpandedNorm(
-                u=packed(u, xp), weight=stored, turned=turned, bg=packed(bg, xp), rows=rows, **made
-            )
-            self.cuda.launch(arguments, types, (blocks(rows, ROWS_AT_ONCE * WARPS), 1, 1))
+            u, bg = packed(u, xp), packed(bg, xp)
+            kernel = ExpandedNorm(u=u, bg=bg, turned=turned, **made, **plan.numbers)
+        self.cuda.launch(kernel, plan.types, plan.grid, threads=plan.threads)
         return Measured(norm, gain, unit, gained, suspect)
 
     def makes_u(self, weight: DeviceArray, dtype: DType, rank: int) -> bool:
         """Return whether `measure` can make W Aᵀ itself: for W of 16 bits in C order."""
-        low = name_of(weight) in LOW and np.dtype(dtype) == np.float32
-        return low and bool(weight.flags.c_contiguous) and rank <= 2 * RANKS
+        return in_c_order(weight) and _makes_u(weight.dtype, dtype, rank)
+
+
+@planned
+def _makes_u(storage: DType, dtype: DType, rank: int) -> bool:
+    return dtype_name(storage) in LOW and np.dtype(dtype) == np.float32 and rank <= 2 * RANKS
+
+
+@planned
+def _plan_project(shape: tuple[int, ...], rank: int, storage: DType, turned: bool) -> Plan:
+    *stack, rows, columns = shape
+    tiles = 1 if rank <= RANKS else 2
+    chunks, count = blocks(rank, RANKS * tiles), math.prod(stack)
+    groups = row_groups(rows, chunks * count)
+    numbers = {
+        "rows": rows, "columns": columns, "rank": rank, "turned": turned, "tiles": tiles,
+        "groups": groups,
+    }  # fmt: skip
+    grid = blocks(rows, BAND * groups) * chunks, 1, count
+    made = together(((*stack, rows, rank), np.float32))
+    return Plan(typed(storage, np.float32, np.float32), grid, numbers, made, threads=BAND_THREADS)
+
+
+@planned
+def _plan_pull(shape: tuple[int, ...], rows2: int, rank: int, storage: DType) -> Plan:
+    """Plan `partial_pull`, for a matrix in this shape."""
+    *stack, rows, columns = shape
+    count = math.prod(stack)
+    across = blocks(columns, PULL_COLUMNS) * blocks(rank, RANKS)
+    chunks, each = row_chunks(rows, rows2, across * count) if across * count else (1, 1)
+    numbers = {
+        "rows": rows, "rows2": rows2, "columns": columns, "rank": rank, "per_chunk": each
+    }  # fmt: skip
+    types, shape = typed(storage, np.float32, np.float32), (*stack, chunks, rank, columns)
+    grid = across, chunks, count
+    return Plan(types, grid, numbers, together((shape, np.float32)), threads=PULL_THREADS)
+
+
+@planned
+def _plan_prepare(
+    a_shape: tuple[int, ...], b_shape: tuple[int, ...], a: DType, b: DType, kind: DType, gram: bool
+) -> Plan:
+    """Plan `prepare`: it makes A in the dtype `kind`, s B, A Aᵀ and the 0."""
+    *stack, rank, inner = a_shape
+    out, count = b_shape[-2], math.prod(stack)
+    stored = b if a == kind else a
+    copied = 0 if a == kind else rank * inner
+    numbers = {
+        "a_is_stored": a == stored, "b_is_stored": b == stored, "out": out, "inner": inner,
+        "rank": rank,
+    }  # fmt: skip
+    each = THREADS * (16 // int(stored.itemsize))
+    sides = blocks(rank, SIDE) if gram else 0
+    grid = sides * (sides + 1) // 2 + blocks(out * rank, each) + blocks(copied, each), 1, count
+    made = together(
+        (a_shape, kind) if copied else None, (b_shape, kind),
+        ((*stack, rank, rank), kind) if gram else None, ((1,), np.int32),
+    )  # fmt: skip
+    return Plan(typed(stored, kind, kind), grid, numbers, made)
+
+
+@planned
+def _plan_measure(
+    shape: tuple[int, ...], inner: int, storage: DType, kind: DType, fused: bool
+) -> Plan:
+    """Plan `measure`, for b in this shape; it is `fused` with W Aᵀ or not."""
+    *stack, out, rank = shape
+    count, threads = math.prod(stack), THREADS
+    numbers = {"out": out, "inner": inner, "rank": rank}
+    if fused:
+        groups = min(row_groups(out, count), MOST_BANDS)
+        numbers |= {"tiles": 1 if rank <= RANKS else 2, "groups": groups}
+        grid, threads = (blocks(out, BAND * groups), 1, count), BAND_THREADS
+    else:
+        numbers["rows"] = count * out
+        grid = blocks(count * out, ROWS_AT_ONCE * WARPS), 1, 1
+    rows = *stack, out
+    by_row, wide = (rows, kind), (shape, kind)
+    made = together(by_row, by_row, wide, wide, (rows, np.bool))
+    return Plan(typed(storage, kind, kind), grid, numbers, made, threads=threads)
 
 
 def row_groups(rows: int, others: int) -> int:
@@ -270,7 +317,3 @@ def row_chunks(rows: int, rows2: int, others: int) -> tuple[int, int]:
     chunks = min(max(1, PULLING // others), blocks(steps, PULL_BELOW))
     each = blocks(steps, chunks)
     return blocks(steps, each), each
-
-
-def _types(stored: DeviceArray) -> Types:
-    return Types(name_of(stored), "float32", "float32")

@@ -52,7 +52,7 @@ extern "C" __global__ void gradients(const storage_t* __restrict__ dy,
 
 enum {
     SWATH = 64,  // columns of a warp of `mixed_gradients`
-    SWATHS = 8, SWATH_STEP = 16, SWATH_RANKS = 8 * FLUTE_TILES,
+    SWATHS = 8, SWATH_STEP = 16, SWATH_RANKS = 8 * PULL_TILES,
     SWATH_THREADS = WARP * SWATHS
 };
 
@@ -89,17 +89,17 @@ extern "C" __global__ void __launch_bounds__(SWATH_THREADS, 1)
     };
 
     // As the right factor of low = dy gained: the lane's ranks of its columns, in parts.
-    unsigned factor[2][2][FLUTE_TILES][FACTOR_PARTS][2];
+    unsigned factor[2][2][PULL_TILES][FACTOR_PARTS][2];
 #pragma unroll
     for (int group = 0; group < 2; ++group)
 #pragma unroll
         for (int s = 0; s < 2; ++s)
 #pragma unroll
-            for (int q = 0; q < FLUTE_TILES; ++q)
+            for (int q = 0; q < PULL_TILES; ++q)
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
                     const index_t column = left + 32 * group + 8 * t + 4 * s + 2 * h;
-                    const index_t r = first_rank + g * FLUTE_TILES + q;
+                    const index_t r = first_rank + g * PULL_TILES + q;
                     const compute_t* from = gained + (e * out + column) * rank + r;
                     unsigned parts[FACTOR_PARTS];
                     split_pair<FACTOR_PARTS>(
@@ -120,20 +120,20 @@ extern "C" __global__ void __launch_bounds__(SWATH_THREADS, 1)
             if (row_scale) scale[j] *= row_scale[e * out + column + j];
         }
     }
-    float db_sums[4][FLUTE_TILES][4] = {};
+    float db_sums[4][PULL_TILES][4] = {};
     for (index_t top = begin; top < end; top += SWATH_STEP) {
-        Rung rung;
+        PulledRows held_rows;
         Eight other[4], band[2][2];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const index_t row = top + 4 * t + i, at = (e * tokens + row) * out + column;
             const int own = row < end ? count : 0;
-            rung.matrix[i] = eight_of(dy + at, own, packed);
+            held_rows.matrix[i] = eight_of(dy + at, own, packed);
             if (first_rank == 0) other[i] = eight_of(z + at, own, packed);
 #pragma unroll
-            for (int q = 0; q < FLUTE_TILES; ++q) {
-                const index_t r = first_rank + FLUTE_TILES * g + q;
-                rung.factor[i][q] =
+            for (int q = 0; q < PULL_TILES; ++q) {
+                const index_t r = first_rank + PULL_TILES * g + q;
+                held_rows.factor[i][q] =
                     row < end && r < rank ? (float)low_rank[(e * tokens + row) * rank + r] : 0.0f;
             }
         }
@@ -146,8 +146,8 @@ extern "C" __global__ void __launch_bounds__(SWATH_THREADS, 1)
                                           row < end ? there(from) : 0, packed);
             }
 
-        multiply_rung(rung, db_sums);
-        float low_sums[FLUTE_TILES][4] = {};
+        multiply_rows(held_rows, db_sums);
+        float low_sums[PULL_TILES][4] = {};
 #pragma unroll
         for (int group = 0; group < 2; ++group)
 #pragma unroll
@@ -161,16 +161,16 @@ extern "C" __global__ void __launch_bounds__(SWATH_THREADS, 1)
                     for (int p = 0; p < MATRIX_PARTS; ++p) matrix[p][h] = parts[p];
                 }
 #pragma unroll
-                for (int q = 0; q < FLUTE_TILES; ++q)
+                for (int q = 0; q < PULL_TILES; ++q)
                     add_product(low_sums[q], matrix, factor[group][s][q]);
             }
         // Two buffers: a warp that is ahead writes into the one that nobody reads any more.
         float(&of_step)[SWATHS][SWATH_STEP][SWATH_RANKS] = held[(top - begin) / SWATH_STEP % 2];
 #pragma unroll
-        for (int q = 0; q < FLUTE_TILES; ++q)
+        for (int q = 0; q < PULL_TILES; ++q)
 #pragma unroll
             for (int h = 0; h < 4; ++h)
-                of_step[warp][h / 2 * 8 + g][(2 * t + h % 2) * FLUTE_TILES + q] = low_sums[q][h];
+                of_step[warp][h / 2 * 8 + g][(2 * t + h % 2) * PULL_TILES + q] = low_sums[q][h];
         if (first_rank == 0) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
@@ -178,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(SWATH_THREADS, 1)
                 compute_t value[8];
 #pragma unroll
                 for (int j = 0; j < 8; ++j) {
-                    const unsigned short d_bits = rung.matrix[i].word[j / 2] >> j % 2 * 16;
+                    const unsigned short d_bits = held_rows.matrix[i].word[j / 2] >> j % 2 * 16;
                     const unsigned short z_bits = other[i].word[j / 2] >> j % 2 * 16;
                     const compute_t d = wide(from_bits(d_bits));
                     along[j] += d * wide(from_bits(z_bits));
@@ -202,10 +202,10 @@ extern "C" __global__ void __launch_bounds__(SWATH_THREADS, 1)
     if (count == 0) return;
     const index_t chunk = e * gridDim.y + blockIdx.y;
 #pragma unroll
-    for (int q = 0; q < FLUTE_TILES; ++q)
+    for (int q = 0; q < PULL_TILES; ++q)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const index_t r = first_rank + (2 * t + h) * FLUTE_TILES + q;
+            const index_t r = first_rank + (2 * t + h) * PULL_TILES + q;
             if (r >= rank) continue;
             compute_t value[PER_THREAD];
 #pragma unroll
