@@ -1,4 +1,4 @@
-"""Plans of launches: what the shapes and dtypes of the arrays alone decide.
+"""Plans of launches: all that the shapes and dtypes of the arrays alone decide.
 
 A training loop makes the same launches again and again. The plan of a launch is made the first time
 that its shapes and dtypes occur, and kept. No value, address or device has a part in it.
@@ -17,7 +17,7 @@ planned = functools.lru_cache(maxsize=1024)
 
 
 class Plan(NamedTuple):
-    """What the shapes and dtypes of a launch alone decide."""
+    """All about a launch that the shapes and dtypes of its arrays alone decide."""
 
     types: Types
     grid: tuple[int, int, int]
