@@ -33,6 +33,14 @@ GEMMS = {
 """The dtypes of left, right and result that cuBLAS's gemmEx accepts."""
 CODES = {"index_t": "q", "int": "i", "float32": "f", "float64": "d"}
 """The codes of cuda_host.hpp for numbers."""
+FOR_SUSPECT_ROWS = {
+    "outputs": ("weight", "x"),
+    "update": ("weight", "d", "x"),
+    "gradient_a": ("weight", "d", "x"),
+    "expanded_norm": ("weight",),
+    "norms": ("weight",),
+}
+"""The large arrays that a kernel reads only for suspect rows."""
 HEADER = Path(__file__).with_name("cuda_host.hpp")
 
 
@@ -90,8 +98,9 @@ def library(types: Types) -> ctypes.CDLL:
 class HostCuda:
     """Launches and products on the host.
 
-    `launched` lists the kernels, in order. `moved` lists the bytes of the arrays of each that have
-    the dtype of storage_t. An array counts once, and twice if a product is added to it.
+    `launched` lists the kernels, in order. `moved` lists the bytes of the 16-bit arrays of each. An
+    array counts once, twice if a product is added to it, and not at all if the kernel reads it only
+    for suspect rows.
     """
 
     cache = 2**20
@@ -127,9 +136,13 @@ class HostCuda:
         assert all(0 < size <= limit for size, limit in zip(grid, GRID, strict=True)), (name, grid)
         assert types in BUILDS, types
         self.launched.append(name)
-        arrays = {id(each): each for each in arguments if isinstance(each, np.ndarray)}
-        stored = [each.nbytes for each in arrays.values() if each.dtype.name == types.storage]
-        self.moved.append(sum(stored))
+        given = zip(type(arguments)._fields, arguments, strict=True)
+        rare = FOR_SUSPECT_ROWS.get(name, ())
+        arrays = {
+            id(each): each.nbytes for field, each in given
+            if field not in rare and isinstance(each, np.ndarray) and each.itemsize == 2
+        }  # fmt: skip
+        self.moved.append(sum(arrays.values()))
         check_arguments(arguments, types)
         memory = Arguments(type(arguments), types)
         memory.store(tuple(map(_addressed, arguments)))
@@ -137,9 +150,8 @@ class HostCuda:
 
     def gemm(self, left: Any, right: Any, out: Any, beta: float, *, tf32: bool = False) -> None:
         self.launched.append("tf32" if tf32 else "gemm")
-        stored = min(left.itemsize, right.itemsize)
-        results = (1 + (beta != 0)) * out.nbytes if out.itemsize == stored else 0
-        self.moved.append(left.nbytes + right.nbytes + results)
+        arrays = [left, right, out, *([out] if beta != 0 else [])]
+        self.moved.append(sum(array.nbytes for array in arrays if array.itemsize == 2))
         names = str(left.dtype), str(right.dtype), str(out.dtype)
         assert names in GEMMS, names
         assert out.flags.c_contiguous

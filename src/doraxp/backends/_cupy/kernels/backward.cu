@@ -111,19 +111,20 @@ extern "C" __global__ void __launch_bounds__(SWATH_THREADS, 1)
 
     const index_t column = left + 8 * g;  // of the lane's eight, where lanes share rows by fours
     const int count = there(column);
-    compute_t scale[8], along[8], total[8];
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-        along[j] = total[j] = scale[j] = 0;
-        if (j < count && !suspect[e * out + column + j]) {
-            scale[j] = gain[e * out + column + j];
-            if (row_scale) scale[j] *= row_scale[e * out + column + j];
-        }
+    // In shared memory, since a thread has no register left.
+    __shared__ compute_t scales[SWATHS][SWATH];
+    for (int j = lane; j < SWATH; j += WARP) {
+        const index_t at = e * out + left + j;
+        const bool own = left + j < out && !suspect[at];
+        scales[warp][j] = !own ? (compute_t)0 : row_scale ? row_scale[at] * gain[at] : gain[at];
     }
+    __syncthreads();
+    const compute_t* scale = scales[warp] + 8 * g;
+    compute_t along[8] = {}, total[8] = {};
     float db_sums[4][PULL_TILES][4] = {};
     for (index_t top = begin; top < end; top += SWATH_STEP) {
         PulledRows held_rows;
-        Eight other[4], band[2][2];
+        Eight other[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const index_t row = top + 4 * t + i, at = (e * tokens + row) * out + column;
@@ -137,26 +138,24 @@ extern "C" __global__ void __launch_bounds__(SWATH_THREADS, 1)
                     row < end && r < rank ? (float)low_rank[(e * tokens + row) * rank + r] : 0.0f;
             }
         }
-#pragma unroll
-        for (int h = 0; h < 2; ++h)
-#pragma unroll
-            for (int group = 0; group < 2; ++group) {
-                const index_t row = top + 8 * h + g, from = left + 32 * group + 8 * t;
-                band[h][group] = eight_of(dy + (e * tokens + row) * out + from,
-                                          row < end ? there(from) : 0, packed);
-            }
-
         multiply_rows(held_rows, db_sums);
         float low_sums[PULL_TILES][4] = {};
 #pragma unroll
-        for (int group = 0; group < 2; ++group)
+        for (int group = 0; group < 2; ++group) {
+            Eight band[2];
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const index_t row = top + 8 * h + g, from = left + 32 * group + 8 * t;
+                band[h] = eight_of(dy + (e * tokens + row) * out + from,
+                                   row < end ? there(from) : 0, packed);
+            }
 #pragma unroll
             for (int s = 0; s < 2; ++s) {
                 unsigned matrix[MATRIX_PARTS][4];
 #pragma unroll
                 for (int h = 0; h < 4; ++h) {
                     unsigned parts[MATRIX_PARTS];
-                    split_stored(band[h % 2][group].word[2 * s + h / 2], parts);
+                    split_stored(band[h % 2].word[2 * s + h / 2], parts);
 #pragma unroll
                     for (int p = 0; p < MATRIX_PARTS; ++p) matrix[p][h] = parts[p];
                 }
@@ -164,6 +163,7 @@ extern "C" __global__ void __launch_bounds__(SWATH_THREADS, 1)
                 for (int q = 0; q < PULL_TILES; ++q)
                     add_product(low_sums[q], matrix, factor[group][s][q]);
             }
+        }
         // Two buffers: a warp that is ahead writes into the one that nobody reads any more.
         float(&of_step)[SWATHS][SWATH_STEP][SWATH_RANKS] = held[(top - begin) / SWATH_STEP % 2];
 #pragma unroll

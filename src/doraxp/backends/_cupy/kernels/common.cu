@@ -183,6 +183,7 @@ __device__ inline compute_t formed(const M* weight, int turned, const compute_t*
     const index_t e = row / out;
     double value = wide(weight[turned ? (e * inner + k) * out + row % out : row * inner + k]);
     if (row_scale) value *= row_scale[row];
+#pragma unroll 1
     for (index_t r = 0; b && r < rank; ++r)
         value += (double)b[row * rank + r] * a[(e * rank + r) * inner + k];
     return (compute_t)value;

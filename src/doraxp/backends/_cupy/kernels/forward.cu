@@ -49,11 +49,13 @@ extern "C" __global__ void outputs(
          row = next_suspect(suspect, row + 1, end))
         for (index_t t = blockIdx.y; t < tokens; t += gridDim.y) {
             compute_t value = 0;
+#pragma unroll 1
             for (index_t k = threadIdx.x; k < inner; k += THREADS)
                 value += item(x, (e * tokens + t) * inner + k, stored) *
                          formed(weight, turned, a, b, row_scale, row, k, out, inner, rank);
             value = block_sum(value);
             if (threadIdx.x != 0) continue;
+#pragma unroll 1
             for (index_t r = 0; shift && r < rank; ++r)
                 value += shift[(e * tokens + t) * rank + r] * b[row * rank + r];
             const index_t at = (e * tokens + t) * out + row % out;
