@@ -48,9 +48,9 @@ ROWS_AT_ONCE = 4
 """Rows that a warp of `expanded_norm` makes at once. kernels/adapter.cu has the same."""
 MOST_PAIRED = 64
 """The largest rank for which `prepare_adapter` makes A Aᵀ: each block reads 8 rows of A."""
-FLUTES, FLUTE_STEP, FLUTE_THREADS = 128, 16, 192
+PULL_COLUMNS, PULL_STEP, PULL_THREADS = 128, 16, 192
 """Columns of a block of `pull`, which takes one tile, rows of a step, and threads."""
-DOWN = 3
+PULL_BELOW = 3
 """Warps of a block of `pull` that share a chunk of the rows."""
 FULL = 120
 """Blocks that keep a GPU of 132 multiprocessors busy, if each takes a whole one."""
@@ -137,7 +137,7 @@ class Skinny:
         count = math.prod(stack)
         if count * rank * columns == 0:
             return self.cuda.empty((*stack, rank, columns), np.float32)
-        across = blocks(columns, FLUTES) * blocks(rank, RANKS)
+        across = blocks(columns, PULL_COLUMNS) * blocks(rank, RANKS)
         chunks, each = row_chunks(rows, rows2, across * count)
         partial = self.cuda.empty((*stack, chunks, rank, columns), np.float32)
         arguments = Pull(
@@ -145,7 +145,7 @@ class Skinny:
             result=partial, columns=columns, rank=rank, per_chunk=each,
         )  # fmt: skip
         grid = across, chunks, count
-        self.cuda.launch(arguments, _types(stored), grid, threads=FLUTE_THREADS)
+        self.cuda.launch(arguments, _types(stored), grid, threads=PULL_THREADS)
         if chunks == 1:
             return self.xp.reshape(partial, (*stack, rank, columns))
         result = self.cuda.empty((*stack, rank, columns), np.float32)
@@ -253,8 +253,8 @@ def row_chunks(rows: int, rows2: int, others: int) -> tuple[int, int]:
     `others` blocks take the same rows. The chunks bring the blocks to PULLING at most, so the
     partial sums are PULLING blocks of 8 KiB at most.
     """
-    steps = max(1, blocks(rows, FLUTE_STEP) + blocks(rows2, FLUTE_STEP))
-    chunks = min(max(1, PULLING // others), blocks(steps, DOWN))
+    steps = max(1, blocks(rows, PULL_STEP) + blocks(rows2, PULL_STEP))
+    chunks = min(max(1, PULLING // others), blocks(steps, PULL_BELOW))
     each = blocks(steps, chunks)
     return blocks(steps, each), each
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-FILES = ("common", "skinny", "adapter", "passes", "token", "norm", "parts", "guard", "merge", "adamw")
+FILES = (
+    "common", "skinny", "adapter", "passes", "token", "norm", "parts", "guard", "merge", "adamw",
+)  # fmt: skip
 """The files of `kernels/`, in the order in which one source is made of them."""
 SOURCE = "\n".join(
     Path(__file__).with_name("kernels").joinpath(f"{name}.cu").read_text(encoding="utf-8")
