@@ -404,6 +404,45 @@ class TestNorm:
         assert backend.numpy(flag).tolist() == [0]
         np.testing.assert_array_equal(in_float64(backend, found.norm), 1)
 
+    def test_a_square_that_cancels_or_overflows_is_not_trusted(
+        self, backend, skinny, put, dtype, form
+    ):
+        """Row 0 of b A cancels, as the rows of A are nearly dependent; n² of row 1 overflows."""
+        kind, inner = wide_of(dtype), 24
+        rng = np.random.default_rng(0)
+        a = rng.standard_normal((2, inner))
+        a[1] = a[0] + 2.0**-9 * a[1]
+        large = {"float64": 2.0**511.4, "float16": 1}.get(str(dtype), 2.0**63.4)
+        length = np.linalg.norm(a[0])
+        b = np.array([[1, -1], [large / length, 0]])
+        weight = np.stack([2.0**-9 * rng.standard_normal(inner), large * a[0] / length])
+        stored, a, b = put(weight, dtype), put(a, kind), put(b, kind)
+        v, exact_a = in_float64(backend, stored), in_float64(backend, a)
+        squares = put((v**2).sum(-1), kind)
+        scale = None
+        if form == "direction":
+            scale = put(1 / np.linalg.norm(v, axis=-1), kind)
+            v = v * in_float64(backend, scale)[:, None]
+            b = put(in_float64(backend, b) * [[2.0**9], [1]], kind)
+        v = v + in_float64(backend, b) @ exact_a
+        extra = {}
+        if not skinny.makes_u(stored, kind, 2):
+            extra["u"] = put(in_float64(backend, stored) @ exact_a.T, kind)
+        flag = backend.asarray(np.zeros(1, "int32"))
+        found = skinny.measure(
+            Factors(stored, a, b, scale), put(exact_a @ exact_a.T, kind), squares,
+            put(np.ones(2), kind), flag, 1e-30, CANCELLATION, **extra,
+        )  # fmt: skip
+        peak = np.max(np.abs(v), axis=-1)
+        n = peak * np.linalg.norm(v / peak[:, None], axis=-1)
+        # V is formed in double, and its terms are 2^9 times as large as their sum.
+        rtol = 16 * float(np.finfo(kind).eps) + 2.0**-41
+        np.testing.assert_allclose(in_float64(backend, found.norm), n, rtol=rtol)
+        suspect = backend.numpy(found.suspect).tolist()
+        assert suspect[0]
+        if form == "weight" and str(dtype) != "float16":
+            assert suspect[1]
+
     def test_a_number_that_is_not_finite_is_marked(self, backend, skinny, put, dtype, form):
         weight, kind = np.eye(5, 16), wide_of(dtype)
         weight[1, 3], weight[2, 4] = np.inf, np.nan
