@@ -24,7 +24,7 @@ A budget is the time that a call reached, and a little more: it keeps the call f
 there is a goal, it stands beside it, and neither the step nor AdamW has reached it. A step makes 24
 arrays, 12 launches and products and about 200 small checks and views. The step of 24 leaves looks
 at 96 arrays, and CuPy takes about 0.5 µs to tell the type, dtype, device, shape, order and address
-of each: 0.6 units before any other work. Without `donate`, CuPy makes 72 arrays too, at 1.2 µs each.
+of each: 0.6 units before any other work. Without `donate`, CuPy makes 72 arrays too, 1.2 µs each.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class Pass(NamedTuple):
 LANE = 4 + 8
 """Rows and columns of a lane of `merge`. Its code has a way for W by rows, and one by columns."""
 PASSES = {
-    # What forms the numbers of a suspect row, for x and y of either dtype.
+    # The loops that form the numbers of a suspect row, for x and y of either dtype.
     "outputs": Pass(few_loads=16, few_stores=3),
     # ρ and the marks of the suspect rows, for the columns of a thread.
     "gradients": Pass(few_loads=16, few_stores=24),
