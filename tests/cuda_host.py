@@ -88,7 +88,9 @@ def library(types: Types) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         source, built = Path(folder, "host.cpp"), Path(folder, "host.so")
         source.write_text(f'#include "{HEADER}"\n{SOURCE}\n{launchers}', encoding="utf-8")
-        flags = ["-O1", "-ffp-contract=off", "-shared", "-fPIC", *types.options()]
+        # As on a GPU, an access that is not aligned to its width ends the process.
+        aligned = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
+        flags = ["-O1", "-ffp-contract=off", "-shared", "-fPIC", *aligned, *types.options()]
         command = [compiler, *flags, str(source), "-o", str(built)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -27,7 +27,7 @@ SHAPES = {
     "wide": ((), 5, 1160, 8),
     "ranks": ((), 33, 136, 40),
     "ragged": ((2,), 37, 131, 19),
-    "stack": ((2, 2), 40, 72, 6),
+    "stack": ((2, 2), 40, 72, 5),
     "tall": ((), 600, 40, 4),
 }
 """The stack, the rows and columns of the matrix, and the rank."""
@@ -37,8 +37,7 @@ SHAPES = {
 def put(request, backend):
     """Return a function that makes an array of the library, aligned to 16 bytes or not."""
 
-    def array(values, dtype="float32"):
-        offset = request.param
+    def array(values, dtype="float32", offset=request.param):
         flat = np.zeros(values.size + offset, np.float64)
         flat[offset:] = values.reshape(-1)
         stored = backend.asarray(flat.astype(as_numpy(dtype)))[offset:]
@@ -139,6 +138,23 @@ class TestProducts:
         result = skinny.pull(factors[0], matrix, factors[1], second)
         left = [transposed(factor) for factor in factors]
         assert_exact(backend, result, left, [matrix, second], rows + more)
+
+    @pytest.mark.parametrize("misaligned", range(4))
+    def test_one_array_may_be_misaligned(self, backend, skinny, put, dtype, misaligned):
+        rng = np.random.default_rng(0)
+        shapes = (20, 8), (20, 72), (36, 8), (36, 72)
+        arrays = [
+            put(rng.standard_normal(shape), dtype if i % 2 else "float32", int(i == misaligned))
+            for i, shape in enumerate(shapes)
+        ]
+        left = [transposed(array) for array in arrays[::2]]
+        assert_exact(backend, skinny.pull(*arrays), left, arrays[1::2], 56)
+        for turned in (False, True):
+            sides = (72, 8) if turned else (8, 72)
+            factor = put(rng.standard_normal(sides), "float32", int(misaligned == 0))
+            result = skinny.project(arrays[1], factor, turned=turned)
+            right = factor if turned else transposed(factor)
+            assert_exact(backend, result, [arrays[1]], [right], 72)
 
 
 @pytest.mark.lanes(*LANES)
