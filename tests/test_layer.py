@@ -222,9 +222,9 @@ def test_the_norm_is_prepared_once_per_change(draw, monkeypatch):
     calls = []
     prepare = doraxp._core.prepared._measure
 
-    def count(weight, adapter, leaves, config, previous, *rest, ops):
+    def count(weight, adapter, config, previous, *rest, ops):
         calls.append(previous)
-        return prepare(weight, adapter, leaves, config, previous, *rest, ops=ops)
+        return prepare(weight, adapter, config, previous, *rest, ops=ops)
 
     monkeypatch.setattr(doraxp._core.prepared, "_measure", count)
     layer = make(draw)
