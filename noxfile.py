@@ -23,7 +23,10 @@ CORE = tuple(
     f"tests/test_{name}.py"
     for name in ("backends", "checkpoint", "cli", "gradients", "layer", "linear", "optimizers")
 )
-KERNELS = ["tests/test_cuda.py", "tests/test_operations.py"]
+KERNELS = [
+    f"tests/test_{name}.py"
+    for name in ("cuda", "launches", "mixed_precision", "operations", "skinny")
+]
 NO_OVERRIDES = ("strict", "jax", "dask")  # their operations are the generic ones
 PEFT = (
     "test_peft",
