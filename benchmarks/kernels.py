@@ -58,7 +58,7 @@ LANE = 4 + 8
 """Rows and columns of a lane of `merge`. Its code has a way for W by rows, and one by columns."""
 PASSES = {
     # The loops that form the numbers of a suspect row, for x and y of either dtype.
-    "outputs": Pass(few_loads=16, few_stores=3),
+    "outputs": Pass(few_loads=24, few_stores=3),
     # ρ and the marks of the suspect rows, for the columns of a thread.
     "gradients": Pass(few_loads=16, few_stores=24),
     # The small arrays of two rows, and the loop over the rank that forms a suspect row.
