@@ -494,3 +494,25 @@ def test_a_backend_may_step_all_leaves_at_once(monkeypatch):
     assert decays == [0.25, 0.25, 0.0]  # for lora_a, lora_b and magnitude
     assert donate is False
     assert numbers == pytest.approx((0.9, 0.1, 0.999, 0.001, 1e-8, 0.1, 0.001))
+
+
+@pytest.mark.parametrize(("dtype", "device"), [("float32", 0), ("int32", 0), ("float32", 1)])
+def test_cupys_own_arrays_need_no_search_for_their_library(monkeypatch, dtype, device):
+    """Only floating arrays on the current device: all others are looked at one by one."""
+
+    class Array:
+        def __init__(self):
+            self.dtype, self.data = np.dtype(dtype), types.SimpleNamespace(device_id=device)
+
+    namespace = types.ModuleType("array_api_compat.cupy")
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(ndarray=Array))
+    importer = types.SimpleNamespace(import_module=lambda _: namespace)
+    monkeypatch.setattr(_boundary, "importlib", importer)
+    monkeypatch.setattr("doraxp.backends._cupy.device.Cuda.device", lambda _: 0)
+    _boundary._cupy_operations.cache_clear()
+    found = _boundary.operations_of_plain([Array(), Array()])
+    _boundary._cupy_operations.cache_clear()
+    if (dtype, device) == ("float32", 0):
+        assert type(found).__name__ == "CupyOperations"
+    else:
+        assert found is None

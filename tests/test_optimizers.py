@@ -22,6 +22,7 @@ from doraxp import (
     sgd_init,
     sgd_step,
 )
+from doraxp.optim._trees import Aligned
 
 RATES = Adapter(0.03, 0.3, 0.01)
 DECAYS = Adapter(0.5, 0.2, 0.1)
@@ -884,3 +885,20 @@ def test_arrays_of_two_libraries_are_refused(init, step):
         numbers = {"learning_rate": 0.1, name: Foreign()}
         with pytest.raises(TypeError, match=exactly(f"{name} {RATE_RULE} Foreign()")):
             step(whole(), whole(), state, **numbers)
+
+
+def test_a_column_is_built_in_the_structure_of_its_own_tree():
+    first = {"x": Adapter(np.ones(2), np.ones(3), np.ones(4)), "y": Adapter(*np.ones((3, 2)))}
+    second = {"y": first["y"], "x": first["x"]}
+    aligned = Aligned({"params": first, "grads": second})
+    assert aligned.build("params", aligned.columns[0]) is first
+    built = aligned.build("grads", [array + 1 for array in aligned.columns[0]])
+    assert list(built) == ["y", "x"]
+    np.testing.assert_array_equal(built["x"].magnitude, 2 * np.ones(4))
+
+
+def test_an_entry_beside_good_ones_is_named():
+    good = Adapter(*np.ones((3, 2)))
+    message = r"params\['y'\] must be a NamedTuple of arrays or a dict of them, got int"
+    with pytest.raises(TypeError, match=message):
+        Aligned({"params": {"x": good, "y": 3}})

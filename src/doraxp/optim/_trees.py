@@ -124,8 +124,7 @@ def _take_apart(name: str, tree: Any) -> tuple[Structure, list[Array]]:
     try:
         return _structure(tree, leaves), leaves
     except TypeError:
-        _refuse_others(name, tree)
-        raise
+        raise TypeError(_refusal(name, tree)) from None
 
 
 def _structure(tree: Any, leaves: list[Array]) -> Structure:
@@ -142,7 +141,7 @@ def _structure(tree: Any, leaves: list[Array]) -> Structure:
         return keys, tuple(map(type, keys)), *below  # 1 and True are equal, but not their paths
     kind = tree.__class__
     if not _is_node(kind):
-        raise TypeError("neither a dict nor a NamedTuple")  # `_refuse_others` names the place
+        raise TypeError("neither a dict nor a NamedTuple")  # `_refusal` names the place
     leaves += tree
     _FIELDS[kind] = kind._fields
     return _FIELDS[kind]
@@ -153,15 +152,14 @@ def _is_node(kind: type) -> bool:
     return issubclass(kind, tuple) and hasattr(kind, "_fields")
 
 
-def _refuse_others(name: str, tree: Any) -> None:
-    """Raise TypeError for the first part of a tree that is neither a dict nor a NamedTuple."""
+def _refusal(name: str, tree: Any) -> str:
+    """Return the error of the first part of a tree that is neither a dict nor a NamedTuple."""
     if isinstance(tree, dict):
-        for key, entry in tree.items():
-            _refuse_others(f"{name}[{key!r}]", entry)
-    elif not _is_node(type(tree)):
-        raise TypeError(
-            f"{name} must be a NamedTuple of arrays or a dict of them, got {type(tree).__name__}"
-        )
+        parts = (_refusal(f"{name}[{key!r}]", entry) for key, entry in tree.items())
+        return next(filter(None, parts), "")
+    if _is_node(type(tree)):
+        return ""
+    return f"{name} must be a NamedTuple of arrays or a dict of them, got {type(tree).__name__}"
 
 
 @functools.lru_cache(maxsize=64)
