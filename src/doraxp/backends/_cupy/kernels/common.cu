@@ -8,8 +8,7 @@
 // The compiler's options define three types:
 //     storage_t  weight, x, dy and y    half_t, bf16_t, float or double
 //     compute_t  all other arrays       float or double
-//     product_t  z and dz               compute_t, or storage_t where the caller asked for reduced
-//                                       precision
+//     product_t  z and dz               storage_t in mixed precision, else compute_t
 //
 // signatures.py declares the parameters of every kernel again, for the launches, and a test
 // compares the two. A parameter that may be a null pointer has the comment "or null".
