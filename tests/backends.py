@@ -27,6 +27,8 @@ class Lane:
 
     name = "numpy"
     backend = "numpy"
+    fuses = False
+    """Whether a compiler may round a product and a sum together: two programs then differ."""
 
     def namespace(self) -> Any:
         return array_api_compat.array_namespace(self.asarray(np.zeros(1)))
@@ -139,6 +141,7 @@ class Jax(Lane):
 
 class JaxJit(Jax):
     name = "jax-jit"
+    fuses = True
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `function` under jit. Arrays among the arguments are traced, the rest is static."""
