@@ -24,13 +24,17 @@ grows with the update.
 """
 
 
-def run(backend, case, dtype):
-    """Return the results of a layer, by the names of `expected`, and z. All in NumPy's float64."""
+def run(backend, case, dtype, wide=()):
+    """Return the results of a layer, by the names of `expected`, and z.
+
+    The arrays have the values of `dtype`; the adapter and those named `wide` are of float32.
+    """
+    kind = mixed.KINDS.get(dtype, dtype)
     arrays = {
-        name: backend.asarray(array.astype(np.float32 if name in Adapter._fields else kind))
+        name: array.astype(np.float32 if name in (*Adapter._fields, *wide) else kind)
         for name, array in case.stored(dtype).items()
-        for kind in (mixed.KINDS.get(dtype, dtype),)
     }
+    arrays = {name: backend.asarray(array) for name, array in arrays.items()}
     adapter = Adapter(*(arrays[name] for name in Adapter._fields))
     mask = arrays.get("dropout_mask")
 
@@ -116,9 +120,8 @@ def test_only_the_rounding_of_z_reaches_the_adapter(backend, dtype, config, toke
     assert max(shares(found, mixed.expected_from(found["z"], case, dtype)).values()) <= 1
 
 
-@pytest.mark.dtypes("float16", "bfloat16")
-def test_rows_that_cancel_are_made_from_v(backend, dtype, config):
-    """The bounds of such rows have no terms of the size of W and B A, which cancel."""
+def cancelling(config, dtype):
+    """Return a layer in which W and s B A cancel in every eighth row."""
     case = mixed.layer(config, update=1.0, out=40)
     arrays = case.stored(dtype)
     length = np.linalg.norm(arrays["weight"], axis=-1, keepdims=True)
@@ -129,10 +132,40 @@ def test_rows_that_cancel_are_made_from_v(backend, dtype, config):
     b = arrays["lora_b"].astype(float)
     if config.form == "direction":
         b[::8] *= length[::8] / np.linalg.norm(weight[::8], axis=-1, keepdims=True)
-    case = mixed.changed(case, weight=weight, lora_b=b)
+    return mixed.changed(case, weight=weight, lora_b=b)
+
+
+@pytest.mark.dtypes("float16", "bfloat16")
+def test_rows_that_cancel_are_made_from_v(backend, dtype, config):
+    """The bounds of such rows have no terms of the size of W and B A, which cancel."""
+    case = cancelling(config, dtype)
     found = run(backend, case, dtype)
     assert is_mixed(found)
     assert max(shares(found, expected(case, dtype, precision="mixed")).values()) <= 1
+
+
+@pytest.mark.dtypes("float16", "bfloat16")
+@pytest.mark.parametrize("wide", [("x",), ("dy",), ("x", "dy")], ids="-".join)
+def test_rows_that_cancel_are_made_from_an_x_and_a_dy_of_two_dtypes(backend, dtype, config, wide):
+    case = cancelling(config, dtype)
+    found = run(backend, case, dtype, wide)
+    precision = "exact" if "x" in wide else "mixed"
+    wanted = expected(case, dtype, precision=precision)
+    assert is_mixed(found) == (precision == "mixed")
+    assert max(shares(found, wanted).values()) <= 1
+
+
+@pytest.mark.dtypes("float16", "bfloat16")
+@pytest.mark.parametrize("shape", [(0,), (2, 0)], ids=["one axis", "two"])
+def test_no_tokens_give_zeros(backend, dtype, config, shape):
+    case = mixed.layer(config)
+    case = mixed.changed(case, x=np.zeros((*shape, 40)), dy=np.zeros((*shape, 24)))
+    found = run(backend, case, dtype)
+    assert found["y"].shape == (*shape, 24)
+    assert found["dx"].shape == (*shape, 40)
+    for name in ("da", "db", "dm", "dw", "dbias"):
+        assert found[name].size > 0
+        assert not found[name].any()
 
 
 @pytest.mark.dtypes("float16", "bfloat16")

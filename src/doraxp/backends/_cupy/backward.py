@@ -14,7 +14,7 @@ from __future__ import annotations
 from doraxp._base.types import DType, Namespace
 from doraxp.backends._cupy.arrays import LOW, DeviceArray, name_of, packed
 from doraxp.backends._cupy.direction import DevicePatched
-from doraxp.backends._cupy.passes import Passes, RowSums, through_suspects
+from doraxp.backends._cupy.passes import Passes, RowSums, suspect_part
 from doraxp.backends._cupy.products import FEW, PARTS, ROUNDED, Products
 from doraxp.backends._cupy.skinny import Skinny
 from doraxp.backends._dtypes import transpose
@@ -59,14 +59,14 @@ class Backward:
             by_rank=True, exact=exact, low_sums=low_sums,
         )  # fmt: skip
         low = sums.low
-        through = through_suspects(found, d, x, norm.gain, norm.norm, sums.radial)
-        dx = passes.update(low, a, dtype, weight.dtype, through=through)
+        part = suspect_part(found, d, x, norm.gain, norm.norm, sums.radial)
+        dx = passes.update(low, a, dtype, weight.dtype, part=part)
         self.products.multiply(dz, weight, dtype, out=dx, beta=1.0)
         if sums.pull is None:
             partial = self.skinny.partial_pull(low, x)
         else:
             partial = self.skinny.partial_pull(low, x, sums.pull, weight)
-        return dx, passes.gradient_a(partial, sums.square, through), sums
+        return dx, passes.gradient_a(partial, sums.square, part), sums
 
     def _wide(
         self, d: DeviceArray, x: DeviceArray, low_rank: DeviceArray, z: DeviceArray, norm: Norm,
@@ -88,16 +88,16 @@ class Backward:
         multiply, kind, tokens = products.multiply, rows.dtype, d.shape[-2]
         b = scaled_b if sums.over is None else sums.over
         low = multiply(rows, b, kind, whole=name_of(weight) in LOW)  # (tokens + rank, rank)
-        through = through_suspects(found, d, x, norm.gain, norm.norm, sums.radial)
-        result = passes.update(low, a, kind, weight.dtype, through=through)
+        part = suspect_part(found, d, x, norm.gain, norm.norm, sums.radial)
+        result = passes.update(low, a, kind, weight.dtype, part=part)
         # Rounded to the dtype of W, the first rows keep no more digits than W has.
         few = tokens <= FEW or dtype != weight.dtype or name_of(weight) != "bfloat16"
         split = [(slice(None), PARTS)]
         if not few:
             split = [(slice(tokens), ROUNDED), (slice(tokens, None), PARTS)]
-        for part, parts in split:
-            out = result[..., part, :]
-            multiply(rows[..., part, :], weight, kind, out=out, beta=1.0, parts=parts)
+        for chosen, parts in split:
+            out = result[..., chosen, :]
+            multiply(rows[..., chosen, :], weight, kind, out=out, beta=1.0, parts=parts)
         dx, da = result[..., :tokens, :], result[..., tokens:, :]
         multiply(transpose(low[..., :tokens, :]), x, kind, out=da, beta=1.0)
         return products.cast(dx, dtype), da, sums

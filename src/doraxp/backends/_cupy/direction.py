@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from doraxp._base.types import Consumed, DType
 from doraxp.backends._cupy.arrays import DeviceArray, packed
-from doraxp.backends._cupy.passes import Passes, through_suspects
+from doraxp.backends._cupy.passes import Passes, suspect_part
 from doraxp.backends._cupy.products import Products, is_mixed
 from doraxp.backends._cupy.suspects import Suspects, laid
 from doraxp.backends._direction import Arithmetic, Factors, form, split_rows
@@ -76,8 +76,8 @@ class DevicePatched(NamedTuple):
         low = ops.product(trusted, scaled_b)
         one = xp.ones_like(found.suspect, dtype=d.dtype)
         d = packed(d, xp)
-        through = through_suspects(found, d, d, one, one, None)
-        result = self.passes.update(low, a, d.dtype, weight.dtype, through=through)
+        part = suspect_part(found, d, d, one, one, None)
+        result = self.passes.update(low, a, d.dtype, weight.dtype, part=part)
         scaled = trusted if row_scale is None else row_scale[..., None, :] * trusted
         self.products.multiply(scaled, weight, d.dtype, out=result, beta=1.0)
         return split_rows(result, tokens, None if round_later else dtype, ops=ops)

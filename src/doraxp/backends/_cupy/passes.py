@@ -8,7 +8,7 @@ Each pass reads its arrays once. Those that need V form the suspect rows from th
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 
@@ -54,10 +54,38 @@ BUSY = 132
 """Multiprocessors of a GPU: `mixed_gradients` has about as many blocks, or twice as many."""
 SQUARES = 16
 """The most blocks of rows of `row_gradients` that sum up a square of their own."""
-NO_SUSPECTS: dict[str, Any] = dict.fromkeys(
-    ("any", "suspect", "weight", "a", "b", "row_scale", "gain", "norm", "p", "d", "x"), None
-) | {"turned": False}
-"""The arguments `through_suspects` where there is nothing to add."""
+
+
+class SuspectPart(TypedDict):
+    """The arguments by which a kernel adds the suspect rows' part of d V and of dA.
+
+    All arrays are None where there is nothing to add.
+    """
+
+    any: DeviceArray
+    suspect: DeviceArray
+    weight: DeviceArray
+    turned: bool
+    a: DeviceArray
+    b: DeviceArray
+    row_scale: DeviceArray
+    gain: DeviceArray
+    norm: DeviceArray
+    p: DeviceArray
+    """g⊙dm, or None where the norm has no gradient."""
+    d: DeviceArray
+    """dy, (*stack, tokens, out) in C order."""
+    d_is_stored: bool
+    """Whether it is of W's dtype; else it is of the compute dtype."""
+    x: DeviceArray
+    """x~, (*stack, tokens, in) in C order."""
+    x_is_stored: bool
+
+
+NO_PART = SuspectPart(
+    any=None, suspect=None, weight=None, turned=False, a=None, b=None, row_scale=None, gain=None,
+    norm=None, p=None, d=None, d_is_stored=False, x=None, x_is_stored=False,
+)  # fmt: skip
 
 
 class MixedSums(NamedTuple):
@@ -123,23 +151,22 @@ class Passes:
     def update(
         self, low: DeviceArray, factor: DeviceArray, dtype: DType, storage: DType, *,
         by_rows: bool = False, over: DeviceArray | None = None,
-        through: dict[str, Any] = NO_SUSPECTS,
+        part: SuspectPart = NO_PART,
     ) -> DeviceArray:  # fmt: skip
         """Return low factorᵀ / ρ, (*stack, rows, columns), in `dtype`; W is of dtype `storage`.
 
         low is (*stack, rows, rank), the factor (*stack, columns, rank) if `by_rows`, else
-        (*stack, rank, columns); `over` is ρ or None. With the arguments `through_suspects`, the
-        rows are tokens, and any below them belong to dA; the suspect rows' part of d V and of dA is
-        added.
+        (*stack, rank, columns); `over` is ρ or None. With a `part`, the rows are tokens, and any
+        below them belong to dA.
         """
-        xp, d = self.xp, through["d"]
+        xp, d = self.xp, part["d"]
         low, factor = packed(low, xp), packed(factor, xp)
-        of_d = (None, None) if d is None else (d.shape, d.dtype)
-        plan = _plan_update(low.shape, factor.shape, low.dtype, dtype, storage, *of_d, by_rows)
+        of_d = None if d is None else d.shape
+        plan = _plan_update(low.shape, factor.shape, low.dtype, dtype, storage, of_d, by_rows)
         (result,) = self.cuda.empties(plan.made)
         if result.size:
             kernel = Update(
-                low=low, factor=factor, over=packed(over, xp), result=result, **through,
+                low=low, factor=factor, over=packed(over, xp), result=result, **part,
                 **plan.numbers,
             )  # fmt: skip
             self.cuda.launch(kernel, plan.types, plan.grid)
@@ -215,18 +242,17 @@ class Passes:
         return RowSums(dm, p if exact else None, db, dbias, pull, square, over, low)
 
     def gradient_a(
-        self, partial: DeviceArray, square: DeviceArray | None, through: dict[str, Any]
+        self, partial: DeviceArray, square: DeviceArray | None, part: SuspectPart
     ) -> DeviceArray:
-        """Return dA = Σ partial + (Σ square) A + the suspect rows' part, (*stack, rank, in).
+        """Return dA = Σ partial + (Σ square) A + the part of suspect rows, (*stack, rank, in).
 
         `partial` is (*stack, chunks, rank, in): the sums lowᵀ x + pullᵀ W over chunks of rows.
-        `through` are the arguments `through_suspects`.
         """
-        weight, d = through["weight"], through["d"]
         square_chunks = 1 if square is None else square.shape[-3]
-        plan = _plan_a(partial.shape, square_chunks, d.shape, d.dtype, weight.dtype, partial.dtype)
+        storage = part["weight"].dtype
+        plan = _plan_a(partial.shape, square_chunks, part["d"].shape, storage, partial.dtype)
         (result,) = self.cuda.empties(plan.made)
-        kernel = GradientA(partial=partial, square=square, result=result, **through, **plan.numbers)
+        kernel = GradientA(partial=partial, square=square, result=result, **part, **plan.numbers)
         self.cuda.launch(kernel, plan.types, plan.grid)
         return result
 
@@ -243,21 +269,17 @@ class Passes:
         return result
 
 
-def through_suspects(
+def suspect_part(
     found: Suspects, d: DeviceArray, x: DeviceArray, gain: DeviceArray, norm: DeviceArray,
     p: DeviceArray | None,
-) -> dict[str, Any]:  # fmt: skip
-    """Return the arguments by which a kernel adds the suspect rows' part of d V and of dA.
-
-    d is dy, (*stack, tokens, out), and x is x~, (*stack, tokens, in), both in C order. p is g⊙dm,
-    or None where the norm has no gradient.
-    """
+) -> SuspectPart:  # fmt: skip
+    """Return the part of suspect rows in d V and in dA, for d and x in C order."""
     weight, a, b, row_scale = found.factors
-    return {
-        "any": found.any, "suspect": found.suspect, "weight": weight,
-        "turned": not in_c_order(weight), "a": a, "b": b, "row_scale": row_scale, "gain": gain,
-        "norm": norm, "p": p, "d": d, "x": x,
-    }  # fmt: skip
+    return SuspectPart(
+        any=found.any, suspect=found.suspect, weight=weight, turned=not in_c_order(weight), a=a,
+        b=b, row_scale=row_scale, gain=gain, norm=norm, p=p, d=d,
+        d_is_stored=d.dtype == weight.dtype, x=x, x_is_stored=x.dtype == weight.dtype,
+    )  # fmt: skip
 
 
 @planned
@@ -275,14 +297,15 @@ def _plan_outputs(
 @planned
 def _plan_update(
     low_shape: tuple[int, ...], factor_shape: tuple[int, ...], low: DType, dtype: DType,
-    storage: DType, d_shape: tuple[int, ...] | None, d: DType | None, by_rows: bool,
+    storage: DType, d_shape: tuple[int, ...] | None, by_rows: bool,
 ) -> Plan:  # fmt: skip
     *stack, rows, rank = low_shape
     columns = factor_shape[-2 if by_rows else -1]
-    numbers = {"rows": rows, "columns": columns, "rank": rank, "by_rows": by_rows}
-    numbers |= {"stored": 0, "tokens": rows, "out": 0}
-    if d_shape is not None:
-        numbers |= {"stored": d == storage, "tokens": d_shape[-2], "out": d_shape[-1]}
+    tokens, out = (rows, 0) if d_shape is None else d_shape[-2:]
+    numbers = {
+        "rows": rows, "columns": columns, "rank": rank, "by_rows": by_rows, "tokens": tokens,
+        "out": out,
+    }  # fmt: skip
     if np.dtype(dtype).itemsize == 2:
         across, each = blocks(columns, STRIP * WARPS), TALL
     else:
@@ -345,15 +368,15 @@ def _plan_rows(
 
 @planned
 def _plan_a(
-    shape: tuple[int, ...], square_chunks: int, d_shape: tuple[int, ...], d: DType, storage: DType,
+    shape: tuple[int, ...], square_chunks: int, d_shape: tuple[int, ...], storage: DType,
     kind: DType,
 ) -> Plan:  # fmt: skip
     """Plan `gradient_a`, for partial sums in this shape."""
     *stack, chunks, rank, inner = shape
     tokens, out = d_shape[-2:]
     numbers = {
-        "chunks": chunks, "square_chunks": square_chunks, "stored": d == storage, "tokens": tokens,
-        "out": out, "inner": inner, "rank": rank,
+        "chunks": chunks, "square_chunks": square_chunks, "tokens": tokens, "out": out,
+        "inner": inner, "rank": rank,
     }  # fmt: skip
     grid = blocks(inner, THREADS), min(blocks(rank, TILE), LIMIT), math.prod(stack)
     made = together(((*stack, rank, inner), kind))
@@ -367,7 +390,7 @@ def _long_chunks(tokens: int, others: int) -> tuple[int, int]:
     """
     steps = blocks(tokens, SWATH_STEP)
     chunks = max(1, min(BUSY // others, steps, LIMIT))
-    each = blocks(steps, chunks)
+    each = max(1, blocks(steps, chunks))
     return each * SWATH_STEP, max(1, blocks(steps, each))
 
 

@@ -174,8 +174,9 @@ class Update(NamedTuple):
     norm: ConstCompute | None
     p: ConstCompute | None
     d: ConstVoid | None
+    d_is_stored: Int
     x: ConstVoid | None
-    stored: Int
+    x_is_stored: Int
     tokens: Index
     out: Index
 
@@ -282,8 +283,9 @@ class GradientA(NamedTuple):
     norm: ConstCompute
     p: ConstCompute | None
     d: ConstVoid
+    d_is_stored: Int
     x: ConstVoid
-    stored: Int
+    x_is_stored: Int
     tokens: Index
     out: Index
     inner: Index

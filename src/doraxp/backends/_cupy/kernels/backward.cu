@@ -323,15 +323,15 @@ extern "C" __global__ void row_gradients(
 // dA = Σ partial + (Σ square) A, and the suspect rows' part: see suspect_pull.
 // grid (in / THREADS, rank / TILE, stack)                  4 chunks + 4 bytes of (rank, in)
 // `partial` (stack, chunks, rank, in) are the sums lowᵀ x + pullᵀ W over chunks of their rows.
-// `square` (stack, square_chunks, rank, rank) is null for 0, and p too. d and x are arrays of
-// storage_t if `stored`, else of compute_t.
+// `square` (stack, square_chunks, rank, rank) is null for 0, and p too. d is an array of storage_t
+// if `d_is_stored`, else of compute_t, and so is x.
 extern "C" __global__ void gradient_a(
     const compute_t* partial, index_t chunks, const compute_t* square /* or null */,
     index_t square_chunks, compute_t* result, const int* any, const unsigned char* suspect,
     const storage_t* weight, int turned, const compute_t* a, const compute_t* b,
     const compute_t* row_scale /* or null */, const compute_t* gain, const compute_t* norm,
-    const compute_t* p /* or null */, const void* d, const void* x, int stored, index_t tokens,
-    index_t out, index_t inner, index_t rank) {
+    const compute_t* p /* or null */, const void* d, int d_is_stored, const void* x,
+    int x_is_stored, index_t tokens, index_t out, index_t inner, index_t rank) {
     __shared__ compute_t held[TILE][WARP];
     const index_t k = (index_t)blockIdx.x * THREADS + threadIdx.x, e = blockIdx.z;
     const index_t r0 = (index_t)blockIdx.y * TILE;
@@ -365,5 +365,6 @@ extern "C" __global__ void gradient_a(
     if (!*any) return;
     for (int j = 0; j < TILE && r0 + j < rank; ++j)
         result[j * inner] += suspect_pull(suspect, weight, turned, a, b, row_scale, gain, norm, p,
-                                          d, x, stored, e, r0 + j, k, tokens, out, inner, rank);
+                                          d, d_is_stored, x, x_is_stored, e, r0 + j, k, tokens, out,
+                                          inner, rank);
 }

@@ -76,20 +76,23 @@ struct Inputs {
     const storage_t* weight;
     int turned;
     const compute_t *a, *b, *row_scale, *gain, *norm, *p;
-    const void *d, *x;
-    int stored;
+    const void* d;
+    int d_is_stored;
+    const void* x;
+    int x_is_stored;
     index_t tokens, out, inner, rank;
 
-    // Add to `sums` the suspect rows' part of (d V)[row, k]; below the tokens, of dA[row − tokens, k].
+    // The suspect rows' part of (d V)[row, k]; below the tokens, of dA[row − tokens, k].
     __device__ compute_t part(index_t e, index_t row, index_t k) const {
         if (row >= tokens)
-            return suspect_pull(suspect, weight, turned, a, b, row_scale, gain, norm, p, d, x,
-                                stored, e, row - tokens, k, tokens, out, inner, rank);
+            return suspect_pull(suspect, weight, turned, a, b, row_scale, gain, norm, p, d,
+                                d_is_stored, x, x_is_stored, e, row - tokens, k, tokens, out, inner,
+                                rank);
         compute_t total = 0;
         const index_t end = (e + 1) * out;
         for (index_t i = next_suspect(suspect, e * out, end); i < end;
              i = next_suspect(suspect, i + 1, end))
-            total += gain[i] * item(d, (e * tokens + row) * out + i % out, stored) *
+            total += gain[i] * item(d, (e * tokens + row) * out + i % out, d_is_stored) *
                      formed(weight, turned, a, b, row_scale, i, k, out, inner, rank);
         return total;
     }
@@ -248,8 +251,8 @@ __device__ inline void update_by_threads(const compute_t* low, const compute_t* 
 // grid (columns / (PER_THREAD THREADS), any, stack) elsewhere: 4 bytes
 // `low` is (stack, rows, rank). The factor is (stack, columns, rank) if `by_rows`, else (stack, rank,
 // columns). `over` is ρ, or null for 1. If `any` is not null, any[0] says whether to add the suspect
-// rows' part of d V, and in the rows below `tokens` that of dA: see suspect_pull. d and x are arrays
-// of storage_t if `stored`, else of compute_t.
+// rows' part of d V, and in the rows below `tokens` that of dA: see suspect_pull. d is an array of
+// storage_t if `d_is_stored`, else of compute_t, and so is x.
 extern "C" __global__ void update(
     const compute_t* low, const compute_t* factor, const compute_t* over /* or null */,
     product_t* result, index_t rows, index_t columns, index_t rank, int by_rows,
@@ -257,8 +260,8 @@ extern "C" __global__ void update(
     const storage_t* weight /* or null */, int turned, const compute_t* a /* or null */,
     const compute_t* b /* or null */, const compute_t* row_scale /* or null */,
     const compute_t* gain /* or null */, const compute_t* norm /* or null */,
-    const compute_t* p /* or null */, const void* d /* or null */, const void* x /* or null */,
-    int stored, index_t tokens, index_t out) {
+    const compute_t* p /* or null */, const void* d /* or null */, int d_is_stored,
+    const void* x /* or null */, int x_is_stored, index_t tokens, index_t out) {
     const index_t e = blockIdx.z;
     const bool on_tensor_cores = sizeof(product_t) == 2;
     if (on_tensor_cores) {
@@ -272,8 +275,9 @@ extern "C" __global__ void update(
         update_by_threads(low, factor, over, result, rows, columns, rank, by_rows);
     }
     if (!any || !*any) return;
-    const Inputs inputs = {any,  suspect, weight, turned, a,      b,   row_scale, gain, norm,
-                           p,    d,       x,      stored, tokens, out, columns,   rank};
+    const Inputs inputs = {any,  suspect, weight,      turned, a,           b,      row_scale, gain,
+                           norm, p,       d,           d_is_stored, x, x_is_stored, tokens, out,
+                           columns, rank};
     // The numbers that this thread has written: `tall` of every `step` rows, `beside` columns.
     const int lane = threadIdx.x % WARP, tall = on_tensor_cores ? 4 : TILE;
     const int apart = on_tensor_cores ? 8 : 1, beside = on_tensor_cores ? 8 : PER_THREAD;

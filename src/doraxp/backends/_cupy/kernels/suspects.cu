@@ -33,8 +33,8 @@ __device__ inline compute_t pulled(compute_t p, compute_t n, compute_t b) {
 __device__ inline compute_t suspect_pull(
     const unsigned char* suspect, const storage_t* weight, int turned, const compute_t* a,
     const compute_t* b, const compute_t* row_scale, const compute_t* gain, const compute_t* norm,
-    const compute_t* p, const void* d, const void* x, int stored, index_t e, index_t r, index_t k,
-    index_t tokens, index_t out, index_t inner, index_t rank) {
+    const compute_t* p, const void* d, int d_is_stored, const void* x, int x_is_stored, index_t e,
+    index_t r, index_t k, index_t tokens, index_t out, index_t inner, index_t rank) {
     compute_t total = 0;
     const index_t end = (e + 1) * out;
     for (index_t row = next_suspect(suspect, e * out, end); row < end;
@@ -44,7 +44,7 @@ __device__ inline compute_t suspect_pull(
                      formed(weight, turned, a, b, row_scale, row, k, out, inner, rank);
         compute_t along = 0;
         for (index_t t = e * tokens; t < (e + 1) * tokens; ++t)
-            along += item(d, t * out + row % out, stored) * item(x, t * inner + k, stored);
+            along += item(d, t * out + row % out, d_is_stored) * item(x, t * inner + k, x_is_stored);
         total += gain[row] * b[row * rank + r] * along;
     }
     return total;
