@@ -31,6 +31,10 @@ REPORT = re.compile(
     r"(\d+) bytes spill loads.*?Used (\d+) registers(?:.*?(\d+) bytes smem)?",
 )
 ACCESS = re.compile(r"\s(LDG|STG|LDGSTS|LD|ST)\.([\w.]+) ")
+LOW, WIDER = ("float16", "bfloat16"), ("float32", "float64")
+"""The dtypes of W of 16 bits, and of more."""
+SKINNY: dict[str, tuple[str, ...]] = {"storages": LOW, "computes": ("float32",)}
+"""The builds that launch the kernels for a factor as narrow as a rank."""
 WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 """Bytes of an access to global memory by a part of its name. Without one of these it has 4."""
 
@@ -38,20 +42,23 @@ WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 class Pass(NamedTuple):
     """The rules of a kernel that reads large arrays, (tokens, out) or (out, in).
 
-    It needs an access of 16 bytes, to load and, if it `stores` a large array, to store. Its code
-    has two ways: one for packs of 16 bytes, and one for rows with a ragged end, number by number.
-    So its narrow accesses may move as many bytes as its wide ones, and `few_loads` or `few_stores`
-    numbers of small arrays (a gain, a bias, a sum). More of them would be the packs, number by
-    number, or a small array read again for each number of a large one. `whole` loads of 16 bytes
-    are of arrays without ragged ends.
+    It needs at least `loads` and `stores` of 16 bytes. Its code has two ways: one for packs of 16
+    bytes, and one for rows with a ragged end, number by number. So its narrow accesses may move as
+    many bytes as its wide ones, and `few_loads` or `few_stores` numbers of small arrays (a gain, a
+    bias, a sum). More of them would be the packs, number by number, or a small array read again for
+    each number of a large one. `whole` more loads of 16 bytes are of arrays without ragged ends,
+    for W of 16 bits and for others.
     """
 
-    stores: bool = True
+    loads: int = 1
+    stores: int = 1
     few_loads: int = 0
     few_stores: int = 0
-    whole: int = 0
+    whole: tuple[int, int] = 0, 0
+    storages: tuple[str, ...] = (*LOW, *WIDER)
+    """The first dtype of the builds that are launched."""
     computes: tuple[str, ...] = ("float32", "float64")
-    """The third dtype of the builds that are launched."""
+    """Their third dtype."""
 
 
 LANE = 4 + 8
@@ -61,12 +68,22 @@ PASSES = {
     "outputs": Pass(few_loads=24, few_stores=3),
     # ρ and the marks of the suspect rows, for the columns of a thread.
     "gradients": Pass(few_loads=16, few_stores=24),
+    # dy in two orders and z; dz, and the sums of dyᵀ L. A chunk's other sums are narrow.
+    "mixed_gradients": Pass(12, 12, few_loads=52, few_stores=25, **SKINNY),
+    # M in four ways (one or two tiles, F by rows or by columns), and F by rows.
+    "project": Pass(148, 0, **SKINNY),
+    # The ways of `project` with F by rows.
+    "adapted_norm": Pass(84, 0, **SKINNY),
+    # Four rows of M for each place of the ring, and two ranks of F.
+    "pull": Pass(16, 0, few_loads=16, **SKINNY),
+    # It loads small arrays alone. One number is the suspect rows' part.
+    "update": Pass(0, few_stores=1),
     # The small arrays of two rows, and the loop over the rank that forms a suspect row.
-    "token": Pass(stores=False, few_loads=40),
+    "token": Pass(stores=0, few_loads=40),
     "cast": Pass(),
     # The gain, ρ and the scale of b once for each, and the scale of a strip of A in either way.
-    "merge": Pass(few_loads=3 * LANE + 2, whole=8, computes=("float32",)),
-    "squares": Pass(stores=False, few_loads=2 * LANE + 2, whole=8),
+    "merge": Pass(few_loads=3 * LANE + 2, whole=(8, 12), computes=("float32",)),
+    "squares": Pass(stores=0, few_loads=2 * LANE + 2, whole=(8, 12)),
     # Four rows of b for each term, in all copies of the unrolled loop over the rank.
     "merge_wide": Pass(few_loads=88, computes=("float64",)),
 }
@@ -124,16 +141,19 @@ def broken_rules(name: str, types: str, found: Compiled) -> Iterator[str]:
     if found.spilled:
         yield f"{found.spilled} bytes spilled or on the stack"
     rules = PASSES.get(name)
-    compute = types.split()[-1]
-    if rules is None or compute not in rules.computes:
+    storage, _, compute = types.split()
+    if rules is None or storage not in rules.storages or compute not in rules.computes:
         return
-    kinds = [("loads", found.loads, rules.few_loads, rules.whole)]
-    if rules.stores:
-        kinds.append(("stores", found.stores, rules.few_stores, 0))
-    for kind, made, few, whole in kinds:
-        if made.wide <= whole:
-            yield f"no {kind} of 16 bytes"
-        limit = WIDE * max(made.wide - whole, 0) + few * int(compute[-2:]) // 8
+    whole = rules.whole[storage in WIDER]
+    for kind, made, least, few, other in (
+        ("loads", found.loads, rules.loads, rules.few_loads, whole),
+        ("stores", found.stores, rules.stores, rules.few_stores, 0),
+    ):
+        if least == 0:
+            continue
+        if made.wide < least + other:
+            yield f"{made.wide} {kind} of 16 bytes, fewer than {least + other}"
+        limit = WIDE * max(made.wide - other, 0) + few * int(compute[-2:]) // 8
         if made.narrow_bytes > limit:
             yield f"narrow {kind} of {made.narrow_bytes} bytes, more than {limit}"
 

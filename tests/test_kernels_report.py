@@ -71,18 +71,34 @@ def test_packs_stored_number_by_number_break_a_rule(report):
     """The compiler has merged the stores of both ways."""
     lines = [LOAD, *[NARROW_LOAD] * 8, *[NARROW_STORE] * 8]
     assert rules_broken_by(report, lines) == [
-        "no stores of 16 bytes", "narrow stores of 16 bytes, more than 0",
+        "0 stores of 16 bytes, fewer than 1", "narrow stores of 16 bytes, more than 0",
     ]  # fmt: skip
 
 
-def test_tiles_do_not_count_as_packs_of_the_weight(report):
+@pytest.mark.parametrize(
+    ("types", "tiles"),
+    [("bfloat16 float32 float32", 2 * 4), ("float32 float32 float32", 3 * 4)],
+)
+def test_tiles_do_not_count_as_packs_of_the_weight(report, types, tiles):
     """`merge` loads tiles by 16 bytes in any case; its loads of W must be as wide."""
-    rules = report.PASSES["merge"]
-    lines = [LOAD] * rules.whole + [STORE]
-    assert rules_broken_by(report, lines, name="merge") == ["no loads of 16 bytes"]
-    small = [SMALL] * rules.few_loads
-    assert rules_broken_by(report, [LOAD, *small, *lines], name="merge") == []
-    assert rules_broken_by(report, [LOAD, *[SMALL] * 5, *small, *lines], name="merge")
+    lines, small = [LOAD] * tiles + [STORE], [SMALL] * report.PASSES["merge"].few_loads
+
+    def broken(*more):
+        return rules_broken_by(report, [*lines, *small, *more], types, "merge")
+
+    assert broken() == [f"{tiles} loads of 16 bytes, fewer than {tiles + 1}"]
+    assert broken(LOAD) == []
+    assert broken(LOAD, *[SMALL] * 5)
+
+
+def test_a_pass_on_tensor_cores_needs_all_its_packs(report):
+    rules = report.PASSES["mixed_gradients"]
+    loads, stores = [LOAD] * rules.loads, [STORE] * rules.stores
+    assert rules_broken_by(report, [*loads, *stores], name="mixed_gradients") == []
+    assert rules_broken_by(report, [*loads[1:], *stores], name="mixed_gradients")
+    assert rules_broken_by(report, [*loads, *stores[1:]], name="mixed_gradients")
+    for types in ("float32 float32 float32", "bfloat16 float64 float64"):  # it returns at once
+        assert rules_broken_by(report, [], types, "mixed_gradients") == []
 
 
 def test_builds_that_are_not_launched_may_break_the_rules(report):

@@ -293,6 +293,19 @@ def test_exact_products_do_not_change_a_layer_of_more_bits(backend, dtype):
         assert bits(run(backend, case, dtype)) == default
 
 
+@pytest.mark.dtypes("float32")
+@pytest.mark.parametrize("rank", [1, 4])
+def test_a_merge_in_float32_keeps_the_digits_of_numbers_that_cancel(backend, dtype, rank):
+    """Rows do not cancel as a whole, so that W' is a sum of W and the product of the factors."""
+    case = mixed.layer(Config(rank, rank))
+    arrays = case.stored(dtype)
+    weight = -arrays["lora_b"] @ arrays["lora_a"]
+    weight[..., 0] += 5
+    case = mixed.changed(case, weight=weight)
+    found = run(backend, case, dtype)
+    assert expected(case, dtype)["merged"].share(found["merged"]) <= 1
+
+
 @pytest.mark.dtypes("float16", "bfloat16")
 def test_a_float32_x_beside_a_weight_of_16_bits_is_computed_exactly(backend, dtype, config):
     case = mixed.layer(config)

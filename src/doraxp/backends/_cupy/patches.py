@@ -1,7 +1,7 @@
 """V by patches on NVIDIA GPUs: its row norms, and merge, without an (out, in) temporary.
 
-Each warp loads a patch of W and computes its part of s B A on tensor cores, as precisely as sums
-of float32 products: see kernels/merge.cu.
+Each warp loads a patch of W and computes its part of s B A on tensor cores: for W of 16 bits to 22
+bits, else as precisely as sums of float32 products. See kernels/merge.cu.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 
 from doraxp._base.types import DType, Namespace
 from doraxp.backends._cupy.arrays import (
+    LOW,
     DeviceArray,
     PlainWeight,
     as_stored,
@@ -35,8 +36,9 @@ BELOW, BESIDE = 2, 4
 """Warps of a block."""
 TERMS = 16
 """Terms of the sum over the rank that tensor cores add up at once."""
-PARTS = 2
-"""Parts in float16 of a number of s B or A: they hold 22 bits."""
+PARTS, WIDE_PARTS = 2, 3
+"""Parts in float16 of a number of s B or A, for W of 16 bits and for others: they hold 22 bits, or
+all."""
 NORMED = 8
 """Rows of a block of `norms`. kernels/norm.cu has the same."""
 ROWS = 4
@@ -186,7 +188,8 @@ class Patches:
         rows, columns = (inner, out) if turned else (out, inner)
         count, steps = math.prod(stack), blocks(rank, TERMS)
         strips = blocks(rows, STRIP) + blocks(columns, STRIP)
-        tiles = self.cuda.empty((count, strips, steps, 2, PARTS, TERMS * TERMS // 2), np.uint32)
+        parts = PARTS if storage in LOW else WIDE_PARTS
+        tiles = self.cuda.empty((count, strips, steps, 2, parts, TERMS * TERMS // 2), np.uint32)
         shrink = self.cuda.empty((count, out + blocks(inner, STRIP)), dtype)
         arguments = Tiles(
             a=a, b=b, result=tiles, shrink=shrink, rows=rows, columns=columns, rank=rank,

@@ -4,7 +4,7 @@
 struct alignas(16) Tile { unsigned item[4]; };
 
 enum {
-    PARTS = 2,              // parts of a number in float16: see `tiles`
+    PARTS = sizeof(storage_t) == 2 ? 2 : 3,  // parts of a number in float16: see `tiles`
     TERMS = 16,             // terms of the sum over the rank that tensor cores add up at once
     DOWN = 2, ACROSS = 2,   // tiles of a warp: 32 rows by 32 columns
     STRIP = 32,             // rows, and columns, of a warp
@@ -39,9 +39,10 @@ __device__ inline index_t strips(index_t length) { return (length + STRIP - 1) /
 // (stack, out + in / STRIP), gets the inverse powers. Let a be a number so multiplied, a₁ its
 // nearest float16, and a₂ the nearest float16 of a − a₁. A float16 has 11 bits, so
 //     |a − a₁| ≤ 2^−11 |a|        |a − a₁ − a₂| ≤ 2^−23 |a| + 2^−25
-// The last term is 2^−39 of the largest number. The three products b₁A₁ + b₁A₂ + b₂A₁ lack b₂A₂ and
-// the products with what two parts leave: at most (2^−22 + 2·2^−23) |b| |A| = 2^−21 |b| |A|. A sum of
-// `rank` products in float has a bound of rank 2^−24 Σ|b| |A|, so from rank 8 on it promises no more.
+// The last term is 2^−39 of the largest number. For W of 16 bits, the three products
+// b₁A₁ + b₁A₂ + b₂A₁ lack b₂A₂ and the products with what two parts leave: at most
+// (2^−22 + 2·2^−23) |b| |A| = 2^−21 |b| |A|. W of more bits takes three parts and six products, which
+// lack less than a product in float loses.
 extern "C" __global__ void tiles(const compute_t* a, const compute_t* b, Tile* result,
                                  compute_t* shrink, index_t rows, index_t columns, index_t rank,
                                  int turned) {
@@ -153,7 +154,7 @@ struct Patch {
             }
     }
 
-    // sums = b A by three products of the parts, divided by `shrink`.
+    // sums = b A by three or six products of the parts, divided by `shrink`.
     __device__ void multiply(const Tile* tiles, index_t rank,
                              float (&sums)[DOWN][2 * ACROSS][4]) const {
         const int steps = (int)((rank + TERMS - 1) / TERMS);
@@ -264,9 +265,9 @@ __device__ inline void put(const Patch& patch, const Scales<COUNT>& scales,
 // merged = W' = g⊙(ρ⊙W + b A).
 // grid (rows / 64 · columns / 128, 1, stack) with the rows and columns of `Patch`, 256 threads
 // 2 (W) + 2 (W') = 4 bytes; each block loads its tiles once, from the cache
-// The update has an error of at most 2^−20 g Σ|b| |A|: 2^−21 from its parts, and as much from the
-// sums that tensor cores truncate. W' is rounded by up to 2^−12 |W'| or more in float16, and 2^−9 or
-// more in bfloat16.
+// For W of 16 bits, the update has an error of at most 2^−20 g Σ|b| |A|: 2^−21 from its parts, and as
+// much from the sums that tensor cores truncate. W' is rounded by up to 2^−12 |W'| or more in float16,
+// and 2^−9 or more in bfloat16.
 extern "C" __global__ void __launch_bounds__(PATCH_THREADS, sizeof(compute_t) == 8 ? 1 : 2)
     merge(const storage_t* __restrict__ weight, const Tile* __restrict__ tiles /* or null */,
           const compute_t* __restrict__ shrink /* or null */,
@@ -277,9 +278,10 @@ extern "C" __global__ void __launch_bounds__(PATCH_THREADS, sizeof(compute_t) ==
     if (patch.outside()) return;
     const bool packed = columns % PER_THREAD == 0 && aligned(weight, merged);
     uint4 held[PATCH_ROWS][PATCH_PACKS];
-    patch.fetch(weight, packed, held);
+    if (PARTS == 2) patch.fetch(weight, packed, held);  // three parts leave no registers for W
     float sums[DOWN][2 * ACROSS][4] = {};
     patch.multiply(tiles, rank, sums);
+    if (PARTS != 2) patch.fetch(weight, packed, held);
     if (turned) {
         Scales<PATCH_COLUMNS> by_column;
         by_column.load(patch, gain, row_scale, shrink);
@@ -304,9 +306,10 @@ extern "C" __global__ void __launch_bounds__(PATCH_THREADS, sizeof(compute_t) ==
     if (patch.outside()) return;
     const bool packed = columns % PER_THREAD == 0 && aligned(weight);
     uint4 held[PATCH_ROWS][PATCH_PACKS];
-    patch.fetch(weight, packed, held);
+    if (PARTS == 2) patch.fetch(weight, packed, held);  // three parts leave no registers for W
     float sums[DOWN][2 * ACROSS][4] = {};
     patch.multiply(tiles, rank, sums);
+    if (PARTS != 2) patch.fetch(weight, packed, held);
     const index_t out = turned ? columns : rows;
     partial += (patch.e * strips(turned ? rows : columns) +
                 (turned ? patch.top : patch.first) / STRIP) * out;
