@@ -32,7 +32,7 @@ REPORT = re.compile(
 )
 ACCESS = re.compile(r"\s(LDG|STG|LDGSTS|LD|ST)\.([\w.]+) ")
 LOW, WIDER = ("float16", "bfloat16"), ("float32", "float64")
-"""The dtypes of W of 16 bits, and of more."""
+"""The dtypes of 16 bits, and of more."""
 SKINNY: dict[str, tuple[str, ...]] = {"storages": LOW, "computes": ("float32",)}
 """The builds that launch the kernels for a factor as narrow as a rank."""
 WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
@@ -47,7 +47,7 @@ class Pass(NamedTuple):
     many bytes as its wide ones, and `few_loads` or `few_stores` numbers of small arrays (a gain, a
     bias, a sum). More of them would be the packs, number by number, or a small array read again for
     each number of a large one. `whole` more loads of 16 bytes are of arrays without ragged ends,
-    for W of 16 bits and for others.
+    where product_t has 16 bits and else.
     """
 
     loads: int = 1
@@ -141,10 +141,10 @@ def broken_rules(name: str, types: str, found: Compiled) -> Iterator[str]:
     if found.spilled:
         yield f"{found.spilled} bytes spilled or on the stack"
     rules = PASSES.get(name)
-    storage, _, compute = types.split()
+    storage, product, compute = types.split()
     if rules is None or storage not in rules.storages or compute not in rules.computes:
         return
-    whole = rules.whole[storage in WIDER]
+    whole = rules.whole[product in WIDER]
     for kind, made, least, few, other in (
         ("loads", found.loads, rules.loads, rules.few_loads, whole),
         ("stores", found.stores, rules.stores, rules.few_stores, 0),

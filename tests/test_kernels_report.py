@@ -77,7 +77,7 @@ def test_packs_stored_number_by_number_break_a_rule(report):
 
 @pytest.mark.parametrize(
     ("types", "tiles"),
-    [("bfloat16 float32 float32", 2 * 4), ("float32 float32 float32", 3 * 4)],
+    [("bfloat16 bfloat16 float32", 2 * 4), ("bfloat16 float32 float32", 3 * 4)],
 )
 def test_tiles_do_not_count_as_packs_of_the_weight(report, types, tiles):
     """`merge` loads tiles by 16 bytes in any case; its loads of W must be as wide."""

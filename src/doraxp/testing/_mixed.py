@@ -7,9 +7,10 @@
     dz = round(ρ̃⊙g⊙dy)                 C′ = round(dy (g⊙s B) A)            dx = round(dz W + C′)
     e  = Σ_tokens dy⊙z                 dm = e / n                          dn = −g e / n
 
-In the weight form, z has no second rounding. C, C′ and the B A of the merged weight are products of
-two bfloat16 parts of each factor, by three products. dV = g⊙(dyᵀ x) + dn V/n, and with it dA, dB
-and dW, has no rounding to the storage dtype of its own: only z reaches it, through e.
+In the weight form, z has no second rounding. C and C′ are products of two bfloat16 parts of each
+factor, by three products, and the B A of the merged weight is one of float16 parts.
+dV = g⊙(dyᵀ x) + dn V/n, and with it dA, dB and dW, has no rounding to the storage dtype of its own:
+only z reaches it, through e.
 
 A suspect row cancels, overflows or underflows (docs/numerics.md, rule 2). There z = round(x Vᵀ),
 and C′ = round(round(…) + Σ g⊙dy V) has the part of all such rows in dx, without a rounded dz.
@@ -33,6 +34,9 @@ from doraxp.testing._rounding import UNIT_ROUNDOFF, Rounded
 TWO_PARTS = 3 * 2.0**-16
 """The relative error of a product of two numbers that are each the sum of two bfloat16 parts. Each
 loses 2⁻¹⁶ of itself, and so does the product, which leaves out the product of the second parts."""
+TWO_HALVES = 2.0**-20
+"""The same for float16 parts. The product loses 2⁻²¹, and up to as much again in sums that tensor
+cores truncate."""
 
 
 class MixedFormulas(DenseFormulas):
@@ -114,7 +118,7 @@ class MixedFormulas(DenseFormulas):
 
     @cached_property
     def merged(self) -> Any:
-        update = in_two_parts(self.scaled_b, self.a)
+        update = in_two_parts(self.scaled_b, self.a, TWO_HALVES)
         return self.narrow(self.gain * (self.base + update))
 
     # Backward
@@ -158,8 +162,8 @@ class MixedFormulas(DenseFormulas):
         return self.narrow(self.mask * self.through_v - (self.mask - 1.0) * (self.dy @ self.w))
 
 
-def in_two_parts(left: Rounded, right: Rounded) -> Rounded:
-    """Return left right, with the error of factors that are two bfloat16 parts each."""
+def in_two_parts(left: Rounded, right: Rounded, loss: float = TWO_PARTS) -> Rounded:
+    """Return left right, where factors of two parts each lose this much of each product."""
     product = left @ right
     terms = np.abs(left.value) @ np.abs(right.value)
-    return Rounded(product.value, product.error + terms * (TWO_PARTS / UNIT_ROUNDOFF["float32"]))
+    return Rounded(product.value, product.error + terms * (loss / UNIT_ROUNDOFF["float32"]))

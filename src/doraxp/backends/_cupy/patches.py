@@ -1,7 +1,7 @@
 """V by patches on NVIDIA GPUs: its row norms, and merge, without an (out, in) temporary.
 
-Each warp loads a patch of W and computes its part of s B A on tensor cores: for W of 16 bits to 22
-bits, else as precisely as sums of float32 products. See kernels/merge.cu.
+Each warp loads a patch of W and computes its part of s B A on tensor cores: in mixed precision to
+22 bits, else as precisely as sums of float32 products. See kernels/merge.cu.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from doraxp.backends._cupy.arrays import (
     PlainWeight,
     as_stored,
     column_blocks,
-    dtype_name,
     name_of,
     packed,
+    typed,
     types_of,
 )
 from doraxp.backends._cupy.device import Cuda
-from doraxp.backends._cupy.products import Products
+from doraxp.backends._cupy.products import Products, is_exact
 from doraxp.backends._cupy.signatures import Merge, MergeWide, Norms, Squares, Tiles
 from doraxp.backends._cupy.source import LIMIT, WARP, WARPS, Types, blocks
 from doraxp.backends._direction import Factors
@@ -37,8 +37,7 @@ BELOW, BESIDE = 2, 4
 TERMS = 16
 """Terms of the sum over the rank that tensor cores add up at once."""
 PARTS, WIDE_PARTS = 2, 3
-"""Parts in float16 of a number of s B or A, for W of 16 bits and for others: they hold 22 bits, or
-all."""
+"""Parts in float16 of a number of s B or A: in mixed precision they hold 22 bits, else all."""
 NORMED = 8
 """Rows of a block of `norms`. kernels/norm.cu has the same."""
 ROWS = 4
@@ -64,7 +63,7 @@ class Patches:
     def squares(self, factors: Factors | PlainWeight, dtype: DType) -> DeviceArray:
         """Return ‖Vᵢ‖² by rows, in `dtype`. W is read once, in the order in which it is stored."""
         stored, turned = as_stored(factors.weight, self.xp)
-        update = self._update(factors, turned, name_of(stored), dtype)
+        update = self._update(factors, turned, _types(stored, dtype))
         return self.products.sum_chunks(self._chunks(stored, turned, factors, update, dtype))
 
     def norms(
@@ -84,7 +83,7 @@ class Patches:
     ) -> tuple[DeviceArray, DeviceArray | None]:
         """Return n = ‖Vᵢ‖ in `dtype`, and g = m / n for a `magnitude`. W is read once."""
         stored, turned = as_stored(factors.weight, self.xp)
-        update = self._update(factors, turned, name_of(stored), dtype)
+        update = self._update(factors, turned, _types(stored, dtype))
         chunks = self._chunks(stored, turned, factors, update, dtype)
         return self._norms(stored, turned, factors, chunks, magnitude)
 
@@ -95,7 +94,7 @@ class Patches:
         if gain.dtype == np.float64:
             return self._merge_wide(factors, packed(gain, self.xp))
         stored, turned = as_stored(factors.weight, self.xp)
-        update = self._update(factors, turned, name_of(stored), gain.dtype)
+        update = self._update(factors, turned, _types(stored, gain.dtype))
         return self._merged(stored, turned, factors, update, gain, backwards=False)
 
     def measure_and_merge(self, factors: Factors, magnitude: DeviceArray) -> DeviceArray:
@@ -105,7 +104,7 @@ class Patches:
         of W: if W fits into it.
         """
         stored, turned = as_stored(factors.weight, self.xp)
-        update = self._update(factors, turned, name_of(stored), magnitude.dtype)
+        update = self._update(factors, turned, _types(stored, magnitude.dtype))
         chunks = self._chunks(stored, turned, factors, update, magnitude.dtype)
         _, gain = self._norms(stored, turned, factors, chunks, magnitude)
         fits = stored.nbytes <= self.cuda.cache_bytes()
@@ -121,13 +120,12 @@ class Patches:
         *stack, rows, columns = stored.shape
         out, inner = (columns, rows) if turned else (rows, columns)
         partial = self.cuda.empty((*stack, blocks(inner, STRIP), out), dtype)
-        kind = dtype_name(np.dtype(dtype))
         arguments = Squares(
             weight=stored, tiles=update.tiles, shrink=update.shrink,
             row_scale=packed(factors.row_scale, self.xp), partial=partial, rows=rows,
             columns=columns, rank=update.rank, turned=turned,
         )  # fmt: skip
-        self._launch(arguments, Types(name_of(stored), kind, kind), stored.shape)
+        self._launch(arguments, _types(stored, dtype), stored.shape)
         return partial
 
     def _norms(
@@ -160,7 +158,7 @@ class Patches:
             row_scale=packed(factors.row_scale, self.xp), gain=gain, merged=merged, rows=rows,
             columns=columns, rank=update.rank, turned=turned, reversed=backwards,
         )  # fmt: skip
-        self._launch(arguments, types_of(stored, gain, gain), stored.shape)
+        self._launch(arguments, _types(stored, gain.dtype), stored.shape)
         return self.xp.matrix_transpose(merged) if turned else merged
 
     def _merge_wide(self, factors: Factors, gain: DeviceArray) -> DeviceArray:
@@ -176,28 +174,24 @@ class Patches:
         self.cuda.launch(arguments, types, grid)
         return merged
 
-    def _update(
-        self, factors: Factors | PlainWeight, turned: bool, storage: str, dtype: DType
-    ) -> Update:
+    def _update(self, factors: Factors | PlainWeight, turned: bool, types: Types) -> Update:
         """Return s B and A in parts, in the order in which tensor cores load them."""
         if factors.lora_a is None:
             return Update(None, None, 0)
         a, b = (packed(array, self.xp) for array in factors[1:3])
         *stack, rank, inner = a.shape
-        out, kind = b.shape[-2], dtype_name(np.dtype(dtype))
+        out = b.shape[-2]
         rows, columns = (inner, out) if turned else (out, inner)
         count, steps = math.prod(stack), blocks(rank, TERMS)
         strips = blocks(rows, STRIP) + blocks(columns, STRIP)
-        parts = PARTS if storage in LOW else WIDE_PARTS
+        parts = PARTS if types.product in LOW else WIDE_PARTS
         tiles = self.cuda.empty((count, strips, steps, 2, parts, TERMS * TERMS // 2), np.uint32)
-        shrink = self.cuda.empty((count, out + blocks(inner, STRIP)), dtype)
+        shrink = self.cuda.empty((count, out + blocks(inner, STRIP)), a.dtype)
         arguments = Tiles(
             a=a, b=b, result=tiles, shrink=shrink, rows=rows, columns=columns, rank=rank,
             turned=turned,
         )  # fmt: skip
-        self.cuda.launch(
-            arguments, Types(storage, kind, kind), (blocks(strips, WARPS), steps, count)
-        )
+        self.cuda.launch(arguments, types, (blocks(strips, WARPS), steps, count))
         return Update(tiles, shrink, rank)
 
     def _launch(self, arguments: Squares | Merge, types: Types, shape: tuple[int, ...]) -> None:
@@ -205,3 +199,9 @@ class Patches:
         patches = blocks(rows, STRIP * BELOW) * blocks(columns, STRIP * BESIDE)
         grid = patches, 1, math.prod(stack)
         self.cuda.launch(arguments, types, grid, threads=WARP * BELOW * BESIDE)
+
+
+def _types(stored: DeviceArray, dtype: DType) -> Types:
+    """Return the types of the kernels that form V: in mixed precision, product_t is W's dtype."""
+    mixed = name_of(stored) in LOW and np.dtype(dtype) == np.float32 and not is_exact()
+    return typed(stored.dtype, stored.dtype if mixed else dtype, dtype)

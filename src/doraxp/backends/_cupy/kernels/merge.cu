@@ -4,7 +4,7 @@
 struct alignas(16) Tile { unsigned item[4]; };
 
 enum {
-    PARTS = sizeof(storage_t) == 2 ? 2 : 3,  // parts of a number in float16: see `tiles`
+    PARTS = sizeof(product_t) == 2 ? 2 : 3,  // parts of a number in float16: see `tiles`
     TERMS = 16,             // terms of the sum over the rank that tensor cores add up at once
     DOWN = 2, ACROSS = 2,   // tiles of a warp: 32 rows by 32 columns
     STRIP = 32,             // rows, and columns, of a warp
@@ -19,10 +19,11 @@ enum {
 #define half_product host_half_product
 #else
 __device__ inline void half_product(float* sums, const unsigned* left, const unsigned* right) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+                 : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]),
+                   "r"(right[0]), "r"(right[1]));
 }
 #endif
 
@@ -39,9 +40,9 @@ __device__ inline index_t strips(index_t length) { return (length + STRIP - 1) /
 // (stack, out + in / STRIP), gets the inverse powers. Let a be a number so multiplied, a₁ its
 // nearest float16, and a₂ the nearest float16 of a − a₁. A float16 has 11 bits, so
 //     |a − a₁| ≤ 2^−11 |a|        |a − a₁ − a₂| ≤ 2^−23 |a| + 2^−25
-// The last term is 2^−39 of the largest number. For W of 16 bits, the three products
-// b₁A₁ + b₁A₂ + b₂A₁ lack b₂A₂ and the products with what two parts leave: at most
-// (2^−22 + 2·2^−23) |b| |A| = 2^−21 |b| |A|. W of more bits takes three parts and six products, which
+// The last term is 2^−39 of the largest number. Where product_t has 16 bits, the three
+// products b₁A₁ + b₁A₂ + b₂A₁ lack b₂A₂ and the products with what two parts leave: at most
+// (2^−22 + 2·2^−23) |b| |A| = 2^−21 |b| |A|. Elsewhere there are three parts and six products, which
 // lack less than a product in float loses.
 extern "C" __global__ void tiles(const compute_t* a, const compute_t* b, Tile* result,
                                  compute_t* shrink, index_t rows, index_t columns, index_t rank,
@@ -233,13 +234,14 @@ template <int COUNT> struct Scales {
         }
     }
 
-    // The number (i, c) of the patch.
+    // The number (i, c) of the patch. The product with W is not rounded by itself: W and the update
+    // may cancel.
     __device__ compute_t form(const uint4 (&held)[PATCH_ROWS][PATCH_PACKS],
                               const float (&sums)[DOWN][2 * ACROSS][4], int i, int c) const {
         const int k = COUNT == PATCH_COLUMNS ? c : i;
         const Pack<storage_t>& pack = (const Pack<storage_t>&)held[i][c / PER_THREAD];
-        return of_weight[k] * (compute_t)wide(pack.item[c % PER_THREAD]) +
-               of_update[k] * (compute_t)sums[i / 2][c / 2][i % 2 * 2 + c % 2];
+        return fma(of_weight[k], (compute_t)wide(pack.item[c % PER_THREAD]),
+                   of_update[k] * (compute_t)sums[i / 2][c / 2][i % 2 * 2 + c % 2]);
     }
 };
 
@@ -265,9 +267,9 @@ __device__ inline void put(const Patch& patch, const Scales<COUNT>& scales,
 // merged = W' = g⊙(ρ⊙W + b A).
 // grid (rows / 64 · columns / 128, 1, stack) with the rows and columns of `Patch`, 256 threads
 // 2 (W) + 2 (W') = 4 bytes; each block loads its tiles once, from the cache
-// For W of 16 bits, the update has an error of at most 2^−20 g Σ|b| |A|: 2^−21 from its parts, and as
-// much from the sums that tensor cores truncate. W' is rounded by up to 2^−12 |W'| or more in float16,
-// and 2^−9 or more in bfloat16.
+// Where product_t has 16 bits, the update has an error of at most 2^−20 g Σ|b| |A|: 2^−21 from its
+// parts, and as much from the sums that tensor cores truncate. W' is rounded by up to 2^−12 |W'| or
+// more in float16, and 2^−9 or more in bfloat16.
 extern "C" __global__ void __launch_bounds__(PATCH_THREADS, sizeof(compute_t) == 8 ? 1 : 2)
     merge(const storage_t* __restrict__ weight, const Tile* __restrict__ tiles /* or null */,
           const compute_t* __restrict__ shrink /* or null */,

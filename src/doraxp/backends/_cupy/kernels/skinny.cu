@@ -111,11 +111,12 @@ __device__ inline void first_product(float* product, const unsigned* left, const
 }
 #else
 __device__ inline void first_product(float* product, const unsigned* left, const unsigned* right) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
-        : "=f"(product[0]), "=f"(product[1]), "=f"(product[2]), "=f"(product[3])
-        : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]),
-          "f"(0.0f));
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+                 : "=f"(product[0]), "=f"(product[1]), "=f"(product[2]), "=f"(product[3])
+                 : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]),
+                   "r"(right[0]), "r"(right[1]),
+                   "f"(0.0f));
 }
 #endif
 
