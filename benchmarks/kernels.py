@@ -10,6 +10,7 @@ show that the compiler merges the stores of two branches into narrow ones.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import importlib.util
 import re
@@ -112,6 +113,7 @@ class Compiled(NamedTuple):
 
 def main() -> None:
     """Compile all kernels, print a table, and exit with 1 if a rule is broken."""
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
     kernels, broken = cuda_kernels(), []
     jobs = [(types, each) for types in kernels.builds for each in ARCHITECTURES]
     print(f"NVRTC {version(load())}; registers of a thread, shared bytes of a block;")

@@ -2,8 +2,7 @@
 
 The product of a float32 array and a bfloat16 weight loses nothing of either factor. The array is
 the exact sum of three bfloat16 arrays (its parts), and the products of the parts add up in float32.
-For few rows, one product takes all parts at once, so it reads the weight once. In
-`reduced_precision` the array is rounded instead.
+For few rows, one product takes all parts at once, so it reads the weight once.
 """
 
 from __future__ import annotations
@@ -112,7 +111,8 @@ class Products:
     def product(self, left: DeviceArray, right: DeviceArray) -> DeviceArray:
         """Return left right in the compute dtype.
 
-        One token, and a float32 factor that is as narrow as a rank, take one launch.
+        One token takes one launch. A float32 factor that is as narrow as a rank takes one, or two
+        where many blocks share a sum.
         """
         dtype = common_dtype(left.dtype, right.dtype)
         rows: DeviceArray = transpose(right)

@@ -100,7 +100,7 @@ __device__ inline void dot_any(const void* matrix, int matrix_is_stored, const v
 // Else each warp makes TOKEN_ROWS numbers of z = ρ⊙(W x) + b L and of y = g⊙z + bias, with
 // W = `matrix`.
 // grid (out / TOKEN_ROWS · stack / WARPS)                2 bytes of W, 5 of (out, rank)
-// A suspect row is formed and multiplied by x instead: see the guard. `matrix` is an array of
+// A suspect row is formed and multiplied by x instead: see suspects.cu. `matrix` is an array of
 // storage_t if `matrix_is_stored`, else of compute_t; x and y are of storage_t if `x_is_stored`,
 // else of compute_t.
 extern "C" __global__ void token(
