@@ -102,8 +102,9 @@ def adamw_step(
         Give up the arrays of `params` and `state`: do not read them after the call. NumPy and CuPy
         write the results into them and return them, which saves the memory of new ones. The result
         is a new array where the given one cannot be used: a NumPy array that is read-only, a CuPy
-        array that is not in C order, or a moment that is not in the compute dtype. No two arrays may
-        share memory: views of one memory are not noticed. Other libraries return new arrays always. Under ``jax.jit``, pass ``donate_argnums`` to it instead.
+        array that is not in C order, or a moment that is not in the compute dtype. No two arrays
+        may share memory: views of one memory are not noticed. Other libraries return new arrays
+        always. Under ``jax.jit``, pass ``donate_argnums`` to it instead.
 
     Returns
     -------
