@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -12,6 +13,14 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from cuda_host import HostCuda
+
+import doraxp
+from doraxp.backends import operations
+from doraxp.backends._cupy.arrays import together
+from doraxp.backends._cupy.device import Cuda
+from doraxp.backends._cupy.products import FEW
+from doraxp.backends._cupy.signatures import KERNELS
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 NAMES = (
@@ -317,7 +326,86 @@ def test_calls_for_a_tool_are_made_once_without_a_memory_pool(scripts, monkeypat
     monkeypatch.setattr(scripts.gpu_kernels, "profiled", lambda _: pytest.fail("profiled"))
     scripts.gpu_kernels.main()
     assert scripts.cupy.built == [None]
-    assert capsys.readouterr().out == "All calls were made.\n"
+    names = [layer.name for layer in scripts.gpu_kernels.SMALL]
+    assert capsys.readouterr().out == "".join(f"All calls were made: {name}\n" for name in names)
+
+
+def test_layers_for_which_no_time_is_left_are_named(scripts, monkeypatch, capsys):
+    clock = iter([0.0, 0.0, 30.0, 41.0])
+    monkeypatch.setattr(scripts.gpu_kernels.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(scripts.gpu_kernels, "call_once", lambda _: None)
+    layers = scripts.gpu_kernels.SMALL[:4]
+    scripts.gpu_kernels.call_all(layers, 40)
+    assert capsys.readouterr().out.splitlines() == [
+        f"All calls were made: {layers[0].name}",
+        f"All calls were made: {layers[1].name}",
+        f"No time was left for 2 layers: {layers[2].name}, {layers[3].name}",
+    ]
+
+
+def test_for_a_tool_no_two_arrays_share_an_allocation(scripts):
+    wanted = together(((3,), "float32"), None, ((2, 0), "int32"), ((5, 2), ml_dtypes.bfloat16))
+    kept = Cuda.empties
+    with scripts.gpu_kernels.separate_arrays():
+        first, absent, empty, last = Cuda.empties(HostCuda(), wanted)
+    assert Cuda.empties is kept
+    assert absent is None
+    assert [(each.shape, str(each.dtype)) for each in (first, empty, last)] == [
+        ((3,), "float32"), ((2, 0), "int32"), ((5, 2), "bfloat16")
+    ]  # fmt: skip
+    assert all(each.base.nbytes == each.nbytes for each in (first, empty, last))
+
+
+@pytest.fixture
+def emulated(backend, scripts, monkeypatch):
+    """Return gpu_kernels.py with arrays of the emulated device, and that device."""
+    draw = scripts.cupy.random.standard_normal
+    monkeypatch.setattr(
+        scripts.cupy.random, "standard_normal", lambda *args, **how: backend.asarray(draw(*args, **how))
+    )
+    empty = lambda *args: backend.asarray(np.empty(*args))  # noqa: E731
+    monkeypatch.setattr(scripts.cupy, "empty", empty)
+    cuda = operations(weight=backend.asarray(np.ones((1, 1), "f4"))).cuda
+    return types.SimpleNamespace(**vars(scripts.gpu_kernels), cuda=cuda)
+
+
+@pytest.mark.lanes("cuda-host")
+def test_the_small_layers_launch_every_kernel(backend, emulated):
+    for layer in emulated.SMALL:
+        backend.run(emulated.call_once, layer)
+    assert set(emulated.cuda.launched) - {"gemm", "tf32"} == set(KERNELS)
+
+
+@pytest.mark.lanes("cuda-host")
+def test_the_small_layers_are_as_their_fields_say(backend, emulated):
+    for layer in emulated.SMALL:
+        given, x, dy, bias = emulated.made(layer)
+        weight, adapter, _ = given
+        assert x.shape == (*layer.stack, layer.tokens, layer.inner)
+        assert str(x.dtype) == str(weight.dtype) == layer.dtype
+        assert str(dy.dtype) == (layer.dy or layer.dtype)
+        assert weight.flags.c_contiguous != layer.by_columns
+        aligned = {array.ctypes.data % 16 == 0 for array in (weight, *adapter, x, dy, bias)}
+        assert aligned == {not layer.shifted}, layer.name
+        suspect = backend.numpy(doraxp.prepare(*given).direction.suspects.suspect)
+        rows = np.arange(layer.out) == (3 if layer.suspect else -1)
+        np.testing.assert_array_equal(suspect, np.broadcast_to(rows, suspect.shape))
+
+
+@pytest.mark.lanes("cuda-host")
+def test_ncu_counts_each_pass_over_large_arrays(backend, emulated):
+    """The launches that device.sh names, up to the number that it names, have all these kernels."""
+    script = (BENCHMARKS / "device.sh").read_text("utf-8")
+    (passes,) = re.findall(r"^passes='(.*)'$", script, re.MULTILINE)
+    (count,) = re.findall(r"--launch-count (\d+)", script)
+    names = set(passes.split("|"))
+    assert names <= set(KERNELS)
+    (layer,) = emulated.LARGE
+    assert layer.tokens > FEW
+    backend.run(emulated.call_once, layer._replace(out=96, inner=128, tokens=FEW + 1))
+    launched = [name for name in emulated.cuda.launched if name in names]
+    assert len(launched) <= int(count)
+    assert set(launched) == names
 
 
 def test_kernels_are_those_of_one_call_and_the_longest_is_first(scripts):
