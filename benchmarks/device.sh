@@ -159,7 +159,7 @@ step='--tokens 4096 --tasks step norm merge' token='--tokens 1 --tasks evaluatio
 
 part 'kernels' 60 "$PYTHON" benchmarks/gpu_kernels.py --folder "$OUT"
 
-passes='merge|token|outputs|update|gradients|squares|project|pull'
+passes='merge|token|outputs|update|gradients|mixed_gradients|gradient_a|squares|adapted_norm|project|pull'
 ratio=l1tex__average_t_sectors_per_request_pipe_lsu_mem_global_op
 part 'counters of the passes over large arrays' 60 \
     "$(tool ncu)" --clock-control none --csv --print-units base --log-file "$OUT/counters.csv" \

@@ -232,7 +232,8 @@ def drawn_layer(
     weight = draw(*stack, out, inner, dtype=dtype, scale=inner**-0.5)
     config = doraxp.Config(rank, **options)
     adapter = doraxp.init(weight, config, seed=0)
-    return weight, adapter._replace(lora_b=draw(*stack, out, rank, scale=0.01)), config
+    lora_b = draw(*stack, out, rank, dtype=str(adapter.lora_a.dtype), scale=0.01)
+    return weight, adapter._replace(lora_b=lora_b), config
 
 
 def draw(*shape: int, dtype: str = "float32", scale: float = 1.0) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import json
@@ -357,28 +358,32 @@ def test_for_a_tool_no_two_arrays_share_an_allocation(scripts):
 
 
 @pytest.fixture
-def emulated(backend, scripts, monkeypatch):
+def emulated(backend, scripts):
     """Return gpu_kernels.py with arrays of the emulated device, and that device."""
     draw = scripts.cupy.random.standard_normal
-    monkeypatch.setattr(
-        scripts.cupy.random, "standard_normal", lambda *args, **how: backend.asarray(draw(*args, **how))
-    )
-    empty = lambda *args: backend.asarray(np.empty(*args))  # noqa: E731
-    monkeypatch.setattr(scripts.cupy, "empty", empty)
+    scripts.cupy.random.standard_normal = lambda *args, **how: backend.asarray(draw(*args, **how))
+    scripts.cupy.empty = lambda *args: backend.asarray(np.empty(*args))
     cuda = operations(weight=backend.asarray(np.ones((1, 1), "f4"))).cuda
     return types.SimpleNamespace(**vars(scripts.gpu_kernels), cuda=cuda)
 
 
 @pytest.mark.lanes("cuda-host")
-def test_the_small_layers_launch_every_kernel(backend, emulated):
+@pytest.mark.dtypes("bfloat16", "float16", "float32", "float64")
+def test_the_small_layers_of_bfloat16_and_float64_launch_every_kernel(backend, dtype, emulated):
     for layer in emulated.SMALL:
-        backend.run(emulated.call_once, layer)
-    assert set(emulated.cuda.launched) - {"gemm", "tf32"} == set(KERNELS)
+        if layer.dtype == dtype:
+            backend.run(emulated.call_once, layer)
+    of_float64 = {"merge_wide"}
+    expected = {"bfloat16": set(KERNELS) - of_float64, "float64": of_float64}
+    assert expected.get(dtype, set()) <= set(emulated.cuda.launched)
 
 
 @pytest.mark.lanes("cuda-host")
-def test_the_small_layers_are_as_their_fields_say(backend, emulated):
-    for layer in emulated.SMALL:
+@pytest.mark.dtypes("bfloat16", "float16", "float32", "float64")
+def test_the_small_layers_are_as_their_fields_say(backend, dtype, emulated):
+    layers = [layer for layer in emulated.SMALL if layer.dtype == dtype]
+    assert layers
+    for layer in layers:
         given, x, dy, bias = emulated.made(layer)
         weight, adapter, _ = given
         assert x.shape == (*layer.stack, layer.tokens, layer.inner)
@@ -394,18 +399,26 @@ def test_the_small_layers_are_as_their_fields_say(backend, emulated):
 
 @pytest.mark.lanes("cuda-host")
 def test_ncu_counts_each_pass_over_large_arrays(backend, emulated):
-    """The launches that device.sh names, up to the number that it names, have all these kernels."""
+    """It counts the first launches of the kernels that device.sh names."""
     script = (BENCHMARKS / "device.sh").read_text("utf-8")
     (passes,) = re.findall(r"^passes='(.*)'$", script, re.MULTILINE)
     (count,) = re.findall(r"--launch-count (\d+)", script)
     names = set(passes.split("|"))
     assert names <= set(KERNELS)
-    (layer,) = emulated.LARGE
+    cuda, (layer,) = emulated.cuda, emulated.LARGE
     assert layer.tokens > FEW
-    backend.run(emulated.call_once, layer._replace(out=96, inner=128, tokens=FEW + 1))
-    launched = [name for name in emulated.cuda.launched if name in names]
+    layer = layer._replace(out=96, inner=128, tokens=FEW + 1)
+    backend.run(emulated.call_once, layer)
+    launched = [name for name in cuda.launched if name in names]
     assert len(launched) <= int(count)
     assert set(launched) == names
+    given, x, dy, _ = emulated.made(layer)
+    prepared = doraxp.prepare(*given)
+    cuda.launched.clear()
+    cuda.moved.clear()
+    backend.run(emulated.step, x, dy, prepared, contextlib.nullcontext)
+    large = {name for name, moved in zip(cuda.launched, cuda.moved, strict=True) if moved > 0}
+    assert large - {"gemm"} | {"gradient_a"} <= names  # the partial sums of dA are float32
 
 
 def test_kernels_are_those_of_one_call_and_the_longest_is_first(scripts):
