@@ -4,7 +4,7 @@
     python benchmarks/gpu_kernels.py --folder FOLDER  also add them to FOLDER/figures.jsonl
     python benchmarks/gpu_kernels.py --calls SIZE     make the calls once, for ncu ("large") or for
                                                       compute-sanitizer ("small"), without PyTorch;
-                                                      `--seconds` limits the time
+                                                      no layer is begun after `--seconds`
 
 It needs a GPU, CuPy, PyTorch and ml_dtypes. For each shape and call, it prints the time of all
 kernels in µs, the number of launches, and the longest ones.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -99,7 +100,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.calls:
         with separate_arrays():
-            call_all(CALLED[arguments.calls], arguments.seconds)
+            call_all(CALLED[arguments.calls], arguments.seconds, arguments.folder)
         return
     for shape in SHAPES:
         show_shape(*shape, arguments.folder)
@@ -168,14 +169,15 @@ def separately(cuda: Cuda, together: Together) -> list[Any]:
     return [each and cuda.empty(each.shape, each.kind) for each in together.places]
 
 
-def call_all(layers: tuple[Layer, ...], seconds: float) -> None:
-    """Make each call of each layer once. After so many seconds, no further layer is begun."""
+def call_all(layers: tuple[Layer, ...], seconds: float, folder: Path | None) -> None:
+    """Make each call of each layer once. After so many seconds, end without the other layers."""
     began = time.monotonic()
     for number, layer in enumerate(layers):
         if time.monotonic() - began > seconds:
-            left = ", ".join(each.name for each in layers[number:])
-            print(f"No time was left for {len(layers) - number} layers: {left}", flush=True)
-            return
+            names = "calls of layers: " + ", ".join(each.name for each in layers[number:])
+            if folder is not None:
+                append(folder, "skipped", name=names, reason="no time was left")
+            sys.exit(f"No time was left for the {names}")
         call_once(layer)
         cupy.cuda.Device().synchronize()
         print(f"All calls were made: {layer.name}", flush=True)

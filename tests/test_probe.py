@@ -331,17 +331,16 @@ def test_calls_for_a_tool_are_made_once_without_a_memory_pool(scripts, monkeypat
     assert capsys.readouterr().out == "".join(f"All calls were made: {name}\n" for name in names)
 
 
-def test_layers_for_which_no_time_is_left_are_named(scripts, monkeypatch, capsys):
+def test_layers_for_which_no_time_is_left_are_named(scripts, tmp_path, monkeypatch, capsys):
     clock = iter([0.0, 0.0, 30.0, 41.0])
     monkeypatch.setattr(scripts.gpu_kernels.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(scripts.gpu_kernels, "call_once", lambda _: None)
     layers = scripts.gpu_kernels.SMALL[:4]
-    scripts.gpu_kernels.call_all(layers, 40)
-    assert capsys.readouterr().out.splitlines() == [
-        f"All calls were made: {layers[0].name}",
-        f"All calls were made: {layers[1].name}",
-        f"No time was left for 2 layers: {layers[2].name}, {layers[3].name}",
-    ]
+    names = f"calls of layers: {layers[2].name}, {layers[3].name}"
+    with pytest.raises(SystemExit, match=f"No time was left for the {names}"):
+        scripts.gpu_kernels.call_all(layers, 40, tmp_path)
+    assert figures(tmp_path) == [{"part": "skipped", "name": names, "reason": "no time was left"}]
+    assert capsys.readouterr().out.count("All calls were made: ") == 2
 
 
 def test_for_a_tool_no_two_arrays_share_an_allocation(scripts):
