@@ -260,6 +260,24 @@ def test_update_first_and_update_after_make_the_same_sum(scripts):
     np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.lanes("cuda-host")
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_order_that_is_built_launches_the_kernel_and_adds_the_product(
+    backend, emulated, scripts, turned, dtype
+):
+    orders = scripts.probe_products.Orders.make(40, 48, 96, 4, dtype, turned)
+    emulated.cuda.launched.clear()
+    actual = backend.run(orders.by_backend)
+    assert emulated.cuda.launched == ["update", "gemm"]
+    assert str(actual.dtype) == dtype
+    factor = orders.wide_factor.T if turned else orders.wide_factor
+    product = orders.left.astype("f8") @ orders.right.astype("f8")
+    expected = product + orders.wide_low.astype("f8") @ factor.astype("f8")
+    bound = {"bfloat16": 2**-7, "float32": 1e-6}[dtype] * np.max(np.abs(expected))
+    np.testing.assert_allclose(backend.numpy(actual).astype("f8"), expected, rtol=0, atol=bound)
+
+
 def test_all_variants_are_measured_or_say_why_not(scripts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scripts.probe_lines, "ROTATED", 1)
     for module in (scripts.probe_passes, scripts.probe_products):
@@ -269,12 +287,13 @@ def test_all_variants_are_measured_or_say_why_not(scripts, tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["probe.py", "variants", str(tmp_path)])
     scripts.probe.main()
     found = figures(tmp_path)
-    needs_gpu = ("by own kernels", "over_norm", "Cuda.gemm", "cuda-core")
+    needs_gpu = ("backend's kernel", "by own kernels", "over_norm", "Cuda.gemm", "cuda-core")
     failed = [one for one in found if "reason" in one]
     assert [one for one in failed if not any(part in one["name"] for part in needs_gpu)] == []
     names = {one["name"] for one in found}
     assert {"merge, n known", "copy, 16 bytes a thread", "outputs, tokens of a thread: 16"} <= names
     assert {"z in bfloat16: update first", "dx in float32: product, beta 1"} <= names
+    assert {"z in bfloat16: C by the backend's kernel, then product"} <= names
     assert {"M Fᵀ by cuBLAS, 3 parts", "Fᵀ M by own kernels", "host: step"} <= names
     assert {"host: launch by driver.launchKernel", "launch by RawKernel"} <= names
     assert scripts.probe_passes.importlib.import_module("doraxp.backends._cupy.passes").RUN == 4
