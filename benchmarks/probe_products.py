@@ -72,9 +72,8 @@ class Orders(NamedTuple):
         left, low = (draw(tokens, size, dtype="bfloat16") for size in (k, 6 * rank))
         factor = draw(n, rank) if turned else draw(rank, n)
         out = draw(tokens, n, dtype=dtype)
-        return cls(
-            left, right(k), low, right(6 * rank), draw(tokens, rank), factor, out, turned
-        )  # fmt: skip
+        columns, wide_low = right(6 * rank), draw(tokens, rank)
+        return cls(left, right(k), low, columns, wide_low, factor, out, turned)
 
     def product(self, beta: float) -> None:
         """Make the large product."""
