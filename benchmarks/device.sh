@@ -101,10 +101,13 @@ bench() {
     "$PYTHON" benchmarks/device_report.py "$OUT" add bench.json
 }
 
-# sanitize TOOL SECONDS: make each call once on a small layer under one of compute-sanitizer's tools.
+# sanitize TOOL SECONDS: make each call once on small layers under one of compute-sanitizer's tools.
+# A tool that is stopped writes no summary, so no layer is begun in the last 20 seconds.
 sanitize() {
+    local left=$((LIMIT - SECONDS - KILL))
     part "$1" "$2" "$(tool compute-sanitizer)" --tool "$1" --error-exitcode 9 \
-        --log-file "$OUT/$1.log" "$PYTHON" benchmarks/gpu_kernels.py --calls small
+        --log-file "$OUT/$1.log" "$PYTHON" benchmarks/gpu_kernels.py --calls small \
+        --folder "$OUT" --seconds $((($2 < left ? $2 : left) - 20))
     [[ ! -e $OUT/$1.log ]] || tail -n 20 "$OUT/$1.log"
 }
 
@@ -159,7 +162,7 @@ step='--tokens 4096 --tasks step norm merge' token='--tokens 1 --tasks evaluatio
 
 part 'kernels' 60 "$PYTHON" benchmarks/gpu_kernels.py --folder "$OUT"
 
-passes='merge|token|outputs|update|gradients|squares|project|pull'
+passes='merge|token|outputs|update|gradients|mixed_gradients|gradient_a|squares|adapted_norm|project|pull'
 ratio=l1tex__average_t_sectors_per_request_pipe_lsu_mem_global_op
 part 'counters of the passes over large arrays' 60 \
     "$(tool ncu)" --clock-control none --csv --print-units base --log-file "$OUT/counters.csv" \

@@ -3,7 +3,8 @@
     python benchmarks/gpu_kernels.py                  print a line for each shape and call
     python benchmarks/gpu_kernels.py --folder FOLDER  also add them to FOLDER/figures.jsonl
     python benchmarks/gpu_kernels.py --calls SIZE     make the calls once, for ncu ("large") or for
-                                                      compute-sanitizer ("small"), without PyTorch
+                                                      compute-sanitizer ("small"), without PyTorch;
+                                                      no layer is begun after `--seconds`
 
 It needs a GPU, CuPy, PyTorch and ml_dtypes. For each shape and call, it prints the time of all
 kernels in µs, the number of launches, and the longest ones.
@@ -13,10 +14,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+from unittest import mock
 
 import cupy
 import ml_dtypes
@@ -24,6 +28,8 @@ from device_figures import append
 
 import doraxp
 from doraxp.backends import exact_products, reduced_precision
+from doraxp.backends._cupy.arrays import Together
+from doraxp.backends._cupy.device import Cuda
 
 BFLOAT16 = "bfloat16"
 SHAPES = [
@@ -34,8 +40,47 @@ SHAPES = [
     (8192, 28672, 256, BFLOAT16),
 ]
 TOKENS, REPEATS, SHOWN = (4096, 128), 5, 12
-CALLED = {"large": (4096, 4096, 16, 4096), "small": (96, 128, 8, 40)}
-"""out, in, rank and tokens of `--calls`: compute-sanitizer needs a small layer."""
+
+
+class Layer(NamedTuple):
+    """A layer of which `--calls` makes each call once."""
+
+    name: str
+    out: int
+    inner: int
+    rank: int
+    tokens: int
+    dtype: str = BFLOAT16
+    dy: str | None = None
+    """The dtype of dy, if it is not that of x and W."""
+    stack: tuple[int, ...] = ()
+    suspect: bool = False
+    """Whether the update cancels nine tenths of a row of W: the kernels then form this row."""
+    shifted: bool = False
+    """Whether each array begins one number after its memory: its address fits only one number."""
+    by_columns: bool = False
+    """Whether W is the transpose of an array in C order."""
+    form: Literal["weight", "direction"] = "weight"
+    norm_gradient: Literal["exact", "detached"] = "exact"
+
+
+LARGE = (Layer("large", 4096, 4096, 16, 4096),)
+SMALL = (
+    Layer("aligned", 96, 128, 8, 40),
+    Layer("ragged", 97, 131, 19, 37, suspect=True, form="direction"),
+    Layer("at odd addresses", 96, 128, 8, 24, shifted=True, suspect=True),
+    Layer("dy of float32", 64, 96, 8, 20, dy="float32", suspect=True),
+    Layer("rank 40", 64, 96, 40, 20, norm_gradient="detached"),
+    Layer("stack of 2", 64, 96, 8, 20, stack=(2,), suspect=True),
+    Layer("no tokens", 64, 96, 8, 0),
+    Layer("W by columns", 64, 96, 8, 20, by_columns=True, suspect=True),
+    Layer("float16", 64, 96, 8, 20, dtype="float16", suspect=True),
+    Layer("float32", 64, 96, 8, 20, dtype="float32", suspect=True),
+    Layer("ragged, float32", 35, 37, 5, 11, dtype="float32", form="direction"),
+    Layer("float64", 35, 37, 5, 11, dtype="float64"),
+)
+"""compute-sanitizer is slow, so it needs small layers."""
+CALLED = {"large": LARGE, "small": SMALL}
 
 
 class Kernel(NamedTuple):
@@ -51,9 +96,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--calls", choices=CALLED)
+    parser.add_argument("--seconds", type=float, default=float("inf"))
     arguments = parser.parse_args()
     if arguments.calls:
-        call_once(*CALLED[arguments.calls])
+        with separate_arrays():
+            call_all(CALLED[arguments.calls], arguments.seconds, arguments.folder)
         return
     for shape in SHAPES:
         show_shape(*shape, arguments.folder)
@@ -106,36 +153,96 @@ def modes(dtype: str) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield "step, exact products", exact_products
 
 
-def call_once(out: int, inner: int, rank: int, tokens: int) -> None:
-    """Make each call once. Each array has memory of its own: a tool sees a write beyond its end."""
+@contextlib.contextmanager
+def separate_arrays() -> Iterator[None]:
+    """Give each array an allocation of its own size: a tool then sees any access beyond its end.
+
+    Else CuPy's pool rounds sizes up, and the backend makes several arrays in one allocation.
+    """
     cupy.cuda.set_allocator(None)
-    layer = drawn_layer(out, inner, rank, BFLOAT16)
-    prepared = doraxp.prepare(*layer)
-    x, dy = (draw(tokens, size, dtype=BFLOAT16) for size in (inner, out))
-    for _, block in modes(BFLOAT16):
-        step(x, dy, prepared, block)
-    doraxp.forward(x[:1], *layer, prepared=prepared)
-    doraxp.merge(*layer, prepared=prepared)
-    doraxp.merge(*layer)
-    layers = {"layer": layer[1]}
+    with mock.patch.object(Cuda, "empties", separately):
+        yield
+
+
+def separately(cuda: Cuda, together: Together) -> list[Any]:
+    """Return the arrays of `Cuda.empties`, each in its own allocation."""
+    return [each and cuda.empty(each.shape, each.kind) for each in together.places]
+
+
+def call_all(layers: tuple[Layer, ...], seconds: float, folder: Path | None) -> None:
+    """Make each call of each layer once. After so many seconds, end without the other layers."""
+    began = time.monotonic()
+    for number, layer in enumerate(layers):
+        if time.monotonic() - began > seconds:
+            names = "calls of layers: " + ", ".join(each.name for each in layers[number:])
+            if folder is not None:
+                append(folder, "skipped", name=names, reason="no time was left")
+            sys.exit(f"No time was left for the {names}")
+        call_once(layer)
+        cupy.cuda.Device().synchronize()
+        print(f"All calls were made: {layer.name}", flush=True)
+
+
+def call_once(layer: Layer) -> None:
+    """Make each call of a layer once."""
+    given, x, dy, bias = made(layer)
+    weight, adapter, _ = given
+    prepared = doraxp.prepare(*given)
+    for _, block in modes(layer.dtype):
+        step(x, dy, prepared, block, bias=bias)
+    doraxp.forward(x[..., :1, :], *given, bias=bias, prepared=prepared)
+    doraxp.merge(*given, prepared=prepared)
+    doraxp.merge(*given)
+    doraxp.decompose(weight)
+    layers = {"layer": adapter}
     adamw(layers, doraxp.adamw_init(layers))
-    cupy.cuda.Device().synchronize()
-    print("All calls were made.", flush=True)
+
+
+def made(layer: Layer) -> tuple[tuple[Any, doraxp.Adapter, doraxp.Config], Any, Any, Any]:
+    """Return weight, adapter and config of a layer, and x, dy and a bias."""
+    out, inner, stack, dtype = layer.out, layer.inner, layer.stack, layer.dtype
+    options = {"form": layer.form, "norm_gradient": layer.norm_gradient}
+    weight, adapter, config = drawn_layer(out, inner, layer.rank, dtype, stack, **options)
+    x = draw(*stack, layer.tokens, inner, dtype=dtype)
+    dy = draw(*stack, layer.tokens, out, dtype=layer.dy or dtype)
+    bias = draw(*stack, out)
+    if layer.suspect:
+        weight, row = weight.astype("float32"), adapter.lora_b[..., 3:4, :]
+        norm, unit = doraxp.decompose(config.scaling * row @ adapter.lora_a)
+        row[...] = 0.9 / norm[..., None] * row
+        weight[..., 3:4, :] = -unit
+        weight = weight.astype(x.dtype)
+    if layer.by_columns:
+        weight = weight.swapaxes(-1, -2).copy().swapaxes(-1, -2)
+    if layer.shifted:
+        weight, x, dy, bias = map(shifted, (weight, x, dy, bias))
+        adapter = doraxp.Adapter(*map(shifted, adapter))
+    return (weight, adapter, config), x, dy, bias
+
+
+def shifted(array: Any) -> Any:
+    """Return a copy that begins one number after its memory, so not at a multiple of 16 bytes."""
+    view = cupy.empty((array.size + 1,), array.dtype)[1:].reshape(array.shape)
+    view[...] = array
+    return view
 
 
 def drawn_layer(
-    out: int, inner: int, rank: int, dtype: str
+    out: int, inner: int, rank: int, dtype: str, stack: tuple[int, ...] = (), **options: Any
 ) -> tuple[Any, doraxp.Adapter, doraxp.Config]:
-    """Return a weight and an adapter as after some training."""
-    weight = draw(out, inner, dtype=dtype, scale=inner**-0.5)
-    config = doraxp.Config(rank)
+    """Return a weight, an adapter as after some training, and a config with these options."""
+    weight = draw(*stack, out, inner, dtype=dtype, scale=inner**-0.5)
+    config = doraxp.Config(rank, **options)
     adapter = doraxp.init(weight, config, seed=0)
-    return weight, adapter._replace(lora_b=draw(out, rank, scale=0.01)), config
+    lora_b = draw(*stack, out, rank, dtype=str(adapter.lora_a.dtype), scale=0.01)
+    return weight, adapter._replace(lora_b=lora_b), config
 
 
 def draw(*shape: int, dtype: str = "float32", scale: float = 1.0) -> Any:
     """Return normal numbers on the device."""
     stored = ml_dtypes.bfloat16 if dtype == BFLOAT16 else dtype
+    if 0 in shape:  # no generator is asked for 0 numbers
+        return cupy.empty(shape, stored)
     return (scale * cupy.random.standard_normal(shape, dtype="float32")).astype(stored)
 
 
@@ -151,11 +258,13 @@ def products(x: Any, dy: Any, weight: Any) -> tuple[Any, Any]:
     return x @ weight.T, dy @ weight
 
 
-def step(x: Any, dy: Any, previous: doraxp.Prepared, block: Callable[[], Any]) -> Any:
-    """Return the gradients of an exact step: norm, forward and backward."""
+def step(
+    x: Any, dy: Any, previous: doraxp.Prepared, block: Callable[[], Any], bias: Any = None
+) -> Any:
+    """Return the gradients of a step: norm, forward and backward."""
     with block():
         weight, adapter, config = previous.weight, previous.adapter, previous.config
-        _, cache = doraxp.forward(x, weight, adapter, config, previous=previous)
+        _, cache = doraxp.forward(x, weight, adapter, config, bias=bias, previous=previous)
         return doraxp.backward(dy, cache)
 
 

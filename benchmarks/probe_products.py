@@ -7,7 +7,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
@@ -25,15 +25,17 @@ WHOLE_SUMS = 16
 def orders(probe: Probe) -> None:
     """The low-rank update before or after the large product, in each dtype of the result.
 
-    z = x Wᵀ + L (s B)ᵀ and dx = dz W + low A. The update's factors are bfloat16 in 6 r columns: the
-    products of three parts of each that have the digits of a float32.
+    z = x Wᵀ + L (s B)ᵀ and dx = dz W + low A. cuBLAS takes the update's factors in bfloat16, in 6 r
+    columns: the products of three parts of each that have the digits of a float32. The backend's
+    kernel takes them in float32 and splits them itself; C is its result, and the backend then adds
+    the product.
     """
     for out, inner, rank in SHAPES:
         for forward, (k, n) in ((True, (inner, out)), (False, (out, inner))):
             for dtype in ("bfloat16", "float32"):
                 title = f"{'z' if forward else 'dx'} in {dtype}"
                 shape = sizes(out, inner, rank=rank)
-                make = partial(Orders.make, TOKENS, k, n, 6 * rank, dtype, forward)
+                make = partial(Orders.make, TOKENS, k, n, rank, dtype, forward)
                 size = 2 * (TOKENS * k + k * n + TOKENS * n * (1 if dtype == "bfloat16" else 2))
                 reference = f"{title}: product, beta 0"
                 for name, act in ACTS.items():
@@ -44,14 +46,22 @@ def orders(probe: Probe) -> None:
                     probe.device(f"{title}: {name}", shape, call, size=size, over=reference)
 
 
-class Orders:
+class Orders(NamedTuple):
     """The arrays of a large product and of its low-rank update."""
 
-    def __init__(self, left: Any, right: Any, low: Any, columns: Any, out: Any) -> None:
-        self.left, self.right, self.low, self.columns, self.out = left, right, low, columns, out
+    left: Any
+    right: Any
+    low: Any
+    """The factors of the update for cuBLAS, (tokens, 6 rank) and (6 rank, n)."""
+    columns: Any
+    wide_low: Any
+    """The factors of the update for the kernel, (tokens, rank), and (n, rank) or (rank, n)."""
+    wide_factor: Any
+    out: Any
+    turned: bool
 
     @classmethod
-    def make(cls, tokens: int, k: int, n: int, terms: int, dtype: str, turned: bool) -> Orders:
+    def make(cls, tokens: int, k: int, n: int, rank: int, dtype: str, turned: bool) -> Orders:
         """Draw the arrays; `turned` says that the right factor is a transpose, as Wᵀ is."""
 
         def right(rows: int) -> Any:
@@ -59,9 +69,11 @@ class Orders:
                 return draw(n, rows, dtype="bfloat16", scale=rows**-0.5).T
             return draw(rows, n, dtype="bfloat16", scale=rows**-0.5)
 
-        left, low = (draw(tokens, size, dtype="bfloat16") for size in (k, terms))
+        left, low = (draw(tokens, size, dtype="bfloat16") for size in (k, 6 * rank))
+        factor = draw(n, rank) if turned else draw(rank, n)
         out = draw(tokens, n, dtype=dtype)
-        return cls(left, right(k), low, right(terms), out)
+        columns, wide_low = right(6 * rank), draw(tokens, rank)
+        return cls(left, right(k), low, columns, wide_low, factor, out, turned)
 
     def product(self, beta: float) -> None:
         """Make the large product."""
@@ -81,14 +93,27 @@ class Orders:
         self.product(0.0)
         self.update(1.0)
 
+    def by_kernel(self) -> Any:
+        """Return the update by the backend's kernel."""
+        return operations(x=self.left).passes.update(
+            self.wide_low, self.wide_factor, self.out.dtype, self.left.dtype, by_rows=self.turned
+        )
 
-ACTS: dict[str, Callable[[Orders], None]] = {
+    def by_backend(self) -> Any:
+        """Return the sum as the backend makes it: the kernel writes C, and cuBLAS adds to it."""
+        out, products = self.by_kernel(), operations(x=self.left).products
+        return products.multiply(self.left, self.right, out.dtype, out=out, beta=1.0)
+
+
+ACTS: dict[str, Callable[[Orders], Any]] = {
     "product, beta 0": lambda one: one.product(0.0),
     "product, beta 1": lambda one: one.product(1.0),
     "update, beta 0": lambda one: one.update(0.0),
     "update, beta 1": lambda one: one.update(1.0),
     "update first": Orders.update_first,
     "update after": Orders.update_after,
+    "C by the backend's kernel": Orders.by_kernel,
+    "C by the backend's kernel, then product": Orders.by_backend,
 }
 
 

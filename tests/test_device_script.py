@@ -44,9 +44,10 @@ exit "${{CODE:-0}}"
 TOOL = """#!/bin/bash
 while [[ $# -gt 0 ]]; do
     [[ $1 != --log-file ]] || log=$2
+    [[ $1 != --seconds ]] || seconds=$2
     shift
 done
-printf 'tool %s\\n' "${0##*/}" >> "$CALLS"
+printf 'tool %s%s\\n' "${0##*/}" "${seconds:+ for $seconds}" >> "$CALLS"
 if [[ $0 == *ncu ]]; then cp "$COUNTERS" "$log"; else echo '= ERROR SUMMARY: 2 errors' > "$log"; fi
 """
 COUNTERS = """==PROF== Connected to process 42 (/usr/bin/python3)
@@ -143,7 +144,7 @@ def test_parts_run_in_order_and_leave_at_most_eight_files(run):
     begins = [
         "benchmarks/probe.py machine", "-m pytest", "-m pytest", "benchmarks/probe.py variants",
         *["-m doraxp bench --backend cupy"] * 6, "benchmarks/gpu_kernels.py --folder", "tool ncu",
-        "tool compute-sanitizer", "tool compute-sanitizer",
+        "tool compute-sanitizer for 40", "tool compute-sanitizer for 40",
     ]  # fmt: skip
     assert [call[: len(begin)] for call, begin in zip(calls, begins, strict=True)] == begins
     assert "tests/test_cupy_device.py" in calls[1]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -12,6 +14,14 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from cuda_host import HostCuda
+
+import doraxp
+from doraxp.backends import operations
+from doraxp.backends._cupy.arrays import together
+from doraxp.backends._cupy.device import Cuda
+from doraxp.backends._cupy.products import FEW
+from doraxp.backends._cupy.signatures import KERNELS
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 NAMES = (
@@ -250,6 +260,24 @@ def test_update_first_and_update_after_make_the_same_sum(scripts):
     np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.lanes("cuda-host")
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_order_that_is_built_launches_the_kernel_and_adds_the_product(
+    backend, emulated, scripts, turned, dtype
+):
+    orders = scripts.probe_products.Orders.make(40, 48, 96, 4, dtype, turned)
+    emulated.cuda.launched.clear()
+    actual = backend.run(orders.by_backend)
+    assert emulated.cuda.launched == ["update", "gemm"]
+    assert str(actual.dtype) == dtype
+    factor = orders.wide_factor.T if turned else orders.wide_factor
+    product = orders.left.astype("f8") @ orders.right.astype("f8")
+    expected = product + orders.wide_low.astype("f8") @ factor.astype("f8")
+    bound = {"bfloat16": 2**-7, "float32": 1e-6}[dtype] * np.max(np.abs(expected))
+    np.testing.assert_allclose(backend.numpy(actual).astype("f8"), expected, rtol=0, atol=bound)
+
+
 def test_all_variants_are_measured_or_say_why_not(scripts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scripts.probe_lines, "ROTATED", 1)
     for module in (scripts.probe_passes, scripts.probe_products):
@@ -259,12 +287,13 @@ def test_all_variants_are_measured_or_say_why_not(scripts, tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["probe.py", "variants", str(tmp_path)])
     scripts.probe.main()
     found = figures(tmp_path)
-    needs_gpu = ("by own kernels", "over_norm", "Cuda.gemm", "cuda-core")
+    needs_gpu = ("backend's kernel", "by own kernels", "over_norm", "Cuda.gemm", "cuda-core")
     failed = [one for one in found if "reason" in one]
     assert [one for one in failed if not any(part in one["name"] for part in needs_gpu)] == []
     names = {one["name"] for one in found}
     assert {"merge, n known", "copy, 16 bytes a thread", "outputs, tokens of a thread: 16"} <= names
     assert {"z in bfloat16: update first", "dx in float32: product, beta 1"} <= names
+    assert {"z in bfloat16: C by the backend's kernel, then product"} <= names
     assert {"M Fᵀ by cuBLAS, 3 parts", "Fᵀ M by own kernels", "host: step"} <= names
     assert {"host: launch by driver.launchKernel", "launch by RawKernel"} <= names
     assert scripts.probe_passes.importlib.import_module("doraxp.backends._cupy.passes").RUN == 4
@@ -317,7 +346,97 @@ def test_calls_for_a_tool_are_made_once_without_a_memory_pool(scripts, monkeypat
     monkeypatch.setattr(scripts.gpu_kernels, "profiled", lambda _: pytest.fail("profiled"))
     scripts.gpu_kernels.main()
     assert scripts.cupy.built == [None]
-    assert capsys.readouterr().out == "All calls were made.\n"
+    names = [layer.name for layer in scripts.gpu_kernels.SMALL]
+    assert capsys.readouterr().out == "".join(f"All calls were made: {name}\n" for name in names)
+
+
+def test_layers_for_which_no_time_is_left_are_named(scripts, tmp_path, monkeypatch, capsys):
+    clock = iter([0.0, 0.0, 30.0, 41.0])
+    monkeypatch.setattr(scripts.gpu_kernels.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(scripts.gpu_kernels, "call_once", lambda _: None)
+    layers = scripts.gpu_kernels.SMALL[:4]
+    names = f"calls of layers: {layers[2].name}, {layers[3].name}"
+    with pytest.raises(SystemExit, match=f"No time was left for the {names}"):
+        scripts.gpu_kernels.call_all(layers, 40, tmp_path)
+    assert figures(tmp_path) == [{"part": "skipped", "name": names, "reason": "no time was left"}]
+    assert capsys.readouterr().out.count("All calls were made: ") == 2
+
+
+def test_for_a_tool_no_two_arrays_share_an_allocation(scripts):
+    wanted = together(((3,), "float32"), None, ((2, 0), "int32"), ((5, 2), ml_dtypes.bfloat16))
+    kept = Cuda.empties
+    with scripts.gpu_kernels.separate_arrays():
+        first, absent, empty, last = Cuda.empties(HostCuda(), wanted)
+    assert Cuda.empties is kept
+    assert absent is None
+    assert [(each.shape, str(each.dtype)) for each in (first, empty, last)] == [
+        ((3,), "float32"), ((2, 0), "int32"), ((5, 2), "bfloat16")
+    ]  # fmt: skip
+    assert all(each.base.nbytes == each.nbytes for each in (first, empty, last))
+
+
+@pytest.fixture
+def emulated(backend, scripts):
+    """Return gpu_kernels.py with arrays of the emulated device, and that device."""
+    draw = scripts.cupy.random.standard_normal
+    scripts.cupy.random.standard_normal = lambda *args, **how: backend.asarray(draw(*args, **how))
+    scripts.cupy.empty = lambda *args: backend.asarray(np.empty(*args))
+    cuda = operations(weight=backend.asarray(np.ones((1, 1), "f4"))).cuda
+    return types.SimpleNamespace(**vars(scripts.gpu_kernels), cuda=cuda)
+
+
+@pytest.mark.lanes("cuda-host")
+@pytest.mark.dtypes("bfloat16", "float16", "float32", "float64")
+def test_the_small_layers_of_bfloat16_and_float64_launch_every_kernel(backend, dtype, emulated):
+    for layer in emulated.SMALL:
+        if layer.dtype == dtype:
+            backend.run(emulated.call_once, layer)
+    of_float64 = {"merge_wide"}
+    expected = {"bfloat16": set(KERNELS) - of_float64, "float64": of_float64}
+    assert expected.get(dtype, set()) <= set(emulated.cuda.launched)
+
+
+@pytest.mark.lanes("cuda-host")
+@pytest.mark.dtypes("bfloat16", "float16", "float32", "float64")
+def test_the_small_layers_are_as_their_fields_say(backend, dtype, emulated):
+    layers = [layer for layer in emulated.SMALL if layer.dtype == dtype]
+    assert layers
+    for layer in layers:
+        given, x, dy, bias = emulated.made(layer)
+        weight, adapter, _ = given
+        assert x.shape == (*layer.stack, layer.tokens, layer.inner)
+        assert str(x.dtype) == str(weight.dtype) == layer.dtype
+        assert str(dy.dtype) == (layer.dy or layer.dtype)
+        assert weight.flags.c_contiguous != layer.by_columns
+        aligned = {array.ctypes.data % 16 == 0 for array in (weight, *adapter, x, dy, bias)}
+        assert aligned == {not layer.shifted}, layer.name
+        suspect = backend.numpy(doraxp.prepare(*given).direction.suspects.suspect)
+        rows = np.arange(layer.out) == (3 if layer.suspect else -1)
+        np.testing.assert_array_equal(suspect, np.broadcast_to(rows, suspect.shape))
+
+
+@pytest.mark.lanes("cuda-host")
+def test_ncu_counts_each_pass_over_large_arrays(backend, emulated):
+    """It counts the first launches of the kernels that device.sh names."""
+    script = (BENCHMARKS / "device.sh").read_text("utf-8")
+    (passes,) = re.findall(r"^passes='(.*)'$", script, re.MULTILINE)
+    (count,) = re.findall(r"--launch-count (\d+)", script)
+    names = set(passes.split("|"))
+    assert names <= set(KERNELS)
+    cuda, (layer,) = emulated.cuda, emulated.LARGE
+    assert layer.tokens > FEW
+    layer = layer._replace(out=96, inner=128, tokens=FEW + 1)
+    backend.run(emulated.call_once, layer)
+    launched = [name for name in cuda.launched if name in names]
+    assert len(launched) <= int(count)
+    assert set(launched) == names
+    given, x, dy, _ = emulated.made(layer)
+    prepared = doraxp.prepare(*given)
+    cuda.launched.clear()
+    cuda.moved.clear()
+    backend.run(emulated.step, x, dy, prepared, contextlib.nullcontext)
+    large = {name for name, moved in zip(cuda.launched, cuda.moved, strict=True) if moved > 0}
+    assert large - {"gemm"} | {"gradient_a"} <= names  # the partial sums of dA are float32
 
 
 def test_kernels_are_those_of_one_call_and_the_longest_is_first(scripts):
