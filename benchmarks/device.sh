@@ -88,7 +88,7 @@ tool() {
 
 # bench NAME SECONDS ARGUMENTS...: run `doraxp bench` and keep its report.
 bench() {
-    local name="benchmark, $1" most=$2 left=$((benched + 150 - SECONDS))
+    local name="benchmark, $1" most=$2 left=$((benched + 120 - SECONDS))
     shift 2
     if ((most > left)); then most=$((left > 0 ? left : 0)); fi
     if ((most == 0)); then
@@ -131,7 +131,7 @@ if [[ -n $WHEELS ]] && ! "$PYTHON" -c 'import array_api_compat, array_api_strict
 fi
 reason=$(why_not)
 
-part 'the device' 60 "$PYTHON" benchmarks/probe.py machine "$OUT"
+part 'the device' 45 "$PYTHON" benchmarks/probe.py machine "$OUT"
 
 export DEVICE_UNTIL
 pytest=("$PYTHON" -m pytest -q -p device_tests -p no:cacheprovider --backend cupy --tb=short)
@@ -139,12 +139,12 @@ together=()
 "$PYTHON" -c 'import xdist' 2>/dev/null && together=(-p xdist -n 8)
 # Other plugins of a machine may warn, and a warning is an error here: pytest-benchmark beside xdist.
 tests=(env PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 "PYTHONPATH=$PYTHONPATH:$PWD/benchmarks" "${pytest[@]}")
-DEVICE_UNTIL=$(($(date +%s) + 35))
-part 'tests of the device' 45 "${tests[@]}" tests/test_cupy_device.py
-DEVICE_UNTIL=$(($(date +%s) + 65))
-part 'other tests' 80 "${tests[@]}" "${together[@]}" --ignore=tests/test_cupy_device.py tests
+DEVICE_UNTIL=$(($(date +%s) + 25))
+part 'tests of the device' 35 "${tests[@]}" tests/test_cupy_device.py
+DEVICE_UNTIL=$(($(date +%s) + 45))
+part 'other tests' 60 "${tests[@]}" "${together[@]}" --ignore=tests/test_cupy_device.py tests
 
-part 'variants' 90 "$PYTHON" benchmarks/probe.py variants "$OUT"
+part 'variants' 70 "$PYTHON" benchmarks/probe.py variants "$OUT"
 
 benched=$SECONDS
 square='--shapes 4096x4096 --rank 16' wide='--shapes 4096x11008 --rank 16'
@@ -160,15 +160,15 @@ step='--tokens 4096 --tasks step norm merge' token='--tokens 1 --tasks evaluatio
     bench '8192×28672, one token' 40 $large --dtype bfloat16 $token
 }
 
-part 'kernels' 60 "$PYTHON" benchmarks/gpu_kernels.py --folder "$OUT"
+part 'kernels' 45 "$PYTHON" benchmarks/gpu_kernels.py --folder "$OUT"
 
 passes='merge|token|outputs|update|gradients|mixed_gradients|gradient_a|squares|adapted_norm|project|pull'
 ratio=l1tex__average_t_sectors_per_request_pipe_lsu_mem_global_op
-part 'counters of the passes over large arrays' 60 \
+part 'counters of the passes over large arrays' 45 \
     "$(tool ncu)" --clock-control none --csv --print-units base --log-file "$OUT/counters.csv" \
     --metrics "gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum,${ratio}_ld.ratio,${ratio}_st.ratio" \
     --kernel-name "regex:^($passes)$" --launch-count 24 \
     "$PYTHON" benchmarks/gpu_kernels.py --calls large
 
 sanitize racecheck 60
-sanitize memcheck 60
+sanitize memcheck 45

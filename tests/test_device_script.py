@@ -144,7 +144,7 @@ def test_parts_run_in_order_and_leave_at_most_eight_files(run):
     begins = [
         "benchmarks/probe.py machine", "-m pytest", "-m pytest", "benchmarks/probe.py variants",
         *["-m doraxp bench --backend cupy"] * 6, "benchmarks/gpu_kernels.py --folder", "tool ncu",
-        "tool compute-sanitizer for 40", "tool compute-sanitizer for 40",
+        "tool compute-sanitizer for 40", "tool compute-sanitizer for 25",
     ]  # fmt: skip
     assert [call[: len(begin)] for call, begin in zip(calls, begins, strict=True)] == begins
     assert "tests/test_cupy_device.py" in calls[1]
@@ -415,3 +415,19 @@ def test_tests_for_which_no_time_is_left_are_counted(tmp_path, options, seconds,
         assert done.stdout.index("test_operations.py::") < done.stdout.index("test_another.py::")
     if expected[1]:  # a failure is printed before the summary
         assert done.stdout.index("the reason") < done.stdout.index("= FAILURES =")
+
+
+def test_the_parts_fit_into_the_time_and_the_page_names_it():
+    script = SCRIPT.read_text("utf-8")
+    parts = [
+        int(each) for each in re.findall(r"^(?:part '[^']*'|sanitize \w+) (\d+)", script, re.M)
+    ]
+    (benchmark,) = map(int, re.findall(r"benched \+ (\d+)", script))
+    (limit,) = map(int, re.findall(r"LIMIT:-(\d+)", script))
+    (kill,) = map(int, re.findall(r"KILL:-(\d+)", script))
+    page = (ROOT / "docs" / "backends" / "cupy.md").read_text("utf-8")
+    table = page.partition("seconds at most")[2].partition("\n\n")[0]
+    named = [int(each) for each in re.findall(r"\| (\d+) \|", table)]
+    goals = named.pop()
+    assert sum(named) == sum(map(int, parts)) + benchmark
+    assert sum(named) + goals + kill <= limit == int(*re.findall(r"`LIMIT=(\d+)`", page))
