@@ -17,7 +17,8 @@ nox.options.sessions = ["tests(numpy)", "tests(strict)", "tests(cupy)", "lint", 
 
 PROJECT = nox.project.load_toml("pyproject.toml")
 EXTRAS = "bench,demo,checkpoint"
-PARALLEL = ["--numprocesses=auto", "--dist=loadfile"]  # a file's fixtures are made once
+# A file's fixtures are made once. tests/conftest.py orders the files.
+PARALLEL = ["--numprocesses=auto", "--dist=loadfile", "--no-loadscope-reorder"]
 LANES = {"dask": ("dask", "distributed")}
 CORE = tuple(
     f"tests/test_{name}.py"

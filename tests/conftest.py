@@ -32,6 +32,9 @@ ASKS = {"backend", "library", *ORACLES}
 """Fixtures that tie a test to a library."""
 NUMPY = Lane()
 
+LONGEST = ("test_bench", "test_demo", "test_implementation", "test_testing")
+"""The files that have a test of a minute or more on some backend, and few others."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -73,7 +76,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests of libraries that were not chosen. Tests without a library run with numpy."""
+    """Leave out tests of libraries that were not chosen. Tests without a library run with numpy.
+
+    The files with the longest tests come first: then no process waits for one at the end.
+    """
     names = config.getoption("backend") or {*LANES, *ORACLES} - EMULATED
     others = {oracle for oracle in ORACLES if oracle not in names}
 
@@ -86,7 +92,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     chosen = [item for item in items if is_chosen(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
-    items[:] = chosen
+    items[:] = sorted(chosen, key=lambda item: item.path.stem not in LONGEST)
 
 
 def import_oracle(name: str, request: pytest.FixtureRequest) -> Any:
