@@ -10,10 +10,10 @@ events, unless the line says "host". A variant that cannot run is a line with th
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import statistics
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib import metadata
@@ -98,8 +98,12 @@ def variants(folder: Path) -> None:
 
 def main() -> None:
     """Measure the part that the command line names."""
-    part, folder = sys.argv[1:]
-    {"machine": machine, "variants": variants}[part](Path(folder))
+    parts = {"machine": machine, "variants": variants}
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("part", choices=parts)
+    parser.add_argument("folder", type=Path)
+    arguments = parser.parse_args()
+    parts[arguments.part](arguments.folder)
 
 
 if __name__ == "__main__":
