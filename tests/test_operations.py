@@ -19,6 +19,7 @@ from doraxp.backends import (
     exact_products,
     operations,
 )
+from doraxp.backends._cupy.signatures import Norms
 
 GENERIC = Operations(array_api_compat.numpy)
 SHAPES = {
@@ -402,17 +403,32 @@ def test_a_merge_loses_its_rounding_and_little_more(backend, put, dtype, form, l
     assert (error <= allowed).all(), np.max(error / allowed)
 
 
+def measured_to_merge(factors, magnitude, monkeypatch):
+    """Return n and g as `measure_and_merge` finds them on V."""
+    ops, seen = operations(weight=factors.weight), []
+    launch = ops.cuda.launch
+
+    def spy(arguments, *given, **named):
+        seen.extend([arguments] if isinstance(arguments, Norms) else [])
+        launch(arguments, *given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops.cuda, "launch", spy)
+        ops.patches.measure_and_merge(factors, magnitude)
+    (arguments,) = seen
+    return arguments.norm, arguments.gain
+
+
 @pytest.mark.lanes("cuda-host", "cupy")
 @pytest.mark.dtypes("bfloat16", "float32")
-def test_tensor_cores_lose_no_digits_of_a_large_rank(backend, put, dtype):
+def test_tensor_cores_lose_no_digits_of_a_large_rank(backend, put, monkeypatch, dtype):
     """They truncate their sums. If all terms have one sign, that error grows with the rank."""
     rng = np.random.default_rng(0)
     weight = put(np.zeros((20, 30)), dtype)
     a, b = (put(rng.uniform(0, 1, shape)) for shape in ((256, 30), (20, 256)))
-    ops, factors = operations(weight=weight), Factors(weight, a, b, None)
-    squares = backend.numpy(ops.patches.squares(factors, a.dtype))
+    norm, _ = measured_to_merge(Factors(weight, a, b, None), put(np.ones(20)), monkeypatch)
     lengths = np.linalg.norm(rounded(backend.numpy(b)) @ rounded(backend.numpy(a)), axis=1)
-    np.testing.assert_allclose(np.sqrt(squares), lengths, rtol=3e-7)
+    np.testing.assert_allclose(backend.numpy(norm), lengths, rtol=3e-7)
 
 
 @pytest.mark.lanes("cuda-host")
@@ -689,7 +705,7 @@ def test_merge_from_nothing_reads_the_weight_twice(backend, put, dtype, form, ra
 @pytest.mark.dtypes("float16", "bfloat16", "float32")
 @pytest.mark.parametrize("lies", ["by rows", "by columns"])
 @pytest.mark.parametrize("stack", [(), (2,)])
-def test_a_norm_and_its_gain_take_three_launches(backend, put, dtype, lies, stack):
+def test_a_norm_and_its_gain_take_three_launches(backend, put, monkeypatch, dtype, lies, stack):
     """Rows whose squares overflow or underflow are measured on V; a row of zeros has no gain."""
     rng, tiny = np.random.default_rng(0), {"float16": 2.0**-24}.get(dtype, 1e-25)
     values, b = rng.standard_normal((*stack, 37, 72)), rng.standard_normal((*stack, 37, 3))
@@ -709,17 +725,16 @@ def test_a_norm_and_its_gain_take_three_launches(backend, put, dtype, lies, stac
     )
     ops, factors = operations(weight=weight), Factors(weight, a, b, None)
     ops.cuda.launched.clear()
-    norm, gain = ops.patches.measured(factors, m.dtype, m)
-    assert ops.cuda.launched == ["tiles", "squares", "norms"]
+    norm, gain = measured_to_merge(factors, m, monkeypatch)
+    assert ops.cuda.launched == ["tiles", "squares", "norms", "merge"]
     expected = np.linalg.norm(rounded(weight) + rounded(b) @ rounded(a), axis=-1)
     np.testing.assert_allclose(rounded(norm), expected, rtol=1e-6)
     zero = expected == 0
     assert zero.any()
     np.testing.assert_allclose(rounded(gain)[~zero], (rounded(m) / norm)[~zero], rtol=1e-6)
     assert not rounded(gain)[zero].any()
-    again, none = ops.patches.norms(factors, ops.patches.squares(factors, m.dtype))
-    np.testing.assert_allclose(rounded(again), rounded(norm), rtol=1e-6)
-    assert none is None
+    plain = ops.row_norms(weight, ops.row_squares(weight, m.dtype))
+    np.testing.assert_allclose(rounded(plain), np.linalg.norm(rounded(weight), axis=-1), rtol=1e-6)
 
 
 @pytest.mark.lanes("cuda-host")

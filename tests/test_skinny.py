@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from doraxp.backends import Factors, operations
-from doraxp.backends._cupy.skinny import MOST_PAIRED, Skinny, row_chunks, row_groups
+from doraxp.backends._cupy.operations import NORMED
+from doraxp.backends._cupy.skinny import Skinny, row_chunks, row_groups
 from doraxp.backends._generic import CANCELLATION, least_sum
 
 LANES = "cuda-host", "cupy"
@@ -300,7 +301,7 @@ class TestPrepare:
         assert backend.numpy(found.any_suspect).tolist() == [0]
 
     def test_the_product_of_a_with_itself_is_made_on_request(self, backend, skinny, put, dtype):
-        a, b = put(np.ones((MOST_PAIRED + 1, 8)), dtype), put(np.ones((3, MOST_PAIRED + 1)), dtype)
+        a, b = put(np.ones((NORMED + 1, 8)), dtype), put(np.ones((3, NORMED + 1)), dtype)
         found = skinny.prepare(a, b, 0.5, wide_of(dtype), gram=False)
         assert found.gram is None
         assert (in_float64(backend, found.scaled_b) == 0.5).all()

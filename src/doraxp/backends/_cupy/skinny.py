@@ -50,8 +50,6 @@ SIDE = 4
 """Ranks on each side of the part of A Aᵀ that a block of `prepare_adapter` makes."""
 ROWS_AT_ONCE = 4
 """Rows that a warp of `expanded_norm` makes at once. kernels/adapter.cu has the same."""
-MOST_PAIRED = 64
-"""The largest rank for which `prepare_adapter` makes A Aᵀ: each block reads 8 rows of A."""
 PULL_COLUMNS, PULL_STEP, PULL_THREADS = 128, 16, 192
 """Columns of a block of `pull`, which takes one tile, rows of a step, and threads."""
 PULL_BELOW = 3
