@@ -146,13 +146,20 @@ class TestOperations:
     @pytest.mark.parametrize("exact", [False, True])
     def test_gradients(self, backend, given, dtype, exact):
         """With z in W's 16 bits, all gradients are as exact, except dx: dz has 16 bits too."""
-        ops, arrays, plain, rtol = given
-        xp, kind = backend.namespace(), arrays["gain"].dtype
+        _, _, plain, _ = given
         alone = plain["weight"].shape[-2] == 1
         for name in "weight", "b":
             values = plain[name].copy()
             values[..., 0, :] *= alone  # a row of zeros
             self.change(backend, given, name, values)
+
+        for found in self.compare_gradients(backend, given, dtype, exact):
+            assert alone or not backend.numpy(found["magnitude"])[..., 0].any()
+
+    def compare_gradients(self, backend, given, dtype, exact):
+        """Compare the gradients with those in float64, and return them: for each dtype of z."""
+        ops, arrays, plain, rtol = given
+        xp, kind = backend.namespace(), arrays["gain"].dtype
 
         def made(ops, arrays, xp, z):
             found = ops.gradients(
@@ -161,7 +168,7 @@ class TestOperations:
             )  # fmt: skip
             return found._asdict()
 
-        stored = ops.operand_dtype(arrays["weight"], arrays["weight"], kind)
+        stored, all_found = ops.operand_dtype(arrays["weight"], arrays["weight"], kind), []
         for z_dtype in {kind, stored}:
             z = as_dtype(arrays["z"], z_dtype, xp=xp)
             expected = made(GENERIC, plain, array_api_compat.numpy, rounded(backend.numpy(z)))
@@ -174,7 +181,8 @@ class TestOperations:
                 assert_near(
                     backend.numpy(found[name]), desired, 4 * rtol + narrow * EPS.get(dtype, 0)
                 )
-            assert alone or not backend.numpy(found["magnitude"])[..., 0].any()
+            all_found.append(found)
+        return all_found
 
     def test_products_with_the_weight(self, backend, given):
         ops, arrays, plain, rtol = given
@@ -224,7 +232,8 @@ class TestOperations:
         assert merged.dtype == arrays["weight"].dtype
         assert_near(backend.numpy(merged), desired, rtol + EPS.get(str(dtype), 0))
 
-    def test_the_guard(self, backend, given):
+    @pytest.mark.parametrize("exact", [False, True])
+    def test_the_guard(self, backend, given, dtype, exact):
         """Every second row cancels: it is computed from V, and the other rows from factors."""
         ops, arrays, plain, rtol = given
         xp, kind = backend.namespace(), arrays["gain"].dtype
@@ -240,22 +249,17 @@ class TestOperations:
         norm, _, _, direction = measured(ops, arrays, xp)
         assert not isinstance(direction, Factored)
         assert_near(backend.numpy(norm), np.sqrt((v * v).sum(axis=-1)), 4 * rtol)
-        x, d = (as_dtype(arrays[name], kind, xp=xp) for name in ("x", "d"))
-        low = ops.product(x, xp.matrix_transpose(arrays["a"]))
-        z = direction.transposed_product(x, low, ops=ops)
-        assert_near(backend.numpy(z), plain["x"] @ v.mT, rtol)
-        dropped = 2 * x
-        low = ops.product(dropped, xp.matrix_transpose(arrays["a"]))
-        z = direction.transposed_product(x, low, dropped=dropped, ops=ops)
+        x, z = as_dtype(arrays["x"], kind, xp=xp), plain["x"] @ v.mT
         update = plain["x"] @ plain["a"].mT @ plain["b"].mT
-        assert_near(backend.numpy(z), plain["x"] @ v.mT + update, rtol)
-        low, count = ops.product(d, arrays["b"]), d.shape[-2]
-        for tokens in count, count - 1:
-            given = d * xp.ones_like(d), low * xp.ones_like(low)
-            parts = direction.product(*given, tokens, kind, ops=ops)
-            assert parts[0].shape[-2] == tokens
-            whole = np.concatenate([backend.numpy(part) for part in parts], axis=-2)
-            assert_near(whole, plain["d"] @ v, rtol)
+        gain, bias = (plain[name][..., None, :] for name in ("gain", "bias"))
+        for dropped, expected in (None, z), (2 * x, z + update):
+            low = ops.product(x if dropped is None else dropped, xp.matrix_transpose(arrays["a"]))
+            found = direction.outputs(
+                x, low, arrays["gain"], arrays["bias"], dropped=dropped, ops=ops
+            )
+            assert_near(backend.numpy(found[0]), expected, rtol)
+            assert_near(backend.numpy(found[1]), gain * expected + bias, rtol)
+        self.compare_gradients(backend, given, dtype, exact)
 
 
 @pytest.mark.parametrize("which", ["reversed", "broadcast", "pieces"])

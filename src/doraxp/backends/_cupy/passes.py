@@ -128,14 +128,14 @@ class Passes:
 
     def outputs(
         self, found: Suspects, z: DeviceArray, x: DeviceArray, gain: DeviceArray,
-        bias: DeviceArray | None, shift: DeviceArray | None, dtype: DType | None,
-    ) -> DeviceArray | None:  # fmt: skip
-        """Return y = g⊙z + bias in `dtype`, after z ← ρ⊙z. Without a dtype, return None.
+        bias: DeviceArray | None, shift: DeviceArray | None, dtype: DType,
+    ) -> DeviceArray:  # fmt: skip
+        """Return y = g⊙z + bias in `dtype`, after z ← ρ⊙z.
 
         Overwrites z, (*stack, tokens, out) in C order: also the columns of suspect rows, with
         x Vᵀ + shift bᵀ.
         """
-        y = None if dtype is None else self.cuda.empty(z.shape, dtype)
+        y = self.cuda.empty(z.shape, dtype)
         if z.size == 0:
             return y
         xp, (weight, a, b, row_scale) = self.xp, found.factors

@@ -3,13 +3,12 @@
 // z ← ρ⊙z and y = g⊙z + bias.
 // grid (out / (PER_THREAD THREADS), any, stack)
 // 2 (z) + 2 (y) = 4 bytes, and with ρ + 2 (z), where z is bfloat16
-// `y` is null if it is not wanted. In the columns of suspect rows z is x Vᵀ + shift bᵀ instead, with
-// `shift` (stack, tokens, rank), or null for 0. x and y are arrays of storage_t if `stored`, else of
-// compute_t.
+// In the columns of suspect rows z is x Vᵀ + shift bᵀ instead, with `shift` (stack, tokens, rank), or
+// null for 0. x and y are arrays of storage_t if `stored`, else of compute_t.
 extern "C" __global__ void outputs(
     product_t* z, const compute_t* row_scale /* or null */, const compute_t* gain,
-    const compute_t* bias /* or null */, void* y /* or null */, int stored,
-    const int* any, const unsigned char* suspect, const storage_t* weight, int turned,
+    const compute_t* bias /* or null */, void* y, int stored, const int* any,
+    const unsigned char* suspect, const storage_t* weight, int turned,
     const compute_t* a, const compute_t* b, const void* x, const compute_t* shift /* or null */,
     index_t tokens, index_t out, index_t inner, index_t rank) {
     const index_t column = ((index_t)blockIdx.x * blockDim.x + threadIdx.x) * PER_THREAD;
@@ -32,7 +31,6 @@ extern "C" __global__ void outputs(
                 for (int j = 0; j < PER_THREAD; ++j) value[j] *= scale[j];
                 store(z + at, value, count, packed);
             }
-            if (!y) continue;
 #pragma unroll
             for (int j = 0; j < PER_THREAD; ++j)
                 value[j] = bias ? g[j] * value[j] + offset[j] : g[j] * value[j];
@@ -60,7 +58,6 @@ extern "C" __global__ void outputs(
                 value += shift[(e * tokens + t) * rank + r] * b[row * rank + r];
             const index_t at = (e * tokens + t) * out + row % out;
             z[at] = narrow<product_t>(value);
-            if (!y) continue;
             const compute_t result = bias ? gain[row] * value + bias[row] : gain[row] * value;
             if (stored) ((storage_t*)y)[at] = narrow<storage_t>(result);
             else ((compute_t*)y)[at] = result;
