@@ -39,9 +39,9 @@ TERMS = 16
 PARTS, WIDE_PARTS = 2, 3
 """Parts in float16 of a number of s B or A, for W of 16 bits and for others: they hold 22 bits, or
 all."""
-NORMED = 8
+NORM_ROWS = 8
 """Rows of a block of `norms`. kernels/norm.cu has the same."""
-ROWS = 4
+WIDE_ROWS = 4
 """Rows of a thread of `merge_wide`."""
 
 
@@ -138,7 +138,7 @@ class Patches:
             floor=least_sum(kind, inner, xp=self.xp),
         )  # fmt: skip
         types = types_of(stored, chunks, chunks)
-        self.cuda.launch(arguments, types, (blocks(out, NORMED), 1, math.prod(stack)))
+        self.cuda.launch(arguments, types, (blocks(out, NORM_ROWS), 1, math.prod(stack)))
         return norm, gain
 
     def _merged(
@@ -164,7 +164,7 @@ class Patches:
             weight=stored, a=a, b=b, row_scale=row_scale, gain=gain, merged=merged,
             out=out, inner=inner, rank=a.shape[-2],
         )  # fmt: skip
-        grid = column_blocks(inner, stored), min(blocks(out, ROWS), LIMIT), math.prod(stack)
+        grid = column_blocks(inner, stored), min(blocks(out, WIDE_ROWS), LIMIT), math.prod(stack)
         self.cuda.launch(arguments, types, grid)
         return merged
 

@@ -19,6 +19,7 @@ from doraxp.backends._cupy.arrays import (
     LOW,
     DeviceArray,
     as_stored,
+    column_blocks,
     dtype_name,
     in_c_order,
     one_type,
@@ -271,9 +272,9 @@ def _plan_prepare(
         "a_is_stored": a == stored, "b_is_stored": b == stored, "out": out, "inner": inner,
         "rank": rank,
     }  # fmt: skip
-    each = THREADS * (16 // int(stored.itemsize))
     sides = blocks(rank, SIDE) if gram else 0
-    grid = sides * (sides + 1) // 2 + blocks(out * rank, each) + blocks(copied, each), 1, count
+    pairs = sides * (sides + 1) // 2
+    grid = pairs + column_blocks(out * rank, stored) + column_blocks(copied, stored), 1, count
     made = together(
         (a_shape, kind) if copied else None, (b_shape, kind),
         ((*stack, rank, rank), kind) if gram else None, ((1,), np.int32),

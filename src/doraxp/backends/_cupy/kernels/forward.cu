@@ -108,7 +108,7 @@ __device__ inline compute_t of_factor(const compute_t* factor, const compute_t* 
 }
 
 // Two numbers as `PARTS_OF_UPDATE` pairs of bfloat16, whose sums they are to 16 bits.
-enum { PARTS_OF_UPDATE = 2, STRIP_OF_UPDATE = 32 };
+enum { PARTS_OF_UPDATE = 2, STRIP_OF_UPDATE = 32, ROWS_OF_UPDATE = 32 };
 __device__ inline void two_parts(float low, float high, unsigned* parts) {
 #pragma unroll
     for (int p = 0; p < PARTS_OF_UPDATE; ++p) {
@@ -119,7 +119,8 @@ __device__ inline void two_parts(float low, float high, unsigned* parts) {
     }
 }
 
-// The tensor cores' `update`. A warp makes 32 columns of 32 rows at once, and goes down the rows.
+// The tensor cores' `update`. A warp makes STRIP_OF_UPDATE columns of ROWS_OF_UPDATE rows at once,
+// and goes down the rows.
 // With STEPS > 0 it keeps the factor of its columns, STEPS · 16 ranks, in registers.
 template <int STEPS>
 __device__ inline void update_on_tensor_cores(const compute_t* low, const compute_t* factor,
@@ -154,7 +155,8 @@ __device__ inline void update_on_tensor_cores(const compute_t* low, const comput
     const bool packed = columns % PER_THREAD == 0 && aligned(result);
     const index_t column = first + 8 * t;
     const int count = columns - column < 0 ? 0 : columns - column < 8 ? (int)(columns - column) : 8;
-    for (index_t top = (index_t)blockIdx.y * 32; top < rows; top += (index_t)gridDim.y * 32) {
+    const index_t apart = (index_t)gridDim.y * ROWS_OF_UPDATE;
+    for (index_t top = (index_t)blockIdx.y * ROWS_OF_UPDATE; top < rows; top += apart) {
         float sums[2][4][4] = {};
 #pragma unroll
         for (index_t step = 0; step < (STEPS > 0 ? STEPS : steps); ++step) {
