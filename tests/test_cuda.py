@@ -400,7 +400,7 @@ SHARED = {
     "SWATH_STEP", "SWATH_THREADS", "TERMS", "THREADS", "TILE", "TOKEN_ROWS", "WARP", "WARPS",
     "WIDE_PARTS", "WIDE_ROWS",
 }  # fmt: skip
-"""The constants that both Python and the source have: a launch's grid is made of them."""
+"""The constants that both Python and the source have: sizes of grids, blocks and arrays."""
 SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
