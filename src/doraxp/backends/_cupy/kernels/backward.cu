@@ -52,8 +52,8 @@ extern "C" __global__ void gradients(const storage_t* __restrict__ dy,
 
 enum {
     SWATH = 64,  // columns of a warp of `mixed_gradients`
-    SWATHS = 8, SWATH_STEP = 16, SWATH_RANKS = 8 * PULL_TILES,
-    SWATH_COLUMNS = SWATH * SWATHS,  // of a block
+    SWATH_COLUMNS = 512,  // of a block
+    SWATHS = SWATH_COLUMNS / SWATH, SWATH_STEP = 16, SWATH_RANKS = 8 * PULL_TILES,
     SWATH_THREADS = WARP * SWATHS
 };
 
@@ -81,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(SWATH_THREADS, 1)
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     const index_t e = blockIdx.z, rank_chunks = (rank + SWATH_RANKS - 1) / SWATH_RANKS;
     const index_t across = blockIdx.x / rank_chunks, first_rank = blockIdx.x % rank_chunks * SWATH_RANKS;
-    const index_t left = across * SWATH_COLUMNS + warp * SWATH;
+    const index_t left = (across * SWATHS + warp) * SWATH;
     const index_t begin = blockIdx.y * per_chunk;
     const index_t end = begin + per_chunk < tokens ? begin + per_chunk : tokens;
     const bool packed = out % 8 == 0 && aligned(dy, z, dz, db);
