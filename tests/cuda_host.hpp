@@ -220,17 +220,6 @@ template <typename... A> const char* signature(void (*)(A...)) {
 
 inline void __syncthreads() { host::wait(2); }
 
-inline bool __syncthreads_or(bool value) {
-    static bool any;
-    if (host::current == 0) any = false;
-    host::wait(2);
-    any = any || value;
-    host::wait(2);
-    const bool result = any;
-    host::wait(2);
-    return result;
-}
-
 template <typename T> inline T __shfl_xor_sync(unsigned, T value, int step) {
     const unsigned own = host::current;
     host::slots[own] = (double)value;

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import math
+import pkgutil
 import re
 import threading
 import types
@@ -13,8 +15,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from doraxp.backends import _cupy
 from doraxp.backends._cupy import device as _cuda
-from doraxp.backends._cupy.arrays import layout
+from doraxp.backends._cupy.arrays import column_blocks, layout
 from doraxp.backends._cupy.device import Cuda
 from doraxp.backends._cupy.parameters import (
     LEAF,
@@ -30,7 +33,7 @@ from doraxp.backends._cupy.parameters import (
     parameters_of,
 )
 from doraxp.backends._cupy.signatures import KERNELS, Cast, OverNorm
-from doraxp.backends._cupy.source import SOURCE, THREADS, Types
+from doraxp.backends._cupy.source import BUILDS, SOURCE, THREADS, Types
 
 KINDS = {2: np.float16, 14: ml_dtypes.bfloat16, 0: np.float32, 1: np.float64}
 """cudaDataType, as CUDA's library_types.h has it."""
@@ -388,6 +391,58 @@ def test_every_kernel_of_the_source_is_declared():
 def test_a_declaration_has_the_parameters_of_the_source(name):
     """Names, types, order, const, and which pointers may be null."""
     assert parameters_of(KERNELS[name]) == declared_in_the_source()[name]
+
+
+SHARED = {
+    "BAND", "BAND_THREADS", "BELOW", "BESIDE", "LEAF_BLOCK", "LEAVES", "MOST_BANDS", "NORM_ROWS",
+    "PARTS", "PULL_BELOW", "PULL_COLUMNS", "PULL_STEP", "PULL_THREADS", "RANKS", "ROWS_AT_ONCE",
+    "ROWS_OF_UPDATE", "SIDE", "STRIP", "STRIP_OF_UPDATE", "SWATH_COLUMNS", "SWATH_RANKS",
+    "SWATH_STEP", "SWATH_THREADS", "TERMS", "THREADS", "TILE", "TOKEN_ROWS", "WARP", "WARPS",
+    "WIDE_PARTS", "WIDE_ROWS",
+}  # fmt: skip
+"""The constants that both Python and the source have: sizes of grids, blocks and arrays."""
+SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+def constants_of_the_source(types):
+    """Return the constants of the source that are numbers, for arrays of these types."""
+    found, text = {}, re.sub(r"//[^\n]*", "", SOURCE)
+    entries = [
+        [part.strip() for part in entry.split("=", 1)]
+        for body in re.findall(r"^enum \{(.*?)\};", text, re.MULTILINE | re.DOTALL)
+        for entry in body.split(",")
+        if re.search(r"\b[A-Z_]+ = ", entry) and "::" not in entry
+    ]
+    for name, value in entries:
+        value = re.sub(r"sizeof\((\w+)_t\)", lambda m: str(SIZES[getattr(types, m[1])]), value)
+        value = re.sub(r"(.*) \? (.*) : (.*)", r"(\2) if (\1) else (\3)", value)
+        found[name] = eval(value.replace("/", "//"), {}, found)
+    return found
+
+
+def constants_of_python():
+    """Return the whole numbers that the backend's modules name, where each name has one value."""
+    found = {}
+    for module in pkgutil.iter_modules(_cupy.__path__):
+        for name, value in vars(importlib.import_module(f"{_cupy.__name__}.{module.name}")).items():
+            if name.isupper() and type(value) is int:
+                assert found.setdefault(name, value) == value, f"{name} has two values"
+    return found
+
+
+@pytest.mark.parametrize("types", BUILDS, ids=" ".join)
+def test_python_and_the_source_have_the_same_constants(types):
+    of_source, of_python = constants_of_the_source(types), constants_of_python()
+    assert of_source.keys() & of_python.keys() == SHARED
+    if SIZES[types.product] > 2:
+        of_python["PARTS"] = of_python["WIDE_PARTS"]
+    shared = sorted(SHARED)
+    assert [(name, of_source[name]) for name in shared] == [
+        (name, of_python[name]) for name in shared
+    ]
+    assert of_python["MOST_GROUPS"] <= of_source["BAND_WARPS"]
+    of_block, stored = of_source["PER_THREAD"] * THREADS, np.dtype(f"V{SIZES[types.storage]}")
+    assert [column_blocks(of_block + more, stored) for more in (0, 1)] == [1, 2]
 
 
 def test_a_missing_or_unknown_argument_names_itself_and_the_kernel():

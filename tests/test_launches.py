@@ -1,4 +1,4 @@
-"""How many launches each public call takes on a GPU, and how many bytes the arrays of them have.
+"""How many launches each public call takes on a GPU, and how many bytes of arrays these are given.
 
 A launch costs a few microseconds on the host and on the device. Large arrays cost their bytes.
 """
@@ -97,7 +97,12 @@ def test_a_step_of_adamw_takes_one_launch(layer, counted):
 @pytest.mark.dtypes("float16", "bfloat16")
 @pytest.mark.parametrize("rank", [3, 40])
 class TestBytes:
-    """The arrays of 16 bits that each call reads and writes. All others are as narrow as a rank."""
+    """The bytes of the 16-bit arrays that each launch is given. All others are as narrow as a rank.
+
+    An array counts once for each launch that takes it, however often the launch reads it, and twice
+    if a product is added to it. So this is what memory moves only where a launch reads an array
+    once, or finds it in the cache the other times.
+    """
 
     def test_step(self, layer, counted, rank):
         weight, adapter, config, x, dy = layer(rank, "weight")

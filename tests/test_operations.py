@@ -19,6 +19,7 @@ from doraxp.backends import (
     exact_products,
     operations,
 )
+from doraxp.backends._cupy.signatures import Norms
 
 GENERIC = Operations(array_api_compat.numpy)
 SHAPES = {
@@ -145,13 +146,20 @@ class TestOperations:
     @pytest.mark.parametrize("exact", [False, True])
     def test_gradients(self, backend, given, dtype, exact):
         """With z in W's 16 bits, all gradients are as exact, except dx: dz has 16 bits too."""
-        ops, arrays, plain, rtol = given
-        xp, kind = backend.namespace(), arrays["gain"].dtype
+        _, _, plain, _ = given
         alone = plain["weight"].shape[-2] == 1
         for name in "weight", "b":
             values = plain[name].copy()
             values[..., 0, :] *= alone  # a row of zeros
             self.change(backend, given, name, values)
+
+        for found in self.compare_gradients(backend, given, dtype, exact):
+            assert alone or not backend.numpy(found["magnitude"])[..., 0].any()
+
+    def compare_gradients(self, backend, given, dtype, exact):
+        """Compare the gradients with those in float64, and return them: for each dtype of z."""
+        ops, arrays, plain, rtol = given
+        xp, kind = backend.namespace(), arrays["gain"].dtype
 
         def made(ops, arrays, xp, z):
             found = ops.gradients(
@@ -160,7 +168,7 @@ class TestOperations:
             )  # fmt: skip
             return found._asdict()
 
-        stored = ops.operand_dtype(arrays["weight"], arrays["weight"], kind)
+        stored, all_found = ops.operand_dtype(arrays["weight"], arrays["weight"], kind), []
         for z_dtype in {kind, stored}:
             z = as_dtype(arrays["z"], z_dtype, xp=xp)
             expected = made(GENERIC, plain, array_api_compat.numpy, rounded(backend.numpy(z)))
@@ -173,7 +181,8 @@ class TestOperations:
                 assert_near(
                     backend.numpy(found[name]), desired, 4 * rtol + narrow * EPS.get(dtype, 0)
                 )
-            assert alone or not backend.numpy(found["magnitude"])[..., 0].any()
+            all_found.append(found)
+        return all_found
 
     def test_products_with_the_weight(self, backend, given):
         ops, arrays, plain, rtol = given
@@ -223,7 +232,8 @@ class TestOperations:
         assert merged.dtype == arrays["weight"].dtype
         assert_near(backend.numpy(merged), desired, rtol + EPS.get(str(dtype), 0))
 
-    def test_the_guard(self, backend, given):
+    @pytest.mark.parametrize("exact", [False, True])
+    def test_the_guard(self, backend, given, dtype, exact):
         """Every second row cancels: it is computed from V, and the other rows from factors."""
         ops, arrays, plain, rtol = given
         xp, kind = backend.namespace(), arrays["gain"].dtype
@@ -239,22 +249,17 @@ class TestOperations:
         norm, _, _, direction = measured(ops, arrays, xp)
         assert not isinstance(direction, Factored)
         assert_near(backend.numpy(norm), np.sqrt((v * v).sum(axis=-1)), 4 * rtol)
-        x, d = (as_dtype(arrays[name], kind, xp=xp) for name in ("x", "d"))
-        low = ops.product(x, xp.matrix_transpose(arrays["a"]))
-        z = direction.transposed_product(x, low, ops=ops)
-        assert_near(backend.numpy(z), plain["x"] @ v.mT, rtol)
-        dropped = 2 * x
-        low = ops.product(dropped, xp.matrix_transpose(arrays["a"]))
-        z = direction.transposed_product(x, low, dropped=dropped, ops=ops)
+        x, z = as_dtype(arrays["x"], kind, xp=xp), plain["x"] @ v.mT
         update = plain["x"] @ plain["a"].mT @ plain["b"].mT
-        assert_near(backend.numpy(z), plain["x"] @ v.mT + update, rtol)
-        low, count = ops.product(d, arrays["b"]), d.shape[-2]
-        for tokens in count, count - 1:
-            given = d * xp.ones_like(d), low * xp.ones_like(low)
-            parts = direction.product(*given, tokens, kind, ops=ops)
-            assert parts[0].shape[-2] == tokens
-            whole = np.concatenate([backend.numpy(part) for part in parts], axis=-2)
-            assert_near(whole, plain["d"] @ v, rtol)
+        gain, bias = (plain[name][..., None, :] for name in ("gain", "bias"))
+        for dropped, expected in (None, z), (2 * x, z + update):
+            low = ops.product(x if dropped is None else dropped, xp.matrix_transpose(arrays["a"]))
+            found = direction.outputs(
+                x, low, arrays["gain"], arrays["bias"], dropped=dropped, ops=ops
+            )
+            assert_near(backend.numpy(found[0]), expected, rtol)
+            assert_near(backend.numpy(found[1]), gain * expected + bias, rtol)
+        self.compare_gradients(backend, given, dtype, exact)
 
 
 @pytest.mark.parametrize("which", ["reversed", "broadcast", "pieces"])
@@ -402,17 +407,32 @@ def test_a_merge_loses_its_rounding_and_little_more(backend, put, dtype, form, l
     assert (error <= allowed).all(), np.max(error / allowed)
 
 
+def measured_to_merge(factors, magnitude, monkeypatch):
+    """Return n and g as `measure_and_merge` finds them on V."""
+    ops, seen = operations(weight=factors.weight), []
+    launch = ops.cuda.launch
+
+    def spy(arguments, *given, **named):
+        seen.extend([arguments] if isinstance(arguments, Norms) else [])
+        launch(arguments, *given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops.cuda, "launch", spy)
+        ops.patches.measure_and_merge(factors, magnitude)
+    (arguments,) = seen
+    return arguments.norm, arguments.gain
+
+
 @pytest.mark.lanes("cuda-host", "cupy")
 @pytest.mark.dtypes("bfloat16", "float32")
-def test_tensor_cores_lose_no_digits_of_a_large_rank(backend, put, dtype):
+def test_tensor_cores_lose_no_digits_of_a_large_rank(backend, put, monkeypatch, dtype):
     """They truncate their sums. If all terms have one sign, that error grows with the rank."""
     rng = np.random.default_rng(0)
     weight = put(np.zeros((20, 30)), dtype)
     a, b = (put(rng.uniform(0, 1, shape)) for shape in ((256, 30), (20, 256)))
-    ops, factors = operations(weight=weight), Factors(weight, a, b, None)
-    squares = backend.numpy(ops.patches.squares(factors, a.dtype))
+    norm, _ = measured_to_merge(Factors(weight, a, b, None), put(np.ones(20)), monkeypatch)
     lengths = np.linalg.norm(rounded(backend.numpy(b)) @ rounded(backend.numpy(a)), axis=1)
-    np.testing.assert_allclose(np.sqrt(squares), lengths, rtol=3e-7)
+    np.testing.assert_allclose(backend.numpy(norm), lengths, rtol=3e-7)
 
 
 @pytest.mark.lanes("cuda-host")
@@ -689,7 +709,7 @@ def test_merge_from_nothing_reads_the_weight_twice(backend, put, dtype, form, ra
 @pytest.mark.dtypes("float16", "bfloat16", "float32")
 @pytest.mark.parametrize("lies", ["by rows", "by columns"])
 @pytest.mark.parametrize("stack", [(), (2,)])
-def test_a_norm_and_its_gain_take_three_launches(backend, put, dtype, lies, stack):
+def test_a_norm_and_its_gain_take_three_launches(backend, put, monkeypatch, dtype, lies, stack):
     """Rows whose squares overflow or underflow are measured on V; a row of zeros has no gain."""
     rng, tiny = np.random.default_rng(0), {"float16": 2.0**-24}.get(dtype, 1e-25)
     values, b = rng.standard_normal((*stack, 37, 72)), rng.standard_normal((*stack, 37, 3))
@@ -709,17 +729,16 @@ def test_a_norm_and_its_gain_take_three_launches(backend, put, dtype, lies, stac
     )
     ops, factors = operations(weight=weight), Factors(weight, a, b, None)
     ops.cuda.launched.clear()
-    norm, gain = ops.patches.measured(factors, m.dtype, m)
-    assert ops.cuda.launched == ["tiles", "squares", "norms"]
+    norm, gain = measured_to_merge(factors, m, monkeypatch)
+    assert ops.cuda.launched == ["tiles", "squares", "norms", "merge"]
     expected = np.linalg.norm(rounded(weight) + rounded(b) @ rounded(a), axis=-1)
     np.testing.assert_allclose(rounded(norm), expected, rtol=1e-6)
     zero = expected == 0
     assert zero.any()
     np.testing.assert_allclose(rounded(gain)[~zero], (rounded(m) / norm)[~zero], rtol=1e-6)
     assert not rounded(gain)[zero].any()
-    again, none = ops.patches.norms(factors, ops.patches.squares(factors, m.dtype))
-    np.testing.assert_allclose(rounded(again), rounded(norm), rtol=1e-6)
-    assert none is None
+    plain = ops.row_norms(weight, ops.row_squares(weight, m.dtype))
+    np.testing.assert_allclose(rounded(plain), np.linalg.norm(rounded(weight), axis=-1), rtol=1e-6)
 
 
 @pytest.mark.lanes("cuda-host")

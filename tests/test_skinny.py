@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from doraxp.backends import Factors, operations
-from doraxp.backends._cupy.skinny import MOST_PAIRED, Skinny, row_chunks, row_groups
+from doraxp.backends._cupy.operations import NORMED
+from doraxp.backends._cupy.skinny import Skinny, row_chunks, row_groups
 from doraxp.backends._generic import CANCELLATION, least_sum
 
 LANES = "cuda-host", "cupy"
@@ -300,7 +301,7 @@ class TestPrepare:
         assert backend.numpy(found.any_suspect).tolist() == [0]
 
     def test_the_product_of_a_with_itself_is_made_on_request(self, backend, skinny, put, dtype):
-        a, b = put(np.ones((MOST_PAIRED + 1, 8)), dtype), put(np.ones((3, MOST_PAIRED + 1)), dtype)
+        a, b = put(np.ones((NORMED + 1, 8)), dtype), put(np.ones((3, NORMED + 1)), dtype)
         found = skinny.prepare(a, b, 0.5, wide_of(dtype), gram=False)
         assert found.gram is None
         assert (in_float64(backend, found.scaled_b) == 0.5).all()
@@ -345,25 +346,30 @@ class TestNorm:
         factors = Factors(stored, put(a, wide), put(b, wide), scale)
         return factors, put(rng.standard_normal((*stack, out)), wide)
 
-    @pytest.mark.parametrize("way", ["fused", "expanded", "by columns"])
+    @pytest.mark.dtypes(*LOW)
+    def test_all_rows_are_measured_by_one_launch(self, backend, skinny, put, dtype, form, given):
+        factors, magnitude = given
+        assert skinny.makes_u(factors.weight, magnitude.dtype, factors.lora_a.shape[-2])
+        self.check_all_rows(backend, skinny, put, form, given, "fused")
+
+    @pytest.mark.parametrize("way", ["expanded", "by columns"])
     def test_all_rows_are_measured(self, backend, skinny, put, dtype, form, given, way):
+        self.check_all_rows(backend, skinny, put, form, given, way)
+
+    def check_all_rows(self, backend, skinny, put, form, given, way):
         factors, magnitude = given
         kind, xp = magnitude.dtype, skinny.xp
         weight, a, b, scale = (
             None if array is None else in_float64(backend, array) for array in factors
         )
-        inner, rank = a.shape[-2:][::-1]
+        inner = a.shape[-1]
         v = (weight if scale is None else scale[..., None] * weight) + b @ a
         peak = np.max(np.abs(v), axis=-1, keepdims=True)
         peak[peak == 0] = 1
         n = peak[..., 0] * np.linalg.norm(v / peak, axis=-1)
         squares, gram = (weight**2).sum(-1), a @ transposed(a)
         extra = {}
-        if way == "fused":
-            if not skinny.makes_u(factors.weight, kind, rank):
-                assert wide_of(dtype) == str(dtype)
-                return
-        else:
+        if way != "fused":
             extra = {"u": put(weight @ transposed(a), kind)}
         if way == "by columns":
             stored = transposed(factors.weight).copy()
@@ -460,24 +466,23 @@ class TestNorm:
             assert suspect[1]
 
     def test_a_number_that_is_not_finite_is_marked(self, backend, skinny, put, dtype, form):
-        weight, kind = np.eye(5, 16), wide_of(dtype)
+        """A has a 0 in its column, and their product is NaN."""
+        weight, a, kind = np.eye(5, 16), np.eye(2, 16), wide_of(dtype)
         weight[1, 3], weight[2, 4] = np.inf, np.nan
-        ones = put(np.ones(5), kind)
-        factors = Factors(
-            put(weight, dtype), put(np.eye(2, 16), kind), put(np.ones((5, 2)), kind),
-            None if form == "weight" else ones,
-        )  # fmt: skip
+        with np.errstate(invalid="ignore"):
+            u, squares = weight @ a.T, (weight**2).sum(-1)
+        scale = put(1 / np.sqrt(squares), kind) if form == "direction" else None
+        factors = Factors(put(weight, dtype), put(a, kind), put(np.ones((5, 2)), kind), scale)
         flag = backend.asarray(np.zeros(1, "int32"))
-        u = None if skinny.makes_u(factors.weight, kind, 2) else put(weight[:, :2], kind)
-        squares = put((weight**2).sum(-1), kind)
+        extra = {} if skinny.makes_u(factors.weight, kind, 2) else {"u": put(u, kind)}
         found = skinny.measure(
-            factors, put(np.eye(2), kind), squares, ones, flag, 1e-30, CANCELLATION, u=u
-        )
-        if form == "weight":
-            assert backend.numpy(found.suspect).tolist() == [False, True, True, False, False]
-            assert np.isnan(in_float64(backend, found.norm)).tolist() == [
-                False, True, True, False, False
-            ]  # fmt: skip
+            factors, put(np.eye(2), kind), put(squares, kind), put(np.ones(5), kind), flag, 1e-30,
+            CANCELLATION, **extra,
+        )  # fmt: skip
+        expected = [False, True, True, False, False]
+        assert backend.numpy(found.suspect).tolist() == expected
+        assert np.isnan(in_float64(backend, found.norm)).tolist() == expected
+        assert backend.numpy(flag).tolist() == [1]
 
 
 @pytest.mark.once

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from doraxp._base.ranks import sums
 from doraxp._base.scalars import check_flag, check_kind
@@ -25,7 +25,7 @@ from doraxp._core.prepared import (
     prepare_checked,
     prepare_with_product,
 )
-from doraxp.backends import Norm, Operations, as_dtype, operations, transpose
+from doraxp.backends import Norm, Operations, ProductDirection, as_dtype, operations, transpose
 
 
 class Cache(NamedTuple):
@@ -282,7 +282,8 @@ def _outputs(
         z, y = direction.outputs(inputs.seen, low, gain, bias, base, inputs.update_only, ops=ops)
         return low, z, y
     # Each rank has its part of L and of z. One sum over the ranks adds both up.
-    z = direction.transposed_product(inputs.seen, low, base, inputs.update_only, ops=ops)
+    whole = cast(ProductDirection, direction)
+    z = whole.transposed_product(inputs.seen, low, base, inputs.update_only, ops=ops)
     z, low = sums(prepared.reduce, z, low, xp=ops.xp)
     return low, *ops.forward_epilogue(z, None, None, gain, bias)
 

@@ -54,24 +54,38 @@ class Direction(Protocol):
     def factors(self) -> Factors:
         """The arrays of which V is made."""
 
-    def transposed_product(
-        self, x: Array, low: Array, base: Consumed | None = None, dropped: Array | None = None,
-        *, ops: Arithmetic,
-    ) -> Array:  # fmt: skip
-        """Return z = x Vᵀ: (*stack, tokens, in) -> (*stack, tokens, out).
+    def outputs(
+        self, x: Array, low: Array, gain: Array, bias: Array | None,
+        base: Consumed | None = None, dropped: Array | None = None, *, ops: Arithmetic,
+    ) -> tuple[Array, Array]:  # fmt: skip
+        """Return z = x Vᵀ and y = g⊙z + bias: (*stack, tokens, in) -> twice (*stack, tokens, out).
 
         `low` is L = x Aᵀ, and `base` is x Wᵀ where the caller knows it. With `dropped` = x~, x~
         is the input of the update s B A: z = ρ⊙(x Wᵀ) + L (s B)ᵀ with L = x~ Aᵀ.
         """
 
-    def outputs(
-        self, x: Array, low: Array, gain: Array, bias: Array | None,
-        base: Consumed | None = None, dropped: Array | None = None, *, ops: Arithmetic,
-    ) -> tuple[Array, Array]:  # fmt: skip
-        """Return z as `transposed_product` does, and y = g⊙z + bias: (*stack, tokens, out).
+    def dense(self, *, ops: Arithmetic) -> Array:
+        """Return V, shape (*stack, out, in), in the compute dtype."""
 
-        Where z has to be summed over ranks before y, the caller uses `transposed_product`.
+    def with_weight(self, weight: Array) -> Direction:
+        """Return the direction with another object for W.
+
+        A product with the direction needs a W with the same numbers.
         """
+
+
+class ProductDirection(Direction, Protocol):
+    """A direction with the products that the generic operations need, and a forward with `reduce`.
+
+    A backend that overrides `norm_and_direction` and `gradients` may do without them: its own
+    direction is then a `Direction` alone, for calls without `reduce`.
+    """
+
+    def transposed_product(
+        self, x: Array, low: Array, base: Consumed | None = None, dropped: Array | None = None,
+        *, ops: Arithmetic,
+    ) -> Array:  # fmt: skip
+        """Return the z of `outputs`. The caller sums it over the ranks before it makes y."""
 
     def product(
         self, d: Consumed, d_b: Consumed, tokens: int, dtype: DType,
@@ -88,15 +102,6 @@ class Direction(Protocol):
         """Return V Aᵀ, (*stack, out, rank), given U + s B G, which is V Aᵀ by the factors alone.
 
         Only the rows of V that are stored are multiplied by Aᵀ anew.
-        """
-
-    def dense(self, *, ops: Arithmetic) -> Array:
-        """Return V, shape (*stack, out, in), in the compute dtype."""
-
-    def with_weight(self, weight: Array) -> Direction:
-        """Return the direction with another object for W.
-
-        A product with the direction needs a W with the same numbers.
         """
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import array_api_compat
 
@@ -30,7 +30,14 @@ from doraxp._base.types import (
     Reduce,
     Snapshot,
 )
-from doraxp.backends._direction import Dense, Direction, Factored, Factors, form
+from doraxp.backends._direction import (
+    Dense,
+    Direction,
+    Factored,
+    Factors,
+    ProductDirection,
+    form,
+)
 from doraxp.backends._dtypes import as_dtype, compute_dtype, transpose
 
 # The expanded n² is a sum of terms that may cancel. A row is trusted if n² is above this fraction
@@ -190,7 +197,8 @@ class Operations:
         `round_later` it is in the compute dtype, and the caller rounds it later. `exact` asks for
         the gradient through the norm, `with_bias` for Σ_tokens dy.
         """
-        tokens, scaled_b = d.shape[-2], norm.direction.factors.scaled_b
+        tokens, direction = d.shape[-2], cast(ProductDirection, norm.direction)
+        scaled_b = direction.factors.scaled_b
         rows, rows_b, dm, p, dbias = self.output_gradients(
             d, z, norm.gain, norm.norm, scaled_b, exact=exact, with_bias=with_bias
         )
@@ -201,9 +209,7 @@ class Operations:
         db *= scaling
         da = self.product(transpose(dz_b), x)
         # rows V = [dz V; (q⊙(s B))ᵀ V]
-        dx, pull = norm.direction.product(
-            rows, rows_b, tokens, dtype, round_later=round_later, ops=self
-        )
+        dx, pull = direction.product(rows, rows_b, tokens, dtype, round_later=round_later, ops=self)
         if p is not None:
             da += pull
         return LayerGradients(dx, da, db, dm, p, dbias)
@@ -275,7 +281,7 @@ class Operations:
 
     def _measure_on_v(
         self, trusted: Array, norm: Consumed, factors: Factors, reduce: Reduce | None
-    ) -> tuple[Array, Direction]:
+    ) -> tuple[Array, ProductDirection]:
         """Return the norms and V. In rows that are not trusted, the norm is measured on V.
 
         Here V is stored whole, unless the host can read that every row is trusted: the standard

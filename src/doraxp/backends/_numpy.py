@@ -27,6 +27,7 @@ from doraxp.backends._direction import (
     Direction,
     Factored,
     Factors,
+    ProductDirection,
     form,
     see_dropped,
     split_rows,
@@ -247,7 +248,7 @@ class NumpyOperations(Operations):
 
     def _measure_on_v(
         self, trusted: NumpyArray, norm: ConsumedArray, factors: Factors, reduce: Reduce | None
-    ) -> tuple[NumpyArray, Direction]:
+    ) -> tuple[NumpyArray, ProductDirection]:
         """Compute only the rows of V that are not trusted, and store those whose norm is not 0."""
         patches = []
         for element, rows in _indices(~trusted):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from doraxp._base.types import DType, Namespace
 from doraxp.backends._cupy.source import THREADS, Types, blocks
-from doraxp.backends._direction import Factors
 from doraxp.backends._dtypes import transpose
 
 LOW = ("float16", "bfloat16")
@@ -63,9 +62,6 @@ def together(*wanted: tuple[tuple[int, ...], DType] | None) -> Together:
     return Together(size, tuple(places))
 
 
-FactorsT = TypeVar("FactorsT", Factors, PlainWeight)
-
-
 @functools.cache
 def dtype_name(dtype: DType) -> str:
     """Return the name of a dtype. NumPy needs a microsecond or two to build it."""
@@ -75,11 +71,6 @@ def dtype_name(dtype: DType) -> str:
 def name_of(array: DeviceArray) -> str:
     """Return the name of the array's dtype."""
     return dtype_name(array.dtype)
-
-
-def wide_dtype(array: DeviceArray) -> DType:
-    """Return float32 for 16 bits, else the array's own dtype."""
-    return np.dtype(np.float32) if name_of(array) in LOW else array.dtype
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from doraxp._base.types import DType, Namespace
 from doraxp.backends._cupy.arrays import LOW, DeviceArray, name_of, packed
 from doraxp.backends._cupy.direction import DevicePatched
 from doraxp.backends._cupy.passes import Passes, RowSums, suspect_part
-from doraxp.backends._cupy.products import FEW, PARTS, ROUNDED, Products
+from doraxp.backends._cupy.products import FEW, FLOAT_PARTS, ROUNDED, Products
 from doraxp.backends._cupy.skinny import Skinny
 from doraxp.backends._dtypes import transpose
 from doraxp.backends._generic import LayerGradients, Norm
@@ -92,9 +92,9 @@ class Backward:
         result = passes.update(low, a, kind, weight.dtype, part=part)
         # Rounded to the dtype of W, the first rows keep no more digits than W has.
         few = tokens <= FEW or dtype != weight.dtype or name_of(weight) != "bfloat16"
-        split = [(slice(None), PARTS)]
+        split = [(slice(None), FLOAT_PARTS)]
         if not few:
-            split = [(slice(tokens), ROUNDED), (slice(tokens, None), PARTS)]
+            split = [(slice(tokens), ROUNDED), (slice(tokens, None), FLOAT_PARTS)]
         for chosen, parts in split:
             out = result[..., chosen, :]
             multiply(rows[..., chosen, :], weight, kind, out=out, beta=1.0, parts=parts)

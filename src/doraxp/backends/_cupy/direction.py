@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from doraxp._base.types import Consumed, DType
-from doraxp.backends._cupy.arrays import DeviceArray, packed
-from doraxp.backends._cupy.passes import Passes, suspect_part
+from doraxp.backends._cupy.arrays import DeviceArray
+from doraxp.backends._cupy.passes import Passes
 from doraxp.backends._cupy.products import Products, is_mixed
 from doraxp.backends._cupy.suspects import Suspects, laid
-from doraxp.backends._direction import Arithmetic, Factors, form, split_rows
+from doraxp.backends._direction import Arithmetic, Factors, form
 from doraxp.backends._dtypes import transpose
 
 
@@ -29,14 +28,6 @@ class DevicePatched(NamedTuple):
     passes: Passes
     products: Products
 
-    def transposed_product(
-        self, x: DeviceArray, low: DeviceArray, base: DeviceArray | None = None,
-        dropped: DeviceArray | None = None, *, ops: Arithmetic,
-    ) -> DeviceArray:  # fmt: skip
-        """Return x Vᵀ."""
-        one = ops.xp.ones_like(self.suspects.suspect, dtype=low.dtype)  # the gain of y, unused
-        return self._outputs(x, low, one, None, dropped, None, ops=ops)[0]
-
     def outputs(
         self, x: DeviceArray, low: DeviceArray, gain: DeviceArray, bias: DeviceArray | None,
         base: DeviceArray | None = None, dropped: DeviceArray | None = None, *,
@@ -49,12 +40,6 @@ class DevicePatched(NamedTuple):
             kind = x.dtype if is_mixed(x, self.factors.weight) else gain.dtype
             suspect, factors = self.suspects.suspect, self.suspects.factors
             return self.products.token_outputs(x, factors, suspect, low, gain, bias, kind, dtype)
-        return self._outputs(x, low, gain, bias, dropped, dtype, ops=ops)
-
-    def _outputs(
-        self, x: DeviceArray, low: DeviceArray, gain: DeviceArray, bias: DeviceArray | None,
-        dropped: DeviceArray | None, dtype: DType | None, *, ops: Arithmetic,
-    ) -> tuple[DeviceArray, DeviceArray | None]:  # fmt: skip
         weight, a, scaled_b, row_scale = self.suspects.factors
         shift = None
         if dropped is not None:  # low is x~ Aᵀ, and the suspect rows take x: they lack (x~ − x) Aᵀ
@@ -64,27 +49,6 @@ class DevicePatched(NamedTuple):
         self.products.multiply(x, transpose(weight), kind, out=z, beta=1.0)
         y = self.passes.outputs(self.suspects, z, x, gain, bias, shift, dtype)
         return z, y
-
-    def product(
-        self, d: Consumed, d_b: Consumed, tokens: int, dtype: DType,
-        *, round_later: bool = False, ops: Arithmetic,
-    ) -> tuple[DeviceArray, DeviceArray]:  # fmt: skip
-        """Return d V. `CupyOperations.gradients` does without it: it has no d s B of all rows."""
-        xp, found = ops.xp, self.suspects
-        weight, a, scaled_b, row_scale = found.factors
-        trusted = xp.where(found.suspect[..., None, :], 0, d)
-        low = ops.product(trusted, scaled_b)
-        one = xp.ones_like(found.suspect, dtype=d.dtype)
-        d = packed(d, xp)
-        part = suspect_part(found, d, d, one, one, None)
-        result = self.passes.update(low, a, d.dtype, weight.dtype, part=part)
-        scaled = trusted if row_scale is None else row_scale[..., None, :] * trusted
-        self.products.multiply(scaled, weight, d.dtype, out=result, beta=1.0)
-        return split_rows(result, tokens, None if round_later else dtype, ops=ops)
-
-    def projection(self, factored: DeviceArray, *, ops: Arithmetic) -> DeviceArray:
-        """Return `factored`: the norm's kernels have replaced the suspect rows."""
-        return factored
 
     def dense(self, *, ops: Arithmetic) -> DeviceArray:
         """Return V."""

@@ -22,7 +22,7 @@ from doraxp._base.types import (
     Reduce,
 )
 from doraxp.backends._cupy.adamw import adamw
-from doraxp.backends._cupy.arrays import LOW, DeviceArray, PlainWeight, dtype_name, name_of
+from doraxp.backends._cupy.arrays import LOW, DeviceArray, dtype_name, name_of
 from doraxp.backends._cupy.backward import Backward
 from doraxp.backends._cupy.device import Cuda
 from doraxp.backends._cupy.direction import DevicePatched
@@ -38,7 +38,8 @@ from doraxp.backends._generic import CANCELLATION, LayerGradients, Norm, Operati
 MEASURED = 64
 """The largest rank for which forming V takes no longer than reading W a second time."""
 NORMED = 64
-"""The largest rank for which one launch makes s B and A Aᵀ, and another n. Beyond, products do."""
+"""The largest rank for which one launch makes s B and A Aᵀ, and another n. Beyond, products do: a
+block of `prepare_adapter` reads 8 rows of A for 16 numbers of A Aᵀ."""
 NEEDED = 80
 """Ten times the compute capability that the kernels need. It is the first with bfloat16."""
 
@@ -127,7 +128,7 @@ class CupyOperations(Operations):
 
     def row_squares(self, weight: DeviceArray, dtype: DType) -> DeviceArray:
         """Return ‖wᵢ‖² without an (out, in) temporary. W is read once."""
-        return self.patches.squares(PlainWeight(weight), dtype)
+        return self.patches.squares(weight, dtype)
 
     def row_norms(
         self, weight: DeviceArray, squares: DeviceArray, reduce: Reduce | None = None
@@ -135,7 +136,7 @@ class CupyOperations(Operations):
         """Return ‖wᵢ‖ by one launch if there is no `reduce`."""
         if reduce is not None:
             return super().row_norms(weight, squares, reduce)
-        return self.patches.norms(PlainWeight(weight), squares)[0]
+        return self.patches.norms(weight, squares)
 
     def norm_and_direction(
         self, weight: DeviceArray, adapter: Adapter, scaling: float,

@@ -41,13 +41,13 @@ LEAST, CHUNK, CHUNKS = 4, 32, 64
 """The fewest and the most tokens of a chunk, and how many chunks there are in between."""
 RUN = 4
 """Tokens that a thread of `outputs` takes. It loads gain and bias once for them."""
-STRIP, TALL = 32, 32
+STRIP_OF_UPDATE, ROWS_OF_UPDATE = 32, 32
 """Columns and rows that a warp of `update` makes at once. kernels/forward.cu has the same."""
 TILE = 8
 """Tokens, or ranks, that a thread works on at once. kernels/forward.cu has the same."""
 UPDATERS = 1024
 """About how many blocks `update` has: each keeps the factor of its columns in registers."""
-SWATH, SWATH_RANKS, SWATH_STEP, SWATH_THREADS = 512, 16, 16, 256
+SWATH_COLUMNS, SWATH_RANKS, SWATH_STEP, SWATH_THREADS = 512, 16, 16, 256
 """Columns and ranks of a block of `mixed_gradients`, tokens of a step, and threads. The kernel has
 the same."""
 BUSY = 132
@@ -128,14 +128,14 @@ class Passes:
 
     def outputs(
         self, found: Suspects, z: DeviceArray, x: DeviceArray, gain: DeviceArray,
-        bias: DeviceArray | None, shift: DeviceArray | None, dtype: DType | None,
-    ) -> DeviceArray | None:  # fmt: skip
-        """Return y = g⊙z + bias in `dtype`, after z ← ρ⊙z. Without a dtype, return None.
+        bias: DeviceArray | None, shift: DeviceArray | None, dtype: DType,
+    ) -> DeviceArray:  # fmt: skip
+        """Return y = g⊙z + bias in `dtype`, after z ← ρ⊙z.
 
         Overwrites z, (*stack, tokens, out) in C order: also the columns of suspect rows, with
         x Vᵀ + shift bᵀ.
         """
-        y = None if dtype is None else self.cuda.empty(z.shape, dtype)
+        y = self.cuda.empty(z.shape, dtype)
         if z.size == 0:
             return y
         xp, (weight, a, b, row_scale) = self.xp, found.factors
@@ -307,7 +307,7 @@ def _plan_update(
         "out": out,
     }  # fmt: skip
     if np.dtype(dtype).itemsize == 2:
-        across, each = blocks(columns, STRIP * WARPS), TALL
+        across, each = blocks(columns, STRIP_OF_UPDATE * WARPS), ROWS_OF_UPDATE
     else:
         across, each = column_blocks(columns, storage), TILE
     down = min(blocks(rows, each), max(1, UPDATERS // max(1, across)), LIMIT)
@@ -322,7 +322,7 @@ def _plan_mixed(
     shape: tuple[int, ...], rank: int, dtype: DType, compute: DType, total: bool
 ) -> Plan:
     *stack, tokens, out = shape
-    across = blocks(out, SWATH)
+    across = blocks(out, SWATH_COLUMNS)
     others = across * blocks(rank, SWATH_RANKS)
     each, chunks = _long_chunks(tokens, others * math.prod(stack))
     along = (*stack, chunks, out), compute

@@ -38,9 +38,9 @@ TERMS = 16
 """Terms of the sum over the rank that tensor cores add up at once."""
 PARTS, WIDE_PARTS = 2, 3
 """Parts in float16 of a number of s B or A: in mixed precision they hold 22 bits, else all."""
-NORMED = 8
+NORM_ROWS = 8
 """Rows of a block of `norms`. kernels/norm.cu has the same."""
-ROWS = 4
+WIDE_ROWS = 4
 """Rows of a thread of `merge_wide`."""
 
 
@@ -52,6 +52,9 @@ class Update(NamedTuple):
     rank: int
 
 
+NO_UPDATE = Update(None, None, 0)
+
+
 class Patches:
     """The operations that form V."""
 
@@ -60,32 +63,21 @@ class Patches:
 
     # The norm
 
-    def squares(self, factors: Factors | PlainWeight, dtype: DType) -> DeviceArray:
-        """Return ‖Vᵢ‖² by rows, in `dtype`. W is read once, in the order in which it is stored."""
-        stored, turned = as_stored(factors.weight, self.xp)
-        update = self._update(factors, turned, _types(stored, dtype))
-        return self.products.sum_chunks(self._chunks(stored, turned, factors, update, dtype))
+    def squares(self, weight: DeviceArray, dtype: DType) -> DeviceArray:
+        """Return ‖wᵢ‖² by rows, in `dtype`. W is read once, in the order in which it is stored."""
+        stored, turned = as_stored(weight, self.xp)
+        chunks = self._chunks(stored, turned, PlainWeight(weight), NO_UPDATE, dtype)
+        return self.products.sum_chunks(chunks)
 
-    def norms(
-        self, factors: Factors | PlainWeight, squares: DeviceArray,
-        magnitude: DeviceArray | None = None,
-    ) -> tuple[DeviceArray, DeviceArray | None]:  # fmt: skip
-        """Return n = ‖Vᵢ‖ from `squares`, ‖Vᵢ‖², and g = m / n for a `magnitude`, by one launch.
+    def norms(self, weight: DeviceArray, squares: DeviceArray) -> DeviceArray:
+        """Return ‖wᵢ‖ from `squares`, ‖wᵢ‖², by one launch.
 
-        The launch forms V where a square is out of range.
+        The launch reads W where a square is out of range.
         """
-        stored, turned = as_stored(factors.weight, self.xp)
+        stored, turned = as_stored(weight, self.xp)
         chunks = self.xp.reshape(squares, (*squares.shape[:-1], 1, squares.shape[-1]))
-        return self._norms(stored, turned, factors, packed(chunks, self.xp), magnitude)
-
-    def measured(
-        self, factors: Factors | PlainWeight, dtype: DType, magnitude: DeviceArray | None = None
-    ) -> tuple[DeviceArray, DeviceArray | None]:
-        """Return n = ‖Vᵢ‖ in `dtype`, and g = m / n for a `magnitude`. W is read once."""
-        stored, turned = as_stored(factors.weight, self.xp)
-        update = self._update(factors, turned, _types(stored, dtype))
-        chunks = self._chunks(stored, turned, factors, update, dtype)
-        return self._norms(stored, turned, factors, chunks, magnitude)
+        plain = PlainWeight(weight)
+        return self._norms(stored, turned, plain, packed(chunks, self.xp), None)[0]
 
     # Merging
 
@@ -144,7 +136,7 @@ class Patches:
             floor=least_sum(kind, inner, xp=self.xp),
         )  # fmt: skip
         types = types_of(stored, chunks, chunks)
-        self.cuda.launch(arguments, types, (blocks(out, NORMED), 1, math.prod(stack)))
+        self.cuda.launch(arguments, types, (blocks(out, NORM_ROWS), 1, math.prod(stack)))
         return norm, gain
 
     def _merged(
@@ -170,14 +162,12 @@ class Patches:
             weight=stored, a=a, b=b, row_scale=row_scale, gain=gain, merged=merged,
             out=out, inner=inner, rank=a.shape[-2],
         )  # fmt: skip
-        grid = column_blocks(inner, stored), min(blocks(out, ROWS), LIMIT), math.prod(stack)
+        grid = column_blocks(inner, stored), min(blocks(out, WIDE_ROWS), LIMIT), math.prod(stack)
         self.cuda.launch(arguments, types, grid)
         return merged
 
-    def _update(self, factors: Factors | PlainWeight, turned: bool, types: Types) -> Update:
+    def _update(self, factors: Factors, turned: bool, types: Types) -> Update:
         """Return s B and A in parts, in the order in which tensor cores load them."""
-        if factors.lora_a is None:
-            return Update(None, None, 0)
         a, b = (packed(array, self.xp) for array in factors[1:3])
         *stack, rank, inner = a.shape
         out = b.shape[-2]

@@ -18,6 +18,7 @@ from doraxp._base.types import DType, Namespace
 from doraxp.backends._cupy.arrays import (
     LOW,
     DeviceArray,
+    column_blocks,
     common_dtype,
     dtype_name,
     for_blas,
@@ -42,7 +43,7 @@ TOKEN_ROWS = 2
 """Rows of a warp of `token`. kernels/token.cu has the same."""
 NARROW = 256
 """The most rows or columns of a factor that the kernels for a factor as narrow as a rank take."""
-PARTS, ROUNDED = 3, 2
+FLOAT_PARTS, ROUNDED = 3, 2
 """Parts of 8 bits that hold all 24 bits of a float32, and those whose product is rounded to 8."""
 _NO_UPDATE: dict[str, None] = dict.fromkeys(
     ("a", "b", "row_scale", "suspect", "low_rank", "gain", "bias")
@@ -171,7 +172,8 @@ class Products:
 
     def multiply(
         self, left: DeviceArray, right: DeviceArray, dtype: DType, *,
-        out: DeviceArray | None = None, beta: float = 0.0, parts: int = PARTS, whole: bool = False,
+        out: DeviceArray | None = None, beta: float = 0.0, parts: int = FLOAT_PARTS,
+        whole: bool = False,
     ) -> DeviceArray:  # fmt: skip
         """Return out ← left right + beta out in `dtype`, one element of the stack at a time.
 
@@ -261,21 +263,21 @@ class Products:
         rows = wide if on_left else transpose(wide)  # (few, k)
         parts, shrink = self._split(rows, low)
         few, k = rows.shape
-        parts, low = xp.reshape(parts, (PARTS * few, k)), for_blas(low, xp)
+        parts, low = xp.reshape(parts, (FLOAT_PARTS * few, k)), for_blas(low, xp)
         if on_left:
-            products = self.cuda.empty((PARTS * few, low.shape[1]), xp.float32)
+            products = self.cuda.empty((FLOAT_PARTS * few, low.shape[1]), xp.float32)
             self.cuda.gemm(parts, low, products, 0.0)
         else:
-            products = self.cuda.empty((low.shape[0], PARTS * few), xp.float32)
+            products = self.cuda.empty((low.shape[0], FLOAT_PARTS * few), xp.float32)
             self.cuda.gemm(low, transpose(parts), products, 0.0)
         arguments = SumParts(
             products=products, shrink=shrink, result=out, size=out.size, columns=out.shape[1],
-            parts=PARTS, on_left=on_left, beta=beta,
+            parts=FLOAT_PARTS, on_left=on_left, beta=beta,
         )  # fmt: skip
         self.cuda.launch(arguments, one_type(out), (blocks(out.size, THREADS), 1, 1))
 
     def _split(
-        self, rows: DeviceArray, low: DeviceArray, count: int = PARTS
+        self, rows: DeviceArray, low: DeviceArray, count: int = FLOAT_PARTS
     ) -> tuple[DeviceArray, DeviceArray | None]:
         """Return the parts of `rows`, (count, few, k), in the dtype of `low`; and `shrink`.
 
@@ -313,7 +315,7 @@ class Products:
         if array.size:
             types = Types(dtype_name(np.dtype(dtype)), "float32", "float32")
             arguments = Cast(array=array, result=result, size=array.size)
-            self.cuda.launch(arguments, types, (blocks(array.size, THREADS * 8), 1, 1))
+            self.cuda.launch(arguments, types, (column_blocks(array.size, result), 1, 1))
         return result
 
 

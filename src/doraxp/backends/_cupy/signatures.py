@@ -136,7 +136,7 @@ class Outputs(NamedTuple):
     row_scale: ConstCompute | None
     gain: ConstCompute
     bias: ConstCompute | None
-    y: Void | None
+    y: Void
     stored: Int
     any: ConstInts
     suspect: ConstMarks

@@ -19,6 +19,7 @@ from doraxp.backends._cupy.arrays import (
     LOW,
     DeviceArray,
     as_stored,
+    column_blocks,
     dtype_name,
     in_c_order,
     one_type,
@@ -50,8 +51,6 @@ SIDE = 4
 """Ranks on each side of the part of A Aᵀ that a block of `prepare_adapter` makes."""
 ROWS_AT_ONCE = 4
 """Rows that a warp of `expanded_norm` makes at once. kernels/adapter.cu has the same."""
-MOST_PAIRED = 64
-"""The largest rank for which `prepare_adapter` makes A Aᵀ: each block reads 8 rows of A."""
 PULL_COLUMNS, PULL_STEP, PULL_THREADS = 128, 16, 192
 """Columns of a block of `pull`, which takes one tile, rows of a step, and threads."""
 PULL_BELOW = 3
@@ -62,23 +61,32 @@ PULLING = 264
 """Blocks of `pull` that a GPU of 132 multiprocessors runs at once: two on each."""
 
 
-class Prepared(NamedTuple):
-    """The adapter's own arrays."""
+class PreparedAdapter(NamedTuple):
+    """The adapter's own arrays, in the compute dtype."""
 
-    lora_a: DeviceArray  # (*stack, rank, in), in the compute dtype
-    scaled_b: DeviceArray  # s B, (*stack, out, rank)
-    gram: DeviceArray | None  # A Aᵀ, (*stack, rank, rank)
-    any_suspect: DeviceArray  # (1,) int32: 0, until the norm finds a suspect row
+    lora_a: DeviceArray
+    """A, (*stack, rank, in)."""
+    scaled_b: DeviceArray
+    """b = s B, (*stack, out, rank)."""
+    gram: DeviceArray | None
+    """A Aᵀ, (*stack, rank, rank); None where it was not asked for."""
+    any_suspect: DeviceArray
+    """Whether the norm has found a suspect row, (1,) int32: 0 so far."""
 
 
 class Measured(NamedTuple):
     """The norm, and the arrays that follow from it by rows."""
 
-    norm: DeviceArray  # n, (*stack, out)
-    gain: DeviceArray  # g = m / n
-    unit: DeviceArray  # V Aᵀ / n, (*stack, out, rank)
-    gained: DeviceArray  # g⊙b, (*stack, out, rank), and 0 in suspect rows
-    suspect: DeviceArray  # (*stack, out) bool: the suspect rows that are not zeros
+    norm: DeviceArray
+    """n = ‖V‖ by rows, (*stack, out)."""
+    gain: DeviceArray
+    """g = m / n, and 0 where n = 0, (*stack, out)."""
+    unit: DeviceArray
+    """V Aᵀ / n, and 0 where n = 0, (*stack, out, rank)."""
+    gained: DeviceArray
+    """g⊙b, and 0 in suspect rows, (*stack, out, rank)."""
+    suspect: DeviceArray
+    """The marks of suspect rows that are not rows of zeros, (*stack, out) bool."""
 
 
 class Skinny:
@@ -162,7 +170,7 @@ class Skinny:
     def prepare(
         self, lora_a: DeviceArray, lora_b: DeviceArray, scaling: float, dtype: DType, *,
         gram: bool = True,
-    ) -> Prepared:  # fmt: skip
+    ) -> PreparedAdapter:  # fmt: skip
         """Return A and s B in `dtype`, A Aᵀ for `gram`, and a 0 for suspect rows, by one launch.
 
         A itself is returned if it is in C order and of `dtype`.
@@ -178,7 +186,7 @@ class Skinny:
             scaling=scaling, **plan.numbers,
         )  # fmt: skip
         self.cuda.launch(kernel, plan.types, plan.grid)
-        return Prepared(lora_a if wide_a is None else wide_a, scaled_b, pairs, found)
+        return PreparedAdapter(lora_a if wide_a is None else wide_a, scaled_b, pairs, found)
 
     def measure(
         self, factors: Factors, gram: DeviceArray, squares: DeviceArray | None,
@@ -264,9 +272,9 @@ def _plan_prepare(
         "a_is_stored": a == stored, "b_is_stored": b == stored, "out": out, "inner": inner,
         "rank": rank,
     }  # fmt: skip
-    each = THREADS * (16 // int(stored.itemsize))
     sides = blocks(rank, SIDE) if gram else 0
-    grid = sides * (sides + 1) // 2 + blocks(out * rank, each) + blocks(copied, each), 1, count
+    pairs = sides * (sides + 1) // 2
+    grid = pairs + column_blocks(out * rank, stored) + column_blocks(copied, stored), 1, count
     made = together(
         (a_shape, kind) if copied else None, (b_shape, kind),
         ((*stack, rank, rank), kind) if gram else None, ((1,), np.int32),

@@ -13,11 +13,13 @@ struct Leaf {
 };
 
 // Passed by value: a launch needs no copy to the device before it.
-struct Leaves {
-    Leaf leaf[36];  // LEAVES in parameters.py
+enum {
+    LEAVES = 36,
+    LEAF_BLOCK = 4 * THREADS  // numbers of a leaf that a block updates
 };
-
-enum { LEAF_BLOCK = 4 * THREADS };  // numbers of a leaf that a block updates
+struct Leaves {
+    Leaf leaf[LEAVES];
+};
 
 __device__ inline compute_t typed(const void* array, index_t i, int type) {
     if (type == 0) return (compute_t)wide(((const half_t*)array)[i]);

@@ -109,7 +109,7 @@ struct NormArrays {
 enum {
     TEAM = 8,  // lanes that share a row
     ROWS_AT_ONCE = WARP / TEAM,
-    MEASURED = 16  // ranks for which a warp forms V once
+    FORMED_RANKS = 16  // ranks for which a warp forms V once
 };
 
 __device__ inline compute_t team_sum(compute_t value) {
@@ -139,16 +139,16 @@ __device__ inline compute_t measure_row(const NormArrays& of, index_t row) {
         total += part * part;
     }
     const compute_t n = peak * sqrt(warp_sum(total));  // NaN where V has a NaN
-    for (index_t r0 = 0; r0 < of.rank; r0 += MEASURED) {
-        compute_t sums[MEASURED];
-        for (int j = 0; j < MEASURED; ++j) sums[j] = 0;
+    for (index_t r0 = 0; r0 < of.rank; r0 += FORMED_RANKS) {
+        compute_t sums[FORMED_RANKS];
+        for (int j = 0; j < FORMED_RANKS; ++j) sums[j] = 0;
 #pragma unroll 1
         for (index_t k = lane; k < of.inner && n != 0; k += WARP) {
             const compute_t value = v(k);
-            for (int j = 0; j < MEASURED; ++j)
+            for (int j = 0; j < FORMED_RANKS; ++j)
                 if (r0 + j < of.rank) sums[j] += a[(r0 + j) * of.inner + k] * value;
         }
-        for (int j = 0; j < MEASURED; ++j) {
+        for (int j = 0; j < FORMED_RANKS; ++j) {
             const compute_t value = warp_sum(sums[j]);
             if (lane == 0 && r0 + j < of.rank)
                 of.unit[row * of.rank + r0 + j] = n != 0 ? value / n : (compute_t)0;

@@ -52,7 +52,8 @@ extern "C" __global__ void gradients(const storage_t* __restrict__ dy,
 
 enum {
     SWATH = 64,  // columns of a warp of `mixed_gradients`
-    SWATHS = 8, SWATH_STEP = 16, SWATH_RANKS = 8 * PULL_TILES,
+    SWATH_COLUMNS = 512,  // of a block
+    SWATHS = SWATH_COLUMNS / SWATH, SWATH_STEP = 16, SWATH_RANKS = 8 * PULL_TILES,
     SWATH_THREADS = WARP * SWATHS
 };
 

@@ -3,13 +3,12 @@
 // z ← ρ⊙z and y = g⊙z + bias.
 // grid (out / (PER_THREAD THREADS), any, stack)
 // 2 (z) + 2 (y) = 4 bytes, and with ρ + 2 (z), where z is bfloat16
-// `y` is null if it is not wanted. In the columns of suspect rows z is x Vᵀ + shift bᵀ instead, with
-// `shift` (stack, tokens, rank), or null for 0. x and y are arrays of storage_t if `stored`, else of
-// compute_t.
+// In the columns of suspect rows z is x Vᵀ + shift bᵀ instead, with `shift` (stack, tokens, rank), or
+// null for 0. x and y are arrays of storage_t if `stored`, else of compute_t.
 extern "C" __global__ void outputs(
     product_t* z, const compute_t* row_scale /* or null */, const compute_t* gain,
-    const compute_t* bias /* or null */, void* y /* or null */, int stored,
-    const int* any, const unsigned char* suspect, const storage_t* weight, int turned,
+    const compute_t* bias /* or null */, void* y, int stored, const int* any,
+    const unsigned char* suspect, const storage_t* weight, int turned,
     const compute_t* a, const compute_t* b, const void* x, const compute_t* shift /* or null */,
     index_t tokens, index_t out, index_t inner, index_t rank) {
     const index_t column = ((index_t)blockIdx.x * blockDim.x + threadIdx.x) * PER_THREAD;
@@ -32,7 +31,6 @@ extern "C" __global__ void outputs(
                 for (int j = 0; j < PER_THREAD; ++j) value[j] *= scale[j];
                 store(z + at, value, count, packed);
             }
-            if (!y) continue;
 #pragma unroll
             for (int j = 0; j < PER_THREAD; ++j)
                 value[j] = bias ? g[j] * value[j] + offset[j] : g[j] * value[j];
@@ -60,7 +58,6 @@ extern "C" __global__ void outputs(
                 value += shift[(e * tokens + t) * rank + r] * b[row * rank + r];
             const index_t at = (e * tokens + t) * out + row % out;
             z[at] = narrow<product_t>(value);
-            if (!y) continue;
             const compute_t result = bias ? gain[row] * value + bias[row] : gain[row] * value;
             if (stored) ((storage_t*)y)[at] = narrow<storage_t>(result);
             else ((compute_t*)y)[at] = result;
@@ -111,7 +108,7 @@ __device__ inline compute_t of_factor(const compute_t* factor, const compute_t* 
 }
 
 // Two numbers as `PARTS_OF_UPDATE` pairs of bfloat16, whose sums they are to 16 bits.
-enum { PARTS_OF_UPDATE = 2, STRIP_OF_UPDATE = 32 };
+enum { PARTS_OF_UPDATE = 2, STRIP_OF_UPDATE = 32, ROWS_OF_UPDATE = 32 };
 __device__ inline void two_parts(float low, float high, unsigned* parts) {
 #pragma unroll
     for (int p = 0; p < PARTS_OF_UPDATE; ++p) {
@@ -122,7 +119,8 @@ __device__ inline void two_parts(float low, float high, unsigned* parts) {
     }
 }
 
-// The tensor cores' `update`. A warp makes 32 columns of 32 rows at once, and goes down the rows.
+// The tensor cores' `update`. A warp makes STRIP_OF_UPDATE columns of ROWS_OF_UPDATE rows at once,
+// and goes down the rows.
 // With STEPS > 0 it keeps the factor of its columns, STEPS · 16 ranks, in registers.
 template <int STEPS>
 __device__ inline void update_on_tensor_cores(const compute_t* low, const compute_t* factor,
@@ -157,7 +155,8 @@ __device__ inline void update_on_tensor_cores(const compute_t* low, const comput
     const bool packed = columns % PER_THREAD == 0 && aligned(result);
     const index_t column = first + 8 * t;
     const int count = columns - column < 0 ? 0 : columns - column < 8 ? (int)(columns - column) : 8;
-    for (index_t top = (index_t)blockIdx.y * 32; top < rows; top += (index_t)gridDim.y * 32) {
+    const index_t apart = (index_t)gridDim.y * ROWS_OF_UPDATE;
+    for (index_t top = (index_t)blockIdx.y * ROWS_OF_UPDATE; top < rows; top += apart) {
         float sums[2][4][4] = {};
 #pragma unroll
         for (index_t step = 0; step < (STEPS > 0 ? STEPS : steps); ++step) {

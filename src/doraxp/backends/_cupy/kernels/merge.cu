@@ -4,7 +4,8 @@
 struct alignas(16) Tile { unsigned item[4]; };
 
 enum {
-    PARTS = sizeof(product_t) == 2 ? 2 : 3,  // parts of a number in float16: see `tiles`
+    WIDE_PARTS = 3,
+    PARTS = sizeof(product_t) == 2 ? 2 : WIDE_PARTS,  // of a number in float16: see `tiles`
     TERMS = 16,             // terms of the sum over the rank that tensor cores add up at once
     DOWN = 2, ACROSS = 2,   // tiles of a warp: 32 rows by 32 columns
     STRIP = 32,             // rows, and columns, of a warp
@@ -347,10 +348,11 @@ extern "C" __global__ void __launch_bounds__(PATCH_THREADS, sizeof(compute_t) ==
     }
 }
 
-enum { ROWS = 4 };  // rows of W that a thread works on at once: it reads A once for all of them
+enum { WIDE_ROWS = 4 };  // rows of W that a thread works on at once: it reads A once for them
 
 // merged = W' in double, which tensor cores cannot compute.
-// grid (in / (PER_THREAD THREADS), out / ROWS, stack)   8 (W) + 8 (W') = 16 bytes, A from the cache
+// grid (in / (PER_THREAD THREADS), out / WIDE_ROWS, stack)
+// 8 (W) + 8 (W') = 16 bytes, A from the cache
 extern "C" __global__ void merge_wide(const storage_t* __restrict__ weight,
                                       const compute_t* __restrict__ a,
                                       const compute_t* __restrict__ b,
@@ -362,17 +364,18 @@ extern "C" __global__ void merge_wide(const storage_t* __restrict__ weight,
     if (k >= inner) return;
     const bool packed = inner % PER_THREAD == 0 && aligned(weight, a, merged);
     const int count = inner - k < PER_THREAD ? (int)(inner - k) : PER_THREAD;
-    for (index_t i0 = (index_t)blockIdx.y * ROWS; i0 < out; i0 += (index_t)gridDim.y * ROWS) {
-        compute_t update[ROWS][PER_THREAD];
+    const index_t apart = (index_t)gridDim.y * WIDE_ROWS;
+    for (index_t i0 = (index_t)blockIdx.y * WIDE_ROWS; i0 < out; i0 += apart) {
+        compute_t update[WIDE_ROWS][PER_THREAD];
 #pragma unroll
-        for (int i = 0; i < ROWS; ++i)
+        for (int i = 0; i < WIDE_ROWS; ++i)
 #pragma unroll
             for (int j = 0; j < PER_THREAD; ++j) update[i][j] = 0;
         for (index_t r = 0; r < rank; ++r) {
             compute_t right[PER_THREAD];
             load(a + (e * rank + r) * inner + k, right, count, packed);
 #pragma unroll
-            for (int i = 0; i < ROWS; ++i) {
+            for (int i = 0; i < WIDE_ROWS; ++i) {
                 const index_t row = i0 + i < out ? i0 + i : out - 1;
                 const compute_t left = b[(e * out + row) * rank + r];
 #pragma unroll
@@ -380,7 +383,7 @@ extern "C" __global__ void merge_wide(const storage_t* __restrict__ weight,
             }
         }
 #pragma unroll
-        for (int i = 0; i < ROWS; ++i) {
+        for (int i = 0; i < WIDE_ROWS; ++i) {
             if (i0 + i >= out) break;
             const index_t row = e * out + i0 + i;
             compute_t value[PER_THREAD];

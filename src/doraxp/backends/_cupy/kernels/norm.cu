@@ -20,9 +20,9 @@ __device__ inline compute_t formed_norm(const storage_t* weight, int turned, con
 
 // norm = ‖V‖ by rows, from the chunks of ‖V‖²; and with `magnitude`, gain = m / n, 0 where n = 0.
 // A row whose square is not in floor..∞ is measured on V itself.
-// grid (out / NORMED, 1, stack)                        4 `chunks` + 4 bytes of (out,), and 8 for g
+// grid (out / NORM_ROWS, 1, stack)                     4 `chunks` + 4 bytes of (out,), and 8 for g
 // The sums of neighbouring rows of a chunk are neighbours: a block reads 32 bytes of each chunk.
-enum { NORMED = 8 };  // rows of a block
+enum { NORM_ROWS = 8 };  // rows of a block
 extern "C" __global__ void norms(const compute_t* partial, const storage_t* weight, int turned,
                                  const compute_t* a /* or null */,
                                  const compute_t* b /* or null */,
@@ -30,17 +30,17 @@ extern "C" __global__ void norms(const compute_t* partial, const storage_t* weig
                                  const compute_t* magnitude /* or null */, compute_t* norm,
                                  compute_t* gain /* or null */, index_t chunks, index_t out,
                                  index_t inner, index_t rank, compute_t floor) {
-    enum { GROUPS = THREADS / NORMED };  // each adds up every GROUPS-th chunk
-    __shared__ compute_t sums[GROUPS][NORMED];
-    const index_t e = blockIdx.z, first = (index_t)blockIdx.x * NORMED;
-    const int own = threadIdx.x % NORMED, group = threadIdx.x / NORMED;
+    enum { GROUPS = THREADS / NORM_ROWS };  // each adds up every GROUPS-th chunk
+    __shared__ compute_t sums[GROUPS][NORM_ROWS];
+    const index_t e = blockIdx.z, first = (index_t)blockIdx.x * NORM_ROWS;
+    const int own = threadIdx.x % NORM_ROWS, group = threadIdx.x / NORM_ROWS;
     compute_t total = 0;
 #pragma unroll 8
     for (index_t c = group; c < chunks; c += GROUPS)
         if (first + own < out) total += partial[(e * chunks + c) * out + first + own];
     sums[group][own] = total;
     __syncthreads();
-    for (int r = 0; r < NORMED && first + r < out; ++r) {
+    for (int r = 0; r < NORM_ROWS && first + r < out; ++r) {
         const index_t row = e * out + first + r;
         compute_t square = 0;
 #pragma unroll
