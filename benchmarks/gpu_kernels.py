@@ -24,12 +24,11 @@ from unittest import mock
 
 import cupy
 import ml_dtypes
+import numpy as np
 from device_figures import append
 
 import doraxp
-from doraxp.backends import exact_products, reduced_precision
-from doraxp.backends._cupy.arrays import Together
-from doraxp.backends._cupy.device import Cuda
+from doraxp.backends import exact_products, operations, reduced_precision
 
 BFLOAT16 = "bfloat16"
 SHAPES = [
@@ -160,12 +159,13 @@ def separate_arrays() -> Iterator[None]:
     Else CuPy's pool rounds sizes up, and the backend makes several arrays in one allocation.
     """
     cupy.cuda.set_allocator(None)
-    with mock.patch.object(Cuda, "empties", separately):
+    cuda: Any = operations(x=cupy.empty(1, np.float32)).cuda  # what the backend allocates with
+    with mock.patch.object(type(cuda), "empties", separately):
         yield
 
 
-def separately(cuda: Cuda, together: Together) -> list[Any]:
-    """Return the arrays of `Cuda.empties`, each in its own allocation."""
+def separately(cuda: Any, together: Any) -> list[Any]:
+    """Return the arrays that the backend makes together, each in its own allocation."""
     return [each and cuda.empty(each.shape, each.kind) for each in together.places]
 
 

@@ -233,6 +233,32 @@ def test_exact_products_round_only_results(backend, dtype, config, dropout):
     assert max(shares(found, expected(case, dtype)).values()) <= 1
 
 
+@pytest.mark.dtypes("float16", "bfloat16")
+@pytest.mark.parametrize("dropout", [None, "input", "low_rank"])
+@pytest.mark.parametrize("block", [backends.exact_products, contextlib.nullcontext])
+def test_a_backward_is_as_exact_as_its_forward(backend, dtype, dropout, block):
+    config = Config(4, 8.0, dropout=dropout or "input")
+    case = mixed.layer(config, mask=dropout is not None)
+    arrays = {
+        name: backend.asarray(
+            array.astype(np.float32 if name in Adapter._fields else mixed.KINDS[dtype])
+        )
+        for name, array in case.stored(dtype).items()
+    }
+    adapter = Adapter(*(arrays[name] for name in Adapter._fields))
+    with block():
+        _, cache = backend.run(
+            doraxp.forward, arrays["x"], arrays["weight"], adapter, config,
+            dropout_mask=arrays.get("dropout_mask"),
+        )  # fmt: skip
+        same = backend.run(doraxp.backward, arrays["dy"], cache)
+    for other in (backends.exact_products, contextlib.nullcontext):
+        with other():
+            found = backend.run(doraxp.backward, arrays["dy"], cache)
+        for one, wanted in zip((found.x, *found.adapter), (same.x, *same.adapter), strict=True):
+            np.testing.assert_array_equal(backend.numpy(one), backend.numpy(wanted))
+
+
 @pytest.mark.dtypes("bfloat16")
 def test_exact_products_end_with_their_block_and_nest(backend, dtype):
     case = mixed.layer(Config(4, 8.0))

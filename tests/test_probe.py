@@ -344,6 +344,8 @@ def test_the_sums_of_kernels_of_each_call_are_kept(scripts, tmp_path, monkeypatc
 def test_calls_for_a_tool_are_made_once_without_a_memory_pool(scripts, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu_kernels.py", "--calls", "small"])
     monkeypatch.setattr(scripts.gpu_kernels, "profiled", lambda _: pytest.fail("profiled"))
+    own = types.SimpleNamespace(cuda=Cuda())
+    monkeypatch.setattr(scripts.gpu_kernels, "operations", lambda x: own)
     scripts.gpu_kernels.main()
     assert scripts.cupy.built == [None]
     names = [layer.name for layer in scripts.gpu_kernels.SMALL]
@@ -362,7 +364,10 @@ def test_layers_for_which_no_time_is_left_are_named(scripts, tmp_path, monkeypat
     assert capsys.readouterr().out.count("All calls were made: ") == 2
 
 
-def test_for_a_tool_no_two_arrays_share_an_allocation(scripts):
+def test_for_a_tool_no_two_arrays_share_an_allocation(scripts, monkeypatch):
+    own = types.SimpleNamespace(cuda=Cuda())
+    monkeypatch.setattr(scripts.cupy, "empty", np.empty, raising=False)
+    monkeypatch.setattr(scripts.gpu_kernels, "operations", lambda x: own)
     wanted = together(((3,), "float32"), None, ((2, 0), "int32"), ((5, 2), ml_dtypes.bfloat16))
     kept = Cuda.empties
     with scripts.gpu_kernels.separate_arrays():

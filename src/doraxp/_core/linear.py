@@ -237,9 +237,9 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     check_output_gradient(dy, (*x.shape[:-1], weight.shape[-2]))
     check_unwritten(prepared, ops=ops)
 
-    kind = ops.operand_dtype(dy, weight, dtype, masked=mask is not None)
+    kind = ops.operand_dtype(dy, weight, dtype, masked=mask is not None, z=z.dtype)
     d = as_tokens(dy, weight, kind, xp=ops.xp)
-    inputs = _inputs(x, mask, weight, config, dtype, ops=ops)
+    inputs = _inputs(x, mask, weight, config, dtype, z.dtype, ops=ops)
     known = Norm(prepared.norm, prepared.gain, prepared.unit_projection, prepared.direction)
     dx, da, db, dm, p, dbias = ops.gradients(
         d, inputs.dropped, low_rank, z, known, config.scaling, x.dtype,
@@ -258,10 +258,11 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
 
 
 def _inputs(
-    x: Array, mask: Array | None, weight: Array, config: Config, dtype: DType, *, ops: Operations
-) -> _Inputs:
-    """Return x, x~, and the one of the two that is the input of ρ⊙W."""
-    kind = ops.operand_dtype(x, weight, dtype, masked=mask is not None)
+    x: Array, mask: Array | None, weight: Array, config: Config, dtype: DType,
+    z: DType | None = None, *, ops: Operations,
+) -> _Inputs:  # fmt: skip
+    """Return x, x~, and the one of the two that is the input of ρ⊙W. `z` is its dtype if known."""
+    kind = ops.operand_dtype(x, weight, dtype, masked=mask is not None, z=z)
     whole = as_tokens(x, weight, kind, xp=ops.xp)
     if mask is None:
         return _Inputs(whole, whole, whole)

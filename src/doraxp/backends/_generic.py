@@ -117,13 +117,15 @@ class Operations:
         return array
 
     def operand_dtype(
-        self, array: Array, weight: Array, dtype: DType, *, masked: bool = False
-    ) -> DType:
+        self, array: Array, weight: Array, dtype: DType, *, masked: bool = False,
+        z: DType | None = None,
+    ) -> DType:  # fmt: skip
         """Return the dtype in which products take x or dy: here `dtype`, the compute dtype.
 
         A backend whose products of two 16-bit arrays come out in the compute dtype returns the
         array's own dtype. That saves a cast. `masked` says that the array will be multiplied by a
-        dropout mask, in the dtype that is returned.
+        dropout mask, in the dtype that is returned. In a backward, `z` is the dtype in which the
+        forward stored z: the backward rounds as the forward did.
         """
         return dtype
 

@@ -89,12 +89,14 @@ class CupyOperations(Operations):
             )
 
     def operand_dtype(
-        self, array: DeviceArray, weight: DeviceArray, dtype: DType, *, masked: bool = False
-    ) -> DType:
+        self, array: DeviceArray, weight: DeviceArray, dtype: DType, *, masked: bool = False,
+        z: DType | None = None,
+    ) -> DType:  # fmt: skip
         """Return the own dtype of an x or dy of 16 bits like W: tensor cores take them as is."""
         own = array.dtype
         low = own == weight.dtype and dtype_name(own) in LOW and dtype == np.float32
-        return own if low and not (masked and is_exact()) else dtype
+        exact = is_exact() if z is None else z == dtype
+        return own if low and not (masked and exact) else dtype
 
     # Products
 
