@@ -897,10 +897,7 @@ def test_no_kernel_reads_behind_an_array(backend, monkeypatch, dtype, out, inner
         return made
 
     expected = work(lambda array: array)
-    monkeypatch.setattr(
-        cuda_host.HostCuda, "empty",
-        lambda *given: before_a_wall(empty(*given)),
-    )  # fmt: skip
+    monkeypatch.setattr(cuda_host.HostCuda, "empty", lambda *given: before_a_wall(empty(*given)))
     for one, desired in zip(work(before_a_wall), expected, strict=True):
         assert_near(one, rounded(desired), 4e-6 + EPS.get(str(one.dtype), 0))
 
