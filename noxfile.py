@@ -26,7 +26,7 @@ CORE = tuple(
 )
 KERNELS = [
     f"tests/test_{name}.py"
-    for name in ("cuda", "launches", "mixed_precision", "operations", "skinny")
+    for name in ("launches", "mixed_precision", "operations", "optimizers", "skinny", "testing")
 ]
 NO_OVERRIDES = ("strict", "jax", "dask")  # their operations are the generic ones
 PEFT = (

@@ -25,7 +25,7 @@ grows with the update.
 """
 
 
-def run(backend, case, dtype, wide=()):
+def run(backend, case, dtype, wide=(), reduce=None):
     """Return the results of a layer, by the names of `expected`, and z.
 
     The arrays have the values of `dtype`; the adapter and those named `wide` are of float32.
@@ -40,10 +40,11 @@ def run(backend, case, dtype, wide=()):
     mask = arrays.get("dropout_mask")
 
     def step(x, weight, adapter, dy, bias, mask):
-        prepared = doraxp.prepare(weight, adapter, case.config)
+        prepared = doraxp.prepare(weight, adapter, case.config, reduce=reduce)
         y, cache = doraxp.forward(
-            x, weight, adapter, case.config, bias=bias, prepared=prepared, dropout_mask=mask
-        )
+            x, weight, adapter, case.config, bias=bias, prepared=prepared, dropout_mask=mask,
+            reduce=reduce,
+        )  # fmt: skip
         found = doraxp.backward(dy, cache, train_base=True)
         return {
             "norm": prepared.norm,
@@ -121,18 +122,18 @@ def test_only_the_rounding_of_z_reaches_the_adapter(backend, dtype, config, toke
     assert max(shares(found, mixed.expected_from(found["z"], case, dtype)).values()) <= 1
 
 
-def cancelling(config, dtype):
-    """Return a layer in which W and s B A cancel in every eighth row."""
-    case = mixed.layer(config, update=1.0, out=40)
+def cancelling(config, dtype, every=8, **shape):
+    """Return a layer in which W and s B A cancel in one row of `every` few."""
+    case = mixed.layer(config, update=1.0, **{"out": 40, **shape})
     arrays = case.stored(dtype)
     length = np.linalg.norm(arrays["weight"], axis=-1, keepdims=True)
     rho = 1 / length if config.form == "direction" else 1.0
     update = config.scaling * arrays["lora_b"] @ arrays["lora_a"] / rho
     weight = case.arrays["weight"].copy()
-    weight[::8] = 0.01 * weight[::8] - update[::8]
+    weight[::every] = 0.01 * weight[::every] - update[::every]
     b = arrays["lora_b"].astype(float)
     if config.form == "direction":
-        b[::8] *= length[::8] / np.linalg.norm(weight[::8], axis=-1, keepdims=True)
+        b[::every] *= length[::every] / np.linalg.norm(weight[::every], axis=-1, keepdims=True)
     return mixed.changed(case, weight=weight, lora_b=b)
 
 
@@ -154,6 +155,49 @@ def test_rows_that_cancel_are_made_from_an_x_and_a_dy_of_two_dtypes(backend, dty
     wanted = expected(case, dtype, precision=precision)
     assert is_mixed(found) == (precision == "mixed")
     assert max(shares(found, wanted).values()) <= 1
+
+
+@pytest.mark.dtypes("float16", "bfloat16")
+@pytest.mark.parametrize(("form", "rank"), [("weight", 40), ("direction", 70)])
+def test_ends_of_blocks_and_of_ranks_are_within_the_bounds(backend, dtype, form, rank):
+    """No length fills the last block, and two rows cancel."""
+    config = Config(rank, float(rank), form=form)
+    case = cancelling(config, dtype, every=200, out=301, inner=141, tokens=37)
+    found = run(backend, case, dtype)
+    assert is_mixed(found)
+    assert max(shares(found, expected(case, dtype, precision="mixed")).values()) <= 1
+
+
+@pytest.mark.dtypes("bfloat16")
+@pytest.mark.parametrize("form", ["weight", "direction"])
+def test_a_block_that_takes_its_rows_in_two_steps_adds_both_up(backend, dtype, form):
+    """More than 2048 rows: a block of the norm's gradient takes 256 of them, 128 at once."""
+    case = mixed.layer(Config(4, 8.0, form=form), out=2100, inner=9, tokens=3, update=2.0)
+    found = run(backend, case, dtype)
+    given_z = mixed.expected_from(found["z"], case, dtype)
+    assert given_z["da"].share(found["da"]) <= 1
+
+
+@pytest.mark.dtypes("bfloat16", "float32")
+@pytest.mark.parametrize("norm_gradient", ["exact", "detached"])
+def test_the_gradients_of_a_tiny_row_are_finite(backend, dtype, norm_gradient):
+    """p / n of the row is above the range of float32, but p b / n is not."""
+    case = mixed.layer(Config(4, 8.0, norm_gradient=norm_gradient), update=1.0)
+    weight, b = case.arrays["weight"].copy(), case.arrays["lora_b"].copy()
+    weight[5] *= 1e-22
+    b[5] *= 1e-22
+    case = mixed.changed(case, weight=weight, lora_b=b)
+    found = run(backend, case, dtype)
+    precision = "mixed" if dtype != "float32" else "exact"
+    assert max(shares(found, expected(case, dtype, precision=precision)).values()) <= 1
+
+
+@pytest.mark.dtypes("float16", "bfloat16", "float32")
+def test_a_layer_whose_input_axis_is_split_is_computed_exactly(backend, dtype, config):
+    """V is stored, and no number is rounded beside the results."""
+    case = mixed.layer(config)
+    found = run(backend, case, dtype, reduce=lambda array: array)
+    assert max(shares(found, expected(case, dtype)).values()) <= 1
 
 
 @pytest.mark.dtypes("float16", "bfloat16")

@@ -6,7 +6,12 @@ one number later. There are more tokens than one chunk, more columns than one bl
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import mmap
+
 import array_api_compat.numpy
+import cuda_host
 import numpy as np
 import pytest
 
@@ -324,6 +329,19 @@ def test_few_rows_in_float32_read_the_weight_once(backend, put, dtype):
     assert_near(ops.product(d, weight), rounded(d) @ rounded(weight), 1e-6)
 
 
+@pytest.mark.dtypes("float16", "bfloat16")
+def test_columns_of_a_factor_that_differ_in_size_keep_their_digits(backend, dtype):
+    """A product with float16 scales each column of the other factor. 300 are more than a rank."""
+    rng, xp = np.random.default_rng(0), backend.namespace()
+    sizes = 2.0 ** rng.integers(-60, 61, (300, 1))
+    weight = backend.asarray(rng.standard_normal((24, 16)).astype(backend_dtype(dtype)))
+    factor = backend.asarray((sizes * rng.standard_normal((300, 16))).astype("float32"))
+    made = operations(weight=weight).product(weight, xp.matrix_transpose(factor))
+    w, f = (rounded(backend.numpy(array)) for array in (weight, factor))
+    error = np.abs(rounded(backend.numpy(made)) - w @ f.T)
+    assert np.max(error / (np.abs(w) @ np.abs(f).T)) <= 1e-6
+
+
 @pytest.mark.dtypes("float16", "bfloat16", "float32", "float64")
 @pytest.mark.parametrize("form", ["weight", "direction"])
 @pytest.mark.parametrize("lies", ["by rows", "by columns"])
@@ -376,8 +394,8 @@ def half_a_unit(values, dtype):
 def test_a_merge_loses_its_rounding_and_little_more(backend, put, dtype, form, lies, rank):
     """Beside its rounding, W' differs by 2^-20 of the terms that it is a sum of, or less.
 
-    Rows of b differ by up to 2^160. Strips of 32 columns of A differ by up to 2^40, and columns
-    of a strip by up to 2^10. One row cancels.
+    Rows of b differ by up to 2^160, and one is near the smallest numbers. Strips of 32 columns of
+    A differ by up to 2^40, and columns of a strip by up to 2^10. One row cancels.
     """
     rng, xp = np.random.default_rng(rank), backend.namespace()
     b = rng.standard_normal((70, rank)) * 2.0 ** rng.integers(-80, 81, (70, 1))
@@ -385,7 +403,9 @@ def test_a_merge_loses_its_rounding_and_little_more(backend, put, dtype, form, l
     a = rng.standard_normal((rank, 136)) * 2.0 ** (strips - rng.integers(0, 11, 136))
     a[:, :32] = 0
     b[3] = 0
+    b[7] = 2.0**-115 * rng.standard_normal(rank)
     values = rng.standard_normal((70, 136))
+    values[7] = 0
     gain = 1 / np.linalg.norm(values + b @ a, axis=1)
     b, a = put(b), put(a)
     values[5] = -rounded(backend.numpy(b))[5] @ rounded(backend.numpy(a))
@@ -637,6 +657,25 @@ def test_a_suspect_row_is_formed_in_double(backend, put):
     np.testing.assert_allclose(rounded(norm), np.linalg.norm(v, axis=1), rtol=1e-6)
 
 
+@pytest.mark.dtypes("bfloat16", "float32", "float64")
+def test_the_norm_of_an_adapter_whose_squares_underflow(backend, dtype):
+    """A Aᵀ is 0, but B is so large that B A is not small beside W."""
+    rng, wide = np.random.default_rng(0), "float64" if dtype == "float64" else "float32"
+    small, large = (1e-165, 1e150) if dtype == "float64" else (1e-23, 1e18)
+    arrays = {
+        "weight": (small * large * rng.standard_normal((6, 24))).astype(backend_dtype(dtype)),
+        "a": (small * rng.standard_normal((3, 24))).astype(wide),
+        "b": (large * rng.standard_normal((6, 3))).astype(wide),
+        "gain": np.ones(6, wide),
+    }
+    w, a, b, _ = map(rounded, arrays.values())
+    expected = small * large * np.linalg.norm((w + b @ a) / (small * large), axis=1)
+    arrays = {name: backend.asarray(array) for name, array in arrays.items()} | {"row_scale": None}
+    norm, *_ = measured(operations(weight=arrays["weight"]), arrays, backend.namespace())
+    rtol = 1e-13 if dtype == "float64" else 1e-6
+    np.testing.assert_allclose(rounded(backend.numpy(norm)), expected, rtol=rtol)
+
+
 @pytest.mark.lanes("cuda-host")
 def test_an_adapter_of_zeros_has_no_suspect_rows(backend, put):
     weight, a, b = (
@@ -649,7 +688,10 @@ def test_an_adapter_of_zeros_has_no_suspect_rows(backend, put):
 @pytest.mark.lanes("cuda-host", "cupy")
 @pytest.mark.parametrize("form", ["weight", "direction"])
 def test_dx_loses_only_its_rounding(backend, put, form):
-    """x and dy of many tokens in bfloat16 give the gradients of the same numbers in float32."""
+    """x and dy of many tokens in bfloat16 give the gradients of the same numbers in float32.
+
+    And those in float32 lose none of their digits.
+    """
     rng, config = np.random.default_rng(0), doraxp.Config(3, form=form)
     weight, x, dy = (
         put(rng.standard_normal(shape), "bfloat16") for shape in ((24, 16), (1100, 16), (1100, 24))
@@ -667,6 +709,11 @@ def test_dx_loses_only_its_rounding(backend, put, form):
     np.testing.assert_array_less(error, 2.0**-8 * np.abs(dx_wide) + 2.0**-16 * np.max(dx_wide))
     for one, other in zip(grads, grads_wide, strict=True):
         assert_near(one, rounded(other), 2e-6)
+    w, x, dy, *leaves = (rounded(backend.numpy(array)) for array in (weight, x, dy, *adapter))
+    base = w / np.linalg.norm(w, axis=1, keepdims=True) if form == "direction" else w
+    v = base + config.scaling * leaves[1] @ leaves[0]
+    gain = leaves[2] / np.linalg.norm(v, axis=1)
+    assert_near(dx_wide, gain * dy @ v, 2e-6)
 
 
 def _leaves(gradients):
@@ -710,12 +757,17 @@ def test_merge_from_nothing_reads_the_weight_twice(backend, put, dtype, form, ra
 @pytest.mark.parametrize("lies", ["by rows", "by columns"])
 @pytest.mark.parametrize("stack", [(), (2,)])
 def test_a_norm_and_its_gain_take_three_launches(backend, put, monkeypatch, dtype, lies, stack):
-    """Rows whose squares overflow or underflow are measured on V; a row of zeros has no gain."""
+    """Rows whose squares overflow or underflow are measured on V; a row of zeros has no gain.
+
+    The squares of one row keep only a few digits.
+    """
     rng, tiny = np.random.default_rng(0), {"float16": 2.0**-24}.get(dtype, 1e-25)
     values, b = rng.standard_normal((*stack, 37, 72)), rng.standard_normal((*stack, 37, 3))
     values[..., 3, :], b[..., 3, :] = 0, 0
     values[..., 9, :] *= tiny
     b[..., 9, :] = 0
+    values[..., 11, :] *= max(tiny, 1e-21)
+    b[..., 11, :] = 0
     b[..., 20, :] *= 1e25
     values[..., 36, 5] = np.nan
     if lies == "by rows":
@@ -780,3 +832,112 @@ def test_a_merge_with_a_known_norm_takes_two_launches(backend, put, dtype):
     launched.clear()
     doraxp.merge(weight, adapter, config, prepared=prepared)
     assert launched == ["tiles", "merge"]
+
+
+@pytest.mark.lanes("cuda-host")
+@pytest.mark.dtypes("bfloat16", "float32", "float64")
+@pytest.mark.parametrize(
+    "alone", ["weight", "x", "d", "a", "b", "low_rank", "gain", "bias", "z", "row_scale"]
+)
+def test_one_array_alone_may_begin_between_two_packs(backend, dtype, alone):
+    """The emulated device stops at an access that is not aligned to its width."""
+    rng, wide = np.random.default_rng(0), "float64" if dtype == "float64" else "float32"
+    shapes = {
+        "weight": (16, 24), "x": (3, 24), "d": (3, 16), "a": (4, 24), "b": (16, 4),
+        "low_rank": (3, 4), "gain": (16,), "bias": (16,), "z": (3, 16), "row_scale": (16,),
+    }  # fmt: skip
+    values = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    values["row_scale"] = inverse_lengths(values["weight"])
+    xp, made = backend.namespace(), []
+    for misaligned in None, alone:
+        arrays = {}
+        for name, array in values.items():
+            kind = backend_dtype(dtype if name in ("weight", "x", "d") else wide)
+            memory = backend.asarray(np.zeros(array.size + 1, kind))[int(name == misaligned) :]
+            arrays[name] = memory[: array.size].reshape(array.shape)
+            arrays[name][...] = array
+            assert (arrays[name].ctypes.data % 16 != 0) == (name == misaligned)
+        ops = operations(weight=arrays["weight"])
+        norm = measured(ops, arrays, xp)
+        x, d, low, gain, bias = (arrays[n] for n in ("x", "d", "low_rank", "gain", "bias"))
+        for context in contextlib.nullcontext, exact_products:
+            with context():
+                z, y = norm.direction.outputs(x, low, gain, bias, ops=ops)
+                merged = ops.merge(norm.direction, gain)
+            for given in arrays["z"], as_dtype(arrays["z"], z.dtype, xp=xp):
+                found = ops.gradients(
+                    d, x, low, given, norm, 1.0, gain.dtype, exact=True, with_bias=True,
+                    round_later=False,
+                )  # fmt: skip
+                made.append([*norm[:3], z, y, merged, *(g for g in found if g is not None)])
+    half = len(made) // 2
+    for aligned, other in zip(made[:half], made[half:], strict=True):
+        for one, desired in zip(other, aligned, strict=True):
+            assert_near(one, rounded(desired), 4e-6 + EPS.get(str(one.dtype), 0))
+
+
+def before_a_wall(values):
+    """Return a copy of an array. Whoever reads behind its end ends the process."""
+    size = -(-values.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    wall = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + size
+    protect = ctypes.CDLL(None).mprotect
+    assert protect(ctypes.c_void_p(wall), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    array = np.frombuffer(memory, np.uint8, values.nbytes, size - values.nbytes)
+    array = array.view(values.dtype).reshape(values.shape)
+    array[...] = values
+    return array.view(type(values))
+
+
+@pytest.mark.lanes("cuda-host")
+@pytest.mark.dtypes("float16", "bfloat16", "float32", "float64")
+@pytest.mark.parametrize(("out", "inner", "rank"), [(37, 40, 4), (40, 41, 35)])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_no_kernel_reads_behind_an_array(backend, monkeypatch, dtype, out, inner, rank, tokens):
+    """No length fills its blocks. One row cancels."""
+    rng, wide = np.random.default_rng(0), "float64" if dtype == "float64" else "float32"
+    a, b = rng.standard_normal((rank, inner)), rng.standard_normal((out, rank))
+    weight = rng.standard_normal((out, inner))
+    weight[3] = -1.02 * b[3] @ a
+    shapes = (tokens, inner), (tokens, out), (out,), (out,)
+    x, dy, m, bias = (rng.standard_normal(shape) for shape in shapes)
+    stored = [array.astype(backend_dtype(dtype)) for array in (weight, x, dy)]
+    stored += [array.astype(wide) for array in (a, b, m, bias)]
+    config, empty = doraxp.Config(rank), cuda_host.HostCuda.empty
+
+    def work(put):
+        weight, x, dy, a, b, m, bias = (put(backend.asarray(array)) for array in stored)
+        adapter, made = doraxp.Adapter(a, b, m), []
+        for context in contextlib.nullcontext, exact_products:
+            with context():
+                y, cache = doraxp.forward(x, weight, adapter, config, bias=bias)
+                merged = doraxp.merge(weight, adapter, config)
+            made += [y, merged, *_leaves(doraxp.backward(dy, cache))]
+        return made
+
+    expected = work(lambda array: array)
+    monkeypatch.setattr(cuda_host.HostCuda, "empty", lambda *given: before_a_wall(empty(*given)))
+    for one, desired in zip(work(before_a_wall), expected, strict=True):
+        assert_near(one, rounded(desired), 4e-6 + EPS.get(str(one.dtype), 0))
+
+
+@pytest.mark.lanes("cuda-host")
+@pytest.mark.dtypes("bfloat16", "float32", "float64")
+def test_factors_and_gains_may_lie_with_gaps(backend, dtype):
+    rng, wide = np.random.default_rng(0), "float64" if dtype == "float64" else "float32"
+
+    def gaps(*shape, kind=wide):
+        values = rng.standard_normal((*shape, 2)).astype(backend_dtype(kind))
+        return backend.asarray(values)[..., 0]
+
+    weight, a, b, gain = gaps(24, 16, kind=dtype), gaps(3, 16), gaps(24, 3), gaps(24)
+    ops = operations(weight=weight)
+    merged = ops.merge(Factored(Factors(weight, a, b, None)), gain)
+    plain = [rounded(array) for array in (weight, a, b)]
+    desired = GENERIC.merge(Factored(Factors(*plain, None)), rounded(gain))
+    assert_near(merged, desired, 1e-6 + EPS.get(dtype, 0))
+    if dtype == "bfloat16":
+        other = gaps(40, 16, kind=dtype), gaps(40, 3)
+        found = ops.skinny.pull(b, weight, other[1], other[0])
+        w, f = rounded(other[0]), rounded(other[1])
+        assert_near(found, plain[2].T @ plain[0] + f.T @ w, 1e-6)
