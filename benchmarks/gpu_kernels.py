@@ -159,7 +159,7 @@ def separate_arrays() -> Iterator[None]:
     Else CuPy's pool rounds sizes up, and the backend makes several arrays in one allocation.
     """
     cupy.cuda.set_allocator(None)
-    cuda: Any = operations(x=cupy.empty(1, np.float32)).cuda  # what the backend allocates with
+    cuda: Any = operations(x=cupy.empty(1, np.float32)).cuda  # it allocates the arrays
     with mock.patch.object(type(cuda), "empties", separately):
         yield
 
