@@ -5,17 +5,21 @@ A launch costs a few microseconds on the host and on the device. Large arrays co
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 import doraxp
-from doraxp import Adapter, Config
+from doraxp import Adapter, Config, backends
 from doraxp.backends import operations
 
 pytestmark = pytest.mark.lanes("cuda-host")
 OUT, INNER, TOKENS = 96, 160, 80
 STEP, NORM, MERGE, TOKEN = 14, 3, 2, 2
+PAGE = Path(__file__).parents[1] / "docs" / "backends" / "cupy.md"
 
 
 @pytest.fixture
@@ -83,6 +87,75 @@ class TestLaunches:
         prepared = doraxp.prepare(weight, adapter, config)
         launched, _ = counted(doraxp.forward, x, weight, adapter, config, prepared=prepared)
         assert len(launched) <= TOKEN, launched
+
+
+def rows_of_the_page(pattern):
+    return re.findall(pattern, PAGE.read_text("utf-8"), re.MULTILINE)
+
+
+@pytest.mark.dtypes("float16", "bfloat16")
+@pytest.mark.parametrize("form", ["weight", "direction"])
+def test_a_step_has_the_launches_of_the_page_in_their_order(layer, counted, form):
+    weight, adapter, config, x, dy = layer(16, form)
+    previous = doraxp.prepare(weight, adapter, config)
+    launched, _ = counted(step, x, dy, weight, adapter, config, previous)
+    listed = rows_of_the_page(r"^\| \d+ \| `?(\w+)`? \|")
+    assert launched == [name.replace("product", "gemm") for name in listed]
+
+
+STEPS = {
+    "step, 16 bits, rank ≤ 32 / ≤ 64 / above": [("bfloat16", rank) for rank in (32, 64, 65)],
+    "step, float32, rank ≤ 64 / above": [("float32", rank) for rank in (64, 65)],
+}
+
+
+@pytest.mark.dtypes("bfloat16", "float32")
+@pytest.mark.parametrize("row", STEPS)
+def test_a_step_takes_as_many_launches_as_the_page_says(layer, counted, dtype, row):
+    (said,) = rows_of_the_page(rf"^\| {row} \| ([\d /]+) \|$")
+    for (kind, rank), count in zip(STEPS[row], said.split(" / "), strict=True):
+        if kind == dtype:
+            weight, adapter, config, x, dy = layer(rank, "weight")
+            previous = doraxp.prepare(weight, adapter, config)
+            launched, _ = counted(step, x, dy, weight, adapter, config, previous)
+            assert len(launched) == int(count), launched
+
+
+@pytest.mark.dtypes("bfloat16", "float32")
+def test_other_calls_take_as_many_launches_as_the_page_says(layer, counted, dtype):
+    def said(call):
+        (row,) = rows_of_the_page(rf"^\| {call} \| ([\d /]+) \|$")
+        return [int(count) for count in row.split(" / ")]
+
+    def launches(function, *args, **kwargs):
+        return len(counted(function, *args, **kwargs)[0])
+
+    low = dtype == "bfloat16"
+    weight, adapter, config, x, dy = layer(16, "weight")
+    known = doraxp.prepare(weight, adapter, config)
+    _, cache = doraxp.forward(x, weight, adapter, config, prepared=known)
+    norms = said("norm, ‖w‖² known, 16 bits and rank ≤ 32 / else, rank ≤ 64")
+    assert launches(doraxp.backward, dy, cache) == said("backward, 16 bits / float32")[not low]
+    assert launches(doraxp.prepare, weight, adapter, config, previous=known) == norms[not low]
+    layers = [layer(16, form)[:3] for form in ("weight", "direction")]
+    squares = [
+        launches(doraxp.prepare, *each)
+        - launches(doraxp.prepare, *each, previous=doraxp.prepare(*each))
+        for each in layers
+    ]
+    assert squares == said("‖w‖², if it is not known: weight form / direction form")
+    merges = (
+        launches(doraxp.merge, weight, adapter, config, prepared=known),
+        launches(doraxp.merge, weight, adapter, config),
+    )
+    assert [*merges] == said("merge, n known / from nothing, weight form, rank ≤ 64")
+    assert [launches(doraxp.forward, x, weight, adapter, config, prepared=known)] == said(
+        "forward with `prepared`"
+    )
+    if low:
+        with backends.exact_products():
+            exact = launches(step, x, dy, weight, adapter, config, known)
+        assert [exact] == said("step, 16 bits, within `exact_products`, rank 16")
 
 
 @pytest.mark.dtypes("bfloat16")
