@@ -146,6 +146,21 @@ def test_rows_that_cancel_are_made_from_v(backend, dtype, config):
     assert max(shares(found, expected(case, dtype, precision="mixed")).values()) <= 1
 
 
+@pytest.mark.dtypes("float16", "bfloat16", "float32")
+@pytest.mark.parametrize("tokens", [1, 16])
+@pytest.mark.parametrize("block", [backends.exact_products, contextlib.nullcontext])
+def test_an_adapter_may_fill_a_row_of_zeros(backend, dtype, config, tokens, block):
+    """In the direction form such a row has ρ = 0, and V is s B A there."""
+    case = mixed.layer(config, tokens=tokens)
+    weight = case.arrays["weight"].copy()
+    weight[3:5] = 0
+    case = mixed.changed(case, weight=weight)
+    with block():
+        found = run(backend, case, dtype)
+    precision = "mixed" if is_mixed(found) else "exact"
+    assert max(shares(found, expected(case, dtype, precision=precision)).values()) <= 1
+
+
 @pytest.mark.dtypes("float16", "bfloat16")
 @pytest.mark.parametrize("wide", [("x",), ("dy",), ("x", "dy")], ids="-".join)
 def test_rows_that_cancel_are_made_from_an_x_and_a_dy_of_two_dtypes(backend, dtype, config, wide):

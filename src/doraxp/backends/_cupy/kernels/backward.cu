@@ -26,7 +26,7 @@ extern "C" __global__ void gradients(const storage_t* __restrict__ dy,
 #pragma unroll
     for (int j = 0; j < PER_THREAD; ++j) {
         along[j] = total[j] = 0;
-        if (j < count && row_scale) g[j] *= row_scale[e * out + column + j];
+        if (j < count) g[j] *= scale_of(row_scale, e * out + column + j);
         if (j < count && suspect[e * out + column + j]) g[j] = 0;
     }
 #pragma unroll 4
@@ -117,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(SWATH_THREADS, 1)
     for (int j = lane; j < SWATH; j += WARP) {
         const index_t at = e * out + left + j;
         const bool own = left + j < out && !suspect[at];
-        scales[warp][j] = !own ? (compute_t)0 : row_scale ? row_scale[at] * gain[at] : gain[at];
+        scales[warp][j] = own ? scale_of(row_scale, at) * gain[at] : (compute_t)0;
     }
     __syncthreads();
     const compute_t* scale = scales[warp] + 8 * g;
@@ -284,7 +284,7 @@ extern "C" __global__ void row_gradients(
             const compute_t n = norm[at], g = gain[at];
             const compute_t m = n != 0 ? over_chunks(sum_dyz, e, chunks, i, out) / n : (compute_t)0;
             const compute_t p = exact ? g * m : (compute_t)0;
-            const compute_t scale = row_scale ? row_scale[at] : (compute_t)1;
+            const compute_t scale = scale_of(row_scale, at);
             const bool hidden = suspect[at];
             for (index_t r = r0; r < r_end; ++r) {
                 const index_t own = at * rank + r;
@@ -295,7 +295,7 @@ extern "C" __global__ void row_gradients(
                 const compute_t row = hidden ? (compute_t)0 : pulled(p, n, b[own]);
                 if (pull) pull[own] = scale * row;
                 if (rows) rows[(e * (tokens + rank) + tokens + r) * out + i] = scale * row;
-                if (over) over[own] = scale != 0 ? b[own] / scale : b[own];
+                if (over) over[own] = b[own] / scale;
             }
             if (!hidden) held_p[threadIdx.x] = p, held_n[threadIdx.x] = n;
             if (blockIdx.y == 0) {

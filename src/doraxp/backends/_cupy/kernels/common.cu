@@ -172,6 +172,13 @@ __device__ inline compute_t block_max(compute_t value) {
     return most;
 }
 
+// ρ of a row, or 1 without ρ. A row with ρ = 0 is a row of zeros of W, which any ρ fits: 1 keeps the
+// update, which is divided by ρ before the product with W and multiplied by it afterwards.
+__device__ inline compute_t scale_of(const compute_t* row_scale, index_t row) {
+    const compute_t scale = row_scale ? row_scale[row] : (compute_t)1;
+    return scale != 0 ? scale : (compute_t)1;
+}
+
 // V[row, k], with V = ρ⊙W + b A and A (stack, rank, in). `b` is null if there is no update.
 // `turned` says that W is stored as (in, out). The sum is made in double: where ρ⊙W and b A cancel,
 // the small rest would show every rounding of a float sum. Few rows need this function.

@@ -22,6 +22,9 @@ extern "C" __global__ void outputs(
         load(gain + own, g, count, whole);
         if (bias) load(bias + own, offset, count, whole);
         if (row_scale) load(row_scale + own, scale, count, whole);
+#pragma unroll
+        for (int j = 0; j < PER_THREAD; ++j)
+            if (row_scale && scale[j] == 0) scale[j] = 1;  // see scale_of
         for (index_t t = blockIdx.y; t < tokens; t += gridDim.y) {
             const index_t at = (e * tokens + t) * out + column;
             compute_t value[PER_THREAD];
@@ -95,16 +98,14 @@ struct Inputs {
     }
 };
 
-// factor[column, k] / ρ for a factor (columns, rank) if `by_rows`, else (rank, columns). A row with
-// ρ = 0 is a row of zeros of W, which any ρ fits.
+// factor[column, k] / ρ for a factor (columns, rank) if `by_rows`, else (rank, columns).
 __device__ inline compute_t of_factor(const compute_t* factor, const compute_t* over, int by_rows,
                                       index_t e, index_t column, index_t k, index_t columns,
                                       index_t rank) {
     if (column >= columns || k >= rank) return 0;
     const compute_t value = factor[by_rows ? (e * columns + column) * rank + k
                                            : (e * rank + k) * columns + column];
-    const compute_t scale = over ? over[e * columns + column] : (compute_t)1;
-    return scale != 0 ? value / scale : value;
+    return value / scale_of(over, e * columns + column);
 }
 
 // Two numbers as `PARTS_OF_UPDATE` pairs of bfloat16, whose sums they are to 16 bits.
