@@ -24,10 +24,6 @@ CORE = tuple(
     f"tests/test_{name}.py"
     for name in ("backends", "checkpoint", "cli", "gradients", "layer", "linear", "optimizers")
 )
-KERNELS = [
-    f"tests/test_{name}.py"
-    for name in ("launches", "mixed_precision", "operations", "optimizers", "skinny", "testing")
-]
 NO_OVERRIDES = ("strict", "jax", "dask")  # their operations are the generic ones
 PEFT = (
     "test_peft",
@@ -124,9 +120,9 @@ def lowest(session: nox.Session) -> None:
 
 @nox.session(name="tests(cuda-host)", tags=["ci"])
 def cuda_host(session: nox.Session) -> None:
-    """Run the kernels' tests without a GPU, built by a C++ compiler; all: `-- tests`."""
+    """Run the tests on an emulated GPU, whose kernels a C++ compiler builds."""
     install(session, "test")
-    pytest(session, "--backend=cuda-host", *PARALLEL, *(session.posargs or KERNELS))
+    pytest(session, "--backend=cuda-host", *PARALLEL, *(session.posargs or ["tests"]))
     pytest(session, "docs/backends/cupy.md")
 
 
