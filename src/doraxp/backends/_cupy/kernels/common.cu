@@ -199,16 +199,24 @@ __device__ inline compute_t formed(const M* weight, int turned, const compute_t*
 //     of left   rows g, g + 8     columns 2t, 2t + 1, 2t + 8, 2t + 9    (PTX ISA, mma.m16n8k16)
 //     of right  column g          rows    2t, 2t + 1, 2t + 8, 2t + 9
 //     of sums   rows g, g + 8     columns 2t, 2t + 1
-// All lanes of the warp must come here together: `volatile` keeps the compiler from moving the
-// product into a branch that some of them take.
+// All lanes of the warp must come here together. `volatile` keeps the compiler from moving the
+// product into a branch that some of them take. `loose_product` is for sums that all lanes use:
+// there the compiler may choose the order, and needs fewer registers.
 #ifdef DORAXP_HOST
 #define tensor_product host_tensor_product
+#define loose_product host_tensor_product
 #else
+#define TENSOR_PRODUCT(QUALIFIER)                                                  \
+    asm QUALIFIER("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "           \
+                  "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+                  : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])     \
+                  : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]),        \
+                    "r"(right[0]), "r"(right[1]))
 __device__ inline void tensor_product(float* sums, const unsigned* left, const unsigned* right) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-                 : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]),
-                   "r"(right[0]), "r"(right[1]));
+    TENSOR_PRODUCT(volatile);
 }
+__device__ inline void loose_product(float* sums, const unsigned* left, const unsigned* right) {
+    TENSOR_PRODUCT();
+}
+#undef TENSOR_PRODUCT
 #endif

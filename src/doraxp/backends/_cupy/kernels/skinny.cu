@@ -107,16 +107,16 @@ template <int count> __device__ inline void neighbours(const float* from, float*
 #ifdef DORAXP_HOST
 __device__ inline void first_product(float* product, const unsigned* left, const unsigned* right) {
     for (int h = 0; h < 4; ++h) product[h] = 0;
-    tensor_product(product, left, right);
+    loose_product(product, left, right);
 }
 #else
 __device__ inline void first_product(float* product, const unsigned* left, const unsigned* right) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
-                 : "=f"(product[0]), "=f"(product[1]), "=f"(product[2]), "=f"(product[3])
-                 : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]),
-                   "r"(right[0]), "r"(right[1]),
-                   "f"(0.0f));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+        : "=f"(product[0]), "=f"(product[1]), "=f"(product[2]), "=f"(product[3])
+        : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]),
+          "r"(right[0]), "r"(right[1]),
+          "f"(0.0f));
 }
 #endif
 
@@ -133,7 +133,7 @@ __device__ inline void add_product(float* sums, const unsigned (&left)[left_part
         for (int p = 0; p < left_parts; ++p) {
             if (p > least || least - p >= right_parts) continue;
             if (is_first) first_product(fresh, left[p], right[least - p]);
-            else tensor_product(fresh, left[p], right[least - p]);
+            else loose_product(fresh, left[p], right[least - p]);
             is_first = false;
         }
 #pragma unroll
