@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from dataclasses import replace
 
 import mixed
 import numpy as np
@@ -208,9 +209,11 @@ def test_the_gradients_of_a_tiny_row_are_finite(backend, dtype, norm_gradient):
 
 
 @pytest.mark.dtypes("float16", "bfloat16", "float32")
-def test_a_layer_whose_input_axis_is_split_is_computed_exactly(backend, dtype, config):
+@pytest.mark.parametrize("dropout", [None, "input", "low_rank"])
+def test_a_layer_whose_input_axis_is_split_is_computed_exactly(backend, dtype, config, dropout):
     """V is stored, and no number is rounded beside the results."""
-    case = mixed.layer(config)
+    config = replace(config, dropout=dropout or "input")
+    case = mixed.layer(config, mask=dropout is not None)
     found = run(backend, case, dtype, reduce=lambda array: array)
     assert max(shares(found, expected(case, dtype)).values()) <= 1
 

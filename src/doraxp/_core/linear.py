@@ -149,16 +149,18 @@ def forward(
     """
     ops, dtype = check_call(x, weight, adapter, config, bias, dropout_mask)
     remembered = check_previous(previous, weight, reduce)
-    inputs = _inputs(x, dropout_mask, weight, config, dtype, ops=ops)
-    base = None  # x Wᵀ, where it is known
     if prepared is not None:
         check_prepared(prepared, weight, adapter, config, ops=ops)
         check_same_reduce("prepared", prepared, reduce)
-    elif previous is not None and ops.can_read_values(x):  # a library that cannot stores V: no x Wᵀ
+        remembered = prepared.reduce
+    of_z = None if remembered is None else dtype  # a sum over ranks is not rounded
+    inputs = _inputs(x, dropout_mask, weight, config, dtype, of_z, ops=ops)
+    base = None  # x Wᵀ, where it is known
+    if prepared is None and previous is not None and ops.can_read_values(x):
         prepared, base = prepare_with_product(
             inputs.seen, weight, adapter, config, previous, remembered, dtype, ops=ops
         )
-    else:
+    elif prepared is None:  # also where the library stores V, and so needs no x Wᵀ
         prepared = prepare_checked(weight, adapter, config, previous, remembered, dtype, ops=ops)
 
     wide_bias = None if bias is None else as_dtype(bias, dtype, xp=ops.xp)
@@ -261,7 +263,10 @@ def _inputs(
     x: Array, mask: Array | None, weight: Array, config: Config, dtype: DType,
     z: DType | None = None, *, ops: Operations,
 ) -> _Inputs:  # fmt: skip
-    """Return x, x~, and the one of the two that is the input of ρ⊙W. `z` is its dtype if known."""
+    """Return x, x~, and the one of the two that is the input of ρ⊙W.
+
+    `z` is the dtype of z where it is known already.
+    """
     kind = ops.operand_dtype(x, weight, dtype, masked=mask is not None, z=z)
     whole = as_tokens(x, weight, kind, xp=ops.xp)
     if mask is None:

@@ -124,8 +124,8 @@ class Operations:
 
         A backend whose products of two 16-bit arrays come out in the compute dtype returns the
         array's own dtype. That saves a cast. `masked` says that the array will be multiplied by a
-        dropout mask, in the dtype that is returned. In a backward, `z` is the dtype in which the
-        forward stored z: the backward rounds as the forward did.
+        dropout mask, in the dtype that is returned. `z` is the dtype of z where it is known: a
+        backward rounds as its forward did, and a z that is summed over ranks is not rounded.
         """
         return dtype
 
