@@ -64,9 +64,9 @@ class Budget(NamedTuple):
 
 
 BUDGETS = {
-    "step": Budget(3.2, 14, goal=2.0),
+    "step": Budget(3.2, 12, goal=2.0),
     "one token": Budget(0.75, 2),
-    "norm": Budget(0.75, 3),
+    "norm": Budget(0.75, 2),
     "merge": Budget(0.6, 2),
     "AdamW": Budget(3.4, 1, goal=1.2),
     "AdamW, donate": Budget(1.7, 1, goal=1.2),

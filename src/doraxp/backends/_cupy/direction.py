@@ -34,20 +34,20 @@ class DevicePatched(NamedTuple):
         ops: Arithmetic,
     ) -> tuple[DeviceArray, DeviceArray]:  # fmt: skip
         """Return z and y: by a product and two passes, or for one token by one launch."""
-        stored = x.dtype == self.factors.weight.dtype
-        dtype = x.dtype if stored else gain.dtype
+        found = self.suspects
+        weight, a, scaled_b, row_scale = found.factors
+        dtype = x.dtype if x.dtype == weight.dtype else gain.dtype  # of y
+        kind = x.dtype if is_mixed(x, weight) else gain.dtype  # of z
         if dropped is None and self.products.takes_token(x, self.factors.weight, gain.dtype):
-            kind = x.dtype if is_mixed(x, self.factors.weight) else gain.dtype
-            suspect, factors = self.suspects.suspect, self.suspects.factors
-            return self.products.token_outputs(x, factors, suspect, low, gain, bias, kind, dtype)
-        weight, a, scaled_b, row_scale = self.suspects.factors
+            return self.products.token_outputs(
+                x, found.factors, found.suspect, low, gain, bias, kind, dtype
+            )
         shift = None
         if dropped is not None:  # low is x~ Aᵀ, and the suspect rows take x: they lack (x~ − x) Aᵀ
             shift = low - ops.product(x, transpose(a))
-        kind = x.dtype if is_mixed(x, weight) else gain.dtype
         z = self.passes.update(low, scaled_b, kind, weight.dtype, by_rows=True, over=row_scale)
         self.products.multiply(x, transpose(weight), kind, out=z, beta=1.0)
-        y = self.passes.outputs(self.suspects, z, x, gain, bias, shift, dtype)
+        y = self.passes.outputs(found, z, x, gain, bias, shift, dtype)
         return z, y
 
     def dense(self, *, ops: Arithmetic) -> DeviceArray:

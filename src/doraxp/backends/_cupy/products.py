@@ -161,7 +161,7 @@ class Products:
         self, x: DeviceArray, rows: DeviceArray, of_z: DType, of_y: DType | None, dtype: DType, *,
         rank: int, **update: DeviceArray,
     ) -> tuple[DeviceArray, DeviceArray]:  # fmt: skip
-        """Return z and y, or None for y if there is no dtype for it."""
+        """Return z, and y if `of_y` gives its dtype; else None takes the place of y."""
         plan = _plan_token(rows.shape, rank, x.dtype, rows.dtype, of_z, of_y, dtype)
         z, y = self.cuda.empties(plan.made)
         kernel = Token(matrix=rows, x=x, z=z, y=y, **update, **plan.numbers)
