@@ -153,15 +153,27 @@ def forward(
         check_prepared(prepared, weight, adapter, config, ops=ops)
         check_same_reduce("prepared", prepared, reduce)
         remembered = prepared.reduce
-    of_z = None if remembered is None else dtype  # a sum over ranks is not rounded
-    inputs = _inputs(x, dropout_mask, weight, config, dtype, of_z, ops=ops)
+    return forward_checked(
+        x, weight, adapter, config, bias, prepared, previous, dropout_mask, remembered, dtype,
+        ops=ops,
+    )  # fmt: skip
+
+
+def forward_checked(
+    x: Array, weight: Array, adapter: Adapter, config: Config, bias: Array | None,
+    prepared: Prepared | None, previous: Prepared | None, mask: Array | None,
+    reduce: Reduce | None, dtype: DType, *, ops: Operations,
+) -> tuple[Array, Cache]:  # fmt: skip
+    """Return the results of `forward` for arguments that have been checked."""
+    of_z = None if reduce is None else dtype  # a sum over ranks is not rounded
+    inputs = _inputs(x, mask, weight, config, dtype, of_z, ops=ops)
     base = None  # x Wᵀ, where it is known
     if prepared is None and previous is not None and ops.can_read_values(x):
         prepared, base = prepare_with_product(
-            inputs.seen, weight, adapter, config, previous, remembered, dtype, ops=ops
+            inputs.seen, weight, adapter, config, previous, reduce, dtype, ops=ops
         )
     elif prepared is None:  # also where the library stores V, and so needs no x Wᵀ
-        prepared = prepare_checked(weight, adapter, config, previous, remembered, dtype, ops=ops)
+        prepared = prepare_checked(weight, adapter, config, previous, reduce, dtype, ops=ops)
 
     wide_bias = None if bias is None else as_dtype(bias, dtype, xp=ops.xp)
     low, z, y = _outputs(inputs, base, prepared, wide_bias, ops=ops)
@@ -170,7 +182,7 @@ def forward(
         (of_rest,) = sums(prepared.reduce, ops.product(rest, transpose(weight)), xp=ops.xp)
         y = of_rest + y  # y may have fewer digits
     y = _in_shape(as_dtype(y, x.dtype, xp=ops.xp), (*x.shape[:-1], weight.shape[-2]), ops=ops)
-    return y, Cache(x, bias, low, z, prepared, dropout_mask)
+    return y, Cache(x, bias, low, z, prepared, mask)
 
 
 def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
@@ -233,12 +245,16 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     """
     check_kind("cache", cache, Cache)
     check_flag("train_base", train_base)
+    ops = operations(dy=dy, x=cache.x)
+    check_output_gradient(dy, (*cache.x.shape[:-1], cache.prepared.weight.shape[-2]))
+    check_unwritten(cache.prepared, ops=ops)
+    return backward_checked(dy, cache, train_base=train_base, ops=ops)
+
+
+def backward_checked(dy: Array, cache: Cache, *, train_base: bool, ops: Operations) -> Gradients:
+    """Return the results of `backward` for arguments that have been checked."""
     x, bias, low_rank, z, prepared, mask = cache
     config, weight, dtype = prepared.config, prepared.weight, prepared.gain.dtype
-    ops = operations(dy=dy, x=x)
-    check_output_gradient(dy, (*x.shape[:-1], weight.shape[-2]))
-    check_unwritten(prepared, ops=ops)
-
     kind = ops.operand_dtype(dy, weight, dtype, masked=mask is not None, z=z.dtype)
     d = as_tokens(dy, weight, kind, xp=ops.xp)
     inputs = _inputs(x, mask, weight, config, dtype, z.dtype, ops=ops)

@@ -1,12 +1,12 @@
 """The array libraries that doraxp supports, and the operations that it runs on each."""
 
 from doraxp.backends._boundary import operations, operations_of_plain
-from doraxp.backends._cupy.products import exact_products, reduced_precision
 from doraxp.backends._cupy.signatures import CudaKernels, cuda_kernels
 from doraxp.backends._direction import Dense, Direction, Factored, Factors, ProductDirection
 from doraxp.backends._dtypes import as_dtype, compute_dtype, transpose
 from doraxp.backends._generic import Norm, Operations, safe_row_norms
 from doraxp.backends._libraries import Status, available
+from doraxp.backends._precision import exact_products, reduced_precision
 
 __all__ = [
     "CudaKernels",

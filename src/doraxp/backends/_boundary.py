@@ -47,7 +47,7 @@ def operations(*, bias: Array | None = None, **arrays: Array) -> Operations:
 
 
 def operations_of_plain(arrays: Collection[Array]) -> Operations | None:
-    """Return the operations if all arrays are NumPy's own, or CuPy's on the current device.
+    """Return the operations if all arrays are NumPy's own, PyTorch's, or CuPy's on one device.
 
     None means that the arrays must be looked at one by one, and may have to be refused. The search
     for the library of an array takes 4 µs, and for five arrays 20.
@@ -57,12 +57,35 @@ def operations_of_plain(arrays: Collection[Array]) -> Operations | None:
             break
     else:
         return _NUMPY
-    if set(map(type, arrays)) != {getattr(sys.modules.get("cupy"), "ndarray", None)}:
+    kinds = set(map(type, arrays))
+    if kinds <= _torch_kinds():
+        return _torch_operations() if _are_plain_tensors(arrays) else None
+    if kinds != {getattr(sys.modules.get("cupy"), "ndarray", None)}:
         return None
     ops = _cupy_operations()
     devices = list(map(_DEVICE, arrays))
     here = devices.count(ops.cuda.device()) == len(devices)
     return ops if here and all(map(_is_floating, set(map(_DTYPE, arrays)))) else None
+
+
+def _torch_kinds() -> set[type]:
+    """Return PyTorch's own classes of tensors; an empty set if it is not imported."""
+    torch = sys.modules.get("torch")
+    kinds = getattr(torch, "Tensor", None), getattr(getattr(torch, "nn", None), "Parameter", None)
+    return {kind for kind in kinds if kind is not None}
+
+
+def _are_plain_tensors(arrays: Collection[Array]) -> bool:
+    """Return whether tensors are on one device and of the supported dtypes."""
+    one_device = len({array.device for array in arrays}) == 1
+    return one_device and all(dtype_name(array) in DTYPES for array in arrays)
+
+
+@functools.cache
+def _torch_operations() -> TorchOperations:
+    ops = _operations_of(importlib.import_module("array_api_compat.torch"))
+    assert isinstance(ops, TorchOperations)
+    return ops
 
 
 @functools.cache

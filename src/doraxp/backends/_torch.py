@@ -1,15 +1,26 @@
-"""PyTorch's overrides: tensors outside of autograd's graph, and results written in place.
+"""PyTorch's overrides: tensors outside of autograd's graph, mixed precision, and no large copies.
+
+    x (tokens, in)   W (out, in)   L = x Aᵀ (tokens, rank)   z = x Vᵀ (tokens, out)   g (out,)
 
 PyTorch's allocator gives large arrays on the host back to the system at once, and the first write
 to fresh memory takes several times as long as a later one. So each temporary (tokens, out) that is
 not made saves a few percent of a step.
+
+Where the device multiplies 16-bit numbers itself, a layer whose x, dy and W have one 16-bit dtype
+is computed in mixed precision: `doraxp.testing` states the roundings. Elsewhere products take W
+through float32, in blocks.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+import functools
+from typing import Any, TypeAlias, cast
 
-from doraxp.backends._generic import Operations, OutputGradients
+from doraxp._base.types import Adapter, DType, Reduce, Snapshot
+from doraxp.backends._direction import Arithmetic, Factored, Factors, ProductDirection
+from doraxp.backends._dtypes import as_dtype, compute_dtype, transpose
+from doraxp.backends._generic import LayerGradients, Norm, Operations, OutputGradients
+from doraxp.backends._precision import is_exact
 
 Tensor: TypeAlias = Any
 """A `torch.Tensor`. mypy refuses that class as the type of an argument here, because the methods
@@ -17,19 +28,113 @@ override those of `Operations`, which take any `Array`."""
 ConsumedTensor: TypeAlias = Tensor
 """A `Tensor` that the function may write to: its caller must not read it again."""
 
+BLOCK = 2**20
+"""The numbers of a weight that are cast at once, 4 MiB in float32: they stay in the cache."""
+
+
+class TorchFactored(Factored):
+    """V given by its factors. In mixed precision, z has the dtype of x and W."""
+
+    __slots__ = ()
+
+    def outputs(
+        self, x: Tensor, low: Tensor, gain: Tensor, bias: Tensor | None,
+        base: ConsumedTensor | None = None, dropped: Tensor | None = None, *, ops: Arithmetic,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Return z and y. With a 16-bit x like W, the product adds L (s B)ᵀ and rounds once.
+
+        ::
+
+            C = round(L (s B / ρ)ᵀ)     z = round(ρ⊙round(x Wᵀ + C))     y = round(g⊙z + bias)
+        """
+        weight, _, scaled_b, row_scale = self.factors
+        if base is not None or x.dtype == low.dtype:
+            return super().outputs(x, low, gain, bias, base, dropped, ops=ops)
+        import torch
+
+        if row_scale is not None:
+            one = torch.where(row_scale > 0, row_scale, 1.0)
+            scaled_b = scaled_b / one[..., None]
+        update = (low @ transpose(scaled_b)).to(x.dtype)  # (tokens, out)
+        z = _add_product(update, x, transpose(weight))
+        if row_scale is not None:
+            torch.mul(z, one[..., None, :], out=z)
+        y = torch.empty_like(z)
+        if bias is None:
+            torch.mul(z, gain[..., None, :], out=y)
+        else:
+            torch.addcmul(bias[..., None, :], z, gain[..., None, :], out=y)
+        return z, y
+
+    def with_weight(self, weight: Tensor) -> TorchFactored:
+        """Return the direction with another object for W."""
+        return TorchFactored(self.factors._replace(weight=weight))
+
 
 class TorchOperations(Operations):
     """The operations on PyTorch tensors."""
 
+    def can_read_values(self, array: Tensor) -> bool:
+        """Return whether `array` is on the host."""
+        return bool(array.device.type == "cpu")
+
     def detached(self, array: Tensor) -> Tensor:
         """Return `array` without its graph. A layer would else keep the graphs of all its steps."""
         return array.detach()
+
+    def operand_dtype(
+        self, array: Tensor, weight: Tensor, dtype: DType, *, masked: bool = False,
+        z: DType | None = None,
+    ) -> DType:  # fmt: skip
+        """Return the own dtype of an x or dy of 16 bits like W where the device multiplies these.
+
+        With a dropout mask, and within `exact_products`, it is `dtype`.
+        """
+        own = array.dtype
+        if masked or own != weight.dtype or own.itemsize > 2 or dtype != self.xp.float32:
+            return dtype
+        exact = is_exact() or not multiplies(array.device.type, own) if z is None else z == dtype
+        return dtype if exact else own
+
+    # Products
+
+    def product(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return left right in the compute dtype. Casts a block of a large factor at a time."""
+        low = left.dtype.itemsize < 4
+        if left.dtype == right.dtype and not low:
+            return left @ right
+        dtype = compute_dtype(left, right, xp=self.xp)
+        few = max(left.numel(), right.numel()) <= BLOCK
+        if few or left.ndim != 2 or _is_transformed(left, right):
+            # A stack is cast whole.
+            return as_dtype(left, dtype, xp=self.xp) @ as_dtype(right, dtype, xp=self.xp)
+        if low and left.dtype == right.dtype and left.device.type == "cuda":
+            return self.xp.mm(left, right, out_dtype=dtype)
+        if right.dtype == dtype or (left.dtype != dtype and left.numel() > right.numel()):
+            return self._product_by_blocks(transpose(right), transpose(left), dtype).mT
+        return self._product_by_blocks(left, right, dtype)
+
+    def _product_by_blocks(self, left: Tensor, right: Tensor, dtype: DType) -> Tensor:
+        """Return left right, (i, k) (k, j) -> (i, j), with columns of `right` cast block by block.
+
+        Blocks of columns and not of rows: each column of the result is then written once.
+        """
+        left = as_dtype(left, dtype, xp=self.xp)
+        inner, columns = right.shape
+        result = left.new_empty((left.shape[0], columns))
+        step = max(1, BLOCK // inner)
+        for start in range(0, columns, step):
+            here = slice(start, start + step)
+            self.xp.mm(left, right[:, here].to(dtype), out=result[:, here])
+        return result
 
     def accumulate(self, total: ConsumedTensor, left: Tensor, right: Tensor) -> Tensor:
         """Return total + left right. BLAS adds while it multiplies, so no temporary is made."""
         if total.ndim == 2:
             return total.addmm_(left, right)
         return super().accumulate(total, left, right)
+
+    # Before and after the products with V
 
     def output_gradients(
         self, d: Tensor, z: Tensor, gain: Tensor, norm: Tensor, scaled_b: Tensor,
@@ -57,6 +162,122 @@ class TorchOperations(Operations):
         dbias = xp.sum(d, dim=-2) if with_bias else None
         return OutputGradients(rows, rows @ scaled_b, dm, p, dbias)
 
+    def gradients(
+        self, d: Tensor, x: Tensor, low: Tensor, z: Tensor, norm: Norm, scaling: float,
+        dtype: DType, *, exact: bool, with_bias: bool, round_later: bool,
+    ) -> LayerGradients:  # fmt: skip
+        """Return dz V, dA, dB and dm. In mixed precision dz is rounded, for dz V alone.
+
+        ::
+
+            dz = round(ρ⊙g⊙dy)     C′ = round(dy (g⊙s B) A)     dx = round(dz W + C′)
+        """
+        how = {"exact": exact, "with_bias": with_bias, "round_later": round_later}
+        if z.dtype == low.dtype:
+            d, x = (as_dtype(each, low.dtype, xp=self.xp) for each in (d, x))
+            return super().gradients(d, x, low, z, norm, scaling, dtype, **how)
+        xp = self.xp
+        direction = cast(TorchFactored, norm.direction)  # no other has a z of 16 bits
+        weight, a, scaled_b, row_scale = direction.factors
+        gain = norm.gain
+        wide = d.to(low.dtype)
+        dbias = xp.sum(wide, dim=-2) if with_bias else None
+        dm = self.over_norm(xp.sum(wide * z, dim=-2), norm.norm)
+        db = gain[..., None] * (transpose(wide) @ low)
+        dlow = wide @ (gain[..., None] * scaled_b)  # dz s B, (tokens, rank)
+        del wide
+        da = self.product(transpose(dlow), x)
+        p = gain * dm if exact else None
+        if p is not None:
+            below = transpose(self.over_norm(-p[..., None] * scaled_b, norm.norm))
+            _, pull = direction.product(below, below @ scaled_b, 0, low.dtype, ops=self)
+            da += pull
+            db -= p[..., None] * norm.unit_projection
+        db *= scaling
+        slope = gain if row_scale is None else row_scale * gain
+        dz = xp.mul(d, slope[..., None, :], out=xp.empty_like(d))
+        dx = _add_product((dlow @ a).to(d.dtype), dz, weight)
+        return LayerGradients(dx, da, db, dm, p, dbias)
+
+    def over_norm(self, values: Tensor, norm: Tensor) -> Tensor:
+        """Return values / n by rows, and 0 where n = 0, by three calls of PyTorch."""
+        if _is_transformed(values, norm):
+            return super().over_norm(values, norm)
+        if values.ndim > norm.ndim:
+            norm = norm[..., None]
+        return (values / norm).masked_fill_(norm == 0, 0)
+
+    # The norm
+
+    def row_squares(self, weight: Tensor, dtype: DType) -> Tensor:
+        """Return ‖wᵢ‖² by rows, for a block of rows at a time. No copy of W is made."""
+        if weight.ndim != 2 or _is_transformed(weight):
+            return super().row_squares(weight, dtype)
+        out, inner = weight.shape
+        squares = weight.new_empty(out, dtype=dtype)
+        step = max(1, BLOCK // inner)
+        for start in range(0, out, step):
+            rows = weight[start : start + step].to(dtype)
+            self.xp.sum(rows * rows, dim=-1, out=squares[start : start + step])
+        return squares
+
+    def _measure_on_v(
+        self, trusted: Tensor, norm: ConsumedTensor, factors: Factors, reduce: Reduce | None
+    ) -> tuple[Tensor, ProductDirection]:
+        """Return the norms and V: its factors where every row is trusted."""
+        norm, direction = super()._measure_on_v(trusted, norm, factors, reduce)
+        if isinstance(direction, Factored):
+            direction = TorchFactored(direction.factors)
+        return norm, direction
+
+    # A prepared norm must not be used with another adapter
+
+    def unchanged(self, snapshot: Snapshot | None, then: Adapter, now: Adapter) -> bool:
+        """Return whether `now` is still the adapter `then`: one call for each array without NaN."""
+        if isinstance(snapshot, Adapter) and all(map(_same, snapshot, now)):
+            return True
+        return super().unchanged(snapshot, then, now)
+
+
+def narrow(weight: Tensor, dtype: DType) -> Tensor:
+    """Return W in `dtype`, in which x is, for its products; W itself where that is no gain.
+
+    That is where `dtype` is no narrower than W's, where the device does not multiply such numbers,
+    and within `exact_products`.
+    """
+    gain = dtype.itemsize < weight.dtype.itemsize and not is_exact()
+    return weight.to(dtype) if gain and multiplies(weight.device.type, dtype) else weight
+
+
+@functools.cache
+def multiplies(kind: str, dtype: DType) -> bool:
+    """Return whether a device of this kind multiplies arrays of a 16-bit dtype by itself.
+
+    A CPU without instructions for it takes up to 150 times as long as for float32.
+    """
+    import torch
+
+    if kind != "cpu":
+        return True
+    name = {"bfloat16": "bf16", "float16": "fp16"}[str(dtype).removeprefix("torch.")]
+    return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
+
+
+def _add_product(total: ConsumedTensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return total + left right of 16-bit arrays, rounded once: (*stack, i, k) (*stack, k, j)."""
+    if total.ndim == 2:
+        return total.addmm_(left, right)
+    flat = (array.reshape(-1, *array.shape[-2:]) for array in (total, left, right))
+    first, *factors = flat
+    return first.baddbmm_(*factors).reshape(total.shape)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors have one shape, one dtype and the same numbers. NaN: False."""
+    import torch
+
+    return a.dtype == b.dtype and torch.equal(a, b)
+
 
 def _is_transformed(*arrays: Tensor) -> bool:
     """Return whether PyTorch differentiates or maps over the arrays. It forbids `out=` then."""
@@ -66,5 +287,7 @@ def _is_transformed(*arrays: Tensor) -> bool:
         return True
     if torch.is_grad_enabled() and any(array.requires_grad for array in arrays):
         return True
+    if torch.autograd.forward_ad._current_level < 0:
+        return False
     duals = map(torch.autograd.forward_ad.unpack_dual, arrays)
     return any(dual.tangent is not None for dual in duals)

@@ -5,6 +5,7 @@ x (*stack, ..., in)   W (*stack, out, in)   A (*stack, rank, in)   B (*stack, ou
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -12,34 +13,68 @@ from torch import Tensor
 
 from doraxp._base.scalars import check_kind
 from doraxp._base.types import Adapter, Config
-from doraxp.torch._ops import backward_op, forward_op
+from doraxp._core.checks import check_call
+from doraxp.torch._definition import by_definition, is_small, is_transformed
+from doraxp.torch._ops import backward_layer, backward_op, forward_layer, forward_op
 
 
 class _DoRA(torch.autograd.Function):
+    """The layer with the backward of `doraxp.backward`; `definition` serves small layers."""
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor,
-        bias: Tensor | None, *rules: Any,
+        bias: Tensor | None, config: Config, cast: bool,
     ) -> Tensor:  # fmt: skip
-        y, z, low_rank = forward_op(x, weight, lora_a, lora_b, magnitude, bias, *rules)
+        adapter = Adapter(lora_a, lora_b, magnitude)
+        ctx.config, ctx.prepared = config, None
+        if torch.compiler.is_compiling():
+            y, z, low_rank = forward_op(x, weight, *adapter, bias, cast, *_rules(config))
+        else:
+            with _without_autocast(x.device.type):
+                found = forward_layer(x, weight, adapter, config, bias, cast)
+            y, z, low_rank, ctx.prepared = found
         ctx.save_for_backward(x, weight, lora_a, lora_b, magnitude, z, low_rank)
-        ctx.rules = rules
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        arrays = ctx.saved_tensors
-        weight, z = arrays[1], arrays[5]
+        x, weight, *leaves, z, low_rank = ctx.saved_tensors
         train_base, train_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[5]
-        dx, da, db, dm, dweight = backward_op(dy, *arrays, train_base, *ctx.rules)
+        if ctx.prepared is None:
+            dx, *dleaves, dweight = backward_op(
+                dy, x, weight, *leaves, z, low_rank, train_base, *_rules(ctx.config)
+            )
+        elif torch.is_grad_enabled():  # `create_graph`: a second derivative may follow
+            dx, dweight, *dleaves = _differentiable(ctx, dy, x, weight, *leaves)
+        else:
+            with _without_autocast(x.device.type):
+                found = backward_layer(
+                    dy, x, weight, z, low_rank, ctx.prepared, train_base=train_base
+                )
+            dx, dleaves, dweight, _ = found
+            dleaves = (d.to(leaf.dtype) for d, leaf in zip(dleaves, leaves, strict=True))
         dbias = None
         if train_bias:
             tokens = tuple(range(weight.ndim - 2, dy.ndim - 1))
-            wide = dy.to(z.dtype)  # sum(()) would sum over all axes
+            wide = dy.to(low_rank.dtype)  # sum(()) would sum over all axes
             dbias = (wide.sum(tokens) if tokens else wide).to(ctx.bias_dtype)
-        dweight = dweight if train_base else None
-        return dx, dweight, da, db, dm, dbias, None, None, None, None
+        dweight = dweight.to(weight.dtype) if train_base else None
+        return dx, dweight, *dleaves, dbias, None, None
+
+
+def _differentiable(
+    ctx: Any, dy: Tensor, x: Tensor, weight: Tensor, *leaves: Tensor
+) -> list[Tensor | None]:
+    """Return the gradients by x, W, A, B and m, of which PyTorch knows the gradients."""
+    arrays, needs = (x, weight, *leaves), ctx.needs_input_grad[:5]
+    adapter, dtype = Adapter(*leaves), ctx.prepared.gain.dtype
+    with _without_autocast(x.device.type):
+        y = by_definition(x, weight, adapter, ctx.config, None, dtype)
+        wanted = [array for array, needed in zip(arrays, needs, strict=True) if needed]
+        found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return [next(found) if needed else None for needed in needs]
 
 
 def dora_linear(
@@ -100,9 +135,28 @@ def dora_linear(
     for name, array in tensors.items() if bias is None else (*tensors.items(), ("bias", bias)):
         check_kind(name, array, torch.Tensor)
     kind = x.device.type
-    # is_autocast_enabled raises for a device without autocast, such as meta.
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    if autocast and x.dtype != torch.float64:
+    cast = _is_autocast(kind) and x.dtype != torch.float64
+    if cast:
         x = x.to(torch.get_autocast_dtype(kind))
-    rules = config.rank, config.scaling, config.form, config.norm_gradient
-    return _DoRA.apply(x, weight, *adapter, bias, *rules)
+    if not torch.compiler.is_compiling():  # the compiler's operators check their arguments
+        _, dtype = check_call(x, weight, adapter, config, bias)
+        if is_transformed() or (is_small(x, weight) and not cast):
+            with _without_autocast(kind):
+                return by_definition(x, weight, adapter, config, bias, dtype)
+    return _DoRA.apply(x, weight, *adapter, bias, config, cast)
+
+
+def _is_autocast(kind: str) -> bool:
+    # is_autocast_enabled raises for a device without autocast, such as meta.
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def _without_autocast(kind: str) -> Any:
+    """Return a block that turns autocast off; it costs nothing where autocast is off already."""
+    if _is_autocast(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _rules(config: Config) -> tuple[Any, ...]:
+    return config.rank, config.scaling, config.form, config.norm_gradient

@@ -28,12 +28,13 @@ from doraxp.backends._cupy.device import Cuda
 from doraxp.backends._cupy.direction import DevicePatched
 from doraxp.backends._cupy.passes import Passes
 from doraxp.backends._cupy.patches import Patches
-from doraxp.backends._cupy.products import Products, is_exact
+from doraxp.backends._cupy.products import Products
 from doraxp.backends._cupy.skinny import Skinny
 from doraxp.backends._cupy.suspects import Suspects, laid
 from doraxp.backends._direction import Direction, Factors
 from doraxp.backends._dtypes import as_dtype, transpose
 from doraxp.backends._generic import CANCELLATION, LayerGradients, Norm, Operations, least_sum
+from doraxp.backends._precision import is_exact
 
 MEASURED = 64
 """The largest rank for which forming V takes no longer than reading W a second time."""

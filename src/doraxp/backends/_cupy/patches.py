@@ -24,11 +24,12 @@ from doraxp.backends._cupy.arrays import (
     types_of,
 )
 from doraxp.backends._cupy.device import Cuda
-from doraxp.backends._cupy.products import Products, is_exact
+from doraxp.backends._cupy.products import Products
 from doraxp.backends._cupy.signatures import Merge, MergeWide, Norms, Squares, Tiles
 from doraxp.backends._cupy.source import LIMIT, WARP, WARPS, Types, blocks
 from doraxp.backends._direction import Factors
 from doraxp.backends._generic import least_sum
+from doraxp.backends._precision import is_exact
 
 STRIP = 32
 """Rows and columns of a warp. kernels/merge.cu has the same, and all that follow here."""

@@ -7,10 +7,7 @@ For few rows, one product takes all parts at once, so it reads the weight once.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
-from contextvars import ContextVar
 
 import numpy as np
 
@@ -36,6 +33,7 @@ from doraxp.backends._cupy.skinny import Skinny
 from doraxp.backends._cupy.source import LIMIT, THREADS, WARP, WARPS, Types, blocks
 from doraxp.backends._direction import Factors
 from doraxp.backends._dtypes import transpose
+from doraxp.backends._precision import is_exact, is_reduced
 
 FEW = 1024
 """The most rows whose parts go into one product. Its result has a row for each part."""
@@ -48,54 +46,6 @@ FLOAT_PARTS, ROUNDED = 3, 2
 _NO_UPDATE: dict[str, None] = dict.fromkeys(
     ("a", "b", "row_scale", "suspect", "low_rank", "gain", "bias")
 )
-_REDUCED: ContextVar[bool] = ContextVar("reduced", default=False)
-_EXACT: ContextVar[bool] = ContextVar("exact", default=False)
-
-
-@contextlib.contextmanager
-def exact_products() -> Iterator[None]:
-    """Ask CuPy's products with a 16-bit weight to round no factor.
-
-    Without it, where x, dy and W have one 16-bit dtype, z and g⊙dy are rounded to it: mixed
-    precision. Inside the block both are float32, and the product of g⊙dy and W takes two or three
-    times as long. A backward is as exact as its forward was. The block has no effect on other
-    dtypes and on other libraries.
-
-    Examples
-    --------
-    >>> import doraxp
-    >>> with doraxp.backends.exact_products():
-    ...     pass  # forward and backward
-    """
-    token = _EXACT.set(True)
-    try:
-        yield
-    finally:
-        _EXACT.reset(token)
-
-
-@contextlib.contextmanager
-def reduced_precision() -> Iterator[None]:
-    """Allow CuPy's products of float32 arrays to round their factors to TF32.
-
-    TF32 has 10 bits, and runs on the tensor cores. Sums are in float32 in any case. The block has
-    no effect on weights of other dtypes and on other libraries.
-    """
-    token = _REDUCED.set(True)
-    try:
-        yield
-    finally:
-        _REDUCED.reset(token)
-
-
-def is_exact() -> bool:
-    """Return whether products with a 16-bit weight must not round their factors here."""
-    return _EXACT.get()
-
-
-def is_reduced() -> bool:
-    """Return whether products of float32 arrays may use TF32 here."""
-    return _REDUCED.get()
 
 
 def is_mixed(x: DeviceArray, weight: DeviceArray) -> bool:

@@ -1,0 +1,97 @@
+"""The layer by its definition, in PyTorch's own operations, which PyTorch differentiates itself.
+
+    V = ρ⊙W + s B A (out, in)    n = ‖V‖ by rows (out,)    g = m / n    y = g⊙(x Vᵀ) + bias
+
+V is stored, and so is its gradient. In a small layer that takes less time than the calls from
+Python which avoid it. `torch.func` goes through this form, and so do second derivatives.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from doraxp._base.types import Adapter, Config, DType
+
+LEAST, MOST = 1e-15, 1e15
+"""The squares of norms between these bounds neither overflow nor underflow in float32."""
+_SMALL, _FEW = 2**18, 2**24
+"""Numbers of the weight, and products of a forward, up to which V is stored."""
+
+
+def by_definition(
+    x: Tensor, weight: Tensor, adapter: Adapter, config: Config, bias: Tensor | None, dtype: DType
+) -> Tensor:
+    """Return y in x's dtype, for arguments that have been checked; `dtype` is the compute dtype."""
+    kind = x.dtype
+    x, weight, a, b, m = (_cast(array, dtype) for array in (x, weight, *adapter))
+    if config.form == "direction":
+        weight = _over(weight, _row_norms(weight)[..., None])
+    v = _plus_product(weight, config.scaling, b, a)
+    n = torch.linalg.vector_norm(v, dim=-1)
+    in_range = _in_range(n)
+    if not in_range:
+        n = _row_norms(v)
+    if config.norm_gradient == "detached":
+        n = n.detach()
+    # The gradient of m / n by n overflows where n² underflows. That of V / n does not.
+    rows, scale = (v, m / n) if in_range else (_over(v, n[..., None]), m)
+    *stack, out, inner = v.shape
+    if stack:
+        y = scale[..., None, :] * (x.reshape(*stack, -1, inner) @ rows.mT)
+        if bias is not None:
+            y = y + _cast(bias, dtype)[..., None, :]
+        y = y.reshape(*x.shape[:-1], out)
+    else:
+        y = scale * functional.linear(x, rows)
+        if bias is not None:
+            y = y + _cast(bias, dtype)
+    return _cast(y, kind)
+
+
+def is_small(x: Tensor, weight: Tensor) -> bool:
+    """Return whether the layer takes less time by its definition, see `_SMALL` and `_FEW`."""
+    numbers = weight.numel()
+    return numbers <= _SMALL and numbers * (x.numel() // x.shape[-1]) <= _FEW
+
+
+def is_transformed() -> bool:
+    """Return whether `torch.func` or forward mode is at work, which need the definition."""
+    transformed: bool = torch._C._are_functorch_transforms_active()
+    return transformed or torch.autograd.forward_ad._current_level >= 0
+
+
+def _cast(array: Tensor, dtype: DType) -> Tensor:
+    return array if array.dtype == dtype else array.to(dtype)
+
+
+def _plus_product(weight: Tensor, scaling: float, b: Tensor, a: Tensor) -> Tensor:
+    """Return W + s B A, (*stack, out, in)."""
+    if weight.ndim == 2:
+        return torch.addmm(weight, b, a, alpha=scaling)
+    return weight + scaling * (b @ a)
+
+
+def _in_range(norm: Tensor) -> bool:
+    """Return whether the squares of all rows are known to be in range. NaN is not.
+
+    Only where the host may look: not on a GPU, nor where PyTorch maps.
+    """
+    if norm.device.type != "cpu" or torch._C._are_functorch_transforms_active():
+        return False
+    least, most = torch.aminmax(norm.detach())
+    return bool(least.item() > LEAST and most.item() < MOST)
+
+
+def _row_norms(rows: Tensor) -> Tensor:
+    """Return ‖vᵢ‖, (*stack, out, in) -> (*stack, out), which neither overflows nor underflows."""
+    peak = rows.detach().abs().amax(dim=-1, keepdim=True)
+    scale = torch.where(peak > 0, peak, 1)
+    return scale[..., 0] * torch.linalg.vector_norm(rows / scale, dim=-1)
+
+
+def _over(values: Tensor, norm: Tensor) -> Tensor:
+    """Return values / n, and 0 where n = 0. The gradient is 0 there too."""
+    positive = norm > 0
+    return torch.where(positive, values / torch.where(positive, norm, 1), 0)

@@ -1,0 +1,101 @@
+"""The last `doraxp.Prepared` of each frozen weight, for the next forwards.
+
+W (*stack, out, in)   ‖w‖² (*stack, out)
+
+Where a weight is found unchanged, its ‖w‖² is used again. Where the adapter is unchanged too, so is
+all else. The adapter is compared by value, number for number, and the weight by a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from doraxp._base.types import Adapter, Config
+from doraxp._core.prepared import Prepared
+from doraxp.backends import Operations
+
+SAMPLE = 1024
+"""The numbers of a weight that are compared, about."""
+RELEASED = torch.empty(0)
+"""Stands for the weight in what is kept."""
+
+
+class _State(NamedTuple):
+    """Equal while a tensor has the same memory and no write that PyTorch counts."""
+
+    storage: Any  # a weak reference; while it exists, no other storage gets its address
+    offset: int
+    stride: tuple[int, ...]
+    version: int
+
+
+class _Kept(NamedTuple):
+    state: _State
+    sample: Tensor
+    prepared: Prepared  # with `RELEASED` for the weight, which may then be freed
+
+
+_kept: MutableMapping[Tensor, _Kept] = WeakTensorKeyDictionary()
+
+
+def recall(
+    weight: Tensor, adapter: Adapter, config: Config, *, ops: Operations
+) -> tuple[Prepared | None, Prepared | None]:
+    """Return what is kept as `prepared` and `previous`, the arguments of `doraxp.forward`.
+
+    The first is of this adapter and config, the second of others: one of them is None.
+    """
+    kept = _kept.get(weight) if _may_keep(weight) else None
+    if kept is None or kept.state != _state(weight):
+        return None, None
+    if not torch.equal(kept.sample, _sample(weight)):
+        return None, None
+    last = with_weight(kept.prepared, weight.detach())
+    if last.config == config and ops.unchanged(last.snapshot, last.adapter, adapter):
+        return last, None
+    return None, last
+
+
+def keep(weight: Tensor, prepared: Prepared) -> None:
+    """Keep what a forward has prepared, if the next one can tell whether the weight has changed."""
+    if _may_keep(weight):
+        released = with_weight(prepared, RELEASED)
+        _kept[weight] = _Kept(_state(weight), _sample(weight).clone(), released)
+
+
+def with_weight(prepared: Prepared, weight: Tensor) -> Prepared:
+    """Return `prepared` with another tensor for W."""
+    return prepared._replace(direction=prepared.direction.with_weight(weight))
+
+
+def _may_keep(weight: Tensor) -> bool:
+    """Return whether a later call can tell if the weight has changed.
+
+    A weight that is trained changes at each step. An inference tensor does not count its writes. On
+    a GPU, a look at the sample would wait for the queue.
+    """
+    if weight.requires_grad or weight.is_inference() or weight.device.type != "cpu":
+        return False
+    return weight.is_contiguous()
+
+
+def _state(tensor: Tensor) -> _State:
+    storage = StorageWeakRef(tensor.untyped_storage())
+    return _State(storage, tensor.storage_offset(), tensor.stride(), tensor._version)
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """Return some numbers of W as a view. They lie at equal distances, in all rows and columns.
+
+    The version of a tensor does not count writes through `.data`, through a NumPy view, or by FSDP
+    into its buffers. Such writes change whole matrices, or large parts of them.
+    """
+    step = weight.numel() // SAMPLE | 1  # odd: the columns differ from row to row
+    count = -(-weight.numel() // step)
+    return weight.as_strided((count,), (step,), weight.storage_offset())
