@@ -1,4 +1,4 @@
-"""Mixed precision: what CuPy's 16-bit layers promise, and how `exact_products` turns it off."""
+"""Mixed precision: what 16-bit layers promise, and how `exact_products` turns it off."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import doraxp
 from doraxp import Adapter, Config, backends
 from doraxp.testing import Library, expected
 
-pytestmark = pytest.mark.lanes("cuda-host", "cupy")
+pytestmark = pytest.mark.lanes("cuda-host", "cupy", "torch")
+CUDA = pytest.mark.lanes("cuda-host", "cupy")
+"""For tests with rows that cancel: PyTorch stores V and z in float32 there."""
 
 GRADIENTS = ("dx", "da", "db", "dm", "dw", "dbias")
 BETTER = [("detached", 0.02, 100), ("detached", 1.0, 100), ("exact", 0.02, 10), ("exact", 1.0, 3)]
@@ -24,6 +26,12 @@ The norm's gradient, ‖s B A‖ / ‖W‖, and the factor. With a detached norm
 reaches dA and dB. With an exact one the rounding of z does, in proportion to V Aᵀ / n, and that
 grows with the update.
 """
+
+
+@pytest.fixture(autouse=True)
+def every_cpu_multiplies_16_bits(monkeypatch):
+    """PyTorch rounds on CPUs that multiply 16-bit numbers: test that on all of them."""
+    monkeypatch.setattr("doraxp.backends._torch.multiplies", lambda kind, dtype: True)
 
 
 def run(backend, case, dtype, wide=(), reduce=None):
@@ -138,6 +146,7 @@ def cancelling(config, dtype, every=8, **shape):
     return mixed.changed(case, weight=weight, lora_b=b)
 
 
+@CUDA
 @pytest.mark.dtypes("float16", "bfloat16")
 def test_rows_that_cancel_are_made_from_v(backend, dtype, config):
     """The bounds of such rows have no terms of the size of W and B A, which cancel."""
@@ -162,6 +171,7 @@ def test_an_adapter_may_fill_a_row_of_zeros(backend, dtype, config, tokens, bloc
     assert max(shares(found, expected(case, dtype, precision=precision)).values()) <= 1
 
 
+@CUDA
 @pytest.mark.dtypes("float16", "bfloat16")
 @pytest.mark.parametrize("wide", [("x",), ("dy",), ("x", "dy")], ids="-".join)
 def test_rows_that_cancel_are_made_from_an_x_and_a_dy_of_two_dtypes(backend, dtype, config, wide):
@@ -173,6 +183,7 @@ def test_rows_that_cancel_are_made_from_an_x_and_a_dy_of_two_dtypes(backend, dty
     assert max(shares(found, wanted).values()) <= 1
 
 
+@CUDA
 @pytest.mark.dtypes("float16", "bfloat16")
 @pytest.mark.parametrize(("form", "rank"), [("weight", 40), ("direction", 70)])
 def test_ends_of_blocks_and_of_ranks_are_within_the_bounds(backend, dtype, form, rank):

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Collection
 from operator import attrgetter
 from types import ModuleType
+from typing import Any
 
 import array_api_compat
 import array_api_compat.numpy
@@ -75,7 +76,7 @@ def _torch_kinds() -> set[type]:
     return {kind for kind in kinds if kind is not None}
 
 
-def _are_plain_tensors(arrays: Collection[Array]) -> bool:
+def _are_plain_tensors(arrays: Collection[Any]) -> bool:
     """Return whether tensors are on one device and of the supported dtypes."""
     one_device = len({array.device for array in arrays}) == 1
     return one_device and all(dtype_name(array) in DTYPES for array in arrays)

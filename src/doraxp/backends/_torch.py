@@ -52,8 +52,9 @@ class TorchFactored(Factored):
             return super().outputs(x, low, gain, bias, base, dropped, ops=ops)
         import torch
 
+        one: Tensor = None
         if row_scale is not None:
-            one = torch.where(row_scale > 0, row_scale, 1.0)
+            one = row_scale + (row_scale == 0)  # 1 for a row of zeros
             scaled_b = scaled_b / one[..., None]
         update = (low @ transpose(scaled_b)).to(x.dtype)  # (tokens, out)
         z = _add_product(update, x, transpose(weight))
@@ -88,10 +89,10 @@ class TorchOperations(Operations):
     ) -> DType:  # fmt: skip
         """Return the own dtype of an x or dy of 16 bits like W where the device multiplies these.
 
-        With a dropout mask, and within `exact_products`, it is `dtype`.
+        Within `exact_products` it is `dtype`.
         """
         own = array.dtype
-        if masked or own != weight.dtype or own.itemsize > 2 or dtype != self.xp.float32:
+        if own != weight.dtype or own.itemsize > 2 or dtype != self.xp.float32:
             return dtype
         exact = is_exact() or not multiplies(array.device.type, own) if z is None else z == dtype
         return dtype if exact else own
@@ -196,7 +197,10 @@ class TorchOperations(Operations):
         db *= scaling
         slope = gain if row_scale is None else row_scale * gain
         dz = xp.mul(d, slope[..., None, :], out=xp.empty_like(d))
-        dx = _add_product((dlow @ a).to(d.dtype), dz, weight)
+        if round_later:
+            dx = self.accumulate(self.product(dz, weight), dlow, a)
+        else:
+            dx = _add_product((dlow @ a).to(d.dtype), dz, weight)
         return LayerGradients(dx, da, db, dm, p, dbias)
 
     def over_norm(self, values: Tensor, norm: Tensor) -> Tensor:
@@ -237,16 +241,6 @@ class TorchOperations(Operations):
         if isinstance(snapshot, Adapter) and all(map(_same, snapshot, now)):
             return True
         return super().unchanged(snapshot, then, now)
-
-
-def narrow(weight: Tensor, dtype: DType) -> Tensor:
-    """Return W in `dtype`, in which x is, for its products; W itself where that is no gain.
-
-    That is where `dtype` is no narrower than W's, where the device does not multiply such numbers,
-    and within `exact_products`.
-    """
-    gain = dtype.itemsize < weight.dtype.itemsize and not is_exact()
-    return weight.to(dtype) if gain and multiplies(weight.device.type, dtype) else weight
 
 
 @functools.cache

@@ -77,7 +77,8 @@ class Library:
         -------
         {"exact", "mixed"}
             For the argument of `expected` with the same name. "mixed" for float16 and bfloat16 on
-            CuPy, outside of `doraxp.backends.exact_products`.
+            CuPy and PyTorch, outside of `doraxp.backends.exact_products`. On a CPU that does not
+            multiply such numbers itself, PyTorch is "exact".
 
         Examples
         --------

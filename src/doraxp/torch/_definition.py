@@ -8,6 +8,8 @@ Python which avoid it. `torch.func` goes through this form, and so do second der
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -25,7 +27,8 @@ def by_definition(
 ) -> Tensor:
     """Return y in x's dtype, for arguments that have been checked; `dtype` is the compute dtype."""
     kind = x.dtype
-    x, weight, a, b, m = (_cast(array, dtype) for array in (x, weight, *adapter))
+    leaves: tuple[Any, ...] = adapter  # tensors
+    x, weight, a, b, m = (_cast(array, dtype) for array in (x, weight, *leaves))
     if config.form == "direction":
         weight = _over(weight, _row_norms(weight)[..., None])
     v = _plus_product(weight, config.scaling, b, a)
@@ -59,7 +62,8 @@ def is_small(x: Tensor, weight: Tensor) -> bool:
 def is_transformed() -> bool:
     """Return whether `torch.func` or forward mode is at work, which need the definition."""
     transformed: bool = torch._C._are_functorch_transforms_active()
-    return transformed or torch.autograd.forward_ad._current_level >= 0
+    level: int = torch.autograd.forward_ad._current_level
+    return transformed or level >= 0
 
 
 def _cast(array: Tensor, dtype: DType) -> Tensor:
@@ -88,7 +92,8 @@ def _row_norms(rows: Tensor) -> Tensor:
     """Return ‖vᵢ‖, (*stack, out, in) -> (*stack, out), which neither overflows nor underflows."""
     peak = rows.detach().abs().amax(dim=-1, keepdim=True)
     scale = torch.where(peak > 0, peak, 1)
-    return scale[..., 0] * torch.linalg.vector_norm(rows / scale, dim=-1)
+    norms: Tensor = scale[..., 0] * torch.linalg.vector_norm(rows / scale, dim=-1)
+    return norms
 
 
 def _over(values: Tensor, norm: Tensor) -> Tensor:

@@ -24,15 +24,16 @@ class _DoRA(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor,
-        bias: Tensor | None, config: Config, cast: bool,
+        bias: Tensor | None, config: Config, narrow: bool,
     ) -> Tensor:  # fmt: skip
         adapter = Adapter(lora_a, lora_b, magnitude)
+        y: Tensor
         ctx.config, ctx.prepared = config, None
         if torch.compiler.is_compiling():
-            y, z, low_rank = forward_op(x, weight, *adapter, bias, cast, *_rules(config))
+            y, z, low_rank = forward_op(x, weight, *adapter, bias, narrow, *_rules(config))
         else:
             with _without_autocast(x.device.type):
-                found = forward_layer(x, weight, adapter, config, bias, cast)
+                found = forward_layer(x, weight, adapter, config, bias, narrow)
             y, z, low_rank, ctx.prepared = found
         ctx.save_for_backward(x, weight, lora_a, lora_b, magnitude, z, low_rank)
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -50,11 +51,12 @@ class _DoRA(torch.autograd.Function):
             dx, dweight, *dleaves = _differentiable(ctx, dy, x, weight, *leaves)
         else:
             with _without_autocast(x.device.type):
-                found = backward_layer(
+                found: Any = backward_layer(
                     dy, x, weight, z, low_rank, ctx.prepared, train_base=train_base
                 )
-            dx, dleaves, dweight, _ = found
-            dleaves = (d.to(leaf.dtype) for d, leaf in zip(dleaves, leaves, strict=True))
+            dx, adapter, dweight, _ = found
+            pairs: Any = zip(adapter, leaves, strict=True)
+            dleaves = (d.to(leaf.dtype) for d, leaf in pairs)
         dbias = None
         if train_bias:
             tokens = tuple(range(weight.ndim - 2, dy.ndim - 1))
@@ -135,15 +137,17 @@ def dora_linear(
     for name, array in tensors.items() if bias is None else (*tensors.items(), ("bias", bias)):
         check_kind(name, array, torch.Tensor)
     kind = x.device.type
-    cast = _is_autocast(kind) and x.dtype != torch.float64
-    if cast:
+    narrow = _is_autocast(kind) and x.dtype != torch.float64
+    if narrow:
         x = x.to(torch.get_autocast_dtype(kind))
     if not torch.compiler.is_compiling():  # the compiler's operators check their arguments
         _, dtype = check_call(x, weight, adapter, config, bias)
-        if is_transformed() or (is_small(x, weight) and not cast):
+        if is_transformed() or (is_small(x, weight) and not narrow):
             with _without_autocast(kind):
                 return by_definition(x, weight, adapter, config, bias, dtype)
-    return _DoRA.apply(x, weight, *adapter, bias, config, cast)
+    apply: Any = _DoRA.apply  # PyTorch gives it no type
+    y: Tensor = apply(x, weight, *adapter, bias, config, narrow)
+    return y
 
 
 def _is_autocast(kind: str) -> bool:

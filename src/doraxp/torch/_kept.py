@@ -30,7 +30,7 @@ class _State(NamedTuple):
     """Equal while a tensor has the same memory and no write that PyTorch counts."""
 
     storage: Any  # a weak reference; while it exists, no other storage gets its address
-    offset: int
+    offset: Any
     stride: tuple[int, ...]
     version: int
 
@@ -47,7 +47,7 @@ _kept: MutableMapping[Tensor, _Kept] = WeakTensorKeyDictionary()
 def recall(
     weight: Tensor, adapter: Adapter, config: Config, *, ops: Operations
 ) -> tuple[Prepared | None, Prepared | None]:
-    """Return what is kept as `prepared` and `previous`, the arguments of `doraxp.forward`.
+    """Return the kept `prepared` and `previous`, the arguments of `doraxp.forward`.
 
     The first is of this adapter and config, the second of others: one of them is None.
     """
@@ -86,7 +86,8 @@ def _may_keep(weight: Tensor) -> bool:
 
 
 def _state(tensor: Tensor) -> _State:
-    storage = StorageWeakRef(tensor.untyped_storage())
+    reference: Any = StorageWeakRef  # PyTorch gives it no type
+    storage = reference(tensor.untyped_storage())
     return _State(storage, tensor.storage_offset(), tensor.stride(), tensor._version)
 
 

@@ -19,8 +19,7 @@ from doraxp._base.types import Adapter, Config, Gradients
 from doraxp._core.checks import check_call
 from doraxp._core.linear import Cache, backward_checked, forward_checked
 from doraxp._core.prepared import Prepared, prepare_checked
-from doraxp.backends import as_dtype, compute_dtype, operations
-from doraxp.backends._torch import narrow
+from doraxp.backends import Operations, compute_dtype, operations
 from doraxp.torch._kept import RELEASED, keep, recall, with_weight
 
 
@@ -38,17 +37,17 @@ class Forward(NamedTuple):
 
 
 def forward_layer(
-    x: Tensor, weight: Tensor, adapter: Adapter, config: Config, bias: Tensor | None, cast: bool
+    x: Tensor, weight: Tensor, adapter: Adapter, config: Config, bias: Tensor | None, narrow: bool
 ) -> Forward:
     """Return y, and all that the backward needs, for arguments that have been checked.
 
-    With `cast`, W is rounded to x's dtype for its products with x and dz, if the device multiplies
-    numbers of that dtype. The norm is that of W itself.
+    With `narrow`, W is rounded to a narrower dtype of x for its products with x and dz, if the
+    device multiplies numbers of that dtype. The norm is that of W itself.
     """
     base, plain = weight.detach(), _detached(adapter)
     ops = operations(weight=base)
     dtype: Any = compute_dtype(base, *plain, xp=ops.xp)
-    stored = narrow(base, x.dtype) if cast else base
+    stored = _narrowed(base, x, dtype, ops=ops) if narrow else base
     given: Any
     prepared, previous = recall(weight, plain, config, ops=ops)
     if prepared is None and (
@@ -74,10 +73,16 @@ def backward_layer(
 ) -> Gradients:  # fmt: skip
     """Return the gradients by x, A, B, m and W, given the results of the forward."""
     base: Any = weight.detach()
-    cast = z.dtype not in (base.dtype, low_rank.dtype)  # the forward has rounded W to z's dtype
-    whole = with_weight(prepared, as_dtype(base, z.dtype, xp=torch) if cast else base)
-    cache: Any = Cache(x, None, low_rank, z, whole)
+    if z.dtype not in (base.dtype, low_rank.dtype):  # the forward has rounded W to z's dtype
+        base = base.to(z.dtype)
+    cache: Any = Cache(x, None, low_rank, z, with_weight(prepared, base))
     return backward_checked(dy, cache, train_base=train_base, ops=operations(weight=base))
+
+
+def _narrowed(weight: Tensor, x: Tensor, dtype: Any, *, ops: Operations) -> Tensor:
+    """Return W rounded to x's dtype, if that is narrower and products take x as it is."""
+    narrower = x.dtype.itemsize < weight.dtype.itemsize
+    return weight.to(x.dtype) if narrower and ops.operand_dtype(x, x, dtype) == x.dtype else weight
 
 
 def _detached(adapter: Adapter) -> Adapter:
@@ -97,30 +102,30 @@ def _config(rank: int, scaling: float, form: Any, norm_gradient: Any) -> Config:
     "doraxp::forward",
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor magnitude, "
-    "Tensor? bias, bool cast, int rank, float scaling, str form, str norm_gradient) "
+    "Tensor? bias, bool narrow, int rank, float scaling, str form, str norm_gradient) "
     "-> (Tensor, Tensor, Tensor)",
 )
 def forward_op(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor,
-    bias: Tensor | None, cast: bool, *rules: Any,
+    bias: Tensor | None, narrow: bool, *rules: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return y in x's dtype, and z = x Vᵀ and L = x Aᵀ in the dtypes of `Forward`."""
     adapter = Adapter(lora_a, lora_b, magnitude)
     with torch.autocast(x.device.type, enabled=False):
-        y, z, low_rank, _ = forward_layer(x, weight, adapter, _config(*rules), bias, cast)
+        y, z, low_rank, _ = forward_layer(x, weight, adapter, _config(*rules), bias, narrow)
     return y, z.contiguous(), low_rank  # for a stack, z is a view of a product
 
 
 @forward_op.register_fake
 def _forward_shapes(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor,
-    bias: Tensor | None, cast: bool, *rules: Any,
+    bias: Tensor | None, narrow: bool, *rules: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     adapter = Adapter(lora_a, lora_b, magnitude)
     ops, dtype = check_call(x, weight, adapter, _config(*rules), bias)
     *stack, out, _ = weight.shape
     tokens = math.prod(x.shape[len(stack) : -1])
-    stored = narrow(weight, x.dtype) if cast else weight
+    stored = _narrowed(weight, x, dtype, ops=ops) if narrow else weight
     return (
         x.new_empty((*x.shape[:-1], out)),
         x.new_empty((*stack, tokens, out), dtype=ops.operand_dtype(x, stored, dtype)),
