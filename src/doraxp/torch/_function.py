@@ -143,7 +143,7 @@ def dora_linear(
     if not torch.compiler.is_compiling():  # the compiler's operators check their arguments
         _, dtype = check_call(x, weight, adapter, config, bias)
         if is_transformed() or (is_small(x, weight) and not narrow):
-            with _without_autocast(kind):
+            with _without_autocast(kind) if narrow else contextlib.nullcontext():
                 return by_definition(x, weight, adapter, config, bias, dtype)
     apply: Any = _DoRA.apply  # PyTorch gives it no type
     y: Tensor = apply(x, weight, *adapter, bias, config, narrow)
