@@ -14,12 +14,20 @@ through float32, in blocks.
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterator
 from typing import Any, TypeAlias, cast
 
 from doraxp._base.types import Adapter, DType, Reduce, Snapshot
 from doraxp.backends._direction import Arithmetic, Factored, Factors, ProductDirection
 from doraxp.backends._dtypes import as_dtype, compute_dtype, transpose
-from doraxp.backends._generic import LayerGradients, Norm, Operations, OutputGradients
+from doraxp.backends._generic import (
+    LayerGradients,
+    Norm,
+    Operations,
+    OutputGradients,
+    safe_row_norms,
+)
 from doraxp.backends._precision import is_exact
 
 Tensor: TypeAlias = Any
@@ -29,7 +37,11 @@ ConsumedTensor: TypeAlias = Tensor
 """A `Tensor` that the function may write to: its caller must not read it again."""
 
 BLOCK = 2**20
-"""The numbers of a weight that are cast at once, 4 MiB in float32: they stay in the cache."""
+"""The numbers of a weight that are cast at once, 4 MiB in float32: they stay in a CPU's cache."""
+DEVICE_BLOCK = 2**24
+"""The same on a GPU, 64 MiB: there a launch costs more than memory."""
+PARTS = 3
+"""Parts of 8 bits that hold all 24 bits of a float32."""
 
 
 class TorchFactored(Factored):
@@ -100,7 +112,7 @@ class TorchOperations(Operations):
     # Products
 
     def product(self, left: Tensor, right: Tensor) -> Tensor:
-        """Return left right in the compute dtype. Casts a block of a large factor at a time."""
+        """Return left right in the compute dtype. No large factor is cast whole."""
         low = left.dtype.itemsize < 4
         if left.dtype == right.dtype and not low:
             return left @ right
@@ -109,10 +121,15 @@ class TorchOperations(Operations):
         if few or left.ndim != 2 or _is_transformed(left, right):
             # A stack is cast whole.
             return as_dtype(left, dtype, xp=self.xp) @ as_dtype(right, dtype, xp=self.xp)
-        if low and left.dtype == right.dtype and left.device.type == "cuda":
-            return self.xp.mm(left, right, out_dtype=dtype)
+        if not self.can_read_values(left) and dtype == self.xp.float32:
+            if left.dtype == right.dtype:
+                return _widened(left, right)
+            if right.dtype == self.xp.bfloat16:
+                return _by_parts(left, right)
+            if left.dtype == self.xp.bfloat16:
+                return _by_parts(right.mT, left.mT).mT
         if right.dtype == dtype or (left.dtype != dtype and left.numel() > right.numel()):
-            return self._product_by_blocks(transpose(right), transpose(left), dtype).mT
+            return self._product_by_blocks(right.mT, left.mT, dtype).mT
         return self._product_by_blocks(left, right, dtype)
 
     def _product_by_blocks(self, left: Tensor, right: Tensor, dtype: DType) -> Tensor:
@@ -123,11 +140,14 @@ class TorchOperations(Operations):
         left = as_dtype(left, dtype, xp=self.xp)
         inner, columns = right.shape
         result = left.new_empty((left.shape[0], columns))
-        step = max(1, BLOCK // inner)
-        for start in range(0, columns, step):
-            here = slice(start, start + step)
+        for here in self._blocks(columns, inner, right):
             self.xp.mm(left, right[:, here].to(dtype), out=result[:, here])
         return result
+
+    def _blocks(self, count: int, size: int, array: Tensor) -> Iterator[slice]:
+        """Return slices of `count` rows of `size` numbers each, for parts that are cast at once."""
+        step = max(1, (BLOCK if self.can_read_values(array) else DEVICE_BLOCK) // size)
+        return (slice(start, start + step) for start in range(0, count, step))
 
     def accumulate(self, total: ConsumedTensor, left: Tensor, right: Tensor) -> Tensor:
         """Return total + left right. BLAS adds while it multiplies, so no temporary is made."""
@@ -217,13 +237,56 @@ class TorchOperations(Operations):
         """Return ‖wᵢ‖² by rows, for a block of rows at a time. No copy of W is made."""
         if weight.ndim != 2 or _is_transformed(weight):
             return super().row_squares(weight, dtype)
-        out, inner = weight.shape
-        squares = weight.new_empty(out, dtype=dtype)
-        step = max(1, BLOCK // inner)
-        for start in range(0, out, step):
-            rows = weight[start : start + step].to(dtype)
-            self.xp.sum(rows * rows, dim=-1, out=squares[start : start + step])
+        squares = weight.new_empty(weight.shape[0], dtype=dtype)
+        for here in self._blocks(weight.shape[0], weight.shape[1], weight):
+            rows = weight[here].to(dtype)
+            self.xp.sum(rows * rows, dim=-1, out=squares[here])
         return squares
+
+    def norm_and_direction(
+        self, weight: Tensor, adapter: Adapter, scaling: float, row_scale: Tensor | None,
+        squares: Tensor, products: tuple[Tensor, Tensor] | None = None,
+        reduce: Reduce | None = None,
+    ) -> Norm:  # fmt: skip
+        """Return n, g, V Aᵀ / n and V. On a device, n is measured on V, a block of rows at a time.
+
+        No row is suspect then, and no value is read. z and dx are made from the factors in all
+        rows: where these cancel, both have the errors of the factors.
+        """
+        leaves: tuple[Tensor, ...] = adapter
+        if reduce is not None or self.can_read_values(weight) or _is_transformed(weight, *leaves):
+            return super().norm_and_direction(
+                weight, adapter, scaling, row_scale, squares, products, reduce
+            )
+        dtype: Any = squares.dtype
+        a, b, magnitude = (as_dtype(leaf, dtype, xp=self.xp) for leaf in leaves)
+        factors = Factors(weight, a, b if scaling == 1 else scaling * b, row_scale)
+        norm, projection = self._measured(factors)
+        gain, unit = self.over_norm(magnitude, norm), self.over_norm(projection, norm)
+        return Norm(norm, gain, unit, TorchFactored(factors))
+
+    def _measured(self, factors: Factors) -> tuple[Tensor, Tensor]:
+        """Return n and V Aᵀ, from blocks of rows of V."""
+        weight, a, scaled_b, row_scale = cast(tuple[Tensor, ...], factors)
+        norm = a.new_empty(weight.shape[:-1])
+        projection = a.new_empty(scaled_b.shape)
+        for element in itertools.product(*map(range, weight.shape[:-2])):
+            for rows in self._blocks(weight.shape[-2], weight.shape[-1], weight):
+                here = (*element, rows)
+                v = weight[here].to(a.dtype, copy=True)
+                if row_scale is not None:
+                    v *= row_scale[here][:, None]
+                v.addmm_(scaled_b[here], a[element])
+                norm[here] = self._row_norms(v)
+                self.xp.mm(v, a[element].mT, out=projection[here])
+        return norm, projection
+
+    def _row_norms(self, rows: Tensor) -> Tensor:
+        """Return ‖vᵢ‖. Squares of float32 neither overflow nor underflow in float64."""
+        if rows.dtype == self.xp.float32:
+            linalg: Any = self.xp.linalg
+            return linalg.vector_norm(rows, axis=-1, dtype=self.xp.float64)
+        return safe_row_norms(rows, xp=self.xp)
 
     def _measure_on_v(
         self, trusted: Tensor, norm: ConsumedTensor, factors: Factors, reduce: Reduce | None
@@ -255,6 +318,31 @@ def multiplies(kind: str, dtype: DType) -> bool:
         return True
     name = {"bfloat16": "bf16", "float16": "fp16"}[str(dtype).removeprefix("torch.")]
     return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
+
+
+def _widened(left: Tensor, right: Tensor) -> Tensor:
+    """Return left right of 16-bit arrays in float32, (i, k) (k, j) -> (i, j)."""
+    import torch
+
+    if left.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
+def _by_parts(left: Tensor, right: Tensor) -> Tensor:
+    """Return left right of float32 and bfloat16, (i, k) (k, j) -> (i, j), exact but for the sums.
+
+    A float32 is the sum of three bfloat16 numbers, its parts. One product takes the parts of all
+    rows. The parts of float16 would underflow.
+    """
+    import torch
+
+    parts, rest = [], left
+    for _ in range(PARTS):
+        parts.append(rest.to(right.dtype))
+        rest = rest - parts[-1]
+    product = _widened(torch.cat(parts), right)
+    return product.reshape(PARTS, *left.shape[:1], -1).sum(0)
 
 
 def _add_product(total: ConsumedTensor, left: Tensor, right: Tensor) -> Tensor:
