@@ -3,13 +3,14 @@
     dora_linear          the function y = x W'ᵀ + bias
     DoRALinear           the same as a module, around a torch.nn.Linear
     accelerate           computes the DoRA layers of a PEFT model with `dora_linear`
+    restore              undoes `accelerate`, also in a copy of the model
 
-Needs the extra ``torch``; `accelerate` needs PEFT too. The math is `doraxp.forward` and
+Needs the extra ``torch``; the last two need PEFT too. The math is `doraxp.forward` and
 `doraxp.backward`.
 """
 
-from doraxp.torch._accelerate import Accelerated, accelerate
+from doraxp.torch._accelerate import Accelerated, accelerate, restore
 from doraxp.torch._function import dora_linear
 from doraxp.torch._linear import DoRALinear
 
-__all__ = ["Accelerated", "DoRALinear", "accelerate", "dora_linear"]
+__all__ = ["Accelerated", "DoRALinear", "accelerate", "dora_linear", "restore"]

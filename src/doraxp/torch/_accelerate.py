@@ -1,7 +1,7 @@
 """Swap the DoRA layers of a PEFT model to `dora_linear`, in place, and swap them back.
 
-swapped   a layer of PEFT's that `dora_linear` computes now
-left      a DoRA layer that PEFT still computes
+layers   the layers of PEFT's that doraxp computes
+left     the DoRA layers that PEFT computes, with the reasons
 """
 
 from __future__ import annotations
@@ -17,27 +17,34 @@ from doraxp._base.types import Config, NormGradient
 
 
 class Accelerated:
-    """The layers that `accelerate` swapped. As a context manager it swaps them back at its end.
+    """An accelerated model. As a context manager it calls `restore` at its end.
 
-    Attributes
-    ----------
-    layers : tuple of str
-        Names of the layers that doraxp computes.
-    left : mapping of str to str
-        Names of the DoRA layers that PEFT still computes, each with the reason.
+    `layers` and `left` look at the model anew each time: a layer that PEFT must compute for a
+    while, such as one with two active adapters, is in `left` for that while.
     """
 
-    def __init__(self, swapped: Mapping[str, Any], left: Mapping[str, str]) -> None:
-        self._swapped = dict(swapped)
-        self.layers = tuple(swapped)
-        self.left = MappingProxyType(dict(left))
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers that doraxp computes now."""
+        return tuple(name for name, reason in self._reasons().items() if reason is None)
+
+    @property
+    def left(self) -> Mapping[str, str]:
+        """Names of the DoRA layers that PEFT computes now, each with the reason."""
+        reasons = self._reasons().items()
+        return MappingProxyType({name: reason for name, reason in reasons if reason is not None})
+
+    def _reasons(self) -> dict[str, str | None]:
+        from doraxp.torch._peft import dora_layers, why_not
+
+        return {name: why_not(layer) for name, layer in dora_layers(self._model)}
 
     def restore(self) -> None:
-        """Let PEFT compute the layers again. A second call does nothing."""
-        from doraxp.torch._peft import unswap
-
-        while self._swapped:
-            unswap(self._swapped.popitem()[1])
+        """Let PEFT compute all layers again, see `doraxp.torch.restore`."""
+        restore(self._model)
 
     def __enter__(self) -> Accelerated:
         """Return this object; the layers are swapped already."""
@@ -52,9 +59,15 @@ def accelerate(model: Any, norm_gradient: NormGradient = "exact") -> Accelerated
     """Let doraxp compute the DoRA layers of a PEFT model, in place.
 
     The parameters stay PEFT's: the optimizer, `state_dict` and `save_pretrained` see no
-    difference. PEFT still merges, and still draws the dropout with the same random numbers.
-    Copies and pickles of the model are accelerated too. A call of a layer raises ValueError where
-    the layer has two active adapters, or where a part of it was given a hook later.
+    difference. PEFT still merges, and still draws the dropout with the same random numbers. PEFT
+    also computes each call that doraxp does not, such as that of a layer with two active adapters
+    or with a hook inside; the handle's `left` says why.
+
+    Layers that a later adapter brings are accelerated too, if `model` contains PEFT's tuner. Copies
+    and pickles of the model stay accelerated. A second call changes nothing but `norm_gradient`,
+    for the whole model.
+
+    Around a weight that bitsandbytes or torchao quantised, the products with W are the base's own.
 
     Parameters
     ----------
@@ -67,15 +80,15 @@ def accelerate(model: Any, norm_gradient: NormGradient = "exact") -> Accelerated
     Returns
     -------
     Accelerated
-        Its `restore`, or the end of a ``with`` block, lets PEFT compute the layers again.
+        Names the layers. Its `restore`, or the end of a ``with`` block, lets PEFT compute them
+        again.
 
     Raises
     ------
     TypeError
         `model` is not a module.
     ValueError
-        The model has no DoRA layer around a plain `torch.nn.Linear`, or some of its layers are
-        accelerated already.
+        The model has no DoRA layer around a `torch.nn.Linear` or a quantised one.
 
     Examples
     --------
@@ -84,25 +97,47 @@ def accelerate(model: Any, norm_gradient: NormGradient = "exact") -> Accelerated
     >>> model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), config)
     >>> with accelerate(model) as handle:
     ...     model(torch.ones(2, 4)).sum().backward()
-    >>> handle.layers
+    ...     print(handle.layers)
     ('base_model.model.0',)
     """
     from doraxp.torch import _peft
 
     check_kind("model", model, torch.nn.Module)
     Config(1, norm_gradient=norm_gradient)  # raises for an unknown choice
-    found, left = {}, {}
-    for name, layer in model.named_modules():
-        if _peft.has_dora(layer):
-            reason = _peft.why_not(layer)
-            if reason is None:
-                found[name] = layer
-            else:
-                left[name] = reason
-    if _peft.AGAIN in left.values():
-        raise ValueError("the model must not be accelerated already: restore it first")
-    if not found:
-        raise ValueError(f"the model must have a DoRA layer that can be accelerated, got {left}")
-    for layer in found.values():
-        _peft.swap(layer, norm_gradient)
-    return Accelerated(found, left)
+    never = {name: _peft.why_never(layer) for name, layer in _peft.dora_layers(model)}
+    if None not in never.values():
+        raise ValueError(f"the model must have a DoRA layer that can be accelerated, got {never}")
+    _peft.swap(model, norm_gradient)
+    return Accelerated(model)
+
+
+def restore(model: Any) -> None:
+    """Let PEFT compute all layers of a model again, in place.
+
+    It undoes `accelerate` for the model, and for a copy or a pickle of an accelerated model. A
+    model that is not accelerated stays as it is.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+
+    Raises
+    ------
+    TypeError
+        `model` is not a module.
+
+    Examples
+    --------
+    >>> import copy, peft, torch
+    >>> config = peft.LoraConfig(use_dora=True, target_modules=["0"], r=2)
+    >>> model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), config)
+    >>> handle = accelerate(model)
+    >>> copied = copy.deepcopy(model)
+    >>> restore(copied)
+    >>> type(copied.base_model.model[0]) is peft.tuners.lora.Linear
+    True
+    """
+    check_kind("model", model, torch.nn.Module)
+    from doraxp.torch import _peft
+
+    _peft.restore(model)

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Parameter, functional
 
-from doraxp._base.scalars import check_flag, check_kind
+from doraxp._base.scalars import check_flag, check_kind, check_number
 from doraxp._base.types import Adapter, Config
 from doraxp._core.adapter import init, merge
 from doraxp.torch._function import dora_linear
+from doraxp.torch._gain import gain
 
 
 class DoRALinear(torch.nn.Module):
@@ -24,6 +25,12 @@ class DoRALinear(torch.nn.Module):
     ``magnitude``. The base is never changed. Frozen, weight and bias share the base's memory; with
     `train_base` they are copies.
 
+    In training with dropout, the rate p replaces numbers of x by 0 and divides the others by
+    1 − p, which gives x̃, and by ``config.dropout``::
+
+        "input":     y = x̃ W'ᵀ + (x − x̃) Wᵀ + bias
+        "low_rank":  y = x W'ᵀ + (m / n)⊙(s (x̃ − x) Aᵀ Bᵀ) + bias
+
     Parameters
     ----------
     base : torch.nn.Linear
@@ -32,13 +39,15 @@ class DoRALinear(torch.nn.Module):
         Draws A, see `doraxp.init`.
     train_base : bool
         Train the weight and the bias too.
+    dropout : float
+        The rate p, at least 0 and below 1. PyTorch's generator draws, and `eval` turns it off.
 
     Raises
     ------
     TypeError
-        `base` is not a `torch.nn.Linear`.
+        `base` is not a `torch.nn.Linear`, or `dropout` is not a number.
     ValueError
-        The rank is above min(out, in).
+        The rank is above min(out, in), or `dropout` is not in its range.
 
     Examples
     --------
@@ -59,12 +68,14 @@ class DoRALinear(torch.nn.Module):
     magnitude: Tensor
 
     def __init__(
-        self, base: torch.nn.Linear, config: Config, *, seed: int, train_base: bool = False
-    ) -> None:
+        self, base: torch.nn.Linear, config: Config, *, seed: int, train_base: bool = False,
+        dropout: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         check_kind("base", base, torch.nn.Linear)
         check_flag("train_base", train_base)
         self.config = config
+        self.dropout = check_number("dropout", dropout, below=1)
 
         def own(array: Tensor) -> Parameter:
             array = array.detach()
@@ -81,8 +92,27 @@ class DoRALinear(torch.nn.Module):
         return Adapter(self.lora_a, self.lora_b, self.magnitude)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return y = x W'ᵀ + bias: (..., in) -> (..., out). See `dora_linear`."""
-        return dora_linear(x, self.weight, self.adapter, self.config, self.bias)
+        """Return y: (..., in) -> (..., out). Without dropout, y = x W'ᵀ + bias by `dora_linear`."""
+        if not self.training or self.dropout == 0:
+            return dora_linear(x, self.weight, self.adapter, self.config, self.bias)
+        dropped = functional.dropout(x, self.dropout)
+        if self.config.dropout == "input":
+            y = dora_linear(dropped, self.weight, self.adapter, self.config)
+            return y + _linear(x - dropped, self.weight, self.bias).to(y.dtype)
+        y = dora_linear(x, self.weight, self.adapter, self.config, self.bias)
+        scaled_b = self.config.scaling * self.lora_b
+        exact = self.config.norm_gradient == "exact"
+        g = gain(self._direction, self.lora_a, scaled_b, self.magnitude, exact=exact)
+        update = _linear(_linear(dropped - x, self.lora_a), scaled_b)
+        return y + (g * update).to(y.dtype)
+
+    def _direction(self) -> Tensor:
+        """Return ρ⊙W, the part of V that does not depend on the adapter."""
+        if self.config.form == "weight":
+            return self.weight
+        weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        norm = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
+        return weight / torch.where(norm > 0, norm, 1)
 
     def merge(self) -> torch.nn.Linear:
         """Return a new `torch.nn.Linear` with W' and a copy of the bias."""
@@ -99,4 +129,12 @@ class DoRALinear(torch.nn.Module):
         """Return the sizes, the rank and the scaling for the module's repr."""
         (out, inner), config = self.weight.shape, self.config
         sizes = f"in={inner}, out={out}, bias={self.bias is not None}"
-        return f"{sizes}, rank={config.rank}, scaling={config.scaling}"
+        dropout = f", dropout={self.dropout} ({config.dropout})" if self.dropout else ""
+        return f"{sizes}, rank={config.rank}, scaling={config.scaling}{dropout}"
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x Wᵀ + bias in the wider dtype of x and the weight, or in autocast's."""
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    bias = None if bias is None else bias.to(dtype)
+    return functional.linear(x.to(dtype), weight.to(dtype), bias)

@@ -1,107 +1,251 @@
-"""PEFT's linear layer with another forward. No other module reads PEFT's internals.
+"""PEFT's linear layers with another forward. No other module knows PEFT's internals.
 
-    W' x + bias      by `dora_linear`, with the parameters of PEFT's layer
+    y = x W'ᵀ + bias      by `dora_linear`, with the parameters of PEFT's layer
+                          or by `around_base`, where the base is quantised
 
-The class of a layer is swapped, not its `forward`, because copies then use their own arrays.
+The class of a layer is swapped, not its `forward`, because copies then use their own arrays. Each
+call reads the layer anew: PEFT and its users change a layer at any time.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Linear
+from peft.tuners import lora
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.torchao import TorchaoLoraLinear
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
 from doraxp._base.types import Adapter, Config, NormGradient
+from doraxp.torch._around import around_base
 from doraxp.torch._function import dora_linear
 
-AGAIN = "it is accelerated already"
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+BITSANDBYTES = {"Params4bit": "Linear4bit", "Int8Params": "Linear8bitLt"}
+"""The quantised weights of bitsandbytes, and the layers that have them."""
 
 
-class AcceleratedLinear(Linear):
-    """PEFT's linear layer, with DoRA computed by `dora_linear` and everything else by PEFT."""
+class _Parts(NamedTuple):
+    """The parts of a layer for one call."""
+
+    base: Any
+    dropout: Any
+    lora_a: Tensor
+    lora_b: Tensor
+    magnitude: Tensor
+    scaling: Any  # a number; a tensor after PEFT prepared the layer for hot-swapping
+    is_quantised: bool
+
+
+class AcceleratedLayer:
+    """The first base of an accelerated layer, before PEFT's class."""
 
     _norm_gradient: NormGradient
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the same as PEFT's forward."""
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        dora = [name for name in names if name in self.lora_magnitude_vector]
-        if self.disable_adapters or self.merged or args or kwargs or not dora:
-            return super().forward(x, *args, **kwargs)
-        if len(names) > 1:
-            raise ValueError(f"an accelerated layer must have one active adapter, got {names}")
-        if hooked := _hooked(self):
-            raise ValueError(
-                f"an accelerated layer must not have hooks inside; restore it first: {hooked}"
-            )
-        return self._adapted(x, *names)
+        """Return the same as PEFT's forward, which computes all that doraxp does not."""
+        parts = None if args or kwargs else _parts(self)
+        if not isinstance(parts, _Parts):
+            y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            return y
+        return self._quantised(x, parts) if parts.is_quantised else self._plain(x, parts)
 
-    def _adapted(self, x: Tensor, name: str) -> Tensor:
+    def _plain(self, x: Tensor, parts: _Parts) -> Tensor:
         layer: Any = self  # torch does not know the types of a module's parts
-        base, dropout = layer.get_base_layer(), layer.lora_dropout[name]
-        lora_a, lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight
-        magnitude = layer.lora_magnitude_vector[name].weight
-        # PEFT's s may be any number; a Config's is positive.
-        adapter = Adapter(lora_a, layer.scaling[name] * lora_b, magnitude)
-        config = Config(lora_a.shape[0], norm_gradient=self._norm_gradient)
-        if isinstance(dropout, torch.nn.Identity) or not self.training:
-            return dora_linear(x, base.weight, adapter, config, base.bias)
+        base, dropout, lora_a, lora_b, magnitude, scaling, _ = parts
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        rank, norm_gradient = lora_a.shape[0], self._norm_gradient
+        if scaling.__class__ is float and 0 < scaling < math.inf:
+            config = Config(rank, scaling * rank, norm_gradient=norm_gradient)
+        else:  # PEFT's s may be any number, and a tensor; a Config's is positive
+            lora_b, config = scaling * lora_b, Config(rank, norm_gradient=norm_gradient)
+        adapter = Adapter(lora_a, lora_b, magnitude)
+        if dropout.__class__ is torch.nn.Identity or not layer.training:
+            return dora_linear(x, weight, adapter, config, bias)
         # PEFT applies dropout to the x of the correction only, with x̃ = dropout(x):
         # y = base(x) + (W' − W) x̃ = base(x − x̃) + W' x̃.
-        kept = dropout(self._cast_input_dtype(x, lora_a.dtype))
+        kept = dropout(layer._cast_input_dtype(x, lora_a.dtype))
         rest: Tensor = base(x - kept.to(x.dtype))
-        return (rest + dora_linear(kept, base.weight, adapter, config)).to(rest.dtype)
+        return (rest + dora_linear(kept, weight, adapter, config)).to(rest.dtype)
+
+    def _quantised(self, x: Tensor, parts: _Parts) -> Tensor:
+        layer: Any = self
+        base, dropout, lora_a, lora_b, magnitude, scaling, _ = parts
+        dropped = None
+        if layer.training and not isinstance(dropout, torch.nn.Identity):
+            dropped = dropout(layer._cast_input_dtype(x, lora_a.dtype))
+        scaled_b, exact = scaling * lora_b, self._norm_gradient == "exact"
+        return around_base(
+            x, dropped, base, partial(dequantize_module_weight, base),
+            lora_a, scaled_b, magnitude, exact=exact,
+        )  # fmt: skip
 
 
-def has_dora(layer: Any) -> bool:
-    """Return True for a layer of PEFT's with a DoRA adapter."""
-    return isinstance(layer, LoraLayer) and len(layer.lora_magnitude_vector) > 0
+class AcceleratedLinear(AcceleratedLayer, lora.Linear):
+    """PEFT's linear layer, accelerated."""
+
+
+class AcceleratedTorchaoLinear(AcceleratedLayer, TorchaoLoraLinear):
+    """PEFT's linear layer around a weight of torchao, accelerated."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Do the same as PEFT's merge, with a warning where PEFT merges DoRA as plain LoRA."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        if any(name in self.lora_magnitude_vector for name in names):
+            warnings.warn(
+                "PEFT merges DoRA into a weight of torchao as plain LoRA, so the merged layer "
+                "computes something else: merge into the weight before it is quantised",
+                stacklevel=2,
+            )
+        super().merge(safe_merge, adapter_names)
+
+
+class LoraModel(lora.LoraModel):  # PEFT reports the class's name, so it stays
+    """PEFT's tuner, which accelerates the layers that a new adapter brings."""
+
+    _norm_gradient: NormGradient
+
+    def inject_adapter(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Do the same as PEFT's function, then accelerate the new layers."""
+        super().inject_adapter(model, *args, **kwargs)
+        swap(model, self._norm_gradient)
+
+
+_CLASSES: dict[type, type] = {
+    lora.Linear: AcceleratedLinear,
+    TorchaoLoraLinear: AcceleratedTorchaoLinear,
+}
+
+
+def _accelerated(kind: type) -> type | None:
+    """Return the accelerated class of a class of PEFT's layers, or None where there is none."""
+    if kind.__module__ == "peft.tuners.lora.bnb":  # its import needs bitsandbytes
+        from doraxp.torch._bitsandbytes import CLASSES
+
+        return CLASSES.get(kind)
+    return _CLASSES.get(kind)
+
+
+def dora_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the names and layers of a model that have a DoRA adapter."""
+    for name, module in model.named_modules():
+        if isinstance(module, lora.LoraLayer) and len(module.lora_magnitude_vector) > 0:
+            yield name, module
+
+
+def swap(model: torch.nn.Module, norm_gradient: NormGradient) -> None:
+    """Accelerate the DoRA layers and the tuners of a model; the choice applies to all of them."""
+    for _, layer in dora_layers(model):
+        if why_never(layer) is None:
+            if not isinstance(layer, AcceleratedLayer):
+                layer.__class__ = _accelerated(type(layer))
+            layer._norm_gradient = norm_gradient
+    tuner: Any  # torch takes every attribute of a module for a tensor
+    for tuner in model.modules():
+        if type(tuner) in (lora.LoraModel, LoraModel):
+            tuner.__class__ = LoraModel
+            tuner._norm_gradient = norm_gradient
+
+
+def restore(model: torch.nn.Module) -> None:
+    """Make the layers and the tuners of a model PEFT's again."""
+    for module in model.modules():
+        if isinstance(module, (AcceleratedLayer, LoraModel)):
+            del module._norm_gradient
+            module.__class__ = type(module).__bases__[-1]
+
+
+def why_never(layer: Any) -> str | None:
+    """Return the reason why a DoRA layer of PEFT's cannot be accelerated, or None."""
+    if isinstance(layer, AcceleratedLayer):
+        return None
+    if _accelerated(type(layer)) is None:
+        return f"its class must be Linear, got {type(layer).__name__}"
+    reason = _is_quantised(layer._modules["base_layer"])
+    return reason if isinstance(reason, str) else None
 
 
 def why_not(layer: Any) -> str | None:
-    """Return the reason why a layer cannot be swapped, or None where it can."""
-    if type(layer) is AcceleratedLinear:
-        return AGAIN
-    if type(layer) is not Linear:
-        return f"its class must be Linear, got {type(layer).__name__}"
-    base = layer.get_base_layer()
-    if type(base) is not torch.nn.Linear:
-        return f"its base must be a torch.nn.Linear, got {type(base).__name__}"
-    if hooked := _hooked(layer):
-        return hooked
-    rank, most = max(layer.r[name] for name in layer.lora_magnitude_vector), min(base.weight.shape)
-    if rank > most:
-        return f"its rank must be at most min(out, in) = {most}, got {rank}"
-    return None
+    """Return the reason why PEFT computes a DoRA layer now, or None where doraxp computes it."""
+    if isinstance(layer, AcceleratedLayer):
+        parts = _parts(layer)
+        return parts if isinstance(parts, str) else None
+    return why_never(layer) or "it is not accelerated: call accelerate again"
 
 
-def _hooked(layer: Any) -> str | None:
-    """Return a message that names a part with hooks, which `AcceleratedLinear` would not call."""
-    parts = {
-        "base layer": [layer.get_base_layer()],
-        "lora_A": layer.lora_A.values(),
-        "lora_B": layer.lora_B.values(),
-        "magnitude": layer.lora_magnitude_vector.values(),
-    }
-    for name, modules in parts.items():
-        for module in modules:
-            # Offloading sets a forward on the instance instead of registering a hook.
-            if "forward" in vars(module) or any(getattr(module, hooks) for hooks in HOOKS):
-                return f"its {name} has hooks, which would not be called"
-    return None
+def _parts(layer: Any) -> _Parts | str:
+    """Return the parts of the active adapter, or the reason why PEFT must compute this call.
+
+    Every call of a layer comes here. A module's parts are read from its dictionaries, because
+    ``module.part`` takes ten times as long.
+    """
+    if layer._disable_adapters:
+        return "its adapters are disabled"
+    if layer.merged_adapters:
+        return "its adapters are merged"
+    modules: dict[str, Any] = layer._modules
+    of_a, active = modules["lora_A"]._modules, layer._active_adapter
+    names = [name for name in ([active] if active.__class__ is str else active) if name in of_a]
+    if len(names) != 1:
+        return f"it must have one active adapter, has {names}"
+    (name,) = names
+    if type(layer.lora_variant.get(name)) is not DoraLinearVariant:
+        return f"its active adapter must be DoRA, {name!r} is not"
+    base, a, b = modules["base_layer"], of_a[name], modules["lora_B"]._modules[name]
+    magnitude = modules["lora_magnitude_vector"]._modules[name]
+    is_quantised = _is_quantised(base)
+    if isinstance(is_quantised, str):
+        return is_quantised
+    if type(a) is not torch.nn.Linear or type(b) is not torch.nn.Linear:
+        return f"its lora_A and lora_B must be of torch.nn.Linear, got {type(a)} and {type(b)}"
+    if type(magnitude) is not DoraLinearLayer:
+        return f"its magnitude must be of PEFT's class, got {type(magnitude)}"
+    if _is_hooked(base) or _is_hooked(a) or _is_hooked(b) or _is_hooked(magnitude):
+        hooked = {"base layer": base, "lora_A": a, "lora_B": b, "magnitude": magnitude}
+        part = next(part for part, module in hooked.items() if _is_hooked(module))
+        return f"its {part} has hooks, which would not be called"
+    leaves: Any = a._parameters["weight"], b._parameters["weight"], magnitude._parameters["weight"]
+    for leaf in leaves:
+        if leaf.__class__ is not torch.nn.Parameter and leaf.__class__ is not Tensor:
+            return f"its adapter must consist of plain tensors, got {type(leaf).__name__}"
+    if not is_quantised:
+        rank, most = leaves[0].shape[0], min(base._parameters["weight"].shape)
+        if rank > most:
+            return f"its rank must be at most min(out, in) = {most}, got {rank}"
+    dropout = modules["lora_dropout"]._modules[name]
+    return _Parts(base, dropout, *leaves, layer.scaling[name], is_quantised)
 
 
-def swap(layer: Any, norm_gradient: NormGradient) -> None:
-    """Make a layer of PEFT's an `AcceleratedLinear`."""
-    layer.__class__ = AcceleratedLinear
-    layer._norm_gradient = norm_gradient
+def _is_quantised(base: Any) -> bool | str:
+    """Return whether a base is quantised, or the reason why doraxp cannot compute with it."""
+    kind, weight = type(base), base._parameters.get("weight")
+    of_weight = type(weight)
+    if kind is torch.nn.Linear:
+        if of_weight is torch.nn.Parameter or of_weight is Tensor:
+            return False
+        if of_weight.__module__.startswith("torchao."):
+            return True
+        return f"its weight must be a plain tensor, got {of_weight.__name__}"
+    if BITSANDBYTES.get(of_weight.__name__) is None:
+        return f"its base must be a torch.nn.Linear, got {kind.__name__}"
+    state = getattr(weight, "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        return "bitsandbytes packed its weight for evaluation, and then dequantises it wrongly"
+    return True
 
 
-def unswap(layer: Any) -> None:
-    """Make an `AcceleratedLinear` a layer of PEFT's again."""
-    del layer._norm_gradient
-    layer.__class__ = Linear
+def _is_hooked(module: Any) -> bool:
+    # Offloading sets a forward on the instance instead of registering a hook.
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
