@@ -32,6 +32,7 @@ PEFT = (
     "test_merge_real",
     "test_torch_peft",
 )
+FOREIGN = ("mlx", "sparse", "ndonnx", "cubed", "blosc2")
 PEERS = ("torch", "jax", "peft", "torchtune", "lycoris", "mlx_lm")
 PYTHONS = nox.project.python_versions(PROJECT)  # those that the classifiers name
 
@@ -77,6 +78,17 @@ def peft(session: nox.Session) -> None:
     pytest(session, *lanes, *(f"tests/{name}.py" for name in PEFT))
     pytest(session, "docs/backends/peft.md")
     pytest(session, "--doctest-modules", "--pyargs", "doraxp.torch")
+
+
+@nox.session(name="tests(foreign)", tags=["ci"])
+def foreign(session: nox.Session) -> None:
+    """Run a layer and its step on libraries without overrides, and more tests on MLX."""
+    install(session, "test", "foreign")
+    lanes = [f"--backend={name}" for name in FOREIGN]
+    pytest(session, *lanes, PARALLEL[0], "tests/test_foreign.py")
+    names = ("decomposition", "layer", "linear", "optimizers")
+    pytest(session, "--backend=mlx", *PARALLEL, *(f"tests/test_{name}.py" for name in names))
+    pytest(session, "docs/backends/mlx.md")
 
 
 @nox.session(tags=["ci"])

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +20,7 @@ import numpy as np
 import pytest
 
 from doraxp import Config
-from doraxp.backends import available, operations
+from doraxp.backends import array_namespace, available, operations
 from doraxp.backends._cupy.operations import CupyOperations
 
 
@@ -31,7 +33,7 @@ class Lane:
     """Whether a compiler may round a product and a sum together: two programs then differ."""
 
     def namespace(self) -> Any:
-        return array_api_compat.array_namespace(self.asarray(np.zeros(1)))
+        return array_namespace(self.asarray(np.zeros(1)))
 
     def asarray(self, values: np.ndarray) -> Any:
         """Return `values` as a new array of this library with the same dtype."""
@@ -261,6 +263,88 @@ class HostCuda(Lane):
             yield
 
 
+class Mlx(Lane):
+    name = "mlx"
+    backend = "mlx"
+
+    def asarray(self, values: np.ndarray) -> Any:
+        import mlx.core as mx
+
+        name = values.dtype.name
+        if name == "bfloat16":
+            values = values.astype(np.float32)
+        return mx.array(np.array(values), dtype=getattr(mx, "bool_" if name == "bool" else name))
+
+    def numpy(self, array: Any) -> np.ndarray:
+        import mlx.core as mx
+
+        if array.dtype == mx.bfloat16:
+            import ml_dtypes
+
+            return np.array(array.astype(mx.float32)).astype(ml_dtypes.bfloat16)
+        return np.array(array)
+
+
+class Sparse(Lane):
+    name = "sparse"
+    backend = "sparse"
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        with np.errstate(all="ignore"):  # sparse computes its fill values by NumPy, 0 / 0 too
+            yield
+
+    def asarray(self, values: np.ndarray) -> Any:
+        import sparse
+
+        return sparse.asarray(np.array(values))
+
+    def numpy(self, array: Any) -> np.ndarray:
+        return array.todense()
+
+    def has(self, dtype: str) -> bool:
+        return dtype in ("float32", "float64")
+
+
+class Ndonnx(Lane):
+    name = "ndonnx"
+    backend = "ndonnx"
+
+    def asarray(self, values: np.ndarray) -> Any:
+        import ndonnx
+
+        return ndonnx.asarray(np.array(values))
+
+    def numpy(self, array: Any) -> np.ndarray:
+        return array.unwrap_numpy()
+
+    def has(self, dtype: str) -> bool:
+        return dtype in ("float32", "float64")
+
+
+class Cubed(Lane):
+    name = "cubed"
+    backend = "cubed"
+
+    def asarray(self, values: np.ndarray) -> Any:
+        import cubed.array_api
+
+        return cubed.array_api.asarray(np.array(values))
+
+    def numpy(self, array: Any) -> np.ndarray:
+        return np.asarray(array.compute())
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Build the plan; a computation of it fails."""
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            patch.setattr("cubed.Array.compute", None)
+            warnings.simplefilter("ignore", DeprecationWarning)  # cubed imports numpy.core
+            return function(*args, **kwargs)
+
+    def has(self, dtype: str) -> bool:
+        return dtype in ("float32", "float64")
+
+
 LANES: dict[str, tuple[Lane, ...]] = {
     "numpy": (Lane(), ReadOnlyNumpy()),
     "strict": (Strict(), Strictest()),
@@ -269,13 +353,19 @@ LANES: dict[str, tuple[Lane, ...]] = {
     "dask": (Dask(),),
     "cupy": (Cupy(),),
     "cuda-host": (HostCuda(),),
+    "mlx": (Mlx(),),
+    "sparse": (Sparse(),),
+    "ndonnx": (Ndonnx(),),
+    "cubed": (Cubed(),),
 }
 
-EMULATED = {"cuda-host"}
-"""Lanes that run only when they are named, because they need a C++ compiler."""
+ON_REQUEST = {"cuda-host", "mlx", "sparse", "ndonnx", "cubed"}
+"""Lanes that run only when they are named: one needs a C++ compiler, the others run few files."""
 
 
 def reason_against(lane: Lane) -> str | None:
     """Return the reason why this machine cannot run `lane`, or None where it can."""
-    (status,) = (status for status in available() if status.name == lane.backend)
-    return None if status.usable else status.detail
+    for status in available():
+        if status.name == lane.backend:
+            return None if status.usable else status.detail
+    return None if importlib.util.find_spec(lane.backend) else "not installed"

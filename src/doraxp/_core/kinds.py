@@ -21,9 +21,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
-from array_api_compat import array_namespace
-
-from doraxp._base.types import Array, Namespace
+from doraxp._base.types import Array
+from doraxp.backends import array_namespace
 
 KindName: TypeAlias = Literal["linear", "experts", "transposed", "embedding", "columns", "conv"]
 _STORED = {
@@ -100,11 +99,11 @@ class LayerKind:
 
     def matrix(self, weight: Array) -> Array:
         """Return the matrix (*stack, out, in) of a stored weight."""
-        xp: Namespace = array_namespace(weight)
+        xp = array_namespace(weight)
         shape = self.matrix_shape(tuple(weight.shape))
         return xp.matrix_transpose(weight) if self.is_transposed else xp.reshape(weight, shape)
 
     def restore(self, matrix: Array, shape: tuple[int, ...]) -> Array:
         """Return a matrix in the shape that the weight is stored in."""
-        xp: Namespace = array_namespace(matrix)
+        xp = array_namespace(matrix)
         return xp.matrix_transpose(matrix) if self.is_transposed else xp.reshape(matrix, shape)

@@ -6,6 +6,7 @@ from doraxp.backends._direction import Dense, Direction, Factored, Factors, Prod
 from doraxp.backends._dtypes import as_dtype, compute_dtype, transpose
 from doraxp.backends._generic import Norm, Operations, safe_row_norms
 from doraxp.backends._libraries import Status, available
+from doraxp.backends._namespaces import array_namespace, device
 from doraxp.backends._precision import exact_products, reduced_precision
 
 __all__ = [
@@ -18,10 +19,12 @@ __all__ = [
     "Operations",
     "ProductDirection",
     "Status",
+    "array_namespace",
     "as_dtype",
     "available",
     "compute_dtype",
     "cuda_kernels",
+    "device",
     "exact_products",
     "operations",
     "operations_of_plain",

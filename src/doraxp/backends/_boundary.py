@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from operator import attrgetter
 from types import ModuleType
 from typing import Any
@@ -18,15 +18,27 @@ import array_api_compat.numpy
 import numpy as np
 
 from doraxp._base.types import Array, DType, Namespace
+from doraxp.backends._conformance import check_conformance
 from doraxp.backends._cupy.operations import CupyOperations
 from doraxp.backends._dtypes import DTYPES, dtype_name
-from doraxp.backends._generic import Operations
+from doraxp.backends._generic import LazyOperations, Operations
+from doraxp.backends._namespaces import array_namespace, device
 from doraxp.backends._numpy import NumpyOperations
 from doraxp.backends._torch import TorchOperations
 
 _XP: ModuleType = array_api_compat.numpy
 _NUMPY = NumpyOperations(_XP)
 _DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("data.device_id")
+_KNOWN: tuple[Callable[..., bool], ...] = (
+    array_api_compat.is_jax_namespace,
+    array_api_compat.is_dask_namespace,
+    array_api_compat.is_array_api_strict_namespace,
+    array_api_compat.is_pydata_sparse_namespace,
+    array_api_compat.is_ndonnx_namespace,
+)
+"""The libraries that array-api-compat and the tests of this project know."""
+_LAZY = ("doraxp.backends._mlx", "cubed")
+"""The namespaces that only the tests know. Their arrays are lazy."""
 _NUMPY_DTYPES = {np.dtype(name) for name in ("float16", "float32", "float64")}
 
 
@@ -38,8 +50,9 @@ def operations(*, bias: Array | None = None, **arrays: Array) -> Operations:
     Raises
     ------
     TypeError
-        An argument is not an array, two arrays are of different libraries, or a dtype is not one of
-        float16, bfloat16, float32 and float64.
+        An argument is not an array, two arrays are of different libraries, a dtype is not one of
+        float16, bfloat16, float32 and float64, or the library computes in another way than the
+        array API standard says.
     ValueError
         Two arrays are on different devices, or CuPy's are not on its current device.
     """
@@ -102,11 +115,10 @@ def _is_floating(dtype: DType) -> bool:
 
 
 def _operations_of_any(given: dict[str, Array]) -> Operations:
-    xp = _one_library(given)
+    ops = _operations_of(_one_library(given))
     _check_devices(given)
     for name, array in given.items():
         _check_dtype(name, array)
-    ops = _operations_of(xp)
     ops.check_device(*next(iter(given.items())))
     return ops
 
@@ -119,7 +131,11 @@ def _operations_of(xp: Namespace) -> Operations:
         return CupyOperations(xp)
     if array_api_compat.is_torch_namespace(xp):
         return TorchOperations(xp)
-    return Operations(xp)
+    if any(is_known(xp) for is_known in _KNOWN):
+        return Operations(xp)
+    if str(xp.__name__) not in _LAZY:
+        check_conformance(xp, _library(xp))
+    return LazyOperations(xp)
 
 
 def _check_dtype(name: str, array: Array) -> None:
@@ -142,30 +158,29 @@ def _one_library(given: dict[str, Array]) -> Namespace:
 def _check_devices(given: dict[str, Array]) -> None:
     devices = {name: _device(array) for name, array in given.items()}
     first = next(iter(given))
-    for name, device in devices.items():
+    for name, other in devices.items():
         # A traced JAX array has no device.
-        if None not in (device, devices[first]) and device != devices[first]:
+        if None not in (other, devices[first]) and other != devices[first]:
             raise ValueError(
                 f"all arrays must be on one device: {first} is on {devices[first]}, "
-                f"{name} on {device}"
+                f"{name} on {other}"
             )
 
 
 def _namespace(name: str, array: Array) -> Namespace:
     try:
-        namespace: Namespace = array_api_compat.array_namespace(array)
+        return array_namespace(array)
     except TypeError:
         raise TypeError(
             f"{name} must be an array of a library that array-api-compat knows, got "
             f"{type(array).__name__}"
         ) from None
-    return namespace
 
 
 def _device(array: Array) -> object:
-    device: object = array_api_compat.device(array)
-    return getattr(device, "device_set", device)  # JAX: compare the sets of devices
+    found = device(array)
+    return getattr(found, "device_set", found)  # JAX: compare the sets of devices
 
 
 def _library(xp: Namespace) -> str:
-    return str(xp.__name__).removeprefix("array_api_compat.")
+    return str(xp.__name__).removeprefix("array_api_compat.").removeprefix("doraxp.backends._")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 
-from array_api_compat import array_namespace
-
 from doraxp._base.types import Array, DType, Namespace
+from doraxp.backends._namespaces import array_namespace
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 """The dtypes that arrays may have."""
@@ -40,6 +39,5 @@ def transpose(array: Array) -> Array:
     # NumPy's mT takes a sixth of the time of `matrix_transpose`. Dask's arrays have no mT.
     transposed: Array | None = getattr(array, "mT", None)
     if transposed is None:
-        xp: Namespace = array_namespace(array)
-        transposed = xp.matrix_transpose(array)
+        transposed = array_namespace(array).matrix_transpose(array)
     return transposed

@@ -39,6 +39,7 @@ from doraxp.backends._direction import (
     form,
 )
 from doraxp.backends._dtypes import as_dtype, compute_dtype, transpose
+from doraxp.backends._namespaces import device
 
 # The expanded n² is a sum of terms that may cancel. A row is trusted if n² is above this fraction
 # of the terms. The rounding error of n is 3 ulp at a half, and 500 ulp at a hundredth. A row is
@@ -107,7 +108,7 @@ class Operations:
         """
         if array_api_compat.is_lazy_array(array):
             return False
-        return "cpu" in str(array_api_compat.device(array)).lower()
+        return "cpu" in str(device(array)).lower()
 
     def check_device(self, name: str, array: Array) -> None:
         """Refuse an array on another device than the one that runs the operations."""
@@ -186,8 +187,8 @@ class Operations:
         p = gain * dm
         below = transpose(self.over_norm(-p[..., None] * scaled_b, norm))
         # Not one product: tokens may be sharded over devices, and `below` is whole on each of them.
-        rows_b = xp.concat([dz_b, below @ scaled_b], axis=-2)
-        return OutputGradients(xp.concat([dz, below], axis=-2), rows_b, dm, p, dbias)
+        rows_b = xp.concat([dz_b, below @ scaled_b], axis=d.ndim - 2)
+        return OutputGradients(xp.concat([dz, below], axis=d.ndim - 2), rows_b, dm, p, dbias)
 
     def gradients(
         self, d: Array, x: Array, low: Array, z: Array, norm: Norm, scaling: float, dtype: DType,
@@ -361,6 +362,17 @@ class Operations:
         if not isinstance(snapshot, Adapter):
             return then is now or all(a is b for a, b in zip(then, now, strict=True))
         return all(same_values(a, b, xp=self.xp) for a, b in zip(snapshot, now, strict=True))
+
+
+class LazyOperations(Operations):
+    """The operations on arrays that may be lazy, of a library that array-api-compat does not know.
+
+    `array_api_compat.is_lazy_array` reads a value to find out, which computes a graph.
+    """
+
+    def can_read_values(self, array: Array) -> bool:
+        """Return False."""
+        return False
 
 
 def expanded_norm(

@@ -35,8 +35,8 @@ def available() -> list[Status]:
     Returns
     -------
     list of Status
-        numpy, cupy, torch, jax, dask and array_api_strict, in that order. Any other library that
-        array-api-compat knows may work too.
+        numpy, cupy, torch, jax, dask and array_api_strict, in that order. Others may
+        work too: a library that computes in another way than the standard says is refused.
 
     Examples
     --------

@@ -9,9 +9,8 @@ from __future__ import annotations
 import copy
 from typing import Any, Literal, TypeAlias, get_args
 
-import array_api_compat
-
-from doraxp._base.types import Array, Namespace
+from doraxp._base.types import Array
+from doraxp.backends import array_namespace
 
 WeightLayout: TypeAlias = Literal["out_in", "in_out"]
 
@@ -28,8 +27,7 @@ def swap(weight: Array, layout: WeightLayout) -> Array:
     """Return a weight of the base's layout as (*stack, out, in), or the reverse."""
     if layout == "out_in":
         return weight
-    xp: Namespace = array_api_compat.array_namespace(weight)
-    return xp.matrix_transpose(weight)
+    return array_namespace(weight).matrix_transpose(weight)
 
 
 def copy_with(base: Any, arrays: dict[str, Array]) -> Any:

@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import array_api_compat
-
 from doraxp._base.scalars import check_flag, check_number
 from doraxp._base.types import Adapter, Array, Config, Namespace
 from doraxp._core.adapter import InitMethod, init, merge
@@ -20,7 +18,7 @@ from doraxp._core.checks import check_bias, check_weight
 from doraxp._core.decomposition import MagnitudeDirectionChange, magnitude_direction_change
 from doraxp._core.linear import Cache, backward, forward
 from doraxp._core.prepared import Prepared, prepare
-from doraxp.backends import as_dtype, compute_dtype, operations
+from doraxp.backends import array_namespace, as_dtype, compute_dtype, operations
 from doraxp.layers._base_layer import WeightLayout, check_base, copy_with, swap
 from doraxp.layers._linear import add_to
 from doraxp.layers._parameters import as_vector, count, from_vector, updated
@@ -258,8 +256,7 @@ class DoRALayer:
 
     @property
     def _xp(self) -> Namespace:
-        xp: Namespace = array_api_compat.array_namespace(self.weight)
-        return xp
+        return array_namespace(self.weight)
 
     def _known(self) -> tuple[Prepared | None, Prepared | None]:
         """Return the `Prepared` of the current parameters or None, and an earlier one or None.

@@ -17,7 +17,7 @@ import array_api_compat
 
 from doraxp._base.scalars import check_count, check_flag, check_kind, check_number
 from doraxp._base.types import AdamWLeaves, AdamWNumbers, Array, DType, Namespace
-from doraxp.backends import Operations, as_dtype, compute_dtype
+from doraxp.backends import Operations, array_namespace, as_dtype, compute_dtype
 from doraxp.optim._trees import Aligned, Params, PerLeaf, align, per_leaf, zeros_like
 
 
@@ -207,7 +207,7 @@ def _count_of(state: AdamWState, *, ops: Operations) -> int | Array:
     """Return `state.step`: an int, or a 0-d array of an integer dtype; raise for anything else."""
     step = state.step
     if array_api_compat.is_array_api_obj(step):
-        known = array_api_compat.array_namespace(step) is ops.xp
+        known = array_namespace(step) is ops.xp
         if known and step.ndim == 0 and ops.xp.isdtype(step.dtype, "integral"):
             traced: Array = step
             return traced

@@ -20,7 +20,13 @@ import array_api_compat
 
 from doraxp._base.scalars import check_number
 from doraxp._base.types import Array
-from doraxp.backends import Operations, compute_dtype, operations, operations_of_plain
+from doraxp.backends import (
+    Operations,
+    array_namespace,
+    compute_dtype,
+    operations,
+    operations_of_plain,
+)
 
 Params = TypeVar("Params")
 PerLeaf: TypeAlias = Any
@@ -246,7 +252,7 @@ def _number(name: str, value: Any, *, ops: Operations) -> float | Array:
         return check_number(name, value)
     xp = ops.xp
     known = array_api_compat.is_array_api_obj(value)
-    if not known or array_api_compat.array_namespace(value) is not xp or value.ndim != 0:
+    if not known or array_namespace(value) is not xp or value.ndim != 0:
         raise TypeError(
             f"{name} must be a number or a 0-d array of the library of params, got {value!r}"
         )
