@@ -10,7 +10,8 @@ Needs the extra ``torch``; the last two need PEFT too. The math is `doraxp.forwa
 """
 
 from doraxp.torch._accelerate import Accelerated, accelerate, restore
+from doraxp.torch._cupy import cupy_kernels
 from doraxp.torch._function import dora_linear
 from doraxp.torch._linear import DoRALinear
 
-__all__ = ["Accelerated", "DoRALinear", "accelerate", "dora_linear", "restore"]
+__all__ = ["Accelerated", "DoRALinear", "accelerate", "cupy_kernels", "dora_linear", "restore"]

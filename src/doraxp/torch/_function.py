@@ -14,6 +14,7 @@ from torch import Tensor
 from doraxp._base.scalars import check_kind
 from doraxp._base.types import Adapter, Config
 from doraxp._core.checks import check_call
+from doraxp.torch._cupy import backward_on_cupy, forward_on_cupy, is_chosen
 from doraxp.torch._definition import by_definition, is_small, is_transformed
 from doraxp.torch._ops import backward_layer, backward_op, forward_layer, forward_op
 
@@ -28,12 +29,14 @@ class _DoRA(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         adapter = Adapter(lora_a, lora_b, magnitude)
         y: Tensor
-        ctx.config, ctx.prepared = config, None
+        ctx.config, ctx.prepared, ctx.on_cupy = config, None, False
         if torch.compiler.is_compiling():
             y, z, low_rank = forward_op(x, weight, *adapter, bias, narrow, *_rules(config))
         else:
             with _without_autocast(x.device.type):
-                found = forward_layer(x, weight, adapter, config, bias, narrow)
+                ctx.on_cupy = is_chosen(x)
+                run = forward_on_cupy if ctx.on_cupy else forward_layer
+                found = run(x, weight, adapter, config, bias, narrow)
             y, z, low_rank, ctx.prepared = found
         ctx.save_for_backward(x, weight, lora_a, lora_b, magnitude, z, low_rank)
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -51,9 +54,8 @@ class _DoRA(torch.autograd.Function):
             dx, dweight, *dleaves = _differentiable(ctx, dy, x, weight, *leaves)
         else:
             with _without_autocast(x.device.type):
-                found: Any = backward_layer(
-                    dy, x, weight, z, low_rank, ctx.prepared, train_base=train_base
-                )
+                run = backward_on_cupy if ctx.on_cupy else backward_layer
+                found: Any = run(dy, x, weight, z, low_rank, ctx.prepared, train_base=train_base)
             dx, adapter, dweight, _ = found
             pairs: Any = zip(adapter, leaves, strict=True)
             dleaves = (d.to(leaf.dtype) for d, leaf in pairs)

@@ -33,7 +33,7 @@ class Forward(NamedTuple):
     low_rank: Tensor
     """x Aᵀ, (*stack, tokens, rank), in the compute dtype."""
     prepared: Prepared
-    """With `RELEASED` for the weight, which autograd keeps."""
+    """By `forward_layer` with `RELEASED` for the weight, which autograd keeps."""
 
 
 def forward_layer(
