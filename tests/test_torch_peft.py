@@ -285,7 +285,9 @@ def test_a_base_of_another_class_is_left_to_peft(peft, torch):
 
     config = peft.LoraConfig(r=2, use_dora=True, target_modules=["0"])
     model = peft.get_peft_model(torch.nn.Sequential(Own(6, 5)), config)
-    with pytest.raises(ValueError, match=r"its base must be a torch\.nn\.Linear, got Own"):
+    with pytest.raises(
+        ValueError, match=r"its base must be a torch\.nn\.Linear or a quantised one, got Own"
+    ):
         accelerate(model)
 
 
@@ -561,6 +563,6 @@ def test_parts_of_other_classes_are_left_to_peft(peft, torch, x):
         layer.base_layer.weight = torch.nn.Parameter(torch.randn(10, 12).as_subclass(OwnTensor))
 
     assert_left(own_a, "its lora_A and lora_B must be of torch.nn.Linear")
-    assert_left(own_base, "its base must be a torch.nn.Linear, got Own")
+    assert_left(own_base, "its base must be a torch.nn.Linear or a quantised one, got Own")
     assert_left(own_leaf, "its adapter must consist of plain tensors, got OwnTensor")
     assert_left(own_weight, "its weight must be a plain tensor, got OwnTensor")

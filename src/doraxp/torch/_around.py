@@ -52,4 +52,5 @@ def around_base(
         y = y + (whole - own)
     if base.bias is not None:
         y = y + (1 - g) * base.bias
-    return y.to(whole.dtype)
+    rounded: Tensor = y.to(whole.dtype)
+    return rounded

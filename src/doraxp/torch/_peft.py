@@ -20,15 +20,12 @@ from peft.tuners import lora
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from peft.tuners.lora.variants import DoraLinearVariant
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
 from doraxp._base.types import Adapter, Config, NormGradient
 from doraxp.torch._around import around_base
 from doraxp.torch._function import dora_linear
-
-BITSANDBYTES = {"Params4bit": "Linear4bit", "Int8Params": "Linear8bitLt"}
-"""The quantised weights of bitsandbytes, and the layers that have them."""
+from doraxp.torch._quantised import dequantised, is_quantised
 
 
 class _Parts(NamedTuple):
@@ -82,7 +79,7 @@ class AcceleratedLayer:
             dropped = dropout(layer._cast_input_dtype(x, lora_a.dtype))
         scaled_b, exact = scaling * lora_b, self._norm_gradient == "exact"
         return around_base(
-            x, dropped, base, partial(dequantize_module_weight, base),
+            x, dropped, base, partial(dequantised, base),
             lora_a, scaled_b, magnitude, exact=exact,
         )  # fmt: skip
 
@@ -167,7 +164,7 @@ def why_never(layer: Any) -> str | None:
         return None
     if _accelerated(type(layer)) is None:
         return f"its class must be Linear, got {type(layer).__name__}"
-    reason = _is_quantised(layer._modules["base_layer"])
+    reason = is_quantised(layer._modules["base_layer"])
     return reason if isinstance(reason, str) else None
 
 
@@ -190,18 +187,18 @@ def _parts(layer: Any) -> _Parts | str:
     if layer.merged_adapters:
         return "its adapters are merged"
     modules: dict[str, Any] = layer._modules
-    of_a, active = modules["lora_A"]._modules, layer._active_adapter
-    names = [name for name in ([active] if active.__class__ is str else active) if name in of_a]
+    known, active = modules["lora_A"]._modules, layer._active_adapter
+    names = [name for name in ([active] if active.__class__ is str else active) if name in known]
     if len(names) != 1:
         return f"it must have one active adapter, has {names}"
     (name,) = names
     if type(layer.lora_variant.get(name)) is not DoraLinearVariant:
         return f"its active adapter must be DoRA, {name!r} is not"
-    base, a, b = modules["base_layer"], of_a[name], modules["lora_B"]._modules[name]
+    base, a, b = modules["base_layer"], known[name], modules["lora_B"]._modules[name]
     magnitude = modules["lora_magnitude_vector"]._modules[name]
-    is_quantised = _is_quantised(base)
-    if isinstance(is_quantised, str):
-        return is_quantised
+    quantised = is_quantised(base)
+    if isinstance(quantised, str):
+        return quantised
     if type(a) is not torch.nn.Linear or type(b) is not torch.nn.Linear:
         return f"its lora_A and lora_B must be of torch.nn.Linear, got {type(a)} and {type(b)}"
     if type(magnitude) is not DoraLinearLayer:
@@ -214,30 +211,13 @@ def _parts(layer: Any) -> _Parts | str:
     for leaf in leaves:
         if leaf.__class__ is not torch.nn.Parameter and leaf.__class__ is not Tensor:
             return f"its adapter must consist of plain tensors, got {type(leaf).__name__}"
-    if not is_quantised:
+    if not quantised:
         rank, most = leaves[0].shape[0], min(base._parameters["weight"].shape)
         if rank > most:
             return f"its rank must be at most min(out, in) = {most}, got {rank}"
     dropout = modules["lora_dropout"]._modules[name]
-    return _Parts(base, dropout, *leaves, layer.scaling[name], is_quantised)
-
-
-def _is_quantised(base: Any) -> bool | str:
-    """Return whether a base is quantised, or the reason why doraxp cannot compute with it."""
-    kind, weight = type(base), base._parameters.get("weight")
-    of_weight = type(weight)
-    if kind is torch.nn.Linear:
-        if of_weight is torch.nn.Parameter or of_weight is Tensor:
-            return False
-        if of_weight.__module__.startswith("torchao."):
-            return True
-        return f"its weight must be a plain tensor, got {of_weight.__name__}"
-    if BITSANDBYTES.get(of_weight.__name__) is None:
-        return f"its base must be a torch.nn.Linear, got {kind.__name__}"
-    state = getattr(weight, "quant_state", None)
-    if getattr(state, "packing_format_for_cpu", False):
-        return "bitsandbytes packed its weight for evaluation, and then dequantises it wrongly"
-    return True
+    of_a, of_b, of_m = leaves
+    return _Parts(base, dropout, of_a, of_b, of_m, layer.scaling[name], quantised)
 
 
 def _is_hooked(module: Any) -> bool:
