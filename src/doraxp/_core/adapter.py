@@ -10,7 +10,6 @@ import math
 from dataclasses import replace
 from typing import Literal, TypeAlias, get_args
 
-import array_api_compat
 import numpy as np
 
 from doraxp._base.scalars import check_count, check_kind
@@ -70,7 +69,7 @@ def init(weight: Array, config: Config, *, seed: int, method: InitMethod = "kaim
     check_rank(weight, config)
     weight = ops.detached(weight)
     dtype = compute_dtype(weight, xp=xp)
-    device = array_api_compat.device(weight)
+    device = ops.device(weight)
     *stack, out, inner = weight.shape
     shape = (*stack, config.rank, inner)
     # The standard has no random numbers: draw on the host, so every backend starts equal.

@@ -20,6 +20,7 @@ from doraxp._base.types import Array, DType, Namespace
 from doraxp.backends._cupy.operations import CupyOperations
 from doraxp.backends._dtypes import DTYPES, dtype_name
 from doraxp.backends._generic import Operations
+from doraxp.backends._jax import JaxOperations
 from doraxp.backends._numpy import NumpyOperations
 from doraxp.backends._torch import TorchOperations
 
@@ -95,6 +96,8 @@ def _operations_of(xp: Namespace) -> Operations:
         return CupyOperations(xp)
     if array_api_compat.is_torch_namespace(xp):
         return TorchOperations(xp)
+    if array_api_compat.is_jax_namespace(xp):
+        return JaxOperations(xp)
     return Operations(xp)
 
 
@@ -116,11 +119,11 @@ def _one_library(given: dict[str, Array]) -> Namespace:
 
 
 def _check_devices(given: dict[str, Array]) -> None:
-    devices = {name: _device(array) for name, array in given.items()}
-    first = next(iter(given))
+    found = {name: _device(array) for name, array in given.items()}
+    devices = {name: device for name, device in found.items() if device is not None}
+    first = next(iter(devices), None)
     for name, device in devices.items():
-        # A traced JAX array has no device.
-        if None not in (device, devices[first]) and device != devices[first]:
+        if first is not None and device != devices[first]:
             raise ValueError(
                 f"all arrays must be on one device: {first} is on {devices[first]}, "
                 f"{name} on {device}"
@@ -139,7 +142,10 @@ def _namespace(name: str, array: Array) -> Namespace:
 
 
 def _device(array: Array) -> object:
+    """Return the device; None for an array of JAX that is traced, or that goes where others are."""
     device: object = array_api_compat.device(array)
+    if device is None or not getattr(array, "committed", True):
+        return None
     return getattr(device, "device_set", device)  # JAX: compare the sets of devices
 
 
