@@ -17,7 +17,7 @@ from doraxp._base.types import Adapter, Array, Config, Form
 from doraxp._core.checks import check_layer, check_rank
 from doraxp._core.decomposition import inverse_norms
 from doraxp._core.prepared import Prepared, check_prepared, factor
-from doraxp.backends import as_dtype, compute_dtype, device, operations
+from doraxp.backends import as_dtype, compute_dtype, operations
 
 InitMethod: TypeAlias = Literal["kaiming", "gaussian"]
 
@@ -69,7 +69,7 @@ def init(weight: Array, config: Config, *, seed: int, method: InitMethod = "kaim
     check_rank(weight, config)
     weight = ops.detached(weight)
     dtype = compute_dtype(weight, xp=xp)
-    where = device(weight)
+    where = ops.device(weight)
     *stack, out, inner = weight.shape
     shape = (*stack, config.rank, inner)
     # The standard has no random numbers: draw on the host, so every backend starts equal.

@@ -22,6 +22,7 @@ from doraxp.backends._conformance import check_conformance
 from doraxp.backends._cupy.operations import CupyOperations
 from doraxp.backends._dtypes import DTYPES, dtype_name
 from doraxp.backends._generic import LazyOperations, Operations
+from doraxp.backends._jax import JaxOperations
 from doraxp.backends._namespaces import array_namespace, device
 from doraxp.backends._numpy import NumpyOperations
 from doraxp.backends._torch import TorchOperations
@@ -30,7 +31,6 @@ _XP: ModuleType = array_api_compat.numpy
 _NUMPY = NumpyOperations(_XP)
 _DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("data.device_id")
 _KNOWN: tuple[Callable[..., bool], ...] = (
-    array_api_compat.is_jax_namespace,
     array_api_compat.is_dask_namespace,
     array_api_compat.is_array_api_strict_namespace,
     array_api_compat.is_pydata_sparse_namespace,
@@ -131,6 +131,8 @@ def _operations_of(xp: Namespace) -> Operations:
         return CupyOperations(xp)
     if array_api_compat.is_torch_namespace(xp):
         return TorchOperations(xp)
+    if array_api_compat.is_jax_namespace(xp):
+        return JaxOperations(xp)
     if any(is_known(xp) for is_known in _KNOWN):
         return Operations(xp)
     if str(xp.__name__) not in _LAZY:
@@ -156,11 +158,11 @@ def _one_library(given: dict[str, Array]) -> Namespace:
 
 
 def _check_devices(given: dict[str, Array]) -> None:
-    devices = {name: _device(array) for name, array in given.items()}
-    first = next(iter(given))
+    found = {name: _device(array) for name, array in given.items()}
+    devices = {name: where for name, where in found.items() if where is not None}
+    first = next(iter(devices), None)
     for name, other in devices.items():
-        # A traced JAX array has no device.
-        if None not in (other, devices[first]) and other != devices[first]:
+        if first is not None and other != devices[first]:
             raise ValueError(
                 f"all arrays must be on one device: {first} is on {devices[first]}, "
                 f"{name} on {other}"
@@ -178,7 +180,10 @@ def _namespace(name: str, array: Array) -> Namespace:
 
 
 def _device(array: Array) -> object:
+    """Return the device; None for an array of JAX that is traced, or that goes where others are."""
     found = device(array)
+    if found is None or not getattr(array, "committed", True):
+        return None
     return getattr(found, "device_set", found)  # JAX: compare the sets of devices
 
 

@@ -113,6 +113,10 @@ class Operations:
     def check_device(self, name: str, array: Array) -> None:
         """Refuse an array on another device than the one that runs the operations."""
 
+    def device(self, array: Array) -> object:
+        """Return the device on which an array of another shape is made beside `array`."""
+        return device(array)
+
     def detached(self, array: Array) -> Array:
         """Return `array` outside of any graph that its library records for gradients."""
         return array
