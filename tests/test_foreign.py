@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 
 import doraxp
 from doraxp import Adapter, Config
-from doraxp.backends import Dense, _boundary, operations
+from doraxp.backends import Dense, _boundary, _namespaces, array_namespace, device, operations
 from doraxp.backends._conformance import FUNCTIONS, check_conformance
 from doraxp.backends._generic import LazyOperations
 
@@ -135,6 +137,16 @@ class TestMlx:
         message = "all arrays must be of one library: x is of numpy, weight of mlx"
         with pytest.raises(TypeError, match=message):
             operations(x=np.ones(2), weight=backend.asarray(np.ones(2)))
+
+
+def test_an_array_of_mlx_has_our_namespace_and_no_device(monkeypatch):
+    namespace = types.ModuleType("doraxp.backends._mlx")
+    monkeypatch.setitem(sys.modules, namespace.__name__, namespace)
+    array = type("array", (), {"__module__": "mlx.core"})()
+    _namespaces._mlx.cache_clear()
+    assert array_namespace(array) is namespace
+    _namespaces._mlx.cache_clear()
+    assert device(array) is None
 
 
 def test_blosc2_is_refused(blosc2):

@@ -129,9 +129,7 @@ def prepare_with_product(
     One product makes both x Wᵀ and A Wᵀ. Beside many tokens, `rank` more rows cost little.
     """
     xp, tokens = ops.xp, x.shape[-2]
-    rows = xp.concat(
-        [x, as_dtype(adapter.lora_a, dtype, xp=xp)], axis=x.ndim - 2
-    )  # (tokens + rank, in)
+    rows = xp.concat([x, as_dtype(adapter.lora_a, dtype, xp=xp)], axis=-2)  # (tokens + rank, in)
     product = ops.product(rows, transpose(weight))
     u = transpose(product[..., tokens:, :])  # W Aᵀ, (out, rank)
     prepared = _measure(weight, adapter, config, previous, reduce, u, dtype, ops=ops)

@@ -30,8 +30,8 @@ __all__ = [
     "exact_products",
     "operations",
     "operations_of_plain",
-    "register_config",
     "reduced_precision",
+    "register_config",
     "safe_row_norms",
     "transpose",
 ]

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Collection
 from operator import attrgetter
 from types import ModuleType
-from typing import Any
 
 import array_api_compat
 import array_api_compat.numpy
@@ -30,6 +29,9 @@ from doraxp.backends._torch import TorchOperations
 _XP: ModuleType = array_api_compat.numpy
 _NUMPY = NumpyOperations(_XP)
 _DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("data.device_id")
+_TENSOR_DEVICE = attrgetter("device")
+_TENSORS: set[type] = set()
+"""PyTorch's own classes of tensors, once a tensor was seen."""
 _KNOWN: tuple[Callable[..., bool], ...] = (
     array_api_compat.is_dask_namespace,
     array_api_compat.is_array_api_strict_namespace,
@@ -72,27 +74,16 @@ def operations_of_plain(arrays: Collection[Array]) -> Operations | None:
     else:
         return _NUMPY
     kinds = set(map(type, arrays))
-    if kinds <= _torch_kinds():
-        return _torch_operations() if _are_plain_tensors(arrays) else None
+    if kinds <= _TENSORS:
+        one_device = len(set(map(_TENSOR_DEVICE, arrays))) == 1
+        plain = one_device and all(map(_is_floating, set(map(_DTYPE, arrays))))
+        return _torch_operations() if plain else None
     if kinds != {getattr(sys.modules.get("cupy"), "ndarray", None)}:
         return None
     ops = _cupy_operations()
     devices = list(map(_DEVICE, arrays))
     here = devices.count(ops.cuda.device()) == len(devices)
     return ops if here and all(map(_is_floating, set(map(_DTYPE, arrays)))) else None
-
-
-def _torch_kinds() -> set[type]:
-    """Return PyTorch's own classes of tensors; an empty set if it is not imported."""
-    torch = sys.modules.get("torch")
-    kinds = getattr(torch, "Tensor", None), getattr(getattr(torch, "nn", None), "Parameter", None)
-    return {kind for kind in kinds if kind is not None}
-
-
-def _are_plain_tensors(arrays: Collection[Any]) -> bool:
-    """Return whether tensors are on one device and of the supported dtypes."""
-    one_device = len({array.device for array in arrays}) == 1
-    return one_device and all(dtype_name(array) in DTYPES for array in arrays)
 
 
 @functools.cache
@@ -111,7 +102,7 @@ def _cupy_operations() -> CupyOperations:
 
 @functools.cache
 def _is_floating(dtype: DType) -> bool:
-    return str(dtype) in DTYPES
+    return str(dtype).removeprefix("torch.") in DTYPES
 
 
 def _operations_of_any(given: dict[str, Array]) -> Operations:
@@ -130,6 +121,8 @@ def _operations_of(xp: Namespace) -> Operations:
     if array_api_compat.is_cupy_namespace(xp):
         return CupyOperations(xp)
     if array_api_compat.is_torch_namespace(xp):
+        torch = sys.modules["torch"]
+        _TENSORS.update({torch.Tensor, torch.nn.Parameter})
         return TorchOperations(xp)
     if array_api_compat.is_jax_namespace(xp):
         return JaxOperations(xp)

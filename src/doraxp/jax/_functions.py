@@ -1,6 +1,6 @@
 """`dora_linear` and `merge`: the checks of their arguments, and the calls of the core.
 
-    W (out, in)   A (rank, in)   B (out, rank)   ρ (out,)   V = ρ⊙W + s B A   n = ‖V‖ by rows
+W (out, in)   A (rank, in)   B (out, rank)   ρ (out,)   V = ρ⊙W + s B A   n = ‖V‖ by rows
 """
 
 from __future__ import annotations

@@ -107,7 +107,11 @@ def _dots(
 ) -> _Dots:
     """Return the changes of the arguments as the formulas take them."""
     prepared = cache.prepared
-    dtype, scaling, factors = prepared.gain.dtype, prepared.config.scaling, prepared.direction.factors
+    dtype, scaling, factors = (
+        prepared.gain.dtype,
+        prepared.config.scaling,
+        prepared.direction.factors,
+    )
     dx, dweight, da, db, dm, dbias = (_known(dot, dtype) for dot in (x, weight, *adapter, bias))
     if dx is not None:
         dx = core.as_tokens(dx, factors.weight, dtype, xp=ops.xp)

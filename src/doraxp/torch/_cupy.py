@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from doraxp._base.types import Adapter, Config, Gradients
+from doraxp._base.types import Adapter, Gradients
 from doraxp._core.linear import Cache, backward_checked, forward_checked
 from doraxp._core.prepared import Prepared, prepare_checked
 from doraxp.backends import available, compute_dtype, operations
 from doraxp.torch._kept import with_weight
-from doraxp.torch._ops import Forward
+from doraxp.torch._ops import Call, Forward
 
 _CHOSEN: ContextVar[bool] = ContextVar("cupy_kernels", default=False)
 
@@ -63,19 +63,19 @@ def is_chosen(tensor: Tensor) -> bool:
 
 
 def forward_on_cupy(
-    x: Tensor, weight: Tensor, adapter: Adapter, config: Config, bias: Tensor | None, narrow: bool
+    x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None, call: Call
 ) -> Forward:
     """Return the same as `forward_layer`, computed by CuPy's kernels."""
     with on_stream(x):
         leaves: tuple[Any, ...] = adapter
         plain = Adapter(*map(taken, leaves))
         base, wide_bias = taken(weight), None if bias is None else taken(bias)
-        ops = operations(weight=base, **plain._asdict())
+        ops, config = operations(weight=base, **plain._asdict()), call.config
         dtype = compute_dtype(base, *plain, xp=ops.xp)
         known: Any = prepare_checked(base, plain, config, None, None, dtype, ops=ops)
         inputs = taken(x)
         # A product with a dropout mask is rounded to x's dtype in mixed precision alone.
-        if narrow and ops.operand_dtype(inputs, inputs, dtype, masked=True) == inputs.dtype:
+        if call.narrow and ops.operand_dtype(inputs, inputs, dtype, masked=True) == inputs.dtype:
             base = taken(weight.to(x.dtype))
             known = with_weight(known, base)
         y, cache = forward_checked(

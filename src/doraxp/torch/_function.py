@@ -16,28 +16,35 @@ from doraxp._base.types import Adapter, Config
 from doraxp._core.checks import check_call
 from doraxp.torch._cupy import backward_on_cupy, forward_on_cupy, is_chosen
 from doraxp.torch._definition import by_definition, is_small, is_transformed
-from doraxp.torch._ops import backward_layer, backward_op, forward_layer, forward_op
+from doraxp.torch._kept import RELEASED, with_weight
+from doraxp.torch._ops import (
+    Call,
+    Forward,
+    backward_layer,
+    backward_op,
+    forward_layer,
+    forward_op,
+)
 
 
 class _DoRA(torch.autograd.Function):
-    """The layer with the backward of `doraxp.backward`; `definition` serves small layers."""
+    """The layer with the backward of `doraxp.backward`."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor,
-        bias: Tensor | None, config: Config, narrow: bool,
+        bias: Tensor | None, call: Call,
     ) -> Tensor:  # fmt: skip
-        adapter = Adapter(lora_a, lora_b, magnitude)
         y: Tensor
-        ctx.config, ctx.prepared, ctx.on_cupy = config, None, False
+        adapter = Adapter(lora_a, lora_b, magnitude)
+        ctx.config, ctx.prepared, ctx.on_cupy = call.config, None, False
         if torch.compiler.is_compiling():
-            y, z, low_rank = forward_op(x, weight, *adapter, bias, narrow, *_rules(config))
+            y, z, low_rank = forward_op(x, weight, *adapter, bias, call.narrow, *rules_of(call))
         else:
-            with _without_autocast(x.device.type):
-                ctx.on_cupy = is_chosen(x)
-                run = forward_on_cupy if ctx.on_cupy else forward_layer
-                found = run(x, weight, adapter, config, bias, narrow)
-            y, z, low_rank, ctx.prepared = found
+            ctx.on_cupy = is_chosen(x)
+            y, z, low_rank, ctx.prepared = _forward(x, weight, adapter, bias, call)
+            if not ctx.on_cupy:  # autograd keeps the weight
+                ctx.prepared = with_weight(ctx.prepared, RELEASED)
         ctx.save_for_backward(x, weight, lora_a, lora_b, magnitude, z, low_rank)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
@@ -48,13 +55,13 @@ class _DoRA(torch.autograd.Function):
         train_base, train_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[5]
         if ctx.prepared is None:
             dx, *dleaves, dweight = backward_op(
-                dy, x, weight, *leaves, z, low_rank, train_base, *_rules(ctx.config)
+                dy, x, weight, *leaves, z, low_rank, train_base, *rules_of(ctx)
             )
         elif torch.is_grad_enabled():  # `create_graph`: a second derivative may follow
             dx, dweight, *dleaves = _differentiable(ctx, dy, x, weight, *leaves)
         else:
-            with _without_autocast(x.device.type):
-                run = backward_on_cupy if ctx.on_cupy else backward_layer
+            run = backward_on_cupy if ctx.on_cupy else backward_layer
+            with without_autocast(x):
                 found: Any = run(dy, x, weight, z, low_rank, ctx.prepared, train_base=train_base)
             dx, adapter, dweight, _ = found
             pairs: Any = zip(adapter, leaves, strict=True)
@@ -65,7 +72,17 @@ class _DoRA(torch.autograd.Function):
             wide = dy.to(low_rank.dtype)  # sum(()) would sum over all axes
             dbias = (wide.sum(tokens) if tokens else wide).to(ctx.bias_dtype)
         dweight = dweight.to(weight.dtype) if train_base else None
-        return dx, dweight, *dleaves, dbias, None, None
+        return dx, dweight, *dleaves, dbias, None
+
+
+def _forward(
+    x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None, call: Call
+) -> Forward:
+    run = forward_on_cupy if is_chosen(x) else forward_layer
+    if not call.narrow:
+        return run(x, weight, adapter, bias, call)
+    with without_autocast(x):
+        return run(x, weight, adapter, bias, call)
 
 
 def _differentiable(
@@ -74,7 +91,7 @@ def _differentiable(
     """Return the gradients by x, W, A, B and m, of which PyTorch knows the gradients."""
     arrays, needs = (x, weight, *leaves), ctx.needs_input_grad[:5]
     adapter, dtype = Adapter(*leaves), ctx.prepared.gain.dtype
-    with _without_autocast(x.device.type):
+    with without_autocast(x):
         y = by_definition(x, weight, adapter, ctx.config, None, dtype)
         wanted = [array for array, needed in zip(arrays, needs, strict=True) if needed]
         found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
@@ -84,18 +101,22 @@ def _differentiable(
 def dora_linear(
     x: Tensor, weight: Tensor, adapter: Adapter, config: Config, bias: Tensor | None = None
 ) -> Tensor:
-    """Return y = g⊙(x Vᵀ) + bias, differentiable once by each tensor among the arguments.
+    """Return y = g⊙(x Vᵀ) + bias, differentiable by each tensor among the arguments.
 
     ::
 
         V = ρ⊙W + s B A      n = ‖V‖ by rows      g = m / n
 
-    The computation is in float64 where the weight or the adapter is float64, else in float32.
-    Under autocast x is first cast to autocast's dtype, and y has that dtype; the adapter stays in
-    float32.
+    The computation is in float64 where the weight or the adapter is float64, else in float32. With
+    a 16-bit x and W of one dtype, the two products with W are made in it where the device has
+    instructions for that, and dA, dB and dm have float32's errors. Under autocast x is first cast
+    to autocast's dtype, in which y and the products are; the norm and the adapter stay in float32.
 
-    ‖w‖² and the rest of `doraxp.prepare` are kept as long as the weight lives. The function
-    notices writes to the weight, except writes in place through ``weight.data``.
+    A second derivative, and any derivative under `torch.func` or in forward mode, stores V.
+
+    On a CPU, ‖w‖² and the rest of `doraxp.prepare` are kept as long as a frozen weight lives. Each
+    call compares the adapter number by number, and a thousand numbers of the weight. A write
+    through ``weight.data`` that changes none of these is not noticed.
 
     Parameters
     ----------
@@ -138,31 +159,43 @@ def dora_linear(
     tensors = {"x": x, "weight": weight, **adapter._asdict()}
     for name, array in tensors.items() if bias is None else (*tensors.items(), ("bias", bias)):
         check_kind(name, array, torch.Tensor)
-    kind = x.device.type
-    narrow = _is_autocast(kind) and x.dtype != torch.float64
+    narrow = is_autocast(x) and x.dtype != torch.float64
     if narrow:
-        x = x.to(torch.get_autocast_dtype(kind))
-    if not torch.compiler.is_compiling():  # the compiler's operators check their arguments
-        _, dtype = check_call(x, weight, adapter, config, bias)
-        if is_transformed() or (is_small(x, weight) and not narrow):
-            with _without_autocast(kind) if narrow else contextlib.nullcontext():
-                return by_definition(x, weight, adapter, config, bias, dtype)
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     apply: Any = _DoRA.apply  # PyTorch gives it no type
-    y: Tensor = apply(x, weight, *adapter, bias, config, narrow)
-    return y
+    y: Tensor
+    if torch.compiler.is_compiling():  # the compiler's operators check their arguments
+        y = apply(x, weight, *adapter, bias, Call(config, narrow, None, None))
+        return y
+    ops, dtype = check_call(x, weight, adapter, config, bias)
+    if is_transformed() or (is_small(x, weight) and not narrow):
+        with without_autocast(x) if narrow else contextlib.nullcontext():
+            return by_definition(x, weight, adapter, config, bias, dtype)
+    call = Call(config, narrow, ops, dtype)
+    arrays: tuple[Any, ...] = (x, weight, *adapter, bias)
+    if torch.is_grad_enabled() and any(
+        array is not None and array.requires_grad for array in arrays
+    ):
+        y = apply(*arrays, call)
+        return y
+    return _forward(x, weight, adapter, bias, call).y
 
 
-def _is_autocast(kind: str) -> bool:
+def is_autocast(x: Tensor) -> bool:
+    """Return whether autocast is on for the device of x."""
+    kind = x.device.type
     # is_autocast_enabled raises for a device without autocast, such as meta.
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-def _without_autocast(kind: str) -> Any:
-    """Return a block that turns autocast off; it costs nothing where autocast is off already."""
-    if _is_autocast(kind):
-        return torch.autocast(kind, enabled=False)
-    return contextlib.nullcontext()
+def without_autocast(x: Tensor) -> Any:
+    """Return a block that turns autocast off for the device of x."""
+    return (
+        torch.autocast(x.device.type, enabled=False) if is_autocast(x) else contextlib.nullcontext()
+    )
 
 
-def _rules(config: Config) -> tuple[Any, ...]:
+def rules_of(call: Any) -> tuple[Any, ...]:
+    """Return the numbers and choices of a Config as an operator takes them."""
+    config = call.config
     return config.rank, config.scaling, config.form, config.norm_gradient

@@ -19,8 +19,8 @@ from doraxp._base.types import Adapter, Config, Gradients
 from doraxp._core.checks import check_call
 from doraxp._core.linear import Cache, backward_checked, forward_checked
 from doraxp._core.prepared import Prepared, prepare_checked
-from doraxp.backends import Operations, compute_dtype, operations
-from doraxp.torch._kept import RELEASED, keep, recall, with_weight
+from doraxp.backends import Operations, operations
+from doraxp.torch._kept import keep, recall, with_weight
 
 
 class Forward(NamedTuple):
@@ -33,20 +33,28 @@ class Forward(NamedTuple):
     low_rank: Tensor
     """x Aᵀ, (*stack, tokens, rank), in the compute dtype."""
     prepared: Prepared
-    """By `forward_layer` with `RELEASED` for the weight, which autograd keeps."""
+    """For the backward."""
+
+
+class Call(NamedTuple):
+    """The arguments of a call that are not tensors, and what the check of it found."""
+
+    config: Config
+    narrow: bool
+    """Whether W is rounded to a narrower dtype of x for its products with x and dz, if the device
+    multiplies numbers of that dtype. The norm is that of W itself."""
+    ops: Any
+    """The operations for the tensors."""
+    dtype: Any
+    """The compute dtype."""
 
 
 def forward_layer(
-    x: Tensor, weight: Tensor, adapter: Adapter, config: Config, bias: Tensor | None, narrow: bool
+    x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None, call: Call
 ) -> Forward:
-    """Return y, and all that the backward needs, for arguments that have been checked.
-
-    With `narrow`, W is rounded to a narrower dtype of x for its products with x and dz, if the
-    device multiplies numbers of that dtype. The norm is that of W itself.
-    """
+    """Return y, and all that the backward needs, for arguments that have been checked."""
     base, plain = weight.detach(), _detached(adapter)
-    ops = operations(weight=base)
-    dtype: Any = compute_dtype(base, *plain, xp=ops.xp)
+    config, narrow, ops, dtype = call
     stored = _narrowed(base, x, dtype, ops=ops) if narrow else base
     given: Any
     prepared, previous = recall(weight, plain, config, ops=ops)
@@ -64,7 +72,7 @@ def forward_layer(
     )
     if prepared is None:
         keep(weight, cache.prepared)
-    return Forward(y, cache.z, cache.low_rank, with_weight(cache.prepared, RELEASED))
+    return Forward(y, cache.z, cache.low_rank, cache.prepared)
 
 
 def backward_layer(
@@ -111,8 +119,10 @@ def forward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return y in x's dtype, and z = x Vᵀ and L = x Aᵀ in the dtypes of `Forward`."""
     adapter = Adapter(lora_a, lora_b, magnitude)
+    ops, dtype = check_call(x, weight, adapter, _config(*rules), bias)
+    call = Call(_config(*rules), narrow, ops, dtype)
     with torch.autocast(x.device.type, enabled=False):
-        y, z, low_rank, _ = forward_layer(x, weight, adapter, _config(*rules), bias, narrow)
+        y, z, low_rank, _ = forward_layer(x, weight, adapter, bias, call)
     return y, z.contiguous(), low_rank  # for a stack, z is a view of a product
 
 
