@@ -20,7 +20,7 @@ from doraxp._base.types import Adapter, Config
 from doraxp._core.prepared import Prepared
 from doraxp.backends import Operations
 
-SAMPLE = 1024
+SAMPLE = 256
 """The numbers of a weight that are compared, about."""
 RELEASED = torch.empty(0)
 """Stands for the weight in what is kept."""
@@ -37,7 +37,7 @@ class _State(NamedTuple):
 
 class _Kept(NamedTuple):
     state: _State
-    sample: Tensor
+    sampled: Tensor
     prepared: Prepared  # with `RELEASED` for the weight, which may then be freed
 
 
@@ -51,10 +51,10 @@ def recall(
 
     The first is of this adapter and config, the second of others: one of them is None.
     """
-    kept = _kept.get(weight) if _may_keep(weight) else None
+    kept = _kept.get(weight) if may_keep(weight) else None
     if kept is None or kept.state != _state(weight):
         return None, None
-    if not torch.equal(kept.sample, _sample(weight)):
+    if not torch.equal(kept.sampled, sample(weight)):
         return None, None
     last = with_weight(kept.prepared, weight.detach())
     if last.config == config and ops.unchanged(last.snapshot, last.adapter, adapter):
@@ -64,9 +64,9 @@ def recall(
 
 def keep(weight: Tensor, prepared: Prepared) -> None:
     """Keep what a forward has prepared, if the next one can tell whether the weight has changed."""
-    if _may_keep(weight):
+    if may_keep(weight):
         released = with_weight(prepared, RELEASED)
-        _kept[weight] = _Kept(_state(weight), _sample(weight).clone(), released)
+        _kept[weight] = _Kept(_state(weight), sample(weight).clone(), released)
 
 
 def with_weight(prepared: Prepared, weight: Tensor) -> Prepared:
@@ -74,7 +74,7 @@ def with_weight(prepared: Prepared, weight: Tensor) -> Prepared:
     return prepared._replace(direction=prepared.direction.with_weight(weight))
 
 
-def _may_keep(weight: Tensor) -> bool:
+def may_keep(weight: Tensor) -> bool:
     """Return whether a later call can tell if the weight has changed.
 
     A weight that is trained changes at each step. An inference tensor does not count its writes. On
@@ -91,7 +91,7 @@ def _state(tensor: Tensor) -> _State:
     return _State(storage, tensor.storage_offset(), tensor.stride(), tensor._version)
 
 
-def _sample(weight: Tensor) -> Tensor:
+def sample(weight: Tensor) -> Tensor:
     """Return some numbers of W as a view. They lie at equal distances, in all rows and columns.
 
     The version of a tensor does not count writes through `.data`, through a NumPy view, or by FSDP
@@ -99,4 +99,4 @@ def _sample(weight: Tensor) -> Tensor:
     """
     step = weight.numel() // SAMPLE | 1  # odd: the columns differ from row to row
     count = -(-weight.numel() // step)
-    return weight.as_strided((count,), (step,), weight.storage_offset())
+    return weight.detach().as_strided((count,), (step,), weight.storage_offset())

@@ -9,6 +9,7 @@ call reads the layer anew: PEFT and its users change a layer at any time.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Iterator
@@ -59,9 +60,9 @@ class AcceleratedLayer:
         weight, bias = base._parameters["weight"], base._parameters["bias"]
         rank, norm_gradient = lora_a.shape[0], self._norm_gradient
         if scaling.__class__ is float and 0 < scaling < math.inf:
-            config = Config(rank, scaling * rank, norm_gradient=norm_gradient)
+            config = _config(rank, scaling * rank, norm_gradient)
         else:  # PEFT's s may be any number, and a tensor; a Config's is positive
-            lora_b, config = scaling * lora_b, Config(rank, norm_gradient=norm_gradient)
+            lora_b, config = scaling * lora_b, _config(rank, rank, norm_gradient)
         adapter = Adapter(lora_a, lora_b, magnitude)
         if dropout.__class__ is torch.nn.Identity or not layer.training:
             return dora_linear(x, weight, adapter, config, bias)
@@ -118,6 +119,12 @@ _CLASSES: dict[type, type] = {
     lora.Linear: AcceleratedLinear,
     TorchaoLoraLinear: AcceleratedTorchaoLinear,
 }
+
+
+@functools.lru_cache
+def _config(rank: int, alpha: float, norm_gradient: NormGradient) -> Config:
+    """Return the same Config for the same numbers: evaluations are planned for one object."""
+    return Config(rank, alpha, norm_gradient=norm_gradient)
 
 
 def _accelerated(kind: type) -> type | None:
