@@ -76,6 +76,10 @@ def step(torch, layer, x, run=None):
     return y, *torch.autograd.grad(y.square().sum(), [x, *trained])
 
 
+def dense_y(layer, x):
+    return dense(layer.config, x, layer.weight, *layer.adapter, layer.bias)
+
+
 def dense_step(torch, layer, x):
     parts = layer.weight, *layer.adapter, layer.bias
     return step(torch, layer, x, lambda x: dense(layer.config, x, *parts))
@@ -363,6 +367,63 @@ def test_every_change_of_an_array_is_noticed(torch, name, change):
     assert_same(torch, step(torch, layer, x), dense_step(torch, layer, x))
 
 
+@pytest.mark.parametrize("name", ["weight", "lora_a", "lora_b", "magnitude"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_every_change_of_an_array_is_noticed_in_evaluation(torch, name, change):
+    _, layer = make(torch)
+    layer.weight.grad = torch.randn_like(layer.weight)  # frozen, but stepped by the test
+    for parameter in layer.adapter:
+        parameter.grad = torch.randn_like(parameter)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    with torch.no_grad():
+        for _ in range(3):
+            y = layer(x)
+            assert_same(torch, [y], [dense_y(layer, x)])
+        change(torch, getattr(layer, name))
+        for _ in range(3):
+            y = layer(x)
+            assert_same(torch, [y], [dense_y(layer, x)])
+
+
+def test_evaluations_take_any_x_bias_and_config_and_training_in_between(torch):
+    _, layer = make(torch)
+    shapes = [(5, 6), (6,), (2, 3, 6), (1, 6)]
+    configs = [layer.config, Config(2, 7), Config(2, 3, form="direction")]
+    for config in (*configs, *configs):
+        layer.config = config
+        for shape in (*shapes, *shapes):
+            x = torch.randn(shape, dtype=torch.float64)
+            with torch.no_grad():
+                y = layer(x)
+            assert_same(torch, [y], [dense_y(layer, x)])
+            low = layer(x.float())
+            assert low.dtype == torch.float32
+            layer(x).sum().backward()
+            with torch.no_grad():
+                layer.bias.mul_(1.5)
+                layer.lora_b.data.mul_(0.9)
+
+
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_an_evaluation_is_as_exact_as_it_is_asked_to_be(torch, monkeypatch, multiplies):
+    from doraxp.backends import exact_products
+
+    monkeypatch.setattr("doraxp.backends._torch.multiplies", lambda kind, dtype: multiplies)
+    x, w, *leaves, _ = (array.detach() for array in draw(torch, dtype="bfloat16"))
+    leaves = [leaf.float() for leaf in leaves]
+
+    def evaluate():
+        with torch.no_grad():
+            return [ours(Config(2), x, w, *leaves) for _ in range(3)]
+
+    usual = evaluate()
+    with exact_products():
+        exact = evaluate()
+    again = evaluate()
+    assert all(torch.equal(y, usual[0]) for y in (*usual, *again))
+    assert all(torch.equal(y, exact[0]) for y in exact)
+
+
 def test_a_new_config_is_used_by_the_next_forward(torch):
     _, layer = make(torch)
     x = torch.randn(5, 6, dtype=torch.float64)
@@ -414,12 +475,15 @@ def test_training_goes_on_after_inference_mode(torch):
 
 
 def test_a_freed_weight_leaves_nothing_behind(torch, way):
-    from doraxp.torch import _kept
+    from doraxp.torch import _evaluation, _kept
 
     _, layer = make(torch)
     layer(torch.ones(1, 6, dtype=torch.float64)).sum().backward()
     gone = weakref.ref(layer), weakref.ref(layer.weight)
-    assert (layer.weight in _kept._kept) == (way == "by factors")
+    with torch.no_grad():
+        layer(torch.ones(1, 6, dtype=torch.float64))
+    for kept in (_kept._kept, _evaluation._plans):
+        assert (layer.weight in kept) == (way == "by factors")
     del layer
     gc.collect()
     assert [reference() for reference in gone] == [None, None]
