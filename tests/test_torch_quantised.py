@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 
 import pytest
 
@@ -167,23 +168,33 @@ def test_exact_gives_the_true_gradient_of_the_dequantised_layers(libraries, torc
     assert_same(torch, got, want, 2e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_step_keeps_no_dequantised_weight_but_what_the_base_keeps(libraries, torch, kind):
-    from doraxp.torch import accelerate
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("kind", ["nf4", "int8", "Int8WeightOnlyConfig after"])
+def test_the_graph_of_a_large_layer_keeps_no_plain_weight(
+    libraries, torch, monkeypatch, kind, dropout
+):
+    """The numbers stay the same, and the memory that quantising saves stays saved."""
+    from doraxp.torch import _around, _peft, accelerate
 
-    model, x = model_of(kind), x_of(torch).requires_grad_()
-    layer = model.base_model.model[0]
+    x, made = x_of(torch), []
 
-    def kept(module):
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor
-        ):
-            module(x)
-        return sum(size >= 96 * 128 // 2 for size in sizes)
+    def recorded(base):
+        made.append(weakref.ref(weight := dense(base)))
+        return weight
 
+    dense = _peft.dequantised
+    model = model_of(kind, dropout=dropout)
     accelerate(model)
-    assert kept(layer) == kept(layer.base_layer)
+    want = step(torch, model, x)
+    monkeypatch.setattr(_peft, "dequantised", recorded)
+    y = model(x.requires_grad_())
+    assert [ref() is not None for ref in made] == [True, True]  # the layers are small
+    monkeypatch.setattr(_around, "SMALL", 0)
+    made.clear()
+    y = model(x)
+    assert [ref() for ref in made] == [None, None]
+    del y
+    assert_same(torch, step(torch, model, x), want, 0)
 
 
 # The weight that torchao makes of a row of zeros in float8 is NaN.

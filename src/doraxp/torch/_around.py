@@ -1,10 +1,11 @@
 """A DoRA layer around a base that multiplies by W itself, such as a quantised one.
 
-    h = base(x) = x Wᵀ + bias      x̃ = dropout(x)      h̃ = base(x̃)      g = m / ‖W + s B A‖
+    h = base(x) = x Wᵀ + bias      x̃ = dropout(x)      g = m / ‖W + s B A‖ by rows
 
-    y = h − h̃ + g⊙(h̃ + s (x̃ Aᵀ) Bᵀ) + (1 − g)⊙bias
+    y = g⊙(h + s (x Aᵀ) Bᵀ) + (1 − g)⊙bias              without dropout
+    y = h + (g − 1)⊙(x̃ Wᵀ) + g⊙(s (x̃ Aᵀ) Bᵀ)           with dropout
 
-Without dropout h̃ is h.
+The graph keeps no plain W, unless that is small: the backward makes it again.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from torch.nn import functional
 
 from doraxp.torch._gain import gain
 
+SMALL = 2**18
+"""Numbers of a weight that take less memory than their second making takes time."""
+
 
 def around_base(
     x: Tensor, dropped: Tensor | None, base: Any, dense: Callable[[], Tensor],
     lora_a: Tensor, scaled_b: Tensor, magnitude: Tensor, *, exact: bool,
 ) -> Tensor:  # fmt: skip
-    """Return y in the dtype of base(x). The products with W are the base's own, and so is dx.
+    """Return y in the dtype of base(x). The product x Wᵀ is the base's own.
 
     Parameters
     ----------
@@ -38,19 +42,31 @@ def around_base(
     exact : bool
         Let the gradient go through the norm.
     """
-    # The weight is read before the base is called, which may change how the weight is stored.
-    g = gain(dense, lora_a, scaled_b, magnitude, exact=exact)
+    # Read W before the base is called: bitsandbytes may store it in another way then.
+    w = dense()
+    remake = dense if w.numel() > SMALL else lambda: w
+    g = gain(w, lora_a, scaled_b, magnitude, exact=exact, remake=remake)
+    h: Tensor = base(x)
+    seen = x if dropped is None else dropped
+    update = functional.linear(functional.linear(seen.to(lora_a.dtype), lora_a), scaled_b)
     if dropped is None:
-        whole = own = base(x)
+        y = g * (h + update)
+        if base.bias is not None:
+            y = y + (1 - g) * base.bias
     else:
-        # One call for both: the base unpacks its weight once.
-        rows = torch.cat([x.reshape(-1, x.shape[-1]), dropped.reshape(-1, x.shape[-1]).to(x.dtype)])
-        whole, own = base(rows).reshape(2, *x.shape[:-1], -1)
-    low = functional.linear((x if dropped is None else dropped).to(lora_a.dtype), lora_a)
-    y = g * (own + functional.linear(low, scaled_b))
-    if dropped is not None:
-        y = y + (whole - own)
-    if base.bias is not None:
-        y = y + (1 - g) * base.bias
-    rounded: Tensor = y.to(whole.dtype)
-    return rounded
+        product: Tensor = _Product.apply(dropped, w, remake)  # type: ignore[no-untyped-call]
+        y = h + (g - 1) * product + g * update
+    return y.to(h.dtype)
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ, whose graph keeps no W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, remake: Callable[[], Tensor]) -> Tensor:
+        ctx.remake = remake
+        return functional.linear(x, w.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        return dy @ ctx.remake().to(dy.dtype), None, None

@@ -2,50 +2,90 @@
 
     D = ρ⊙W (out, in)      V = D + s B A      n = ‖V‖ by rows      g = m / n, 0 where n = 0
 
-V is stored for a while, so its products lose nothing to cancellation.
+    c = −g⊙dg / n²      dm = dg / n      d(s B) = c⊙(V Aᵀ)      dA = (c⊙s B)ᵀ V      dD = c⊙V
+
+V is stored for a while, so n loses nothing to cancellation. The graph does not keep V.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 
 def gain(
-    dense: Callable[[], Tensor], lora_a: Tensor, scaled_b: Tensor, magnitude: Tensor, *, exact: bool
-) -> Tensor:
-    """Return g, (out,), in the wider dtype of float32 and that of the arrays.
+    dense: Tensor, lora_a: Tensor, scaled_b: Tensor, magnitude: Tensor,
+    *, exact: bool, remake: Callable[[], Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """Return g, (out,), in the wider dtype of float32 and those of the arrays.
 
     Parameters
     ----------
-    dense : callable
-        Returns D. With `exact` the backward calls it again: V is not kept.
+    dense : Tensor, shape (out, in)
+        D.
     lora_a : Tensor, shape (rank, in)
     scaled_b : Tensor, shape (out, rank)
         s B.
     magnitude : Tensor, shape (out,)
     exact : bool
         Let the gradient go through n.
+    remake : callable, optional
+        Returns D again. The backward calls it, and the graph does not keep D.
     """
-    # Autocast would make the product in fewer digits.
-    with torch.autocast(magnitude.device.type, enabled=False):
-        if exact and torch.is_grad_enabled():
-            norm = checkpoint(
-                _row_norms, dense, lora_a, scaled_b, use_reentrant=False, preserve_rng_state=False
+    # Autocast would make the products in fewer digits.
+    with torch.autocast(dense.device.type, enabled=False):
+        if exact:
+            g: Tensor = _Gain.apply(  # type: ignore[no-untyped-call]
+                lora_a, scaled_b, magnitude, dense, remake
             )
-        else:
-            with torch.no_grad():
-                norm = _row_norms(dense, lora_a, scaled_b)
-        positive = norm > 0
-        return torch.where(positive, magnitude / torch.where(positive, norm, 1), 0)
+            return g
+        with torch.no_grad():
+            _, norm = _direction_and_norm(dense, lora_a, scaled_b)
+        return _over(magnitude, norm)
 
 
-def _row_norms(dense: Callable[[], Tensor], lora_a: Tensor, scaled_b: Tensor) -> Tensor:
-    weight = dense()
-    dtype = torch.promote_types(torch.promote_types(weight.dtype, lora_a.dtype), torch.float32)
-    v = torch.addmm(weight.to(dtype), scaled_b.to(dtype), lora_a.to(dtype))
-    norm: Tensor = torch.linalg.vector_norm(v, dim=-1)
-    return norm
+class _Gain(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, lora_a: Tensor, scaled_b: Tensor, magnitude: Tensor, dense: Tensor,
+        remake: Callable[[], Tensor] | None,
+    ) -> Tensor:  # fmt: skip
+        v, norm = _direction_and_norm(dense, lora_a, scaled_b)
+        g = _over(magnitude, norm)
+        projection = v @ lora_a.to(v.dtype).mT  # V Aᵀ, (out, rank)
+        ctx.save_for_backward(
+            lora_a, scaled_b, dense if remake is None else None, norm, g, projection
+        )
+        ctx.remake, ctx.dtype = remake, magnitude.dtype
+        return g
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dg: Tensor) -> Any:
+        lora_a, scaled_b, dense, norm, g, projection = ctx.saved_tensors
+        dense = ctx.remake() if dense is None else dense
+        dm = _over(dg, norm)
+        c = _over(-g * dm, norm)[:, None]
+        a, b, d = (array.to(norm.dtype) for array in (lora_a, scaled_b, dense))
+        scaled = c * b
+        da = scaled.mT @ d + (scaled.mT @ b) @ a
+        ddense = (c * torch.addmm(d, b, a)).to(dense.dtype) if ctx.needs_input_grad[3] else None
+        db = (c * projection).to(scaled_b.dtype)
+        return da.to(lora_a.dtype), db, dm.to(ctx.dtype), ddense, None
+
+
+def _direction_and_norm(dense: Tensor, lora_a: Tensor, scaled_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return V and n."""
+    dtype = torch.promote_types(torch.promote_types(dense.dtype, lora_a.dtype), torch.float32)
+    v = torch.addmm(dense.to(dtype), scaled_b.to(dtype), lora_a.to(dtype))
+    return v, torch.linalg.vector_norm(v, dim=-1)
+
+
+def _over(values: Tensor, norm: Tensor) -> Tensor:
+    """Return values / n, and 0 where n = 0."""
+    positive = norm > 0
+    return torch.where(positive, values / torch.where(positive, norm, 1), 0)

@@ -102,7 +102,7 @@ class DoRALinear(torch.nn.Module):
         y = dora_linear(x, self.weight, self.adapter, self.config, self.bias)
         scaled_b = self.config.scaling * self.lora_b
         exact = self.config.norm_gradient == "exact"
-        g = gain(self._direction, self.lora_a, scaled_b, self.magnitude, exact=exact)
+        g = gain(self._direction(), self.lora_a, scaled_b, self.magnitude, exact=exact)
         update = _linear(_linear(dropped - x, self.lora_a), scaled_b)
         return y + (g * update).to(y.dtype)
 
