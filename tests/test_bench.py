@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import sys
@@ -218,7 +219,7 @@ def test_the_exponent_is_that_of_the_upper_half():
 
 def test_the_model_counts_every_product_of_a_step():
     """The products of an exact step, one by one, as (rows, columns, terms)."""
-    out, inner, tokens, rank, _ = vars(WORKLOAD).values()
+    out, inner, tokens, rank, *_ = vars(WORKLOAD).values()
     products = [
         (tokens, out, inner),  # x Wᵀ
         (tokens, inner, out),  # dz W
@@ -352,6 +353,74 @@ def test_bad_arguments_are_refused(capsys, arguments, message):
 def test_a_rank_above_the_shape_is_refused(capsys):
     assert bench("--rank", "17") == 2
     assert "--rank must be in 1..16 for 24x16, got 17" in capsys.readouterr().err
+
+
+@pytest.fixture
+def fake_torch(monkeypatch):
+    """PyTorch without a CUDA device, where it may not be installed."""
+    fake = types.SimpleNamespace(cuda=types.SimpleNamespace(is_available=lambda: False))
+    load = importlib.import_module
+    monkeypatch.setattr(
+        "importlib.import_module", lambda name, *r: fake if name == "torch" else load(name, *r)
+    )
+    states = [Status(name, True, "1") for name in ("numpy", "torch")]
+    monkeypatch.setattr("doraxp.backends.available", lambda: states)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "--backend torch --device cuda",
+            "--device cuda cannot run here: PyTorch finds no CUDA device here: install its build "
+            "for CUDA, or leave out --device",
+        ),
+        (
+            "--backend torch --backend numpy --device cuda",
+            "--device cuda needs --backend torch by itself, got ['torch', 'numpy']",
+        ),
+        ("--autocast", "--autocast needs --backend torch by itself, got None"),
+        (
+            "--backend torch --autocast --tasks norm step merge",
+            "--autocast has the --tasks step and evaluation alone, got merge norm",
+        ),
+        (
+            "--backend torch --autocast --dtype float32 float64",
+            "--autocast needs --dtype float32 or bfloat16, got float64",
+        ),
+    ],
+)
+def test_a_run_on_pytorch_that_cannot_be_is_refused_in_one_line(
+    fake_torch, capsys, arguments, message
+):
+    assert bench(*arguments.split()) == 2
+    assert capsys.readouterr().err == f"doraxp bench: error: {message}\n"
+
+
+def test_the_defaults_on_a_cuda_device_are_those_of_training(fake_torch, monkeypatch):
+    planned = []
+
+    def jobs(workloads, tasks):
+        planned.extend((list(workloads), tasks))
+        raise ValueError("that is enough")
+
+    monkeypatch.setattr("doraxp.bench.why_not_on_cuda", lambda: None)
+    monkeypatch.setattr("doraxp.bench.jobs", jobs)
+    assert main(["bench", "--backend", "torch", "--device", "cuda"]) == 2
+    workloads, tasks = planned
+    assert tasks == ["step", "evaluation"]
+    assert workloads == [
+        Workload(4096, 4096, tokens, 16, dtype, device="cuda")
+        for dtype in ("bfloat16", "float32")
+        for tokens in (1, 128, 4096)
+    ]
+
+
+def test_a_workload_under_autocast_says_so_and_allows_for_its_roundings():
+    under = replace(WORKLOAD, autocast=True)
+    assert str(under) == "24×16 float32 under bfloat16 autocast, rank 4, 5 tokens"
+    assert WORKLOAD.roundings is None
+    assert under.roundings == replace(WORKLOAD, dtype="bfloat16").roundings == 10 * 2.0**-8
 
 
 def test_curves_need_a_shape_for_all_of_their_ranks(capsys):

@@ -15,7 +15,18 @@ import pytest
 
 import doraxp
 from doraxp.backends import Status
-from doraxp.bench import Contestant, Measured, Workload, _device, _gpu, _measure, _peft, gpu_suite
+from doraxp.bench import (
+    Contestant,
+    Measured,
+    Workload,
+    _clock,
+    _cuda,
+    _device,
+    _gpu,
+    _measure,
+    _peft,
+    gpu_suite,
+)
 from doraxp.bench._report import ratios
 from doraxp.cli import main
 
@@ -42,16 +53,19 @@ class Gpu:
         def launch(grid, block, arguments):
             assert (grid, block) == ((1,), (1,))
             (nanoseconds,) = arguments
-            self.held.append(1e-9 * int(nanoseconds))
-            self.free = max(self.free, self.now) + self.held[-1]
+            self.hold(1e-9 * int(nanoseconds))
 
         return launch
 
-    def event(self):
-        event = types.SimpleNamespace()
-        event.record = lambda: vars(event).update(at=max(self.free, self.now))
-        event.synchronize = lambda: vars(self).update(now=max(self.now, event.at))
-        return event
+    def hold(self, seconds):
+        self.held.append(seconds)
+        self.free = max(self.free, self.now) + seconds
+
+    def event(self, **options):
+        return Event(self, options)
+
+    def wait(self):
+        self.now = max(self.now, self.free)
 
     def cupy(self):
         cuda = types.SimpleNamespace(
@@ -59,12 +73,50 @@ class Gpu:
         )
         return types.SimpleNamespace(cuda=cuda, RawKernel=self.kernel)
 
+    def queue(self, library):
+        """The queue by CuPy, or by PyTorch: a device of 2.5e9 cycles in a second."""
+        if library == "cupy":
+            return _device.Queue(self.cupy())
+        return _cuda.Queue(
+            types.SimpleNamespace(Event=self.event, _sleep=lambda cycles: self.hold(cycles / 2.5e9))
+        )
+
+
+class Event:
+    """An event of CuPy and of PyTorch."""
+
+    def __init__(self, device, options):
+        self.device, self.options = device, options
+
+    def record(self):
+        self.at = max(self.device.free, self.device.now)
+
+    def synchronize(self):
+        self.device.now = max(self.device.now, self.at)
+
+    @property
+    def done(self):
+        return self.at <= self.device.now
+
+    def query(self):
+        return self.done
+
+    def elapsed_time(self, last):
+        assert self.options == last.options == {"enable_timing": True}
+        return 1e3 * (last.at - self.at)
+
 
 @pytest.fixture
 def device(monkeypatch):
     made = Gpu()
     monkeypatch.setattr("time.perf_counter", lambda: made.now)
     return made
+
+
+@pytest.fixture(params=["cupy", "torch"])
+def queue(request, device):
+    """The queue of the simulated device, by either library."""
+    return device.queue(request.param)
 
 
 class Hook:
@@ -149,7 +201,7 @@ def test_other_workloads_are_measured_on_request(fake_cupy, tmp_path):
     command = ("--backend", "cupy", "--rounds", "2", "--json", str(path))
     assert main(["bench", *command, *shape]) == 0
     cases = [one["case"] for one in json.loads(path.read_text())["results"]]
-    assert {tuple(case.values()) for case in cases} == {(24, 16, 5, 4, "float32")}
+    assert {tuple(case.values()) for case in cases} == {(24, 16, 5, 4, "float32", False, "cpu")}
 
 
 def test_a_gpu_is_measured_by_itself(fake_cupy, capsys, monkeypatch):
@@ -203,7 +255,7 @@ def test_inputs_are_in_the_weights_dtype():
 
 @pytest.mark.parametrize("host", [1e-6, 3e-5, 4e-3])
 @pytest.mark.parametrize("repeats", [1, 20])
-def test_time_is_the_devices_however_slow_the_host_is(device, host, repeats):
+def test_time_is_the_devices_however_slow_the_host_is(device, queue, host, repeats):
     """The queue is held while it is filled: a short call must not take as long as Python needs."""
     calls = []
 
@@ -211,12 +263,12 @@ def test_time_is_the_devices_however_slow_the_host_is(device, host, repeats):
         calls.append(None)
         device.work(device=2e-5, host=host)
 
-    assert _device.seconds(device.cupy(), call, repeats) == pytest.approx(2e-5)
+    assert _clock.seconds(queue, call, repeats) == pytest.approx(2e-5)
     assert repeats < len(calls) < repeats + 4
-    assert _device.host_seconds(device.cupy(), call) == pytest.approx(host)
+    assert _clock.host_seconds(queue, call) == pytest.approx(host)
 
 
-def test_the_reset_before_a_call_is_not_timed(device):
+def test_the_reset_before_a_call_is_not_timed(device, queue):
     ready = []
 
     def reset():
@@ -227,28 +279,49 @@ def test_the_reset_before_a_call_is_not_timed(device):
         ready.pop()
         device.work(device=2e-5, host=3e-5)
 
-    assert _device.seconds(device.cupy(), call, 5, reset) == pytest.approx(2e-5)
-    assert _device.host_seconds(device.cupy(), call, reset) == pytest.approx(3e-5)
+    assert _clock.seconds(queue, call, 5, reset) == pytest.approx(2e-5)
+    assert _clock.host_seconds(queue, call, reset) == pytest.approx(3e-5)
 
 
-def test_a_call_slower_than_the_first_is_held_too(device):
+def test_a_call_slower_than_the_first_is_held_too(device, queue):
     hosts = iter([3e-5] + [5e-5] * 100)
 
     def call():
         device.work(device=2e-6, host=next(hosts))
 
-    assert _device.seconds(device.cupy(), call, 8) == pytest.approx(2e-6)
+    assert _clock.seconds(queue, call, 8) == pytest.approx(2e-6)
 
 
-def test_the_hosts_time_is_a_median_and_the_queue_is_not_held_for_it(device):
+def test_the_calls_are_repeated_if_the_device_began_before_the_queue_was_full(device, queue):
+    """A call may need much longer than the first one did, by the host's clock."""
+    hosts = iter([1e-6] + [3e-5] * 100)
+
+    def call():
+        device.work(device=2e-6, host=next(hosts))
+
+    assert _clock.seconds(queue, call, 8) == pytest.approx(2e-6)
+    first, second, third = device.held  # about 12, 24 and 48 µs a call
+    assert (second, third) == (pytest.approx(2 * first), pytest.approx(4 * first))
+
+
+def test_a_call_that_waits_for_the_device_is_measured_as_it_is(device, queue):
+    def call():
+        device.work(device=2e-6, host=3e-5)
+        device.wait()
+
+    assert _clock.seconds(queue, call, 8) == pytest.approx(3.2e-5, rel=0.2)
+    assert len(device.held) == _clock.TRIES
+
+
+def test_the_hosts_time_is_a_median_and_the_queue_is_not_held_for_it(device, queue):
     hosts = iter([1e-5] * 12 + [1.0] + [1e-5] * 100)
-    assert _device.host_seconds(
-        device.cupy(), lambda: device.work(device=2e-5, host=next(hosts))
+    assert _clock.host_seconds(
+        queue, lambda: device.work(device=2e-5, host=next(hosts))
     ) == pytest.approx(1e-5)
     assert not device.held
 
 
-def test_the_queue_is_held_several_times_for_many_calls(device):
+def test_the_queue_is_held_several_times_for_many_calls(device, queue):
     longest = 0
     queued = []
 
@@ -259,9 +332,17 @@ def test_the_queue_is_held_several_times_for_many_calls(device):
         queued.append(device.free)
         longest = max(longest, len(queued))
 
-    _device.seconds(device.cupy(), call, 1000)
-    assert longest <= _device.QUEUED
+    _clock.seconds(queue, call, 1000)
+    assert longest <= _clock.QUEUED
     assert max(device.held) < 1e-3
+
+
+def test_the_benchmarks_of_cupy_use_the_same_clock(device):
+    def call():
+        device.work(device=2e-5, host=1e-3)
+
+    assert _device.seconds(device.cupy(), call, 3) == pytest.approx(2e-5)
+    assert _device.host_seconds(device.cupy(), call) == pytest.approx(1e-3)
 
 
 def test_the_hosts_time_is_reported_beside_the_devices(fake_cupy, tmp_path, capsys):

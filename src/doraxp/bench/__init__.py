@@ -9,6 +9,7 @@ The answers of all contestants are checked before any of them is timed.
 
 from doraxp.bench._contestant import Contestant
 from doraxp.bench._contestants import contestants
+from doraxp.bench._cuda import why_not as why_not_on_cuda
 from doraxp.bench._curves import Curve, collect
 from doraxp.bench._device import description as device
 from doraxp.bench._device import host_seconds as gpu_host_seconds
@@ -26,14 +27,16 @@ from doraxp.bench._measure import (
 from doraxp.bench._memory import fresh_process, peaks
 from doraxp.bench._picture import save_curves, save_ratios
 from doraxp.bench._plan import LIBRARIES, Job, curve_jobs, jobs, libraries
-from doraxp.bench._report import report
+from doraxp.bench._report import device_of, report
 from doraxp.bench._tables import print_exponents, print_tables
+from doraxp.bench._torch import TASKS as TORCH_TASKS
 from doraxp.bench._workloads import DTYPES, TASKS, Workload, draw
 
 __all__ = [
     "DTYPES",
     "LIBRARIES",
     "TASKS",
+    "TORCH_TASKS",
     "Contestant",
     "Curve",
     "Job",
@@ -46,6 +49,7 @@ __all__ = [
     "contestants",
     "curve_jobs",
     "device",
+    "device_of",
     "draw",
     "fresh_process",
     "gpu_host_seconds",
@@ -63,4 +67,5 @@ __all__ = [
     "save_ratios",
     "threads",
     "time_all",
+    "why_not_on_cuda",
 ]

@@ -29,3 +29,5 @@ class Contestant(NamedTuple):
     """Returns the peak bytes of a call, in memory other than the host's."""
     tolerance: float | None = None
     """The error to allow, where it is more than the dtype of the answer allows."""
+    is_stored: bool = False
+    """Whether its x and dy have the weight's dtype, as they have in training."""

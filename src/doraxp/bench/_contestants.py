@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from doraxp.bench import _gpu, _host, _peft
+from doraxp.bench import _cuda, _gpu, _host, _peft, _torch
 from doraxp.bench._contestant import Contestant
 from doraxp.bench._workloads import Workload
+
+_PYTORCH = {_torch.LIBRARY: _torch.contestants, _peft.LIBRARY: _peft.contestants}
 
 
 def contestants(task: str, workload: Workload, libraries: Iterable[str]) -> list[Contestant]:
     """Return the contestants of a task on the named libraries; "PEFT" may be among them.
 
     CuPy must be alone: the other libraries run on the host. Its contestants include those of PEFT
-    on the GPU.
+    on the GPU. With a workload on cuda the libraries are PyTorch and PEFT.
     """
     if _gpu.LIBRARY in libraries:
         return list(_gpu.contestants(task, workload))
+    if workload.device == "cuda":
+        return list(_cuda.contestants(task, workload, libraries))
     found: list[Contestant] = []
     for name in libraries:
-        found += (
-            _peft.contestants(task, workload)
-            if name == _peft.LIBRARY
-            else _host.contestants(task, workload, name)
-        )
+        if name in _PYTORCH:
+            found += _PYTORCH[name](task, workload)
+        else:
+            found += _host.contestants(task, workload, name)
     return found

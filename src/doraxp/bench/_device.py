@@ -1,25 +1,20 @@
-"""The clock and the memory of a GPU, by CuPy, and the description of the device.
+"""The queue and the memory of a GPU, by CuPy, and the description of the device.
 
-Time is the device's, between two events. A kernel holds the device's queue while the host fills it:
-otherwise a short call would take as long as Python needs for it. The time that the host needs is
-measured too. Memory is the memory of CuPy's pool.
+Time is the device's, see `_clock`. Memory is the memory of CuPy's pool.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import statistics
 import subprocess
-import time
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
-QUEUED = 8
-"""The number of calls made while the queue is held. The queue has room for about a thousand
-launches."""
+from doraxp.bench import _clock
+from doraxp.bench._clock import Call
+
 HOLD = r"""
 extern "C" __global__ void hold(unsigned long long nanoseconds) {
     unsigned long long began, now;
@@ -28,7 +23,45 @@ extern "C" __global__ void hold(unsigned long long nanoseconds) {
     while (now - began < nanoseconds);
 }
 """
-Call: TypeAlias = Callable[[], Any]
+
+
+class Queue:
+    """CuPy's current stream, as a `_clock.Queue`."""
+
+    def __init__(self, cupy: Any) -> None:
+        self._cupy = cupy
+
+    def event(self) -> Any:
+        """Return an event, put at the end of the stream."""
+        event = self._cupy.cuda.Event()
+        event.record()
+        return event
+
+    def has_passed(self, event: Any) -> bool:
+        """Return whether the device has come to the event."""
+        return bool(event.done)
+
+    def wait(self, event: Any) -> None:
+        """Wait until the device has come to the event."""
+        event.synchronize()
+
+    def seconds(self, first: Any, last: Any) -> float:
+        """Return the time of the device from one event to another."""
+        return float(self._cupy.cuda.get_elapsed_time(first, last)) / 1e3
+
+    def hold(self, seconds: float) -> None:
+        """Let the device look at its clock for so long."""
+        self._cupy.RawKernel(HOLD, "hold")((1,), (1,), (np.uint64(1e9 * seconds),))
+
+
+def seconds(cupy: Any, call: Call, repeats: int, reset: Call | None = None) -> float:
+    """Return the mean seconds of a call on the device, whose queue is never empty between calls."""
+    return _clock.seconds(Queue(cupy), call, repeats, reset)
+
+
+def host_seconds(cupy: Any, call: Call, reset: Call | None = None) -> float:
+    """Return the median seconds that the host needs to put a call into the queue."""
+    return _clock.host_seconds(Queue(cupy), call, reset)
 
 
 def description() -> dict[str, Any]:
@@ -53,51 +86,6 @@ def driver() -> str | None:
         if said.returncode == 0:
             return said.stdout.split()[0]
     return None
-
-
-def seconds(cupy: Any, call: Call, repeats: int, reset: Call | None = None) -> float:
-    """Return the mean seconds of a call on the device, whose queue is never empty between calls."""
-    _, host = _timed(cupy, call, reset, 1, 0.0)
-    total, left = 0.0, repeats
-    while left > 0:
-        count = min(QUEUED, left)
-        total += _timed(cupy, call, reset, count, 2 * host + 1e-5)[0]
-        left -= count
-    return total / repeats
-
-
-def host_seconds(cupy: Any, call: Call, reset: Call | None = None) -> float:
-    """Return the median seconds that the host needs to put a call into the queue."""
-    samples = [_timed(cupy, call, reset, QUEUED, 0.0)[1] / QUEUED for _ in range(5)]
-    return statistics.median(samples)
-
-
-def _timed(
-    cupy: Any, call: Call, reset: Call | None, count: int, hold: float
-) -> tuple[float, float]:
-    """Return the seconds of `count` calls, on the device and on the host.
-
-    The queue is first held for `hold` seconds a call. With `reset` two events enclose each call;
-    without, two events enclose all of them.
-    """
-    cuda, host, pairs = cupy.cuda, 0.0, []
-    if hold:
-        held = np.uint64(1e9 * hold * count)
-        cupy.RawKernel(HOLD, "hold")((1,), (1,), (held,))
-    for number in range(count):
-        if reset is not None:
-            reset()
-        if reset is not None or number == 0:
-            pairs.append((cuda.Event(), cuda.Event()))
-            pairs[-1][0].record()
-        began = time.perf_counter()
-        call()
-        host += time.perf_counter() - began
-        if reset is not None or number == count - 1:
-            pairs[-1][1].record()
-    pairs[-1][1].synchronize()
-    device = sum(float(cuda.get_elapsed_time(*pair)) for pair in pairs) / 1e3
-    return device, host
 
 
 def peak(cupy: Any, call: Call) -> int:

@@ -16,18 +16,15 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from operator import matmul
 from typing import Any, NamedTuple
 
-from array_api_compat import array_namespace
-
-from doraxp._base.types import Adapter, Array, Namespace
+from doraxp._base.types import Adapter
 from doraxp.backends import exact_products, reduced_precision
 from doraxp.bench import _device, _peft
 from doraxp.bench._contestant import Contestant
 from doraxp.bench._truth import Truth
-from doraxp.bench._ways import Way, ways
-from doraxp.bench._workloads import Inputs, Workload, draw
+from doraxp.bench._ways import Way, bare, ways
+from doraxp.bench._workloads import IN_PRODUCTS, ROUNDINGS, UNITS, Inputs, Workload, stored
 
 LIBRARY = "cupy"
 ROTATED = 1 << 28
@@ -35,16 +32,8 @@ ROTATED = 1 << 28
 SHAPES = [(4096, 4096, 16), (4096, 11008, 16), (8192, 28672, 64), (8192, 28672, 256)]
 """out, in and rank of the default workloads."""
 DTYPES, TOKENS = ("bfloat16", "float32"), (1, 128, 4096)
-LOW = ("float16", "bfloat16")
-IN_MODES = ("forward", "backward", "step")
-"""Tasks that are measured in each mode. The others have the same products in all."""
-UNITS = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "TF32": 2.0**-11}
-"""The unit roundoff: the largest relative error of one rounding."""
-ROUNDINGS = 10
-"""Unit roundoffs to allow, relative to the largest value, where numbers are rounded on the way to
-an answer. At most four are: z, y, g⊙dy and dx, or both factors of two products. Independent errors
-of a sum's terms add up as the terms do, to the same part of the sum; and the largest of a million
-normal numbers is 5 times the usual one, as is the value that it is compared with."""
+TF32_UNIT = 2.0**-11
+"""The unit roundoff of TF32."""
 CUT = 2.0**-23
 """Tensor cores cut off at most so much of a float32 sum with each 16 terms that they add."""
 
@@ -97,13 +86,6 @@ def contestants(task: str, workload: Workload) -> Iterator[Contestant]:
             )
 
 
-def stored(workload: Workload) -> Inputs:
-    """Return the inputs with x and dy in the weight's dtype."""
-    weight, adapter, x, dy = draw(workload)
-    xp: Namespace = array_namespace(weight)
-    return Inputs(weight, adapter, *(xp.astype(array, weight.dtype) for array in (x, dy)))
-
-
 def truth(workload: Workload) -> Truth:
     """Return the right answers, computed on the device in float64."""
     inputs = _on_device(importlib.import_module("cupy"), stored(workload))
@@ -112,11 +94,11 @@ def truth(workload: Workload) -> Truth:
 
 def _tolerance(task: str, workload: Workload, kind: str, mode: Mode) -> float | None:
     """Return the error to allow, or None for the usual one."""
-    if workload.dtype not in LOW:
-        return ROUNDINGS * UNITS["TF32"] if mode is TF32 else None
+    if workload.roundings is None:
+        return ROUNDINGS * TF32_UNIT if mode is TF32 else None
     # A bare W Aᵀ rounds A to the weight's dtype.
-    if kind == "bare" or (mode is DEFAULT and task in IN_MODES):
-        return ROUNDINGS * UNITS[workload.dtype]
+    if kind == "bare" or (mode is DEFAULT and task in IN_PRODUCTS):
+        return workload.roundings
     # The factors lose nothing: the tensor cores cut off parts of the sums alone.
     return CUT * max(workload.out, workload.inner, workload.tokens) / 16
 
@@ -135,9 +117,9 @@ def _on_device(cupy: Any, inputs: Inputs) -> Inputs:
 
 def _ways(task: str, inputs: Inputs, workload: Workload) -> Iterator[tuple[Mode, Way]]:
     """Yield each way to do a task with one set of inputs, and its mode; the default mode first."""
-    bare = _bare(task, inputs)
-    if bare is not None:
-        yield DEFAULT, bare
+    own = bare(task, inputs, _copied)
+    if own is not None:
+        yield DEFAULT, own
     for mode in _modes(task, workload.dtype):
         with mode.block():  # a backward belongs to a forward of its mode
             made = list(ways(task, inputs, workload.config))
@@ -149,36 +131,13 @@ def _ways(task: str, inputs: Inputs, workload: Workload) -> Iterator[tuple[Mode,
 
 def _modes(task: str, dtype: str) -> list[Mode]:
     """Return the modes in which a task differs for a weight of this dtype."""
-    other = {**dict.fromkeys(LOW, EXACT), "float32": TF32}.get(dtype)
-    return [DEFAULT, other] if other is not None and task in IN_MODES else [DEFAULT]
+    other = {**dict.fromkeys(UNITS, EXACT), "float32": TF32}.get(dtype)
+    return [DEFAULT, other] if other is not None and task in IN_PRODUCTS else [DEFAULT]
 
 
 def _call(mode: Mode, function: Callable[..., Any], *arrays: Any) -> Any:
     with mode.block():
         return function(*arrays)
-
-
-def _bare(task: str, inputs: Inputs) -> Way | None:
-    """Return the library's own products in the weight's dtype, or its own copy."""
-    weight, adapter, x, dy = inputs
-    xp: Namespace = array_namespace(weight)
-    transposed = xp.matrix_transpose
-    if task == "merge":
-        return Way("bare copy", "bare", _copied, (weight,), lambda copy: {"W'": copy})
-    if task == "norm":
-        a = transposed(xp.astype(adapter.lora_a, weight.dtype))
-        return Way("bare W Aᵀ", "bare", matmul, (weight, a), lambda u: {"W Aᵀ": u})
-    if task == "backward":
-        return Way("bare product", "bare", matmul, (dy, weight), lambda dx: {"dx": dx})
-    if task == "step":
-        return Way("bare products", "bare", _products, (x, dy, weight), dict)
-    if task == "adamw":
-        return None
-    return Way("bare product", "bare", matmul, (x, transposed(weight)), lambda y: {"y": y})
-
-
-def _products(x: Array, dy: Array, weight: Array) -> dict[str, Array]:
-    return {"y": x @ array_namespace(weight).matrix_transpose(weight), "dx": dy @ weight}
 
 
 def _copied(weight: Any) -> Any:

@@ -18,11 +18,11 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from doraxp._base.types import Array, HostArray, Namespace
-from doraxp.bench import _gpu, _memory
+from doraxp.bench import _cuda, _gpu, _memory
 from doraxp.bench._contestant import Contestant
 from doraxp.bench._contestants import contestants
 from doraxp.bench._truth import Truth
-from doraxp.bench._workloads import Workload, draw
+from doraxp.bench._workloads import UNITS, Workload, draw, stored
 
 SECONDS = 0.02
 """Seconds of a sample, which is the mean of as many calls as it takes to fill it."""
@@ -106,18 +106,31 @@ def check_all(task: str, workload: Workload, present: list[Contestant]) -> list[
     WrongAnswerError names the first that is too large. A contestant on a GPU is compared there: to
     copy its arrays to the host takes longer.
     """
-    on_gpu = any(one.library == _gpu.LIBRARY for one in present)
-    truth = _gpu.truth(workload) if on_gpu else Truth(draw(workload), workload.config.scaling)
-    right = {kind: truth.answers(task, kind) for kind in {one.kind for one in present}}
+    truths = _truths(workload, present)
+    pairs = {(one.is_stored, one.kind) for one in present}
+    right = {pair: truths[pair[0]].answers(task, pair[1]) for pair in pairs}
     found = []
     for one in present:
         one.reset()
         answer, errors = one.answer(one.call()), {}
-        for name, array in right[one.kind].items():
+        for name, array in right[one.is_stored, one.kind].items():
             what = f"{task}, {one.library}, {one.name}: {name}"
             errors[name] = _check(what, answer[name], array, one.tolerance)
         found.append(errors)
     return found
+
+
+def _truths(workload: Workload, present: list[Contestant]) -> dict[bool, Truth]:
+    """Return the right answers by `Contestant.is_stored`."""
+    if any(one.library == _gpu.LIBRARY for one in present):
+        return dict.fromkeys((False, True), _gpu.truth(workload))
+    if workload.device == "cuda":
+        return {True: _cuda.truth(workload)}
+    inputs = {False: draw, True: stored}
+    rounds = workload.dtype in UNITS
+    of = {one.is_stored for one in present} if rounds else {False}
+    made = {key: Truth(inputs[key](workload), workload.config.scaling) for key in of}
+    return made if rounds else dict.fromkeys((False, True), made[False])
 
 
 def _check(what: str, array: Array, right: Array, tolerance: float | None) -> float:
@@ -130,7 +143,7 @@ def _check(what: str, array: Array, right: Array, tolerance: float | None) -> fl
 
 def _error(array: Array, right: Array) -> float:
     """Return the largest error over the largest right value, computed where `right` is."""
-    if hasattr(right, "get"):  # CuPy
+    if type(right) is not np.ndarray:  # on a GPU
         array = array.double() if hasattr(array, "double") else array  # PyTorch's bfloat16
         array = array_namespace(right).asarray(array, dtype=right.dtype)
     else:

@@ -1,37 +1,64 @@
 """PEFT's DoRA and LoRA, and torch.optim.AdamW, as contestants. Their tests need PEFT.
 
-All arrays are in the weight's dtype, as PEFT wants it. The layers get copies of the arrays.
+x has the weight's dtype and dy that of y, as in training. The adapter is in float32 beside a 16-bit
+weight, as `peft.get_peft_model` makes it. The layers get copies of the arrays.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import cycle
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from doraxp._base.types import Adapter, Array, NormGradient
-from doraxp._terminal.runtimes import runtime
 from doraxp.bench._contestant import Contestant
+from doraxp.bench._torch import Block, autocast, tensors
 from doraxp.bench._ways import DORA, LAYERS
-from doraxp.bench._workloads import LEARNING_RATE, Inputs, Workload, draw
+from doraxp.bench._workloads import LEARNING_RATE, Inputs, Workload
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LIBRARY = "PEFT"
-Make: TypeAlias = Callable[[], Any]
-"""Makes a layer."""
 
 
-class Tensors(NamedTuple):
-    """The `Inputs` of a workload as tensors, all in the weight's dtype."""
+@dataclass(frozen=True)
+class Layers:
+    """Makes layers of one kind, with copies of the tensors of a workload."""
 
-    weight: Tensor
-    adapter: tuple[Tensor, ...]
-    x: Tensor
-    dy: Tensor
+    kind: str
+    """DoRA or LoRA."""
+    workload: Workload
+    inputs: Inputs
+    block: Block
+    """The block to call a layer in."""
+
+    def make(self) -> Any:
+        """Return a new layer."""
+        return layer_of(self.inputs, self.workload, use_dora=self.kind == "DoRA")
+
+    def trained(self) -> tuple[Any, Tensor, list[Tensor]]:
+        """Return a new layer, an x that takes part in the gradients, and the layer's parameters."""
+        layer, x = self.make(), self.inputs.x.clone().requires_grad_()
+        return layer, x, [leaf for leaf in layer.parameters() if leaf.requires_grad]
+
+    def contestant(
+        self,
+        call: Callable[[], Any],
+        answer: Callable[[Any], dict[str, Array]],
+        reset: Callable[[], None] = lambda: None,
+        *,
+        name: str | None = None,
+        kind: str | None = None,
+    ) -> Contestant:
+        """Return a contestant, of this kind's name and answer unless others are given."""
+        own = "detached" if self.kind == "DoRA" else self.kind
+        return Contestant(
+            name or self.kind, LIBRARY, kind or own, call, answer, reset,
+            tolerance=self.workload.roundings, is_stored=True,
+        )  # fmt: skip
 
 
 def why_not() -> str | None:
@@ -39,27 +66,40 @@ def why_not() -> str | None:
     return None if importlib.util.find_spec("peft") else "not installed: pip install peft"
 
 
-def contestants(task: str, workload: Workload, *, device: str = "cpu") -> Iterator[Contestant]:
-    """Yield the contestants of PEFT, or for adamw that of PyTorch."""
+def contestants(
+    task: str, workload: Workload, *, narrow_adapter: bool = False
+) -> Iterator[Contestant]:
+    """Yield the contestants of PEFT, or for adamw that of PyTorch.
+
+    With `narrow_adapter` the adapter has the weight's dtype too.
+    """
+    inputs = tensors(workload)
     if task == "adamw":  # in the compute dtype: in float16 the squares are 0
-        yield _adamw(tuple(_tensor(leaf, device) for leaf in draw(workload).adapter))
+        yield _adamw(inputs.adapter)
         return
-    inputs = _tensors(draw(workload), device)
-    for kind in (
-        ("DoRA", "LoRA") if task in ("forward", "backward", "step", "evaluation") else ("DoRA",)
-    ):
-        yield from _WAYS[task](
-            kind, partial(layer_of, inputs, workload, use_dora=kind == "DoRA"), inputs
-        )
+    if narrow_adapter:
+        leaves: Any = inputs.adapter
+        narrow = Adapter(*(leaf.to(inputs.weight.dtype) for leaf in leaves))
+        inputs = inputs._replace(adapter=narrow)
+    kinds = ("DoRA", "LoRA") if task in ("forward", "backward", "step", "evaluation") else ("DoRA",)
+    for kind in kinds:
+        yield from _WAYS[task](Layers(kind, workload, inputs, autocast(workload)))
 
 
 def on_cuda(task: str, workload: Workload, sets: int) -> Iterator[Contestant]:
-    """Yield the contestants of PEFT on the GPU. Each reset goes on to the next of `sets` inputs."""
-    rows = [list(contestants(task, workload, device="cuda")) for _ in range(sets)]
-    for of_all in zip(*rows, strict=True):
-        if "accelerated" not in of_all[0].name:
-            turns = _Turns(of_all)
-            yield of_all[0]._replace(call=turns.call, reset=turns.reset, peak=turns.peak)
+    """Yield PEFT's own contestants beside CuPy's, with all arrays in the weight's dtype."""
+    there = replace(workload, device="cuda")
+    rows = (contestants(task, there, narrow_adapter=True) for _ in range(sets))
+    for one in in_turn(rows):
+        if "accelerated" not in one.name:
+            yield one
+
+
+def in_turn(rows: Iterable[Iterable[Contestant]]) -> Iterator[Contestant]:
+    """Yield each contestant of several sets of inputs. A reset goes on to the next set."""
+    for of_all in zip(*map(list, rows), strict=True):
+        turns = _Turns(of_all)
+        yield of_all[0]._replace(call=turns.call, reset=turns.reset, peak=turns.peak)
 
 
 class _Turns:
@@ -87,12 +127,12 @@ class _Turns:
         return int(peak)
 
 
-def layer_of(inputs: Tensors, workload: Workload, *, use_dora: bool) -> Any:
+def layer_of(inputs: Inputs, workload: Workload, *, use_dora: bool) -> Any:
     """Return a linear layer of PEFT with copies of these tensors."""
     import peft
     import torch
 
-    weight, adapter, *_ = inputs
+    weight: Any = inputs.weight
     base: Any = torch.nn.Sequential(
         torch.nn.Linear(workload.inner, workload.out, bias=False, device="meta")
     )
@@ -107,127 +147,121 @@ def layer_of(inputs: Tensors, workload: Workload, *, use_dora: bool) -> Any:
     model: Any = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
     layer = model.base_model.model[0]
     leaves = [layer.lora_A, layer.lora_B, layer.lora_magnitude_vector]
-    for holder, leaf in zip(leaves[: 2 + use_dora], adapter, strict=False):
+    tensors: Any = inputs.adapter
+    for holder, leaf in zip(leaves[: 2 + use_dora], tensors, strict=False):
         holder["default"].weight.data = leaf.clone()
     return layer
 
 
-def _tensor(array: Array, device: str) -> Tensor:
-    tensor: Any = runtime("torch").asarray(array)
-    moved: Tensor = tensor.to(device)
-    return moved
-
-
-def _tensors(inputs: Inputs, device: str) -> Tensors:
-    weight, x, dy = (_tensor(array, device) for array in (inputs.weight, inputs.x, inputs.dy))
-    leaves = (_tensor(leaf, device).to(weight.dtype) for leaf in inputs.adapter)
-    return Tensors(weight, tuple(leaves), x.to(weight.dtype), dy.to(weight.dtype))
-
-
-def _forward(kind: str, make: Make, inputs: Tensors) -> Iterator[Contestant]:
-    layer = make()
-    yield _contestant(kind, kind, lambda: layer(inputs.x), lambda y: {"y": y.detach()})
-
-
-def _backward(kind: str, make: Make, inputs: Tensors) -> Iterator[Contestant]:
-    import torch
-
-    layer, x = make(), inputs.x.clone().requires_grad_()
-    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-    y = layer(x)
+def _forward(layers: Layers) -> Iterator[Contestant]:
+    layer, block, x = layers.make(), layers.block, layers.inputs.x
 
     def call() -> Any:
-        return torch.autograd.grad(y, [x, *trained], inputs.dy, retain_graph=True)
+        with block():
+            return layer(x)
 
-    def answer(result: Any) -> dict[str, Array]:
-        names = ("dx", "dA", "dB", "dm")
-        return dict(zip(names, (array.detach() for array in result), strict=False))
-
-    yield _contestant(kind, kind, call, answer)
+    yield layers.contestant(call, lambda y: {"y": y.detach()})
 
 
-def _step(kind: str, make: Make, inputs: Tensors) -> Iterator[Contestant]:
+def _backward(layers: Layers) -> Iterator[Contestant]:
     import torch
 
-    layer, x = make(), inputs.x.clone().requires_grad_()
-    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-    names = ("y", "dx", "dA", "dB", "dm")
-
-    def call() -> Any:
+    layer, x, trained = layers.trained()
+    with layers.block():
         y = layer(x)
-        return y, *torch.autograd.grad(y, [x, *trained], inputs.dy)
 
-    def answer(result: Any) -> dict[str, Array]:
-        return dict(zip(names, (array.detach() for array in result), strict=False))
+    def call() -> Any:
+        return torch.autograd.grad(y, [x, *trained], layers.inputs.dy, retain_graph=True)
 
-    yield _contestant(kind, kind, call, answer)
-    if kind == "DoRA":
+    yield layers.contestant(call, lambda result: _named(("dx", "dA", "dB", "dm"), result))
+
+
+def _step(layers: Layers) -> Iterator[Contestant]:
+    layer, x, trained = layers.trained()
+    yield layers.contestant(_step_of(layers, layer, x, trained), _name_step)
+    if layers.kind == "DoRA":
         for norm_gradient in DORA:
-            yield _accelerated(norm_gradient, make, inputs, answer)
+            yield _accelerated(norm_gradient, layers)
 
 
-def _accelerated(
-    norm_gradient: NormGradient, make: Make, inputs: Tensors, answer: Callable[[Any], Any]
-) -> Contestant:
+def _accelerated(norm_gradient: NormGradient, layers: Layers) -> Contestant:
     import torch
 
     from doraxp.torch import accelerate
 
-    layer, x = make(), inputs.x.clone().requires_grad_()
-    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    layer, x, trained = layers.trained()
     accelerate(layer, norm_gradient)
 
     def reset() -> None:  # like a step of the optimizer: the kept norm is of another adapter
-        with torch.no_grad():
+        with torch.no_grad(), layers.block():
             trained[0].neg_()
             layer(x[:1])
             trained[0].neg_()
 
-    def call() -> Any:
-        y = layer(x)
-        return y, *torch.autograd.grad(y, [x, *trained], inputs.dy)
-
+    call = _step_of(layers, layer, x, trained)
     name = f"accelerated, {norm_gradient}"
-    return Contestant(name, LIBRARY, norm_gradient, call, answer, reset)
+    return layers.contestant(call, _name_step, reset, name=name, kind=norm_gradient)
 
 
-def _evaluation(kind: str, make: Make, inputs: Tensors) -> Iterator[Contestant]:
+def _step_of(layers: Layers, layer: Any, x: Tensor, trained: list[Tensor]) -> Callable[[], Any]:
+    """Return a function that makes y in the block, and all gradients outside of it."""
+    import torch
+
+    block, dy = layers.block, layers.inputs.dy
+
+    def call() -> Any:
+        with block():
+            y = layer(x)
+        return y, *torch.autograd.grad(y, [x, *trained], dy)
+
+    return call
+
+
+def _evaluation(layers: Layers) -> Iterator[Contestant]:
     import torch
     from peft.helpers import DoraCaching
 
+    from doraxp.torch import accelerate
+
+    block, x = layers.block, layers.inputs.x
+
+    def contestant(name: str, caching: bool, layer: Any, kind: str | None = None) -> Contestant:
+        def call() -> Any:
+            with torch.no_grad(), DoraCaching(caching), block():
+                return layer(x)
+
+        return layers.contestant(call, lambda y: {"y": y}, name=name, kind=kind)
+
     # A call without DoraCaching empties the cache: the two ways need a layer each.
-    for caching in (False, True) if kind == "DoRA" else (False,):
-        layer = make().eval()
-
-        def call(layer: Any = layer, caching: bool = caching) -> Any:
-            with torch.no_grad(), DoraCaching(caching):
-                return layer(inputs.x)
-
-        name = f"{kind}, DoraCaching" if caching else kind
-        yield _contestant(name, kind, call, lambda y: {"y": y})
+    yield contestant(layers.kind, False, layers.make().eval())
+    if layers.kind == "DoRA":
+        yield contestant("DoRA, DoraCaching", True, layers.make().eval())
+        layer = layers.make().eval()
+        accelerate(layer)
+        yield contestant("accelerated", False, layer, kind="exact")
 
 
-def _norm(kind: str, make: Make, inputs: Tensors) -> Iterator[Contestant]:
+def _norm(layers: Layers) -> Iterator[Contestant]:
     import torch
 
-    layer = make()
+    layer, weight = layers.make(), layers.inputs.weight
     dora = layer.lora_magnitude_vector["default"]
     a, b = layer.lora_A["default"], layer.lora_B["default"]
 
     def call() -> Any:
         with torch.no_grad():
             update = dora.get_lora_weight(a, b)
-            return dora.get_weight_norm(inputs.weight, update, layer.scaling["default"])
+            return dora.get_weight_norm(weight, update, layer.scaling["default"])
 
-    yield _contestant(kind, kind, call, lambda norm: {"n": norm})
+    yield layers.contestant(call, lambda norm: {"n": norm})
 
 
-def _merge(kind: str, make: Make, inputs: Tensors) -> Iterator[Contestant]:
-    layer = make()
+def _merge(layers: Layers) -> Iterator[Contestant]:
+    layer, weight = layers.make(), layers.inputs.weight
     base = layer.get_base_layer()
 
     def reset() -> None:
-        base.weight.data = inputs.weight.clone()
+        base.weight.data = weight.clone()
         layer.merged_adapters.clear()
         layer._caches.clear()
 
@@ -235,10 +269,10 @@ def _merge(kind: str, make: Make, inputs: Tensors) -> Iterator[Contestant]:
         layer.merge(safe_merge=False)
         return base.weight.data
 
-    yield _contestant(kind, kind, call, lambda merged: {"W'": merged}, reset)
+    yield layers.contestant(call, lambda merged: {"W'": merged}, reset)
 
 
-_WAYS: dict[str, Callable[[str, Make, Tensors], Iterator[Contestant]]] = {
+_WAYS: dict[str, Callable[[Layers], Iterator[Contestant]]] = {
     "forward": _forward,
     "backward": _backward,
     "step": _step,
@@ -248,17 +282,16 @@ _WAYS: dict[str, Callable[[str, Make, Tensors], Iterator[Contestant]]] = {
 }
 
 
-def _contestant(
-    name: str,
-    kind: str,
-    call: Callable[[], Any],
-    answer: Callable[[Any], dict[str, Array]],
-    reset: Callable[[], None] = lambda: None,
-) -> Contestant:
-    return Contestant(name, LIBRARY, "detached" if kind == "DoRA" else kind, call, answer, reset)
+def _name_step(result: Any) -> dict[str, Array]:
+    return _named(("y", "dx", "dA", "dB", "dm"), result)
 
 
-def _adamw(adapter: tuple[Tensor, ...]) -> Contestant:
+def _named(names: tuple[str, ...], result: Any) -> dict[str, Array]:
+    """Return the arrays of a result by name. LoRA has no dm."""
+    return dict(zip(names, (array.detach() for array in result), strict=False))
+
+
+def _adamw(adapter: Any) -> Contestant:
     import torch
 
     leaves = [torch.nn.Parameter(leaf.clone()) for _ in range(LAYERS) for leaf in adapter]

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from doraxp._terminal.runtimes import versions
-from doraxp.bench import _device, _gpu
+from doraxp.bench import _cuda, _device, _gpu
 from doraxp.bench._curves import Curve, exponents
 from doraxp.bench._machine import blas_kernels, threads
 from doraxp.bench._measure import Measured
@@ -24,11 +24,11 @@ def ratios(one: Measured, task: list[Measured]) -> dict[str, Ratio | None]:
     if own_bare is None and one.library == PEFT:  # on a GPU
         own_bare = _find(task, "cupy", "bare")
     theirs = _find(task, PEFT, "detached")
-    ours = one.library != PEFT and one.kind in ("exact", "detached")
+    is_dora = one.kind in ("exact", "detached")
     return {
         "over_bare_numpy": one.over(bare) if bare else None,
         "over_own_bare": one.over(own_bare) if own_bare else None,
-        "peft_over_it": theirs.over(one) if theirs and ours else None,
+        "peft_over_it": theirs.over(one) if theirs and theirs is not one and is_dora else None,
     }
 
 
@@ -54,11 +54,18 @@ def report(
         "blas_kernels": blas_kernels(),
         "missing": missing,
     }
-    if _gpu.LIBRARY in libraries:
-        head["device"] = _device.description()
+    if (device := device_of(results)) is not None:
+        head["device"] = device
     if curves:
         head["exponents"] = {name: exponents(name, curve) for name, curve in curves.items()}
     return {**head, "results": _figures(results)}
+
+
+def device_of(results: list[Measured]) -> dict[str, Any] | None:
+    """Return the description of the device that has done the work, or None for the host."""
+    if any(one.library == _gpu.LIBRARY for one in results):
+        return _device.description()
+    return _cuda.description() if any(one.workload.device == "cuda" for one in results) else None
 
 
 def _figures(results: list[Measured]) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from operator import matmul
 from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
@@ -106,6 +107,31 @@ _WAYS = {
 }
 
 
+def copied(weight: Array) -> Array:
+    """Return a copy of the weight."""
+    xp: Namespace = array_namespace(weight)
+    return xp.asarray(weight, copy=True)
+
+
+def bare(task: str, inputs: Inputs, copy: Callable[[Array], Array] = copied) -> Way | None:
+    """Return the library's own products in the weight's dtype, or its own copy; None for adamw."""
+    weight, adapter, x, dy = inputs
+    xp: Namespace = array_namespace(weight)
+    transposed = xp.matrix_transpose
+    if task == "merge":
+        return Way("bare copy", "bare", copy, (weight,), _name_merged)
+    if task == "norm":
+        a = transposed(xp.astype(adapter.lora_a, weight.dtype))
+        return Way("bare W Aᵀ", "bare", matmul, (weight, a), lambda u: {"W Aᵀ": u})
+    if task == "backward":
+        return Way("bare product", "bare", matmul, (dy, weight), _name_gradients)
+    if task == "step":
+        return Way("bare products", "bare", _own_products, (x, dy, weight), dict)
+    if task == "adamw":
+        return None
+    return Way("bare product", "bare", matmul, (x, transposed(weight)), _name_y)
+
+
 def product(x: Array, weight: Array) -> Array:
     """Return x Wᵀ. A weight in another dtype is cast first, as one does by hand."""
     xp: Namespace = array_namespace(x, weight)
@@ -123,12 +149,6 @@ def products(x: Array, dy: Array, weight: Array) -> tuple[Array, Array]:
     """Return y = x Wᵀ and dx = dy W."""
     _, wide = _in_one_dtype(dy, weight, xp=array_namespace(dy, weight))
     return product(x, wide), product_back(dy, wide)
-
-
-def copied(weight: Array) -> Array:
-    """Return a copy of the weight."""
-    xp: Namespace = array_namespace(weight)
-    return xp.asarray(weight, copy=True)
 
 
 def norm_reused(x: Array, prepared: Prepared) -> Array:
@@ -172,6 +192,10 @@ def merge_again(prepared: Prepared) -> Array:
 def adamw(params: Any, grads: Any, state: doraxp.AdamWState) -> Any:
     """Return the parameters and the state after one step of AdamW."""
     return doraxp.adamw_step(params, grads, state, learning_rate=LEARNING_RATE, weight_decay=0)
+
+
+def _own_products(x: Array, dy: Array, weight: Array) -> dict[str, Array]:
+    return {"y": x @ array_namespace(weight).matrix_transpose(weight), "dx": dy @ weight}
 
 
 def _first_forward(x: Array, adapter: Adapter, previous: Prepared) -> tuple[Array, doraxp.Cache]:

@@ -1,4 +1,4 @@
-"""A workload: one layer, its adapter, and how many tokens it is given."""
+"""A workload: one layer, its adapter, how many tokens it is given, and where."""
 
 from __future__ import annotations
 
@@ -13,26 +13,50 @@ from doraxp._base.types import Adapter, Array, Config, DType, HostArray
 TASKS = ("forward", "backward", "step", "evaluation", "norm", "merge", "adamw")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 LEARNING_RATE = 1e-3
+IN_PRODUCTS = ("forward", "backward", "step")
+"""Tasks in which numbers between two products may be rounded to a 16-bit dtype."""
+AUTOCAST = "bfloat16"
+"""The dtype of PyTorch's autocast."""
+UNITS = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
+"""The unit roundoff: the largest relative error of one rounding."""
+ROUNDINGS = 10
+"""Unit roundoffs to allow, relative to the largest value, where numbers are rounded on the way to
+an answer. At most four are: z, y, g⊙dy and dx, or both factors of two products. Independent errors
+of a sum's terms add up as the terms do, to the same part of the sum; and the largest of a million
+normal numbers is 5 times the usual one, as is the value that it is compared with."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The sizes of a layer, the number of tokens, the rank, and the dtype of the weight."""
+    """The sizes of a layer, the number of tokens, the rank, and the dtype of the weight.
+
+    autocast    PyTorch's autocast is on
+    device      where PyTorch computes: cpu or cuda
+    """
 
     out: int
     inner: int
     tokens: int
     rank: int
     dtype: str = "float32"
+    autocast: bool = False
+    device: str = "cpu"
 
     def __str__(self) -> str:
         tokens = f"{self.tokens} token{'s' if self.tokens > 1 else ''}"
-        return f"{self.out}×{self.inner} {self.dtype}, rank {self.rank}, {tokens}"
+        autocast = f" under {AUTOCAST} autocast" if self.autocast else ""
+        return f"{self.out}×{self.inner} {self.dtype}{autocast}, rank {self.rank}, {tokens}"
 
     @property
     def config(self) -> Config:
         """The config of the adapter."""
         return Config(self.rank)
+
+    @property
+    def roundings(self) -> float | None:
+        """The error to allow where numbers are rounded to 16 bits; None if they are not."""
+        unit = UNITS.get(AUTOCAST if self.autocast else self.dtype)
+        return None if unit is None else ROUNDINGS * unit
 
 
 class Inputs(NamedTuple):
@@ -65,6 +89,12 @@ def draw(workload: Workload) -> Inputs:
         normal(workload.tokens, workload.inner),
         normal(workload.tokens, workload.out),
     )
+
+
+def stored(workload: Workload) -> Inputs:
+    """Return the inputs with x and dy in the weight's dtype."""
+    weight, adapter, x, dy = draw(workload)
+    return Inputs(weight, adapter, x.astype(weight.dtype), dy.astype(weight.dtype))
 
 
 def numpy_dtype(name: str) -> DType:

@@ -23,13 +23,19 @@ SUMMARY = (
     "Measure time and memory of doraxp beside the bare products, and beside PEFT where it is "
     "installed: all in one process, checked for the same answers, ratios first."
 )
-CUPY = "cupy"
+CUPY, TORCH = "cupy", "torch"
 DEFAULTS: dict[str, list[Any]] = {
     "shapes": [(4096, 4096)],
     "tokens": [1, 512],
     "rank": [16],
     "dtype": ["float32"],
 }
+CUDA_DEFAULTS: dict[str, list[Any]] = {
+    **DEFAULTS,
+    "tokens": [1, 128, 4096],
+    "dtype": ["bfloat16", "float32"],
+}
+"""The defaults with `--device cuda`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +70,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="array library, repeatable; PEFT takes part where torch does and it is installed "
         f"(default: those of {', '.join(bench.LIBRARIES)} that are installed); cupy by itself, and "
         "on the workloads of the docs unless you ask for others",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where PyTorch computes, with --backend torch by itself; cuda has steps and "
+        "evaluation, of 4096x4096 in bfloat16 and float32 with 1, 128 and 4096 tokens unless you "
+        "ask for others (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--autocast",
+        action="store_true",
+        help="call PyTorch's layers under its autocast, in bfloat16; with --backend torch by "
+        "itself; steps and evaluation",
     )
     parser.add_argument(
         "--tasks",
@@ -124,7 +144,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         bench.print_tables(results, console)
     console.print(f"Medians of {arguments.rounds} rounds; ± half the distance of the quartiles.")
-    _print_conditions(libraries, missing, console)
+    _print_conditions(results, missing, console)
     if arguments.json is not None:
         save(results, curves)
         print_names(f"Figures: {arguments.json}", console)
@@ -142,10 +162,13 @@ def _jobs(arguments: argparse.Namespace) -> list[bench.Job]:
     on_gpu = CUPY in (arguments.backend or ())
     if on_gpu and set(arguments.backend) != {CUPY}:
         raise ValueError(f"--backend {CUPY} must be alone, got {arguments.backend}")
+    on_cuda = arguments.device == "cuda"
     is_default = not any(getattr(arguments, name) for name in DEFAULTS)
-    for name, value in DEFAULTS.items():
+    for name, value in (CUDA_DEFAULTS if on_cuda else DEFAULTS).items():
         setattr(arguments, name, getattr(arguments, name) or value)
     tasks = arguments.tasks or [task for task in bench.TASKS if on_gpu or task != "backward"]
+    if on_cuda or arguments.autocast:
+        tasks = _tasks_of_torch(arguments)
     if arguments.curves:
         jobs = bench.curve_jobs(_base(arguments))
     elif on_gpu and is_default:
@@ -153,7 +176,7 @@ def _jobs(arguments: argparse.Namespace) -> list[bench.Job]:
     else:
         sizes = product(arguments.shapes, arguments.rank, arguments.dtype, arguments.tokens)
         workloads = (
-            bench.Workload(out, inner, tokens, rank, dtype)
+            _workload(arguments, out, inner, tokens, rank, dtype)
             for (out, inner), rank, dtype, tokens in sizes
         )
         jobs = bench.jobs(workloads, tasks)
@@ -163,6 +186,34 @@ def _jobs(arguments: argparse.Namespace) -> list[bench.Job]:
             "--plot draws times over the bare product's, but adamw has no bare product"
         )
     return jobs
+
+
+def _tasks_of_torch(arguments: argparse.Namespace) -> list[str]:
+    """Return the tasks on PyTorch's CUDA device or under autocast.
+
+    ValueError names an argument that does not fit them.
+    """
+    asked = "--device cuda" if arguments.device == "cuda" else "--autocast"
+    if set(arguments.backend or ()) != {TORCH}:
+        raise ValueError(f"{asked} needs --backend {TORCH} by itself, got {arguments.backend}")
+    if others := set(arguments.tasks or ()).difference(bench.TORCH_TASKS):
+        known = " and ".join(bench.TORCH_TASKS)
+        raise ValueError(f"{asked} has the --tasks {known} alone, got {' '.join(sorted(others))}")
+    if arguments.autocast and (others := set(arguments.dtype) - {"float32", "bfloat16"}):
+        raise ValueError(
+            f"--autocast needs --dtype float32 or bfloat16, got {' '.join(sorted(others))}"
+        )
+    if arguments.device == "cuda" and (reason := bench.why_not_on_cuda()) is not None:
+        raise ValueError(f"--device cuda cannot run here: {reason}")
+    return arguments.tasks or list(bench.TORCH_TASKS)
+
+
+def _workload(
+    arguments: argparse.Namespace, out: int, inner: int, tokens: int, rank: int, dtype: str
+) -> bench.Workload:
+    return bench.Workload(
+        out, inner, tokens, rank, dtype, autocast=arguments.autocast, device=arguments.device
+    )
 
 
 def _check_ranks(jobs: list[bench.Job], arguments: argparse.Namespace) -> None:
@@ -182,7 +233,8 @@ def _check_ranks(jobs: list[bench.Job], arguments: argparse.Namespace) -> None:
 def _base(arguments: argparse.Namespace) -> bench.Workload:
     """Return the workload that the curves go around."""
     out, inner = arguments.shapes[-1]
-    return bench.Workload(out, inner, arguments.tokens[-1], arguments.rank[-1], arguments.dtype[-1])
+    last = (getattr(arguments, name)[-1] for name in ("tokens", "rank", "dtype"))
+    return _workload(arguments, out, inner, *last)
 
 
 def _measure(
@@ -209,13 +261,15 @@ def _measure(
     return results
 
 
-def _print_conditions(libraries: list[str], missing: dict[str, str], console: Console) -> None:
+def _print_conditions(
+    results: list[bench.Measured], missing: dict[str, str], console: Console
+) -> None:
     """Print the conditions of the run: threads, kernels, device, and libraries that are missing."""
     console.print("Threads: " + _listed(bench.threads()))
     if kernels := bench.blas_kernels():
         console.print("BLAS kernels: " + _listed(kernels))
-    if CUPY in libraries:
-        console.print(f"Device: {bench.device()['name']}")
+    if (device := bench.device_of(results)) is not None:
+        console.print(f"Device: {device['name']}")
         console.print("Times are the device's; the host needs its own to make a call of it.")
     for name, reason in missing.items():
         print_names(f"Without {name}: {reason}", console)
