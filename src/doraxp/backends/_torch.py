@@ -330,7 +330,7 @@ def _widened(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _by_parts(left: Tensor, right: Tensor) -> Tensor:
-    """Return left right of float32 and bfloat16, (i, k) (k, j) -> (i, j), exact but for the sums.
+    """Return left right of float32 and bfloat16, (i, k) (k, j) -> (i, j), exact except for its sums.
 
     A float32 is the sum of three bfloat16 numbers, its parts. One product takes the parts of all
     rows. The parts of float16 would underflow.

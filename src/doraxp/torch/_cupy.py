@@ -1,7 +1,7 @@
 """CuPy's kernels for PyTorch's tensors on a GPU: the same memory, stream and allocator.
 
-A tensor and an array of CuPy share their memory through DLPack. What the kernels allocate comes
-from PyTorch's allocator, and they run on PyTorch's current stream: nothing waits, nothing is
+A tensor and an array of CuPy share their memory through DLPack. The kernels' own memory comes from
+PyTorch's allocator, and they run on PyTorch's current stream: nothing waits, nothing is
 copied, and PyTorch's memory statistics stay true.
 """
 
@@ -116,7 +116,8 @@ def taken(tensor: Tensor) -> Any:
 
 def given(array: Any) -> Tensor:
     """Return the tensor with the memory of an array of CuPy."""
-    tensor: Tensor = torch.from_dlpack(array)
+    share: Any = torch.utils.dlpack.from_dlpack
+    tensor: Tensor = share(array)
     return tensor
 
 
