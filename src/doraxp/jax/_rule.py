@@ -80,7 +80,8 @@ def with_configured_norm(prepared: Prepared) -> Prepared:
 @partial(linear.defjvp, symbolic_zeros=True)
 def _change_of_linear(config: Config, given: tuple[Any, ...], changes: tuple[Any, ...]) -> Any:
     """Return y and ẏ. A change of `prepared` is that of the adapter and the weight: not read."""
-    y, cache = _forward(config, *given)
+    # An argument that JAX differentiates by may be a NumPy array here.
+    y, cache = _forward(config, *jax.tree.map(jnp.asarray, given))
     ops = operations(x=cache.x)
     dots = _dots(cache, *changes[:-1], ops=ops)
     terms = []
