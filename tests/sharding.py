@@ -181,8 +181,25 @@ def splits():
                 continue
             got = function(config, *arguments(over(mesh, specs)))
             report[f"{kind}-{split}"] = errors(got, single)
+        report[f"{kind}-fresh"] = fresh(mesh, config)
         report[f"{kind}-axes of tokens"] = axes_of_tokens(axis_type, config, *given[:3])
     return report
+
+
+def fresh(mesh, config):
+    """Return the errors of an adapter that is made beside a split weight, and of its layer.
+
+    The other arrays are on one device, where JAX may move them from, or are NumPy's.
+    """
+    x, weight, _, bias = arguments(alone)
+    split = jax.device_put(weight, NamedSharding(mesh, P(None, "d")))
+    wanted, adapter = (doraxp.init(w, config, seed=0) for w in (weight, split))
+    y, _ = doraxp.forward(x, weight, wanted, config, bias=bias)
+    return {
+        "init": error((adapter.lora_a, adapter.magnitude), (wanted.lora_a, wanted.magnitude)),
+        "forward": error(doraxp.forward(x, split, adapter, config, bias=bias)[0], y),
+        "dora_linear": error(dora_linear(np.asarray(x), split, adapter, config, bias), y),
+    }
 
 
 def axes_of_tokens(axis_type, config, x, weight, adapter):

@@ -26,12 +26,14 @@ MORE = {  # cases that take more collectives than COLLECTIVES says
     ("row", "direction"): {"forward_and_norm": 4, "merged": 4, "step": 5},
     ("data", "explicit"): {"step": 2},
 }
-SPLITS = [
-    *(f"auto-{split}" for split in ("W rows", "W columns, x columns", "ranks", "axes of tokens")),
-    *(f"explicit-{split}" for split in (
+SPLITS = [f"{kind}-{case}" for kind in ("auto", "explicit") for case in ("fresh", "axes of tokens")]
+SPLITS += [f"auto-{split}" for split in ("W rows", "W columns, x columns", "ranks")]
+SPLITS += [
+    f"explicit-{split}"
+    for split in (
         "W rows", "W rows, x columns", "W columns", "W columns, x columns", "W columns, x tokens",
-        "B rows", "ranks", "bias", "axes of tokens",
-    )),
+        "B rows", "ranks", "bias",
+    )
 ]  # fmt: skip
 MAPS = [f"{kind}-{config}" for kind in ("auto", "explicit") for config in (
     "weight-exact", "direction-detached",
@@ -72,7 +74,7 @@ class TestSharded:
 def test_every_function_takes_arrays_that_are_split_in_any_way(jax, split):
     """Compares prepare, forward, backward, merge, and derivatives of all kinds, with one device."""
     errors = report()["splits"][split]
-    assert len(errors) == (1 if split.endswith("axes of tokens") else 7)
+    assert len(errors) == {"fresh": 3, "axes of tokens": 1}.get(split.partition("-")[2], 7)
     assert max(errors.values()) <= 1e-14
 
 

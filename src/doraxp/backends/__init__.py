@@ -6,7 +6,6 @@ from doraxp.backends._cupy.signatures import CudaKernels, cuda_kernels
 from doraxp.backends._direction import Dense, Direction, Factored, Factors, ProductDirection
 from doraxp.backends._dtypes import as_dtype, compute_dtype, transpose
 from doraxp.backends._generic import Norm, Operations, safe_row_norms
-from doraxp.backends._jax import JaxOperations, register_config
 from doraxp.backends._libraries import Status, available
 
 __all__ = [
@@ -15,7 +14,6 @@ __all__ = [
     "Direction",
     "Factored",
     "Factors",
-    "JaxOperations",
     "Norm",
     "Operations",
     "ProductDirection",
@@ -27,7 +25,6 @@ __all__ = [
     "exact_products",
     "operations",
     "operations_of_plain",
-    "register_config",
     "reduced_precision",
     "safe_row_norms",
     "transpose",

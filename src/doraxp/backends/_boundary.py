@@ -11,6 +11,7 @@ import sys
 from collections.abc import Collection
 from operator import attrgetter
 from types import ModuleType
+from typing import cast
 
 import array_api_compat
 import array_api_compat.numpy
@@ -96,7 +97,7 @@ def _operations_of(xp: Namespace) -> Operations:
         return CupyOperations(xp)
     if array_api_compat.is_torch_namespace(xp):
         return TorchOperations(xp)
-    if array_api_compat.is_jax_namespace(xp):
+    if array_api_compat.is_jax_namespace(cast(ModuleType, xp)):
         return JaxOperations(xp)
     return Operations(xp)
 
