@@ -25,7 +25,7 @@ CORE = tuple(
     f"tests/test_{name}.py"
     for name in ("backends", "checkpoint", "cli", "gradients", "layer", "linear", "optimizers")
 )
-NO_OVERRIDES = ("strict", "jax", "dask")  # their operations are the generic ones
+NO_OVERRIDES = ("strict", "dask")  # their operations are the generic ones
 PEFT = (
     "test_peft",
     "test_bench_peft",
@@ -208,7 +208,7 @@ def docs(session: nox.Session) -> None:
     elsewhere = ["--ignore-glob=docs/backends/[!i]*", "--ignore=docs/examples.md"]
     pytest(session, "README.md", "CONTRIBUTING.md", "docs", *elsewhere)
     # The bridges need JAX or PyTorch: their own sessions run these examples.
-    bridges = [f"--ignore-glob=*/doraxp/{name}" for name in ("jax.py", "torch/*")]
+    bridges = [f"--ignore-glob=*/doraxp/{name}" for name in ("jax/*", "torch/*")]
     pytest(session, "--doctest-modules", "--pyargs", "doraxp", *bridges)
 
 

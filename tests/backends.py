@@ -149,9 +149,6 @@ class JaxJit(Jax):
         """Call `function` under jit. Arrays among the arguments are traced, the rest is static."""
         import jax
 
-        # JAX must know Config as static: a jitted function may then return a Cache, which has one.
-        with contextlib.suppress(ValueError):  # registered by an earlier call
-            jax.tree_util.register_static(Config)
         leaves, tree = jax.tree_util.tree_flatten((args, kwargs))
         arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
         static = tuple(None if isinstance(leaf, jax.Array) else Static(leaf) for leaf in leaves)

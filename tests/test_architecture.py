@@ -15,6 +15,7 @@ from test_rooms import FLOOR
 import doraxp
 from doraxp.backends import Operations
 from doraxp.backends._cupy.operations import CupyOperations
+from doraxp.backends._jax import JaxOperations
 from doraxp.backends._numpy import NumpyOperations
 from doraxp.backends._torch import TorchOperations
 from doraxp.checkpoint._engine import load_engine
@@ -27,7 +28,12 @@ PAGES = {
 PAGE = PAGES["docs/architecture.md"]
 PATH = re.compile(r"(?:[\w.]+/)+[\w.]+\.\w+|\w+\.(?:py|toml|md)")
 NAME = re.compile(r"_{0,2}[A-Za-z]\w*(?:\.\w+)*")
-OVERRIDES = {"NumPy": NumpyOperations, "PyTorch": TorchOperations, "CuPy": CupyOperations}
+OVERRIDES = {
+    "NumPy": NumpyOperations,
+    "PyTorch": TorchOperations,
+    "JAX": JaxOperations,
+    "CuPy": CupyOperations,
+}
 OPERATIONS = [
     name
     for name, method in vars(Operations).items()

@@ -5,7 +5,6 @@ from doraxp.backends._cupy.signatures import CudaKernels, cuda_kernels
 from doraxp.backends._direction import Dense, Direction, Factored, Factors, ProductDirection
 from doraxp.backends._dtypes import as_dtype, compute_dtype, transpose
 from doraxp.backends._generic import Norm, Operations, safe_row_norms
-from doraxp.backends._jax import JaxOperations, register_config
 from doraxp.backends._libraries import Status, available
 from doraxp.backends._namespaces import array_namespace, device
 from doraxp.backends._precision import exact_products, reduced_precision
@@ -16,7 +15,6 @@ __all__ = [
     "Direction",
     "Factored",
     "Factors",
-    "JaxOperations",
     "Norm",
     "Operations",
     "ProductDirection",

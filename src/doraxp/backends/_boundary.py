@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Collection
 from operator import attrgetter
 from types import ModuleType
+from typing import cast
 
 import array_api_compat
 import array_api_compat.numpy
@@ -124,7 +125,7 @@ def _operations_of(xp: Namespace) -> Operations:
         torch = sys.modules["torch"]
         _TENSORS.update({torch.Tensor, torch.nn.Parameter})
         return TorchOperations(xp)
-    if array_api_compat.is_jax_namespace(xp):
+    if array_api_compat.is_jax_namespace(cast(ModuleType, xp)):
         return JaxOperations(xp)
     if any(is_known(xp) for is_known in _KNOWN):
         return Operations(xp)

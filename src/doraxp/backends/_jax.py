@@ -7,15 +7,15 @@ rows between devices, so the gradients here append none.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import array_api_compat
 
+from doraxp._base.pytrees import register_config
 from doraxp._base.ranks import sums
-from doraxp._base.types import Adapter, Config, DType, Namespace, Reduce
+from doraxp._base.types import Adapter, DType, Namespace, Reduce
 from doraxp.backends._direction import Dense, Factors
 from doraxp.backends._dtypes import as_dtype, compute_dtype, transpose
 from doraxp.backends._generic import LayerGradients, Norm, Operations, over_norm, safe_row_norms
@@ -37,11 +37,11 @@ class JaxOperations(Operations):
 
         The sharding of a split array may not fit an array of another shape.
         """
-        from jax.sharding import NamedSharding, PartitionSpec
+        from jax import sharding
 
         device = array_api_compat.device(array)
-        if isinstance(device, NamedSharding):
-            return NamedSharding(device.mesh, PartitionSpec())
+        if isinstance(device, sharding.NamedSharding):
+            return _named(device.mesh)
         # A traced array has no device, and its `committed` must not be asked.
         return None if device is None or not array.committed else device
 
@@ -127,18 +127,6 @@ class JaxOperations(Operations):
         return _differentiable_norms(self.xp)(rows)
 
 
-def register_config() -> None:
-    """Register `Config` as static with JAX, unless the user has done so.
-
-    A `Prepared` and a `Cache` contain it. They may then be arguments and results of a jitted
-    function.
-    """
-    import jax
-
-    with contextlib.suppress(ValueError):  # the user has registered it already
-        jax.tree_util.register_static(Config)
-
-
 def _sharding(left: JaxArray, right: JaxArray, inner: int) -> Any | None:
     """Return how a product over Explicit axes of a mesh is split; None where JAX can tell.
 
@@ -155,8 +143,15 @@ def _sharding(left: JaxArray, right: JaxArray, inner: int) -> Any | None:
     if not clash and (summed is None or of_right[inner] is None):
         return None
     stack = [a if b is None else b for a, b in zip(stack, of_right[:-2], strict=True)]
-    spec = jax.sharding.PartitionSpec(*stack, rows, None if clash else columns)
-    return jax.sharding.NamedSharding(shardings[0].mesh, spec)
+    return _named(shardings[0].mesh, *stack, rows, None if clash else columns)
+
+
+def _named(mesh: Any, *split: Any) -> Any:
+    """Return the sharding over a mesh, given how each axis is split."""
+    from jax import sharding
+
+    spec: Any = sharding.PartitionSpec
+    return sharding.NamedSharding(mesh, spec(*split))
 
 
 def _axes(*split: str | tuple[str, ...] | None) -> set[str]:

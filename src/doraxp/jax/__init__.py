@@ -12,7 +12,7 @@ The import registers `doraxp.Config` as static with JAX: a `doraxp.Prepared` may
 and a result of a jitted function. So does any call of doraxp with JAX arrays.
 """
 
-from doraxp.backends import register_config
+from doraxp._base.pytrees import register_config
 from doraxp.jax._functions import dora_linear, merge
 
 __all__ = ["dora_linear", "merge"]

@@ -149,9 +149,9 @@ def merge(
     weight, adapter, _ = _on_jax(weight, adapter, config, train_base)
     if not train_base:
         weight = jax.lax.stop_gradient(weight)
+    # The gradients of V Aᵀ and of V itself cost the same here, so JAX's own derivative will do.
     prepared = with_configured_norm(prepare(weight, adapter, config))
-    merged: jax.Array = adapters.merge(weight, adapter, config, prepared=prepared)
-    return merged
+    return jnp.asarray(adapters.merge(weight, adapter, config, prepared=prepared))
 
 
 def _on_jax(
@@ -178,6 +178,6 @@ def _check_prepared_on_jax(prepared: Prepared) -> None:
     check_kind("prepared", prepared, Prepared)
     if not isinstance(prepared.gain, jax.Array):
         raise TypeError(
-            "prepared must be of JAX arrays, and is of NumPy's: call doraxp.prepare with the weight "
-            "and the adapter as JAX arrays"
+            "prepared must be of JAX arrays, and is of another library's: call doraxp.prepare with "
+            "the weight and the adapter as JAX arrays"
         )
