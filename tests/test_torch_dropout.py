@@ -109,9 +109,10 @@ def test_a_fresh_adapter_with_dropout_of_the_low_rank_part_equals_the_base(torch
     assert torch.equal(layer(x), layer.eval()(x))
 
 
+@pytest.mark.parametrize("norm_gradient", ["exact", "detached"])
 @pytest.mark.parametrize("dropout", MODES)
-def test_rows_of_zeros_give_the_bias_and_finite_gradients(torch, dropout):
-    layer, x = make(torch, dropout)
+def test_rows_of_zeros_give_the_bias_and_finite_gradients(torch, dropout, norm_gradient):
+    layer, x = make(torch, dropout, norm_gradient=norm_gradient)
     with torch.no_grad():
         layer.weight[1] = 0
         layer.lora_b[1] = 0

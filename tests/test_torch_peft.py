@@ -231,7 +231,9 @@ def test_autocast_checkpointing_and_compiling_work(peft, torch, x):
     torch.compiler.reset()
     layer = model.base_model.model[0]
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(x.float()), layer(x.float()))
+    # A small layer runs by its definition, and compiled as an operator: the roundings differ.
+    outputs = [module(x.float()).detach() for module in (compiled, layer)]
+    assert_same(torch, outputs[:1], outputs[1:], 1e-6)
 
 
 def recomputed(torch, model, checkpoint):
