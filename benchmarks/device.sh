@@ -88,7 +88,7 @@ tool() {
 
 # bench NAME SECONDS ARGUMENTS...: run `doraxp bench` and keep its report.
 bench() {
-    local name="benchmark, $1" most=$2 left=$((benched + 120 - SECONDS))
+    local name="benchmark, $1" most=$2 left=$((benched + 180 - SECONDS))
     shift 2
     if ((most > left)); then most=$((left > 0 ? left : 0)); fi
     if ((most == 0)); then
@@ -97,7 +97,7 @@ bench() {
         return
     fi
     part "$name" "$most" \
-        "$PYTHON" -m doraxp bench --backend cupy --rounds 3 --json "$OUT/bench.json" "$@"
+        "$PYTHON" -m doraxp bench --rounds 3 --json "$OUT/bench.json" "$@"
     "$PYTHON" benchmarks/device_report.py "$OUT" add bench.json
 }
 
@@ -141,34 +141,37 @@ together=()
 tests=(env PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 "PYTHONPATH=$PYTHONPATH:$PWD/benchmarks" "${pytest[@]}")
 DEVICE_UNTIL=$(($(date +%s) + 25))
 part 'tests of the device' 35 "${tests[@]}" tests/test_cupy_device.py
-DEVICE_UNTIL=$(($(date +%s) + 45))
-part 'other tests' 60 "${tests[@]}" "${together[@]}" --ignore=tests/test_cupy_device.py tests
+DEVICE_UNTIL=$(($(date +%s) + 35))
+part 'other tests' 50 "${tests[@]}" "${together[@]}" --ignore=tests/test_cupy_device.py tests
 
-part 'variants' 70 "$PYTHON" benchmarks/probe.py variants "$OUT"
+part 'variants' 50 "$PYTHON" benchmarks/probe.py variants "$OUT"
 
 benched=$SECONDS
 square='--shapes 4096x4096 --rank 16' wide='--shapes 4096x11008 --rank 16'
 large='--shapes 8192x28672 --rank 64'
+cupy='--backend cupy' torch='--backend torch --device cuda'
 step='--tokens 4096 --tasks step norm merge' token='--tokens 1 --tasks evaluation'
 # shellcheck disable=SC2086 # each of the texts is several words
 {
-    bench '4096×4096' 60 $square --dtype bfloat16 $step adamw --plot "$OUT/bench.png"
-    bench '4096×4096, one token' 30 $square --dtype bfloat16 $token
-    bench '4096×11008' 40 $wide --dtype bfloat16 $step
-    bench '8192×28672' 60 $large --dtype bfloat16 $step
-    bench '4096×4096, float32' 40 $square --dtype float32 $step
-    bench '8192×28672, one token' 40 $large --dtype bfloat16 $token
+    bench '4096×4096' 60 $cupy $square --dtype bfloat16 $step adamw --plot "$OUT/bench.png"
+    bench 'PyTorch' 60 $torch $square --dtype bfloat16 float32 --tokens 4096 1
+    bench 'PyTorch, autocast' 40 $torch $square --autocast --tokens 4096
+    bench '4096×4096, one token' 30 $cupy $square --dtype bfloat16 $token
+    bench '4096×11008' 40 $cupy $wide --dtype bfloat16 $step
+    bench '8192×28672' 60 $cupy $large --dtype bfloat16 $step
+    bench '4096×4096, float32' 40 $cupy $square --dtype float32 $step
+    bench '8192×28672, one token' 40 $cupy $large --dtype bfloat16 $token
 }
 
-part 'kernels' 45 "$PYTHON" benchmarks/gpu_kernels.py --folder "$OUT"
+part 'kernels' 35 "$PYTHON" benchmarks/gpu_kernels.py --folder "$OUT"
 
 passes='merge|token|outputs|update|gradients|mixed_gradients|gradient_a|squares|adapted_norm|project|pull'
 ratio=l1tex__average_t_sectors_per_request_pipe_lsu_mem_global_op
-part 'counters of the passes over large arrays' 45 \
+part 'counters of the passes over large arrays' 40 \
     "$(tool ncu)" --clock-control none --csv --print-units base --log-file "$OUT/counters.csv" \
     --metrics "gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum,${ratio}_ld.ratio,${ratio}_st.ratio" \
     --kernel-name "regex:^($passes)$" --launch-count 24 \
     "$PYTHON" benchmarks/gpu_kernels.py --calls large
 
-sanitize racecheck 60
-sanitize memcheck 45
+sanitize racecheck 50
+sanitize memcheck 40

@@ -9,6 +9,7 @@ import sys
 import types
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -433,3 +434,55 @@ def test_without_the_extra_it_says_how_to_get_it(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["bench"]) == 2
     assert "pip install 'doraxp[bench]'" in capsys.readouterr().err
+
+
+# benchmarks/peft_table.py
+
+
+@pytest.fixture
+def peft_table(monkeypatch):
+    """Return the script as a module."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    monkeypatch.delitem(sys.modules, "peft_table", raising=False)
+    yield importlib.import_module("peft_table")
+    sys.modules.pop("peft_table", None)
+
+
+def test_the_tables_of_the_page_have_the_ratios_of_the_accelerated_layer(
+    peft_table, tmp_path, capsys
+):
+    def result(task, contestant, seconds, peak, bare, **case):
+        return {
+            "task": task, "contestant": contestant, "seconds": seconds, "peak_bytes": peak << 20,
+            "over_own_bare": [0, bare, 99], "case": {"out": 24, "inner": 16, "rank": 4,
+            "dtype": "float32", "autocast": False, **case},
+        }  # fmt: skip
+
+    first = [
+        result("step", "DoRA", [1.0, 2.0, 4.0], 8, 5.0, tokens=5),
+        result("step", "accelerated, exact", [0.5, 0.5, 1.0], 2, 1.5, tokens=5),
+        result("step", "DoRA", [1.0], 0, 5.0, tokens=1),
+        result("step", "accelerated, exact", [12.0], 1, 3.0, tokens=1),
+    ]
+    second = [
+        result("evaluation", name, [seconds], 1, bare, tokens=1, autocast=True)
+        for name, seconds, bare in (
+            ("DoRA", 4.0, 8.0), ("DoRA, DoraCaching", 2.0, 4.0), ("accelerated", 1.0, 2.0),
+        )
+    ]  # fmt: skip
+    second.append(result("step", "DoRA", [1.0], 9, 1.0, out=99, tokens=5))
+    second.append(result("step", "accelerated, exact", [1.0], 9, 1.0, out=99, tokens=5))
+    second.append(result("norm", "DoRA", [1.0], 9, 1.0, tokens=5))
+    paths = [tmp_path / "first.json", tmp_path / "second.json"]
+    for path, results in zip(paths, (first, second), strict=True):
+        path.write_text(json.dumps({"results": results}))
+    assert peft_table.main(list(map(str, paths))) == 0
+    assert capsys.readouterr().out.split("\n") == [
+        "step, float32, rank 4: ÷ PEFT / ÷ bare / memory ÷ PEFT", "",
+        "| | 1 token | 5 tokens |", "|---|---|---|",
+        "| 24×16 | 12 / 3.00 / – | 0.25 / 1.50 / 0.25 |",
+        "| 99×16 | – | 1.00 / 1.00 / 1.00 |", "",
+        "evaluation, float32 under bfloat16 autocast, rank 4: ÷ PEFT / ÷ DoraCaching / ÷ bare", "",
+        "| | 1 token |", "|---|---|", "| 24×16 | 0.25 / 0.50 / 2.00 |", "",
+    ]  # fmt: skip
+    assert peft_table.main([]) == 2

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
+import sys
 import types
+import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -203,3 +208,68 @@ def test_sets_of_inputs_are_used_in_turn_and_each_is_reset_before_its_call(on_cu
 def test_the_true_norm_is_that_of_the_rows_of_v():
     truth = Truth(draw(WORKLOAD), WORKLOAD.config.scaling)
     np.testing.assert_allclose(truth.answers("norm", "exact")["n"] ** 2, (truth.v**2).sum(axis=1))
+
+
+# benchmarks/models.py
+
+
+@pytest.fixture
+def models(peft, monkeypatch):
+    """Return the script as a module."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    monkeypatch.delitem(sys.modules, "models", raising=False)
+    yield importlib.import_module("models")
+    sys.modules.pop("models", None)
+
+
+def test_each_way_to_compute_a_model_is_timed_in_each_round(models, tmp_path, monkeypatch, capsys):
+    path, size = tmp_path / "models.json", models.Model(1, 16, 2, 6)
+    goals = {(size, "step", "accelerated, exact", "PEFT"): 1e-9,
+             (size, "generation", "accelerated", "PEFT, DoraCaching"): 1e9}  # fmt: skip
+    monkeypatch.setattr(models, "GOALS", goals)
+    with warnings.catch_warnings():
+        assert models.main(["--rounds", "2", "--json", str(path)], (size,)) == 0
+    text = capsys.readouterr().out
+    assert "Llama of 1 layers, width 16, rank 2: step, 6 tokens" in text
+    assert [line.split()[-1] for line in text.splitlines() if "≤" in line] == ["missed", "met"]
+    steps, tokens = json.loads(path.read_text())
+    assert list(steps["seconds"]) == ["PEFT", "accelerated, exact", "accelerated, detached"]
+    assert list(tokens["seconds"]) == ["PEFT", "PEFT, DoraCaching", "accelerated"]
+    for one in (steps, tokens):
+        assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in one["seconds"].values())
+        assert one["ratios"]["PEFT"]["PEFT"] == 1.0
+
+
+def test_the_ratio_of_a_model_is_of_the_same_round(models):
+    times = {"PEFT": [1.0, 2.0, 4.0], "accelerated, exact": [3.0, 6.0, 12.0]}
+    assert models.Figures(models.MODELS[0], "step", times).ratio("accelerated, exact", "PEFT") == 3
+
+
+def test_a_model_that_computes_something_else_is_not_timed(models, monkeypatch, capsys):
+    @contextlib.contextmanager
+    def wrong(model):
+        with torch_module.no_grad():
+            for name, leaf in model.named_parameters():
+                if "magnitude" in name:
+                    leaf.mul_(1.1)
+        yield
+
+    torch_module = importlib.import_module("torch")
+    monkeypatch.setitem(models.STEPS, "accelerated, detached", wrong)
+    monkeypatch.setattr(models, "time_all", lambda *_: pytest.fail("it was timed"))
+    with warnings.catch_warnings():
+        assert models.main(["--rounds", "2"], (models.Model(1, 16, 2, 6),)) == 1
+    assert "loss and gradients must be within 0.001 of PEFT's, got" in capsys.readouterr().err
+
+
+def test_the_norms_of_a_model_are_computed_anew_in_each_step(models, torch):
+    size = models.Model(1, 16, 2, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = models.build(size, "float32")
+        steps = models.Steps(size, model)
+        before = [leaf.detach().clone() for leaf in model.parameters() if leaf.requires_grad]
+        steps.seconds()
+        steps.seconds()
+    after = [leaf for leaf in model.parameters() if leaf.requires_grad]
+    assert not any(torch.equal(*pair) for pair in zip(before, after, strict=True))

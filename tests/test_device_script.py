@@ -130,8 +130,8 @@ def test_without_a_device_each_part_says_why_in_one_line(run):
     parts = re.findall(r"^== \d+ s: (?!the goals)(.*)$", text, re.MULTILINE)
     assert lines == [f"{part}: could not run: no NVIDIA device was found" for part in parts]
     assert [one["name"] for one in figures(run.out)] == parts
-    assert len(parts) == 14
-    assert text.count("not measured") == 15
+    assert len(parts) == 16
+    assert text.count("not measured") == 16
     assert not run.calls.exists()
     assert (run.out / "log.txt").read_text("utf-8") == text
 
@@ -143,18 +143,20 @@ def test_parts_run_in_order_and_leave_at_most_eight_files(run):
     calls = [line.partition(" PATH ")[0] for line in run.calls.read_text().splitlines()]
     begins = [
         "benchmarks/probe.py machine", "-m pytest", "-m pytest", "benchmarks/probe.py variants",
-        *["-m doraxp bench --backend cupy"] * 6, "benchmarks/gpu_kernels.py --folder", "tool ncu",
-        "tool compute-sanitizer for 40", "tool compute-sanitizer for 25",
+        *["-m doraxp bench"] * 8, "benchmarks/gpu_kernels.py --folder", "tool ncu",
+        "tool compute-sanitizer for 30", "tool compute-sanitizer for 20",
     ]  # fmt: skip
     assert [call[: len(begin)] for call, begin in zip(calls, begins, strict=True)] == begins
     assert "tests/test_cupy_device.py" in calls[1]
     assert "-p xdist -n 8" in calls[2]
-    assert "--shapes 4096x4096 --rank 16 --dtype bfloat16 --tokens 4096" in calls[4]
+    assert "--backend cupy --shapes 4096x4096 --rank 16 --dtype bfloat16 --tokens" in calls[4]
+    assert all("--backend torch --device cuda --shapes" in call for call in calls[5:7])
+    assert sum("--backend cupy" in call for call in calls[4:12]) == 6
     names = {path.name for path in run.out.iterdir()}
     assert names == {"figures.jsonl", "log.txt", "h200.json", "h200.png"}
     assert all(re.fullmatch(r"[\w.-]+", name) for name in names)
     kept = figures(run.out)
-    assert sum(one["part"] == "bench" for one in kept) == 6
+    assert sum(one["part"] == "bench" for one in kept) == 8
     assert [one["kernel"] for one in kept if one["part"] == "counters"] == ["merge", "token"]
     tools = [(one["tool"], one["errors"]) for one in kept if one["part"] == "sanitizer"]
     assert tools == [("racecheck", 2), ("memcheck", 2)]
@@ -168,7 +170,7 @@ def test_a_part_that_fails_does_not_stop_the_others(run):
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "variants: failed with exit status 2" in text
-    assert len(run.calls.read_text().splitlines()) == 14
+    assert len(run.calls.read_text().splitlines()) == 16
 
 
 def test_a_part_ends_at_its_time_and_no_part_begins_when_the_time_is_up(run):
@@ -180,7 +182,7 @@ def test_a_part_ends_at_its_time_and_no_part_begins_when_the_time_is_up(run):
     assert len(run.calls.read_text().splitlines()) == 1
     assert re.search(r"the device: stopped after [345] s", text)
     assert re.search(r"variants: could not run: no time is left: \d+ of 6 s are used", text)
-    assert text.count("not measured") == 15
+    assert text.count("not measured") == 16
 
 
 def test_a_run_that_is_stopped_leaves_its_figures_and_prints_the_goals(run):
@@ -192,7 +194,7 @@ def test_a_run_that_is_stopped_leaves_its_figures_and_prints_the_goals(run):
     process.send_signal(signal.SIGTERM)
     text, _ = process.communicate(timeout=20)
     assert process.returncode == 1
-    assert text.count("not measured") == 15
+    assert text.count("not measured") == 16
     assert figures(run.out)[0] == {"part": "probe", "name": "machine"}
     assert (run.out / "h200.json").exists()
 
@@ -278,6 +280,7 @@ def result(task, contestant, sizes, *, median=None, **more):
 
 
 SQUARE = {"out": 4096, "inner": 4096, "rank": 16, "dtype": "bfloat16"}
+PYTORCH = {**SQUARE, "autocast": False, "device": "cuda"}
 LARGE = {**SQUARE, "out": 8192, "inner": 28672, "rank": 64}
 
 
@@ -310,6 +313,11 @@ def test_goals_are_those_of_the_project_and_each_finds_its_figure(scripts):
             result("step", "exact", {**SQUARE, "dtype": "float32"}, over_own_bare=1.05),
             result("evaluation", "norm reused", {**SQUARE, **token}, over_own_bare=1.1),
         ),
+        bench(
+            result("step", "accelerated, exact", PYTORCH, peft_over_it=2.2),
+            result("step", "accelerated, exact", {**PYTORCH, "autocast": True}, peft_over_it=1.9),
+            result("step", "DoRA", PYTORCH, errors={"dA": 9.0, "dB": 9.0}),
+        ),
         kernels("step", {**SQUARE, "tokens": 128}, 7.0, 99),
         kernels("step", {**SQUARE, "tokens": 4096}, 450.0, 13),
         kernels("bare products", {**SQUARE, "tokens": 4096}, 360.0, 2),
@@ -324,6 +332,7 @@ def test_goals_are_those_of_the_project_and_each_finds_its_figure(scripts):
         "exact step ÷ bare, 4096×11008 r16|≤ 1.2|1.2|met",
         "exact step ÷ bare, 8192×28672 r64|≤ 1.12|not measured",
         "PEFT's detached step ÷ our exact step|≥ 2.3|2.4|met",
+        "PyTorch alone: PEFT's step ÷ it accelerated, exact|≥ 2|2.2|met",
         "exact step ÷ bare, 4096×4096 float32|≤ 1.08|1.05|met",
         "norm, ‖w‖² known, µs|≤ 18|17|met",
         "merge ÷ copy, n known|≤ 1.4|1.5|missed",
@@ -340,11 +349,13 @@ def test_goals_are_those_of_the_project_and_each_finds_its_figure(scripts):
 
 def test_the_goals_find_their_figures_in_a_report_of_the_benchmark(scripts, monkeypatch):
     """The tasks, contestants and keys of the goals are those of `doraxp bench`."""
+    from dataclasses import replace
+
     from doraxp.bench import Measured, Workload
     from doraxp.bench._report import report
 
     of = Workload(4096, 4096, 4096, 16, "bfloat16")
-    one = replace_tokens(of)
+    one, on_cuda = replace(of, tokens=1), replace(of, device="cuda")
     named = [
         ("step", "bare products", "cupy", "bare", of), ("step", "exact", "cupy", "exact", of),
         ("step", "detached", "cupy", "detached", of), ("step", "DoRA", "PEFT", "detached", of),
@@ -354,12 +365,15 @@ def test_the_goals_find_their_figures_in_a_report_of_the_benchmark(scripts, monk
         ("adamw", "adamw_step", "cupy", "exact", of),
         ("evaluation", "bare product", "cupy", "bare", one),
         ("evaluation", "norm reused", "cupy", "exact", one),
+        ("step", "DoRA", "PEFT", "detached", on_cuda),
+        ("step", "accelerated, exact", "PEFT", "exact", on_cuda),
     ]  # fmt: skip
     measured = [
         Measured(workload, task, name, library, kind, [1.0], 0, 1.0, {"dA": 1.0, "dB": 1.0})
         for task, name, library, kind, workload in named
     ]
     monkeypatch.setattr("doraxp.bench._report.versions", lambda *_: {})
+    monkeypatch.setattr("doraxp.bench._report.device_of", lambda results: None)
     found = [{"part": "bench", "report": report(measured, ["numpy"], {}, {})}]
     lines = scripts.device_goals.table(json.loads(json.dumps(found)))
     missing = [line.split("  ")[1] for line in lines if "not measured" in line]
@@ -368,12 +382,6 @@ def test_the_goals_find_their_figures_in_a_report_of_the_benchmark(scripts, monk
         "exact step ÷ bare, 4096×4096 float32", "one token ÷ bare, 8192×28672",
         "launches of a step",
     ]  # fmt: skip
-
-
-def replace_tokens(workload):
-    from dataclasses import replace
-
-    return replace(workload, tokens=1)
 
 
 # The plugin of pytest
