@@ -19,7 +19,6 @@ import cuda_host
 import numpy as np
 import pytest
 
-from doraxp import Config
 from doraxp.backends import array_namespace, available, operations
 from doraxp.backends._cupy.operations import CupyOperations
 

@@ -424,6 +424,17 @@ def test_an_evaluation_is_as_exact_as_it_is_asked_to_be(torch, monkeypatch, mult
     assert all(torch.equal(y, exact[0]) for y in exact)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_a_fresh_adapter_whose_m_is_pytorchs_norm_has_a_gain_of_one(torch, dtype):
+    """PEFT's: it changes no bit of the base's output then."""
+    torch.manual_seed(0)
+    weight = torch.randn(24, 40, dtype=torch.float64).to(getattr(torch, dtype))
+    adapter = doraxp.init(weight, Config(2), seed=0)
+    norms = torch.linalg.vector_norm(weight.to(adapter.magnitude.dtype), dim=1)
+    gain = doraxp.prepare(weight, adapter._replace(magnitude=norms), Config(2)).gain
+    assert torch.equal(gain, torch.ones_like(gain))
+
+
 def test_a_new_config_is_used_by_the_next_forward(torch):
     _, layer = make(torch)
     x = torch.randn(5, 6, dtype=torch.float64)

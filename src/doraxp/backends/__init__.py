@@ -29,7 +29,6 @@ __all__ = [
     "operations",
     "operations_of_plain",
     "reduced_precision",
-    "register_config",
     "safe_row_norms",
     "transpose",
 ]

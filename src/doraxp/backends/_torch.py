@@ -234,13 +234,18 @@ class TorchOperations(Operations):
     # The norm
 
     def row_squares(self, weight: Tensor, dtype: DType) -> Tensor:
-        """Return ‖wᵢ‖² by rows, for a block of rows at a time. No copy of W is made."""
-        if weight.ndim != 2 or _is_transformed(weight):
-            return super().row_squares(weight, dtype)
+        """Return ‖wᵢ‖² as the square of PyTorch's norm. A 16-bit W is cast a block at a time.
+
+        The root of such a square is that norm again, to the last bit: a fresh adapter of PEFT,
+        whose m is PyTorch's norm of W, has a gain of 1.
+        """
+        linalg: Any = self.xp.linalg
+        norms = linalg.vector_norm
+        if weight.dtype == dtype or weight.ndim != 2 or _is_transformed(weight):
+            return norms(as_dtype(weight, dtype, xp=self.xp), axis=-1) ** 2
         squares = weight.new_empty(weight.shape[0], dtype=dtype)
         for here in self._blocks(weight.shape[0], weight.shape[1], weight):
-            rows = weight[here].to(dtype)
-            self.xp.sum(rows * rows, dim=-1, out=squares[here])
+            squares[here] = norms(weight[here].to(dtype), axis=-1) ** 2
         return squares
 
     def norm_and_direction(
@@ -330,7 +335,7 @@ def _widened(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _by_parts(left: Tensor, right: Tensor) -> Tensor:
-    """Return left right of float32 and bfloat16, (i, k) (k, j) -> (i, j), exact except for its sums.
+    """Return left right of float32 and bfloat16, (i, k) (k, j) -> (i, j); only sums are rounded.
 
     A float32 is the sum of three bfloat16 numbers, its parts. One product takes the parts of all
     rows. The parts of float16 would underflow.
