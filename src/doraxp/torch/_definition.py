@@ -30,16 +30,13 @@ def by_definition(
     leaves: tuple[Any, ...] = adapter  # tensors
     x, weight, a, b, m = (_cast(array, dtype) for array in (x, weight, *leaves))
     if config.form == "direction":
-        weight = _over(weight, _row_norms(weight)[..., None])
+        weight = over(weight, row_norms(weight)[0][..., None])
     v = _plus_product(weight, config.scaling, b, a)
-    n = torch.linalg.vector_norm(v, dim=-1)
-    in_range = _in_range(n)
-    if not in_range:
-        n = _row_norms(v)
+    n, in_range = row_norms(v)
     if config.norm_gradient == "detached":
         n = n.detach()
     # The gradient of m / n by n overflows where n² underflows. That of V / n does not.
-    rows, scale = (v, m / n) if in_range else (_over(v, n[..., None]), m)
+    rows, scale = (v, m / n) if in_range else (over(v, n[..., None]), m)
     *stack, out, inner = v.shape
     if stack:
         y = scale[..., None, :] * (x.reshape(*stack, -1, inner) @ rows.mT)
@@ -88,15 +85,21 @@ def _in_range(norm: Tensor) -> bool:
     return bool(least.item() > LEAST and most.item() < MOST)
 
 
-def _row_norms(rows: Tensor) -> Tensor:
-    """Return ‖vᵢ‖, (*stack, out, in) -> (*stack, out), which neither overflows nor underflows."""
+def row_norms(rows: Tensor) -> tuple[Tensor, bool]:
+    """Return ‖vᵢ‖, (*stack, out, in) -> (*stack, out), and whether all squares are in range.
+
+    The norms neither overflow nor underflow.
+    """
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=-1)
+    if _in_range(norms):
+        return norms, True
     peak = rows.detach().abs().amax(dim=-1, keepdim=True)
     scale = torch.where(peak > 0, peak, 1)
-    norms: Tensor = scale[..., 0] * torch.linalg.vector_norm(rows / scale, dim=-1)
-    return norms
+    norms = scale[..., 0] * torch.linalg.vector_norm(rows / scale, dim=-1)
+    return norms, False
 
 
-def _over(values: Tensor, norm: Tensor) -> Tensor:
+def over(values: Tensor, norm: Tensor) -> Tensor:
     """Return values / n, and 0 where n = 0. The gradient is 0 there too."""
     positive = norm > 0
     return torch.where(positive, values / torch.where(positive, norm, 1), 0)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from doraxp.torch._definition import over, row_norms
+
 
 def gain(
     dense: Tensor, lora_a: Tensor, scaled_b: Tensor, magnitude: Tensor,
@@ -45,7 +47,7 @@ def gain(
             return g
         with torch.no_grad():
             _, norm = _direction_and_norm(dense, lora_a, scaled_b)
-        return _over(magnitude, norm)
+        return over(magnitude, norm)
 
 
 class _Gain(torch.autograd.Function):
@@ -55,7 +57,7 @@ class _Gain(torch.autograd.Function):
         remake: Callable[[], Tensor] | None,
     ) -> Tensor:  # fmt: skip
         v, norm = _direction_and_norm(dense, lora_a, scaled_b)
-        g = _over(magnitude, norm)
+        g = over(magnitude, norm)
         projection = v @ lora_a.to(v.dtype).mT  # V Aᵀ, (out, rank)
         ctx.save_for_backward(
             lora_a, scaled_b, dense if remake is None else None, norm, g, projection
@@ -68,8 +70,8 @@ class _Gain(torch.autograd.Function):
     def backward(ctx: Any, dg: Tensor) -> Any:
         lora_a, scaled_b, dense, norm, g, projection = ctx.saved_tensors
         dense = ctx.remake() if dense is None else dense
-        dm = _over(dg, norm)
-        c = _over(-g * dm, norm)[:, None]
+        dm = over(dg, norm)
+        c = over(-g * dm, norm)[:, None]
         a, b, d = (array.to(norm.dtype) for array in (lora_a, scaled_b, dense))
         scaled = c * b
         da = scaled.mT @ d + (scaled.mT @ b) @ a
@@ -82,10 +84,4 @@ def _direction_and_norm(dense: Tensor, lora_a: Tensor, scaled_b: Tensor) -> tupl
     """Return V and n."""
     dtype = torch.promote_types(torch.promote_types(dense.dtype, lora_a.dtype), torch.float32)
     v = torch.addmm(dense.to(dtype), scaled_b.to(dtype), lora_a.to(dtype))
-    return v, torch.linalg.vector_norm(v, dim=-1)
-
-
-def _over(values: Tensor, norm: Tensor) -> Tensor:
-    """Return values / n, and 0 where n = 0."""
-    positive = norm > 0
-    return torch.where(positive, values / torch.where(positive, norm, 1), 0)
+    return v, row_norms(v)[0]

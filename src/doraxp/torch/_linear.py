@@ -14,6 +14,7 @@ from torch.nn import Parameter, functional
 from doraxp._base.scalars import check_flag, check_kind, check_number
 from doraxp._base.types import Adapter, Config
 from doraxp._core.adapter import init, merge
+from doraxp.torch._definition import over, row_norms
 from doraxp.torch._function import dora_linear
 from doraxp.torch._gain import gain
 
@@ -111,8 +112,8 @@ class DoRALinear(torch.nn.Module):
         if self.config.form == "weight":
             return self.weight
         weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
-        norm = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
-        return weight / torch.where(norm > 0, norm, 1)
+        norm, _ = row_norms(weight)
+        return over(weight, norm[:, None])
 
     def merge(self) -> torch.nn.Linear:
         """Return a new `torch.nn.Linear` with W' and a copy of the bias."""
