@@ -77,9 +77,9 @@ def _plus_product(weight: Tensor, scaling: float, b: Tensor, a: Tensor) -> Tenso
 def _in_range(norm: Tensor) -> bool:
     """Return whether the squares of all rows are known to be in range. NaN is not.
 
-    Only where the host may look: not on a GPU, nor where PyTorch maps.
+    Only where the host may look: not on a GPU, nor where PyTorch maps or compiles.
     """
-    if norm.device.type != "cpu" or torch._C._are_functorch_transforms_active():
+    if norm.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed():
         return False
     least, most = torch.aminmax(norm.detach())
     return bool(least.item() > LEAST and most.item() < MOST)
