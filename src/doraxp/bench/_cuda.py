@@ -92,4 +92,5 @@ def contestants(task: str, workload: Workload, libraries: Iterable[str]) -> Iter
 
 def truth(workload: Workload) -> Truth:
     """Return the right answers, computed on the device in float64."""
-    return Truth(_torch.tensors(workload), workload.config.scaling)
+    inputs: Any = _torch.tensors(workload)
+    return Truth(inputs, workload.config.scaling)

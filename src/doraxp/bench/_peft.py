@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from doraxp._base.types import Adapter, Array, NormGradient
 from doraxp.bench._contestant import Contestant
-from doraxp.bench._torch import Block, autocast, tensors
+from doraxp.bench._torch import Block, Tensors, autocast, tensors
 from doraxp.bench._ways import DORA, LAYERS
-from doraxp.bench._workloads import LEARNING_RATE, Inputs, Workload
+from doraxp.bench._workloads import LEARNING_RATE, Workload
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,7 @@ class Layers:
     kind: str
     """DoRA or LoRA."""
     workload: Workload
-    inputs: Inputs
+    inputs: Tensors
     block: Block
     """The block to call a layer in."""
 
@@ -127,16 +127,15 @@ class _Turns:
         return int(peak)
 
 
-def layer_of(inputs: Inputs, workload: Workload, *, use_dora: bool) -> Any:
+def layer_of(inputs: Tensors, workload: Workload, *, use_dora: bool) -> Any:
     """Return a linear layer of PEFT with copies of these tensors."""
     import peft
     import torch
 
-    weight: Any = inputs.weight
     base: Any = torch.nn.Sequential(
         torch.nn.Linear(workload.inner, workload.out, bias=False, device="meta")
     )
-    base[0].weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+    base[0].weight = torch.nn.Parameter(inputs.weight.clone(), requires_grad=False)
     config = peft.LoraConfig(
         r=workload.rank,
         lora_alpha=workload.rank,  # s = 1, as in `Workload.config`

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from doraxp._base.types import Adapter, Array
 from doraxp._terminal.runtimes import runtime
 from doraxp.bench._contestant import Contestant
 from doraxp.bench._ways import bare, ways
-from doraxp.bench._workloads import AUTOCAST, IN_PRODUCTS, Inputs, Workload, stored
+from doraxp.bench._workloads import AUTOCAST, IN_PRODUCTS, Workload, stored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,9 +29,19 @@ Block: TypeAlias = Callable[[], contextlib.AbstractContextManager[Any]]
 """Makes a block to call a layer in."""
 
 
+class Tensors(NamedTuple):
+    """The `Inputs` of a workload as tensors."""
+
+    weight: Tensor
+    adapter: Adapter
+    x: Tensor
+    dy: Tensor
+
+
 def contestants(task: str, workload: Workload) -> Iterator[Contestant]:
     """Yield the bare product first."""
-    inputs, block = tensors(workload), autocast(workload)
+    inputs: Any = tensors(workload)
+    block = autocast(workload)
     own = bare(task, inputs)
     found = [own] if own is not None else []
     if workload.device == "cpu" and not workload.autocast:
@@ -49,7 +59,7 @@ def contestants(task: str, workload: Workload) -> Iterator[Contestant]:
         )
 
 
-def tensors(workload: Workload) -> Inputs:
+def tensors(workload: Workload) -> Tensors:
     """Return the inputs as tensors, x in the weight's dtype and dy in that of y."""
     weight, adapter, x, dy = stored(workload)
     place = PLACES[workload.device]
@@ -57,7 +67,7 @@ def tensors(workload: Workload) -> Inputs:
     if workload.autocast:
         gradient = gradient.to(getattr(importlib.import_module("torch"), AUTOCAST))
     leaves = Adapter(*(tensor(leaf, place) for leaf in adapter))
-    return Inputs(tensor(weight, place), leaves, tensor(x, place), gradient)
+    return Tensors(tensor(weight, place), leaves, tensor(x, place), gradient)
 
 
 def tensor(array: Array, place: str) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -95,7 +95,8 @@ def draw(workload: Workload) -> Inputs:
 def stored(workload: Workload) -> Inputs:
     """Return the inputs with x and dy in the weight's dtype."""
     weight, adapter, *others = draw(workload)
-    return Inputs(weight, adapter, *(array.astype(weight.dtype, copy=False) for array in others))
+    arrays: Any = others  # NumPy's, as all of `draw`
+    return Inputs(weight, adapter, *(array.astype(weight.dtype, copy=False) for array in arrays))
 
 
 def numpy_dtype(name: str) -> DType:
