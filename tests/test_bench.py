@@ -22,8 +22,10 @@ from doraxp.backends import Status
 from doraxp.bench import (
     DTYPES,
     TASKS,
+    Contestant,
     Measured,
     Workload,
+    WrongAnswerError,
     _curves,
     _host,
     _measure,
@@ -32,6 +34,8 @@ from doraxp.bench import (
     _picture,
     _tables,
     blas_kernels,
+    check_all,
+    draw,
     fresh_process,
     libraries,
     peaks,
@@ -39,6 +43,7 @@ from doraxp.bench import (
     threads,
 )
 from doraxp.bench._report import ratios
+from doraxp.bench._workloads import stored
 from doraxp.cli import main
 
 WORKLOAD = Workload(24, 16, 5, 4)
@@ -287,6 +292,29 @@ def test_answers_on_a_gpu_are_compared_there(monkeypatch, theirs):
     truth = np.array([1.0, -4.0]).view(OnDevice)
     answer = Theirs([1.0, -3.5]) if theirs else np.array([1.0, -3.5], "float32").view(OnDevice)
     assert _measure._error(answer, truth) == 0.125
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_answer_is_compared_with_that_of_the_inputs_that_it_had(dtype):
+    """x and dy may be rounded to the weight's dtype: then the right answer is another one."""
+    workload = replace(WORKLOAD, dtype=dtype)
+
+    def contestant(inputs, *, is_stored):
+        weight, x = (np.asarray(array, np.float32) for array in (inputs.weight, inputs.x))
+        return Contestant(
+            "bare product", "numpy", "bare", lambda: x @ weight.T, lambda y: {"y": y},
+            is_stored=is_stored,
+        )  # fmt: skip
+
+    right = [contestant(draw(workload), is_stored=False)]
+    right.append(contestant(stored(workload), is_stored=True))
+    assert all(errors["y"] < 1e-6 for errors in check_all("evaluation", workload, right))
+    wrong = contestant(draw(workload), is_stored=True)
+    if dtype == "bfloat16":
+        with pytest.raises(WrongAnswerError, match="y must be within 1e-05"):
+            check_all("evaluation", workload, [wrong])
+    else:
+        check_all("evaluation", workload, [wrong])
 
 
 def test_a_missing_library_is_named_with_the_way_to_get_it(quick, monkeypatch, capsys):
