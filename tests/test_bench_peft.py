@@ -273,3 +273,24 @@ def test_the_norms_of_a_model_are_computed_anew_in_each_step(models, torch):
         steps.seconds()
     after = [leaf for leaf in model.parameters() if leaf.requires_grad]
     assert not any(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+def test_cupys_kernels_take_part_where_cupy_finds_the_device(cuda, monkeypatch):
+    entered, kernels = [], "accelerated, exact, CuPy's kernels"
+
+    @contextlib.contextmanager
+    def cupy_kernels():
+        entered.append(True)
+        yield
+
+    found = {one.name for one in _peft.contestants("step", replace(WORKLOAD, device="cuda"))}
+    assert kernels not in found  # there is no CuPy here
+    monkeypatch.setattr("doraxp.torch.cupy_kernels", cupy_kernels)
+    usable = types.SimpleNamespace(name="cupy", usable=True)
+    monkeypatch.setattr(_peft, "available", lambda: [usable])
+    assert kernels not in {one.name for one in _peft.contestants("step", WORKLOAD)}
+    made = {one.name: one for one in _peft.contestants("step", replace(WORKLOAD, device="cuda"))}
+    made["accelerated, exact"].call()
+    assert entered == []
+    made[kernels].call()
+    assert entered == [True]

@@ -6,13 +6,16 @@ weight, as `peft.get_peft_model` makes it. The layers get copies of the arrays.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from doraxp._base.types import Adapter, Array, NormGradient
+from doraxp.backends import available
 from doraxp.bench._contestant import Contestant
 from doraxp.bench._torch import Block, Tensors, autocast, tensors
 from doraxp.bench._ways import DORA, LAYERS
@@ -181,9 +184,28 @@ def _step(layers: Layers) -> Iterator[Contestant]:
     if layers.kind == "DoRA":
         for norm_gradient in DORA:
             yield _accelerated(norm_gradient, layers)
+            if _has_kernels(layers.workload):
+                block = partial(_by_kernels, layers.block)
+                with_kernels = replace(layers, block=block)
+                yield _accelerated(norm_gradient, with_kernels, ", CuPy's kernels")
 
 
-def _accelerated(norm_gradient: NormGradient, layers: Layers) -> Contestant:
+def _has_kernels(workload: Workload) -> bool:
+    """Return whether CuPy's kernels can compute the layers of a workload here."""
+    usable = {status.name for status in available() if status.usable}
+    return workload.device == "cuda" and "cupy" in usable
+
+
+@contextlib.contextmanager
+def _by_kernels(block: Block) -> Iterator[None]:
+    """Enter a block, and in it the one for CuPy's kernels."""
+    from doraxp.torch import cupy_kernels
+
+    with block(), cupy_kernels():
+        yield
+
+
+def _accelerated(norm_gradient: NormGradient, layers: Layers, suffix: str = "") -> Contestant:
     import torch
 
     from doraxp.torch import accelerate
@@ -198,7 +220,7 @@ def _accelerated(norm_gradient: NormGradient, layers: Layers) -> Contestant:
             trained[0].neg_()
 
     call = _step_of(layers, layer, x, trained)
-    name = f"accelerated, {norm_gradient}"
+    name = f"accelerated, {norm_gradient}{suffix}"
     return layers.contestant(call, _name_step, reset, name=name, kind=norm_gradient)
 
 
