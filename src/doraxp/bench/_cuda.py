@@ -1,4 +1,6 @@
-"""The contestants of PyTorch on a CUDA device: its bare products, PEFT's layers, accelerated too, also by CuPy's kernels.
+"""The contestants of PyTorch on a CUDA device: its bare products, and PEFT's layers.
+
+Accelerated layers take part too, by PyTorch's operations and by CuPy's kernels.
 
 Each contestant uses several sets of inputs in turn: no call finds its inputs in the device's cache.
 Time is the device's, see `_clock`. Memory is that of PyTorch's allocator.
