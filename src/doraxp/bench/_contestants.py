@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import TypeAlias
 
 from doraxp.bench import _cuda, _gpu, _host, _peft, _torch
@@ -26,6 +25,9 @@ def contestants(task: str, workload: Workload, libraries: Iterable[str]) -> list
         return list(_cuda.contestants(task, workload, libraries))
     found: list[Contestant] = []
     for name in libraries:
-        made = _PYTORCH.get(name, partial(_host.contestants, library=name))
-        found += made(task, workload)
+        found += (
+            _PYTORCH[name](task, workload)
+            if name in _PYTORCH
+            else _host.contestants(task, workload, name)
+        )
     return found
