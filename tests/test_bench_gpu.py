@@ -27,6 +27,7 @@ from doraxp.bench import (
     _peft,
     gpu_suite,
 )
+from doraxp.bench import contestants as bench_contestants
 from doraxp.bench._report import ratios
 from doraxp.cli import main
 
@@ -451,6 +452,24 @@ def test_peft_takes_part_where_pytorch_finds_the_device(fake_cupy, monkeypatch):
     *_, theirs = _gpu.contestants("norm", WORKLOAD)
     assert theirs.seconds(7) == theirs.host_seconds() == (1, None)
     assert calls == [("norm", WORKLOAD, 3), 2, 2]
+
+
+def test_answers_of_pytorchs_device_are_compared_with_its_own_truth(monkeypatch):
+    workload = replace(WORKLOAD, device="cuda")
+    asked = []
+
+    def contestants(*given):
+        asked.append(given)
+        yield Contestant("DoRA", "PEFT", "detached", lambda: 7, lambda y: {"y": y}, is_stored=True)
+
+    truth = types.SimpleNamespace(answers=lambda task, kind: {"y": (task, kind)})
+    monkeypatch.setattr(_cuda, "contestants", contestants)
+    monkeypatch.setattr(_cuda, "truth", lambda given: asked.append(given) or truth)
+    monkeypatch.setattr(_measure, "_check", lambda what, *given: given)
+    present = bench_contestants("step", workload, ["torch", "PEFT"])
+    (errors,) = _measure.check_all("step", workload, present)
+    assert asked == [("step", workload, ["torch", "PEFT"]), workload]
+    assert errors == {"y": (7, ("step", "detached"), None)}
 
 
 def test_peft_on_a_gpu_is_compared_with_cupys_bare_products():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeAlias
 
 from doraxp.bench import _cuda, _gpu, _host, _peft, _torch
 from doraxp.bench._contestant import Contestant
 from doraxp.bench._workloads import Workload
 
-_PYTORCH = {_torch.LIBRARY: _torch.contestants, _peft.LIBRARY: _peft.contestants}
+Maker: TypeAlias = Callable[[str, Workload], Iterator[Contestant]]
+_PYTORCH: dict[str, Maker] = {_torch.LIBRARY: _torch.contestants, _peft.LIBRARY: _peft.contestants}
 
 
 def contestants(task: str, workload: Workload, libraries: Iterable[str]) -> list[Contestant]:
@@ -23,8 +25,9 @@ def contestants(task: str, workload: Workload, libraries: Iterable[str]) -> list
         return list(_cuda.contestants(task, workload, libraries))
     found: list[Contestant] = []
     for name in libraries:
-        if name in _PYTORCH:
-            found += _PYTORCH[name](task, workload)
-        else:
-            found += _host.contestants(task, workload, name)
+        found += (
+            _PYTORCH[name](task, workload)
+            if name in _PYTORCH
+            else _host.contestants(task, workload, name)
+        )
     return found
