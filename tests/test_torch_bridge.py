@@ -68,12 +68,12 @@ def make(torch, config=None, *, train_base=False, bias=True):
     return base, layer
 
 
-def step(torch, layer, x, run=None):
+def step(torch, layer, x, run=None, create_graph=False):
     """Return y and the gradients of x and of the trained parameters."""
     x = x.detach().requires_grad_()
     y = layer(x) if run is None else run(x)
     trained = [p for p in layer.parameters() if p.requires_grad]
-    return y, *torch.autograd.grad(y.square().sum(), [x, *trained])
+    return y, *torch.autograd.grad(y.square().sum(), [x, *trained], create_graph=create_graph)
 
 
 def dense_y(layer, x):
@@ -119,16 +119,27 @@ def test_second_derivatives_are_those_of_the_dense_formula(torch, form, norm_gra
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # jvp's own import
-@pytest.mark.parametrize("transform", ["grad", "jvp", "jacrev", "vmap over x", "vmap over A"])
+@pytest.mark.parametrize(
+    "transform",
+    ["grad", "jvp", "forward mode", "jacrev", "vmap over x", "vmap over A", "vmap over bias"],
+)
 @pytest.mark.parametrize("shapes", ["matrix", "stack"])
 @pytest.mark.parametrize(("form", "norm_gradient"), RULES)
 def test_torch_func_goes_through(torch, shapes, form, norm_gradient, transform):
     from torch import func
+    from torch.autograd import forward_ad
 
     inputs = [array.detach() for array in draw(torch, SHAPES[shapes])]
     config = Config(2, 3, form=form, norm_gradient=norm_gradient)
     x, tangents = inputs[0], [torch.randn_like(array) for array in inputs]
     every = tuple(range(6))
+    ours(config, *inputs)  # the plan of an evaluation knows no transform
+
+    def forward_mode(run):
+        with forward_ad.dual_level():
+            m = forward_ad.make_dual(inputs[4], tangents[4])
+            return [forward_ad.unpack_dual(run(config, *inputs[:4], m, inputs[5])).tangent]
+
     transforms = {
         "grad": lambda run: func.grad(lambda *a: run(config, *a).square().sum(), every)(*inputs),
         "jvp": lambda run: func.jvp(partial(run, config), tuple(inputs), tuple(tangents)),
@@ -141,6 +152,12 @@ def test_torch_func_goes_through(torch, shapes, form, norm_gradient, transform):
                 torch.stack([inputs[2], 2 * inputs[2]])
             )
         ],
+        "vmap over bias": lambda run: [
+            func.vmap(lambda bias: run(config, *inputs[:5], bias))(
+                torch.stack([inputs[5], 2 * inputs[5]])
+            )
+        ],
+        "forward mode": forward_mode,
     }
     got, want = transforms[transform](ours), transforms[transform](dense)
     assert_same(torch, got, want, 1e-11)
@@ -217,8 +234,19 @@ def test_under_autocast_y_has_its_dtype_and_the_adapter_is_computed_in_float32(t
     assert {gradient.dtype for gradient in got} == {torch.float32}
     assert_same(torch, got[1:], want[1:], 1e-6)
     assert_same(torch, got[:1], want[:1], 2**-7)  # dx went through the cast
+
+
+def test_autocast_leaves_a_float64_x_alone(torch):
+    config = Config(2)  # a plan holds for one object
+    inputs = draw(torch, dtype="float32")
+    x = inputs[0].detach().double().requires_grad_()
+    want = ours(config, x, *inputs[1:])
     with torch.autocast("cpu", torch.bfloat16):
-        assert ours(Config(2), *draw(torch)).dtype == torch.float64
+        y = ours(config, x, *inputs[1:])
+        with torch.no_grad():
+            evaluations = [ours(config, x, *inputs[1:]) for _ in range(2)]
+    assert y.dtype == torch.float64
+    assert all(torch.equal(each, want) for each in (y, *evaluations))
 
 
 @pytest.mark.parametrize("train_base", [False, True])
@@ -313,7 +341,8 @@ def test_the_module_works_on_the_meta_device(torch):
     assert (x.grad.shape, layer.lora_b.grad.shape) == ((5, 6), (4, 2))
 
 
-def test_gradients_of_two_uses_in_one_graph_add_up(torch):
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_gradients_of_two_uses_in_one_graph_add_up(torch, create_graph):
     _, layer = make(torch)
     x = torch.randn(5, 6, dtype=torch.float64)
     parts = layer.weight, *layer.adapter, layer.bias
@@ -321,8 +350,8 @@ def test_gradients_of_two_uses_in_one_graph_add_up(torch):
     def twice(run):
         return lambda x: run(x) + 2 * run(torch.cat([run(x), x[:, 4:]], dim=-1))
 
-    got = step(torch, layer, x, twice(layer))
-    want = step(torch, layer, x, twice(lambda x: dense(layer.config, x, *parts)))
+    got = step(torch, layer, x, twice(layer), create_graph)
+    want = step(torch, layer, x, twice(lambda x: dense(layer.config, x, *parts)), create_graph)
     assert_same(torch, got, want)
 
 
@@ -409,12 +438,13 @@ def test_an_evaluation_is_as_exact_as_it_is_asked_to_be(torch, monkeypatch, mult
     from doraxp.backends import exact_products
 
     monkeypatch.setattr("doraxp.backends._torch.multiplies", lambda kind, dtype: multiplies)
+    config = Config(2)  # a plan holds for one object
     x, w, *leaves, _ = (array.detach() for array in draw(torch, dtype="bfloat16"))
     leaves = [leaf.float() for leaf in leaves]
 
     def evaluate():
         with torch.no_grad():
-            return [ours(Config(2), x, w, *leaves) for _ in range(3)]
+            return [ours(config, x, w, *leaves) for _ in range(3)]
 
     usual = evaluate()
     with exact_products():
@@ -433,6 +463,71 @@ def test_a_fresh_adapter_whose_m_is_pytorchs_norm_has_a_gain_of_one(torch, dtype
     norms = torch.linalg.vector_norm(weight.to(adapter.magnitude.dtype), dim=1)
     gain = doraxp.prepare(weight, adapter._replace(magnitude=norms), Config(2)).gain
     assert torch.equal(gain, torch.ones_like(gain))
+
+
+def test_a_new_layout_in_the_same_memory_is_noticed_in_evaluation(torch):
+    config = Config(2)  # a plan holds for one object
+    x, w, a, b, m = (
+        array.detach() for array in draw(torch, [(5, 6), (6, 6), (2, 6), (6, 2), (6,)])
+    )
+    for _ in range(3):
+        assert_same(torch, [ours(config, x, w, a, b, m)], [dense(config, x, w, a, b, m)])
+        w.data = w.data.mT
+
+
+def test_an_adapter_that_is_made_anew_for_each_evaluation_is_noticed(torch):
+    """Its memory has the address and the version of the one before, and few numbers differ."""
+    shapes = [(2, 8), (300, 8), (2, 8), (300, 2), (300,)]
+    config = Config(2)  # a plan holds for one object
+    x, w, a, b, m = (array.detach() for array in draw(torch, shapes))
+    for row in range(0, 300, 7):
+        changed = b.clone()
+        changed[row] *= 3
+        got = ours(config, x, w, a, changed, m)
+        assert_same(torch, [got], [dense(config, x, w, a, changed, m)])
+        del changed
+
+
+@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize("shape", [(512, 512), (100, 512), (512, 96), (16, 1024), (1024, 16)])
+def test_a_write_through_data_to_an_eighth_of_the_rows_or_columns_is_noticed(torch, shape, part):
+    config = Config(2)  # a plan holds for one object
+    x, w, a, b, m = (
+        array.detach()
+        for array in draw(torch, [(2, shape[1]), shape, (2, shape[1]), (shape[0], 2), shape[:1]])
+    )
+    for axis in (0, 1):
+        ours(config, x, w, a, b, m)
+        size = shape[axis] // 8
+        w.data.narrow(axis, part * size, size).mul_(1.5)
+        for trained in (False, True):
+            got = ours(config, x, w, a, b, m.requires_grad_(trained))
+            assert_same(torch, [got], [dense(config, x, w, a, b, m)])
+        m.requires_grad_(False)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_pytorch_may_free_and_resize_the_memory_of_each_array(torch, trained):
+    """FSDP does, between two forwards."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    _, layer = make(torch)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    for parameter in (layer.weight, *layer.adapter):
+        parameter.data = parameter.data.clone()  # memory that nothing else holds
+    for _ in range(3):
+        with torch.set_grad_enabled(trained):
+            layer(x)
+    for parameter in (layer.weight, *layer.adapter):
+        storage = parameter.untyped_storage()
+        size, numbers = storage.nbytes(), parameter.detach().clone()
+        storage.resize_(0)
+        storage.resize_(size)
+        parameter.data.copy_(numbers)
+    assert_same(torch, [layer(x)], [dense_y(layer, x)])
+    memory = StorageWeakRef(layer.weight.untyped_storage())
+    layer.weight.data = torch.empty(0, dtype=torch.float64)
+    assert memory.expired()
 
 
 def test_a_new_config_is_used_by_the_next_forward(torch):
@@ -603,7 +698,8 @@ def test_autograd_differentiates_the_functions_of_the_core(torch, known):
     assert torch.autograd.gradcheck(dx, (x if known else x.requires_grad_(), dy))
 
 
-def test_bad_arguments_are_refused(torch):
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_bad_arguments_are_refused(torch, evaluated):
     from doraxp.torch import DoRALinear
 
     with pytest.raises(TypeError, match=r"^base must be of type Linear, got Identity$"):
@@ -612,6 +708,9 @@ def test_bad_arguments_are_refused(torch):
         DoRALinear(torch.nn.Linear(3, 3), Config(4), seed=0)
     x, w, a, b, m, bias = draw(torch)
     config = Config(2)
+    if evaluated:
+        x, w, a, b, m, bias = (array.detach() for array in (x, w, a, b, m, bias))
+        ours(config, x, w, a, b, m, bias)
     for index in range(6):
         arrays = [x, w, a, b, m, bias]
         arrays[index] = arrays[index].detach().numpy()
@@ -625,6 +724,30 @@ def test_bad_arguments_are_refused(torch):
         ours(config, x, w, a, b, m, bias[1:])
     with pytest.raises(ValueError, match="lora_a must have shape"):
         ours(Config(1), x, w, a, b, m)
+    with pytest.raises(ValueError, match="lora_a must have shape"):
+        ours(config, x, w, a.view(3, 4), b, m)
+    with pytest.raises(ValueError, match="x must have shape"):
+        ours(config, x[0, 0], w, a, b, m)
+    with pytest.raises(TypeError, match="bias must be of dtype"):
+        ours(config, x, w, a, b, m, bias.int())
+    with pytest.raises(ValueError, match="all arrays must be on one device"):
+        ours(config, x.to("meta"), w, a, b, m)
+
+
+def test_the_functions_of_the_core_take_parameters(torch):
+    """A prepared norm is refused after a change, and accepted before one."""
+    x, w, a, b, m, _ = draw(torch)
+    adapter, config = Adapter(a, b, m), Config(2)
+    prepared = doraxp.prepare(w, adapter, config)
+    y, cache = doraxp.forward(x, w, adapter, config, prepared=prepared)
+    assert_same(torch, [y], [dense(config, x, w, a, b, m)])
+    doraxp.backward(torch.ones_like(y), cache)
+    for leaf in adapter:
+        numbers = leaf.detach().clone()
+        leaf.data[(0,) * leaf.ndim] += 1
+        with pytest.raises(ValueError, match="the adapter has changed"):
+            doraxp.forward(x, w, adapter, config, prepared=prepared)
+        leaf.data.copy_(numbers)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap runs addmm_ as a loop

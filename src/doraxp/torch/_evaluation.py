@@ -9,10 +9,10 @@ multiplies. A forward in training drops the plan.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+import weakref
+from collections.abc import Callable, MutableMapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -26,15 +26,16 @@ from doraxp.torch._ops import Call
 class _Seen(NamedTuple):
     """A tensor when the plan was made."""
 
-    address: int
-    version: int
-    sample: Any  # an array of NumPy, which shares the tensor's memory
+    tensor: Callable[[], Any]  # a weak reference
+    state: tuple[Any, ...]
+    sample: Any  # an array of NumPy in the tensor's memory: it is there as long as `state` holds
     bytes: bytes  # of the sample, then
 
 
 class _Plan(NamedTuple):
     call: Call
     seen: tuple[_Seen, ...]  # of the weight and of the adapter
+    bias: Callable[[], Any]  # a weak reference to the bias, which has been checked
     dtypes: tuple[Any, Any]  # of x, and in which products take it
     prepared: Prepared  # with `RELEASED` for the weight, which may then be freed
 
@@ -47,7 +48,7 @@ def evaluated(
 ) -> Tensor | None:
     """Return y without a graph, or None if there is no plan for these arguments."""
     plan = _plans.get(weight)
-    if plan is None or not _fits(plan, x, weight, adapter, config):
+    if plan is None or not _fits(plan, x, weight, adapter, config, bias):
         return None
     dtype, kind = plan.dtypes
     out, inner = weight.shape
@@ -65,15 +66,20 @@ def evaluated(
     return evaluation
 
 
-def plan(x: Tensor, weight: Tensor, adapter: Adapter, call: Call, prepared: Prepared) -> None:
+def plan(
+    x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None, call: Call, prepared: Prepared
+) -> None:
     """Plan later evaluations, if they can tell whether the weight and the adapter have changed."""
     arrays: tuple[Any, ...] = weight, *adapter
-    kept = all(array.is_contiguous() and not array.is_inference() for array in arrays)
-    if weight.ndim != 2 or not may_keep(weight) or not kept or call.narrow:
+    ops = call.ops
+    plain = all(ops.has_memory(array) and not array.is_inference() for array in arrays)
+    if weight.ndim != 2 or not may_keep(weight) or not plain or call.narrow:
         return
-    kind = call.ops.operand_dtype(x, weight, call.dtype)
-    seen = tuple(map(_see, arrays))
-    _plans[weight] = _Plan(call, seen, (x.dtype, kind), with_weight(prepared, RELEASED))
+    kind = ops.operand_dtype(x, weight, call.dtype)
+    seen = tuple(_see(array, ops.bits(array)) for array in arrays)
+    of_bias = _nothing if bias is None else weakref.ref(bias)
+    released = with_weight(prepared, RELEASED)
+    _plans[weight] = _Plan(call, seen, of_bias, (x.dtype, kind), released)
 
 
 def drop_plan(weight: Tensor) -> None:
@@ -81,24 +87,34 @@ def drop_plan(weight: Tensor) -> None:
     _plans.pop(weight, None)
 
 
-def _fits(plan: _Plan, x: Tensor, weight: Tensor, adapter: Adapter, config: Config) -> bool:
+def _fits(
+    plan: _Plan, x: Tensor, weight: Tensor, adapter: Adapter, config: Config, bias: Tensor | None
+) -> bool:
     """Return whether a plan is of these arguments, and no number of the samples has changed."""
     dtype, kind = plan.dtypes
     ops, wide = plan.call.ops, plan.call.dtype
-    if plan.call.config is not config or x.dtype != dtype or x.shape[-1] != weight.shape[1]:
+    if plan.call.config is not config or plan.bias() is not bias:
+        return False
+    if x.dtype != dtype or x.shape[-1:] != weight.shape[1:] or x.device.type != "cpu":
         return False
     if dtype.itemsize == 2 and kind != ops.operand_dtype(x, weight, wide):
         return False  # `exact_products` held there and not here, or the other way round
     arrays: Any = weight, *adapter
     for array, then in zip(arrays, plan.seen, strict=True):
-        if array.data_ptr() != then.address or array._version != then.version:
+        if then.tensor() is not array or _state(array) != then.state:
             return False
     return all(then.sample.tobytes() == then.bytes for then in plan.seen)
 
 
-def _see(tensor: Tensor) -> _Seen:
-    numbers = sample(tensor)
-    if numbers.dtype.itemsize == 2:  # NumPy has no bfloat16
-        numbers = numbers.view(torch.int16)
-    shared = numbers.numpy()
-    return _Seen(tensor.data_ptr(), tensor._version, shared, shared.tobytes())
+def _see(tensor: Tensor, bits: Any) -> _Seen:
+    shared = bits[:: sample(tensor).stride(0)]
+    return _Seen(weakref.ref(tensor), _state(tensor), shared, shared.tobytes())
+
+
+def _state(tensor: Tensor) -> tuple[Any, ...]:
+    """Return where a tensor lies, how, and how often PyTorch has written to it."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor._version
+
+
+def _nothing() -> None:
+    """Stand for the weak reference to a bias of None."""

@@ -20,7 +20,6 @@ from doraxp.torch._evaluation import drop_plan, evaluated, plan
 from doraxp.torch._kept import RELEASED, with_weight
 from doraxp.torch._ops import (
     Call,
-    Forward,
     backward_layer,
     backward_op,
     forward_layer,
@@ -43,7 +42,8 @@ class _DoRA(torch.autograd.Function):
             y, z, low_rank = forward_op(x, weight, *adapter, bias, call.narrow, *rules_of(call))
         else:
             ctx.on_cupy = is_chosen(x)
-            y, z, low_rank, ctx.prepared = _forward(x, weight, adapter, bias, call)
+            run = forward_on_cupy if ctx.on_cupy else forward_layer
+            y, z, low_rank, ctx.prepared = run(x, weight, adapter, bias, call)
             if not ctx.on_cupy:  # autograd keeps the weight
                 ctx.prepared = with_weight(ctx.prepared, RELEASED)
         ctx.save_for_backward(x, weight, lora_a, lora_b, magnitude, z, low_rank)
@@ -76,24 +76,15 @@ class _DoRA(torch.autograd.Function):
         return dx, dweight, *dleaves, dbias, None
 
 
-def _forward(
-    x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None, call: Call
-) -> Forward:
-    run = forward_on_cupy if is_chosen(x) else forward_layer
-    if not call.narrow:
-        return run(x, weight, adapter, bias, call)
-    with without_autocast(x):
-        return run(x, weight, adapter, bias, call)
-
-
 def _differentiable(
     ctx: Any, dy: Tensor, x: Tensor, weight: Tensor, *leaves: Tensor
 ) -> list[Tensor | None]:
     """Return the gradients by x, W, A, B and m, of which PyTorch knows the gradients."""
-    arrays, needs = (x, weight, *leaves), ctx.needs_input_grad[:5]
-    adapter, dtype = Adapter(*leaves), ctx.prepared.gain.dtype
+    # As views: an array may be a function of another one, and that path is not this layer's.
+    arrays = tuple(array.view_as(array) for array in (x, weight, *leaves))
+    needs, dtype = ctx.needs_input_grad[:5], ctx.prepared.gain.dtype
     with without_autocast(x):
-        y = by_definition(x, weight, adapter, ctx.config, None, dtype)
+        y = by_definition(*arrays[:2], Adapter(*arrays[2:]), ctx.config, None, dtype)
         wanted = [array for array, needed in zip(arrays, needs, strict=True) if needed]
         found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
     return [next(found) if needed else None for needed in needs]
@@ -160,34 +151,46 @@ def dora_linear(
     tensors = {"x": x, "weight": weight, **adapter._asdict()}
     for name, array in tensors.items() if bias is None else (*tensors.items(), ("bias", bias)):
         check_kind(name, array, torch.Tensor)
-    narrow = is_autocast(x) and x.dtype != torch.float64
+    if not is_autocast(x):
+        return _dora_linear(x, weight, adapter, config, bias, narrow=False)
+    narrow = x.dtype != torch.float64
     if narrow:
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    with without_autocast(x):
+        return _dora_linear(x, weight, adapter, config, bias, narrow=narrow)
+
+
+def _dora_linear(
+    x: Tensor, weight: Tensor, adapter: Adapter, config: Config, bias: Tensor | None,
+    *, narrow: bool,
+) -> Tensor:  # fmt: skip
+    """Return the result of `dora_linear` for arguments of the right classes, without autocast."""
     apply: Any = _DoRA.apply  # PyTorch gives it no type
     y: Tensor
     if torch.compiler.is_compiling():  # the compiler's operators check their arguments
         y = apply(x, weight, *adapter, bias, Call(config, narrow, None, None))
         return y
+    transformed = is_transformed()
     arrays: tuple[Any, ...] = (x, weight, *adapter, bias)
     recorded = torch.is_grad_enabled() and any(
         getattr(array, "requires_grad", False) for array in arrays
     )
-    if not recorded and not narrow:
+    if not recorded and not narrow and not transformed:
         known = evaluated(x, weight, adapter, config, bias)
         if known is not None:
             return known
     ops, dtype = check_call(x, weight, adapter, config, bias)
-    if is_transformed() or (is_small(x, weight) and not narrow):
-        with without_autocast(x) if narrow else contextlib.nullcontext():
-            return by_definition(x, weight, adapter, config, bias, dtype)
+    if transformed or (is_small(x, weight) and not narrow):
+        return by_definition(x, weight, adapter, config, bias, dtype)
     call = Call(config, narrow, ops, dtype)
     if recorded:
         drop_plan(weight)
         y = apply(*arrays, call)
         return y
-    found = _forward(x, weight, adapter, bias, call)
-    if not is_chosen(x):
-        plan(x, weight, adapter, call, found.prepared)
+    if is_chosen(x):
+        return forward_on_cupy(x, weight, adapter, bias, call).y
+    found = forward_layer(x, weight, adapter, bias, call)
+    plan(x, weight, adapter, bias, call, found.prepared)
     return found.y
 
 

@@ -8,6 +8,8 @@ all else. The adapter is compared by value, number for number, and the weight by
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import MutableMapping
 from typing import Any, NamedTuple
 
@@ -24,6 +26,7 @@ SAMPLE = 256
 """The numbers of a weight that are compared, about."""
 RELEASED = torch.empty(0)
 """Stands for the weight in what is kept."""
+_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class _State(NamedTuple):
@@ -92,11 +95,27 @@ def _state(tensor: Tensor) -> _State:
 
 
 def sample(weight: Tensor) -> Tensor:
-    """Return some numbers of W as a view. They lie at equal distances, in all rows and columns.
+    """Return some numbers of W as a view, at equal distances, spread over rows and columns.
 
     The version of a tensor does not count writes through `.data`, through a NumPy view, or by FSDP
     into its buffers. Such writes change whole matrices, or large parts of them.
     """
-    step = weight.numel() // SAMPLE | 1  # odd: the columns differ from row to row
-    count = -(-weight.numel() // step)
+    count, step = _lattice(weight.numel(), weight.shape[-1])
     return weight.detach().as_strided((count,), (step,), weight.storage_offset())
+
+
+@functools.lru_cache
+def _lattice(size: int, columns: int) -> tuple[int, int]:
+    """Return how many numbers a sample has, and their distance.
+
+    Multiples of the golden ratio, modulo 1, leave no large gap. So the distance is a whole number
+    of rows and 0.618 of a row, or a power of 0.618 where a row has several numbers of the sample.
+    """
+    rows = size // columns
+    whole, part = rows // SAMPLE, _GOLDEN
+    if whole == 0:
+        part = _GOLDEN ** math.ceil(math.log(rows / SAMPLE, _GOLDEN))
+    step = max(1, round((whole + part) * columns))
+    while math.gcd(step, columns) > 1:  # else some columns would be in no sample
+        step += 1
+    return -(-size // step), step
