@@ -84,7 +84,8 @@ def _differentiable(
     arrays = tuple(array.view_as(array) for array in (x, weight, *leaves))
     needs, dtype = ctx.needs_input_grad[:5], ctx.prepared.gain.dtype
     with without_autocast(x):
-        y = by_definition(*arrays[:2], Adapter(*arrays[2:]), ctx.config, None, dtype)
+        of_x, of_weight, *of_leaves = arrays
+        y = by_definition(of_x, of_weight, Adapter(*of_leaves), ctx.config, None, dtype)
         wanted = [array for array, needed in zip(arrays, needs, strict=True) if needed]
         found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
     return [next(found) if needed else None for needed in needs]
