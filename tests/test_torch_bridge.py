@@ -277,6 +277,25 @@ def test_activation_checkpointing_changes_nothing(torch):
     assert_same(torch, [x.grad, *(p.grad for p in layer.adapter)], want[1:], 0)
 
 
+def test_a_checkpoint_with_exact_products_computes_the_forward_again_as_exactly(torch, monkeypatch):
+    from torch.utils.checkpoint import checkpoint
+
+    from doraxp.backends import exact_products
+
+    monkeypatch.setattr("doraxp.backends._torch.multiplies", lambda kind, dtype: True)
+    x, w, *leaves = draw(torch, dtype="bfloat16")[:5]
+    inputs = [x, w.detach(), *(leaf.detach().float().requires_grad_() for leaf in leaves)]
+    trained = [x, *inputs[2:]]
+    run = partial(ours, Config(2))
+    with exact_products():
+        want = torch.autograd.grad(run(*inputs).sum(), trained)
+        y = checkpoint(
+            run, *inputs, use_reentrant=False,
+            context_fn=lambda: (exact_products(), exact_products()),
+        )  # fmt: skip
+    assert all(map(torch.equal, torch.autograd.grad(y.sum(), trained), want))
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does
 @pytest.mark.parametrize("train_base", [False, True])
 def test_the_module_compiles_in_one_graph(torch, way, train_base):
