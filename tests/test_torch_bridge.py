@@ -473,14 +473,39 @@ def test_an_evaluation_is_as_exact_as_it_is_asked_to_be(torch, monkeypatch, mult
     assert all(torch.equal(y, exact[0]) for y in exact)
 
 
-def test_a_new_layout_in_the_same_memory_is_noticed_in_evaluation(torch):
+LAYOUTS = {
+    "transposed": lambda torch, w, *leaves: (w.mT, *leaves),
+    "fewer rows": lambda torch, w, a, b, m: (w[:4], a, b[:4], m[:4]),
+    "another dtype": lambda torch, w, *leaves: (w.view(torch.bfloat16), *leaves),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_new_layout_in_the_same_memory_is_noticed_in_evaluation(torch, layout):
     config = Config(2)  # a plan holds for one object
-    x, w, a, b, m = (
-        array.detach() for array in draw(torch, [(5, 6), (6, 6), (2, 6), (6, 2), (6,)])
-    )
-    for _ in range(3):
-        assert_same(torch, [ours(config, x, w, a, b, m)], [dense(config, x, w, a, b, m)])
-        w.data = w.data.mT
+    shapes = [(5, 6), (6, 6), (2, 6), (6, 2), (6,)]
+    x, *arrays = (array.detach() for array in draw(torch, shapes, "float16"))
+    for _ in range(2):
+        got = ours(config, x, *arrays).double()
+        want = dense(config, x.double(), *(array.double() for array in arrays))
+        assert_same(torch, [got], [want], 2**-9)
+        for array, now in zip(arrays, layout(torch, *arrays), strict=True):
+            array.data = now
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("name", ["weight", "lora_a", "lora_b", "magnitude"])
+def test_a_write_to_a_single_number_is_noticed_if_pytorch_counts_it(torch, name, trained):
+    config = Config(2)  # a plan holds for one object
+    shapes = {"x": (2, 300), "weight": (300, 300), "lora_a": (2, 300), "lora_b": (300, 2)}
+    arrays = dict(zip(shapes, draw(torch, shapes.values()), strict=True))
+    arrays = {key: array.detach() for key, array in arrays.items()}
+    arrays["magnitude"] = torch.ones(300, dtype=torch.float64)
+    for place in range(290, 300):
+        arrays["magnitude"].requires_grad_(trained)
+        assert_same(torch, [ours(config, *arrays.values())], [dense(config, *arrays.values())])
+        with torch.no_grad():
+            arrays[name].view(-1)[place] += 10
 
 
 def test_an_adapter_that_is_made_anew_for_each_evaluation_is_noticed(torch):
@@ -725,6 +750,8 @@ def test_bad_arguments_are_refused(torch, evaluated):
             ours(config, *arrays)
     with pytest.raises(TypeError, match="adapter must be of type Adapter"):
         doraxp.torch.dora_linear(x, w, (a, b, m), config)
+    if evaluated:
+        ours(config, x, w, a, b, m)
     with pytest.raises(ValueError, match=r"x must have shape \(\.\.\., in\)"):
         ours(config, x[:, 1:], w, a, b, m)
     with pytest.raises(ValueError, match="bias must have shape"):
