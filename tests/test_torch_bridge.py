@@ -417,8 +417,9 @@ def test_every_change_of_an_array_is_noticed(torch, name, change):
 
 @pytest.mark.parametrize("name", ["weight", "lora_a", "lora_b", "magnitude"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_every_change_of_an_array_is_noticed_in_evaluation(torch, name, change):
-    _, layer = make(torch)
+@pytest.mark.parametrize("train_base", [False, True])
+def test_every_change_of_an_array_is_noticed_in_evaluation(torch, name, change, train_base):
+    _, layer = make(torch, train_base=train_base)
     layer.weight.grad = torch.randn_like(layer.weight)  # frozen, but stepped by the test
     for parameter in layer.adapter:
         parameter.grad = torch.randn_like(parameter)
@@ -453,17 +454,17 @@ def test_evaluations_take_any_x_bias_and_config_and_training_in_between(torch):
 
 
 @pytest.mark.parametrize("multiplies", [False, True])
-def test_an_evaluation_is_as_exact_as_it_is_asked_to_be(torch, monkeypatch, multiplies):
+def test_an_evaluation_is_as_exact_as_it_is_asked_to_be(torch, monkeypatch, way, multiplies):
     from doraxp.backends import exact_products
 
     monkeypatch.setattr("doraxp.backends._torch.multiplies", lambda kind, dtype: multiplies)
     config = Config(2)  # a plan holds for one object
-    x, w, *leaves, _ = (array.detach() for array in draw(torch, dtype="bfloat16"))
-    leaves = [leaf.float() for leaf in leaves]
+    x, w, *leaves, bias = (array.detach() for array in draw(torch, dtype="bfloat16"))
+    leaves, bias = [leaf.float() for leaf in leaves], bias.float()
 
     def evaluate():
         with torch.no_grad():
-            return [ours(config, x, w, *leaves) for _ in range(3)]
+            return [ours(config, x, w, *leaves, bias) for _ in range(3)]
 
     usual = evaluate()
     with exact_products():
@@ -471,6 +472,8 @@ def test_an_evaluation_is_as_exact_as_it_is_asked_to_be(torch, monkeypatch, mult
     again = evaluate()
     assert all(torch.equal(y, usual[0]) for y in (*usual, *again))
     assert all(torch.equal(y, exact[0]) for y in exact)
+    is_mixed = multiplies and way == "by factors"
+    assert torch.equal(exact[0], usual[0]) != is_mixed
 
 
 LAYOUTS = {
@@ -610,6 +613,38 @@ def test_training_goes_on_after_inference_mode(torch):
     want = dense_step(torch, layer, x)
     assert_same(torch, [y], want[:1])
     assert_same(torch, step(torch, layer, x), want)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_evaluations_in_a_row_have_the_same_bits(torch, dtype):
+    """For a bias of each dtype too."""
+    config = Config(2)  # a plan holds for one object
+    x, w, a, b, m, bias = (array.detach() for array in draw(torch, dtype="float32"))
+    bias = (1000 * bias.double() / 3).to(getattr(torch, dtype))
+    first, *others = (ours(config, x, w, a, b, m, bias) for _ in range(3))
+    assert all(torch.equal(other, first) for other in others)
+
+
+@pytest.mark.parametrize("reason", ["a stack", "autocast", "a view", "a subclass", "inference"])
+def test_an_evaluation_that_cannot_be_planned_leaves_nothing_behind(torch, reason):
+    from doraxp.torch import _evaluation
+
+    class Other(torch.Tensor):
+        """A tensor whose memory may be elsewhere."""
+
+    config, shapes = Config(2), SHAPES["stack" if reason == "a stack" else "matrix"]
+    with torch.inference_mode(reason == "inference"):
+        x, w, a, b, m, bias = (array.detach().clone() for array in draw(torch, shapes, "float32"))
+    if reason == "a view":
+        a = a.mT.contiguous().mT
+    if reason == "a subclass":
+        b = b.as_subclass(Other)
+    want = dense(config, x, w, a, b, m, bias)
+    with torch.autocast("cpu", torch.bfloat16, enabled=reason == "autocast"):
+        for _ in range(3):
+            y = ours(config, x, w, a, b, m, bias)
+            assert_same(torch, [y.float()], [want], 2**-6 if reason == "autocast" else 1e-6)
+    assert w not in _evaluation._plans
 
 
 def test_a_freed_weight_leaves_nothing_behind(torch, way):
