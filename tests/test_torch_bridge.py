@@ -647,6 +647,49 @@ def test_an_evaluation_that_cannot_be_planned_leaves_nothing_behind(torch, reaso
     assert w not in _evaluation._plans
 
 
+def test_a_forward_in_training_ends_the_plan_of_an_evaluation(torch):
+    """Then the next one compares the whole adapter."""
+    config = Config(2)  # a plan holds for one object
+    shapes = [(2, 8), (300, 8), (2, 8), (300, 2), (300,)]
+    x, w, a, b, m = (array.detach() for array in draw(torch, shapes))
+    for row in range(0, 300, 7):
+        ours(config, x, w, a, b, m)
+        b.data[row] *= 3
+        ours(config, x, w, a, b, m.requires_grad_())
+        m.requires_grad_(False)
+        assert_same(torch, [ours(config, x, w, a, b, m)], [dense(config, x, w, a, b, m)])
+
+
+def test_an_evaluation_under_autocast_is_that_of_training(torch, monkeypatch):
+    """It does not use the plan of an evaluation without autocast, whose products are in float32."""
+    monkeypatch.setattr("doraxp.backends._torch.multiplies", lambda kind, dtype: True)
+    config = Config(2)  # a plan holds for one object
+    x, w, a, b, m, bias = (array.detach() for array in draw(torch, dtype="float32"))
+    x = x.bfloat16()
+    wide = ours(config, x, w, a, b, m, bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ours(config, x, w, a, b, m, bias)
+        trained = ours(config, x, w, a, b, m.requires_grad_(), bias)
+    assert torch.equal(found, trained)
+    assert not torch.equal(found, wide)
+
+
+def test_a_graph_whose_tensors_are_packed_holds_no_weight(torch):
+    """As `torch.autograd.graph.save_on_cpu` packs them."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    inputs = draw(torch)
+    want = torch.autograd.grad(dense(Config(2), *inputs).sum(), inputs[2:])
+    inputs[1] = inputs[1].detach().clone()
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda packed: packed):
+        y = ours(Config(2), *inputs)
+    memory = StorageWeakRef(inputs[1].untyped_storage())
+    inputs[1] = None
+    gc.collect()
+    assert memory.expired()
+    assert_same(torch, torch.autograd.grad(y.sum(), inputs[2:]), want)
+
+
 def test_a_freed_weight_leaves_nothing_behind(torch, way):
     from doraxp.torch import _evaluation, _kept
 

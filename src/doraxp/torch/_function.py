@@ -81,10 +81,10 @@ def _differentiable(
 ) -> list[Tensor | None]:
     """Return the gradients by x, W, A, B and m, of which PyTorch knows the gradients."""
     # As views: an array may be a function of another one, and that path is not this layer's.
-    arrays = tuple(array.view_as(array) for array in (x, weight, *leaves))
+    arrays: tuple[Any, ...] = tuple(array.view_as(array) for array in (x, weight, *leaves))
     needs, dtype = ctx.needs_input_grad[:5], ctx.prepared.gain.dtype
     with without_autocast(x):
-        y = by_definition(*arrays[:2], Adapter(*arrays[2:]), ctx.config, None, dtype)
+        y = by_definition(arrays[0], arrays[1], Adapter(*arrays[2:]), ctx.config, None, dtype)
         wanted = [array for array, needed in zip(arrays, needs, strict=True) if needed]
         found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
     return [next(found) if needed else None for needed in needs]
