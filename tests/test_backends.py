@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.machinery
 import importlib.metadata
 import subprocess
@@ -16,7 +17,16 @@ import pytest
 import doraxp
 from doraxp import Adapter, Config, backends
 from doraxp._base.types import AdamWStepped
-from doraxp.backends import Dense, Factored, Factors, Operations, _boundary, _numpy, transpose
+from doraxp.backends import (
+    Dense,
+    Factored,
+    Factors,
+    Operations,
+    _boundary,
+    _numpy,
+    _precision,
+    transpose,
+)
 from doraxp.backends._cupy import operations as _cupy
 from doraxp.backends._generic import least_sum
 from doraxp.backends._numpy import NumpyOperations, Patched
@@ -315,11 +325,71 @@ def test_values_on_a_gpu_are_not_read(monkeypatch):
     assert chosen.xp is np
 
 
-def test_tensors_are_taken_out_of_the_graph(monkeypatch):
+class FakeTensor:
+    """A tensor as the check of a call sees it."""
+
+    def __init__(self, dtype="torch.float32", device="cpu"):
+        self.dtype, self.device = dtype, device
+
+    def detach(self):
+        return "a leaf"
+
+
+@pytest.fixture
+def torch_operations(monkeypatch):
+    """Return the operations for a PyTorch whose tensors are `FakeTensor`."""
+    kinds = {"Tensor": FakeTensor, "nn": types.SimpleNamespace(Parameter=FakeTensor)}
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(**kinds))
     monkeypatch.setattr("array_api_compat.is_numpy_namespace", lambda xp: False)
     monkeypatch.setattr("array_api_compat.is_torch_namespace", lambda xp: True)
-    ops = _boundary._operations_of.__wrapped__(np)
-    assert ops.detached(types.SimpleNamespace(detach=lambda: "a leaf")) == "a leaf"
+    monkeypatch.setattr(_boundary, "_TENSORS", set())
+    return _boundary._operations_of.__wrapped__(np)
+
+
+def test_tensors_are_taken_out_of_the_graph(torch_operations):
+    assert torch_operations.detached(FakeTensor()) == "a leaf"
+
+
+@pytest.mark.parametrize("others", [("torch.int32", "cpu"), ("torch.float32", "cuda:0")])
+def test_plain_tensors_need_no_search_for_their_library(monkeypatch, torch_operations, others):
+    """Only floating tensors on one device: all others are looked at one by one."""
+    monkeypatch.setattr(_boundary, "_operations_of", lambda xp: torch_operations)
+    namespace = types.ModuleType("array_api_compat.torch")
+    importer = types.SimpleNamespace(import_module=lambda _: namespace)
+    monkeypatch.setattr(_boundary, "importlib", importer)
+    _boundary._torch_operations.cache_clear()
+    found = _boundary.operations_of_plain([FakeTensor(), FakeTensor("torch.bfloat16")])
+    _boundary._torch_operations.cache_clear()
+    assert found is torch_operations
+    assert _boundary.operations_of_plain([FakeTensor(), FakeTensor(*others)]) is None
+
+
+def test_jaxs_operations_register_config_once(monkeypatch):
+    registered = []
+
+    def register_static(kind):
+        if kind in registered:
+            raise ValueError("Duplicate custom PyTreeDef type registration")
+        registered.append(kind)
+
+    tree_util = types.SimpleNamespace(register_static=register_static)
+    monkeypatch.setitem(sys.modules, "jax", types.SimpleNamespace(tree_util=tree_util))
+    monkeypatch.setattr("array_api_compat.is_numpy_namespace", lambda xp: False)
+    monkeypatch.setattr("array_api_compat.is_jax_namespace", lambda xp: True)
+    for _ in range(2):
+        assert type(_boundary._operations_of.__wrapped__(np)).__name__ == "JaxOperations"
+    assert registered == [Config]
+
+
+def test_a_block_of_precision_ends_also_by_an_error():
+    for block, holds in (
+        (backends.exact_products, _precision.is_exact),
+        (backends.reduced_precision, _precision.is_reduced),
+    ):
+        with contextlib.suppress(RuntimeError), block():
+            inside = holds()
+            raise RuntimeError
+        assert (inside, holds()) == (True, False)
 
 
 def test_torch_accumulates_a_product_of_matrices_by_addmm():

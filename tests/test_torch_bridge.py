@@ -277,6 +277,25 @@ def test_activation_checkpointing_changes_nothing(torch):
     assert_same(torch, [x.grad, *(p.grad for p in layer.adapter)], want[1:], 0)
 
 
+def test_a_checkpoint_with_exact_products_computes_the_forward_again_as_exactly(torch, monkeypatch):
+    from torch.utils.checkpoint import checkpoint
+
+    from doraxp.backends import exact_products
+
+    monkeypatch.setattr("doraxp.backends._torch.multiplies", lambda kind, dtype: True)
+    x, w, *leaves = draw(torch, dtype="bfloat16")[:5]
+    inputs = [x, w.detach(), *(leaf.detach().float().requires_grad_() for leaf in leaves)]
+    trained = [x, *inputs[2:]]
+    run = partial(ours, Config(2))
+    with exact_products():
+        want = torch.autograd.grad(run(*inputs).sum(), trained)
+        y = checkpoint(
+            run, *inputs, use_reentrant=False,
+            context_fn=lambda: (exact_products(), exact_products()),
+        )  # fmt: skip
+    assert all(map(torch.equal, torch.autograd.grad(y.sum(), trained), want))
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does
 @pytest.mark.parametrize("train_base", [False, True])
 def test_the_module_compiles_in_one_graph(torch, way, train_base):
@@ -398,8 +417,9 @@ def test_every_change_of_an_array_is_noticed(torch, name, change):
 
 @pytest.mark.parametrize("name", ["weight", "lora_a", "lora_b", "magnitude"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_every_change_of_an_array_is_noticed_in_evaluation(torch, name, change):
-    _, layer = make(torch)
+@pytest.mark.parametrize("train_base", [False, True])
+def test_every_change_of_an_array_is_noticed_in_evaluation(torch, name, change, train_base):
+    _, layer = make(torch, train_base=train_base)
     layer.weight.grad = torch.randn_like(layer.weight)  # frozen, but stepped by the test
     for parameter in layer.adapter:
         parameter.grad = torch.randn_like(parameter)
@@ -434,17 +454,17 @@ def test_evaluations_take_any_x_bias_and_config_and_training_in_between(torch):
 
 
 @pytest.mark.parametrize("multiplies", [False, True])
-def test_an_evaluation_is_as_exact_as_it_is_asked_to_be(torch, monkeypatch, multiplies):
+def test_an_evaluation_is_as_exact_as_it_is_asked_to_be(torch, monkeypatch, way, multiplies):
     from doraxp.backends import exact_products
 
     monkeypatch.setattr("doraxp.backends._torch.multiplies", lambda kind, dtype: multiplies)
     config = Config(2)  # a plan holds for one object
-    x, w, *leaves, _ = (array.detach() for array in draw(torch, dtype="bfloat16"))
-    leaves = [leaf.float() for leaf in leaves]
+    x, w, *leaves, bias = (array.detach() for array in draw(torch, dtype="bfloat16"))
+    leaves, bias = [leaf.float() for leaf in leaves], bias.float()
 
     def evaluate():
         with torch.no_grad():
-            return [ours(config, x, w, *leaves) for _ in range(3)]
+            return [ours(config, x, w, *leaves, bias) for _ in range(3)]
 
     usual = evaluate()
     with exact_products():
@@ -452,6 +472,8 @@ def test_an_evaluation_is_as_exact_as_it_is_asked_to_be(torch, monkeypatch, mult
     again = evaluate()
     assert all(torch.equal(y, usual[0]) for y in (*usual, *again))
     assert all(torch.equal(y, exact[0]) for y in exact)
+    is_mixed = multiplies and way == "by factors"
+    assert torch.equal(exact[0], usual[0]) != is_mixed
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
@@ -465,27 +487,51 @@ def test_a_fresh_adapter_whose_m_is_pytorchs_norm_has_a_gain_of_one(torch, dtype
     assert torch.equal(gain, torch.ones_like(gain))
 
 
-def test_a_new_layout_in_the_same_memory_is_noticed_in_evaluation(torch):
+LAYOUTS = {
+    "transposed": lambda torch, w, *leaves: (w.mT, *leaves),
+    "fewer rows": lambda torch, w, a, b, m: (w[:4], a, b[:4], m[:4]),
+    "another dtype": lambda torch, w, *leaves: (w.view(torch.bfloat16), *leaves),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_new_layout_in_the_same_memory_is_noticed_in_evaluation(torch, layout):
     config = Config(2)  # a plan holds for one object
-    x, w, a, b, m = (
-        array.detach() for array in draw(torch, [(5, 6), (6, 6), (2, 6), (6, 2), (6,)])
-    )
-    for _ in range(3):
-        assert_same(torch, [ours(config, x, w, a, b, m)], [dense(config, x, w, a, b, m)])
-        w.data = w.data.mT
+    shapes = [(5, 6), (6, 6), (2, 6), (6, 2), (6,)]
+    x, *arrays = (array.detach() for array in draw(torch, shapes, "float16"))
+    for _ in range(2):
+        got = ours(config, x, *arrays).double()
+        want = dense(config, x.double(), *(array.double() for array in arrays))
+        assert_same(torch, [got], [want], 2**-9)
+        for array, now in zip(arrays, layout(torch, *arrays), strict=True):
+            array.data = now
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("name", ["weight", "lora_a", "lora_b", "magnitude"])
+def test_a_write_to_a_single_number_is_noticed_if_pytorch_counts_it(torch, name, trained):
+    config = Config(2)  # a plan holds for one object
+    shapes = {"x": (2, 300), "weight": (300, 300), "lora_a": (2, 300), "lora_b": (300, 2)}
+    arrays = dict(zip(shapes, draw(torch, shapes.values()), strict=True))
+    arrays = {key: array.detach() for key, array in arrays.items()}
+    arrays["magnitude"] = torch.ones(300, dtype=torch.float64)
+    for place in range(290, 300):
+        arrays["magnitude"].requires_grad_(trained)
+        assert_same(torch, [ours(config, *arrays.values())], [dense(config, *arrays.values())])
+        with torch.no_grad():
+            arrays[name].view(-1)[place] += 10
 
 
 def test_an_adapter_that_is_made_anew_for_each_evaluation_is_noticed(torch):
-    """Its memory has the address and the version of the one before, and few numbers differ."""
-    shapes = [(2, 8), (300, 8), (2, 8), (300, 2), (300,)]
+    """It has the address and the version of the one before, and few numbers differ."""
     config = Config(2)  # a plan holds for one object
+    shapes = [(2, 8), (300, 8), (2, 8), (300, 2), (300,)]
     x, w, a, b, m = (array.detach() for array in draw(torch, shapes))
+    memory = b.numpy()
     for row in range(0, 300, 7):
-        changed = b.clone()
-        changed[row] *= 3
-        got = ours(config, x, w, a, changed, m)
-        assert_same(torch, [got], [dense(config, x, w, a, changed, m)])
-        del changed
+        memory[row] *= 3
+        b = torch.from_numpy(memory)
+        assert_same(torch, [ours(config, x, w, a, b, m)], [dense(config, x, w, a, b, m)])
 
 
 @pytest.mark.parametrize("part", range(8))
@@ -578,6 +624,81 @@ def test_training_goes_on_after_inference_mode(torch):
     want = dense_step(torch, layer, x)
     assert_same(torch, [y], want[:1])
     assert_same(torch, step(torch, layer, x), want)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_evaluations_in_a_row_have_the_same_bits(torch, dtype):
+    """For a bias of each dtype too."""
+    config = Config(2)  # a plan holds for one object
+    x, w, a, b, m, bias = (array.detach() for array in draw(torch, dtype="float32"))
+    bias = (1000 * bias.double() / 3).to(getattr(torch, dtype))
+    first, *others = (ours(config, x, w, a, b, m, bias) for _ in range(3))
+    assert all(torch.equal(other, first) for other in others)
+
+
+@pytest.mark.parametrize("reason", ["a stack", "autocast", "a view", "a subclass", "inference"])
+def test_an_evaluation_that_cannot_be_planned_leaves_nothing_behind(torch, reason):
+    from doraxp.torch import _evaluation
+
+    class Other(torch.Tensor):
+        """A tensor whose memory may be elsewhere."""
+
+    config, shapes = Config(2), SHAPES["stack" if reason == "a stack" else "matrix"]
+    with torch.inference_mode(reason == "inference"):
+        x, w, a, b, m, bias = (array.detach().clone() for array in draw(torch, shapes, "float32"))
+    if reason == "a view":
+        a = a.mT.contiguous().mT
+    if reason == "a subclass":
+        b = b.as_subclass(Other)
+    want = dense(config, x, w, a, b, m, bias)
+    with torch.autocast("cpu", torch.bfloat16, enabled=reason == "autocast"):
+        for _ in range(3):
+            y = ours(config, x, w, a, b, m, bias)
+            assert_same(torch, [y.float()], [want], 2**-6 if reason == "autocast" else 1e-6)
+    assert w not in _evaluation._plans
+
+
+def test_a_forward_in_training_ends_the_plan_of_an_evaluation(torch):
+    """Then the next one compares the whole adapter."""
+    config = Config(2)  # a plan holds for one object
+    shapes = [(2, 8), (300, 8), (2, 8), (300, 2), (300,)]
+    x, w, a, b, m = (array.detach() for array in draw(torch, shapes))
+    for row in range(0, 300, 7):
+        ours(config, x, w, a, b, m)
+        b.data[row] *= 3
+        ours(config, x, w, a, b, m.requires_grad_())
+        m.requires_grad_(False)
+        assert_same(torch, [ours(config, x, w, a, b, m)], [dense(config, x, w, a, b, m)])
+
+
+def test_an_evaluation_under_autocast_is_that_of_training(torch, monkeypatch):
+    """It does not use the plan of an evaluation without autocast, whose products are in float32."""
+    monkeypatch.setattr("doraxp.backends._torch.multiplies", lambda kind, dtype: True)
+    config = Config(2)  # a plan holds for one object
+    x, w, a, b, m, bias = (array.detach() for array in draw(torch, dtype="float32"))
+    x = x.bfloat16()
+    wide = ours(config, x, w, a, b, m, bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ours(config, x, w, a, b, m, bias)
+        trained = ours(config, x, w, a, b, m.requires_grad_(), bias)
+    assert torch.equal(found, trained)
+    assert not torch.equal(found, wide)
+
+
+def test_a_graph_whose_tensors_are_packed_holds_no_weight(torch):
+    """As `torch.autograd.graph.save_on_cpu` packs them."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    inputs = draw(torch)
+    want = torch.autograd.grad(dense(Config(2), *inputs).sum(), inputs[2:])
+    inputs[1] = inputs[1].detach().clone()
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda packed: packed):
+        y = ours(Config(2), *inputs)
+    memory = StorageWeakRef(inputs[1].untyped_storage())
+    inputs[1] = None
+    gc.collect()
+    assert memory.expired()
+    assert_same(torch, torch.autograd.grad(y.sum(), inputs[2:]), want)
 
 
 def test_a_freed_weight_leaves_nothing_behind(torch, way):
@@ -718,6 +839,8 @@ def test_bad_arguments_are_refused(torch, evaluated):
             ours(config, *arrays)
     with pytest.raises(TypeError, match="adapter must be of type Adapter"):
         doraxp.torch.dora_linear(x, w, (a, b, m), config)
+    if evaluated:
+        ours(config, x, w, a, b, m)
     with pytest.raises(ValueError, match=r"x must have shape \(\.\.\., in\)"):
         ours(config, x[:, 1:], w, a, b, m)
     with pytest.raises(ValueError, match="bias must have shape"):

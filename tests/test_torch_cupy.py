@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 
-import array_api_compat.torch as xp
 import mixed
 import ml_dtypes
 import numpy as np
@@ -25,22 +24,24 @@ UNITS = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
 """The unit roundoff of a dtype."""
 
 
-def as_numpy(tensor):
+def as_numpy(torch, tensor):
     tensor = tensor.detach()
-    if str(tensor.dtype) != "torch.bfloat16":
+    if tensor.dtype != torch.bfloat16:
         return tensor.numpy()
-    return tensor.view(xp.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
 
-def as_tensor(array):
+def as_tensor(torch, array):
     if array.dtype == ml_dtypes.bfloat16:
-        return xp.asarray(array.view(np.int16)).view(xp.bfloat16)
-    return xp.asarray(np.asarray(array))
+        return torch.asarray(array.view(np.int16)).view(torch.bfloat16)
+    return torch.asarray(np.asarray(array))
 
 
 @pytest.fixture
 def ran(torch, monkeypatch):
     """Emulate a GPU for all tensors; return the passes that CuPy's kernels computed."""
+    import array_api_compat.torch as xp
+
     from doraxp.torch import _cupy, _function
 
     host, device, passes = TorchOperations(xp), HostCuda(), []
@@ -48,8 +49,8 @@ def ran(torch, monkeypatch):
     monkeypatch.setattr(_boundary, "_torch_operations", lambda: host)
     monkeypatch.setattr(_function, "is_chosen", lambda tensor: True)
     monkeypatch.setattr(_cupy, "on_stream", lambda tensor: contextlib.nullcontext())
-    monkeypatch.setattr(_cupy, "taken", lambda tensor: device.asarray(as_numpy(tensor)))
-    monkeypatch.setattr(_cupy, "given", lambda array: as_tensor(device.numpy(array)))
+    monkeypatch.setattr(_cupy, "taken", lambda tensor: device.asarray(as_numpy(torch, tensor)))
+    monkeypatch.setattr(_cupy, "given", lambda array: as_tensor(torch, device.numpy(array)))
     for name in ("forward_on_cupy", "backward_on_cupy"):
         run = getattr(_cupy, name)
         monkeypatch.setattr(

@@ -18,6 +18,8 @@ def exact_products() -> Iterator[None]:
     precision. Inside the block both are float32, and the product of g⊙dy and W takes two or three
     times as long. A backward is as exact as its forward was. The block has no effect on other
     dtypes and on other libraries, nor on a CPU that does not multiply 16-bit numbers itself.
+    PyTorch's gradient checkpointing computes the forward again: give the checkpoint
+    ``context_fn=lambda: (exact_products(), exact_products())``.
 
     Examples
     --------

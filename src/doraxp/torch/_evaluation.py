@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from doraxp._base.types import Adapter, Config
 from doraxp._core.prepared import Prepared
 from doraxp.backends import as_dtype, transpose
-from doraxp.torch._kept import RELEASED, may_keep, sample, with_weight
+from doraxp.torch._kept import RELEASED, sample, with_weight
 from doraxp.torch._ops import Call
 
 
@@ -72,8 +72,9 @@ def plan(
     """Plan later evaluations, if they can tell whether the weight and the adapter have changed."""
     arrays: tuple[Any, ...] = weight, *adapter
     ops = call.ops
+    # An inference tensor does not count its writes.
     plain = all(ops.has_memory(array) and not array.is_inference() for array in arrays)
-    if weight.ndim != 2 or not may_keep(weight) or not plain or call.narrow:
+    if weight.ndim != 2 or not plain or call.narrow:
         return
     kind = ops.operand_dtype(x, weight, call.dtype)
     seen = tuple(_see(array, ops.bits(array)) for array in arrays)

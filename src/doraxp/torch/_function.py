@@ -81,11 +81,10 @@ def _differentiable(
 ) -> list[Tensor | None]:
     """Return the gradients by x, W, A, B and m, of which PyTorch knows the gradients."""
     # As views: an array may be a function of another one, and that path is not this layer's.
-    arrays = tuple(array.view_as(array) for array in (x, weight, *leaves))
+    arrays: tuple[Any, ...] = tuple(array.view_as(array) for array in (x, weight, *leaves))
     needs, dtype = ctx.needs_input_grad[:5], ctx.prepared.gain.dtype
     with without_autocast(x):
-        of_x, of_weight, *of_leaves = arrays
-        y = by_definition(of_x, of_weight, Adapter(*of_leaves), ctx.config, None, dtype)
+        y = by_definition(arrays[0], arrays[1], Adapter(*arrays[2:]), ctx.config, None, dtype)
         wanted = [array for array, needed in zip(arrays, needs, strict=True) if needed]
         found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
     return [next(found) if needed else None for needed in needs]
@@ -108,8 +107,9 @@ def dora_linear(
     A second derivative, and any derivative under `torch.func` or in forward mode, stores V.
 
     On a CPU, ‖w‖² and the rest of `doraxp.prepare` are kept as long as a frozen weight lives. Each
-    call compares the adapter number by number, and some hundred numbers of the weight. A write
-    through ``weight.data`` that changes none of these is not noticed.
+    call compares the adapter number by number, and some hundred numbers of the weight; of
+    evaluations in a row, each compares some hundred numbers of all four arrays. A write through
+    ``.data`` that changes none of these is not noticed.
 
     Parameters
     ----------
