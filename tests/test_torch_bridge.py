@@ -701,6 +701,15 @@ def test_a_graph_whose_tensors_are_packed_holds_no_weight(torch):
     assert_same(torch, torch.autograd.grad(y.sum(), inputs[2:]), want)
 
 
+def test_nothing_is_kept_of_a_weight_that_is_trained(torch):
+    """It changes at each step."""
+    from doraxp.torch import _kept
+
+    _, layer = make(torch, train_base=True)
+    layer(torch.randn(5, 6, dtype=torch.float64)).sum().backward()
+    assert layer.weight not in _kept._kept
+
+
 def test_a_freed_weight_leaves_nothing_behind(torch, way):
     from doraxp.torch import _evaluation, _kept
 
