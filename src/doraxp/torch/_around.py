@@ -54,7 +54,8 @@ def around_base(
         if base.bias is not None:
             y = y + (1 - g) * base.bias
     else:
-        product: Tensor = _Product.apply(dropped, w, remake)  # type: ignore[no-untyped-call]
+        apply: Any = _Product.apply  # PyTorch gives it no type
+        product: Tensor = apply(dropped, w, remake)
         y = h + (g - 1) * product + g * update
     return y.to(h.dtype)
 

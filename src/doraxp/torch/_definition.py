@@ -52,8 +52,9 @@ def by_definition(
 
 def is_small(x: Tensor, weight: Tensor) -> bool:
     """Return whether the layer takes less time by its definition, see `_SMALL` and `_FEW`."""
-    numbers = weight.numel()
-    return numbers <= _SMALL and numbers * (x.numel() // x.shape[-1]) <= _FEW
+    numbers: int = weight.numel()
+    count: int = x.numel()
+    return numbers <= _SMALL and numbers * (count // int(x.shape[-1])) <= _FEW
 
 
 def is_transformed() -> bool:

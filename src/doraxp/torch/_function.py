@@ -199,8 +199,10 @@ def is_autocast(x: Tensor) -> bool:
     """Return whether autocast is on for the device of x."""
     kind = x.device.type
     # is_autocast_enabled raises for a device without autocast, such as meta. To ask takes 1 µs.
-    available = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
-    return available and torch.is_autocast_enabled(kind)
+    if kind not in ("cpu", "cuda") and not torch.amp.is_autocast_available(kind):
+        return False
+    enabled: bool = torch.is_autocast_enabled(kind)
+    return enabled
 
 
 def without_autocast(x: Tensor) -> Any:

@@ -41,9 +41,8 @@ def gain(
     # Autocast would make the products in fewer digits.
     with torch.autocast(dense.device.type, enabled=False):
         if exact:
-            g: Tensor = _Gain.apply(  # type: ignore[no-untyped-call]
-                lora_a, scaled_b, magnitude, dense, remake
-            )
+            apply: Any = _Gain.apply  # PyTorch gives it no type
+            g: Tensor = apply(lora_a, scaled_b, magnitude, dense, remake)
             return g
         with torch.no_grad():
             _, norm = _direction_and_norm(dense, lora_a, scaled_b)

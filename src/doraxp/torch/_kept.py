@@ -85,7 +85,8 @@ def may_keep(weight: Tensor) -> bool:
     """
     if weight.requires_grad or weight.is_inference() or weight.device.type != "cpu":
         return False
-    return weight.is_contiguous()
+    contiguous: bool = weight.is_contiguous()
+    return contiguous
 
 
 def _state(tensor: Tensor) -> _State:

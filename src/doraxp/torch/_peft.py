@@ -9,7 +9,6 @@ call reads the layer anew: PEFT and its users change a layer at any time.
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from collections.abc import Iterator
@@ -115,16 +114,20 @@ class LoraModel(lora.LoraModel):  # PEFT reports the class's name, so it stays
         swap(model, self._norm_gradient)
 
 
+_configs: dict[tuple[int, float, NormGradient], Config] = {}
 _CLASSES: dict[type, type] = {
     lora.Linear: AcceleratedLinear,
     TorchaoLoraLinear: AcceleratedTorchaoLinear,
 }
 
 
-@functools.lru_cache
 def _config(rank: int, alpha: float, norm_gradient: NormGradient) -> Config:
     """Return the same Config for the same numbers: evaluations are planned for one object."""
-    return Config(rank, alpha, norm_gradient=norm_gradient)
+    key = rank, alpha, norm_gradient
+    config = _configs.get(key)  # torch.compile warns of `functools.cache`
+    if config is None:
+        config = _configs[key] = Config(rank, alpha, norm_gradient=norm_gradient)
+    return config
 
 
 def _accelerated(kind: type) -> type | None:
