@@ -207,8 +207,9 @@ def docs(session: nox.Session) -> None:
     session.run("sphinx-build", "-nW", "--keep-going", "docs", "docs/_build/html")
     elsewhere = ["--ignore-glob=docs/backends/[!i]*", "--ignore=docs/examples.md"]
     pytest(session, "README.md", "CONTRIBUTING.md", "docs", *elsewhere)
-    # The bridges need JAX or PyTorch: their own sessions run these examples.
-    bridges = [f"--ignore-glob=*/doraxp/{name}" for name in ("jax/*", "torch/*")]
+    # These need JAX, PyTorch or MLX: the sessions of those run their examples.
+    names = ("jax/*", "torch/*", "backends/_mlx.py")
+    bridges = [f"--ignore-glob=*/doraxp/{name}" for name in names]
     pytest(session, "--doctest-modules", "--pyargs", "doraxp", *bridges)
 
 
