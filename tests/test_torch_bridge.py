@@ -331,6 +331,7 @@ def test_the_operators_return_the_shapes_that_they_declare(torch, dtype):
 def test_after_a_step_the_base_is_read_once_in_a_forward(torch, monkeypatch, shapes):
     """The product with x gives W Aᵀ too; z is contiguous all the same, as autograd was told."""
     from doraxp.backends._torch import TorchOperations
+    from doraxp.torch import _kept
     from doraxp.torch._ops import forward_op
 
     x, w, *leaves = (array.detach() for array in draw(torch, SHAPES[shapes]))
@@ -349,6 +350,8 @@ def test_after_a_step_the_base_is_read_once_in_a_forward(torch, monkeypatch, sha
     assert factors.count(w.data_ptr()) == 1
     assert_same(torch, [y], [dense(Config(2, 3), x, w, *leaves)])
     assert z.is_contiguous()
+    known, _ = _kept.recall(w, Adapter(*leaves[:3]), Config(2, 3), ops=TorchOperations(torch))
+    assert known is not None
 
 
 def test_the_module_works_on_the_meta_device(torch):
@@ -669,6 +672,39 @@ def test_a_forward_in_training_ends_the_plan_of_an_evaluation(torch):
         ours(config, x, w, a, b, m.requires_grad_())
         m.requires_grad_(False)
         assert_same(torch, [ours(config, x, w, a, b, m)], [dense(config, x, w, a, b, m)])
+
+
+def test_both_products_under_autocast_have_its_dtype(torch, monkeypatch):
+    from doraxp.backends import _torch
+
+    monkeypatch.setattr(_torch, "multiplies", lambda kind, dtype: True)
+    add, dtypes = _torch._add_product, []
+
+    def spy(total, left, right):
+        dtypes.extend((left.dtype, right.dtype))
+        return add(total, left, right)
+
+    monkeypatch.setattr(_torch, "_add_product", spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ours(Config(2), *draw(torch, dtype="float32"))
+    y.sum().backward()
+    assert dtypes == [torch.bfloat16] * 4
+
+
+@pytest.mark.parametrize("shape", [(4096, 4096), (300, 700), (16, 4096), (4096, 16), (5000,), (3,)])
+def test_a_sample_has_some_hundred_numbers(torch, shape):
+    from doraxp.torch import _kept
+
+    count = _kept.sample(torch.empty(shape)).numel()
+    assert min(150, *shape) <= count <= 420
+
+
+def test_a_sample_has_a_number_of_each_column_of_a_narrow_array(torch):
+    from doraxp.torch import _kept
+
+    for columns in range(1, 33):
+        array = torch.arange(4096 * columns)
+        assert len(set((_kept.sample(array.reshape(-1, columns)) % columns).tolist())) == columns
 
 
 def test_an_evaluation_under_autocast_is_that_of_training(torch, monkeypatch):

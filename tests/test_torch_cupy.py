@@ -121,3 +121,17 @@ def test_cupy_kernels_say_why_they_cannot_run(torch):
     why = "cupy_kernels needs CuPy and an NVIDIA GPU; CuPy is"
     with pytest.raises(RuntimeError, match=why), cupy_kernels():
         pass
+
+
+def test_within_cupy_kernels_tensors_on_a_cpu_are_computed_as_without(torch, monkeypatch):
+    from doraxp.torch import _cupy
+
+    monkeypatch.setattr("doraxp.torch._definition._SMALL", 0)
+    case = mixed.layer(CONFIGS[0])
+    want = step(torch, case, "float32")
+    token = _cupy._CHOSEN.set(True)  # as on a machine with a GPU
+    try:
+        found = step(torch, case, "float32")
+    finally:
+        _cupy._CHOSEN.reset(token)
+    assert all(np.array_equal(found[name], want[name]) for name in want)
