@@ -568,3 +568,22 @@ def test_parts_of_other_classes_are_left_to_peft(peft, torch, x):
     assert_left(own_base, "its base must be a torch.nn.Linear or a quantised one, got Own")
     assert_left(own_leaf, "its adapter must consist of plain tensors, got OwnTensor")
     assert_left(own_weight, "its weight must be a plain tensor, got OwnTensor")
+
+
+def test_a_layer_whose_class_fsdp_has_derived_is_restored_and_accelerated_again(peft, torch, x):
+    from doraxp.torch import accelerate, restore
+
+    model = model_of(peft, torch)
+    theirs = step(torch, model, x)
+    accelerate(model)
+    for module in model.modules():
+        if type(module).__module__.startswith("doraxp."):
+            name, kind = f"FSDP{type(module).__name__}", type(module)
+            module.__class__ = type(name, (kind,), {"__module__": "torch.distributed.fsdp"})
+    ours = step(torch, model, x)
+    restore(model)
+    assert_same(torch, step(torch, model, x), theirs, 0)
+    model.add_adapter("late", peft.LoraConfig(r=2, use_dora=True, target_modules=["0"]))
+    handle = accelerate(model)
+    assert_same(torch, step(torch, model, x), ours, 0)
+    assert handle.layers == tuple(f"base_model.model.{name}" for name in NAMES)

@@ -111,7 +111,8 @@ class LoraModel(lora.LoraModel):  # PEFT reports the class's name, so it stays
     def inject_adapter(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         """Do the same as PEFT's function, then accelerate the new layers."""
         super().inject_adapter(model, *args, **kwargs)
-        swap(model, self._norm_gradient)
+        if "_norm_gradient" in self.__dict__:  # else it is restored
+            swap(model, self._norm_gradient)
 
 
 _configs: dict[tuple[int, float, NormGradient], Config] = {}
@@ -161,11 +162,16 @@ def swap(model: torch.nn.Module, norm_gradient: NormGradient) -> None:
 
 
 def restore(model: torch.nn.Module) -> None:
-    """Make the layers and the tuners of a model PEFT's again."""
+    """Make the layers and the tuners of a model PEFT's again.
+
+    A layer whose class was derived from an accelerated one since, as FSDP does, keeps that class,
+    and PEFT computes it.
+    """
     for module in model.modules():
         if isinstance(module, (AcceleratedLayer, LoraModel)):
-            del module._norm_gradient
-            module.__class__ = type(module).__bases__[-1]
+            module.__dict__.pop("_norm_gradient", None)
+            if type(module).__module__.startswith("doraxp."):
+                module.__class__ = type(module).__bases__[-1]
 
 
 def why_never(layer: Any) -> str | None:
@@ -192,6 +198,8 @@ def _parts(layer: Any) -> _Parts | str:
     Every call of a layer comes here. A module's parts are read from its dictionaries, because
     ``module.part`` takes ten times as long.
     """
+    if "_norm_gradient" not in layer.__dict__:
+        return "it is not accelerated: call accelerate again"
     if layer._disable_adapters:
         return "its adapters are disabled"
     if layer.merged_adapters:
