@@ -16,6 +16,7 @@ from typing import Any
 
 import array_api_compat.numpy
 import cuda_host
+import ml_dtypes  # tells NumPy of bfloat16
 import numpy as np
 import pytest
 
@@ -117,8 +118,6 @@ class Torch(Lane):
         import torch
 
         if array.dtype == torch.bfloat16:
-            import ml_dtypes
-
             return array.to(torch.float32).numpy().astype(ml_dtypes.bfloat16)
         return array.numpy()
 
@@ -275,8 +274,6 @@ class Mlx(Lane):
         import mlx.core as mx
 
         if array.dtype == mx.bfloat16:
-            import ml_dtypes
-
             return np.array(array.astype(mx.float32)).astype(ml_dtypes.bfloat16)
         return np.array(array)
 
