@@ -18,7 +18,7 @@ from doraxp._base.types import Adapter, Config, DType
 
 LEAST, MOST = 1e-15, 1e15
 """The squares of norms between these bounds neither overflow nor underflow in float32."""
-_SMALL, _FEW = 2**17, 2**23
+_SMALL, _FEW = 2**18, 2**24
 """Numbers of the weight, and products of a forward, up to which V is stored."""
 
 
