@@ -115,12 +115,13 @@ class TorchOperations(Operations):
     # Products
 
     def product(self, left: Tensor, right: Tensor) -> Tensor:
-        """Return left right in the compute dtype. A large matrix is cast in blocks, a stack whole."""
+        """Return left right in the compute dtype. A large matrix is cast by blocks."""
         low = left.dtype.itemsize < 4
         if left.dtype == right.dtype and not low:
             return left @ right
         dtype = compute_dtype(left, right, xp=self.xp)
         few = max(left.numel(), right.numel()) <= BLOCK
+        # A stack is cast whole.
         if few or left.ndim != 2 or _is_transformed(left, right):
             return as_dtype(left, dtype, xp=self.xp) @ as_dtype(right, dtype, xp=self.xp)
         if not self.can_read_values(left) and dtype == self.xp.float32:

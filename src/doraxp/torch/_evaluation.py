@@ -46,7 +46,7 @@ _plans: MutableMapping[Tensor, _Plan] = WeakTensorKeyDictionary()
 def evaluated(
     x: Tensor, weight: Tensor, adapter: Adapter, config: Config, bias: Tensor | None
 ) -> Tensor | None:
-    """Return y without a graph, or None if there is no plan for these arguments."""
+    """Return y without a graph, or None if no plan fits these arguments."""
     plan = _plans.get(weight)
     if plan is None or not _fits(plan, x, weight, adapter, config, bias):
         return None
