@@ -406,6 +406,21 @@ CHANGES = {
 }
 
 
+def test_a_prepared_norm_is_of_the_values_of_the_adapter_and_not_of_its_bits(torch):
+    x, weight, a, b, _ = (array.detach() for array in draw(torch, SHAPES["matrix"][:5]))
+    magnitude = torch.tensor([0.0, np.nan, 1.0, 2.0], dtype=torch.float64)
+    prepared = doraxp.prepare(weight, Adapter(a, b, magnitude), Config(2))
+
+    def run(*values):
+        changed = Adapter(a, b, torch.tensor(values, dtype=torch.float64))
+        doraxp.forward(x, weight, changed, Config(2), prepared=prepared)
+
+    run(-0.0, -np.nan, 1.0, 2.0)
+    for values in [(1, np.nan, 1, 2), (-0.0, 0, 1, 2), (-0.0, np.nan, 1, np.nan)]:
+        with pytest.raises(ValueError, match="the adapter has changed"):
+            run(*values)
+
+
 @pytest.mark.parametrize("name", ["weight", "lora_a", "lora_b", "magnitude"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_every_change_of_an_array_is_noticed(torch, name, change):
@@ -751,14 +766,15 @@ def test_a_freed_weight_leaves_nothing_behind(torch, way):
 
     _, layer = make(torch)
     layer(torch.ones(1, 6, dtype=torch.float64)).sum().backward()
-    gone = weakref.ref(layer), weakref.ref(layer.weight)
+    gone, key = (weakref.ref(layer), weakref.ref(layer.weight)), id(layer.weight)
     with torch.no_grad():
         layer(torch.ones(1, 6, dtype=torch.float64))
-    for kept in (_kept._kept, _evaluation._plans):
-        assert (layer.weight in kept) == (way == "by factors")
+    assert (layer.weight in _kept._kept) == (way == "by factors")
+    assert key in _evaluation._plans
     del layer
     gc.collect()
     assert [reference() for reference in gone] == [None, None]
+    assert key not in _evaluation._plans
 
 
 @pytest.mark.parametrize("bias", [False, True])

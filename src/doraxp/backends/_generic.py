@@ -227,6 +227,10 @@ class Operations:
 
     # The norm
 
+    def row_dots(self, left: Array, right: Array) -> Array:
+        """Return the scalar products of rows, twice (*stack, out, rank) -> (*stack, out)."""
+        return self.xp.vecdot(left, right)
+
     def row_squares(self, weight: Array, dtype: DType) -> Array:
         """Return ‖wᵢ‖² by rows, (*stack, out, in) -> (*stack, out), in `dtype`."""
         wide = as_dtype(weight, dtype, xp=self.xp)
@@ -265,10 +269,40 @@ class Operations:
             transposed = transpose(a)
             products = self.product(weight, transposed), self.product(a, transposed)
         factors = Factors(weight, a, b if scaling == 1 else scaling * b, row_scale)
-        expanded = expanded_norm(
-            *products, squares, factors.scaled_b, row_scale, weight.shape[-1], xp=xp
+        expanded = self._expanded_norm(
+            *products, squares, factors.scaled_b, row_scale, weight.shape[-1]
         )
         return self._guarded_norm(*expanded, factors, magnitude, reduce)
+
+    def _expanded_norm(
+        self, u: Array, gram: Array, squares: Array, scaled_b: Array, row_scale: Array | None,
+        terms: int,
+    ) -> tuple[Array, Array, Array]:  # fmt: skip
+        """Return n and V Aᵀ by their expansion, and a mask of the rows that kept their digits.
+
+        The formulas are those of `norm_and_direction`. Each of ‖w‖² and G is a sum of `terms`
+        numbers.
+        """
+        xp = self.xp
+        base = squares
+        if row_scale is not None:
+            base = xp.astype(row_scale > 0, u.dtype)  # ρ²⊙‖w‖² is 1, and 0 for a row of zeros
+            u = row_scale[..., None] * u
+        bg = scaled_b @ gram  # (out, rank)
+        update = self.row_dots(bg, scaled_b)  # ‖s(BA)ᵢ‖²
+        n2 = base + 2 * self.row_dots(scaled_b, u) + update
+
+        # A row is trusted if n² is not small beside its terms. The term `update` is a sum that may
+        # cancel too, if the rows of A are nearly dependent. So it counts as no less than it would
+        # be if these rows were orthogonal and had one length. `least` allows for squares that
+        # underflowed.
+        least = least_sum(u.dtype, terms, xp=xp)
+        *stack, rank, _ = gram.shape
+        diagonal = xp.reshape(gram, (*stack, rank * rank))[..., :: rank + 1]  # ‖A_r‖²
+        mean_square = xp.sum(diagonal, axis=-1)[..., None] / rank + least  # (1,)
+        update = xp.maximum(update, self.row_dots(scaled_b, scaled_b) * mean_square)
+        trusted = (n2 > CANCELLATION * (base + update) + least) & (n2 < float("inf"))
+        return xp.sqrt(xp.abs(n2)), u + bg, trusted  # a row with n² < 0 is not trusted
 
     def _guarded_norm(
         self, norm: Consumed, projection: Array, trusted: Array, factors: Factors,
@@ -377,35 +411,6 @@ class LazyOperations(Operations):
     def can_read_values(self, array: Array) -> bool:
         """Return False."""
         return False
-
-
-def expanded_norm(
-    u: Array, gram: Array, squares: Array, scaled_b: Array, row_scale: Array | None, terms: int,
-    *, xp: Namespace,
-) -> tuple[Array, Array, Array]:  # fmt: skip
-    """Return n and V Aᵀ by their expansion, and a mask of the rows that kept their digits.
-
-    The formulas are those of `Operations.norm_and_direction`. Each of ‖w‖² and G is a sum of
-    `terms` numbers.
-    """
-    base = squares
-    if row_scale is not None:
-        base = xp.astype(row_scale > 0, u.dtype)  # ρ²⊙‖w‖² is 1, and 0 for a row of zeros
-        u = row_scale[..., None] * u
-    bg = scaled_b @ gram  # (out, rank)
-    update = xp.vecdot(bg, scaled_b)  # ‖s(BA)ᵢ‖²
-    n2 = base + 2 * xp.vecdot(scaled_b, u) + update
-
-    # A row is trusted if n² is not small beside its terms. The term `update` is a sum that may
-    # cancel too, if the rows of A are nearly dependent. So it counts as no less than it would be if
-    # these rows were orthogonal and had one length. `least` allows for squares that underflowed.
-    least = least_sum(u.dtype, terms, xp=xp)
-    *stack, rank, _ = gram.shape
-    diagonal = xp.reshape(gram, (*stack, rank * rank))[..., :: rank + 1]  # ‖A_r‖²
-    mean_square = xp.sum(diagonal, axis=-1)[..., None] / rank + least  # (1,)
-    update = xp.maximum(update, xp.vecdot(scaled_b, scaled_b) * mean_square)
-    trusted = (n2 > CANCELLATION * (base + update) + least) & (n2 < float("inf"))
-    return xp.sqrt(xp.abs(n2)), u + bg, trusted  # a row with n² < 0 is not trusted
 
 
 def in_range(squares: Array, terms: int, *, xp: Namespace) -> Array:

@@ -30,6 +30,7 @@ from doraxp.backends._generic import (
     Operations,
     OutputGradients,
     safe_row_norms,
+    same_values,
 )
 from doraxp.backends._precision import is_exact
 
@@ -236,6 +237,11 @@ class TorchOperations(Operations):
 
     # The norm
 
+    def row_dots(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return the scalar products of rows, in half of the time of the standard's function."""
+        linalg: Any = self.xp.linalg
+        return linalg.vecdot(left, right)
+
     def row_squares(self, weight: Tensor, dtype: DType) -> Tensor:
         """Return ‖wᵢ‖² as the square of PyTorch's norm. A 16-bit W is cast a block at a time.
 
@@ -309,22 +315,26 @@ class TorchOperations(Operations):
 
     def unchanged(self, snapshot: Snapshot | None, then: Adapter, now: Adapter) -> bool:
         """Return whether `now` is still the adapter `then`: one comparison for each plain array."""
-        if isinstance(snapshot, Adapter) and all(map(self._same, snapshot, now)):
-            return True
+        if isinstance(snapshot, Adapter) and all(map(self.has_memory, (*snapshot, *now))):
+            return all(map(self._same, snapshot, now))
         return super().unchanged(snapshot, then, now)
 
     def _same(self, then: Tensor, now: Tensor) -> bool:
-        """Return whether two arrays are known to have one shape, one dtype and the same bits.
+        """Return whether two plain arrays have one shape, one dtype and the same values.
 
-        NumPy compares a hundred thousand numbers in a third of the time of `torch.equal`.
+        NumPy compares a hundred thousand numbers in a third of the time of `torch.equal`. Most
+        changes are seen in the first number whose bits differ.
         """
         if then.dtype != now.dtype or then.shape != now.shape:
             return False
-        return (
-            self.has_memory(then)
-            and self.has_memory(now)
-            and bool((self.bits(then) == self.bits(now)).all())
-        )
+        differ = self.bits(then) != self.bits(now)
+        if not differ.any():
+            return True
+        first = int(differ.argmax())
+        a, b = (array.detach().view(-1)[first].item() for array in (then, now))
+        if a != b and (a == a or b == b):  # neither 0 and −0 nor NaN twice
+            return False
+        return same_values(then, now, xp=self.xp)
 
     def has_memory(self, tensor: Tensor) -> bool:
         """Return whether `bits` can look at a tensor: a plain and contiguous one on the host."""

@@ -15,20 +15,47 @@ from torch import Tensor
 from torch.nn import functional
 
 from doraxp._base.types import Adapter, Config, DType
+from doraxp.torch._modes import is_transformed
 
 LEAST, MOST = 1e-15, 1e15
 """The squares of norms between these bounds neither overflow nor underflow in float32."""
 _SMALL, _FEW = 2**18, 2**24
-"""Numbers of the weight, and products of a forward, up to which V is stored."""
+"""Numbers of the weight, and products of a forward in training, up to which V is stored."""
 
 
 def by_definition(
     x: Tensor, weight: Tensor, adapter: Adapter, config: Config, bias: Tensor | None, dtype: DType
 ) -> Tensor:
     """Return y in x's dtype, for arguments that have been checked; `dtype` is the compute dtype."""
-    kind = x.dtype
+    rows, scale = rows_and_scale(weight, adapter, config, dtype)
+    return _cast(of_rows(x, rows, scale, bias), x.dtype)
+
+
+def of_rows(x: Tensor, rows: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Return y = g⊙(x Vᵀ) + bias in the dtype of V."""
+    x = _cast(x, rows.dtype)
+    *stack, out, inner = rows.shape
+    if stack:
+        y = scale[..., None, :] * (x.reshape(*stack, -1, inner) @ rows.mT)
+        if bias is not None:
+            y = y + _cast(bias, y.dtype)[..., None, :]
+        return y.reshape(*x.shape[:-1], out)
+    y = scale * functional.linear(x, rows)
+    return y if bias is None else y + _cast(bias, y.dtype)
+
+
+def is_small(weight: Tensor, tokens: int = 0) -> bool:
+    """Return whether V may be stored, and a step with so many tokens takes less time then."""
+    numbers: int = weight.numel()
+    return numbers <= _SMALL and numbers * tokens <= _FEW
+
+
+def rows_and_scale(
+    weight: Tensor, adapter: Adapter, config: Config, dtype: DType
+) -> tuple[Tensor, Tensor]:
+    """Return V and g, or V / n and m: by rows, W' is their product."""
     leaves: tuple[Any, ...] = adapter  # tensors
-    x, weight, a, b, m = (_cast(array, dtype) for array in (x, weight, *leaves))
+    weight, a, b, m = (_cast(array, dtype) for array in (weight, *leaves))
     if config.form == "direction":
         weight = over(weight, row_norms(weight)[0][..., None])
     v = _plus_product(weight, config.scaling, b, a)
@@ -36,32 +63,7 @@ def by_definition(
     if config.norm_gradient == "detached":
         n = n.detach()
     # The gradient of m / n by n overflows where n² underflows. That of V / n does not.
-    rows, scale = (v, m / n) if in_range else (over(v, n[..., None]), m)
-    *stack, out, inner = v.shape
-    if stack:
-        y = scale[..., None, :] * (x.reshape(*stack, -1, inner) @ rows.mT)
-        if bias is not None:
-            y = y + _cast(bias, dtype)[..., None, :]
-        y = y.reshape(*x.shape[:-1], out)
-    else:
-        y = scale * functional.linear(x, rows)
-        if bias is not None:
-            y = y + _cast(bias, dtype)
-    return _cast(y, kind)
-
-
-def is_small(x: Tensor, weight: Tensor) -> bool:
-    """Return whether the layer takes less time by its definition, see `_SMALL` and `_FEW`."""
-    numbers: int = weight.numel()
-    count: int = x.numel()
-    return numbers <= _SMALL and numbers * (count // int(x.shape[-1])) <= _FEW
-
-
-def is_transformed() -> bool:
-    """Return whether `torch.func` or forward mode is at work, which need the definition."""
-    transformed: bool = torch._C._are_functorch_transforms_active()
-    level: int = torch.autograd.forward_ad._current_level
-    return transformed or level >= 0
+    return (v, m / n) if in_range else (over(v, n[..., None]), m)
 
 
 def _cast(array: Tensor, dtype: DType) -> Tensor:

@@ -1,121 +1,205 @@
-"""The forwards of an evaluation, one after the other with the same weight and adapter.
+"""Forwards without a graph, one after the other with the same weight and adapter.
 
-    y = g⊙(x Wᵀ + L (s B)ᵀ) + bias        x (tokens, in)    L = x Aᵀ (tokens, rank)
+    x (tokens, in)   W (out, in)   A (rank, in)   B (out, rank)   g (out,)   ρ (out,)
 
-A token of a language model takes as long in Python as in its products. So what the first forward
-has found is planned once: each later one looks whether a sample of the numbers is unchanged, and
-multiplies. A forward in training drops the plan.
+    y = g⊙(x Vᵀ) + bias                              V is stored in a small layer
+    y = g⊙(ρ⊙(x Wᵀ) + (x Aᵀ) (s B)ᵀ) + bias          in a large one
+
+A token of a language model takes as long in Python as in its products. So all that does not depend
+on x is planned by the first forward. Each later one looks whether a sample of the numbers is
+unchanged, and multiplies. A forward in training drops the plan.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, MutableMapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from doraxp._base.types import Adapter, Config
 from doraxp._core.prepared import Prepared
-from doraxp.backends import as_dtype, transpose
+from doraxp.backends import Factored, transpose
+from doraxp.torch._definition import is_small, of_rows, rows_and_scale
 from doraxp.torch._kept import RELEASED, sample, with_weight
-from doraxp.torch._ops import Call
+from doraxp.torch._modes import is_recorded, is_transformed
+from doraxp.torch._ops import Call, forward_layer
 
 
-class _Seen(NamedTuple):
-    """A tensor when the plan was made."""
+class _ByRows(NamedTuple):
+    """The layer by one product with V, or with V / n, which is stored."""
 
-    tensor: Callable[[], Any]  # a weak reference
-    state: tuple[Any, ...]
-    sample: Any  # an array of NumPy in the tensor's memory: it is there as long as `state` holds
-    bytes: bytes  # of the sample, then
+    rows: Tensor
+    """V, (out, in), in the compute dtype."""
+    scale: Tensor
+    """g, (out,)."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return g⊙(x Vᵀ) + bias."""
+        return of_rows(x, self.rows, self.scale, bias)
+
+
+class _ByFactors(NamedTuple):
+    """The layer by products with W and with the adapter, as a forward in training makes them."""
+
+    ops: Any
+    row_scale: Tensor | None
+    """ρ, (out,)."""
+    gain: Tensor
+    """g, (out,)."""
+    down: Tensor
+    """Aᵀ, (in, rank)."""
+    up: Tensor
+    """(s B)ᵀ, (rank, out)."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return g⊙(ρ⊙(x Wᵀ) + (x Aᵀ) (s B)ᵀ) + bias, with W and the bias in any dtype."""
+        ops, row_scale, gain, down, up = self
+        out, inner = weight.shape
+        tokens = x if x.ndim == 2 else x.reshape(-1, inner)
+        if tokens.dtype != down.dtype:
+            tokens = tokens.to(down.dtype)
+        y: Tensor = ops.product(tokens, weight.mT)
+        if row_scale is not None:
+            y *= row_scale
+        y = ops.accumulate(y, ops.product(tokens, down), up)
+        y *= gain
+        if bias is not None:
+            y += bias.to(y.dtype)
+        return y if x.ndim == 2 else y.reshape(*x.shape[:-1], out)
+
+
+class _InMixedPrecision(NamedTuple):
+    """The layer with the roundings of a forward in training, which are specified."""
+
+    ops: Any
+    prepared: Prepared
+    """With `RELEASED` for the weight, which may then be freed."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return y for x and W of one 16-bit dtype."""
+        ops, prepared = self.ops, self.prepared
+        out, inner = weight.shape
+        tokens: Any = x.reshape(-1, inner)
+        base: Any = weight.detach()
+        low = ops.product(tokens, transpose(prepared.direction.factors.lora_a))
+        y: Any  # the arrays are tensors
+        _, y = prepared.direction.with_weight(base).outputs(
+            tokens, low, prepared.gain, None if bias is None else bias.to(low.dtype), ops=ops
+        )
+        evaluation: Tensor = y.reshape(*x.shape[:-1], out)
+        return evaluation
+
+
+_Multiplication: TypeAlias = _ByRows | _ByFactors | _InMixedPrecision
+"""Makes y, (..., out), from x, (..., in), W and the bias."""
 
 
 class _Plan(NamedTuple):
+    weight: Callable[[], Any]  # a weak reference
+    adapter: Adapter
+    bias: Callable[[], Any] | None  # a weak reference
     call: Call
-    seen: tuple[_Seen, ...]  # of the weight and of the adapter
-    bias: Callable[[], Any]  # a weak reference to the bias, which has been checked
-    dtypes: tuple[Any, Any]  # of x, and in which products take it
-    prepared: Prepared  # with `RELEASED` for the weight, which may then be freed
+    dtypes: tuple[Any, Any]  # of x, and in which products with W take it
+    state: tuple[Any, ...]  # of the weight and of the adapter
+    samples: tuple[Any, ...]  # in the memory of each: it is there as long as `state` holds
+    numbers: list[bytes]  # of the samples, then
+    multiply: _Multiplication
 
 
-_plans: MutableMapping[Tensor, _Plan] = WeakTensorKeyDictionary()
+_plans: dict[int, _Plan] = {}
+"""By the id of the weight. A WeakTensorKeyDictionary takes several times as long."""
 
 
 def evaluated(
     x: Tensor, weight: Tensor, adapter: Adapter, config: Config, bias: Tensor | None
 ) -> Tensor | None:
-    """Return y without a graph, or None if no plan fits these arguments."""
-    plan = _plans.get(weight)
+    """Return y without a graph, or None if no plan fits. The arguments may be of any class."""
+    plan = _plans.get(id(weight))
     if plan is None or not _fits(plan, x, weight, adapter, config, bias):
         return None
-    dtype, kind = plan.dtypes
-    out, inner = weight.shape
-    ops, prepared = plan.call.ops, plan.prepared
-    tokens: Any = x if x.ndim == 2 else x.reshape(-1, inner)
-    if kind != dtype:
-        tokens = tokens.to(kind)
-    direction = prepared.direction.with_weight(weight.detach())
-    wide_bias: Any = None if bias is None else as_dtype(bias, plan.call.dtype, xp=ops.xp)
-    low = ops.product(tokens, transpose(prepared.direction.factors.lora_a))
-    y: Any = direction.outputs(tokens, low, prepared.gain, wide_bias, ops=ops)[1]
-    if y.dtype != dtype:
-        y = y.to(dtype)
-    evaluation: Tensor = y if x.ndim == 2 else y.reshape(*x.shape[:-1], out)
-    return evaluation
+    y = plan.multiply(x, weight, bias)
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
-def plan(
-    x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None, call: Call, prepared: Prepared
-) -> None:
-    """Plan later evaluations, if they can tell whether the weight and the adapter have changed."""
+def evaluated_anew(
+    x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None, call: Call
+) -> Tensor | None:
+    """Return y without a graph, for arguments that have been checked, and plan the next ones.
+
+    None where a later forward could not tell if the weight and the adapter have changed.
+    """
     arrays: tuple[Any, ...] = weight, *adapter
     ops = call.ops
-    # An inference tensor does not count its writes.
-    plain = all(ops.has_memory(array) and not array.is_inference() for array in arrays)
-    if weight.ndim != 2 or not plain or call.narrow:
-        return
+    # An inference tensor does not count its writes, and the plan would keep a graph.
+    plain = (ops.has_memory(a) and a.is_leaf and not a.is_inference() for a in arrays)
+    if weight.ndim != 2 or not all(plain) or x.device != weight.device:
+        return None
     kind = ops.operand_dtype(x, weight, call.dtype)
-    seen = tuple(_see(array, ops.bits(array)) for array in arrays)
-    of_bias = _nothing if bias is None else weakref.ref(bias)
-    released = with_weight(prepared, RELEASED)
-    _plans[weight] = _Plan(call, seen, of_bias, (x.dtype, kind), released)
+    y: Tensor
+    multiply: _Multiplication
+    if is_small(weight):
+        with torch.no_grad():
+            multiply = _ByRows(*rows_and_scale(weight, adapter, call.config, call.dtype))
+            y = multiply(x, weight, bias)
+    else:
+        y, *_, prepared = forward_layer(x, weight, adapter, bias, call)
+        multiply = _multiplication(prepared, call, kind)
+    samples = tuple(ops.bits(array)[:: sample(array).stride(0)] for array in arrays)
+    key = id(weight)
+    _plans[key] = _Plan(
+        weakref.ref(weight, lambda _: _plans.pop(key, None)), adapter,
+        None if bias is None else weakref.ref(bias), call, (x.dtype, kind),
+        _state(arrays), samples, [numbers.tobytes() for numbers in samples], multiply,
+    )  # fmt: skip
+    return y.to(x.dtype)
 
 
 def drop_plan(weight: Tensor) -> None:
     """Forget the plan of a weight whose adapter is about to change."""
-    _plans.pop(weight, None)
+    _plans.pop(id(weight), None)
+
+
+def _multiplication(prepared: Prepared, call: Call, kind: Any) -> _Multiplication:
+    """Return what makes y in a large layer; products with W take x in the dtype `kind`."""
+    _, _, ops, dtype = call
+    direction, gain = prepared.direction, prepared.gain
+    arrays: Any  # tensors
+    if not isinstance(direction, Factored):
+        arrays = direction.dense(ops=ops), gain  # V is stored already
+        return _ByRows(*arrays)
+    if kind != dtype:
+        return _InMixedPrecision(ops, with_weight(prepared, RELEASED))
+    _, a, scaled_b, row_scale = direction.factors
+    arrays = row_scale, gain, transpose(a), transpose(scaled_b)
+    return _ByFactors(ops, *arrays)
 
 
 def _fits(
     plan: _Plan, x: Tensor, weight: Tensor, adapter: Adapter, config: Config, bias: Tensor | None
 ) -> bool:
     """Return whether a plan is of these arguments, and no number of the samples has changed."""
-    dtype, kind = plan.dtypes
-    ops, wide = plan.call.ops, plan.call.dtype
-    if plan.call.config is not config or plan.bias() is not bias:
+    of_weight, (a, b, m), of_bias, call, (dtype, kind), state, samples, numbers, _ = plan
+    if of_weight() is not weight or adapter.__class__ is not Adapter:
         return False
-    if x.dtype != dtype or x.shape[-1:] != weight.shape[1:] or x.device.type != "cpu":
-        return False
-    if dtype.itemsize == 2 and kind != ops.operand_dtype(x, weight, wide):
-        return False  # `exact_products` held there and not here, or the other way round
     arrays: Any = weight, *adapter
-    for array, then in zip(arrays, plan.seen, strict=True):
-        if then.tensor() is not array or _state(array) != then.state:
-            return False
-    return all(then.sample.tobytes() == then.bytes for then in plan.seen)
+    if arrays[1] is not a or arrays[2] is not b or arrays[3] is not m or call.config is not config:
+        return False
+    if bias is not (None if of_bias is None else of_bias()) or not isinstance(x, Tensor):
+        return False
+    if x.dtype != dtype or x.shape[-1:] != weight.shape[1:] or not x.is_cpu:
+        return False
+    if dtype.itemsize == 2 and kind != call.ops.operand_dtype(x, weight, call.dtype):
+        return False  # `exact_products` held there and not here, or the other way round
+    if is_transformed() or torch.is_autocast_enabled("cpu") or is_recorded(x, bias, *arrays):
+        return False
+    return _state(arrays) == state and [sample.tobytes() for sample in samples] == numbers
 
 
-def _see(tensor: Tensor, bits: Any) -> _Seen:
-    shared = bits[:: sample(tensor).stride(0)]
-    return _Seen(weakref.ref(tensor), _state(tensor), shared, shared.tobytes())
-
-
-def _state(tensor: Tensor) -> tuple[Any, ...]:
-    """Return where a tensor lies, how, and how often PyTorch has written to it."""
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor._version
-
-
-def _nothing() -> None:
-    """Stand for the weak reference to a bias of None."""
+def _state(tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """Return where tensors lie, how, and how often PyTorch has written to them."""
+    return tuple(
+        (each.data_ptr(), each._version, each.dtype, each.shape, each.stride()) for each in tensors
+    )

@@ -5,7 +5,6 @@ x (*stack, ..., in)   W (*stack, out, in)   A (*stack, rank, in)   B (*stack, ou
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -15,9 +14,10 @@ from doraxp._base.scalars import check_kind
 from doraxp._base.types import Adapter, Config
 from doraxp._core.checks import check_call
 from doraxp.torch._cupy import backward_on_cupy, forward_on_cupy, is_chosen
-from doraxp.torch._definition import by_definition, is_small, is_transformed
-from doraxp.torch._evaluation import drop_plan, evaluated, plan
+from doraxp.torch._definition import by_definition, is_small
+from doraxp.torch._evaluation import drop_plan, evaluated, evaluated_anew
 from doraxp.torch._kept import RELEASED, with_weight
+from doraxp.torch._modes import is_autocast, is_recorded, is_transformed, without_autocast
 from doraxp.torch._ops import (
     Call,
     backward_layer,
@@ -147,6 +147,10 @@ def dora_linear(
     >>> x.grad
     tensor([3., 9.])
     """
+    if not torch.compiler.is_compiling():
+        known = evaluated(x, weight, adapter, config, bias)
+        if known is not None:
+            return known
     check_kind("adapter", adapter, Adapter)
     check_kind("config", config, Config)
     tensors = {"x": x, "weight": weight, **adapter._asdict()}
@@ -167,49 +171,28 @@ def _dora_linear(
 ) -> Tensor:  # fmt: skip
     """Return the result of `dora_linear` for arguments of the right classes, without autocast."""
     apply: Any = _DoRA.apply  # PyTorch gives it no type
+    arrays: tuple[Any, ...] = (x, weight, *adapter, bias)
     y: Tensor
     if torch.compiler.is_compiling():  # the compiler's operators check their arguments
         y = apply(x, weight, *adapter, bias, Call(config, narrow, None, None))
         return y
-    transformed = is_transformed()
-    arrays: tuple[Any, ...] = (x, weight, *adapter, bias)
-    recorded = torch.is_grad_enabled() and any(
-        getattr(array, "requires_grad", False) for array in arrays
-    )
-    if not recorded and not narrow and not transformed:
-        known = evaluated(x, weight, adapter, config, bias)
-        if known is not None:
-            return known
     ops, dtype = check_call(x, weight, adapter, config, bias)
-    if transformed or (is_small(x, weight) and not narrow):
-        return by_definition(x, weight, adapter, config, bias, dtype)
     call = Call(config, narrow, ops, dtype)
+    transformed = is_transformed()
+    recorded = is_recorded(*arrays)
     if recorded:
         drop_plan(weight)
+    elif not narrow and not transformed:
+        known = evaluated_anew(x, weight, adapter, bias, call)
+        if known is not None:
+            return known
+    if transformed or (not narrow and is_small(weight, x.numel() // x.shape[-1])):
+        return by_definition(x, weight, adapter, config, bias, dtype)
+    if recorded:
         y = apply(*arrays, call)
         return y
-    if is_chosen(x):
-        return forward_on_cupy(x, weight, adapter, bias, call).y
-    found = forward_layer(x, weight, adapter, bias, call)
-    plan(x, weight, adapter, bias, call, found.prepared)
-    return found.y
-
-
-def is_autocast(x: Tensor) -> bool:
-    """Return whether autocast is on for the device of x."""
-    kind = x.device.type
-    # is_autocast_enabled raises for a device without autocast, such as meta. To ask takes 1 µs.
-    if kind not in ("cpu", "cuda") and not torch.amp.is_autocast_available(kind):
-        return False
-    enabled: bool = torch.is_autocast_enabled(kind)
-    return enabled
-
-
-def without_autocast(x: Tensor) -> Any:
-    """Return a block that turns autocast off for the device of x."""
-    return (
-        torch.autocast(x.device.type, enabled=False) if is_autocast(x) else contextlib.nullcontext()
-    )
+    run = forward_on_cupy if is_chosen(x) else forward_layer
+    return run(x, weight, adapter, bias, call).y
 
 
 def rules_of(call: Any) -> tuple[Any, ...]:

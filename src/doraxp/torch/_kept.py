@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from doraxp._base.types import Adapter, Config
-from doraxp._core.prepared import Prepared
+from doraxp._core.prepared import Prepared, prepare_checked
 from doraxp.backends import Operations
 
 SAMPLE = 256
@@ -63,6 +63,21 @@ def recall(
     if last.config == config and ops.unchanged(last.snapshot, last.adapter, adapter):
         return last, None
     return None, last
+
+
+def prepare_kept(
+    weight: Tensor, adapter: Adapter, config: Config, dtype: Any, *, ops: Operations
+) -> Prepared:
+    """Return the result of `doraxp.prepare`: the kept one, or one that is kept from now on.
+
+    The arguments have been checked, and the adapter is outside of autograd's graph.
+    """
+    prepared, previous = recall(weight, adapter, config, ops=ops)
+    if prepared is None:
+        base: Any = weight.detach()
+        prepared = prepare_checked(base, adapter, config, previous, None, dtype, ops=ops)
+        keep(weight, prepared)
+    return prepared
 
 
 def keep(weight: Tensor, prepared: Prepared) -> None:

@@ -20,7 +20,7 @@ from doraxp._core.checks import check_call
 from doraxp._core.linear import Cache, backward_checked, forward_checked
 from doraxp._core.prepared import Prepared, prepare_checked
 from doraxp.backends import Operations, operations
-from doraxp.torch._kept import keep, recall, with_weight
+from doraxp.torch._kept import keep, prepare_kept, recall, with_weight
 
 
 class Forward(NamedTuple):
@@ -53,7 +53,7 @@ def forward_layer(
     x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None, call: Call
 ) -> Forward:
     """Return y, and all that the backward needs, for arguments that have been checked."""
-    base, plain = weight.detach(), _detached(adapter)
+    base, plain = weight.detach(), detached(adapter)
     config, narrow, ops, dtype = call
     stored = _narrowed(base, x, dtype, ops=ops) if narrow else base
     given: Any
@@ -93,7 +93,8 @@ def _narrowed(weight: Tensor, x: Tensor, dtype: Any, *, ops: Operations) -> Tens
     return weight.to(x.dtype) if narrower and ops.operand_dtype(x, x, dtype) == x.dtype else weight
 
 
-def _detached(adapter: Adapter) -> Adapter:
+def detached(adapter: Adapter) -> Adapter:
+    """Return the adapter outside of autograd's graph."""
     leaves: tuple[Any, ...] = adapter
     return Adapter(*(leaf.detach() for leaf in leaves))  # so that their graph is not kept
 
@@ -156,16 +157,10 @@ def backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients by x, A, B, m and W, in their dtypes; that by W is empty if frozen."""
     adapter, config = Adapter(lora_a, lora_b, magnitude), _config(*rules)
-    base, plain = weight.detach(), _detached(adapter)
-    ops = operations(weight=base)
+    plain, ops = detached(adapter), operations(weight=weight)
     gradients: Any  # the arrays are tensors
     with torch.autocast(x.device.type, enabled=False):
-        prepared, previous = recall(weight, plain, config, ops=ops)
-        if prepared is None:
-            prepared = prepare_checked(
-                base, plain, config, previous, None, low_rank.dtype, ops=ops
-            )  # fmt: skip
-            keep(weight, prepared)
+        prepared = prepare_kept(weight, plain, config, low_rank.dtype, ops=ops)
         gradients = backward_layer(dy, x, weight, z, low_rank, prepared, train_base=train_base)
     dweight = weight.new_empty(0) if gradients.weight is None else gradients.weight
     da, db, dm = (d.to(leaf.dtype) for d, leaf in zip(gradients.adapter, adapter, strict=True))

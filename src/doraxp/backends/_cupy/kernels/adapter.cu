@@ -222,7 +222,7 @@ __device__ inline void expand_rows(const NormArrays& of, const compute_t* u, ind
 //     u = W Aᵀ     gram = A Aᵀ     bg = b gram, which is computed here if it is null
 // A warp makes four rows: grid (rows / (4 WARPS))     20 bytes of (out, rank): u, b, unit, gained
 //
-// A row whose n² may have lost digits is suspect, by the rule of `expanded_norm` in _generic.py. A
+// A row whose n² may have lost digits is suspect, by the rule of `_expanded_norm` in _generic.py. A
 // row is trusted if n² < ∞ and
 //     n² > cancellation (base + max(rowsum(bg⊙b), ‖b‖² (‖A‖² / rank + floor))) + floor
 // where base is ‖w‖², or with ρ 1 or 0; ‖A‖² / rank is the mean of the diagonal of `gram`; and
