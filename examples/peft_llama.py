@@ -5,8 +5,6 @@
 The weights are random, so no file is needed. The model learns to count in steps of three.
 """
 
-from __future__ import annotations
-
 import peft
 import torch
 import transformers
@@ -14,29 +12,25 @@ import transformers
 from doraxp.torch import accelerate
 
 
-def main(steps=100):
+def main():
     """Train the adapters, then compare the merged model with them."""
     torch.manual_seed(0)
-    base = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-            num_attention_heads=4, initializer_range=0.1,
-        )
-    )  # fmt: skip
+    sizes = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 256,
+             "initializer_range": 0.1}  # fmt: skip
+    llama = transformers.LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)
     config = peft.LoraConfig(r=8, lora_alpha=16, use_dora=True, target_modules="all-linear")
-    model = peft.get_peft_model(base, config)
+    model = peft.get_peft_model(transformers.LlamaForCausalLM(llama), config)
     handle = accelerate(model)  # the one line that PEFT's own training does not have
     print(f"layers accelerated: {len(handle.layers)}, left to PEFT: {len(handle.left)}")
 
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2)
-    for step in range(steps):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(100):
         ids = (torch.randint(64, (16, 1)) + 3 * torch.arange(12)) % 64
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if step in (0, steps - 1):
+        if step in (0, 99):
             print(f"loss at step {step}: {loss.item():.3f}")
 
     with torch.no_grad():

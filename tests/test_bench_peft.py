@@ -233,8 +233,9 @@ def test_each_way_to_compute_a_model_is_timed_in_each_round(models, tmp_path, mo
     assert "Llama of 1 layers, width 16, rank 2: step, 6 tokens" in text
     assert [line.split()[-1] for line in text.splitlines() if "≤" in line] == ["missed", "met"]
     steps, tokens = json.loads(path.read_text())
-    assert list(steps["seconds"]) == ["PEFT", "accelerated, exact", "accelerated, detached"]
-    assert list(tokens["seconds"]) == ["PEFT", "PEFT, DoraCaching", "accelerated"]
+    ways = ["base alone", "PEFT", "accelerated, exact", "accelerated, detached"]
+    assert list(steps["seconds"]) == ways
+    assert list(tokens["seconds"]) == ["base alone", "PEFT", "PEFT, DoraCaching", "accelerated"]
     for one in (steps, tokens):
         assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in one["seconds"].values())
         assert one["ratios"]["PEFT"]["PEFT"] == 1.0
@@ -243,6 +244,25 @@ def test_each_way_to_compute_a_model_is_timed_in_each_round(models, tmp_path, mo
 def test_the_ratio_of_a_model_is_of_the_same_round(models):
     times = {"PEFT": [1.0, 2.0, 4.0], "accelerated, exact": [3.0, 6.0, 12.0]}
     assert models.Figures(models.MODELS[0], "step", times).ratio("accelerated, exact", "PEFT") == 3
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers warns of its next names
+def test_the_base_alone_has_no_adapter_and_goes_back_to_the_first_layer(models):
+    model = models.build(models.Model(1, 16, 2, 6), "float32")
+    batch = models.torch.randint(128, (1, 6))
+    embedded = []
+    inputs = model.get_input_embeddings()
+    hook = inputs.register_forward_hook(lambda *args: embedded.append(args[2]))
+    with models.without_adapters(model):
+        alone = model(input_ids=batch).logits
+        alone.sum().backward()
+        with models.torch.no_grad():
+            model(input_ids=batch)
+    hook.remove()
+    assert [values.requires_grad for values in embedded] == [True, False]
+    with model.disable_adapter():
+        assert models.torch.equal(model(input_ids=batch).logits, alone)
+    assert not inputs._forward_hooks
 
 
 def test_a_model_that_computes_something_else_is_not_timed(models, monkeypatch, capsys):

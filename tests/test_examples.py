@@ -149,29 +149,22 @@ def test_pefts_adapters_learn_to_count_and_merging_does_not_change_the_model(pef
     assert printed["merged"] <= 4e-6
 
 
-def losses(text):
-    """Return the first and the last loss of each training, by its name."""
-    lines = re.findall(r"^(\w+): loss ([\d.]+) to ([\d.]+)$", text, re.MULTILINE)
-    return {name: (float(first), float(last)) for name, first, last in lines}
-
-
 class TestJaxNetworks:
-    """The frozen network knows one curve; the adapters learn another, and are merged."""
+    """The adapters learn a curve that the frozen network does not have, and are merged."""
 
-    def check(self, text, base, adapters):
-        assert losses(text)[base][1] < 1e-3
-        first, last = losses(text)[adapters]
-        assert first > 0.1
-        assert last < 1e-3
-        assert figures(text)["merged"] <= 4e-6
+    def check(self, text):
+        printed = figures(text)
+        assert printed["loss at step 0"] > 0.3
+        assert printed["loss at step 499"] < 5e-3
+        assert printed["merged"] <= 4e-6
 
     def test_adapters_in_a_module_of_flax(self, flax, capsys):
         load("flax_nnx").main()
-        self.check(capsys.readouterr().out, "Param", "Dora")
+        self.check(capsys.readouterr().out)
 
     def test_adapters_in_a_module_of_equinox(self, equinox, capsys):
         load("equinox_mlp").main()
-        self.check(capsys.readouterr().out, "base", "adapters")
+        self.check(capsys.readouterr().out)
 
 
 class TestDataParallel:

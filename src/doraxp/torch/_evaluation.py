@@ -163,7 +163,7 @@ def drop_plan(weight: Tensor) -> None:
 
 
 def _multiplication(prepared: Prepared, call: Call, kind: Any) -> _Multiplication:
-    """Return what makes y in a large layer; products with W take x in the dtype `kind`."""
+    """Return the function that makes y in a large layer; products with W take x as a `kind`."""
     _, _, ops, dtype = call
     direction, gain = prepared.direction, prepared.gain
     arrays: Any  # tensors

@@ -1,4 +1,4 @@
-"""What PyTorch does with the calls of a layer now: record, transform, cast."""
+"""The modes of PyTorch that concern a call: recording, transforms, autocast."""
 
 from __future__ import annotations
 
