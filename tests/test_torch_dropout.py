@@ -81,6 +81,39 @@ def test_gradcheck_with_a_fixed_mask(torch, dropout, form):
     assert torch.autograd.gradcheck(run, (x.requires_grad_(), *values))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # jvp's own import
+@pytest.mark.parametrize(("dropout", "form", "norm_gradient"), CHOICES)
+def test_torch_func_and_forward_mode_differentiate_dropout_too(torch, dropout, form, norm_gradient):
+    layer, x = make(torch, dropout, form=form, norm_gradient=norm_gradient)
+    parameters = dict(layer.named_parameters())
+    trained = {name: leaf.detach() for name, leaf in parameters.items() if leaf.requires_grad}
+
+    def loss(trained, x):
+        torch.manual_seed(5)
+        return torch.func.functional_call(layer, trained, x).square().sum()
+
+    _, dx, *want = step(torch, layer, x)
+    found, found_dx = torch.func.grad(loss, argnums=(0, 1))(trained, x)
+    slopes = {name: torch.randn_like(leaf) for name, leaf in trained.items()}
+    _, along = torch.func.jvp(lambda trained: loss(trained, x), (trained,), (slopes,))
+    torch.testing.assert_close([found_dx, *found.values()], [dx, *want])
+    torch.testing.assert_close(along, sum((found[name] * slopes[name]).sum() for name in found))
+
+
+@pytest.mark.parametrize("form", ["weight", "direction"])
+@pytest.mark.parametrize("dropout", MODES)
+def test_second_derivatives_with_a_fixed_mask(torch, dropout, form):
+    layer, x = make(torch, dropout, form=form, train_base=True)
+    names = [name for name, _ in layer.named_parameters()]
+
+    def run(x, *values):
+        torch.manual_seed(5)
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), x)
+
+    values = [parameter.detach().clone().requires_grad_() for parameter in layer.parameters()]
+    assert torch.autograd.gradgradcheck(run, (x.requires_grad_(), *values))
+
+
 @pytest.mark.parametrize("dropout", MODES)
 def test_evaluation_and_a_rate_of_zero_drop_nothing(torch, dropout):
     layer, x = make(torch, dropout)

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from doraxp.torch._definition import over, row_norms
+from doraxp.torch._modes import is_transformed
 
 
 def gain(
@@ -40,13 +40,15 @@ def gain(
     """
     # Autocast would make the products in fewer digits.
     with torch.autocast(dense.device.type, enabled=False):
+        if exact and is_transformed():
+            return over(magnitude, _direction_and_norm(dense, lora_a, scaled_b)[1])
         if exact:
             apply: Any = _Gain.apply  # PyTorch gives it no type
             g: Tensor = apply(lora_a, scaled_b, magnitude, dense, remake)
             return g
         with torch.no_grad():
             _, norm = _direction_and_norm(dense, lora_a, scaled_b)
-        return over(magnitude, norm)
+        return over(magnitude, norm.detach())  # no_grad does not stop forward mode
 
 
 class _Gain(torch.autograd.Function):
@@ -58,17 +60,17 @@ class _Gain(torch.autograd.Function):
         v, norm = _direction_and_norm(dense, lora_a, scaled_b)
         g = over(magnitude, norm)
         projection = v @ lora_a.to(v.dtype).mT  # V Aᵀ, (out, rank)
-        ctx.save_for_backward(
-            lora_a, scaled_b, dense if remake is None else None, norm, g, projection
-        )
-        ctx.remake, ctx.dtype = remake, magnitude.dtype
+        kept = dense if remake is None else None
+        ctx.save_for_backward(lora_a, scaled_b, magnitude, kept, norm, g, projection)
+        ctx.remake = remake
         return g
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dg: Tensor) -> Any:
-        lora_a, scaled_b, dense, norm, g, projection = ctx.saved_tensors
+        lora_a, scaled_b, magnitude, dense, norm, g, projection = ctx.saved_tensors
         dense = ctx.remake() if dense is None else dense
+        if torch.is_grad_enabled():  # `create_graph`: a second derivative may follow
+            return *_differentiable(ctx, dg, lora_a, scaled_b, magnitude, dense), None
         dm = over(dg, norm)
         c = over(-g * dm, norm)[:, None]
         a, b, d = (array.to(norm.dtype) for array in (lora_a, scaled_b, dense))
@@ -76,7 +78,18 @@ class _Gain(torch.autograd.Function):
         da = scaled.mT @ d + (scaled.mT @ b) @ a
         ddense = (c * torch.addmm(d, b, a)).to(dense.dtype) if ctx.needs_input_grad[3] else None
         db = (c * projection).to(scaled_b.dtype)
-        return da.to(lora_a.dtype), db, dm.to(ctx.dtype), ddense, None
+        return da.to(lora_a.dtype), db, dm.to(magnitude.dtype), ddense, None
+
+
+def _differentiable(ctx: Any, dg: Tensor, *arrays: Tensor) -> list[Tensor | None]:
+    """Return the gradients by A, s B, m and D, of which PyTorch knows the gradients."""
+    # As views: an array may be a function of another one, and that path is not this function's.
+    lora_a, scaled_b, magnitude, dense = views = [array.view_as(array) for array in arrays]
+    g = over(magnitude, _direction_and_norm(dense, lora_a, scaled_b)[1])
+    needs = ctx.needs_input_grad[:4]
+    wanted = [view for view, needed in zip(views, needs, strict=True) if needed]
+    found = iter(torch.autograd.grad(g, wanted, dg, create_graph=True))
+    return [next(found) if needed else None for needed in needs]
 
 
 def _direction_and_norm(dense: Tensor, lora_a: Tensor, scaled_b: Tensor) -> tuple[Tensor, Tensor]:
