@@ -354,6 +354,23 @@ def test_after_a_step_the_base_is_read_once_in_a_forward(torch, monkeypatch, sha
     assert known is not None
 
 
+def test_fake_tensors_get_shapes_and_no_values(torch):
+    """PyTorch's own way to see what a model would need, before there is memory for it."""
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        shapes = SHAPES["matrix"]
+        inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+        y = ours(Config(2), *inputs)
+        gradients = torch.autograd.grad(y.sum(), inputs)
+        with torch.no_grad():
+            evaluations = [ours(Config(2), *inputs) for _ in range(2)]
+        merged = doraxp.merge(inputs[1], Adapter(*inputs[2:5]), Config(2))
+    assert {each.shape for each in (y, *evaluations)} == {(5, 4)}
+    assert [each.shape for each in gradients] == shapes
+    assert merged.shape == (4, 6)
+
+
 def test_the_module_works_on_the_meta_device(torch):
     layer = make(torch)[1].to("meta")
     x = torch.ones(5, 6, device="meta", dtype=torch.float64, requires_grad=True)

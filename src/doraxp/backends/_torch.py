@@ -92,8 +92,10 @@ class TorchOperations(Operations):
     """The operations on PyTorch tensors."""
 
     def can_read_values(self, array: Tensor) -> bool:
-        """Return whether `array` is on the host."""
-        return bool(array.device.type == "cpu")
+        """Return whether `array` is on the host and has values. A fake tensor has none."""
+        from torch._subclasses import FakeTensor
+
+        return array.device.type == "cpu" and not isinstance(array, FakeTensor)
 
     def detached(self, array: Tensor) -> Tensor:
         """Return `array` without its graph. A layer would else keep the graphs of all its steps."""

@@ -80,9 +80,15 @@ def _plus_product(weight: Tensor, scaling: float, b: Tensor, a: Tensor) -> Tenso
 def _in_range(norm: Tensor) -> bool:
     """Return whether the squares of all rows are known to be in range. NaN is not.
 
-    Only where the host may look: not on a GPU, nor where PyTorch maps or compiles.
+    Only where the host may look: not on a GPU, nor where PyTorch maps, compiles or uses fake
+    tensors.
     """
-    if norm.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed():
+    if (
+        norm.__class__ is not Tensor
+        or norm.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or is_transformed()
+    ):
         return False
     least, most = torch.aminmax(norm.detach())
     return bool(least.item() > LEAST and most.item() < MOST)
