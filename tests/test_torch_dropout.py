@@ -69,7 +69,7 @@ def test_a_step_in_training_is_that_of_the_core_with_the_mask(
 
 @pytest.mark.parametrize("form", ["weight", "direction"])
 @pytest.mark.parametrize("dropout", MODES)
-def test_gradcheck_with_a_fixed_mask(torch, dropout, form):
+def test_first_and_second_derivatives_with_a_fixed_mask(torch, dropout, form):
     layer, x = make(torch, dropout, form=form, train_base=True)
     names = [name for name, _ in layer.named_parameters()]
 
@@ -79,6 +79,7 @@ def test_gradcheck_with_a_fixed_mask(torch, dropout, form):
 
     values = [parameter.detach().clone().requires_grad_() for parameter in layer.parameters()]
     assert torch.autograd.gradcheck(run, (x.requires_grad_(), *values))
+    assert torch.autograd.gradgradcheck(run, (x, *values))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # jvp's own import
@@ -98,20 +99,6 @@ def test_torch_func_and_forward_mode_differentiate_dropout_too(torch, dropout, f
     _, along = torch.func.jvp(lambda trained: loss(trained, x), (trained,), (slopes,))
     torch.testing.assert_close([found_dx, *found.values()], [dx, *want])
     torch.testing.assert_close(along, sum((found[name] * slopes[name]).sum() for name in found))
-
-
-@pytest.mark.parametrize("form", ["weight", "direction"])
-@pytest.mark.parametrize("dropout", MODES)
-def test_second_derivatives_with_a_fixed_mask(torch, dropout, form):
-    layer, x = make(torch, dropout, form=form, train_base=True)
-    names = [name for name, _ in layer.named_parameters()]
-
-    def run(x, *values):
-        torch.manual_seed(5)
-        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), x)
-
-    values = [parameter.detach().clone().requires_grad_() for parameter in layer.parameters()]
-    assert torch.autograd.gradgradcheck(run, (x.requires_grad_(), *values))
 
 
 @pytest.mark.parametrize("dropout", MODES)
