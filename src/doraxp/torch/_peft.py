@@ -58,10 +58,11 @@ class AcceleratedLayer:
         base, dropout, lora_a, lora_b, magnitude, scaling, _ = parts
         weight, bias = base._parameters["weight"], base._parameters["bias"]
         rank, norm_gradient = lora_a.shape[0], self._norm_gradient
+        config = None
         if scaling.__class__ is float and 0 < scaling < math.inf:
             config = _config(rank, scaling * rank, norm_gradient)
-        else:  # PEFT's s may be any number, and a tensor; a Config's is positive
-            lora_b, config = scaling * lora_b, _config(rank, rank, norm_gradient)
+        if config is None:  # PEFT's s may be any number, and a tensor; a Config's is positive
+            lora_b, config = scaling * lora_b, Config(rank, norm_gradient=norm_gradient)
         adapter = Adapter(lora_a, lora_b, magnitude)
         if dropout.__class__ is torch.nn.Identity or not layer.training:
             return dora_linear(x, weight, adapter, config, bias)
@@ -122,11 +123,14 @@ _CLASSES: dict[type, type] = {
 }
 
 
-def _config(rank: int, alpha: float, norm_gradient: NormGradient) -> Config:
-    """Return the same Config for the same numbers: evaluations are planned for one object."""
+def _config(rank: int, alpha: float, norm_gradient: NormGradient) -> Config | None:
+    """Return the same Config for the same numbers: evaluations are planned for one object.
+
+    None where torch.compile meets it first: the number may be a symbol for it, which no Config is.
+    """
     key = rank, alpha, norm_gradient
     config = _configs.get(key)  # torch.compile warns of `functools.cache`
-    if config is None:
+    if config is None and not torch.compiler.is_compiling():
         config = _configs[key] = Config(rank, alpha, norm_gradient=norm_gradient)
     return config
 
