@@ -371,6 +371,24 @@ def test_fake_tensors_get_shapes_and_no_values(torch):
     assert merged.shape == (4, 6)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_forward_of_fake_tensors_changes_nothing_for_the_next_one_with_values(torch, trained):
+    """Here the weight and the adapter are real, and no value is computed from them."""
+    from torch._subclasses import FakeTensorMode
+
+    _, layer = make(torch)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    for _ in range(2):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.set_grad_enabled(trained):
+            assert layer(mode.from_tensor(x)).shape == (5, 4)
+        with torch.no_grad():
+            evaluations = [layer(x) for _ in range(2)]
+        assert_same(torch, evaluations, [dense_y(layer, x)] * 2)
+        assert_same(torch, step(torch, layer, x), dense_step(torch, layer, x))
+        with torch.no_grad():
+            layer(x)  # leaves a plan, which fake tensors may use
+
+
 def test_the_module_works_on_the_meta_device(torch):
     layer = make(torch)[1].to("meta")
     x = torch.ones(5, 6, device="meta", dtype=torch.float64, requires_grad=True)
@@ -690,7 +708,7 @@ def test_an_evaluation_that_cannot_be_planned_leaves_nothing_behind(torch, reaso
         for _ in range(3):
             y = ours(config, x, w, a, b, m, bias)
             assert_same(torch, [y.float()], [want], 2**-6 if reason == "autocast" else 1e-6)
-    assert w not in _evaluation._plans
+    assert id(w) not in _evaluation._plans
 
 
 def test_a_forward_in_training_ends_the_plan_of_an_evaluation(torch):
@@ -791,6 +809,30 @@ def test_a_freed_weight_leaves_nothing_behind(torch, way):
     del layer
     gc.collect()
     assert [reference() for reference in gone] == [None, None]
+    assert key not in _evaluation._plans
+
+
+@pytest.mark.parametrize("name", ["lora_a", "lora_b", "magnitude"])
+def test_an_evaluation_keeps_no_array_of_an_adapter_that_is_gone(torch, name):
+    """An array may know its model, by a hook for instance, and then the weight."""
+    from doraxp.torch import _evaluation
+
+    _, layer = make(torch)
+    x = torch.ones(1, 6, dtype=torch.float64)
+    with torch.no_grad():
+        layer(x)
+    key, weight = id(layer.weight), layer.weight
+    gone = weakref.ref(getattr(layer, name))
+    setattr(layer, name, torch.nn.Parameter(torch.ones_like(getattr(layer, name))))
+    assert gone() is None
+    assert key not in _evaluation._plans
+    with torch.no_grad():
+        assert_same(torch, [layer(x)], [dense_y(layer, x)])
+    getattr(layer, name).register_hook(partial(print, layer))
+    gone = weakref.ref(weight)
+    del layer, weight
+    gc.collect()
+    assert gone() is None
     assert key not in _evaluation._plans
 
 
