@@ -506,6 +506,46 @@ def test_evaluations_take_any_x_bias_and_config_and_training_in_between(torch):
                 layer.lora_b.data.mul_(0.9)
 
 
+@pytest.mark.parametrize("form", ["weight", "direction"])
+@pytest.mark.parametrize("shape", [(5, 6), (6,), (2, 3, 6), (0, 6), (2, 0, 6)])
+def test_evaluations_in_a_row_are_the_dense_formula(torch, shape, form):
+    config = Config(2, 3, form=form)  # a plan holds for one object
+    _, *arrays = (array.detach() for array in draw(torch))
+    for given in (arrays, arrays[:-1]):  # with and without a bias
+        for _ in range(3):
+            x = torch.randn(shape, dtype=torch.float64)
+            y, want = ours(config, x, *given), dense(config, x, *given)
+            torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("base", ["bfloat16", "float32"])
+def test_evaluations_in_a_row_take_an_x_of_another_dtype(torch, base, dtype):
+    config = Config(2)  # a plan holds for one object
+    x, w, *leaves = (array.detach() for array in draw(torch, dtype=base))
+    x, leaves = x.to(getattr(torch, dtype)), [leaf.float() for leaf in leaves]
+    want = dense(config, *(array.double() for array in (x, w, *leaves)))
+    for _ in range(3):
+        y = ours(config, x, w, *leaves)
+        assert y.dtype == x.dtype
+        assert_same(torch, [y.double()], [want], 4 * max(2**-24, torch.finfo(y.dtype).eps))
+
+
+@pytest.mark.parametrize("form", ["weight", "direction"])
+@pytest.mark.parametrize("shape", [(5, 6), (6,), (2, 3, 6)])
+def test_evaluations_in_a_row_round_as_training_does_in_mixed_precision(
+    torch, monkeypatch, shape, form
+):
+    monkeypatch.setattr("doraxp.backends._torch.multiplies", lambda kind, dtype: True)
+    config = Config(2, 3, form=form)  # a plan holds for one object
+    x, w, a, b, m, bias = (array.detach() for array in draw(torch, [shape, *LEAVES], "bfloat16"))
+    a, b, m = (leaf.float() for leaf in (a, b, m))
+    for given in (bias, bias.float(), None):
+        evaluations = [ours(config, x, w, a, b, m, given) for _ in range(3)]
+        trained = ours(config, x, w, a, b, m.clone().requires_grad_(), given)
+        assert all(torch.equal(y, trained) for y in evaluations)
+
+
 @pytest.mark.parametrize("multiplies", [False, True])
 def test_an_evaluation_is_as_exact_as_it_is_asked_to_be(torch, monkeypatch, way, multiplies):
     from doraxp.backends import exact_products
