@@ -67,8 +67,8 @@ class _Gain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dg: Tensor) -> Any:
-        *arrays, dense, norm, g, projection = ctx.saved_tensors
-        arrays.append(ctx.remake() if dense is None else dense)
+        lora_a, scaled_b, magnitude, dense, norm, g, projection = ctx.saved_tensors
+        arrays = lora_a, scaled_b, magnitude, ctx.remake() if dense is None else dense
         with without_autocast(dg):  # as in `gain`
             if torch.is_grad_enabled():  # `create_graph`: a second derivative may follow
                 return *_differentiable(ctx, dg, *arrays), None
