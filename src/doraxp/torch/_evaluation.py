@@ -140,9 +140,8 @@ def evaluated_anew(
     y: Tensor
     multiply: _Multiplication
     if is_small(weight):
-        with torch.no_grad():
-            multiply = _ByRows(*rows_and_scale(weight, detached(adapter), call.config, call.dtype))
-            y = multiply(x, weight, bias)
+        multiply = _ByRows(*rows_and_scale(weight, detached(adapter), call.config, call.dtype))
+        y = multiply(x, weight, bias)
     else:
         y, *_, prepared = forward_layer(x, weight, adapter, bias, call)
         multiply = _multiplication(prepared, call, kind)
