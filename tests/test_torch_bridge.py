@@ -546,6 +546,43 @@ def test_evaluations_in_a_row_round_as_training_does_in_mixed_precision(
         assert all(torch.equal(y, trained) for y in evaluations)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_evaluations_in_a_row_read_a_row_that_cancels_from_v(torch, dtype):
+    config = Config(2)  # a plan holds for one object
+    x, w, a, b, m = (array.detach() for array in draw(torch, SHAPES["matrix"][:5], "float32"))
+    a[0], b[0] = w[0] * (1 + 1e-6), torch.tensor([-1.0, 0.0])
+    x, w = (array.to(getattr(torch, dtype)) for array in (x, w))
+    evaluations = [ours(config, x, w, a, b, m) for _ in range(3)]
+    trained = ours(config, x, w, a, b, m.clone().requires_grad_())
+    assert all(torch.equal(y, trained) for y in evaluations)
+
+
+def test_after_evaluations_in_mixed_precision_pytorch_may_differentiate_map_and_free(
+    torch, monkeypatch
+):
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    monkeypatch.setattr("doraxp.backends._torch.multiplies", lambda kind, dtype: True)
+    config = Config(2)  # a plan holds for one object
+    x, w, a, b, m, bias = (array.detach() for array in draw(torch, dtype="bfloat16"))
+    w = w.clone()  # in memory that nothing else holds
+    want = dense(config, *(array.double() for array in (x, w, a, b, m, bias)))
+    for trained in (x, bias):
+        evaluations = [ours(config, x, w, a, b, m, bias) for _ in range(2)]
+        assert_same(torch, [y.double() for y in evaluations], [want] * 2, 2**-6)
+        trained.requires_grad_()
+        y = ours(config, x, w, a, b, m, bias)
+        (gradient,) = torch.autograd.grad(y.sum(), trained)
+        assert gradient.shape == trained.shape
+        trained.requires_grad_(False)
+    ours(config, x, w, a, b, m, bias)
+    (mapped,) = torch.vmap(lambda x: ours(config, x, w, a, b, m, bias))(x[None])
+    assert_same(torch, [mapped.double()], [want], 2**-6)
+    memory = StorageWeakRef(w.untyped_storage())
+    w.data = torch.empty(0, dtype=torch.bfloat16)
+    assert memory.expired()
+
+
 @pytest.mark.parametrize("multiplies", [False, True])
 def test_an_evaluation_is_as_exact_as_it_is_asked_to_be(torch, monkeypatch, way, multiplies):
     from doraxp.backends import exact_products
@@ -997,10 +1034,14 @@ def test_bad_arguments_are_refused(torch, evaluated):
         arrays[index] = arrays[index].detach().numpy()
         with pytest.raises(TypeError, match=r"must be of type Tensor, got ndarray$"):
             ours(config, *arrays)
-    with pytest.raises(TypeError, match="adapter must be of type Adapter"):
-        doraxp.torch.dora_linear(x, w, (a, b, m), config)
     if evaluated:
         ours(config, x, w, a, b, m)
+    with pytest.raises(TypeError, match="adapter must be of type Adapter"):
+        doraxp.torch.dora_linear(x, w, (a, b, m), config)
+    with pytest.raises(TypeError, match=r"^x must be of type Tensor, got NoneType$"):
+        ours(config, None, w, a, b, m)
+    with pytest.raises(TypeError, match="x must be of dtype"):
+        ours(config, x.int(), w, a, b, m)
     with pytest.raises(ValueError, match=r"x must have shape \(\.\.\., in\)"):
         ours(config, x[:, 1:], w, a, b, m)
     with pytest.raises(ValueError, match="bias must have shape"):
