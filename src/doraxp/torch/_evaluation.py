@@ -134,7 +134,7 @@ def evaluated_anew(
     ops = call.ops
     # An inference tensor does not count its writes.
     plain = (ops.has_memory(array) and not array.is_inference() for array in arrays)
-    if weight.ndim != 2 or not all(plain) or x.device != weight.device or is_fake():
+    if weight.ndim != 2 or not all(plain) or is_fake():
         return None
     kind = ops.operand_dtype(x, weight, call.dtype)
     y: Tensor
