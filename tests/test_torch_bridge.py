@@ -546,6 +546,19 @@ def test_evaluations_in_a_row_round_as_training_does_in_mixed_precision(
         assert all(torch.equal(y, trained) for y in evaluations)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch's
+def test_a_planned_evaluation_is_not_checked_again_nor_compiled(torch, monkeypatch):
+    _, layer = make(torch)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    with torch.no_grad():
+        want = layer(x)
+        torch.compiler.reset()
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        assert_same(torch, [compiled(x)], [want])
+        monkeypatch.setattr("doraxp.torch._function.check_call", None)
+        assert torch.equal(layer(x), want)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_evaluations_in_a_row_read_a_row_that_cancels_from_v(torch, dtype):
     config = Config(2)  # a plan holds for one object
@@ -889,14 +902,17 @@ def test_a_freed_weight_leaves_nothing_behind(torch, way):
     assert key not in _evaluation._plans
 
 
+@pytest.mark.parametrize("scale", [1, 2.0**-200])  # of W; its squares underflow in float32
 @pytest.mark.parametrize("name", ["lora_a", "lora_b", "magnitude"])
-def test_an_evaluation_keeps_no_array_of_an_adapter_that_is_gone(torch, name):
+def test_an_evaluation_keeps_no_array_of_an_adapter_that_is_gone(torch, name, scale):
     """An array may know its model, by a hook for instance, and then the weight."""
     from doraxp.torch import _evaluation
 
     _, layer = make(torch)
     x = torch.ones(1, 6, dtype=torch.float64)
     with torch.no_grad():
+        layer.weight.mul_(scale)
+        layer.lora_b.mul_(scale)
         layer(x)
     key, weight = id(layer.weight), layer.weight
     gone = weakref.ref(getattr(layer, name))

@@ -210,8 +210,8 @@ def test_dtypes_and_autocast(torch, dropout, dtype):
 
 
 @pytest.mark.parametrize("create_graph", [False, True])
-def test_autocast_does_not_round_the_gradients_of_the_gain(torch, create_graph):
-    """Within its block PyTorch would make the products of a backward in bfloat16."""
+def test_autocast_rounds_neither_the_gain_nor_its_gradients(torch, create_graph):
+    """Within its block PyTorch would make the products in bfloat16, those of a backward too."""
     from doraxp.torch._gain import gain
 
     layer, _ = make(torch, dtype="float32")
@@ -219,6 +219,7 @@ def test_autocast_does_not_round_the_gradients_of_the_gain(torch, create_graph):
     g = gain(*inputs, exact=True)
     want = torch.autograd.grad(g.sum(), inputs, retain_graph=True, create_graph=create_graph)
     with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(gain(*inputs, exact=True), g)
         found = torch.autograd.grad(g.sum(), inputs, create_graph=create_graph)
     assert all(map(torch.equal, found, want))
 
