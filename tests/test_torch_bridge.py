@@ -451,6 +451,9 @@ def test_a_prepared_norm_is_of_the_values_of_the_adapter_and_not_of_its_bits(tor
         doraxp.forward(x, weight, changed, Config(2), prepared=prepared)
 
     run(-0.0, -np.nan, 1.0, 2.0)
+    run(0.0, -np.nan, 1.0, 2.0)
+    other = Adapter(a.mT.contiguous().mT, b, magnitude)  # the same numbers in another order
+    doraxp.forward(x, weight, other, Config(2), prepared=prepared)
     for values in [(1, np.nan, 1, 2), (-0.0, 0, 1, 2), (-0.0, np.nan, 1, np.nan)]:
         with pytest.raises(ValueError, match="the adapter has changed"):
             run(*values)
