@@ -80,9 +80,8 @@ def without_adapters(model: Any) -> Iterator[None]:
 
     # So that the backward goes down to the first layer, as with adapters.
     hook = model.get_input_embeddings().register_forward_hook(require_gradients)
-    with model.disable_adapter():
+    with hook, model.disable_adapter():
         yield
-    hook.remove()
 
 
 STEPS: dict[str, Way] = {

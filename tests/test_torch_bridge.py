@@ -371,6 +371,24 @@ def test_fake_tensors_get_shapes_and_no_values(torch):
     assert merged.shape == (4, 6)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_forward_of_fake_tensors_changes_nothing_for_the_next_one_with_values(torch, trained):
+    """Here the weight and the adapter are real, and no value is computed from them."""
+    from torch._subclasses import FakeTensorMode
+
+    _, layer = make(torch)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    for _ in range(2):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.set_grad_enabled(trained):
+            assert layer(mode.from_tensor(x)).shape == (5, 4)
+        with torch.no_grad():
+            evaluations = [layer(x) for _ in range(2)]
+        assert_same(torch, evaluations, [dense_y(layer, x)] * 2)
+        assert_same(torch, step(torch, layer, x), dense_step(torch, layer, x))
+        with torch.no_grad():
+            layer(x)  # leaves a plan, which fake tensors may use
+
+
 def test_the_module_works_on_the_meta_device(torch):
     layer = make(torch)[1].to("meta")
     x = torch.ones(5, 6, device="meta", dtype=torch.float64, requires_grad=True)
@@ -433,6 +451,9 @@ def test_a_prepared_norm_is_of_the_values_of_the_adapter_and_not_of_its_bits(tor
         doraxp.forward(x, weight, changed, Config(2), prepared=prepared)
 
     run(-0.0, -np.nan, 1.0, 2.0)
+    run(0.0, -np.nan, 1.0, 2.0)
+    other = Adapter(a.mT.contiguous().mT, b, magnitude)  # the same numbers in another order
+    doraxp.forward(x, weight, other, Config(2), prepared=prepared)
     for values in [(1, np.nan, 1, 2), (-0.0, 0, 1, 2), (-0.0, np.nan, 1, np.nan)]:
         with pytest.raises(ValueError, match="the adapter has changed"):
             run(*values)
@@ -486,6 +507,96 @@ def test_evaluations_take_any_x_bias_and_config_and_training_in_between(torch):
             with torch.no_grad():
                 layer.bias.mul_(1.5)
                 layer.lora_b.data.mul_(0.9)
+
+
+@pytest.mark.parametrize("form", ["weight", "direction"])
+@pytest.mark.parametrize("shape", [(5, 6), (6,), (2, 3, 6), (0, 6), (2, 0, 6)])
+def test_evaluations_in_a_row_are_the_dense_formula(torch, shape, form):
+    config = Config(2, 3, form=form)  # a plan holds for one object
+    _, *arrays = (array.detach() for array in draw(torch))
+    for given in (arrays, arrays[:-1]):  # with and without a bias
+        for _ in range(3):
+            x = torch.randn(shape, dtype=torch.float64)
+            y, want = ours(config, x, *given), dense(config, x, *given)
+            torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("base", ["bfloat16", "float32"])
+def test_evaluations_in_a_row_take_an_x_of_another_dtype(torch, base, dtype):
+    config = Config(2)  # a plan holds for one object
+    x, w, *leaves = (array.detach() for array in draw(torch, dtype=base))
+    x, leaves = x.to(getattr(torch, dtype)), [leaf.float() for leaf in leaves]
+    want = dense(config, *(array.double() for array in (x, w, *leaves)))
+    for _ in range(3):
+        y = ours(config, x, w, *leaves)
+        assert y.dtype == x.dtype
+        assert_same(torch, [y.double()], [want], 4 * max(2**-24, torch.finfo(y.dtype).eps))
+
+
+@pytest.mark.parametrize("form", ["weight", "direction"])
+@pytest.mark.parametrize("shape", [(5, 6), (6,), (2, 3, 6)])
+def test_evaluations_in_a_row_round_as_training_does_in_mixed_precision(
+    torch, monkeypatch, shape, form
+):
+    monkeypatch.setattr("doraxp.backends._torch.multiplies", lambda kind, dtype: True)
+    config = Config(2, 3, form=form)  # a plan holds for one object
+    x, w, a, b, m, bias = (array.detach() for array in draw(torch, [shape, *LEAVES], "bfloat16"))
+    a, b, m = (leaf.float() for leaf in (a, b, m))
+    for given in (bias, bias.float(), None):
+        evaluations = [ours(config, x, w, a, b, m, given) for _ in range(3)]
+        trained = ours(config, x, w, a, b, m.clone().requires_grad_(), given)
+        assert all(torch.equal(y, trained) for y in evaluations)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch's
+def test_a_planned_evaluation_is_not_checked_again_nor_compiled(torch, monkeypatch):
+    _, layer = make(torch)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    with torch.no_grad():
+        want = layer(x)
+        torch.compiler.reset()
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        assert_same(torch, [compiled(x)], [want])
+        monkeypatch.setattr("doraxp.torch._function.check_call", None)
+        assert torch.equal(layer(x), want)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_evaluations_in_a_row_read_a_row_that_cancels_from_v(torch, dtype):
+    config = Config(2)  # a plan holds for one object
+    x, w, a, b, m = (array.detach() for array in draw(torch, SHAPES["matrix"][:5], "float32"))
+    a[0], b[0] = w[0] * (1 + 1e-6), torch.tensor([-1.0, 0.0])
+    x, w = (array.to(getattr(torch, dtype)) for array in (x, w))
+    evaluations = [ours(config, x, w, a, b, m) for _ in range(3)]
+    trained = ours(config, x, w, a, b, m.clone().requires_grad_())
+    assert all(torch.equal(y, trained) for y in evaluations)
+
+
+def test_after_evaluations_in_mixed_precision_pytorch_may_differentiate_map_and_free(
+    torch, monkeypatch
+):
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    monkeypatch.setattr("doraxp.backends._torch.multiplies", lambda kind, dtype: True)
+    config = Config(2)  # a plan holds for one object
+    x, w, a, b, m, bias = (array.detach() for array in draw(torch, dtype="bfloat16"))
+    w = w.clone()  # in memory that nothing else holds
+    want = dense(config, *(array.double() for array in (x, w, a, b, m, bias)))
+    for trained in (x, bias):
+        evaluations = [ours(config, x, w, a, b, m, bias) for _ in range(2)]
+        assert_same(torch, [y.double() for y in evaluations], [want] * 2, 2**-6)
+        trained.requires_grad_()
+        y = ours(config, x, w, a, b, m, bias)
+        (gradient,) = torch.autograd.grad(y.sum(), trained)
+        assert gradient.shape == trained.shape
+        trained.requires_grad_(False)
+    ours(config, x, w, a, b, m, bias)
+    (mapped,) = torch.vmap(lambda x: ours(config, x, w, a, b, m, bias))(x[None])
+    assert_same(torch, [mapped.double()], [want], 2**-6)
+    memory = StorageWeakRef(w.untyped_storage())
+    w.data = torch.empty(0, dtype=torch.bfloat16)
+    assert memory.expired()
 
 
 @pytest.mark.parametrize("multiplies", [False, True])
@@ -690,7 +801,7 @@ def test_an_evaluation_that_cannot_be_planned_leaves_nothing_behind(torch, reaso
         for _ in range(3):
             y = ours(config, x, w, a, b, m, bias)
             assert_same(torch, [y.float()], [want], 2**-6 if reason == "autocast" else 1e-6)
-    assert w not in _evaluation._plans
+    assert id(w) not in _evaluation._plans
 
 
 def test_a_forward_in_training_ends_the_plan_of_an_evaluation(torch):
@@ -791,6 +902,33 @@ def test_a_freed_weight_leaves_nothing_behind(torch, way):
     del layer
     gc.collect()
     assert [reference() for reference in gone] == [None, None]
+    assert key not in _evaluation._plans
+
+
+@pytest.mark.parametrize("scale", [1, 2.0**-200])  # of W; its squares underflow in float32
+@pytest.mark.parametrize("name", ["lora_a", "lora_b", "magnitude"])
+def test_an_evaluation_keeps_no_array_of_an_adapter_that_is_gone(torch, name, scale):
+    """An array may know its model, by a hook for instance, and then the weight."""
+    from doraxp.torch import _evaluation
+
+    _, layer = make(torch)
+    x = torch.ones(1, 6, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.mul_(scale)
+        layer.lora_b.mul_(scale)
+        layer(x)
+    key, weight = id(layer.weight), layer.weight
+    gone = weakref.ref(getattr(layer, name))
+    setattr(layer, name, torch.nn.Parameter(torch.ones_like(getattr(layer, name))))
+    assert gone() is None
+    assert key not in _evaluation._plans
+    with torch.no_grad():
+        assert_same(torch, [layer(x)], [dense_y(layer, x)])
+    getattr(layer, name).register_hook(partial(print, layer))
+    gone = weakref.ref(weight)
+    del layer, weight
+    gc.collect()
+    assert gone() is None
     assert key not in _evaluation._plans
 
 
@@ -915,10 +1053,14 @@ def test_bad_arguments_are_refused(torch, evaluated):
         arrays[index] = arrays[index].detach().numpy()
         with pytest.raises(TypeError, match=r"must be of type Tensor, got ndarray$"):
             ours(config, *arrays)
-    with pytest.raises(TypeError, match="adapter must be of type Adapter"):
-        doraxp.torch.dora_linear(x, w, (a, b, m), config)
     if evaluated:
         ours(config, x, w, a, b, m)
+    with pytest.raises(TypeError, match="adapter must be of type Adapter"):
+        doraxp.torch.dora_linear(x, w, (a, b, m), config)
+    with pytest.raises(TypeError, match=r"^x must be of type Tensor, got NoneType$"):
+        ours(config, None, w, a, b, m)
+    with pytest.raises(TypeError, match="x must be of dtype"):
+        ours(config, x.int(), w, a, b, m)
     with pytest.raises(ValueError, match=r"x must have shape \(\.\.\., in\)"):
         ours(config, x[:, 1:], w, a, b, m)
     with pytest.raises(ValueError, match="bias must have shape"):

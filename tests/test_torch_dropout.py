@@ -196,6 +196,21 @@ def test_dtypes_and_autocast(torch, dropout, dtype):
             torch.testing.assert_close(low.double(), want, rtol=0, atol=bound * 2**16)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_autocast_rounds_neither_the_gain_nor_its_gradients(torch, create_graph):
+    """Within its block PyTorch would make the products in bfloat16, those of a backward too."""
+    from doraxp.torch._gain import gain
+
+    layer, _ = make(torch, dtype="float32")
+    inputs = [layer.weight.requires_grad_(), *layer.adapter]
+    g = gain(*inputs, exact=True)
+    want = torch.autograd.grad(g.sum(), inputs, retain_graph=True, create_graph=create_graph)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(gain(*inputs, exact=True), g)
+        found = torch.autograd.grad(g.sum(), inputs, create_graph=create_graph)
+    assert all(map(torch.equal, found, want))
+
+
 def test_the_repr_shows_the_rate_and_its_kind(torch):
     layer, _ = make(torch, "low_rank", 0.25)
     expected = "in=6, out=4, bias=True, rank=2, scaling=1.5, dropout=0.25 (low_rank)"

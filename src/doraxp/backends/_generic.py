@@ -308,7 +308,7 @@ class Operations:
         self, norm: Consumed, projection: Array, trusted: Array, factors: Factors,
         magnitude: Array, reduce: Reduce | None,
     ) -> Norm:  # fmt: skip
-        """Return the results of `norm_and_direction`, given those of `expanded_norm`."""
+        """Return the results of `norm_and_direction`, given those of `_expanded_norm`."""
         norm, direction = self._measure_on_v(trusted, norm, factors, reduce)
         if reduce is None:
             projection = direction.projection(projection, ops=self)

@@ -24,8 +24,8 @@ from doraxp._core.prepared import Prepared
 from doraxp.backends import Factored, transpose
 from doraxp.torch._definition import is_small, of_rows, rows_and_scale
 from doraxp.torch._kept import RELEASED, sample, with_weight
-from doraxp.torch._modes import is_recorded, is_transformed
-from doraxp.torch._ops import Call, forward_layer
+from doraxp.torch._modes import is_fake, is_recorded, is_transformed
+from doraxp.torch._ops import Call, detached, forward_layer
 
 
 class _ByRows(NamedTuple):
@@ -98,8 +98,7 @@ _Multiplication: TypeAlias = _ByRows | _ByFactors | _InMixedPrecision
 
 
 class _Plan(NamedTuple):
-    weight: Callable[[], Any]  # a weak reference
-    adapter: Adapter
+    arrays: tuple[Callable[[], Any], ...]  # weak references to the weight, A, B and m
     bias: Callable[[], Any] | None  # a weak reference
     call: Call
     dtypes: tuple[Any, Any]  # of x, and in which products with W take it
@@ -133,24 +132,27 @@ def evaluated_anew(
     """
     arrays: tuple[Any, ...] = weight, *adapter
     ops = call.ops
-    # An inference tensor does not count its writes, and the plan would keep a graph.
-    plain = (ops.has_memory(a) and a.is_leaf and not a.is_inference() for a in arrays)
-    if weight.ndim != 2 or not all(plain) or x.device != weight.device:
+    # An inference tensor does not count its writes.
+    plain = (ops.has_memory(array) and not array.is_inference() for array in arrays)
+    if weight.ndim != 2 or not all(plain) or is_fake():
         return None
     kind = ops.operand_dtype(x, weight, call.dtype)
     y: Tensor
     multiply: _Multiplication
     if is_small(weight):
-        with torch.no_grad():
-            multiply = _ByRows(*rows_and_scale(weight, adapter, call.config, call.dtype))
-            y = multiply(x, weight, bias)
+        multiply = _ByRows(*rows_and_scale(weight, detached(adapter), call.config, call.dtype))
+        y = multiply(x, weight, bias)
     else:
         y, *_, prepared = forward_layer(x, weight, adapter, bias, call)
         multiply = _multiplication(prepared, call, kind)
     samples = tuple(ops.bits(array)[:: sample(array).stride(0)] for array in arrays)
     key = id(weight)
+
+    def forget(_: Any) -> None:
+        _plans.pop(key, None)
+
     _plans[key] = _Plan(
-        weakref.ref(weight, lambda _: _plans.pop(key, None)), adapter,
+        tuple(weakref.ref(array, forget) for array in arrays),
         None if bias is None else weakref.ref(bias), call, (x.dtype, kind),
         _state(arrays), samples, [numbers.tobytes() for numbers in samples], multiply,
     )  # fmt: skip
@@ -181,11 +183,12 @@ def _fits(
     plan: _Plan, x: Tensor, weight: Tensor, adapter: Adapter, config: Config, bias: Tensor | None
 ) -> bool:
     """Return whether a plan is of these arguments, and no number of the samples has changed."""
-    of_weight, (a, b, m), of_bias, call, (dtype, kind), state, samples, numbers, _ = plan
-    if of_weight() is not weight or adapter.__class__ is not Adapter:
+    (of_weight, of_a, of_b, of_m), of_bias, call, (dtype, kind), state, samples, numbers, _ = plan
+    if of_weight() is not weight or adapter.__class__ is not Adapter or call.config is not config:
         return False
     arrays: Any = weight, *adapter
-    if arrays[1] is not a or arrays[2] is not b or arrays[3] is not m or call.config is not config:
+    _, a, b, m = arrays
+    if of_a() is not a or of_b() is not b or of_m() is not m:
         return False
     if bias is not (None if of_bias is None else of_bias()) or not isinstance(x, Tensor):
         return False

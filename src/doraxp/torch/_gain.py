@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from doraxp.torch._definition import over, row_norms
-from doraxp.torch._modes import is_transformed
+from doraxp.torch._modes import is_transformed, without_autocast
 
 
 def gain(
@@ -39,7 +39,7 @@ def gain(
         Returns D again. The backward calls it, and the graph does not keep D.
     """
     # Autocast would make the products in fewer digits.
-    with torch.autocast(dense.device.type, enabled=False):
+    with without_autocast(dense):
         if exact and is_transformed():
             return over(magnitude, _direction_and_norm(dense, lora_a, scaled_b)[1])
         if exact:
@@ -68,17 +68,26 @@ class _Gain(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dg: Tensor) -> Any:
         lora_a, scaled_b, magnitude, dense, norm, g, projection = ctx.saved_tensors
-        dense = ctx.remake() if dense is None else dense
-        if torch.is_grad_enabled():  # `create_graph`: a second derivative may follow
-            return *_differentiable(ctx, dg, lora_a, scaled_b, magnitude, dense), None
-        dm = over(dg, norm)
-        c = over(-g * dm, norm)[:, None]
-        a, b, d = (array.to(norm.dtype) for array in (lora_a, scaled_b, dense))
-        scaled = c * b
-        da = scaled.mT @ d + (scaled.mT @ b) @ a
-        ddense = (c * torch.addmm(d, b, a)).to(dense.dtype) if ctx.needs_input_grad[3] else None
-        db = (c * projection).to(scaled_b.dtype)
-        return da.to(lora_a.dtype), db, dm.to(magnitude.dtype), ddense, None
+        arrays = lora_a, scaled_b, magnitude, ctx.remake() if dense is None else dense
+        with without_autocast(dg):  # as in `gain`
+            if torch.is_grad_enabled():  # `create_graph`: a second derivative may follow
+                return *_differentiable(ctx, dg, *arrays), None
+            return *_gradients(ctx, dg, *arrays, norm, g, projection), None
+
+
+def _gradients(
+    ctx: Any, dg: Tensor, lora_a: Tensor, scaled_b: Tensor, magnitude: Tensor, dense: Tensor,
+    norm: Tensor, g: Tensor, projection: Tensor,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Return the gradients by A, s B, m and D, in their dtypes."""
+    dm = over(dg, norm)
+    c = over(-g * dm, norm)[:, None]
+    a, b, d = (array.to(norm.dtype) for array in (lora_a, scaled_b, dense))
+    scaled = c * b
+    da = scaled.mT @ d + (scaled.mT @ b) @ a
+    ddense = (c * torch.addmm(d, b, a)).to(dense.dtype) if ctx.needs_input_grad[3] else None
+    db = (c * projection).to(scaled_b.dtype)
+    return da.to(lora_a.dtype), db, dm.to(magnitude.dtype), ddense
 
 
 def _differentiable(ctx: Any, dg: Tensor, *arrays: Tensor) -> list[Tensor | None]:

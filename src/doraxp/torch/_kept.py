@@ -21,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from doraxp._base.types import Adapter, Config
 from doraxp._core.prepared import Prepared, prepare_checked
 from doraxp.backends import Operations
+from doraxp.torch._modes import is_fake
 
 SAMPLE = 256
 """The numbers of a weight that are compared, about."""
@@ -96,9 +97,10 @@ def may_keep(weight: Tensor) -> bool:
     """Return whether a later call can tell if the weight has changed.
 
     A weight that is trained changes at each step. An inference tensor does not count its writes. On
-    a GPU, a look at the sample would wait for the queue.
+    a GPU, a look at the sample would wait for the queue. Where tensors are fake, the sample has no
+    values.
     """
-    if weight.requires_grad or weight.is_inference() or weight.device.type != "cpu":
+    if weight.requires_grad or weight.is_inference() or weight.device.type != "cpu" or is_fake():
         return False
     contiguous: bool = weight.is_contiguous()
     return contiguous

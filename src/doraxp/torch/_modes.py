@@ -1,4 +1,4 @@
-"""The modes of PyTorch that concern a call: recording, transforms, autocast."""
+"""The modes of PyTorch that concern a call: recording, transforms, fake tensors, autocast."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ def is_transformed() -> bool:
     transformed: bool = torch._C._are_functorch_transforms_active()
     level: int = torch.autograd.forward_ad._current_level
     return transformed or level >= 0
+
+
+def is_fake() -> bool:
+    """Return whether PyTorch computes shapes and no values, as in a `FakeTensorMode`."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def is_autocast(x: Tensor) -> bool:
