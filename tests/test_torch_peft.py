@@ -250,6 +250,22 @@ def recomputed(torch, model, checkpoint):
     return Recomputed()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # it has a successor
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch's
+def test_tracing_and_compiling_for_any_shape_work(peft, torch, x):
+    from doraxp.torch import accelerate
+
+    model = model_of(peft, torch)
+    with torch.no_grad():
+        want = model(x)
+    accelerate(model)
+    compiled = torch.compile(model, dynamic=True)
+    traced = torch.jit.trace(model, x)
+    for y in (compiled(x), traced(x)):
+        torch.testing.assert_close(y, want)
+    torch.testing.assert_close(compiled(x[:1]), want[:1])
+
+
 def test_a_bfloat16_model_gives_bfloat16_gradients(peft, torch, x):
     from doraxp.torch import accelerate
 
@@ -350,7 +366,7 @@ def test_bad_arguments_are_refused_and_change_nothing(peft, torch):
         accelerate(3)
     with pytest.raises(ValueError, match="norm_gradient must be one of"):
         accelerate(model, "none")
-    with pytest.raises(ValueError, match="must have a DoRA layer"):
+    with pytest.raises(ValueError, match="must have a layer with DoRA, has none: give use_dora"):
         accelerate(torch.nn.Linear(3, 3))
     with pytest.raises(TypeError, match="model must be of type Module, got int"):
         restore(3)
@@ -587,3 +603,55 @@ def test_a_layer_whose_class_fsdp_has_derived_is_restored_and_accelerated_again(
     handle = accelerate(model)
     assert_same(torch, step(torch, model, x), ours, 0)
     assert handle.layers == tuple(f"base_model.model.{name}" for name in NAMES)
+
+
+@pytest.fixture
+def mesh(torch):
+    """A mesh of this process alone, for FSDP2."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("first", ["accelerate", "fully_shard"])
+def test_fsdp2_may_come_before_or_after(peft, torch, x, mesh, monkeypatch, first):
+    from torch.distributed.fsdp import fully_shard
+
+    from doraxp.torch import _peft, accelerate
+
+    model = model_of(peft, torch)
+    want = model(x).detach()
+    calls, compute = [], _peft.dora_linear
+    monkeypatch.setattr(_peft, "dora_linear", lambda *args: calls.append(1) or compute(*args))
+    if first == "accelerate":
+        accelerate(model)
+    fully_shard(model, mesh=mesh)
+    handle = accelerate(model)
+    y = model(x)
+    y.sum().backward()
+    assert_same(torch, [y.detach()], [want])
+    assert len(calls) == 2
+    assert set(handle.left.values()) == {
+        "its weight must be a plain tensor, got DTensor (FSDP2 makes it plain in each forward)"
+    }
+
+
+def test_the_reason_why_no_layer_can_be_accelerated_names_each_kind_once(peft, torch, mesh):
+    from torch.distributed.fsdp import fully_shard
+
+    from doraxp.torch import accelerate
+
+    model = model_of(peft, torch)
+    for name in NAMES:
+        fully_shard(model.base_model.model[int(name)], mesh=mesh)
+    message = (
+        "one of the model's 2 layers with DoRA must be fit for doraxp, none is: "
+        "base_model.model.0: its class must be Linear, got FSDPLinear: "
+        "call accelerate before fully_shard"
+    )
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        accelerate(model)

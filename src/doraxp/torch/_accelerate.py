@@ -88,7 +88,7 @@ def accelerate(model: Any, norm_gradient: NormGradient = "exact") -> Accelerated
     TypeError
         `model` is not a module.
     ValueError
-        The model has no DoRA layer around a `torch.nn.Linear` or a quantised one.
+        The model has no layer with DoRA, or none around a `torch.nn.Linear` or a quantised one.
 
     Examples
     --------
@@ -105,10 +105,25 @@ def accelerate(model: Any, norm_gradient: NormGradient = "exact") -> Accelerated
     check_kind("model", model, torch.nn.Module)
     Config(1, norm_gradient=norm_gradient)  # raises for an unknown choice
     never = {name: _peft.why_never(layer) for name, layer in _peft.dora_layers(model)}
+    if not never:
+        raise ValueError(
+            "the model must have a layer with DoRA, has none: give use_dora=True to LoraConfig"
+        )
     if None not in never.values():
-        raise ValueError(f"the model must have a DoRA layer that can be accelerated, got {never}")
+        raise ValueError(
+            f"one of the model's {len(never)} layers with DoRA must be fit for doraxp, none is: "
+            + "; ".join(f"{name}: {reason}" for reason, name in _first_of_each(never).items())
+        )
     _peft.swap(model, norm_gradient)
     return Accelerated(model)
+
+
+def _first_of_each(reasons: Mapping[str, str | None]) -> dict[str | None, str]:
+    """Return each reason with the name of the first layer that has it."""
+    first: dict[str | None, str] = {}
+    for name, reason in reasons.items():
+        first.setdefault(reason, name)
+    return first
 
 
 def restore(model: Any) -> None:

@@ -107,9 +107,9 @@ def dora_linear(
     A second derivative, and any derivative under `torch.func` or in forward mode, stores V.
 
     On a CPU, ‖w‖² and the rest of `doraxp.prepare` are kept as long as a frozen weight lives. Each
-    call compares the adapter number by number, and some hundred numbers of the weight; of
-    evaluations in a row, each compares some hundred numbers of all four arrays. A write through
-    ``.data`` that changes none of these is not noticed.
+    call compares the adapter number by number, and a number of each row and column of the weight;
+    of evaluations in a row, each compares m, a number of each row and column of A and B, and fewer
+    of the weight. A write through ``.data`` that changes none of these is not noticed.
 
     Parameters
     ----------

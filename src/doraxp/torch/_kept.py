@@ -23,8 +23,6 @@ from doraxp._core.prepared import Prepared, prepare_checked
 from doraxp.backends import Operations
 from doraxp.torch._modes import is_fake
 
-SAMPLE = 256
-"""The numbers of a weight that are compared, about."""
 RELEASED = torch.empty(0)
 """Stands for the weight in what is kept."""
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -112,28 +110,28 @@ def _state(tensor: Tensor) -> _State:
     return _State(storage, tensor.storage_offset(), tensor.stride(), tensor._version)
 
 
-def sample(weight: Tensor) -> Tensor:
-    """Return some numbers of W as a view, at equal distances, spread over rows and columns.
+def sample(weight: Tensor, every: int = 1) -> Tensor:
+    """Return some numbers of W as a view, at equal distances: at least one of each row and column.
+
+    With another `every`, there are so many times fewer, spread over rows and columns.
 
     The version of a tensor does not count writes through `.data`, through a NumPy view, or by FSDP
     into its buffers. Such writes change whole matrices, or large parts of them.
     """
-    count, step = _lattice(weight.numel(), weight.shape[-1])
-    return weight.detach().as_strided((count,), (step,), weight.storage_offset())
+    size, columns = weight.numel(), weight.shape[-1]
+    step = _step(size // columns, columns, every)
+    return weight.detach().as_strided((-(-size // step),), (step,), weight.storage_offset())
 
 
 @functools.lru_cache
-def _lattice(size: int, columns: int) -> tuple[int, int]:
-    """Return how many numbers a sample has, and their distance.
+def _step(rows: int, columns: int, every: int) -> int:
+    """Return the distance of the numbers of a sample.
 
-    Multiples of the golden ratio, modulo 1, leave no large gap. So the distance is a whole number
-    of rows and 0.618 of a row, or a power of 0.618 where a row has several numbers of the sample.
+    A distance of at most the length of a row leaves no row out. One that has no divisor in common
+    with that length goes through all columns before it comes back to one. And multiples of the
+    golden ratio, modulo 1, leave no large gap.
     """
-    rows = size // columns
-    whole, part = rows // SAMPLE, _GOLDEN
-    if whole == 0:
-        part = _GOLDEN ** math.ceil(math.log(rows / SAMPLE, _GOLDEN))
-    step = max(1, round((whole + part) * columns))
-    while math.gcd(step, columns) > 1:  # else some columns would be in no sample
-        step += 1
-    return -(-size // step), step
+    step = max(1, round((every - 1 + _GOLDEN) * min(rows, columns)))
+    while math.gcd(step, columns) > 1:
+        step -= 1
+    return step

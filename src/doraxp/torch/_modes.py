@@ -17,10 +17,15 @@ def is_recorded(*arrays: Tensor | None) -> bool:
 
 
 def is_transformed() -> bool:
-    """Return whether `torch.func` or forward mode is at work, which need the definition."""
+    """Return whether `torch.func`, forward mode or a tracer is at work, which need the definition.
+
+    A tracer is `torch.jit.trace`, or `make_fx`. What it records must read no value.
+    """
     transformed: bool = torch._C._are_functorch_transforms_active()
     level: int = torch.autograd.forward_ad._current_level
-    return transformed or level >= 0
+    if transformed or level >= 0 or torch._C._get_tracing_state() is not None:
+        return True
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def is_fake() -> bool:

@@ -47,7 +47,8 @@ class AcceleratedLayer:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the same as PEFT's forward, which computes all that doraxp does not."""
-        parts = None if args or kwargs else _parts(self)
+        # In torch.jit.trace, a rank is a tensor.
+        parts = None if args or kwargs or torch._C._get_tracing_state() else _parts(self)
         if not isinstance(parts, _Parts):
             y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return y
@@ -183,8 +184,13 @@ def why_never(layer: Any) -> str | None:
     if isinstance(layer, AcceleratedLayer):
         return None
     if _accelerated(type(layer)) is None:
-        return f"its class must be Linear, got {type(layer).__name__}"
-    reason = is_quantised(layer._modules["base_layer"])
+        name = type(layer).__name__
+        order = ": call accelerate before fully_shard" if name.startswith("FSDP") else ""
+        return f"its class must be Linear, got {name}{order}"
+    base = layer._modules["base_layer"]
+    if type(base._parameters.get("weight")).__name__ == "DTensor":
+        return None  # FSDP2 makes it a plain tensor in each forward
+    reason = is_quantised(base)
     return reason if isinstance(reason, str) else None
 
 

@@ -26,7 +26,9 @@ def is_quantised(base: Any) -> bool | str:
         if of_weight is torch.nn.Parameter or of_weight is Tensor:
             return False
         if not of_weight.__module__.startswith("torchao."):
-            return f"its weight must be a plain tensor, got {of_weight.__name__}"
+            name = of_weight.__name__
+            later = " (FSDP2 makes it plain in each forward)" if name == "DTensor" else ""
+            return f"its weight must be a plain tensor, got {name}{later}"
         if any(
             getattr(weight, name, None) for name in ("act_quant_kwargs", "activation_quantization")
         ):
