@@ -393,7 +393,7 @@ def test_a_forward_of_fake_tensors_changes_nothing_for_the_next_one_with_values(
 @pytest.mark.filterwarnings("ignore:Converting a tensor")  # the checks of shapes are not recorded
 @pytest.mark.parametrize("tracer", ["torch.jit.trace", "make_fx"])
 @pytest.mark.parametrize("planned", [False, True])
-def test_what_a_tracer_records_follows_the_parameters(torch, tracer, planned):
+def test_a_record_of_a_tracer_follows_the_parameters(torch, tracer, planned):
     from torch.fx.experimental.proxy_tensor import make_fx
 
     _, layer = make(torch)
@@ -890,6 +890,19 @@ def test_a_write_of_a_row_or_a_column_through_data_is_noticed(torch, name, evalu
         array.data[part] *= 1.5
         with torch.set_grad_enabled(not evaluation):
             assert_same(torch, [layer(x)], [dense_y(layer, x)])
+
+
+def test_many_tokens_of_a_small_layer_are_multiplied_in_16_bits_where_the_device_can(
+    torch, monkeypatch
+):
+    monkeypatch.setattr("doraxp.backends._torch.multiplies", lambda kind, dtype: True)
+    monkeypatch.setattr("doraxp.torch._definition._FEW", 4 * 6 * 5 - 1)
+    config = Config(2)  # a plan holds for one object
+    x, w, a, b, m, bias = (array.detach() for array in draw(torch, dtype="bfloat16"))
+    a, b, m = (leaf.float().requires_grad_() for leaf in (a, b, m))
+    want = ours(config, x, w, a, b, m, bias)
+    with torch.no_grad():
+        assert all(torch.equal(ours(config, x, w, a, b, m, bias), want) for _ in range(3))
 
 
 def test_an_evaluation_under_autocast_is_that_of_training(torch, monkeypatch):

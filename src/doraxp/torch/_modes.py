@@ -19,7 +19,7 @@ def is_recorded(*arrays: Tensor | None) -> bool:
 def is_transformed() -> bool:
     """Return whether `torch.func`, forward mode or a tracer is at work, which need the definition.
 
-    A tracer is `torch.jit.trace`, or `make_fx`. What it records must read no value.
+    A tracer is `torch.jit.trace`, or `make_fx`. It cannot record that a value is read.
     """
     transformed: bool = torch._C._are_functorch_transforms_active()
     level: int = torch.autograd.forward_ad._current_level
