@@ -255,12 +255,12 @@ class Figures(NamedTuple):
         references = REFERENCES[self.task]
         what = f"{self.sizes.tokens} tokens" if self.task == "step" else "one token, KV cache"
         yield f"{self.sizes}: {self.task}, {what}"
-        yield f"  {'':22} {'ms':>8}" + "".join(f"  {f'÷ {name}':>20}" for name in references)
+        yield f"  {'':22} {'ms':>8}" + "".join(f"  ÷ {name}" for name in references)
         for name, seconds in self.times.items():
             line = f"  {name:22} {1e3 * quartiles(seconds)[1]:8.4g}"
             for reference in references:
                 ratio = self.ratio(name, reference)
-                line += f"  {ratio:20.2f}"
+                line += f"  {ratio:{len(reference) + 2}.2f}"
                 goal = GOALS.get((self.sizes, self.task, name, reference))
                 if goal is not None:
                     line += f" ≤ {goal:g}: {'met' if ratio <= goal else 'missed'}"
