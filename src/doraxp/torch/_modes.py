@@ -23,7 +23,11 @@ def is_transformed() -> bool:
     """
     transformed: bool = torch._C._are_functorch_transforms_active()
     level: int = torch.autograd.forward_ad._current_level
-    if transformed or level >= 0 or torch._C._get_tracing_state() is not None:
+    if transformed or level >= 0:
+        return True
+    if torch.compiler.is_compiling():  # it cannot look at the tracers
+        return False
+    if torch._C._get_tracing_state() is not None:
         return True
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
