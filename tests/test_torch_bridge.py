@@ -479,6 +479,16 @@ def test_a_prepared_norm_is_of_the_values_of_the_adapter_and_not_of_its_bits(tor
             run(*values)
 
 
+def test_a_prepared_norm_is_refused_with_the_same_bits_in_another_dtype(torch):
+    x, weight, a, b, m = (
+        array.detach() for array in draw(torch, SHAPES["matrix"][:5], dtype="float16")
+    )
+    prepared = doraxp.prepare(weight, Adapter(a, b, m), Config(2))
+    other = Adapter(a, b.view(torch.bfloat16), m)
+    with pytest.raises(ValueError, match="the adapter has changed"):
+        doraxp.forward(x, weight, other, Config(2), prepared=prepared)
+
+
 @pytest.mark.parametrize("name", ["weight", "lora_a", "lora_b", "magnitude"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_every_change_of_an_array_is_noticed(torch, name, change):

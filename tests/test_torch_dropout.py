@@ -82,6 +82,25 @@ def test_first_and_second_derivatives_with_a_fixed_mask(torch, dropout, form):
     assert torch.autograd.gradgradcheck(run, (x, *values))
 
 
+@pytest.mark.parametrize("dropout", MODES)
+def test_derivatives_where_one_parameter_is_a_function_of_another(torch, dropout):
+    layer, x = make(torch, dropout)
+
+    def run(lora_a):
+        torch.manual_seed(5)
+        magnitude = layer.magnitude.detach() + lora_a.square().sum()
+        parameters = {"lora_a": lora_a, "magnitude": magnitude}
+        return torch.func.functional_call(layer, parameters, x)
+
+    lora_a = layer.lora_a.detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(run, lora_a)
+    found = [
+        torch.autograd.grad(run(lora_a).sum(), lora_a, create_graph=create_graph)[0]
+        for create_graph in (False, True)
+    ]
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # jvp's own import
 @pytest.mark.parametrize(("dropout", "form", "norm_gradient"), CHOICES)
 def test_torch_func_and_forward_mode_differentiate_dropout_too(torch, dropout, form, norm_gradient):
