@@ -224,7 +224,8 @@ def test_each_tensor_of_an_adapter_is_read_from_disk_once(folders, monkeypatch, 
 
     monkeypatch.setattr(Reader, "read", counted)
     if command == "merge":
-        assert merge(folder, "--verify") == 0
+        plan = plan_merge(folder / "base", folder / "adapter", Options())
+        run_merge(plan, folder / "out", verify=True)
     else:
         look_at_base(open_model(folder / "base"), load_adapters(folder / "adapter"))
     assert sorted(names) == sorted(load_file(folder / "adapter" / "adapter_model.safetensors"))

@@ -13,6 +13,7 @@ from doraxp.checkpoint._model import Model, open_model
 from doraxp.checkpoint._options import Options
 from doraxp.checkpoint._plan import CopiedTensor, MergedTensor, ReplacedTensor
 from doraxp.checkpoint._run import run_merge
+from doraxp.checkpoint._sampled_norms import SampledNorms, sample_norms
 from doraxp.layers import AdaptedLayer
 
 __all__ = [
@@ -28,11 +29,13 @@ __all__ = [
     "Model",
     "Options",
     "ReplacedTensor",
+    "SampledNorms",
     "load_adapters",
     "look_at",
     "look_at_base",
     "open_model",
     "plan_merge",
     "run_merge",
+    "sample_norms",
     "save_adapters",
 ]

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from doraxp.checkpoint._rows import Norms
 from doraxp.layers import AdaptedLayer
 
+_ROUNDING, _KEPT = 1e-6, 0.9
+
 
 class Change(NamedTuple):
     """The distance that a merge moves one weight."""
@@ -21,6 +23,19 @@ class Change(NamedTuple):
     """ΔD = mean over the matrix's rows of 1 − cos(w'ᵢ, wᵢ)."""
     largest: float
     """max over the rows of ‖w'ᵢ − wᵢ‖ / ‖wᵢ‖."""
+    kept: float = 1.0
+    """⟨stored − W, W' − W⟩ / ‖W' − W‖²: the part of the change that the stored dtype keeps. 1 for
+    an idle adapter; NaN where the squares overflow."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the rounding of m to float32 alone may have caused the change."""
+        return self.largest <= _ROUNDING
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the stored dtype keeps less than nine tenths of the change."""
+        return self.kept < _KEPT
 
 
 def joined(norms: Iterable[Norms]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -37,7 +52,7 @@ def update_squares(layer: AdaptedLayer) -> NDArray[np.float64]:
     return squares
 
 
-def change(norms: Iterable[Norms], layer: AdaptedLayer) -> Change:
+def change(norms: Iterable[Norms], layer: AdaptedLayer, kept: float = 1.0) -> Change:
     """Return ΔM, ΔD and the largest change, from the sides of the triangle in each row.
 
     ::
@@ -57,6 +72,10 @@ def change(norms: Iterable[Norms], layer: AdaptedLayer) -> Change:
         direction = np.where(m < 0, 2.0 - direction, direction)
         moved = np.sqrt((length - base) ** 2 + 2 * length * base * direction)
     ratio = np.divide(moved, base, out=np.where(moved > 0, np.inf, 0.0), where=base > 0)
+    largest = float(np.max(ratio))
     return Change(
-        float(np.mean(np.abs(length - base))), float(np.mean(direction)), float(np.max(ratio))
+        float(np.mean(np.abs(length - base))),
+        float(np.mean(direction)),
+        largest,
+        kept if largest > _ROUNDING else 1.0,
     )

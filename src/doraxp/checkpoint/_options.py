@@ -20,6 +20,17 @@ class Options:
     dtype: str | None = None
     """The dtype of every floating tensor in the result, such as "F16" or "BF16"; None keeps each
     tensor's own."""
+    rounding: str = "nearest"
+    """"nearest" or "stochastic", of merged tensors to bfloat16 and float16: stochastic rounding
+    keeps, in the mean, an update that is smaller than the distance of two such numbers."""
+    seed: int = 0
+    """Of the stochastic rounding, in 0..2**64 - 1. The same seed gives the same bytes."""
+
+    def __post_init__(self) -> None:
+        if self.rounding not in ("nearest", "stochastic"):
+            raise ValueError(f"rounding must be nearest or stochastic, got {self.rounding!r}")
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"seed must be in 0..{(1 << 64) - 1}, got {self.seed}")
 
 
 def written_as(tensor: Tensor, options: Options) -> Tensor:

@@ -39,8 +39,10 @@ class Block(NamedTuple):
 
     rows: slice
     """Their place along the first axis of the stored weight."""
+    weight: HostArray
+    """W, flat after the first axis, in the dtype of the computation."""
     merged: HostArray
-    """W', in the dtype of the computation. The next block may overwrite it."""
+    """W', in the same shape and dtype. The next block may overwrite both."""
     norms: Norms
     """The norms of those rows of the matrix that no block before had.
 
@@ -88,8 +90,16 @@ def merged_blocks(
         raise CheckpointError(f"{name} has values too large for {dtype}") from None
 
 
-_Form: TypeAlias = Callable[[slice], tuple[Array, Array]]
-"""Returns the same rows of W and of V, as they are stored."""
+class _Formed(NamedTuple):
+    """The same rows of W and of V, as they are stored."""
+
+    host: HostArray
+    """W, for NumPy."""
+    weight: Array
+    v: Array
+
+
+_Form: TypeAlias = Callable[[slice], _Formed]
 
 
 def _merge(
@@ -110,30 +120,33 @@ def _merge(
     if layer.kind.is_transposed:
         left, right = ops.xp.matrix_transpose(a), ops.xp.matrix_transpose(b)
 
-    def form(rows: slice) -> tuple[Array, Array]:
+    def form(rows: slice) -> _Formed:
         with np.errstate(over="raise"):
-            weight = engine.place(wide.cast(_flat(read(rows)), np.dtype(dtype)))
+            host = wide.cast(_flat(read(rows)), np.dtype(dtype))
+        weight = engine.place(host)
         with np.errstate(invalid="ignore"):  # the norms show NaN and infinity
             v = engine.product(left[rows, :], right)
             v += weight
-        return weight, v
+        return _Formed(host, weight, v)
 
     scaled = _by_columns if layer.kind.is_transposed else _by_rows
-    for rows, v, norms, gain in scaled(form, list(row_blocks(layer.shape)), m, ops):
+    for rows, formed, norms, gain in scaled(form, list(row_blocks(layer.shape)), m, ops):
+        merged = formed.v
         with np.errstate(invalid="ignore", over="raise"):
-            v *= gain
-        yield Block(rows, engine.fetch(v), Norms(*(engine.fetch(norm) for norm in norms)))
+            merged *= gain
+        norms = Norms(*(engine.fetch(norm) for norm in norms))
+        yield Block(rows, formed.host, engine.fetch(merged), norms)
 
 
-_Scaled: TypeAlias = Iterator[tuple[slice, Array, Norms, Array]]
-"""Rows, V, norms as `Block` has them, and m / n, in a shape that multiplies V."""
+_Scaled: TypeAlias = Iterator[tuple[slice, _Formed, Norms, Array]]
+"""Rows, W and V, norms as `Block` has them, and m / n, in a shape that multiplies V."""
 
 
 def _by_rows(form: _Form, blocks: Iterable[slice], m: Array, ops: Operations) -> _Scaled:
     for rows in blocks:
-        weight, v = form(rows)  # (k, in)
-        norms = Norms(_row_norms(weight, ops), _row_norms(v, ops))
-        yield rows, v, norms, _gain(m[rows], norms.adapted, ops)[:, None]
+        formed = form(rows)  # (k, in)
+        norms = Norms(_row_norms(formed.weight, ops), _row_norms(formed.v, ops))
+        yield rows, formed, norms, _gain(m[rows], norms.adapted, ops)[:, None]
 
 
 def _by_columns(form: _Form, blocks: Iterable[slice], m: Array, ops: Operations) -> _Scaled:
@@ -141,14 +154,13 @@ def _by_columns(form: _Form, blocks: Iterable[slice], m: Array, ops: Operations)
     # Squares do not overflow in float64, unless the weights are that large themselves.
     squares = [xp.zeros_like(m, dtype=xp.float64) for _ in Norms._fields]
     for rows in blocks:
-        for total, part in zip(squares, form(rows), strict=True):  # (k, out)
+        for total, part in zip(squares, form(rows)[1:], strict=True):  # (k, out)
             wide = xp.astype(part, xp.float64, copy=False)
             total += xp.sum(wide * wide, axis=0)
     norms = Norms(*(xp.astype(xp.sqrt(total), m.dtype) for total in squares))
     gain = _gain(m, norms.adapted, ops)[None, :]
     for rows in blocks:
-        _, v = form(rows)
-        yield rows, v, norms, gain
+        yield rows, form(rows), norms, gain
         norms = Norms(*(norm[:0] for norm in norms))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,8 +19,10 @@ from doraxp.checkpoint._engine import Reused, load_engine
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._options import Options, merge_dtype, written_as
 from doraxp.checkpoint._plan import CopiedTensor, MergedTensor, ReplacedTensor, Task
+from doraxp.checkpoint._rounding import Stochastic, stochastic, to_either, to_nearest
 from doraxp.checkpoint._rows import merged_blocks, row_blocks
 from doraxp.checkpoint._safetensors import DTYPES, Reader, Source
+from doraxp.checkpoint._survival import Survival
 from doraxp.layers import AdaptedLayer
 
 OnBytes: TypeAlias = Callable[[int], None]
@@ -58,12 +61,17 @@ def merge_shard(
         for name, tensor in tensors.items():
             match tasks[name]:
                 case MergedTensor(source, _, stored):
-                    layer, norms = adapters.read(stored), []
+                    layer, norms, survival = adapters.read(stored), [], Survival(tensor.shape)
                     dtype = merge_dtype(source.tensor, tensor, options)
+                    random_bits = stochastic(name, tensor, options)
                     for block in merged_blocks(name, source, layer, engine, dtype):
-                        output.write_array(name, block.merged, tensor)
+                        start = block.rows.start * math.prod(tensor.shape[1:])
+                        survival.add(
+                            block,
+                            output.write_array(name, block.merged, tensor, start, random_bits),
+                        )
                         norms.append(block.norms)
-                    yield MergedWeight(name, layer, change(norms, layer))
+                    yield MergedWeight(name, layer, change(norms, layer, survival.kept))
                 case ReplacedTensor(source):
                     for rows in _finite_rows(source):
                         output.write_array(name, rows, tensor)
@@ -111,8 +119,28 @@ class _Output:
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         self._on_bytes(raw.nbytes)
 
-    def write_array(self, name: str, rows: HostArray, tensor: Tensor) -> None:
-        """Append some rows of a tensor, in the tensor's dtype.
+    def write_array(
+        self,
+        name: str,
+        rows: HostArray,
+        tensor: Tensor,
+        start: int = 0,
+        random_bits: Stochastic | None = None,
+    ) -> HostArray:
+        """Append some rows of a tensor, rounded to the tensor's dtype, and return them.
+
+        The next call may overwrite the result.
+
+        Parameters
+        ----------
+        name : str
+            The tensor's name, for errors.
+        rows : array
+        tensor : Tensor
+        start : int
+            The position in the tensor of the first element of `rows`.
+        random_bits : Stochastic, optional
+            Round up or down by them; by default to the nearest number.
 
         Raises
         ------
@@ -121,20 +149,11 @@ class _Output:
         """
         dtype = DTYPES[tensor.dtype]
         try:
-            with np.errstate(over="raise"):
-                written = np.ascontiguousarray(self._narrow.cast(rows, dtype))
-            if tensor.dtype == "BF16":
-                _check_overflow(rows, written)
+            if random_bits is None:
+                written = to_nearest(rows, dtype, self._narrow)
+            else:
+                written = to_either(rows, dtype, random_bits, start, self._narrow)
         except FloatingPointError:
             raise CheckpointError(f"{name} has values too large for {dtype}") from None
         self.write(written.reshape(-1).view(np.uint8).data)
-
-
-def _check_overflow(rows: HostArray, written: HostArray) -> None:
-    """Raise FloatingPointError for bfloat16, as NumPy does for its own dtypes."""
-    bits = written.view(np.uint16)
-    # Of the numbers of one sign infinity has the largest bits, so this is faster than isfinite.
-    if bits.view(np.int16).max(initial=0) < 0x7F80 and bits.max(initial=0) < 0xFF80:
-        return
-    if (np.isfinite(rows) & ~np.isfinite(written)).any():
-        raise FloatingPointError
+        return written

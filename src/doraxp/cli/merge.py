@@ -24,8 +24,6 @@ SUMMARY = (
     "Merge a DoRA adapter into a model, tensor by tensor, in little memory. OUT appears when it is "
     "complete; after an interruption, the same command goes on where it stopped."
 )
-_ROUNDING = 1e-6
-"""The largest change of a row that the rounding of m to float32 may cause without any training."""
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -57,6 +55,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compute",
         choices=("float32", "float64"),
         help="dtype to compute in (default: float32 for narrower tensors, else float64)",
+    )
+    parser.add_argument(
+        "--rounding",
+        choices=("nearest", "stochastic"),
+        default="nearest",
+        help="of merged tensors to bfloat16 and float16; stochastic keeps updates that are smaller "
+        "than the distance of two such numbers, in the mean (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=integer(0, (1 << 64) - 1),
+        default=0,
+        help="of --rounding stochastic: the same seed gives the same bytes (default: %(default)s)",
     )
     parser.add_argument(
         "--backend",
@@ -101,10 +112,12 @@ def run(arguments: argparse.Namespace) -> int:
     console = plain_console()
     dtype = _DTYPES.get(arguments.dtype)
     try:
-        merge = plan_merge(
-            arguments.base, arguments.adapter, Options(arguments.backend, arguments.compute, dtype)
+        options = Options(
+            arguments.backend, arguments.compute, dtype, arguments.rounding, arguments.seed
         )
+        merge = plan_merge(arguments.base, arguments.adapter, options)
         _warn_of_traps(merge)
+        _warn_of_norms(merge)
         if arguments.dry_run:
             _print_plan(merge, console)
         else:
@@ -139,6 +152,24 @@ def _warn_of_traps(merge: Merge) -> None:
             f"OUT has BASE's {name}, and not the other one of ADAPTER"
             if known
             else f"OUT has no {name}, and ADAPTER has one"
+        )
+
+
+def _warn_of_norms(merge: Merge) -> None:
+    """Warn of a base whose norms show that the adapter was not made for it as it is."""
+    from doraxp.checkpoint import sample_norms
+
+    sample = sample_norms(merge)
+    if sample.equal:
+        _warn(
+            f"in {len(sample.equal)} of {sample.modules} modules, {sample.equal[0]} the first, the "
+            "rows of BASE have the norms m of the adapter: either this adapter has been merged "
+            "into BASE before, or its magnitude was never trained"
+        )
+    if sample.fresh_and_unequal:
+        _warn(
+            "the adapter has B = 0 and norms m that BASE does not have, so it is not a fresh "
+            f"adapter of BASE: {', '.join(sample.fresh_and_unequal)}"
         )
 
 
@@ -211,9 +242,21 @@ def _print_summary(merge: Merge, console: Console) -> None:
 def _print_changes(changes: Mapping[str, Change], console: Console) -> None:
     rows = ((name, *(f"{value:.3g}" for value in change)) for name, change in changes.items())
     print_table(("tensor", "ΔM", "ΔD", "largest change of a row"), rows, console)
-    idle = [name for name, change in changes.items() if change.largest <= _ROUNDING]
+    idle = [name for name, change in changes.items() if change.is_idle]
     if idle:
         _warn(f"the adapter changes nothing in {', '.join(idle)}")
+    _warn_of_loss({name: change.kept for name, change in changes.items() if change.is_lost})
+
+
+def _warn_of_loss(kept: Mapping[str, float]) -> None:
+    """Warn of an update that rounding took back in part, and name the options that keep it."""
+    if kept:
+        worst = min(kept, key=kept.__getitem__)
+        _warn(
+            f"rounding lost part of the update in {len(kept)} tensors; {worst} kept "
+            f"{kept[worst]:.2f} of it: --dtype float32 keeps all of it, --rounding stochastic "
+            "keeps it in the mean"
+        )
 
 
 def _warn(message: str) -> None:

@@ -1,0 +1,101 @@
+"""Row norms of the base beside m, from a few rows of each weight, before a merge begins.
+
+::
+
+    fresh          B = 0     m = ‖W‖        the adapter has not been trained
+    trained        B ≠ 0     m ≠ ‖W‖        the usual case
+    merged before  B ≠ 0     m = ‖W‖        for ‖W'‖ = m; or m was never trained
+    other base     B = 0     m ≠ ‖W‖        for a fresh m is the norm of its own base
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from doraxp._base.types import HostArray
+from doraxp.checkpoint._merge import Merge
+from doraxp.checkpoint._plan import MergedTensor
+from doraxp.checkpoint._rows import row_blocks
+
+ROWS = 16
+"""Rows of each weight, side by side: one read."""
+_EQUAL = {"F64": 2.0**-17, "F32": 2.0**-17, "F16": 2.0**-10, "BF16": 2.0**-8}
+"""The largest relative difference of ‖wᵢ‖ and mᵢ that rounding causes, if a trainer computed the
+norms of a weight in its own dtype, or merged in it."""
+
+
+_READ = 64 << 20
+"""Bytes of the largest weight that is read as a whole, because its matrix is stored transposed."""
+
+
+class SampledNorms(NamedTuple):
+    """The modules whose norms and adapters contradict each other."""
+
+    modules: int
+    """The number of modules that were looked at."""
+    equal: list[str]
+    """Modules with B ≠ 0 and ‖wᵢ‖ = mᵢ in all rows of the sample."""
+    fresh_and_unequal: list[str]
+    """Modules with B = 0 and ‖wᵢ‖ ≠ mᵢ in some row of the sample."""
+
+
+def sample_norms(merge: Merge) -> SampledNorms:
+    """Compare ‖wᵢ‖ with mᵢ in some rows of each adapted weight.
+
+    A weight above 64 MiB that is stored transposed, as embeddings are, is left out.
+
+    Raises
+    ------
+    CheckpointError
+        A file has changed since it was planned.
+    OSError
+        A file cannot be read.
+    """
+    modules, equal, unequal = 0, [], []
+    for task in merge.tasks.values():
+        if not isinstance(task, MergedTensor):
+            continue
+        if task.layer.kind.is_transposed and task.source.tensor.nbytes > _READ:
+            continue
+        modules += 1
+        out = task.layer.kind.matrix_shape(task.layer.shape)[-2]
+        middle = max(0, (out - ROWS) // 2)
+        rows = slice(middle, min(middle + ROWS, out))
+        is_fresh = not _rows_of_b(merge, task, rows).any()
+        if _norms_are_m(merge, task, rows):
+            if not is_fresh:
+                equal.append(task.path)
+        elif is_fresh:
+            unequal.append(task.path)
+    return SampledNorms(modules, equal, unequal)
+
+
+def _norms_are_m(merge: Merge, task: MergedTensor, rows: slice) -> bool:
+    """Return True if ‖wᵢ‖ = mᵢ in all of the rows, to the rounding of the dtypes."""
+    name = task.layer.names.magnitude
+    m = np.abs(merge.adapters.reader.read(name).reshape(-1)[rows].astype(np.float64))
+    with np.errstate(over="ignore"):  # a norm that overflows is not m
+        norms = np.linalg.norm(_matrix_rows(task, rows), axis=1)
+    dtypes = task.source.tensor.dtype, merge.adapters.reader.tensors[name].dtype
+    limit = max(_EQUAL[dtype] for dtype in dtypes)
+    with np.errstate(invalid="ignore"):  # a merge refuses NaN and infinity
+        is_near = np.abs(norms - m) <= limit * norms
+    return bool((np.isfinite(norms) & is_near).all())
+
+
+def _matrix_rows(task: MergedTensor, rows: slice) -> NDArray[np.float64]:
+    source = task.source
+    if task.layer.kind.is_transposed:
+        parts = [source.read(block)[:, rows] for block in row_blocks(source.tensor.shape)]
+        return np.concatenate(parts).astype(np.float64).T
+    return source.read(rows).reshape(rows.stop - rows.start, -1).astype(np.float64)
+
+
+def _rows_of_b(merge: Merge, task: MergedTensor, rows: slice) -> HostArray:
+    reader, name = merge.adapters.reader, task.layer.names.lora_b
+    if task.layer.factors_transposed:
+        return reader.read(name)[:, rows]
+    return reader.read(name, rows)
