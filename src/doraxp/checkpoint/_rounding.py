@@ -16,6 +16,7 @@ the bytes depend neither on the machine nor on the order in which the blocks are
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import ml_dtypes
@@ -26,9 +27,10 @@ from doraxp._base.types import HostArray
 from doraxp.checkpoint._engine import Reused
 from doraxp.checkpoint._options import Options
 
-PIECE = 1 << 15
+PIECE = 1 << 16
 """Numbers that are rounded at a time; their bits stay in the cache. A multiple of 16."""
 _BFLOAT16, _FLOAT16 = np.dtype(ml_dtypes.bfloat16), np.dtype("<f2")
+_INFINITY = {_BFLOAT16: 0x7F80, _FLOAT16: 0x7C00}
 _PER_COUNTER = 16
 """Numbers that the four words of one counter serve."""
 
@@ -39,14 +41,20 @@ class Stochastic(NamedTuple):
     seed: int
     name: str
 
-    def bits(self, start: int, stop: int) -> HostArray:
-        """Return the random bits of the elements from `start` to `stop`, as uint16."""
+    def bits(self, start: int, stops: Iterable[int]) -> Iterator[HostArray]:
+        """Yield the random bits of the elements from `start` to each of `stops`, as uint16.
+
+        All of `stops` but the last must be multiples of 16.
+        """
         digest = hashlib.blake2b(self.name.encode(), digest_size=8).digest()
-        first = start // _PER_COUNTER
-        philox = np.random.Philox(key=[self.seed, int.from_bytes(digest, "little")], counter=first)
-        words = philox.random_raw(4 * (-(-stop // _PER_COUNTER) - first))
-        halves = words.astype("<u8", copy=False).view("<u2")
-        return halves[start - first * _PER_COUNTER :][: stop - start]
+        counter, skipped = divmod(start, _PER_COUNTER)
+        key = [self.seed, int.from_bytes(digest, "little")]
+        philox = np.random.Philox(key=key, counter=counter)
+        for stop in stops:
+            counters = -(-stop // _PER_COUNTER) - counter
+            words = philox.random_raw(4 * counters).astype("<u8", copy=False)
+            yield words.view("<u2")[skipped : skipped + stop - start]
+            start, counter, skipped = stop, counter + counters, 0
 
 
 def stochastic(name: str, tensor: Tensor, options: Options) -> Stochastic | None:
@@ -106,13 +114,17 @@ def to_either(
     """
     written = (memory or Reused())(rows.shape, dtype)
     numbers, result = np.ascontiguousarray(rows).reshape(-1), written.reshape(-1)
+    end = start + numbers.size
+    aligned = range(start - start % _PER_COUNTER + PIECE, end, PIECE)
+    stops, first = (*aligned, end), 0
+    scratch = np.empty(PIECE, np.uint32)
     rounded = _to_bfloat16 if dtype == _BFLOAT16 else _to_float16
-    for first in range(0, numbers.size, PIECE):
-        piece = slice(first, min(first + PIECE, numbers.size))
-        exact, out = numbers[piece], result[piece]
+    for bits in source.bits(start, stops):
+        piece = slice(first, first + bits.size)
+        exact, out, first = numbers[piece], result[piece], piece.stop
         with np.errstate(over="ignore"):
             x = exact.astype(np.float32, copy=False)
-        rounded(x, source.bits(start + piece.start, start + piece.stop), out)
+        rounded(x, bits, out, scratch[: bits.size])
         # NaN, infinity, and numbers beside the largest one, which have no neighbour above.
         if not np.isfinite(x).all() or _has_infinity(out):
             odd = ~np.isfinite(x) | ~np.isfinite(out)
@@ -120,22 +132,24 @@ def to_either(
     return written
 
 
-def _to_bfloat16(x: HostArray, bits: HostArray, out: HostArray) -> None:
+def _to_bfloat16(x: HostArray, bits: HostArray, out: HostArray, scratch: HostArray) -> None:
     """Add the random bits below the last bit of bfloat16, and cut there.
 
     The bits of a positive float count its neighbours, also those of subnormal numbers.
     """
-    carried = np.add(x.view(np.uint32), bits, dtype=np.uint32)
-    carried >>= 16
-    np.copyto(out.view(np.uint16), carried, casting="unsafe")
+    np.copyto(scratch, bits)
+    np.add(x.view(np.uint32), scratch, out=scratch)
+    np.right_shift(scratch, 16, out=scratch)
+    np.copyto(out.view(np.uint16), scratch, casting="unsafe")
 
 
-def _to_float16(x: HostArray, bits: HostArray, out: HostArray) -> None:
+def _to_float16(x: HostArray, bits: HostArray, out: HostArray, scratch: HostArray) -> None:
     """Do the same with the 13 bits that float16 lacks, or in units of its subnormal numbers."""
-    carried = np.add(x.view(np.uint32), bits >> 3, dtype=np.uint32)
-    carried &= np.uint32(0xFFFFE000)
+    np.right_shift(bits, 3, out=scratch, dtype=np.uint32)
+    np.add(x.view(np.uint32), scratch, out=scratch)
+    np.bitwise_and(scratch, 0xFFFFE000, out=scratch)
     with np.errstate(over="ignore", invalid="ignore"):
-        out[...] = carried.view(np.float32)
+        np.copyto(out, scratch.view(np.float32), casting="unsafe")
     small = np.flatnonzero(np.abs(x) < 2.0**-14)
     units = np.abs(x[small].astype(np.float64)) * 2.0**24
     steps = np.floor(units + bits[small] * 2.0**-16) * 2.0**-24
@@ -143,9 +157,12 @@ def _to_float16(x: HostArray, bits: HostArray, out: HostArray) -> None:
 
 
 def _has_infinity(numbers: HostArray) -> bool:
-    """Return True if numbers of 16 bits contain infinity or NaN."""
-    if numbers.dtype == _FLOAT16:
-        return not bool(np.isfinite(numbers).all())
-    bits = numbers.view(np.uint16)
-    # Of the numbers of one sign infinity has the largest bits, so this is faster than isfinite.
-    return bool(bits.view(np.int16).max(initial=0) >= 0x7F80 or bits.max(initial=0) >= 0xFF80)
+    """Return True if numbers of 16 bits contain infinity or NaN.
+
+    Of the numbers of one sign, as integers, those are the largest. So this is faster than isfinite.
+    """
+    infinity = _INFINITY[numbers.dtype]
+    return bool(
+        numbers.view(np.int16).max(initial=0) >= infinity
+        or numbers.view(np.uint16).max(initial=0) >= infinity | 0x8000
+    )
