@@ -377,6 +377,42 @@ def test_changes_agree_with_a_dense_merge(folders):
         assert change.largest == pytest.approx(moved.max(), rel=1e-5)
 
 
+def test_the_direction_turns_with_the_sign_of_m(folders):
+    folder, base, adapter = folders
+    path = folder / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = "base_model.model.block.0.q.lora_magnitude_vector"
+    tensors[key] *= np.where(np.arange(7) % 2, -1, 1).astype("f4")
+    save_file(tensors, path)
+    changes = run_merge(plan_merge(folder / "base", folder / "adapter", Options()), folder / "out")
+    before = base["block.0.q.weight"].astype(np.float64)
+    after = dense(before, *adapter["block.0.q"][:2], tensors[key])
+    lengths = np.linalg.norm(before, axis=1) * np.linalg.norm(after, axis=1)
+    direction = np.mean(1 - np.sum(before * after, axis=1) / lengths)
+    assert changes["block.0.q.weight"].direction == pytest.approx(direction, rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_squares_of_a_transposed_weight_are_summed_in_float64(tmp_path, scale):
+    rng = np.random.default_rng(3)
+    a, b, m = factors(rng, (7, 5))
+    weight = np.float32(scale) * draw(rng, 7, 5)
+    b, m = np.float32(scale) * b, np.float32(scale) * m
+    (tmp_path / "base").mkdir()
+    save_file({"x.y.weight": weight.T.copy()}, tmp_path / "base" / "model.safetensors")
+    write_adapter(tmp_path / "adapter", {"x.y": (7, 5)}, fan_in_fan_out=True)
+    names = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+    leaves = zip(names, (a, b, m), strict=True)
+    edit_adapter(
+        tmp_path,
+        add={f"base_model.model.x.y.{name}": leaf for name, leaf in leaves},
+        fan_in_fan_out=True,
+    )
+    assert merge(tmp_path, "--compute", "float32", "--verify") == 0
+    merged = load_file(tmp_path / "out" / "model.safetensors")["x.y.weight"]
+    np.testing.assert_allclose(merged.T, dense(weight, a, b, m), rtol=1e-5)
+
+
 @pytest.mark.parametrize("rounding", [1.0, 1 + 2**-22])
 def test_an_adapter_that_changes_only_the_rounding_is_warned_of(folders, capsys, rounding):
     folder, base, _ = folders
