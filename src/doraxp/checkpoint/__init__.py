@@ -13,6 +13,7 @@ from doraxp.checkpoint._model import Model, open_model
 from doraxp.checkpoint._options import Options
 from doraxp.checkpoint._plan import CopiedTensor, MergedTensor, ReplacedTensor
 from doraxp.checkpoint._run import run_merge
+from doraxp.checkpoint._target import check_target
 from doraxp.layers import AdaptedLayer
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Model",
     "Options",
     "ReplacedTensor",
+    "check_target",
     "load_adapters",
     "look_at",
     "look_at_base",

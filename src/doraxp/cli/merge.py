@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
         "merge --scheduler", "distributed", extra="distributed"
     ):
         return 2
-    from doraxp.checkpoint import CheckpointError, Options, plan_merge
+    from doraxp.checkpoint import CheckpointError, Options, check_target, plan_merge
 
     console = plain_console()
     dtype = _DTYPES.get(arguments.dtype)
@@ -106,6 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
         _warn_of_traps(merge)
         if arguments.dry_run:
+            check_target(merge, arguments.out, force=arguments.force)
             _print_plan(merge, console)
         else:
             try:
