@@ -129,6 +129,7 @@ def test_a_tokenizer_beside_the_adapter_that_differs_from_the_bases_is_named(
         expected = "doraxp merge: warning: OUT has BASE's {}, and not the other one of ADAPTER\n"
         assert capsys.readouterr().err == "".join(expected.format(name) for name in warned)
     assert (folder / "out" / "vocab.txt").read_text() == "a\nb\n"
+    shutil.rmtree(folder / "out")
     (folder / "adapter" / "chat_template.jinja").write_text("{{ messages }}")
     assert merge(folder, "--dry-run") == 0
     expected = "doraxp merge: warning: OUT has no chat_template.jinja, and ADAPTER has one\n"
@@ -225,7 +226,7 @@ def test_each_tensor_of_an_adapter_is_read_from_disk_once(folders, monkeypatch, 
     monkeypatch.setattr(Reader, "read", counted)
     if command == "merge":
         plan = plan_merge(folder / "base", folder / "adapter", Options())
-        run_merge(plan, folder / "out", verify=True)
+        run_merge(plan, folder / "out")
     else:
         look_at_base(open_model(folder / "base"), load_adapters(folder / "adapter"))
     assert sorted(names) == sorted(load_file(folder / "adapter" / "adapter_model.safetensors"))
@@ -878,31 +879,31 @@ def test_a_merge_killed_at_any_moment_leaves_no_out_or_a_complete_one(folders):
 def test_out_is_replaced_only_by_force(folders, capsys):
     folder, base, adapter = folders
     (folder / "out").mkdir()
-    (folder / "out" / "mine").write_text("kept")
+    save_file({"old": base["steps"]}, folder / "out" / "old.safetensors")
     assert merge(folder) == 2
     assert "already exists; --force replaces it" in capsys.readouterr().err
-    assert (folder / "out" / "mine").read_text() == "kept"
+    assert (folder / "out" / "old.safetensors").exists()
     assert merge(folder, "--force") == 0
     assert_merged(load_folder(folder / "out"), base, adapter)
-    assert not (folder / "out" / "mine").exists()
+    assert not (folder / "out" / "old.safetensors").exists()
 
 
 def test_a_merge_killed_between_its_two_renames_is_finished(folders, monkeypatch):
     """The next merge finishes it even if someone has put a folder at OUT since."""
     folder, base, adapter = folders
     (folder / "out").mkdir()
-    (folder / "out" / "old").write_text("old")
+    save_file({"old": base["steps"]}, folder / "out" / "old.safetensors")
     kind = type(folder)
-    replace = kind.replace
+    rename = kind.rename
 
     def killed(self, target):
         if target == folder / "out":
             raise KeyboardInterrupt
-        return replace(self, target)
+        return rename(self, target)
 
     plan = plan_merge(folder / "base", folder / "adapter", Options())
     with monkeypatch.context() as patch:
-        patch.setattr(kind, "replace", killed)
+        patch.setattr(kind, "rename", killed)
         with pytest.raises(KeyboardInterrupt):
             run_merge(plan, folder / "out", force=True)
     (folder / "out").mkdir()
@@ -956,27 +957,21 @@ def test_a_full_disk_is_reported_before_anything_is_written(folders, capsys, mon
 def test_finished_shards_survive_a_disk_that_fills_up(folders, capsys, monkeypatch):
     folder, _, _ = folders
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    sync, synced = os.fsync, []
+
+    def full(file):
+        synced.append(file)
+        if len(synced) > 1:  # the first is that of the file that says what merge it is
+            raise OSError(28, "No space left on device")
+        sync(file)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         assert merge(folder) == 2
-    problem = "out: No space left on device; the same merge goes on from the shards"
-    assert problem in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert re.search(r"unfinished/model-1\.safetensors\.\w+: No space left on device; the", error)
     assert not (folder / "out").exists()
     assert merge(folder) == 0
-
-
-def test_a_file_that_cannot_be_copied_is_named(folders, capsys, monkeypatch):
-    folder, _, _ = folders
-
-    def forbidden(source, target):
-        raise PermissionError(13, "Permission denied", str(source))
-
-    monkeypatch.setattr(shutil, "copy2", forbidden)
-    assert merge(folder) == 2
-    assert "base/config.json: Permission denied; the same merge goes on" in capsys.readouterr().err
 
 
 def test_a_read_only_folder_is_refused(folders, capsys, monkeypatch):
@@ -1242,7 +1237,7 @@ def test_a_file_that_becomes_shorter_is_an_error(folders):
     plan = plan_merge(folder / "base", folder / "adapter", Options())
     path = folder / "base" / "model-1.safetensors"
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(CheckpointError, match="became shorter"):
+    with pytest.raises(CheckpointError, match=r"model-1\.safetensors: changed since it was first"):
         run_merge(plan, folder / "out")
     assert not (folder / "out").exists()
 

@@ -14,6 +14,7 @@ from doraxp.checkpoint._options import Options
 from doraxp.checkpoint._plan import CopiedTensor, MergedTensor, ReplacedTensor
 from doraxp.checkpoint._run import run_merge
 from doraxp.checkpoint._sampled_norms import SampledNorms, sample_norms
+from doraxp.checkpoint._target import check_target
 from doraxp.layers import AdaptedLayer
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Options",
     "ReplacedTensor",
     "SampledNorms",
+    "check_target",
     "load_adapters",
     "look_at",
     "look_at_base",

@@ -1,6 +1,10 @@
-"""`CheckpointError`, the one error that a file's content can cause."""
+"""The errors that a file's content can cause, and the names of files in those of the system."""
 
 from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
 
 _LIMIT = 1000
 
@@ -13,3 +17,23 @@ class CheckpointError(ValueError):
         if len(line) > _LIMIT:
             line = f"{line[: _LIMIT - 40]}… of {len(line)} letters"
         super().__init__(line)
+
+
+class ChangedError(CheckpointError):
+    """A file is no longer the one that was opened first."""
+
+
+def changed(path: str | os.PathLike[str]) -> ChangedError:
+    """Return the error for a file that changed."""
+    return ChangedError(f"{path}: changed since it was first read; run the same command again")
+
+
+@contextlib.contextmanager
+def named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Give `path` to an OSError without a file: the system does not say which file is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import filecmp
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from doraxp.checkpoint._adapters import AdapterSet
+from doraxp.checkpoint._adapters import CONFIG, AdapterSet
 from doraxp.checkpoint._formats import load_adapters
-from doraxp.checkpoint._model import Model, open_model
+from doraxp.checkpoint._model import INDEX, Model, open_model
 from doraxp.checkpoint._options import Options, written_as
 from doraxp.checkpoint._plan import CopiedTensor, MergedTensor, ReplacedTensor, Task, plan
+from doraxp.checkpoint._safetensors import Reader
+from doraxp.checkpoint._stamp import Stamp, check_stamps, stamps_at
 
 _TOKENIZER = ("tokenizer*", "chat_template*", "added_tokens.json", "vocab.*", "merges.txt")
 
@@ -24,6 +27,17 @@ class Merge(NamedTuple):
     tasks: dict[str, Task]
     """By the names of the base's tensors: first those that change, then the copied ones."""
     options: Options
+    stamps: Mapping[Path, Stamp]
+    """Of the files without tensors: configurations, the index, and the other files to copy."""
+
+    @property
+    def readers(self) -> list[Reader]:
+        """The files with tensors: the shards of the base, and the adapter."""
+        return [*self.model.shards.values(), self.adapters.reader]
+
+    def check_inputs(self) -> None:
+        """Raise ChangedError unless each file is the one that was planned for."""
+        check_stamps({reader.path: reader.stamp for reader in self.readers} | dict(self.stamps))
 
     @property
     def changed(self) -> dict[str, MergedTensor | ReplacedTensor]:
@@ -78,5 +92,11 @@ def plan_merge(
         A file cannot be read.
     """
     # Workers of a cluster may run in other folders, so a plan has absolute paths.
-    model, adapters = open_model(Path(base).absolute()), load_adapters(Path(adapter).absolute())
-    return Merge(model, adapters, plan(model, adapters), options)
+    base, adapter = Path(base).absolute(), Path(adapter).absolute()
+    beside = adapter if adapter.is_dir() else adapter.parent
+    known = stamps_at([base / "config.json", base / INDEX, beside / CONFIG])
+    model, adapters = open_model(base), load_adapters(adapter)
+    others = stamps_at(base / file for file in model.others)
+    merge = Merge(model, adapters, plan(model, adapters), options, others | known)
+    merge.check_inputs()  # what was read first is still there
+    return merge

@@ -96,7 +96,11 @@ def open_model(path: Path) -> Model:
         shards = {names[0]: Reader(_inside(path, names[0]))}
     else:
         shards = _indexed(path, index)
-    files = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
+    files = sorted(
+        file.relative_to(path)
+        for file in path.rglob("*")
+        if file.is_file() or (file.is_symlink() and not file.exists())
+    )
     # Hidden folders belong to tools and hold the old weights: .git of git, .cache of the hub's
     # client.
     own = [file for file in files if not any(part.startswith(".") for part in file.parts[:-1])]
@@ -104,7 +108,8 @@ def open_model(path: Path) -> Model:
     weights = tuple(file for file in rest if file.suffix in _WEIGHTS)
     others = tuple(file for file in rest if file not in weights)
     for file in others:
-        _inside(path, str(file))
+        if not _inside(path, str(file)).exists():
+            raise CheckpointError(f"{path / file}: this link leads to no file; remove it")
     return Model(path, shards, others, weights, index, config)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import threading
@@ -13,18 +12,23 @@ from pathlib import Path
 import threadpoolctl
 
 from doraxp.checkpoint._change import Change
-from doraxp.checkpoint._errors import CheckpointError
+from doraxp.checkpoint._digest import Digest
+from doraxp.checkpoint._errors import ChangedError, CheckpointError, named
+from doraxp.checkpoint._lock import alone
 from doraxp.checkpoint._merge import Merge
-from doraxp.checkpoint._plan import MergedTensor
 from doraxp.checkpoint._shard import OnBytes, merge_shard
-from doraxp.checkpoint._target import (
-    check_target,
-    copy_others,
-    move_to_target,
+from doraxp.checkpoint._target import check_target, copy_others, move_to_target
+from doraxp.checkpoint._verify import verify_shard
+from doraxp.checkpoint._work import (
+    check_complete,
+    discard,
+    note,
+    noted,
+    places,
+    put_back,
     start_or_resume,
     work_folder,
 )
-from doraxp.checkpoint._verify import Sample, sample_of, verify_shard
 
 
 def run_merge(
@@ -69,40 +73,53 @@ def run_merge(
     Raises
     ------
     CheckpointError
-        A weight contains NaN or infinity, or the result fails the verification.
+        A weight contains NaN or infinity, a file of the base or of the adapter has changed since
+        `plan_merge`, or the result fails the verification.
     FileExistsError
-        `out` exists, and `force` is False.
+        `out` exists, and `force` is False or something in it is not of a model.
+    BlockingIOError
+        Another merge to `out` is at work.
     OSError
         A file cannot be read or written, or the disk is full.
     """
     out = Path(out).absolute()
     check_target(merge, out, force=force)
     work = work_folder(out)
-    start_or_resume(work, merge)
-    try:
-        if executor is None:
-            changes = _in_threads(merge, work, verify, jobs, on_bytes)
-        else:
-            changes = _in_tasks(merge, work, verify, executor, on_bytes)
-        copy_others(merge, work / "model")
-    except CheckpointError:
-        # This merge can never finish. A worker elsewhere may still write; the next merge clears
-        # that away.
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    except OSError as error:
-        problem = error.strerror or error
-        if error.filename is not None:
-            problem = f"{error.filename}: {problem}"
-        raise OSError(
-            f"{out}: {problem}; the same merge goes on from the shards that are finished"
-        ) from error
-    move_to_target(merge, work, out)
+    with alone(work, out):
+        put_back(work, out)
+        check_target(merge, out, force=force)  # another merge may have ended since
+        run = work / uuid.uuid4().hex
+        try:
+            start_or_resume(run, merge)
+            if executor is None:
+                changes = _in_threads(merge, run, verify, jobs, on_bytes)
+            else:
+                changes = _in_tasks(merge, run, verify, executor, on_bytes)
+            copy_others(merge, run / "model")
+            merge.check_inputs()
+            check_complete(run, merge)
+            move_to_target(merge, run, out, force=force)
+        except ChangedError:
+            raise  # the shards that are finished were right, and are again if the file comes back
+        except CheckpointError:
+            discard(run)  # this merge can never finish
+            raise
+        except OSError as error:
+            raise _explained(error, run, out) from error
+        shutil.rmtree(run, True)
     return changes
 
 
+def _explained(error: OSError, run: Path, out: Path) -> OSError:
+    """Return the error with the file, and with the one thing to do."""
+    if isinstance(error, FileNotFoundError) and not run.exists():
+        return BlockingIOError(f"{out}: another merge to it took over; this one has stopped")
+    problem = f"{error.filename or out}: {error.strerror}" if error.strerror else error
+    return OSError(f"{problem}; the same merge goes on from the shards that are finished")
+
+
 def _in_threads(
-    merge: Merge, work: Path, verify: bool, jobs: int, on_bytes: OnBytes
+    merge: Merge, run: Path, verify: bool, jobs: int, on_bytes: OnBytes
 ) -> dict[str, Change]:
     stopped = threading.Event()
 
@@ -115,7 +132,7 @@ def _in_threads(
     # would lift it.
     with threadpoolctl.threadpool_limits(1), ThreadPoolExecutor(jobs) as pool:
         tasks = [
-            pool.submit(finish_shard, merge, work, name, verify, count)
+            pool.submit(finish_shard, merge, run, name, verify, count)
             for name in merge.model.shards
         ]
         try:
@@ -128,11 +145,10 @@ def _in_threads(
 
 
 def _in_tasks(
-    merge: Merge, work: Path, verify: bool, executor: Executor, on_bytes: OnBytes
+    merge: Merge, run: Path, verify: bool, executor: Executor, on_bytes: OnBytes
 ) -> dict[str, Change]:
     tasks = {
-        executor.submit(finish_shard, merge, work, name, verify): name
-        for name in merge.model.shards
+        executor.submit(finish_shard, merge, run, name, verify): name for name in merge.model.shards
     }
     try:
         for task in as_completed(tasks):
@@ -145,48 +161,27 @@ def _in_tasks(
 
 
 def finish_shard(
-    merge: Merge, work: Path, name: str, verify: bool, on_bytes: OnBytes = lambda count: None
+    merge: Merge, run: Path, name: str, verify: bool, on_bytes: OnBytes = lambda count: None
 ) -> dict[str, Change]:
     """Write a shard, unless an earlier run finished it; return its changes."""
-    done, notes = work / "model" / name, work / f"{name}.json"
-    reader = merge.model.shards[name]
-    samples: dict[str, Sample] = {}
-    changes = _noted(notes) if done.exists() else None
+    shard = places(run, name)
+    changes = noted(shard, merge)
     if changes is not None:
         on_bytes(merge.shard_size(name))
         if verify:
-            samples = _samples(merge, name)
-    else:
-        changes = {}
-        # The name is unique: a worker that was thought dead may still write its own file.
-        unfinished = work / f"{uuid.uuid4().hex}.unfinished"
-        for weight in merge_shard(
-            reader, unfinished, merge.tasks, merge.adapters, merge.options, on_bytes
-        ):
-            changes[weight.name] = weight.change
-            if verify:
-                samples[weight.name] = sample_of(weight.layer)
-        notes.write_text(json.dumps(changes), "utf-8")
-        unfinished.replace(done)
+            verify_shard(merge, name, shard.done)
+        return changes
+    digest = Digest()
+
+    def count(raw: memoryview) -> None:
+        digest.update(raw)
+        on_bytes(raw.nbytes)
+
+    reader, target = merge.model.shards[name], shard.unfinished
+    with named(target):  # an error of a file that is read has that file's name
+        weights = merge_shard(reader, target, merge.tasks, merge.adapters, merge.options, count)
+        changes = {weight.name: weight.change for weight in weights}
     if verify:
-        verify_shard(reader, done, merge.tasks, samples)
+        verify_shard(merge, name, target)
+    note(shard, digest.hexdigest(), changes)
     return changes
-
-
-def _samples(merge: Merge, name: str) -> dict[str, Sample]:
-    """Return the samples of the merged weights in a shard, from the adapter's file."""
-    tasks = {tensor: merge.tasks[tensor] for tensor in merge.model.shards[name].tensors}
-    return {
-        tensor: sample_of(merge.adapters.read(task.layer))
-        for tensor, task in tasks.items()
-        if isinstance(task, MergedTensor)
-    }
-
-
-def _noted(notes: Path) -> dict[str, Change] | None:
-    """Return the changes of a finished shard; None where a power cut took the file."""
-    try:
-        noted = json.loads(notes.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
-    return {tensor: Change(*values) for tensor, values in noted.items()}

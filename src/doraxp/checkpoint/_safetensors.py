@@ -6,6 +6,8 @@ whole arrays, so this package reads and writes the bytes itself.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from io import FileIO
@@ -18,8 +20,18 @@ from safetensors import SafetensorError, safe_open
 
 from doraxp._base.safetensors import Tensor
 from doraxp._base.types import HostArray
-from doraxp.checkpoint._errors import CheckpointError
+from doraxp.checkpoint._errors import CheckpointError, changed
 from doraxp.checkpoint._json import SIZE_LIMIT, check_values, parse_json
+from doraxp.checkpoint._stamp import (
+    Stamp,
+    check_stamps,
+    chunks,
+    fill,
+    opened,
+    read_up_to,
+    settled_stamp_of,
+    stamp_of,
+)
 
 Empty: TypeAlias = Callable[[tuple[int, ...], np.dtype[np.generic]], HostArray]
 """Allocates an array, as `np.empty` does."""
@@ -31,8 +43,6 @@ DTYPES: dict[str, np.dtype[np.generic]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 """The dtypes that a merge computes with. Tensors of all other dtypes are only copied."""
-CHUNK = 4 << 20
-"""Bytes that are copied at a time."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _LFS = b"version "
 _NAME_LIMIT = 500
@@ -46,6 +56,8 @@ class _Entry(TypedDict):
 
 class Reader:
     """An open safetensors file; only its header is in memory.
+
+    Each read compares the file's stamp with that of the file whose header this is.
 
     Parameters
     ----------
@@ -61,7 +73,10 @@ class Reader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        header, self._data = _checked_header(path)
+        header, self.stamp, raw = _checked_header(path)
+        self._data, self._header = len(raw), _digest(raw)
+        self._stamp_here: Stamp | None = self.stamp
+        """The stamp that the file has on this host; None as long as that is not known."""
         # The library has checked the types of all entries.
         self.metadata = cast(dict[str, str], header.pop("__metadata__", None) or {})
         entries = cast(dict[str, _Entry], header)
@@ -85,22 +100,46 @@ class Reader:
             shape = (rows.stop - rows.start, *shape[1:])
             offset = rows.start * math.prod(shape[1:]) * dtype.itemsize
         array = empty(shape, dtype)
-        with self.path.open("rb", buffering=0) as file:
+        with self._opened() as file:
             file.seek(self._data + self._starts[name] + offset)
-            _fill(file, array.reshape(-1).view(np.uint8).data, self.path)
+            fill(file, array.reshape(-1).view(np.uint8).data, self.path)
         return array
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """Yield the bytes of a tensor of any dtype. Each chunk overwrites the one before."""
-        left = self.tensors[name].nbytes
-        buffer = memoryview(bytearray(min(left, CHUNK)))
-        with self.path.open("rb", buffering=0) as file:
+        with self._opened() as file:
             file.seek(self._data + self._starts[name])
-            while left:
-                chunk = buffer[: min(left, CHUNK)]
-                _fill(file, chunk, self.path)
-                left -= len(chunk)
-                yield chunk
+            yield from chunks(file, self.tensors[name].nbytes, self.path)
+
+    def reopened(self) -> Reader:
+        """Return a new Reader of the file, and raise ChangedError if it is another file."""
+        with self._opened():
+            fresh = Reader(self.path)
+        if fresh.stamp != self._stamp_here:
+            raise changed(self.path)
+        return fresh
+
+    def __getstate__(self) -> dict[str, object]:
+        return vars(self) | {"_stamp_here": None}
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[FileIO]:
+        """Open the file, and raise ChangedError unless it is the same one before and after."""
+        with opened(self.path) as file:
+            self._check(file)
+            yield file
+            self._check(file)
+
+    def _check(self, file: FileIO) -> None:
+        stamp = stamp_of(file)
+        if self._stamp_here is None:
+            # This Reader came from another process, perhaps on a host that has other numbers for
+            # the file.
+            now, planned = ((x.size, x.mtime_ns) for x in (stamp, self.stamp))
+            if now == planned and _digest(read_up_to(file, self._data)) == self._header:
+                self._stamp_here = stamp
+        if stamp != self._stamp_here:
+            raise changed(self.path)
 
 
 class Source(NamedTuple):
@@ -123,14 +162,6 @@ class Source(NamedTuple):
         return self.reader.chunks(self.name)
 
 
-def _fill(file: FileIO, buffer: memoryview, path: Path) -> None:
-    while buffer:
-        count = file.readinto(buffer)
-        if not count:
-            raise CheckpointError(f"{path}: the file became shorter while it was read")
-        buffer = buffer[count:]
-
-
 def _check_names(path: Path, names: dict[str, _Entry]) -> None:
     odd = next((name for name in names if not name.isprintable()), None)
     if odd is not None:
@@ -143,8 +174,8 @@ def _check_names(path: Path, names: dict[str, _Entry]) -> None:
         )
 
 
-def _checked_header(path: Path) -> tuple[dict[str, object], int]:
-    """Return the header, and the position of the first byte of data."""
+def _checked_header(path: Path) -> tuple[dict[str, object], Stamp, bytes]:
+    """Return the header, the stamp of the file, and the bytes before the data."""
     if path.suffix in _PICKLES:
         raise CheckpointError(
             f"{path}: a pickle file can run any code when it is read, so doraxp does not read it. "
@@ -154,8 +185,8 @@ def _checked_header(path: Path) -> tuple[dict[str, object], int]:
         )
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    with path.open("rb") as file:
-        first = file.read(8)
+    with opened(path) as file:
+        stamp, first = settled_stamp_of(file), read_up_to(file, 8)
         if first == _LFS:
             raise CheckpointError(
                 f"{path}: this is a pointer of Git LFS without the weights: run `git lfs pull`"
@@ -166,11 +197,16 @@ def _checked_header(path: Path) -> tuple[dict[str, object], int]:
                 f"{path}: not a safetensors file: its header must have at most {SIZE_LIMIT} "
                 f"bytes, got {length}"
             )
-        raw = file.read(length)
-    check_values(raw, path)
-    try:
-        with safe_open(path, framework="numpy"):
-            pass
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a safetensors file: {error}") from None
-    return parse_json(raw, path), 8 + length
+        raw = read_up_to(file, length)
+        check_values(raw, path)
+        try:
+            with safe_open(path, framework="numpy"):
+                pass
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: not a safetensors file: {error}") from None
+    check_stamps({path: stamp})  # the library opened it by its name
+    return parse_json(raw, path), stamp, first + raw
+
+
+def _digest(raw: bytes) -> bytes:
+    return hashlib.blake2b(raw, digest_size=16).digest()

@@ -27,6 +27,8 @@ from doraxp.layers import AdaptedLayer
 
 OnBytes: TypeAlias = Callable[[int], None]
 """Called with the number of bytes that were written."""
+OnWrite: TypeAlias = Callable[[memoryview], None]
+"""Called with bytes of tensors that were written, in their order."""
 WINDOW = 64 << 20
 """Bytes of a result that stay in the system's memory."""
 
@@ -45,7 +47,7 @@ def merge_shard(
     tasks: Mapping[str, Task],
     adapters: AdapterSet,
     options: Options,
-    on_bytes: OnBytes = lambda count: None,
+    on_write: OnWrite = lambda raw: None,
 ) -> Iterator[MergedWeight]:
     """Write a merged shard to `target`, and yield each merged weight when it is written.
 
@@ -57,7 +59,7 @@ def merge_shard(
     # machine many times longer.
     with threadpoolctl.threadpool_limits(1), target.open("xb") as file:
         write_header(file, tensors, reader.metadata)
-        output = _Output(file, on_bytes)
+        output = _Output(file, on_write)
         for name, tensor in tensors.items():
             match tasks[name]:
                 case MergedTensor(source, _, stored):
@@ -107,8 +109,8 @@ class _Output:
     works beside the processor, and a large model does not push all else out of memory.
     """
 
-    def __init__(self, file: BinaryIO, on_bytes: OnBytes) -> None:
-        self._file, self._on_bytes = file, on_bytes
+    def __init__(self, file: BinaryIO, on_write: OnWrite) -> None:
+        self._file, self._on_write = file, on_write
         self._written, self._narrow = 0, Reused()
 
     def write(self, raw: memoryview) -> None:
@@ -117,7 +119,7 @@ class _Output:
         before, self._written = self._written, self._written + raw.nbytes
         if self._written // WINDOW > before // WINDOW and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        self._on_bytes(raw.nbytes)
+        self._on_write(raw)
 
     def write_array(
         self,

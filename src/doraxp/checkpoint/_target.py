@@ -1,34 +1,64 @@
-"""OUT, and the folder beside it in which a merge works until it is complete.
-
-The folder ``.OUT.partial`` has ``merge.json``, which says what merge it is of; ``model``, with the
-finished shards; notes of the changes in each of them; and files that are not finished.
-"""
+"""OUT: the check that the result can be written there, and its last steps."""
 
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
-from doraxp.checkpoint._adapters import config_path
 from doraxp.checkpoint._errors import CheckpointError
-from doraxp.checkpoint._json import JsonObject, read_json
+from doraxp.checkpoint._json import read_json
 from doraxp.checkpoint._merge import Merge
 from doraxp.checkpoint._model import INDEX
+from doraxp.checkpoint._safetensors import Reader
+from doraxp.checkpoint._stamp import unchanged_chunks
+from doraxp.checkpoint._work import REPLACED, sync, work_folder, write_chunks, write_durably
 
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_OF_MODELS = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "*processor_config.json",
+    "README.md",
+    "LICENSE*",
+    ".gitattributes",
+)
+"""Names of the files that a merge replaces although BASE may not have them."""
 
 
-def work_folder(out: Path) -> Path:
-    """Return the path of the folder in which a merge works."""
-    return out.parent / f".{out.name}.partial"
+def check_target(merge: Merge, out: str | os.PathLike[str], *, force: bool = False) -> None:
+    """Raise an error where `run_merge` would not begin to write the result to `out`.
 
+    Parameters
+    ----------
+    merge : Merge
+    out : path
+    force : bool
+        Accept an `out` that exists, if it is a model.
 
-def check_target(merge: Merge, out: Path, *, force: bool) -> None:
-    """Raise CheckpointError or OSError where the result cannot be written to `out`."""
+    Raises
+    ------
+    CheckpointError
+        `out` is in the base or contains it.
+    FileExistsError
+        `out` exists, and `force` is False or something in it is not of a model.
+    OSError
+        `out` cannot be written, or the disk has too little space.
+    """
+    out = Path(out).absolute()
     base, adapter = merge.model.path.resolve(), merge.adapters.reader.path.resolve()
     target = out.resolve()
     if target == base or (merge.model.is_folder and target.is_relative_to(base)):
@@ -39,8 +69,7 @@ def check_target(merge: Merge, out: Path, *, force: bool) -> None:
         raise CheckpointError(f"{out}: OUT must be a file, as BASE is, but is a folder")
     if merge.model.is_folder and out.suffix == ".safetensors":
         raise CheckpointError(f"{out}: OUT must be a folder, as BASE is, but has a file's name")
-    if os.path.lexists(out) and not force:
-        raise FileExistsError(f"{out}: already exists; --force replaces it")
+    _check_replaceable(merge, out, force=force)
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out.parent}: no such folder")
     if not os.access(out.parent, os.W_OK):
@@ -49,54 +78,88 @@ def check_target(merge: Merge, out: Path, *, force: bool) -> None:
     if os.path.lexists(work) and (work.is_symlink() or not work.is_dir()):
         raise FileExistsError(f"{work}: must be a folder of an earlier merge, or not exist")
     free = shutil.disk_usage(out.parent).free
-    there = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
-    if free + there < merge.size:
+    if free + _size(work) < merge.size:
         raise OSError(f"{out.parent}: {merge.size} bytes are needed, {free} are free")
 
 
-def start_or_resume(work: Path, merge: Merge) -> None:
-    """Keep the finished shards of the same merge, and clear away those of another one.
-
-    A merge that was killed after its last rename has no ``model`` there any more: it is OUT.
-    """
-    note, fingerprint = work / "merge.json", _fingerprint(merge)
-    if (work / "model").exists():
-        with contextlib.suppress(OSError, ValueError):
-            if json.loads(note.read_bytes()) == fingerprint:
-                for unfinished in work.glob("*.unfinished"):
-                    unfinished.unlink()
-                return
-    if work.exists():
-        shutil.rmtree(work)
-    (work / "model").mkdir(parents=True)
-    note.write_text(json.dumps(fingerprint), "utf-8")
+def _size(folder: Path) -> int:
+    """Return the bytes of all files in a folder, in which another merge may be at work."""
+    total = 0
+    for path, _, files in os.walk(folder):
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(path, file)).st_size
+    return total
 
 
-def _fingerprint(merge: Merge) -> JsonObject:
-    """Return everything on which a finished shard depends, in the types of JSON."""
-    files = [*(reader.path for reader in merge.model.shards.values()), merge.adapters.reader.path]
-    config = config_path(merge.adapters.reader)
-    return {
-        "files": [
-            [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
-            for file in (*files, *((config,) if config.exists() else ()))
-        ],
-        "options": list(vars(merge.options).values()),
-    }
+def _check_replaceable(merge: Merge, out: Path, *, force: bool) -> None:
+    """Raise FileExistsError if something is at `out` that must be kept."""
+    if not os.path.lexists(out):
+        return
+    if not force:
+        raise FileExistsError(f"{out}: already exists; --force replaces it")
+    if out.is_symlink():
+        return  # only the link goes
+    kept = _kept_in(merge, out) if merge.model.is_folder else _kept_file(out)
+    if kept is not None:
+        raise FileExistsError(f"{kept}; --force replaces only a model; choose another OUT")
+
+
+def _kept_in(merge: Merge, out: Path) -> str | None:
+    """Return the reason why a folder must not be replaced."""
+    if not out.is_dir():
+        return f"{out}: OUT must be a folder, as BASE is, but is a file"
+    files = list(_files(out))
+    for file in files:
+        if not _is_of_a_model(file, merge):
+            return f"{out / file}: is not a file of a model"
+    if files and not any(file.suffix == ".safetensors" for file in files):
+        return f"{out}: has no safetensors file"
+    return None
+
+
+def _kept_file(out: Path) -> str | None:
+    """Return the reason why a file must not be replaced."""
+    if out.is_file() and out.stat().st_size == 0:
+        return None
+    try:
+        Reader(out)
+    except (CheckpointError, FileNotFoundError):
+        return f"{out}: is not a safetensors file"
+    return None
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield all in a folder that is not a folder, in order, relative to it."""
+    for path, folders, files in os.walk(folder):
+        links = [name for name in folders if (Path(path) / name).is_symlink()]
+        folders.sort()
+        for name in sorted([*files, *links]):
+            yield (Path(path) / name).relative_to(folder)
+
+
+def _is_of_a_model(file: Path, merge: Merge) -> bool:
+    """Return True for a file that the merge writes too, or that has the name of a model's file."""
+    if str(file) in merge.model.shards or file in merge.model.others:
+        return True
+    return len(file.parts) == 1 and any(fnmatch.fnmatch(file.name, own) for own in _OF_MODELS)
 
 
 def copy_others(merge: Merge, folder: Path) -> None:
-    """Copy the configuration and the tokenizer, and write the index anew."""
+    """Copy the configuration and the tokenizer, and write the index anew.
+
+    The files get the mode of new ones: those of BASE may be read-only.
+    """
     model, dtype = merge.model, merge.options.dtype
     for file in model.others:
-        target = folder / file
+        target, source = folder / file, model.path / file
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(model.path / file, target)
+        write_chunks(target, unchanged_chunks(source, merge.stamps[source]))
     if model.index is not None:
         metadata = model.index.get("metadata")
         metadata = metadata if isinstance(metadata, dict) else {}
         index = model.index | {"metadata": metadata | {"total_size": merge.size}}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+        write_durably(folder / INDEX, f"{json.dumps(index, indent=2)}\n".encode())
     config = folder / "config.json"
     if dtype is not None and model.is_folder and config.exists():
         entries = read_json(config)
@@ -104,16 +167,27 @@ def copy_others(merge: Merge, folder: Path) -> None:
         for part in (entries, *parts):
             for key in part.keys() & {"dtype", "torch_dtype"}:
                 part[key] = _DTYPE_NAMES[dtype]
-        config.write_text(json.dumps(entries, indent=2) + "\n", "utf-8")
+        write_durably(config, f"{json.dumps(entries, indent=2)}\n".encode())
 
 
-def move_to_target(merge: Merge, work: Path, out: Path) -> None:
-    """Rename the complete result to `out`, and remove the work folder."""
-    result = work / "model"
+def move_to_target(merge: Merge, run: Path, out: Path, *, force: bool) -> None:
+    """Rename the complete result to `out`.
+
+    An `out` of before goes to the run folder: if the second rename fails, it comes back.
+    """
+    _check_replaceable(merge, out, force=force)  # someone may have put a file there since
+    result = run / "model"
     if not merge.model.is_folder:
-        result /= merge.model.path.name
-    if merge.model.is_folder and os.path.lexists(out):
+        (result / merge.model.path.name).replace(out)
+    elif os.path.lexists(out):
         # The name is unique: a merge that was killed at this point may have left another one.
-        out.rename(work / f"{uuid.uuid4().hex}.replaced")
-    result.replace(out)
-    shutil.rmtree(work)
+        replaced = run / f"{uuid.uuid4().hex}{REPLACED}"
+        out.rename(replaced)
+        try:
+            result.rename(out)
+        except OSError:
+            replaced.rename(out)
+            raise
+    else:
+        result.rename(out)
+    sync(out.parent)

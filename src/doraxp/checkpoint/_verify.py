@@ -5,7 +5,7 @@ The rows are compared with a dense merge in float64.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from doraxp.checkpoint._errors import CheckpointError
-from doraxp.checkpoint._plan import MergedTensor, Task
+from doraxp.checkpoint._merge import Merge
+from doraxp.checkpoint._options import written_as
+from doraxp.checkpoint._plan import MergedTensor
 from doraxp.checkpoint._rows import row_blocks
 from doraxp.checkpoint._safetensors import DTYPES, Reader, Source
 from doraxp.layers import AdaptedLayer
@@ -29,12 +31,8 @@ _PRECISION = {
 """Epsilon and the smallest normal number."""
 
 
-class Sample(NamedTuple):
-    """The part of an adapter that acts on some rows of its matrix.
-
-    It takes less memory than an adapter of a high rank, so a shard's samples can be kept until the
-    shard is complete, and no adapter must be read again.
-    """
+class _Sample(NamedTuple):
+    """The part of an adapter that acts on some rows of its matrix."""
 
     rows: NDArray[np.intp]
     update: NDArray[np.float64]
@@ -42,42 +40,38 @@ class Sample(NamedTuple):
     magnitude: NDArray[np.float64]
 
 
-def sample_of(layer: AdaptedLayer) -> Sample:
+def _sample_of(layer: AdaptedLayer) -> _Sample:
     """Return a sample of evenly spaced rows, the first and the last one included."""
     a, b, m = (np.asarray(leaf, np.float64) for leaf in layer.adapter)
     rows = np.unique(np.linspace(0, len(m) - 1, SAMPLE).astype(np.intp))
-    return Sample(rows, layer.config.scaling * (b[rows] @ a), m[rows])
+    return _Sample(rows, layer.config.scaling * (b[rows] @ a), m[rows])
 
 
-def verify_shard(
-    reader: Reader, target: Path, tasks: Mapping[str, Task], samples: Mapping[str, Sample]
-) -> None:
-    """Raise CheckpointError unless `target` has the tensors of `reader`, merged or copied.
+def verify_shard(merge: Merge, name: str, target: Path) -> None:
+    """Raise CheckpointError unless the file `target` is the shard `name` of the result.
 
-    Parameters
-    ----------
-    reader : Reader
-        The shard of the base.
-    target : Path
-        The merged shard.
-    tasks : mapping of str to Task
-    samples : mapping of str to Sample
-        Of each merged weight, by name.
+    The shard of the base, the adapter and `target` are opened anew. So no place of a tensor comes
+    from the plan.
     """
-    result = Reader(target)
-    if list(result.tensors) != list(reader.tensors):
-        raise CheckpointError(f"{target}: the tensors are not those of {reader.path}")
-    for name in reader.tensors:
-        task, written = tasks[name], Source(result, name)
+    shard = merge.model.shards[name]
+    fresh = {reader.path: reader.reopened() for reader in (shard, merge.adapters.reader)}
+    adapters = dataclasses.replace(merge.adapters, reader=fresh[merge.adapters.reader.path])
+    base, result = fresh[shard.path], Reader(target)
+    planned = [(one, written_as(tensor, merge.options)) for one, tensor in base.tensors.items()]
+    if list(result.tensors.items()) != planned or result.metadata != base.metadata:
+        raise CheckpointError(f"{target}: the tensors are not those of {shard.path}")
+    for tensor in base.tensors:
+        task, written = merge.tasks[tensor], Source(result, tensor)
+        source = task.source._replace(reader=fresh[task.source.reader.path])
         if isinstance(task, MergedTensor):
-            _verify_merged(task, written, samples[name])
-        elif not _equal(task.source, written):
-            raise CheckpointError(f"{target}: {name} is not a copy of {task.source.name}")
+            _verify_merged(source, written, adapters.read(task.layer))
+        elif not _equal(source, written):
+            raise CheckpointError(f"{target}: {tensor} is not a copy of {source.name}")
 
 
-def _verify_merged(task: MergedTensor, written: Source, sample: Sample) -> None:
-    is_transposed = task.layer.kind.is_transposed
-    weight = _matrix_rows(task.source, sample.rows, is_transposed=is_transposed)
+def _verify_merged(source: Source, written: Source, layer: AdaptedLayer) -> None:
+    sample, is_transposed = _sample_of(layer), layer.kind.is_transposed
+    weight = _matrix_rows(source, sample.rows, is_transposed=is_transposed)
     v = weight + sample.update
     norm = np.linalg.norm(v, axis=1, keepdims=True)
     gain = np.divide(sample.magnitude[:, None], norm, out=np.zeros_like(norm), where=norm > 0)

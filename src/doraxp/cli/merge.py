@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
         "merge --scheduler", "distributed", extra="distributed"
     ):
         return 2
-    from doraxp.checkpoint import CheckpointError, Options, plan_merge
+    from doraxp.checkpoint import CheckpointError, Options, check_target, plan_merge
 
     console = plain_console()
     dtype = _DTYPES.get(arguments.dtype)
@@ -119,6 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
         _warn_of_traps(merge)
         _warn_of_norms(merge)
         if arguments.dry_run:
+            check_target(merge, arguments.out, force=arguments.force)
             _print_plan(merge, console)
         else:
             try:
