@@ -47,12 +47,14 @@ def alone(work: Path, out: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # As long as the file is locked, another merge cannot take the folder for its own.
-        with contextlib.suppress(OSError):
-            if os.listdir(work) == [LOCK]:
-                (work / LOCK).unlink()
-                work.rmdir()
-        os.close(file)
+        try:
+            # As long as the file is locked, another merge cannot take the folder for its own.
+            with contextlib.suppress(OSError):
+                if os.listdir(work) == [LOCK]:
+                    (work / LOCK).unlink()
+                    work.rmdir()
+        finally:
+            os.close(file)
 
 
 def _locked(work: Path, out: Path) -> int:

@@ -189,13 +189,11 @@ def write_durably(path: Path, raw: bytes) -> None:
 def write_chunks(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """Write a file in the mode of a new one, which is on the disk afterwards."""
     path.unlink(missing_ok=True)
-    with path.open("xb") as file:
+    with named(path), path.open("xb") as file:
         for chunk in chunks:
-            with named(path):
-                file.write(chunk)
-        with named(path):
-            file.flush()
-            os.fsync(file.fileno())
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync(folder: Path) -> None:
