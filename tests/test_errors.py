@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -161,19 +162,31 @@ class TestPrepared:
                 doraxp.forward(draw(5, 6), weight, adapter, other, prepared=prepared)
 
 
+@pytest.mark.once
+@pytest.mark.lanes("numpy", "torch", "strict", "dask")
 @pytest.mark.parametrize("name", Adapter._fields)
-def test_a_write_into_the_adapter_is_noticed(name):
-    rng = np.random.default_rng(0)
-    weight, config = rng.standard_normal((7, 6)), Config(2)
-    adapter = Adapter(*(rng.standard_normal(shape) for shape in ((2, 6), (7, 2), (7,))))
-    x = rng.standard_normal((5, 6))
+def test_a_write_into_the_adapter_is_noticed(backend, draw, name):
+    """JAX's arrays cannot be written to. On a GPU, a write is not noticed."""
+    weight, config, x = draw(7, 6), Config(2), draw(5, 6)
+    shapes = {"lora_a": (2, 6), "lora_b": (7, 2), "magnitude": (7,)}
+    adapter = Adapter(*(backend.asarray(np.ones(shape)) for shape in shapes.values()))
     prepared = doraxp.prepare(weight, adapter, config)
     y, cache = doraxp.forward(x, weight, adapter, config, prepared=prepared)
-    getattr(adapter, name)[...] += 1
+    base = SimpleNamespace(weight=weight, bias=None)
+    layer = doraxp.DoRALayer(base, config, seed=0)
+    layer.adapter = adapter
+    layer.forward(x)
+    getattr(adapter, name)[...] = 2.0
     with pytest.raises(ValueError, match="but the adapter has changed"):
         doraxp.forward(x, weight, adapter, config, prepared=prepared)
     with pytest.raises(ValueError, match="but the adapter has changed"):
+        doraxp.merge(weight, adapter, config, prepared=prepared)
+    with pytest.raises(ValueError, match="but the adapter has changed"):
         doraxp.backward(y, cache)
+    with pytest.raises(RuntimeError, match="call forward first, and again after the parameters"):
+        layer.backward(y)
+    fresh, _ = doraxp.forward(x, weight, adapter, config)
+    np.testing.assert_array_equal(backend.numpy(layer.forward(x)), backend.numpy(fresh))
 
 
 def test_nan_in_an_adapter_equals_itself():
@@ -192,6 +205,87 @@ def test_an_adapter_of_another_shape_or_dtype_is_a_change():
     narrow = adapter._replace(lora_b=adapter.lora_b.astype("float32"))
     with pytest.raises(ValueError, match="but the adapter has changed"):
         doraxp.forward(np.eye(3), weight, narrow, config, prepared=prepared)
+
+
+def numpy_calls():
+    """Return each public function with its arrays by name; all sizes allow an `np.matrix`."""
+    rng, config = np.random.default_rng(0), Config(1)
+    shapes = {"weight": (1, 6), "lora_a": (1, 6), "lora_b": (1, 1), "magnitude": (1,)}
+    arrays = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    x, dy, bias = rng.standard_normal((5, 6)), rng.standard_normal((5, 1)), np.ones(1)
+    weight, *leaves = arrays.values()
+    adapter = Adapter(*leaves)
+    _, cache = doraxp.forward(x, weight, adapter, config)
+    layer = doraxp.DoRALayer(SimpleNamespace(weight=weight), config, seed=0)
+    adamw, sgd = doraxp.adamw_init(adapter), doraxp.sgd_init(adapter)
+
+    def of_layer(function, *more, **rest):
+        def call(weight, lora_a, lora_b, magnitude, **others):
+            leaves = Adapter(lora_a, lora_b, magnitude)
+            return function(*others.values(), weight, leaves, config, *more, **rest)
+
+        return call
+
+    def of_leaves(function):
+        return lambda **leaves: function(Adapter(**leaves))
+
+    trees = adapter._asdict()
+    return {
+        "init": (lambda weight: doraxp.init(weight, config, seed=0), {"weight": weight}),
+        "decompose": (doraxp.decompose, {"weight": weight}),
+        "prepare": (of_layer(doraxp.prepare), arrays),
+        "merge": (of_layer(doraxp.merge), arrays),
+        "convert_form": (of_layer(doraxp.convert_form, "direction"), arrays),
+        "forward": (of_layer(doraxp.forward), {**arrays, "x": x}),
+        "bias": (
+            lambda bias: doraxp.forward(x, weight, adapter, config, bias=bias),
+            {"bias": bias},
+        ),
+        "mask": (
+            lambda dropout_mask: doraxp.forward(
+                x, weight, adapter, config, dropout_mask=dropout_mask
+            ),
+            {"dropout_mask": np.ones_like(x)},
+        ),
+        "backward": (lambda dy: doraxp.backward(dy, cache), {"dy": dy}),
+        "change": (
+            doraxp.magnitude_direction_change,
+            {"weight_before": weight, "weight_after": weight},
+        ),
+        "layer": (
+            lambda weight: doraxp.DoRALayer(SimpleNamespace(weight=weight), config, seed=0),
+            {"weight": weight},
+        ),
+        "load": (lambda **state: layer.load_state_dict(state), trees),
+        "vector": (lambda vector: layer.set_parameters(vector), {"vector": np.ones(8)}),
+        "clip": (of_leaves(lambda grads: doraxp.clip_by_global_norm(grads, 1.0)), trees),
+        "adamw_init": (of_leaves(doraxp.adamw_init), trees),
+        "sgd_init": (of_leaves(doraxp.sgd_init), trees),
+        "adamw": (
+            of_leaves(lambda grads: doraxp.adamw_step(grads, adapter, adamw, learning_rate=1.0)),
+            trees,
+        ),
+        "sgd": (
+            of_leaves(lambda grads: doraxp.sgd_step(grads, adapter, sgd, learning_rate=1.0)),
+            trees,
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", numpy_calls())
+def test_masked_arrays_and_matrices_are_refused_by_name(name):
+    call, arrays = numpy_calls()[name]
+    call(**arrays)
+    for argument, array in arrays.items():
+        masked = np.ma.MaskedArray(array)
+        message = rf"{argument} must be a plain array, got a masked array: .*{argument}\.filled\("
+        with pytest.raises(TypeError, match=message):
+            call(**{**arrays, argument: masked})
+        message = rf"{argument} must be a plain array, got an np\.matrix: give np\.asarray\(.*\)"
+        with pytest.warns(PendingDeprecationWarning):
+            matrix = np.asmatrix(array)
+        with pytest.raises(TypeError, match=message):
+            call(**{**arrays, argument: matrix})
 
 
 def test_arrays_of_two_libraries_are_refused(torch):

@@ -8,7 +8,7 @@ import reference
 
 import doraxp
 from doraxp import Adapter, Config
-from doraxp.backends._generic import CANCELLATION
+from doraxp.backends._generic import CANCELLATION, in_range
 
 FORMS = ("weight", "direction")
 
@@ -112,6 +112,71 @@ def test_nearly_dependent_rows_of_a_are_noticed(backend):
     prepared = backend.run(doraxp.prepare, backend.asarray(weight), adapter, Config(2))
     bound = 4 * error(backend.numpy(plain["norm"]), exact["norm"])
     assert error(backend.numpy(prepared.norm), exact["norm"]) <= bound
+
+
+def nearly_dependent_layer(rank, share, rng, *, out=256, inner=320):
+    """V = W + A_0 − A_1 with A_1 near A_0, ‖A_0‖ = share ‖w‖, and other rows of A far shorter."""
+    a = 1e-3 * rng.standard_normal((rank, inner))
+    a[0] = share * rng.standard_normal(inner)
+    a[1] = a[0] + 1e-2 * rng.standard_normal(inner)
+    b = np.zeros((out, rank))
+    b[:, 0], b[:, 1] = 1, -1
+    weight = rng.standard_normal((out, inner))
+    arrays = (array.astype("float32") for array in (weight, a, b, np.ones(out)))
+    return reference.Layer(*arrays, 1.0, "weight")
+
+
+@pytest.mark.parametrize(("rank", "times"), [(2, 0.75), (8, 0.45), (64, 0.3), (256, 0.3)])
+def test_two_nearly_dependent_rows_of_a_lose_as_little_at_every_rank(backend, rank, times):
+    """The two rows are `times` √rank as long as those of W. No error is above 4 times the dense one."""
+    rng = np.random.default_rng(1)
+    layer = nearly_dependent_layer(rank, times * rank**0.5, rng)
+    x, dy = (rng.standard_normal((8, size)).astype("float32") for size in (320, 256))
+    exact = dense_exact(layer, x, dy)
+    plain = dense(layer, x, dy, backend.asarray, backend.namespace())
+    adapter = Adapter(*map(backend.asarray, layer[1:4]))
+    weight, config = backend.asarray(layer.weight), Config(rank)
+    y, cache = backend.run(doraxp.forward, backend.asarray(x), weight, adapter, config)
+    grads = backend.run(doraxp.backward, backend.asarray(dy), cache)
+    actual = {"norm": cache.prepared.norm, "y": y, "x": grads.x, **grads.adapter._asdict()}
+    for name, array in actual.items():
+        bound = 4 * error(backend.numpy(plain[name]), exact[name])
+        assert error(backend.numpy(array), exact[name]) <= bound, name
+
+
+@pytest.mark.parametrize(("tokens", "out"), [(100_001, 2), (4133, 64), (200, 4096)])
+def test_sums_over_tokens_lose_no_more_than_the_dense_way(backend, tokens, out):
+    """The dense way has dm from dyᵀ x. A chain of 100,000 numbers would lose 100 times as much."""
+    rng = np.random.default_rng(0)
+    weight, x = (rng.standard_normal((size, 8)).astype("float32") for size in (out, tokens))
+    bias, config = np.zeros(out, "float32"), Config(1)
+    put = backend.asarray
+    adapter = backend.run(doraxp.init, put(weight), config, seed=0)
+    y, cache = backend.run(doraxp.forward, put(x), put(weight), adapter, config, bias=put(bias))
+    dy = np.abs(backend.numpy(y))
+    grads = backend.run(doraxp.backward, put(dy), cache, train_base=True)
+
+    def dense(dtype):
+        w, x_, d = (array.astype(dtype) for array in (weight, x, dy))
+        return np.sum((d.T @ x_) * (w / np.linalg.norm(w, axis=1, keepdims=True)), axis=1)
+
+    bound = 4 * error(dense("float32"), dense("float64"))
+    assert error(backend.numpy(grads.adapter.magnitude), dense("float64")) <= bound
+    exact = np.sum(dy, axis=0, dtype="float64")
+    assert error(backend.numpy(grads.bias), exact) <= 16 * 2.0**-24
+
+
+@pytest.mark.parametrize("inner", [3, 300])
+def test_a_row_is_measured_if_its_squares_may_have_lost_digits(inner):
+    """Each square may lose the least normal number: the more there are, the longer a row must be."""
+    info, config = np.finfo("float32"), Config(1)
+    least = inner * info.smallest_normal / info.eps
+    lengths = np.sqrt(np.array([0.9, 2.2]) * least / inner)
+    weight = np.repeat(lengths[:, None], inner, axis=1).astype("float32")
+    squares = np.sum(weight * weight, axis=1)
+    assert in_range(squares, inner, xp=np).tolist() == [False, True]
+    (patch,) = doraxp.prepare(weight, doraxp.init(weight, config, seed=0), config).direction.patches
+    assert patch.rows.tolist() == [0]
 
 
 def test_only_suspect_rows_are_stored():

@@ -494,12 +494,25 @@ def test_zero_gradients_are_unchanged(backend, assert_close):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_gradient_that_is_not_finite_makes_the_norm_nan(backend, bad):
-    values = (np.array([[1.0, bad]]), np.array([7.0]))
-    with np.errstate(invalid="ignore"):
-        clipped, norm = backend.run(clip_by_global_norm, Dense(*map(backend.asarray, values)), 1.0)
-        assert np.isnan(backend.numpy(norm))
-        for leaf, given in zip(clipped, values, strict=True):
-            np.testing.assert_array_equal(backend.numpy(leaf), given)
+    """And no warning comes, though the numbers beside it are so large that squares overflow."""
+    values = (np.array([[1.0, bad]], "float32"), np.array([3e38], "float32"))
+    clipped, norm = backend.run(clip_by_global_norm, Dense(*map(backend.asarray, values)), 1.0)
+    assert np.isnan(backend.numpy(norm))
+    for leaf, given in zip(clipped, values, strict=True):
+        np.testing.assert_array_equal(backend.numpy(leaf), given)
+
+
+@pytest.mark.dtypes("float32", "float64")
+def test_finite_gradients_whose_norm_overflows_are_clipped(backend, dtype, assert_close):
+    """The norm is infinite then. Small numbers beside the large ones keep their digits."""
+    most = 0.9 * float(np.finfo(dtype).max)
+    values = np.full((2, 5), most, dtype), np.array([-most, 0, 1e10], dtype)
+    clipped, norm = backend.run(clip_by_global_norm, Dense(*map(backend.asarray, values)), 1e20)
+    assert np.isposinf(backend.numpy(norm))
+    part = 1e20 / math.sqrt(11)
+    wanted = np.full((2, 5), part, dtype), np.array([-part, 0, part * (1e10 / most)], dtype)
+    for leaf, given in zip(clipped, wanted, strict=True):
+        assert_close(leaf, given, rtol=4 * np.finfo(dtype).eps)
 
 
 @pytest.mark.dtypes("float16", "bfloat16")

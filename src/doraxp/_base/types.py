@@ -199,8 +199,9 @@ class Gradients(NamedTuple):
     """dbias, in the compute dtype; None unless `train_base` and a bias was given."""
 
 
-Snapshot: TypeAlias = Adapter | list[bytes]
-"""The values of A, B and m at one time: copies of the arrays, or their bytes."""
+Snapshot: TypeAlias = Adapter | list[bytes] | list[str]
+"""The values of A, B and m at one time: copies of the arrays, their bytes, or names that stand for
+their values."""
 
 
 class AdamWLeaves(NamedTuple):

@@ -20,6 +20,7 @@ import numpy as np
 from doraxp._base.types import Array, DType, Namespace
 from doraxp.backends._conformance import check_conformance
 from doraxp.backends._cupy.operations import CupyOperations
+from doraxp.backends._dask import DaskOperations
 from doraxp.backends._dtypes import DTYPES, dtype_name
 from doraxp.backends._generic import LazyOperations, Operations
 from doraxp.backends._jax import JaxOperations
@@ -34,7 +35,6 @@ _TENSOR_DEVICE = attrgetter("device")
 _TENSORS: set[type] = set()
 """PyTorch's own classes of tensors, once a tensor was seen."""
 _KNOWN: tuple[Callable[..., bool], ...] = (
-    array_api_compat.is_dask_namespace,
     array_api_compat.is_array_api_strict_namespace,
     array_api_compat.is_pydata_sparse_namespace,
     array_api_compat.is_ndonnx_namespace,
@@ -53,9 +53,9 @@ def operations(*, bias: Array | None = None, **arrays: Array) -> Operations:
     Raises
     ------
     TypeError
-        An argument is not an array, two arrays are of different libraries, a dtype is not one of
-        float16, bfloat16, float32 and float64, or the library computes in another way than the
-        array API standard says.
+        An argument is not an array, or is a masked array or an `np.matrix`; two arrays are of
+        different libraries; a dtype is not one of float16, bfloat16, float32 and float64; or the
+        library computes in another way than the array API standard says.
     ValueError
         Two arrays are on different devices, or CuPy's are not on its current device.
     """
@@ -127,6 +127,8 @@ def _operations_of(xp: Namespace) -> Operations:
         return TorchOperations(xp)
     if array_api_compat.is_jax_namespace(cast(ModuleType, xp)):
         return JaxOperations(xp)
+    if array_api_compat.is_dask_namespace(cast(ModuleType, xp)):
+        return DaskOperations(xp)
     if any(is_known(xp) for is_known in _KNOWN):
         return Operations(xp)
     if str(xp.__name__) not in _LAZY:
@@ -151,6 +153,19 @@ def _one_library(given: dict[str, Array]) -> Namespace:
     return xp
 
 
+def _check_class(name: str, array: Array) -> None:
+    """Refuse the two subclasses of NumPy's array whose operators compute something else."""
+    if not isinstance(array, np.ndarray):
+        return
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} must be a plain array, got a masked array: choose the numbers that stand for "
+            f"masked ones, and give {name}.filled(number)"
+        )
+    if isinstance(array, np.matrix):
+        raise TypeError(f"{name} must be a plain array, got an np.matrix: give np.asarray({name})")
+
+
 def _check_devices(given: dict[str, Array]) -> None:
     found = {name: _device(array) for name, array in given.items()}
     devices = {name: where for name, where in found.items() if where is not None}
@@ -164,6 +179,7 @@ def _check_devices(given: dict[str, Array]) -> None:
 
 
 def _namespace(name: str, array: Array) -> Namespace:
+    _check_class(name, array)
     try:
         return array_namespace(array)
     except TypeError:

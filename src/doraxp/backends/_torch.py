@@ -180,13 +180,13 @@ class TorchOperations(Operations):
         rank = scaled_b.shape[-1] if exact else 0
         rows = d.new_empty((*stack, tokens + rank, out))
         dz = rows[..., :tokens, :]
-        dm = self.over_norm(xp.sum(xp.mul(d, z, out=dz), dim=-2), norm)
+        dm = self.over_norm(self.token_sums(xp.mul(d, z, out=dz)), norm)
         xp.mul(gain[..., None, :], d, out=dz)
         p = gain * dm if exact else None
         if p is not None:
             below = self.over_norm(-p[..., None] * scaled_b, norm)  # (out, rank)
             rows[..., tokens:, :] = xp.matrix_transpose(below)
-        dbias = xp.sum(d, dim=-2) if with_bias else None
+        dbias = self.token_sums(d) if with_bias else None
         return OutputGradients(rows, rows @ scaled_b, dm, p, dbias)
 
     def gradients(
@@ -208,8 +208,8 @@ class TorchOperations(Operations):
         weight, a, scaled_b, row_scale = direction.factors
         gain = norm.gain
         wide = d.to(low.dtype)
-        dbias = xp.sum(wide, dim=-2) if with_bias else None
-        dm = self.over_norm(xp.sum(wide * z, dim=-2), norm.norm)
+        dbias = self.token_sums(wide) if with_bias else None
+        dm = self.over_norm(self.token_sums(wide * z), norm.norm)
         db = gain[..., None] * (transpose(wide) @ low)
         dlow = wide @ (gain[..., None] * scaled_b)  # dz s B, (tokens, rank)
         del wide
@@ -228,6 +228,10 @@ class TorchOperations(Operations):
         else:
             dx = _add_product((dlow @ a).to(d.dtype), dz, weight)
         return LayerGradients(dx, da, db, dm, p, dbias)
+
+    def token_sums(self, array: Tensor) -> Tensor:
+        """Return the sums over the tokens: PyTorch adds no long chains."""
+        return self.xp.sum(array, dim=-2)
 
     def over_norm(self, values: Tensor, norm: Tensor) -> Tensor:
         """Return values / n by rows, and 0 where n = 0, by three calls of PyTorch."""

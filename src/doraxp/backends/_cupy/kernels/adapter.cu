@@ -172,7 +172,7 @@ __device__ inline void expand_rows(const NormArrays& of, const compute_t* u, ind
     const compute_t *b = of.b + row * of.rank,
                     *gram = of.gram + row / of.out * of.rank * of.rank;
     compute_t *unit = of.unit + row * of.rank, *gained = of.gained + row * of.rank;
-    compute_t along = 0, update = 0, b_squares = 0, a_squares = 0;
+    compute_t along = 0, update = 0, apart = 0;  // `apart`: `update`, if A's rows were orthogonal
     for (index_t r = lane; r < of.rank; r += TEAM) {
         compute_t bg = 0;
         if (of.bg) {
@@ -184,19 +184,16 @@ __device__ inline void expand_rows(const NormArrays& of, const compute_t* u, ind
         if (there) gained[r] = bg;  // this lane reads it again, and then replaces it
         along += b[r] * (scale * u[r]);
         update += bg * b[r];
-        b_squares += b[r] * b[r];
-        a_squares += gram[r * of.rank + r];
+        apart += b[r] * (gram[r * of.rank + r] + of.floor) * b[r];
     }
     along = team_sum(along);
     update = team_sum(update);
-    b_squares = team_sum(b_squares);
-    a_squares = team_sum(a_squares);
+    apart = team_sum(apart);
 
     const compute_t infinity = (compute_t)__uint_as_float(0x7f800000u);
     const compute_t n2 = base + 2 * along + update;
-    const compute_t mean_square = a_squares / (compute_t)of.rank + of.floor;
-    const compute_t expected = larger(update, b_squares * mean_square);
-    const bool trusted = n2 > of.cancellation * (base + expected) + of.floor && n2 < infinity;
+    const bool trusted =
+        n2 > of.cancellation * (base + larger(update, apart)) + of.floor && n2 < infinity;
     compute_t n = sqrt(n2);
     if (there && trusted)
         for (index_t r = lane; r < of.rank; r += TEAM) unit[r] = (scale * u[r] + gained[r]) / n;
@@ -224,9 +221,9 @@ __device__ inline void expand_rows(const NormArrays& of, const compute_t* u, ind
 //
 // A row whose n² may have lost digits is suspect, by the rule of `_expanded_norm` in _generic.py. A
 // row is trusted if n² < ∞ and
-//     n² > cancellation (base + max(rowsum(bg⊙b), ‖b‖² (‖A‖² / rank + floor))) + floor
-// where base is ‖w‖², or with ρ 1 or 0; ‖A‖² / rank is the mean of the diagonal of `gram`; and
-// `floor` is the bound below which a sum of squares may have underflowed. NaN is not trusted.
+//     n² > cancellation (base + max(rowsum(bg⊙b), Σ_r b_r² (‖A_r‖² + floor))) + floor
+// where base is ‖w‖², or with ρ 1 or 0; ‖A_r‖² is on the diagonal of `gram`; and `floor` is the
+// bound below which a sum of squares may have underflowed. NaN is not trusted.
 // A suspect row is measured on V itself. All numbers of a row of zeros are 0, so it needs no care
 // later. `suspect` marks the other suspect rows: their part of `gained` is 0, and any[0] is set to
 // 1 if there are such rows. `prepare_adapter` sets it to 0.

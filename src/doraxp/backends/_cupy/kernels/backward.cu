@@ -238,11 +238,19 @@ extern "C" __global__ void sum_chunks(const compute_t* partial, compute_t* resul
     result[e * out + i] = total;
 }
 
+enum { CHAIN = 64 };  // chunks that are added up in one chain: its error grows with its length
+
+// The sum of the chunks of partial (stack, chunks, length), at i.
 __device__ inline compute_t over_chunks(const compute_t* partial, index_t e, index_t chunks,
                                         index_t i, index_t length) {
     compute_t total = 0;
+    for (index_t first = 0; first < chunks; first += CHAIN) {
+        const index_t end = first + CHAIN < chunks ? first + CHAIN : chunks;
+        compute_t chain = 0;
 #pragma unroll 8
-    for (index_t c = 0; c < chunks; ++c) total += partial[(e * chunks + c) * length + i];
+        for (index_t c = first; c < end; ++c) chain += partial[(e * chunks + c) * length + i];
+        total += chain;
+    }
     return total;
 }
 
