@@ -148,11 +148,12 @@ CONFIGS = {
     "alpha text": peft_config(lora_alpha="a"),
     "alpha infinite": peft_config(lora_alpha=float("inf")),
     "a pattern that does not compile": peft_config(rank_pattern={"[": 3}),
-    "a pattern without an end": peft_config(alpha_pattern={"(.*)*x": 3}),
+    "a pattern with a backreference": peft_config(alpha_pattern={r"(.*)\1": 3}),
     "a pattern of too many repeats": peft_config(rank_pattern={"a{99999999999}": 3}),
     "a pattern of deep brackets": peft_config(rank_pattern={"(" * 3000 + "a" + ")" * 3000: 3}),
     "a pattern that Python warns of": peft_config(rank_pattern={"[[a]?q": 3}),
-    "a pattern of many stars": peft_config(alpha_pattern={".*.*.*.*x": 3}),
+    "a pattern that looks ahead": peft_config(alpha_pattern={"(?=.*)*x": 3}),
+    "a pattern of repeated repeats": peft_config(alpha_pattern={"(a{1000}){1000}": 3}),
 }
 
 
@@ -189,6 +190,7 @@ def assert_refused(files, capsys, base="base"):
     assert len(error) < 2000
     assert peak < MEMORY
     assert sorted(path.name for path in files.iterdir()) == ["adapter", "base"]
+    return error
 
 
 def add_layer(files, name):
@@ -234,20 +236,15 @@ def test_markup_in_a_name_is_printed_as_it_is(files, capsys, name):
     ("name", "patterns", "message"),
     [
         ("." * 4000, {".*.*.*x": 3}, "the name of a tensor must have at most 500 characters"),
-        ("." * 400, {".*.*.*x": 3, ".*.*.*y": 3}, "its patterns take too long to match"),
-        ("a", {f"{number}": 3 for number in range(200_000)}, "its patterns take too long to match"),
+        ("a", {f"{number}": 3 for number in range(200_000)}, "at most 500000 parts"),
     ],
-    ids=["a long name", "many dots", "many patterns"],
+    ids=["a long name", "many patterns"],
 )
 def test_patterns_that_would_take_hours_are_refused(files, capsys, name, patterns, message):
     shutil.rmtree(files / "adapter")
     shapes = {f"{name}{number}": (7, 5) for number in range(200)}
     write_adapter(files / "adapter", shapes, rank_pattern=patterns)
-    start = time.process_time()
-    with pytest.raises(CheckpointError, match=message):
-        load_adapters(files / "adapter")
-    assert time.process_time() - start < 10
-    assert_refused(files, capsys)
+    assert message in assert_refused(files, capsys)
 
 
 def test_many_names_that_fit_by_a_leading_part_take_little_memory(files, capsys):
