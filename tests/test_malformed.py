@@ -479,3 +479,61 @@ def test_a_name_that_occurs_twice_is_named_in_the_error(tmp_path):
     (tmp_path / "a").write_bytes(SAFETENSORS["a name twice"])
     with pytest.raises(CheckpointError, match="the name 'a' occurs twice"):
         Reader(tmp_path / "a")
+
+
+def test_many_names_of_which_one_occurs_twice_take_linear_time(files, capsys):
+    pairs = ",".join(f'"{number}":1' for number in range(150_000))
+    path = files / "adapter" / "adapter_config.json"
+    path.write_text(f'{{{pairs},"a":1,"a":2}}')
+    assert "adapter_config.json: the name 'a' occurs twice" in assert_refused(files, capsys)
+
+
+def write_sparse(path, **shapes):
+    """Write a file of zeros that takes almost no room on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 4 * int(np.prod(shape, dtype=object))
+        header[f"base_model.model.block.0.q.{name}"] = entry(shape, (end, end + size))
+        end += size
+    content = raw(header)
+    with path.open("wb") as file:
+        file.write(content)
+        file.truncate(len(content) + end)
+
+
+@pytest.mark.parametrize(
+    ("rank", "out", "inner", "message"),
+    [
+        (10_000_000, 7, 5, "rank must be at most 4096 for a weight of shape (7, 5), got 10000000"),
+        (
+            6000,
+            5500,
+            5000,
+            "must be at most 5000 for a weight of shape (5500, 5000), got 6000",
+        ),
+        (1, 2**31, 2**32, "at most 1073741824 numbers, got 4294967296 for rank 1 and a weight"),
+        (2, 2**30, 4, "at most 1073741824 numbers, got 2147483648 for rank 2 and a weight"),
+    ],
+)
+def test_factors_that_would_fill_the_memory_are_refused_before_they_are_read(
+    files, capsys, rank, out, inner, message
+):
+    path = files / "adapter" / "adapter_model.safetensors"
+    names = {"lora_A": (rank, inner), "lora_B": (out, rank), "lora_magnitude_vector": (out,)}
+    write_sparse(path, **names)
+    write_json(files / "adapter" / "adapter_config.json", peft_config(r=rank))
+    assert message in assert_refused(files, capsys)
+    assert main(["inspect", str(files / "adapter")]) == 2
+
+
+def test_a_rank_above_the_sides_of_a_small_weight_is_read(files):
+    shutil.rmtree(files / "adapter")
+    rng = np.random.default_rng(0)
+    parts = {"lora_A": (64, 5), "lora_B": (7, 64), "lora_magnitude_vector": (7,)}
+    (files / "adapter").mkdir()
+    save_file(
+        {f"base_model.model.block.0.q.{n}": rng.random(s, np.float32) for n, s in parts.items()},
+        files / "adapter" / "adapter_model.safetensors",
+    )
+    write_json(files / "adapter" / "adapter_config.json", peft_config(r=64))
+    assert load_adapters(files / "adapter")["block.0.q"].config.rank == 64
