@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -169,6 +171,25 @@ def test_lycoris_convolutions_are_merged(tmp_path):
     assert main(["merge", *paths[:2], "--out", paths[2], "--force"]) == 2
 
 
+@pytest.mark.parametrize("inner", [5, 7])
+def test_an_old_lycoris_file_norms_the_columns_even_of_a_square_weight(tmp_path, inner):
+    """The scale has shape (1, in): it may have as many numbers as the weight has rows."""
+    rng = np.random.default_rng(2)
+    weight = draw(rng, 7, inner)
+    b, a, m = factors(rng, (inner, 7))  # of the transpose: its A is Bᵀ
+    changes = {
+        "lora_down.weight": np.ascontiguousarray(a.T),
+        "lora_up.weight": np.ascontiguousarray(b.T),
+        "dora_scale": m.reshape(1, -1),
+    }
+    lycoris(tmp_path / "a.safetensors", **changes)
+    save_file({"down.0.weight": weight}, tmp_path / "base")
+    paths = [str(tmp_path / name) for name in ("base", "a.safetensors", "out")]
+    assert main(["merge", *paths[:2], "--out", paths[2], "--verify"]) == 0
+    merged = load_file(tmp_path / "out")["down.0.weight"]
+    np.testing.assert_allclose(merged, dense(weight.T, b, a, m).T, rtol=2**-22)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -271,6 +292,107 @@ def test_nothing_is_overwritten_and_nothing_is_dropped(tmp_path, capsys):
     save_file(load_file(path) | {"base_model.model.lm_head.weight": np.ones((2, 2), "f4")}, path)
     assert main(["convert", paths[0], "--to", "mlx", "--out", paths[1]]) == 2
     assert "also replaces lm_head.weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_saved_files_have_the_mode_of_any_new_file(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        save_adapters(tmp_path / "a", layers())
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "a").iterdir()}
+    assert modes == dict.fromkeys(
+        ("adapter_model.safetensors", "adapter_config.json"), 0o666 & ~umask
+    )
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_overwrite_replaces_an_adapter_of_either_format(tmp_path):
+    other = layers(config=Config(2, 5.0))
+    for format in ("peft", "mlx", "peft"):
+        save_adapters(tmp_path / "a", layers(), format, overwrite=True)
+        assert_same(load_adapters(tmp_path / "a"), layers())
+        save_adapters(tmp_path / "a", other, overwrite=True)
+        assert_same(load_adapters(tmp_path / "a"), other)
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]
+        assert len(list((tmp_path / "a").iterdir())) == 2
+    with pytest.raises(FileExistsError, match="already exists; overwrite=True, or --force, repl"):
+        save_adapters(tmp_path / "a", layers())
+    assert_same(load_adapters(tmp_path / "a"), other)
+
+
+def test_convert_replaces_its_own_source_by_force(tmp_path, capsys):
+    write_adapter(tmp_path / "a")
+    before = dict(load_adapters(tmp_path / "a"))
+    command = ["convert", str(tmp_path / "a"), "--to", "mlx", "--out", str(tmp_path / "a")]
+    assert main(command) == 2
+    assert "--force" in capsys.readouterr().err
+    assert main([*command, "--force"]) == 0
+    after = load_adapters(tmp_path / "a")
+    assert after.format == "mlx"
+    assert_same(after, before)
+
+
+@pytest.mark.parametrize("foreign", ["thesis.tex", ".git", "README.md", "adapter_config.json"])
+def test_overwrite_removes_no_foreign_file(tmp_path, foreign):
+    save_adapters(tmp_path / "a", layers())
+    if foreign.startswith((".git", "adapter")):
+        (tmp_path / "a" / foreign).unlink(missing_ok=True)
+        (tmp_path / "a" / foreign).mkdir()
+    else:
+        (tmp_path / "a" / foreign).write_text("mine")
+    problem = f"only an adapter's own files are replaced, but it has {foreign}: move it"
+    with pytest.raises(FileExistsError, match=re.escape(problem)):
+        save_adapters(tmp_path / "a", layers(), overwrite=True)
+    assert (tmp_path / "a" / foreign).exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_overwrite_replaces_neither_a_file_nor_a_link(tmp_path, kind):
+    if kind == "file":
+        (tmp_path / "a").write_text("mine")
+    else:
+        (tmp_path / "b").mkdir()
+        (tmp_path / "a").symlink_to(tmp_path / "b")
+    with pytest.raises(FileExistsError, match="must be a folder to be replaced"):
+        save_adapters(tmp_path / "a", layers(), overwrite=True)
+
+
+@pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt()])
+def test_the_old_adapter_stays_if_the_new_one_cannot_take_its_place(tmp_path, monkeypatch, error):
+    save_adapters(tmp_path / "a", layers())
+    other, rename = layers(config=Config(2, 5.0)), Path.rename
+
+    def fail(path, target):
+        if path.name == "complete":
+            raise error
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(type(error)):
+        save_adapters(tmp_path / "a", other, overwrite=True)
+    assert_same(load_adapters(tmp_path / "a"), layers())
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_saved_adapter_is_on_the_disk_before_it_appears(tmp_path, monkeypatch):
+    events = []
+    fsync, rename = os.fsync, Path.rename
+
+    def note_sync(file):
+        events.append(os.path.basename(os.readlink(f"/proc/self/fd/{file}")))
+        fsync(file)
+
+    def note_rename(path, target):
+        events.append(f"rename {path.name}")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    save_adapters(tmp_path / "a", layers())
+    files = ["adapter_model.safetensors", "adapter_config.json", "complete"]
+    assert events == [*files, "rename complete", tmp_path.name]
 
 
 def test_the_folder_above_the_target_must_exist(tmp_path):

@@ -148,11 +148,12 @@ CONFIGS = {
     "alpha text": peft_config(lora_alpha="a"),
     "alpha infinite": peft_config(lora_alpha=float("inf")),
     "a pattern that does not compile": peft_config(rank_pattern={"[": 3}),
-    "a pattern without an end": peft_config(alpha_pattern={"(.*)*x": 3}),
+    "a pattern with a backreference": peft_config(alpha_pattern={r"(.*)\1": 3}),
     "a pattern of too many repeats": peft_config(rank_pattern={"a{99999999999}": 3}),
     "a pattern of deep brackets": peft_config(rank_pattern={"(" * 3000 + "a" + ")" * 3000: 3}),
     "a pattern that Python warns of": peft_config(rank_pattern={"[[a]?q": 3}),
-    "a pattern of many stars": peft_config(alpha_pattern={".*.*.*.*x": 3}),
+    "a pattern that looks ahead": peft_config(alpha_pattern={"(?=.*)*x": 3}),
+    "a pattern of repeated repeats": peft_config(alpha_pattern={"(a{1000}){1000}": 3}),
 }
 
 
@@ -189,6 +190,7 @@ def assert_refused(files, capsys, base="base"):
     assert len(error) < 2000
     assert peak < MEMORY
     assert sorted(path.name for path in files.iterdir()) == ["adapter", "base"]
+    return error
 
 
 def add_layer(files, name):
@@ -234,20 +236,15 @@ def test_markup_in_a_name_is_printed_as_it_is(files, capsys, name):
     ("name", "patterns", "message"),
     [
         ("." * 4000, {".*.*.*x": 3}, "the name of a tensor must have at most 500 characters"),
-        ("." * 400, {".*.*.*x": 3, ".*.*.*y": 3}, "its patterns take too long to match"),
-        ("a", {f"{number}": 3 for number in range(200_000)}, "its patterns take too long to match"),
+        ("a", {f"{number}": 3 for number in range(200_000)}, "at most 500000 parts"),
     ],
-    ids=["a long name", "many dots", "many patterns"],
+    ids=["a long name", "many patterns"],
 )
 def test_patterns_that_would_take_hours_are_refused(files, capsys, name, patterns, message):
     shutil.rmtree(files / "adapter")
     shapes = {f"{name}{number}": (7, 5) for number in range(200)}
     write_adapter(files / "adapter", shapes, rank_pattern=patterns)
-    start = time.process_time()
-    with pytest.raises(CheckpointError, match=message):
-        load_adapters(files / "adapter")
-    assert time.process_time() - start < 10
-    assert_refused(files, capsys)
+    assert message in assert_refused(files, capsys)
 
 
 def test_many_names_that_fit_by_a_leading_part_take_little_memory(files, capsys):
@@ -482,3 +479,61 @@ def test_a_name_that_occurs_twice_is_named_in_the_error(tmp_path):
     (tmp_path / "a").write_bytes(SAFETENSORS["a name twice"])
     with pytest.raises(CheckpointError, match="the name 'a' occurs twice"):
         Reader(tmp_path / "a")
+
+
+def test_many_names_of_which_one_occurs_twice_take_linear_time(files, capsys):
+    pairs = ",".join(f'"{number}":1' for number in range(150_000))
+    path = files / "adapter" / "adapter_config.json"
+    path.write_text(f'{{{pairs},"a":1,"a":2}}')
+    assert "adapter_config.json: the name 'a' occurs twice" in assert_refused(files, capsys)
+
+
+def write_sparse(path, **shapes):
+    """Write a file of zeros that takes almost no room on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 4 * int(np.prod(shape, dtype=object))
+        header[f"base_model.model.block.0.q.{name}"] = entry(shape, (end, end + size))
+        end += size
+    content = raw(header)
+    with path.open("wb") as file:
+        file.write(content)
+        file.truncate(len(content) + end)
+
+
+@pytest.mark.parametrize(
+    ("rank", "out", "inner", "message"),
+    [
+        (10_000_000, 7, 5, "rank must be at most 4096 for a weight of shape (7, 5), got 10000000"),
+        (
+            6000,
+            5500,
+            5000,
+            "must be at most 5000 for a weight of shape (5500, 5000), got 6000",
+        ),
+        (1, 2**31, 2**32, "at most 1073741824 numbers, got 4294967296 for rank 1 and a weight"),
+        (2, 2**30, 4, "at most 1073741824 numbers, got 2147483648 for rank 2 and a weight"),
+    ],
+)
+def test_factors_that_would_fill_the_memory_are_refused_before_they_are_read(
+    files, capsys, rank, out, inner, message
+):
+    path = files / "adapter" / "adapter_model.safetensors"
+    names = {"lora_A": (rank, inner), "lora_B": (out, rank), "lora_magnitude_vector": (out,)}
+    write_sparse(path, **names)
+    write_json(files / "adapter" / "adapter_config.json", peft_config(r=rank))
+    assert message in assert_refused(files, capsys)
+    assert main(["inspect", str(files / "adapter")]) == 2
+
+
+def test_a_rank_above_the_sides_of_a_small_weight_is_read(files):
+    shutil.rmtree(files / "adapter")
+    rng = np.random.default_rng(0)
+    parts = {"lora_A": (64, 5), "lora_B": (7, 64), "lora_magnitude_vector": (7,)}
+    (files / "adapter").mkdir()
+    save_file(
+        {f"base_model.model.block.0.q.{n}": rng.random(s, np.float32) for n, s in parts.items()},
+        files / "adapter" / "adapter_model.safetensors",
+    )
+    write_json(files / "adapter" / "adapter_config.json", peft_config(r=64))
+    assert load_adapters(files / "adapter")["block.0.q"].config.rank == 64

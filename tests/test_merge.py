@@ -32,6 +32,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from doraxp import AdaptedLayer, Adapter, Config, LayerKind
+from doraxp.backends import Status
 from doraxp.checkpoint import (
     Options,
     _rows,
@@ -252,6 +253,15 @@ def test_a_plan_can_be_run_in_another_folder(folders, monkeypatch):
     assert_merged(load_folder(folder / "out"), base, adapter)
 
 
+def answering(**parts):
+    """Return a client of a cluster whose processes are this one."""
+    return SimpleNamespace(
+        run_on_scheduler=lambda function, *arguments: function(*arguments),
+        run=lambda function, *arguments: {"tcp://worker:1": function(*arguments)},
+        **parts,
+    )
+
+
 def test_a_scheduler_takes_the_shards(folders, capsys, monkeypatch):
     folder, base, adapter = folders
     seen = []
@@ -260,7 +270,7 @@ def test_a_scheduler_takes_the_shards(folders, capsys, monkeypatch):
     def client(address):
         seen.append(address)
         with ThreadPoolExecutor(2) as pool:
-            yield SimpleNamespace(get_executor=lambda: pool)
+            yield answering(get_executor=lambda: pool)
 
     library = SimpleNamespace(Client=client, KilledWorker=KeyError)
     monkeypatch.setitem(sys.modules, "distributed", library)
@@ -313,7 +323,7 @@ def test_an_error_of_a_cluster_is_one_line(folders, capsys, monkeypatch, error, 
     def client(address):
         if not isinstance(error, KilledWorker | CancelledError):
             raise error
-        yield SimpleNamespace(get_executor=lambda: SimpleNamespace(submit=fail))
+        yield answering(get_executor=lambda: SimpleNamespace(submit=fail))
 
     library = SimpleNamespace(Client=client, KilledWorker=KilledWorker)
     monkeypatch.setitem(sys.modules, "distributed", library)
@@ -323,6 +333,61 @@ def test_an_error_of_a_cluster_is_one_line(folders, capsys, monkeypatch, error, 
     assert message in problem
     assert problem.count("\n") == 1
     assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("where", "module", "version", "message"),
+    [
+        ("run_on_scheduler", "doraxp", None, "the scheduler has no doraxp: install doraxp[distri"),
+        ("run", "ml_dtypes", None, "the worker tcp://worker:1 has no ml_dtypes: install doraxp["),
+        ("run", "torch", None, "the worker tcp://worker:1 has no torch: install"),
+        ("run", "numpy", "1.26.4", "has numpy 1.26.4, but here it is 2"),
+        ("run", "doraxp", "0.1", "has doraxp 0.1, but here it is "),
+        ("run", "ml_dtypes", "0.1", "has ml_dtypes 0.1, but here it is "),
+        ("run", "threadpoolctl", "0.1", None),
+        ("run", OSError("gone"), None, "the cluster cannot say what is installed there: gone"),
+    ],
+)
+def test_a_worker_that_lacks_something_is_named_before_anything_is_written(
+    folders, capsys, monkeypatch, where, module, version, message
+):
+    folder, _, _ = folders
+    client = answering(get_executor=lambda: ThreadPoolExecutor(1))
+    ask = getattr(client, where)
+
+    def change(found):
+        return found | {module: version} if version else {k: found[k] for k in found if k != module}
+
+    def answer(*question):
+        if isinstance(module, OSError):
+            raise module
+        found = ask(*question)
+        return change(found) if where != "run" else {key: change(found[key]) for key in found}
+
+    setattr(client, where, answer)
+    library = SimpleNamespace(
+        Client=lambda address: contextlib.nullcontext(client), KilledWorker=KilledWorker
+    )
+    monkeypatch.setitem(sys.modules, "distributed", library)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    options = []
+    if module == "torch":
+        monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(__version__="2.13.0"))
+        monkeypatch.setattr(
+            "doraxp.backends.available",
+            lambda: [Status("torch", True, "2.13.0")],
+        )
+        options = ["--backend", "torch"]
+    status = merge(folder, "--scheduler", "here", *options)
+    problem = capsys.readouterr().err
+    if message is None:
+        assert status == 0
+        return
+    assert status == 2
+    assert message in problem
+    assert problem.startswith("doraxp merge: error: --scheduler 'here': ")
+    assert problem.count("\n") == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "base"]
 
 
 @pytest.mark.parametrize("block", [1 << 19, 9])

@@ -16,6 +16,9 @@ from doraxp.checkpoint._safetensors import DTYPES, Reader
 from doraxp.layers import AdaptedLayer
 
 CONFIG = "adapter_config.json"
+RANK_LIMIT, SIZE_LIMIT = 4096, 1 << 30
+"""Above the needs of all trainers, and far below a sparse file of a few bytes on the disk. The
+first holds where a side of the weight is shorter; the second is for the numbers of one factor."""
 
 
 class TensorNames(NamedTuple):
@@ -102,6 +105,17 @@ def _check_layer(reader: Reader, path: str, layer: StoredLayer) -> None:
     """Raise CheckpointError unless A, B and m have a floating dtype and the sizes of the layer."""
     rank = layer.config.rank
     *_, out, inner = layer.kind.matrix_shape(layer.shape)
+    limit = max(RANK_LIMIT, min(out, inner))
+    if rank > limit:
+        raise CheckpointError(
+            f"{reader.path}: {path}: rank must be at most {limit} for a weight of shape "
+            f"{layer.shape}, got {rank}"
+        )
+    if rank * max(out, inner) > SIZE_LIMIT:
+        raise CheckpointError(
+            f"{reader.path}: {path}: a factor must have at most {SIZE_LIMIT} numbers, got "
+            f"{rank * max(out, inner)} for rank {rank} and a weight of shape {layer.shape}"
+        )
     sizes = (rank * inner, out * rank, out)
     for name, size in zip(layer.names, sizes, strict=True):
         tensor = reader.tensors[name]

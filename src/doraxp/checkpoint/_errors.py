@@ -6,6 +6,8 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+from doraxp._base.printable import printable
+
 _LIMIT = 1000
 
 
@@ -13,7 +15,7 @@ class CheckpointError(ValueError):
     """A file cannot be used. The message is one short line, whatever the file contains."""
 
     def __init__(self, message: str) -> None:
-        line = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in message)
+        line = printable(message)
         if len(line) > _LIMIT:
             line = f"{line[: _LIMIT - 40]}… of {len(line)} letters"
         super().__init__(line)

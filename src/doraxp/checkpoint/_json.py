@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import TypeAlias
 
@@ -37,8 +38,8 @@ def parse_json(raw: bytes, path: Path) -> JsonObject:
     def unique(pairs: list[tuple[str, object]]) -> JsonObject:
         entries = dict(pairs)
         if len(entries) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            counts = Counter(name for name, _ in pairs)
+            twice = next(name for name, count in counts.items() if count > 1)
             raise CheckpointError(f"{path}: the name {twice!r} occurs twice")
         return entries
 

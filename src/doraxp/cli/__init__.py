@@ -7,10 +7,10 @@ returns the exit status. It imports the modules that an extra installs only when
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 import doraxp
+from doraxp._terminal.messages import accept_any_encoding, print_error
 from doraxp.cli import bench, convert, demo, inspect, merge, vectors, verify
 
 _COMMANDS = {
@@ -46,11 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=module.SUMMARY, description=module.SUMMARY)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
+    accept_any_encoding()
     arguments = parser.parse_args(argv)
     try:
         status: int = arguments.run(arguments)
     except OSError as error:  # a disk that is full, say
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        print_error(parser.prog, error)
         return 1
     except KeyboardInterrupt:
         return 130  # 128 + SIGINT, as shells have it

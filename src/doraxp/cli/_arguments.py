@@ -6,11 +6,11 @@ import argparse
 import importlib.util
 import math
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import doraxp
+from doraxp._terminal.messages import print_error
 from doraxp._terminal.runtimes import BACKENDS
 
 CHECKPOINT = ("safetensors", "ml_dtypes", "threadpoolctl", "rich")
@@ -81,9 +81,8 @@ def lacks(command: str, *modules: str, extra: str | None = None) -> bool:
     """
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        print(
-            f"doraxp {command}: error: {' and '.join(missing)} not installed: "
-            f"pip install 'doraxp[{extra or command}]'",
-            file=sys.stderr,
+        print_error(
+            f"doraxp {command}",
+            f"{' and '.join(missing)} not installed: pip install 'doraxp[{extra or command}]'",
         )
     return bool(missing)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Callable, Mapping
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from doraxp import bench
 from doraxp._terminal.figures import write_json
+from doraxp._terminal.messages import print_error
 from doraxp._terminal.progress import progress_by_parts
 from doraxp._terminal.runtimes import BACKENDS
 from doraxp._terminal.tables import new_console, print_names
@@ -280,5 +280,5 @@ def _listed(named: Mapping[str, object]) -> str:
 
 
 def _refuse(message: str) -> int:
-    print(f"doraxp bench: error: {message}", file=sys.stderr)
+    print_error("doraxp bench", message)
     return 2

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
+from doraxp._base.printable import printable
+from doraxp._terminal.messages import print_error
 from doraxp.cli._arguments import CHECKPOINT, lacks
 
 SUMMARY = (
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DST", required=True, help="a folder that does not exist yet"
     )
+    parser.add_argument("--force", action="store_true", help="replace DST if it is an adapter")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -33,9 +35,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     try:
         adapters = load_adapters(arguments.source)
-        save_adapters(arguments.out, adapters, arguments.to)
+        save_adapters(arguments.out, adapters, arguments.to, overwrite=arguments.force)
     except (ValueError, OSError) as error:
-        print(f"doraxp convert: error: {error}", file=sys.stderr)
+        print_error("doraxp convert", error)
         return 2
-    print(f"{len(adapters)} modules, {adapters.format} to {arguments.to}: {arguments.out}")
+    print(
+        f"{len(adapters)} modules, {adapters.format} to {arguments.to}: "
+        f"{printable(str(arguments.out))}"
+    )
     return 0

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from concurrent.futures import CancelledError, Executor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from doraxp._terminal.progress import progress_by_bytes
 from doraxp._terminal.tables import plain_console, print_table
 from doraxp.cli._arguments import CHECKPOINT, backend, integer, lacks
+from doraxp.cli._cluster import cluster
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -177,7 +176,8 @@ def _warn_of_norms(merge: Merge) -> None:
 def _merge(merge: Merge, arguments: argparse.Namespace) -> dict[str, Change]:
     from doraxp.checkpoint import run_merge
 
-    with _executor(arguments.scheduler) as executor, progress_by_bytes() as progress:
+    modules = () if arguments.backend == "numpy" else (arguments.backend,)
+    with cluster(arguments.scheduler, *modules) as executor, progress_by_bytes() as progress:
         task = progress.add_task("", total=merge.size)
         return run_merge(
             merge,
@@ -188,30 +188,6 @@ def _merge(merge: Merge, arguments: argparse.Namespace) -> dict[str, Change]:
             executor=executor,
             on_bytes=lambda count: progress.update(task, advance=count),
         )
-
-
-@contextlib.contextmanager
-def _executor(scheduler: str | None) -> Iterator[Executor | None]:
-    """Give the executor that takes the shards; None for this process."""
-    if scheduler is None:
-        yield None
-        return
-    from distributed import Client, KilledWorker
-
-    from doraxp.checkpoint import CheckpointError
-
-    with contextlib.ExitStack() as stack:
-        try:
-            client = stack.enter_context(Client(scheduler))
-        except ValueError as error:
-            raise CheckpointError(f"--scheduler {scheduler!r}: {error}") from None
-        try:
-            yield client.get_executor()
-        except (KilledWorker, CancelledError) as error:
-            raise OSError(
-                f"the cluster lost the merge: {str(error) or type(error).__name__}; the same merge "
-                "goes on from the shards that are finished"
-            ) from None
 
 
 def _print_plan(merge: Merge, console: Console) -> None:

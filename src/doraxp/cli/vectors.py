@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
+from doraxp._base.printable import printable
+from doraxp._terminal.messages import print_error
 from doraxp.testing import write_vectors
 
 SUMMARY = (
@@ -29,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         count = write_vectors(arguments.out, force=arguments.force)
     except OSError as error:
-        print(f"doraxp vectors: error: {error}", file=sys.stderr)
+        print_error("doraxp vectors", error)
         return 2
-    print(f"{count} cases, in float32 and float64: {arguments.out}")
+    print(f"{count} cases, in float32 and float64: {printable(str(arguments.out))}")
     return 0

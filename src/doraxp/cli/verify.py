@@ -8,6 +8,7 @@ from typing import Any
 import doraxp
 from doraxp._terminal.comparison_table import print_comparison
 from doraxp._terminal.figures import write_json
+from doraxp._terminal.messages import print_error
 from doraxp._terminal.progress import progress_by_parts
 from doraxp._terminal.runtimes import versions
 from doraxp._terminal.tables import new_console, print_names
@@ -54,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
                 ),
             )
         except (RuntimeError, ValueError) as error:
-            print_names(f"doraxp verify: error: {error}", new_console(stderr=True))
+            print_error("doraxp verify", error)
             return 2
     console = new_console()
     print_comparison(comparison, console)

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from doraxp.checkpoint._adapters import CONFIG, AdapterSet
+from doraxp.checkpoint._durable import sync, write_durably
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._formats import lycoris, mlx, peft
 from doraxp.checkpoint._formats.protocol import Format, WritableFormat
@@ -74,22 +75,29 @@ def save_adapters(
     path: str | os.PathLike[str],
     adapters: Mapping[str, AdaptedLayer],
     format: str = "peft",
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Write adapters as a folder that PEFT or mlx-lm loads; exactly, or not at all.
+
+    The folder appears when it is complete and on the disk.
 
     Parameters
     ----------
     path : path
-        A folder that does not exist yet.
+        A folder that does not exist yet, unless `overwrite` is True.
     adapters : mapping of str to AdaptedLayer
         From `load_adapters` or `doraxp.adapt`; arrays of NumPy.
     format : {"peft", "mlx"}
         mlx-lm has one rank and one s for all modules, and linear layers only.
+    overwrite : bool
+        Replace a folder that has an adapter's files and no others. The old one stays until the new
+        one is complete.
 
     Raises
     ------
     FileExistsError
-        `path` exists.
+        `path` exists and `overwrite` is False, or something there is not an adapter's.
     FileNotFoundError
         The folder above `path` does not exist.
     ValueError
@@ -105,17 +113,45 @@ def save_adapters(
     if not adapters:
         raise ValueError("adapters must hold at least one layer")
     target = Path(path)
-    if target.exists():
-        raise FileExistsError(f"{target}: already exists")
+    if os.path.lexists(target):
+        _check_replaceable(target, overwrite=overwrite)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target.parent}: no such folder")
     written = _WRITABLE[format].write(adapters)
+    # The safetensors library writes an array's memory as it is, which must be C-contiguous.
+    contiguous = {name: np.ascontiguousarray(leaf) for name, leaf in written.tensors.items()}
+    text = json.dumps(written.config, indent=2, sort_keys=True) + "\n"
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        complete = Path(folder) / "complete"
+        complete, replaced = Path(folder) / "complete", Path(folder) / "replaced"
         complete.mkdir()
-        # The safetensors library writes an array's memory as it is, which must be C-contiguous.
-        contiguous = {name: np.ascontiguousarray(leaf) for name, leaf in written.tensors.items()}
-        save_file(contiguous, complete / _WRITABLE[format].FILE, {"format": "pt"})
-        text = json.dumps(written.config, indent=2, sort_keys=True) + "\n"
-        (complete / CONFIG).write_text(text, "utf-8")
-        complete.rename(target)
+        # The library would write a file that only its owner can read.
+        write_durably(complete / _WRITABLE[format].FILE, save(contiguous, {"format": "pt"}))
+        write_durably(complete / CONFIG, text.encode())
+        sync(complete)
+        try:
+            if target.exists():
+                target.rename(replaced)
+            complete.rename(target)
+        except BaseException:
+            if replaced.exists():
+                replaced.rename(target)
+            raise
+        sync(target.parent)
+
+
+def _check_replaceable(target: Path, *, overwrite: bool) -> None:
+    """Raise FileExistsError unless `target` may be replaced: a folder with an adapter alone."""
+    if not overwrite:
+        raise FileExistsError(
+            f"{target}: already exists; overwrite=True, or --force, replaces an adapter"
+        )
+    if target.is_symlink() or not target.is_dir():
+        raise FileExistsError(f"{target}: must be a folder to be replaced")
+    known = {CONFIG, *(format.FILE for format in _WRITABLE.values())}
+    foreign = sorted(
+        path.name for path in target.iterdir() if path.name not in known or path.is_dir()
+    )
+    if foreign:
+        raise FileExistsError(
+            f"{target}: only an adapter's own files are replaced, but it has {foreign[0]}: move it"
+        )

@@ -1,0 +1,47 @@
+"""Lines for the terminal: each stays one line, whatever names it contains, in any encoding."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import sys
+
+from doraxp._base.printable import printable
+
+_IN_ASCII = {
+    "Δ": "d", "–": "-", "─": "-", "━": "=", "╸": "=", "╺": " ", "│": "|", "±": "+-", "×": "x",
+    "÷": "/", "·": "*", "‖": "|", "′": "'", "°": " deg", "…": "...", "≤": "<=", "≥": ">=",
+    "−": "-", "²": "^2", "ᵖ": "^p",
+}  # fmt: skip
+
+
+def accept_any_encoding() -> None:
+    """Let the output streams replace a sign that their encoding lacks, instead of failing.
+
+    A finished merge must not end with an error because a terminal has no Δ.
+    """
+    codecs.register_error("doraxp", _in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="doraxp")
+
+
+def print_error(command: str, error: object) -> None:
+    """Print why a command failed."""
+    _print_message(command, f"error: {error}")
+
+
+def print_warning(command: str, message: str) -> None:
+    """Print a warning."""
+    _print_message(command, f"warning: {message}")
+
+
+def _print_message(command: str, message: str) -> None:
+    print(f"{command}: {printable(message)}", file=sys.stderr)
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    """Return ASCII letters for the signs that an encoding lacks, and where they end."""
+    assert isinstance(error, UnicodeEncodeError)  # output streams do not decode
+    lacking = error.object[error.start : error.end]
+    return "".join(_IN_ASCII.get(sign) or ascii(sign)[1:-1] for sign in lacking), error.end
