@@ -128,7 +128,7 @@ def nearly_dependent_layer(rank, share, rng, *, out=256, inner=320):
 
 @pytest.mark.parametrize(("rank", "times"), [(2, 0.75), (8, 0.45), (64, 0.3), (256, 0.3)])
 def test_two_nearly_dependent_rows_of_a_lose_as_little_at_every_rank(backend, rank, times):
-    """The two rows are `times` √rank as long as those of W. No error is above 4 times the dense one."""
+    """The two rows are `times` √rank as long as W's. No error is above 4 times the dense one."""
     rng = np.random.default_rng(1)
     layer = nearly_dependent_layer(rank, times * rank**0.5, rng)
     x, dy = (rng.standard_normal((8, size)).astype("float32") for size in (320, 256))
@@ -168,7 +168,7 @@ def test_sums_over_tokens_lose_no_more_than_the_dense_way(backend, tokens, out):
 
 @pytest.mark.parametrize("inner", [3, 300])
 def test_a_row_is_measured_if_its_squares_may_have_lost_digits(inner):
-    """Each square may lose the least normal number: the more there are, the longer a row must be."""
+    """Each square may lose the least normal number: more of them need a longer row."""
     info, config = np.finfo("float32"), Config(1)
     least = inner * info.smallest_normal / info.eps
     lengths = np.sqrt(np.array([0.9, 2.2]) * least / inner)
