@@ -210,7 +210,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def judged(out: Path, right: dict[str, dict[str, bytes]]) -> tuple[str, bool]:
-    """Say which of the right results OUT is; False if it is there and is not one of them."""
+    """Return the name of the right result that OUT is; False if OUT is there and is another."""
     if not out.exists():
         return "no OUT", True
     files = content(out)

@@ -26,6 +26,7 @@ from doraxp.checkpoint import (
     CheckpointError,
     Options,
     _lock,
+    _merge,
     _run,
     _safetensors,
     _shard,
@@ -332,18 +333,25 @@ def test_the_error_of_a_changed_file_is_one_line(folder, capsys, monkeypatch):
     assert content(folder / "out") == right(folder)
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", "config.json"])
-def test_a_file_that_changes_while_the_merge_is_planned_is_an_error(folder, monkeypatch, name):
-    path = folder / ("adapter" if "adapter" in name else "base") / name
-    header = _safetensors._checked_header
+@pytest.mark.parametrize("way", ["touched", "removed", "appeared"])
+@pytest.mark.parametrize("name", ["adapter_config.json", "config.json", "vocab.txt"])
+def test_a_file_that_changes_while_the_merge_is_planned_is_an_error(folder, monkeypatch, name, way):
+    path = next(path for path in folder.rglob(name) if "other" not in path.parts)
+    raw, load = path.read_bytes(), _merge.load_adapters
+    if way == "appeared":
+        path.unlink()
 
-    def touched(reader):
-        os.utime(path)
-        return header(reader)
+    def change(adapter):
+        adapters = load(adapter) if name.startswith("adapter") and way == "removed" else None
+        path.write_bytes(raw) if way == "appeared" else CHANGES[way](path)
+        return adapters or load(adapter)
 
-    monkeypatch.setattr(_safetensors, "_checked_header", touched)
-    with pytest.raises(CheckpointError, match=f"{name}: changed since"):
-        plan(folder)
+    monkeypatch.setattr(_merge, "load_adapters", change)
+    if name == "vocab.txt" and way != "removed":
+        plan(folder)  # it is read later
+    else:
+        with pytest.raises(CheckpointError, match=f"{name}: changed since"):
+            plan(folder)
 
 
 def test_a_shard_that_changes_while_its_header_is_read_is_an_error(folder, monkeypatch):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from doraxp.checkpoint._adapters import CONFIG, AdapterSet
+from doraxp.checkpoint._errors import changed
 from doraxp.checkpoint._formats import load_adapters
 from doraxp.checkpoint._model import INDEX, Model, open_model
 from doraxp.checkpoint._options import Options, written_as
@@ -94,9 +95,15 @@ def plan_merge(
     # Workers of a cluster may run in other folders, so a plan has absolute paths.
     base, adapter = Path(base).absolute(), Path(adapter).absolute()
     beside = adapter if adapter.is_dir() else adapter.parent
-    known = stamps_at([base / "config.json", base / INDEX, beside / CONFIG])
+    read = [base / "config.json", base / INDEX, beside / CONFIG]
+    before = stamps_at(read)
     model, adapters = open_model(base), load_adapters(adapter)
-    others = stamps_at(base / file for file in model.others)
-    merge = Merge(model, adapters, plan(model, adapters), options, others | known)
-    merge.check_inputs()  # what was read first is still there
+    copied = [base / file for file in model.others]
+    stamps = stamps_at([*read, *copied])
+    merge = Merge(model, adapters, plan(model, adapters), options, stamps)
+    # A file may have changed, appeared or gone between its stamp and its content.
+    apart = [path for path in read if stamps.get(path) != before.get(path)]
+    apart += [path for path in copied if path not in stamps]
+    if apart:
+        raise changed(apart[0])
     return merge

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
@@ -102,7 +103,8 @@ def run_merge(
         except ChangedError:
             raise  # the shards that are finished were right, and are again if the file comes back
         except CheckpointError:
-            discard(run)  # this merge can never finish
+            with contextlib.suppress(FileNotFoundError):  # a merge without a lock took it
+                discard(run)  # this merge can never finish
             raise
         except OSError as error:
             raise _explained(error, run, out) from error

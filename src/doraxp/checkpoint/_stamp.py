@@ -1,4 +1,4 @@
-"""`Stamp`: what the system says of a file, by which a file that changed is known.
+"""`Stamp`: the size, the times and the number of a file, by which a file that changed is known.
 
 A merge is planned from headers and reads the tensors later, perhaps hours later. Each time that it
 opens a file, it compares the stamp with that of the file which it planned for.
@@ -23,7 +23,7 @@ _TICK, _COARSE_TICK = 20_000_000, 2_000_000_000
 
 
 class Stamp(NamedTuple):
-    """What the system says of a file."""
+    """The size, the times and the number that the system keeps of a file."""
 
     size: int
     mtime_ns: int

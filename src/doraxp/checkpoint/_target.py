@@ -186,7 +186,8 @@ def move_to_target(merge: Merge, run: Path, out: Path, *, force: bool) -> None:
         try:
             result.rename(out)
         except OSError:
-            replaced.rename(out)
+            with contextlib.suppress(FileNotFoundError):  # a merge without a lock took it
+                replaced.rename(out)
             raise
     else:
         result.rename(out)
