@@ -17,7 +17,7 @@ import numpy as np
 import threadpoolctl
 
 from doraxp._base.types import HostArray
-from doraxp.checkpoint._audit_weight import Verdict, adapted_norms, audit_weight
+from doraxp.checkpoint._audit_weight import KEPT_IN_PART, Verdict, adapted_norms, audit_weight
 from doraxp.checkpoint._engine import Engine, load_engine
 from doraxp.checkpoint._merge import Merge
 from doraxp.checkpoint._model import Model, open_model
@@ -86,7 +86,8 @@ def audit(
                 names = iter(())
             raise
     for name in found:
-        if name.endswith(_HEAD) and name not in merge.tasks and not found[name].right:
+        is_head = name.endswith(_HEAD) and name not in merge.tasks
+        if is_head and not found[name].right and found[name].verdict != KEPT_IN_PART:
             found[name] = found[name]._replace(
                 verdict="tied head changed",
                 detail=f"{found[name].verdict}: {found[name].detail}".removesuffix(": "),

@@ -22,8 +22,8 @@ from doraxp.checkpoint._suspects import PRECISION, Sample, Slack, Wide, diagnose
 from doraxp.layers import AdaptedLayer
 from doraxp.testing import right_merge, wrong_merges_across_rows
 
-KEPT = 0.9
-"""The part of the update below which a verdict is "kept in part"."""
+KEPT_IN_PART, _KEPT = "kept in part", 0.9
+"""The verdict on a right merge that has less than this part of the update."""
 _SLABS, _ROWS, _NUMBERS = 16, 64, 1 << 17
 """A sample has 16 groups of rows: at least 64 rows, or more where they are short."""
 _IDLE = 1e-6
@@ -103,9 +103,9 @@ def audit_weight(
         if fault is not None:
             return fault
     kept = _kept(sample)
-    if kept < KEPT:
+    if kept < _KEPT:
         detail = f"rounding left {kept:.2g} of the update"
-        return Verdict("kept in part", False, detail, kept, found.worst)
+        return Verdict(KEPT_IN_PART, False, detail, kept, found.worst)
     return Verdict("rounded" if found.differ else "exact", True, "", kept, found.worst)
 
 
@@ -216,10 +216,9 @@ class _Suspect:
         diagnosis = diagnose(sample, bound)
         if not found.wrong and not diagnosis.refuted:
             return None
-        error = np.abs(sample.stored - merged)
         if np.array_equal(sample.stored, sample.base) and self._is_unchanged():
             return Verdict("unchanged", False, "the merge did nothing", None, found.worst)
-        if found.wrong and not diagnosis.refuted and (error <= bound).all():
+        if diagnosis.fits and not diagnosis.refuted:
             detail = f"{found.wrong:,} of {self._out * self._inner:,} numbers"
             return Verdict("damaged", False, detail, None, found.worst)
         names = diagnosis.names

@@ -4,9 +4,10 @@
 
     S  (k, in)  some rows that a file has        X  the same rows by one formula, rounded as S is
 
-S is compared with the X of every formula. A formula is told from another one by ‖S − X‖² by rows,
-and not by the largest difference: in 16 bits the rounding errors may be larger than the update,
-but they are the same in S and in X.
+S is compared with the X of every formula. A formula is told from another one by the sum of
+((S − X) / bound)², the cost, and not by the largest difference: in 16 bits the rounding errors may
+be larger than the update, but they are the same in S and in X. The bound is the largest error of a
+right merge. It gives each number its weight, because small numbers keep more of a small update.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ PRECISION = {
 }
 """Epsilon and the smallest normal number."""
 _FLOAT32 = 2.0**-24
+_LEAST = 0.25
+"""A difference of costs that counts: some ten numbers in 16 bits, each off by its last digit."""
 _FEW = 0.02
 """The part of the numbers that may differ where only the last rounding was to 16 bits."""
 
@@ -133,7 +136,7 @@ class Guess(NamedTuple):
 
     name: str
     costs: Wide
-    """‖S − X‖² by rows."""
+    """Σ ((S − X) / bound)² by rows."""
     fits: bool
     """Whether S is X, to rounding errors."""
 
@@ -141,10 +144,12 @@ class Guess(NamedTuple):
 class Diagnosis(NamedTuple):
     """The formulas that explain S."""
 
+    fits: bool
+    """Whether S is of the right formula, to rounding errors."""
     refuted: bool
-    """True where a wrong formula explains S and the right one does not."""
+    """Whether a wrong formula explains S better than the right one."""
     names: tuple[str, ...]
-    """The wrong formulas that fit best; more than one where S cannot tell them apart."""
+    """Those wrong formulas that S fits; more than one where S cannot tell them apart."""
 
 
 def diagnose(sample: Sample, bound: Wide, others: Iterable[tuple[str, Wide]] = ()) -> Diagnosis:
@@ -171,14 +176,14 @@ def diagnose(sample: Sample, bound: Wide, others: Iterable[tuple[str, Wide]] = (
             old = guesses.get(name, guess)
             guesses[name] = min(old, guess, key=lambda one: float(one.costs.sum()))
     right = guesses.pop("")
-    unit = float(sample.epsilon**2 * np.mean(sample.stored**2))
-    refuted = any(_is_better(guess, right, unit) for guess in guesses.values())
-    named = [guess for guess in guesses.values() if guess.fits and guess.name != UNCHANGED]
+    better = [guess for guess in guesses.values() if _is_better(guess, right)]
+    named = [guess for guess in better if guess.fits and guess.name != UNCHANGED]
     if not named:
-        return Diagnosis(refuted, ())
+        return Diagnosis(right.fits, bool(better), ())
     best = min(named, key=lambda one: float(one.costs.sum()))
-    names = (guess.name for guess in named if not _is_better(best, guess, unit))
-    return Diagnosis(refuted, tuple(dict.fromkeys(_WORDS.get(name, name) for name in names)))
+    names = (guess.name for guess in named if not _is_better(best, guess))
+    words = dict.fromkeys(_WORDS.get(name, name) for name in names)
+    return Diagnosis(right.fits, True, tuple(words))
 
 
 def _layer(sample: Sample) -> tuple[Wide, Adapter, Config]:
@@ -195,25 +200,26 @@ def _wrong(sample: Sample, step: Callable[[Wide], Wide] | None) -> Iterator[tupl
 
 def _guess(name: str, merged: Wide, sample: Sample, bound: Wide) -> Guess:
     with np.errstate(over="ignore", invalid="ignore"):
-        costs = np.sum((sample.stored - sample.rounded(merged)) ** 2, axis=1)
-        moved = float(np.sum((sample.stored - sample.base) ** 2))
-        noise = float(np.sum(bound**2 + (4 * sample.epsilon * merged) ** 2))
+        costs = np.sum(((sample.stored - sample.rounded(merged)) / bound) ** 2, axis=1)
+        moved = float(np.sum(((sample.stored - sample.base) / bound) ** 2))
+        noise = float(np.sum(1 + (4 * sample.epsilon * merged / bound) ** 2))
     costs = np.where(np.isfinite(costs), costs, np.inf)
     total = float(costs.sum())
     return Guess(name, costs, total <= min(0.1 * moved, noise))
 
 
-def _is_better(guess: Guess, other: Guess, unit: float) -> bool:
+def _is_better(guess: Guess, other: Guess) -> bool:
     """Return True if S is X of `guess` rather than that of `other`, beyond chance.
 
-    It is if the distance is half of the other one or less, or if the difference is six times its
-    own deviation by rows. In both cases the difference must be that of several numbers.
+    It is if its cost is less than a quarter of the other's, or if the difference of both is more
+    than six times its own deviation by rows. In both cases the difference must be that of several
+    numbers.
     """
     gain = other.costs - guess.costs
     if not np.isfinite(gain).all():
         return bool(guess.costs.sum() < other.costs.sum())
     total = float(gain.sum())
-    if total < 8 * unit:
+    if total < _LEAST:
         return False
     deviation = float(np.sqrt(len(gain)) * gain.std())
     return float(guess.costs.sum()) < float(other.costs.sum()) / 4 or total > 6 * deviation
