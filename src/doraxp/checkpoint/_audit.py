@@ -198,7 +198,7 @@ class _Copy:
         equal = True
         if before.dtype == after.dtype:
             for one, other in zip(self._source.chunks(), self._stored.chunks(), strict=True):
-                equal = equal and one == other
+                equal = equal and _same(one, other)
                 on_bytes(len(one))
             return equal
         for rows, others in self._blocks():
@@ -231,3 +231,14 @@ class _Copy:
         bound = slack.bound(np.abs(scaled)[:, None], slice(None), norm, slice(0, 1))[:, 0]
         difference = np.abs(self._stored.read().astype(np.float64) - scaled)
         return bool((difference <= bound).all())
+
+
+def _same(one: memoryview, other: memoryview) -> bool:
+    """Return whether two pieces of memory of one length have the same bytes.
+
+    Two memoryviews are compared byte by byte in Python's own loop, which takes ten times as long.
+    """
+    words = len(one) & -8
+    return np.array_equal(
+        np.frombuffer(one[:words], np.uint64), np.frombuffer(other[:words], np.uint64)
+    ) and bool(one[words:] == other[words:])
