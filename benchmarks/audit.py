@@ -1,4 +1,4 @@
-"""Plant faults in merged models, audit them, and time the audit: `python benchmarks/audit.py FOLDER`.
+"""Audit merged models with planted faults, and time it: `python benchmarks/audit.py FOLDER`.
 
 It writes small models of each kind of layer, dtype and size of the update, with one fault in each,
 and a model of 1 GB for the time (`--gigabytes`). With PEFT installed, PEFT's own merges are audited
@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ from doraxp.checkpoint import Options, audit, plan_merge, run_merge, save_adapte
 
 ROUNDS = 5
 MIB = 1 << 20
+IMPORTS = "import doraxp.checkpoint, rich.progress; print(open('/proc/self/status').read())"
 DTYPES = ("float32", "bfloat16", "float16")
 UPDATES = (0.3, 3e-3, 3e-4)
 """Sizes of the update, as parts of the weight."""
@@ -104,9 +106,11 @@ def merged(one: Model, path: str, fault: str = "", *, steps: bool = False) -> np
     if fault == "unchanged":
         return stored
     if fault == "other":
-        adapter = model(
-            {path.removeprefix("model."): layer.kind}, one.dtype, size_of(one, path), 1
-        ).layers[path].adapter
+        adapter = (
+            model({path.removeprefix("model."): layer.kind}, one.dtype, size_of(one, path), 1)
+            .layers[path]
+            .adapter
+        )
     s = {"s²": s**2, "α": ALPHA}.get(fault, s)
 
     def cast(x: np.ndarray) -> np.ndarray:
@@ -141,6 +145,7 @@ def planted(one: Model, *, steps: bool) -> Iterator[tuple[str, str, dict[str, np
     for path in one.layers:
         right[f"{path}.weight"] = merged(one, path, steps=steps)
     yield "", "", right
+    yield "", "", dict(right)
     for path, layer in one.layers.items():
         name, bias = f"{path}.weight", f"{path}.bias"
         for fault, verdict in FAULTS.items():
@@ -207,31 +212,24 @@ class Count(NamedTuple):
 def faults(folder: Path) -> Count:
     """Audit every planted fault; the other tensors of its model are right."""
     count = Count()
-    for kinds in (KINDS, GPT):
-        for dtype in DTYPES:
-            for update in UPDATES:
-                for steps in (False, True)[: 1 + (dtype != "float32")]:
-                    one = model(kinds, dtype, update)
-                    case = folder / "case"
-                    write_model(case.with_name("base"), one.tensors, 2)
-                    save_adapters(folder / "adapter", one.layers)
-                    merge = plan_merge(folder / "base", folder / "adapter", Options())
-                    ours = folder / "ours"
-                    run_merge(merge, ours)
-                    count = right(count, merge, ours, f"ours {dtype} {update:g}")
-                    shutil.rmtree(ours)
-                    for number, (name, verdict, tensors) in enumerate(planted(one, steps=steps)):
-                        if not number:
-                            whole = tensors
-                        elif verdict and hidden(tensors, whole):
-                            continue
-                        write_model(case, tensors, 1 + number % 3)
-                        found = audit(merge, case)
-                        shutil.rmtree(case)
-                        where = f"{dtype} {update:g} {'in steps' if steps else ''}"
-                        count = judge(count, name, verdict, found, where)
-                    shutil.rmtree(folder / "base")
-                    shutil.rmtree(folder / "adapter")
+    for kinds, dtype, update in itertools.product((KINDS, GPT), DTYPES, UPDATES):
+        one = model(kinds, dtype, update)
+        write_model(folder / "base", one.tensors, 2)
+        save_adapters(folder / "adapter", one.layers)
+        merge = plan_merge(folder / "base", folder / "adapter", Options())
+        run_merge(merge, folder / "ours")
+        count = right(count, merge, folder / "ours", f"ours {dtype} {update:g}")
+        for steps in (False,) if dtype == "float32" else (False, True):
+            where = f"{dtype} {update:g}{' in steps' if steps else ''}"
+            cases = planted(one, steps=steps)
+            _, _, whole = next(cases)
+            for number, (name, verdict, tensors) in enumerate(cases):
+                if not verdict or not hidden(tensors, whole):
+                    write_model(folder / "case", tensors, 1 + number % 3)
+                    count = judge(count, name, verdict, audit(merge, folder / "case"), where)
+                    shutil.rmtree(folder / "case")
+        for name in ("base", "adapter", "ours"):
+            shutil.rmtree(folder / name)
     return count
 
 
@@ -257,6 +255,122 @@ def right(count: Count, merge: Any, folder: Path, where: str) -> Count:
     return judge(count, "", "", audit(merge, folder), where)
 
 
+def peft_merges(count: Count, folder: Path) -> Count:
+    """Audit what PEFT's `merge_and_unload` makes, with adapters in 32 bits and in 16."""
+    import peft
+    import torch
+    from safetensors.torch import save_file as save_tensors
+    from transformers.pytorch_utils import Conv1D
+
+    makers = {
+        "linear": lambda: torch.nn.Linear(80, 96),
+        "square": lambda: torch.nn.Linear(72, 72),
+        "conv": lambda: torch.nn.Conv2d(10, 48, (3, 2)),
+        "embed_tokens": lambda: torch.nn.Embedding(150, 64),
+        "c_attn": lambda: Conv1D(120, 64),
+        "c_proj": lambda: Conv1D(80, 80),
+    }
+    warnings.simplefilter("ignore")  # PEFT's, on models that are not of transformers
+    for names in (("linear", "square", "conv"), ("embed_tokens",), ("c_attn", "c_proj")):
+        for dtype, update, wide in itertools.product(DTYPES, UPDATES, (True, False)):
+            torch.manual_seed(0)
+            net = torch.nn.ModuleDict({name: makers[name]() for name in names})
+            net = net.to(getattr(torch, dtype))
+            case = folder / "peft"
+            case.mkdir()
+            tensors = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+            save_tensors(tensors, case / "base.safetensors")
+            config = peft.LoraConfig(
+                r=RANK,
+                lora_alpha=ALPHA,
+                target_modules=list(names),
+                use_dora=True,
+                fan_in_fan_out="c_attn" in names,
+            )
+            adapted = peft.get_peft_model(net, config, autocast_adapter_dtype=wide)
+            with torch.no_grad():
+                for name, parameter in adapted.named_parameters():
+                    noise = torch.randn_like(parameter, dtype=torch.float32)
+                    if "lora_magnitude" in name:
+                        parameter *= (1 + update * noise).to(parameter.dtype)
+                    elif "lora_" in name:
+                        parameter.copy_(0.1 * update**0.5 * noise)
+            adapted.save_pretrained(case / "adapter")
+            whole = adapted.merge_and_unload().state_dict()
+            tensors = {name: tensor.contiguous().clone() for name, tensor in whole.items()}
+            save_tensors(tensors, case / "merged.safetensors")
+            merge = plan_merge(case / "base.safetensors", case / "adapter", Options())
+            where = f"PEFT {dtype} {update:g}, adapter in {32 if wide else 16} bits"
+            count = right(count, merge, case / "merged.safetensors", where)
+            shutil.rmtree(case)
+    return count
+
+
+def speed(folder: Path, gigabytes: float) -> Iterator[bool]:
+    """Compare time and memory with those of the merge: medians of interleaved rounds."""
+    model = folder / "bfloat16"
+    if not model.exists():
+        checkpoint_model.write(model, gigabytes)
+    base, adapter, ours, other = (str(model / n) for n in ("base", "adapter", "ours", "other"))
+    commands = {
+        "merge": ["merge", base, adapter, "--out", str(model / "out")],
+        "audit of our merge": ["audit", base, adapter, ours],
+        "audit of a merge computed in float64": ["audit", base, adapter, other],
+    }
+    for out, compute in ((ours, "float32"), (other, "float64")):
+        if not Path(out).exists():
+            run(["merge", base, adapter, "--out", out, "--compute", compute])
+    times: dict[str, list[float]] = {name: [] for name in commands}
+    peaks = dict.fromkeys(commands, 0.0)
+    for _ in range(ROUNDS):
+        for name, command in commands.items():
+            for file in Path(base).parent.rglob("*.safetensors"):
+                file.read_bytes()  # the files are in the system's cache for each command
+            subprocess.run(["sync"], check=True)
+            seconds, peak = run(command)
+            times[name].append(seconds)
+            peaks[name] = max(peaks[name], peak)
+            shutil.rmtree(model / "out", ignore_errors=True)
+    status = subprocess.run(
+        [sys.executable, "-c", IMPORTS], check=True, capture_output=True, text=True
+    )
+    merging = statistics.median(times["merge"])
+    for name, seconds in times.items():
+        print(f"{name:38} seconds: {', '.join(f'{one:.1f}' for one in seconds)}")
+        if name != "merge":
+            yield met(f"time of the {name} ÷ merge", statistics.median(seconds) / merging, 1.2)
+            beyond = peaks[name] - resident(status.stdout)
+            yield met(f"peak memory of the {name} beyond the imports, MiB", beyond / MIB, 60)
+
+
+def run(command: list[str]) -> tuple[float, float]:
+    """Run `doraxp`; return its seconds and its peak of memory in bytes. This needs Linux."""
+    start, peak = time.perf_counter(), 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "doraxp", *command], stdout=subprocess.DEVNULL
+    )
+    while process.poll() is None:
+        peak = max(peak, resident(Path(f"/proc/{process.pid}/status").read_text()))
+        time.sleep(0.01)
+    if process.returncode:
+        raise SystemExit(f"doraxp {' '.join(command)} ended with {process.returncode}")
+    return time.perf_counter() - start, peak
+
+
+def resident(status: str) -> int:
+    """Return the highest resident memory so far, in bytes, from the text of a process's status."""
+    lines = [line for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(lines[0].split()[1]) * 1024 if lines else 0
+
+
+def met(figure: str, value: float, bound: float, *, at_least: bool = False) -> bool:
+    """Print a line about one goal; return True if it is met."""
+    good = value >= bound if at_least else value <= bound
+    sign, verdict = "≥" if at_least else "≤", "ok" if good else "MISSED"
+    print(f"{figure:75} {value:9.3g}  goal {sign} {bound:<6g} {verdict}", flush=True)
+    return good
+
+
 def main() -> int:
     """Print each measured value with its goal and a verdict."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -265,8 +379,19 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         count = faults(Path(folder))
-    print(count)
-    return 0
+        if importlib.util.find_spec("peft") and importlib.util.find_spec("transformers"):
+            count = peft_merges(count, Path(folder))
+        else:
+            print("PEFT is not installed: its merges are not audited")
+    print(f"{count.planted} faults, {count.right} right tensors")
+    good = [
+        met("faults", count.planted, 100, at_least=True),
+        met("faults that are not found", count.planted - count.found, 0),
+        met("part of the faults that is named", count.named / count.planted, 0.9, at_least=True),
+        met("false alarms", count.alarms, 0),
+        *speed(arguments.folder, arguments.gigabytes),
+    ]
+    return 0 if all(good) else 1
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from doraxp.testing import right_merge, wrong_merges_across_rows
 
 KEPT_IN_PART, _KEPT = "kept in part", 0.9
 """The verdict on a right merge that has less than this part of the update."""
-_SLABS, _ROWS, _NUMBERS = 16, 32, 1 << 17
-"""A sample has 16 groups of rows: at least 32 rows, and more where they are short."""
+_SLABS, _ROWS, _NUMBERS = 16, 16, 1 << 17
+"""A sample has 16 groups of rows: at least 16 rows, and more where they are short."""
 _IDLE = 1e-6
 """The relative change of a row that the rounding of m to float32 may cause without training."""
 _INFINITY = {"F64": 0x7FF0 << 48, "F32": 0x7F80 << 16, "F16": 0x7C00, "BF16": 0x7F80}

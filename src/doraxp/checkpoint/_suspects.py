@@ -13,6 +13,7 @@ right merge. It gives each number its weight, because small numbers keep more of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -163,27 +164,31 @@ def diagnose(sample: Sample, bound: Wide, others: Iterable[tuple[str, Wide]] = (
     others : iterable of (str, array)
         More wrong formulas, by name, with their W'.
     """
+    merged = right_merge(*_layer(sample))
+    guess = _guess("", merged, sample, bound)
+    if guess.costs.sum() < _LEAST:  # no other cost can be lower by more
+        return Diagnosis(guess.fits, False, ())
     steps: list[Callable[[Wide], Wide] | None] = [None]
-    if DTYPES[sample.dtype].itemsize == 2:
-        exact = sample.rounded(right_merge(*_layer(sample)))
-        if np.mean(exact != sample.stored) > _FEW:
-            steps.append(sample.rounded)
+    in_16_bits = DTYPES[sample.dtype].itemsize == 2
+    if in_16_bits and np.mean(sample.rounded(merged) != sample.stored) > _FEW:
+        steps.append(sample.rounded)
     guesses: dict[str, Guess] = {}
     for step in steps:
-        known = [("", right_merge(*_layer(sample), step)), *_wrong(sample, step)]
-        for name, merged in (*known, *(others if step is None else ())):
+        right = ("", right_merge(*_layer(sample), step))
+        # One formula at a time is in memory.
+        for name, merged in chain([right], _wrong(sample, step), () if step else others):
             guess = _guess(name, merged, sample, bound)
             old = guesses.get(name, guess)
             guesses[name] = min(old, guess, key=lambda one: float(one.costs.sum()))
-    right = guesses.pop("")
-    better = [guess for guess in guesses.values() if _is_better(guess, right)]
+    right_guess = guesses.pop("")
+    better = [guess for guess in guesses.values() if _is_better(guess, right_guess)]
     named = [guess for guess in better if guess.fits and guess.name != UNCHANGED]
     if not named:
-        return Diagnosis(right.fits, bool(better), ())
+        return Diagnosis(right_guess.fits, bool(better), ())
     best = min(named, key=lambda one: float(one.costs.sum()))
     names = (guess.name for guess in named if not _is_better(best, guess))
     words = dict.fromkeys(_WORDS.get(name, name) for name in names)
-    return Diagnosis(right.fits, True, tuple(words))
+    return Diagnosis(right_guess.fits, True, tuple(words))
 
 
 def _layer(sample: Sample) -> tuple[Wide, Adapter, Config]:
@@ -200,12 +205,13 @@ def _wrong(sample: Sample, step: Callable[[Wide], Wide] | None) -> Iterator[tupl
 
 def _guess(name: str, merged: Wide, sample: Sample, bound: Wide) -> Guess:
     with np.errstate(over="ignore", invalid="ignore"):
-        costs = np.sum(((sample.stored - sample.rounded(merged)) / bound) ** 2, axis=1)
-        moved = float(np.sum(((sample.stored - sample.base) / bound) ** 2))
-        noise = float(np.sum(1 + (4 * sample.epsilon * merged / bound) ** 2))
+        error = (sample.stored - sample.rounded(merged)) / bound
+        costs = np.vecdot(error, error)
+        moved = np.linalg.norm((sample.stored - sample.base) / bound) ** 2
+        noise = error.size + np.linalg.norm(4 * sample.epsilon * merged / bound) ** 2
     costs = np.where(np.isfinite(costs), costs, np.inf)
     total = float(costs.sum())
-    return Guess(name, costs, total <= min(0.1 * moved, noise))
+    return Guess(name, costs, bool(total <= min(0.1 * moved, noise)))
 
 
 def _is_better(guess: Guess, other: Guess) -> bool:
