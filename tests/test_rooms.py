@@ -19,8 +19,8 @@ FLOORS = (
     ("cli",),
     ("bench", "demo"),
     ("_terminal",),
-    ("testing",),
     ("checkpoint",),
+    ("testing",),
     ("torch", "jax"),
     ("doraxp",),  # __init__.py: the names of the rooms below, for users
     ("layers",),

@@ -4,6 +4,8 @@ It reads and writes adapters, and merges them into models of any size, tensor by
 """
 
 from doraxp.checkpoint._adapters import AdapterSet
+from doraxp.checkpoint._audit import audit
+from doraxp.checkpoint._audit_weight import Verdict
 from doraxp.checkpoint._change import Change
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._formats import load_adapters, save_adapters
@@ -31,6 +33,8 @@ __all__ = [
     "Options",
     "ReplacedTensor",
     "SampledNorms",
+    "Verdict",
+    "audit",
     "check_target",
     "load_adapters",
     "look_at",

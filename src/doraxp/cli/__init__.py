@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import doraxp
 from doraxp._terminal.messages import accept_any_encoding, print_error
-from doraxp.cli import bench, convert, demo, inspect, merge, vectors, verify
+from doraxp.cli import audit, bench, convert, demo, inspect, merge, vectors, verify
 
 _COMMANDS = {
     "demo": demo,
@@ -19,6 +19,7 @@ _COMMANDS = {
     "verify": verify,
     "vectors": vectors,
     "merge": merge,
+    "audit": audit,
     "convert": convert,
     "inspect": inspect,
 }

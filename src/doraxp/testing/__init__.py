@@ -15,6 +15,7 @@ from doraxp.testing._implementation import Finding, Report, check_implementation
 from doraxp.testing._libraries import Library, as_numpy
 from doraxp.testing._reference import Expected, expected, expected_steps
 from doraxp.testing._vectors import write_vectors
+from doraxp.testing._wrong_merges import right_merge, wrong_merges, wrong_merges_across_rows
 
 __all__ = [
     "VERSION",
@@ -37,5 +38,8 @@ __all__ = [
     "expected",
     "expected_steps",
     "optimizer_catalogue",
+    "right_merge",
     "write_vectors",
+    "wrong_merges",
+    "wrong_merges_across_rows",
 ]

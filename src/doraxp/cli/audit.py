@@ -1,0 +1,99 @@
+"""`doraxp audit`: check a merged model, whoever made it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from doraxp._terminal.figures import write_json
+from doraxp._terminal.progress import progress_by_bytes
+from doraxp._terminal.tables import plain_console, print_names, print_table
+from doraxp.cli._arguments import CHECKPOINT, integer, lacks, output
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from doraxp.checkpoint import Verdict
+
+SUMMARY = (
+    "Check that MERGED is BASE with ADAPTER merged into it, whoever merged it. The exit status is "
+    "0 if every tensor is as it should be, else 1."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "base", type=Path, metavar="BASE", help="a safetensors file, or a model's folder"
+    )
+    parser.add_argument(
+        "adapter",
+        type=Path,
+        metavar="ADAPTER",
+        help="a folder as PEFT or mlx-lm save it, or a safetensors file",
+    )
+    parser.add_argument(
+        "merged", type=Path, metavar="MERGED", help="a safetensors file, or a model's folder"
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="list every tensor, also those that are right"
+    )
+    parser.add_argument("--json", type=output(".json"), metavar="FILE", help="write all figures")
+    parser.add_argument(
+        "--jobs",
+        type=integer(1),
+        default=min(4, os.cpu_count() or 1),
+        metavar="N",
+        help="number of tensors to audit at a time (default: %(default)s)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Audit with a progress bar, print the verdicts, write the figures."""
+    if lacks("audit", *CHECKPOINT, extra="checkpoint"):
+        return 2
+    from doraxp.checkpoint import CheckpointError, Options, audit, plan_merge
+
+    console = plain_console()
+    try:
+        merge = plan_merge(arguments.base, arguments.adapter, Options())
+        with progress_by_bytes() as progress:
+            task = progress.add_task("", total=merge.size)
+            verdicts = audit(
+                merge,
+                arguments.merged,
+                jobs=arguments.jobs,
+                on_bytes=lambda count: progress.update(task, advance=count),
+            )
+    except (CheckpointError, OSError) as error:
+        print(f"doraxp audit: error: {error}", file=sys.stderr)
+        return 2
+    wrong = {name: verdict for name, verdict in verdicts.items() if not verdict.right}
+    _print_verdicts(verdicts, verdicts if arguments.all else wrong, console)
+    state = f"{len(wrong)} of {len(verdicts)} tensors are not right" if wrong else "right"
+    print_names(f"{arguments.merged}: {state}", console)
+    if arguments.json:
+        write_json(
+            arguments.json,
+            {
+                "right": not wrong,
+                "tensors": {name: verdict._asdict() for name, verdict in verdicts.items()},
+            },
+        )
+    return 1 if wrong else 0
+
+
+def _print_verdicts(
+    verdicts: Mapping[str, Verdict], listed: Mapping[str, Verdict], console: Console
+) -> None:
+    """Print how many tensors have each verdict, and then the names of some tensors."""
+    counts = Counter(verdict.verdict for verdict in verdicts.values())
+    rows = ((verdict, str(count)) for verdict, count in counts.most_common())
+    print_table(("verdict", "tensors"), rows, console)
+    for name, (verdict, _, detail, *_rest) in listed.items():
+        print_names(f"{name}: {verdict}{f' ({detail})' if detail else ''}", console)
