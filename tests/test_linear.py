@@ -131,6 +131,25 @@ def test_identity_at_init_is_exact(backend, draw, assert_close, dtype, stack):
     assert_close(backend.run(doraxp.merge, weight, adapter, config), weight, rtol=0)
 
 
+@pytest.mark.lanes("numpy", "strict", "torch")
+@pytest.mark.dtypes("float32", "float64")
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_identity_with_an_earlier_norm_is_that_of_its_one_product(
+    backend, draw, assert_close, dtype, tokens
+):
+    """One product takes x and A, and may round x Wᵀ in another way than a product of x alone."""
+    xp, config = backend.namespace(), Config(4, 8.0)
+    weight, x = draw(48, 64, dtype=dtype), draw(tokens, 64, dtype=dtype)
+    first, other = (doraxp.init(weight, config, seed=seed) for seed in (0, 1))
+    previous = doraxp.prepare(weight, first, config)
+    y, cache = backend.run(doraxp.forward, x, weight, other, config, previous=previous)
+    both = xp.concat([x, other.lora_a]) @ xp.matrix_transpose(weight)
+    assert_close(y, both[:tokens, :], rtol=0)
+    assert_close(cache.prepared.gain, np.ones(48, dtype), rtol=0)
+    merged = doraxp.merge(weight, other, config, prepared=cache.prepared)
+    assert_close(merged, weight, rtol=0)
+
+
 def test_merge_equals_forward(backend, draw, assert_close):
     config = Config(3, 4.0, rslora=True)
     weight, x = draw(7, 6), draw(5, 6)

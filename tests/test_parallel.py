@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from ranks import Ranks
@@ -255,6 +257,43 @@ def test_the_norm_and_the_forward_take_one_sum_each_and_the_backward_zero(form):
     moved = adapter._replace(lora_b=adapter.lora_b + 1)
     _, count = sums_of(doraxp.forward, x, weight, moved, config, previous=prepared)
     assert count == 2
+
+
+@pytest.mark.parametrize("form", ["weight", "direction"])
+@pytest.mark.parametrize(("out", "rank"), [(7, 3), (6, 1), (5, 5)])
+def test_each_sum_has_as_many_numbers_as_docs_parallel_says(backend, draw, form, out, rank):
+    config, tokens, sizes = Config(rank, form=form), 4, []
+    x, weight, short = draw(tokens, INNER), draw(out, INNER), 1e-200 * draw(out, INNER)
+    fresh, of_short = (doraxp.init(each, config, seed=0) for each in (weight, short))
+    opposite = backend.numpy(fresh.lora_b).copy()
+    row = backend.numpy(fresh.lora_a)[0]
+    opposite[:, 0] = -0.999 if form == "weight" else -0.999 / np.linalg.norm(row)
+    near = backend.asarray(np.tile(row, (out, 1)))  # each row of V is a thousandth of it
+    cancelling = fresh._replace(lora_b=backend.asarray(opposite))
+
+    def reduce(part):
+        sizes.append(math.prod(part.shape))
+        return part + 0
+
+    def summed(function, *args, **kwargs):
+        sizes.clear()
+        return function(*args, config, **kwargs), [*sizes]
+
+    norm, forward = out * (rank + 1) + rank**2, tokens * (out + rank)
+    of_scale = [out, out] if form == "direction" else []
+    of_formed = [out, out, out * rank]
+    prepared, found = summed(doraxp.prepare, weight, fresh, reduce=reduce)
+    reads = len(found) == 1  # where values cannot be read, every row is treated as suspect
+    scale, formed = ([], []) if reads else (of_scale, of_formed)
+    assert found == [norm, *scale, *formed]
+    _, found = summed(doraxp.forward, x, weight, fresh, reduce=reduce)
+    assert found == [norm, *scale, *formed, forward]
+    _, found = summed(doraxp.forward, x, weight, fresh, previous=prepared)
+    assert found == [norm - out, *formed, forward]
+    _, found = summed(doraxp.prepare, near, cancelling, reduce=reduce)
+    assert found == [norm, *scale, *of_formed]
+    _, found = summed(doraxp.prepare, short, of_short, reduce=reduce)
+    assert found == [norm, *of_scale, *(of_formed if form == "weight" else formed)]
 
 
 @pytest.mark.parametrize("form", ["weight", "direction"])

@@ -22,7 +22,8 @@ from doraxp.testing import (
 )
 from doraxp.testing._formulas import QUANTITIES
 from doraxp.testing._libraries import Library, as_numpy
-from doraxp.testing._reference import in_the_dtype
+from doraxp.testing._reference import bounded, in_the_dtype
+from doraxp.testing._rounding import UNIT_ROUNDOFF, Rounded
 
 PLAIN = [case for case in catalogue() if case.arrays["weight"].ndim == 2]
 RUNS = [(case, dtype) for case in (*catalogue(), *optimizer_catalogue()) for dtype in case.dtypes]
@@ -165,6 +166,58 @@ def test_an_array_of_another_shape_is_refused(name, axes):
     message = re.escape(f"actual must have shape {want.value.shape}, got {np.shape(actual)}")
     with pytest.raises(ValueError, match=message):
         want.share(actual)
+
+
+U = 2.0**-24
+
+
+def chain(terms):
+    """Add float32 numbers up one by one, which the bound of a sum allows."""
+    total = np.float32(0)
+    for term in terms:
+        total = np.float32(total + np.float32(term))
+    return total
+
+
+def one_and_halves(scale, terms=32):
+    """A chain loses every number after the first, a half of the distance to the next float32."""
+    return np.array([[1.0] + [scale] * (terms - 1)])
+
+
+STEPS = {  # inputs, the formula on numbers with bounds, and the same in float32
+    "times": ([[1 + 2.0**-12]], lambda a: a * a, lambda a: a * a),
+    "plus": ([[1.0], [U]], lambda a, b: a + b, lambda a, b: a + b),
+    "over": ([[1.0], [1 - U]], lambda a, b: a.over(b), lambda a, b: a / b),
+    "sqrt": ([[1 + 2 * U]], lambda a: a.sqrt(), np.sqrt),
+    "sum": ([one_and_halves(U)], lambda a: a.sum(-1), lambda a: chain(a[0])),
+    "product": (
+        [one_and_halves(U), np.ones((32, 1))], lambda a, b: a @ b, lambda a, b: chain(a[0])
+    ),
+    "norms": (
+        [one_and_halves(2.0**-12)], lambda a: a.norms(), lambda a: np.sqrt(chain(a[0] * a[0]))
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_an_error_of_one_step_may_come_near_its_bound(name):
+    """Half of the bound would refuse results that are right."""
+    inputs, formula, in_float32 = STEPS[name]
+    exact = formula(*(Rounded.exact(np.asarray(array)) for array in inputs))
+    want = bounded("dm", exact, exact.value.shape, "float32")
+    found = np.reshape(in_float32(*(np.asarray(a, np.float32) for a in inputs)), want.value.shape)
+    assert 0.85 < want.share(found) <= 1
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_error_of_a_stored_number_may_come_near_its_bound(dtype):
+    """1 + uₛ is stored as 1."""
+    roundoff = UNIT_ROUNDOFF[dtype]
+    number = Rounded.exact(np.array([1 + roundoff]))
+    narrowed = number.narrowed(roundoff, 0.0, U)
+    stored = bounded("y", number, (1,), dtype), bounded("y", narrowed, (1,), dtype, "mixed")
+    for want in stored:
+        assert 0.95 < want.share(np.array([1.0])) <= 1
 
 
 def test_bounds_are_narrow():
