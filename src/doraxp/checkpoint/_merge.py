@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from doraxp._base.safetensors import Tensor
 from doraxp.checkpoint._adapters import AdapterSet
 from doraxp.checkpoint._formats import load_adapters
 from doraxp.checkpoint._model import Model, open_model
@@ -30,6 +31,14 @@ class Merge(NamedTuple):
         """The tasks of the tensors that change."""
         return {
             name: task for name, task in self.tasks.items() if not isinstance(task, CopiedTensor)
+        }
+
+    def written(self) -> dict[str, Tensor]:
+        """Return the entries of all tensors in the result, by name: dtype, shape and bytes."""
+        return {
+            name: written_as(tensor, self.options)
+            for shard in self.model.shards.values()
+            for name, tensor in shard.tensors.items()
         }
 
     def shard_size(self, name: str) -> int:
