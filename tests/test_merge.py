@@ -630,7 +630,7 @@ def test_two_leading_parts_that_both_fit_are_refused(tmp_path, capsys):
 def test_a_dry_run_writes_nothing(folders, capsys):
     folder, _, _ = folders
     edit_adapter(folder, add={"base_model.model.block.0.q.bias": np.ones(7, np.float32)})
-    assert merge(folder, "--dry-run") == 0
+    assert merge(folder, "--dry-run", "--all") == 0
     out = capsys.readouterr().out
     assert all(f"{path}.weight" in out for path in SHAPES)
     assert re.search(r"block\.0\.q\.bias +replaced", out)
@@ -1184,6 +1184,7 @@ def test_an_init_that_changed_the_base_needs_the_changed_weights(folders, capsys
             "bias lora_only, but the file lacks block.0.k.bias, block.0.q.bias, block.1.q.bias",
         ),
         ((), {"rank_pattern": {"(": 2}}, "missing ), unterminated subpattern"),
+        ((), {"rank_pattern": {r"(a)\1": 2}}, "it has a backreference, which needs more"),
         ((), {"rank_pattern": [1]}, "rank_pattern must be an object of patterns and numbers, got"),
     ],
 )

@@ -167,10 +167,10 @@ class _Automaton:
         """Add the nodes of a pattern, and return the first."""
         try:
             if len(pattern) > LENGTH_LIMIT:
-                raise ValueError(f"must have at most {LENGTH_LIMIT} letters, got {len(pattern)}")
+                raise ValueError(f"it has {len(pattern)} letters, and the limit is {LENGTH_LIMIT}")
             tree = _parser.parse(pattern)
             if tree.state.flags != re.UNICODE:
-                raise ValueError("must not have flags")
+                raise ValueError("it has flags, which are not supported")
             return self._sequence(tree, self._add(_End(number)))
         except RecursionError:
             raise ValueError(f"the pattern {pattern!r} has too many brackets") from None
@@ -213,13 +213,14 @@ class _Automaton:
                 return self._add(_Choice(tuple(self._sequence(tree, target) for tree in trees)))
             case "SUBPATTERN":
                 _, added, removed, tree = value
-                if not added and not removed:
-                    return self._sequence(tree, target)
-                name = "FLAGS"
+                if added or removed:
+                    raise ValueError("it has flags, which are not supported")
+                return self._sequence(tree, target)
             case "MAX_REPEAT" | "MIN_REPEAT":
                 least, most, tree = value
                 return self._repeat(least, most, tree, target)
-        raise ValueError(f"{name.lower().replace('_', ' ')} needs more than one pass")
+        part = _OTHER_PARTS.get(name, name)
+        raise ValueError(f"it has {part}, which needs more than one pass over a path")
 
     def _repeat(self, least: int, most: Any, tree: _Tree, target: int) -> int:
         if most == _parser.MAXREPEAT:
@@ -236,7 +237,7 @@ class _Automaton:
 
 def _places(path: str) -> Iterator[tuple[_Place, str]]:
     """Yield each place of a path with the letter after it; the letter of the last one is empty."""
-    line = path.find("\n") % (len(path) + 1)  # the dots of `.*` are no line feeds
+    line = path.find("\n") % (len(path) + 1)  # `.*` does not match a line feed
     last = len(path) - path.endswith("\n")
     before, was_word = "", False
     for position, letter in enumerate([*path, ""]):
@@ -258,6 +259,14 @@ def _is_word(letter: str) -> bool:
     return letter.isalnum() or letter == "_"
 
 
+_OTHER_PARTS = {
+    "ASSERT": "lookaround",
+    "ASSERT_NOT": "lookaround",
+    "ATOMIC_GROUP": "an atomic group",
+    "GROUPREF": "a backreference",
+    "GROUPREF_EXISTS": "a conditional group",
+    "POSSESSIVE_REPEAT": "a possessive repeat",
+}
 _ASSERTIONS: dict[str, Callable[[_Place], bool]] = {
     "AT_BEGINNING": lambda place: place.is_first,
     "AT_BEGINNING_STRING": lambda place: place.is_first,

@@ -6,23 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from doraxp._terminal.pictures import (
-    BLACK,
-    BLUE,
-    GREEN,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILION,
-    draw_grid,
-    new_picture,
-    save,
-)
+from doraxp._terminal.pictures import BLUE, COLOURS, SKY, draw_grid, new_picture, save
 from doraxp.bench._curves import SWEEPS, Curve, held_bytes, operations
 from doraxp.bench._measure import Measured
 from doraxp.bench._report import by_task, ratios
-
-COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 
 
 def save_ratios(results: list[Measured], path: Path) -> None:

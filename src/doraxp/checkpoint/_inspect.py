@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -56,8 +57,21 @@ def look_at(layer: AdaptedLayer) -> Factored:
     return Factored(float(np.linalg.norm(values)), rank, float(m.mean()))
 
 
-def look_at_base(model: Model, adapters: AdapterSet) -> dict[str, Against]:
+def look_at_base(
+    model: Model,
+    adapters: AdapterSet,
+    *,
+    on_bytes: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Against]:
     """Return the figures of all layers that need the base, by module path.
+
+    Parameters
+    ----------
+    model : Model
+    adapters : AdapterSet
+    on_bytes : callable
+        Called with the bytes of the base that were read so far, and those of all its adapted
+        weights.
 
     Raises
     ------
@@ -65,21 +79,26 @@ def look_at_base(model: Model, adapters: AdapterSet) -> dict[str, Against]:
         The adapter does not fit the base, or a weight contains NaN or infinity.
     """
     engine, entries = load_engine("numpy"), model.reader_of()
-    found = {}
-    for name, task in plan(model, adapters).items():
-        if isinstance(task, MergedTensor):
-            layer = adapters.read(task.layer)
-            dtype = merge_dtype(task.source.tensor, entries[name].tensors[name], Options())
-            blocks = merged_blocks(name, task.source, layer, engine, dtype)
-            norms = [block.norms for block in blocks]
-            moved = change(norms, layer)
-            base, adapted = joined(norms)
-            reach = base + np.sqrt(np.maximum(update_squares(layer), 0.0))
-            part = np.divide(adapted, reach, out=np.ones_like(reach), where=reach > 0)
-            found[task.path] = Against(
-                moved.magnitude,
-                moved.direction,
-                float(part.min()),
-                int(np.count_nonzero(adapted == 0)),
-            )
+    found, done = {}, 0
+    tasks = plan(model, adapters)
+    merged = {name: task for name, task in tasks.items() if isinstance(task, MergedTensor)}
+    total = sum(task.source.tensor.nbytes for task in merged.values())
+    for name, task in merged.items():
+        layer, tensor = adapters.read(task.layer), task.source.tensor
+        dtype = merge_dtype(tensor, entries[name].tensors[name], Options())
+        norms = []
+        for block in merged_blocks(name, task.source, layer, engine, dtype):
+            norms.append(block.norms)
+            on_bytes(done + tensor.nbytes * block.rows.stop // tensor.shape[0], total)
+        done += tensor.nbytes
+        moved = change(norms, layer)
+        base, adapted = joined(norms)
+        reach = base + np.sqrt(np.maximum(update_squares(layer), 0.0))
+        part = np.divide(adapted, reach, out=np.ones_like(reach), where=reach > 0)
+        found[task.path] = Against(
+            moved.magnitude,
+            moved.direction,
+            float(part.min()),
+            int(np.count_nonzero(adapted == 0)),
+        )
     return found

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from doraxp._base.safetensors import Tensor
 from doraxp.checkpoint._adapters import CONFIG, AdapterSet
 from doraxp.checkpoint._errors import changed
 from doraxp.checkpoint._formats import load_adapters
@@ -45,6 +46,14 @@ class Merge(NamedTuple):
         """The tasks of the tensors that change."""
         return {
             name: task for name, task in self.tasks.items() if not isinstance(task, CopiedTensor)
+        }
+
+    def written(self) -> dict[str, Tensor]:
+        """Return the entries of all tensors in the result, by name: dtype, shape and bytes."""
+        return {
+            name: written_as(tensor, self.options)
+            for shard in self.model.shards.values()
+            for name, tensor in shard.tensors.items()
         }
 
     def shard_size(self, name: str) -> int:

@@ -3,21 +3,48 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from doraxp._terminal.adapter_picture import save_adapter_picture
 from doraxp._terminal.figures import write_json
-from doraxp._terminal.tables import plain_console, print_table
+from doraxp._terminal.messages import print_error
+from doraxp._terminal.module_table import Column, print_modules
+from doraxp._terminal.progress import progress_by_bytes, progress_by_parts
+from doraxp._terminal.tables import plain_console, print_caption, print_names
 from doraxp.cli._arguments import CHECKPOINT, lacks, output
 
 if TYPE_CHECKING:
-    from doraxp.checkpoint import AdapterSet
+    from doraxp.checkpoint import AdapterSet, Against
 
 SUMMARY = (
     "List the modules of a DoRA adapter with rank, scale, size and effective rank of the update. "
     "With --base, show how far magnitudes and directions move, and how near rows are to cancelling."
+)
+
+
+_FACTORS = (
+    Column("kind", "stored as"),
+    Column("rank", "rank"),
+    Column("alpha", "alpha"),
+    Column("update_norm", "update\nnorm", statistics.median),
+    Column("effective_rank", "effective\nrank", statistics.median),
+    Column("magnitude_mean", "mean m", statistics.median),
+)
+_WITH_BASE = (
+    Column("rank", "rank"),
+    *_FACTORS[3:],
+    Column("magnitude_change", "ΔM", statistics.median),
+    Column("direction_change", "ΔD", statistics.median),
+    Column("conditioning", "condi-\ntioning", min),
+    Column("zero_rows", "zero\nrows", sum),
+)
+_CAPTION = "Effective rank: exp of the entropy of the singular values of B A. Medians."
+_CAPTION_WITH_BASE = (
+    "ΔM: mean change of the norms of the rows. ΔD: mean 1 − cosine of the rows. "
+    "Medians. Conditioning: the least n / (‖w‖ + ‖s B A‖) of a row; 0 cancels."
 )
 
 
@@ -28,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--base", type=Path, metavar="BASE", help="the model that the adapter belongs to"
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="list every module, not a row for each kind of module"
     )
     parser.add_argument("--json", type=output(".json"), metavar="FILE", help="write all figures")
     parser.add_argument(
@@ -50,22 +80,16 @@ def run(arguments: argparse.Namespace) -> int:
         adapters = load_adapters(arguments.path)
         report = _report(adapters, arguments.base)
     except (CheckpointError, OSError) as error:
-        print(f"doraxp inspect: error: {error}", file=sys.stderr)
+        print_error("doraxp inspect", error)
         return 2
     console = plain_console()
-    headings = ("module", *next(iter(report["modules"].values())))
-    rows = (
-        (
-            path,
-            *(
-                f"{value:.3g}" if isinstance(value, float) else str(value)
-                for value in module.values()
-            ),
-        )
-        for path, module in report["modules"].items()
+    has_base = arguments.base is not None
+    columns, caption = (_WITH_BASE, _CAPTION_WITH_BASE) if has_base else (_FACTORS, _CAPTION)
+    print_modules("module", report["modules"], columns, console, every=arguments.all)
+    print_caption(caption, console)
+    print_names(
+        f"{report['format']} adapter: {len(adapters)} modules, {report['bytes']:,} bytes", console
     )
-    print_table([heading.replace("_", "\n") for heading in headings], rows, console)
-    console.print(f"{report['format']} adapter: {len(adapters)} modules, {report['bytes']:,} bytes")
     if arguments.json:
         write_json(arguments.json, report)
     if arguments.plot:
@@ -74,18 +98,30 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _report(adapters: AdapterSet, base: Path | None) -> dict[str, Any]:
-    """Return all figures, in the types of JSON."""
+    """Return all figures, in the types of JSON, with a progress bar."""
     from doraxp.checkpoint import look_at, look_at_base, open_model
 
-    against = {} if base is None else look_at_base(open_model(base), adapters)
+    against: Mapping[str, Against] = {}
+    if base is not None:
+        model = open_model(base)
+        with progress_by_bytes() as progress:
+            bar = progress.add_task("", total=None)
+            against = look_at_base(
+                model,
+                adapters,
+                on_bytes=lambda done, total: progress.update(bar, completed=done, total=total),
+            )
     modules = {}
-    for path, layer in adapters.items():
-        modules[path] = {
-            "kind": layer.kind.name,
-            "rank": layer.config.rank,
-            "alpha": layer.config.rank if layer.config.alpha is None else layer.config.alpha,
-            **look_at(layer)._asdict(),
-            **(against[path]._asdict() if base is not None else {}),
-        }
+    with progress_by_parts() as progress:
+        bar = progress.add_task("modules", total=len(adapters))
+        for path, layer in adapters.items():
+            modules[path] = {
+                "kind": layer.kind.name,
+                "rank": layer.config.rank,
+                "alpha": layer.config.rank if layer.config.alpha is None else layer.config.alpha,
+                **look_at(layer)._asdict(),
+                **(against[path]._asdict() if path in against else {}),
+            }
+            progress.advance(bar)
     size = adapters.reader.path.stat().st_size
     return {"format": adapters.format, "bytes": size, "modules": modules}

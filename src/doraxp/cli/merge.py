@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from doraxp._terminal.figures import write_json
+from doraxp._terminal.messages import print_error, print_warning
+from doraxp._terminal.module_table import Column, print_modules
 from doraxp._terminal.progress import progress_by_bytes
-from doraxp._terminal.tables import plain_console, print_table
-from doraxp.cli._arguments import CHECKPOINT, backend, integer, lacks
+from doraxp._terminal.tables import plain_console, print_caption, print_names
+from doraxp.cli._arguments import CHECKPOINT, backend, integer, lacks, output
 from doraxp.cli._cluster import cluster
 
 if TYPE_CHECKING:
@@ -22,6 +26,24 @@ if TYPE_CHECKING:
 SUMMARY = (
     "Merge a DoRA adapter into a model, tensor by tensor, in little memory. OUT appears when it is "
     "complete; after an interruption, the same command goes on where it stopped."
+)
+_PLANNED = (
+    Column("kind", "stored as"),
+    Column("dtype", "dtype"),
+    Column("rank", "rank"),
+    Column("s", "s"),
+)
+_CHANGES = (
+    Column("rank", "rank"),
+    Column("magnitude", "ΔM", statistics.median),
+    Column("direction", "ΔD", statistics.median),
+    Column("largest", "largest\nchange", max),
+    Column("kept", "kept", min),
+)
+"""The figures of `Change`, and how those of a kind of module become one."""
+_CAPTION = (
+    "ΔM: mean change of the norms of the rows. ΔD: mean 1 − cosine of the rows. "
+    "Medians of a kind. Largest change: ‖w' − w‖ / ‖w‖ of one row."
 )
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -91,6 +113,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="list the tensors to merge, and write nothing"
     )
     parser.add_argument(
+        "--all", action="store_true", help="list every tensor, not a row for each kind of module"
+    )
+    parser.add_argument(
+        "--json", type=output(".json"), metavar="FILE", help="write the figures of every tensor"
+    )
+    parser.add_argument(
         "--verify",
         action="store_true",
         help="read OUT again: compare copied bytes, and rows of each merged tensor with a dense "
@@ -119,7 +147,8 @@ def run(arguments: argparse.Namespace) -> int:
         _warn_of_norms(merge)
         if arguments.dry_run:
             check_target(merge, arguments.out, force=arguments.force)
-            _print_plan(merge, console)
+            figures = _figures(merge, {})
+            print_modules("tensor", figures, _PLANNED, console, every=arguments.all)
         else:
             try:
                 changes = _merge(merge, arguments)
@@ -130,13 +159,19 @@ def run(arguments: argparse.Namespace) -> int:
                     file=sys.stderr,
                 )
                 raise
-            _print_changes(changes, console)
+            figures = _figures(merge, changes)
+            print_modules("tensor", figures, _CHANGES, console, every=arguments.all)
+            print_caption(_CAPTION, console)
+            _warn_of_changes(changes)
         _print_summary(merge, console)
         if not arguments.dry_run:
             state = "complete, and verified" if arguments.verify else "complete"
-            console.print(f"{arguments.out}: {state}", soft_wrap=True)
+            print_names(f"{arguments.out}: {state}", console)
+        if arguments.json is not None:
+            write_json(arguments.json, _report(merge, figures, arguments))
+            print_names(f"Figures: {arguments.json}", console)
     except (CheckpointError, OSError) as error:
-        print(f"doraxp merge: error: {error}", file=sys.stderr)
+        print_error("doraxp merge", error)
         return 2
     return 0
 
@@ -190,35 +225,58 @@ def _merge(merge: Merge, arguments: argparse.Namespace) -> dict[str, Change]:
         )
 
 
-def _print_plan(merge: Merge, console: Console) -> None:
+def _figures(merge: Merge, changes: Mapping[str, Change]) -> dict[str, dict[str, Any]]:
+    """Return the figures of each tensor that changes, by name."""
     from doraxp.checkpoint import MergedTensor
 
-    rows: list[tuple[str, ...]] = []
+    figures: dict[str, dict[str, Any]] = {}
+    written = merge.written()
     for name, task in merge.changed.items():
+        row: dict[str, Any] = {"kind": "replaced"}
         if isinstance(task, MergedTensor):
-            config, kind = task.layer.config, task.layer.kind
-            rows.append((name, kind.name, str(config.rank), f"{config.scaling:g}"))
-        else:
-            rows.append((name, "replaced", "", ""))
-    print_table(("tensor", "kind", "rank", "s"), rows, console)
+            config = task.layer.config
+            row = {"kind": task.layer.kind.name, "rank": config.rank, "s": config.scaling}
+        change = changes[name]._asdict() if name in changes else {}
+        stored = dict(zip(("dtype", "shape", "bytes"), written[name], strict=True))
+        figures[name] = row | stored | change
+    return figures
+
+
+def _report(
+    merge: Merge, figures: Mapping[str, Mapping[str, Any]], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Return everything that the command prints and more, in the types of JSON."""
+    return {
+        "base": str(merge.model.path),
+        "adapter": str(merge.adapters.reader.path),
+        "out": None if arguments.dry_run else str(arguments.out.absolute()),
+        "verified": arguments.verify and not arguments.dry_run,
+        "options": vars(merge.options),
+        "format": merge.adapters.format,
+        "tensors": sum(len(reader.tensors) for reader in merge.model.shards.values()),
+        "files": len(merge.model.shards),
+        "bytes": merge.size,
+        "left_out": [str(file) for file in merge.model.left_out],
+        "output_heads": merge.output_heads,
+        "tokenizers_apart": merge.tokenizers_apart(),
+        "changed": figures,
+    }
 
 
 def _print_summary(merge: Merge, console: Console) -> None:
     tensors = sum(len(reader.tensors) for reader in merge.model.shards.values())
-    console.print(
+    print_names(
         f"{merge.adapters.format} adapter: {len(merge.adapters)} of {tensors} tensors merged, "
         f"{len(merge.adapters.replacements)} replaced, the others copied; "
         f"{merge.size:,} bytes in {len(merge.model.shards)} files",
-        soft_wrap=True,
+        console,
     )
     if merge.model.left_out:
         names = ", ".join(str(file) for file in merge.model.left_out)
-        console.print(f"Left out, weights that were not merged: {names}", soft_wrap=True)
+        print_names(f"Left out, weights that were not merged: {names}", console)
 
 
-def _print_changes(changes: Mapping[str, Change], console: Console) -> None:
-    rows = ((name, *(f"{value:.3g}" for value in change)) for name, change in changes.items())
-    print_table(("tensor", "ΔM", "ΔD", "largest change of a row"), rows, console)
+def _warn_of_changes(changes: Mapping[str, Change]) -> None:
     idle = [name for name, change in changes.items() if change.is_idle]
     if idle:
         _warn(f"the adapter changes nothing in {', '.join(idle)}")
@@ -237,4 +295,4 @@ def _warn_of_loss(kept: Mapping[str, float]) -> None:
 
 
 def _warn(message: str) -> None:
-    print(f"doraxp merge: warning: {message}", file=sys.stderr)
+    print_warning("doraxp merge", message)

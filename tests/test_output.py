@@ -1,0 +1,347 @@
+"""The output of `merge`, `inspect` and `convert`: its width, its encoding and its figures."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import draw, factors, peft_config, write_adapter, write_json
+from safetensors.numpy import load_file, save_file
+
+import doraxp
+from doraxp._base.printable import printable
+from doraxp._terminal import adapter_picture
+from doraxp._terminal.module_table import kind_of
+from doraxp.checkpoint import Change, load_adapters, look_at_base, open_model
+from doraxp.cli import main
+
+MODULES = {"self_attn.q_proj": (8, 8), "mlp.down_proj": (8, 12)}
+LAYERS = 12
+
+
+@pytest.fixture
+def llama(tmp_path, monkeypatch):
+    """A model of 12 layers of two kinds, its adapter, and a terminal of 80 columns."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    rng = np.random.default_rng(1)
+    shapes = {
+        f"model.layers.{layer}.{name}": shape
+        for layer in range(LAYERS)
+        for name, shape in MODULES.items()
+    }
+    weights = {f"{path}.weight": draw(rng, *shape) for path, shape in shapes.items()}
+    (tmp_path / "base").mkdir()
+    save_file(weights, tmp_path / "base" / "model.safetensors")
+    write_adapter(
+        tmp_path / "adapter", shapes, rank_pattern={}, alpha_pattern={r"layers\.0\..*": 5}
+    )
+    return tmp_path
+
+
+def table(text):
+    """Return the cells of the rows of a table, by the first one."""
+    rows = [line.split() for line in text.splitlines()]
+    return {cells[0]: cells[1:] for cells in rows if cells}
+
+
+def test_merge_prints_a_row_for_each_kind_of_module_in_80_columns(llama, capsys):
+    assert main(["merge", "base", "adapter", "--out", "out", "--json", "m.json"]) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert max(map(len, lines[: lines.index(next(x for x in lines if "peft adapter" in x))])) <= 80
+    changed = json.loads((llama / "m.json").read_text())["changed"]
+    rows = table(out)
+    for kind in ("q_proj", "down_proj"):
+        group = [row for name, row in changed.items() if f".{kind}." in name]
+        figures = [
+            statistics.median(row["magnitude"] for row in group),
+            statistics.median(row["direction"] for row in group),
+            max(row["largest"] for row in group),
+            *([min(row["kept"] for row in group)] if "kept" in Change._fields else []),
+        ]
+        assert rows[kind] == [str(LAYERS), "2", *(f"{figure:.3g}" for figure in figures)]
+    caption = re.sub(r"\s+", " ", out)
+    assert "ΔM: mean change of the norms of the rows. ΔD: mean 1 − cosine of the rows." in caption
+
+
+def test_the_json_of_a_merge_has_everything(llama):
+    paths = ["base", "adapter", "--out", "out"]
+    assert main(["merge", *paths, "--json", "m.json", "--dtype", "float16", "--verify"]) == 0
+    report = json.loads((llama / "m.json").read_text())
+    changed = report.pop("changed")
+    assert report["out"] == str(llama / "out")
+    assert (report["verified"], report["format"], report["files"]) == (True, "peft", 1)
+    assert report["options"]["dtype"] == "F16"
+    assert report["tensors"] == len(changed) == 2 * LAYERS
+    assert report["bytes"] == sum(row["bytes"] for row in changed.values())
+    row = changed["model.layers.0.mlp.down_proj.weight"]
+    assert {*Change._fields} < row.keys()
+    expected = {"kind": "linear", "rank": 2, "s": 2.5, "dtype": "F16", "shape": [8, 12]}
+    assert {key: row[key] for key in expected} == expected
+    assert changed["model.layers.1.mlp.down_proj.weight"]["s"] == 1.5
+    assert row["bytes"] == 192
+    assert main(["merge", *paths, "--json", "m.json", "--dry-run"]) == 0
+    dry = json.loads((llama / "m.json").read_text())
+    assert (dry["out"], dry["verified"]) == (None, False)
+    assert "largest" not in dry["changed"]["model.layers.0.mlp.down_proj.weight"]
+
+
+def test_a_replaced_tensor_is_a_row_without_figures(llama, capsys):
+    path = llama / "adapter" / "adapter_model.safetensors"
+    name = "model.layers.0.self_attn.q_proj.bias"
+    base = llama / "base" / "model.safetensors"
+    for file, key in ((path, f"base_model.model.{name}"), (base, name)):
+        save_file(load_file(file) | {key: np.ones(8, np.float32)}, file)
+    assert main(["merge", "base", "adapter", "--out", "o", "--json", "m.json", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert table(out)["bias"] == ["1", "replaced", "F32"]
+    row = json.loads((llama / "m.json").read_text())["changed"][name]
+    assert row == {"kind": "replaced", "dtype": "F32", "shape": [8], "bytes": 32}
+
+
+@pytest.mark.parametrize("command", ["merge", "dry", "inspect", "inspect --base base"])
+def test_all_rows_fit_80_columns_where_the_names_share_a_start(llama, capsys, command):
+    words = {
+        "merge": ["merge", "base", "adapter", "--out", "out"],
+        "dry": ["merge", "base", "adapter", "--out", "out", "--dry-run"],
+    }.get(command, ["inspect", "adapter", *command.split()[1:]])
+    assert main([*words, "--all"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if "_proj" in line]
+    assert len(rows) == 2 * LAYERS
+    assert max(map(len, rows)) <= 80
+    if rows[0].startswith("…"):
+        assert "… is model.layers." in lines
+        rows = [row.replace("…", "model.layers.") for row in rows]
+    ends = (".weight", "") if command.startswith("inspect") else ("", ".weight")
+    paths = {row.split()[0].removesuffix(ends[0]) for row in rows}
+    assert paths == {f"{path}{ends[1]}" for path in load_adapters(llama / "adapter")}
+
+
+def test_names_without_a_common_start_are_not_cut(llama, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(["merge", "base", "adapter", "--out", "out", "--all"]) == 0
+    assert "…10.self_attn.q_proj.weight " in capsys.readouterr().out
+
+
+def test_inspect_prints_a_row_for_each_kind_in_80_columns(llama, capsys):
+    assert main(["inspect", "adapter", "--base", "base", "--json", "i.json"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    modules = json.loads((llama / "i.json").read_text())["modules"]
+    for kind in ("q_proj", "down_proj"):
+        group = [row for name, row in modules.items() if name.endswith(kind)]
+        medians = ("update_norm", "effective_rank", "magnitude_mean", "magnitude_change",
+                   "direction_change")  # fmt: skip
+        figures = [statistics.median(row[name] for row in group) for name in medians]
+        figures.append(min(row["conditioning"] for row in group))
+        expected = [str(LAYERS), "2", *(f"{figure:.3g}" for figure in figures), "0"]
+        assert table(out)[kind] == expected
+    assert main(["inspect", "adapter"]) == 0
+    assert table(capsys.readouterr().out)["q_proj"][:4] == [str(LAYERS), "linear", "2", "3–5"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("model.layers.0.self_attn.q_proj.weight", "q_proj"),
+        ("lm_head", "lm_head"),
+        ("down.attentions.1.to_out.0", "to_out.0"),
+        ("0.1", "0.1"),
+        ("lora_unet_down_blocks_1_attn_to_q", "lora_unet_down_blocks_*_attn_to_q"),
+        ("model.norm.bias", "bias"),
+    ],
+)
+def test_the_kind_of_a_module_is_the_last_part_of_its_path(name, kind):
+    assert kind_of(name) == kind
+
+
+def test_kinds_of_two_forms_are_both_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rng, tensors = np.random.default_rng(0), {}
+    for path, ones in (("0.proj", ()), ("1.proj", (1, 1))):
+        a, b, m = factors(rng, (8, 8))
+        tensors |= {
+            f"base_model.model.{path}.lora_A.weight": a.reshape(*a.shape, *ones),
+            f"base_model.model.{path}.lora_B.weight": b.reshape(*b.shape, *ones),
+            f"base_model.model.{path}.lora_magnitude_vector": m,
+        }
+    (tmp_path / "a").mkdir()
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
+    write_json(tmp_path / "a" / "adapter_config.json", peft_config())
+    assert main(["inspect", "a"]) == 0
+    assert "conv, linear" in capsys.readouterr().out
+
+
+# Encodings
+
+ENCODINGS = ("ascii", "cp1252", "latin-1", "utf-8")
+COMMANDS = (
+    "merge base adapter --out out",
+    "merge base adapter --out out --all --verify",
+    "merge base adapter --out out --dry-run",
+    "merge base none --out out",
+    "inspect adapter --base base",
+    "inspect adapter",
+    "convert adapter --to peft --out mlx",
+    "verify --backend numpy",
+    "demo --seeds 3 --steps 10 --plot demo.png",
+    "bench --backend numpy --tasks norm --shapes 8x8 --rank 2 --rounds 2",
+    "bench --backend numpy --curves --shapes 64x64 --rounds 2",
+)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("command", COMMANDS[:7])
+def test_a_stream_of_any_encoding_takes_the_output(llama, monkeypatch, encoding, command):
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding, errors="strict") for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    assert main(command.split()) == (2 if "none" in command else 0)
+    out, err = (stream.seek(0) or stream.read() for stream in streams)
+    assert (out == "") == ("none" in command)
+    assert "\\u" not in out + err
+    if encoding != "utf-8":
+        assert "dM: mean change" in out or ("ΔM" not in " ".join(COMMANDS) and "dM" not in err)
+
+
+@pytest.mark.parametrize("command", COMMANDS[7:10])
+def test_ascii_takes_the_output_of_the_other_commands(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii", errors="strict")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(command.split()) == 0
+    stream.seek(0)
+    assert "\\u" not in stream.read()
+
+
+def test_a_process_in_the_c_locale_ends_well(llama):
+    strict = {"PYTHONIOENCODING": "ascii:strict", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    strict["PYTHONPATH"] = str(Path(doraxp.__file__).parents[1])
+    command = [sys.executable, "-m", "doraxp", "merge", "base", "adapter", "--out", "out"]
+    ran = subprocess.run(command, env=os.environ | strict, capture_output=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, b"")
+    assert b"dM" in ran.stdout
+    assert b"out: complete" in ran.stdout
+
+
+def test_a_sign_that_no_table_has_is_escaped(llama, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii", errors="strict")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(["convert", "adapter", "--to", "peft", "--out", "мой"]) == 0
+    stream.seek(0)
+    assert stream.read().endswith("peft: \\u043c\\u043e\\u0439\n")
+
+
+# Names that a terminal would obey
+
+HOSTILE = "\x1b]0;owned\x07\x1b[2J\n\rOUT: complete, and verified\u202e\x9b31m\udcff"
+
+
+def test_a_file_name_that_a_terminal_would_obey_is_escaped(llama, capsys):
+    (llama / "adapter" / f"tokenizer{HOSTILE}.json").write_text("{}")
+    (llama / "base" / f"old{HOSTILE}.bin").write_bytes(b"")
+    assert main(["merge", "base", "adapter", "--out", "out"]) == 0
+    out, err = capsys.readouterr()
+    for text in (out, err):
+        assert printable(HOSTILE) in text
+        assert all(sign.isprintable() or sign == "\n" for sign in text)
+    assert not any(line.startswith("OUT: complete") for line in out.splitlines())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "merge {} adapter --out out",
+        "merge base {} --out out",
+        "merge base adapter --out {}",
+        "inspect {}",
+        "inspect adapter --base {}",
+        "convert {} --to peft --out b",
+        "convert adapter --to peft --out {}/b",
+        "convert adapter --to peft --out {}",
+        "vectors --out {}/b",
+    ],
+)
+def test_a_path_that_a_terminal_would_obey_is_escaped(llama, capsys, command):
+    name = HOSTILE.replace("\n", "").replace("\r", "").replace(" ", "")
+    status = main([word.format(name) for word in command.split()])
+    out, err = capsys.readouterr()
+    assert status == (0 if command.endswith("--out {}") else 2)
+    assert printable(name) in out + err
+    assert all(sign.isprintable() or sign == "\n" for sign in out + err)
+
+
+# Progress, and the picture
+
+
+def test_inspect_tells_how_much_of_the_base_it_has_read(llama, monkeypatch):
+    monkeypatch.setattr("doraxp.checkpoint._rows.BLOCK", 32)
+    told = []
+    look_at_base(
+        open_model(llama / "base"),
+        load_adapters(llama / "adapter"),
+        on_bytes=lambda done, total: told.append((done, total)),
+    )
+    size = LAYERS * (8 * 8 + 8 * 12) * 4
+    assert {total for _, total in told} == {size}
+    done = [done for done, _ in told]
+    assert done == sorted(done)
+    assert done[-1] == size
+    assert len(set(done)) == LAYERS * (2 + 4)
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """The pictures that are saved from now on."""
+    saved, save = [], adapter_picture.save
+    monkeypatch.setattr(
+        adapter_picture, "save", lambda picture, path: (saved.append(picture), save(picture, path))
+    )
+    return saved
+
+
+def test_the_picture_has_a_colour_and_a_label_for_each_kind(llama, pictures):
+    assert main(["inspect", "adapter", "--base", "base", "--plot", "p.png"]) == 0
+    assert main(["inspect", "adapter", "--plot", "p.png"]) == 0
+    assert (llama / "p.png").read_bytes().startswith(b"\x89PNG")
+    with_base, alone = pictures
+    assert (len(with_base.axes), len(alone.axes)) == (2, 1)
+    for picture in pictures:
+        (legend,) = picture.legends
+        assert [text.get_text().strip() for text in legend.get_texts()] == ["down_proj", "q_proj"]
+    layers, changes = with_base.axes
+    assert layers.get_xlabel() == "layer"
+    assert len({line.get_color() for line in layers.lines}) == 2
+    assert [line.get_color() for line in layers.lines] == [x.get_color() for x in changes.lines]
+    (first,) = (line for line in layers.lines if "down_proj" in line.get_label())
+    assert sorted(np.rint(first.get_xdata())) == list(range(LAYERS))
+    adapters = load_adapters(llama / "adapter")
+    medians = sorted(np.median(x.adapter.magnitude) for p, x in adapters.items() if "down" in p)
+    np.testing.assert_allclose(sorted(first.get_ydata()), medians)
+
+
+def test_the_picture_of_many_odd_names_is_drawn(tmp_path, monkeypatch, pictures):
+    monkeypatch.chdir(tmp_path)
+    odd = {f"_{'x' * 60}$\\frac{{{number}$": (4, 4) for number in "abcdefgh"}
+    write_adapter(tmp_path / "few", odd)
+    write_adapter(
+        tmp_path / "many",
+        {f"0.1.m{chr(97 + n // 26)}{chr(97 + n % 26)}": (4, 4) for n in range(40)},
+    )
+    write_adapter(tmp_path / "shared", {"a.0.0.q": (4, 4), "a.0.1.q": (4, 4)})
+    for name in ("few", "many", "shared"):
+        assert main(["inspect", name, "--plot", f"{name}.png"]) == 0
+    few, many, shared = pictures
+    assert len(few.legends[0].get_texts()) == len(odd)
+    assert many.legends == []
+    assert shared.axes[0].get_xlabel() == "module, in the order of the file"
