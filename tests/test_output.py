@@ -89,7 +89,7 @@ def test_the_json_of_a_merge_has_everything(llama):
     assert {key: row[key] for key in expected} == expected
     assert changed["model.layers.1.mlp.down_proj.weight"]["s"] == 1.5
     assert row["bytes"] == 192
-    assert main(["merge", *paths, "--json", "m.json", "--dry-run"]) == 0
+    assert main(["merge", "base", "adapter", "--out", "new", "--json", "m.json", "--dry-run"]) == 0
     dry = json.loads((llama / "m.json").read_text())
     assert (dry["out"], dry["verified"]) == (None, False)
     assert "largest" not in dry["changed"]["model.layers.0.mlp.down_proj.weight"]
