@@ -7,7 +7,7 @@ import pytest
 
 import doraxp
 from doraxp import Config, LayerKind
-from doraxp.checkpoint import load_adapters, save_adapters
+from doraxp.checkpoint import Options, audit, load_adapters, plan_merge, save_adapters
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*", "ignore:.*save_embedding.*")
 PATTERNS = {"rank_pattern": {"square": 2, "conv.": 3}, "alpha_pattern": {"^linear": 5}}
@@ -128,3 +128,43 @@ def test_peft_loads_a_folder_that_we_write(peft, torch, network, tmp_path, kinds
     model = peft.PeftModel.from_pretrained(network, tmp_path / "adapter")
     desired = weights(model.merge_and_unload())
     assert_equal_to_5_digits(merged(base, layers), desired)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("wide", [True, False], ids=["adapter-32", "adapter-16"])
+@pytest.mark.parametrize(
+    "targets", [["linear", "square", "conv2", "pointwise"], ["embedding"], ["c_attn"]]
+)
+def test_the_audit_of_a_merge_by_peft_is_right(
+    peft, torch, network, tmp_path, targets, dtype, wide
+):
+    """With `wide` false, PEFT rounds every step to the 16 bits of the model."""
+    from safetensors.torch import save_file
+
+    network = network.to(getattr(torch, dtype))
+
+    def save(model, name):
+        tensors = {key: tensor.contiguous().clone() for key, tensor in model.state_dict().items()}
+        save_file(tensors, tmp_path / name)
+
+    save(network, "base.safetensors")
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=7,
+        target_modules=targets,
+        use_dora=True,
+        fan_in_fan_out=targets == ["c_attn"],
+    )
+    model = peft.get_peft_model(network, config, autocast_adapter_dtype=wide)
+    train(torch, model)
+    model.save_pretrained(tmp_path / "adapter")
+    merged = model.merge_and_unload()
+    save(merged, "merged.safetensors")
+    plan = plan_merge(tmp_path / "base.safetensors", tmp_path / "adapter", Options())
+    verdicts = audit(plan, tmp_path / "merged.safetensors")
+    assert {verdict.verdict for verdict in verdicts.values()} <= {"exact", "rounded", "equal"}
+    with torch.no_grad():
+        next(p for p in merged.parameters() if p.ndim > 1).mul_(1.5)
+    save(merged, "merged.safetensors")
+    wrong = audit(plan, tmp_path / "merged.safetensors")
+    assert sum(not verdict.right for verdict in wrong.values()) == 1

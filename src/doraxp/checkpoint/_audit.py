@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Set
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 
@@ -26,8 +27,6 @@ from doraxp.checkpoint._rows import row_blocks
 from doraxp.checkpoint._safetensors import DTYPES, Source
 from doraxp.checkpoint._shard import OnBytes
 from doraxp.checkpoint._suspects import Slack, over
-
-_HEAD = "lm_head.weight"
 
 
 def audit(
@@ -64,7 +63,12 @@ def audit(
     """
     model = open_model(Path(merged).absolute())
     pairs, found = _pair(merge, model)
-    names, lock = iter(pairs), threading.Lock()
+    names, lock, stopped = iter(pairs), threading.Lock(), threading.Event()
+
+    def count(nbytes: int) -> None:
+        if stopped.is_set():
+            raise InterruptedError("the audit was stopped")
+        on_bytes(nbytes)
 
     def work() -> None:
         engine = load_engine("numpy")
@@ -74,24 +78,19 @@ def audit(
             if name is None:
                 return
             source, stored = pairs[name]
-            found[name] = _verdict(merge, source, stored, engine, on_bytes)
+            found[name] = _verdict(merge, source, stored, engine, count)
 
     with threadpoolctl.threadpool_limits(1), ThreadPoolExecutor(jobs) as pool:
-        tasks = [pool.submit(work) for _ in range(jobs)]
         try:
-            for task in tasks:
+            for task in as_completed([pool.submit(work) for _ in range(jobs)]):
                 task.result()
-        except BaseException:
-            with lock:
-                names = iter(())
-            raise
-    for name in found:
-        is_head = name.endswith(_HEAD) and name not in merge.tasks
-        if is_head and not found[name].right and found[name].verdict != KEPT_IN_PART:
-            found[name] = found[name]._replace(
-                verdict="tied head changed",
-                detail=f"{found[name].verdict}: {found[name].detail}".removesuffix(": "),
-            )
+        finally:
+            stopped.set()
+    for name, (source, _) in pairs.items():
+        is_wrong = not found[name].right and found[name].verdict != KEPT_IN_PART
+        if is_wrong and source != name:
+            detail = f"{found[name].verdict}: {found[name].detail}".removesuffix(": ")
+            found[name] = found[name]._replace(verdict="tied head changed", detail=detail)
     order = [*(name for name in merge.tasks if name in found), *found]
     return {name: found[name] for name in dict.fromkeys(order)}
 
@@ -103,23 +102,23 @@ def _pair(merge: Merge, model: Model) -> tuple[dict[str, tuple[str, Source]], di
     there = {lead(name): source for name, source in there.items()}
     pairs = {name: (name, there[name]) for name in merge.tasks if name in there}
     found = {}
+    tied = next(iter(sorted(map(lead, model.output_heads()))), "")
     for name in merge.tasks.keys() - there.keys():
-        (tied,) = [*_tied(model, lead), ""][:1]
-        if name.endswith(_HEAD) and tied in there:
+        if _is_head(name) and tied in there:
             pairs[name] = (name, there[tied])  # the embedding is the head too
         else:
             found[name] = Verdict("missing", False)
+    tied = next(iter(sorted(merge.model.output_heads())), "")
     for name in there.keys() - merge.tasks.keys():
-        (tied,) = [*sorted(merge.model.output_heads()), ""][:1]
-        if name.endswith(_HEAD) and tied:
+        if _is_head(name) and tied:
             pairs[name] = (tied, there[name])
         else:
             found[name] = Verdict("extra", False)
     return pairs, found
 
 
-def _tied(model: Model, lead: Callable[[str], str]) -> list[str]:
-    return sorted(map(lead, model.output_heads()))
+def _is_head(name: str) -> bool:
+    return f".{name}".endswith(".lm_head.weight")
 
 
 def _lead(base: Set[str], merged: Set[str]) -> Callable[[str], str]:
@@ -127,12 +126,13 @@ def _lead(base: Set[str], merged: Set[str]) -> Callable[[str], str]:
 
     A model with a head and the model without it differ by one leading name.
     """
-    leads = {f"{name.partition('.')[0]}." for name in base | merged}
+    leads = [Counter(name.partition(".")[0] for name in names) for names in (base, merged)]
     ways: list[Callable[[str], str]] = [lambda name: name]
-    for lead in sorted(leads):
-        ways.append(partial(_without, lead))
-        ways.append(partial(_with, lead, base))
-    return max(ways, key=lambda way: len(base & {way(name) for name in merged}))
+    ways += [partial(_with, f"{lead}.", base) for lead, _ in leads[0].most_common(2)]
+    ways += [partial(_without, f"{lead}.") for lead, _ in leads[1].most_common(2)]
+    found = [{way(name) for name in merged} for way in ways]
+    shared = [len(base & one) if len(one) == len(merged) else 0 for one in found]
+    return ways[shared.index(max(shared))]
 
 
 def _without(lead: str, name: str) -> str:

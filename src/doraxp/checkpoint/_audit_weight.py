@@ -214,11 +214,12 @@ class _Suspect:
         merged = right_merge(sample.base, sample.adapter, sample.config)
         bound = Slack(self.layer, self.stored.tensor.dtype).bound(np.abs(merged), sample.rows, norm)
         diagnosis = diagnose(sample, bound)
-        if not found.wrong and not diagnosis.refuted:
+        is_idle = _is_idle(sample, merged)
+        if not found.wrong and (is_idle or not diagnosis.refuted):
             return None
         if np.array_equal(sample.stored, sample.base) and self._is_unchanged():
             return Verdict("unchanged", False, "the merge did nothing", None, found.worst)
-        if diagnosis.fits and not diagnosis.refuted:
+        if (diagnosis.fits or is_idle) and not diagnosis.refuted:
             detail = f"{found.wrong:,} of {self._out * self._inner:,} numbers"
             return Verdict("damaged", False, detail, None, found.worst)
         names = diagnosis.names
@@ -284,13 +285,19 @@ def _ratio(one: Wide, other: Wide) -> float:
     return float(np.linalg.norm(one)) / length if length else np.inf
 
 
+def _is_idle(sample: Sample, merged: Wide) -> bool:
+    """Return whether W' is W but for the rounding of m, as for an adapter that is not trained."""
+    length = np.linalg.norm(merged - sample.base, axis=1)
+    return bool((length <= _IDLE * np.linalg.norm(sample.base, axis=1)).all())
+
+
 def _kept(sample: Sample) -> float:
-    """Return the part of the update that S has; 1 where there is no update but rounding errors."""
-    update = right_merge(sample.base, sample.adapter, sample.config) - sample.base
-    length = np.linalg.norm(update, axis=1)
-    if (length <= _IDLE * np.linalg.norm(sample.base, axis=1)).all():
+    """Return the part of the update that S has; 1 where there is no update to keep."""
+    merged = right_merge(sample.base, sample.adapter, sample.config)
+    if _is_idle(sample, merged):
         return 1.0
-    return float(np.vdot(sample.stored - sample.base, update)) / float(np.vdot(update, update))
+    update = merged - sample.base
+    return float(np.vdot(sample.stored - sample.base, update) / np.vdot(update, update))
 
 
 def _matrix_rows(source: Source, rows: NDArray[np.intp], layer: AdaptedLayer) -> Wide:

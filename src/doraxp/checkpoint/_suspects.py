@@ -26,7 +26,7 @@ from doraxp.testing import right_merge, wrong_merges
 
 Wide: TypeAlias = NDArray[np.float64]
 Places: TypeAlias = slice | NDArray[np.intp]
-UNCHANGED, TWICE = "unchanged", "merged twice"
+RIGHT, UNCHANGED, TWICE = "right", "unchanged", "merged twice"
 _WORDS = {
     "m/n is left out, as in LoRA": "plain LoRA",
     "s is applied twice": "scaled by s²",
@@ -46,6 +46,8 @@ PRECISION = {
 _FLOAT32 = 2.0**-24
 _LEAST = 0.25
 """A difference of costs that counts: some ten numbers in 16 bits, each off by its last digit."""
+_DAMAGED = 0.01
+"""The part of the numbers that may be far off in a weight that is merged right, but damaged."""
 _FEW = 0.02
 """The part of the numbers that may differ where only the last rounding was to 16 bits."""
 
@@ -165,7 +167,7 @@ def diagnose(sample: Sample, bound: Wide, others: Iterable[tuple[str, Wide]] = (
         More wrong formulas, by name, with their W'.
     """
     merged = right_merge(*_layer(sample))
-    guess = _guess("", merged, sample, bound)
+    guess = _guess(RIGHT, merged, sample, bound)
     if guess.costs.sum() < _LEAST:  # no other cost can be lower by more
         return Diagnosis(guess.fits, False, ())
     steps: list[Callable[[Wide], Wide] | None] = [None]
@@ -174,13 +176,13 @@ def diagnose(sample: Sample, bound: Wide, others: Iterable[tuple[str, Wide]] = (
         steps.append(sample.rounded)
     guesses: dict[str, Guess] = {}
     for step in steps:
-        right = ("", right_merge(*_layer(sample), step))
+        right = (RIGHT, right_merge(*_layer(sample), step))
         # One formula at a time is in memory.
         for name, merged in chain([right], _wrong(sample, step), () if step else others):
             guess = _guess(name, merged, sample, bound)
             old = guesses.get(name, guess)
             guesses[name] = min(old, guess, key=lambda one: float(one.costs.sum()))
-    right_guess = guesses.pop("")
+    right_guess = guesses.pop(RIGHT)
     better = [guess for guess in guesses.values() if _is_better(guess, right_guess)]
     named = [guess for guess in better if guess.fits and guess.name != UNCHANGED]
     if not named:
@@ -206,12 +208,17 @@ def _wrong(sample: Sample, step: Callable[[Wide], Wide] | None) -> Iterator[tupl
 def _guess(name: str, merged: Wide, sample: Sample, bound: Wide) -> Guess:
     with np.errstate(over="ignore", invalid="ignore"):
         error = (sample.stored - sample.rounded(merged)) / bound
-        costs = np.vecdot(error, error)
-        moved = np.linalg.norm((sample.stored - sample.base) / bound) ** 2
+        moved = (sample.stored - sample.base) / bound
         noise = error.size + np.linalg.norm(4 * sample.epsilon * merged / bound) ** 2
-    costs = np.where(np.isfinite(costs), costs, np.inf)
-    total = float(costs.sum())
-    return Guess(name, costs, bool(total <= min(0.1 * moved, noise)))
+        costs = np.vecdot(error, error)
+    if name == RIGHT:
+        near = np.abs(error) <= 1
+        if np.mean(near) >= 1 - _DAMAGED:  # the others are damaged
+            error, moved = error[near], moved[near]
+    # A formula must explain nearly all of the way from W to S.
+    most = min(0.1 * float(np.vdot(moved, moved)), float(noise))
+    fits = bool(np.vdot(error, error) <= most)
+    return Guess(name, np.where(np.isfinite(costs), costs, np.inf), fits)
 
 
 def _is_better(guess: Guess, other: Guess) -> bool:

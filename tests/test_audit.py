@@ -1,0 +1,602 @@
+"""`doraxp audit`: a verdict on each tensor of a merged model, right or with a planted fault."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import ml_dtypes
+import numpy as np
+import pytest
+from checkpoints import write_json
+from safetensors.numpy import load_file, save_file
+
+from doraxp import AdaptedLayer, Adapter, Config, LayerKind
+from doraxp.checkpoint import (
+    CheckpointError,
+    Options,
+    audit,
+    plan_merge,
+    run_merge,
+    save_adapters,
+)
+from doraxp.cli import main
+from doraxp.testing import right_merge, wrong_merges, wrong_merges_across_rows
+from doraxp.testing._deviations import FORWARD
+from doraxp.testing._formulas import DenseFormulas, deviating
+from doraxp.testing._rounding import Plain
+from doraxp.testing._wrong_merges import ACROSS_ROWS
+
+RANK, ALPHA = 3, 7.5
+S = ALPHA / RANK
+KINDS = {
+    "linear": (LayerKind(), (40, 24)),
+    "square": (LayerKind(), (32, 32)),
+    "conv": (LayerKind("conv"), (30, 5, 3, 2)),
+    "embed_tokens": (LayerKind("embedding"), (60, 20)),
+}
+TRANSPOSED = {
+    "c_attn": (LayerKind("transposed"), (20, 45)),
+    "c_proj": (LayerKind("transposed"), (28, 28)),
+}
+DTYPES = ("float32", "bfloat16", "float16")
+NORM = "model.norm.weight"
+
+
+def cast(array, dtype):
+    return np.asarray(array).astype(dtype)
+
+
+class Case:
+    """A base, an adapter and a merged model on disk."""
+
+    def __init__(self, folder, kinds, dtype, update=0.3, config=None):
+        rng = np.random.default_rng(7)
+        self.folder, self.dtype = folder, dtype
+        self.base, self.layers = {}, {}
+        for name, (kind, shape) in kinds.items():
+            path, weight = f"model.{name}", cast(0.05 * rng.standard_normal(shape), dtype)
+            self.base[f"{path}.weight"] = weight
+            adapter = self.adapter(rng, kind.matrix(cast(weight, float)), update)
+            self.layers[path] = AdaptedLayer(adapter, Config(RANK, ALPHA), kind, shape)
+            if kind.name != "embedding":
+                out = len(adapter.magnitude)
+                self.base[f"{path}.bias"] = cast(rng.standard_normal(out), dtype)
+        self.base[NORM] = cast(1 + 0.1 * rng.standard_normal(11), dtype)
+        self.base["steps"] = np.arange(3)
+        self.config = {"tie_word_embeddings": True} if config is None else config
+        self.write("base", self.base)
+        save_adapters(folder / "adapter", self.layers)
+
+    @staticmethod
+    def adapter(rng, matrix, update):
+        """An adapter whose update is a part `update` of the matrix."""
+        out, inner = matrix.shape
+        a, b = rng.standard_normal((RANK, inner)), rng.standard_normal((out, RANK))
+        b *= update * np.linalg.norm(matrix) / np.linalg.norm(S * (b @ a))
+        m = np.linalg.norm(matrix, axis=1) * (1 + update * rng.standard_normal(out))
+        return Adapter(*(cast(leaf, "float32") for leaf in (a, b, m)))
+
+    def write(self, name, tensors, shards=1):
+        """Write a model's folder."""
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        weight_map, names = {}, sorted(tensors)
+        for shard in range(shards):
+            part = {one: np.ascontiguousarray(tensors[one]) for one in names[shard::shards]}
+            save_file(part, folder / f"model-{shard}.safetensors", {"format": "pt"})
+            weight_map |= dict.fromkeys(part, f"model-{shard}.safetensors")
+        if shards > 1:
+            write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+        write_json(folder / "config.json", self.config)
+
+    def merged(self, path, formula=lambda v, m, w: m / np.linalg.norm(v, axis=1)[:, None] * v,
+               *, adapter=None, s=S, weight=None, step=lambda x: x):  # fmt: skip
+        """W' by a formula of V, m (out, 1) and W, stored; each step rounded by `step`."""
+        layer = self.layers[path]
+        stored = self.base[f"{path}.weight"] if weight is None else weight
+        w = np.asarray(layer.kind.matrix(cast(stored, float)))
+        a, b, m = (step(cast(leaf, float)) for leaf in adapter or layer.adapter)
+        result = formula(step(w + step(s * step(b @ a))), m[:, None], w)
+        return cast(layer.kind.restore(result, stored.shape), self.dtype)
+
+    def whole(self, **changes):
+        """The right tensors of the merged model, with changes by name; None leaves one out."""
+        weights = {f"{path}.weight": self.merged(path) for path in self.layers}
+        tensors = self.base | weights | {name.replace("__", "."): t for name, t in changes.items()}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    def audit(self, tensors, shards=1, **options):
+        self.write("merged", tensors, shards)
+        plan = plan_merge(self.folder / "base", self.folder / "adapter", Options())
+        return audit(plan, self.folder / "merged", **options)
+
+    def fault(self, name, tensor):
+        """The verdict on one changed tensor; the others must be right."""
+        verdicts = self.audit(self.whole() | {name: tensor})
+        others = {n: v.verdict for n, v in verdicts.items() if n != name and not v.right}
+        assert others == {}
+        assert not verdicts[name].right
+        return verdicts[name].verdict
+
+
+@pytest.fixture(params=[(kinds, dtype) for kinds in (0, 1) for dtype in DTYPES],
+                ids=lambda p: f"{('layers', 'Conv1D')[p[0]]}-{p[1]}")  # fmt: skip
+def case(request, tmp_path):
+    kinds, dtype = request.param
+    return Case(tmp_path, (KINDS, TRANSPOSED)[kinds], dtype)
+
+
+def gain(v, m):
+    return m / np.linalg.norm(v, axis=1)[:, None]
+
+
+def small(tmp_path, dtype="float32", update=0.3, **options):
+    return Case(tmp_path, {"linear": (LayerKind(), (40, 24))}, dtype, update, **options)
+
+
+WEIGHT, PATH = "model.linear.weight", "model.linear"
+
+
+# Right models
+
+
+def test_our_merge_is_exact_and_the_rest_is_equal(case):
+    plan = plan_merge(case.folder / "base", case.folder / "adapter", Options())
+    run_merge(plan, case.folder / "merged")
+    verdicts = audit(plan, case.folder / "merged")
+    assert list(verdicts) == list(plan.tasks)  # and in that order
+    for name, verdict in verdicts.items():
+        is_merged = name.removesuffix(".weight") in case.layers
+        assert verdict.verdict == ("exact" if is_merged else "equal"), name
+        assert verdict.right
+        if is_merged:
+            assert verdict.error == 0
+            assert 0.99 < verdict.kept < 1.01
+
+
+@pytest.mark.parametrize("update", [0.3, 3e-3, 3e-4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_merge_whose_steps_are_rounded_to_the_dtype_is_right(tmp_path, dtype, update):
+    """So PEFT merges in 16 bits."""
+    case = Case(tmp_path, KINDS, dtype, update)
+
+    def step(x):
+        return cast(cast(x, dtype), float)
+
+    def formula(v, m, w):
+        return step(m / step(np.linalg.norm(v, axis=1))[:, None]) * v
+
+    weights = {f"{p}.weight": case.merged(p, formula, step=step) for p in case.layers}
+    for name, verdict in case.audit(case.whole() | weights).items():
+        assert verdict.right or verdict.verdict == "kept in part", name
+
+
+def test_a_last_rounding_that_is_stochastic_is_right(tmp_path):
+    case = small(tmp_path, "bfloat16", 3e-3)
+    noise = np.random.default_rng(0).integers(0, 1 << 16, (40, 24), np.uint32)
+    wide = case.merged(PATH)
+    case.dtype = "float32"
+    bits = (case.merged(PATH).view(np.uint32) + noise) & np.uint32(0xFFFF0000)
+    stochastic = bits.view(np.float32).astype("bfloat16")
+    assert np.mean(stochastic != wide) > 0.2
+    case.dtype = "bfloat16"
+    assert case.audit(case.whole() | {WEIGHT: stochastic})[WEIGHT].verdict == "rounded"
+
+
+def test_an_error_of_the_last_digit_is_rounded(tmp_path):
+    case = small(tmp_path)
+    weight = case.merged(PATH)
+    weight[3, 5] = np.nextafter(weight[3, 5], np.float32(9))
+    verdict = case.audit(case.whole() | {WEIGHT: weight})[WEIGHT]
+    assert verdict.verdict == "rounded"
+    assert 0 < verdict.error < 0.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_fresh_adapter_leaves_the_weight_unchanged_and_is_right(tmp_path, dtype):
+    case = small(tmp_path, dtype, update=0.0)
+    verdict = case.audit(case.base)[WEIGHT]
+    assert verdict.right
+    assert verdict.kept == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_cancel_are_right_and_rows_without_a_direction_are_0(tmp_path, dtype):
+    case = small(tmp_path, dtype)
+    layer = case.layers[PATH]
+    weight = cast(case.base[WEIGHT], float)
+    a, b, m = (np.array(leaf, float) for leaf in layer.adapter)
+    weight[0], b[0] = 0, 0  # n is 0
+    weight[1] = -S * (b[1] @ a) * (1 + 0.02 * np.random.default_rng(0).standard_normal(24))
+    adapter = Adapter(*(cast(leaf, "float32") for leaf in (a, b, m)))
+    case.base[WEIGHT] = cast(weight, dtype)
+    case.layers[PATH] = layer._replace(adapter=adapter)
+    case.write("base", case.base)
+    save_adapters(case.folder / "other", case.layers)
+    plan = plan_merge(case.folder / "base", case.folder / "other", Options())
+
+    def formula(v, m, w):
+        norm = np.linalg.norm(v, axis=1)[:, None]
+        return np.divide(m * v, norm, out=np.zeros_like(v), where=norm > 0)
+
+    case.write("merged", case.base | {WEIGHT: case.merged(PATH, formula)})
+    assert audit(plan, case.folder / "merged")[WEIGHT].right
+    broken = case.merged(PATH, formula)
+    broken[0] = np.nan
+    case.write("merged", case.base | {WEIGHT: broken})
+    verdict = audit(plan, case.folder / "merged")[WEIGHT]
+    assert verdict.verdict == "NaN or infinity"
+    assert verdict.detail == "24 numbers: the 1 rows whose norm n is 0, where W' is 0"
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_shards_and_threads_change_no_verdict(tmp_path, shards, jobs):
+    case = Case(tmp_path, KINDS, "bfloat16")
+    wrong = case.whole() | {WEIGHT: case.base[WEIGHT]}
+    counted = []
+    verdicts = case.audit(wrong, shards, jobs=jobs, on_bytes=counted.append)
+    assert {name for name, verdict in verdicts.items() if not verdict.right} == {WEIGHT}
+    assert sum(counted) == sum(tensor.nbytes for tensor in case.base.values())
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+def test_another_dtype_for_every_tensor_is_right(tmp_path, dtype):
+    case = Case(tmp_path, KINDS, "bfloat16")
+    plan = plan_merge(
+        case.folder / "base",
+        case.folder / "adapter",
+        Options(dtype={"float64": "F64", "float32": "F32", "float16": "F16"}[dtype]),
+    )
+    run_merge(plan, case.folder / "merged")
+    verdicts = audit(plan, case.folder / "merged")
+    assert {verdict.verdict for verdict in verdicts.values()} == {"exact", "converted", "equal"}
+    assert verdicts[NORM].verdict == "converted"
+
+
+def test_names_may_differ_by_one_leading_name(tmp_path):
+    case = Case(tmp_path, KINDS, "float32")
+    whole = case.whole()
+    longer = {f"base.{name}": tensor for name, tensor in whole.items()}
+    shorter = {name.removeprefix("model."): tensor for name, tensor in whole.items()}
+    for tensors in (longer, shorter):
+        verdicts = case.audit(tensors)
+        assert verdicts.keys() == case.base.keys()
+        assert all(verdict.right for verdict in verdicts.values())
+
+
+def test_a_name_that_loses_its_lead_to_another_tensor_is_extra(tmp_path):
+    case = small(tmp_path)
+    verdicts = case.audit(case.whole() | {"norm.weight": case.base[NORM]})
+    assert verdicts["norm.weight"].verdict == "extra"
+    assert sum(not verdict.right for verdict in verdicts.values()) == 1
+
+
+# Faults of a weight
+
+
+FAULTS = {
+    "plain LoRA": lambda v, m, w: v,
+    "base norm": lambda v, m, w: m / np.linalg.norm(w, axis=1)[:, None] * v,
+    "m/n is applied twice": lambda v, m, w: gain(v, m) ** 2 * v,
+    "the update is left out": lambda v, m, w: m / np.linalg.norm(w, axis=1)[:, None] * w,
+    "the norm is that of the whole matrix": lambda v, m, w: m / np.linalg.norm(v) * v,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_gain_is_named(case, fault):
+    for path in case.layers:
+        is_square = len(set(case.layers[path].kind.matrix_shape(case.layers[path].shape))) == 1
+        if "whole" not in fault or is_square:
+            wrong = case.merged(path, FAULTS[fault])
+            assert case.fault(f"{path}.weight", wrong) == fault
+
+
+@pytest.mark.parametrize(
+    ("fault", "s"), [("scaled by s²", S**2), ("α instead of s", ALPHA), ("s is left out", 1.0)]
+)
+def test_a_wrong_s_is_named(case, fault, s):
+    for path in case.layers:
+        assert case.fault(f"{path}.weight", case.merged(path, s=s)) == fault
+
+
+def test_a_weight_that_was_merged_twice_is_named(case):
+    for path in case.layers:
+        wrong = case.merged(path, weight=case.merged(path))
+        assert case.fault(f"{path}.weight", wrong) == "merged twice"
+
+
+def test_a_weight_that_was_not_merged_is_named(case):
+    for path in case.layers:
+        assert case.fault(f"{path}.weight", case.base[f"{path}.weight"]) == "unchanged"
+
+
+@pytest.mark.parametrize(("kinds", "path"), [(KINDS, "model.square"), (TRANSPOSED, "model.c_proj")])
+def test_a_norm_over_the_other_axis_is_named(tmp_path, kinds, path):
+    case = Case(tmp_path, kinds, "float32")
+    by_column = case.merged(path, lambda v, m, w: m.T / np.linalg.norm(v, axis=0) * v)
+    assert case.fault(f"{path}.weight", by_column) == "norm over the other axis"
+    by_row = case.merged(path, lambda v, m, w: m / np.linalg.norm(v, axis=0)[:, None] * v)
+    assert case.fault(f"{path}.weight", by_row) == "norm over the other axis"
+
+
+def test_a_transposed_weight_is_named(case):
+    for path, layer in case.layers.items():
+        if len(layer.shape) == 2:
+            wrong = np.ascontiguousarray(case.merged(path).T)
+            assert case.fault(f"{path}.weight", wrong) == "transposed"
+
+
+def test_the_merge_of_another_adapter_is_told_from_every_formula(case):
+    rng = np.random.default_rng(1)
+    for path, layer in case.layers.items():
+        matrix = layer.kind.matrix(cast(case.base[f"{path}.weight"], float))
+        wrong = case.merged(path, adapter=case.adapter(rng, matrix, 0.3))
+        assert case.fault(f"{path}.weight", wrong) == "another adapter"
+
+
+def test_two_formulas_that_give_the_same_numbers_are_both_named(tmp_path):
+    """For s = 1/2, both s² and s/2."""
+    case = small(tmp_path)
+    layer = case.layers[PATH]
+    config = Config(RANK, RANK**0.5)  # 1/s = √rank and α: two deviations with the same s
+    save_adapters(tmp_path / "other", {PATH: layer._replace(config=config)})
+    case.write("merged", case.base | {WEIGHT: case.merged(PATH, s=RANK**0.5)})
+    plan = plan_merge(tmp_path / "base", tmp_path / "other", Options())
+    verdict = audit(plan, tmp_path / "merged")[WEIGHT].verdict
+    assert verdict == "α instead of s or 1/s where s belongs"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_some_damaged_numbers_are_counted(tmp_path, dtype):
+    case = small(tmp_path, dtype)
+    weight = case.merged(PATH)
+    row, column = np.unravel_index(np.abs(cast(weight, float)).argmax(), weight.shape)
+    epsilon = float(ml_dtypes.finfo(weight.dtype).eps)
+    weight[row, column] = cast(cast(weight[row, column], float) * (1 + 40 * epsilon), dtype)
+    verdict = case.audit(case.whole() | {WEIGHT: weight})[WEIGHT]
+    assert (verdict.verdict, verdict.detail) == ("damaged", "1 of 960 numbers")
+    assert verdict.error > 1
+
+
+@pytest.mark.parametrize("update", [0.0, 3e-4])
+def test_damage_to_a_weight_that_hardly_changed_is_not_another_adapter(tmp_path, update):
+    case = Case(tmp_path, {"linear": (LayerKind(), (120, 200))}, "bfloat16", update)
+    weight = case.merged(PATH)
+    weight[5, :20] = 1
+    verdict = case.audit(case.whole() | {WEIGHT: weight})[WEIGHT]
+    assert (verdict.verdict, verdict.detail) == ("damaged", "20 of 24,000 numbers")
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_infinity_are_named(tmp_path, dtype, value):
+    case = small(tmp_path, dtype)
+    weight = case.merged(PATH)
+    weight[3, 4] = value
+    assert case.fault(WEIGHT, weight) == "NaN or infinity"
+
+
+def test_another_shape_and_another_dtype_are_named(tmp_path):
+    case = small(tmp_path)
+    right = case.merged(PATH)
+    assert case.fault(WEIGHT, right[:, 1:]) == "another shape"
+    assert case.fault(WEIGHT, right.T * 2) == "another shape"
+    assert case.fault(WEIGHT, right.astype(np.int8)) == "another dtype"
+    assert case.fault(NORM, case.base[NORM].astype(np.int8)) == "another dtype"
+    assert case.fault(NORM, case.base[NORM][1:]) == "another shape"
+
+
+# Small updates in 16 bits
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("in_steps", [False, True])
+def test_a_fault_that_rounding_hides_in_each_number_is_found_in_their_sum(
+    tmp_path, dtype, in_steps
+):
+    """Every number is within the bound of a right merge."""
+    case = Case(tmp_path, {"linear": (LayerKind(), (120, 200))}, dtype, 3e-4)
+
+    def step(x):
+        return cast(cast(x, dtype), float) if in_steps else x
+
+    lora = case.merged(PATH, FAULTS["plain LoRA"], step=step)
+    difference = np.abs(cast(lora, float) - cast(case.merged(PATH), float))
+    limit = 2 * ml_dtypes.finfo(lora.dtype).eps * np.abs(cast(case.merged(PATH), float))
+    assert (difference <= limit + 1e-4).all()
+    assert case.fault(WEIGHT, lora) == "plain LoRA"
+    assert case.fault(WEIGHT, case.merged(PATH, weight=case.merged(PATH))) == "merged twice"
+    assert case.fault(WEIGHT, case.base[WEIGHT]) == "unchanged"
+    rng = np.random.default_rng(1)
+    other = case.adapter(rng, cast(case.base[WEIGHT], float), 3e-4)
+    assert case.fault(WEIGHT, case.merged(PATH, adapter=other)) == "another adapter"
+
+
+def test_an_update_that_rounding_lost_is_kept_in_part(tmp_path):
+    case = small(tmp_path, "bfloat16", 3e-4)
+    verdict = case.audit(case.whole())[WEIGHT]
+    assert (verdict.verdict, verdict.right) == ("kept in part", False)
+    w, right = cast(case.base[WEIGHT], float), cast(case.merged(PATH), float)
+    case.dtype = "float64"
+    update = case.merged(PATH) - w
+    assert verdict.kept == pytest.approx(np.vdot(right - w, update) / np.vdot(update, update))
+    assert verdict.detail == f"rounding left {verdict.kept:.2g} of the update"
+
+
+# The other tensors
+
+
+def test_a_bias_that_was_scaled_is_named(case):
+    for path, layer in case.layers.items():
+        if (bias := f"{path}.bias") in case.base:
+            w = layer.kind.matrix(cast(case.base[f"{path}.weight"], float))
+            a, b, m = (cast(leaf, float) for leaf in layer.adapter)
+            scale = gain(w + S * (b @ a), m[:, None])[:, 0]
+            scaled = cast(scale * cast(case.base[bias], float), case.dtype)
+            assert case.fault(bias, scaled) == "bias scaled"
+            assert case.fault(bias, scaled + scaled) == "changed"
+
+
+def test_an_untouched_tensor_that_changed_is_named(tmp_path):
+    case = small(tmp_path)
+    changed = case.base[NORM].copy()
+    changed[-1] = 5
+    verdict = case.audit(case.whole() | {NORM: changed})[NORM]
+    by = 5 - case.base[NORM][-1]
+    assert verdict[:3] == ("changed", False, f"1 numbers differ, by up to {by:.3g}")
+    assert case.fault("steps", np.arange(1, 4)) == "changed"
+
+
+def test_missing_and_extra_tensors_are_named(tmp_path):
+    case = small(tmp_path)
+    verdicts = case.audit(case.whole(model__norm__weight=None, more=np.ones(3)))
+    wrong = {name: verdict.verdict for name, verdict in verdicts.items() if not verdict.right}
+    assert wrong == {NORM: "missing", "more": "extra"}
+
+
+def test_a_tensor_that_the_adapter_replaces_is_compared_with_the_adapters(tmp_path):
+    case = small(tmp_path)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    trained = np.full(11, 2, np.float32)
+    save_file(load_file(file) | {"base_model.model.model.norm.weight": trained}, file)
+    assert case.audit(case.whole() | {NORM: trained})[NORM].verdict == "equal"
+    assert case.audit(case.whole())[NORM].verdict == "not the adapter's"
+
+
+@pytest.mark.parametrize("update", [0.3, 3e-4])
+def test_a_head_that_was_tied_must_be_the_merged_embedding(tmp_path, update):
+    case = Case(tmp_path, KINDS, "bfloat16", update)
+    embedding = case.merged("model.embed_tokens")
+    right = case.audit(case.whole() | {"lm_head.weight": embedding})["lm_head.weight"]
+    assert right.right or right.verdict == "kept in part"
+    old = case.base["model.embed_tokens.weight"]
+    wrong = case.audit(case.whole() | {"lm_head.weight": old})["lm_head.weight"]
+    assert wrong.verdict == "tied head changed"
+    assert wrong.detail == "unchanged: the merge did nothing"
+    case.config = {"tie_word_embeddings": False}
+    case.write("base", case.base)
+    extra = case.audit(case.whole() | {"lm_head.weight": embedding})["lm_head.weight"]
+    assert extra.verdict == "extra"
+
+
+def test_a_head_that_the_merged_model_ties_may_be_missing(tmp_path):
+    kinds = {"embed_tokens": KINDS["embed_tokens"]}
+    case = Case(tmp_path, kinds, "float32")
+    case.base["lm_head.weight"] = case.merged("model.embed_tokens")
+    case.write("base", case.base)
+    assert case.audit(case.whole(lm_head__weight=None))["lm_head.weight"].verdict == "equal"
+    case.base["lm_head.weight"] = case.base["model.embed_tokens.weight"]
+    case.write("base", case.base)
+    assert case.audit(case.whole(lm_head__weight=None))["lm_head.weight"].verdict == "changed"
+    case.config = {"tie_word_embeddings": False}
+    assert case.audit(case.whole(lm_head__weight=None))["lm_head.weight"].verdict == "missing"
+
+
+# Bad input, and the command
+
+
+def test_nan_in_the_base_ends_the_audit_in_every_thread(tmp_path):
+    case = small(tmp_path)
+    case.base[WEIGHT][2, 2] = np.nan
+    case.write("base", case.base)
+    with pytest.raises(CheckpointError, match="contains NaN"):
+        case.audit(case.base, jobs=2)
+
+
+def command(folder, *arguments):
+    paths = [str(folder / name) for name in ("base", "adapter", "merged")]
+    return main(["audit", *paths, *arguments])
+
+
+def test_the_exit_status_is_0_only_where_every_tensor_is_right(tmp_path, capsys):
+    case = small(tmp_path)
+    case.write("merged", case.whole())
+    assert command(tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert printed.endswith(f"{tmp_path / 'merged'}: right\n")
+    assert WEIGHT not in printed
+    case.write("merged", case.whole() | {WEIGHT: case.base[WEIGHT]})
+    assert command(tmp_path) == 1
+    printed = capsys.readouterr().out
+    assert f"{WEIGHT}: unchanged (the merge did nothing)\n" in printed
+    assert printed.endswith(": 1 of 4 tensors are not right\n")
+    (tmp_path / "merged" / "model-0.safetensors").write_bytes(b"x")
+    assert command(tmp_path) == 2
+    assert capsys.readouterr().err.startswith("doraxp audit: error: ")
+
+
+def test_the_table_has_a_line_for_each_verdict_and_all_lists_every_tensor(tmp_path, capsys):
+    case = Case(tmp_path, KINDS, "float32")
+    plan = plan_merge(tmp_path / "base", tmp_path / "adapter", Options())
+    run_merge(plan, tmp_path / "merged")
+    assert command(tmp_path, "--all") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[2:4]] == [["equal", "5"], ["exact", "4"]]
+    assert max(map(len, lines[:4])) <= 80
+    for name in case.base:
+        assert any(re.fullmatch(rf"{re.escape(name)}: (equal|exact)", line) for line in lines)
+
+
+def test_the_json_file_has_every_verdict(tmp_path):
+    case = small(tmp_path)
+    case.write("merged", case.whole() | {WEIGHT: case.base[WEIGHT]})
+    assert command(tmp_path, "--json", str(tmp_path / "audit.json")) == 1
+    report = json.loads((tmp_path / "audit.json").read_text())
+    assert report["right"] is False
+    assert report["tensors"].keys() == case.base.keys()
+    assert report["tensors"][WEIGHT]["verdict"] == "unchanged"
+    assert report["tensors"][NORM]["right"] is True
+
+
+# The wrong merges
+
+
+@pytest.mark.parametrize("size", [(6, 6), (6, 9)])
+def test_the_wrong_merges_of_some_rows_are_those_rows_of_the_deviating_formulas(size):
+    rng = np.random.default_rng(3)
+    w, rows, config = rng.standard_normal(size), np.array([1, 4]), Config(2, 3.0)
+    adapter = Adapter(
+        rng.standard_normal((2, size[1])), rng.standard_normal((size[0], 2)), rng.random(size[0])
+    )
+    empty = {"x": np.empty((0, size[1])), "dy": np.empty((0, size[0]))}
+
+    def whole(formulas):
+        arrays = {"weight": w, **adapter._asdict(), **empty}
+        return np.asarray(formulas(config, arrays, lambda x: x.view(Plain)).merged)
+
+    right = whole(DenseFormulas)
+    v = w + 1.5 * adapter.lora_b @ adapter.lora_a
+    norms = np.linalg.norm(v, axis=1), np.linalg.norm(v, axis=0)
+    part = adapter._replace(lora_b=adapter.lora_b[rows], magnitude=adapter.magnitude[rows])
+    np.testing.assert_allclose(right_merge(w[rows], part, config), right[rows], rtol=1e-14)
+    found = dict(wrong_merges(w[rows], part, config))
+    found |= dict(wrong_merges_across_rows(v[rows], rows, adapter.magnitude, *norms))
+    for name, changes in FORWARD.items():
+        try:
+            wrong = whole(deviating(DenseFormulas, changes))
+        except ValueError:  # the matrix must be square
+            assert name not in found
+            continue
+        if name in found:
+            np.testing.assert_allclose(found[name], wrong[rows], rtol=1e-12, err_msg=name)
+        else:
+            np.testing.assert_array_equal(wrong, right, err_msg=name)
+    assert set(ACROSS_ROWS) <= found.keys() or size[0] != size[1]
+
+
+def test_steps_are_rounded_one_by_one():
+    rng = np.random.default_rng(4)
+    w, config = rng.standard_normal((6, 9)), Config(2, 3.0)
+    adapter = Adapter(rng.standard_normal((2, 9)), rng.standard_normal((6, 2)), rng.random(6))
+
+    def step(x):
+        return cast(cast(x, "bfloat16"), float)
+
+    a, b, m = map(step, adapter)
+    v = step(step(w) + step(1.5 * step(b @ a)))
+    norm = step(np.linalg.norm(v, axis=1))[:, None]
+    expected = step(step(m[:, None] / norm) * v)
+    np.testing.assert_array_equal(right_merge(w, adapter, config, step), expected)
