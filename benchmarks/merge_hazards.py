@@ -109,7 +109,7 @@ def write(folder: Path, shards: int) -> Path:
     index = {"metadata": {}, "weight_map": weight_map}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     (base / "config.json").write_text(json.dumps({"torch_dtype": "float32"}))
-    (base / "tokenizer.json").write_text("{}")
+    (base / "tokenizer.json").write_text(json.dumps({"model": {"vocab": ["a", "b"]}}))
     for seed, adapter in enumerate(("a", "b")):
         write_adapter(folder / adapter, shards, seed)
     shutil.copytree(folder, folder.with_name(f"{folder.name}-copy"))
@@ -164,9 +164,8 @@ def start(job: Job, delay: float = 0) -> int:
     except FileExistsError:
         status = EXISTS
     except (CheckpointError, OSError) as error:
-        # A file that is removed, or is cut before it is read, is named too.
-        named = str(job.folder) in str(error)
-        status = CHANGED if named else FAILED
+        # A file that is removed, or is cut before its header is read, is named too.
+        status = CHANGED if str(job.folder) in str(error) else FAILED
     finally:
         os._exit(status)
 

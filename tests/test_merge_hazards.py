@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import io
 import json
 import os
@@ -41,6 +42,7 @@ from doraxp.checkpoint._safetensors import Reader
 from doraxp.checkpoint._verify import verify_shard
 from doraxp.cli import main
 
+ROOT = Path(__file__).parents[1]
 NO_OPTIONS = Options()
 SHARDS = ("model-1.safetensors", "model-2.safetensors")
 
@@ -235,7 +237,7 @@ def test_an_out_that_appears_meanwhile_is_kept(folder):
         if not appeared:
             appeared.append((folder / "out").mkdir())
 
-    with pytest.raises(OSError, match="out: already exists; --force replaces it; the same merge"):
+    with pytest.raises(FileExistsError, match=r"out: already exists; --force replaces it$"):
         run_merge(plan(folder), folder / "out", on_bytes=appear)
     assert content(folder / "out") == {}
 
@@ -946,7 +948,7 @@ def test_a_file_that_is_put_into_out_meanwhile_is_kept(folder):
     project(folder / "out")
     mine = folder / "out" / "thesis.tex"
 
-    with pytest.raises(OSError, match=r"thesis\.tex: is not a file of a model"):
+    with pytest.raises(FileExistsError, match=r"thesis\.tex: is not a file of a model"):
         run_merge(
             plan(folder), folder / "out", force=True, on_bytes=lambda _: mine.write_text("mine")
         )
@@ -1067,3 +1069,56 @@ def test_verify_compares_sixteen_rows_of_a_large_matrix(tmp_path):
         except CheckpointError:
             found.append(row)
     assert found == list(range(0, 91, 6))
+
+
+# benchmarks/merge_hazards.py
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("merge_hazards")
+
+
+def test_random_disturbances_leave_no_wrong_out():
+    command = [sys.executable, "benchmarks/merge_hazards.py", "--races", "6", "--changes", "6"]
+    ended = subprocess.run(
+        [*command, "--kills", "6"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    for kind in ("races", "changes", "kills"):
+        assert f"{kind}: 6, 0 wrong" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("files", "state", "right"),
+    [
+        ({"1": b"a", "2": b"a"}, "OUT of a", True),
+        ({"1": b"b", "2": b"b"}, "OUT of b", True),
+        ({"1": b"a", "2": b"b"}, "OUT is mixed or garbage", False),
+        ({"1": b"a"}, "OUT lacks 1 files", False),
+        ({"1": b"a", "2": b"a", "3": b""}, "OUT is mixed or garbage", False),
+        (None, "no OUT", True),
+    ],
+)
+def test_the_script_knows_a_wrong_out(script, tmp_path, files, state, right):
+    truths = {name: dict.fromkeys("12", name.encode()) for name in "ab"}
+    for name, raw in (files or {}).items():
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / name).write_bytes(raw)
+    assert script.judged(tmp_path / "out", truths) == (state, right)
+
+
+def test_the_script_ends_with_1_after_a_wrong_out(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["merge_hazards.py", "--changes", "0", "--kills", "0"])
+    monkeypatch.setattr(script, "SHARDS", (2,))
+    monkeypatch.setattr(
+        script, "races", named("races", lambda model, rng, tally: tally.add("mixed", right=False))
+    )
+    assert script.main() == 1
+    assert "races: 500, 500 wrong\n    500  WRONG: mixed" in capsys.readouterr().out
+
+
+def named(name, function):
+    function.__name__ = name
+    return function

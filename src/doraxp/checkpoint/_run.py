@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import threading
@@ -101,21 +100,31 @@ def run_merge(
             check_complete(run, merge)
             move_to_target(merge, run, out, force=force)
         except ChangedError:
+            _check_own(run, out)
             raise  # the shards that are finished were right, and are again if the file comes back
         except CheckpointError:
-            with contextlib.suppress(FileNotFoundError):  # a merge without a lock took it
-                discard(run)  # this merge can never finish
+            _check_own(run, out)
+            discard(run)  # this merge can never finish
             raise
+        except FileNotFoundError as error:
+            _check_own(run, out)
+            raise _explained(error, out) from error
+        except FileExistsError:
+            raise  # something is at OUT since
         except OSError as error:
-            raise _explained(error, run, out) from error
+            raise _explained(error, out) from error
         shutil.rmtree(run, True)
     return changes
 
 
-def _explained(error: OSError, run: Path, out: Path) -> OSError:
+def _check_own(run: Path, out: Path) -> None:
+    """Raise BlockingIOError if another merge, which knew no lock, has taken the run folder."""
+    if not run.exists():
+        raise BlockingIOError(f"{out}: another merge to it took over; this one has stopped")
+
+
+def _explained(error: OSError, out: Path) -> OSError:
     """Return the error with the file, and with the one thing to do."""
-    if isinstance(error, FileNotFoundError) and not run.exists():
-        return BlockingIOError(f"{out}: another merge to it took over; this one has stopped")
     problem = f"{error.filename or out}: {error.strerror}" if error.strerror else error
     return OSError(f"{problem}; the same merge goes on from the shards that are finished")
 

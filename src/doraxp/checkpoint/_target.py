@@ -153,7 +153,8 @@ def copy_others(merge: Merge, folder: Path) -> None:
     model, dtype = merge.model, merge.options.dtype
     for file in model.others:
         target, source = folder / file, model.path / file
-        target.parent.mkdir(parents=True, exist_ok=True)
+        for parent in [*reversed(file.parents)][1:]:
+            (folder / parent).mkdir(exist_ok=True)  # not `folder`, if another merge took it
         write_chunks(target, unchanged_chunks(source, merge.stamps[source]))
     if model.index is not None:
         metadata = model.index.get("metadata")

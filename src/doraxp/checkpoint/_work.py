@@ -81,10 +81,13 @@ def start_or_resume(run: Path, merge: Merge) -> None:
                 discard(earlier)
     if run.exists():
         _keep_shards(run, merge)
-    else:
-        for folder in ("model", "notes", "unfinished"):
-            (run / folder).mkdir(parents=True)
-        write_durably(run / "merge.json", json.dumps(fingerprint).encode())
+        return
+    new = run.with_suffix(".new")
+    new.mkdir()
+    for folder in ("model", "notes", "unfinished"):
+        (new / folder).mkdir()
+    write_durably(new / "merge.json", json.dumps(fingerprint).encode())
+    new.rename(run)  # a merge without a lock finds all of it or nothing
 
 
 def _fingerprint(merge: Merge) -> JsonObject:
@@ -130,9 +133,10 @@ def discard(path: Path) -> None:
 
 def put_back(work: Path, out: Path) -> None:
     """Rename an OUT to its place again, if a merge was killed when it had moved it away."""
-    for replaced in work.glob(f"*/*{REPLACED}"):
-        if not os.path.lexists(out):
-            replaced.rename(out)
+    with contextlib.suppress(FileNotFoundError):  # a merge without a lock took the folder
+        for replaced in work.glob(f"*/*{REPLACED}"):
+            if not os.path.lexists(out):
+                replaced.rename(out)
 
 
 def note(shard: Shard, digest: str, changes: Mapping[str, Change]) -> None:
