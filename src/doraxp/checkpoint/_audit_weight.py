@@ -286,7 +286,7 @@ def _ratio(one: Wide, other: Wide) -> float:
 
 
 def _is_idle(sample: Sample, merged: Wide) -> bool:
-    """Return whether W' is W but for the rounding of m, as for an adapter that is not trained."""
+    """Return whether W' differs from W by the rounding of m alone, as before training."""
     length = np.linalg.norm(merged - sample.base, axis=1)
     return bool((length <= _IDLE * np.linalg.norm(sample.base, axis=1)).all())
 
