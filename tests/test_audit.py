@@ -540,6 +540,17 @@ def test_the_table_has_a_line_for_each_verdict_and_all_lists_every_tensor(tmp_pa
         assert any(re.fullmatch(rf"{re.escape(name)}: (equal|exact)", line) for line in lines)
 
 
+def test_only_the_first_tensors_of_a_wrong_verdict_are_listed(tmp_path, capsys):
+    case = small(tmp_path)
+    case.write("merged", case.whole() | {f"more.{i}": np.ones(2) for i in range(12)})
+    assert command(tmp_path) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.endswith(": extra") for line in lines) == 10
+    assert lines[-2] == "and 2 more extra: --all lists them"
+    assert command(tmp_path, "--all") == 1
+    assert capsys.readouterr().out.count(": extra\n") == 12
+
+
 def test_the_json_file_has_every_verdict(tmp_path):
     case = small(tmp_path)
     case.write("merged", case.whole() | {WEIGHT: case.base[WEIGHT]})

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from doraxp._terminal.figures import write_json
+from doraxp._terminal.messages import print_error
 from doraxp._terminal.progress import progress_by_bytes
 from doraxp._terminal.tables import plain_console, print_names, print_table
 from doraxp.cli._arguments import CHECKPOINT, integer, lacks, output
@@ -24,6 +24,9 @@ SUMMARY = (
     "Check that MERGED is BASE with ADAPTER merged into it, whoever merged it. The exit status is "
     "0 if every tensor is as it should be, else 1."
 )
+
+_LISTED = 10
+"""Tensors of each verdict that is not right, by name, without --all."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,10 +74,10 @@ def run(arguments: argparse.Namespace) -> int:
                 on_bytes=lambda count: progress.update(task, advance=count),
             )
     except (CheckpointError, OSError) as error:
-        print(f"doraxp audit: error: {error}", file=sys.stderr)
+        print_error("doraxp audit", error)
         return 2
     wrong = {name: verdict for name, verdict in verdicts.items() if not verdict.right}
-    _print_verdicts(verdicts, verdicts if arguments.all else wrong, console)
+    _print_verdicts(verdicts, console, every=arguments.all)
     state = f"{len(wrong)} of {len(verdicts)} tensors are not right" if wrong else "right"
     print_names(f"{arguments.merged}: {state}", console)
     if arguments.json:
@@ -88,12 +91,18 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def _print_verdicts(
-    verdicts: Mapping[str, Verdict], listed: Mapping[str, Verdict], console: Console
-) -> None:
-    """Print how many tensors have each verdict, and then the names of some tensors."""
+def _print_verdicts(verdicts: Mapping[str, Verdict], console: Console, *, every: bool) -> None:
+    """Print how many tensors have each verdict, and the first names of each that is not right."""
     counts = Counter(verdict.verdict for verdict in verdicts.values())
     rows = ((verdict, str(count)) for verdict, count in counts.most_common())
     print_table(("verdict", "tensors"), rows, console)
-    for name, (verdict, _, detail, *_rest) in listed.items():
-        print_names(f"{name}: {verdict}{f' ({detail})' if detail else ''}", console)
+    listed: Counter[str] = Counter()
+    for name, (verdict, right, detail, *_rest) in verdicts.items():
+        if every or not right:
+            listed[verdict] += 1
+            if every or listed[verdict] <= _LISTED:
+                print_names(f"{name}: {verdict}{f' ({detail})' if detail else ''}", console)
+    rest = {verdict: count - _LISTED for verdict, count in listed.items() if count > _LISTED}
+    if rest and not every:
+        more = ", ".join(f"{count} more {verdict}" for verdict, count in rest.items())
+        print_names(f"and {more}: --all lists them", console)

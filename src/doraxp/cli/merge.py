@@ -43,7 +43,8 @@ _CHANGES = (
 """The figures of `Change`, and how those of a kind of module become one."""
 _CAPTION = (
     "ΔM: mean change of the norms of the rows. ΔD: mean 1 − cosine of the rows. "
-    "Medians of a kind. Largest change: ‖w' − w‖ / ‖w‖ of one row."
+    "Medians of a kind. Largest change: ‖w' − w‖ / ‖w‖ of one row. "
+    "kept: the part of the update that the dtype of OUT stores, the least of a kind."
 )
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
