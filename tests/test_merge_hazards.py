@@ -591,6 +591,15 @@ def test_a_file_that_base_no_longer_has_is_not_in_out(folder, monkeypatch):
     assert content(folder / "out") == right(folder)
 
 
+def test_the_unfinished_shards_of_a_killed_merge_are_removed(folder, monkeypatch):
+    run = left_by_a_stop(folder, monkeypatch)
+    (run / "unfinished" / f"{SHARDS[0]}.01234567").write_bytes(b"half of a shard")
+    names = merged_shards(monkeypatch)
+    run = left_by_a_stop(folder, monkeypatch)
+    assert names == []
+    assert list((run / "unfinished").iterdir()) == []
+
+
 def test_an_older_layout_of_the_work_folder_is_cleared_away(folder):
     work = folder / ".out.partial"
     (work / "model").mkdir(parents=True)

@@ -156,6 +156,7 @@ def copy_others(merge: Merge, folder: Path) -> None:
         for parent in [*reversed(file.parents)][1:]:
             (folder / parent).mkdir(exist_ok=True)  # not `folder`, if another merge took it
         write_chunks(target, unchanged_chunks(source, merge.stamps[source]))
+        sync(target.parent)
     if model.index is not None:
         metadata = model.index.get("metadata")
         metadata = metadata if isinstance(metadata, dict) else {}
@@ -169,6 +170,7 @@ def copy_others(merge: Merge, folder: Path) -> None:
             for key in part.keys() & {"dtype", "torch_dtype"}:
                 part[key] = _DTYPE_NAMES[dtype]
         write_durably(config, f"{json.dumps(entries, indent=2)}\n".encode())
+    sync(folder)
 
 
 def move_to_target(merge: Merge, run: Path, out: Path, *, force: bool) -> None:
