@@ -128,7 +128,7 @@ def nearly_dependent_layer(rank, share, rng, *, out=256, inner=320):
 
 @pytest.mark.parametrize(("rank", "times"), [(2, 0.75), (8, 0.45), (64, 0.3), (256, 0.3)])
 def test_two_nearly_dependent_rows_of_a_lose_as_little_at_every_rank(backend, rank, times):
-    """The two rows are `times` √rank as long as W's. No error is above 4 times the dense one."""
+    """They are `times` √rank as long as a row of W. No error is above 4 times the dense one."""
     rng = np.random.default_rng(1)
     layer = nearly_dependent_layer(rank, times * rank**0.5, rng)
     x, dy = (rng.standard_normal((8, size)).astype("float32") for size in (320, 256))
@@ -144,9 +144,12 @@ def test_two_nearly_dependent_rows_of_a_lose_as_little_at_every_rank(backend, ra
         assert error(backend.numpy(array), exact[name]) <= bound, name
 
 
-@pytest.mark.parametrize(("tokens", "out"), [(100_001, 2), (4133, 64), (200, 4096)])
-def test_sums_over_tokens_lose_no_more_than_the_dense_way(backend, tokens, out):
+@pytest.mark.parametrize(
+    ("tokens", "out", "block"), [(100_001, 2, 2**18), (100_001, 2, 8), (4133, 64, 2**18)]
+)
+def test_sums_over_tokens_lose_no_more_than_the_dense_way(backend, monkeypatch, tokens, out, block):
     """The dense way has dm from dyᵀ x. A chain of 100,000 numbers would lose 100 times as much."""
+    monkeypatch.setattr("doraxp.backends._numpy.CACHE_BLOCK", block)
     rng = np.random.default_rng(0)
     weight, x = (rng.standard_normal((size, 8)).astype("float32") for size in (out, tokens))
     bias, config = np.zeros(out, "float32"), Config(1)
@@ -163,12 +166,12 @@ def test_sums_over_tokens_lose_no_more_than_the_dense_way(backend, tokens, out):
     bound = 4 * error(dense("float32"), dense("float64"))
     assert error(backend.numpy(grads.adapter.magnitude), dense("float64")) <= bound
     exact = np.sum(dy, axis=0, dtype="float64")
-    assert error(backend.numpy(grads.bias), exact) <= 16 * 2.0**-24
+    assert error(backend.numpy(grads.bias), exact) <= 8 * 2.0**-24
 
 
 @pytest.mark.parametrize("inner", [3, 300])
 def test_a_row_is_measured_if_its_squares_may_have_lost_digits(inner):
-    """Each square may lose the least normal number: more of them need a longer row."""
+    """Each square may lose the least normal number, so the bound grows with their number."""
     info, config = np.finfo("float32"), Config(1)
     least = inner * info.smallest_normal / info.eps
     lengths = np.sqrt(np.array([0.9, 2.2]) * least / inner)

@@ -199,7 +199,7 @@ class Gradients(NamedTuple):
     """dbias, in the compute dtype; None unless `train_base` and a bias was given."""
 
 
-Snapshot: TypeAlias = Adapter | list[bytes] | list[str]
+Snapshot: TypeAlias = Adapter | list[bytes] | tuple[str, ...]
 """The values of A, B and m at one time: copies of the arrays, their bytes, or names that stand for
 their values."""
 

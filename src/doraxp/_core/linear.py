@@ -109,7 +109,8 @@ def forward(
         From `doraxp.prepare` with this weight, adapter and config. It saves computing the norm.
     previous : Prepared, optional
         An earlier result for the same `weight` object, for a call without `prepared`. Its ‖w‖² is
-        used again, and one product makes W Aᵀ and x Wᵀ. `cache.prepared` is the new result.
+        used again, and one product makes W Aᵀ and x Wᵀ. It may round in another order than a
+        product of x alone. `cache.prepared` is the new result.
     dropout_mask : array, shape of x, optional
         0 where a number of x is dropped, 1/(1 − p) where it is kept. The caller draws it. The norm
         does not depend on the mask, and the mask has no gradient.

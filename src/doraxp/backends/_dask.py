@@ -19,7 +19,7 @@ methods override those of `Operations`, which take any `Array`."""
 class DaskOperations(Operations):
     """The operations on Dask's arrays."""
 
-    def snapshot(self, adapter: Adapter) -> list[str]:
+    def snapshot(self, adapter: Adapter) -> tuple[str, ...]:
         """Return the names of A, B and m. No graph is computed."""
         return _names(adapter)
 
@@ -28,6 +28,6 @@ class DaskOperations(Operations):
         return snapshot == _names(now)
 
 
-def _names(adapter: Adapter) -> list[str]:
+def _names(adapter: Adapter) -> tuple[str, ...]:
     leaves: tuple[DaskArray, ...] = adapter
-    return [leaf.name for leaf in leaves]
+    return tuple(leaf.name for leaf in leaves)
