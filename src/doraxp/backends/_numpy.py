@@ -9,7 +9,7 @@ of float32. So one block of rows after another is cast into the same buffer, and
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -319,7 +319,7 @@ class NumpyOperations(Operations):
         if not isinstance(snapshot, list):  # made by another library's operations
             return super().unchanged(snapshot, then, now)
         new: NumpyArray
-        for stored, old, new in zip(cast(list[bytes], snapshot), then, now, strict=True):
+        for stored, old, new in zip(snapshot, then, now, strict=True):
             if old.shape != new.shape or old.dtype != new.dtype:
                 return False
             if stored != new.tobytes():
