@@ -512,6 +512,7 @@ def write_sparse(path, **shapes):
             "must be at most 5000 for a weight of shape (5500, 5000), got 6000",
         ),
         (1, 2**31, 2**32, "at most 1073741824 numbers, got 4294967296 for rank 1 and a weight"),
+        (1, 4, 2**31, "numbers, got 2147483648 for rank 1 and a weight of shape (4, 2147483648)"),
         (2, 2**30, 4, "at most 1073741824 numbers, got 2147483648 for rank 2 and a weight"),
     ],
 )

@@ -130,7 +130,10 @@ def test_all_rows_fit_80_columns_where_the_names_share_a_start(llama, capsys, co
 def test_names_without_a_common_start_are_not_cut(llama, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     assert main(["merge", "base", "adapter", "--out", "out", "--all"]) == 0
-    assert "…10.self_attn.q_proj.weight " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "…10.self_attn.q_proj.weight " in out
+    caption = out[out.index("ΔM: mean") : out.index("peft adapter")]
+    assert max(map(len, caption.splitlines())) <= 40
 
 
 def test_inspect_prints_a_row_for_each_kind_in_80_columns(llama, capsys):
@@ -240,6 +243,14 @@ def test_a_sign_that_no_table_has_is_escaped(llama, monkeypatch):
     assert main(["convert", "adapter", "--to", "peft", "--out", "мой"]) == 0
     stream.seek(0)
     assert stream.read().endswith("peft: \\u043c\\u043e\\u0439\n")
+
+
+def test_an_error_in_ascii_escapes_a_sign_of_a_name(llama, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii", errors="strict")
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert main(["inspect", "мой"]) == 2
+    stream.seek(0)
+    assert "\\u043c\\u043e\\u0439: no such file" in stream.read()
 
 
 # Names that a terminal would obey

@@ -237,7 +237,7 @@ class _Automaton:
 
 def _places(path: str) -> Iterator[tuple[_Place, str]]:
     """Yield each place of a path with the letter after it; the letter of the last one is empty."""
-    line = path.find("\n") % (len(path) + 1)  # `.*` does not match a line feed
+    line = path.find("\n") % (len(path) + 1)  # a line feed ends the reach of `.*`
     last = len(path) - path.endswith("\n")
     before, was_word = "", False
     for position, letter in enumerate([*path, ""]):

@@ -28,7 +28,7 @@ def plain_console() -> Console:
 
 
 def print_names(line: str, console: Console) -> None:
-    """Print a line, however long, without reading names in it as markup."""
+    """Print a line, however long. Brackets in names are not read as markup."""
     console.print(printable(line), soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 

@@ -67,7 +67,7 @@ def cluster(scheduler: str | None, *modules: str) -> Iterator[Executor | None]:
 
 
 def _problem(client: Any, names: tuple[str, ...]) -> str | None:
-    """Return the problem of a process of the cluster, or None.
+    """Return a message about a process that lacks a module or has another version, or None.
 
     The question goes there as source, because a process without doraxp cannot load its functions.
     The scheduler must have the modules too: it reads the tasks before it passes them on.
