@@ -614,11 +614,12 @@ def test_a_shard_takes_its_name_when_it_and_its_notes_are_on_the_disk(folder, mo
     steps, fsync, replace = [], os.fsync, Path.replace
 
     def sync(file):
-        steps.append(("sync", Path(os.readlink(f"/proc/self/fd/{file}")).parent.name))
+        path = Path(os.readlink(f"/proc/self/fd/{file}"))
+        steps.append(("sync", path if path.is_dir() else path.parent))
         fsync(file)
 
     def rename(self, target):
-        steps.append(("rename", target.parent.name))
+        steps.append(("rename", target.parent))
         return replace(self, target)
 
     if not Path("/proc/self/fd").exists():
@@ -626,9 +627,13 @@ def test_a_shard_takes_its_name_when_it_and_its_notes_are_on_the_disk(folder, mo
     monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(Path, "replace", rename)
     run_merge(plan(folder), folder / "out")
-    first = steps.index(("rename", "model"))
-    assert {("sync", "unfinished"), ("sync", "notes")} <= set(steps[:first])
-    assert steps[first + 1][0] == "sync"
+    (first, second) = [i for i, (step, _) in enumerate(steps) if step == "rename"]
+    model = steps[first][1]
+    for before in steps[:first], steps[first + 1 : second]:
+        assert {("sync", model.parent / "unfinished"), ("sync", model.parent / "notes")} <= {
+            *before
+        }
+    assert steps[first + 1] == steps[second + 1] == ("sync", model)
 
 
 STEPS = {
