@@ -104,7 +104,7 @@ def test_patterns_and_paths_that_need_too_many_steps_are_refused(monkeypatch):
             values_by_path(given_patterns, paths)
     for pattern, path in (
         ("a?" * 200 + "b", "a" * 200),
-        (f"[{''.join(map(chr, range(500, 2500, 2)))}-]*", "xyzuvw12345"),
+        (f"[^{''.join(map(chr, range(500, 2500, 2)))}-]*", "xyzuvw12345"),
     ):
         with pytest.raises(ValueError, match="need more than 10000 steps to match the paths"):
             values_by_path({pattern: 1}, [path])
