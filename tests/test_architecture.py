@@ -15,6 +15,7 @@ from test_rooms import FLOOR
 import doraxp
 from doraxp.backends import Operations
 from doraxp.backends._cupy.operations import CupyOperations
+from doraxp.backends._dask import DaskOperations
 from doraxp.backends._jax import JaxOperations
 from doraxp.backends._numpy import NumpyOperations
 from doraxp.backends._torch import TorchOperations
@@ -32,6 +33,7 @@ OVERRIDES = {
     "NumPy": NumpyOperations,
     "PyTorch": TorchOperations,
     "JAX": JaxOperations,
+    "Dask": DaskOperations,
     "CuPy": CupyOperations,
 }
 OPERATIONS = [
