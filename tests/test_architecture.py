@@ -33,6 +33,7 @@ OVERRIDES = {
     "NumPy": NumpyOperations,
     "PyTorch": TorchOperations,
     "JAX": JaxOperations,
+    "Dask": DaskOperations,
     "CuPy": CupyOperations,
     "Dask": DaskOperations,
 }
