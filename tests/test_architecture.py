@@ -35,7 +35,6 @@ OVERRIDES = {
     "JAX": JaxOperations,
     "Dask": DaskOperations,
     "CuPy": CupyOperations,
-    "Dask": DaskOperations,
 }
 OPERATIONS = [
     name
