@@ -12,8 +12,8 @@ from doraxp._base import patterns
 from doraxp._base.patterns import matches_any, values_by_path
 
 PIECES = (
-    "a", "b", "1", "_", "-", ".", r"\.", r"\d", r"\w", r"\s", r"\D", r"\W", r"\S", "[ab]", "[^a.]",
-    "[a-z1]", r"[^\d.]", r"[\W_]", "^", "$", r"\A", r"\Z", r"\b", r"\B", "", "\n", "é",
+    "a", "b", "1", "_", "-", ".", r"\.", r"\d", r"\w", r"\s", r"\D", r"\W", r"\S", "[ab]", "[^a]",
+    "[^a.]", "[a-z1]", r"[^\d.]", r"[\W_]", "^", "$", r"\A", r"\Z", r"\b", r"\B", "", "\n", "é",
 )  # fmt: skip
 REPEATS = ("*", "+", "?", "{2}", "{0}", "{1,2}", "{,2}", "{1,}", "*?", "+?", "??", "{0,2}?")
 
