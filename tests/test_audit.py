@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 
 import ml_dtypes
 import numpy as np
@@ -15,6 +16,7 @@ from doraxp import AdaptedLayer, Adapter, Config, LayerKind
 from doraxp.checkpoint import (
     CheckpointError,
     Options,
+    _audit_weight,
     audit,
     plan_merge,
     run_merge,
@@ -271,6 +273,9 @@ def test_a_name_that_loses_its_lead_to_another_tensor_is_extra(tmp_path):
     verdicts = case.audit(case.whole() | {"norm.weight": case.base[NORM]})
     assert verdicts["norm.weight"].verdict == "extra"
     assert sum(not verdict.right for verdict in verdicts.values()) == 1
+    shorter = {name.removeprefix("model."): tensor for name, tensor in case.whole().items()}
+    verdicts = case.audit(shorter | {NORM: case.base[NORM] + 1})
+    assert not all(verdict.right for verdict in verdicts.values())
 
 
 # Faults of a weight
@@ -311,6 +316,14 @@ def test_a_weight_that_was_merged_twice_is_named(case):
 def test_a_weight_that_was_not_merged_is_named(case):
     for path in case.layers:
         assert case.fault(f"{path}.weight", case.base[f"{path}.weight"]) == "unchanged"
+
+
+def test_a_weight_that_changed_outside_of_the_sample_is_not_called_unchanged(tmp_path, monkeypatch):
+    monkeypatch.setattr(_audit_weight, "_NUMBERS", 1)
+    case = small(tmp_path)
+    weight = case.base[WEIGHT].copy()
+    weight[1] = 0  # the sample has every second or third of 40 rows
+    assert case.fault(WEIGHT, weight) == "another adapter"
 
 
 @pytest.mark.parametrize(("kinds", "path"), [(KINDS, "model.square"), (TRANSPOSED, "model.c_proj")])
@@ -361,10 +374,10 @@ def test_some_damaged_numbers_are_counted(tmp_path, dtype):
     assert verdict.error > 1
 
 
-@pytest.mark.parametrize("update", [0.0, 3e-4])
-def test_damage_to_a_weight_that_hardly_changed_is_not_another_adapter(tmp_path, update):
-    case = Case(tmp_path, {"linear": (LayerKind(), (120, 200))}, "bfloat16", update)
-    weight = case.merged(PATH)
+@pytest.mark.parametrize(("dtype", "update"), [("bfloat16", 3e-4), ("bfloat16", 0), ("float32", 0)])
+def test_damage_to_a_weight_that_hardly_changed_is_not_another_adapter(tmp_path, dtype, update):
+    case = Case(tmp_path, {"linear": (LayerKind(), (120, 200))}, dtype, update)
+    weight = case.merged(PATH) if update else case.base[WEIGHT].copy()
     weight[5, :20] = 1
     verdict = case.audit(case.whole() | {WEIGHT: weight})[WEIGHT]
     assert (verdict.verdict, verdict.detail) == ("damaged", "20 of 24,000 numbers")
@@ -455,6 +468,8 @@ def test_missing_and_extra_tensors_are_named(tmp_path):
     verdicts = case.audit(case.whole(model__norm__weight=None, more=np.ones(3)))
     wrong = {name: verdict.verdict for name, verdict in verdicts.items() if not verdict.right}
     assert wrong == {NORM: "missing", "more": "extra"}
+    plan = plan_merge(tmp_path / "base", tmp_path / "adapter", Options())
+    assert list(verdicts) == [*plan.tasks, "more"]
 
 
 def test_a_tensor_that_the_adapter_replaces_is_compared_with_the_adapters(tmp_path):
@@ -504,6 +519,24 @@ def test_nan_in_the_base_ends_the_audit_in_every_thread(tmp_path):
     case.write("base", case.base)
     with pytest.raises(CheckpointError, match="contains NaN"):
         case.audit(case.base, jobs=2)
+
+
+def test_an_error_in_one_thread_stops_the_others(tmp_path):
+    case = small(tmp_path)
+    more = {f"more.{number}": np.ones(1, np.float32) for number in range(60)}
+    case.base |= more
+    case.write("base", case.base)
+    calls = []
+
+    def on_bytes(count):
+        calls.append(count)
+        if len(calls) == 1:
+            raise RuntimeError("the first call")
+        time.sleep(0.02)
+
+    with pytest.raises(RuntimeError, match="the first call"):
+        case.audit(case.whole(), jobs=2, on_bytes=on_bytes)
+    assert len(calls) < 30
 
 
 def command(folder, *arguments):
