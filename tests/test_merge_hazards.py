@@ -230,6 +230,20 @@ def test_a_work_folder_that_an_ended_merge_removes_is_made_again(folder, monkeyp
     assert content(folder / "out") == expected
 
 
+def test_a_merge_that_ends_before_the_lock_is_taken_is_noticed_before_any_work(folder, monkeypatch):
+    lock, names = _lock._lock, merged_shards(monkeypatch)
+
+    def late(file):
+        (folder / "out").mkdir()
+        lock(file)
+
+    monkeypatch.setattr(_lock, "_lock", late)
+    with pytest.raises(FileExistsError, match=r"out: already exists; --force replaces it$"):
+        run_merge(plan(folder), folder / "out")
+    assert names == []
+    assert not (folder / ".out.partial").exists()
+
+
 def test_an_out_that_appears_meanwhile_is_kept(folder):
     appeared = []
 
@@ -400,12 +414,26 @@ def test_a_file_that_changes_while_a_tensor_is_read_is_an_error(folder):
         next(chunks)
 
 
+def test_a_file_that_changes_before_or_while_it_is_copied_is_an_error(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    stamp = _stamp.stamps_at([path])[path]
+    chunks = _stamp.unchanged_chunks(path, stamp)
+    assert bytes(next(chunks)) == b"content"
+    os.utime(path)
+    with pytest.raises(CheckpointError, match="file: changed since"):
+        next(chunks)
+    with pytest.raises(CheckpointError, match="file: changed since"):
+        next(_stamp.unchanged_chunks(path, stamp))
+
+
 @pytest.mark.parametrize("nanoseconds", [1, 10**9])
-def test_a_stamp_has_the_time_to_the_nanosecond(tmp_path, nanoseconds):
+def test_a_stamp_has_the_time_to_the_nanosecond_and_the_inode(tmp_path, nanoseconds):
     path = tmp_path / "file"
     path.write_bytes(b"content")
     os.utime(path, ns=(0, 10**18 + 5))
     before = _stamp.stamps_at([path])[path]
+    assert (before.size, before.inode) == (len(b"content"), path.stat().st_ino)
     os.utime(path, ns=(0, 10**18 + 5 + nanoseconds))
     assert before.mtime_ns == 10**18 + 5
     assert _stamp.stamps_at([path])[path].mtime_ns == 10**18 + 5 + nanoseconds
@@ -536,10 +564,29 @@ def test_finished_shards_that_are_right_are_not_made_again(folder, monkeypatch):
     expected = right(folder)
     changes = run_merge(plan(folder), folder / "first")
     left_by_a_stop(folder, monkeypatch)
-    names = merged_shards(monkeypatch)
+    names, verified, verify_shard = merged_shards(monkeypatch), [], _run.verify_shard
+
+    def verify(merge, name, target):
+        verified.append(name)
+        verify_shard(merge, name, target)
+
+    monkeypatch.setattr(_run, "verify_shard", verify)
     assert run_merge(plan(folder), folder / "out", verify=True) == changes
     assert names == []
+    assert verified == list(SHARDS)
     assert content(folder / "out") == expected
+
+
+def test_finished_shards_survive_a_change_of_a_file_that_they_do_not_depend_on(folder, monkeypatch):
+    path, copy = folder / "base" / "config.json", _run.copy_others
+    with monkeypatch.context() as patch:
+        patch.setattr(_run, "copy_others", lambda *args: (copy(*args), os.utime(path)))
+        with pytest.raises(CheckpointError, match=r"config\.json: changed since"):
+            run_merge(plan(folder), folder / "out")
+    names = merged_shards(monkeypatch)
+    run_merge(plan(folder), folder / "out")
+    assert names == []
+    assert content(folder / "out") == right(folder)
 
 
 def other_scale(folder):
@@ -800,6 +847,21 @@ def test_a_link_that_leads_to_another_file_later_is_an_error(cached, name):
         run_merge(planned, cached / "out")
 
 
+def test_a_link_that_leads_to_another_file_while_it_is_opened_anew_is_an_error(cached, monkeypatch):
+    link, header = cached / "base" / SHARDS[0], _safetensors._checked_header
+    reader, other = Reader(link), cached / "hub" / "blobs" / "new"
+    shutil.copy2(link.resolve(), other)
+
+    def switched(path):
+        link.unlink()
+        link.symlink_to(other)
+        return header(path)
+
+    monkeypatch.setattr(_safetensors, "_checked_header", switched)
+    with pytest.raises(CheckpointError, match=r"model-1\.safetensors: changed since"):
+        reader.reopened()
+
+
 def test_a_link_that_leads_to_no_file_is_refused(cached, capsys):
     (cached / "hub" / "blobs" / "vocab.txt").unlink()
     assert merge(cached) == 2
@@ -1035,6 +1097,16 @@ def test_a_dry_run_refuses_what_the_merge_refuses(folder, capsys, out, message):
 
 
 # Verification
+
+
+def test_verify_compares_the_metadata(folder, monkeypatch):
+    def spoil(reader, target, *args):
+        yield from _shard.merge_shard(reader, target, *args)
+        edit_header(target)
+
+    monkeypatch.setattr(_run, "merge_shard", spoil)
+    with pytest.raises(CheckpointError, match=r"the tensors are not those of .*base/model-1"):
+        run_merge(plan(folder), folder / "out", verify=True)
 
 
 @pytest.mark.parametrize("row", range(16))

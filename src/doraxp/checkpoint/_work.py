@@ -82,12 +82,10 @@ def start_or_resume(run: Path, merge: Merge) -> None:
     if run.exists():
         _keep_shards(run, merge)
         return
-    new = run.with_suffix(".new")
-    new.mkdir()
+    run.mkdir()
     for folder in ("model", "notes", "unfinished"):
-        (new / folder).mkdir()
-    write_durably(new / "merge.json", json.dumps(fingerprint).encode())
-    new.rename(run)  # a merge without a lock finds all of it or nothing
+        (run / folder).mkdir()  # not `run` again, if a merge without a lock took it
+    write_durably(run / "merge.json", json.dumps(fingerprint).encode())
 
 
 def _fingerprint(merge: Merge) -> JsonObject:
