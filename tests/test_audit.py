@@ -239,6 +239,13 @@ def test_the_error_is_in_units_of_the_bound(tmp_path, monkeypatch, kinds, path, 
         assert error == pytest.approx(20, rel=0.1)
 
 
+def test_the_bound_is_finite_where_n_is_tiny(tmp_path):
+    """A bound that is NaN would be an error of every number."""
+    slack = _suspects.Slack(small(tmp_path).layers[PATH], "BF16")
+    norm = np.full(40, 1e-60)
+    assert np.isfinite(slack.bound(np.zeros((40, 24), np.float32), slice(None), norm)).all()
+
+
 def test_a_last_rounding_that_is_stochastic_is_right(tmp_path):
     case = small(tmp_path, "bfloat16", 3e-3)
     noise = np.random.default_rng(0).integers(0, 1 << 16, (40, 24), np.uint32)
