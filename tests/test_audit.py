@@ -17,6 +17,8 @@ from doraxp.checkpoint import (
     CheckpointError,
     Options,
     _audit_weight,
+    _rows,
+    _suspects,
     audit,
     plan_merge,
     run_merge,
@@ -43,6 +45,7 @@ TRANSPOSED = {
 }
 DTYPES = ("float32", "bfloat16", "float16")
 NORM = "model.norm.weight"
+WEIGHT, PATH = "model.linear.weight", "model.linear"
 
 
 def cast(array, dtype):
@@ -137,9 +140,6 @@ def small(tmp_path, dtype="float32", update=0.3, **options):
     return Case(tmp_path, {"linear": (LayerKind(), (40, 24))}, dtype, update, **options)
 
 
-WEIGHT, PATH = "model.linear.weight", "model.linear"
-
-
 # Right models
 
 
@@ -172,6 +172,78 @@ def test_a_merge_whose_steps_are_rounded_to_the_dtype_is_right(tmp_path, dtype, 
     weights = {f"{p}.weight": case.merged(p, formula, step=step) for p in case.layers}
     for name, verdict in case.audit(case.whole() | weights).items():
         assert verdict.right or verdict.verdict == "kept in part", name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("update", [0.3, 3e-3, 3e-4])
+def test_a_merge_of_an_adapter_in_16_bits_is_right(tmp_path, dtype, update):
+    """Many gains are 1 then, as in LoRA."""
+    case = Case(tmp_path, KINDS, dtype, update)
+
+    def step(x):
+        return cast(cast(x, dtype), float)
+
+    def formula(v, m, w):
+        return step(m / step(np.linalg.norm(v, axis=1))[:, None]) * v
+
+    for path, layer in case.layers.items():
+        narrow = Adapter(*(cast(leaf, dtype) for leaf in layer.adapter))
+        case.layers[path] = layer._replace(adapter=narrow)
+    save_adapters(tmp_path / "narrow", case.layers)
+    weights = {f"{p}.weight": case.merged(p, formula, step=step) for p in case.layers}
+    case.write("merged", case.base | weights)
+    plan = plan_merge(tmp_path / "base", tmp_path / "narrow", Options())
+    for name, verdict in audit(plan, tmp_path / "merged").items():
+        assert verdict.right or verdict.verdict == "kept in part", name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(("kinds", "path"), [(KINDS, PATH), (TRANSPOSED, "model.c_attn")])
+def test_the_error_is_in_units_of_the_bound(tmp_path, monkeypatch, kinds, path, dtype):
+    """The bound of every number, for rows that are tiny, cancel, or have a tiny m."""
+    monkeypatch.setattr(_rows, "BLOCK", 90)
+    case = Case(tmp_path, kinds, dtype)
+    layer, name = case.layers[path], f"{path}.weight"
+    a, b, m = (cast(leaf, float) for leaf in layer.adapter)
+    w = np.array(layer.kind.matrix(cast(case.base[name], float)))
+    a[:, 2] *= 8  # a column apart from the others
+    w[3], b[3] = w[3] * 1e-4, b[3] * 1e-4
+    w[5] = -S * (b[5] @ a) * 1.01
+    m[7] = 3e-5
+    adapter = Adapter(*(cast(leaf, "float32") for leaf in (a, b, m)))
+    a, b, m = (cast(leaf, float) for leaf in adapter)
+    case.base[name] = cast(layer.kind.restore(w, layer.shape), dtype)
+    case.layers[path] = layer._replace(adapter=adapter)
+    case.write("base", case.base)
+    save_adapters(tmp_path / "other", case.layers)
+    plan = plan_merge(tmp_path / "base", tmp_path / "other", Options())
+    w = np.array(layer.kind.matrix(cast(case.base[name], float)))
+    v = w + S * (b @ a)
+    norm, length = np.linalg.norm(v, axis=1), np.linalg.norm(b, axis=1)
+    g, info = m / norm, ml_dtypes.finfo(dtype)
+    eps, least = float(info.eps), float(info.smallest_normal)
+    sums = 2**-24 * (a.shape[1] ** 0.5 + RANK**0.5) / eps
+    c = 3.5 + sums + 2 * S * length * np.linalg.norm(a) / norm
+    c += least * (1 / norm + 1 / m + 1 / g)
+    reach = (2 + sums) * (g * S * length)[:, None] * np.linalg.norm(a, axis=0)
+    right = g[:, None] * v
+    bound = eps * (c[:, None] * np.abs(right) + reach + least * (1 + g[:, None]))
+    for row, column in [(3, 0), (5, 2), (7, 1), (9, 2), (9, 3), (len(m) - 1, a.shape[1] - 1)]:
+        wrong = right.copy()
+        wrong[row, column] += 20 * bound[row, column]
+        stored = cast(layer.kind.restore(wrong, layer.shape), dtype)
+        case.write("merged", case.base | {name: stored})
+        error = audit(plan, tmp_path / "merged")[name].error
+        actual = np.abs(np.array(layer.kind.matrix(cast(stored, float))) - right) / bound
+        assert error == pytest.approx(actual.max(), rel=1e-3), (row, column)
+        assert error == pytest.approx(20, rel=0.1)
+
+
+def test_the_bound_is_finite_where_n_is_tiny(tmp_path):
+    """A bound that is NaN would be an error of every number."""
+    slack = _suspects.Slack(small(tmp_path).layers[PATH], "BF16")
+    norm = np.full(40, 1e-60)
+    assert np.isfinite(slack.bound(np.zeros((40, 24), np.float32), slice(None), norm)).all()
 
 
 def test_a_last_rounding_that_is_stochastic_is_right(tmp_path):
@@ -437,6 +509,47 @@ def test_an_update_that_rounding_lost_is_kept_in_part(tmp_path):
     update = case.merged(PATH) - w
     assert verdict.kept == pytest.approx(np.vdot(right - w, update) / np.vdot(update, update))
     assert verdict.detail == f"rounding left {verdict.kept:.2g} of the update"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_fault_below_the_rounding_errors_of_each_step_is_named(tmp_path, dtype):
+    case = Case(tmp_path, {"linear": (LayerKind(), (96, 80))}, dtype, 3e-3)
+
+    def step(x):
+        return cast(cast(x, dtype), float)
+
+    def formula(v, m, w):
+        return step(m / step(np.linalg.norm(w, axis=1))[:, None]) * v
+
+    assert case.fault(WEIGHT, case.merged(PATH, formula, step=step)) == "base norm"
+
+
+def test_a_fault_below_the_noise_of_stochastic_rounding_is_found(tmp_path):
+    """No number shows it, and the sum of squares is near that of the right merge."""
+    case = Case(tmp_path, {"linear": (LayerKind(), (400, 200))}, "bfloat16", 2e-3)
+    noise = np.random.default_rng(0).integers(0, 1 << 16, (400, 200), np.uint32)
+
+    def stochastic(formula):
+        case.dtype = "float32"
+        bits = (case.merged(PATH, formula).view(np.uint32) + noise) & np.uint32(0xFFFF0000)
+        case.dtype = "bfloat16"
+        return bits.view(np.float32).astype("bfloat16")
+
+    right = stochastic(lambda v, m, w: gain(v, m) * v)
+    assert case.audit(case.whole() | {WEIGHT: right})[WEIGHT].verdict == "rounded"
+    assert case.fault(WEIGHT, stochastic(FAULTS["plain LoRA"])) != "kept in part"
+
+
+def test_a_few_last_digits_tell_no_formula_from_another():
+    def guess(*costs):
+        return _suspects.Guess("", np.array(costs), fits=True)
+
+    is_better = _suspects._is_better
+    assert not is_better(guess(0.0, 0.0, 0.0), guess(0.1, 0.0, 0.1))
+    assert is_better(guess(0.0, 0.0, 0.0), guess(0.1, 0.1, 0.1))
+    assert not is_better(guess(2.0, 1.0, 3.0), guess(3.0, 3.0, 2.0))
+    assert is_better(guess(*[2.0] * 50), guess(*[2.1, 2.3] * 25))
+    assert is_better(guess(1.0, 1.0), guess(np.inf, 1.0))
 
 
 # The other tensors

@@ -43,7 +43,7 @@ PRECISION = {
     "BF16": (2.0**-7, 2.0**-126),
 }
 """Epsilon and the smallest normal number."""
-_FLOAT32 = 2.0**-24
+_FLOAT32, _LARGEST = 2.0**-24, 1e30
 _LEAST = 0.25
 """A difference of costs that counts: some ten numbers in 16 bits, each off by its last digit."""
 _DAMAGED = 0.01
@@ -84,12 +84,12 @@ class Slack:
     ::
 
         |S − W'| ≤ ε (c |W'| + 2 g |s| ‖b‖ ‖a‖ + t)
-        c = 3½ + 2 |s| ‖b‖ ‖A‖ / n          for m, n, g, V and W', half a step each, and the rest
+        c = 3½ + 2 |s| ‖b‖ ‖A‖ / n + τ / n + τ / |m| + τ / g        t = τ (1 + g)
 
-    A, B and the product are rounded too: their errors are at most ε |s| ‖bᵢ‖ ‖aⱼ‖, with the row bᵢ
-    of B and the column aⱼ of A. Sums add their errors in float32. t is due to the numbers below
-    the smallest normal one, whose distance no longer shrinks. A stochastic last rounding is within
-    the bound as well.
+    m, n, g, V and W' have half a step each, and the last one a whole step if its rounding is
+    stochastic. A, B and the product are rounded too: their errors are at most ε |s| ‖bᵢ‖ ‖aⱼ‖, with
+    the row bᵢ of B and the column aⱼ of A. Sums in float32 add (√in + √rank) 2⁻²⁴ / ε to 3½ and to
+    the 2 before g. τ is the smallest normal number: below it, the distance no longer shrinks.
 
     Parameters
     ----------
@@ -126,7 +126,10 @@ class Slack:
         for factor in (norm, m, gain):  # each may have lost digits to underflow
             relative += over(np.full_like(norm, self._normal), factor)
         parts = (relative, (2 + self._sums) * gain * reach, self._normal * (1 + gain))
-        relative, reach, least = (part[:, None].astype(size.dtype) for part in parts)
+        # In a row with a tiny n, c is beyond the range of float32, and 0 times infinity is NaN.
+        relative, reach, least = (
+            np.minimum(part, _LARGEST)[:, None].astype(size.dtype) for part in parts
+        )
         bound: HostArray = size * relative
         bound += reach * self._columns[columns].astype(size.dtype)
         bound += least
