@@ -3,7 +3,7 @@
 ::
 
     sᵢ = Σ of the 512 words of piece i, mod 2⁶⁴
-    digest = BLAKE2b(s₀, s₁, …, the bytes after the last whole piece, the number of bytes)
+    digest = BLAKE2b(s₀, s₁, …, the bytes after the last whole piece)
 
 A cryptographic sum of all bytes takes as long as the merge. This one finds the faults of disks, not
 those of an adversary: pages that are lost, zero, old or at another place, and single bits.
@@ -24,11 +24,10 @@ class Digest:
 
     def __init__(self) -> None:
         self._hash = hashlib.blake2b(digest_size=16)
-        self._rest, self._nbytes = b"", 0
+        self._rest = b""
 
     def update(self, raw: memoryview) -> None:
         """Add bytes."""
-        self._nbytes += raw.nbytes
         if self._rest:
             missing = PIECE - len(self._rest)
             self._rest, raw = self._rest + raw[:missing], raw[missing:]
@@ -43,7 +42,6 @@ class Digest:
         """Return the digest of all bytes so far, in hexadecimal digits."""
         last = self._hash.copy()
         last.update(self._rest)
-        last.update(self._nbytes.to_bytes(8, "little"))
         return last.hexdigest()
 
     def _add(self, pieces: memoryview) -> None:
