@@ -686,6 +686,27 @@ def test_the_table_has_a_line_for_each_verdict_and_all_lists_every_tensor(tmp_pa
         assert any(re.fullmatch(rf"{re.escape(name)}: (equal|exact)", line) for line in lines)
 
 
+def test_the_error_without_the_extra_says_how_to_install_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert command(tmp_path) == 2
+    assert "pip install 'doraxp[checkpoint]'" in capsys.readouterr().err
+
+
+def test_numbers_whose_squares_overflow_are_not_right(tmp_path):
+    case = Case(tmp_path, {"linear": KINDS["linear"]}, "float64")
+    name = "model.linear.weight"
+    huge = case.whole()[name] * 1e200
+    assert not case.audit(case.whole() | {name: huge})[name].right
+
+
+def test_a_bias_of_another_length_is_not_called_scaled(tmp_path):
+    case = small(tmp_path)
+    case.base["model.linear.bias"] = np.ones(3, np.float32)
+    case.write("base", case.base)
+    verdict = case.audit(case.whole() | {"model.linear.bias": 2 * np.ones(3, np.float32)})
+    assert verdict["model.linear.bias"].verdict == "changed"
+
+
 def test_only_the_first_tensors_of_a_wrong_verdict_are_listed(tmp_path, capsys):
     case = small(tmp_path)
     case.write("merged", case.whole() | {f"more.{i}": np.ones(2) for i in range(12)})
@@ -742,6 +763,16 @@ def test_the_wrong_merges_of_some_rows_are_those_rows_of_the_deviating_formulas(
         else:
             np.testing.assert_array_equal(wrong, right, err_msg=name)
     assert set(ACROSS_ROWS) <= found.keys() or size[0] != size[1]
+
+
+@pytest.mark.parametrize("alpha", [None, -1.0])
+def test_without_alpha_the_right_merge_has_the_scale_1(alpha):
+    rng = np.random.default_rng(4)
+    w = rng.standard_normal((6, 9))
+    adapter = Adapter(rng.standard_normal((2, 9)), rng.standard_normal((6, 2)), rng.random(6))
+    np.testing.assert_array_equal(
+        right_merge(w, adapter, Config(2, alpha)), right_merge(w, adapter, Config(2, 2.0))
+    )
 
 
 def test_steps_are_rounded_one_by_one():

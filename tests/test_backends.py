@@ -381,6 +381,12 @@ def test_jaxs_operations_register_config_once(monkeypatch):
     assert registered == [Config]
 
 
+def test_dasks_arrays_have_operations_of_their_own(monkeypatch):
+    monkeypatch.setattr("array_api_compat.is_numpy_namespace", lambda xp: False)
+    monkeypatch.setattr("array_api_compat.is_dask_namespace", lambda xp: True)
+    assert type(_boundary._operations_of.__wrapped__(np)).__name__ == "DaskOperations"
+
+
 def test_a_block_of_precision_ends_also_by_an_error():
     for block, holds in (
         (backends.exact_products, _precision.is_exact),

@@ -185,7 +185,7 @@ def test_without_locks_the_later_merge_takes_over_and_the_earlier_one_says_so(
     def unsupported(*_):
         raise OSError(code, "not supported")
 
-    monkeypatch.setattr(_lock.fcntl, "flock", unsupported)
+    monkeypatch.setattr(_lock._fcntl, "flock", unsupported)
     expected = right(folder, adapter)
     first = Paused(plan(folder), folder / "out", verify=True)
     second = Paused(plan(folder, adapter), folder / "out", verify=True)
@@ -200,7 +200,7 @@ def test_another_error_of_the_lock_is_not_ignored(folder, monkeypatch):
     def fails(*_):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(_lock.fcntl, "flock", fails)
+    monkeypatch.setattr(_lock._fcntl, "flock", fails)
     with pytest.raises(OSError, match="Input/output error"):
         run_merge(plan(folder), folder / "out")
 
@@ -228,6 +228,55 @@ def test_a_work_folder_that_an_ended_merge_removes_is_made_again(folder, monkeyp
     run_merge(plan(folder), folder / "out")
     assert removed
     assert content(folder / "out") == expected
+
+
+def test_a_work_folder_that_an_ended_merge_removes_before_the_lock_is_made_is_made_again(
+    folder, monkeypatch
+):
+    expected, opened, removed = right(folder), os.open, []
+
+    def too_late(path, *arguments):
+        if Path(path).name == _lock.LOCK and not removed:
+            removed.append(Path(path).parent.rmdir())
+        return opened(path, *arguments)
+
+    monkeypatch.setattr(os, "open", too_late)
+    run_merge(plan(folder), folder / "out")
+    assert removed
+    assert content(folder / "out") == expected
+
+
+def test_a_system_without_file_locks_merges_too(folder, monkeypatch):
+    expected = right(folder)
+    monkeypatch.setattr(_lock, "_fcntl", None)
+    run_merge(plan(folder), folder / "out")
+    assert content(folder / "out") == expected
+
+
+def test_a_lock_without_a_readable_holder_is_respected(folder):
+    work = folder / ".out.partial"
+    with _lock.alone(work, folder / "out"):
+        (work / _lock.LOCK).write_text("[]")
+        with pytest.raises(BlockingIOError, match=r"another merge to it is at work$"):
+            run_merge(plan(folder), folder / "out")
+
+
+def test_a_run_whose_note_was_damaged_is_made_again(folder, monkeypatch):
+    expected = right(folder)
+    run = left_by_a_stop(folder, monkeypatch)
+    (run / "merge.json").write_text("{")
+    run_merge(plan(folder), folder / "out")
+    assert content(folder / "out") == expected
+
+
+def test_a_file_that_grows_while_it_is_copied_is_an_error(folder):
+    path = folder / "base" / "config.json"
+    copied = _stamp.unchanged_chunks(path, _stamp.stamps_at([path])[path])
+    next(copied)
+    with path.open("ab") as file:
+        file.write(b" ")
+    with pytest.raises(CheckpointError, match=r"config\.json: changed since"):
+        list(copied)
 
 
 def test_a_merge_that_ends_before_the_lock_is_taken_is_noticed_before_any_work(folder, monkeypatch):

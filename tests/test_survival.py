@@ -11,7 +11,15 @@ import pytest
 from checkpoints import dense, draw, peft_config, write_json
 from safetensors.numpy import load_file, save_file
 
-from doraxp.checkpoint import Options, _rows, _survival, plan_merge, run_merge
+from doraxp.checkpoint import (
+    Options,
+    _rows,
+    _sampled_norms,
+    _survival,
+    plan_merge,
+    run_merge,
+    sample_norms,
+)
 from doraxp.checkpoint._engine import Reused
 from doraxp.checkpoint._rounding import PIECE, Stochastic, to_either, to_nearest
 from doraxp.cli import main
@@ -281,6 +289,16 @@ def test_a_base_that_was_merged_before_is_warned_of(tmp_path, capsys, dtype, tra
         "norms m of the adapter: either this adapter has been merged into BASE before, or its "
         "magnitude was never trained\n"
     )
+
+
+def test_a_large_weight_that_is_stored_transposed_is_not_read_before_the_merge(
+    tmp_path, monkeypatch
+):
+    write(tmp_path, "float32", 1.0, transposed=True)
+    plan = plan_merge(tmp_path / "base", tmp_path / "adapter", Options())
+    assert sample_norms(plan).modules == 2
+    monkeypatch.setattr(_sampled_norms, "_READ", 96 * 64 * 4 - 1)
+    assert sample_norms(plan).modules == 0
 
 
 def test_a_magnitude_that_was_never_trained_is_warned_of(tmp_path, capsys):

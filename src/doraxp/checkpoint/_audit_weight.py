@@ -229,14 +229,7 @@ class _Suspect:
                 names = ("transposed",)
         if names:
             return Verdict(" or ".join(names), False, "", None, found.worst)
-        update, moved = merged - sample.base, sample.stored - sample.base
-        length, m = np.linalg.norm(sample.stored, axis=1), np.abs(np.asarray(sample.adapter[2]))
-        off = np.max(np.abs(over(length, m) - 1))
-        detail = (
-            f"‖S − W'‖ is {_ratio(sample.stored - merged, update):.3g} and ‖S − W‖ "
-            f"{_ratio(moved, update):.3g} of ‖W' − W‖; rows differ from m by up to {off:.2g} m"
-        )
-        return Verdict("another adapter", False, detail, None, found.worst)
+        return Verdict("another adapter", False, _distances(sample, merged), None, found.worst)
 
     def _is_unchanged(self) -> bool:
         """Return True if S is W, converted where the dtypes differ."""
@@ -280,6 +273,18 @@ class _Suspect:
         return bool(np.linalg.norm(found - ours) <= 4 * epsilon * np.linalg.norm(ours))
 
 
+def _distances(sample: Sample, merged: Wide) -> str:
+    """Return how far S is from W' and from W, and how far its norms are from m, in words."""
+    with np.errstate(over="ignore"):  # S may hold any numbers
+        update, moved = merged - sample.base, sample.stored - sample.base
+        length, m = np.linalg.norm(sample.stored, axis=1), np.abs(np.asarray(sample.adapter[2]))
+        off = np.max(np.abs(over(length, m) - 1))
+        return (
+            f"‖S − W'‖ is {_ratio(sample.stored - merged, update):.3g} and ‖S − W‖ "
+            f"{_ratio(moved, update):.3g} of ‖W' − W‖; rows differ from m by up to {off:.2g} m"
+        )
+
+
 def _ratio(one: Wide, other: Wide) -> float:
     length = float(np.linalg.norm(other))
     return float(np.linalg.norm(one)) / length if length else np.inf
@@ -292,7 +297,7 @@ def _is_idle(sample: Sample, merged: Wide) -> bool:
 
 
 def _kept(sample: Sample) -> float:
-    """Return the part of the update that S has; 1 where there is no update to keep."""
+    """Return the part of the update that S has; 1 if the update is zero."""
     merged = right_merge(sample.base, sample.adapter, sample.config)
     if _is_idle(sample, merged):
         return 1.0

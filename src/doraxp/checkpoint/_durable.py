@@ -1,16 +1,26 @@
-"""Small files and names that survive a power cut."""
+"""Files and names that survive a power cut."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
+
+from doraxp.checkpoint._errors import named
 
 
 def write_durably(path: Path, raw: bytes) -> None:
-    """Write a new file, in the mode that the umask gives, which is on the disk afterwards."""
-    with path.open("xb") as file:
-        file.write(raw)
+    """Write a small file, which is on the disk afterwards."""
+    write_chunks(path, [raw])
+
+
+def write_chunks(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Write a file in the mode of a new one, which is on the disk afterwards."""
+    path.unlink(missing_ok=True)
+    with named(path), path.open("xb") as file:
+        for chunk in chunks:
+            file.write(chunk)
         file.flush()
         os.fsync(file.fileno())
 

@@ -22,7 +22,7 @@ class CheckpointError(ValueError):
 
 
 class ChangedError(CheckpointError):
-    """A file is no longer the one that was opened first."""
+    """A file has changed since it was opened first."""
 
 
 def changed(path: str | os.PathLike[str]) -> ChangedError:

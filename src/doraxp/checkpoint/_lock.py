@@ -4,39 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import json
 import os
 import platform
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 LOCK = "lock"
 _UNSUPPORTED = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL}
 """Errors of file systems that have no locks. There the names of run folders must suffice."""
 
-if sys.platform == "win32":
+_fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
+"""The module of file locks, which Windows does not have."""
 
-    def _lock(file: int) -> None:
-        """Do nothing: a folder with an open file cannot be renamed there, so no merge is robbed."""
 
-else:
-    import fcntl
-
-    def _lock(file: int) -> None:
-        """Lock an open file, or raise BlockingIOError. The lock of a dead process is gone."""
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+def _lock(file: int) -> None:
+    """Lock an open file, or raise BlockingIOError. The lock of a dead process is gone."""
+    if _fcntl is None:
+        return
+    try:
+        _fcntl.flock(file, _fcntl.LOCK_EX | _fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
             raise
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise
 
 
 @contextlib.contextmanager
 def alone(work: Path, out: Path) -> Iterator[None]:
-    """Hold the lock of a work folder, which is made if need be and removed if it is then empty.
+    """Hold the lock of a work folder. Make a folder that is missing; remove one that ends empty.
 
     Raises
     ------

@@ -231,7 +231,8 @@ def _is_better(guess: Guess, other: Guess) -> bool:
     than six times its own deviation by rows. In both cases the difference must be that of several
     numbers.
     """
-    gain = other.costs - guess.costs
+    with np.errstate(invalid="ignore"):  # both may be infinite
+        gain = other.costs - guess.costs
     if not np.isfinite(gain).all():
         return bool(guess.costs.sum() < other.costs.sum())
     total = float(gain.sum())

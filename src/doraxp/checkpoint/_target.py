@@ -11,13 +11,14 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from doraxp.checkpoint._durable import sync, write_chunks, write_durably
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._json import read_json
 from doraxp.checkpoint._merge import Merge
 from doraxp.checkpoint._model import INDEX
 from doraxp.checkpoint._safetensors import Reader
 from doraxp.checkpoint._stamp import unchanged_chunks
-from doraxp.checkpoint._work import REPLACED, sync, work_folder, write_chunks, write_durably
+from doraxp.checkpoint._work import REPLACED, work_folder
 
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _OF_MODELS = (

@@ -24,7 +24,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ from doraxp._base.safetensors import Tensor, write_header
 from doraxp.checkpoint._adapters import config_path
 from doraxp.checkpoint._change import Change
 from doraxp.checkpoint._digest import Digest
-from doraxp.checkpoint._errors import named
+from doraxp.checkpoint._durable import sync, write_durably
 from doraxp.checkpoint._json import JsonObject, read_json
 from doraxp.checkpoint._lock import LOCK
 from doraxp.checkpoint._merge import Merge
@@ -181,28 +181,3 @@ def check_complete(run: Path, merge: Merge) -> None:
 def _entries(reader: Reader, merge: Merge) -> dict[str, Tensor]:
     """Return the entries of a shard's tensors in the result."""
     return {name: written_as(tensor, merge.options) for name, tensor in reader.tensors.items()}
-
-
-def write_durably(path: Path, raw: bytes) -> None:
-    """Write a small file, which is on the disk afterwards."""
-    write_chunks(path, [raw])
-
-
-def write_chunks(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Write a file in the mode of a new one, which is on the disk afterwards."""
-    path.unlink(missing_ok=True)
-    with named(path), path.open("xb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync(folder: Path) -> None:
-    """Send the names in a folder to the disk, where the system can."""
-    with contextlib.suppress(OSError):  # Windows opens no folder
-        file = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)

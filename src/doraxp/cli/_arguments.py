@@ -74,6 +74,30 @@ def output(suffix: str) -> Callable[[str], Path]:
     return parse
 
 
+def add_model_and_adapter(parser: argparse.ArgumentParser) -> None:
+    """Declare BASE and ADAPTER."""
+    parser.add_argument(
+        "base", type=Path, metavar="BASE", help="a safetensors file, or a model's folder"
+    )
+    parser.add_argument(
+        "adapter",
+        type=Path,
+        metavar="ADAPTER",
+        help="a folder as PEFT or mlx-lm save it, or a safetensors file",
+    )
+
+
+def add_jobs(parser: argparse.ArgumentParser, pieces: str) -> None:
+    """Declare --jobs, the number of `pieces` that are worked on at the same time."""
+    parser.add_argument(
+        "--jobs",
+        type=integer(1),
+        default=min(4, os.cpu_count() or 1),
+        metavar="N",
+        help=f"number of {pieces} at a time (default: %(default)s)",
+    )
+
+
 def lacks(command: str, *modules: str, extra: str | None = None) -> bool:
     """Return whether a module is missing, after an error message that says how to install it.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,13 @@ from doraxp._terminal.figures import write_json
 from doraxp._terminal.messages import print_error
 from doraxp._terminal.progress import progress_by_bytes
 from doraxp._terminal.tables import plain_console, print_names, print_table
-from doraxp.cli._arguments import CHECKPOINT, integer, lacks, output
+from doraxp.cli._arguments import (
+    CHECKPOINT,
+    add_jobs,
+    add_model_and_adapter,
+    lacks,
+    output,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,15 +36,7 @@ _LISTED = 10
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument(
-        "base", type=Path, metavar="BASE", help="a safetensors file, or a model's folder"
-    )
-    parser.add_argument(
-        "adapter",
-        type=Path,
-        metavar="ADAPTER",
-        help="a folder as PEFT or mlx-lm save it, or a safetensors file",
-    )
+    add_model_and_adapter(parser)
     parser.add_argument(
         "merged", type=Path, metavar="MERGED", help="a safetensors file, or a model's folder"
     )
@@ -47,13 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--all", action="store_true", help="list every tensor, also those that are right"
     )
     parser.add_argument("--json", type=output(".json"), metavar="FILE", help="write all figures")
-    parser.add_argument(
-        "--jobs",
-        type=integer(1),
-        default=min(4, os.cpu_count() or 1),
-        metavar="N",
-        help="number of tensors to audit at a time (default: %(default)s)",
-    )
+    add_jobs(parser, "tensors to audit")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 from collections.abc import Mapping
@@ -15,7 +14,15 @@ from doraxp._terminal.messages import print_error, print_warning
 from doraxp._terminal.module_table import Column, print_modules
 from doraxp._terminal.progress import progress_by_bytes
 from doraxp._terminal.tables import plain_console, print_caption, print_names
-from doraxp.cli._arguments import CHECKPOINT, backend, integer, lacks, output
+from doraxp.cli._arguments import (
+    CHECKPOINT,
+    add_jobs,
+    add_model_and_adapter,
+    backend,
+    integer,
+    lacks,
+    output,
+)
 from doraxp.cli._cluster import cluster
 
 if TYPE_CHECKING:
@@ -51,15 +58,7 @@ _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument(
-        "base", type=Path, metavar="BASE", help="a safetensors file, or a model's folder"
-    )
-    parser.add_argument(
-        "adapter",
-        type=Path,
-        metavar="ADAPTER",
-        help="a folder as PEFT or mlx-lm save it, or a safetensors file",
-    )
+    add_model_and_adapter(parser)
     parser.add_argument(
         "--out",
         type=Path,
@@ -98,13 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="numpy",
         help="array library to compute with (default: %(default)s)",
     )
-    parser.add_argument(
-        "--jobs",
-        type=integer(1),
-        default=min(4, os.cpu_count() or 1),
-        metavar="N",
-        help="number of shards to merge at a time (default: %(default)s)",
-    )
+    add_jobs(parser, "shards to merge")
     parser.add_argument(
         "--scheduler",
         metavar="ADDRESS",
