@@ -2,8 +2,9 @@
 
     python benchmarks/merge_hazards.py [--races 500] [--changes 200] [--kills 200] [--seed 0]
 
-- A race is two merges to one OUT at once, in two processes. One may go on from a killed merge, and
-  in some races files cannot be locked, as on some network file systems.
+- A race is two merges to one OUT at once, in two processes, half of them begun almost together. One
+  may go on from a killed merge, and in some races files cannot be locked, as on some network file
+  systems.
 - A change is a file of BASE or ADAPTER that is replaced, rewritten, cut, grown, touched or removed
   while a merge runs. The same merge then runs again.
 - A kill ends a merge by SIGKILL, up to four times, and the merge goes on, at times with another
@@ -238,7 +239,8 @@ def races(model: Path, rng: random.Random, tally: Tally) -> None:
     if rng.random() < 0.4:  # there is a killed merge to go on from
         killed(start(one), rng.uniform(0, seconds))
     there = (model / "out").exists()
-    processes = [start(one), start(two, rng.uniform(0, seconds))]
+    apart = rng.choice((seconds, 0.05 * seconds))
+    processes = [start(one), start(two, rng.uniform(0, apart))]
     ends = [end(process) for process in processes]
     state, right = judged(model / "out", truths)
     losers = [status for status in ends if status != COMPLETE]

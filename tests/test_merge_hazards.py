@@ -32,6 +32,7 @@ from doraxp.checkpoint import (
     _safetensors,
     _shard,
     _stamp,
+    _target,
     _work,
     check_target,
     plan_merge,
@@ -175,17 +176,20 @@ def test_the_lock_of_a_killed_merge_is_gone(folder, capsys):
     assert content(folder / "out") == expected
 
 
+def without_locks(monkeypatch, code=errno.ENOTSUP):
+    def unsupported(*_):
+        raise OSError(code, "not supported")
+
+    monkeypatch.setattr(_lock._fcntl, "flock", unsupported)
+
+
 @pytest.mark.parametrize("adapter", ["adapter", "other"])
 @pytest.mark.parametrize("code", [errno.ENOTSUP, errno.ENOLCK])
 def test_without_locks_the_later_merge_takes_over_and_the_earlier_one_says_so(
     folder, monkeypatch, adapter, code
 ):
     """Some network file systems have no locks."""
-
-    def unsupported(*_):
-        raise OSError(code, "not supported")
-
-    monkeypatch.setattr(_lock._fcntl, "flock", unsupported)
+    without_locks(monkeypatch, code)
     expected = right(folder, adapter)
     first = Paused(plan(folder), folder / "out", verify=True)
     second = Paused(plan(folder, adapter), folder / "out", verify=True)
@@ -193,6 +197,44 @@ def test_without_locks_the_later_merge_takes_over_and_the_earlier_one_says_so(
     assert message == f"{folder / 'out'}: another merge to it took over; this one has stopped"
     assert second.end() is None
     assert content(folder / "out") == expected
+    assert not (folder / ".out.partial").exists()
+
+
+def test_without_locks_the_merge_that_ends_first_leaves_the_other_its_work_folder(
+    folder, monkeypatch
+):
+    """The later merge may have removed the run of the earlier one, and not yet begun its own."""
+    without_locks(monkeypatch)
+    expected, discard, messages = right(folder, "other"), _work.discard, []
+    first = Paused(plan(folder), folder / "out")
+
+    def discard_and_wait(path):
+        discard(path)
+        if not messages:
+            messages.append(str(first.end()))
+
+    monkeypatch.setattr(_work, "discard", discard_and_wait)
+    run_merge(plan(folder, "other"), folder / "out")
+    (message,) = messages
+    assert message.endswith("another merge to it took over; this one has stopped")
+    assert content(folder / "out") == expected
+    assert not (folder / ".out.partial").exists()
+
+
+def test_without_locks_a_merge_that_takes_over_too_late_says_so(folder, monkeypatch):
+    """The other merge moves its model to OUT at the same moment."""
+    without_locks(monkeypatch)
+    earlier, is_of = left_by_a_stop(folder, monkeypatch), _work._is_of
+
+    def is_of_and_moves(*arguments):
+        same = is_of(*arguments)
+        (earlier / "model").rename(folder / "out")
+        return same
+
+    monkeypatch.setattr(_work, "_is_of", is_of_and_moves)
+    with pytest.raises(BlockingIOError, match="another merge to it took over"):
+        run_merge(plan(folder), folder / "out")
+    assert (folder / "out").is_dir()
     assert not (folder / ".out.partial").exists()
 
 
@@ -303,6 +345,70 @@ def test_an_out_that_appears_meanwhile_is_kept(folder):
     with pytest.raises(FileExistsError, match=r"out: already exists; --force replaces it$"):
         run_merge(plan(folder), folder / "out", on_bytes=appear)
     assert content(folder / "out") == {}
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_an_out_that_appears_at_the_last_moment_is_kept(folder, monkeypatch, is_folder):
+    """Between the last look at OUT and the rename."""
+    if not is_folder:
+        as_one_file(folder)
+    run_merge(plan(folder), folder / "mine")
+    appears_before_the_last_rename(folder, monkeypatch)
+    with pytest.raises(FileExistsError, match=APPEARED):
+        run_merge(plan(folder), folder / "out")
+    assert not (folder / "mine").exists()
+
+
+def test_an_out_that_appears_where_another_was_replaced_is_kept(folder, monkeypatch):
+    run_merge(plan(folder, "other"), folder / "out")
+    run_merge(plan(folder), folder / "mine")
+    expected = content(folder / "mine")
+    appears_before_the_last_rename(folder, monkeypatch)
+    with pytest.raises(FileExistsError, match=APPEARED):
+        run_merge(plan(folder, "other"), folder / "out", force=True)
+    assert content(folder / "out") == expected
+    monkeypatch.undo()
+    run_merge(plan(folder), folder / "out", force=True)
+    assert content(folder / "out") == expected
+    assert not (folder / ".out.partial").exists()
+
+
+APPEARED = r"out: appeared when the merge was complete; merge again, with --force$"
+
+
+def appears_before_the_last_rename(folder, monkeypatch):
+    """Let ``mine`` become OUT just before the result does."""
+    rename, mine, out = _target._rename_to_new, folder / "mine", folder / "out"
+    number = mine.stat().st_ino
+
+    def appear_and_rename(*paths):
+        mine.rename(out)
+        try:
+            rename(*paths)
+        finally:
+            assert out.stat().st_ino == number
+
+    monkeypatch.setattr(_target, "_rename_to_new", appear_and_rename)
+
+
+def test_a_file_is_merged_where_there_are_no_links(folder, monkeypatch):
+    """As on many USB sticks."""
+
+    def unsupported(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    as_one_file(folder)
+    run_merge(plan(folder), folder / "with links")
+    monkeypatch.setattr(os, "link", unsupported)
+    run_merge(plan(folder), folder / "out")
+    assert (folder / "out").read_bytes() == (folder / "with links").read_bytes()
+
+
+def as_one_file(folder):
+    """Replace the base by one safetensors file."""
+    base = {name: x for shard in SHARDS for name, x in load_file(folder / "base" / shard).items()}
+    shutil.rmtree(folder / "base")
+    save_file(base, folder / "base")
 
 
 @pytest.mark.parametrize("spoilt", ["cut", "grown", "gone", "without notes"])

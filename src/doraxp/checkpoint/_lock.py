@@ -49,8 +49,8 @@ def alone(work: Path, out: Path) -> Iterator[None]:
         try:
             # As long as the file is locked, another merge cannot take the folder for its own.
             with contextlib.suppress(OSError):
-                if os.listdir(work) == [LOCK]:
-                    (work / LOCK).unlink()
+                if set(os.listdir(work)) <= {LOCK}:
+                    (work / LOCK).unlink(missing_ok=True)
                     work.rmdir()
         finally:
             os.close(file)

@@ -118,8 +118,12 @@ def run_merge(
 
 
 def _check_own(run: Path, out: Path) -> None:
-    """Raise BlockingIOError if another merge, which knew no lock, has taken the run folder."""
-    if not run.exists():
+    """Raise BlockingIOError if another merge, which knew no lock, has taken the run folder.
+
+    Or if this one has taken the run folder of another, which was just moving its model to `out`.
+    """
+    if not (run / "model").exists():
+        shutil.rmtree(run, True)
         raise BlockingIOError(f"{out}: another merge to it took over; this one has stopped")
 
 

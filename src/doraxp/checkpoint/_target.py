@@ -182,17 +182,39 @@ def move_to_target(merge: Merge, run: Path, out: Path, *, force: bool) -> None:
     _check_replaceable(merge, out, force=force)  # someone may have put a file there since
     result = run / "model"
     if not merge.model.is_folder:
-        (result / merge.model.path.name).replace(out)
-    elif os.path.lexists(out):
+        result /= merge.model.path.name
+    if force and result.is_file():
+        result.replace(out)
+    elif force and os.path.lexists(out):
         # The name is unique: a merge that was killed at this point may have left another one.
         replaced = run / f"{uuid.uuid4().hex}{REPLACED}"
         out.rename(replaced)
         try:
-            result.rename(out)
+            _rename_to_new(result, out)
         except OSError:
-            with contextlib.suppress(FileNotFoundError):  # a merge without a lock took it
-                replaced.rename(out)
+            if not os.path.lexists(out):
+                with contextlib.suppress(FileNotFoundError):  # a merge without a lock took it
+                    replaced.rename(out)
             raise
     else:
-        result.rename(out)
+        _rename_to_new(result, out)
     sync(out.parent)
+
+
+def _rename_to_new(result: Path, out: Path) -> None:
+    """Rename a folder or file, or raise FileExistsError if something has come to `out`."""
+    is_folder = result.is_dir()
+    try:
+        if is_folder:
+            result.rename(out)  # fails where a folder that is not empty is
+        else:
+            os.link(result, out)  # fails where anything is
+    except FileNotFoundError:
+        raise  # a merge without a lock took the result
+    except OSError as error:
+        if os.path.lexists(out):
+            problem = "appeared when the merge was complete; merge again, with --force"
+            raise FileExistsError(f"{out}: {problem}") from error
+        if is_folder:
+            raise
+        result.replace(out)  # the file system has no links

@@ -73,7 +73,7 @@ def start_or_resume(run: Path, merge: Merge) -> None:
     All else in the work folder is removed.
     """
     fingerprint = _fingerprint(merge)
-    for earlier in sorted(run.parent.iterdir()):
+    for earlier in sorted(run.parent.glob("*")):
         with contextlib.suppress(FileNotFoundError):  # a merge without a lock took it
             if earlier.match(_RUN) and not run.exists() and _is_of(earlier, fingerprint):
                 earlier.rename(run)
@@ -82,7 +82,7 @@ def start_or_resume(run: Path, merge: Merge) -> None:
     if run.exists():
         _keep_shards(run, merge)
         return
-    run.mkdir()
+    run.mkdir(parents=True)  # a merge without a lock may have ended, and removed the work folder
     for folder in ("model", "notes", "unfinished"):
         (run / folder).mkdir()  # not `run` again, if a merge without a lock took it
     write_durably(run / "merge.json", json.dumps(fingerprint).encode())
