@@ -95,20 +95,29 @@ def test_a_wider_dtype_keeps_the_whole_update(tmp_path):
 
 
 @pytest.mark.parametrize("block", [700, 9000])
-def test_a_large_weight_is_measured_in_an_eighth_of_its_numbers(tmp_path, monkeypatch, block):
+@pytest.mark.parametrize(
+    ("shape", "sample", "parts", "group"),
+    [((512, 100), 6000, 8, 64), ((960, 32), 2000, 15, 64), ((64, 300), 900, 21, 3),
+     ((3, 9000), 2000, 3, 1), ((24000, 1), 2000, 12, 64)],
+)  # fmt: skip
+def test_a_large_weight_is_measured_in_a_part_of_its_numbers(
+    tmp_path, monkeypatch, shape, sample, parts, group, block
+):
+    """Each group of rows in the next part of the columns, whatever the blocks are."""
     monkeypatch.setattr(_rows, "BLOCK", block)
-    before, exact = write(tmp_path, "bfloat16", 1e-3, shape=(512, 100), modules=1)
+    before, exact = write(tmp_path, "bfloat16", 1e-3, shape=shape, modules=1)
     whole, stored = merged(tmp_path)
-    monkeypatch.setattr(_survival, "WHOLE", 0)
+    monkeypatch.setattr(_survival, "SAMPLE", sample)
     sampled, _ = merged(tmp_path, "sampled")
     name = "m.0.q.weight"
-    group = 512 // 64
-    assert whole[name].kept == pytest.approx(kept(*(x[name] for x in (before, exact, stored))))
-    rows, columns = np.indices((512, 100))
-    part = rows // group % 8
-    inside = (columns >= part * 100 // 8) & (columns < (part + 1) * 100 // 8)
+    desired = kept(*(x[name] for x in (before, exact, stored)))
+    assert whole[name].kept == pytest.approx(desired, abs=1e-5)
+    rows, columns = np.indices(shape)
+    part = rows // group % parts
+    inside = (columns >= part * shape[1] // parts) & (columns < (part + 1) * shape[1] // parts)
     assert inside.any(0).all()
-    assert inside.any(1).all()
+    assert inside.any(1).all() or shape[1] < parts
+    assert sample / 2 < inside.sum() < 2 * sample or shape[0] == parts
     w, x, y = (tensors[name].astype(np.float64)[inside] for tensors in (before, exact, stored))
     assert sampled[name].kept == pytest.approx(kept(w, x, y), abs=1e-4)
 

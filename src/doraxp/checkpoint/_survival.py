@@ -19,19 +19,18 @@ from doraxp._base.types import HostArray
 from doraxp.checkpoint._engine import Reused
 from doraxp.checkpoint._rows import Block
 
-WHOLE = 1 << 20
-"""Elements of the largest weight of which every number is measured."""
-PARTS = 8
-"""Of a larger weight one number in eight is measured."""
+SAMPLE = 1 << 20
+"""Elements of a large weight that are measured; of a smaller one all are."""
 _GROUP = 64
+"""Rows at a time that are measured in the same columns."""
 
 
 class Survival:
     """Sums the two products of `kept` while the blocks of one weight are written.
 
-    Of a large weight each group of rows is measured in an eighth of the columns, the next group in
-    the next eighth: so no row and no column is left out. With an update of 3e-4 of the weight, 2
-    million of the 16 million numbers of a (4096, 4096) weight give `kept` to about 0.003.
+    Of a weight with p times 2²⁰ elements each group of rows is measured in one p-th of the columns,
+    the next group in the next p-th: so no row and no column is left out. With an update of 3e-4 of
+    a (4096, 4096) weight, its 2²⁰ elements give `kept` to about 0.001.
 
     Parameters
     ----------
@@ -40,9 +39,9 @@ class Survival:
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        self._columns = math.prod(shape[1:])
-        self._parts = 1 if math.prod(shape) <= WHOLE else PARTS
-        self._group = max(1, min(_GROUP, shape[0] // PARTS**2))
+        rows, self._columns = shape[0], math.prod(shape[1:])
+        self._parts = max(1, min(rows * self._columns // SAMPLE, rows))
+        self._group = rows if self._parts == 1 else max(1, min(_GROUP, rows // self._parts))
         self._along, self._squares = 0.0, 0.0
         self._kept, self._update = Reused(), Reused()
 
@@ -50,13 +49,11 @@ class Survival:
         """Take a block before it is overwritten, and its rows as they are stored."""
         exact, stored = (rows.reshape(len(rows), -1) for rows in (block.merged, stored))
         first, last = block.rows.start, block.rows.stop
-        step = last - first if self._parts == 1 else self._group
-        for start in range(first - first % step if self._parts > 1 else first, last, step):
-            rows = slice(max(start, first) - first, min(start + step, last) - first)
-            part = start // step % self._parts if self._parts > 1 else 0
-            columns = slice(
-                part * self._columns // self._parts, (part + 1) * self._columns // self._parts
-            )
+        for start in range(first - first % self._group, last, self._group):
+            rows = slice(max(start - first, 0), min(start + self._group, last) - first)
+            part = start // self._group % self._parts
+            begin, end = (i * self._columns // self._parts for i in (part, part + 1))
+            columns = slice(begin, end)
             self._measure(block.weight[rows, columns], exact[rows, columns], stored[rows, columns])
 
     def _measure(self, weight: HostArray, exact: HostArray, stored: HostArray) -> None:
