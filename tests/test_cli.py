@@ -135,7 +135,7 @@ def test_a_full_disk_and_an_interrupt_end_without_a_traceback(monkeypatch, capsy
         raise KeyboardInterrupt
 
     monkeypatch.setattr("doraxp.cli.demo.run", fail)
-    assert main(["demo"]) == 1
+    assert main(["demo"]) == 2
     expected = "doraxp: error: [Errno 28] No space left on device: 'out.json'\n"
     assert capsys.readouterr().err == expected
     monkeypatch.setattr("doraxp.cli.demo.run", interrupt)

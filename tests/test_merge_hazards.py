@@ -66,8 +66,8 @@ def merge(folder, *arguments, adapter="adapter"):
 
 
 def content(folder):
-    """Return the bytes of all files in a folder, by relative path."""
-    files = (path for path in folder.rglob("*") if path.is_file())
+    """Return the bytes of all files in a folder, by relative path; of a file, its own."""
+    files = (path for path in (folder, *folder.rglob("*")) if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
@@ -373,7 +373,7 @@ def test_an_out_that_appears_where_another_was_replaced_is_kept(folder, monkeypa
     assert not (folder / ".out.partial").exists()
 
 
-APPEARED = r"out: appeared when the merge was complete; merge again, with --force$"
+APPEARED = r"out: appeared when the merge was complete; remove it, or choose another OUT$"
 
 
 def appears_before_the_last_rename(folder, monkeypatch):
@@ -802,14 +802,45 @@ def test_the_unfinished_shards_of_a_killed_merge_are_removed(folder, monkeypatch
     assert list((run / "unfinished").iterdir()) == []
 
 
-def test_an_older_layout_of_the_work_folder_is_cleared_away(folder):
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_work_folder_with_files_of_others_is_kept(folder, capsys, dry):
     work = folder / ".out.partial"
-    (work / "model").mkdir(parents=True)
-    for name in ("merge.json", f"model/{SHARDS[0]}", "0123.unfinished"):
-        (work / name).write_text("{}")
-    assert merge(folder) == 0
-    assert content(folder / "out") == right(folder)
-    assert not work.exists()
+    (work / "thesis").mkdir(parents=True)
+    (work / "thesis" / "thesis.tex").write_text("mine")
+    before = content(folder)
+    assert merge(folder, "--force", *dry) == 2
+    assert f"{work / 'thesis'}: is not of a merge, but in the folder in which one" in (
+        capsys.readouterr().err
+    )
+    assert content(folder) == before
+
+
+def test_base_is_kept_where_it_has_the_name_of_the_work_folder(folder):
+    base = (folder / "base").rename(folder / ".out.partial")
+    before = content(base)
+    planned = plan_merge(base, folder / "adapter", NO_OPTIONS)
+    with pytest.raises(CheckpointError, match="must not contain BASE or ADAPTER"):
+        run_merge(planned, folder / "out")
+    assert content(base) == before
+
+
+def test_two_tasks_for_one_shard_do_not_disturb_each_other(folder, monkeypatch):
+    """Dask begins a second one where it thinks that a worker is dead."""
+    run = left_by_a_stop(folder, monkeypatch)
+    remove(run / "model" / SHARDS[0])
+    planned, unlink, second = plan(folder), Path.unlink, []
+
+    def unlink_and_wait(path, **options):
+        unlink(path, **options)
+        if path.suffix == ".json" and not second:
+            second.append(path)
+            _run.finish_shard(planned, run, SHARDS[0], True)
+
+    monkeypatch.setattr(Path, "unlink", unlink_and_wait)
+    changes = _run.finish_shard(planned, run, SHARDS[0], True)
+    assert second
+    assert _work.noted(_work.places(run, SHARDS[0]), planned) == changes
+    assert [*(run / "unfinished").iterdir()] == []
 
 
 def test_a_shard_takes_its_name_when_it_and_its_notes_are_on_the_disk(folder, monkeypatch):
@@ -829,17 +860,17 @@ def test_a_shard_takes_its_name_when_it_and_its_notes_are_on_the_disk(folder, mo
     monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(Path, "replace", rename)
     run_merge(plan(folder), folder / "out")
-    (first, second) = [i for i, (step, _) in enumerate(steps) if step == "rename"]
-    model = steps[first][1]
-    for before in steps[:first], steps[first + 1 : second]:
-        assert {("sync", model.parent / "unfinished"), ("sync", model.parent / "notes")} <= {
-            *before
-        }
-    assert steps[first + 1] == steps[second + 1] == ("sync", model)
+    run = next(path for step, path in steps if step == "rename").parent
+    shard = [
+        *(("sync", run / "unfinished"), ("sync", run / "unfinished")),
+        *(("rename", run / "notes"), ("rename", run / "model"), ("sync", run / "model")),
+    ]
+    first = steps.index(shard[0])
+    assert steps[first : first + 10] == 2 * shard
 
 
 STEPS = {
-    os: ("open", "fsync", "mkdir"),
+    os: ("open", "fsync", "mkdir", "link", "unlink", "rmdir"),
     Path: ("mkdir", "open", "rename", "replace", "unlink"),
     shutil: ("rmtree",),
     _shard._Output: ("write",),
@@ -868,23 +899,28 @@ def stopped_at(step):
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_a_merge_that_stops_at_any_step_leaves_no_wrong_out_and_goes_on(folder, force):
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_a_merge_that_stops_at_any_step_leaves_no_wrong_out_and_goes_on(folder, force, is_folder):
     """As a kill would, but the lock is opened."""
-    expected, out = right(folder), folder / "out"
-    old = right(folder, "other")
-    run_merge(plan(folder, "other"), folder / "old")
+    if not is_folder:
+        as_one_file(folder)
+    out = folder / "out"
+    for adapter, name in (("adapter", "new"), ("other", "old")):
+        run_merge(plan(folder, adapter), folder / name)
+    expected, old = content(folder / "new"), content(folder / "old")
 
     def prepare():
-        shutil.rmtree(folder / ".out.partial", ignore_errors=True)
-        shutil.rmtree(out, ignore_errors=True)
+        for path in (folder / ".out.partial", out):
+            if path.exists():
+                remove(path)
         if force:
-            shutil.copytree(folder / "old", out)
+            (shutil.copytree if is_folder else shutil.copyfile)(folder / "old", out)
 
     prepare()
     planned = plan(folder)
     with stopped_at(None) as steps:
         run_merge(planned, out, force=force)
-    assert len(steps) > 40
+    assert len(steps) > 30
     for step in range(len(steps)):
         prepare()
         with contextlib.suppress(KeyboardInterrupt), stopped_at(step):
@@ -895,6 +931,30 @@ def test_a_merge_that_stops_at_any_step_leaves_no_wrong_out_and_goes_on(folder, 
             run_merge(planned, out, force=force)
         assert content(out) == expected, step
         assert not (folder / ".out.partial" / "model").exists()
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_a_merge_that_is_killed_while_it_clears_up_can_run_again(folder, monkeypatch, is_folder):
+    if not is_folder:
+        as_one_file(folder)
+
+    def remove_a_part(path, *_):
+        (path / "unfinished").rmdir()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", remove_a_part)
+        with pytest.raises(KeyboardInterrupt):
+            run_merge(plan(folder), folder / "out")
+    expected = content(folder / "out")
+    remove(folder / "out")
+    run_merge(plan(folder), folder / "out")
+    assert content(folder / "out") == expected
+    assert not (folder / ".out.partial").exists()
+
+
+def remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 # The digest
@@ -1039,14 +1099,14 @@ def test_a_full_disk_names_the_shard_that_could_not_be_written(folder, capsys, m
     assert str(folder / "base") not in error
 
 
-@pytest.mark.parametrize("name", ["merge.json", f"{SHARDS[0]}.json", "config.json", "vocab.txt"])
+@pytest.mark.parametrize("name", ["merge.json", f"{SHARDS[0]}.*.json", "config.json", "vocab.txt"])
 def test_a_full_disk_names_the_other_file_that_could_not_be_written(
     folder, capsys, monkeypatch, name
 ):
     kind = Path.open
 
     def opened(self, mode="r", *args, **kwargs):
-        if self.name != name or "x" not in mode:
+        if not self.match(name) or "x" not in mode:
             return kind(self, mode, *args, **kwargs)
         self.touch()
         return open("/dev/full", "wb")
@@ -1058,8 +1118,10 @@ def test_a_full_disk_names_the_other_file_that_could_not_be_written(
         assert merge(folder) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert f"/{name}: No space left on device; the same merge goes on from the shards" in error
-    assert ".out.partial/" in error
+    path, _, problem = error.partition(": No space left on device")
+    assert problem.startswith("; the same merge goes on from the shards")
+    assert Path(path).match(name)
+    assert ".out.partial/" in path
     assert merge(folder) == 0
 
 
@@ -1105,6 +1167,11 @@ def with_link(out):
     (out / "data").symlink_to(out.parent / "adapter")
 
 
+def two_models(out):
+    project(out)
+    shutil.copyfile(out / "model.safetensors", out / "flux.safetensors")
+
+
 def only_a_page(out):
     out.mkdir()
     (out / "README.md").write_text("mine")
@@ -1116,6 +1183,9 @@ KEPT = {
     "a folder": (with_file("code/config.json"), "out/code/config.json: is not a file of a model"),
     "notes": (with_file("results.json"), "out/results.json: is not a file of a model"),
     "a link": (with_link, "out/data: is not a file of a model"),
+    "a tokenizer": (with_file("tokenizer_thesis.tex"), "tokenizer_thesis.tex: is not a file of a"),
+    "two models": (two_models, "must have model.safetensors.index.json or one safetensors file"),
+    "a text": (with_file("model.safetensors"), "model.safetensors: not a safetensors file"),
     "a page": (only_a_page, "out: has no safetensors file"),
     "a file": (lambda out: out.write_text("mine"), "out: OUT must be a folder, as BASE is, but is"),
     "a pipe": (os.mkfifo, "out: OUT must be a folder, as BASE is, but is a file"),

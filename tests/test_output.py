@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import json
 import os
@@ -225,6 +227,82 @@ def test_ascii_takes_the_output_of_the_other_commands(tmp_path, monkeypatch, com
     assert main(command.split()) == 0
     stream.seek(0)
     assert "\\u" not in stream.read()
+
+
+@contextlib.contextmanager
+def unwritable(kind):
+    """Yield a stream to which nothing can be written."""
+    if kind == "full":
+        with open("/dev/full", "w") as stream:
+            yield stream
+    else:
+        reading, writing = os.pipe()
+        os.close(reading)
+        with open(writing, "w") as stream:
+            yield stream
+
+
+@pytest.mark.parametrize("kind", ["full", "closed"])
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [(("merge", "base", "adapter", "--out", "again", "--json", "f.json"), 0),
+     (("audit", "base", "adapter", "out", "--json", "f.json"), 0),
+     (("audit", "base", "adapter", "base", "--json", "f.json"), 1)],
+)  # fmt: skip
+def test_an_output_that_cannot_be_written_changes_no_exit_status(llama, kind, command, status):
+    """The status tells what was done or found."""
+    main(["merge", "base", "adapter", "--out", "out"])
+    path = {"PYTHONPATH": str(Path(doraxp.__file__).parents[1])}
+    line = [sys.executable, "-m", "doraxp", *command]
+    with unwritable(kind) as stream:
+        process = subprocess.run(
+            line, env=os.environ | path, stdout=stream, stderr=subprocess.PIPE, check=False
+        )
+    assert process.returncode == status
+    said = process.stderr.decode()
+    problem = "warning: what it prints could not be written: No space left on device\n"
+    assert said.endswith(f"doraxp {command[0]}: {problem}" if kind == "full" else "")
+    assert said.count("could not be") == (kind == "full")
+    assert "Error" not in said
+    assert (llama / "f.json").exists()
+    assert command[0] == "audit" or (llama / "again").is_dir()
+
+
+@pytest.mark.parametrize("command", ["merge", "audit"])
+def test_figures_that_cannot_be_written_are_an_error_that_names_their_file(
+    llama, capsys, monkeypatch, command
+):
+    """Its exit status is not that of a wrong merge."""
+
+    def fails(path, *_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    out = [] if command == "audit" else ["--out"]
+    main(["merge", "base", "adapter", "--out", "audit"])
+    capsys.readouterr()
+    monkeypatch.setattr(Path, "write_text", fails)
+    assert main([command, "base", "adapter", *out, command, "--json", "f.json"]) == 2
+    said = capsys.readouterr()
+    assert f"{command}: {'complete' if out else 'right'}\n" in said.out
+    assert said.err == f"doraxp {command}: error: f.json: No space left on device\n"
+    assert [path.name for path in llama.iterdir() if "json" in path.name] == []
+
+
+@pytest.mark.parametrize("folder", ["base", "adapter"])
+@pytest.mark.parametrize("command", ["merge", "audit", "inspect"])
+def test_figures_never_go_into_the_base_or_the_adapter(llama, capsys, command, folder):
+    before = (llama / "adapter" / "adapter_config.json").read_bytes()
+    places = {
+        "merge": ["base", "adapter", "--out", "out"],
+        "audit": ["base", "adapter", "base"],
+        "inspect": ["adapter", "--base", "base"],
+    }
+    file = f"{folder}/adapter_config.json"
+    assert main([command, *places[command], "--json", file]) == 2
+    said = capsys.readouterr().err
+    assert said == f"doraxp {command}: error: --json must not be in {folder}, got {file}\n"
+    assert (llama / "adapter" / "adapter_config.json").read_bytes() == before
+    assert not (llama / "out").exists()
 
 
 def test_a_process_in_the_c_locale_ends_well(llama):

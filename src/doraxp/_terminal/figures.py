@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,14 @@ def write_json(path: Path, report: Any) -> None:
 
     The file is written whole or not at all.
     """
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(_finite(report), indent=2, allow_nan=False) + "\n", "utf-8")
-    part.replace(path)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        part.write_text(json.dumps(_finite(report), indent=2, allow_nan=False) + "\n", "utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise OSError(f"{path}: {error.strerror}") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import io
+import os
 import sys
+from collections.abc import Iterator
 
 from doraxp._base.printable import printable
 
@@ -24,6 +27,25 @@ def accept_any_encoding() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="doraxp")
+
+
+@contextlib.contextmanager
+def output_that_may_fail(command: str) -> Iterator[None]:
+    """Warn where what is printed cannot be written: the work is done, and its exit status stands.
+
+    There is no warning where the reader has gone, as `head` goes.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except SystemExit:
+        pass  # of rich, where the reader has gone
+    except OSError as error:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # for what is flushed when the process ends
+        os.close(nowhere)
+        if not isinstance(error, BrokenPipeError):
+            print_warning(command, f"what it prints could not be written: {error.strerror}")
 
 
 def print_error(command: str, error: object) -> None:

@@ -113,7 +113,7 @@ def run_merge(
             raise  # something is at OUT since
         except OSError as error:
             raise _explained(error, out) from error
-        shutil.rmtree(run, True)
+        discard(run)
     return changes
 
 

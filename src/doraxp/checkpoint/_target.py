@@ -15,10 +15,10 @@ from doraxp.checkpoint._durable import sync, write_chunks, write_durably
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._json import read_json
 from doraxp.checkpoint._merge import Merge
-from doraxp.checkpoint._model import INDEX
+from doraxp.checkpoint._model import INDEX, open_model
 from doraxp.checkpoint._safetensors import Reader
 from doraxp.checkpoint._stamp import unchanged_chunks
-from doraxp.checkpoint._work import REPLACED, work_folder
+from doraxp.checkpoint._work import REPLACED, stranger_in, work_folder
 
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _OF_MODELS = (
@@ -26,7 +26,9 @@ _OF_MODELS = (
     "*.safetensors.index.json",
     "config.json",
     "generation_config.json",
-    "tokenizer*",
+    "tokenizer.json",
+    "tokenizer.model*",
+    "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",
@@ -64,8 +66,10 @@ def check_target(merge: Merge, out: str | os.PathLike[str], *, force: bool = Fal
     target = out.resolve()
     if target == base or (merge.model.is_folder and target.is_relative_to(base)):
         raise CheckpointError(f"{out}: OUT must not be in BASE, {merge.model.path}")
-    if any(path.is_relative_to(target) for path in (base, adapter)):
-        raise CheckpointError(f"{out}: OUT must not contain BASE or ADAPTER")
+    work = work_folder(out)
+    for folder in (target, work.resolve()):
+        if any(path.is_relative_to(folder) for path in (base, adapter)):
+            raise CheckpointError(f"{folder}: OUT must not contain BASE or ADAPTER")
     if out.is_dir() and not merge.model.is_folder:
         raise CheckpointError(f"{out}: OUT must be a file, as BASE is, but is a folder")
     if merge.model.is_folder and out.suffix == ".safetensors":
@@ -75,9 +79,12 @@ def check_target(merge: Merge, out: str | os.PathLike[str], *, force: bool = Fal
         raise FileNotFoundError(f"{out.parent}: no such folder")
     if not os.access(out.parent, os.W_OK):
         raise PermissionError(f"{out.parent}: not writable")
-    work = work_folder(out)
     if os.path.lexists(work) and (work.is_symlink() or not work.is_dir()):
         raise FileExistsError(f"{work}: must be a folder of an earlier merge, or not exist")
+    stranger = stranger_in(work)
+    if stranger is not None:
+        problem = f"is not of a merge, but in the folder in which one to {out.name} works: move it"
+        raise FileExistsError(f"{stranger}: {problem}")
     free = shutil.disk_usage(out.parent).free
     if free + _size(work) < merge.size:
         raise OSError(f"{out.parent}: {merge.size} bytes are needed, {free} are free")
@@ -111,11 +118,17 @@ def _kept_in(merge: Merge, out: Path) -> str | None:
     if not out.is_dir():
         return f"{out}: OUT must be a folder, as BASE is, but is a file"
     files = list(_files(out))
+    if not files:
+        return None
     for file in files:
         if not _is_of_a_model(file, merge):
             return f"{out / file}: is not a file of a model"
-    if files and not any(file.suffix == ".safetensors" for file in files):
+    if not any(file.suffix == ".safetensors" for file in files):
         return f"{out}: has no safetensors file"
+    try:
+        open_model(out)
+    except CheckpointError as error:
+        return str(error)
     return None
 
 
@@ -213,7 +226,7 @@ def _rename_to_new(result: Path, out: Path) -> None:
         raise  # a merge without a lock took the result
     except OSError as error:
         if os.path.lexists(out):
-            problem = "appeared when the merge was complete; merge again, with --force"
+            problem = "appeared when the merge was complete; remove it, or choose another OUT"
             raise FileExistsError(f"{out}: {problem}") from error
         if is_folder:
             raise

@@ -8,7 +8,7 @@
             merge.json      the version, the options and the files that the run is of
             model/          finished shards, then the other files: this becomes OUT
             notes/          of each finished shard: its size, its digest, its changes
-            unfinished/     shards that are being written
+            unfinished/     shards and notes that are being written
             ….replaced      the OUT of before, until the new one stands
 
 A run that goes on from the shards of an earlier one gives its folder a new name. A worker of the
@@ -19,6 +19,7 @@ paths that it knows are gone. So it cannot spoil the result, even where files ca
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import io
 import json
 import os
@@ -41,6 +42,7 @@ from doraxp.checkpoint._options import written_as
 from doraxp.checkpoint._safetensors import Reader
 
 REPLACED = ".replaced"
+_DISCARDED = ".discarded"
 _RUN = "[0-9a-f]" * 32
 
 
@@ -56,6 +58,15 @@ class Shard(NamedTuple):
 def work_folder(out: Path) -> Path:
     """Return the path of the folder in which a merge works."""
     return out.parent / f".{out.name}.partial"
+
+
+def stranger_in(work: Path) -> Path | None:
+    """Return the path of something in a work folder that no merge has put there."""
+    own = (LOCK, _RUN, f"{_RUN}{_DISCARDED}")
+    for path in sorted(work.glob("*")):
+        if not any(fnmatch.fnmatchcase(path.name, name) for name in own):
+            return path
+    return None
 
 
 def places(run: Path, name: str) -> Shard:
@@ -121,7 +132,7 @@ def _keep_shards(run: Path, merge: Merge) -> None:
 
 def discard(path: Path) -> None:
     """Remove a folder or file; a worker that still writes there fails at once."""
-    gone = path.with_name(f"{uuid.uuid4().hex}.discarded")
+    gone = path.with_name(f"{uuid.uuid4().hex}{_DISCARDED}")
     path.rename(gone)
     if gone.is_dir() and not gone.is_symlink():
         shutil.rmtree(gone, True)
@@ -143,7 +154,9 @@ def note(shard: Shard, digest: str, changes: Mapping[str, Change]) -> None:
     Its bytes and the notes are on the disk before.
     """
     notes = {"size": shard.unfinished.stat().st_size, "digest": digest, "changes": changes}
-    write_durably(shard.notes, json.dumps(notes).encode())
+    written = shard.unfinished.with_name(f"{shard.unfinished.name}.json")
+    write_durably(written, json.dumps(notes).encode())
+    written.replace(shard.notes)
     shard.unfinished.replace(shard.done)
     sync(shard.done.parent)
 

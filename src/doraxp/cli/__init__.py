@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = arguments.run(arguments)
     except OSError as error:  # a disk that is full, say
         print_error(parser.prog, error)
-        return 1
+        return 2
     except KeyboardInterrupt:
         return 130  # 128 + SIGINT, as shells have it
     return status

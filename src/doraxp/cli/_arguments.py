@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import doraxp
@@ -85,6 +85,15 @@ def add_model_and_adapter(parser: argparse.ArgumentParser) -> None:
         metavar="ADAPTER",
         help="a folder as PEFT or mlx-lm save it, or a safetensors file",
     )
+
+
+def is_in_input(command: str, file: Path | None, inputs: Iterable[Path]) -> bool:
+    """Return whether --json FILE would be written into one of the folders, after an error."""
+    for folder in inputs:
+        if file is not None and file.resolve().is_relative_to(folder.resolve()):
+            print_error(f"doraxp {command}", f"--json must not be in {folder}, got {file}")
+            return True
+    return False
 
 
 def add_jobs(parser: argparse.ArgumentParser, pieces: str) -> None:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from doraxp._terminal.figures import write_json
-from doraxp._terminal.messages import print_error
+from doraxp._terminal.messages import output_that_may_fail, print_error
 from doraxp._terminal.progress import progress_by_bytes
 from doraxp._terminal.tables import plain_console, print_names, print_table
 from doraxp.cli._arguments import (
     CHECKPOINT,
     add_jobs,
     add_model_and_adapter,
+    is_in_input,
     lacks,
     output,
 )
@@ -51,6 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Audit with a progress bar, print the verdicts, write the figures."""
     if lacks("audit", *CHECKPOINT, extra="checkpoint"):
         return 2
+    if is_in_input("audit", arguments.json, (arguments.base, arguments.adapter, arguments.merged)):
+        return 2
     from doraxp.checkpoint import CheckpointError, Options, audit, plan_merge
 
     console = plain_console()
@@ -64,21 +67,17 @@ def run(arguments: argparse.Namespace) -> int:
                 jobs=arguments.jobs,
                 on_bytes=lambda count: progress.update(task, advance=count),
             )
+        wrong = {name: verdict for name, verdict in verdicts.items() if not verdict.right}
+        with output_that_may_fail("doraxp audit"):
+            _print_verdicts(verdicts, console, every=arguments.all)
+            state = f"{len(wrong)} of {len(verdicts)} tensors are not right" if wrong else "right"
+            print_names(f"{arguments.merged}: {state}", console)
+        if arguments.json:
+            tensors = {name: verdict._asdict() for name, verdict in verdicts.items()}
+            write_json(arguments.json, {"right": not wrong, "tensors": tensors})
     except (CheckpointError, OSError) as error:
         print_error("doraxp audit", error)
         return 2
-    wrong = {name: verdict for name, verdict in verdicts.items() if not verdict.right}
-    _print_verdicts(verdicts, console, every=arguments.all)
-    state = f"{len(wrong)} of {len(verdicts)} tensors are not right" if wrong else "right"
-    print_names(f"{arguments.merged}: {state}", console)
-    if arguments.json:
-        write_json(
-            arguments.json,
-            {
-                "right": not wrong,
-                "tensors": {name: verdict._asdict() for name, verdict in verdicts.items()},
-            },
-        )
     return 1 if wrong else 0
 
 

@@ -14,7 +14,7 @@ from doraxp._terminal.messages import print_error
 from doraxp._terminal.module_table import Column, print_modules
 from doraxp._terminal.progress import progress_by_bytes, progress_by_parts
 from doraxp._terminal.tables import plain_console, print_caption, print_names
-from doraxp.cli._arguments import CHECKPOINT, lacks, output
+from doraxp.cli._arguments import CHECKPOINT, is_in_input, lacks, output
 
 if TYPE_CHECKING:
     from doraxp.checkpoint import AdapterSet, Against
@@ -73,6 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
     if lacks("inspect", *CHECKPOINT, extra="checkpoint"):
         return 2
     if arguments.plot and lacks("inspect --plot", "matplotlib", extra="demo"):
+        return 2
+    inputs = (arguments.path, arguments.base)
+    if is_in_input("inspect", arguments.json, (path for path in inputs if path is not None)):
         return 2
     from doraxp.checkpoint import CheckpointError, load_adapters
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from doraxp._terminal.figures import write_json
-from doraxp._terminal.messages import print_error, print_warning
+from doraxp._terminal.messages import output_that_may_fail, print_error, print_warning
 from doraxp._terminal.module_table import Column, print_modules
 from doraxp._terminal.progress import progress_by_bytes
 from doraxp._terminal.tables import plain_console, print_caption, print_names
@@ -20,6 +20,7 @@ from doraxp.cli._arguments import (
     add_model_and_adapter,
     backend,
     integer,
+    is_in_input,
     lacks,
     output,
 )
@@ -128,9 +129,10 @@ def run(arguments: argparse.Namespace) -> int:
         "merge --scheduler", "distributed", extra="distributed"
     ):
         return 2
+    if is_in_input("merge", arguments.json, (arguments.base, arguments.adapter)):
+        return 2
     from doraxp.checkpoint import CheckpointError, Options, check_target, plan_merge
 
-    console = plain_console()
     dtype = _DTYPES.get(arguments.dtype)
     try:
         options = Options(
@@ -139,31 +141,17 @@ def run(arguments: argparse.Namespace) -> int:
         merge = plan_merge(arguments.base, arguments.adapter, options)
         _warn_of_traps(merge)
         _warn_of_norms(merge)
+        changes: Mapping[str, Change] = {}
         if arguments.dry_run:
             check_target(merge, arguments.out, force=arguments.force)
-            figures = _figures(merge, {})
-            print_modules("tensor", figures, _PLANNED, console, every=arguments.all)
         else:
-            try:
-                changes = _merge(merge, arguments)
-            except KeyboardInterrupt:
-                print(
-                    "doraxp merge: interrupted; the same command goes on from the shards that are "
-                    f"finished, in .{arguments.out.name}.partial",
-                    file=sys.stderr,
-                )
-                raise
-            figures = _figures(merge, changes)
-            print_modules("tensor", figures, _CHANGES, console, every=arguments.all)
-            print_caption(_CAPTION, console)
-            _warn_of_changes(changes)
-        _print_summary(merge, console)
-        if not arguments.dry_run:
-            state = "complete, and verified" if arguments.verify else "complete"
-            print_names(f"{arguments.out}: {state}", console)
+            changes = _merge(merge, arguments)
+        figures = _figures(merge, changes)
+        with output_that_may_fail("doraxp merge"):
+            _print_figures(merge, figures, arguments)
+        _warn_of_changes(changes)
         if arguments.json is not None:
             write_json(arguments.json, _report(merge, figures, arguments))
-            print_names(f"Figures: {arguments.json}", console)
     except (CheckpointError, OSError) as error:
         print_error("doraxp merge", error)
         return 2
@@ -193,7 +181,7 @@ def _warn_of_norms(merge: Merge) -> None:
         _warn(
             f"in {len(sample.equal)} of {sample.modules} modules, {sample.equal[0]} the first, the "
             "rows of BASE have the norms m of the adapter: either this adapter has been merged "
-            "into BASE before, or its magnitude was never trained"
+            "into BASE before, or its magnitude was hardly trained"
         )
     if sample.fresh_and_unequal:
         _warn(
@@ -206,17 +194,40 @@ def _merge(merge: Merge, arguments: argparse.Namespace) -> dict[str, Change]:
     from doraxp.checkpoint import run_merge
 
     modules = () if arguments.backend == "numpy" else (arguments.backend,)
-    with cluster(arguments.scheduler, *modules) as executor, progress_by_bytes() as progress:
-        task = progress.add_task("", total=merge.size)
-        return run_merge(
-            merge,
-            arguments.out,
-            force=arguments.force,
-            verify=arguments.verify,
-            jobs=arguments.jobs,
-            executor=executor,
-            on_bytes=lambda count: progress.update(task, advance=count),
+    try:
+        with cluster(arguments.scheduler, *modules) as executor, progress_by_bytes() as progress:
+            task = progress.add_task("", total=merge.size)
+            return run_merge(
+                merge,
+                arguments.out,
+                force=arguments.force,
+                verify=arguments.verify,
+                jobs=arguments.jobs,
+                executor=executor,
+                on_bytes=lambda count: progress.update(task, advance=count),
+            )
+    except KeyboardInterrupt:
+        print(
+            "doraxp merge: interrupted; the same command goes on from the shards that are "
+            f"finished, in .{arguments.out.name}.partial",
+            file=sys.stderr,
         )
+        raise
+
+
+def _print_figures(
+    merge: Merge, figures: Mapping[str, Mapping[str, Any]], arguments: argparse.Namespace
+) -> None:
+    """Print the plan, or the changes and the state of OUT."""
+    console = plain_console()
+    columns = _PLANNED if arguments.dry_run else _CHANGES
+    print_modules("tensor", figures, columns, console, every=arguments.all)
+    if not arguments.dry_run:
+        print_caption(_CAPTION, console)
+    _print_summary(merge, console)
+    if not arguments.dry_run:
+        state = "complete, and verified" if arguments.verify else "complete"
+        print_names(f"{arguments.out}: {state}", console)
 
 
 def _figures(merge: Merge, changes: Mapping[str, Change]) -> dict[str, dict[str, Any]]:
