@@ -152,6 +152,16 @@ def test_a_merge_to_an_out_that_another_one_works_for_is_an_error_at_once(folder
     assert not (folder / ".out.partial").exists()
 
 
+def test_the_holder_of_a_lock_is_named_where_another_one_was_before(folder, capsys):
+    work = folder / ".out.partial"
+    work.mkdir()
+    (work / _lock.LOCK).write_text(json.dumps({"process": 1, "host": "killed" * 20}))
+    first = Paused(plan(folder), folder / "out")
+    assert merge(folder) == 2
+    assert f"is at work (process {os.getpid()} on host " in capsys.readouterr().err
+    assert first.end() is None
+
+
 WAITS = """
 import sys, time
 from doraxp.checkpoint import Options, plan_merge, run_merge
@@ -1335,10 +1345,11 @@ def test_verify_compares_the_metadata(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("row", range(16))
-def test_verify_compares_every_row_of_a_small_matrix(tmp_path, monkeypatch, row):
-    """And finds an error of 3 units of the last place, where 1 is allowed."""
+@pytest.mark.parametrize(("dtype", "error"), [("float16", 3 * 2**-10), ("float32", 2e-4)])
+def test_verify_compares_every_row_of_a_small_matrix(tmp_path, monkeypatch, row, dtype, error):
+    """And finds an error of 3 units of float16's last place, where 1 is allowed."""
     rng = np.random.default_rng(1)
-    save_file({"block.0.q.weight": draw(rng, 16, 5, dtype="float16")}, tmp_path / "base")
+    save_file({"block.0.q.weight": draw(rng, 16, 5, dtype=dtype)}, tmp_path / "base")
     write_adapter(tmp_path / "adapter", {"block.0.q": (16, 5)})
     shapes = []
 
@@ -1346,7 +1357,7 @@ def test_verify_compares_every_row_of_a_small_matrix(tmp_path, monkeypatch, row)
         yield from _shard.merge_shard(reader, target, *args)
         weight = load_file(target)["block.0.q.weight"]
         column = np.argmax(np.abs(weight[row]))
-        weight[row, column] *= np.float16(1 + 3 * 2**-10)
+        weight[row, column] *= weight.dtype.type(1 + error)
         shapes.append(weight.shape)
         with target.open("r+b") as file:
             file.seek(-weight.nbytes, io.SEEK_END)

@@ -15,13 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import draw, factors, peft_config, write_adapter, write_json
+from checkpoints import draw, factors, peft_config, write_adapter
+from checkpoints import write_json as write_config
 from safetensors.numpy import load_file, save_file
 
 import doraxp
 from doraxp._base.printable import printable
 from doraxp._terminal import adapter_picture
+from doraxp._terminal.figures import write_json
 from doraxp._terminal.module_table import kind_of
+from doraxp._terminal.tables import plain_console, print_table
 from doraxp.checkpoint import Change, load_adapters, look_at_base, open_model
 from doraxp.cli import main
 
@@ -129,6 +132,28 @@ def test_all_rows_fit_80_columns_where_the_names_share_a_start(llama, capsys, co
     assert paths == {f"{path}{ends[1]}" for path in load_adapters(llama / "adapter")}
 
 
+def test_the_last_part_of_a_name_is_never_left_out(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "10")
+    print_table(("name", "x"), [("block.a.weight", "1"), ("block.a.weight", "2")], plain_console())
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[-3:-1]] == [["…weight", "1"], ["…weight", "2"]]
+    assert lines[-1] == "… is block.a."
+
+
+@pytest.mark.parametrize(("width", "is_cut"), [(18, False), (17, True)])
+def test_the_columns_of_a_table_move_together_before_names_are_cut(
+    capsys, monkeypatch, width, is_cut
+):
+    monkeypatch.setenv("COLUMNS", f"{width}")
+    print_table(("name", "x", "y"), [("block.a.weight", "1", "2")], plain_console())
+    assert ("… is block.a." in capsys.readouterr().out) == is_cut
+
+
+def test_json_has_null_for_numbers_that_it_lacks(tmp_path):
+    write_json(tmp_path / "f.json", {"a": [np.inf, {"b": (float("nan"), 1.5)}]})
+    assert json.loads((tmp_path / "f.json").read_text()) == {"a": [None, {"b": [None, 1.5]}]}
+
+
 def test_names_without_a_common_start_are_not_cut(llama, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     assert main(["merge", "base", "adapter", "--out", "out", "--all"]) == 0
@@ -182,7 +207,7 @@ def test_kinds_of_two_forms_are_both_named(tmp_path, monkeypatch, capsys):
         }
     (tmp_path / "a").mkdir()
     save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
-    write_json(tmp_path / "a" / "adapter_config.json", peft_config())
+    write_config(tmp_path / "a" / "adapter_config.json", peft_config())
     assert main(["inspect", "a"]) == 0
     assert "conv, linear" in capsys.readouterr().out
 

@@ -29,7 +29,7 @@ def grown(inner):
 
 
 PATTERNS = st.recursive(st.sampled_from(PIECES), grown, max_leaves=8)
-PATHS = st.lists(st.text("ab1_-.\né٣ ", min_size=1, max_size=8), min_size=1, max_size=4)
+PATHS = st.lists(st.text("ab1_-.\né٣² ", min_size=1, max_size=8), min_size=1, max_size=4)
 
 
 def by_re(given_patterns, paths):
