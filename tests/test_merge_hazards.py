@@ -277,8 +277,11 @@ def test_a_work_folder_that_an_ended_merge_removes_is_made_again(folder, monkeyp
         lock(file)
 
     monkeypatch.setattr(_lock, "_lock", too_late)
-    run_merge(plan(folder), folder / "out")
+    first = Paused(plan(folder), folder / "out")
     assert removed
+    with pytest.raises(BlockingIOError, match="another merge to it is at work"):
+        run_merge(plan(folder), folder / "out")
+    assert first.end() is None
     assert content(folder / "out") == expected
 
 
