@@ -15,7 +15,7 @@ from rich.console import Console
 
 import doraxp
 from doraxp._terminal.runtimes import runtime
-from doraxp.cli import main
+from doraxp.cli import _cluster, main
 from doraxp.demo import BaseRun, Results, Run, Settings, print_results
 
 
@@ -233,3 +233,37 @@ def test_a_file_is_named_as_it_is(tmp_path, capsys, monkeypatch, command):
     printed = capsys.readouterr().out
     assert f"Figures: {name}.json" in printed
     assert ".png" not in command or f"Picture: {name}.png" in printed
+
+
+class ClusterOf:
+    """A Dask client whose processes have these versions of modules."""
+
+    def __init__(self, scheduler, worker):
+        self._scheduler, self._worker = scheduler, worker
+
+    def run_on_scheduler(self, *_):
+        return self._scheduler
+
+    def run(self, *_):
+        return {"tcp://1": self._worker}
+
+
+VERSIONS = {name: importlib.import_module(name).__version__ for name in _cluster.NEEDED}
+
+
+@pytest.mark.parametrize("process", ["the scheduler", "the worker tcp://1"])
+@pytest.mark.parametrize("name", _cluster.NEEDED)
+def test_each_process_of_a_cluster_needs_each_module_in_the_same_version(process, name):
+    def problem(found):
+        lacking = VERSIONS | found if found else {k: VERSIONS[k] for k in VERSIONS if k != name}
+        is_worker = process != "the scheduler"
+        client = ClusterOf(*((VERSIONS, lacking) if is_worker else (lacking, VERSIONS)))
+        return _cluster._problem(client, _cluster.NEEDED)
+
+    assert problem({}) == (
+        f"{process} has no {name}: install doraxp[distributed]=={doraxp.__version__} there"
+    )
+    assert problem(VERSIONS) is None
+    another = f"{process} has {name} 0, but here it is {VERSIONS[name]}: make them the same"
+    decides = name in ("numpy", "ml_dtypes", "doraxp")
+    assert problem({name: "0"}) == (another if decides else None)
