@@ -95,6 +95,7 @@ def _matrix_rows(task: MergedTensor, rows: slice) -> NDArray[np.float64]:
 
 
 def _is_fresh(merge: Merge, task: MergedTensor) -> bool:
-    """Return True if B = 0. Of a trained B, the first block nearly always shows that it is not."""
+    """Return True if B = 0. The first rows of a trained B nearly always show that it is not."""
     b = Source(merge.adapters.reader, task.layer.names.lora_b)
-    return not any(b.read(rows).any() for rows in row_blocks(b.tensor.shape))
+    first = slice(0, min(ROWS, b.tensor.shape[0]))
+    return not any(b.read(rows).any() for rows in (first, *row_blocks(b.tensor.shape)))
