@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -376,6 +378,113 @@ def test_the_old_adapter_stays_if_the_new_one_cannot_take_its_place(tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+STOPPED = """
+import os, sys
+from pathlib import Path
+from doraxp.checkpoint import load_adapters, save_adapters
+source, target, last = sys.argv[1:]
+adapters = dict(load_adapters(source))
+rename = Path.rename
+def stop(path, to):
+    if path.name == last and last == "complete":
+        os._exit(9)
+    rename(path, to)
+    if path.name == last:
+        os._exit(9)
+Path.rename = stop
+save_adapters(target, adapters, overwrite=True)
+"""
+
+
+def stop_a_save(folder, last):
+    """Replace the adapter `a` by `b` in a process that is killed beside the rename of `last`."""
+    command = [sys.executable, "-c", STOPPED, *(str(folder / x) for x in "ba"), last]
+    assert subprocess.run(command, timeout=100).returncode == 9
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    """A save that was killed between its two renames: the old adapter has a hidden name."""
+    save_adapters(tmp_path / "a", layers())
+    save_adapters(tmp_path / "b", layers(config=Config(2, 5.0)))
+    stop_a_save(tmp_path, "a")
+    assert not (tmp_path / "a").exists()
+    return tmp_path
+
+
+def test_the_error_about_a_stopped_save_names_the_adapter_of_before(stopped, capsys):
+    problem = f"{stopped / 'a'}: no such file or folder; a save was stopped when it replaced this"
+    with pytest.raises(FileNotFoundError, match=re.escape(problem)) as raised:
+        load_adapters(stopped / "a")
+    assert f"{stopped / '.a.replaced'}" in str(raised.value)
+    (stopped / ".a.replaced").rename(stopped / "a")
+    assert_same(load_adapters(stopped / "a"), layers())
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_next_save_puts_the_adapter_of_before_back(stopped, overwrite):
+    newest = layers(config=Config(2, 7.0))
+    if overwrite:
+        save_adapters(stopped / "a", newest, overwrite=True)
+        assert_same(load_adapters(stopped / "a"), newest)
+    else:
+        with pytest.raises(FileExistsError, match="already exists"):
+            save_adapters(stopped / "a", newest)
+        assert_same(load_adapters(stopped / "a"), layers())
+    assert not (stopped / ".a.replaced").exists()
+
+
+def test_a_save_that_fails_after_a_stopped_one_puts_the_adapter_back(stopped, monkeypatch):
+    rename = Path.rename
+
+    def fail(path, target):
+        if path.name == "complete":
+            raise OSError("full")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="full"):
+        save_adapters(stopped / "a", layers(config=Config(2, 7.0)), overwrite=True)
+    assert_same(load_adapters(stopped / "a"), layers())
+
+
+@pytest.mark.parametrize(
+    ("last", "alpha"), [("complete", 3.0), (".a.replaced", 5.0)], ids=["before", "after"]
+)
+def test_a_save_that_is_killed_at_another_moment_leaves_one_adapter(tmp_path, last, alpha):
+    save_adapters(tmp_path / "a", layers())
+    save_adapters(tmp_path / "b", layers(config=Config(2, 5.0)))
+    stop_a_save(tmp_path, last)
+    newest = layers(config=Config(2, 7.0))
+    if alpha == 5.0:
+        assert_same(load_adapters(tmp_path / "a"), layers(config=Config(2, alpha)))
+    save_adapters(tmp_path / "a", newest, overwrite=True)
+    assert_same(load_adapters(tmp_path / "a"), newest)
+    assert not (tmp_path / ".a.replaced").exists()
+
+
+def test_the_old_adapter_of_a_save_that_was_stopped_at_its_end_is_replaced(tmp_path):
+    """Both stand: the new one at its place, and the one of before under its hidden name."""
+    save_adapters(tmp_path / "a", layers())
+    save_adapters(tmp_path / ".a.replaced", layers(config=Config(2, 5.0)))
+    newest = layers(config=Config(2, 7.0))
+    save_adapters(tmp_path / "a", newest, overwrite=True)
+    assert_same(load_adapters(tmp_path / "a"), newest)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_file_at_the_hidden_name_that_is_no_adapter_is_kept(tmp_path, there):
+    if there:
+        save_adapters(tmp_path / "a", layers())
+    (tmp_path / ".a.replaced").mkdir()
+    (tmp_path / ".a.replaced" / "thesis.tex").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"\.a\.replaced: only an adapter's own files"):
+        save_adapters(tmp_path / "a", layers(), overwrite=True)
+    assert (tmp_path / ".a.replaced" / "thesis.tex").read_text() == "mine"
+    assert (tmp_path / "a").exists() == there
+
+
 def test_a_saved_adapter_is_on_the_disk_before_it_appears(tmp_path, monkeypatch):
     events = []
     fsync, rename = os.fsync, Path.rename
@@ -411,6 +520,40 @@ def test_unequal_ranks_are_saved_as_patterns(tmp_path):
     assert config["rank_pattern"] == {r"^block\.0\.k": 1}
     assert config["alpha_pattern"] == {r"^block\.0\.k": 1}
     assert load_adapters(tmp_path / "a")["block.0.k"].config == Config(1, 1.0)
+
+
+@pytest.mark.parametrize("ranks", [(1,), (1, 2)])
+def test_a_mixture_of_experts_is_saved_and_loaded(tmp_path, ranks):
+    """48 blocks of 128 experts: 18,432 modules, and a pattern for each of half of them."""
+    own, names = {}, ("gate", "up", "down")
+    for number in range(48 * 128 * 3):
+        expert, rank = number // 3, ranks[number % len(ranks)]
+        path = f"model.layers.{expert // 128}.mlp.experts.{expert % 128}.{names[number % 3]}_proj"
+        leaves = np.zeros((rank, 2), "f4"), np.zeros((2, rank), "f4"), np.ones(2, "f4")
+        own[path] = AdaptedLayer(Adapter(*leaves), Config(rank, 1.0), LayerKind(), (2, 2))
+    save_adapters(tmp_path / "a", own)
+    found = load_adapters(tmp_path / "a")
+    assert found.keys() == own.keys()
+    assert all(found.layers[path].config == layer.config for path, layer in own.items())
+
+
+def test_a_pattern_of_a_whole_path_and_others_are_tried_in_their_order(tmp_path):
+    """PEFT takes the first pattern that matches, whatever its form."""
+    first = {r"^block\.0\.q": 2, "q": 3, "^block.1.q": 4, r"^block\.0\.k$": 5, "k": 6}
+    write_adapter(tmp_path / "a", alpha_pattern=first)
+    found = load_adapters(tmp_path / "a").layers
+    assert {path: layer.config.alpha for path, layer in found.items()} == {
+        "block.0.q": 2,
+        "block.0.k": 5,
+        "block.1.q": 3,
+    }
+    write_adapter(tmp_path / "b", alpha_pattern=dict(reversed(first.items())))
+    found = load_adapters(tmp_path / "b").layers
+    assert {path: layer.config.alpha for path, layer in found.items()} == {
+        "block.0.q": 3,
+        "block.0.k": 6,
+        "block.1.q": 4,
+    }
 
 
 def test_a_fresh_adapter_merges_to_its_base(tmp_path):

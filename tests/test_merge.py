@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -35,6 +36,7 @@ from doraxp import AdaptedLayer, Adapter, Config, LayerKind
 from doraxp.backends import Status
 from doraxp.checkpoint import (
     Options,
+    _model,
     _rows,
     _run,
     _shard,
@@ -146,6 +148,181 @@ def test_hidden_folders_are_not_copied(folders):
     assert merge(folder) == 0
     assert (folder / "out" / ".gitattributes").exists()
     assert not (folder / "out" / ".git").exists()
+
+
+def test_a_git_file_is_not_copied_as_a_git_folder_is_not(folders):
+    """A worktree and a submodule have a file: OUT would be a part of BASE's repository."""
+    folder, _, _ = folders
+    (folder / "base" / ".git").write_text("gitdir: ../.git/modules/base\n")
+    (folder / "base" / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    assert merge(folder) == 0
+    names = {path.name for path in (folder / "out").iterdir() if path.name.startswith(".")}
+    assert names == {".gitattributes"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("model.onnx", "model.onnx_data", "model.onnx_data_1", "model.onnx.data"),
+        *("weights.npz", "weights.npy", "model.h5", "model.hdf5", "model.keras"),
+        *("flax_model.msgpack", "model.ckpt", "model.ckpt-100.data-00000-of-00001"),
+        *("model.ckpt-100.index", "model.ckpt-100.meta", "saved_model.pb", "Model-Q4.GGUF"),
+        *("model.gguf.part1of2", "ggml-model.ggml", "model.tflite", "rust_model.ot", "a.pkl"),
+        *("weights.data-00000-of-00001", "__0_0.distcp", "model.pdparams", "model.engine"),
+        *("model.mlmodel", "model.pte", "model.nemo", "model.llamafile", "model.fp16.safetensors"),
+        *("openvino_model.xml", "pytorch_model.bin.index.json", "onnx/model_q4.onnx_data"),
+        *("model.fp16.safetensors.index.json", "adapter_config.json", "sub/adapter_config.json"),
+        "adapter_model.safetensors",
+    ],
+)
+def test_other_forms_of_the_weights_are_left_out_and_named(folders, capsys, name):
+    folder, _, _ = folders
+    file = folder / "base" / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"of before")
+    assert merge(folder) == 0
+    assert not (folder / "out" / name).exists()
+    assert name in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tokenizer.model", "vocab.json", "merges.txt", "spiece.model", "modeling_a.py"),
+        *("weights.md", "onnx.md", "data.csv", "model_index.json", "preprocessor_config.json"),
+    ],
+)
+def test_a_file_without_weights_is_copied(folders, name):
+    folder, _, _ = folders
+    (folder / "base" / name).write_bytes(b"{}")
+    assert merge(folder) == 0
+    assert (folder / "out" / name).read_bytes() == b"{}"
+
+
+def test_an_adapter_in_the_bases_folder_is_not_one_of_the_models_files(folders, capsys):
+    """Transformers would load it on top of the merged model, or fail for its weights."""
+    folder, base, adapter = folders
+    tensors = load_folder(folder / "base")
+    for path in (folder / "base").glob("model*"):
+        path.unlink()
+    save_file(tensors, folder / "base" / "model.safetensors", {"format": "pt"})
+    for file in (folder / "adapter").iterdir():
+        shutil.copy(file, folder / "base")
+    assert merge(folder) == 0
+    assert_merged(load_folder(folder / "out"), base, adapter)
+    left = {path.name for path in (folder / "out").iterdir()}
+    assert left == {"model.safetensors", "config.json", "tokenizer"}
+    assert "adapter_config.json, adapter_model.safetensors" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_a_second_model_that_transformers_would_load_instead_is_refused(folders, capsys, is_link):
+    """Transformers takes model.safetensors before the index, whatever the index lists."""
+    folder, _, _ = folders
+    other = folder / "base" / "model.safetensors"
+    save_file(
+        {"block.0.q.weight": np.ones((7, 5), np.float32)}, folder / "base" / "old.safetensors"
+    )
+    if is_link:
+        other.symlink_to("old.safetensors")
+    else:
+        (folder / "base" / "old.safetensors").rename(other)
+    error = refused_with(folder, capsys)
+    assert f"{other}: is not in model.safetensors.index.json" in error
+    assert "move the one that is out of date" in error
+
+
+def test_a_model_that_its_index_lists_as_the_only_file_is_merged(folders):
+    folder, base, adapter = folders
+    tensors = load_folder(folder / "base")
+    for path in (folder / "base").glob("model-*"):
+        path.unlink()
+    save_file(tensors, folder / "base" / "model.safetensors", {"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "model.safetensors")}
+    write_json(folder / "base" / "model.safetensors.index.json", index)
+    assert merge(folder) == 0
+    assert_merged(load_folder(folder / "out"), base, adapter)
+
+
+@pytest.mark.parametrize(
+    ("named", "status"),
+    [("model.safetensors.index.json", 0), ("old.safetensors", 2), ("model-1.safetensors", 2)],
+)
+def test_a_configuration_that_names_other_weights_is_refused(folders, capsys, named, status):
+    """Transformers loads the file that `transformers_weights` names before all others."""
+    folder, _, _ = folders
+    write_json(folder / "base" / "config.json", {"transformers_weights": named})
+    assert merge(folder) == status
+    assert ("transformers_weights" in capsys.readouterr().err) == (status == 2)
+
+
+def test_a_link_to_a_folder_in_the_model_is_followed(folders):
+    folder, _, _ = folders
+    base = folder / "base"
+    (base / "again").symlink_to("tokenizer")
+    (base / "sub").mkdir()
+    (base / "sub" / "deep").symlink_to(os.path.join("..", "again"))
+    (base / ".old").mkdir()
+    (base / ".old" / "x").write_text("x")
+    (base / ".hidden").symlink_to("tokenizer")
+    assert merge(folder, "--verify") == 0
+    for name in ("tokenizer", "again", "sub/deep"):
+        assert (folder / "out" / name / "vocab.txt").read_text() == "a\nb\n"
+        assert not (folder / "out" / name).is_symlink()
+    assert not list((folder / "out").glob(".*"))
+
+
+def test_a_link_to_a_folder_outside_the_model_is_refused_as_one_to_a_file_is(folders, capsys):
+    folder, _, _ = folders
+    (folder / "base" / "tok").symlink_to(folder / "adapter")
+    error = refused_with(folder, capsys)
+    real = (folder / "adapter").resolve()
+    assert f"base/tok: this link leads out of the folder, to {real}" in error
+    assert "put a copy there" in error
+
+
+@pytest.mark.parametrize("target", [".", "..", "../sub", "../tokenizer", "x"])
+def test_a_link_to_a_folder_that_contains_it_is_refused(folders, capsys, target):
+    folder, _, _ = folders
+    base = folder / "base"
+    (base / "sub").mkdir()
+    (base / "sub" / "x").symlink_to(target)
+    if target == "../tokenizer":  # each leads to the folder of the other
+        (base / "tokenizer" / "y").symlink_to(os.path.join("..", "sub"))
+    error = refused_with(folder, capsys)
+    assert error.count("\n") == 1
+    assert "remove it" in error
+
+
+def test_links_that_multiply_the_files_are_refused(folders, capsys, monkeypatch):
+    """Twenty folders, each with two links to the next one, would be a million files."""
+    folder, _, _ = folders
+    for number in range(20):
+        (folder / "base" / f"{number}").mkdir()
+        for name in "ab":
+            (folder / "base" / f"{number}" / name).symlink_to(os.path.join("..", f"{number + 1}"))
+    (folder / "base" / "20").mkdir()
+    monkeypatch.setattr(_model, "_LIMIT", 1000)
+    assert "must have at most 1000 files and folders" in refused_with(folder, capsys)
+
+
+def test_what_is_neither_a_file_nor_a_folder_is_refused(folders, capsys):
+    folder, _, _ = folders
+    os.mkfifo(folder / "base" / "pipe")
+    assert "base/pipe: is neither a file nor a folder; remove it" in refused_with(folder, capsys)
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(folders, capsys, monkeypatch):
+    folder, _, _ = folders
+    closed, scandir = str(folder / "base" / "tokenizer"), os.scandir
+
+    def deny(path):
+        if os.fspath(path) == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", closed)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", deny)
+    assert closed in refused_with(folder, capsys)
 
 
 def test_a_single_file_is_merged_into_a_file(tmp_path):
@@ -664,6 +841,65 @@ def test_torch_and_cupy_compute_the_merge(folders, monkeypatch, library):
     run_merge(plan, folder / "out")
     assert seen
     assert_merged(load_folder(folder / "out"), base, adapter)
+
+
+class Quiet(np.ndarray):
+    """An array of another library: NumPy's `errstate` does not reach its arithmetic."""
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        def plain(x):
+            if isinstance(x, tuple):
+                return tuple(map(plain, x))
+            return np.asarray(x) if isinstance(x, Quiet) else x
+
+        kwargs = {name: plain(x) for name, x in kwargs.items()}
+        with np.errstate(all="ignore"):
+            result = getattr(ufunc, method)(*plain(inputs), **kwargs)
+        return result.view(Quiet) if isinstance(result, np.ndarray) else result
+
+    def cpu(self):
+        return self
+
+    def numpy(self):
+        return np.asarray(self)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("weight", "magnitude", "alpha"),
+    [(1e-20, 1e30, 3.0), (1e-30, 3e38, 3.0), (1.0, 1.0, 1e39), (np.nan, 1.0, 3.0)],
+    ids=["m / n", "a gain", "s", "NaN"],
+)
+@pytest.mark.parametrize("library", ["numpy", "torch", "cupy"])
+def test_no_library_writes_an_infinity(
+    tmp_path, monkeypatch, library, weight, magnitude, alpha, transposed
+):
+    """NumPy raises where a number overflows; the other libraries go on with infinity."""
+    fakes = {
+        "torch": SimpleNamespace(
+            asarray=lambda x, device: x.view(Quiet),
+            cuda=SimpleNamespace(is_available=lambda: False),
+        ),
+        "cupy": SimpleNamespace(asarray=lambda x: x.view(Quiet), asnumpy=Quiet.numpy),
+    }
+    if library in fakes:
+        monkeypatch.setitem(sys.modules, library, fakes[library])
+    (tmp_path / "base").mkdir()
+    shape = (5, 7) if transposed else (7, 5)
+    base = {"block.0.q.weight": np.full(shape, weight, np.float32)}
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    changes = {"fan_in_fan_out": transposed, "lora_alpha": alpha}
+    write_adapter(tmp_path / "adapter", {"block.0.q": (7, 5)}, **changes)
+    prefix = "base_model.model.block.0.q"
+    added = {f"{prefix}.lora_magnitude_vector": np.full(7, magnitude)}
+    if alpha == 3.0:
+        added[f"{prefix}.lora_B.weight"] = np.zeros((7, 2))
+    edit_adapter(tmp_path, add=added, **changes)
+    plan = plan_merge(tmp_path / "base", tmp_path / "adapter", Options(library, compute="float32"))
+    problem = "contains NaN" if weight != weight else "has values too large for float32"
+    with pytest.raises(CheckpointError, match=f"block.0.q.weight {problem}"):
+        run_merge(plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -1231,6 +1467,66 @@ def test_an_adapters_tensor_that_does_not_fit(folders, capsys, name, tensor, mes
     folder, _, _ = folders
     edit_adapter(folder, add={f"base_model.model.{name}": tensor})
     assert message in refused(folder, capsys)
+
+
+def test_a_floating_tensor_for_one_of_integers_is_refused(folders, capsys):
+    folder, _, _ = folders
+    edit_adapter(folder, add={"base_model.model.steps": np.ones(3, np.float32)})
+    assert "base_model.model.steps of dtype F32 cannot replace steps of dtype I64" in refused(
+        folder, capsys
+    )
+    assert main(["audit", *(str(folder / name) for name in ("base", "adapter", "base"))]) == 2
+
+
+@pytest.mark.parametrize("other", ["block.0.q.modules_to_save", "block.0.q.base_layer"])
+def test_two_tensors_for_one_of_the_base_are_refused(folders, capsys, other):
+    folder, _, _ = folders
+    names = [f"base_model.model.{path}.bias" for path in ("block.0.q", other)]
+    edit_adapter(folder, add={names[0]: np.ones(7, "f4"), names[1]: np.zeros(7, "f4")})
+    error = refused(folder, capsys)
+    assert all(name in error for name in names)
+    assert "are both for block.0.q.bias, and differ" in error
+
+
+@pytest.mark.parametrize("bits", [np.ones(7, "f2"), np.array([0.0, 1, 1, 1, 1, 1, 1], "f4")])
+def test_tensors_for_one_of_the_base_differ_in_dtype_or_in_one_number(folders, capsys, bits):
+    folder, _, _ = folders
+    one, other = (f"base_model.model.block.0.q.{x}bias" for x in ("", "modules_to_save."))
+    edit_adapter(folder, add={one: np.ones(7, "f4"), other: bits})
+    assert "are both for block.0.q.bias" in refused(folder, capsys)
+
+
+def test_two_tensors_that_a_leading_name_makes_the_same_are_refused(tmp_path, capsys):
+    """The base has no `model.`: both names lose it, or have none."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "base").mkdir()
+    base = {"block.0.q.weight": draw(rng, 7, 5), "s.weight": draw(rng, 3, 3)}
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    write_adapter(tmp_path / "adapter", {"model.block.0.q": (7, 5)})
+    names = ("base_model.model.s.weight", "base_model.model.model.s.weight")
+    edit_adapter(tmp_path, add={name: np.full((3, 3), 2.0, "f4") for name in names})
+    error = refused_with(tmp_path, capsys)
+    assert f"{names[1]} and {names[0]} are both for s.weight" in error
+
+
+def test_the_copies_that_peft_saves_of_an_embedding_are_one_tensor(folders):
+    """PEFT saves three tensors of one that is in modules_to_save, with save_embedding_layers."""
+    folder, _, _ = folders
+    rng = np.random.default_rng(1)
+    new, before = draw(rng, 7), draw(rng, 7)
+    parts = {"": new, "modules_to_save.": new, "original_module.": before}
+    added = {f"base_model.model.block.0.q.{part}bias": leaf for part, leaf in parts.items()}
+    edit_adapter(folder, add=added)
+    assert merge(folder, "--verify", "--dtype", "float32") == 0
+    merged = load_folder(folder / "out")
+    assert merged["block.0.q.bias"].tobytes() == new.tobytes()
+
+
+def test_the_tensor_of_before_alone_is_not_dropped(folders, capsys):
+    folder, _, _ = folders
+    name = "block.0.q.original_module.bias"
+    edit_adapter(folder, add={f"base_model.model.{name}": np.ones(7, "f4")})
+    assert f"the base has no tensor {name}" in refused(folder, capsys)
 
 
 def test_factors_of_one_axis_are_refused(folders, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 
 import ml_dtypes
@@ -21,7 +22,15 @@ from doraxp.checkpoint import (
     sample_norms,
 )
 from doraxp.checkpoint._engine import Reused
-from doraxp.checkpoint._rounding import PIECE, Stochastic, to_either, to_nearest
+from doraxp.checkpoint._rounding import (
+    PIECE,
+    PRECISION,
+    Stochastic,
+    count_infinite,
+    to_either,
+    to_nearest,
+)
+from doraxp.checkpoint._safetensors import DTYPES
 from doraxp.cli import main
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -252,6 +261,24 @@ def test_a_stochastic_merge_depends_neither_on_jobs_nor_on_blocks_nor_on_a_resum
         assert nearest[name].tobytes() != tensor.tobytes()
 
 
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, -np.nan])
+def test_nan_and_infinity_are_counted_by_their_bits(name, value):
+    dtype = DTYPES[name]
+    largest = ml_dtypes.finfo(dtype).max
+    numbers = np.array([[0.0, -0.0, 1.0], [largest, -largest, -1.0]], dtype)
+    assert count_infinite(numbers) == 0
+    assert count_infinite(numbers[:0]) == 0
+    numbers[0, 1:] = value
+    assert count_infinite(numbers) == 2
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_the_table_of_precision_is_that_of_the_dtypes(name):
+    info = ml_dtypes.finfo(DTYPES[name])
+    assert PRECISION[name] == (float(info.eps), float(info.smallest_normal))
+
+
 def test_wider_tensors_are_rounded_to_nearest(tmp_path):
     write(tmp_path, "float32", 1e-3)
     _, nearest = merged(tmp_path)
@@ -260,10 +287,39 @@ def test_wider_tensors_are_rounded_to_nearest(tmp_path):
         assert stochastic[name].tobytes() == tensor.tobytes()
 
 
-@pytest.mark.parametrize("options", [{"rounding": "up"}, {"seed": -1}, {"seed": 1 << 64}])
-def test_wrong_options_are_refused(options):
-    with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({"rounding": "up"}, "rounding must be 'nearest' or 'stochastic', got 'up'"),
+        ({"rounding": None}, "rounding must be 'nearest' or 'stochastic', got None"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"seed": 1 << 64}, "seed must be below 18446744073709551616, got 18446744073709551616"),
+        ({"backend": "jax"}, "backend must be 'numpy', 'torch' or 'cupy', got 'jax'"),
+        ({"backend": "Torch"}, "backend must be 'numpy', 'torch' or 'cupy', got 'Torch'"),
+        ({"compute": "float16"}, "compute must be 'float32', 'float64' or None, got 'float16'"),
+        ({"compute": np.float32}, "compute must be 'float32', 'float64' or None, got <class"),
+        ({"dtype": "bfloat16"}, "dtype must be 'F64', 'F32', 'F16', 'BF16' or None, got 'bfloa"),
+        ({"dtype": ["F16"]}, "dtype must be 'F64', 'F32', 'F16', 'BF16' or None, got ['F16']"),
+    ],
+)
+def test_wrong_options_are_refused(options, rule):
+    with pytest.raises(ValueError, match=f"^{re.escape(rule)}"):
         Options(**options)
+
+
+@pytest.mark.parametrize("seed", [1.0, "1", True, None])
+def test_a_seed_that_is_not_an_integer_is_refused(seed):
+    with pytest.raises(TypeError, match="seed must be an integer, got "):
+        Options(seed=seed)
+
+
+def test_an_integer_of_numpy_is_a_seed(tmp_path):
+    """The notes of a merge have the options, as JSON."""
+    write(tmp_path, "bfloat16", 1e-3)
+    _, one = merged(tmp_path, rounding="stochastic", seed=np.uint64(3))
+    _, other = merged(tmp_path, "other", rounding="stochastic", seed=3)
+    for name, tensor in one.items():
+        assert other[name].tobytes() == tensor.tobytes()
 
 
 # Norms of the base beside m
@@ -326,3 +382,26 @@ def test_a_magnitude_that_was_never_trained_is_warned_of(tmp_path, capsys):
         "doraxp merge: warning: the adapter has B = 0 and norms m that BASE does not have, so it "
         "is not a fresh adapter of BASE: m.0.q, m.1.q\n"
     )
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("place", [(0, 0), (95, -1)])
+@pytest.mark.parametrize("scale", [1.0, 1.1])
+def test_one_number_of_b_that_is_not_zero_makes_an_adapter_trained(
+    tmp_path, capsys, monkeypatch, transposed, place, scale
+):
+    """The sample of rows is in the middle; B is read as a whole, block by block."""
+    monkeypatch.setattr(_rows, "BLOCK", 64)
+    before, _ = write(tmp_path, "float32", 1.0, modules=1, transposed=transposed)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    (name,) = before
+    key = f"base_model.model.{name.removesuffix('weight')}"
+    weight = before[name].T if transposed else before[name]
+    b = np.zeros_like(tensors[f"{key}lora_B.weight"])
+    b[place] = 1e-3
+    m = np.float32(scale) * norms(weight)
+    tensors |= {f"{key}lora_magnitude_vector": m, f"{key}lora_B.weight": b}
+    save_file(tensors, path)
+    warned = "or its magnitude was never trained" in warnings(tmp_path, capsys)
+    assert warned == (scale == 1.0)

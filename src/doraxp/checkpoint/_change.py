@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from doraxp.checkpoint._rows import Norms
 from doraxp.layers import AdaptedLayer
 
-_ROUNDING, _KEPT = 1e-6, 0.9
+IDLE, KEPT = 1e-6, 0.9
+"""The relative change of a row that the rounding of m to float32 may cause without training; the
+part of a change that the stored dtype should keep."""
 
 
 class Change(NamedTuple):
@@ -30,12 +32,12 @@ class Change(NamedTuple):
     @property
     def is_idle(self) -> bool:
         """Whether the rounding of m to float32 alone may have caused the change."""
-        return self.largest <= _ROUNDING
+        return self.largest <= IDLE
 
     @property
     def is_lost(self) -> bool:
         """Whether the stored dtype keeps less than nine tenths of the change."""
-        return self.kept < _KEPT
+        return self.kept < KEPT
 
 
 def joined(norms: Iterable[Norms]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -77,5 +79,5 @@ def change(norms: Iterable[Norms], layer: AdaptedLayer, kept: float = 1.0) -> Ch
         float(np.mean(np.abs(length - base))),
         float(np.mean(direction)),
         largest,
-        kept if largest > _ROUNDING else 1.0,
+        kept if largest > IDLE else 1.0,
     )

@@ -51,6 +51,9 @@ class Engine(NamedTuple):
     """Multiplies two matrices there."""
     fetch: Callable[[EngineArray], HostArray]
     """Brings an array back."""
+    raises: bool = False
+    """Whether a number that overflows raises FloatingPointError. It does with NumPy alone, within
+    `np.errstate`; the other libraries go on with infinity."""
 
 
 def load_engine(backend: str) -> Engine:
@@ -72,4 +75,4 @@ def load_engine(backend: str) -> Engine:
         out = empty((left.shape[0], right.shape[1]), left.dtype)
         return np.matmul(left, right, out=out)
 
-    return Engine(lambda x: x, product, lambda x: x)
+    return Engine(lambda x: x, product, lambda x: x, raises=True)

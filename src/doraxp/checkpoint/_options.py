@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from doraxp._base.safetensors import Tensor
+from doraxp._base.scalars import check_count
 from doraxp.checkpoint._safetensors import DTYPES
+
+_CHOICES = {
+    "backend": ("numpy", "torch", "cupy"),
+    "compute": ("float32", "float64", None),
+    "dtype": (*DTYPES, None),
+    "rounding": ("nearest", "stochastic"),
+}
 
 
 @dataclass(frozen=True)
@@ -27,10 +35,16 @@ class Options:
     """Of the stochastic rounding, in 0..2**64 - 1. The same seed gives the same bytes."""
 
     def __post_init__(self) -> None:
-        if self.rounding not in ("nearest", "stochastic"):
-            raise ValueError(f"rounding must be nearest or stochastic, got {self.rounding!r}")
-        if not 0 <= self.seed < 1 << 64:
-            raise ValueError(f"seed must be in 0..{(1 << 64) - 1}, got {self.seed}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                *most, last = map(repr, choices)
+                raise ValueError(
+                    f"{name} must be {', '.join(most)} or {last}, got {getattr(self, name)!r}"
+                )
+        seed = check_count("seed", self.seed)
+        if seed >= 1 << 64:
+            raise ValueError(f"seed must be below {1 << 64}, got {seed}")
+        object.__setattr__(self, "seed", seed)  # an integer of NumPy cannot be written as JSON
 
 
 def written_as(tensor: Tensor, options: Options) -> Tensor:

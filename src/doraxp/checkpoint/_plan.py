@@ -72,6 +72,7 @@ def plan(model: Model, adapters: AdapterSet) -> dict[str, Task]:
     }
     merged, unmerged = _merged_tensors(adapters, names, sources, replaced)
     problems = [
+        *_doubles(adapters, names),
         *_misfits(replaced, tensors),
         *unmerged,
         *_ambiguous(merged, adapters),
@@ -115,6 +116,15 @@ def _merged_tensors(
     return merged, problems
 
 
+def _doubles(adapters: AdapterSet, names: Mapping[str, str]) -> Iterator[str]:
+    """Yield a message for each two whole tensors that are for one tensor of the base."""
+    first: dict[str, str] = {}
+    for name, own in adapters.replacements.items():
+        other = first.setdefault(names[name], own)
+        if other != own:
+            yield f"{other} and {own} are both for {names[name]}"
+
+
 def _misfits(replaced: Mapping[str, Source], tensors: Mapping[str, Tensor]) -> Iterator[str]:
     """Yield a message for each whole tensor that does not fit the base."""
     for name, source in replaced.items():
@@ -125,6 +135,11 @@ def _misfits(replaced: Mapping[str, Source], tensors: Mapping[str, Tensor]) -> I
             yield f"{source.name} {shape} does not fit {name} {tensors[name].shape}"
         elif dtype not in DTYPES:
             yield f"{source.name} must be of dtype {', '.join(DTYPES)}, got {dtype}"
+        elif tensors[name].dtype not in DTYPES:
+            yield (
+                f"{source.name} of dtype {dtype} cannot replace {name} of dtype "
+                f"{tensors[name].dtype}: remove it from the adapter"
+            )
 
 
 def _as_stored(name: str, layer: StoredLayer, tensor: Tensor) -> StoredLayer:

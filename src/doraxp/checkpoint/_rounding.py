@@ -19,18 +19,31 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from doraxp._base.safetensors import Tensor
 from doraxp._base.types import HostArray
 from doraxp.checkpoint._engine import Reused
 from doraxp.checkpoint._options import Options
+from doraxp.checkpoint._safetensors import DTYPES
 
 PIECE = 1 << 16
 """Numbers that are rounded at a time; their bits stay in the cache. A multiple of 16."""
-_BFLOAT16, _FLOAT16 = np.dtype(ml_dtypes.bfloat16), np.dtype("<f2")
-_INFINITY = {_BFLOAT16: 0x7F80, _FLOAT16: 0x7C00}
+PRECISION = {
+    "F64": (2.0**-52, 2.0**-1022),
+    "F32": (2.0**-23, 2.0**-126),
+    "F16": (2.0**-10, 2.0**-14),
+    "BF16": (2.0**-7, 2.0**-126),
+}
+"""Epsilon and the smallest normal number of each dtype, as safetensors files name it."""
+_BFLOAT16 = DTYPES["BF16"]
+_INFINITY = {
+    DTYPES["F64"]: 0x7FF0 << 48,
+    DTYPES["F32"]: 0x7F80 << 16,
+    DTYPES["F16"]: 0x7C00,
+    _BFLOAT16: 0x7F80,
+}
+"""The bits of infinity. Those of NaN are larger."""
 _PER_COUNTER = 16
 """Numbers that the four words of one counter serve."""
 
@@ -80,7 +93,7 @@ def to_nearest(
     with np.errstate(over="raise"):
         written = np.ascontiguousarray((memory or Reused()).cast(rows, dtype))
     # NumPy raises for its own dtypes only.
-    is_suspect = dtype == _BFLOAT16 and _has_infinity(written)
+    is_suspect = dtype == _BFLOAT16 and count_infinite(written) > 0
     if is_suspect and (np.isfinite(rows) & ~np.isfinite(written)).any():
         raise FloatingPointError("overflow in bfloat16")
     return written
@@ -126,7 +139,7 @@ def to_either(
             x = exact.astype(np.float32, copy=False)
         rounded(x, bits, out, scratch[: bits.size])
         # NaN, infinity, and numbers beside the largest one, which have no neighbour above.
-        if not np.isfinite(x).all() or _has_infinity(out):
+        if not np.isfinite(x).all() or count_infinite(out):
             odd = ~np.isfinite(x) | ~np.isfinite(out)
             out[odd] = to_nearest(exact[odd], dtype)
     return written
@@ -156,13 +169,16 @@ def _to_float16(x: HostArray, bits: HostArray, out: HostArray, scratch: HostArra
     out[small] = np.copysign(steps, x[small])
 
 
-def _has_infinity(numbers: HostArray) -> bool:
-    """Return True if numbers of 16 bits contain infinity or NaN.
+def count_infinite(numbers: HostArray) -> int:
+    """Return how many numbers are NaN or infinity. Their dtype is one of `DTYPES`.
 
     Of the numbers of one sign, as integers, those are the largest. So this is faster than isfinite.
     """
-    infinity = _INFINITY[numbers.dtype]
-    return bool(
-        numbers.view(np.int16).max(initial=0) >= infinity
-        or numbers.view(np.uint16).max(initial=0) >= infinity | 0x8000
-    )
+    infinity, size = _INFINITY[numbers.dtype], numbers.itemsize
+    bits, sign = numbers.view(f"u{size}"), 1 << (8 * size - 1)
+    # The integers of NumPy's own types would be wider here.
+    one, both, rest = (bits.dtype.type(x) for x in (infinity, sign | infinity, sign - 1))
+    largest = numbers.view(f"i{size}").max(initial=0)
+    if largest < infinity and bits.max(initial=0) < both:
+        return 0
+    return int(np.count_nonzero((bits & rest) >= one))

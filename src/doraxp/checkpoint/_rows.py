@@ -85,6 +85,8 @@ def merged_blocks(
                 raise CheckpointError(
                     f"{source.reader.path}: {source.name} contains NaN or infinity"
                 )
+            if not engine.raises:
+                _check_finite(block.merged)
             yield block
     except FloatingPointError:
         raise CheckpointError(f"{name} has values too large for {dtype}") from None
@@ -110,11 +112,13 @@ def _merge(
     Raises
     ------
     FloatingPointError
-        Values are too large for `dtype`, with NumPy.
+        Values are too large for `dtype`, and the engine raises.
     """
     with np.errstate(over="raise"):
         a, b, m = (engine.place(np.asarray(leaf, dtype)) for leaf in layer.adapter)
         b = layer.config.scaling * b
+    if not engine.raises:
+        _check_finite(engine.fetch(b))
     ops, wide = operations(lora_a=a, lora_b=b, magnitude=m), Reused()
     left, right = b, a  # V - W, as it is stored, is left @ right
     if layer.kind.is_transposed:
@@ -172,6 +176,12 @@ def _row_norms(rows: Array, ops: Operations) -> Array:
 def _gain(m: Array, norm: Array, ops: Operations) -> Array:
     with np.errstate(invalid="ignore", over="raise"):
         return ops.over_norm(m, norm)
+
+
+def _check_finite(array: HostArray) -> None:
+    """Raise FloatingPointError for NaN or infinity, which finite numbers give only by overflow."""
+    if not np.isfinite(array).all():
+        raise FloatingPointError("overflow")
 
 
 def _flat(rows: HostArray) -> HostArray:

@@ -1,4 +1,4 @@
-"""Row norms of the base beside m, from a few rows of each weight, before a merge begins.
+"""Row norms of the base beside m, from a few rows of each weight and all of B, before a merge.
 
 ::
 
@@ -15,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from doraxp._base.types import HostArray
 from doraxp.checkpoint._merge import Merge
 from doraxp.checkpoint._plan import MergedTensor
 from doraxp.checkpoint._rows import row_blocks
+from doraxp.checkpoint._safetensors import Source
 
 ROWS = 16
 """Rows of each weight, side by side: one read."""
@@ -43,7 +43,7 @@ class SampledNorms(NamedTuple):
 
 
 def sample_norms(merge: Merge) -> SampledNorms:
-    """Compare ‖wᵢ‖ with mᵢ in some rows of each adapted weight.
+    """Compare ‖wᵢ‖ with mᵢ in some rows of each adapted weight, and B with 0.
 
     A weight above 64 MiB that is stored transposed, as embeddings are, is left out.
 
@@ -64,7 +64,7 @@ def sample_norms(merge: Merge) -> SampledNorms:
         out = task.layer.kind.matrix_shape(task.layer.shape)[-2]
         middle = max(0, (out - ROWS) // 2)
         rows = slice(middle, min(middle + ROWS, out))
-        is_fresh = not _rows_of_b(merge, task, rows).any()
+        is_fresh = _is_fresh(merge, task)
         if _norms_are_m(merge, task, rows):
             if not is_fresh:
                 equal.append(task.path)
@@ -94,8 +94,8 @@ def _matrix_rows(task: MergedTensor, rows: slice) -> NDArray[np.float64]:
     return source.read(rows).reshape(rows.stop - rows.start, -1).astype(np.float64)
 
 
-def _rows_of_b(merge: Merge, task: MergedTensor, rows: slice) -> HostArray:
-    reader, name = merge.adapters.reader, task.layer.names.lora_b
-    if task.layer.factors_transposed:
-        return reader.read(name)[:, rows]
-    return reader.read(name, rows)
+def _is_fresh(merge: Merge, task: MergedTensor) -> bool:
+    """Return True if B = 0. The first rows of a trained B nearly always show that it is not."""
+    b = Source(merge.adapters.reader, task.layer.names.lora_b)
+    first = slice(0, min(ROWS, b.tensor.shape[0]))
+    return not any(b.read(rows).any() for rows in (first, *row_blocks(b.tensor.shape)))

@@ -25,6 +25,8 @@ from doraxp.layers import AdaptedLayer
 FORMATS: tuple[Format, ...] = (peft, mlx, lycoris)
 """In the order in which they are tried."""
 _WRITABLE = {format.NAME: format for format in FORMATS if isinstance(format, WritableFormat)}
+FILES = tuple(format.FILE for format in _WRITABLE.values())
+"""The names of the files of tensors in an adapter's folder."""
 _PICKLE = "adapter_model.bin"
 """PEFT's file of before safetensors."""
 
@@ -61,13 +63,17 @@ def load_adapters(path: str | os.PathLike[str]) -> AdapterSet:
 
 
 def _adapter_file(path: Path) -> Path:
+    if not os.path.lexists(path) and _hidden(path).is_dir():
+        raise FileNotFoundError(
+            f"{path}: no such file or folder; a save was stopped when it replaced this adapter: "
+            f"save it again, or rename {_hidden(path)}, which has the adapter of before"
+        )
     if not path.is_dir():
         return path
-    names = [format.FILE for format in _WRITABLE.values()]
     # The reader refuses the pickle, and says how to convert it.
-    found = [path / name for name in (*names, _PICKLE) if (path / name).is_file()]
+    found = [path / name for name in (*FILES, _PICKLE) if (path / name).is_file()]
     if not found:
-        raise FileNotFoundError(f"{path}: the folder must contain {' or '.join(names)}")
+        raise FileNotFoundError(f"{path}: the folder must contain {' or '.join(FILES)}")
     return found[0]
 
 
@@ -92,7 +98,8 @@ def save_adapters(
         mlx-lm has one rank and one s for all modules, and linear layers only.
     overwrite : bool
         Replace a folder that has an adapter's files and no others. The old one stays until the new
-        one is complete.
+        one is complete. It then has the name ``.NAME.replaced`` for a moment; if the process is
+        killed in that moment, the next call puts it back first.
 
     Raises
     ------
@@ -113,6 +120,10 @@ def save_adapters(
     if not adapters:
         raise ValueError("adapters must hold at least one layer")
     target = Path(path)
+    replaced = _hidden(target)
+    if os.path.lexists(replaced):
+        _check_replaceable(replaced, overwrite=True)
+        _put_back(target)
     if os.path.lexists(target):
         _check_replaceable(target, overwrite=overwrite)
     if not target.parent.is_dir():
@@ -122,21 +133,35 @@ def save_adapters(
     contiguous = {name: np.ascontiguousarray(leaf) for name, leaf in written.tensors.items()}
     text = json.dumps(written.config, indent=2, sort_keys=True) + "\n"
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        complete, replaced = Path(folder) / "complete", Path(folder) / "replaced"
+        complete = Path(folder) / "complete"
         complete.mkdir()
         # The library would write a file that only its owner can read.
         write_durably(complete / _WRITABLE[format].FILE, save(contiguous, {"format": "pt"}))
         write_durably(complete / CONFIG, text.encode())
         sync(complete)
+        if replaced.exists():  # a save was killed when it had only to remove this
+            replaced.rename(Path(folder) / "older")
         try:
             if target.exists():
                 target.rename(replaced)
             complete.rename(target)
         except BaseException:
-            if replaced.exists():
-                replaced.rename(target)
+            _put_back(target)
             raise
         sync(target.parent)
+        if replaced.exists():
+            replaced.rename(Path(folder) / "old")
+
+
+def _hidden(target: Path) -> Path:
+    """Return the name that an adapter has while another one takes its place."""
+    return target.with_name(f".{target.name}.replaced")
+
+
+def _put_back(target: Path) -> None:
+    """Give an adapter its name again, if no other one has taken it."""
+    if not os.path.lexists(target) and _hidden(target).exists():
+        _hidden(target).rename(target)
 
 
 def _check_replaceable(target: Path, *, overwrite: bool) -> None:
@@ -147,7 +172,7 @@ def _check_replaceable(target: Path, *, overwrite: bool) -> None:
         )
     if target.is_symlink() or not target.is_dir():
         raise FileExistsError(f"{target}: must be a folder to be replaced")
-    known = {CONFIG, *(format.FILE for format in _WRITABLE.values())}
+    known = {CONFIG, *FILES}
     foreign = sorted(
         path.name for path in target.iterdir() if path.name not in known or path.is_dir()
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,7 @@ _NAME = re.compile(
     r"|(?P<m>lora_magnitude_vector|weight_m_wdecomp))(?:\.default)?(?:\.weight)?"
 )
 _PARTS = {"lora_A", "lora_embedding_A", "lora_magnitude_vector", "weight_m_wdecomp"}
+_BEFORE = re.compile(r"\.original_module(?=\.[^.]+$)")
 # The values of ``init_lora_weights`` that change the base weights, and those that do not.
 _CHANGES_BASE = re.compile(r"(pissa.*|olora|loftq|corda.*|lora_ga)", re.IGNORECASE)
 _KEEPS_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
@@ -76,7 +77,7 @@ def read(reader: Reader) -> AdapterSet:
             path: _layer(reader, path, names[path], configs[path], transposed=transposed)
             for path in names
         },
-        {_base_name(name): name for name in rest},
+        _whole_tensors(reader, rest),
         _base_change(config, where),
         _trained_biases(config, where),
     )
@@ -129,10 +130,43 @@ def _sort_names(reader: Reader) -> tuple[dict[str, dict[str, str]], list[str]]:
     return parts, rest
 
 
+def _whole_tensors(reader: Reader, names: Iterable[str]) -> dict[str, str]:
+    """Return the file's name of each whole tensor, by its name in the base.
+
+    With ``save_embedding_layers``, PEFT saves a trained embedding under two names, and beside it
+    the one of before the training, which is left out here.
+    """
+    found: dict[str, str] = {}
+    before = []
+    for name in names:
+        if _BEFORE.search(name):
+            before.append(name)
+            continue
+        own = _base_name(name)
+        if own in found and not _equal(reader, name, found[own]):
+            raise CheckpointError(
+                f"{reader.path}: {found[own]} and {name} are both for {own}, and differ: remove "
+                "the one that is out of date"
+            )
+        found.setdefault(own, name)
+    return found | {
+        _base_name(name): name for name in before if _base_name(_BEFORE.sub("", name)) not in found
+    }
+
+
 def _base_name(name: str) -> str:
     """Return the base's name of a whole tensor in the file."""
     name = name.removeprefix(_PREFIX)
     return re.sub(r"\.(base_layer|modules_to_save(\.default)?)(?=\.[^.]+$)", "", name)
+
+
+def _equal(reader: Reader, one: str, other: str) -> bool:
+    """Return whether two tensors have the same bytes."""
+    pairs = zip(reader.chunks(one), reader.chunks(other), strict=True)
+    return reader.tensors[one] == reader.tensors[other] and all(
+        np.array_equal(np.frombuffer(first, np.uint8), np.frombuffer(second, np.uint8))
+        for first, second in pairs
+    )
 
 
 def _complete_names(
@@ -200,7 +234,7 @@ def _layer_configs(paths: Collection[str], config: JsonObject, where: Path) -> d
         ranks, alphas = (_pattern(f"{name}_pattern", config) for name in ("rank", "alpha"))
         # Python warns of sets of letters whose meaning may change.
         with warnings.catch_warnings(action="ignore"):
-            ranks, alphas = (values_by_path(pattern, paths) for pattern in (ranks, alphas))
+            ranks, alphas = (_values(pattern, paths) for pattern in (ranks, alphas))
         for path in paths:
             # PEFT takes a negative alpha as it is, and null as 8. In Config both mean the rank,
             # so both are refused here.
@@ -219,6 +253,33 @@ def _pattern(name: str, config: JsonObject) -> JsonObject:
     if not isinstance(pattern, dict):
         raise TypeError(f"{name} must be an object of patterns and numbers, got {pattern!r}")
     return pattern
+
+
+def _values(pattern: JsonObject, paths: Collection[str]) -> JsonObject:
+    """Return the value of each path that a key of the pattern matches: that of the first one.
+
+    A file that `write` made may have a key for each of many thousand modules. Such a key is found
+    by itself, because an automaton of all of them would be too large.
+    """
+    if not pattern:
+        return {}
+    places = {key: place for place, key in enumerate(pattern)}
+    exact = {path: places[key] for path in paths if (key := _whole_path(path)) in places}
+    keys = {_whole_path(path) for path in exact}
+    others = values_by_path({key: places[key] for key in pattern if key not in keys}, paths)
+    values = list(pattern.values())
+    last = len(values)
+    return {
+        path: values[min(exact.get(path, last), others.get(path, last))] for path in exact | others
+    }
+
+
+def _whole_path(path: str) -> str:
+    """Return the pattern that matches this path alone.
+
+    PEFT matches a key with the end of a path; ^ keeps it from matching the end of another one.
+    """
+    return f"^{re.escape(path)}"
 
 
 def write(adapters: Mapping[str, AdaptedLayer]) -> Written:
@@ -248,8 +309,7 @@ def _configuration(adapters: Mapping[str, AdaptedLayer]) -> JsonObject:
     first, *others = configs.values()
     if any(config.rslora != first.rslora for config in others):
         raise ValueError("PEFT has one use_rslora for all modules, but these differ")
-    # PEFT matches a key with the end of a path; ^ keeps it from matching the end of another one.
-    keys = {path: f"^{re.escape(path)}" for path in configs}
+    keys = {path: _whole_path(path) for path in configs}
     ranks = {keys[path]: config.rank for path, config in configs.items()}
     alphas = {keys[path]: _alpha(config) for path, config in configs.items()}
     return {
