@@ -474,7 +474,7 @@ def test_the_old_adapter_of_a_save_that_was_stopped_at_its_end_is_replaced(tmp_p
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_a_file_at_the_hidden_name_that_is_no_adapter_is_kept(tmp_path, there):
+def test_a_file_at_the_hidden_name_that_is_not_an_adapter_is_kept(tmp_path, there):
     if there:
         save_adapters(tmp_path / "a", layers())
     (tmp_path / ".a.replaced").mkdir()

@@ -306,7 +306,7 @@ def test_links_that_multiply_the_files_are_refused(folders, capsys, monkeypatch)
     assert "must have at most 1000 files and folders" in refused_with(folder, capsys)
 
 
-def test_what_is_neither_a_file_nor_a_folder_is_refused(folders, capsys):
+def test_a_pipe_in_the_base_is_refused(folders, capsys):
     folder, _, _ = folders
     os.mkfifo(folder / "base" / "pipe")
     assert "base/pipe: is neither a file nor a folder; remove it" in refused_with(folder, capsys)

@@ -28,7 +28,7 @@ _WEIGHTS = re.compile(
       | (gguf | ggml) (\.part.* | -split-.*)? | llamafile                       # llama.cpp
       | mlmodel | pte | engine | plan | litertlm | task
     ) | openvino_.+ \.xml""",
-    re.VERBOSE | re.IGNORECASE,
+    re.VERBOSE | re.IGNORECASE | re.DOTALL,
 )
 _LIMIT = 100_000
 """Files and folders of a model; the largest ones have some thousand. Links may multiply them."""
