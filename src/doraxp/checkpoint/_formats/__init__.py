@@ -43,8 +43,8 @@ def load_adapters(path: str | os.PathLike[str]) -> AdapterSet:
     Returns
     -------
     AdapterSet
-        A mapping of paths to AdaptedLayer. Only the header has been read; each access to an
-        adapter reads it.
+        A mapping of paths to AdaptedLayer. Only the header has been read, and whole tensors that
+        the file has twice; each access to an adapter reads it.
 
     Raises
     ------
