@@ -107,7 +107,7 @@ def test_other_files_of_the_folder_are_copied_but_other_weights_are_not(folders,
     assert index["metadata"]["total_size"] == sum(sizes)
     assert not (out / "pytorch_model.bin").exists()
     printed = capsys.readouterr().out
-    assert "Left out, weights that were not merged: pytorch_model.bin" in printed
+    assert "Left out: pytorch_model.bin" in printed
     assert f"{out}: complete\n" in printed
     assert sorted(path.name for path in folder.iterdir()) == ["adapter", "base", "out"]
     with safe_open(out / "model-1.safetensors", "numpy") as file:

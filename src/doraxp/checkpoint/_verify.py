@@ -16,19 +16,13 @@ from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._merge import Merge
 from doraxp.checkpoint._options import written_as
 from doraxp.checkpoint._plan import MergedTensor
+from doraxp.checkpoint._rounding import PRECISION
 from doraxp.checkpoint._rows import row_blocks
 from doraxp.checkpoint._safetensors import DTYPES, Reader, Source
 from doraxp.layers import AdaptedLayer
 
 SAMPLE = 16
 """Rows of each matrix."""
-_PRECISION = {
-    "F64": (2.0**-52, 2.0**-1022),
-    "F32": (2.0**-23, 2.0**-126),
-    "F16": (2.0**-10, 2.0**-14),
-    "BF16": (2.0**-7, 2.0**-126),
-}
-"""Epsilon and the smallest normal number."""
 
 
 class _Sample(NamedTuple):
@@ -77,7 +71,7 @@ def _verify_merged(source: Source, written: Source, layer: AdaptedLayer) -> None
     gain = np.divide(sample.magnitude[:, None], norm, out=np.zeros_like(norm), where=norm > 0)
     desired = gain * v
     actual = _matrix_rows(written, sample.rows, is_transposed=is_transposed)
-    epsilon, normal = _PRECISION[written.tensor.dtype]
+    epsilon, normal = PRECISION[written.tensor.dtype]
     # Below the smallest normal number the distance to the next one no longer shrinks.
     bound = np.maximum(np.abs(desired), normal) * epsilon
     # Where W and the update cancel, V has the rounding errors of W.

@@ -278,7 +278,7 @@ def _print_summary(merge: Merge, console: Console) -> None:
     )
     if merge.model.left_out:
         names = ", ".join(str(file) for file in merge.model.left_out)
-        print_names(f"Left out, weights that were not merged: {names}", console)
+        print_names(f"Left out: {names}", console)
 
 
 def _warn_of_changes(changes: Mapping[str, Change]) -> None:
