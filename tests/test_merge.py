@@ -1015,21 +1015,6 @@ def test_a_stopped_merge_goes_on_from_its_finished_shards(folders, monkeypatch):
     assert not (folder / ".out.partial").exists()
 
 
-@pytest.mark.parametrize("left", ["", "["])
-def test_a_shard_whose_notes_were_lost_is_merged_again(folders, monkeypatch, left):
-    folder, base, adapter = folders
-
-    def fail(*_):
-        raise OSError(5, "Input/output error")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(_run, "copy_others", fail)
-        assert merge(folder) == 2
-    (folder / ".out.partial" / "model-1.safetensors.json").write_text(left)  # as a power cut may
-    assert merge(folder, "--verify") == 0
-    assert_merged(load_folder(folder / "out"), base, adapter)
-
-
 def test_an_interrupt_says_how_to_go_on(folders, capsys, monkeypatch):
     folder, base, adapter = folders
 
@@ -1090,23 +1075,6 @@ def test_a_link_at_out_is_replaced_only_by_force(folders, capsys):
     assert "already exists; --force replaces it" in capsys.readouterr().err
     assert merge(folder, "--force") == 0
     assert not (folder / "out").is_symlink()
-    assert_merged(load_folder(folder / "out"), base, adapter)
-
-
-def test_an_unfinished_shard_of_a_killed_merge_is_removed(folders, monkeypatch):
-    folder, base, adapter = folders
-    left = folder / ".out.partial" / "0123.unfinished"
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(_run, "copy_others", stop)
-        assert merge(folder) == 130
-        left.write_bytes(b"of a merge that was killed")
-        assert merge(folder) == 130
-    assert not left.exists()
-    assert merge(folder) == 0
     assert_merged(load_folder(folder / "out"), base, adapter)
 
 
