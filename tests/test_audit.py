@@ -664,7 +664,7 @@ def test_columns_that_were_not_merged_are_named(tmp_path, in_steps):
 def test_rows_of_steps_in_16_bits_without_m_are_named(tmp_path):
     case = Case(tmp_path, {"linear": (LayerKind(), (400, 200))}, "bfloat16", 2e-2)
     step = rounds_to("bfloat16")
-    weight = in_a_part(case, lambda v, m, w: v, slice(64, 192), step=step)
+    weight = in_a_part(case, lambda v, m, w: v, slice(128, 256), step=step)
     assert case.fault(WEIGHT, weight) == "plain LoRA"
 
 

@@ -5,15 +5,17 @@
     e, e'   the errors of S by the right formula and by another one, in bounds, (k, in)
     d       e² − e'² of one unit: of one number, or of a row's numbers in the part
 
-    a part is of the other formula where  Σ d > λ √(Σ d²),    λ² = 2 ln(parts · formulas / 10⁻⁷)
+    the right formula did not make a part where  Σ d > λ √(Σ d²),   λ² = 2 ln(parts · formulas / p)
 
 In a right merge e has either sign with the same probability, and then P(Σ d > λ √(Σ d²)) is at most
-exp(−λ² / 2), for errors of any size. So among all parts of a weight and all formulas, the
-probability of a false alarm is 10⁻⁷. For this the errors of the units must be independent of each
-other. Where a merge rounds n or m / n to 16 bits, those of a row have one cause: the row is the
-unit then, and a number otherwise. A part needs about 60 units.
+exp(−λ² / 2). So among all parts and all formulas, the probability of a false alarm is at most
+p = 10⁻⁷. For this the errors of the units must be independent of each other. Where a merge rounds n
+or m / n to 16 bits, those of a row have one cause: the row is the unit then, and a number
+otherwise. A part needs about 60 units.
 
-The parts are 1, 2, 4, 8 … rows or columns, side by side in the sample.
+A number has 1/16 at most, which is the square of one step of its dtype: the numbers with the
+smallest bounds must not outweigh all others. The parts are 1, 2, 4, 8 … rows or columns, side by
+side in the sample.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ _CHANCE = 1e-7
 """The probability of a false alarm in one weight."""
 _FORMULAS = 200
 """There are fewer formulas, in all ways of rounding."""
-_LARGEST = 1e70
+_LARGEST = 1 / 16
 
 
 def limit(tests: int) -> float:
@@ -37,8 +39,13 @@ def limit(tests: int) -> float:
     return float(2 * np.log(tests / _CHANCE))
 
 
+def limited(numbers: Wide) -> Wide:
+    """Return numbers with 1/16 at most; 0 for NaN."""
+    return np.clip(np.nan_to_num(numbers, nan=0.0), -_LARGEST, _LARGEST)
+
+
 class Part(NamedTuple):
-    """Some rows or columns of a sample that another formula made."""
+    """Some rows or columns of a sample that the right formula did not make."""
 
     axis: int
     """0 for rows, 1 for columns."""
@@ -47,7 +54,8 @@ class Part(NamedTuple):
     gain: float
     """Σ d."""
     fits: bool
-    """Whether the other formula's cost is less than a quarter of the right one's."""
+    """Whether the other formula made it: there it explains three quarters of the right one's
+    costs, beyond those that the right one has outside, and outside these are less than half."""
 
     def rank(self) -> tuple[bool, float]:
         """Return a key that is larger for a part that says more."""
@@ -66,45 +74,48 @@ class Parts:
     """
 
     def __init__(self, error: Wide, *, by_rows: bool) -> None:
-        self._squares, self._by_rows = _squares(error), by_rows
+        with np.errstate(over="ignore"):
+            self._squares, self._by_rows = error * error, by_rows
+        self._right = limited(self._squares)
         self._limit = limit(2 * sum(error.shape) * _FORMULAS)
         units = np.count_nonzero(self._squares.any(axis=1) if by_rows else self._squares)
         self._possible = bool(units >= self._limit)  # Σ d ≤ √units √(Σ d²)
 
-    def made_by(self, other: Wide) -> Part | None:
-        """Return the part with the largest gain; None if there is no part of the other formula."""
+    def not_right(self, other: Wide) -> Part | None:
+        """Return the part that says most, by the error of another formula; None without a part."""
         if not self._possible:
             return None
-        squares = _squares(other)
-        gain = self._squares - squares  # d of each number
+        with np.errstate(over="ignore", invalid="ignore"):
+            squares = other * other
+            gain = limited(self._squares - squares)  # d of each number
         found = [*self._along(0, gain, squares), *self._along(1, gain, squares)]
         return max(found, key=Part.rank, default=None)
 
     def _along(self, axis: int, gain: Wide, squares: Wide) -> Iterator[Part]:
-        """Yield the parts of one axis that are of the other formula."""
+        """Yield the parts of one axis."""
         length, across = gain.shape[axis], gain.shape[1 - axis]
-        total, right, cost = (x.sum(1 - axis) for x in (gain, self._squares, squares))
+        total, right, cost = (x.sum(1 - axis) for x in (gain, self._right, limited(squares)))
         spread = total * total if self._by_rows else (gain * gain).sum(1 - axis)  # Σ d²
-        size = 1
+        # Damaged numbers, which no formula explains, are beyond their bounds.
+        far = (~(squares <= 1)).sum(1 - axis)
+        whole, count, size = right.sum(), gain.size, 1
         while True:
-            is_other = (total > 0) & (total**2 > self._limit * spread) & (cost <= size * across)
-            for place in np.flatnonzero(is_other).tolist():
-                start, fits = place * size, bool(cost[place] < right[place] / 4)
-                stop = min(start + size, length)
-                yield Part(axis, start, stop, float(total[place]), fits)
+            numbers = across * np.minimum(size, length - size * np.arange(len(total)))
+            is_part = (total > 0) & (total**2 > self._limit * spread) & (far <= numbers / 2)
+            for place in np.flatnonzero(is_part).tolist():
+                start, stop = place * size, min(length, (place + 1) * size)
+                outside = (whole - right[place]) / max(1, count - numbers[place])
+                inside = right[place] / numbers[place]
+                rest = cost[place] / numbers[place] - outside
+                fits = outside < inside / 2 and rest < (inside - outside) / 4
+                yield Part(axis, start, stop, float(total[place]), bool(fits))
             if size >= length:
                 return
             size *= 2
-            total, right, cost, spread = map(_pairs, (total, right, cost, spread))
+            total, right, cost, spread, far = map(_pairs, (total, right, cost, spread, far))
             if self._by_rows and axis == 1:  # a unit is a row's numbers in all columns of the part
                 gain = _pairs(gain)
                 spread = (gain * gain).sum(0)
-
-
-def _squares(error: Wide) -> Wide:
-    """Return the squares, so large at most that their own squares are finite."""
-    squares: Wide = np.clip(np.nan_to_num(error, nan=_LARGEST), -_LARGEST, _LARGEST) ** 2
-    return squares
 
 
 def _pairs(array: Wide) -> Wide:

@@ -25,7 +25,7 @@ from doraxp.checkpoint._slack import Slack, Wide, over
 from doraxp.layers import AdaptedLayer
 from doraxp.testing import right_merge, wrong_merges_across_rows
 
-KEPT_IN_PART, INFINITE, _OTHER = "kept in part", "NaN or infinity", "another adapter"
+KEPT_IN_PART, INFINITE = "kept in part", "NaN or infinity"
 _KEPT = 0.9
 """A right merge has at least this part of the update."""
 _IDLE = 1e-6
@@ -153,7 +153,7 @@ class _WeightAudit:
         if np.array_equal(sample.stored, sample.base) and self._is_unchanged():
             return "unchanged", "the merge did nothing"
         if diagnosis.part and not is_idle:
-            return diagnosis.part_name or _OTHER, self._place(sample, diagnosis.part)
+            return diagnosis.part_name, self._place(sample, diagnosis.part)
         if (diagnosis.fits or is_idle) and not diagnosis.refuted:
             return "damaged", f"{found.wrong:,} of {self._out * self._inner:,} numbers"
         names = diagnosis.names
@@ -161,7 +161,9 @@ class _WeightAudit:
             names = diagnose(sample, bound, self._across_rows(sample)).names
             if not names and self.is_flipped():
                 names = ("transposed",)
-        return (" or ".join(names), "") if names else (_OTHER, _distances(sample, merged))
+        return (
+            (" or ".join(names), "") if names else ("another adapter", _distances(sample, merged))
+        )
 
     def _place(self, sample: Sample, part: Part) -> str:
         """Return the rows or columns of a part, in words."""

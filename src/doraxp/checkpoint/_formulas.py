@@ -22,7 +22,7 @@ import numpy as np
 
 from doraxp._base.types import Adapter, Config
 from doraxp.checkpoint._audit_errors import DAMAGED
-from doraxp.checkpoint._audit_parts import Part, Parts, limit
+from doraxp.checkpoint._audit_parts import Part, Parts, limit, limited
 from doraxp.checkpoint._audit_sample import Sample
 from doraxp.checkpoint._audit_ways import Way, rounds_norms, ways
 from doraxp.checkpoint._precision import PRECISION
@@ -66,15 +66,14 @@ class Diagnosis(NamedTuple):
     fits: bool
     """Whether S is of the right formula, to rounding errors."""
     refuted: bool
-    """Whether a wrong formula explains S better than the right one, or S has more than the whole
-    update."""
+    """Whether a wrong formula explains S or a part of it better than the right one, or S has more
+    than the whole update."""
     names: tuple[str, ...] = ()
     """Those wrong formulas that S fits; more than one where S cannot tell them apart."""
     part: Part | None = None
-    """Some rows or columns that a wrong formula explains better, where S as a whole is not
-    refuted."""
+    """Some rows or columns that a wrong formula made, where S as a whole is not refuted."""
     part_name: str = ""
-    """That formula; empty where the part does not fit it."""
+    """That formula."""
 
 
 def diagnose(sample: Sample, bound: Wide, others: Iterable[tuple[str, Wide]] = ()) -> Diagnosis:
@@ -111,15 +110,18 @@ def diagnose(sample: Sample, bound: Wide, others: Iterable[tuple[str, Wide]] = (
         other = _error(steps, sample, bound)
         guess = _guess(name, other, steps, sample, bound)
         guesses[name] = min(guesses.get(name, guess), guess, key=_total)
-        found = parts.made_by(other)
+        found = parts.not_right(other)
         if found is not None and (part is None or found.rank() > part.rank()):
-            part, part_name = found, _WORDS.get(name, name) if found.fits else ""
+            part, part_name = found, _WORDS.get(name, name)
     better = [guess for guess in guesses.values() if _is_better(guess, right)]
     named = [guess for guess in better if guess.fits and guess.name != UNCHANGED]
     if not named:
         update = (merged - sample.base) / bound
-        refuted = bool(better) or _has_more(error, update, by_rows=by_rows)
-        return Diagnosis(right.fits, refuted, (), None if refuted else part, part_name)
+        if better or _has_more(error, update, by_rows=by_rows):
+            return Diagnosis(right.fits, True)
+        if part is not None and part.fits:
+            return Diagnosis(right.fits, False, (), part, part_name)
+        return Diagnosis(right.fits, part is not None)
     best = min(named, key=_total)
     names = (guess.name for guess in named if not _is_better(best, guess))
     words = dict.fromkeys(_WORDS.get(name, name) for name in names)
@@ -202,8 +204,9 @@ def _has_more(error: Wide, update: Wide, *, by_rows: bool) -> bool:
     """
     with np.errstate(over="ignore", invalid="ignore"):
         units = error * update
+        is_much = units.sum() > _MORE * np.vdot(update, update)
+        units = limited(units)
         if by_rows:
             units = units.sum(axis=1)
-        more, spread = float(units.sum()), float((units * units).sum())
-        least = _MORE * float(np.vdot(update, update))
-        return more > least and more * more > limit(1) * spread
+        total = float(units.sum())
+        return bool(is_much) and total > 0 and total**2 > limit(1) * float(np.vdot(units, units))
