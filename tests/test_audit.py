@@ -18,6 +18,7 @@ from doraxp.checkpoint import (
     Options,
     _audit_sample,
     _formulas,
+    _precision,
     _rows,
     _slack,
     audit,
@@ -244,7 +245,7 @@ def test_the_error_is_in_units_of_the_bound(tmp_path, monkeypatch, kinds, path, 
 
 def test_the_bound_is_finite_where_n_is_tiny(tmp_path):
     """A bound that is NaN would be an error of every number."""
-    slack = _slack.Slack(small(tmp_path).layers[PATH], ["BF16"])
+    slack = _slack.Slack(small(tmp_path).layers[PATH], _precision.PRECISION["BF16"])
     norm = np.full(40, 1e-60)
     assert np.isfinite(slack.bound(np.zeros((40, 24), np.float32), slice(None), norm)).all()
 

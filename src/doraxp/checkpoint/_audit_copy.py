@@ -12,7 +12,7 @@ from doraxp.checkpoint._audit_weight import INFINITE, Verdict, adapted_norms
 from doraxp.checkpoint._engine import Engine
 from doraxp.checkpoint._merge import Merge
 from doraxp.checkpoint._plan import CopiedTensor, MergedTensor, ReplacedTensor
-from doraxp.checkpoint._precision import count_infinite, dtype_name
+from doraxp.checkpoint._precision import coarsest, count_infinite, dtype_name
 from doraxp.checkpoint._rows import row_blocks
 from doraxp.checkpoint._safetensors import DTYPES, Source
 from doraxp.checkpoint._shard import OnBytes
@@ -118,9 +118,9 @@ class Copy:
             *(dtype_name(np.asarray(leaf)) for leaf in layer.adapter),
         )
         # W' is gain V, and this is gain bias: the update has no part in it.
-        bound = Slack(layer, dtypes).bound(np.abs(scaled)[:, None], slice(None), norm, slice(0, 1))[
-            :, 0
-        ]
+        bound = Slack(layer, coarsest(dtypes)).bound(
+            np.abs(scaled)[:, None], slice(None), norm, slice(0, 1)
+        )[:, 0]
         with np.errstate(invalid="ignore"):
             difference = np.abs(self._stored.read().astype(np.float64) - scaled)
         return bool((difference <= bound).all())

@@ -10,7 +10,13 @@ import numpy as np
 from doraxp._base.types import HostArray
 from doraxp.checkpoint._audit_sample import Dtypes
 from doraxp.checkpoint._engine import Reused
-from doraxp.checkpoint._precision import coarsest, count_infinite
+from doraxp.checkpoint._precision import (
+    PRECISION,
+    Precision,
+    coarsest,
+    count_infinite,
+    with_epsilon,
+)
 from doraxp.checkpoint._rows import Block
 from doraxp.checkpoint._safetensors import DTYPES, Source
 from doraxp.checkpoint._slack import Slack, Wide
@@ -40,8 +46,8 @@ class Compared(NamedTuple):
 class _Errors:
     """The errors of S, in units of one bound."""
 
-    def __init__(self, layer: AdaptedLayer, dtypes: tuple[str, ...]) -> None:
-        self._slack = Slack(layer, dtypes)
+    def __init__(self, layer: AdaptedLayer, precision: Precision) -> None:
+        self._slack = Slack(layer, precision)
         self.wrong, self.worst = 0, 0.0
 
     def add(self, difference: HostArray, size: HostArray, *place: object) -> None:
@@ -78,9 +84,10 @@ def compare(
     """
     dtype, transposed = DTYPES[stored.tensor.dtype], layer.kind.is_transposed
     memory, narrow = Reused(), Reused()
-    bounds = [_Errors(layer, (dtypes.stored,))]
-    if coarsest(dtypes) != coarsest([dtypes.stored]):
-        bounds.append(_Errors(layer, dtypes))
+    steps = coarsest(dtypes)
+    # Numbers that underflow are few, and may be far off: that is no damage.
+    last = with_epsilon(steps, PRECISION[dtypes.stored].epsilon)
+    bounds = [_Errors(layer, precision) for precision in dict.fromkeys((last, steps))]
     differ = infinite = count = 0
     norms: list[Wide] = []
     for block in blocks:

@@ -18,24 +18,25 @@ def ways(dtypes: Dtypes) -> list[Way]:
     """Return the ways of merging in which a step before the last one is rounded to 16 bits."""
     stored, weight, *adapter = dtypes
     coarse = max(dtypes, key=lambda name: PRECISION[name].epsilon)
-    tried = (
+    tried = [
         (weight, *adapter),  # as in the files
-        (stored, *adapter),  # the model is loaded in the dtype in which it is saved
         (stored, stored, stored, adapter[-1]),
-        (stored,) * 4,
-        (coarse,) * 4,
-    )
+    ]
+    # A tool may load the model in the dtype in which it saves it, and the adapter in any.
+    for name in (stored, coarse):
+        tried += [(name, *adapter), (name, "F32", "F32", "F32"), (name,) * 4]
     return [
-        tuple(DTYPES[name] for name in one)
-        for one in dict.fromkeys(tried)
-        if (_is_narrow(one[0]) and one[0] != weight) or all(map(_is_narrow, one[1:3]))
+        tuple(DTYPES[name] for name in way)
+        for way in dict.fromkeys(tried)
+        if (_is_narrow(way[0]) and way[0] != weight) or all(map(_is_narrow, way[1:3]))
     ]
 
 
-def rounds_norms(way: Way) -> bool:
-    """Return whether n has 16 bits."""
-    weight, lora_a, lora_b, _ = way
-    return weight == lora_a == lora_b and weight.itemsize == 2
+def norms_are_coarse(way: Way | None, stored: str) -> bool:
+    """Return whether n is rounded to 16 bits, or S has as many bits as n."""
+    if way is None or len({*way[:3]}) > 1:
+        return not _is_narrow(stored)
+    return way[0].itemsize <= DTYPES[stored].itemsize
 
 
 def _is_narrow(name: str) -> bool:

@@ -17,7 +17,7 @@ from doraxp.checkpoint._engine import Engine
 from doraxp.checkpoint._formulas import Diagnosis, diagnose
 from doraxp.checkpoint._options import Options, merge_dtype
 from doraxp.checkpoint._plan import MergedTensor
-from doraxp.checkpoint._precision import coarsest
+from doraxp.checkpoint._precision import PRECISION, coarsest
 from doraxp.checkpoint._rows import Block, merged_blocks, row_blocks
 from doraxp.checkpoint._safetensors import DTYPES, Source
 from doraxp.checkpoint._shard import OnBytes
@@ -129,7 +129,7 @@ class _WeightAudit:
         """Return the fault that S has; None if it is a right merge to rounding errors."""
         merged = right_merge(sample.base, sample.adapter, sample.config)
         # The finer bound, for the costs: the coarser one hides a small update.
-        bound = Slack(self.layer, (sample.dtypes.stored,)).bound(
+        bound = Slack(self.layer, PRECISION[sample.dtypes.stored]).bound(
             np.abs(merged), sample.rows, found.norm[sample.rows]
         )
         diagnosis = diagnose(sample, bound)

@@ -24,7 +24,7 @@ from doraxp._base.types import Adapter, Config
 from doraxp.checkpoint._audit_errors import DAMAGED
 from doraxp.checkpoint._audit_parts import Part, Parts, limit, limited
 from doraxp.checkpoint._audit_sample import Sample
-from doraxp.checkpoint._audit_ways import Way, rounds_norms, ways
+from doraxp.checkpoint._audit_ways import Way, norms_are_coarse, ways
 from doraxp.checkpoint._precision import PRECISION
 from doraxp.checkpoint._slack import Wide
 from doraxp.testing import right_merge, wrong_merges
@@ -87,22 +87,26 @@ def diagnose(sample: Sample, bound: Wide, others: Iterable[tuple[str, Wide]] = (
     others : iterable of (str, array)
         More wrong formulas, by name, with their W'.
     """
-    merged, way = right_merge(*_layer(sample)), None
+    merged = right_merge(*_layer(sample))
     error = _error(merged, sample, bound)
     right = _guess(RIGHT, error, merged, sample, bound)
     if right.costs.sum() < _LEAST:  # no other cost can be lower by more
         return Diagnosis(right.fits, False)
+    closest = _Closest(error, merged)
+    narrow_ways = ways(sample.dtypes)
+    for way in narrow_ways:
+        steps = right_merge(*_layer(sample), way)
+        other = _error(steps, sample, bound)
+        right = min(right, _guess(RIGHT, other, steps, sample, bound), key=_total)
+        if right.costs.sum() < _LEAST:
+            return Diagnosis(right.fits, False)
+        closest.add(other, steps, way)
     tried: list[Way | None] = [None]
     if np.mean(error != 0) > _FEW:
-        tried += ways(sample.dtypes)
-    for other_way in tried[1:]:
-        steps = right_merge(*_layer(sample), other_way)
-        other = _error(steps, sample, bound)
-        guess = _guess(RIGHT, other, steps, sample, bound)
-        if guess.costs.sum() < right.costs.sum():
-            right, error, merged, way = guess, other, steps, other_way
-    by_rows = (way is not None and rounds_norms(way)) or _is_alike(error, merged / bound)
-    parts = Parts(error, by_rows=by_rows)
+        tried += narrow_ways
+    is_coarse = norms_are_coarse(closest.way, sample.dtypes.stored)
+    by_rows = is_coarse or _is_alike(closest.error, closest.merged / bound)
+    parts = Parts(closest.error, by_rows=by_rows)
     guesses: dict[str, Guess] = {}
     part, part_name = None, ""
     # One formula at a time is in memory.
@@ -116,8 +120,8 @@ def diagnose(sample: Sample, bound: Wide, others: Iterable[tuple[str, Wide]] = (
     better = [guess for guess in guesses.values() if _is_better(guess, right)]
     named = [guess for guess in better if guess.fits and guess.name != UNCHANGED]
     if not named:
-        update = (merged - sample.base) / bound
-        if better or _has_more(error, update, by_rows=by_rows):
+        update = (closest.merged - sample.base) / bound
+        if better or _has_more(closest.error, update, by_rows=by_rows):
             return Diagnosis(right.fits, True)
         if part is not None and part.fits:
             return Diagnosis(right.fits, False, (), part, part_name)
@@ -126,6 +130,32 @@ def diagnose(sample: Sample, bound: Wide, others: Iterable[tuple[str, Wide]] = (
     names = (guess.name for guess in named if not _is_better(best, guess))
     words = dict.fromkeys(_WORDS.get(name, name) for name in names)
     return Diagnosis(right.fits, True, tuple(words))
+
+
+class _Closest:
+    """The right merge, each row in that way of rounding which is closest to S."""
+
+    def __init__(self, error: Wide, merged: Wide) -> None:
+        self.error, self.merged = error.copy(), merged.copy()
+        self.way: Way | None = None
+        """The way that is closest to S as a whole."""
+        self._costs = self._costs_of(error)
+        self._least = self._costs.sum()
+
+    def add(self, error: Wide, merged: Wide, way: Way | None) -> None:
+        """Take the rows that are closer to S by another way."""
+        costs = self._costs_of(error)
+        closer = costs < self._costs
+        self.error[closer], self.merged[closer] = error[closer], merged[closer]
+        self._costs = np.minimum(costs, self._costs)
+        if costs.sum() < self._least:
+            self._least, self.way = costs.sum(), way
+
+    @staticmethod
+    def _costs_of(error: Wide) -> Wide:
+        with np.errstate(over="ignore"):
+            costs: Wide = limited(error * error).sum(axis=1)
+        return costs
 
 
 def _layer(sample: Sample) -> tuple[Wide, Adapter, Config]:

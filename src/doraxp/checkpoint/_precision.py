@@ -43,6 +43,11 @@ def coarsest(dtypes: Iterable[str]) -> Precision:
     return Precision(epsilon, max(one.epsilon * one.normal for one in found) / epsilon)
 
 
+def with_epsilon(precision: Precision, epsilon: float) -> Precision:
+    """Return a precision with another ε, whose smallest numbers have the same distance."""
+    return Precision(epsilon, precision.epsilon * precision.normal / epsilon)
+
+
 def narrowest(numbers: HostArray, dtype: str) -> str:
     """Return the narrowest dtype that has all of the numbers, which come from a file of `dtype`."""
     for name in ("BF16", "F16", "F32"):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from doraxp._base.types import HostArray
-from doraxp.checkpoint._precision import coarsest
+from doraxp.checkpoint._precision import Precision
 from doraxp.layers import AdaptedLayer
 
 Wide: TypeAlias = NDArray[np.float64]
@@ -34,14 +33,14 @@ class Slack:
     Parameters
     ----------
     layer : AdaptedLayer
-    dtypes : iterable of str
-        Those of S, W, A, B and m, or of some of them, as safetensors files name them.
+    precision : Precision
+        ε and τ of the steps.
     """
 
-    def __init__(self, layer: AdaptedLayer, dtypes: Iterable[str]) -> None:
+    def __init__(self, layer: AdaptedLayer, precision: Precision) -> None:
         a, b, m = (np.asarray(leaf, np.float64) for leaf in layer.adapter)
-        self.precision = coarsest(dtypes)
-        epsilon, normal = self.precision
+        self._precision = precision
+        epsilon, normal = precision
         rank, inner = a.shape
         self._sums = _FLOAT32 * (inner**0.5 + rank**0.5) / epsilon
         lost = normal * rank**0.5
@@ -64,7 +63,7 @@ class Slack:
         norm : array, shape (k,)
             n of those rows.
         """
-        epsilon, normal = self.precision
+        epsilon, normal = self._precision
         m, reach = self._magnitude[rows], self._reach[rows]
         gain = over(m, norm)
         relative = 4 + self._sums + 2.5 * over(reach * np.linalg.norm(self._columns), norm)
