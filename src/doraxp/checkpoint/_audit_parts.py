@@ -31,7 +31,8 @@ _CHANCE = 1e-7
 """The probability of a false alarm in one weight."""
 _FORMULAS = 200
 """There are fewer formulas, in all ways of rounding."""
-_LARGEST = 1 / 16
+_LARGEST, _LEAST = 1 / 16, 1.0
+"""Of d of one number, and of Σ d: sixteen such numbers."""
 
 
 def limit(tests: int) -> float:
@@ -81,13 +82,23 @@ class Parts:
         units = np.count_nonzero(self._squares.any(axis=1) if by_rows else self._squares)
         self._possible = bool(units >= self._limit)  # Σ d ≤ √units √(Σ d²)
 
-    def not_right(self, other: Wide) -> Part | None:
-        """Return the part that says most, by the error of another formula; None without a part."""
+    def not_right(self, other: Wide, alike: Wide) -> Part | None:
+        """Return the part that says most; None without a part.
+
+        Parameters
+        ----------
+        other : array, shape (k, in)
+            e'.
+        alike : array, shape (k, in)
+            e of the right formula, if its steps are rounded as those of the other one are. The
+            smaller error of each number counts.
+        """
         if not self._possible:
             return None
         with np.errstate(over="ignore", invalid="ignore"):
             squares = other * other
-            gain = limited(self._squares - squares)  # d of each number
+            right = np.minimum(self._squares, alike * alike)
+            gain = limited(right - squares)  # d of each number
         found = [*self._along(0, gain, squares), *self._along(1, gain, squares)]
         return max(found, key=Part.rank, default=None)
 
@@ -101,7 +112,7 @@ class Parts:
         whole, count, size = right.sum(), gain.size, 1
         while True:
             numbers = across * np.minimum(size, length - size * np.arange(len(total)))
-            is_part = (total > 0) & (total**2 > self._limit * spread) & (far <= numbers / 2)
+            is_part = (total > _LEAST) & (total**2 > self._limit * spread) & (far <= numbers / 2)
             for place in np.flatnonzero(is_part).tolist():
                 start, stop = place * size, min(length, (place + 1) * size)
                 outside = (whole - right[place]) / max(1, count - numbers[place])

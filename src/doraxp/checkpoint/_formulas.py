@@ -109,14 +109,17 @@ def diagnose(sample: Sample, bound: Wide, others: Iterable[tuple[str, Wide]] = (
     parts = Parts(closest.error, by_rows=by_rows)
     guesses: dict[str, Guess] = {}
     part, part_name = None, ""
-    # One formula at a time is in memory.
-    for name, steps in chain(others, *(_wrong(sample, one) for one in tried)):
-        other = _error(steps, sample, bound)
-        guess = _guess(name, other, steps, sample, bound)
-        guesses[name] = min(guesses.get(name, guess), guess, key=_total)
-        found = parts.not_right(other)
-        if found is not None and (part is None or found.rank() > part.rank()):
-            part, part_name = found, _WORDS.get(name, name)
+    for tried_way in tried:
+        # A wrong formula must also be better than the right one that is rounded in the same way.
+        alike = _error(right_merge(*_layer(sample), tried_way), sample, bound)
+        wrong = _wrong(sample, tried_way)  # one formula at a time is in memory
+        for name, steps in wrong if tried_way else chain(others, wrong):
+            other = _error(steps, sample, bound)
+            guess = _guess(name, other, steps, sample, bound)
+            guesses[name] = min(guesses.get(name, guess), guess, key=_total)
+            found = parts.not_right(other, alike)
+            if found is not None and (part is None or found.rank() > part.rank()):
+                part, part_name = found, _WORDS.get(name, name)
     better = [guess for guess in guesses.values() if _is_better(guess, right)]
     named = [guess for guess in better if guess.fits and guess.name != UNCHANGED]
     if not named:
