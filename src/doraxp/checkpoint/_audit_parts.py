@@ -70,19 +70,17 @@ class Parts:
     ----------
     error : array, shape (k, in)
         e.
-    by_rows : bool
-        Whether a unit is a row.
     """
 
-    def __init__(self, error: Wide, *, by_rows: bool) -> None:
+    def __init__(self, error: Wide) -> None:
         with np.errstate(over="ignore"):
-            self._squares, self._by_rows = error * error, by_rows
+            self._squares = error * error
         self._right = limited(self._squares)
         self._limit = limit(2 * sum(error.shape) * _FORMULAS)
-        units = np.count_nonzero(self._squares.any(axis=1) if by_rows else self._squares)
-        self._possible = bool(units >= self._limit)  # Σ d ≤ √units √(Σ d²)
+        # Σ d ≤ √units √(Σ d²)
+        self._possible = bool(np.count_nonzero(self._squares) >= self._limit)
 
-    def not_right(self, other: Wide, alike: Wide) -> Part | None:
+    def not_right(self, other: Wide, alike: Wide, *, by_rows: bool) -> Part | None:
         """Return the part that says most; None without a part.
 
         Parameters
@@ -92,6 +90,8 @@ class Parts:
         alike : array, shape (k, in)
             e of the right formula, if its steps are rounded as those of the other one are. The
             smaller error of each number counts.
+        by_rows : bool
+            Whether a unit is a row.
         """
         if not self._possible:
             return None
@@ -99,14 +99,14 @@ class Parts:
             squares = other * other
             right = np.minimum(self._squares, alike * alike)
             gain = limited(right - squares)  # d of each number
-        found = [*self._along(0, gain, squares), *self._along(1, gain, squares)]
+        found = [part for axis in (0, 1) for part in self._along(axis, gain, squares, by_rows)]
         return max(found, key=Part.rank, default=None)
 
-    def _along(self, axis: int, gain: Wide, squares: Wide) -> Iterator[Part]:
+    def _along(self, axis: int, gain: Wide, squares: Wide, by_rows: bool) -> Iterator[Part]:
         """Yield the parts of one axis."""
         length, across = gain.shape[axis], gain.shape[1 - axis]
         total, right, cost = (x.sum(1 - axis) for x in (gain, self._right, limited(squares)))
-        spread = total * total if self._by_rows else (gain * gain).sum(1 - axis)  # Σ d²
+        spread = total * total if by_rows else (gain * gain).sum(1 - axis)  # Σ d²
         # Damaged numbers, which no formula explains, are beyond their bounds.
         far = (~(squares <= 1)).sum(1 - axis)
         whole, count, size = right.sum(), gain.size, 1
@@ -124,7 +124,7 @@ class Parts:
                 return
             size *= 2
             total, right, cost, spread, far = map(_pairs, (total, right, cost, spread, far))
-            if self._by_rows and axis == 1:  # a unit is a row's numbers in all columns of the part
+            if by_rows and axis == 1:  # a unit is a row's numbers in all columns of the part
                 gain = _pairs(gain)
                 spread = (gain * gain).sum(0)
 

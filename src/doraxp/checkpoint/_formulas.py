@@ -97,27 +97,32 @@ def diagnose(sample: Sample, bound: Wide, others: Iterable[tuple[str, Wide]] = (
     for way in narrow_ways:
         steps = right_merge(*_layer(sample), way)
         other = _error(steps, sample, bound)
-        right = min(right, _guess(RIGHT, other, steps, sample, bound), key=_total)
+        guess = _guess(RIGHT, other, steps, sample, bound)
+        # Damaged numbers cost more than all others in each way.
+        right = min(right, guess, key=lambda one: (not one.fits, _total(one)))
         if right.costs.sum() < _LEAST:
             return Diagnosis(right.fits, False)
         closest.add(other, steps, way)
     tried: list[Way | None] = [None]
     if np.mean(error != 0) > _FEW:
         tried += narrow_ways
-    is_coarse = norms_are_coarse(closest.way, sample.dtypes.stored)
-    by_rows = is_coarse or _is_alike(closest.error, closest.merged / bound)
-    parts = Parts(closest.error, by_rows=by_rows)
+    stored = sample.dtypes.stored
+    by_rows = norms_are_coarse(closest.way, stored) or _is_alike(
+        closest.error, closest.merged / bound
+    )
+    parts = Parts(closest.error)
     guesses: dict[str, Guess] = {}
     part, part_name = None, ""
     for tried_way in tried:
         # A wrong formula must also be better than the right one that is rounded in the same way.
         alike = _error(right_merge(*_layer(sample), tried_way), sample, bound)
+        is_coarse = norms_are_coarse(tried_way, stored)
         wrong = _wrong(sample, tried_way)  # one formula at a time is in memory
         for name, steps in wrong if tried_way else chain(others, wrong):
             other = _error(steps, sample, bound)
-            guess = _guess(name, other, steps, sample, bound)
-            guesses[name] = min(guesses.get(name, guess), guess, key=_total)
-            found = parts.not_right(other, alike)
+            one = _guess(name, other, steps, sample, bound)
+            guesses[name] = min(guesses.get(name, one), one, key=_total)
+            found = parts.not_right(other, alike, by_rows=by_rows or is_coarse)
             if found is not None and (part is None or found.rank() > part.rank()):
                 part, part_name = found, _WORDS.get(name, name)
     better = [guess for guess in guesses.values() if _is_better(guess, right)]
