@@ -41,8 +41,8 @@ def limit(tests: int) -> float:
 
 
 def limited(numbers: Wide) -> Wide:
-    """Return numbers with 1/16 at most; 0 for NaN."""
-    return np.clip(np.nan_to_num(numbers, nan=0.0), -_LARGEST, _LARGEST)
+    """Return numbers between -1/16 and 1/16; -1/16 for NaN."""
+    return np.fmin(np.fmax(numbers, -_LARGEST), _LARGEST)
 
 
 class Part(NamedTuple):
@@ -64,71 +64,74 @@ class Part(NamedTuple):
 
 
 class Parts:
-    """The search for a part, by the error of the right formula.
+    """The search for parts.
 
     Parameters
     ----------
-    error : array, shape (k, in)
-        e.
+    error, alike : array, shape (k, in)
+        e, by two ways of rounding; the smaller one of each number counts.
+    by_rows : bool
+        Whether a unit is a row.
     """
 
-    def __init__(self, error: Wide) -> None:
+    def __init__(self, error: Wide, alike: Wide, *, by_rows: bool) -> None:
         with np.errstate(over="ignore"):
-            self._squares = error * error
-        self._right = limited(self._squares)
+            self._squares = np.minimum(error * error, alike * alike)
+        self._right, self._by_rows = limited(self._squares), by_rows
         self._limit = limit(2 * sum(error.shape) * _FORMULAS)
         # Σ d ≤ √units √(Σ d²)
         self._possible = bool(np.count_nonzero(self._squares) >= self._limit)
 
-    def not_right(self, other: Wide, alike: Wide, *, by_rows: bool) -> Part | None:
-        """Return the part that says most; None without a part.
-
-        Parameters
-        ----------
-        other : array, shape (k, in)
-            e'.
-        alike : array, shape (k, in)
-            e of the right formula, if its steps are rounded as those of the other one are. The
-            smaller error of each number counts.
-        by_rows : bool
-            Whether a unit is a row.
-        """
+    def not_right(self, other: Wide) -> Part | None:
+        """Return the part that says most, by e' of another formula; None without a part."""
         if not self._possible:
             return None
         with np.errstate(over="ignore", invalid="ignore"):
             squares = other * other
-            right = np.minimum(self._squares, alike * alike)
-            gain = limited(right - squares)  # d of each number
-        found = [part for axis in (0, 1) for part in self._along(axis, gain, squares, by_rows)]
+            gain = limited(self._squares - squares)  # d of each number
+        found = [part for axis in (0, 1) for part in self._along(axis, gain, squares)]
         return max(found, key=Part.rank, default=None)
 
-    def _along(self, axis: int, gain: Wide, squares: Wide, by_rows: bool) -> Iterator[Part]:
+    def _along(self, axis: int, gain: Wide, squares: Wide) -> Iterator[Part]:
         """Yield the parts of one axis."""
-        length, across = gain.shape[axis], gain.shape[1 - axis]
-        total, right, cost = (x.sum(1 - axis) for x in (gain, self._right, limited(squares)))
-        spread = total * total if by_rows else (gain * gain).sum(1 - axis)  # Σ d²
+        totals = _levels(gain.sum(1 - axis))
+        if max(float(total.max()) for total in totals) <= _LEAST:  # as most formulas
+            return
+        length, across, count = gain.shape[axis], gain.shape[1 - axis], gain.size
         # Damaged numbers, which no formula explains, are beyond their bounds.
-        far = (~(squares <= 1)).sum(1 - axis)
-        whole, count, size = right.sum(), gain.size, 1
-        while True:
+        right, cost, far = (
+            _levels(array.sum(1 - axis))
+            for array in (self._right, limited(squares), ~(squares <= 1))
+        )
+        for level, (total, spread) in enumerate(
+            zip(totals, self._spreads(axis, gain), strict=True)
+        ):
+            size = 1 << level
             numbers = across * np.minimum(size, length - size * np.arange(len(total)))
-            is_part = (total > _LEAST) & (total**2 > self._limit * spread) & (far <= numbers / 2)
+            is_part = (total > _LEAST) & (total**2 > self._limit * spread)
+            is_part &= far[level] <= numbers / 2
             for place in np.flatnonzero(is_part).tolist():
-                start, stop = place * size, min(length, (place + 1) * size)
-                outside = (whole - right[place]) / max(1, count - numbers[place])
-                inside = right[place] / numbers[place]
-                rest = cost[place] / numbers[place] - outside
+                here = numbers[place]
+                outside = (right[-1][0] - right[level][place]) / max(1, count - here)
+                inside = right[level][place] / here
+                rest = cost[level][place] / here - outside
                 fits = outside < inside / 2 and rest < (inside - outside) / 4
+                start, stop = place * size, min(length, (place + 1) * size)
                 yield Part(axis, start, stop, float(total[place]), bool(fits))
-            if size >= length:
-                return
-            size *= 2
-            total, right, cost, spread, far = map(_pairs, (total, right, cost, spread, far))
-            if by_rows and axis == 1:  # a unit is a row's numbers in all columns of the part
-                gain = _pairs(gain)
-                spread = (gain * gain).sum(0)
+
+    def _spreads(self, axis: int, gain: Wide) -> list[Wide]:
+        """Return Σ d² of each part, by levels."""
+        if not self._by_rows:
+            return _levels((gain * gain).sum(1 - axis))
+        if axis == 0:
+            return _levels(gain.sum(1) ** 2)
+        # A unit is a row's numbers in all columns of the part.
+        return [(units * units).sum(0) for units in _levels(gain)]
 
 
-def _pairs(array: Wide) -> Wide:
-    """Return the sums of two neighbours each, along the last axis."""
-    return np.add.reduceat(array, np.arange(0, array.shape[-1], 2), axis=-1)
+def _levels(sums: Wide) -> list[Wide]:
+    """Return sums of 1, 2, 4, 8 … neighbours along the last axis, up to the sum of all."""
+    levels = [sums]
+    while (length := levels[-1].shape[-1]) > 1:
+        levels.append(np.add.reduceat(levels[-1], np.arange(0, length, 2), axis=-1))
+    return levels

@@ -110,19 +110,19 @@ def diagnose(sample: Sample, bound: Wide, others: Iterable[tuple[str, Wide]] = (
     by_rows = norms_are_coarse(closest.way, stored) or _is_alike(
         closest.error, closest.merged / bound
     )
-    parts = Parts(closest.error)
     guesses: dict[str, Guess] = {}
     part, part_name = None, ""
     for tried_way in tried:
         # A wrong formula must also be better than the right one that is rounded in the same way.
         alike = _error(right_merge(*_layer(sample), tried_way), sample, bound)
-        is_coarse = norms_are_coarse(tried_way, stored)
+        is_coarse = by_rows or norms_are_coarse(tried_way, stored)
+        parts = Parts(closest.error, alike, by_rows=is_coarse)
         wrong = _wrong(sample, tried_way)  # one formula at a time is in memory
         for name, steps in wrong if tried_way else chain(others, wrong):
             other = _error(steps, sample, bound)
             one = _guess(name, other, steps, sample, bound)
             guesses[name] = min(guesses.get(name, one), one, key=_total)
-            found = parts.not_right(other, alike, by_rows=by_rows or is_coarse)
+            found = parts.not_right(other)
             if found is not None and (part is None or found.rank() > part.rank()):
                 part, part_name = found, _WORDS.get(name, name)
     better = [guess for guess in guesses.values() if _is_better(guess, right)]
