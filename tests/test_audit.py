@@ -814,7 +814,7 @@ def test_a_number_that_overflows_in_a_copy_is_named(tmp_path, dtype):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("bits", [0x7FC00001, 0xFFC00000, 0x7F800001])
-def test_nan_and_infinity_that_the_base_has_are_no_fault(tmp_path, bits):
+def test_nan_and_infinity_that_the_base_has_are_right(tmp_path, bits):
     """Tools write other bits for NaN."""
     case = small(tmp_path)
     case.base[NORM][3] = np.uint32(bits).view(np.float32)

@@ -19,7 +19,7 @@ from doraxp.checkpoint._precision import (
 )
 from doraxp.checkpoint._rows import Block
 from doraxp.checkpoint._safetensors import DTYPES, Source
-from doraxp.checkpoint._slack import Slack, Wide
+from doraxp.checkpoint._slack import Places, Slack, Wide
 from doraxp.layers import AdaptedLayer
 
 DAMAGED = 0.01
@@ -50,9 +50,11 @@ class _Errors:
         self._slack = Slack(layer, precision)
         self.wrong, self.worst = 0, 0.0
 
-    def add(self, difference: HostArray, size: HostArray, *place: object) -> None:
-        """Count some numbers: abs(S − W'), abs(W') and the other arguments of `Slack.bound`."""
-        bound = self._slack.bound(size, *place)  # type: ignore[arg-type]
+    def add(
+        self, difference: HostArray, size: HostArray, rows: Places, norm: Wide, columns: Places
+    ) -> None:
+        """Count some numbers, by abs(S − W') and the arguments of `Slack.bound`."""
+        bound = self._slack.bound(size, rows, norm, columns)
         with np.errstate(invalid="ignore"):
             np.divide(difference, bound, out=bound)
         self.wrong += int(np.count_nonzero(~(bound <= 1)))
@@ -85,7 +87,7 @@ def compare(
     dtype, transposed = DTYPES[stored.tensor.dtype], layer.kind.is_transposed
     memory, narrow = Reused(), Reused()
     steps = coarsest(dtypes)
-    # Numbers that underflow are few, and may be far off: that is no damage.
+    # Numbers that underflow are few and may be far off, but are not damaged.
     last = with_epsilon(steps, PRECISION[dtypes.stored].epsilon)
     bounds = [_Errors(layer, precision) for precision in dict.fromkeys((last, steps))]
     differ = infinite = count = 0

@@ -48,6 +48,8 @@ def limited(numbers: Wide) -> Wide:
 class Part(NamedTuple):
     """Some rows or columns of a sample that the right formula did not make."""
 
+    name: str
+    """The other formula."""
     axis: int
     """0 for rows, 1 for columns."""
     start: int
@@ -82,17 +84,17 @@ class Parts:
         # Σ d ≤ √units √(Σ d²)
         self._possible = bool(np.count_nonzero(self._squares) >= self._limit)
 
-    def not_right(self, other: Wide) -> Part | None:
-        """Return the part that says most, by e' of another formula; None without a part."""
+    def not_right(self, name: str, other: Wide) -> Part | None:
+        """Return the part that says most, by another formula and its e'; None without a part."""
         if not self._possible:
             return None
         with np.errstate(over="ignore", invalid="ignore"):
             squares = other * other
             gain = limited(self._squares - squares)  # d of each number
-        found = [part for axis in (0, 1) for part in self._along(axis, gain, squares)]
+        found = [part for axis in (0, 1) for part in self._along(name, axis, gain, squares)]
         return max(found, key=Part.rank, default=None)
 
-    def _along(self, axis: int, gain: Wide, squares: Wide) -> Iterator[Part]:
+    def _along(self, name: str, axis: int, gain: Wide, squares: Wide) -> Iterator[Part]:
         """Yield the parts of one axis."""
         totals = _levels(gain.sum(1 - axis))
         if max(float(total.max()) for total in totals) <= _LEAST:  # as most formulas
@@ -117,7 +119,7 @@ class Parts:
                 rest = cost[level][place] / here - outside
                 fits = outside < inside / 2 and rest < (inside - outside) / 4
                 start, stop = place * size, min(length, (place + 1) * size)
-                yield Part(axis, start, stop, float(total[place]), bool(fits))
+                yield Part(name, axis, start, stop, float(total[place]), bool(fits))
 
     def _spreads(self, axis: int, gain: Wide) -> list[Wide]:
         """Return Σ d² of each part, by levels."""

@@ -14,7 +14,7 @@ from doraxp.checkpoint._audit_errors import Compared, compare
 from doraxp.checkpoint._audit_parts import Part
 from doraxp.checkpoint._audit_sample import SLABS, Sample, take_sample
 from doraxp.checkpoint._engine import Engine
-from doraxp.checkpoint._formulas import Diagnosis, diagnose
+from doraxp.checkpoint._formulas import diagnose
 from doraxp.checkpoint._options import Options, merge_dtype
 from doraxp.checkpoint._plan import MergedTensor
 from doraxp.checkpoint._precision import PRECISION, coarsest
@@ -136,34 +136,26 @@ class _WeightAudit:
         is_idle = _is_idle(sample, merged)
         if not found.wrong and (is_idle or not (diagnosis.refuted or diagnosis.part)):
             return None
-        verdict, detail = self._named(sample, merged, bound, diagnosis, found, is_idle=is_idle)
+        detail = ""
+        if np.array_equal(sample.stored, sample.base) and self._is_unchanged():
+            verdict, detail = "unchanged", "the merge did nothing"
+        elif diagnosis.part and not is_idle:
+            verdict, detail = diagnosis.part.name, self._place(sample, diagnosis.part)
+        elif (diagnosis.fits or is_idle) and not diagnosis.refuted:
+            verdict = "damaged"
+            detail = f"{found.wrong:,} of {self._out * self._inner:,} numbers"
+        else:
+            verdict = " or ".join(diagnosis.names or self._names_across_rows(sample, bound))
+        if not verdict:
+            verdict, detail = "another adapter", _distances(sample, merged)
         return Verdict(verdict, False, detail, None, found.worst)
 
-    def _named(
-        self,
-        sample: Sample,
-        merged: Wide,
-        bound: Wide,
-        diagnosis: Diagnosis,
-        found: Compared,
-        *,
-        is_idle: bool,
-    ) -> tuple[str, str]:
-        """Return the name of the fault and the figures that support it."""
-        if np.array_equal(sample.stored, sample.base) and self._is_unchanged():
-            return "unchanged", "the merge did nothing"
-        if diagnosis.part and not is_idle:
-            return diagnosis.part_name, self._place(sample, diagnosis.part)
-        if (diagnosis.fits or is_idle) and not diagnosis.refuted:
-            return "damaged", f"{found.wrong:,} of {self._out * self._inner:,} numbers"
-        names = diagnosis.names
-        if not names and self._out == self._inner:
-            names = diagnose(sample, bound, self._across_rows(sample)).names
-            if not names and self.is_flipped():
-                names = ("transposed",)
-        return (
-            (" or ".join(names), "") if names else ("another adapter", _distances(sample, merged))
-        )
+    def _names_across_rows(self, sample: Sample, bound: Wide) -> tuple[str, ...]:
+        """Return the formulas that S fits, among those that need a square matrix."""
+        if self._out != self._inner:
+            return ()
+        names = diagnose(sample, bound, self._across_rows(sample)).names
+        return names or (("transposed",) if self.is_flipped() else ())
 
     def _place(self, sample: Sample, part: Part) -> str:
         """Return the rows or columns of a part, in words."""

@@ -15,6 +15,7 @@ Each formula is tried in each way in which a tool may round its steps.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from itertools import chain
 from typing import NamedTuple
 
@@ -72,8 +73,6 @@ class Diagnosis(NamedTuple):
     """Those wrong formulas that S fits; more than one where S cannot tell them apart."""
     part: Part | None = None
     """Some rows or columns that a wrong formula made, where S as a whole is not refuted."""
-    part_name: str = ""
-    """That formula."""
 
 
 def diagnose(sample: Sample, bound: Wide, others: Iterable[tuple[str, Wide]] = ()) -> Diagnosis:
@@ -87,83 +86,108 @@ def diagnose(sample: Sample, bound: Wide, others: Iterable[tuple[str, Wide]] = (
     others : iterable of (str, array)
         More wrong formulas, by name, with their W'.
     """
-    merged = right_merge(*_layer(sample))
-    error = _error(merged, sample, bound)
-    right = _guess(RIGHT, error, merged, sample, bound)
-    if right.costs.sum() < _LEAST:  # no other cost can be lower by more
-        return Diagnosis(right.fits, False)
-    closest = _Closest(error, merged)
-    narrow_ways = ways(sample.dtypes)
-    for way in narrow_ways:
-        steps = right_merge(*_layer(sample), way)
-        other = _error(steps, sample, bound)
-        guess = _guess(RIGHT, other, steps, sample, bound)
-        # Damaged numbers cost more than all others in each way.
-        right = min(right, guess, key=lambda one: (not one.fits, _total(one)))
-        if right.costs.sum() < _LEAST:
-            return Diagnosis(right.fits, False)
-        closest.add(other, steps, way)
-    tried: list[Way | None] = [None]
-    if np.mean(error != 0) > _FEW:
-        tried += narrow_ways
-    stored = sample.dtypes.stored
-    by_rows = norms_are_coarse(closest.way, stored) or _is_alike(
-        closest.error, closest.merged / bound
-    )
+    right = _Right(sample, bound)
+    if right.is_certain:
+        return Diagnosis(right.guess.fits, False)
     guesses: dict[str, Guess] = {}
-    part, part_name = None, ""
-    for tried_way in tried:
-        # A wrong formula must also be better than the right one that is rounded in the same way.
-        alike = _error(right_merge(*_layer(sample), tried_way), sample, bound)
-        is_coarse = by_rows or norms_are_coarse(tried_way, stored)
-        parts = Parts(closest.error, alike, by_rows=is_coarse)
-        wrong = _wrong(sample, tried_way)  # one formula at a time is in memory
-        for name, steps in wrong if tried_way else chain(others, wrong):
-            other = _error(steps, sample, bound)
-            one = _guess(name, other, steps, sample, bound)
-            guesses[name] = min(guesses.get(name, one), one, key=_total)
-            found = parts.not_right(other)
-            if found is not None and (part is None or found.rank() > part.rank()):
-                part, part_name = found, _WORDS.get(name, name)
-    better = [guess for guess in guesses.values() if _is_better(guess, right)]
+    part: Part | None = None
+    for way in right.ways:
+        parts = right.parts(way)
+        wrong = _wrong(sample, way)  # one formula at a time is in memory
+        for name, merged in wrong if way else chain(others, wrong):
+            error = _error(merged, sample, bound)
+            guess = _guess(name, error, merged, sample, bound)
+            guesses[name] = min(guesses.get(name, guess), guess, key=_total)
+            found = parts.not_right(_WORDS.get(name, name), error)
+            part = max(filter(None, (part, found)), key=Part.rank, default=None)
+    fits = right.guess.fits
+    better = [guess for guess in guesses.values() if _is_better(guess, right.guess)]
     named = [guess for guess in better if guess.fits and guess.name != UNCHANGED]
-    if not named:
-        update = (closest.merged - sample.base) / bound
-        if better or _has_more(closest.error, update, by_rows=by_rows):
-            return Diagnosis(right.fits, True)
-        if part is not None and part.fits:
-            return Diagnosis(right.fits, False, (), part, part_name)
-        return Diagnosis(right.fits, part is not None)
-    best = min(named, key=_total)
-    names = (guess.name for guess in named if not _is_better(best, guess))
-    words = dict.fromkeys(_WORDS.get(name, name) for name in names)
-    return Diagnosis(right.fits, True, tuple(words))
+    if named:
+        best = min(named, key=_total)
+        names = (guess.name for guess in named if not _is_better(best, guess))
+        words = dict.fromkeys(_WORDS.get(name, name) for name in names)
+        return Diagnosis(fits, True, tuple(words))
+    if better or right.is_exceeded():
+        return Diagnosis(fits, True)
+    is_named = part is not None and part.fits
+    return Diagnosis(fits, part is not None and not is_named, (), part if is_named else None)
 
 
-class _Closest:
-    """The right merge, each row in that way of rounding which is closest to S."""
+class _Right:
+    """The right merge of a sample, in every way of rounding."""
 
-    def __init__(self, error: Wide, merged: Wide) -> None:
-        self.error, self.merged = error.copy(), merged.copy()
-        self.way: Way | None = None
-        """The way that is closest to S as a whole."""
-        self._costs = self._costs_of(error)
-        self._least = self._costs.sum()
+    def __init__(self, sample: Sample, bound: Wide) -> None:
+        self._sample, self._bound = sample, bound
+        merged = right_merge(*_layer(sample))
+        error = _error(merged, sample, bound)
+        self.guess = _guess(RIGHT, error, merged, sample, bound)
+        """The way that explains S best."""
+        self.ways: list[Way | None] = [None]
+        """The ways in which wrong formulas are tried."""
+        # Each row in that way which is closest to S.
+        self._error, self._merged = error.copy(), merged
+        self._costs, self._way = _row_costs(error), None
+        narrow_ways = ways(sample.dtypes)
+        if np.mean(error != 0) > _FEW:
+            self.ways += narrow_ways
+        least = self._costs.sum()
+        for way in narrow_ways:
+            if self.is_certain:
+                return
+            merged = right_merge(*_layer(sample), way)
+            error = _error(merged, sample, bound)
+            guess = _guess(RIGHT, error, merged, sample, bound)
+            # Damaged numbers cost more than all others in each way.
+            self.guess = min(self.guess, guess, key=lambda one: (not one.fits, _total(one)))
+            costs = _row_costs(error)
+            closer = costs < self._costs
+            self._error[closer], self._merged[closer] = error[closer], merged[closer]
+            self._costs = np.minimum(costs, self._costs)
+            if costs.sum() < least:
+                least, self._way = costs.sum(), way
 
-    def add(self, error: Wide, merged: Wide, way: Way | None) -> None:
-        """Take the rows that are closer to S by another way."""
-        costs = self._costs_of(error)
-        closer = costs < self._costs
-        self.error[closer], self.merged[closer] = error[closer], merged[closer]
-        self._costs = np.minimum(costs, self._costs)
-        if costs.sum() < self._least:
-            self._least, self.way = costs.sum(), way
+    @property
+    def is_certain(self) -> bool:
+        """Whether no cost can be lower by a difference that counts."""
+        return _total(self.guess) < _LEAST
 
-    @staticmethod
-    def _costs_of(error: Wide) -> Wide:
-        with np.errstate(over="ignore"):
-            costs: Wide = limited(error * error).sum(axis=1)
-        return costs
+    @cached_property
+    def _by_rows(self) -> bool:
+        """Whether the errors of a row may have one cause."""
+        is_coarse = norms_are_coarse(self._way, self._sample.dtypes.stored)
+        return is_coarse or _is_alike(self._error, self._merged / self._bound)
+
+    def parts(self, way: Way | None) -> Parts:
+        """Return the search for parts by the formulas that are rounded in one way.
+
+        They must also be better than the right formula that is rounded in the same way.
+        """
+        alike = _error(right_merge(*_layer(self._sample), way), self._sample, self._bound)
+        is_coarse = norms_are_coarse(way, self._sample.dtypes.stored)
+        return Parts(self._error, alike, by_rows=self._by_rows or is_coarse)
+
+    def is_exceeded(self) -> bool:
+        """Return whether S has more than the whole update, beyond chance, as `Parts` tells it.
+
+        It has 1 + Σ error · update / ‖update‖² of it.
+        """
+        update = (self._merged - self._sample.base) / self._bound
+        with np.errstate(over="ignore", invalid="ignore"):
+            units = self._error * update
+            is_much = units.sum() > _MORE * np.vdot(update, update)
+            units = limited(units)
+        if self._by_rows:
+            units = units.sum(axis=1)
+        total = float(units.sum())
+        return bool(is_much) and total > 0 and total**2 > limit(1) * float(np.vdot(units, units))
+
+
+def _row_costs(error: Wide) -> Wide:
+    """Return the squares by rows, of a number 1/16 at most."""
+    with np.errstate(over="ignore"):
+        costs: Wide = limited(error * error).sum(axis=1)
+    return costs
 
 
 def _layer(sample: Sample) -> tuple[Wide, Adapter, Config]:
@@ -233,18 +257,3 @@ def _is_alike(error: Wide, size: Wide) -> bool:
         squares = np.vecdot(error, size) ** 2 * error.shape[1]
         chance = np.vecdot(error, error) * np.vecdot(size, size)
         return bool(np.median(squares > _ALIKE * chance) > 0.5)
-
-
-def _has_more(error: Wide, update: Wide, *, by_rows: bool) -> bool:
-    """Return whether S has more than the whole update, beyond chance, as `Parts` tells it.
-
-    It has 1 + Σ error · update / ‖update‖² of it.
-    """
-    with np.errstate(over="ignore", invalid="ignore"):
-        units = error * update
-        is_much = units.sum() > _MORE * np.vdot(update, update)
-        units = limited(units)
-        if by_rows:
-            units = units.sum(axis=1)
-        total = float(units.sum())
-        return bool(is_much) and total > 0 and total**2 > limit(1) * float(np.vdot(units, units))
