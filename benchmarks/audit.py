@@ -256,7 +256,7 @@ def right(count: Count, merge: Any, folder: Path, where: str) -> Count:
 
 
 def peft_merges(count: Count, folder: Path) -> Count:
-    """Audit what PEFT's `merge_and_unload` makes, with adapters in 32 bits and in 16."""
+    """Audit what PEFT's `merge_and_unload` makes, with adapters in each dtype."""
     import peft
     import torch
     from safetensors.torch import save_file as save_tensors
@@ -272,7 +272,7 @@ def peft_merges(count: Count, folder: Path) -> Count:
     }
     warnings.simplefilter("ignore")  # PEFT's, on models that are not of transformers
     for names in (("linear", "square", "conv"), ("embed_tokens",), ("c_attn", "c_proj")):
-        for dtype, update, wide in itertools.product(DTYPES, UPDATES, (True, False)):
+        for dtype, update, own in itertools.product(DTYPES, UPDATES, DTYPES):
             torch.manual_seed(0)
             net = torch.nn.ModuleDict({name: makers[name]() for name in names})
             net = net.to(getattr(torch, dtype))
@@ -287,20 +287,23 @@ def peft_merges(count: Count, folder: Path) -> Count:
                 use_dora=True,
                 fan_in_fan_out="c_attn" in names,
             )
-            adapted = peft.get_peft_model(net, config, autocast_adapter_dtype=wide)
+            adapted = peft.get_peft_model(net, config, autocast_adapter_dtype=False)
             with torch.no_grad():
                 for name, parameter in adapted.named_parameters():
                     noise = torch.randn_like(parameter, dtype=torch.float32)
                     if "lora_magnitude" in name:
-                        parameter *= (1 + update * noise).to(parameter.dtype)
+                        noise = (1 + update * noise) * parameter
                     elif "lora_" in name:
-                        parameter.copy_(0.1 * update**0.5 * noise)
+                        noise *= 0.1 * update**0.5
+                    else:
+                        continue
+                    parameter.data = noise.to(getattr(torch, own))
             adapted.save_pretrained(case / "adapter")
             whole = adapted.merge_and_unload().state_dict()
             tensors = {name: tensor.contiguous().clone() for name, tensor in whole.items()}
             save_tensors(tensors, case / "merged.safetensors")
             merge = plan_merge(case / "base.safetensors", case / "adapter", Options())
-            where = f"PEFT {dtype} {update:g}, adapter in {32 if wide else 16} bits"
+            where = f"PEFT {dtype} {update:g}, adapter in {own}"
             count = right(count, merge, case / "merged.safetensors", where)
             shutil.rmtree(case)
     return count

@@ -16,9 +16,11 @@ from doraxp import AdaptedLayer, Adapter, Config, LayerKind
 from doraxp.checkpoint import (
     CheckpointError,
     Options,
-    _audit_weight,
+    _audit_sample,
+    _formulas,
+    _precision,
     _rows,
-    _suspects,
+    _slack,
     audit,
     plan_merge,
     run_merge,
@@ -223,11 +225,13 @@ def test_the_error_is_in_units_of_the_bound(tmp_path, monkeypatch, kinds, path, 
     g, info = m / norm, ml_dtypes.finfo(dtype)
     eps, least = float(info.eps), float(info.smallest_normal)
     sums = 2**-24 * (a.shape[1] ** 0.5 + RANK**0.5) / eps
-    c = 3.5 + sums + 2 * S * length * np.linalg.norm(a) / norm
-    c += least * (1 / norm + 1 / m + 1 / g)
-    reach = (2 + sums) * (g * S * length)[:, None] * np.linalg.norm(a, axis=0)
+    lost = least * RANK**0.5
+    length, columns = length + lost, np.linalg.norm(a, axis=0) + lost
+    c = 4 + sums + 2.5 * S * length * np.linalg.norm(columns) / norm
+    c += least * ((1 + S) / norm + 1 / m + 1 / g)
+    reach = (2.5 + sums) * (g * S * length)[:, None] * columns
     right = g[:, None] * v
-    bound = eps * (c[:, None] * np.abs(right) + reach + least * (1 + g[:, None]))
+    bound = eps * (c[:, None] * np.abs(right) + reach + least * (1 + g[:, None] * (1 + S)))
     for row, column in [(3, 0), (5, 2), (7, 1), (9, 2), (9, 3), (len(m) - 1, a.shape[1] - 1)]:
         wrong = right.copy()
         wrong[row, column] += 20 * bound[row, column]
@@ -241,7 +245,7 @@ def test_the_error_is_in_units_of_the_bound(tmp_path, monkeypatch, kinds, path, 
 
 def test_the_bound_is_finite_where_n_is_tiny(tmp_path):
     """A bound that is NaN would be an error of every number."""
-    slack = _suspects.Slack(small(tmp_path).layers[PATH], "BF16")
+    slack = _slack.Slack(small(tmp_path).layers[PATH], _precision.PRECISION["BF16"])
     norm = np.full(40, 1e-60)
     assert np.isfinite(slack.bound(np.zeros((40, 24), np.float32), slice(None), norm)).all()
 
@@ -256,6 +260,126 @@ def test_a_last_rounding_that_is_stochastic_is_right(tmp_path):
     assert np.mean(stochastic != wide) > 0.2
     case.dtype = "bfloat16"
     assert case.audit(case.whole() | {WEIGHT: stochastic})[WEIGHT].verdict == "rounded"
+
+
+def rounds_to(dtype):
+    return lambda x: cast(cast(x, dtype), float)
+
+
+def in_mixed_dtypes(case, path, loaded, product, rest, saved, formula=None, s=S):
+    """W' by the dtypes of W in memory, of s B A, of the other steps, and of the file."""
+    layer, stored = case.layers[path], case.base[f"{path}.weight"]
+    w = rounds_to(loaded)(np.asarray(layer.kind.matrix(cast(stored, float))))
+    a, b, m = (cast(leaf, float) for leaf in layer.adapter)
+    v = rounds_to(rest)(w + rounds_to(product)(s * rounds_to(product)(b @ a)))
+    g = rounds_to(rest)(m / rounds_to(rest)(np.linalg.norm(v, axis=1)))[:, None]
+    result = rounds_to(rest)(formula(v, m[:, None], w) if formula else g * v)
+    return cast(layer.kind.restore(result, stored.shape), saved)
+
+
+def narrow(case, dtype):
+    """Round the adapters to a dtype, and write them."""
+    for path, layer in case.layers.items():
+        adapter = Adapter(*(cast(leaf, dtype) for leaf in layer.adapter))
+        case.layers[path] = layer._replace(adapter=adapter)
+    save_adapters(case.folder / "narrow", case.layers)
+    (case.folder / "adapter").rename(case.folder / "wide")
+    (case.folder / "narrow").rename(case.folder / "adapter")
+
+
+F32, F16, BF16 = "float32", "float16", "bfloat16"
+MIXED = {
+    "PEFT, an adapter of 16 bits": (F32, BF16, F32, BF16, F32, F32),
+    "the same in float16": (F32, F16, F32, F16, F32, F32),
+    "two dtypes of 16 bits": (BF16, F16, BF16, F16, F32, BF16),
+    "in bfloat16, saved as float32": (BF16, BF16, BF16, BF16, BF16, F32),
+    "files of float32, in bfloat16": (F32, F32, BF16, BF16, BF16, F32),
+    "files of float32, loaded in float16": (F32, F32, F16, F32, F32, F16),
+    "all but the last step in bfloat16": (BF16, BF16, BF16, BF16, BF16, F16),
+}
+"""Dtypes: of W, of the adapter, of W as loaded, of s B A, of the other steps, of S."""
+
+
+@pytest.mark.parametrize("mix", MIXED)
+@pytest.mark.parametrize("update", [0.3, 3e-3, 3e-4])
+def test_a_merge_through_several_dtypes_is_right(tmp_path, mix, update):
+    weight, adapter, *rest = MIXED[mix]
+    case = Case(tmp_path, KINDS, weight, update)
+    narrow(case, adapter)
+    weights = {f"{p}.weight": in_mixed_dtypes(case, p, *rest) for p in case.layers}
+    for name, verdict in case.audit(case.whole() | weights).items():
+        assert verdict.right or verdict.verdict == "kept in part", (name, verdict)
+
+
+@pytest.mark.parametrize("update", [0.3, 3e-3, 3e-4])
+@pytest.mark.parametrize("mix", list(MIXED)[:5])
+def test_a_fault_in_a_merge_through_several_dtypes_is_found(tmp_path, mix, update):
+    weight, adapter, *rest = MIXED[mix]
+    case = Case(tmp_path, {"linear": (LayerKind(), (96, 120))}, weight, update)
+    narrow(case, adapter)
+    right = in_mixed_dtypes(case, PATH, *rest)
+
+    def verdict(tensor):
+        return case.audit(case.base | {WEIGHT: tensor})[WEIGHT]
+
+    assert verdict(in_mixed_dtypes(case, PATH, *rest, lambda v, m, w: v)).verdict == "plain LoRA"
+    assert verdict(in_mixed_dtypes(case, PATH, *rest, s=S**2)).verdict == "scaled by s²"
+    assert verdict(cast(case.base[WEIGHT], right.dtype)).verdict == "unchanged"
+    w = cast(case.base[WEIGHT], float)
+    case.layers[PATH] = case.layers[PATH]._replace(
+        adapter=case.adapter(np.random.default_rng(1), w, update)
+    )
+    other = verdict(in_mixed_dtypes(case, PATH, *rest))
+    assert other.verdict == "another adapter"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_more_than_the_whole_update_is_another_adapter(tmp_path, dtype, stored):
+    """No number is beyond the rounding errors of 16 bits."""
+    case = Case(tmp_path, {"linear": (LayerKind(), (96, 120))}, stored, 1e-3)
+    narrow(case, dtype)
+    w = cast(case.base[WEIGHT], float)
+    case.dtype = "float64"
+    more = w + 1.3 * (case.merged(PATH) - w)
+    assert case.audit(case.base | {WEIGHT: cast(more, stored)})[WEIGHT].verdict == "another adapter"
+
+
+def test_a_few_numbers_far_off_are_damage_in_any_mixture_of_dtypes(tmp_path):
+    case = Case(tmp_path, {"linear": (LayerKind(), (96, 120))}, "float32", 0.3)
+    narrow(case, "bfloat16")
+    right = in_mixed_dtypes(case, PATH, *MIXED["PEFT, an adapter of 16 bits"][2:])
+    exact = case.merged(PATH)
+    for weight in (right, exact):
+        weight[5, :20] += 0.3 * np.abs(weight).max()
+        verdict = case.audit(case.base | {WEIGHT: weight})[WEIGHT]
+        assert (verdict.verdict, verdict.detail) == ("damaged", "20 of 11,520 numbers")
+    exact = case.merged(PATH)
+    exact[5, 7] *= 1.001  # less than a step of bfloat16, and 8000 steps of float32
+    assert case.audit(case.base | {WEIGHT: exact})[WEIGHT].verdict == "damaged"
+
+
+@pytest.mark.parametrize("alpha", [4.0, 64.0])
+def test_products_that_underflow_and_a_large_s_are_right(tmp_path, alpha):
+    """s multiplies what s B A lost to underflow."""
+    rng = np.random.default_rng(3)
+    w = cast(0.02 * rng.standard_normal((64, 96)), "float16")
+    w[-4:] = 0
+    step, s = rounds_to("float16"), alpha / 2
+    a, b = 0.05 * rng.standard_normal((2, 96)), 2e-4 / s * rng.standard_normal((64, 2))
+    a, b = step(a), step(b)
+    m = step(1.01 * np.linalg.norm(cast(w, float) + s * b @ a, axis=1))
+    v = step(cast(w, float) + step(s * step(b @ a)))
+    merged = step(step(m / step(np.linalg.norm(v, axis=1)))[:, None] * v)
+    case = small(tmp_path, "float16")
+    adapter = Adapter(*(cast(leaf, "float16") for leaf in (a, b, m)))
+    case.layers = {PATH: AdaptedLayer(adapter, Config(2, alpha), LayerKind(), w.shape)}
+    case.base = {WEIGHT: w}
+    case.write("base", case.base)
+    save_adapters(tmp_path / "other", case.layers)
+    case.write("merged", {WEIGHT: cast(merged, "float16")})
+    plan = plan_merge(tmp_path / "base", tmp_path / "other", Options())
+    assert audit(plan, tmp_path / "merged")[WEIGHT].right
 
 
 def test_an_error_of_the_last_digit_is_rounded(tmp_path):
@@ -350,6 +474,36 @@ def test_a_name_that_loses_its_lead_to_another_tensor_is_extra(tmp_path):
     assert not all(verdict.right for verdict in verdicts.values())
 
 
+@pytest.mark.parametrize("name", [NORM, WEIGHT])
+def test_one_tensor_without_its_leading_name_is_missing(tmp_path, name):
+    case = small(tmp_path)
+    whole = case.whole()
+    whole[name.removeprefix("model.")] = whole.pop(name)
+    verdicts = case.audit(whole)
+    wrong = {name: verdict.verdict for name, verdict in verdicts.items() if not verdict.right}
+    assert wrong == {name: "missing", name.removeprefix("model."): "extra"}
+
+
+@pytest.mark.parametrize("longer", [False, True])
+def test_one_tensor_that_keeps_the_leading_name_of_the_base_is_missing(tmp_path, longer):
+    case = small(tmp_path)
+    others = {name: tensor for name, tensor in case.whole().items() if name != NORM}
+    change = (lambda n: f"base.{n}") if longer else (lambda n: n.removeprefix("model."))
+    renamed = {change(name): tensor for name, tensor in others.items()}
+    assert not all(v.right for v in case.audit(renamed | {NORM: case.base[NORM]}).values())
+
+
+def test_a_head_may_lack_the_leading_name_of_the_other_tensors(tmp_path):
+    case = Case(tmp_path, {"embed_tokens": KINDS["embed_tokens"]}, "float32")
+    del case.base["steps"]
+    case.base |= {"lm_head.weight": np.ones((60, 20), np.float32)}
+    case.write("base", case.base)
+    shorter = {name.removeprefix("model."): tensor for name, tensor in case.whole().items()}
+    assert all(verdict.right for verdict in case.audit(shorter).values())
+    case.write("base", {n.removeprefix("model."): t for n, t in case.base.items()})
+    assert all(verdict.right for verdict in case.audit(case.whole()).values())
+
+
 # Faults of a weight
 
 
@@ -391,7 +545,7 @@ def test_a_weight_that_was_not_merged_is_named(case):
 
 
 def test_a_weight_that_changed_outside_of_the_sample_is_not_called_unchanged(tmp_path, monkeypatch):
-    monkeypatch.setattr(_audit_weight, "_NUMBERS", 1)
+    monkeypatch.setattr(_audit_sample, "_NUMBERS", 1)
     case = small(tmp_path)
     weight = case.base[WEIGHT].copy()
     weight[1] = 0  # the sample has every second or third of 40 rows
@@ -474,6 +628,77 @@ def test_another_shape_and_another_dtype_are_named(tmp_path):
     assert case.fault(NORM, case.base[NORM][1:]) == "another shape"
 
 
+# A fault in a part of a weight
+
+
+def in_a_part(case, formula, rows=slice(None), columns=slice(None), **options):
+    """The right merge, with a part of it by another formula."""
+    weight = case.merged(PATH, **options)
+    weight[rows, columns] = case.merged(PATH, formula, **options)[rows, columns]
+    return weight
+
+
+@pytest.mark.parametrize(("dtype", "update"), [("bfloat16", 5e-3), ("float16", 1e-3)])
+@pytest.mark.parametrize("part", [0.02, 0.1, 0.4])
+def test_m_left_out_in_some_rows_is_named(tmp_path, dtype, update, part):
+    """No number is off by more than a right merge's may be."""
+    case = Case(tmp_path, {"linear": (LayerKind(), (400, 200))}, dtype, update)
+    rows = slice(100, 100 + int(400 * part))
+    verdicts = case.audit(case.whole() | {WEIGHT: in_a_part(case, FAULTS["plain LoRA"], rows)})
+    assert verdicts[WEIGHT].verdict == "plain LoRA"
+    assert re.fullmatch(r"rows \d+ to \d+ of 400", verdicts[WEIGHT].detail)
+    first, last = map(int, re.findall(r"\d+", verdicts[WEIGHT].detail)[:2])
+    assert rows.start - 8 <= first < last <= rows.stop + 8
+
+
+@pytest.mark.parametrize("in_steps", [False, True])
+def test_columns_that_were_not_merged_are_named(tmp_path, in_steps):
+    """As where one of several machines, each with some columns, did nothing."""
+    case = Case(tmp_path, {"linear": (LayerKind(), (400, 200))}, "bfloat16", 5e-3)
+    step = rounds_to("bfloat16") if in_steps else lambda x: x
+    weight = in_a_part(case, lambda v, m, w: w, columns=slice(150, 175), step=step)
+    verdict = case.audit(case.whole() | {WEIGHT: weight})[WEIGHT]
+    assert verdict.verdict == "unchanged"
+    assert re.fullmatch(r"columns \d+ to \d+ of 200", verdict.detail)
+
+
+def test_rows_of_steps_in_16_bits_without_m_are_named(tmp_path):
+    case = Case(tmp_path, {"linear": (LayerKind(), (400, 200))}, "bfloat16", 2e-2)
+    step = rounds_to("bfloat16")
+    weight = in_a_part(case, lambda v, m, w: v, slice(128, 256), step=step)
+    assert case.fault(WEIGHT, weight) == "plain LoRA"
+
+
+@pytest.mark.parametrize(
+    ("kind", "update"),
+    [
+        ("one step of n", 5e-3),
+        ("one step of n", 3e-4),
+        ("stochastic", 5e-3),
+        ("stochastic", 3e-4),
+        ("m / n alone", 5e-3),
+    ],
+)
+def test_rounding_that_no_formula_knows_is_not_a_fault_of_a_part(tmp_path, kind, update):
+    case = Case(tmp_path, {"linear": (LayerKind(), (400, 200))}, "bfloat16", update)
+    rng, eps, step = np.random.default_rng(5), 2.0**-7, rounds_to("bfloat16")
+    for _ in range(4):
+        if kind == "one step of n":
+            off = 1 + eps * rng.integers(-1, 2, (400, 1))
+            weight = case.merged(
+                PATH, lambda v, m, w, off=off: step(m / step(off * gain(v, 1) ** -1)) * v, step=step
+            )
+        elif kind == "stochastic":
+            case.dtype = "float32"
+            noise = rng.integers(0, 1 << 16, (400, 200), np.uint32)
+            bits = (case.merged(PATH).view(np.uint32) + noise) & np.uint32(0xFFFF0000)
+            weight, case.dtype = bits.view(np.float32).astype("bfloat16"), "bfloat16"
+        else:
+            weight = case.merged(PATH, lambda v, m, w: step(gain(v, m)) * v)
+        verdict = case.audit(case.whole() | {WEIGHT: weight})[WEIGHT]
+        assert verdict.right or verdict.verdict == "kept in part", verdict
+
+
 # Small updates in 16 bits
 
 
@@ -542,9 +767,9 @@ def test_a_fault_below_the_noise_of_stochastic_rounding_is_found(tmp_path):
 
 def test_a_few_last_digits_tell_no_formula_from_another():
     def guess(*costs):
-        return _suspects.Guess("", np.array(costs), fits=True)
+        return _formulas.Guess("", np.array(costs), fits=True)
 
-    is_better = _suspects._is_better
+    is_better = _formulas._is_better
     assert not is_better(guess(0.0, 0.0, 0.0), guess(0.1, 0.0, 0.1))
     assert is_better(guess(0.0, 0.0, 0.0), guess(0.1, 0.1, 0.1))
     assert not is_better(guess(2.0, 1.0, 3.0), guess(3.0, 3.0, 2.0))
@@ -574,6 +799,67 @@ def test_an_untouched_tensor_that_changed_is_named(tmp_path):
     by = 5 - case.base[NORM][-1]
     assert verdict[:3] == ("changed", False, f"1 numbers differ, by up to {by:.3g}")
     assert case.fault("steps", np.arange(1, 4)) == "changed"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_number_that_overflows_in_a_copy_is_named(tmp_path, dtype):
+    case = small(tmp_path)
+    case.base[NORM][3] = 3.4e38
+    case.write("base", case.base)
+    with np.errstate(over="ignore"):
+        narrow = cast(case.base[NORM], dtype)
+    verdict = case.audit(case.whole() | {NORM: narrow})[NORM]
+    assert verdict[:3] == ("NaN or infinity", False, "1 numbers that are finite in BASE")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("bits", [0x7FC00001, 0xFFC00000, 0x7F800001])
+def test_nan_and_infinity_that_the_base_has_are_right(tmp_path, bits):
+    """Tools write other bits for NaN."""
+    case = small(tmp_path)
+    case.base[NORM][3] = np.uint32(bits).view(np.float32)
+    case.base[NORM][4] = -np.inf
+    case.write("base", case.base)
+    assert case.audit(case.whole())[NORM].verdict == "equal"
+    for dtype in ("float16", "bfloat16", "float64"):
+        with np.errstate(invalid="ignore"):
+            other = cast(case.base[NORM], dtype)
+        for value in (np.nan, -np.nan):
+            other[3] = value
+            assert case.audit(case.whole() | {NORM: other})[NORM].verdict == "converted"
+        changed = other.copy()
+        changed[4] = np.inf
+        verdict = case.audit(case.whole() | {NORM: changed})[NORM]
+        assert verdict.verdict == "changed"
+        changed[5] = 7
+        detail = case.audit(case.whole() | {NORM: changed})[NORM].detail
+        assert detail.startswith("2 numbers differ, by up to inf")
+        changed[5] = np.nan
+        verdict = case.audit(case.whole() | {NORM: changed})[NORM]
+        assert verdict[:3] == ("NaN or infinity", False, "1 numbers that are finite in BASE")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nan_in_a_tensor_of_the_adapters_own_is_named_unless_the_base_has_it(tmp_path, dtype):
+    case = small(tmp_path)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    trained = np.full(11, 2, np.float32)
+    trained[4] = np.nan
+    save_file(load_file(file) | {"base_model.model.model.norm.weight": trained}, file)
+    verdict = case.audit(case.whole() | {NORM: cast(trained, dtype)})[NORM]
+    assert verdict[:3] == ("NaN or infinity", False, "1 numbers that are finite in BASE")
+    case.base[NORM][4] = np.inf
+    case.write("base", case.base)
+    assert case.audit(case.whole() | {NORM: cast(trained, dtype)})[NORM].right
+
+
+@pytest.mark.filterwarnings("error")
+def test_nan_in_a_bias_is_named(tmp_path):
+    case = small(tmp_path)
+    bias = case.base["model.linear.bias"].copy()
+    bias[2:] = np.nan
+    assert case.fault("model.linear.bias", bias) == "NaN or infinity"
 
 
 def test_missing_and_extra_tensors_are_named(tmp_path):
@@ -779,12 +1065,26 @@ def test_steps_are_rounded_one_by_one():
     rng = np.random.default_rng(4)
     w, config = rng.standard_normal((6, 9)), Config(2, 3.0)
     adapter = Adapter(rng.standard_normal((2, 9)), rng.standard_normal((6, 2)), rng.random(6))
-
-    def step(x):
-        return cast(cast(x, "bfloat16"), float)
-
+    step = rounds_to("bfloat16")
     a, b, m = map(step, adapter)
     v = step(step(w) + step(1.5 * step(b @ a)))
     norm = step(np.linalg.norm(v, axis=1))[:, None]
     expected = step(step(m[:, None] / norm) * v)
-    np.testing.assert_array_equal(right_merge(w, adapter, config, step), expected)
+    dtypes = [np.dtype("bfloat16")] * 4
+    np.testing.assert_array_equal(right_merge(w, adapter, config, dtypes), expected)
+
+
+@pytest.mark.parametrize(
+    ("weight", "rest"), [("float32", "float32"), ("bfloat16", "float32"), ("float16", "float16")]
+)
+def test_a_step_of_two_dtypes_has_the_wider_one(weight, rest):
+    """float32 for bfloat16 and float16."""
+    rng = np.random.default_rng(4)
+    w, config = rng.standard_normal((6, 9)), Config(2, 3.0)
+    adapter = Adapter(rng.standard_normal((2, 9)), rng.standard_normal((6, 2)), rng.random(6))
+    half, step = rounds_to("float16"), rounds_to(rest)
+    a, b, m = map(half, adapter)
+    v = step(rounds_to(weight)(w) + half(1.5 * half(b @ a)))
+    expected = step(step(m[:, None] / step(np.linalg.norm(v, axis=1))[:, None]) * v)
+    dtypes = [np.dtype(name) for name in (weight, "float16", "float16", "float16")]
+    np.testing.assert_array_equal(right_merge(w, adapter, config, dtypes), expected)

@@ -9,27 +9,27 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from doraxp._base.types import Adapter
-from doraxp.checkpoint._engine import Engine, Reused
+from doraxp.checkpoint._audit_errors import Compared, compare
+from doraxp.checkpoint._audit_parts import Part
+from doraxp.checkpoint._audit_sample import SLABS, Sample, take_sample
+from doraxp.checkpoint._engine import Engine
+from doraxp.checkpoint._formulas import diagnose
 from doraxp.checkpoint._options import Options, merge_dtype
 from doraxp.checkpoint._plan import MergedTensor
+from doraxp.checkpoint._precision import PRECISION, coarsest
 from doraxp.checkpoint._rows import Block, merged_blocks, row_blocks
 from doraxp.checkpoint._safetensors import DTYPES, Source
 from doraxp.checkpoint._shard import OnBytes
-from doraxp.checkpoint._suspects import PRECISION, Sample, Slack, Wide, diagnose, over
+from doraxp.checkpoint._slack import Slack, Wide, over
 from doraxp.layers import AdaptedLayer
 from doraxp.testing import right_merge, wrong_merges_across_rows
 
-KEPT_IN_PART, _KEPT = "kept in part", 0.9
-"""The verdict on a right merge that has less than this part of the update."""
-_SLABS, _ROWS, _NUMBERS = 16, 16, 1 << 17
-"""A sample has 16 groups of rows: at least 16 rows, and more where they are short."""
+KEPT_IN_PART, INFINITE = "kept in part", "NaN or infinity"
+_KEPT = 0.9
+"""A right merge has at least this part of the update."""
 _IDLE = 1e-6
 """The relative change of a row that the rounding of m to float32 may cause without training."""
-_INFINITY = {"F64": 0x7FF0 << 48, "F32": 0x7F80 << 16, "F16": 0x7C00, "BF16": 0x7F80}
-"""The bits of infinity. Those of NaN are larger."""
 
 
 class Verdict(NamedTuple):
@@ -47,21 +47,6 @@ class Verdict(NamedTuple):
     error: float | None = None
     """The largest abs(S − W'), in units of the largest error that a right merge may have; 0 where S
     is bit for bit the merge that doraxp writes. None where nothing should be merged."""
-
-
-class _Compared(NamedTuple):
-    """The result of one pass over S and W'."""
-
-    differ: int
-    """Numbers that are not bit for bit those that doraxp writes."""
-    wrong: int
-    """Numbers whose error is larger than that of a right merge."""
-    worst: float
-    """The largest error, in units of its bound."""
-    infinite: int
-    """Numbers that are NaN or infinity."""
-    norm: Wide
-    """n, (out,)."""
 
 
 def audit_weight(
@@ -88,20 +73,21 @@ def audit_weight(
         Called with numbers of bytes of W that were audited.
     """
     before, after = task.source.tensor, stored.tensor
-    suspect = _Suspect(name, task, stored, layer, engine)
+    weight = _WeightAudit(name, task, stored, layer, engine)
     if before.shape != after.shape:
         on_bytes(before.nbytes)
-        if before.shape == after.shape[::-1] and suspect.is_flipped():
+        if before.shape == after.shape[::-1] and weight.is_flipped():
             return Verdict("transposed", False, f"{after.shape} for {before.shape}")
         return Verdict("another shape", False, f"{after.shape} for {before.shape}")
-    found = _compare(suspect, on_bytes)
+    sample, row_bytes = take_sample(task.source, stored, layer), before.nbytes // before.shape[0]
+    found = compare(
+        weight.blocks(), stored, layer, sample.dtypes, lambda count: on_bytes(row_bytes * count)
+    )
     if found.infinite:
-        return suspect.infinite(found)
-    sample = suspect.sample()
-    if found.differ:
-        fault = suspect.fault(sample, found)
-        if fault is not None:
-            return fault
+        return weight.infinite(found)
+    fault = weight.fault(sample, found) if found.differ else None
+    if fault is not None:
+        return fault
     kept = _kept(sample)
     if kept < _KEPT:
         detail = f"rounding left {kept:.2g} of the update"
@@ -116,57 +102,8 @@ def adapted_norms(name: str, task: MergedTensor, layer: AdaptedLayer, engine: En
     return np.concatenate([np.array(block.norms.adapted, np.float64) for block in blocks])
 
 
-def _compare(suspect: _Suspect, on_bytes: OnBytes) -> _Compared:
-    """Compare S with W' block by block."""
-    tensor, transposed = suspect.stored.tensor, suspect.layer.kind.is_transposed
-    dtype, memory, narrow = DTYPES[tensor.dtype], Reused(), Reused()
-    slack = Slack(suspect.layer, tensor.dtype)
-    differ = wrong = infinite = 0
-    worst, norms = 0.0, []
-    nbytes = suspect.task.source.tensor.nbytes // tensor.shape[0]
-    for block in suspect.blocks():
-        norms.append(np.array(block.norms.adapted, np.float64))
-        with np.errstate(over="ignore"):
-            ours = narrow.cast(block.merged, dtype)
-        theirs = suspect.stored.read(block.rows, memory).reshape(ours.shape)
-        bits = theirs.view(f"u{dtype.itemsize}")
-        infinite += _count_infinite(bits, _INFINITY[tensor.dtype])
-        other = bits != ours.view(bits.dtype)
-        if other.any():
-            differ += int(np.count_nonzero(other))
-            hit = np.flatnonzero(other.any(axis=1))  # rows of the file
-            merged, found = block.merged[hit], theirs[hit].astype(block.merged.dtype)
-            rows, columns = hit + block.rows.start, slice(None)
-            norm = norms[-1]
-            if transposed:
-                merged, found = merged.T, found.T
-                rows, columns, norm = slice(None), rows, norms[0]
-            else:
-                norm = norm[hit]
-            bound = slack.bound(np.abs(merged), rows, norm, columns)
-            with np.errstate(invalid="ignore"):
-                found -= merged
-                share = np.abs(found, out=found)
-                share /= bound
-            wrong += int(np.count_nonzero(~(share <= 1)))
-            worst = max(worst, float(np.max(share)))
-        on_bytes(nbytes * len(theirs))
-    return _Compared(differ, wrong, worst, infinite, np.concatenate(norms))
-
-
-def _count_infinite(bits: NDArray[np.unsignedinteger], infinity: int) -> int:
-    """Return how many numbers are NaN or infinity, from their bits."""
-    sign = 1 << (8 * bits.itemsize - 1)
-    # Of the numbers of one sign these have the largest bits, so this is faster than isfinite.
-    if bits.view(f"i{bits.itemsize}").max(initial=0) < infinity and bits.max(
-        initial=0
-    ) < bits.dtype.type(sign | infinity):
-        return 0
-    return int(np.count_nonzero((bits & bits.dtype.type(sign - 1)) >= bits.dtype.type(infinity)))
-
-
-class _Suspect:
-    """A weight to look at again."""
+class _WeightAudit:
+    """A weight, and the merge that it should be."""
 
     def __init__(
         self, name: str, task: MergedTensor, stored: Source, layer: AdaptedLayer, engine: Engine
@@ -180,56 +117,52 @@ class _Suspect:
         """Yield W' as doraxp computes it."""
         return merged_blocks(self.name, self.task.source, self.layer, self._engine, self._dtype)
 
-    def infinite(self, found: _Compared) -> Verdict:
+    def infinite(self, found: Compared) -> Verdict:
         """Return the verdict on a weight with NaN or infinity."""
         zero = int(np.count_nonzero(found.norm == 0))
         detail = f"{found.infinite:,} numbers"
         if zero and found.infinite == zero * self._inner:
             detail += f": the {zero} rows whose norm n is 0, where W' is 0"
-        return Verdict("NaN or infinity", False, detail, None, found.worst)
+        return Verdict(INFINITE, False, detail, None, found.worst)
 
-    def sample(self) -> Sample:
-        """Return groups of rows that are evenly spaced, the first and the last row included."""
-        size = min(self._out, max(_ROWS, _NUMBERS // self._inner))
-        slab = -(-size // _SLABS)
-        starts = np.linspace(0, max(0, self._out - slab), _SLABS).astype(int).tolist()
-        rows = np.unique([row for start in starts for row in range(start, start + slab)])
-        rows = rows[rows < self._out]
-        a, b, m = (np.asarray(leaf, np.float64) for leaf in self.layer.adapter)
-        base, stored = (
-            _matrix_rows(one, rows, self.layer) for one in (self.task.source, self.stored)
-        )
-        return Sample(
-            rows,
-            base,
-            stored,
-            Adapter(a, b[rows], m[rows]),
-            self.layer.config,
-            self.stored.tensor.dtype,
-        )
-
-    def fault(self, sample: Sample, found: _Compared) -> Verdict | None:
+    def fault(self, sample: Sample, found: Compared) -> Verdict | None:
         """Return the fault that S has; None if it is a right merge to rounding errors."""
-        norm = found.norm[sample.rows]
         merged = right_merge(sample.base, sample.adapter, sample.config)
-        bound = Slack(self.layer, self.stored.tensor.dtype).bound(np.abs(merged), sample.rows, norm)
+        # The finer bound, for the costs: the coarser one hides a small update.
+        bound = Slack(self.layer, PRECISION[sample.dtypes.stored]).bound(
+            np.abs(merged), sample.rows, found.norm[sample.rows]
+        )
         diagnosis = diagnose(sample, bound)
         is_idle = _is_idle(sample, merged)
-        if not found.wrong and (is_idle or not diagnosis.refuted):
+        if not found.wrong and (is_idle or not (diagnosis.refuted or diagnosis.part)):
             return None
+        detail = ""
         if np.array_equal(sample.stored, sample.base) and self._is_unchanged():
-            return Verdict("unchanged", False, "the merge did nothing", None, found.worst)
-        if (diagnosis.fits or is_idle) and not diagnosis.refuted:
+            verdict, detail = "unchanged", "the merge did nothing"
+        elif diagnosis.part and not is_idle:
+            verdict, detail = diagnosis.part.name, self._place(sample, diagnosis.part)
+        elif (diagnosis.fits or is_idle) and not diagnosis.refuted:
+            verdict = "damaged"
             detail = f"{found.wrong:,} of {self._out * self._inner:,} numbers"
-            return Verdict("damaged", False, detail, None, found.worst)
-        names = diagnosis.names
-        if not names and self._out == self._inner:
-            names = diagnose(sample, bound, self._across_rows(sample)).names
-            if not names and self.is_flipped():
-                names = ("transposed",)
-        if names:
-            return Verdict(" or ".join(names), False, "", None, found.worst)
-        return Verdict("another adapter", False, _distances(sample, merged), None, found.worst)
+        else:
+            verdict = " or ".join(diagnosis.names or self._names_across_rows(sample, bound))
+        if not verdict:
+            verdict, detail = "another adapter", _distances(sample, merged)
+        return Verdict(verdict, False, detail, None, found.worst)
+
+    def _names_across_rows(self, sample: Sample, bound: Wide) -> tuple[str, ...]:
+        """Return the formulas that S fits, among those that need a square matrix."""
+        if self._out != self._inner:
+            return ()
+        names = diagnose(sample, bound, self._across_rows(sample)).names
+        return names or (("transposed",) if self.is_flipped() else ())
+
+    def _place(self, sample: Sample, part: Part) -> str:
+        """Return the rows or columns of a part, in words."""
+        if part.axis == 0:
+            first, last = sample.rows[[part.start, part.stop - 1]].tolist()
+            return f"rows {first} to {last} of {self._out}"
+        return f"columns {part.start} to {part.stop - 1} of {self._inner}"
 
     def _is_unchanged(self) -> bool:
         """Return True if S is W, converted where the dtypes differ."""
@@ -265,11 +198,11 @@ class _Suspect:
         shape = self.stored.tensor.shape
         if len(shape) != 2:
             return False
-        rows = np.unique(np.linspace(0, shape[0] - 1, _SLABS).astype(int))
+        rows = np.unique(np.linspace(0, shape[0] - 1, SLABS).astype(int))
         theirs = [self.stored.read(slice(row, row + 1))[0] for row in rows.tolist()]
         ours = np.concatenate([block.merged[:, rows] for block in self.blocks()]).T
         found = np.asarray(theirs).astype(np.float64)
-        epsilon = PRECISION[self.stored.tensor.dtype][0]
+        epsilon = coarsest((self.stored.tensor.dtype, self.task.source.tensor.dtype)).epsilon
         return bool(np.linalg.norm(found - ours) <= 4 * epsilon * np.linalg.norm(ours))
 
 
@@ -303,16 +236,3 @@ def _kept(sample: Sample) -> float:
         return 1.0
     update = merged - sample.base
     return float(np.vdot(sample.stored - sample.base, update) / np.vdot(update, update))
-
-
-def _matrix_rows(source: Source, rows: NDArray[np.intp], layer: AdaptedLayer) -> Wide:
-    """Return some rows of the matrix of a stored weight, in float64."""
-    if layer.kind.is_transposed:
-        parts = [source.read(block)[:, rows] for block in row_blocks(layer.shape)]
-        return np.concatenate(parts).astype(np.float64).T
-    ends = np.flatnonzero(np.diff(rows, append=rows[-1] + 2) > 1) + 1
-    parts = [
-        source.read(slice(int(part[0]), int(part[-1]) + 1)).reshape(len(part), -1)
-        for part in np.split(rows, ends[:-1])
-    ]
-    return np.concatenate(parts).astype(np.float64)

@@ -6,7 +6,7 @@ W  (k, in)  some rows of the weight     A  (rank, in)     B  (k, rank)     m  (k
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,8 +18,9 @@ from doraxp.testing._formulas import DenseFormulas, deviating
 from doraxp.testing._rounding import Plain, lengths
 
 Wide: TypeAlias = NDArray[np.float64]
-Rounding: TypeAlias = Callable[[Wide], Wide]
-"""Rounds float64 numbers to a narrower dtype, and returns them in float64."""
+Dtype: TypeAlias = np.dtype[Any]
+Dtypes: TypeAlias = Sequence[Dtype]
+"""Of W, A, B and m."""
 
 ACROSS_ROWS = (
     "the norm runs over the input axis",
@@ -34,7 +35,7 @@ _KNOWN: Mapping[str, Changes] = {
 
 
 def right_merge(
-    weight: Any, adapter: Adapter, config: Config, step: Rounding | None = None
+    weight: Any, adapter: Adapter, config: Config, dtypes: Dtypes | None = None
 ) -> Wide:
     """Return W' = (m / n)⊙(W + s B A) in float64, by the dense formulas.
 
@@ -45,14 +46,16 @@ def right_merge(
     adapter : Adapter
         A, and those rows of B and m.
     config : Config
-    step : callable, optional
-        Rounds the inputs and the result of every step, as a merge does that computes in 16 bits.
+    dtypes : sequence of 4 dtypes, optional
+        Of W, A, B and m in a tool's memory. They are rounded to these, and the result of every step
+        to the dtype of its operands: to the wider one of two, and to float32 if these are bfloat16
+        and float16. float64 by default.
     """
-    return _merged(DenseFormulas, weight, adapter, config, step)
+    return _merged(DenseFormulas, weight, adapter, config, dtypes)
 
 
 def wrong_merges(
-    weight: Any, adapter: Adapter, config: Config, step: Rounding | None = None
+    weight: Any, adapter: Adapter, config: Config, dtypes: Dtypes | None = None
 ) -> Iterator[tuple[str, Wide]]:
     """Yield the name of each known deviation and the W' that it makes.
 
@@ -62,7 +65,7 @@ def wrong_merges(
     for name, changes in _KNOWN.items():
         if name not in ACROSS_ROWS:
             formulas = deviating(DenseFormulas, changes)
-            yield name, _merged(formulas, weight, adapter, config, step)
+            yield name, _merged(formulas, weight, adapter, config, dtypes)
 
 
 def wrong_merges_across_rows(
@@ -120,27 +123,32 @@ class _RowsOfV:
 
 
 class _Stepped:
-    """An array that is rounded after every operation; the operators are NumPy's."""
+    """An array that is rounded to its dtype after every operation; the operators are NumPy's."""
 
     __array_ufunc__ = None
 
-    def __init__(self, value: Any, step: Rounding) -> None:
+    def __init__(self, value: Any, dtype: Dtype) -> None:
         with np.errstate(over="ignore", invalid="ignore"):
-            self.value, self.step = step(np.asarray(value, np.float64)), step
+            self.value = np.asarray(value, np.float64).astype(dtype).astype(np.float64)
+        self.dtype, self.shape = dtype, self.value.shape
 
-    def _new(self, value: Any) -> _Stepped:
-        return _Stepped(value, self.step)
+    def _new(self, value: Any, other: Any = None) -> _Stepped:
+        dtype = self.dtype
+        if isinstance(other, _Stepped) and other.dtype != dtype:
+            wider = max(dtype, other.dtype, key=lambda one: one.itemsize)
+            dtype = wider if dtype.itemsize != other.dtype.itemsize else np.dtype(np.float32)
+        return _Stepped(value, dtype)
 
     def __matmul__(self, other: _Stepped) -> _Stepped:
-        return self._new(self.value @ other.value)
+        return self._new(self.value @ other.value, other)
 
     def __mul__(self, other: Any) -> _Stepped:
-        return self._new(self.value * _value(other))
+        return self._new(self.value * _value(other), other)
 
     __rmul__ = __mul__
 
     def __add__(self, other: Any) -> _Stepped:
-        return self._new(self.value + _value(other))
+        return self._new(self.value + _value(other), other)
 
     __radd__ = __add__
 
@@ -151,7 +159,7 @@ class _Stepped:
         return self._new(self.value.reshape(shape))
 
     def over(self, other: _Stepped) -> _Stepped:
-        return self._new(_plain(self.value).over(other.value))
+        return self._new(_plain(self.value).over(other.value), other)
 
     def norms(self, axis: int = -1) -> _Stepped:
         return self._new(lengths(self.value, axis))
@@ -166,18 +174,18 @@ def _plain(array: Any) -> Plain:
 
 
 def _merged(
-    formulas: type, weight: Any, adapter: Adapter, config: Config, step: Rounding | None
+    formulas: type, weight: Any, adapter: Adapter, config: Config, dtypes: Dtypes | None
 ) -> Wide:
     if config.alpha is None or config.alpha < 0:
         config = dataclasses.replace(config, alpha=config.rank)
-    no_tokens = {"x": np.empty((0, weight.shape[1])), "dy": np.empty((0, weight.shape[0]))}
-    arrays = {"weight": weight, **adapter._asdict(), **no_tokens}
-    number: Callable[[Any], Any] = _plain
-    if step is not None:
-
-        def number(array: Any) -> _Stepped:
-            return _Stepped(array, step)
-
+    inputs = {"weight": weight, **adapter._asdict()}
+    tokens = {"x": np.empty((0, weight.shape[1])), "dy": np.empty((0, weight.shape[0]))}
+    if dtypes is None:
+        numbers: Mapping[str, Any] = {name: _plain(x) for name, x in (inputs | tokens).items()}
+    else:
+        pairs = zip(inputs.items(), dtypes, strict=True)
+        numbers = {name: _Stepped(array, dtype) for (name, array), dtype in pairs}
+        numbers |= {name: _Stepped(array, dtypes[0]) for name, array in tokens.items()}
     with np.errstate(over="ignore", invalid="ignore"):
-        merged = formulas(config, arrays, number).merged
+        merged = formulas(config, numbers, lambda number: number).merged
     return np.asarray(_value(merged))
