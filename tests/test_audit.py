@@ -871,6 +871,25 @@ def test_missing_and_extra_tensors_are_named(tmp_path):
     assert list(verdicts) == [*plan.tasks, "more"]
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "right"),
+    [("embeddings.position_ids", (1, 9), True), ("rotary_emb.inv_freq", (4,), True),
+     ("h.0.attn.masked_bias", (), True), ("h.0.attn.bias", (1, 1, 4, 4), True),
+     ("h.0.attn.bias", (4,), False), ("position_ids_proj", (4,), False)],
+)  # fmt: skip
+def test_a_buffer_that_the_library_of_the_model_no_longer_writes_may_be_missing(
+    tmp_path, name, shape, right
+):
+    """As transformers leaves out those that it computes from the configuration."""
+    case = small(tmp_path)
+    (file,) = (tmp_path / "base").glob("*.safetensors")
+    buffer = np.ones(shape, np.float32)
+    save_file(load_file(file) | {f"model.{name}": buffer}, file)
+    verdicts = case.audit(case.whole())
+    assert verdicts[f"model.{name}"][:2] == (("left out", True) if right else ("missing", False))
+    assert sum(not verdict.right for verdict in verdicts.values()) == (not right)
+
+
 def test_a_tensor_that_the_adapter_replaces_is_compared_with_the_adapters(tmp_path):
     case = small(tmp_path)
     file = tmp_path / "adapter" / "adapter_model.safetensors"

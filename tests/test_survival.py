@@ -22,14 +22,8 @@ from doraxp.checkpoint import (
     sample_norms,
 )
 from doraxp.checkpoint._engine import Reused
-from doraxp.checkpoint._rounding import (
-    PIECE,
-    PRECISION,
-    Stochastic,
-    count_infinite,
-    to_either,
-    to_nearest,
-)
+from doraxp.checkpoint._precision import PRECISION, count_infinite
+from doraxp.checkpoint._rounding import PIECE, Stochastic, to_either, to_nearest
 from doraxp.checkpoint._safetensors import DTYPES
 from doraxp.cli import main
 

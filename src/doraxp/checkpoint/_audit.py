@@ -16,6 +16,7 @@ from pathlib import Path
 
 import threadpoolctl
 
+from doraxp._base.safetensors import Tensor
 from doraxp.checkpoint._audit_copy import Copy
 from doraxp.checkpoint._audit_weight import KEPT_IN_PART, Verdict, audit_weight
 from doraxp.checkpoint._engine import Engine, load_engine
@@ -24,6 +25,9 @@ from doraxp.checkpoint._model import Model, open_model
 from doraxp.checkpoint._plan import MergedTensor
 from doraxp.checkpoint._safetensors import DTYPES, Source
 from doraxp.checkpoint._shard import OnBytes
+
+_BUFFERS = ("position_ids", "token_type_ids", "inv_freq", "original_inv_freq", "masked_bias")
+"""Names of tensors that older versions of transformers wrote with the weights."""
 
 
 def audit(
@@ -104,7 +108,7 @@ def _pair(merge: Merge, model: Model) -> tuple[dict[str, tuple[str, Source]], di
         if _is_head(name) and tied in there:
             pairs[name] = (name, there[tied])  # the embedding is the head too
         else:
-            found[name] = Verdict("missing", False)
+            found[name] = _missing(name, merge.tasks[name].source.tensor)
     tied = next(iter(sorted(merge.model.output_heads())), "")
     for name in there.keys() - merge.tasks.keys():
         if _is_head(name) and tied:
@@ -112,6 +116,19 @@ def _pair(merge: Merge, model: Model) -> tuple[dict[str, tuple[str, Source]], di
         else:
             found[name] = Verdict("extra", False)
     return pairs, found
+
+
+def _missing(name: str, tensor: Tensor) -> Verdict:
+    """Return the verdict on a tensor that the merged model lacks.
+
+    The library of a model computes its buffers from the configuration, and the present versions of
+    transformers write none of them.
+    """
+    *_, module, own = f"..{name}".split(".")
+    is_mask = own == "bias" and module in ("attn", "attention") and len(tensor.shape) == 4
+    if own in _BUFFERS or is_mask:
+        return Verdict("left out", True, "a buffer that the model computes")
+    return Verdict("missing", False)
 
 
 def _is_head(name: str) -> bool:

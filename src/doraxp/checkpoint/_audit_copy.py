@@ -14,7 +14,7 @@ from doraxp.checkpoint._merge import Merge
 from doraxp.checkpoint._plan import CopiedTensor, MergedTensor, ReplacedTensor
 from doraxp.checkpoint._precision import coarsest, count_infinite, dtype_name
 from doraxp.checkpoint._rows import row_blocks
-from doraxp.checkpoint._safetensors import DTYPES, Source
+from doraxp.checkpoint._safetensors import DTYPES, Source, same_bytes
 from doraxp.checkpoint._shard import OnBytes
 from doraxp.checkpoint._slack import Slack, over
 
@@ -78,7 +78,7 @@ class Copy:
     def _has_same_bytes(self, on_bytes: OnBytes) -> bool:
         equal = True
         for one, other in zip(self._source.chunks(), self._stored.chunks(), strict=True):
-            equal = equal and _same(one, other)
+            equal = equal and same_bytes(one, other)
             on_bytes(len(one))
         return equal
 
@@ -92,7 +92,7 @@ class Copy:
 
     def _count_new_infinite(self, rows: slice | None, stored: HostArray) -> int:
         """Return how many numbers are NaN or infinity where the base has finite ones."""
-        if not count_infinite(stored, self._stored.tensor.dtype):
+        if not count_infinite(stored):
             return 0
         base = Source(self._merge.model.reader_of()[self._name], self._name)
         is_new = ~np.isfinite(stored)
@@ -128,14 +128,3 @@ class Copy:
 
 def _bits(numbers: HostArray) -> NDArray[np.unsignedinteger]:
     return numbers.view(f"u{numbers.itemsize}")
-
-
-def _same(one: memoryview, other: memoryview) -> bool:
-    """Return whether two pieces of memory of one length have the same bytes.
-
-    Two memoryviews are compared byte by byte in Python's own loop, which takes ten times as long.
-    """
-    words = len(one) & -8
-    return np.array_equal(
-        np.frombuffer(one[:words], np.uint64), np.frombuffer(other[:words], np.uint64)
-    ) and bool(one[words:] == other[words:])

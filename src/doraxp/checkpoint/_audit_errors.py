@@ -98,7 +98,7 @@ def compare(
             ours = narrow.cast(block.merged, dtype)
         theirs = stored.read(block.rows, memory).reshape(ours.shape)
         count += theirs.size
-        infinite += count_infinite(theirs, stored.tensor.dtype)
+        infinite += count_infinite(theirs)
         bits = theirs.view(f"u{dtype.itemsize}")
         other = bits != ours.view(bits.dtype)
         if other.any():

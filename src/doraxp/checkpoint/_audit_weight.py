@@ -13,6 +13,7 @@ import numpy as np
 from doraxp.checkpoint._audit_errors import Compared, compare
 from doraxp.checkpoint._audit_parts import Part
 from doraxp.checkpoint._audit_sample import SLABS, Sample, take_sample
+from doraxp.checkpoint._change import IDLE, KEPT
 from doraxp.checkpoint._engine import Engine
 from doraxp.checkpoint._formulas import diagnose
 from doraxp.checkpoint._options import Options, merge_dtype
@@ -26,10 +27,6 @@ from doraxp.layers import AdaptedLayer
 from doraxp.testing import right_merge, wrong_merges_across_rows
 
 KEPT_IN_PART, INFINITE = "kept in part", "NaN or infinity"
-_KEPT = 0.9
-"""A right merge has at least this part of the update."""
-_IDLE = 1e-6
-"""The relative change of a row that the rounding of m to float32 may cause without training."""
 
 
 class Verdict(NamedTuple):
@@ -89,7 +86,7 @@ def audit_weight(
     if fault is not None:
         return fault
     kept = _kept(sample)
-    if kept < _KEPT:
+    if kept < KEPT:
         detail = f"rounding left {kept:.2g} of the update"
         return Verdict(KEPT_IN_PART, False, detail, kept, found.worst)
     return Verdict("rounded" if found.differ else "exact", True, "", kept, found.worst)
@@ -226,7 +223,7 @@ def _ratio(one: Wide, other: Wide) -> float:
 def _is_idle(sample: Sample, merged: Wide) -> bool:
     """Return whether W' differs from W by the rounding of m alone, as before training."""
     length = np.linalg.norm(merged - sample.base, axis=1)
-    return bool((length <= _IDLE * np.linalg.norm(sample.base, axis=1)).all())
+    return bool((length <= IDLE * np.linalg.norm(sample.base, axis=1)).all())
 
 
 def _kept(sample: Sample) -> float:

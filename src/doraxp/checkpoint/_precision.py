@@ -59,13 +59,16 @@ def narrowest(numbers: HostArray, dtype: str) -> str:
     return dtype
 
 
-def count_infinite(numbers: HostArray, dtype: str) -> int:
-    """Return how many numbers are NaN or infinity."""
-    bits = numbers.view(f"u{numbers.itemsize}")
-    infinity, sign = _INFINITY[dtype], 1 << (8 * bits.itemsize - 1)
-    # Of the numbers of one sign these have the largest bits, so this is faster than isfinite.
-    if bits.view(f"i{bits.itemsize}").max(initial=0) < infinity and bits.max(
-        initial=0
-    ) < bits.dtype.type(sign | infinity):
+def count_infinite(numbers: HostArray) -> int:
+    """Return how many numbers are NaN or infinity. Their dtype is one of `DTYPES`.
+
+    Of the numbers of one sign, as integers, those are the largest. So this is faster than isfinite.
+    """
+    infinity, size = _INFINITY[dtype_name(numbers)], numbers.itemsize
+    bits, sign = numbers.view(f"u{size}"), 1 << (8 * size - 1)
+    # The integers of NumPy's own types would be wider here.
+    one, both, rest = (bits.dtype.type(x) for x in (infinity, sign | infinity, sign - 1))
+    largest = numbers.view(f"i{size}").max(initial=0)
+    if largest < infinity and bits.max(initial=0) < both:
         return 0
-    return int(np.count_nonzero((bits & bits.dtype.type(sign - 1)) >= bits.dtype.type(infinity)))
+    return int(np.count_nonzero((bits & rest) >= one))

@@ -25,25 +25,12 @@ from doraxp._base.safetensors import Tensor
 from doraxp._base.types import HostArray
 from doraxp.checkpoint._engine import Reused
 from doraxp.checkpoint._options import Options
+from doraxp.checkpoint._precision import count_infinite
 from doraxp.checkpoint._safetensors import DTYPES
 
 PIECE = 1 << 16
 """Numbers that are rounded at a time; their bits stay in the cache. A multiple of 16."""
-PRECISION = {
-    "F64": (2.0**-52, 2.0**-1022),
-    "F32": (2.0**-23, 2.0**-126),
-    "F16": (2.0**-10, 2.0**-14),
-    "BF16": (2.0**-7, 2.0**-126),
-}
-"""Epsilon and the smallest normal number of each dtype, as safetensors files name it."""
 _BFLOAT16 = DTYPES["BF16"]
-_INFINITY = {
-    DTYPES["F64"]: 0x7FF0 << 48,
-    DTYPES["F32"]: 0x7F80 << 16,
-    DTYPES["F16"]: 0x7C00,
-    _BFLOAT16: 0x7F80,
-}
-"""The bits of infinity. Those of NaN are larger."""
 _PER_COUNTER = 16
 """Numbers that the four words of one counter serve."""
 
@@ -167,18 +154,3 @@ def _to_float16(x: HostArray, bits: HostArray, out: HostArray, scratch: HostArra
     units = np.abs(x[small].astype(np.float64)) * 2.0**24
     steps = np.floor(units + bits[small] * 2.0**-16) * 2.0**-24
     out[small] = np.copysign(steps, x[small])
-
-
-def count_infinite(numbers: HostArray) -> int:
-    """Return how many numbers are NaN or infinity. Their dtype is one of `DTYPES`.
-
-    Of the numbers of one sign, as integers, those are the largest. So this is faster than isfinite.
-    """
-    infinity, size = _INFINITY[numbers.dtype], numbers.itemsize
-    bits, sign = numbers.view(f"u{size}"), 1 << (8 * size - 1)
-    # The integers of NumPy's own types would be wider here.
-    one, both, rest = (bits.dtype.type(x) for x in (infinity, sign | infinity, sign - 1))
-    largest = numbers.view(f"i{size}").max(initial=0)
-    if largest < infinity and bits.max(initial=0) < both:
-        return 0
-    return int(np.count_nonzero((bits & rest) >= one))

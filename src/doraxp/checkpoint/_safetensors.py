@@ -162,6 +162,17 @@ class Source(NamedTuple):
         return self.reader.chunks(self.name)
 
 
+def same_bytes(one: memoryview, other: memoryview) -> bool:
+    """Return whether two pieces of memory of one length have the same bytes.
+
+    Two memoryviews are compared byte by byte in Python's own loop, which takes ten times as long.
+    """
+    words = len(one) & -8
+    return np.array_equal(
+        np.frombuffer(one[:words], np.uint64), np.frombuffer(other[:words], np.uint64)
+    ) and bool(one[words:] == other[words:])
+
+
 def _check_names(path: Path, names: dict[str, _Entry]) -> None:
     odd = next((name for name in names if not name.isprintable()), None)
     if odd is not None:

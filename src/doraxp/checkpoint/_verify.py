@@ -16,9 +16,9 @@ from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._merge import Merge
 from doraxp.checkpoint._options import written_as
 from doraxp.checkpoint._plan import MergedTensor
-from doraxp.checkpoint._rounding import PRECISION
+from doraxp.checkpoint._precision import PRECISION
 from doraxp.checkpoint._rows import row_blocks
-from doraxp.checkpoint._safetensors import DTYPES, Reader, Source
+from doraxp.checkpoint._safetensors import DTYPES, Reader, Source, same_bytes
 from doraxp.layers import AdaptedLayer
 
 SAMPLE = 16
@@ -99,7 +99,7 @@ def _equal(source: Source, written: Source) -> bool:
     before, after = source.tensor, written.tensor
     if before.dtype == after.dtype:
         pairs = zip(source.chunks(), written.chunks(), strict=True)
-        return before == after and all(one == other for one, other in pairs)
+        return before == after and all(same_bytes(one, other) for one, other in pairs)
     dtype = DTYPES[after.dtype]
     return before.shape == after.shape and all(
         source.read(rows).astype(dtype).tobytes() == written.read(rows).tobytes()

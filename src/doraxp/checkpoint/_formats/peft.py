@@ -22,7 +22,7 @@ from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._formats.checks import check_weight_form
 from doraxp.checkpoint._formats.protocol import Written
 from doraxp.checkpoint._json import JsonObject, read_json
-from doraxp.checkpoint._safetensors import Reader
+from doraxp.checkpoint._safetensors import Reader, same_bytes
 from doraxp.layers import AdaptedLayer
 
 NAME, FILE = "peft", "adapter_model.safetensors"
@@ -164,8 +164,7 @@ def _equal(reader: Reader, one: str, other: str) -> bool:
     """Return whether two tensors have the same bytes."""
     pairs = zip(reader.chunks(one), reader.chunks(other), strict=True)
     return reader.tensors[one] == reader.tensors[other] and all(
-        np.array_equal(np.frombuffer(first, np.uint8), np.frombuffer(second, np.uint8))
-        for first, second in pairs
+        same_bytes(first, second) for first, second in pairs
     )
 
 
