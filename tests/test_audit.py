@@ -16,6 +16,7 @@ from doraxp import AdaptedLayer, Adapter, Config, LayerKind
 from doraxp.checkpoint import (
     CheckpointError,
     Options,
+    _audit_parts,
     _audit_sample,
     _formulas,
     _precision,
@@ -301,7 +302,7 @@ MIXED = {
 
 
 @pytest.mark.parametrize("mix", MIXED)
-@pytest.mark.parametrize("update", [0.3, 3e-3, 3e-4])
+@pytest.mark.parametrize("update", [0.3, 3e-3, 3e-4, 1e-4])
 def test_a_merge_through_several_dtypes_is_right(tmp_path, mix, update):
     weight, adapter, *rest = MIXED[mix]
     case = Case(tmp_path, KINDS, weight, update)
@@ -697,6 +698,49 @@ def test_rounding_that_no_formula_knows_is_not_a_fault_of_a_part(tmp_path, kind,
             weight = case.merged(PATH, lambda v, m, w: step(gain(v, m)) * v)
         verdict = case.audit(case.whole() | {WEIGHT: weight})[WEIGHT]
         assert verdict.right or verdict.verdict == "kept in part", verdict
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_independent_errors_of_any_size_make_no_part(by_rows):
+    """Those of a row are a multiple of one number where a unit is a row."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        size = 10.0 ** rng.uniform(-3, 1, (80, 90))
+        error = size * rng.standard_normal((80, 1) if by_rows else (80, 90))
+        for other in (0.5, 1.0, 2.0):
+            difference = other * size * rng.choice([-1, 1], (80, 1))
+            found = _audit_parts.Parts(error, error, by_rows=by_rows)
+            assert found.not_right("", error + difference) is None
+
+
+def test_a_part_must_be_better_than_both_right_formulas():
+    error, exact = np.zeros((40, 30)), np.zeros((40, 30))
+    error[8:12] = 0.2
+    part = _audit_parts.Parts(error, error, by_rows=False).not_right("it", exact)
+    assert part[:4] == ("it", 0, 8, 12)
+    assert part.fits
+    for both in ((error, exact), (exact, error)):
+        assert _audit_parts.Parts(*both, by_rows=False).not_right("it", exact) is None
+
+
+def test_numbers_that_no_formula_explains_make_no_part():
+    error = np.zeros((200, 30))
+    error[:, 4] = 50
+    other = error.copy()
+    other[:, 4] = 49
+    assert _audit_parts.Parts(error, error, by_rows=False).not_right("", other) is None
+    other[:, 4] = 0
+    assert _audit_parts.Parts(error, error, by_rows=False).not_right("", other) is not None
+
+
+def test_differences_far_below_a_step_make_no_part():
+    error = np.zeros((256, 30))
+    error[128:] = 1e-3
+    error[5] = 1  # a large sum, of one unit
+    other = np.zeros_like(error)
+    assert _audit_parts.Parts(error, error, by_rows=True).not_right("", other) is None
+    error[128:] = 0.1
+    assert _audit_parts.Parts(error, error, by_rows=True).not_right("", other) is not None
 
 
 # Small updates in 16 bits

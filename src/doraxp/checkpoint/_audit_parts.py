@@ -91,6 +91,7 @@ class Parts:
         with np.errstate(over="ignore", invalid="ignore"):
             squares = other * other
             gain = limited(self._squares - squares)  # d of each number
+        gain[(squares > 1) & (gain > 0)] = 0  # no formula explains a damaged number
         found = [part for axis in (0, 1) for part in self._along(name, axis, gain, squares)]
         return max(found, key=Part.rank, default=None)
 
@@ -100,18 +101,13 @@ class Parts:
         if max(float(total.max()) for total in totals) <= _LEAST:  # as most formulas
             return
         length, across, count = gain.shape[axis], gain.shape[1 - axis], gain.size
-        # Damaged numbers, which no formula explains, are beyond their bounds.
-        right, cost, far = (
-            _levels(array.sum(1 - axis))
-            for array in (self._right, limited(squares), ~(squares <= 1))
-        )
+        right, cost = (_levels(x.sum(1 - axis)) for x in (self._right, limited(squares)))
         for level, (total, spread) in enumerate(
             zip(totals, self._spreads(axis, gain), strict=True)
         ):
             size = 1 << level
             numbers = across * np.minimum(size, length - size * np.arange(len(total)))
             is_part = (total > _LEAST) & (total**2 > self._limit * spread)
-            is_part &= far[level] <= numbers / 2
             for place in np.flatnonzero(is_part).tolist():
                 here = numbers[place]
                 outside = (right[-1][0] - right[level][place]) / max(1, count - here)
