@@ -18,6 +18,7 @@ from doraxp.checkpoint import (
     Options,
     _audit_parts,
     _audit_sample,
+    _audit_ways,
     _formulas,
     _precision,
     _rows,
@@ -383,6 +384,43 @@ def test_products_that_underflow_and_a_large_s_are_right(tmp_path, alpha):
     assert audit(plan, tmp_path / "merged")[WEIGHT].right
 
 
+@pytest.mark.parametrize(
+    ("stored", "weight", "adapter", "loaded"),
+    [
+        ("F16", "F32", "BF16", ("F32", "BF16")),  # as in the files
+        ("F16", "F32", "BF16", ("F16", "BF16")),  # the model as it is saved
+        ("BF16", "F32", "F32", ("BF16", "F32")),
+        ("BF16", "F32", "F32", ("BF16", "BF16")),
+        ("F32", "F32", "BF16", ("BF16", "F32")),  # the model as the adapter
+        ("F32", "F32", "BF16", ("BF16", "BF16")),
+    ],
+)
+def test_every_way_to_load_a_model_and_its_adapter_is_tried(stored, weight, adapter, loaded):
+    dtypes = _audit_sample.Dtypes(stored, weight, adapter, adapter, adapter)
+    model, other = (_audit_ways.DTYPES[name] for name in loaded)
+    assert (model, other, other, other) in _audit_ways.ways(dtypes)
+
+
+def test_files_of_32_bits_have_no_step_of_16_bits():
+    assert _audit_ways.ways(_audit_sample.Dtypes(*["F32"] * 5)) == []
+
+
+def test_products_that_underflow_in_a_finer_dtype_are_right(tmp_path):
+    """float16 has fewer small numbers than bfloat16, which S has."""
+    case = Case(tmp_path, {"linear": (LayerKind(), (127, 120))}, "bfloat16", 1e-4)
+    a, b, m = (cast(leaf, float) for leaf in case.layers[PATH].adapter)
+    adapter, half = Adapter(a, b * S / 64, m), rounds_to("float16")
+    config = Config(RANK, 64.0 * RANK)
+    case.layers[PATH] = case.layers[PATH]._replace(adapter=adapter, config=config)
+    narrow(case, "float16")
+    a, b, m = (cast(leaf, float) for leaf in case.layers[PATH].adapter)
+    w = cast(case.base[WEIGHT], float)
+    v = w + half(64 * half(b @ a))
+    merged = cast(gain(v, m[:, None]) * v, "bfloat16")
+    verdict = case.audit(case.base | {WEIGHT: merged})[WEIGHT]
+    assert verdict.right or verdict.verdict == "kept in part", verdict
+
+
 def test_an_error_of_the_last_digit_is_rounded(tmp_path):
     case = small(tmp_path)
     weight = case.merged(PATH)
@@ -503,6 +541,14 @@ def test_a_head_may_lack_the_leading_name_of_the_other_tensors(tmp_path):
     assert all(verdict.right for verdict in case.audit(shorter).values())
     case.write("base", {n.removeprefix("model."): t for n, t in case.base.items()})
     assert all(verdict.right for verdict in case.audit(case.whole()).values())
+
+
+def test_two_heads_under_one_name_are_not_right(tmp_path):
+    case = Case(tmp_path, {"embed_tokens": KINDS["embed_tokens"]}, "float32")
+    head = case.merged("model.embed_tokens")
+    case.write("base", {n.removeprefix("model."): t for n, t in case.base.items()})
+    heads = {"lm_head.weight": head, "model.lm_head.weight": head}
+    assert not all(v.right for v in case.audit(case.whole() | heads).values())
 
 
 # Faults of a weight
