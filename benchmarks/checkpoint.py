@@ -126,7 +126,7 @@ def memory(model: Path) -> Iterator[bool]:
         time.sleep(0.01)
     shutil.rmtree(model / "out")
     print(f"peak memory {peak / MIB:.0f} MiB")
-    yield met("peak memory beyond the imports, MiB", (peak - resident(status.stdout)) / MIB, 300)
+    yield met("peak memory beyond the imports, MiB", (peak - resident(status.stdout)) / MIB, 60)
 
 
 def resident(status: str) -> int:

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from doraxp.checkpoint._errors import changed, named
 
-CHUNK = 4 << 20
-"""Bytes that are copied at a time."""
+CHUNK = 1 << 20
+"""Bytes that are copied at a time, and which a core's cache can hold."""
 _TICK, _COARSE_TICK = 20_000_000, 2_000_000_000
 """Nanoseconds between two times that a file system can tell apart: usual ones, and old ones."""
 
