@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from doraxp._base.types import Adapter, Config
 from doraxp.checkpoint._precision import dtype_name, narrowest
-from doraxp.checkpoint._rows import row_blocks
+from doraxp.checkpoint._rows import matrix_rows
 from doraxp.checkpoint._safetensors import DTYPES, Source
 from doraxp.checkpoint._slack import Wide
 from doraxp.layers import AdaptedLayer
@@ -67,23 +67,10 @@ def take_sample(source: Source, stored: Source, layer: AdaptedLayer) -> Sample:
     rows = np.unique([row for start in starts for row in range(start, start + slab)])
     rows = rows[rows < out]
     a, b, m = (np.asarray(leaf, np.float64) for leaf in layer.adapter)
-    base, found = (_matrix_rows(one, rows, layer) for one in (source, stored))
+    base, found = (matrix_rows(one, rows, layer.kind) for one in (source, stored))
     dtypes = Dtypes(
         narrowest(found, stored.tensor.dtype),
         source.tensor.dtype,
         *(dtype_name(np.asarray(leaf)) for leaf in layer.adapter),
     )
     return Sample(rows, base, found, Adapter(a, b[rows], m[rows]), layer.config, dtypes)
-
-
-def _matrix_rows(source: Source, rows: NDArray[np.intp], layer: AdaptedLayer) -> Wide:
-    """Return some rows of the matrix of a stored weight, in float64."""
-    if layer.kind.is_transposed:
-        parts = [source.read(block)[:, rows] for block in row_blocks(layer.shape)]
-        return np.concatenate(parts).astype(np.float64).T
-    ends = np.flatnonzero(np.diff(rows, append=rows[-1] + 2) > 1) + 1
-    parts = [
-        source.read(slice(int(part[0]), int(part[-1]) + 1)).reshape(len(part), -1)
-        for part in np.split(rows, ends[:-1])
-    ]
-    return np.concatenate(parts).astype(np.float64)

@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from doraxp._base.types import Array, HostArray
+from doraxp._core.kinds import LayerKind
 from doraxp.backends import Operations, operations
 from doraxp.checkpoint._engine import Engine, Reused
 from doraxp.checkpoint._errors import CheckpointError
@@ -55,6 +57,18 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
     """Cut the first axis of a stored weight into blocks."""
     step = max(1, BLOCK // max(1, math.prod(shape[1:])))  # a row may have no elements
     return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+
+
+def matrix_rows(source: Source, rows: NDArray[np.intp], kind: LayerKind) -> NDArray[np.float64]:
+    """Return some rows of the matrix of a stored weight, in ascending order."""
+    if kind.is_transposed:
+        parts = [source.read(block)[:, rows] for block in row_blocks(source.tensor.shape)]
+        return np.concatenate(parts).astype(np.float64).T
+    runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)  # each is one read
+    parts = [
+        source.read(slice(int(run[0]), int(run[-1]) + 1)).reshape(len(run), -1) for run in runs
+    ]
+    return np.concatenate(parts).astype(np.float64)
 
 
 def merged_blocks(

@@ -13,11 +13,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from doraxp.checkpoint._merge import Merge
 from doraxp.checkpoint._plan import MergedTensor
-from doraxp.checkpoint._rows import row_blocks
+from doraxp.checkpoint._rows import matrix_rows, row_blocks
 from doraxp.checkpoint._safetensors import Source
 
 ROWS = 16
@@ -78,20 +77,14 @@ def _norms_are_m(merge: Merge, task: MergedTensor, rows: slice) -> bool:
     name = task.layer.names.magnitude
     m = np.abs(merge.adapters.reader.read(name).reshape(-1)[rows].astype(np.float64))
     with np.errstate(over="ignore"):  # a norm that overflows is not m
-        norms = np.linalg.norm(_matrix_rows(task, rows), axis=1)
+        norms = np.linalg.norm(
+            matrix_rows(task.source, np.arange(rows.start, rows.stop), task.layer.kind), axis=1
+        )
     dtypes = task.source.tensor.dtype, merge.adapters.reader.tensors[name].dtype
     limit = max(_EQUAL[dtype] for dtype in dtypes)
     with np.errstate(invalid="ignore"):  # a merge refuses NaN and infinity
         is_near = np.abs(norms - m) <= limit * norms
     return bool((np.isfinite(norms) & is_near).all())
-
-
-def _matrix_rows(task: MergedTensor, rows: slice) -> NDArray[np.float64]:
-    source = task.source
-    if task.layer.kind.is_transposed:
-        parts = [source.read(block)[:, rows] for block in row_blocks(source.tensor.shape)]
-        return np.concatenate(parts).astype(np.float64).T
-    return source.read(rows).reshape(rows.stop - rows.start, -1).astype(np.float64)
 
 
 def _is_fresh(merge: Merge, task: MergedTensor) -> bool:

@@ -17,7 +17,7 @@ from doraxp.checkpoint._merge import Merge
 from doraxp.checkpoint._options import written_as
 from doraxp.checkpoint._plan import MergedTensor
 from doraxp.checkpoint._precision import PRECISION
-from doraxp.checkpoint._rows import row_blocks
+from doraxp.checkpoint._rows import matrix_rows, row_blocks
 from doraxp.checkpoint._safetensors import DTYPES, Reader, Source, same_bytes
 from doraxp.layers import AdaptedLayer
 
@@ -64,13 +64,13 @@ def verify_shard(merge: Merge, name: str, target: Path) -> None:
 
 
 def _verify_merged(source: Source, written: Source, layer: AdaptedLayer) -> None:
-    sample, is_transposed = _sample_of(layer), layer.kind.is_transposed
-    weight = _matrix_rows(source, sample.rows, is_transposed=is_transposed)
+    sample = _sample_of(layer)
+    weight = matrix_rows(source, sample.rows, layer.kind)
     v = weight + sample.update
     norm = np.linalg.norm(v, axis=1, keepdims=True)
     gain = np.divide(sample.magnitude[:, None], norm, out=np.zeros_like(norm), where=norm > 0)
     desired = gain * v
-    actual = _matrix_rows(written, sample.rows, is_transposed=is_transposed)
+    actual = matrix_rows(written, sample.rows, layer.kind)
     epsilon, normal = PRECISION[written.tensor.dtype]
     # Below the smallest normal number the distance to the next one no longer shrinks.
     bound = np.maximum(np.abs(desired), normal) * epsilon
@@ -81,17 +81,6 @@ def _verify_merged(source: Source, written: Source, layer: AdaptedLayer) -> None
         raise CheckpointError(
             f"{written.reader.path}: {written.name} is not the result of a dense merge"
         )
-
-
-def _matrix_rows(
-    source: Source, rows: NDArray[np.intp], *, is_transposed: bool
-) -> NDArray[np.float64]:
-    """Return some rows of the matrix."""
-    if is_transposed:
-        parts = [source.read(block)[:, rows] for block in row_blocks(source.tensor.shape)]
-        return np.concatenate(parts).astype(np.float64).T
-    parts = [source.read(slice(row, row + 1)).reshape(1, -1) for row in rows.tolist()]
-    return np.concatenate(parts).astype(np.float64)
 
 
 def _equal(source: Source, written: Source) -> bool:
