@@ -293,6 +293,16 @@ def test_an_output_that_cannot_be_written_changes_no_exit_status(llama, kind, co
     assert command[0] == "audit" or (llama / "again").is_dir()
 
 
+@pytest.mark.parametrize("kind", ["full", "closed"])
+def test_a_stream_that_cannot_be_written_takes_no_more(llama, monkeypatch, capsys, kind):
+    with unwritable(kind) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(["merge", "base", "adapter", "--out", "out"]) == 0
+        print("more", file=stream, flush=True)
+    problem = "doraxp merge: warning: what it prints could not be written: No space left on device"
+    assert capsys.readouterr().err == (f"{problem}\n" if kind == "full" else "")
+
+
 @pytest.mark.parametrize("command", ["merge", "audit"])
 def test_figures_that_cannot_be_written_are_an_error_that_names_their_file(
     llama, capsys, monkeypatch, command

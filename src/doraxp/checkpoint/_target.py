@@ -222,8 +222,6 @@ def _rename_to_new(result: Path, out: Path) -> None:
             result.rename(out)  # fails where a folder that is not empty is
         else:
             os.link(result, out)  # fails where anything is
-    except FileNotFoundError:
-        raise  # a merge without a lock took the result
     except OSError as error:
         if os.path.lexists(out):
             problem = "appeared when the merge was complete; remove it, or choose another OUT"
