@@ -248,6 +248,21 @@ def test_without_locks_a_merge_that_takes_over_too_late_says_so(folder, monkeypa
     assert not (folder / ".out.partial").exists()
 
 
+def test_without_locks_a_complete_merge_may_lose_what_it_would_clear_up(folder, monkeypatch):
+    without_locks(monkeypatch)
+    move = _run.move_to_target
+
+    def move_and_lose(merge, run, *arguments, **options):
+        move(merge, run, *arguments, **options)
+        _work.discard(run)  # as a merge that begins now
+
+    monkeypatch.setattr(_run, "move_to_target", move_and_lose)
+    expected = right(folder)
+    run_merge(plan(folder), folder / "out")
+    assert content(folder / "out") == expected
+    assert not (folder / ".out.partial").exists()
+
+
 def test_another_error_of_the_lock_is_not_ignored(folder, monkeypatch):
     def fails(*_):
         raise OSError(errno.EIO, "Input/output error")

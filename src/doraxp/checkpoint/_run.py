@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
@@ -113,7 +114,8 @@ def run_merge(
             raise  # something is at OUT since
         except OSError as error:
             raise _explained(error, out) from error
-        discard(run)
+        with contextlib.suppress(FileNotFoundError):  # a merge without a lock took it
+            discard(run)
     return changes
 
 
