@@ -263,6 +263,20 @@ def test_without_locks_a_complete_merge_may_lose_what_it_would_clear_up(folder, 
     assert not (folder / ".out.partial").exists()
 
 
+def test_without_locks_an_out_that_another_merge_moves_away_is_no_obstacle(folder, monkeypatch):
+    """It does so while this merge looks whether OUT is a model."""
+    without_locks(monkeypatch)
+    run_merge(plan(folder, "other"), folder / "out")
+
+    def move_away(out):
+        shutil.rmtree(out)
+        raise FileNotFoundError(f"{out}: no such file or folder")
+
+    monkeypatch.setattr(_target, "open_model", move_away)
+    run_merge(plan(folder), folder / "out", force=True)
+    assert content(folder / "out") == right(folder)
+
+
 def test_another_error_of_the_lock_is_not_ignored(folder, monkeypatch):
     def fails(*_):
         raise OSError(errno.EIO, "Input/output error")
@@ -1200,6 +1214,12 @@ def two_models(out):
     shutil.copyfile(out / "model.safetensors", out / "flux.safetensors")
 
 
+def without_a_shard(out):
+    project(out)
+    index = {"weight_map": {"w": "model.safetensors", "v": "lost.safetensors"}}
+    write_json(out / "model.safetensors.index.json", index)
+
+
 def only_a_page(out):
     out.mkdir()
     (out / "README.md").write_text("mine")
@@ -1214,6 +1234,7 @@ KEPT = {
     "a tokenizer": (with_file("tokenizer_thesis.tex"), "tokenizer_thesis.tex: is not a file of a"),
     "two models": (two_models, "must have model.safetensors.index.json or one safetensors file"),
     "a text": (with_file("model.safetensors"), "model.safetensors: not a safetensors file"),
+    "a lost shard": (without_a_shard, "out/lost.safetensors: no such file"),
     "a page": (only_a_page, "out: has no safetensors file"),
     "a file": (lambda out: out.write_text("mine"), "out: OUT must be a folder, as BASE is, but is"),
     "a pipe": (os.mkfifo, "out: OUT must be a folder, as BASE is, but is a file"),

@@ -127,8 +127,9 @@ def _kept_in(merge: Merge, out: Path) -> str | None:
         return f"{out}: has no safetensors file"
     try:
         open_model(out)
-    except CheckpointError as error:
-        return str(error)
+    except (CheckpointError, FileNotFoundError) as error:
+        # A merge without a lock may have just moved `out` away.
+        return str(error) if os.path.lexists(out) else None
     return None
 
 
