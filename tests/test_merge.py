@@ -1207,8 +1207,8 @@ def test_a_merged_file_does_not_replace_a_folder(tmp_path, capsys):
     [
         ("base", "OUT must not be in BASE"),
         ("base/out", "OUT must not be in BASE"),
-        ("adapter", "OUT must not contain BASE or ADAPTER"),
-        (".", "OUT must not contain BASE or ADAPTER"),
+        ("adapter", "OUT and its work folder must not contain BASE or ADAPTER"),
+        (".", "OUT and its work folder must not contain BASE or ADAPTER"),
         ("none/out", "no such folder"),
         ("out.safetensors", "OUT must be a folder, as BASE is"),
     ],

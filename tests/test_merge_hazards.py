@@ -263,7 +263,7 @@ def test_without_locks_a_complete_merge_may_lose_what_it_would_clear_up(folder, 
     assert not (folder / ".out.partial").exists()
 
 
-def test_without_locks_an_out_that_another_merge_moves_away_is_no_obstacle(folder, monkeypatch):
+def test_without_locks_an_out_that_another_merge_moves_away_is_not_an_error(folder, monkeypatch):
     """It does so while this merge looks whether OUT is a model."""
     without_locks(monkeypatch)
     run_merge(plan(folder, "other"), folder / "out")
@@ -1352,7 +1352,7 @@ def test_the_old_out_is_there_until_the_new_one_is(folder, monkeypatch):
     ("out", "message"),
     [
         ("base/out", "OUT must not be in BASE"),
-        ("adapter", "OUT must not contain BASE or ADAPTER"),
+        ("adapter", "OUT and its work folder must not contain BASE or ADAPTER"),
         ("none/out", "no such folder"),
         ("out.safetensors", "OUT must be a folder, as BASE is"),
         ("other", "already exists; --force replaces it"),

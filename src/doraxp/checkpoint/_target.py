@@ -69,7 +69,9 @@ def check_target(merge: Merge, out: str | os.PathLike[str], *, force: bool = Fal
     work = work_folder(out)
     for folder in (target, work.resolve()):
         if any(path.is_relative_to(folder) for path in (base, adapter)):
-            raise CheckpointError(f"{folder}: OUT must not contain BASE or ADAPTER")
+            raise CheckpointError(
+                f"{folder}: OUT and its work folder must not contain BASE or ADAPTER"
+            )
     if out.is_dir() and not merge.model.is_folder:
         raise CheckpointError(f"{out}: OUT must be a file, as BASE is, but is a folder")
     if merge.model.is_folder and out.suffix == ".safetensors":
