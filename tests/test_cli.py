@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 import types
@@ -84,6 +85,31 @@ def test_an_import_loads_no_module_that_only_a_command_needs(module, absent):
     code = f"import sys, {module}; print(*set(sys.modules).intersection({absent}))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout == "\n"
+
+
+def test_a_command_starts_without_the_modules_of_the_others():
+    run = "try: doraxp.cli.main(['merge', '-h'])\nfinally: print(*sys.modules)"
+    code = f"import sys, doraxp.cli\n{run}"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(ran.stdout.splitlines()[-1].split())
+    assert loaded > {"doraxp.cli.merge"}
+    assert not loaded & {"doraxp.cli.demo", "doraxp.bench", "doraxp.demo", "doraxp.testing"}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], []])
+def test_without_a_command_all_are_listed(arguments, capsys):
+    with pytest.raises(SystemExit, match="2" if not arguments else "0"):
+        main(arguments)
+    shown = "".join(capsys.readouterr())
+    names = ("demo", "bench", "verify", "vectors", "merge", "audit", "convert", "inspect")
+    assert "COMMAND" in shown
+    assert all(f"    {name} " in shown for name in names) == bool(arguments)
+
+
+def test_a_command_that_is_misspelt_is_refused_with_the_list(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["merg", "a", "b"])
+    assert re.search("invalid choice: 'merg' .*demo.*bench.*inspect", capsys.readouterr().err)
 
 
 def test_python_m_doraxp_is_the_command(monkeypatch, capsys):

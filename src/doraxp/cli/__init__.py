@@ -1,28 +1,21 @@
 """The command line: `doraxp COMMAND`, or `python -m doraxp COMMAND`.
 
 A command is a module with a `SUMMARY`, `add_arguments(parser)` and `run(arguments)`, which
-returns the exit status. It imports the modules that an extra installs only when it runs.
+returns the exit status. It is imported only where it is the one that is called, or for the list of
+all; and it imports the modules that an extra installs only when it runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 import doraxp
 from doraxp._terminal.messages import accept_any_encoding, print_error
-from doraxp.cli import audit, bench, convert, demo, inspect, merge, vectors, verify
 
-_COMMANDS = {
-    "demo": demo,
-    "bench": bench,
-    "verify": verify,
-    "vectors": vectors,
-    "merge": merge,
-    "audit": audit,
-    "convert": convert,
-    "inspect": inspect,
-}
+_COMMANDS = ("demo", "bench", "verify", "vectors", "merge", "audit", "convert", "inspect")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"doraxp {doraxp.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, module in _COMMANDS.items():
+    argv = sys.argv[1:] if argv is None else argv
+    for name in [name for name in _COMMANDS if name in argv[:1]] or _COMMANDS:
+        module = import_module(f"doraxp.cli.{name}")
         command = commands.add_parser(name, help=module.SUMMARY, description=module.SUMMARY)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
