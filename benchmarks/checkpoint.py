@@ -60,7 +60,7 @@ def met(figure: str, value: float, bound: float, *, at_least: bool = False) -> b
     """Print a line about one goal; return True if it is met."""
     good = value >= bound if at_least else value <= bound
     sign, verdict = "≥" if at_least else "≤", "ok" if good else "MISSED"
-    print(f"{figure:60} {value:9.3g}  goal {sign} {bound:<6g} {verdict}", flush=True)
+    print(f"{figure:60} {value:9.6g}  goal {sign} {bound:<6g} {verdict}", flush=True)
     return good
 
 
