@@ -65,10 +65,7 @@ def tests(session: nox.Session, backend: str) -> None:
     if backend in NO_OVERRIDES:
         options = [*options, "--ignore=tests/test_operations.py"]
     pytest(session, *lanes, *options, "tests")
-    # In a process of its own: the page registers types with JAX.
-    pytest(session, f"docs/backends/{backend}.md")
-    if backend == "jax":
-        pytest(session, "--doctest-modules", "--pyargs", "doraxp.jax")
+    examples_of(session, backend)
 
 
 @nox.session(tags=["ci"])
@@ -79,7 +76,7 @@ def core(session: nox.Session, backend: str) -> None:
     lanes = [f"--backend={name}" for name in LANES.get(backend, (backend,))]
     own = {"jax": "tests/test_jax_bridge.py", "dask": "tests/test_merge_dask.py"}[backend]
     pytest(session, *lanes, *PARALLEL, own, *CORE)
-    pytest(session, f"docs/backends/{backend}.md")
+    examples_of(session, backend)
 
 
 @nox.session(name="tests(peft)", tags=["ci"])
@@ -230,6 +227,14 @@ def install(
     """Install the package and dependency groups."""
     needs = nox.project.dependency_groups(PROJECT, *groups)
     session.install(f".[{extras}]", *needs, *(constraints or []))
+
+
+def examples_of(session: nox.Session, backend: str) -> None:
+    """Run the code of a backend's page, and that of the docstrings that need the backend."""
+    # In a process of its own: the page registers types with JAX.
+    pytest(session, f"docs/backends/{backend}.md")
+    if backend == "jax":
+        pytest(session, "--doctest-modules", "--pyargs", "doraxp.jax")
 
 
 def pytest(session: nox.Session, *args: str) -> None:

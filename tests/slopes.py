@@ -26,10 +26,10 @@ def moved(lane: Lane, inputs: dict[str, Any], directions: dict[str, Any]) -> dic
     return {name: lane.asarray(numbers) for name, numbers in layers.items()}
 
 
-def repeated(lane: Lane, array: Any, inputs: int) -> np.ndarray:
-    """Return an array as it is in each layer of the stack for so many inputs."""
+def repeated(lane: Lane, array: Any, count: int) -> np.ndarray:
+    """Return an array as it is in each layer of the stack for `count` inputs."""
     numbers = lane.numpy(array)
-    return np.broadcast_to(numbers, (4 * inputs, *numbers.shape))
+    return np.broadcast_to(numbers, (4 * count, *numbers.shape))
 
 
 def assert_transpose(

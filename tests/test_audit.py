@@ -469,6 +469,9 @@ def test_rows_that_cancel_are_right_and_rows_without_a_direction_are_0(tmp_path,
     verdict = audit(plan, case.folder / "merged")[WEIGHT]
     assert verdict.verdict == "NaN or infinity"
     assert verdict.detail == "24 numbers: the 1 rows whose norm n is 0, where W' is 0"
+    broken[1, 0] = np.nan
+    case.write("merged", case.base | {WEIGHT: broken})
+    assert audit(plan, case.folder / "merged")[WEIGHT].detail == "25 numbers"
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3])
@@ -515,6 +518,13 @@ def test_a_name_that_loses_its_lead_to_another_tensor_is_extra(tmp_path):
     shorter = {name.removeprefix("model."): tensor for name, tensor in case.whole().items()}
     verdicts = case.audit(shorter | {NORM: case.base[NORM] + 1})
     assert not all(verdict.right for verdict in verdicts.values())
+
+
+def test_tensors_of_one_side_are_in_the_order_of_their_file(tmp_path):
+    case = small(tmp_path)
+    extra = [f"more.{i}" for i in range(8)]
+    verdicts = case.audit(case.whole() | dict.fromkeys(extra, case.base[NORM]))
+    assert [name for name, verdict in verdicts.items() if verdict.verdict == "extra"] == extra
 
 
 @pytest.mark.parametrize("name", [NORM, WEIGHT])
@@ -1171,9 +1181,11 @@ def test_without_alpha_the_right_merge_has_the_scale_1(alpha):
     rng = np.random.default_rng(4)
     w = rng.standard_normal((6, 9))
     adapter = Adapter(rng.standard_normal((2, 9)), rng.standard_normal((6, 2)), rng.random(6))
-    np.testing.assert_array_equal(
-        right_merge(w, adapter, Config(2, alpha)), right_merge(w, adapter, Config(2, 2.0))
-    )
+    config, same = Config(2, alpha), Config(2, 2.0)
+    np.testing.assert_array_equal(right_merge(w, adapter, config), right_merge(w, adapter, same))
+    wrong, expected = (dict(wrong_merges(w, adapter, one)) for one in (config, same))
+    for name, merged in expected.items():
+        np.testing.assert_array_equal(wrong[name], merged, err_msg=name)
 
 
 def test_steps_are_rounded_one_by_one():

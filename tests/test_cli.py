@@ -74,36 +74,44 @@ def test_the_version_is_the_packages(capsys):
     assert capsys.readouterr().out == f"doraxp {doraxp.__version__}\n"
 
 
-@pytest.mark.parametrize(
-    ("module", "absent"),
-    [
-        ("doraxp", ("doraxp.cli", "doraxp.bench", "doraxp.demo", "doraxp._terminal")),
-        ("doraxp.cli", ("rich", "matplotlib", "ml_dtypes", "safetensors", "torch", "peft")),
-    ],
-)
-def test_an_import_loads_no_module_that_only_a_command_needs(module, absent):
-    code = f"import sys, {module}; print(*set(sys.modules).intersection({absent}))"
+COMMANDS = ("demo", "bench", "verify", "vectors", "merge", "audit", "convert", "inspect")
+
+
+def modules_after(code):
+    """Return the modules that a fresh Python has imported after some code."""
+    code = f"import sys\ntry:\n    {code}\nfinally:\n    print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout == "\n"
+    return set(ran.stdout.splitlines()[-1].split())
+
+
+def test_the_package_loads_no_module_that_only_a_command_needs():
+    absent = {"doraxp.cli", "doraxp.bench", "doraxp.demo", "doraxp._terminal"}
+    assert not modules_after("import doraxp") & absent
+
+
+def test_all_commands_are_listed_without_what_an_extra_installs():
+    loaded = modules_after("import doraxp.cli; doraxp.cli.main(['--help'])")
+    assert {f"doraxp.cli.{name}" for name in COMMANDS} <= loaded
+    assert not loaded & {"rich", "matplotlib", "ml_dtypes", "safetensors", "torch", "peft"}
 
 
 def test_a_command_starts_without_the_modules_of_the_others():
-    run = "try: doraxp.cli.main(['merge', '-h'])\nfinally: print(*sys.modules)"
-    code = f"import sys, doraxp.cli\n{run}"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = set(ran.stdout.splitlines()[-1].split())
-    assert loaded > {"doraxp.cli.merge"}
-    assert not loaded & {"doraxp.cli.demo", "doraxp.bench", "doraxp.demo", "doraxp.testing"}
+    loaded = modules_after("import doraxp.cli; doraxp.cli.main(['merge', '--help'])")
+    assert {f"doraxp.cli.{name}" for name in COMMANDS} & loaded == {"doraxp.cli.merge"}
+    assert not loaded & {"doraxp.bench", "doraxp.demo", "doraxp.testing"}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], []])
-def test_without_a_command_all_are_listed(arguments, capsys):
-    with pytest.raises(SystemExit, match="2" if not arguments else "0"):
-        main(arguments)
-    shown = "".join(capsys.readouterr())
-    names = ("demo", "bench", "verify", "vectors", "merge", "audit", "convert", "inspect")
-    assert "COMMAND" in shown
-    assert all(f"    {name} " in shown for name in names) == bool(arguments)
+def test_the_help_lists_all_commands(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    listed = re.findall(r"^    (\w+) +\w", capsys.readouterr().out, re.MULTILINE)
+    assert tuple(listed) == COMMANDS
+
+
+def test_a_call_without_a_command_asks_for_one(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+    assert "the following arguments are required: COMMAND" in capsys.readouterr().err
 
 
 def test_a_command_that_is_misspelt_is_refused_with_the_list(capsys):

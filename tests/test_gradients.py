@@ -42,8 +42,8 @@ def forward_at_fixed_norm(inputs, base, config):
     adapter = Adapter(*(inputs[name] for name in Adapter._fields))
     base_adapter = Adapter(*(base[name] for name in Adapter._fields))
     norm = doraxp.prepare(base["weight"], base_adapter, config).norm
-    moved = doraxp.prepare(inputs["weight"], adapter, config).norm
-    at_fixed_norm = adapter._replace(magnitude=adapter.magnitude * moved / norm)
+    now = doraxp.prepare(inputs["weight"], adapter, config).norm
+    at_fixed_norm = adapter._replace(magnitude=adapter.magnitude * now / norm)
     return doraxp.forward(
         inputs["x"], inputs["weight"], at_fixed_norm, config, bias=inputs["bias"]
     )[0]
@@ -56,11 +56,8 @@ def test_each_gradient_is_the_transpose_of_the_derivative(
 ):
     """⟨dy, J u⟩ by central differences equals ⟨Jᵀ dy, u⟩ by `backward`, for a random u."""
     config = Config(3, 2.0, form=form, norm_gradient=norm_gradient)
-    inputs, directions, dy = (
-        draw_inputs(draw, *stack),
-        draw_inputs(draw, *stack),
-        draw(*stack, 5, 7),
-    )
+    inputs, directions = draw_inputs(draw, *stack), draw_inputs(draw, *stack)
+    dy = draw(*stack, 5, 7)
     _, cache = backend.run(forward, inputs, config)
     gradients = backend.run(all_gradients, dy, cache)
     layers = moved(backend, inputs, directions)

@@ -1232,6 +1232,16 @@ def test_a_full_disk_is_reported_before_anything_is_written(folders, capsys, mon
     assert not (folder / ".out.partial").exists()
 
 
+def test_the_room_that_an_earlier_merge_fills_counts_as_free(folders, monkeypatch):
+    folder, _, _ = folders
+    size = plan_merge(folder / "base", folder / "adapter", Options()).size
+    run = folder / ".out.partial" / ("0" * 32) / "model"
+    run.mkdir(parents=True)
+    (run / "model.safetensors").write_bytes(bytes(1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size - 1000))
+    assert merge(folder) == 0
+
+
 def test_finished_shards_survive_a_disk_that_fills_up(folders, capsys, monkeypatch):
     folder, _, _ = folders
 

@@ -277,6 +277,32 @@ def test_without_locks_an_out_that_another_merge_moves_away_is_not_an_error(fold
     assert content(folder / "out") == right(folder)
 
 
+@pytest.mark.parametrize("is_file", [False, True])
+def test_an_out_that_goes_during_the_look_is_not_an_error(folder, monkeypatch, is_file):
+    """Another merge without a lock may replace it."""
+    out, looks, lexists = folder / "out", [], os.path.lexists
+    if is_file:
+        tensors = [load_file(folder / "base" / shard) for shard in SHARDS]
+        shutil.rmtree(folder / "base")
+        save_file(tensors[0] | tensors[1], folder / "base")
+        out.write_bytes(b"content")
+    else:
+        out.mkdir()
+        (out / "thesis.tex").write_text("content")
+
+    def goes_after_the_look(path):
+        was_there = lexists(path)
+        if path == out:
+            looks.append(was_there)
+            shutil.rmtree(out, ignore_errors=True)
+            out.unlink(missing_ok=True)
+        return was_there
+
+    monkeypatch.setattr(os.path, "lexists", goes_after_the_look)
+    check_target(plan(folder), out, force=True)
+    assert looks == [True, False]
+
+
 def test_another_error_of_the_lock_is_not_ignored(folder, monkeypatch):
     def fails(*_):
         raise OSError(errno.EIO, "Input/output error")
@@ -637,7 +663,7 @@ def test_a_stamp_has_the_time_to_the_nanosecond_and_the_inode(tmp_path, nanoseco
 
 
 @pytest.mark.parametrize(("fraction", "tick"), [(5, 0.02), (0, 2.0)])
-@pytest.mark.parametrize("age", [0.25, 1.5, -1])
+@pytest.mark.parametrize("age", [0, 0.25, 0.75, 1, 1.5, -1])
 def test_a_file_is_read_when_a_later_change_would_have_another_time(
     tmp_path, monkeypatch, fraction, tick, age
 ):
@@ -647,7 +673,7 @@ def test_a_file_is_read_when_a_later_change_would_have_another_time(
     monkeypatch.setattr(time, "time_ns", lambda: 10**18 + fraction + int(age * tick * 1e9))
     monkeypatch.setattr(time, "sleep", slept.append)
     _stamp.stamps_at([path])
-    assert slept == ([pytest.approx(0.75 * tick)] if age == 0.25 else [])
+    assert slept == ([pytest.approx((1 - age) * tick)] if 0 <= age < 1 else [])
 
 
 def test_a_reader_from_another_host_knows_the_file_by_size_time_and_header(folder):

@@ -104,13 +104,13 @@ def _pair(merge: Merge, model: Model) -> tuple[dict[str, tuple[str, Source]], di
     pairs = {name: (name, there[name]) for name in merge.tasks if name in there}
     found = {}
     tied = next(iter(sorted(map(lead, model.output_heads()))), "")
-    for name in merge.tasks.keys() - there.keys():
+    for name in [name for name in merge.tasks if name not in there]:
         if _is_head(name) and tied in there:
             pairs[name] = (name, there[tied])  # the embedding is the head too
         else:
             found[name] = _missing(name, merge.tasks[name].source.tensor)
     tied = next(iter(sorted(merge.model.output_heads())), "")
-    for name in there.keys() - merge.tasks.keys():
+    for name in [name for name in there if name not in merge.tasks]:
         if _is_head(name) and tied:
             pairs[name] = (tied, there[name])
         else:

@@ -111,7 +111,8 @@ def _check_replaceable(merge: Merge, out: Path, *, force: bool) -> None:
     if out.is_symlink():
         return  # only the link goes
     kept = _kept_in(merge, out) if merge.model.is_folder else _kept_file(out)
-    if kept is not None:
+    # A merge without a lock may have just moved `out` away.
+    if kept is not None and os.path.lexists(out):
         raise FileExistsError(f"{kept}; --force replaces only a model; choose another OUT")
 
 
@@ -130,8 +131,7 @@ def _kept_in(merge: Merge, out: Path) -> str | None:
     try:
         open_model(out)
     except (CheckpointError, FileNotFoundError) as error:
-        # A merge without a lock may have just moved `out` away.
-        return str(error) if os.path.lexists(out) else None
+        return str(error)
     return None
 
 

@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"doraxp {doraxp.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     argv = sys.argv[1:] if argv is None else argv
-    for name in [name for name in _COMMANDS if name in argv[:1]] or _COMMANDS:
+    called = argv[0] if argv else None
+    for name in (called,) if called in _COMMANDS else _COMMANDS:
         module = import_module(f"doraxp.cli.{name}")
         command = commands.add_parser(name, help=module.SUMMARY, description=module.SUMMARY)
         module.add_arguments(command)
