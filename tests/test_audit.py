@@ -631,6 +631,14 @@ def test_a_transposed_weight_is_named(case):
             assert case.fault(f"{path}.weight", wrong) == "transposed"
 
 
+@pytest.mark.parametrize(("steps", "verdict"), [(2, "transposed"), (8, "another shape")])
+def test_a_transposed_weight_may_differ_by_a_few_roundings(tmp_path, steps, verdict):
+    case = Case(tmp_path, KINDS, "float32")
+    path = next(path for path, layer in case.layers.items() if len(set(layer.shape)) == 2)
+    wrong = case.merged(path).T * np.float32(1 + steps * 2.0**-23)
+    assert case.fault(f"{path}.weight", np.ascontiguousarray(wrong)) == verdict
+
+
 def test_the_merge_of_another_adapter_is_told_from_every_formula(case):
     rng = np.random.default_rng(1)
     for path, layer in case.layers.items():
