@@ -17,19 +17,19 @@ _FACTORS = np.array([1, -8, 8, -1]) / (12 * _H)
 
 
 def moved(lane: Lane, inputs: dict[str, Any], directions: dict[str, Any]) -> dict[str, Any]:
-    """Return the inputs as a stack: each is moved by the steps in four layers of its own."""
+    """Return the inputs as a stack: each is moved by four steps, in layers of its own."""
     layers = {}
     for place, (name, array) in enumerate(inputs.items()):
         layers[name] = np.array(repeated(lane, array, len(inputs)))
         direction = lane.numpy(directions[name])
-        layers[name][4 * place : 4 * place + 4] += np.multiply.outer(_STEPS, direction)
+        layers[name][len(_STEPS) * place :][: len(_STEPS)] += np.multiply.outer(_STEPS, direction)
     return {name: lane.asarray(numbers) for name, numbers in layers.items()}
 
 
 def repeated(lane: Lane, array: Any, count: int) -> np.ndarray:
     """Return an array as it is in each layer of the stack for `count` inputs."""
     numbers = lane.numpy(array)
-    return np.broadcast_to(numbers, (4 * count, *numbers.shape))
+    return np.broadcast_to(numbers, (len(_STEPS) * count, *numbers.shape))
 
 
 def assert_transpose(
@@ -37,7 +37,7 @@ def assert_transpose(
 ) -> None:
     """Assert ⟨Jᵀ dy, u⟩ by `backward` = ⟨dy, J u⟩ by the outputs y of the moved layers."""
     products = lane.numpy(y) * lane.numpy(dy)
-    sums = products.reshape(len(directions), 4, -1).sum(axis=2)  # (inputs, steps)
+    sums = products.reshape(len(directions), len(_STEPS), -1).sum(axis=2)  # (inputs, steps)
     for (name, direction), slope in zip(directions.items(), sums @ _FACTORS, strict=True):
         g, u = lane.numpy(gradients[name]), lane.numpy(direction)
         error = abs(float(np.sum(g * u)) - slope)

@@ -33,7 +33,7 @@ def accept_any_encoding() -> None:
 def output_that_may_fail(command: str) -> Iterator[None]:
     """Warn where what is printed cannot be written: the work is done, and its exit status stands.
 
-    If the reader has ended, as `head` does, there is no warning.
+    There is no warning if the program that reads the output, such as `head`, has ended.
     """
     try:
         yield

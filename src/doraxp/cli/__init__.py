@@ -1,8 +1,8 @@
 """The command line: `doraxp COMMAND`, or `python -m doraxp COMMAND`.
 
 A command is a module with a `SUMMARY`, `add_arguments(parser)` and `run(arguments)`, which
-returns the exit status. It is imported only where it is the one that is called, or for the list of
-all; and it imports the modules that an extra installs only when it runs.
+returns the exit status. `main` imports the module of the command that is called, and all of them
+only to list them. A command imports the modules that an extra installs only when it runs.
 """
 
 from __future__ import annotations
