@@ -1000,11 +1000,11 @@ def test_a_stopped_merge_goes_on_from_its_finished_shards(folders, monkeypatch):
     folder, base, adapter = folders
     written = []
 
-    def stop_at_the_second(reader, *args):
-        written.append(reader.path.name)
+    def stop_at_the_second(merge, shard, *args):
+        written.append(shard)
         if len(written) == 2:
             raise KeyboardInterrupt
-        return _shard.merge_shard(reader, *args)
+        return _shard.merge_shard(merge, shard, *args)
 
     monkeypatch.setattr(_run, "merge_shard", stop_at_the_second)
     assert merge(folder) == 130
@@ -1276,9 +1276,9 @@ def test_a_read_only_folder_is_refused(folders, capsys, monkeypatch):
 def test_verify_finds_one_wrong_byte(folders, capsys, monkeypatch, name):
     folder, _, _ = folders
 
-    def spoil(reader, target, *args):
-        yield from _shard.merge_shard(reader, target, *args)
-        if name in reader.tensors:
+    def spoil(merge, shard, target, *args):
+        yield from _shard.merge_shard(merge, shard, target, *args)
+        if name in merge.model.shards[shard].tensors:
             raw = bytearray(target.read_bytes())
             length = int.from_bytes(raw[:8], "little")
             offsets = json.loads(raw[8 : 8 + length])[name]["data_offsets"]
@@ -1294,7 +1294,7 @@ def test_verify_finds_one_wrong_byte(folders, capsys, monkeypatch, name):
 def test_verify_finds_a_missing_tensor(folders, capsys, monkeypatch):
     folder, base, _ = folders
 
-    def spoil(reader, target, *_):
+    def spoil(merge, shard, target, *_):
         save_file({"steps": base["steps"]}, target)
         return []
 

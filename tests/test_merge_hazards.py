@@ -83,9 +83,9 @@ def merged_shards(monkeypatch):
     """Return a list that grows by the name of each shard that is merged."""
     names = []
 
-    def noted(reader, *args):
-        names.append(reader.path.name)
-        return _shard.merge_shard(reader, *args)
+    def noted(merge, shard, *args):
+        names.append(shard)
+        return _shard.merge_shard(merge, shard, *args)
 
     monkeypatch.setattr(_run, "merge_shard", noted)
     return names
@@ -907,7 +907,7 @@ def test_two_tasks_for_one_shard_do_not_disturb_each_other(folder, monkeypatch):
     monkeypatch.setattr(Path, "unlink", unlink_and_wait)
     changes = _run.finish_shard(planned, run, SHARDS[0], True)
     assert second
-    assert _work.noted(_work.places(run, SHARDS[0]), planned) == changes
+    assert _work.noted(SHARDS[0], _work.places(run, SHARDS[0]), planned) == changes
     assert [*(run / "unfinished").iterdir()] == []
 
 
@@ -1400,8 +1400,8 @@ def test_a_dry_run_refuses_what_the_merge_refuses(folder, capsys, out, message):
 
 
 def test_verify_compares_the_metadata(folder, monkeypatch):
-    def spoil(reader, target, *args):
-        yield from _shard.merge_shard(reader, target, *args)
+    def spoil(merge, shard, target, *args):
+        yield from _shard.merge_shard(merge, shard, target, *args)
         edit_header(target)
 
     monkeypatch.setattr(_run, "merge_shard", spoil)
@@ -1418,8 +1418,8 @@ def test_verify_compares_every_row_of_a_small_matrix(tmp_path, monkeypatch, row,
     write_adapter(tmp_path / "adapter", {"block.0.q": (16, 5)})
     shapes = []
 
-    def spoil(reader, target, *args):
-        yield from _shard.merge_shard(reader, target, *args)
+    def spoil(merge, shard, target, *args):
+        yield from _shard.merge_shard(merge, shard, target, *args)
         weight = load_file(target)["block.0.q.weight"]
         column = np.argmax(np.abs(weight[row]))
         weight[row, column] *= weight.dtype.type(1 + error)

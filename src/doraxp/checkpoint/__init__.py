@@ -8,15 +8,22 @@ from doraxp.checkpoint._audit import audit
 from doraxp.checkpoint._audit_weight import Verdict
 from doraxp.checkpoint._change import Change
 from doraxp.checkpoint._errors import CheckpointError
+from doraxp.checkpoint._fit import Fit
 from doraxp.checkpoint._formats import load_adapters, save_adapters
 from doraxp.checkpoint._inspect import Against, Factored, look_at, look_at_base
 from doraxp.checkpoint._merge import Merge, plan_merge
 from doraxp.checkpoint._model import Model, open_model
 from doraxp.checkpoint._options import Options
-from doraxp.checkpoint._plan import CopiedTensor, MergedTensor, ReplacedTensor
 from doraxp.checkpoint._run import run_merge
 from doraxp.checkpoint._sampled_norms import SampledNorms, sample_norms
 from doraxp.checkpoint._target import check_target
+from doraxp.checkpoint._tasks import (
+    CopiedTensor,
+    JoinedTensor,
+    MergedTensor,
+    ReplacedTensor,
+    parts_of,
+)
 from doraxp.layers import AdaptedLayer
 
 __all__ = [
@@ -27,6 +34,8 @@ __all__ = [
     "CheckpointError",
     "CopiedTensor",
     "Factored",
+    "Fit",
+    "JoinedTensor",
     "Merge",
     "MergedTensor",
     "Model",
@@ -40,6 +49,7 @@ __all__ = [
     "look_at",
     "look_at_base",
     "open_model",
+    "parts_of",
     "plan_merge",
     "run_merge",
     "sample_norms",

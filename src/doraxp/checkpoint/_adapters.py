@@ -39,6 +39,36 @@ class StoredLayer(NamedTuple):
     names: TensorNames
     factors_transposed: bool = False
     """True where the file stores A as (in, rank) and B as (rank, out)."""
+    rows: slice | None = None
+    """The rows of B and m that are for this weight; None for all."""
+    heads: int | None = None
+    """The heads in which the rows of m are interleaved, as torchtune has them; None if they are in
+    order."""
+
+
+class TokenRows(NamedTuple):
+    """Rows of embeddings that the file has in full."""
+
+    indices: tuple[int, ...]
+    """The tokens, in the order of the rows in the file."""
+    tensor: str
+    """The rows' name in the file, (tokens, dim)."""
+
+
+class NewHead(NamedTuple):
+    """What a configuration says of the head that was trained with an adapter."""
+
+    modules: tuple[str, ...] = ()
+    """The last components of the modules that the file has in full."""
+    task: str | None = None
+    """PEFT's ``task_type``, such as "SEQ_CLS"."""
+    architecture: str | None = None
+    """The class of the model that was trained."""
+    labels: tuple[str, ...] = ()
+    """The names of a classifier's classes; empty where no file tells."""
+
+
+NO_HEAD = NewHead()
 
 
 @dataclass(frozen=True)
@@ -61,6 +91,14 @@ class AdapterSet(Mapping[str, AdaptedLayer]):
     """The ``bias`` of a PEFT configuration, "all" or "lora_only"; None without trained biases."""
     dots_lost: bool = False
     """True where the paths have an underscore for each dot of the base's names."""
+    is_of_images: bool = False
+    """True where the paths begin with the part of an image model that they are for."""
+    tokens: Mapping[str, TokenRows] = field(default_factory=dict)
+    """Single rows of embeddings that were trained, by the embeddings' name."""
+    ties_weights: bool = False
+    """True where the output head was trained as the same weight as the embeddings."""
+    head: NewHead = NO_HEAD
+    """The head that was trained with the adapter."""
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -84,6 +122,10 @@ class AdapterSet(Mapping[str, AdaptedLayer]):
         if layer.factors_transposed:
             a, b = a.T, b.T
         rank = layer.config.rank
+        if layer.heads is not None:
+            m = m.reshape(layer.heads, -1, 2).swapaxes(1, 2)
+        if layer.rows is not None:
+            b, m = b.reshape(-1, rank)[layer.rows], m.reshape(-1)[layer.rows]
         adapter = Adapter(
             a.reshape(*stack, rank, inner), b.reshape(*stack, out, rank), m.reshape(*stack, out)
         )

@@ -22,9 +22,10 @@ from doraxp.checkpoint._audit_weight import KEPT_IN_PART, Verdict, audit_weight
 from doraxp.checkpoint._engine import Engine, load_engine
 from doraxp.checkpoint._merge import Merge
 from doraxp.checkpoint._model import Model, open_model
-from doraxp.checkpoint._plan import MergedTensor
 from doraxp.checkpoint._safetensors import DTYPES, Source
 from doraxp.checkpoint._shard import OnBytes
+from doraxp.checkpoint._tasks import MergedTensor, Part, parts_of
+from doraxp.checkpoint._tied import is_head, tied_head
 
 _BUFFERS = ("position_ids", "token_type_ids", "inv_freq", "original_inv_freq", "masked_bias")
 """Names of tensors that older versions of transformers wrote with the weights."""
@@ -98,21 +99,22 @@ def audit(
 
 def _pair(merge: Merge, model: Model) -> tuple[dict[str, tuple[str, Source]], dict[str, Verdict]]:
     """Return the task's name and the file's tensor by tensor, and the verdicts on those alone."""
-    there = {name: Source(reader, name) for name, reader in model.reader_of().items()}
+    there = model.sources()
     lead = _lead(set(merge.tasks), set(there))
+    theirs = tied_head(there.keys(), model.config)
     there = {lead(name): source for name, source in there.items()}
     pairs = {name: (name, there[name]) for name in merge.tasks if name in there}
     found = {}
-    tied = next(iter(sorted(map(lead, model.output_heads()))), "")
+    tied = lead(theirs[0]) if theirs is not None else ""
     for name in [name for name in merge.tasks if name not in there]:
-        if _is_head(name) and tied in there:
+        if is_head(name) and tied in there:
             pairs[name] = (name, there[tied])  # the embedding is the head too
         else:
             found[name] = _missing(name, merge.tasks[name].source.tensor)
-    tied = next(iter(sorted(merge.model.output_heads())), "")
+    ours = tied_head(merge.tasks.keys(), merge.model.config)
     for name in [name for name in there if name not in merge.tasks]:
-        if _is_head(name) and tied:
-            pairs[name] = (tied, there[name])
+        if is_head(name) and ours is not None:
+            pairs[name] = (ours[0], there[name])
         else:
             found[name] = Verdict("extra", False)
     return pairs, found
@@ -131,10 +133,6 @@ def _missing(name: str, tensor: Tensor) -> Verdict:
     return Verdict("missing", False)
 
 
-def _is_head(name: str) -> bool:
-    return f".{name}".endswith(".lm_head.weight")
-
-
 def _lead(base: Set[str], merged: Set[str]) -> Callable[[str], str]:
     """Return a function from a merged tensor's name to the base's.
 
@@ -146,7 +144,7 @@ def _lead(base: Set[str], merged: Set[str]) -> Callable[[str], str]:
         counts = Counter(name.partition(".")[0] for name in names)
         return [f"{lead}." for lead, _ in counts.most_common(2)]
 
-    body = [name for name in merged if not _is_head(name)]
+    body = [name for name in merged if not is_head(name)]
     ways: list[Callable[[str], str]] = [lambda name: name]
     for lead in leads(base):
         if not any(name.startswith(lead) for name in body):
@@ -172,13 +170,41 @@ def _with(lead: str, base: Set[str], name: str) -> str:
 
 
 def _verdict(merge: Merge, name: str, stored: Source, engine: Engine, on_bytes: OnBytes) -> Verdict:
+    """Return the verdict on a tensor: that of the first part that is not right."""
     task = merge.tasks[name]
-    if stored.tensor.dtype != task.source.tensor.dtype and not (
-        {stored.tensor.dtype, task.source.tensor.dtype} <= DTYPES.keys()
-    ):
+    parts = parts_of(task)
+    if len(parts) == 1:
+        return _part_verdict(merge, name, parts[0], stored, engine, on_bytes)
+    if stored.tensor.shape != task.source.tensor.shape:
         on_bytes(task.source.tensor.nbytes)
-        dtypes = f"{stored.tensor.dtype} for {task.source.tensor.dtype}"
-        return Verdict("another dtype", False, dtypes)
-    if isinstance(task, MergedTensor):
-        return audit_weight(name, task, stored, merge.adapters.read(task.layer), engine, on_bytes)
-    return Copy(merge, name, task, stored, engine).verdict(on_bytes)
+        shapes = f"{stored.tensor.shape} for {task.source.tensor.shape}"
+        return Verdict("another shape", False, shapes)
+    verdicts, start = [], 0
+    for part in parts:
+        stop = start + part.source.tensor.shape[0]
+        found = _part_verdict(merge, name, part, stored.rows(start, stop), engine, on_bytes)
+        if not found.right:
+            place = f"rows {start} to {stop - 1}"
+            detail = f"{place}: {found.detail}" if found.detail else place
+            found = found._replace(detail=detail)
+        verdicts.append(found)
+        start = stop
+    wrong = [verdict for verdict in verdicts if not verdict.right]
+    kept = [verdict.kept for verdict in verdicts if verdict.kept is not None]
+    errors = [verdict.error for verdict in verdicts if verdict.error is not None]
+    worst = min(wrong or verdicts, key=lambda verdict: verdict.verdict in ("equal", "converted"))
+    return worst._replace(kept=min(kept, default=None), error=max(errors, default=None))
+
+
+def _part_verdict(
+    merge: Merge, name: str, part: Part, stored: Source, engine: Engine, on_bytes: OnBytes
+) -> Verdict:
+    tensor = part.source.tensor
+    if stored.tensor.dtype != tensor.dtype and not (
+        {stored.tensor.dtype, tensor.dtype} <= DTYPES.keys()
+    ):
+        on_bytes(tensor.nbytes)
+        return Verdict("another dtype", False, f"{stored.tensor.dtype} for {tensor.dtype}")
+    if isinstance(part, MergedTensor):
+        return audit_weight(name, part, stored, merge.adapters.read(part.layer), engine, on_bytes)
+    return Copy(merge, name, part, stored, engine).verdict(on_bytes)

@@ -11,12 +11,12 @@ from doraxp._base.types import HostArray
 from doraxp.checkpoint._audit_weight import INFINITE, Verdict, adapted_norms
 from doraxp.checkpoint._engine import Engine
 from doraxp.checkpoint._merge import Merge
-from doraxp.checkpoint._plan import CopiedTensor, MergedTensor, ReplacedTensor
 from doraxp.checkpoint._precision import coarsest, count_infinite, dtype_name
 from doraxp.checkpoint._rows import row_blocks
 from doraxp.checkpoint._safetensors import DTYPES, Source, same_bytes
 from doraxp.checkpoint._shard import OnBytes
 from doraxp.checkpoint._slack import Slack, over
+from doraxp.checkpoint._tasks import CopiedTensor, MergedTensor, ReplacedTensor
 
 
 class Copy:
@@ -94,9 +94,11 @@ class Copy:
         """Return how many numbers are NaN or infinity where the base has finite ones."""
         if not count_infinite(stored):
             return 0
-        base = Source(self._merge.model.reader_of()[self._name], self._name)
         is_new = ~np.isfinite(stored)
-        if base.tensor.dtype in DTYPES:
+        base = (
+            self._merge.base(self._name) if isinstance(self._task, ReplacedTensor) else self._source
+        )
+        if base is not None and base.tensor[:2] == self._source.tensor[:2]:
             is_new &= np.isfinite(base.read(rows))
         return int(np.count_nonzero(is_new))
 

@@ -17,12 +17,12 @@ from doraxp.checkpoint._change import IDLE, KEPT
 from doraxp.checkpoint._engine import Engine
 from doraxp.checkpoint._formulas import diagnose
 from doraxp.checkpoint._options import Options, merge_dtype
-from doraxp.checkpoint._plan import MergedTensor
 from doraxp.checkpoint._precision import PRECISION, coarsest
 from doraxp.checkpoint._rows import Block, merged_blocks, row_blocks
 from doraxp.checkpoint._safetensors import DTYPES, Source
 from doraxp.checkpoint._shard import OnBytes
 from doraxp.checkpoint._slack import Slack, Wide, over
+from doraxp.checkpoint._tasks import MergedTensor
 from doraxp.layers import AdaptedLayer
 from doraxp.testing import right_merge, wrong_merges_across_rows
 

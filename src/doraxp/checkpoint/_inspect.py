@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from doraxp.checkpoint._adapters import AdapterSet
 from doraxp.checkpoint._change import change, joined, update_squares
 from doraxp.checkpoint._engine import load_engine
+from doraxp.checkpoint._fit import AS_FILED, Fit
 from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._options import Options, merge_dtype
-from doraxp.checkpoint._plan import MergedTensor, plan
+from doraxp.checkpoint._plan import plan
 from doraxp.checkpoint._rows import merged_blocks
+from doraxp.checkpoint._tasks import MergedTensor, parts_of
 from doraxp.layers import AdaptedLayer
 
 
@@ -61,6 +63,7 @@ def look_at_base(
     model: Model,
     adapters: AdapterSet,
     *,
+    fit: Fit = AS_FILED,
     on_bytes: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Against]:
     """Return the figures of all layers that need the base, by module path.
@@ -69,6 +72,8 @@ def look_at_base(
     ----------
     model : Model
     adapters : AdapterSet
+    fit : Fit
+        How the adapter fits the base, where the files do not say it.
     on_bytes : callable
         Called with the bytes of the base that were read so far, and those of all its adapted
         weights.
@@ -78,14 +83,19 @@ def look_at_base(
     CheckpointError
         The adapter does not fit the base, or a weight contains NaN or infinity.
     """
-    engine, entries = load_engine("numpy"), model.reader_of()
+    engine = load_engine("numpy")
     found, done = {}, 0
-    tasks = plan(model, adapters)
-    merged = {name: task for name, task in tasks.items() if isinstance(task, MergedTensor)}
-    total = sum(task.source.tensor.nbytes for task in merged.values())
-    for name, task in merged.items():
+    tasks = plan(model, adapters, fit).tasks
+    parts = [
+        (name, part)
+        for name, task in tasks.items()
+        for part in parts_of(task)
+        if isinstance(part, MergedTensor)
+    ]
+    total = sum(part.source.tensor.nbytes for _, part in parts)
+    for name, task in parts:
         layer, tensor = adapters.read(task.layer), task.source.tensor
-        dtype = merge_dtype(tensor, entries[name].tensors[name], Options())
+        dtype = merge_dtype(tensor, tensor, Options())
         norms = []
         for block in merged_blocks(name, task.source, layer, engine, dtype):
             norms.append(block.norms)

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import filecmp
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from doraxp._base.safetensors import Tensor
 from doraxp.checkpoint._adapters import CONFIG, AdapterSet
+from doraxp.checkpoint._config_edits import ConfigEdits
 from doraxp.checkpoint._errors import changed
+from doraxp.checkpoint._fit import AS_FILED, Fit
 from doraxp.checkpoint._formats import load_adapters
-from doraxp.checkpoint._model import INDEX, Model, open_model
-from doraxp.checkpoint._options import Options, written_as
-from doraxp.checkpoint._plan import CopiedTensor, MergedTensor, ReplacedTensor, Task, plan
-from doraxp.checkpoint._safetensors import Reader
+from doraxp.checkpoint._model import INDEXES, Model, open_model
+from doraxp.checkpoint._options import Options
+from doraxp.checkpoint._plan import plan
+from doraxp.checkpoint._safetensors import Reader, Source
 from doraxp.checkpoint._stamp import Stamp, check_stamps, stamps_at
+from doraxp.checkpoint._tasks import (
+    CopiedTensor,
+    JoinedTensor,
+    MergedTensor,
+    Part,
+    ReplacedTensor,
+    Task,
+    part_name,
+    parts_of,
+    written_as,
+)
 
 _TOKENIZER = ("tokenizer*", "chat_template*", "added_tokens.json", "vocab.*", "merges.txt")
 
@@ -29,6 +42,13 @@ class Merge(NamedTuple):
     tasks: dict[str, Task]
     """By the names of the base's tensors: first those that change, then the copied ones."""
     options: Options
+    fit: Fit
+    lead: str
+    """The part that the result's names have before those of the base; see `Plan`."""
+    edits: ConfigEdits
+    """The changes of the model's config.json."""
+    unused: tuple[str, ...]
+    """Modules of the adapter that are for another part of the model than BASE."""
     stamps: Mapping[Path, Stamp]
     """Of the files without tensors: configurations, the index, and the other files to copy."""
 
@@ -42,34 +62,62 @@ class Merge(NamedTuple):
         check_stamps({reader.path: reader.stamp for reader in self.readers} | dict(self.stamps))
 
     @property
-    def changed(self) -> dict[str, MergedTensor | ReplacedTensor]:
+    def changed(self) -> dict[str, MergedTensor | ReplacedTensor | JoinedTensor]:
         """The tasks of the tensors that change."""
         return {
             name: task for name, task in self.tasks.items() if not isinstance(task, CopiedTensor)
         }
 
-    def written(self) -> dict[str, Tensor]:
-        """Return the entries of all tensors in the result, by name: dtype, shape and bytes."""
-        return {
-            name: written_as(tensor, self.options)
-            for shard in self.model.shards.values()
-            for name, tensor in shard.tensors.items()
-        }
+    def changed_parts(self) -> Iterator[tuple[str, Part, Tensor]]:
+        """Yield the label, the part and the tensor's entry of all that changes.
 
-    def shard_size(self, name: str) -> int:
+        A fused tensor has a part for each module; a tensor that is replaced has one.
+        """
+        for name, task in self.changed.items():
+            entry = written_as(task, self.options)
+            merged = [part for part in parts_of(task) if isinstance(part, MergedTensor)]
+            for part in merged:
+                yield part_name(name, task, part), part, entry
+            if not merged:
+                yield name, next(iter(parts_of(task))), entry
+
+    def base(self, name: str) -> Source | None:
+        """Return the tensor of the base under a name of the result; None for an added one."""
+        return self.model.sources().get(name.removeprefix(self.lead))
+
+    def tasks_of(self, shard: str) -> dict[str, Task]:
+        """Return the tasks of one shard of the result, by the names in that file.
+
+        Tensors that the base lacks follow those of its last shard.
+        """
+        prefix = self.model.prefix(shard)
+        names = [f"{self.lead}{name}" for name in self.model.shards[shard].tensors]
+        tasks = {name: self.tasks[prefix + name] for name in names}
+        added = {
+            name.removeprefix(prefix): self.tasks[name]
+            for name in self.added
+            if self.model.home(name) == shard
+        }
+        return tasks | added
+
+    @property
+    def added(self) -> list[str]:
+        """The names of the tensors that the base does not have."""
+        there = {f"{self.lead}{name}" for name in self.model.sources()}
+        return [name for name in self.tasks if name not in there]
+
+    def entries(self, shard: str) -> dict[str, Tensor]:
+        """Return the entries of one shard of the result: dtype, shape and bytes."""
+        return {name: written_as(task, self.options) for name, task in self.tasks_of(shard).items()}
+
+    def shard_size(self, shard: str) -> int:
         """Return the bytes of the tensors in one shard of the result."""
-        tensors = self.model.shards[name].tensors.values()
-        return sum(written_as(tensor, self.options).nbytes for tensor in tensors)
+        return sum(entry.nbytes for entry in self.entries(shard).values())
 
     @property
     def size(self) -> int:
         """The bytes of all tensors in the result."""
         return sum(self.shard_size(name) for name in self.model.shards)
-
-    @property
-    def output_heads(self) -> list[str]:
-        """The embeddings that change and are also the output head, which changes with them."""
-        return sorted(self.model.output_heads() & self.changed.keys())
 
     def tokenizers_apart(self) -> dict[str, bool]:
         """Return the tokenizer files beside the adapter that differ from the base's.
@@ -77,22 +125,48 @@ class Merge(NamedTuple):
         The value is True where the base has a file of that name. Trainers save such files with
         the adapter, and they may have tokens or a chat template that the training used.
         """
-        if not self.model.is_folder:
+        if not self.model.is_folder or self.edits.vocab_size is not None:
             return {}
         folder, base = self.adapters.reader.path.parent, self.model.path
-        own = [file for pattern in _TOKENIZER for file in folder.glob(pattern) if file.is_file()]
-        there = {file.name: (base / file.name).is_file() for file in sorted(own)}
+        there = {file.name: (base / file.name).is_file() for file in tokenizer_files(folder)}
         return {
             name: known
             for name, known in there.items()
             if not known or not filecmp.cmp(folder / name, base / name, shallow=False)
         }
 
+    def tokenizer(self) -> list[Path]:
+        """Return the tokenizer files that replace those of the base: of a grown vocabulary."""
+        if not self.model.is_folder or self.edits.vocab_size is None:
+            return []
+        return tokenizer_files(self.adapters.reader.path.parent)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Return the files of a tokenizer in a folder."""
+    files = (file for pattern in _TOKENIZER for file in folder.glob(pattern))
+    return sorted(file for file in files if file.is_file())
+
 
 def plan_merge(
-    base: str | os.PathLike[str], adapter: str | os.PathLike[str], options: Options
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    options: Options,
+    *,
+    fit: Fit = AS_FILED,
+    subfolder: str | None = None,
+    adapter_name: str | None = None,
 ) -> Merge:
     """Read the headers of a model and of an adapter, and compare them.
+
+    Parameters
+    ----------
+    base, adapter : path
+    options : Options
+    fit : Fit
+        How the adapter fits the base, where the files do not say it.
+    subfolder, adapter_name : str, optional
+        As `load_adapters` takes them.
 
     Raises
     ------
@@ -103,16 +177,27 @@ def plan_merge(
     """
     # Workers of a cluster may run in other folders, so a plan has absolute paths.
     base, adapter = Path(base).absolute(), Path(adapter).absolute()
-    beside = adapter if adapter.is_dir() else adapter.parent
-    read = [base / "config.json", base / INDEX, beside / CONFIG]
+    read = _configurations(base, adapter, subfolder)
     before = stamps_at(read)
-    model, adapters = open_model(base), load_adapters(adapter)
+    model = open_model(base)
+    adapters = load_adapters(adapter, subfolder=subfolder, adapter_name=adapter_name)
+    tasks, lead, edits, unused = plan(model, adapters, fit)
     copied = [base / file for file in model.others]
     stamps = stamps_at([*read, *copied])
-    merge = Merge(model, adapters, plan(model, adapters), options, stamps)
+    merge = Merge(model, adapters, tasks, options, fit, lead, edits, unused, stamps)
+    merge = merge._replace(stamps=stamps | stamps_at(merge.tokenizer()))
     # A file may have changed, appeared or gone between its stamp and its content.
     apart = [path for path in read if stamps.get(path) != before.get(path)]
     apart += [path for path in copied if path not in stamps]
     if apart:
         raise changed(apart[0])
     return merge
+
+
+def _configurations(base: Path, adapter: Path, subfolder: str | None) -> list[Path]:
+    """Return the files without tensors that a plan reads, some of which may not exist."""
+    beside = adapter if adapter.is_dir() else adapter.parent
+    beside = beside if subfolder is None else beside / subfolder
+    folders = [base, *base.glob("*/")] if base.is_dir() else []
+    indexes = [folder / name for folder in folders for name in INDEXES]
+    return [base / "config.json", *indexes, beside / CONFIG, beside / "config.json"]

@@ -3,39 +3,22 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from doraxp.checkpoint._adapters import CONFIG
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._formats import FILES
 from doraxp.checkpoint._json import JsonObject, read_json
-from doraxp.checkpoint._safetensors import Reader
+from doraxp.checkpoint._left_out import files_to_leave_out, is_variant
+from doraxp.checkpoint._safetensors import Reader, Source
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-# Such files nearly always hold other copies of the weights, from before the merge, or are the
-# indexes and graphs of such copies. A .model is not one: it is the tokenizer of sentencepiece.
-_WEIGHTS = re.compile(
-    r""" .+ \. (
-        safetensors | bin | pt | pth | pkl | pickle | joblib | distcp           # PyTorch
-      | (safetensors | bin | h5 | msgpack) \.index\.json
-      | onnx ([._]data (_\d+)?)?
-      | npz | npy | msgpack | ot | nemo | pdparams | params
-      | h5 | hdf5 | keras | pb | tflite | ckpt (-\d+)? (\.(index | meta))?      # TensorFlow
-      | data-\d+-of-\d+
-      | (gguf | ggml) (\.part.* | -split-.*)? | llamafile                       # llama.cpp
-      | mlmodel | pte | engine | plan | litertlm | task
-    ) | openvino_.+ \.xml""",
-    re.VERBOSE | re.IGNORECASE | re.DOTALL,
-)
+SINGLE = "model.safetensors"
+INDEXES = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
+"""The index of transformers, and that of diffusers."""
+_PIPELINE = "model_index.json"
 _LIMIT = 100_000
 """Files and folders of a model; the largest ones have some thousand. Links may multiply them."""
-_WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-_EMBEDDINGS = tuple(
-    f".{name}.weight" for name in ("embed_tokens", "wte", "word_embeddings", "shared")
-)
 
 
 @dataclass(frozen=True)
@@ -44,14 +27,15 @@ class Model:
 
     path: Path
     shards: dict[str, Reader]
-    """By file name."""
+    """By path in the folder. They are in the folder itself, but in a pipeline of diffusers in the
+    folder of each component."""
     others: tuple[Path, ...]
     """The other files to copy, relative to `path`: configuration, tokenizer."""
     left_out: tuple[Path, ...]
-    """Files that are neither merged nor copied: weights, which nearly always are other copies of
-    the model's, and the configuration of an adapter."""
-    index: JsonObject | None
-    """The content of ``model.safetensors.index.json``; None without that file."""
+    """Files that are neither merged nor copied: other copies of the model's weights, and the
+    configuration of an adapter."""
+    indexes: dict[str, JsonObject]
+    """The content of each index of shards, by its path in the folder."""
     config: JsonObject
     """The content of ``config.json``; empty without that file."""
 
@@ -60,27 +44,27 @@ class Model:
         """True for a folder, False for one file."""
         return self.path.is_dir()
 
-    def reader_of(self) -> dict[str, Reader]:
-        """Return the file of each tensor, by name."""
-        return {name: reader for reader in self.shards.values() for name in reader.tensors}
+    @property
+    def is_pipeline(self) -> bool:
+        """True for a pipeline of diffusers, whose components are models of their own."""
+        return any("/" in name for name in self.shards)
 
-    def output_heads(self) -> set[str]:
-        """Return the names of the embeddings that are also the output head.
+    def prefix(self, shard: str) -> str:
+        """Return the part before the names of a shard's tensors: "" or "unet." in a pipeline."""
+        return f"{shard.rpartition('/')[0]}.".removeprefix(".")
 
-        The set is empty if the head has its own tensor. A model type whose default is true may
-        leave ``tie_word_embeddings`` out; then any language model without a head counts as tied.
-        """
-        tensors = self.reader_of()
-        if any(f".{name}".endswith(".lm_head.weight") for name in tensors):
-            return set()
-        text = self.config.get("text_config")
-        nested = text.get("tie_word_embeddings") if isinstance(text, dict) else None
-        tied = self.config.get("tie_word_embeddings", nested)
-        if tied is None:
-            architectures = self.config.get("architectures")
-            names = architectures if isinstance(architectures, list) else []
-            tied = any(str(name).endswith(_WITH_HEAD) for name in names)
-        return {name for name in tensors if tied and f".{name}".endswith(_EMBEDDINGS)}
+    def sources(self) -> dict[str, Source]:
+        """Return all tensors by name; in a pipeline the component's name stands before it."""
+        return {
+            self.prefix(shard) + name: Source(reader, name)
+            for shard, reader in self.shards.items()
+            for name in reader.tensors
+        }
+
+    def home(self, name: str) -> str:
+        """Return the shard to which a tensor is added that the model does not have."""
+        *_, last = (shard for shard in self.shards if name.startswith(self.prefix(shard)))
+        return last
 
 
 def open_model(path: Path) -> Model:
@@ -89,77 +73,91 @@ def open_model(path: Path) -> Model:
     Raises
     ------
     CheckpointError
-        A file is malformed, the index is wrong or points out of the folder, or the weights are
-        quantised.
+        A file is malformed, or an index is wrong or points out of its folder.
     OSError
         Something cannot be read.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if not path.is_dir():
-        return Model(path, {path.name: Reader(path)}, (), (), None, {})
+        return Model(path, {path.name: Reader(path)}, (), (), {}, {})
     file = path / "config.json"
     config = read_json(file) if file.is_file() else {}
-    if config.get("quantization_config"):
-        raise CheckpointError(
-            f"{file}: the model has a quantization_config: quantised weights cannot be merged "
-            "into; merge into the model from which they were quantised"
-        )
-    index = read_json(_inside(path, INDEX)) if (path / INDEX).is_file() else None
-    if index is None:
-        shards = {(name := _only_file(path)): Reader(_inside(path, name))}
-    else:
-        shards = _indexed(path, index)
-    _check_loaded(path, shards, config, is_indexed=index is not None)
-    rest = [file for file in _files(path) if str(file) not in (*shards, INDEX)]
-    left_out = tuple(file for file in rest if _is_left_out(file.name))
-    others = tuple(file for file in rest if not _is_left_out(file.name))
+    shards: dict[str, Reader] = {}
+    indexes: dict[str, JsonObject] = {}
+    for folder in _components(path):
+        found, index = _open_folder(path / folder)
+        shards |= {f"{folder / name}": reader for name, reader in found.items()}
+        indexes |= {f"{folder / name}": content for name, content in index.items()}
+    _check_loaded(path, shards, config, index=next(iter(indexes), None))
+    rest = [file for file in _files(path) if str(file) not in (*shards, *indexes)]
+    left_out = files_to_leave_out(path, rest, shards)
+    others = tuple(file for file in rest if file not in left_out)
     for file in others:
         if not _inside(path, str(file)).exists():
             raise CheckpointError(f"{path / file}: this link leads to no file; remove it")
-    return Model(path, shards, others, left_out, index, config)
+    return Model(
+        path, shards, others, tuple(file for file in rest if file in left_out), indexes, config
+    )
+
+
+def _components(path: Path) -> list[Path]:
+    """Return the folders of a model's shards, relative to it: several in a pipeline."""
+    if not (path / _PIPELINE).is_file() or any((path / name).is_file() for name in INDEXES):
+        return [Path()]
+    folders = sorted(file.parent.name for file in path.glob("*/*.safetensors"))
+    if any(path.glob("*.safetensors")) and not folders:
+        return [Path()]
+    found = [Path(name) for name in dict.fromkeys(folders) if not name.startswith(".")]
+    if not found:
+        raise CheckpointError(f"{path}: no folder of this pipeline has a safetensors file")
+    return found
+
+
+def _open_folder(path: Path) -> tuple[dict[str, Reader], dict[str, JsonObject]]:
+    """Return the shards in a folder by name, and its index by name, if it has one."""
+    for name in INDEXES:
+        if (path / name).is_file():
+            index = read_json(_inside(path, name))
+            return _indexed(path, name, index), {name: index}
+    name = _only_file(path)
+    return {name: Reader(_inside(path, name))}, {}
 
 
 def _only_file(path: Path) -> str:
     """Return the name of the one file of weights in a folder without an index."""
     names = sorted(file.name for file in path.glob("*.safetensors"))
     names = [name for name in names if name not in FILES] or names
+    unmarked = [name for name in names if not is_variant(name, names)]
+    names = unmarked or names
     # For a model of pickles, the reader refuses the first one with the reason.
     names = names or sorted(file.name for file in path.glob("pytorch_model*.bin"))[:1]
     if len(names) != 1:
         raise CheckpointError(
-            f"{path}: must have {INDEX} or one safetensors file, got {len(names)} of them"
+            f"{path}: must have {INDEXES[0]} or one safetensors file, got {len(names)} of them"
         )
     return names[0]
 
 
 def _check_loaded(
-    path: Path, shards: Mapping[str, Reader], config: JsonObject, *, is_indexed: bool
+    path: Path, shards: Mapping[str, Reader], config: JsonObject, *, index: str | None
 ) -> None:
     """Raise CheckpointError where transformers would load other files of the folder.
 
     It takes the file that ``transformers_weights`` in ``config.json`` names, else
     ``model.safetensors``, else the files of the index.
     """
-    if is_indexed and SINGLE not in shards and (path / SINGLE).is_file():
+    if index == INDEXES[0] and SINGLE not in shards and (path / SINGLE).is_file():
         raise CheckpointError(
-            f"{path / SINGLE}: is not in {INDEX}, and transformers loads it instead of the files "
-            f"that {INDEX} lists; move the one that is out of date out of the folder"
+            f"{path / SINGLE}: is not in {index}, and transformers loads it instead of the files "
+            f"that {index} lists; move the one that is out of date out of the folder"
         )
-    used, named = INDEX if is_indexed else next(iter(shards)), config.get("transformers_weights")
+    used, named = index or next(iter(shards)), config.get("transformers_weights")
     if named is not None and named != used:
         raise CheckpointError(
             f"{path / 'config.json'}: transformers_weights must be {used!r}, the weights of this "
             f"folder, got {named!r}: remove that entry, or the weights that it does not name"
         )
-
-
-def _is_left_out(name: str) -> bool:
-    """Return whether a file must not be beside the merged weights.
-
-    Transformers loads the adapter of an ``adapter_config.json`` on top of the model.
-    """
-    return name == CONFIG or _WEIGHTS.fullmatch(name) is not None
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -211,14 +209,14 @@ def _followed(path: Path, folder: Path, above: tuple[Path, ...]) -> Path:
     return real
 
 
-def _indexed(path: Path, index: JsonObject) -> dict[str, Reader]:
+def _indexed(path: Path, file: str, index: JsonObject) -> dict[str, Reader]:
     """Open the shards that an index lists."""
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path / INDEX}: must have a weight_map of names to files")
+        raise CheckpointError(f"{path / file}: must have a weight_map of names to files")
     if not isinstance(index.get("metadata") or {}, dict):
         raise CheckpointError(
-            f"{path / INDEX}: metadata must be a JSON object, got {index['metadata']!r}"
+            f"{path / file}: metadata must be a JSON object, got {index['metadata']!r}"
         )
     names: dict[str, set[str]] = {}
     for tensor, name in weight_map.items():
@@ -229,7 +227,7 @@ def _indexed(path: Path, index: JsonObject) -> dict[str, Reader]:
             or PurePosixPath(name).name != name
         ):
             raise CheckpointError(
-                f"{path / INDEX}: the file of a tensor must be in the folder itself, got {name!r}"
+                f"{path / file}: the file of a tensor must be in the folder itself, got {name!r}"
             )
         names.setdefault(name, set()).add(tensor)
     shards = {name: Reader(_inside(path, name)) for name in sorted(names)}
@@ -237,7 +235,7 @@ def _indexed(path: Path, index: JsonObject) -> dict[str, Reader]:
         differ = sorted(tensors ^ shards[name].tensors.keys())
         if differ:
             raise CheckpointError(
-                f"{path / INDEX} and {name} must have the same tensors, but {differ[0]!r} is in "
+                f"{path / file} and {name} must have the same tensors, but {differ[0]!r} is in "
                 "one of them only"
             )
     return shards

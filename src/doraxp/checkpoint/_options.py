@@ -47,14 +47,6 @@ class Options:
         object.__setattr__(self, "seed", seed)  # an integer of NumPy cannot be written as JSON
 
 
-def written_as(tensor: Tensor, options: Options) -> Tensor:
-    """Return the entry that a tensor of the base has in the result."""
-    if options.dtype is None or tensor.dtype not in DTYPES or tensor.dtype == options.dtype:
-        return tensor
-    items = tensor.nbytes // DTYPES[tensor.dtype].itemsize
-    return Tensor(options.dtype, tensor.shape, items * DTYPES[options.dtype].itemsize)
-
-
 def merge_dtype(read: Tensor, written: Tensor, options: Options) -> str:
     """Return the dtype to compute in, "float32" or "float64"."""
     narrow = {read.dtype, written.dtype} <= {"F16", "BF16"}

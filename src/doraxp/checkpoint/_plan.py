@@ -5,57 +5,47 @@
 
 from __future__ import annotations
 
-import itertools
-import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
-from doraxp._base.safetensors import Tensor
 from doraxp._core.kinds import LayerKind
 from doraxp.checkpoint._adapters import CONFIG, AdapterSet, StoredLayer
+from doraxp.checkpoint._config_edits import ConfigEdits
 from doraxp.checkpoint._errors import CheckpointError
+from doraxp.checkpoint._fit import AS_FILED, Fit, Fitted, fit
 from doraxp.checkpoint._model import Model
+from doraxp.checkpoint._names import Place
+from doraxp.checkpoint._orientation import is_transposed
 from doraxp.checkpoint._safetensors import DTYPES, Source
+from doraxp.checkpoint._tasks import (
+    CopiedTensor,
+    JoinedTensor,
+    MergedTensor,
+    Part,
+    ReplacedTensor,
+    Task,
+)
+from doraxp.checkpoint._whole_tensors import whole_tensors
 
 _OTHER_WAY = {"linear": LayerKind("transposed"), "transposed": LayerKind("linear")}
 
 
-@dataclass(frozen=True)
-class MergedTensor:
-    """A weight that the adapter of a module is merged into."""
+class Plan(NamedTuple):
+    """The tasks of a merge, and the changes of the model's configuration."""
 
-    source: Source
-    """The weight before the merge: the base's, or one that the adapter's file has in full."""
-    path: str
-    """The module."""
-    layer: StoredLayer
-    """Its adapter, with the kind and the shape of the base's weight."""
-
-
-@dataclass(frozen=True)
-class ReplacedTensor:
-    """A tensor that the adapter's file has in full."""
-
-    source: Source
-    """The tensor in the adapter's file."""
+    tasks: dict[str, Task]
+    """By the names of the result: first those that change, then the copied ones."""
+    lead: str
+    """The part that the result's names have before those of the base: "" or, where the adapter
+    brings a head to a model without one, such as "bert."."""
+    edits: ConfigEdits
+    unused: tuple[str, ...]
+    """Modules of the adapter that are for another part of the model than BASE."""
 
 
-@dataclass(frozen=True)
-class CopiedTensor:
-    """A tensor that no adapter changes."""
-
-    source: Source
-    """The tensor in the base."""
-
-
-Task: TypeAlias = MergedTensor | ReplacedTensor | CopiedTensor
-"""The way in which one tensor of the result is made."""
-
-
-def plan(model: Model, adapters: AdapterSet) -> dict[str, Task]:
-    """Return the task of each tensor of the base: first those that change, then the copied ones.
+def plan(model: Model, adapters: AdapterSet, choices: Fit = AS_FILED) -> Plan:
+    """Return the task of each tensor: first those that change, then the copied ones.
 
     Raises
     ------
@@ -63,179 +53,164 @@ def plan(model: Model, adapters: AdapterSet) -> dict[str, Task]:
         The message lists every adapter without a weight, every weight with two adapters, every
         shape that does not fit, every quantised weight, and a base that is not the adapter's.
     """
-    sources = {name: Source(reader, name) for name, reader in model.reader_of().items()}
-    tensors = {name: source.tensor for name, source in sources.items()}
-    wanted = {path: f"{path}.weight" for path in adapters.layers}
-    names = _names(tensors, {**wanted, **{name: name for name in adapters.replacements}}, adapters)
-    replaced = {
-        names[name]: Source(adapters.reader, own) for name, own in adapters.replacements.items()
-    }
-    merged, unmerged = _merged_tensors(adapters, names, sources, replaced)
+    fitted = fit(model, adapters, choices)
+    whole = whole_tensors(model, adapters, choices, fitted)
+    parts, unmerged = _merged_parts(model, adapters, fitted, whole.tasks)
     problems = [
-        *_doubles(adapters, names),
-        *_misfits(replaced, tensors),
         *unmerged,
-        *_ambiguous(merged, adapters),
-        *_untrained_parts(merged, replaced, tensors, adapters),
+        *whole.problems,
+        *_untrained_parts(parts, whole.tasks, fitted, adapters, choices),
     ]
-    missing = next((names[path] for path in adapters.layers if names[path] not in tensors), None)
-    if missing is not None:
-        near = max(tensors, key=lambda name: _shared_end(name, missing), default="nothing")
-        problems.insert(0, f"near {missing} the base has {near}")
     if problems:
         raise CheckpointError(f"{adapters.reader.path}: " + "; ".join(problems))
-    changed: dict[str, Task] = {name: ReplacedTensor(source) for name, source in replaced.items()}
-    changed |= merged
-    copied = {name: CopiedTensor(source) for name, source in sources.items() if name not in changed}
-    return changed | copied
+    changed: dict[str, Task] = dict(whole.tasks)
+    for name, found in parts.items():
+        changed[name] = _joined(fitted.sources[name], found)
+    tied = fitted.tied
+    untied = tied is not None and (tied.head in changed or tied.embedding in changed)
+    if untied and adapters.ties_weights and tied is not None:
+        untied = tied.head in parts
+        if not untied:
+            changed.pop(tied.head, None)
+    names = [name for name in fitted.sources if untied or tied is None or name != tied.head]
+    copied = {name: CopiedTensor(fitted.sources[name]) for name in names if name not in changed}
+    lead = fitted.lead if whole.added else ""
+    tasks = {
+        f"{'' if name in whole.added else lead}{name}": task
+        for name, task in (changed | copied).items()
+    }
+    edits = whole.edits if not untied else ConfigEdits(**{**vars(whole.edits), "untied": True})
+    return Plan(tasks, lead, edits, fitted.unused)
 
 
-def _merged_tensors(
-    adapters: AdapterSet,
-    names: Mapping[str, str],
-    sources: Mapping[str, Source],
-    replaced: Mapping[str, Source],
-) -> tuple[dict[str, MergedTensor], list[str]]:
-    """Return the weights that have an adapter, and a message for each adapter that does not fit."""
-    merged: dict[str, MergedTensor] = {}
+def _joined(source: Source, parts: Sequence[MergedTensor]) -> Task:
+    """Return the task of a tensor of the base, of which these parts are merged."""
+    if len(parts) == 1 and parts[0].source.window is None:
+        return parts[0]
+    joined: list[Part] = []
+    place, rows = 0, source.tensor.shape[0]
+    for part in sorted(parts, key=_start):
+        if _start(part) > place:
+            joined.append(CopiedTensor(source.rows(place, _start(part))))
+        joined.append(part)
+        place = _start(part) + part.source.tensor.shape[0]
+    if place < rows:
+        joined.append(CopiedTensor(source.rows(place, rows)))
+    return JoinedTensor(source, tuple(joined))
+
+
+def _start(part: MergedTensor) -> int:
+    return 0 if part.source.window is None else int(part.source.window.start)
+
+
+def _merged_parts(
+    model: Model, adapters: AdapterSet, fitted: Fitted, replaced: Mapping[str, Task]
+) -> tuple[dict[str, list[MergedTensor]], list[str]]:
+    """Return the merged parts of each tensor, and a message for each adapter that does not fit."""
+    merged: dict[str, list[MergedTensor]] = defaultdict(list)
     problems = []
-    for path, layer in adapters.layers.items():
-        name = names[path]
-        if name in merged:
-            problems.append(f"{merged[name].path} and {path} are both for {name}")
-        elif name not in sources:
-            problems.append(f"the base has no {name} for an adapter of shape {layer.shape}")
-        else:
+    for path in fitted.modules:
+        layer = adapters.layers[path]
+        for place in fitted.places.get(path, ()):
+            name = place.tensor
+            rival = next((part for part in merged[name] if _overlap(part, place)), None)
+            if rival is not None:
+                problems.append(f"{rival.path} and {path} are both for {name}")
+                continue
+            task = replaced.get(name)
+            source = fitted.sources[name] if task is None else task.source
+            if place.rows is not None:
+                source = source.rows(place.rows.start, place.rows.stop)
             try:
-                stored = _as_stored(name, layer, sources[name].tensor)
+                stored = _as_stored(name, layer, source, place, fitted)
             except CheckpointError as error:
                 problems.append(str(error))
             else:
-                source = replaced.get(name, sources[name])
-                merged[name] = MergedTensor(source, path, stored)
+                merged[name].append(MergedTensor(source, path, stored))
+    merged = {name: parts for name, parts in merged.items() if parts}
+    problems += fitted.missing()
+    problems += _squares(model, adapters, fitted, merged)
     return merged, problems
 
 
-def _doubles(adapters: AdapterSet, names: Mapping[str, str]) -> Iterator[str]:
-    """Yield a message for each two whole tensors that are for one tensor of the base."""
-    first: dict[str, str] = {}
-    for name, own in adapters.replacements.items():
-        other = first.setdefault(names[name], own)
-        if other != own:
-            yield f"{other} and {own} are both for {names[name]}"
+def _overlap(part: MergedTensor, place: Place) -> bool:
+    """Return whether a merged part has rows of a place."""
+    if part.source.window is None or place.rows is None:
+        return True
+    own = part.source.window
+    return bool(own.start < place.rows.stop and place.rows.start < own.stop)
 
 
-def _misfits(replaced: Mapping[str, Source], tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """Yield a message for each whole tensor that does not fit the base."""
-    for name, source in replaced.items():
-        shape, dtype = source.tensor.shape, source.tensor.dtype
-        if name not in tensors:
-            yield f"the base has no tensor {name} for {source.name} to replace"
-        elif tensors[name].shape != shape:
-            yield f"{source.name} {shape} does not fit {name} {tensors[name].shape}"
-        elif dtype not in DTYPES:
-            yield f"{source.name} must be of dtype {', '.join(DTYPES)}, got {dtype}"
-        elif tensors[name].dtype not in DTYPES:
-            yield (
-                f"{source.name} of dtype {dtype} cannot replace {name} of dtype "
-                f"{tensors[name].dtype}: remove it from the adapter"
-            )
-
-
-def _as_stored(name: str, layer: StoredLayer, tensor: Tensor) -> StoredLayer:
-    """Return the layer with the kind and shape in which the base stores the weight.
-
-    For a weight of two axes the shape says more than the adapter's flag.
-    """
-    if tensor.dtype not in DTYPES:
+def _as_stored(
+    name: str, layer: StoredLayer, source: Source, place: Place, fitted: Fitted
+) -> StoredLayer:
+    """Return the layer with the kind and shape in which the base stores the weight."""
+    tensor, shape = source.tensor, layer.shape
+    if tensor.dtype not in DTYPES or fitted.is_quantised(name):
         raise CheckpointError(
-            f"{name} is quantised (dtype {tensor.dtype}) and cannot be merged into"
+            f"{name} is quantised (dtype {tensor.dtype}) and cannot be merged into; merge into the "
+            "model from which it was quantised"
         )
-    if tensor.shape == layer.shape:
+    if place.own is not None:
+        shape = (place.own.stop - place.own.start, *shape[1:])
+        layer = layer._replace(shape=shape, rows=place.own)
+    if tensor.shape == shape:
         return layer
-    if layer.kind.name in _OTHER_WAY and tensor.shape == layer.shape[::-1]:
+    if layer.kind.name in _OTHER_WAY and tensor.shape == shape[::-1] and place.own is None:
         return layer._replace(kind=_OTHER_WAY[layer.kind.name], shape=tensor.shape)
-    raise CheckpointError(f"{name} has shape {tensor.shape}, but its adapter is for {layer.shape}")
+    raise CheckpointError(f"{name} has shape {tensor.shape}, but its adapter is for {shape}")
 
 
-def _ambiguous(merged: Mapping[str, MergedTensor], adapters: AdapterSet) -> Iterator[str]:
-    """Yield a message for each square weight, if the file's flag was wrong for another weight."""
-    flipped = [
-        name for name, task in merged.items() if task.layer.kind != adapters.layers[task.path].kind
-    ]
-    for name, task in merged.items():
-        shape = task.layer.shape
-        if flipped and task.layer.kind.name in _OTHER_WAY and shape == shape[::-1]:
+def _squares(
+    model: Model,
+    adapters: AdapterSet,
+    fitted: Fitted,
+    merged: dict[str, list[MergedTensor]],
+) -> Iterator[str]:
+    """Give square weights their kind; yield a message for each whose kind nothing tells."""
+    adapted = {
+        name: parts[0].layer.kind.name == "transposed"
+        for name, parts in merged.items()
+        if parts[0].layer.kind.name in _OTHER_WAY and parts[0].source.window is None
+    }
+    for name in adapted:
+        (part,) = merged[name]
+        shape = part.layer.shape
+        if shape != shape[::-1]:
+            continue
+        flag = adapters.layers[part.path].kind.name == "transposed"
+        transposed = is_transposed(
+            name, fitted.shapes, model.config.get("model_type"), adapted, flag=flag
+        )
+        if transposed is None:
             yield (
-                f"{name} is square, and fan_in_fan_out was wrong for {flipped[0]}: "
-                "it is not known whether it is stored (out, in) or (in, out)"
+                f"{name} is square, and fan_in_fan_out is that of the last adapted module only: "
+                "nothing in BASE tells whether it is stored (out, in) or (in, out); put the "
+                "model's config.json beside it"
             )
+            continue
+        kind = LayerKind("transposed" if transposed else "linear")
+        merged[name] = [MergedTensor(part.source, part.path, part.layer._replace(kind=kind))]
 
 
 def _untrained_parts(
-    merged: Mapping[str, MergedTensor],
-    replaced: Mapping[str, Source],
-    tensors: Mapping[str, Tensor],
+    merged: Mapping[str, object],
+    replaced: Mapping[str, ReplacedTensor | JoinedTensor],
+    fitted: Fitted,
     adapters: AdapterSet,
+    choices: Fit,
 ) -> Iterator[str]:
     """Yield a message where the file lacks weights or biases that the training changed."""
-    if adapters.base_change and not merged.keys() <= replaced.keys():
+    if adapters.base_change and not choices.residual and not merged.keys() <= replaced.keys():
         yield (
             f"the adapter was initialised by {adapters.base_change}, which changed the base "
-            "weights, and the file does not have them"
+            "weights, and the file does not have them; save the base of the training "
+            "(model.get_base_model().save_pretrained before the training), and merge into it with "
+            "--base-is-residual"
         )
-    biases = {f"{name.removesuffix('weight')}bias" for name in merged} & tensors.keys()
+    biases = {f"{name.removesuffix('weight')}bias" for name in merged} & fitted.sources.keys()
     if adapters.trained_biases and (lacking := sorted(biases - replaced.keys())):
         yield (
             f"{CONFIG} says bias {adapters.trained_biases}, but the file lacks "
             f"{', '.join(lacking)}: some versions of PEFT leave trained biases out"
         )
-
-
-def _shared_end(one: str, other: str) -> int:
-    """Return the number of last dotted parts that two names share."""
-    pairs = zip(reversed(one.split(".")), reversed(other.split(".")), strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
-def _names(
-    tensors: Mapping[str, Tensor], wanted: Mapping[str, str], adapters: AdapterSet
-) -> dict[str, str]:
-    """Return the base's name of each wanted tensor.
-
-    A model with a head and the model without it differ by one leading name. This drops or adds
-    one where the base then has more of the tensors. A tensor that is still missing is an error of
-    the plan.
-    """
-    if adapters.dots_lost:
-        return _from_underscores(tensors, wanted)
-    first, names = next(iter(wanted.values())), set(wanted.values())
-    leads = Counter(lead for lead, _, rest in (x.partition(".") for x in tensors) if rest in names)
-    ways = [
-        dict(wanted),
-        {key: name.removeprefix(f"{first.partition('.')[0]}.") for key, name in wanted.items()},
-    ]
-    found = [sum(name in tensors for name in way.values()) for way in ways]
-    (lead, most), (other, next_most) = [*leads.most_common(2), ("", 0), ("", 0)][:2]
-    if most <= max(found):
-        return ways[found.index(max(found))]
-    if most == next_most:
-        raise CheckpointError(
-            f"{adapters.reader.path}: {first} may be that of {lead} or of {other} in the base"
-        )
-    return {key: f"{lead}.{name}" for key, name in wanted.items()}
-
-
-def _from_underscores(tensors: Mapping[str, Tensor], wanted: Mapping[str, str]) -> dict[str, str]:
-    """Return the base's names for kohya's names, which have an underscore for each dot."""
-    known: dict[str, str] = {}
-    for name in tensors:
-        plain = name.removesuffix(".weight").replace(".", "_")
-        if name.endswith(".weight"):
-            if plain in known:
-                raise CheckpointError(
-                    f"{name} and {known[plain]} have the same name in this adapter's file"
-                )
-            known[plain] = name
-    short = {path: re.sub(r"^(lora_unet|lora_te\d*|lora|lycoris)_", "", path) for path in wanted}
-    return {path: known.get(short[path], name) for path, name in wanted.items()}

@@ -182,7 +182,7 @@ def finish_shard(
 ) -> dict[str, Change]:
     """Write a shard, unless an earlier run finished it; return its changes."""
     shard = places(run, name)
-    changes = noted(shard, merge)
+    changes = noted(name, shard, merge)
     if changes is not None:
         on_bytes(merge.shard_size(name))
         if verify:
@@ -194,9 +194,9 @@ def finish_shard(
         digest.update(raw)
         on_bytes(raw.nbytes)
 
-    reader, target = merge.model.shards[name], shard.unfinished
+    target = shard.unfinished
     with named(target):  # an error of a file that is read has that file's name
-        weights = merge_shard(reader, target, merge.tasks, merge.adapters, merge.options, count)
+        weights = merge_shard(merge, name, target, count)
         changes = {weight.name: weight.change for weight in weights}
     if verify:
         verify_shard(merge, name, target)

@@ -105,11 +105,15 @@ class Reader:
             fill(file, array.reshape(-1).view(np.uint8).data, self.path)
         return array
 
-    def chunks(self, name: str) -> Iterator[memoryview]:
-        """Yield the bytes of a tensor of any dtype. Each chunk overwrites the one before."""
+    def chunks(self, name: str, window: slice | None = None) -> Iterator[memoryview]:
+        """Yield the bytes of a tensor of any dtype. Each chunk overwrites the one before.
+
+        `window` limits them to these bytes of the tensor.
+        """
+        window = slice(0, self.tensors[name].nbytes) if window is None else window
         with self._opened() as file:
-            file.seek(self._data + self._starts[name])
-            yield from chunks(file, self.tensors[name].nbytes, self.path)
+            file.seek(self._data + self._starts[name] + window.start)
+            yield from chunks(file, window.stop - window.start, self.path)
 
     def reopened(self) -> Reader:
         """Return a new Reader of the file, and raise ChangedError if it is another file."""
@@ -143,23 +147,41 @@ class Reader:
 
 
 class Source(NamedTuple):
-    """One tensor in an open file."""
+    """One tensor in an open file, or a window of its rows, which acts as a tensor."""
 
     reader: Reader
     name: str
+    window: slice | None = None
+    """Rows with a start and a stop; None for all of the tensor."""
 
     @property
     def tensor(self) -> Tensor:
-        """The tensor's entry in the header."""
-        return self.reader.tensors[self.name]
+        """The tensor's entry in the header, or that of the rows."""
+        whole = self.reader.tensors[self.name]
+        if self.window is None:
+            return whole
+        rows = self.window.stop - self.window.start
+        return Tensor(whole.dtype, (rows, *whole.shape[1:]), whole.nbytes // whole.shape[0] * rows)
 
     def read(self, rows: slice | None = None, empty: Empty = np.empty) -> HostArray:
         """Return the tensor, or some rows of it, as `Reader.read` does."""
+        if self.window is not None:
+            rows = slice(0, self.tensor.shape[0]) if rows is None else rows
+            rows = slice(self.window.start + rows.start, self.window.start + rows.stop)
         return self.reader.read(self.name, rows, empty)
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the tensor's bytes, as `Reader.chunks` does."""
-        return self.reader.chunks(self.name)
+        if self.window is None:
+            return self.reader.chunks(self.name)
+        whole = self.reader.tensors[self.name]
+        row = whole.nbytes // whole.shape[0]
+        return self.reader.chunks(self.name, slice(self.window.start * row, self.window.stop * row))
+
+    def rows(self, start: int, stop: int) -> Source:
+        """Return a window of rows of this source."""
+        first = 0 if self.window is None else self.window.start
+        return self._replace(window=slice(first + start, first + stop))
 
 
 def same_bytes(one: memoryview, other: memoryview) -> bool:

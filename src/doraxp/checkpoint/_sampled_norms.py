@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from doraxp.checkpoint._merge import Merge
-from doraxp.checkpoint._plan import MergedTensor
 from doraxp.checkpoint._rows import matrix_rows, row_blocks
 from doraxp.checkpoint._safetensors import Source
+from doraxp.checkpoint._tasks import MergedTensor, parts_of
 
 ROWS = 16
 """Rows of each weight, side by side: one read."""
@@ -54,7 +54,8 @@ def sample_norms(merge: Merge) -> SampledNorms:
         A file cannot be read.
     """
     modules, equal, unequal = 0, [], []
-    for task in merge.tasks.values():
+    parts = (part for task in merge.tasks.values() for part in parts_of(task))
+    for task in parts:
         if not isinstance(task, MergedTensor):
             continue
         if task.layer.kind.is_transposed and task.source.tensor.nbytes > _READ:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeAlias
 
@@ -13,16 +13,16 @@ import threadpoolctl
 
 from doraxp._base.safetensors import Tensor, write_header
 from doraxp._base.types import HostArray
-from doraxp.checkpoint._adapters import AdapterSet
 from doraxp.checkpoint._change import Change, change
-from doraxp.checkpoint._engine import Reused, load_engine
+from doraxp.checkpoint._engine import Engine, Reused, load_engine
 from doraxp.checkpoint._errors import CheckpointError
-from doraxp.checkpoint._options import Options, merge_dtype, written_as
-from doraxp.checkpoint._plan import CopiedTensor, MergedTensor, ReplacedTensor, Task
+from doraxp.checkpoint._merge import Merge
+from doraxp.checkpoint._options import merge_dtype
 from doraxp.checkpoint._rounding import Stochastic, stochastic, to_either, to_nearest
 from doraxp.checkpoint._rows import merged_blocks, row_blocks
-from doraxp.checkpoint._safetensors import DTYPES, Reader, Source
+from doraxp.checkpoint._safetensors import DTYPES, Source
 from doraxp.checkpoint._survival import Survival
+from doraxp.checkpoint._tasks import MergedTensor, Part, ReplacedTensor, part_name, parts_of
 from doraxp.layers import AdaptedLayer
 
 OnBytes: TypeAlias = Callable[[int], None]
@@ -34,57 +34,80 @@ WINDOW = 64 << 20
 
 
 class MergedWeight(NamedTuple):
-    """A weight that has been merged and written."""
+    """A weight, or some rows of one, that has been merged and written."""
 
     name: str
+    """The tensor's name, followed by the module's where the tensor is made part by part."""
     layer: AdaptedLayer
     change: Change
 
 
 def merge_shard(
-    reader: Reader,
-    target: Path,
-    tasks: Mapping[str, Task],
-    adapters: AdapterSet,
-    options: Options,
-    on_write: OnWrite = lambda raw: None,
+    merge: Merge, shard: str, target: Path, on_write: OnWrite = lambda raw: None
 ) -> Iterator[MergedWeight]:
     """Write a merged shard to `target`, and yield each merged weight when it is written.
 
     The shard is complete, and on the disk, when the iterator ends. Each adapter is read once.
     """
-    tensors = {name: written_as(tensor, options) for name, tensor in reader.tensors.items()}
-    engine = load_engine(options.backend)
+    entries, tasks = merge.entries(shard), merge.tasks_of(shard)
+    engine = load_engine(merge.options.backend)
     # The products are too thin to share: with a second thread they take longer, and on a busy
     # machine many times longer.
     with threadpoolctl.threadpool_limits(1), target.open("xb") as file:
-        write_header(file, tensors, reader.metadata)
+        write_header(file, entries, merge.model.shards[shard].metadata)
         output = _Output(file, on_write)
-        for name, tensor in tensors.items():
-            match tasks[name]:
-                case MergedTensor(source, _, stored):
-                    layer, norms, survival = adapters.read(stored), [], Survival(tensor.shape)
-                    dtype = merge_dtype(source.tensor, tensor, options)
-                    random_bits = stochastic(name, tensor, options)
-                    for block in merged_blocks(name, source, layer, engine, dtype):
-                        start = block.rows.start * math.prod(tensor.shape[1:])
-                        survival.add(
-                            block,
-                            output.write_array(name, block.merged, tensor, start, random_bits),
-                        )
-                        norms.append(block.norms)
-                    yield MergedWeight(name, layer, change(norms, layer, survival.kept))
-                case ReplacedTensor(source):
-                    for rows in _finite_rows(source):
-                        output.write_array(name, rows, tensor)
-                case CopiedTensor(source) if source.tensor.dtype == tensor.dtype:
-                    for chunk in source.chunks():
-                        output.write(chunk)
-                case CopiedTensor(source):
-                    for rows in _rows(source):
-                        output.write_array(name, rows, tensor)
+        for name, entry in entries.items():
+            start = 0  # the position in the tensor of the part's first number
+            for part in parts_of(tasks[name]):
+                work = _PartWork(merge, name, entry, engine, output, start)
+                if isinstance(part, MergedTensor):
+                    label = part_name(merge.model.prefix(shard) + name, tasks[name], part)
+                    yield work.merged(label, part)
+                else:
+                    work.copied(part)
+                start += math.prod(part.source.tensor.shape)
         file.flush()
         os.fsync(file.fileno())
+
+
+class _PartWork(NamedTuple):
+    """The place of a part of a tensor in the output."""
+
+    merge: Merge
+    name: str
+    entry: Tensor
+    engine: Engine
+    output: _Output
+    start: int
+
+    def merged(self, name: str, part: MergedTensor) -> MergedWeight:
+        """Merge and write the part; return it under `name`."""
+        options, source = self.merge.options, part.source
+        layer = self.merge.adapters.read(part.layer)
+        norms, survival = [], Survival(source.tensor.shape)
+        dtype = merge_dtype(source.tensor, self.entry, options)
+        random_bits = stochastic(self.name, self.entry, options)
+        for block in merged_blocks(self.name, source, layer, self.engine, dtype):
+            start = self.start + block.rows.start * math.prod(source.tensor.shape[1:])
+            written = self.output.write_array(
+                self.name, block.merged, self.entry, start, random_bits
+            )
+            survival.add(block, written)
+            norms.append(block.norms)
+        return MergedWeight(name, layer, change(norms, layer, survival.kept))
+
+    def copied(self, part: Part) -> None:
+        """Write the part as it is, in the dtype of the result."""
+        source = part.source
+        if isinstance(part, ReplacedTensor):
+            for rows in _finite_rows(source):
+                self.output.write_array(self.name, rows, self.entry)
+        elif source.tensor.dtype == self.entry.dtype:
+            for chunk in source.chunks():
+                self.output.write(chunk)
+        else:
+            for rows in _rows(source):
+                self.output.write_array(self.name, rows, self.entry)
 
 
 def _finite_rows(source: Source) -> Iterator[HostArray]:

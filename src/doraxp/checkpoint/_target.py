@@ -11,11 +11,12 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from doraxp.checkpoint._config_edits import ConfigEdits
 from doraxp.checkpoint._durable import sync, write_chunks, write_durably
 from doraxp.checkpoint._errors import CheckpointError
-from doraxp.checkpoint._json import read_json
+from doraxp.checkpoint._json import JsonObject, read_json
 from doraxp.checkpoint._merge import Merge
-from doraxp.checkpoint._model import INDEX, open_model
+from doraxp.checkpoint._model import open_model
 from doraxp.checkpoint._safetensors import Reader
 from doraxp.checkpoint._stamp import unchanged_chunks
 from doraxp.checkpoint._work import REPLACED, stranger_in, work_folder
@@ -163,31 +164,55 @@ def _is_of_a_model(file: Path, merge: Merge) -> bool:
 
 
 def copy_others(merge: Merge, folder: Path) -> None:
-    """Copy the configuration and the tokenizer, and write the index anew.
+    """Copy the configuration and the tokenizer, and write each index anew.
 
     The files get the mode of new ones: those of BASE may be read-only.
     """
-    model, dtype = merge.model, merge.options.dtype
-    for file in model.others:
-        target, source = folder / file, model.path / file
+    model = merge.model
+    own = {file.name: file for file in merge.tokenizer()}
+    for file in dict.fromkeys([*model.others, *map(Path, own)]):
+        source = own.get(str(file), model.path / file)
+        target = folder / file
         for parent in [*reversed(file.parents)][1:]:
             (folder / parent).mkdir(exist_ok=True)  # not `folder`, if another merge took it
         write_chunks(target, unchanged_chunks(source, merge.stamps[source]))
         sync(target.parent)
-    if model.index is not None:
-        metadata = model.index.get("metadata")
-        metadata = metadata if isinstance(metadata, dict) else {}
-        index = model.index | {"metadata": metadata | {"total_size": merge.size}}
-        write_durably(folder / INDEX, f"{json.dumps(index, indent=2)}\n".encode())
-    config = folder / "config.json"
-    if dtype is not None and model.is_folder and config.exists():
-        entries = read_json(config)
-        parts = (part for part in entries.values() if isinstance(part, dict))  # text, vision
-        for part in (entries, *parts):
-            for key in part.keys() & {"dtype", "torch_dtype"}:
-                part[key] = _DTYPE_NAMES[dtype]
-        write_durably(config, f"{json.dumps(entries, indent=2)}\n".encode())
+    for name, index in model.indexes.items():
+        write_durably(folder / name, _json(_index(merge, name, index)))
+    for config in (file for file in model.others if file.name == "config.json"):
+        _write_config(merge, folder / config, is_root=config == Path("config.json"))
     sync(folder)
+
+
+def _index(merge: Merge, name: str, index: JsonObject) -> JsonObject:
+    """Return the index of the result's shards."""
+    beside = name.rpartition("/")[0]
+    shards = [shard for shard in merge.model.shards if shard.rpartition("/")[0] == beside]
+    metadata = index.get("metadata")
+    metadata = metadata if isinstance(metadata, dict) else {}
+    size = sum(map(merge.shard_size, shards))
+    weight_map = {
+        tensor: shard.rpartition("/")[2] for shard in shards for tensor in merge.tasks_of(shard)
+    }
+    return index | {"metadata": metadata | {"total_size": size}, "weight_map": weight_map}
+
+
+def _write_config(merge: Merge, file: Path, *, is_root: bool) -> None:
+    """Write a configuration again, where the merge changes it."""
+    dtype = merge.options.dtype
+    edits = merge.edits if is_root else ConfigEdits()
+    if not file.exists() or not merge.model.is_folder or (dtype is None and not edits):
+        return
+    entries = edits.apply(read_json(file))
+    parts = (part for part in entries.values() if isinstance(part, dict))  # text, vision
+    for part in (entries, *parts):
+        for key in part.keys() & {"dtype", "torch_dtype"}:
+            part[key] = part[key] if dtype is None else _DTYPE_NAMES[dtype]
+    write_durably(file, _json(entries))
+
+
+def _json(entries: JsonObject) -> bytes:
+    return f"{json.dumps(entries, indent=2)}\n".encode()
 
 
 def move_to_target(merge: Merge, run: Path, out: Path, *, force: bool) -> None:

@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._merge import Merge
-from doraxp.checkpoint._options import written_as
-from doraxp.checkpoint._plan import MergedTensor
 from doraxp.checkpoint._precision import PRECISION
 from doraxp.checkpoint._rows import matrix_rows, row_blocks
 from doraxp.checkpoint._safetensors import DTYPES, Reader, Source, same_bytes
+from doraxp.checkpoint._tasks import MergedTensor, parts_of
 from doraxp.layers import AdaptedLayer
 
 SAMPLE = 16
@@ -50,17 +49,24 @@ def verify_shard(merge: Merge, name: str, target: Path) -> None:
     shard = merge.model.shards[name]
     fresh = {reader.path: reader.reopened() for reader in (shard, merge.adapters.reader)}
     adapters = dataclasses.replace(merge.adapters, reader=fresh[merge.adapters.reader.path])
-    base, result = fresh[shard.path], Reader(target)
-    planned = [(one, written_as(tensor, merge.options)) for one, tensor in base.tensors.items()]
-    if list(result.tensors.items()) != planned or result.metadata != base.metadata:
+    result = Reader(target)
+    if (
+        list(result.tensors.items()) != list(merge.entries(name).items())
+        or result.metadata != fresh[shard.path].metadata
+    ):
         raise CheckpointError(f"{target}: the tensors are not those of {shard.path}")
-    for tensor in base.tensors:
-        task, written = merge.tasks[tensor], Source(result, tensor)
-        source = task.source._replace(reader=fresh[task.source.reader.path])
-        if isinstance(task, MergedTensor):
-            _verify_merged(source, written, adapters.read(task.layer))
-        elif not _equal(source, written):
-            raise CheckpointError(f"{target}: {tensor} is not a copy of {source.name}")
+    for tensor, task in merge.tasks_of(name).items():
+        start = 0
+        for part in parts_of(task):
+            source = part.source._replace(reader=fresh[part.source.reader.path])
+            written = Source(result, tensor)
+            if source.tensor.shape != written.tensor.shape:
+                rows = source.tensor.shape[0]
+                written, start = written.rows(start, start + rows), start + rows
+            if isinstance(part, MergedTensor):
+                _verify_merged(source, written, adapters.read(part.layer))
+            elif not _equal(source, written):
+                raise CheckpointError(f"{target}: {tensor} is not a copy of {source.name}")
 
 
 def _verify_merged(source: Source, written: Source, layer: AdaptedLayer) -> None:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import doraxp
-from doraxp._base.safetensors import Tensor, write_header
+from doraxp._base.safetensors import write_header
 from doraxp.checkpoint._adapters import config_path
 from doraxp.checkpoint._change import Change
 from doraxp.checkpoint._digest import Digest
@@ -38,7 +38,6 @@ from doraxp.checkpoint._durable import sync, write_durably
 from doraxp.checkpoint._json import JsonObject, read_json
 from doraxp.checkpoint._lock import LOCK
 from doraxp.checkpoint._merge import Merge
-from doraxp.checkpoint._options import written_as
 from doraxp.checkpoint._safetensors import Reader
 
 REPLACED = ".replaced"
@@ -71,10 +70,11 @@ def stranger_in(work: Path) -> Path | None:
 
 def places(run: Path, name: str) -> Shard:
     """Return the places of one shard."""
+    flat = name.replace("/", "+")
     return Shard(
-        run / "unfinished" / f"{name}.{uuid.uuid4().hex[:8]}",
+        run / "unfinished" / f"{flat}.{uuid.uuid4().hex[:8]}",
         run / "model" / name,
-        run / "notes" / f"{name}.json",
+        run / "notes" / f"{flat}.json",
     )
 
 
@@ -94,7 +94,7 @@ def start_or_resume(run: Path, merge: Merge) -> None:
         _keep_shards(run, merge)
         return
     run.mkdir(parents=True)  # a merge without a lock may have ended, and removed the work folder
-    for folder in ("model", "notes", "unfinished"):
+    for folder in ("model", "notes", "unfinished", *_folders(merge)):
         (run / folder).mkdir()  # not `run` again, if a merge without a lock took it
     write_durably(run / "merge.json", json.dumps(fingerprint).encode())
 
@@ -107,6 +107,7 @@ def _fingerprint(merge: Merge) -> JsonObject:
     return {
         "doraxp": doraxp.__version__,
         "options": vars(merge.options),
+        "fit": json.loads(json.dumps(vars(merge.fit))),
         "files": [[str(path.resolve()), *stamp] for path, stamp in stamps.items()],
     }
 
@@ -125,9 +126,19 @@ def _keep_shards(run: Path, merge: Merge) -> None:
     """Remove unfinished shards, and copies of files that the base may no longer have."""
     for file in (run / "unfinished").iterdir():
         file.unlink()
-    for file in (run / "model").iterdir():
-        if file.name not in merge.model.shards:
-            discard(file)
+    model = run / "model"
+    kept = {model / name for name in merge.model.shards} | {run / path for path in _folders(merge)}
+    for folder in (model, *(run / path for path in _folders(merge))):
+        for file in folder.iterdir():
+            if file not in kept:
+                discard(file)
+
+
+def _folders(merge: Merge) -> list[str]:
+    """Return the folders of shards that are not in the model's own folder: those of a pipeline."""
+    return sorted(
+        {f"model/{name.rpartition('/')[0]}" for name in merge.model.shards if "/" in name}
+    )
 
 
 def discard(path: Path) -> None:
@@ -161,13 +172,13 @@ def note(shard: Shard, digest: str, changes: Mapping[str, Change]) -> None:
     sync(shard.done.parent)
 
 
-def noted(shard: Shard, merge: Merge) -> dict[str, Change] | None:
+def noted(name: str, shard: Shard, merge: Merge) -> dict[str, Change] | None:
     """Return the changes of a finished shard; None unless it is as its notes say."""
-    reader = merge.model.shards[shard.done.name]
+    reader = merge.model.shards[name]
     try:
         notes = json.loads(shard.notes.read_bytes())
         result, digest = Reader(shard.done), Digest()
-        entries = list(_entries(reader, merge).items())
+        entries = list(merge.entries(name).items())
         if list(result.tensors.items()) != entries or result.metadata != reader.metadata:
             return None
         for name in result.tensors:
@@ -184,13 +195,8 @@ def check_complete(run: Path, merge: Merge) -> None:
     """Raise OSError unless every shard is there, in its full size, and has its notes."""
     for name, reader in merge.model.shards.items():
         shard, header = places(run, name), io.BytesIO()
-        write_header(header, _entries(reader, merge), reader.metadata)
+        write_header(header, merge.entries(name), reader.metadata)
         size, planned = shard.done.stat().st_size, header.tell() + merge.shard_size(name)
         if size != planned:
             raise OSError(f"{shard.done}: must have {planned} bytes, has {size}")
         shard.notes.stat()
-
-
-def _entries(reader: Reader, merge: Merge) -> dict[str, Tensor]:
-    """Return the entries of a shard's tensors in the result."""
-    return {name: written_as(tensor, merge.options) for name, tensor in reader.tensors.items()}

@@ -6,12 +6,26 @@ import argparse
 import importlib.util
 import math
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
 
 import doraxp
 from doraxp._terminal.messages import print_error
 from doraxp._terminal.runtimes import BACKENDS
+
+if TYPE_CHECKING:
+    from doraxp.checkpoint import Fit
+
+
+class FitArguments(TypedDict):
+    """The arguments of `plan_merge` that say how an adapter fits a base."""
+
+    fit: Fit
+    subfolder: str | None
+    adapter_name: str | None
+
 
 CHECKPOINT = ("safetensors", "ml_dtypes", "threadpoolctl", "rich")
 """The modules that the extra `checkpoint` installs."""
@@ -85,6 +99,70 @@ def add_model_and_adapter(parser: argparse.ArgumentParser) -> None:
         metavar="ADAPTER",
         help="a folder as PEFT or mlx-lm save it, or a safetensors file",
     )
+
+
+def add_fit(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that say how ADAPTER fits BASE, where the files do not."""
+    parser.add_argument(
+        "--subfolder", metavar="NAME", help="the adapter's folder in ADAPTER, if that has several"
+    )
+    parser.add_argument(
+        "--adapter-name", metavar="NAME", help="the adapter to take from a file that has several"
+    )
+    parser.add_argument(
+        "--rename",
+        type=_rename,
+        action="append",
+        default=[],
+        metavar="REGEX=NEW",
+        help="replace what the regular expression finds in the names of ADAPTER; repeatable",
+    )
+    parser.add_argument(
+        "--base-is-residual",
+        action="store_true",
+        help="BASE has the residual weights that PiSSA or OLoRA made of the model's",
+    )
+    parser.add_argument(
+        "--architecture",
+        metavar="CLASS",
+        help="of OUT in config.json, if ADAPTER brings a new head (default: as the files tell)",
+    )
+    parser.add_argument(
+        "--labels",
+        type=lambda text: tuple(text.split(",")),
+        metavar="A,B,C",
+        help="names of the classes in config.json, if ADAPTER brings a classifier",
+    )
+
+
+def fit_of(arguments: argparse.Namespace) -> FitArguments:
+    """Return the arguments of `plan_merge` that `add_fit` declared."""
+    from doraxp.checkpoint import Fit
+
+    return {
+        "fit": Fit(
+            tuple(arguments.rename),
+            arguments.base_is_residual,
+            arguments.architecture,
+            arguments.labels,
+        ),
+        "subfolder": arguments.subfolder,
+        "adapter_name": arguments.adapter_name,
+    }
+
+
+def _rename(text: str) -> tuple[str, str]:
+    """Parse REGEX=NEW."""
+    pattern, equal, new = text.partition("=")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(
+            f"{pattern!r} is not a regular expression: {error}"
+        ) from None
+    if not equal:
+        raise argparse.ArgumentTypeError(f"must be REGEX=NEW, got {text!r}")
+    return pattern, new
 
 
 def is_in_input(command: str, file: Path | None, inputs: Iterable[Path]) -> bool:

@@ -14,8 +14,10 @@ from doraxp._terminal.progress import progress_by_bytes
 from doraxp._terminal.tables import plain_console, print_names, print_table
 from doraxp.cli._arguments import (
     CHECKPOINT,
+    add_fit,
     add_jobs,
     add_model_and_adapter,
+    fit_of,
     is_in_input,
     lacks,
     output,
@@ -45,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--all", action="store_true", help="list every tensor, also those that are right"
     )
     parser.add_argument("--json", type=output(".json"), metavar="FILE", help="write all figures")
+    add_fit(parser)
     add_jobs(parser, "tensors to audit")
 
 
@@ -58,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     console = plain_console()
     try:
-        merge = plan_merge(arguments.base, arguments.adapter, Options())
+        merge = plan_merge(arguments.base, arguments.adapter, Options(), **fit_of(arguments))
         with progress_by_bytes() as progress:
             task = progress.add_task("", total=merge.size)
             verdicts = audit(

@@ -16,9 +16,11 @@ from doraxp._terminal.progress import progress_by_bytes
 from doraxp._terminal.tables import plain_console, print_caption, print_names
 from doraxp.cli._arguments import (
     CHECKPOINT,
+    add_fit,
     add_jobs,
     add_model_and_adapter,
     backend,
+    fit_of,
     integer,
     is_in_input,
     lacks,
@@ -98,6 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="numpy",
         help="array library to compute with (default: %(default)s)",
     )
+    add_fit(parser)
     add_jobs(parser, "shards to merge")
     parser.add_argument(
         "--scheduler",
@@ -138,7 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
         options = Options(
             arguments.backend, arguments.compute, dtype, arguments.rounding, arguments.seed
         )
-        merge = plan_merge(arguments.base, arguments.adapter, options)
+        merge = plan_merge(arguments.base, arguments.adapter, options, **fit_of(arguments))
         _warn_of_traps(merge)
         _warn_of_norms(merge)
         changes: Mapping[str, Change] = {}
@@ -159,10 +162,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _warn_of_traps(merge: Merge) -> None:
-    for name in merge.output_heads:
+    if merge.unused:
         _warn(
-            f"{name} is the output head too: the merge changes both, though the adapter was "
-            "trained on the embedding alone"
+            f"{len(merge.unused)} modules of ADAPTER are for another part of the model than BASE, "
+            f"{merge.unused[0]} the first: merge them into that part"
         )
     for name, known in merge.tokenizers_apart().items():
         _warn(
@@ -235,14 +238,13 @@ def _figures(merge: Merge, changes: Mapping[str, Change]) -> dict[str, dict[str,
     from doraxp.checkpoint import MergedTensor
 
     figures: dict[str, dict[str, Any]] = {}
-    written = merge.written()
-    for name, task in merge.changed.items():
+    for name, part, entry in merge.changed_parts():
         row: dict[str, Any] = {"kind": "replaced"}
-        if isinstance(task, MergedTensor):
-            config = task.layer.config
-            row = {"kind": task.layer.kind.name, "rank": config.rank, "s": config.scaling}
+        if isinstance(part, MergedTensor):
+            config = part.layer.config
+            row = {"kind": part.layer.kind.name, "rank": config.rank, "s": config.scaling}
         change = changes[name]._asdict() if name in changes else {}
-        stored = dict(zip(("dtype", "shape", "bytes"), written[name], strict=True))
+        stored = dict(zip(("dtype", "shape", "bytes"), entry, strict=True))
         figures[name] = row | stored | change
     return figures
 
@@ -258,24 +260,36 @@ def _report(
         "verified": arguments.verify and not arguments.dry_run,
         "options": vars(merge.options),
         "format": merge.adapters.format,
-        "tensors": sum(len(reader.tensors) for reader in merge.model.shards.values()),
+        "tensors": len(merge.tasks),
         "files": len(merge.model.shards),
         "bytes": merge.size,
         "left_out": [str(file) for file in merge.model.left_out],
-        "output_heads": merge.output_heads,
+        "added": merge.added,
+        "config": {key: value for key, value in vars(merge.edits).items() if value},
+        "unused": list(merge.unused),
         "tokenizers_apart": merge.tokenizers_apart(),
         "changed": figures,
     }
 
 
 def _print_summary(merge: Merge, console: Console) -> None:
-    tensors = sum(len(reader.tensors) for reader in merge.model.shards.values())
+    from doraxp.checkpoint import MergedTensor, parts_of
+
+    merged = sum(
+        any(isinstance(part, MergedTensor) for part in parts_of(task))
+        for task in merge.changed.values()
+    )
     print_names(
-        f"{merge.adapters.format} adapter: {len(merge.adapters)} of {tensors} tensors merged, "
-        f"{len(merge.adapters.replacements)} replaced, the others copied; "
-        f"{merge.size:,} bytes in {len(merge.model.shards)} files",
+        f"{merge.adapters.format} adapter: {merged} of {len(merge.tasks)} tensors merged, "
+        f"{len(merge.changed) - merged} replaced, the others copied; {merge.size:,} bytes in "
+        f"{len(merge.model.shards)} files",
         console,
     )
+    if merge.added:
+        print_names(f"New in OUT: {', '.join(merge.added)}", console)
+    if merge.edits:
+        changed = ", ".join(f"{key} {value}" for key, value in vars(merge.edits).items() if value)
+        print_names(f"Changed in config.json: {changed}", console)
     if merge.model.left_out:
         names = ", ".join(str(file) for file in merge.model.left_out)
         print_names(f"Left out: {names}", console)

@@ -31,7 +31,12 @@ _PICKLE = "adapter_model.bin"
 """PEFT's file of before safetensors."""
 
 
-def load_adapters(path: str | os.PathLike[str]) -> AdapterSet:
+def load_adapters(
+    path: str | os.PathLike[str],
+    *,
+    subfolder: str | None = None,
+    adapter_name: str | None = None,
+) -> AdapterSet:
     """Return the adapters of a checkpoint by module path, whatever its format.
 
     Parameters
@@ -39,6 +44,10 @@ def load_adapters(path: str | os.PathLike[str]) -> AdapterSet:
     path : path
         A folder as PEFT or mlx-lm save it, or a safetensors file, with its ``adapter_config.json``
         beside it where the format has one.
+    subfolder : str, optional
+        The adapter's folder in `path`.
+    adapter_name : str, optional
+        The adapter to take from a file that has several, as a state dict of PEFT may.
 
     Returns
     -------
@@ -54,11 +63,17 @@ def load_adapters(path: str | os.PathLike[str]) -> AdapterSet:
     OSError
         The file cannot be read.
     """
-    reader = Reader(_adapter_file(Path(path)))
+    reader = Reader(_adapter_file(Path(path, subfolder or "")))
     parts = {part for name in reader.tensors for part in name.split(".")[-3:]}
     for format in FORMATS:
         if format.recognises(parts):
-            return format.read(reader)
+            if adapter_name is None:
+                return format.read(reader)
+            if format is not peft:
+                raise CheckpointError(
+                    f"{reader.path}: has one adapter without a name, got the name {adapter_name!r}"
+                )
+            return peft.read(reader, adapter_name)
     raise CheckpointError(f"{reader.path}: no tensor in it has a name of a known adapter format")
 
 

@@ -29,7 +29,7 @@ def read(reader: Reader) -> AdapterSet:
     layers = {
         path: _layer(reader, path, parts) for path, parts in names_by_module(reader, _ENDS).items()
     }
-    return AdapterSet("lycoris", reader, layers, dots_lost=True)
+    return AdapterSet("lycoris", reader, layers, dots_lost=True, is_of_images=True)
 
 
 def _layer(reader: Reader, path: str, parts: Mapping[str, str]) -> StoredLayer:

@@ -17,7 +17,15 @@ from doraxp._base.patterns import values_by_path
 from doraxp._base.scalars import check_count, check_number
 from doraxp._base.types import Array, Config
 from doraxp._core.kinds import LayerKind
-from doraxp.checkpoint._adapters import CONFIG, AdapterSet, StoredLayer, TensorNames, config_path
+from doraxp.checkpoint._adapters import (
+    CONFIG,
+    AdapterSet,
+    NewHead,
+    StoredLayer,
+    TensorNames,
+    TokenRows,
+    config_path,
+)
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._formats.checks import check_weight_form
 from doraxp.checkpoint._formats.protocol import Written
@@ -29,9 +37,11 @@ NAME, FILE = "peft", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _NAME = re.compile(
     r"(?P<path>.+)\.(?:(?P<a>lora_(?:embedding_)?A)|(?P<b>lora_(?:embedding_)?B)"
-    r"|(?P<m>lora_magnitude_vector|weight_m_wdecomp))(?:\.default)?(?:\.weight)?"
+    r"|(?P<m>lora_magnitude_vector|weight_m_wdecomp))(?:\.(?!weight$)(?P<name>[^.]+))?(?:\.weight)?"
 )
 _PARTS = {"lora_A", "lora_embedding_A", "lora_magnitude_vector", "weight_m_wdecomp"}
+_AROUND = re.compile(r"((module|_orig_mod)\.)*(base_model\.model\.)+")
+_TOKENS = ".token_adapter.trainable_tokens_delta"
 _BEFORE = re.compile(r"\.original_module(?=\.[^.]+$)")
 # The values of ``init_lora_weights`` that change the base weights, and those that do not.
 _CHANGES_BASE = re.compile(r"(pissa.*|olora|loftq|corda.*|lora_ga)", re.IGNORECASE)
@@ -46,7 +56,6 @@ _UNSUPPORTED = (
     "monteclora_config",
     "alora_invocation_tokens",
     "target_parameters",
-    "trainable_token_indices",
 )
 
 
@@ -55,8 +64,11 @@ def recognises(parts: Collection[str]) -> bool:
     return not _PARTS.isdisjoint(parts)
 
 
-def read(reader: Reader) -> AdapterSet:
-    """Describe the adapters of a PEFT folder."""
+def read(reader: Reader, adapter_name: str | None = None) -> AdapterSet:
+    """Describe the adapters of a PEFT folder.
+
+    `adapter_name` chooses among the adapters of a state dict, such as "default".
+    """
     where = config_path(reader)
     config = read_json(where)
     dora = _flag("use_dora", config, where)
@@ -66,7 +78,9 @@ def read(reader: Reader) -> AdapterSet:
     found = [name for name in _UNSUPPORTED if config.get(name)]
     if found:
         raise CheckpointError(f"{where}: {', '.join(found)} cannot be merged with a DoRA adapter")
-    parts, rest = _sort_names(reader)
+    parts, rest = _sort_names(reader, adapter_name)
+    tokens = _token_rows([name for name in rest if name.endswith(_TOKENS)], config, where)
+    rest = [name for name in rest if not name.endswith(_TOKENS)]
     names = _complete_names(reader, parts, dora=dora or peft_type == "DORA")
     configs = _layer_configs(names, config, where)
     transposed = _flag("fan_in_fan_out", config, where)
@@ -80,6 +94,52 @@ def read(reader: Reader) -> AdapterSet:
         _whole_tensors(reader, rest),
         _base_change(config, where),
         _trained_biases(config, where),
+        tokens=tokens,
+        ties_weights=_flag("ensure_weight_tying", config, where),
+        head=_head(config, where),
+    )
+
+
+def _token_rows(names: Iterable[str], config: JsonObject, where: Path) -> dict[str, TokenRows]:
+    """Return the single rows of embeddings in the file, by the embeddings' name."""
+    indices = config.get("trainable_token_indices") or {}  # null too
+    found = {}
+    for name in names:
+        own = f"{_base_name(name.removesuffix(_TOKENS))}.weight"
+        module = own.removesuffix(".weight")
+        rows = indices
+        if isinstance(indices, dict):
+            key = next((key for key in indices if f".{module}".endswith(f".{key}")), None)
+            rows = indices.get(key)
+        if (
+            not isinstance(rows, list)
+            or len(set(rows)) < len(rows)
+            or not all(isinstance(row, int) and row >= 0 for row in rows)
+        ):
+            raise CheckpointError(
+                f"{where}: trainable_token_indices must have the tokens of {module}, each once, "
+                f"got {rows!r}"
+            )
+        found[own] = TokenRows(tuple(rows), name)
+    return found
+
+
+def _head(config: JsonObject, where: Path) -> NewHead:
+    """Return what the files beside the adapter say of the head that was trained with it."""
+    modules = config.get("modules_to_save") or []
+    mapping = config.get("auto_mapping") or {}
+    task = config.get("task_type")
+    beside = where.parent / "config.json"
+    model = read_json(beside) if beside.is_file() else {}
+    labels = model.get("id2label") or {}
+    architectures = model.get("architectures") or []
+    trained = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    first = architectures[0] if isinstance(architectures, list) and architectures else trained
+    return NewHead(
+        tuple(map(str, modules)) if isinstance(modules, list) else (str(modules),),
+        task if isinstance(task, str) else None,
+        first if isinstance(first, str) else None,
+        tuple(map(str, labels.values())) if isinstance(labels, dict) else (),
     )
 
 
@@ -112,22 +172,43 @@ def _flag(name: str, config: JsonObject, where: Path) -> bool:
     return flag
 
 
-def _sort_names(reader: Reader) -> tuple[dict[str, dict[str, str]], list[str]]:
+def _sort_names(
+    reader: Reader, adapter_name: str | None
+) -> tuple[dict[str, dict[str, str]], list[str]]:
     """Return the names of A, B and m by module path and part, and the names of whole tensors."""
+    matches = {name: _NAME.fullmatch(_bare(name)) for name in reader.tensors}
+    rest = [name for name, match in matches.items() if match is None]
+    adapters = sorted({_adapter(match) for match in matches.values() if match is not None})
+    if adapter_name is None and len(adapters) > 1:
+        raise CheckpointError(
+            f"{reader.path}: has the adapters {', '.join(adapters)}: choose one with "
+            "--adapter-name NAME"
+        )
+    if adapter_name is not None and adapter_name not in adapters:
+        raise CheckpointError(
+            f"{reader.path}: adapter_name must be one of {', '.join(adapters)}, got "
+            f"{adapter_name!r}"
+        )
     parts: dict[str, dict[str, str]] = {}
-    rest = []
-    for name in reader.tensors:
-        match = _NAME.fullmatch(name.removeprefix(_PREFIX))
-        if match is None:
-            rest.append(name)
+    for name, match in matches.items():
+        if match is None or adapter_name not in (None, _adapter(match)):
             continue
+        part = next(part for part in "abm" if match[part])
         names = parts.setdefault(match["path"], {})
-        if match.lastgroup in names:
-            raise CheckpointError(
-                f"{reader.path}: {name} and {names[match.lastgroup]} name the same tensor"
-            )
-        names[str(match.lastgroup)] = name
+        if part in names:
+            raise CheckpointError(f"{reader.path}: {name} and {names[part]} name the same tensor")
+        names[part] = name
     return parts, rest
+
+
+def _adapter(match: re.Match[str]) -> str:
+    """Return the name of the adapter that a tensor is of; a file may leave "default" out."""
+    return match["name"] or "default"
+
+
+def _bare(name: str) -> str:
+    """Return a name without what PEFT puts before the names of the model's modules."""
+    return _AROUND.sub("", name)
 
 
 def _whole_tensors(reader: Reader, names: Iterable[str]) -> dict[str, str]:
@@ -156,8 +237,7 @@ def _whole_tensors(reader: Reader, names: Iterable[str]) -> dict[str, str]:
 
 def _base_name(name: str) -> str:
     """Return the base's name of a whole tensor in the file."""
-    name = name.removeprefix(_PREFIX)
-    return re.sub(r"\.(base_layer|modules_to_save(\.default)?)(?=\.[^.]+$)", "", name)
+    return re.sub(r"\.(base_layer|modules_to_save(\.[^.]+)?)(?=\.[^.]+$)", "", _bare(name))
 
 
 def _equal(reader: Reader, one: str, other: str) -> bool:

@@ -1,0 +1,85 @@
+"""`ConfigEdits`: the entries of config.json that follow from the tensors that a merge adds."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import cast
+
+from doraxp.checkpoint._json import JsonObject
+
+_TASKS = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+    "CAUSAL_LM": "ForCausalLM",
+}
+_MODEL = re.compile(
+    r"(?P<family>.+?)(For[A-Z]\w+|LMHeadModel|DoubleHeadsModel|PreTrainedModel|Model)"
+)
+
+
+@dataclass(frozen=True)
+class ConfigEdits:
+    """Changes of a model's configuration."""
+
+    untied: bool = False
+    """The head has a tensor of its own: ``tie_word_embeddings`` false, also in nested parts."""
+    vocab_size: int | None = None
+    """The number of tokens, if the vocabulary has grown."""
+    labels: tuple[str, ...] | None = None
+    """The names of the classes, if the head is new."""
+    architecture: str | None = None
+    """The class of the model with its new head."""
+
+    def __bool__(self) -> bool:
+        return self != ConfigEdits()
+
+    def apply(self, config: JsonObject) -> JsonObject:
+        """Return the configuration with the changes."""
+        edited = dict(config)
+        if self.untied:
+            edited = _untied(edited)
+        if self.vocab_size is not None:
+            text = edited.get("text_config")
+            if isinstance(text, dict) and "vocab_size" in text:
+                edited["text_config"] = text | {"vocab_size": self.vocab_size}
+            if "vocab_size" in edited or not isinstance(text, dict):
+                edited["vocab_size"] = self.vocab_size
+        if self.labels is not None:
+            edited["id2label"] = {str(place): label for place, label in enumerate(self.labels)}
+            edited["label2id"] = {label: place for place, label in enumerate(self.labels)}
+            edited.pop("num_labels", None)  # transformers counts id2label
+            edited.pop("_num_labels", None)
+        if self.architecture is not None:
+            edited["architectures"] = [self.architecture]
+        return edited
+
+
+def _untied(part: JsonObject) -> JsonObject:
+    """Return a part of a configuration, and its own parts, with untied embeddings."""
+    edited: JsonObject = {}
+    for key, value in part.items():
+        is_part = isinstance(value, dict) and (
+            key == "text_config" or "tie_word_embeddings" in value
+        )
+        edited[key] = _untied(cast(JsonObject, value)) if is_part else value
+    return edited | {"tie_word_embeddings": False}
+
+
+def architecture_for(task: str | None, architectures: object) -> str | None:
+    """Return the class of a model with the head of a task, such as BertForTokenClassification.
+
+    None if the base's configuration does not tell its family.
+
+    Parameters
+    ----------
+    task : str or None
+        PEFT's ``task_type``.
+    architectures : object
+        Those of the base's config.json.
+    """
+    suffix = _TASKS.get(str(task))
+    first = architectures[0] if isinstance(architectures, list) and architectures else None
+    match = _MODEL.fullmatch(first) if isinstance(first, str) else None
+    return None if match is None or suffix is None else f"{match['family']}{suffix}"

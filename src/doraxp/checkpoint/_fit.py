@@ -1,0 +1,183 @@
+"""`fit`: the tensors of a base that an adapter is for, by names and shapes."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from doraxp.checkpoint._adapters import AdapterSet
+from doraxp.checkpoint._errors import CheckpointError
+from doraxp.checkpoint._model import Model
+from doraxp.checkpoint._names import Places, Wanted, guess, match, match_parts, nearest
+from doraxp.checkpoint._safetensors import Source
+from doraxp.checkpoint._tied import tied_head
+
+_SCALES = ("weight_scale", "weight_scale_inv", "scales", "weight_packed", "weight.absmax")
+"""Tensors beside a quantised weight."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Choices that say how an adapter fits a base, where the files do not."""
+
+    renames: tuple[tuple[str, str], ...] = ()
+    """Regular expressions and their replacements, for the names of the adapter's modules."""
+    residual: bool = False
+    """True if the base has the residual weights that PiSSA, OLoRA and their like leave."""
+    architecture: str | None = None
+    """The class of the result with its new head; None for that which the files tell."""
+    labels: tuple[str, ...] | None = None
+    """The names of a classifier's classes; None for LABEL_0, LABEL_1, …"""
+
+    def __post_init__(self) -> None:
+        for pattern, _ in self.renames:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"a rename must be REGEX=NEW, got {pattern!r}: {error}") from None
+
+    def renamed(self, name: str) -> str:
+        """Return the name after all renames."""
+        for pattern, new in self.renames:
+            name = re.sub(pattern, new, name)
+        return name
+
+
+AS_FILED = Fit()
+"""The files say how the adapter fits."""
+
+
+class Tied(NamedTuple):
+    """The embeddings that are also the output head."""
+
+    embedding: str
+    head: str
+    """The name that the head has in a file of its own; the base does not have it."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The tensors of a base that an adapter is for."""
+
+    sources: dict[str, Source]
+    """All tensors of the base; a tied head is there under the name that it would have."""
+    places: dict[str, Places]
+    """Of each module, and of each tensor that the adapter has in full, by its name there."""
+    modules: tuple[str, ...]
+    """The modules that are for this base."""
+    unused: tuple[str, ...]
+    """The modules that are for another part of the model."""
+    lead: str
+    """The leading component that the adapter's names have and the base's lack, with its dot."""
+    tied: Tied | None
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of the sources."""
+    _wanted: Mapping[str, Wanted]
+
+    def is_quantised(self, name: str) -> bool:
+        """Return whether scales beside a weight show that it is quantised."""
+        module = name.removesuffix("weight")
+        return any(f"{module}{scales}" in self.sources for scales in _SCALES)
+
+    def missing(self) -> Iterator[str]:
+        """Yield a message for each module that the base does not have."""
+        paths = [path for path in self.modules if path not in self.places]
+        for path in paths:
+            wanted = self._wanted[path]
+            message = f"the base has no {wanted.name} for an adapter of shape {wanted.shape}"
+            near = nearest(wanted, self.shapes) if path == paths[0] else None
+            if near is not None:
+                rename = _rename(wanted.path, near.removesuffix(".weight"))
+                message += f"; near it is {near}, which --rename '{rename}' takes"
+            yield message
+
+
+def fit(model: Model, adapters: AdapterSet, choices: Fit) -> Fitted:
+    """Find the tensors of a base that an adapter is for.
+
+    Raises
+    ------
+    CheckpointError
+        The names fit in several ways.
+    """
+    sources = model.sources()
+    tied = _tie(sources, model)
+    shapes = {name: source.tensor.shape for name, source in sources.items()}
+    modules = {
+        path: Wanted(choices.renamed(path), "weight", layer.shape)
+        for path, layer in adapters.layers.items()
+    }
+    whole = {
+        name: _whole(choices.renamed(name)) for name in (*adapters.replacements, *adapters.tokens)
+    }
+    wanted = list({one.name: one for one in (*whole.values(), *modules.values())}.values())
+    model_type = model.config.get("model_type")
+    unused: tuple[str, ...] = ()
+    if adapters.is_of_images:
+        found, unused = match_parts(wanted, shapes)
+    else:
+        found = match(wanted, shapes, model_type if isinstance(model_type, str) else None)
+        if not found.places and found.problem is None:
+            parts, others = match_parts(wanted, shapes)
+            if parts.places:
+                found, unused = parts, others
+    if found.problem is not None:
+        raise CheckpointError(f"{adapters.reader.path}: {found.problem}")
+    by_name = found.places or guess(wanted, shapes)
+    places = {
+        key: by_name[one.name] for key, one in (whole | modules).items() if one.name in by_name
+    }
+    left = {path for path, one in modules.items() if one.path in unused}
+    return Fitted(
+        sources,
+        places,
+        tuple(path for path in modules if path not in left),
+        tuple(path for path in modules if path in left),
+        _lead(modules, by_name),
+        tied,
+        shapes,
+        whole | modules,
+    )
+
+
+def _whole(name: str) -> Wanted:
+    path, _, leaf = name.rpartition(".")
+    return Wanted(path, leaf, None)
+
+
+def _tie(sources: dict[str, Source], model: Model) -> Tied | None:
+    """Give a tied head its name among the sources."""
+    found = None if model.is_pipeline else tied_head(sources.keys(), model.config)
+    if found is None:
+        return None
+    tied = Tied(*found)
+    sources[tied.head] = sources[tied.embedding]
+    return tied
+
+
+def _lead(modules: Mapping[str, Wanted], places: Mapping[str, Places]) -> str:
+    """Return what all modules' names have before those of the base."""
+    leads = set()
+    for one in modules.values():
+        (first, *_) = places.get(one.name, (None,))
+        if first is None or not f".{one.name}".endswith(f".{first.tensor}"):
+            return ""
+        leads.add(one.name.removesuffix(first.tensor))
+    return leads.pop() if len(leads) == 1 else ""
+
+
+def _rename(old: str, new: str) -> str:
+    """Return the option that renames the leading components in which two names differ."""
+    ends = zip(reversed(old.split(".")), reversed(new.split(".")), strict=False)
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends))
+    one, other = (".".join(name.split(".")[: len(name.split(".")) - shared]) for name in (old, new))
+    return _option(one, other)
+
+
+def _option(one: str, other: str) -> str:
+    if one and other:
+        return f"^{re.escape(one)}={other}"
+    return f"^={other}." if other else f"^{re.escape(one)}[.]="

@@ -1,0 +1,303 @@
+"""`match`: the rows of the base that each tensor of an adapter is for.
+
+The stages are tried in order. A stage matches the whole adapter, or it does not count::
+
+    exact        the names as they are
+    dropped      without `model` and `language_model` in both
+    unwrapped    also without what DDP, FSDP and torch.compile add
+    leading      one leading component more, or less: a model with a head, and the model itself
+    family       renamed by the table of the base's own family
+    families     renamed by the table of any one family
+    towers       each module renamed by the table of some family: composed models
+
+In a stage each module has one tensor, each tensor one module, and the shapes fit. Several modules
+may share a fused tensor whose rows are known.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import takewhile
+from typing import NamedTuple
+
+from doraxp.checkpoint._names._fused import rows_of_modules
+from doraxp.checkpoint._names._places import (
+    WEIGHT,
+    Place,
+    Places,
+    Shapes,
+    Wanted,
+    cut,
+    fits,
+    fits_rows,
+)
+from doraxp.checkpoint._names._tables import DROPPED, WRAPPERS, Rename, Table, tables, without
+
+_PARTS = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+}
+"""The modules of which a fused module has the rows, one below the other."""
+_LEADS = 3
+"""Leading components of the base that are tried: those of the most tensors."""
+
+
+class Match(NamedTuple):
+    """The result of a search."""
+
+    places: dict[str, Places]
+    """Of each tensor that was found, by the adapter's name of it."""
+    missing: list[Wanted]
+    """The tensors that the base does not have."""
+    problem: str | None = None
+    """The reason why nothing was found, in words."""
+    others: tuple[dict[str, Places], ...] = ()
+    """The matchings that also fit, where `problem` is that there are several."""
+
+
+class _Way(NamedTuple):
+    """One way to compare names."""
+
+    key: Rename
+    """Of a base's name."""
+    renames: tuple[Rename, ...]
+    """Of an adapter's path, each of which may give the base's key."""
+    permuted: re.Pattern[str] | None = None
+    """The modules whose rows the base stores in another order."""
+
+
+def match(wanted: Sequence[Wanted], shapes: Shapes, model_type: str | None = None) -> Match:
+    """Return the places of an adapter's tensors in a base.
+
+    Parameters
+    ----------
+    wanted : sequence of Wanted
+        Those with a shape must all be found.
+    shapes : mapping of str to tuple of int
+        Of the base's tensors, by name.
+    model_type : str, optional
+        The base's family, from its config.json.
+    """
+    index = _Index(shapes)
+    for stage in _stages(wanted, shapes, model_type):
+        found: list[tuple[_Way, dict[str, Places]]] = []
+        for way in stage:
+            places = _places(way, wanted, index)
+            if places is not None and all(places != other for _, other in found):
+                found.append((way, places))
+        permuted = next((name for way, _ in found for name in _permuted(way, wanted)), None)
+        if permuted is not None:
+            problem = f"the base stores the rows of {permuted} in another order than the module's"
+            return Match({}, [], problem)
+        if len(found) > 1:
+            return Match({}, [], _ambiguity(found[0][1], found[1][1]), tuple(p for _, p in found))
+        if found:
+            places = found[0][1]
+            return Match(places, [one for one in wanted if one.name not in places])
+    return Match({}, list(wanted))
+
+
+def guess(wanted: Sequence[Wanted], shapes: Shapes) -> dict[str, Places]:
+    """Return the places that the names alone give to most tensors, whatever the shapes.
+
+    An error about an adapter that does not fit compares it with these.
+    """
+    index = _Index(shapes)
+    ways = [_Way(_same, (_same,)), _Way(_unwrap, (_unwrap,))]
+    ways += [_Way(key, (rename,)) for key, rename in _leading(wanted, shapes)]
+    best: dict[str, Places] = {}
+    for way in ways:
+        names = index.names(way.key)
+        found: dict[str, Places] = {}
+        for one in wanted:
+            tensor = _found(one._replace(shape=None), way, names, shapes)
+            if tensor is not None:
+                found[one.name] = (Place(tensor),)
+        best = max(best, found, key=len)
+    return best
+
+
+def nearest(one: Wanted, shapes: Shapes) -> str | None:
+    """Return the tensor whose name ends most like the one that is wanted, of those that fit."""
+    parts = one.name.split(".")
+
+    def shared(name: str) -> int:
+        pairs = zip(reversed(parts), reversed(name.split(".")), strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    fitting = [name for name, shape in shapes.items() if fits(one.shape, shape)]
+    best = max(fitting, key=shared, default=None)
+    return best if best is not None and shared(best) > 1 else None
+
+
+def _ambiguity(one: Mapping[str, Places], other: Mapping[str, Places]) -> str:
+    name = next(name for name in one if one[name] != other.get(name))
+    first, second = (places[name][0].tensor for places in (one, other))
+    return f"{name} may be {first} or {second} in the base"
+
+
+def _permuted(way: _Way, wanted: Sequence[Wanted]) -> Iterator[str]:
+    """Yield the modules whose rows the base stores in another order."""
+    if way.permuted is not None:
+        yield from (one.path for one in wanted if way.permuted.search(one.path))
+
+
+def _stages(
+    wanted: Sequence[Wanted], shapes: Shapes, model_type: str | None
+) -> Iterator[Iterable[_Way]]:
+    yield [_Way(_same, (_same,))]
+    yield [_Way(_drop, (_drop,))]
+    yield [_Way(_unwrap, (_unwrap,))]
+    leads = list(_leading(wanted, shapes))
+    yield [_Way(key, (rename,)) for key, rename in leads]
+    every = tables()
+    yield [_renamed(_unwrap, _unwrap, table) for table in every if model_type in table.families]
+    yield (_renamed(_unwrap, _unwrap, table) for table in every)
+    ways = [(_chain(_unwrap, key), _chain(_unwrap, rename)) for key, rename in leads]
+    yield (_renamed(*way, table) for table in every for way in ways)
+    yield [_Way(_unwrap, (_unwrap, *(_then(_unwrap, table) for table in every)))]
+
+
+def _renamed(key: Rename, rename: Rename, table: Table) -> _Way:
+    """Return the way in which a table may rename each module, or leave its name."""
+    return _Way(key, (rename, _then(rename, table)), table.permuted)
+
+
+def _same(name: str) -> str:
+    return name
+
+
+_drop = partial(without, DROPPED)
+_unwrap = partial(without, DROPPED | WRAPPERS)
+
+
+def _chain(first: Rename, second: Rename) -> Rename:
+    return lambda name: first(second(name))
+
+
+def _then(first: Rename, table: Table) -> Rename:
+    return lambda name: without(DROPPED, table.rename(first(name)))
+
+
+def _leading(wanted: Sequence[Wanted], shapes: Shapes) -> Iterator[tuple[Rename, Rename]]:
+    """Yield pairs of functions, of the base's names and of the adapter's.
+
+    One of the two drops a leading component.
+    """
+    counts = Counter(name.partition(".")[0] for name in shapes)
+    for lead, _ in counts.most_common(_LEADS):
+        yield partial(_without_lead, f"{lead}."), _same
+        yield _chain(_drop, partial(_without_lead, f"{lead}.")), _drop
+    own = Counter(one.path.partition(".")[0] for one in wanted if one.shape is not None)
+    for lead, _ in own.most_common(1):
+        yield _same, partial(_without_lead, f"{lead}.")
+        yield _drop, _chain(_drop, partial(_without_lead, f"{lead}."))
+
+
+def _without_lead(lead: str, name: str) -> str:
+    return name.removeprefix(lead)
+
+
+class _Index:
+    """The base's names by the keys of each way; ways with the same keys share them."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        self.shapes = shapes
+        self._of: dict[Rename, dict[str, list[str]]] = {}
+
+    def names(self, key: Rename) -> Mapping[str, Sequence[str]]:
+        """Return the names of the base by their keys."""
+        if key not in self._of:
+            found: dict[str, list[str]] = defaultdict(list)
+            for name in self.shapes:
+                found[key(name)].append(name)
+            self._of[key] = dict(found)
+        return self._of[key]
+
+
+def _places(way: _Way, wanted: Sequence[Wanted], index: _Index) -> dict[str, Places] | None:
+    """Return the places of all tensors that a way finds; None if it does not find all modules."""
+    names, shapes = index.names(way.key), index.shapes
+    found: dict[str, str] = {}
+    split: dict[str, Places] = {}
+    for one in wanted:
+        tensor = _found(one, way, names, shapes)
+        if tensor is not None:
+            found[one.name] = tensor
+        elif one.shape is not None:
+            split[one.name] = _split(one, way, names, shapes)
+            if not split[one.name]:
+                return None
+    return _rows(found, split, {one.name: one for one in wanted}, shapes)
+
+
+def _split(one: Wanted, way: _Way, names: Mapping[str, Sequence[str]], shapes: Shapes) -> Places:
+    """Return the places of a fused module whose parts are tensors of their own in the base."""
+    lead, _, last = one.path.rpartition(".")
+    parts = [
+        _found(Wanted(f"{lead}.{part}", one.leaf, None), way, names, shapes)
+        for part in _PARTS.get(last, ())
+    ]
+    tensors = [part for part in parts if part is not None]
+    sizes = [shapes[tensor][0] for tensor in tensors]
+    columns = {shapes[tensor][1:] for tensor in tensors}
+    shape = one.shape or ()
+    if not tensors or len(tensors) < len(parts) or (sum(sizes),) != shape[:1]:
+        return ()
+    if columns != {shape[1:]}:
+        return ()
+    own = cut([sum(sizes[:place]) for place in range(len(sizes))], sum(sizes))
+    return tuple(Place(tensor, None, rows) for tensor, rows in zip(tensors, own, strict=True))
+
+
+def _found(
+    one: Wanted, way: _Way, index: Mapping[str, Sequence[str]], shapes: Shapes
+) -> str | None:
+    """Return the one tensor of the base that `one` may be."""
+    keys = {rename(one.path) for rename in way.renames}
+    names = {f"{key}.{one.leaf}" if key else one.leaf for key in keys}
+    if one.leaf == WEIGHT:
+        names |= keys  # such as attn.in_proj_weight
+    tensors = {tensor for name in names for tensor in index.get(name, ())}
+    if one.shape is not None:
+        tensors = {
+            tensor
+            for tensor in tensors
+            if fits(one.shape, shapes[tensor]) or fits_rows(one.shape, shapes[tensor])
+        }
+    return tensors.pop() if len(tensors) == 1 else None
+
+
+def _rows(
+    found: Mapping[str, str],
+    split: Mapping[str, Places],
+    wanted: Mapping[str, Wanted],
+    shapes: Shapes,
+) -> dict[str, Places] | None:
+    """Return the places of the tensors that were found; None where rows are not known."""
+    places: dict[str, Places] = dict(split)
+    users: dict[str, list[str]] = defaultdict(list)
+    for name, tensor in found.items():
+        shape = wanted[name].shape
+        if shape is None or fits(shape, shapes[tensor]):
+            places[name] = (Place(tensor),)
+        else:
+            users[tensor].append(name)
+    for tensor, names in users.items():
+        sizes = {wanted[name].path: (wanted[name].shape or (0,))[0] for name in names}
+        rows = rows_of_modules(tensor.removesuffix(f".{WEIGHT}"), shapes[tensor][0], sizes)
+        if rows is None:
+            return None
+        places |= {name: (Place(tensor, rows[wanted[name].path]),) for name in names}
+    whole = [
+        place.tensor
+        for name, own in places.items()
+        for place in own
+        if wanted[name].shape is not None and place.rows is None
+    ]
+    if len(set(whole)) < len(whole) or set(whole) & users.keys():
+        return None
+    return {name: places[name] for name in wanted if name in places}

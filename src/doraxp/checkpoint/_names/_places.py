@@ -1,0 +1,59 @@
+"""`Wanted` and `Place`: a tensor that an adapter is for, and the rows of the base that it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeAlias
+
+WEIGHT = "weight"
+
+
+class Wanted(NamedTuple):
+    """A tensor of the base that an adapter is for, under the adapter's name."""
+
+    path: str
+    """The module."""
+    leaf: str
+    """The tensor in the module: "weight" or "bias"."""
+    shape: tuple[int, ...] | None
+    """None where the base may have another shape: the adapter has the tensor in full."""
+
+    @property
+    def name(self) -> str:
+        """The tensor's name."""
+        return f"{self.path}.{self.leaf}" if self.path else self.leaf
+
+
+class Place(NamedTuple):
+    """Rows of a tensor of the base, and the rows of the module that are for them."""
+
+    tensor: str
+    rows: slice | None = None
+    """Of the tensor; None for all."""
+    own: slice | None = None
+    """Of the module; None for all."""
+
+
+Places: TypeAlias = tuple[Place, ...]
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+
+
+def wanted_tensor(name: str) -> Wanted:
+    """Return what an adapter wants of a base to which it brings this tensor in full."""
+    path, _, leaf = name.rpartition(".")
+    return Wanted(path, leaf, None)
+
+
+def fits(shape: tuple[int, ...] | None, there: tuple[int, ...]) -> bool:
+    """Return whether a weight may be stored in the shape `there`: as it is, or transposed."""
+    return shape is None or shape == there or (len(shape) == 2 and shape[::-1] == there)
+
+
+def fits_rows(shape: tuple[int, ...] | None, there: tuple[int, ...]) -> bool:
+    """Return whether a weight may be some rows of a tensor of the shape `there`."""
+    return shape is not None and shape[1:] == there[1:] and 0 < shape[0] < there[0]
+
+
+def cut(starts: Sequence[int], stop: int) -> list[slice]:
+    """Return the slices that begin at `starts`; the last one ends at `stop`."""
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], stop], strict=True)]

@@ -1,0 +1,81 @@
+"""The tasks of a merge: the way in which each tensor of the result is made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from doraxp._base.safetensors import Tensor
+from doraxp.checkpoint._adapters import StoredLayer
+from doraxp.checkpoint._options import Options
+from doraxp.checkpoint._safetensors import DTYPES, Source
+
+
+@dataclass(frozen=True)
+class MergedTensor:
+    """A weight that the adapter of a module is merged into."""
+
+    source: Source
+    """The weight before the merge: the base's, or one that the adapter's file has in full."""
+    path: str
+    """The module."""
+    layer: StoredLayer
+    """Its adapter, with the kind and the shape of the base's weight."""
+
+
+@dataclass(frozen=True)
+class ReplacedTensor:
+    """A tensor that the adapter's file has in full."""
+
+    source: Source
+    """The tensor in the adapter's file."""
+    dtype: str
+    """The base's dtype; that of the adapter's file where the base has no such tensor."""
+
+
+@dataclass(frozen=True)
+class CopiedTensor:
+    """A tensor that no adapter changes."""
+
+    source: Source
+    """The tensor in the base."""
+
+
+Part: TypeAlias = MergedTensor | ReplacedTensor | CopiedTensor
+"""The way in which some rows of a tensor are made."""
+
+
+@dataclass(frozen=True)
+class JoinedTensor:
+    """A tensor of the base that is made part by part, such as one of queries, keys and values."""
+
+    source: Source
+    """The tensor in the base."""
+    parts: tuple[Part, ...]
+    """They have all rows of the tensor, in order. The source of each part is a window."""
+
+
+Task: TypeAlias = Part | JoinedTensor
+"""The way in which one tensor of the result is made."""
+
+
+def parts_of(task: Task) -> tuple[Part, ...]:
+    """Return the parts of a task, from the first row to the last."""
+    return task.parts if isinstance(task, JoinedTensor) else (task,)
+
+
+def written_as(task: Task, options: Options) -> Tensor:
+    """Return the entry that a tensor has in the result."""
+    tensor = task.source.tensor
+    dtype = task.dtype if isinstance(task, ReplacedTensor) else tensor.dtype
+    if options.dtype is not None and dtype in DTYPES:
+        dtype = options.dtype
+    if dtype == tensor.dtype:
+        return tensor
+    return Tensor(dtype, tensor.shape, math.prod(tensor.shape) * DTYPES[dtype].itemsize)
+
+
+def part_name(name: str, task: Task, part: MergedTensor) -> str:
+    """Return the name of a merged part: the tensor's, and the module's if there are more parts."""
+    return name if len(parts_of(task)) == 1 else f"{name} ({part.path})"

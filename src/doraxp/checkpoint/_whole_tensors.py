@@ -1,0 +1,201 @@
+"""The tensors that an adapter's file has in full: in place of the base's, or new ones.
+
+A new one is a head that was trained, or the embeddings of a vocabulary that has grown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from doraxp.checkpoint._adapters import AdapterSet, TokenRows
+from doraxp.checkpoint._config_edits import ConfigEdits, architecture_for
+from doraxp.checkpoint._errors import CheckpointError
+from doraxp.checkpoint._fit import Fit, Fitted
+from doraxp.checkpoint._model import Model
+from doraxp.checkpoint._safetensors import DTYPES, Source
+from doraxp.checkpoint._tasks import CopiedTensor, JoinedTensor, Part, ReplacedTensor
+from doraxp.checkpoint._tied import is_embedding, is_head
+
+
+class WholeTensors(NamedTuple):
+    """The tasks of the tensors that an adapter's file has in full."""
+
+    tasks: dict[str, ReplacedTensor | JoinedTensor]
+    """By the base's names, or by the adapter's where the base has no such tensor."""
+    added: frozenset[str]
+    """The names that the base does not have."""
+    edits: ConfigEdits
+    problems: list[str]
+
+
+def whole_tensors(model: Model, adapters: AdapterSet, choices: Fit, fitted: Fitted) -> WholeTensors:
+    """Return the tasks of the tensors that an adapter's file has in full."""
+    tasks: dict[str, ReplacedTensor | JoinedTensor] = {}
+    problems: list[str] = []
+    for name, own in adapters.replacements.items():
+        target = fitted.places[name][0].tensor if name in fitted.places else name
+        if target in tasks:
+            problems.append(f"{tasks[target].source.name} and {own} are both for {target}")
+            continue
+        try:
+            tasks[target] = _task(name, Source(adapters.reader, own), adapters, fitted)
+        except CheckpointError as error:
+            problems.append(str(error))
+    for name, rows in adapters.tokens.items():
+        if name not in fitted.places:
+            problems.append(f"the base has no tensor {name} for {rows.tensor}")
+            continue
+        target = fitted.places[name][0].tensor
+        try:
+            tasks[target] = _with_rows(tasks.get(target), fitted.sources[target], rows, adapters)
+        except CheckpointError as error:
+            problems.append(str(error))
+    grown = _grown(tasks, fitted)
+    problems += _left_small(grown, tasks, fitted)
+    labels, architecture = _head(model, adapters, choices, fitted, tasks)
+    edits = ConfigEdits(
+        vocab_size=max(grown.values(), default=None), labels=labels, architecture=architecture
+    )
+    return WholeTensors(tasks, frozenset(tasks.keys() - fitted.sources.keys()), edits, problems)
+
+
+def _task(name: str, source: Source, adapters: AdapterSet, fitted: Fitted) -> ReplacedTensor:
+    """Return the task of one tensor; raise CheckpointError where it does not fit the base."""
+    shape, dtype = source.tensor.shape, source.tensor.dtype
+    if name not in fitted.places:
+        if not _may_be_added(name, adapters, fitted):
+            raise CheckpointError(f"the base has no tensor {name} for {source.name} to replace")
+        there, is_other_size = source.tensor, False
+    else:
+        place = fitted.places[name][0]
+        there = fitted.sources[place.tensor].tensor
+        other_rows = len(shape) == len(there.shape) > 0 and shape[1:] == there.shape[1:]
+        is_other_size = other_rows and (_has_tokens(place.tensor) or _is_saved(name, adapters))
+        if place.rows is not None or (shape != there.shape and not is_other_size):
+            raise CheckpointError(
+                f"{source.name} {shape} does not fit {place.tensor} {there.shape}"
+            )
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{source.name} must be of dtype {', '.join(DTYPES)}, got {dtype}")
+    if there.dtype not in DTYPES:
+        raise CheckpointError(
+            f"{source.name} of dtype {dtype} cannot replace {name} of dtype {there.dtype}: remove "
+            "it from the adapter"
+        )
+    return ReplacedTensor(source, there.dtype)
+
+
+def _has_tokens(name: str) -> bool:
+    """Return whether a tensor has a row for each token."""
+    own = f"{name.rpartition('.')[0]}.weight"
+    return is_embedding(own) or is_head(own)
+
+
+def _is_saved(name: str, adapters: AdapterSet) -> bool:
+    """Return whether PEFT trained a tensor in full, as a head is."""
+    return not set(name.split(".")).isdisjoint(adapters.head.modules)
+
+
+def _may_be_added(name: str, adapters: AdapterSet, fitted: Fitted) -> bool:
+    """Return whether a tensor is that of a new head, and the base has none of that name."""
+    end = ".".join(name.split(".")[-2:])
+    return _is_saved(name, adapters) and not any(
+        f".{other}".endswith(f".{end}") for other in fitted.sources
+    )
+
+
+def _with_rows(
+    before: ReplacedTensor | JoinedTensor | None,
+    base: Source,
+    tokens: TokenRows,
+    adapters: AdapterSet,
+) -> JoinedTensor:
+    """Return the task of embeddings in which the rows of some tokens are trained ones."""
+    source = base if before is None else before.source
+    rows, dtype = source.tensor.shape[0], source.tensor.dtype
+    own = Source(adapters.reader, tokens.tensor)
+    if own.tensor.shape != (len(tokens.indices), *source.tensor.shape[1:]):
+        raise CheckpointError(
+            f"{own.name} has shape {own.tensor.shape}, which does not fit {len(tokens.indices)} "
+            f"tokens of {base.name} {source.tensor.shape}"
+        )
+    if max(tokens.indices) >= rows:
+        raise CheckpointError(
+            f"{own.name} is for token {max(tokens.indices)}, but {base.name} has {rows} tokens"
+        )
+    parts: list[Part] = []
+    place = 0
+    for index, row in sorted(zip(tokens.indices, range(len(tokens.indices)), strict=True)):
+        if index > place:
+            parts.append(CopiedTensor(source.rows(place, index)))
+        parts.append(ReplacedTensor(own.rows(row, row + 1), dtype))
+        place = index + 1
+    if place < rows:
+        parts.append(CopiedTensor(source.rows(place, rows)))
+    return JoinedTensor(base, tuple(parts))
+
+
+def _grown(tasks: Mapping[str, ReplacedTensor | JoinedTensor], fitted: Fitted) -> dict[str, int]:
+    """Return the number of tokens of each tensor that has other tokens than the base."""
+    return {
+        name: task.source.tensor.shape[0]
+        for name, task in tasks.items()
+        if name in fitted.sources
+        and _has_tokens(name)
+        and task.source.tensor.shape != fitted.sources[name].tensor.shape
+    }
+
+
+def _left_small(
+    grown: Mapping[str, int],
+    tasks: Mapping[str, ReplacedTensor | JoinedTensor],
+    fitted: Fitted,
+) -> Iterator[str]:
+    """Yield a message where one of embeddings and head has grown, and the other has not."""
+    if not grown:
+        return
+    size = max(grown.values())
+    for name, source in fitted.sources.items():
+        shape = (tasks[name].source if name in tasks else source).tensor.shape
+        is_tied = fitted.tied is not None and name == fitted.tied.head and name not in tasks
+        if _has_tokens(name) and shape[0] != size and not is_tied and name.endswith(".weight"):
+            yield (
+                f"the adapter has {size} tokens in {next(iter(grown))}, but {name} has {shape[0]}: "
+                "save the adapter with save_embedding_layers=True"
+            )
+
+
+def _head(
+    model: Model,
+    adapters: AdapterSet,
+    choices: Fit,
+    fitted: Fitted,
+    tasks: Mapping[str, ReplacedTensor | JoinedTensor],
+) -> tuple[tuple[str, ...] | None, str | None]:
+    """Return the labels and the class that a new head gives the model; None where they stay."""
+    heads = {
+        name: task.source.tensor.shape
+        for name, task in tasks.items()
+        if name.endswith(".weight")
+        and not _has_tokens(name)
+        and (
+            name not in fitted.sources
+            or task.source.tensor.shape != fitted.sources[name].tensor.shape
+        )
+    }
+    if not heads:
+        return choices.labels, choices.architecture
+    *_, (last, (size, *_rest)) = heads.items()
+    labels = choices.labels or adapters.head.labels
+    if choices.labels is not None and len(choices.labels) != size:
+        raise CheckpointError(
+            f"{adapters.reader.path}: labels must have a name for each of the {size} rows of "
+            f"{last}, got {len(choices.labels)}"
+        )
+    if len(labels) != size:
+        labels = tuple(f"LABEL_{place}" for place in range(size))
+    architecture = choices.architecture or adapters.head.architecture
+    if architecture is None and last not in fitted.sources:
+        architecture = architecture_for(adapters.head.task, model.config.get("architectures"))
+    return labels, architecture
