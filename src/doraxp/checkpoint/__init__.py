@@ -8,7 +8,7 @@ from doraxp.checkpoint._audit import audit
 from doraxp.checkpoint._audit_weight import Verdict
 from doraxp.checkpoint._change import Change
 from doraxp.checkpoint._errors import CheckpointError
-from doraxp.checkpoint._formats import load_adapters, save_adapters
+from doraxp.checkpoint._formats import load_adapters
 from doraxp.checkpoint._inspect import Against, Factored, look_at, look_at_base
 from doraxp.checkpoint._merge import Merge, plan_merge
 from doraxp.checkpoint._model import Model, open_model
@@ -16,6 +16,7 @@ from doraxp.checkpoint._options import Options
 from doraxp.checkpoint._plan import CopiedTensor, MergedTensor, ReplacedTensor
 from doraxp.checkpoint._run import run_merge
 from doraxp.checkpoint._sampled_norms import SampledNorms, sample_norms
+from doraxp.checkpoint._save import renamed, save_adapters
 from doraxp.checkpoint._target import check_target
 from doraxp.layers import AdaptedLayer
 
@@ -41,6 +42,7 @@ __all__ = [
     "look_at_base",
     "open_model",
     "plan_merge",
+    "renamed",
     "run_merge",
     "sample_norms",
     "save_adapters",
