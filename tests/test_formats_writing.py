@@ -156,6 +156,20 @@ def test_the_entries_that_a_file_lacks_are_those_of_its_adapters(tmp_path):
     assert (config["task_type"], config["bias"]) == (None, "none")
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_patterns_keep_their_order(tmp_path, turned):
+    """PEFT takes the first pattern that matches."""
+    pattern = {"q": 5, r"block\.1\.q": 7}
+    pattern = dict(reversed(pattern.items())) if turned else pattern
+    write_adapter(tmp_path / "a", alpha_pattern=pattern)
+    assert convert(tmp_path / "a", tmp_path / "b") == 0
+    assert list(config_of(tmp_path / "b")["alpha_pattern"].items()) == list(pattern.items())
+    before, after = (load_adapters(tmp_path / name) for name in "ab")
+    assert {path: layer.config for path, layer in after.items()} == {
+        path: layer.config for path, layer in before.items()
+    }
+
+
 def test_tensors_have_the_names_that_peft_loads(tmp_path):
     """Some versions and trainers write other endings, and PEFT does not find them."""
     write_adapter(tmp_path / "a")

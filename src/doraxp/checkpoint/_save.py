@@ -70,7 +70,8 @@ def save_adapters(
     # `ascontiguousarray` would give a number an axis.
     contiguous = {name: np.asarray(leaf, order="C") for name, leaf in written.tensors.items()}
     header = {"format": "pt", **choices.without_choices(written.metadata)}
-    text = json.dumps(written.config, indent=2, sort_keys=True) + "\n"
+    # The order of the patterns in an entry has a meaning: only the entries are sorted.
+    text = json.dumps(dict(sorted(written.config.items())), indent=2) + "\n"
     # The library would write a file that only its owner can read.
     raw = save(contiguous, header | choices.metadata(adapters))
     put(target, {WRITABLE[format].FILE: raw, CONFIG: text.encode()})
