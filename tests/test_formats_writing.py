@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -106,6 +107,25 @@ def test_missing_biases_are_refused_by_mlx(tmp_path, capsys):
     # The advice works.
     write_json(tmp_path / "a" / "adapter_config.json", peft_config(bias="none"))
     assert convert(tmp_path / "a", tmp_path / "b", "mlx") == 0
+
+
+def of_another_format(folder):
+    """Load a PEFT folder as if its configuration had another place."""
+    return dataclasses.replace(load_adapters(folder), format="another")
+
+
+def test_the_fields_of_another_format_are_kept_too(tmp_path):
+    write_adapter(tmp_path / "a", init_lora_weights="olora", bias="all")
+    save_adapters(tmp_path / "b", of_another_format(tmp_path / "a"))
+    found = load_adapters(tmp_path / "b")
+    assert (found.base_change, found.trained_biases) == ("olora", "all")
+
+
+def test_whole_tensors_of_another_format_are_refused(tmp_path):
+    write_adapter(tmp_path / "a")
+    add(tmp_path / "a", {f"{PREFIX}head.weight": np.ones((3, 4), "f4")})
+    with pytest.raises(ValueError, match=r"also replaces head.weight: .* doraxp merge"):
+        save_adapters(tmp_path / "b", of_another_format(tmp_path / "a"))
 
 
 # PEFT to PEFT
@@ -402,6 +422,12 @@ def test_a_square_module_comes_back_whatever_its_name(tmp_path, path):
     assert config_of(tmp_path / "f")["lora_parameters"]["embeddings"] == [path]
     ours, theirs = (bytes_of(tmp_path / name / "adapters.safetensors") for name in "ef")
     assert ours == theirs
+
+
+def test_a_list_of_embeddings_is_written_only_where_it_is_needed(tmp_path):
+    square = {"model.embed_tokens": adapted((5, 5)), "layers.0.q": adapted((5, 5))}
+    save_adapters(tmp_path / "a", square | {"x": adapted((9, 5))}, "mlx")
+    assert "embeddings" not in config_of(tmp_path / "a")["lora_parameters"]
 
 
 @pytest.mark.parametrize("loaded", [True, False], ids=["file", "dict"])
