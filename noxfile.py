@@ -125,7 +125,7 @@ def peers(session: nox.Session) -> None:
     """Run doraxp.testing on other implementations, show the results; exchange files with them."""
     install(session, "test", "jax", "peers")
     lanes = [f"--backend={name}" for name in PEERS]
-    names = ("peers", "implementation", "checkpoint_peers")
+    names = ("peers", "implementation", "checkpoint_peers", "formats_peers")
     pytest(session, *lanes, *PARALLEL, "-rP", *(f"tests/test_{name}.py" for name in names))
 
 

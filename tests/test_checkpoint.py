@@ -232,7 +232,6 @@ def test_a_wrong_lycoris_file_is_refused(tmp_path, changes, message):
             {},
             "adapter_config.json: x: rank is 4, but lora_a has shape (5, 2)",
         ),
-        ({}, {"x.m": (5,)}, "x is an embedding with a magnitude for each token"),
         (
             {"lora_parameters": {"scale": 20.0}},
             {"x.lora_a": (5, 0), "x.lora_b": (0, 7)},

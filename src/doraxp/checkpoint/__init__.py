@@ -9,13 +9,14 @@ from doraxp.checkpoint._audit_weight import Verdict
 from doraxp.checkpoint._change import Change
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._fit import Fit
-from doraxp.checkpoint._formats import load_adapters, save_adapters
+from doraxp.checkpoint._formats import load_adapters
 from doraxp.checkpoint._inspect import Against, Factored, look_at, look_at_base
 from doraxp.checkpoint._merge import Merge, plan_merge
 from doraxp.checkpoint._model import Model, open_model
 from doraxp.checkpoint._options import Options
 from doraxp.checkpoint._run import run_merge
 from doraxp.checkpoint._sampled_norms import SampledNorms, sample_norms
+from doraxp.checkpoint._save import renamed, save_adapters
 from doraxp.checkpoint._target import check_target
 from doraxp.checkpoint._tasks import (
     CopiedTensor,
@@ -51,6 +52,7 @@ __all__ = [
     "open_model",
     "parts_of",
     "plan_merge",
+    "renamed",
     "run_merge",
     "sample_norms",
     "save_adapters",

@@ -5,27 +5,23 @@ To add a format, add its module here and its name to `FORMATS`.
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-from safetensors.numpy import save
-
-from doraxp.checkpoint._adapters import CONFIG, AdapterSet
-from doraxp.checkpoint._durable import sync, write_durably
+from doraxp._base.types import Dropout, Form, NormGradient
+from doraxp.checkpoint._adapters import AdapterSet
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._formats import lycoris, mlx, peft
+from doraxp.checkpoint._formats.choices import with_choices
 from doraxp.checkpoint._formats.protocol import Format, WritableFormat
+from doraxp.checkpoint._replace import hidden
 from doraxp.checkpoint._safetensors import Reader
-from doraxp.layers import AdaptedLayer
 
 FORMATS: tuple[Format, ...] = (peft, mlx, lycoris)
 """In the order in which they are tried."""
-_WRITABLE = {format.NAME: format for format in FORMATS if isinstance(format, WritableFormat)}
-FILES = tuple(format.FILE for format in _WRITABLE.values())
+WRITABLE = {format.NAME: format for format in FORMATS if isinstance(format, WritableFormat)}
+"""The formats that `doraxp.checkpoint.save_adapters` writes, by name."""
+FILES = tuple(format.FILE for format in WRITABLE.values())
 """The names of the files of tensors in an adapter's folder."""
 _PICKLE = "adapter_model.bin"
 """PEFT's file of before safetensors."""
@@ -36,6 +32,9 @@ def load_adapters(
     *,
     subfolder: str | None = None,
     adapter_name: str | None = None,
+    norm_gradient: NormGradient | None = None,
+    dropout: Dropout | None = None,
+    form: Form | None = None,
 ) -> AdapterSet:
     """Return the adapters of a checkpoint by module path, whatever its format.
 
@@ -48,6 +47,13 @@ def load_adapters(
         The adapter's folder in `path`.
     adapter_name : str, optional
         The adapter to take from a file that has several, as a state dict of PEFT may.
+    norm_gradient, dropout : str, optional
+        As in `Config`, for all modules. None takes the value that `save_adapters` wrote to the
+        file; without one it is the default of `Config`. They matter for further training, and not
+        for a merge.
+    form : {"weight", "direction"}, optional
+        The form of the numbers in the file, as in `Config`. None takes the weight form, which all
+        trainers write. No number changes: `doraxp.convert_form` converts, with the base's weight.
 
     Returns
     -------
@@ -60,6 +66,8 @@ def load_adapters(
     CheckpointError
         The file is malformed, its format is unknown, it has no DoRA adapter, or it contradicts
         its configuration.
+    ValueError
+        `norm_gradient`, `dropout` or `form` is unknown.
     OSError
         The file cannot be read.
     """
@@ -68,20 +76,23 @@ def load_adapters(
     for format in FORMATS:
         if format.recognises(parts):
             if adapter_name is None:
-                return format.read(reader)
-            if format is not peft:
+                adapters = format.read(reader)
+            elif format is peft:
+                adapters = peft.read(reader, adapter_name)
+            else:
                 raise CheckpointError(
                     f"{reader.path}: has one adapter without a name, got the name {adapter_name!r}"
                 )
-            return peft.read(reader, adapter_name)
+            given = {"norm_gradient": norm_gradient, "dropout": dropout, "form": form}
+            return with_choices(adapters, given)
     raise CheckpointError(f"{reader.path}: no tensor in it has a name of a known adapter format")
 
 
 def _adapter_file(path: Path) -> Path:
-    if not os.path.lexists(path) and _hidden(path).is_dir():
+    if not os.path.lexists(path) and hidden(path).is_dir():
         raise FileNotFoundError(
             f"{path}: no such file or folder; a save was stopped when it replaced this adapter: "
-            f"save it again, or rename {_hidden(path)}, which has the adapter of before"
+            f"save it again, or rename {hidden(path)}, which has the adapter of before"
         )
     if not path.is_dir():
         return path
@@ -90,108 +101,3 @@ def _adapter_file(path: Path) -> Path:
     if not found:
         raise FileNotFoundError(f"{path}: the folder must contain {' or '.join(FILES)}")
     return found[0]
-
-
-def save_adapters(
-    path: str | os.PathLike[str],
-    adapters: Mapping[str, AdaptedLayer],
-    format: str = "peft",
-    *,
-    overwrite: bool = False,
-) -> None:
-    """Write adapters as a folder that PEFT or mlx-lm loads; exactly, or not at all.
-
-    The folder appears when it is complete and on the disk.
-
-    Parameters
-    ----------
-    path : path
-        A folder that does not exist yet, unless `overwrite` is True.
-    adapters : mapping of str to AdaptedLayer
-        From `load_adapters` or `doraxp.adapt`; arrays of NumPy.
-    format : {"peft", "mlx"}
-        mlx-lm has one rank and one s for all modules, and linear layers only.
-    overwrite : bool
-        Replace a folder that has an adapter's files and no others. The old one stays until the new
-        one is complete. It then has the name ``.NAME.replaced`` for a moment; if the process is
-        killed in that moment, the next call puts it back first.
-
-    Raises
-    ------
-    FileExistsError
-        `path` exists and `overwrite` is False, or something there is not an adapter's.
-    FileNotFoundError
-        The folder above `path` does not exist.
-    ValueError
-        The format cannot hold these adapters; the message gives the reason. Nothing is written.
-    """
-    if format not in _WRITABLE:
-        raise ValueError(f"format must be one of {tuple(_WRITABLE)}, got {format!r}")
-    if isinstance(adapters, AdapterSet) and adapters.replacements:
-        raise ValueError(
-            f"adapters must hold adapters only, but {adapters.reader.path} also replaces "
-            f"{', '.join(adapters.replacements)}"
-        )
-    if not adapters:
-        raise ValueError("adapters must hold at least one layer")
-    target = Path(path)
-    replaced = _hidden(target)
-    if os.path.lexists(replaced):
-        _check_replaceable(replaced, overwrite=True)
-        _put_back(target)
-    if os.path.lexists(target):
-        _check_replaceable(target, overwrite=overwrite)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"{target.parent}: no such folder")
-    written = _WRITABLE[format].write(adapters)
-    # The safetensors library writes an array's memory as it is, which must be C-contiguous.
-    contiguous = {name: np.ascontiguousarray(leaf) for name, leaf in written.tensors.items()}
-    text = json.dumps(written.config, indent=2, sort_keys=True) + "\n"
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        complete = Path(folder) / "complete"
-        complete.mkdir()
-        # The library would write a file that only its owner can read.
-        write_durably(complete / _WRITABLE[format].FILE, save(contiguous, {"format": "pt"}))
-        write_durably(complete / CONFIG, text.encode())
-        sync(complete)
-        if replaced.exists():  # a save was killed when it had only to remove this
-            replaced.rename(Path(folder) / "older")
-        try:
-            if target.exists():
-                target.rename(replaced)
-            complete.rename(target)
-        except BaseException:
-            _put_back(target)
-            raise
-        sync(target.parent)
-        if replaced.exists():
-            replaced.rename(Path(folder) / "old")
-
-
-def _hidden(target: Path) -> Path:
-    """Return the name that an adapter has while another one takes its place."""
-    return target.with_name(f".{target.name}.replaced")
-
-
-def _put_back(target: Path) -> None:
-    """Give an adapter its name again, if no other one has taken it."""
-    if not os.path.lexists(target) and _hidden(target).exists():
-        _hidden(target).rename(target)
-
-
-def _check_replaceable(target: Path, *, overwrite: bool) -> None:
-    """Raise FileExistsError unless `target` may be replaced: a folder with an adapter alone."""
-    if not overwrite:
-        raise FileExistsError(
-            f"{target}: already exists; overwrite=True, or --force, replaces an adapter"
-        )
-    if target.is_symlink() or not target.is_dir():
-        raise FileExistsError(f"{target}: must be a folder to be replaced")
-    known = {CONFIG, *FILES}
-    foreign = sorted(
-        path.name for path in target.iterdir() if path.name not in known or path.is_dir()
-    )
-    if foreign:
-        raise FileExistsError(
-            f"{target}: only an adapter's own files are replaced, but it has {foreign[0]}: move it"
-        )

@@ -48,6 +48,7 @@ def check_weight_form(path: str, layer: AdaptedLayer, target: str) -> None:
     """Raise ValueError unless an adapter has the form that the trainers' files hold."""
     if layer.config.form != "weight":
         raise ValueError(
-            f"{path}: {target} has the weight form only; doraxp.convert_form converts to it, with "
-            "the base weight"
+            f"{path}: {target} has the weight form only, got {layer.config.form!r}: "
+            "doraxp.convert_form(weight, adapter, config, 'weight') converts it, with the base's "
+            "weight"
         )

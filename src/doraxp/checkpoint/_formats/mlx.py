@@ -1,4 +1,7 @@
-"""mlx-lm's folders: A is stored (in, rank), B (rank, out), m (out,); ``scale`` is s itself."""
+"""mlx-lm's folders: A is stored (in, rank), B (rank, out), m (out,); ``scale`` is s itself.
+
+The file of an embedding has B as ``lora_a`` and A as ``lora_b``: see `embeddings`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pathlib import Path
 from doraxp._base.types import Array, Config
 from doraxp._core.kinds import LayerKind
 from doraxp.backends import transpose
-from doraxp.checkpoint._adapters import AdapterSet, StoredLayer, config_path
+from doraxp.checkpoint._adapters import CONFIG, AdapterSet, StoredLayer, TensorNames, config_path
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._formats.checks import (
     check_weight_form,
@@ -18,12 +21,16 @@ from doraxp.checkpoint._formats.checks import (
     complete_names,
     names_by_module,
 )
+from doraxp.checkpoint._formats.embeddings import by_token, kind_by_name
 from doraxp.checkpoint._formats.protocol import Written
+from doraxp.checkpoint._formats.whole import check_adapters_only
 from doraxp.checkpoint._json import JsonObject, read_json
 from doraxp.checkpoint._safetensors import Reader
 from doraxp.layers import AdaptedLayer
 
 NAME, FILE = "mlx", "adapters.safetensors"
+_ENTRY = "embeddings"
+"""Of ``lora_parameters``: the modules that are embeddings. mlx-lm does not read it."""
 _ENDS = {"lora_a": "a", "lora_b": "b", "m": "m"}
 
 
@@ -36,6 +43,7 @@ def read(reader: Reader) -> AdapterSet:
     """Describe the adapters of an mlx-lm folder."""
     where = config_path(reader)
     parameters, scale = _parameters(read_json(where), where)
+    listed = _listed_embeddings(parameters, where)
     layers = {}
     for path, parts in names_by_module(reader, _ENDS).items():
         names = complete_names(reader, path, parts)
@@ -45,19 +53,56 @@ def read(reader: Reader) -> AdapterSet:
                 f"{reader.path}: {path}: lora_a must have shape (in, rank) and lora_b "
                 f"(rank, out), got {a} and {b}"
             )
-        if m == (a[0],) and m != (b[1],):
-            raise CheckpointError(
-                f"{reader.path}: {path} is an embedding with a magnitude for each token: it "
-                "cannot be merged as the others are, and no other format has such magnitudes"
-            )
         rank = a[1]
         if parameters.get("rank", rank) != rank:
             raise CheckpointError(
                 f"{where}: {path}: rank is {parameters['rank']!r}, but lora_a has shape {a}"
             )
         own = checked_config(reader, path, rank, rank * scale)
-        layers[path] = StoredLayer(own, LayerKind(), (b[1], a[0]), names, True)
+        if _is_embedding(reader, path, names, listed):
+            # The layer's A is lora_b, and its B is lora_a.
+            swapped = TensorNames(names.lora_b, names.lora_a, names.magnitude)
+            layers[path] = StoredLayer(own, LayerKind(), (a[0], b[1]), swapped)
+        else:
+            layers[path] = StoredLayer(own, LayerKind(), (b[1], a[0]), names, True)
     return AdapterSet(NAME, reader, layers)
+
+
+def _is_embedding(
+    reader: Reader, path: str, names: TensorNames, listed: Collection[str] | None
+) -> bool:
+    """Return True if a module is an embedding: by the list, the shapes, or else the name."""
+    a, b, m = (reader.tensors[name].shape for name in names)
+    if listed is not None:
+        if path not in listed and m == (a[0],) != (b[1],):
+            raise CheckpointError(
+                f"{reader.path}: {names.magnitude} has shape {m}, which is one number for each "
+                f"token of an embedding, but {_ENTRY} of lora_parameters in {CONFIG} does not "
+                f"have {path}: add it there"
+            )
+        return path in listed
+    if a[0] != b[1]:
+        return m == (a[0],)
+    kind = kind_by_name(path)
+    if kind is None:
+        raise CheckpointError(
+            f"{reader.path}: {path} has a square weight {(b[1], a[0])}, and neither the name nor "
+            "the shapes tell whether it is a linear layer or an embedding: add to lora_parameters "
+            f'in {CONFIG} "{_ENTRY}": ["{path}"] if it is an embedding, and "{_ENTRY}": [] if not'
+        )
+    return kind == "embedding"
+
+
+def _listed_embeddings(parameters: JsonObject, where: Path) -> Collection[str] | None:
+    """Return the modules that the configuration lists as embeddings; None without a list."""
+    listed = parameters.get(_ENTRY)
+    if listed is None:
+        return None
+    if not isinstance(listed, list) or not all(isinstance(path, str) for path in listed):
+        raise CheckpointError(
+            f"{where}: {_ENTRY} of lora_parameters must be a list of modules, got {listed!r}"
+        )
+    return set(listed)
 
 
 def _parameters(config: JsonObject, where: Path) -> tuple[JsonObject, float]:
@@ -76,34 +121,54 @@ def _parameters(config: JsonObject, where: Path) -> tuple[JsonObject, float]:
 
 def write(adapters: Mapping[str, AdaptedLayer]) -> Written:
     """Return the tensors and the configuration that mlx-lm reads as these adapters."""
+    check_adapters_only(adapters, "mlx-lm")
     tensors: dict[str, Array] = {}
-    (first_path, first), *_ = adapters.items()
+    layers = dict(adapters)  # an AdapterSet reads an adapter at each access
+    (first_path, first), *_ = layers.items()
     rank, scale = first.config.rank, first.config.scaling
-    for path, layer in adapters.items():
+    for path, layer in layers.items():
         if layer.kind.name != "linear":
             raise ValueError(
                 f"{path}: mlx-lm has no DoRA adapter of kind {layer.kind.name!r} with a magnitude "
-                "for each output"
+                "for each output: merge it into its base instead, with doraxp merge"
             )
         check_weight_form(path, layer, "mlx-lm")
         config = layer.config
         if (config.rank, config.scaling) != (rank, scale):
             raise ValueError(
                 f"mlx-lm has one rank and one s for all modules, but {first_path} has rank {rank} "
-                f"and s {scale}, and {path} has rank {config.rank} and s {config.scaling}"
+                f"and s {scale}, and {path} has rank {config.rank} and s {config.scaling}: merge "
+                "the adapter into its base instead, with doraxp merge"
             )
         a, b, m = layer.adapter
-        tensors |= {f"{path}.lora_a": transpose(a), f"{path}.lora_b": transpose(b), f"{path}.m": m}
+        a, b = (b, a) if by_token(adapters, path) else (transpose(a), transpose(b))
+        tensors |= {f"{path}.lora_a": a, f"{path}.lora_b": b, f"{path}.m": m}
     if Config(rank, rank * scale).scaling != scale:
         raise ValueError(f"s = {scale} would not come back exactly: rank * s / rank differs")
-    keys = {re.sub(r"^.*?\.layers\.\d+\.", "", f".{path}").lstrip(".") for path in adapters}
+    keys = {re.sub(r"^.*?\.layers\.\d+\.", "", f".{path}").lstrip(".") for path in layers}
+    parameters = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": sorted(keys)}
+    # mlx-lm counts blocks from the last one; -1 stands for all of them. A block without an
+    # adapter gets one whose update is 0.
     return Written(
         tensors,
         {
             "fine_tune_type": "dora",
-            # mlx-lm counts blocks from the last one; -1 stands for all of them. A block without
-            # an adapter gets one whose update is 0.
             "num_layers": -1,
-            "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": sorted(keys)},
+            "lora_parameters": parameters | _embeddings(adapters, layers),
         },
+        {},
     )
+
+
+def _embeddings(
+    adapters: Mapping[str, AdaptedLayer], layers: Mapping[str, AdaptedLayer]
+) -> dict[str, list[str]]:
+    """Return the list of the embeddings, if a reader could not know one of them without it."""
+    embeddings = [path for path in layers if by_token(adapters, path)]
+    unclear = [
+        path
+        for path, layer in layers.items()
+        if layer.shape[0] == layer.shape[1]
+        and kind_by_name(path) != ("embedding" if path in embeddings else "linear")
+    ]
+    return {_ENTRY: sorted(embeddings)} if unclear else {}

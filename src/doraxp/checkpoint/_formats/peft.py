@@ -11,11 +11,9 @@ import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-import numpy as np
-
 from doraxp._base.patterns import values_by_path
 from doraxp._base.scalars import check_count, check_number
-from doraxp._base.types import Array, Config
+from doraxp._base.types import Config
 from doraxp._core.kinds import LayerKind
 from doraxp.checkpoint._adapters import (
     CONFIG,
@@ -27,14 +25,13 @@ from doraxp.checkpoint._adapters import (
     config_path,
 )
 from doraxp.checkpoint._errors import CheckpointError
-from doraxp.checkpoint._formats.checks import check_weight_form
-from doraxp.checkpoint._formats.protocol import Written
+from doraxp.checkpoint._formats.peft_writing import whole_path, write
 from doraxp.checkpoint._json import JsonObject, read_json
 from doraxp.checkpoint._safetensors import Reader, same_bytes
-from doraxp.layers import AdaptedLayer
+
+__all__ = ["FILE", "NAME", "read", "recognises", "write"]
 
 NAME, FILE = "peft", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _NAME = re.compile(
     r"(?P<path>.+)\.(?:(?P<a>lora_(?:embedding_)?A)|(?P<b>lora_(?:embedding_)?B)"
     r"|(?P<m>lora_magnitude_vector|weight_m_wdecomp))(?:\.(?!weight$)(?P<name>[^.]+))?(?:\.weight)?"
@@ -343,73 +340,11 @@ def _values(pattern: JsonObject, paths: Collection[str]) -> JsonObject:
     if not pattern:
         return {}
     places = {key: place for place, key in enumerate(pattern)}
-    exact = {path: places[key] for path in paths if (key := _whole_path(path)) in places}
-    keys = {_whole_path(path) for path in exact}
+    exact = {path: places[key] for path in paths if (key := whole_path(path)) in places}
+    keys = {whole_path(path) for path in exact}
     others = values_by_path({key: places[key] for key in pattern if key not in keys}, paths)
     values = list(pattern.values())
     last = len(values)
     return {
         path: values[min(exact.get(path, last), others.get(path, last))] for path in exact | others
     }
-
-
-def _whole_path(path: str) -> str:
-    """Return the pattern that matches this path alone.
-
-    PEFT matches a key with the end of a path; ^ keeps it from matching the end of another one.
-    """
-    return f"^{re.escape(path)}"
-
-
-def write(adapters: Mapping[str, AdaptedLayer]) -> Written:
-    """Return the tensors and the configuration that PEFT reads as these adapters."""
-    tensors: dict[str, Array] = {}
-    for path, layer in adapters.items():
-        kind = layer.kind.name
-        if layer.kind.groups > 1 or kind in ("experts", "columns"):
-            raise ValueError(f"{path}: PEFT has no DoRA adapter of this kind, {layer.kind}")
-        check_weight_form(path, layer, "PEFT")
-        a, b, m = map(np.asarray, layer.adapter)
-        names = ["lora_A.weight", "lora_B.weight", "lora_magnitude_vector"]
-        if kind == "conv":
-            ones = (1,) * (len(layer.shape) - 2)
-            a = a.reshape(layer.config.rank, *layer.shape[1:])
-            b, m = b.reshape(*b.shape, *ones), m.reshape(1, -1, *ones)
-        elif kind == "embedding":
-            names[:2] = "lora_embedding_A", "lora_embedding_B"
-        for name, array in zip(names, (a, b, m), strict=True):
-            tensors[f"{_PREFIX}{path}.{name}"] = array
-    return Written(tensors, _configuration(adapters))
-
-
-def _configuration(adapters: Mapping[str, AdaptedLayer]) -> JsonObject:
-    """Return the content of ``adapter_config.json``."""
-    configs = {path: layer.config for path, layer in adapters.items()}
-    first, *others = configs.values()
-    if any(config.rslora != first.rslora for config in others):
-        raise ValueError("PEFT has one use_rslora for all modules, but these differ")
-    keys = {path: _whole_path(path) for path in configs}
-    ranks = {keys[path]: config.rank for path, config in configs.items()}
-    alphas = {keys[path]: _alpha(config) for path, config in configs.items()}
-    return {
-        "peft_type": "LORA",
-        "use_dora": True,
-        "use_rslora": first.rslora,
-        "r": first.rank,
-        "lora_alpha": _alpha(first),
-        "rank_pattern": {key: rank for key, rank in ranks.items() if rank != first.rank},
-        "alpha_pattern": {key: alpha for key, alpha in alphas.items() if alpha != _alpha(first)},
-        "target_modules": sorted(configs),
-        "fan_in_fan_out": any(layer.kind.name == "transposed" for layer in adapters.values()),
-        "bias": "none",
-        "lora_dropout": 0.0,
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "task_type": None,
-        "base_model_name_or_path": None,
-    }
-
-
-def _alpha(config: Config) -> float:
-    alpha = config.rank if config.alpha is None or config.alpha < 0 else config.alpha
-    return int(alpha) if alpha == int(alpha) else alpha

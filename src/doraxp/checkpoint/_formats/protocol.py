@@ -30,6 +30,8 @@ class Written(NamedTuple):
 
     tensors: dict[str, Array]
     config: JsonObject
+    metadata: Mapping[str, str]
+    """The entries of the file's header that come from another file."""
 
 
 @runtime_checkable

@@ -1,0 +1,40 @@
+"""The parts of an adapter's file that only PEFT's format can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from doraxp.checkpoint._adapters import AdapterSet, config_path
+from doraxp.layers import AdaptedLayer
+
+
+def check_no_whole_tensors(adapters: Mapping[str, AdaptedLayer], target: str) -> None:
+    """Raise ValueError if the file of the adapters has whole tensors too."""
+    if isinstance(adapters, AdapterSet) and adapters.replacements:
+        raise ValueError(
+            f"{adapters.reader.path}: {target} has no place for whole tensors, but the file also "
+            f"replaces {', '.join(adapters.replacements)}: merge it into its base instead, with "
+            "doraxp merge"
+        )
+
+
+def check_adapters_only(adapters: Mapping[str, AdaptedLayer], target: str) -> None:
+    """Raise ValueError if the training changed more than the adapters.
+
+    A merge refuses such a file where a part is missing. In another format nothing would tell it.
+    """
+    check_no_whole_tensors(adapters, target)
+    if not isinstance(adapters, AdapterSet):
+        return
+    if adapters.base_change:
+        raise ValueError(
+            f"{adapters.reader.path}: the adapter was initialised by {adapters.base_change}, which "
+            f"changed the base weights, and {target} has no entry for that: convert it to the "
+            "format 'peft', which keeps the entry"
+        )
+    if adapters.trained_biases:
+        raise ValueError(
+            f"{config_path(adapters.reader)} says bias {adapters.trained_biases!r}, but the file "
+            f"has no bias, and {target} has no entry for that: if the model has no biases, set "
+            "bias to 'none' there and convert it again"
+        )
