@@ -61,8 +61,16 @@ MODELS: dict[str, tuple[str, Any, dict[str, Any], Any]] = {
     "HuBERT": ("HubertForCTC", sound, WAV, QV),
 }  # fmt: skip
 
+ALL_LINEAR = {
+    # PEFT leaves the projections of nn.MultiheadAttention out of its forward pass.
+    "SigLIP": r".*encoder.*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)|.*head\.mlp\.fc1",
+    # PEFT does not find the linear layers of these two.
+    "Wav2Vec2": ["q_proj", "out_proj", "intermediate_dense", "projection"],
+    "HuBERT": ["q_proj", "out_proj", "intermediate_dense", "projection"],
+}
+
 for title, (name, inputs, sizes, targets) in MODELS.items():
     make = functools.partial(model, name, **sizes)
-    for what, chosen in {"attention": targets, "all-linear": "all-linear"}.items():
+    for what, chosen in {"attention": targets, "all-linear": ALL_LINEAR.get(title, "all-linear")}.items():
         trial = functools.partial(peft_trial, make=make, inputs=inputs, target_modules=chosen)
         register("PEFT, vision and sound", f"{title}, {what}", trial)

@@ -117,7 +117,7 @@ for title, (name, sizes) in VISION_LANGUAGE.items():
     for what, targets in {
         "q_proj and v_proj": QV,
         "all-linear": "all-linear",
-        "text only": r".*language_model.*\.(q_proj|o_proj|down_proj)",
+        "text only": r".*(language|text)_model.*\.(q_proj|o_proj|down_proj)",
     }.items():
         trial = functools.partial(peft_trial, make=make, inputs=text_of, target_modules=targets)
         register("PEFT, vision-language models", f"{title}, {what}", trial)
@@ -161,7 +161,7 @@ def adapter_of_the_whole(folder: Path, name: str, sizes: dict[str, Any]) -> Tria
     )
 
 
-for title in "LLaVA", "Qwen2-VL", "Mistral 3", "Idefics 3":
+for title in "LLaVA", "LLaVA-NeXT", "Mistral 3", "InternVL":
     arguments = VISION_LANGUAGE[title]
     for what, make in {
         "adapter of the text model alone": text_adapter,
