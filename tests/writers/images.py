@@ -121,9 +121,9 @@ def image_outputs(model: Any, title: str) -> torch.Tensor:
     return model(**INPUTS[title](), return_dict=False)[0].clone()
 
 
-def text_encoder() -> Any:
-    """Return a text encoder of CLIP whose hidden states have the size that the UNet takes."""
-    sizes = {**TEXT, "hidden_size": 16, "projection_dim": 16}
+def text_encoder(size: int = 16) -> Any:
+    """Return a text encoder of CLIP; the UNet takes hidden states of 16 numbers."""
+    sizes = {**TEXT, "hidden_size": size, "projection_dim": 16}
     return randomise(transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes)))
 
 
