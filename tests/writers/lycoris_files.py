@@ -10,7 +10,7 @@ from typing import Any
 
 import lycoris
 import torch
-from lycoris.kohya import LycorisNetworkKohya, create_network
+from lycoris.kohya import create_network
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
@@ -137,7 +137,7 @@ for name, make in {
 
 
 def by_kohya(
-    folder: Path, title: str, place: str, encoders: int = 0, preset: str = "full-lin"
+    folder: Path, title: str, place: str, encoders: int = 0, preset: str = "attn-mlp"
 ) -> Trial:
     """Adapt a UNet, and text encoders, by the network for kohya's scripts.
 
@@ -152,7 +152,6 @@ def by_kohya(
     write_index(folder / "base", kinds)
     texts = [parts[name] for name in names]
     texts = texts[0] if len(texts) == 1 else texts
-    LycorisNetworkKohya.apply_preset({"unet_target_name": []})  # each is in a module that it takes
     network = create_network(1.0, 4, 6, None, texts, parts["unet"], preset=preset, **OPTIONS)
     network.apply_to(texts, parts["unet"], bool(encoders), True)
     train(network)
