@@ -32,8 +32,11 @@ def dotted(prefix: str) -> Callable[[str], str]:
     return lambda name: f"{prefix}.{name}"
 
 
-def swap(matrix: torch.Tensor, name: str) -> torch.Tensor:
-    return torch.cat(matrix.chunk(2)[::-1]) if name in names.SWAPPED else matrix
+def swap(matrix: torch.Tensor, name: str, stems: list[str]) -> torch.Tensor:
+    """Exchange the halves of the rows where diffusers has them in the other order."""
+    if name not in names.SWAPPED or stems[0].endswith(name):
+        return matrix
+    return torch.cat(matrix.chunk(2)[::-1])
 
 
 def adapt(
@@ -46,7 +49,7 @@ def adapt(
     adapter: Tensors = {}
     merged: Tensors = {}
     for name, stems in modules.items():
-        whole = swap(torch.cat([base[f"{stem}.weight"] for stem in stems]), name).double()
+        whole = swap(torch.cat([base[f"{stem}.weight"] for stem in stems]), name, stems).double()
         ones = [1] * (whole.ndim - 1)
         a = 0.2 * torch.randn(RANK, *whole.shape[1:], dtype=torch.float64)
         b = 0.2 * torch.randn(len(whole), RANK, *ones[1:], dtype=torch.float64)
@@ -54,7 +57,7 @@ def adapt(
         m = norms * (1 + 0.1 * torch.randn(len(whole), dtype=torch.float64))
         scale = 1.0 if alpha is None else float(alpha) / RANK
         v = whole.flatten(1) + scale * b.flatten(1) @ a.flatten(1)
-        new = swap((m[:, None] * v / v.norm(dim=1, keepdim=True)).reshape(whole.shape), name)
+        new = swap((m[:, None] * v / v.norm(dim=1, keepdim=True)).reshape(whole.shape), name, stems)
         magnitude = m if leaves[2] == "lora_magnitude_vector" else m.reshape(-1, *ones)
         for leaf, tensor in zip(leaves, (a, b, magnitude), strict=True):
             adapter[f"{key(name)}.{leaf}"] = tensor.float().contiguous()
@@ -85,7 +88,7 @@ def on_diffusers(
 def original(base: Tensors, modules: Modules, prefix: str) -> Tensors:
     """Return the tensors under the original names."""
     return {
-        f"{prefix}{name}.weight": swap(torch.cat([base[f"{stem}.weight"] for stem in stems]), name)
+        f"{prefix}{name}.weight": swap(torch.cat([base[f"{stem}.weight"] for stem in stems]), name, stems)
         for name, stems in modules.items()
     }
 
