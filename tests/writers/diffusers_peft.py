@@ -43,7 +43,13 @@ def fuse(model: Any, folder: Path) -> None:
 
 
 def trial_of(
-    folder: Path, title: str, targets: list[str], *, place: str = "", base: Any = None, **changes: Any
+    folder: Path,
+    title: str,
+    targets: list[str],
+    *,
+    place: str = "",
+    base: Any = None,
+    **changes: Any,
 ) -> Trial:
     """Make a trial of one model; `base` has the arguments of save_pretrained."""
     model = image_model(title)
@@ -71,7 +77,9 @@ for title, targets in LAYERS.items():
         register(WRITER, f"{title}, {what}", functools.partial(make, title=title))
 
 for title, size in {"UNet": "200KB", "Flux": "20KB"}.items():
-    make = functools.partial(trial_of, title=title, targets=ATTENTION, base={"max_shard_size": size})
+    make = functools.partial(
+        trial_of, title=title, targets=ATTENTION, base={"max_shard_size": size}
+    )
     register(WRITER, f"{title}, base in shards", make)
 for name, changes in {
     "use_rslora": {"use_rslora": True},
@@ -103,7 +111,9 @@ def by_peft(folder: Path, title: str, targets: list[str]) -> Trial:
 
 
 for title, targets in {**LAYERS, "PixArt": ["to_q", "linear_1", "proj", "net.2"]}.items():
-    register(WRITER, f"{title}, saved by PEFT", functools.partial(by_peft, title=title, targets=targets))
+    register(
+        WRITER, f"{title}, saved by PEFT", functools.partial(by_peft, title=title, targets=targets)
+    )
 
 
 def beside_variant(folder: Path, title: str) -> Trial:
@@ -133,10 +143,33 @@ def half_base(folder: Path) -> Trial:
 register(WRITER, "UNet, base in float16", half_base, bound=BOUND16)
 
 PARTS: Mapping[str, Any] = {
-    "UNet": (diffusers.StableDiffusionPipeline, "unet", {"vae": None, "safety_checker": None, "feature_extractor": None, "tokenizer": None}),
-    "SDXL's UNet": (diffusers.StableDiffusionXLPipeline, "unet", {"vae": None, "tokenizer": None, "tokenizer_2": None, "text_encoder_2": None}),
-    "Flux": (diffusers.FluxPipeline, "transformer", {"vae": None, "tokenizer": None, "tokenizer_2": None, "text_encoder_2": None}),
-    "SD3": (diffusers.StableDiffusion3Pipeline, "transformer", {"vae": None, "tokenizer": None, "tokenizer_2": None, "text_encoder_2": None, "tokenizer_3": None, "text_encoder_3": None}),
+    "UNet": (
+        diffusers.StableDiffusionPipeline,
+        "unet",
+        {"vae": None, "safety_checker": None, "feature_extractor": None, "tokenizer": None},
+    ),
+    "SDXL's UNet": (
+        diffusers.StableDiffusionXLPipeline,
+        "unet",
+        {"vae": None, "tokenizer": None, "tokenizer_2": None, "text_encoder_2": None},
+    ),
+    "Flux": (
+        diffusers.FluxPipeline,
+        "transformer",
+        {"vae": None, "tokenizer": None, "tokenizer_2": None, "text_encoder_2": None},
+    ),
+    "SD3": (
+        diffusers.StableDiffusion3Pipeline,
+        "transformer",
+        {
+            "vae": None,
+            "tokenizer": None,
+            "tokenizer_2": None,
+            "text_encoder_2": None,
+            "tokenizer_3": None,
+            "text_encoder_3": None,
+        },
+    ),
 }
 
 

@@ -40,7 +40,11 @@ def swap(matrix: torch.Tensor, name: str, stems: list[str]) -> torch.Tensor:
 
 
 def adapt(
-    base: Tensors, modules: Modules, key: Callable[[str], str], leaves: tuple[str, ...], alpha: object
+    base: Tensors,
+    modules: Modules,
+    key: Callable[[str], str],
+    leaves: tuple[str, ...],
+    alpha: object,
 ) -> tuple[Tensors, Tensors]:
     """Return the adapter's tensors, and the tensors of the base that they change, merged.
 
@@ -88,7 +92,9 @@ def on_diffusers(
 def original(base: Tensors, modules: Modules, prefix: str) -> Tensors:
     """Return the tensors under the original names."""
     return {
-        f"{prefix}{name}.weight": swap(torch.cat([base[f"{stem}.weight"] for stem in stems]), name, stems)
+        f"{prefix}{name}.weight": swap(
+            torch.cat([base[f"{stem}.weight"] for stem in stems]), name, stems
+        )
         for name, stems in modules.items()
     }
 
@@ -182,7 +188,9 @@ for prefix in "lora_te", "lora_te1":
     for published in True, False:
         for long in True, False:
             base, adapter = ("text_model.encoder" if x else "encoder" for x in (published, long))
-            trial = functools.partial(on_text_encoder, prefix=prefix, published=published, long=long)
+            trial = functools.partial(
+                on_text_encoder, prefix=prefix, published=published, long=long
+            )
             register("kohya, text encoders", f"{prefix}_ of {adapter} on {base}", trial)
 
 
@@ -233,7 +241,10 @@ def with_open_clip(folder: Path) -> Trial:
     return save(folder, published(state), adapter, published(merged))
 
 
-FIRST, OLD = "conditioner.embedders.0.transformer.text_model.", "cond_stage_model.transformer.text_model."
+FIRST, OLD = (
+    "conditioner.embedders.0.transformer.text_model.",
+    "cond_stage_model.transformer.text_model.",
+)
 register(
     "kohya, text encoders",
     "lora_unet_ and lora_te1_ on a whole checkpoint of SDXL",

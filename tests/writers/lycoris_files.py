@@ -68,7 +68,11 @@ def train(module: Any) -> Any:
 
 
 def single(
-    folder: Path, layer: tuple[str, Any], module: Any = LoConModule, alpha: float = 7.0, **changes: Any
+    folder: Path,
+    layer: tuple[str, Any],
+    module: Any = LoConModule,
+    alpha: float = 7.0,
+    **changes: Any,
 ) -> Trial:
     """Make an adapter of one layer, and merge it by LyCORIS."""
     base = randomise(getattr(torch.nn, layer[0])(*layer[1]))

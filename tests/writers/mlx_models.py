@@ -11,10 +11,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import torch
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model, save_config, save_model
-from mlx.utils import tree_unflatten
 from writers.matrix import BOUND16, Trial, read_tensors, register
 from writers.peft_common import IDS, TEXT
 
@@ -22,7 +21,6 @@ mx.set_default_device(mx.cpu)
 ATTENTION = ["self_attn.q_proj", "self_attn.v_proj"]
 MODELS = {
     "Llama": {"model_type": "llama"},
-    "Mistral": {"model_type": "mistral"},
     "Qwen2": {"model_type": "qwen2"},
     "Qwen3": {"model_type": "qwen3", "head_dim": 8},
     "Gemma": {"model_type": "gemma", "head_dim": 8, "tie_word_embeddings": True},
@@ -102,9 +100,10 @@ def mlx_trial(
     base.set_dtype(dtype)
     save_model(folder / "base", base)
     save_config(dict(config), folder / "base" / "config.json")
+    base.set_dtype(mx.float32)
     base.freeze()
     parameters = {"rank": 4, "scale": 2.0, "dropout": 0.0, **changes}
-    linear_to_lora_layers(base, num_layers % 3, parameters, use_dora=True)
+    linear_to_lora_layers(base, num_layers, parameters, use_dora=True)
     train(base)
     wanted = outputs(base)
     save_adapter(folder / "adapter", base, num_layers, parameters, bare)
@@ -113,8 +112,13 @@ def mlx_trial(
     save_model(folder / "right", base)
     save_config(dict(config), folder / "right" / "config.json")
     right = read_tensors(folder / "right")
-    load = lambda out: outputs(load_model(out)[0])  # noqa: E731
-    return Trial(folder / "base", folder / "adapter", right, load, wanted)
+    return Trial(folder / "base", folder / "adapter", right, reload, wanted)
+
+
+def reload(out: Path) -> torch.Tensor:
+    model, _ = load_model(out)
+    model.set_dtype(mx.float32)
+    return outputs(model)
 
 
 def save_adapter(folder: Path, model: Any, num_layers: int, parameters: Any, bare: bool) -> None:

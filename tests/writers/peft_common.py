@@ -80,10 +80,10 @@ def text_inputs(model: Any) -> dict[str, torch.Tensor]:
 
 
 def reload(folder: Path, name: str | None = None) -> Any:
-    """Load a folder by the class `name`, or by the class that its config.json names."""
+    """Load a folder in float32, by the class `name` or by the class that its config.json names."""
     if name is None:
         (name,) = json.loads((folder / "config.json").read_text())["architectures"]
-    return getattr(transformers, name).from_pretrained(folder, dtype="auto").eval()
+    return getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def peft_trial(

@@ -24,7 +24,9 @@ TIED = {
 }
 TIED_MODELS = {
     "Llama": functools.partial(text_model, LLAMA, head_dim=8, tie_word_embeddings=True),
-    "Qwen3": functools.partial(text_model, "Qwen3ForCausalLM", head_dim=8, tie_word_embeddings=True),
+    "Qwen3": functools.partial(
+        text_model, "Qwen3ForCausalLM", head_dim=8, tie_word_embeddings=True
+    ),
     "Gemma 3": functools.partial(text_model, "Gemma3ForCausalLM", head_dim=8, sliding_window=16),
 }
 

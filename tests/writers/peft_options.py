@@ -77,9 +77,7 @@ def stored(folder: Path, dtype: torch.dtype, size: str = "1GB") -> Trial:
     """Save the base in the dtype and in shards. The right values are those of a float32 copy."""
     base = llama().to(dtype)
     base.save_pretrained(folder / "base", max_shard_size=size)
-    trial = finish(folder, adapt(base.float(), target_modules="all-linear"))
-    loaded = trial.outputs
-    return trial._replace(outputs=lambda out: loaded(out).float())
+    return finish(folder, adapt(base.float(), target_modules="all-linear"))
 
 
 register(WRITER, "base in shards", functools.partial(stored, dtype=torch.float32, size="9KB"))
@@ -99,9 +97,17 @@ def changed_config(folder: Path, fields: dict[str, Any], **changes: Any) -> Tria
 
 
 for name, message, make in (
-    ("layer_replication", "layer_replication", {"layer_replication": [(0, 2), (1, 2)], "fields": {}}),
+    (
+        "layer_replication",
+        "layer_replication",
+        {"layer_replication": [(0, 2), (1, 2)], "fields": {}},
+    ),
     # PEFT writes the patterns in another order, by which it cannot load its own file.
-    ("two patterns for one module, sorted otherwise", "says rank 2, but lora_A", {"fields": {}, "rank_pattern": {"v_proj": 7, "layers.1.self_attn.v_proj": 2}}),
+    (
+        "two patterns for one module, sorted otherwise",
+        "says rank 2, but lora_A",
+        {"fields": {}, "rank_pattern": {"v_proj": 7, "layers.1.self_attn.v_proj": 2}},
+    ),
     ("lora_bias", "lora_bias", {"fields": {"lora_bias": True}}),  # PEFT refuses it beside use_dora
     ("use_dora=False", "magnitude", {"fields": {}, "use_dora": False}),
     ("use_dora=False beside magnitudes", "use_dora", {"fields": {"use_dora": False}}),
@@ -122,7 +128,25 @@ def residual(folder: Path, way: str, options: tuple[str, ...] = (), declared: An
 for way in "pissa", "pissa_niter_4", "olora":
     make = functools.partial(residual, way=way, options=("--base-is-residual",))
     register(WRITER, f"residual base of {way}", make)
-register(WRITER, "residual base of pissa, declared as PEFT advises", functools.partial(residual, way="pissa", declared=True))
+register(
+    WRITER,
+    "residual base of pissa, declared as PEFT advises",
+    functools.partial(residual, way="pissa", declared=True),
+)
+
+
+def with_subfolder(folder: Path) -> Trial:
+    """Put a module of sentence-transformers beside the model, in a folder of its own."""
+    trial = peft_trial(folder, llama, target_modules=LAYER)
+    dense = {"linear.weight": torch.randn(8, 32)}
+    (folder / "base" / "2_Dense").mkdir()
+    save_file(dense, folder / "base" / "2_Dense" / "model.safetensors")
+    return trial._replace(
+        right={**trial.right, **{f"2_Dense/{name}": x for name, x in dense.items()}}
+    )
+
+
+register(WRITER, "base with weights in a sub-folder", with_subfolder)
 
 
 class Network(torch.nn.Module):

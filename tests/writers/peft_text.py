@@ -34,8 +34,24 @@ MODELS = {
     "Falcon": ("FalconForCausalLM", ["query_key_value"], {}),
     "BLOOM": ("BloomForCausalLM", ["query_key_value"], {}),
     "MPT": ("MptForCausalLM", ["Wqkv"], {}),
-    "T5": ("T5ForConditionalGeneration", ["q", "v"], {"d_kv": 8, "d_ff": 48, "decoder_start_token_id": 0}),
-    "BART": ("BartForConditionalGeneration", ["q_proj", "v_proj"], {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}),
+    "T5": (
+        "T5ForConditionalGeneration",
+        ["q", "v"],
+        {"d_kv": 8, "d_ff": 48, "decoder_start_token_id": 0},
+    ),
+    "BART": (
+        "BartForConditionalGeneration",
+        ["q_proj", "v_proj"],
+        {
+            "d_model": 32,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+        },
+    ),
     "BERT": ("BertForMaskedLM", ["query", "value"], {}),
     "RoBERTa": ("RobertaForMaskedLM", ["query", "value"], {}),
     "DistilBERT": ("DistilBertForMaskedLM", ["q_lin", "v_lin"], {"hidden_dim": 48}),
@@ -49,11 +65,14 @@ MODELS = {
 
 SOME_LINEAR = {
     "Mixtral": [*QKV, "o_proj", "lm_head"],  # its experts are stacks, which PEFT refuses
-    "Mamba": ["in_proj", "x_proj", "dt_proj"],  # PEFT refuses out_proj
+    "Mamba": ["in_proj", "x_proj"],  # PEFT refuses out_proj
 }
 
 for title, (name, attention, sizes) in MODELS.items():
     make = functools.partial(text_model, name, **sizes)
-    for what, targets in {"attention": attention, "all-linear": SOME_LINEAR.get(title, "all-linear")}.items():
+    for what, targets in {
+        "attention": attention,
+        "all-linear": SOME_LINEAR.get(title, "all-linear"),
+    }.items():
         trial = functools.partial(peft_trial, make=make, target_modules=targets)
         register(WRITER, f"{title}, {what}", trial)

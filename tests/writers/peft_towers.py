@@ -12,11 +12,62 @@ from writers.peft_vision import EYE, QV
 
 IMAGE = torch.linspace(-1, 1, 3 * 16 * 16).sin().reshape(1, 3, 16, 16)
 SOUND = torch.linspace(-40, 40, 1200).sin()[None]
-SWIN = {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
-SEGFORMER = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_attention_heads": [1, 2], "num_encoder_blocks": 2, "sr_ratios": [2, 1], "patch_sizes": [3, 3], "strides": [2, 2], "mlp_ratios": [2, 2], "decoder_hidden_size": 16}
-WHISPER = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 64, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-WAV = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48, "conv_dim": [16, 16], "conv_kernel": [10, 3], "conv_stride": [5, 2], "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2, "vocab_size": 20, "mask_time_prob": 0.0, "pad_token_id": 0}
-CLIP = {"text_config": {**TEXT, "projection_dim": 32}, "vision_config": {**EYE, "projection_dim": 32}, "projection_dim": 32}
+SWIN = {
+    "image_size": 16,
+    "patch_size": 2,
+    "embed_dim": 16,
+    "depths": [1, 1],
+    "num_heads": [2, 2],
+    "window_size": 4,
+}
+SEGFORMER = {
+    "hidden_sizes": [8, 16],
+    "depths": [1, 1],
+    "num_attention_heads": [1, 2],
+    "num_encoder_blocks": 2,
+    "sr_ratios": [2, 1],
+    "patch_sizes": [3, 3],
+    "strides": [2, 2],
+    "mlp_ratios": [2, 2],
+    "decoder_hidden_size": 16,
+}
+WHISPER = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "vocab_size": 64,
+    "num_mel_bins": 8,
+    "max_source_positions": 20,
+    "max_target_positions": 20,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+WAV = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "conv_dim": [16, 16],
+    "conv_kernel": [10, 3],
+    "conv_stride": [5, 2],
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 2,
+    "vocab_size": 20,
+    "mask_time_prob": 0.0,
+    "pad_token_id": 0,
+}
+CLIP = {
+    "text_config": {**TEXT, "projection_dim": 32},
+    "vision_config": {**EYE, "projection_dim": 32},
+    "projection_dim": 32,
+}
 
 
 def image(model: Any) -> dict[str, Any]:
@@ -71,6 +122,9 @@ ALL_LINEAR = {
 
 for title, (name, inputs, sizes, targets) in MODELS.items():
     make = functools.partial(model, name, **sizes)
-    for what, chosen in {"attention": targets, "all-linear": ALL_LINEAR.get(title, "all-linear")}.items():
+    for what, chosen in {
+        "attention": targets,
+        "all-linear": ALL_LINEAR.get(title, "all-linear"),
+    }.items():
         trial = functools.partial(peft_trial, make=make, inputs=inputs, target_modules=chosen)
         register("PEFT, vision and sound", f"{title}, {what}", trial)

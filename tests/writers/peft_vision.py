@@ -31,19 +31,35 @@ SIGLIP = {"model_type": "siglip_vision_model", "projection_dim": 32, **EYE}
 VISION_LANGUAGE: dict[str, tuple[str, dict[str, Any]]] = {
     "LLaVA": (
         "LlavaForConditionalGeneration",
-        {"text_config": LLAMA, "vision_config": {"model_type": "clip_vision_model", **EYE}, **TOKEN},
+        {
+            "text_config": LLAMA,
+            "vision_config": {"model_type": "clip_vision_model", **EYE},
+            **TOKEN,
+        },
     ),
     "LLaVA-NeXT": (
         "LlavaNextForConditionalGeneration",
-        {"text_config": LLAMA, "vision_config": {"model_type": "clip_vision_model", **EYE}, **TOKEN},
+        {
+            "text_config": LLAMA,
+            "vision_config": {"model_type": "clip_vision_model", **EYE},
+            **TOKEN,
+        },
     ),
     "Qwen2-VL": (
         "Qwen2VLForConditionalGeneration",
-        {"text_config": QWEN, "vision_config": {**QWEN_EYE, "embed_dim": 32, "mlp_ratio": 2}, **TOKEN},
+        {
+            "text_config": QWEN,
+            "vision_config": {**QWEN_EYE, "embed_dim": 32, "mlp_ratio": 2},
+            **TOKEN,
+        },
     ),
     "Qwen2.5-VL": (
         "Qwen2_5_VLForConditionalGeneration",
-        {"text_config": QWEN, "vision_config": {**QWEN_EYE_2, "fullatt_block_indexes": [1]}, **TOKEN},
+        {
+            "text_config": QWEN,
+            "vision_config": {**QWEN_EYE_2, "fullatt_block_indexes": [1]},
+            **TOKEN,
+        },
     ),
     "Qwen3-VL": (
         "Qwen3VLForConditionalGeneration",
@@ -83,7 +99,12 @@ VISION_LANGUAGE: dict[str, tuple[str, dict[str, Any]]] = {
         "InternVLForConditionalGeneration",
         {
             "text_config": {**TEXT, "model_type": "qwen2"},
-            "vision_config": {"model_type": "internvl_vision", **EYE, "image_size": [16, 16], "patch_size": [4, 4]},
+            "vision_config": {
+                "model_type": "internvl_vision",
+                **EYE,
+                "image_size": [16, 16],
+                "patch_size": [4, 4],
+            },
             **TOKEN,
         },
     ),
