@@ -249,7 +249,7 @@ def examples_of(session: nox.Session, backend: str) -> None:
 
 
 def pytest(session: nox.Session, *args: str) -> None:
-    """Run pytest with its plugins in docs and tests; docs/blocks.py collects Markdown's examples."""
+    """Run pytest with plugins of docs and tests; docs/blocks.py collects the examples of pages."""
     env = {"PYTHONPATH": os.pathsep.join(("docs", "tests"))}
     if PROCESSES in args:  # a process for each core: more threads would wait for one another
         env |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}

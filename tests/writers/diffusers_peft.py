@@ -13,6 +13,7 @@ import torch
 import transformers
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+
 from writers.images import image_model, image_outputs, text_encoder, text_outputs
 from writers.matrix import BOUND16, Trial, read_tensors, register
 from writers.peft_common import adapt, train

@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+
 from writers.peft_common import IDS, TEXT, randomise
 
 diffusers.utils.logging.set_verbosity_error()

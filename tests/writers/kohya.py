@@ -1,7 +1,7 @@
 """Single files with the names of kohya's scripts, ComfyUI and OneTrainer.
 
-These are no packages of the registry. So the files are made here, and the right values are those of
-the formula, m (W + s B A) / ‖W + s B A‖ by rows, in float64.
+The registry does not have these writers. So the files are made here, and the right values are those
+of the formula, m (W + s B A) / ‖W + s B A‖ by rows, in float64.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+
 from writers import original_names as names
 from writers.images import image_model, text_encoder
 from writers.matrix import Trial, read_tensors, register
@@ -216,7 +217,7 @@ OPEN_CLIP = {
 
 
 def with_open_clip(folder: Path) -> Trial:
-    """Make an adapter of SDXL's second text encoder, whose q, k and v are one tensor in a checkpoint."""
+    """Make an adapter of SDXL's second text encoder; a checkpoint has its q, k and v in one."""
     state = text_encoder().state_dict()
     ours = "encoder.layers.0."
     theirs = "conditioner.embedders.1.model.transformer.resblocks.0."

@@ -15,6 +15,7 @@ from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
 from safetensors.torch import save_file
+
 from writers.images import image_model, image_outputs, text_encoder, text_outputs
 from writers.matrix import Trial, read_tensors, register
 from writers.peft_common import outputs, randomise, reload, text_model

@@ -37,7 +37,8 @@ class Trial(NamedTuple):
 
     `right` has the tensors of OUT by name, as `read_tensors` returns them. `outputs` loads a folder
     with the writer's library and returns the model's output, whose right value is `wanted`. OUT may
-    lack or have the tensors in `free`: for example, those of an old head.
+    lack or have the tensors in `free`: for example, those of an old head. Names with and without
+    the `prefix` are equal.
     """
 
     base: Path
@@ -47,6 +48,7 @@ class Trial(NamedTuple):
     wanted: torch.Tensor | None = None
     options: tuple[str, ...] = ()
     free: frozenset[str] = frozenset()
+    prefix: str = ""
 
 
 class Case(NamedTuple):
@@ -137,15 +139,16 @@ def difference_of_tensors(got: Mapping[str, torch.Tensor], trial: Trial) -> floa
 
     A tensor of OUT that the writer's merge does not have must be in the base, and equal to it.
     """
-    rest = [name for name in got if name not in trial.right and name not in trial.free]
-    wanted = dict(trial.right)
-    if rest:
-        base = read_tensors(trial.base)
-        wanted |= {name: base[name] for name in rest}
+    got, right, base = (
+        {name.removeprefix(trial.prefix): tensor for name, tensor in tensors.items()}
+        for tensors in (got, trial.right, read_tensors(trial.base))
+    )
+    free = {name.removeprefix(trial.prefix) for name in trial.free}
+    wanted = right | {name: base[name] for name in got if name not in {*right, *free}}
     return max(
         difference(got.get(name), tensor)
         for name, tensor in wanted.items()
-        if name in got or name not in trial.free
+        if name in got or name not in free
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model, save_config, save_model
+
 from writers.matrix import BOUND16, Trial, read_tensors, register
 from writers.peft_common import IDS, TEXT
 

@@ -1,7 +1,7 @@
 """Modules of image models by their original names, and the tensors of diffusers that they are.
 
-A name with several tensors is one matrix, whose rows are theirs in this order. A name in SWAPPED has
-its two halves of rows in the other order. Numbers stand for all blocks of that kind.
+A name with several tensors is one matrix, whose rows are theirs in this order. A name in SWAPPED
+has its two halves of rows in the other order.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ SD3_LAST_CONTEXT = {
     "joint_blocks.1.context_block.adaLN_modulation.1": ["transformer_blocks.1.norm1_context.linear"]
 }
 SWAPPED = {"final_layer.adaLN_modulation.1", *SD3_LAST_CONTEXT}
-"""Their modules in diffusers split the output into scale and shift, the original into the reverse."""
+"""Their output is shift and scale in the original, and scale and shift in diffusers."""
 BLOCK = "transformer_blocks.0"
 SDXL = {
     "time_embed.0": ["time_embedding.linear_1"],

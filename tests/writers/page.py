@@ -13,8 +13,8 @@ INTRODUCTION = """\
 # Adapters of real writers
 
 This page is generated: `nox -s writers` writes it. For each case, a package makes a small random
-model and a DoRA adapter, and saves both. `doraxp merge` merges them, and the result is compared with
-the package's own merge.
+model and a DoRA adapter, and saves both. `doraxp merge` merges them, and the result is compared
+with the package's own merge.
 
 | result | meaning |
 |---|---|
@@ -22,9 +22,10 @@ the package's own merge.
 | refused | the command ended with the error that is shown, and OUT was not written |
 | WRONG | the command ended without an error, and OUT is not right |
 
-A difference is max\\|got − right\\| / max\\|right\\|, the largest of all tensors or outputs. The bound is
-1e-5 for models in float32, and 2e-2 for those in bfloat16 and float16. "Outputs" are those of the
-adapted model before it was saved, such as logits. They are compared where OUT is a whole model.
+A difference is max|got − right| / max|right|, the largest of all tensors or outputs. The bound is
+1e-5 for models in float32, and 2e-2 for those in bfloat16 and float16. The right outputs, such as
+logits, are those of the adapted model before it was saved. They are compared where OUT is a whole
+model.
 """
 CELLS: list[tuple[Any, ...]] = []
 
@@ -46,7 +47,8 @@ def page(cells: list[tuple[Any, ...]]) -> Iterable[str]:
     yield INTRODUCTION
     counts = {state: sum(cell[2] == state for cell in cells) for state in ("right", "refused")}
     wrong = len(cells) - sum(counts.values())
-    yield f"{len(cells)} cells: {counts['right']} right, {counts['refused']} refused, {wrong} wrong."
+    kinds = f"{counts['right']} right, {counts['refused']} refused, {wrong} wrong"
+    yield f"{len(cells)} cells: {kinds}."
     for writer in dict.fromkeys(cell[0] for cell in cells):
         yield from ("", f"## {writer}", "")
         yield from ("| case | result | tensors | outputs |", "|---|---|---|---|")

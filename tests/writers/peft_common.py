@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+
 from writers.matrix import Trial, read_tensors
 
 transformers.logging.set_verbosity_error()

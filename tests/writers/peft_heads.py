@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+
 from writers.matrix import Trial, read_tensors, register
 from writers.peft_common import adapt, finish, outputs, reload, text_model
 
@@ -96,45 +97,44 @@ for name, changes in {
         trial = functools.partial(new_tokens, resized_base=resized, **changes)
         register("PEFT, new tokens", title, trial)
 
-HEADS = {
-    "Llama": ("LlamaForCausalLM", "LlamaForSequenceClassification", ["q_proj"], {"head_dim": 8}),
-    "Qwen2": ("Qwen2ForCausalLM", "Qwen2ForSequenceClassification", ["q_proj"], {}),
-    "Llama tokens": ("LlamaForCausalLM", "LlamaForTokenClassification", ["q_proj"], {"head_dim": 8}),
-    "BERT": ("BertModel", "BertForSequenceClassification", ["query"], {}),
-    "BERT tokens": ("BertModel", "BertForTokenClassification", ["query"], {}),
-    "BERT of a masked model": ("BertForMaskedLM", "BertForSequenceClassification", ["query"], {}),
-    "RoBERTa": ("RobertaForMaskedLM", "RobertaForSequenceClassification", ["query"], {}),
-    "GPT-2": ("GPT2LMHeadModel", "GPT2ForSequenceClassification", ["c_attn"], {}),
-    "DistilBERT": (
-        "DistilBertForMaskedLM", "DistilBertForSequenceClassification", ["q_lin"], {"hidden_dim": 48},
-    ),
-    "DeBERTa-v2": (
-        "DebertaV2Model", "DebertaV2ForSequenceClassification", ["query_proj"], {},
-    ),
-    "ModernBERT": (
-        "ModernBertForMaskedLM", "ModernBertForSequenceClassification", ["Wqkv"],
-        {"cls_token_id": 1, "sep_token_id": 2},
-    ),
-    "ELECTRA": (
-        "ElectraModel", "ElectraForSequenceClassification", ["query"], {"embedding_size": 32},
-    ),
-}  # fmt: skip
+HEADS: dict[str, tuple[str, str, list[str]]] = {
+    "Llama": (LLAMA, "LlamaForSequenceClassification", ["q_proj"]),
+    "Llama, tokens": (LLAMA, "LlamaForTokenClassification", ["q_proj"]),
+    "Qwen2": ("Qwen2ForCausalLM", "Qwen2ForSequenceClassification", ["q_proj"]),
+    "GPT-2": ("GPT2LMHeadModel", "GPT2ForSequenceClassification", ["c_attn"]),
+    "BERT": ("BertModel", "BertForSequenceClassification", ["query"]),
+    "BERT, tokens": ("BertModel", "BertForTokenClassification", ["query"]),
+    "BERT of a masked model": ("BertForMaskedLM", "BertForSequenceClassification", ["query"]),
+    "RoBERTa": ("RobertaForMaskedLM", "RobertaForSequenceClassification", ["query"]),
+    "DistilBERT": ("DistilBertForMaskedLM", "DistilBertForSequenceClassification", ["q_lin"]),
+    "DeBERTa-v2": ("DebertaV2Model", "DebertaV2ForSequenceClassification", ["query_proj"]),
+    "ModernBERT": ("ModernBertForMaskedLM", "ModernBertForSequenceClassification", ["Wqkv"]),
+    "ELECTRA": ("ElectraModel", "ElectraForSequenceClassification", ["query"]),
+}
+NEW = {
+    "BERT of a masked model": ["pooler"],
+    "DistilBERT": ["pre_classifier"],
+    "DeBERTa-v2": ["pooler"],
+}
+"""New layers that PEFT does not save without being told, so that a reload draws them again."""
 
 
-def classifier(folder: Path, base: str, head: str, targets: list[str], sizes: Any) -> Trial:
+def classifier(folder: Path, base: str, head: str, **changes: Any) -> Trial:
     """Train a classifier of 3 labels on a base that lacks its head."""
-    start = text_model(base, **sizes)
-    start.save_pretrained(folder / "base")
+    text_model(base).save_pretrained(folder / "base")
     model = getattr(transformers, head).from_pretrained(folder / "base", num_labels=3)
     task = "TOKEN_CLS" if "Token" in head else "SEQ_CLS"
-    tuned = adapt(model, target_modules=targets, task_type=task)
-    trial = finish(folder, tuned)
+    trial = finish(folder, adapt(model, task_type=task, **changes))
     return trial._replace(
         options=("--architecture", head, "--labels", "no,maybe,yes"),
         outputs=lambda out: outputs(reload(out)),  # by the class that OUT's config.json names
         free=frozenset(read_tensors(folder / "base").keys() - trial.right.keys()),
+        prefix=f"{model.base_model_prefix}.",
     )
 
 
-for name, arguments in HEADS.items():
-    register("PEFT, new heads", name, lambda folder, a=arguments: classifier(folder, *a))
+for name, (base, head, targets) in HEADS.items():
+    make = functools.partial(
+        classifier, base=base, head=head, target_modules=targets, modules_to_save=NEW.get(name)
+    )
+    register("PEFT, new heads", name, make)

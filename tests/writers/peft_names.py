@@ -12,9 +12,17 @@ from typing import Any
 import peft
 import torch
 from safetensors.torch import load_file, save_file
+
 from writers.matrix import Trial, read_tensors, register
 from writers.peft_common import (
-    adapt, finish, model, outputs, peft_trial, reload, text_model, train,
+    adapt,
+    finish,
+    model,
+    outputs,
+    peft_trial,
+    reload,
+    text_model,
+    train,
 )  # fmt: skip
 from writers.peft_towers import EYE, IMAGE
 
@@ -77,6 +85,16 @@ def renamed(folder: Path, way: Callable[[str], str], options: tuple[str, ...]) -
 
 for name, (way, options) in WAYS.items():
     register(WRITER, name, functools.partial(renamed, way=way, options=options))
+
+
+def misled(folder: Path) -> Trial:
+    """Rename q to o, which has the same shape: the norms of the rows show that it is wrong."""
+    many = functools.partial(text_model, "LlamaForCausalLM", head_dim=8)
+    trial = peft_trial(folder, many, target_modules=["q_proj"])
+    return trial._replace(options=("--rename", "q_proj=o_proj"))
+
+
+register(WRITER, "--rename to a wrong module of the same shape", misled, refused="q_proj")
 
 
 def nvlabs(folder: Path) -> Trial:
@@ -146,7 +164,9 @@ SIBLINGS: dict[str, tuple[Callable[[], Any], dict[str, Any], list[str]]] = {
     "BERT": (functools.partial(text_model, "BertForMaskedLM"), {}, ["query", "dense"]),
     "RoBERTa": (functools.partial(text_model, "RobertaForMaskedLM"), {}, ["query"]),
     "DistilBERT": (
-        functools.partial(text_model, "DistilBertForMaskedLM", hidden_dim=48), {}, ["q_lin", "lin1"],
+        functools.partial(text_model, "DistilBertForMaskedLM", hidden_dim=48),
+        {},
+        ["q_lin", "lin1"],
     ),
     "ViT": (
         functools.partial(model, "ViTForImageClassification", **EYE),

@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import torch
 from safetensors.torch import save_file
+
 from writers.matrix import BOUND16, Trial, register
 from writers.peft_common import adapt, finish, peft_trial, randomise, text_model, train
 
@@ -36,11 +37,11 @@ OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "lora_dropout": (llama, {"lora_dropout": 0.3}),
     "layers_to_transform": (llama, {"layers_to_transform": [1]}),
-    "target_modules is an expression": (llama, {"target_modules": r".*layers\.0\..*(up|down)_proj"}),
+    "target_modules is an expression": (llama, {"target_modules": r".*layers\.0\..*down_proj"}),
     "exclude_modules": (llama, {"target_modules": "all-linear", "exclude_modules": ["o_proj"]}),
     "bias=all": (qwen, {"bias": "all"}),
     "bias=lora_only": (qwen, {"bias": "lora_only"}),
-    "bias=all, all modules of GPT-2": (gpt2, {"bias": "all", "target_modules": ["c_attn", "c_proj"]}),
+    "bias=all, GPT-2": (gpt2, {"bias": "all", "target_modules": ["c_attn", "c_proj"]}),
     "embed_tokens": (llama, {"target_modules": [*LAYER, "embed_tokens"]}),
     "embed_tokens and lm_head": (llama, {"target_modules": ["embed_tokens", "lm_head"]}),
     "modules_to_save=[lm_head]": (llama, {"modules_to_save": ["lm_head"]}),

@@ -1,4 +1,4 @@
-"""PEFT on models of images and of sound, whose modules transformers 5 renames when it loads them."""
+"""PEFT on models of images and of sound; transformers 5 renames their modules when it loads."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import torch
+
 from writers.matrix import register
 from writers.peft_common import IDS, TEXT, model, peft_trial
 from writers.peft_vision import EYE, QV
@@ -63,11 +64,9 @@ WAV = {
     "mask_time_prob": 0.0,
     "pad_token_id": 0,
 }
-CLIP = {
-    "text_config": {**TEXT, "projection_dim": 32},
-    "vision_config": {**EYE, "projection_dim": 32},
-    "projection_dim": 32,
-}
+WIDE = {"projection_dim": 32}
+CLIP = {"text_config": {**TEXT, **WIDE}, "vision_config": {**EYE, **WIDE}, **WIDE}
+CONVNEXT = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}
 
 
 def image(model: Any) -> dict[str, Any]:
@@ -102,10 +101,10 @@ MODELS: dict[str, tuple[str, Any, dict[str, Any], Any]] = {
     "Swin": ("SwinForImageClassification", image, SWIN, QV),
     "Swin V2": ("Swinv2ForImageClassification", image, SWIN, ["query", "value"]),
     "SegFormer": ("SegformerForSemanticSegmentation", image, SEGFORMER, QV),
-    "ConvNeXT": ("ConvNextForImageClassification", image, {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}, ["pwconv1", "pwconv2"]),
+    "ConvNeXT": ("ConvNextForImageClassification", image, CONVNEXT, ["pwconv1", "pwconv2"]),
     "CLIP": ("CLIPModel", both, CLIP, QV),
-    "CLIP's text model": ("CLIPTextModelWithProjection", text, {**TEXT, "projection_dim": 32}, QV),
-    "CLIP's vision model": ("CLIPVisionModelWithProjection", image, {**EYE, "projection_dim": 32}, QV),
+    "CLIP's text model": ("CLIPTextModelWithProjection", text, {**TEXT, **WIDE}, QV),
+    "CLIP's vision model": ("CLIPVisionModelWithProjection", image, {**EYE, **WIDE}, QV),
     "SigLIP": ("SiglipModel", both, {"text_config": TEXT, "vision_config": EYE}, QV),
     "Whisper": ("WhisperForConditionalGeneration", mel, WHISPER, QV),
     "Wav2Vec2": ("Wav2Vec2ForCTC", sound, WAV, QV),

@@ -9,8 +9,8 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
+
 from writers.matrix import Trial, read_tensors, register
 from writers.peft_common import IDS, TEXT, adapt, finish, model, outputs, peft_trial, reload
 

@@ -21,6 +21,7 @@ from torchtune.models.convert_weights import (
 from torchtune.models.llama3 import lora_llama3
 from torchtune.modules.peft import get_adapter_state_dict, get_merged_lora_ckpt
 from transformers import LlamaConfig, LlamaForCausalLM
+
 from writers.matrix import Trial, register
 from writers.peft_common import IDS, TEXT, outputs, randomise, reload, train
 
@@ -57,7 +58,7 @@ def tune_trial(
     for module in model.modules():
         if hasattr(module, "initialize_dora_magnitude"):
             module.initialize_dora_magnitude()
-    adapter = {name for name in get_adapter_state_dict(model.state_dict())}
+    adapter = set(get_adapter_state_dict(model.state_dict()))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in adapter)
     train(model)
