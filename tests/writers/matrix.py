@@ -1,7 +1,7 @@
 """A case, its result, and the comparison of OUT with the writer's own merge.
 
 A case makes a `Trial` in an empty folder: a base, an adapter, and the right values. `judge` runs
-`doraxp merge` on it. The result is one of three:
+`doraxp merge` on it, or `doraxp convert`. The result is one of three:
 
     right      every tensor and every output is within the case's bound of the right one
     refused    the command ended with an error
@@ -30,6 +30,7 @@ BOUND = 1e-5
 BOUND16 = 2e-2
 """Of a bfloat16 or float16 model: a few times the distance of two bfloat16 numbers."""
 CASES: list[Case] = []
+Tensors = Mapping[str, torch.Tensor]
 
 
 class Trial(NamedTuple):
@@ -38,17 +39,20 @@ class Trial(NamedTuple):
     `right` has the tensors of OUT by name, as `read_tensors` returns them. `outputs` loads a folder
     with the writer's library and returns the model's output, whose right value is `wanted`. OUT may
     lack or have the tensors in `free`: for example, those of an old head. Names with and without
-    the `prefix` are equal.
+    the `prefix` are equal. With `to`, the adapter is converted to that format, and `read` merges
+    OUT by the package whose format it is.
     """
 
     base: Path
     adapter: Path
-    right: Mapping[str, torch.Tensor]
+    right: Tensors
     outputs: Callable[[Path], torch.Tensor] | None = None
     wanted: torch.Tensor | None = None
     options: tuple[str, ...] = ()
     free: frozenset[str] = frozenset()
     prefix: str = ""
+    to: str = ""
+    read: Callable[[Path], Tensors] | None = None
 
 
 class Case(NamedTuple):
@@ -87,11 +91,11 @@ def judge(case: Case, folder: Path) -> Result:
     torch.manual_seed(0)
     trial = case.make(folder)
     out = folder / ("out.safetensors" if trial.base.is_file() else "out")
-    status, message = run_merge(trial, out)
+    status, message = run(trial, out)
     if status:
         return Result("refused", text=plain(message, folder))
     try:
-        tensors = difference_of_tensors(read_tensors(out), trial)
+        tensors = difference_of_tensors((trial.read or read_tensors)(out), trial)
         outputs = None
         if trial.outputs is not None:
             outputs = difference(trial.outputs(out), trial.wanted)
@@ -101,10 +105,13 @@ def judge(case: Case, folder: Path) -> Result:
     return Result("right" if worst <= case.bound else "WRONG", tensors, outputs)
 
 
-def run_merge(trial: Trial, out: Path) -> tuple[int, str]:
+def run(trial: Trial, out: Path) -> tuple[int, str]:
     """Return the exit status of the command, and its messages."""
     messages = io.StringIO()
     arguments = ["merge", str(trial.base), str(trial.adapter), "--out", str(out), "--jobs", "1"]
+    if trial.to:
+        source, base = str(trial.adapter), str(trial.base)
+        arguments = ["convert", source, "--base", base, "--to", trial.to, "--out", str(out)]
     with contextlib.redirect_stderr(messages), contextlib.redirect_stdout(io.StringIO()):
         try:
             status = main([*arguments, *trial.options])
@@ -134,7 +141,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def difference_of_tensors(got: Mapping[str, torch.Tensor], trial: Trial) -> float:
+def difference_of_tensors(got: Tensors, trial: Trial) -> float:
     """Return the largest difference; it is infinite where OUT lacks a tensor.
 
     A tensor of OUT that the writer's merge does not have must be in the base, and equal to it.

@@ -94,7 +94,7 @@ def misled(folder: Path) -> Trial:
     return trial._replace(options=("--rename", "q_proj=o_proj"))
 
 
-register(WRITER, "--rename to a wrong module of the same shape", misled, refused="q_proj")
+register(WRITER, "--rename to a wrong module of the same shape", misled, refused="norm")
 
 
 def nvlabs(folder: Path) -> Trial:
