@@ -128,6 +128,12 @@ def text_encoder(size: int = 16) -> Any:
     return randomise(transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes)))
 
 
+def t5_encoder() -> Any:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(vocab_size=64, **sizes)
+    return randomise(transformers.T5EncoderModel(config))
+
+
 @torch.no_grad()
 def text_outputs(model: Any) -> torch.Tensor:
     return model(input_ids=IDS).last_hidden_state.clone()

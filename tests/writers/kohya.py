@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from writers import original_names as names
-from writers.images import image_model, text_encoder
+from writers.images import image_model, t5_encoder, text_encoder
 from writers.matrix import Trial, read_tensors, register
 
 RANK, ALPHA = 4, 6.0
@@ -210,6 +210,21 @@ def with_encoders(folder: Path, places: Mapping[str, str], *, unet: bool) -> Tri
         adapter, merged = adapter | more, merged | changed
     return save(folder, base, adapter, merged)
 
+
+def on_t5(folder: Path, prefix: str) -> Trial:
+    """Make an adapter of T5, the second text encoder of Flux and the third of SD3."""
+    base = {name: x.clone() for name, x in t5_encoder().state_dict().items()}
+    part = "encoder.block.0.layer"
+    modules = {
+        f"{part}.{name}": [f"{part}.{name}"]
+        for name in ("0.SelfAttention.q", "0.SelfAttention.o", "1.DenseReluDense.wi")
+    }
+    return save(folder, base, *adapt(base, modules, underscored(prefix), KOHYA, ALPHA))
+
+
+for prefix in "lora_te2", "lora_te3":
+    trial = functools.partial(on_t5, prefix=prefix)
+    register("kohya, text encoders", f"{prefix}_ of T5", trial)
 
 OPEN_CLIP = {
     "self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",

@@ -27,7 +27,7 @@ from doraxp.cli import main
 
 BOUND = 1e-5
 """Of the differences of a float32 model. A case in fewer bits has a bound of its own."""
-BOUND16 = 2e-2
+BOUND16 = 1e-2
 """Of a bfloat16 or float16 model: a few times the distance of two bfloat16 numbers."""
 CASES: list[Case] = []
 Tensors = Mapping[str, torch.Tensor]

@@ -23,7 +23,7 @@ with the package's own merge.
 | WRONG | the command ended without an error, and OUT is not right |
 
 A difference is max|got − right| / max|right|, the largest of all tensors or outputs. The bound is
-1e-5 for models in float32, and 2e-2 for those in bfloat16 and float16. The right outputs, such as
+1e-5 for models in float32, and 1e-2 for those in bfloat16 and float16. The right outputs, such as
 logits, are those of the adapted model before it was saved. They are compared where OUT is a whole
 model.
 """

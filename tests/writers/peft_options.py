@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from writers.matrix import BOUND16, Trial, register
-from writers.peft_common import adapt, finish, peft_trial, randomise, text_model, train
+from writers.peft_common import adapt, finish, peft_trial, randomise, reload, text_model, train
 
 WRITER = "PEFT, options"
 LAYER = ["q_proj", "v_proj"]
@@ -76,9 +76,8 @@ for name, (make, changes) in OPTIONS.items():
 
 def stored(folder: Path, dtype: torch.dtype, size: str = "1GB") -> Trial:
     """Save the base in the dtype and in shards. The right values are those of a float32 copy."""
-    base = llama().to(dtype)
-    base.save_pretrained(folder / "base", max_shard_size=size)
-    return finish(folder, adapt(base.float(), target_modules="all-linear"))
+    llama().to(dtype).save_pretrained(folder / "base", max_shard_size=size)
+    return finish(folder, adapt(reload(folder / "base"), target_modules="all-linear"))
 
 
 register(WRITER, "base in shards", functools.partial(stored, dtype=torch.float32, size="9KB"))
@@ -87,35 +86,31 @@ for dtype in torch.bfloat16, torch.float16:
     register(WRITER, f"base in {str(dtype).removeprefix('torch.')}", make, bound=BOUND16)
 
 
-def changed_config(folder: Path, fields: dict[str, Any], **changes: Any) -> Trial:
-    """Change fields in adapter_config.json of a PEFT adapter that no plain weight can act as."""
+def unmergeable(folder: Path, fields: Any = None, **changes: Any) -> Trial:
+    """Make an adapter that must be refused; `fields` are changed in its adapter_config.json."""
     base = llama()
     base.save_pretrained(folder / "base")
     adapt(base, **{"target_modules": LAYER, **changes}).save_pretrained(folder / "adapter")
     file = folder / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    file.write_text(json.dumps(json.loads(file.read_text()) | (fields or {})))
     return Trial(folder / "base", folder / "adapter", {})
 
 
 for name, message, make in (
-    (
-        "layer_replication",
-        "layer_replication",
-        {"layer_replication": [(0, 2), (1, 2)], "fields": {}},
-    ),
+    ("layer_replication", "layer_replication", {"layer_replication": [(0, 2), (1, 2)]}),
     # PEFT writes the patterns in another order, by which it cannot load its own file.
     (
         "two patterns for one module, sorted otherwise",
         "says rank 2, but lora_A",
-        {"fields": {}, "rank_pattern": {"v_proj": 7, "layers.1.self_attn.v_proj": 2}},
+        {"rank_pattern": {"v_proj": 7, "layers.1.self_attn.v_proj": 2}},
     ),
     ("lora_bias", "lora_bias", {"fields": {"lora_bias": True}}),  # PEFT refuses it beside use_dora
-    ("use_dora=False", "magnitude", {"fields": {}, "use_dora": False}),
+    ("use_dora=False", "magnitude", {"use_dora": False}),
     ("use_dora=False beside magnitudes", "use_dora", {"fields": {"use_dora": False}}),
-    ("a base of PiSSA that was not saved", "pissa", {"fields": {}, "init_lora_weights": "pissa"}),
-    ("a base of OLoRA that was not saved", "olora", {"fields": {}, "init_lora_weights": "olora"}),
+    ("a base of PiSSA that was not saved", "pissa", {"init_lora_weights": "pissa"}),
+    ("a base of OLoRA that was not saved", "olora", {"init_lora_weights": "olora"}),
 ):
-    register(WRITER, name, functools.partial(changed_config, **make), refused=message)
+    register(WRITER, name, functools.partial(unmergeable, **make), refused=message)
 
 
 def residual(folder: Path, way: str, options: tuple[str, ...] = (), declared: Any = None) -> Trial:
