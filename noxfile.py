@@ -7,6 +7,7 @@ the bare source tree: `PYTHONPATH=src python -m pytest --backend numpy`.
 from __future__ import annotations
 
 import ctypes
+import os
 import pathlib
 import shutil
 
@@ -129,6 +130,14 @@ def peers(session: nox.Session) -> None:
     pytest(session, *lanes, *PARALLEL, "-rP", *(f"tests/test_{name}.py" for name in names))
 
 
+@nox.session
+def writers(session: nox.Session) -> None:
+    """Merge the adapters of real writers, compare with their own merges, write docs/writers.md."""
+    install(session, "test", "writers")
+    page = ["-p", "writers.page"]
+    pytest(session, "--backend=writers", PROCESSES, *page, "tests/test_writers.py")
+
+
 @nox.session(name="peft-tests")
 def peft_tests(session: nox.Session) -> None:
     """Run PEFT's own tests of DoRA on accelerated layers. Five of them need a model hub."""
@@ -240,8 +249,8 @@ def examples_of(session: nox.Session, backend: str) -> None:
 
 
 def pytest(session: nox.Session, *args: str) -> None:
-    """Run pytest with docs/blocks.py, which collects the examples of Markdown files."""
-    env = {"PYTHONPATH": "docs"}
+    """Run pytest with plugins of docs and tests; docs/blocks.py collects the examples of pages."""
+    env = {"PYTHONPATH": os.pathsep.join(("docs", "tests"))}
     if PROCESSES in args:  # a process for each core: more threads would wait for one another
         env |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiling takes most of its lane's time

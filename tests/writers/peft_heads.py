@@ -1,0 +1,140 @@
+"""PEFT on models with tied embeddings, new tokens and new heads: whole tensors in the file."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from writers.matrix import Trial, read_tensors, register
+from writers.peft_common import adapt, finish, outputs, reload, text_model
+
+LLAMA = "LlamaForCausalLM"
+TIED = {
+    "modules_to_save=[embed_tokens]": {"modules_to_save": ["embed_tokens"]},
+    "modules_to_save=[embed_tokens, lm_head]": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "the same with ensure_weight_tying": {
+        "modules_to_save": ["embed_tokens", "lm_head"],
+        "ensure_weight_tying": True,
+    },
+    "DoRA on embed_tokens": {"target_modules": ["q_proj", "embed_tokens"]},
+    "DoRA on lm_head": {"target_modules": ["q_proj", "lm_head"]},
+}
+TIED_MODELS = {
+    "Llama": functools.partial(text_model, LLAMA, head_dim=8, tie_word_embeddings=True),
+    "Qwen3": functools.partial(
+        text_model, "Qwen3ForCausalLM", head_dim=8, tie_word_embeddings=True
+    ),
+    "Gemma 3": functools.partial(text_model, "Gemma3ForCausalLM", head_dim=8, sliding_window=16),
+}
+
+
+def tied(folder: Path, make: Any, **changes: Any) -> Trial:
+    """Make a trial whose right tensors are those of the adapted modules, merged one by one.
+
+    PEFT merges an adapter of one of two tied modules into both. So the right embedding and head
+    come from the modules themselves. OUT may share one tensor if the two are equal.
+    """
+    base = make()
+    base.save_pretrained(folder / "base")
+    tuned = adapt(base, **{"target_modules": ["q_proj"], **changes})
+    ends = {
+        "lm_head.weight": effective(tuned.base_model.model.get_output_embeddings()),
+        "model.embed_tokens.weight": effective(tuned.base_model.model.get_input_embeddings()),
+    }
+    trial = finish(folder, tuned)
+    equal = torch.equal(*ends.values())
+    return trial._replace(
+        right={**trial.right, **ends}, free=frozenset(["lm_head.weight"] if equal else [])
+    )
+
+
+@torch.no_grad()
+def effective(module: Any) -> torch.Tensor:
+    """Return the weight of a module of PEFT as its forward pass applies it."""
+    if hasattr(module, "modules_to_save"):
+        return module.modules_to_save["default"].weight.clone()
+    if not hasattr(module, "base_layer"):
+        return module.weight.clone()
+    layer = module.base_layer
+    if isinstance(layer, torch.nn.Embedding):
+        return module(torch.arange(layer.num_embeddings)) / getattr(layer, "embed_scale", 1.0)
+    return module(torch.eye(layer.in_features)).mT.contiguous()
+
+
+for title, make in TIED_MODELS.items():
+    for name, changes in TIED.items():
+        trial = functools.partial(tied, make=make, **changes)
+        register("PEFT, tied embeddings", f"{title}: {name}", trial)
+
+
+def new_tokens(folder: Path, *, resized_base: bool, save: Any = "auto", **changes: Any) -> Trial:
+    """Add 6 tokens; the base is the model before or after the embeddings were resized."""
+    base = text_model(LLAMA, head_dim=8)
+    base.save_pretrained(folder / "base")
+    base = reload(folder / "base")
+    torch.manual_seed(2)
+    base.resize_token_embeddings(70)
+    if resized_base:
+        base.save_pretrained(folder / "base")
+    tuned = adapt(base, **{"target_modules": ["q_proj"], **changes})
+    tuned.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    return finish(folder, tuned, save={"save_embedding_layers": save})
+
+
+BOTH = ["embed_tokens", "lm_head"]
+for name, changes in {
+    "saved by PEFT itself": {"save": True},
+    "modules_to_save": {"modules_to_save": BOTH, "save": False},
+    "modules_to_save, PEFT's defaults": {"modules_to_save": BOTH},
+    "DoRA on embed_tokens and lm_head": {"target_modules": BOTH, "save": True},
+}.items():
+    for resized in True, False:
+        title = f"{name}, base {'as resized' if resized else 'of the old vocabulary'}"
+        trial = functools.partial(new_tokens, resized_base=resized, **changes)
+        register("PEFT, new tokens", title, trial)
+
+HEADS: dict[str, tuple[str, str, list[str]]] = {
+    "Llama": (LLAMA, "LlamaForSequenceClassification", ["q_proj"]),
+    "Llama, tokens": (LLAMA, "LlamaForTokenClassification", ["q_proj"]),
+    "Qwen2": ("Qwen2ForCausalLM", "Qwen2ForSequenceClassification", ["q_proj"]),
+    "GPT-2": ("GPT2LMHeadModel", "GPT2ForSequenceClassification", ["c_attn"]),
+    "BERT": ("BertModel", "BertForSequenceClassification", ["query"]),
+    "BERT, tokens": ("BertModel", "BertForTokenClassification", ["query"]),
+    "BERT of a masked model": ("BertForMaskedLM", "BertForSequenceClassification", ["query"]),
+    "RoBERTa": ("RobertaForMaskedLM", "RobertaForSequenceClassification", ["query"]),
+    "DistilBERT": ("DistilBertForMaskedLM", "DistilBertForSequenceClassification", ["q_lin"]),
+    "DeBERTa-v2": ("DebertaV2Model", "DebertaV2ForSequenceClassification", ["query_proj"]),
+    "ModernBERT": ("ModernBertForMaskedLM", "ModernBertForSequenceClassification", ["Wqkv"]),
+    "ELECTRA": ("ElectraModel", "ElectraForSequenceClassification", ["query"]),
+}
+NEW = {
+    "BERT of a masked model": ["pooler"],
+    "DistilBERT": ["pre_classifier"],
+    "DeBERTa-v2": ["pooler"],
+}
+"""New layers that PEFT does not save without being told, so that a reload draws them again."""
+
+
+def classifier(folder: Path, base: str, head: str, **changes: Any) -> Trial:
+    """Train a classifier of 3 labels on a base that lacks its head."""
+    text_model(base).save_pretrained(folder / "base")
+    model = getattr(transformers, head).from_pretrained(folder / "base", num_labels=3)
+    task = "TOKEN_CLS" if "Token" in head else "SEQ_CLS"
+    trial = finish(folder, adapt(model, task_type=task, **changes))
+    return trial._replace(
+        options=("--architecture", head, "--labels", "no,maybe,yes"),
+        outputs=lambda out: outputs(reload(out)),  # by the class that OUT's config.json names
+        free=frozenset(read_tensors(folder / "base").keys() - trial.right.keys()),
+        prefix=f"{model.base_model_prefix}.",
+    )
+
+
+for name, (base, head, targets) in HEADS.items():
+    make = functools.partial(
+        classifier, base=base, head=head, target_modules=targets, modules_to_save=NEW.get(name)
+    )
+    register("PEFT, new heads", name, make)
