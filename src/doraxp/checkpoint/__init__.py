@@ -16,7 +16,7 @@ from doraxp.checkpoint._model import Model, open_model
 from doraxp.checkpoint._options import Options
 from doraxp.checkpoint._run import run_merge
 from doraxp.checkpoint._sampled_norms import SampledNorms, sample_norms
-from doraxp.checkpoint._save import renamed, save_adapters
+from doraxp.checkpoint._save import named_for, save_adapters
 from doraxp.checkpoint._target import check_target
 from doraxp.checkpoint._tasks import (
     CopiedTensor,
@@ -49,10 +49,10 @@ __all__ = [
     "load_adapters",
     "look_at",
     "look_at_base",
+    "named_for",
     "open_model",
     "parts_of",
     "plan_merge",
-    "renamed",
     "run_merge",
     "sample_norms",
     "save_adapters",

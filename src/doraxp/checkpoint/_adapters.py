@@ -39,8 +39,8 @@ class StoredLayer(NamedTuple):
     names: TensorNames
     factors_transposed: bool = False
     """True where the file stores A as (in, rank) and B as (rank, out)."""
-    rows: slice | None = None
-    """The rows of B and m that are for this weight; None for all."""
+    rows: tuple[slice, ...] | None = None
+    """The rows of B and m that are for this weight, in its order; None for all."""
     heads: int | None = None
     """The heads in which the rows of m are interleaved, as torchtune has them; None if they are in
     order."""
@@ -79,7 +79,7 @@ class AdapterSet(Mapping[str, AdaptedLayer]):
     """
 
     format: str
-    """"peft", "mlx", "lycoris" or "nvlabs"."""
+    """"peft", "mlx", "lycoris", "diffusers", "nvlabs" or "torchtune"."""
     reader: Reader
     layers: Mapping[str, StoredLayer]
     """The part that the header tells: rank and scale, kind, shape and names."""
@@ -91,6 +91,8 @@ class AdapterSet(Mapping[str, AdaptedLayer]):
     """The ``bias`` of a PEFT configuration, "all" or "lora_only"; None without trained biases."""
     dots_lost: bool = False
     """True where the paths have an underscore for each dot of the base's names."""
+    differences: Mapping[str, str] = field(default_factory=dict)
+    """Tensors to add to the base's: their names in the base, and in the file."""
     is_of_images: bool = False
     """True where the paths begin with the part of an image model that they are for."""
     tokens: Mapping[str, TokenRows] = field(default_factory=dict)
@@ -99,6 +101,8 @@ class AdapterSet(Mapping[str, AdaptedLayer]):
     """True where the output head was trained as the same weight as the embeddings."""
     head: NewHead = NO_HEAD
     """The head that was trained with the adapter."""
+    is_interleaved: bool = False
+    """True for torchtune's export, whose m of q and k has torchtune's order of rows."""
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -125,7 +129,8 @@ class AdapterSet(Mapping[str, AdaptedLayer]):
         if layer.heads is not None:
             m = m.reshape(layer.heads, -1, 2).swapaxes(1, 2)
         if layer.rows is not None:
-            b, m = b.reshape(-1, rank)[layer.rows], m.reshape(-1)[layer.rows]
+            b, m = b.reshape(-1, rank), m.reshape(-1)
+            b, m = (np.concatenate([leaf[rows] for rows in layer.rows]) for leaf in (b, m))
         adapter = Adapter(
             a.reshape(*stack, rank, inner), b.reshape(*stack, out, rank), m.reshape(*stack, out)
         )
@@ -159,6 +164,8 @@ def _check_layer(reader: Reader, path: str, layer: StoredLayer) -> None:
             f"{rank * max(out, inner)} for rank {rank} and a weight of shape {layer.shape}"
         )
     sizes = (rank * inner, out * rank, out)
+    if layer.rows is not None:
+        return  # the module has more rows than the weight
     for name, size in zip(layer.names, sizes, strict=True):
         tensor = reader.tensors[name]
         if tensor.dtype not in DTYPES:

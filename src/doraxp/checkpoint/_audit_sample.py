@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from doraxp._base.types import Adapter, Config
 from doraxp.checkpoint._precision import dtype_name, narrowest
 from doraxp.checkpoint._rows import matrix_rows
-from doraxp.checkpoint._safetensors import DTYPES, Source
+from doraxp.checkpoint._safetensors import DTYPES, AnySource
 from doraxp.checkpoint._slack import Wide
 from doraxp.layers import AdaptedLayer
 
@@ -51,7 +51,7 @@ class Sample(NamedTuple):
             return values.astype(DTYPES[self.dtypes.stored]).astype(np.float64)
 
 
-def take_sample(source: Source, stored: Source, layer: AdaptedLayer) -> Sample:
+def take_sample(source: AnySource, stored: AnySource, layer: AdaptedLayer) -> Sample:
     """Return groups of rows that are evenly spaced, the first and the last row included.
 
     Parameters

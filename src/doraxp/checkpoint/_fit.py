@@ -111,7 +111,8 @@ def fit(model: Model, adapters: AdapterSet, choices: Fit) -> Fitted:
         for path, layer in adapters.layers.items()
     }
     whole = {
-        name: _whole(choices.renamed(name)) for name in (*adapters.replacements, *adapters.tokens)
+        name: _whole(choices.renamed(name))
+        for name in (*adapters.replacements, *adapters.tokens, *adapters.differences)
     }
     wanted = list({one.name: one for one in (*whole.values(), *modules.values())}.values())
     model_type = model.config.get("model_type")

@@ -17,7 +17,7 @@ from doraxp.checkpoint._fit import AS_FILED, Fit, Fitted, fit
 from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._names import Place
 from doraxp.checkpoint._orientation import is_transposed
-from doraxp.checkpoint._safetensors import DTYPES, Source
+from doraxp.checkpoint._safetensors import DTYPES, AnySource, Source
 from doraxp.checkpoint._tasks import (
     CopiedTensor,
     JoinedTensor,
@@ -26,6 +26,7 @@ from doraxp.checkpoint._tasks import (
     ReplacedTensor,
     Task,
 )
+from doraxp.checkpoint._torchtune import in_order
 from doraxp.checkpoint._whole_tensors import whole_tensors
 
 _OTHER_WAY = {"linear": LayerKind("transposed"), "transposed": LayerKind("linear")}
@@ -83,7 +84,7 @@ def plan(model: Model, adapters: AdapterSet, choices: Fit = AS_FILED) -> Plan:
     return Plan(tasks, lead, edits, fitted.unused)
 
 
-def _joined(source: Source, parts: Sequence[MergedTensor]) -> Task:
+def _joined(source: AnySource, parts: Sequence[MergedTensor]) -> Task:
     """Return the task of a tensor of the base, of which these parts are merged."""
     if len(parts) == 1 and parts[0].source.window is None:
         return parts[0]
@@ -110,7 +111,11 @@ def _merged_parts(
     merged: dict[str, list[MergedTensor]] = defaultdict(list)
     problems = []
     for path in fitted.modules:
-        layer = adapters.layers[path]
+        try:
+            layer = in_order(path, adapters.layers[path], adapters, model.config)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
         for place in fitted.places.get(path, ()):
             name = place.tensor
             rival = next((part for part in merged[name] if _overlap(part, place)), None)
@@ -118,7 +123,9 @@ def _merged_parts(
                 problems.append(f"{rival.path} and {path} are both for {name}")
                 continue
             task = replaced.get(name)
-            source = fitted.sources[name] if task is None else task.source
+            source = fitted.sources[name]
+            if isinstance(task, ReplacedTensor) and isinstance(task.source, Source):
+                source = task.source
             if place.rows is not None:
                 source = source.rows(place.rows.start, place.rows.stop)
             try:
@@ -153,7 +160,7 @@ def _as_stored(
         )
     if place.own is not None:
         shape = (place.own.stop - place.own.start, *shape[1:])
-        layer = layer._replace(shape=shape, rows=place.own)
+        layer = layer._replace(shape=shape, rows=(place.own,))
     if tensor.shape == shape:
         return layer
     if layer.kind.name in _OTHER_WAY and tensor.shape == shape[::-1] and place.own is None:

@@ -22,7 +22,7 @@ from doraxp._core.kinds import LayerKind
 from doraxp.backends import Operations, operations
 from doraxp.checkpoint._engine import Engine, Reused
 from doraxp.checkpoint._errors import CheckpointError
-from doraxp.checkpoint._safetensors import Source
+from doraxp.checkpoint._safetensors import AnySource
 from doraxp.layers import AdaptedLayer
 
 BLOCK = 1 << 19
@@ -59,7 +59,7 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
     return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
-def matrix_rows(source: Source, rows: NDArray[np.intp], kind: LayerKind) -> NDArray[np.float64]:
+def matrix_rows(source: AnySource, rows: NDArray[np.intp], kind: LayerKind) -> NDArray[np.float64]:
     """Return some rows of the matrix of a stored weight, in ascending order."""
     if kind.is_transposed:
         parts = [source.read(block)[:, rows] for block in row_blocks(source.tensor.shape)]
@@ -72,7 +72,7 @@ def matrix_rows(source: Source, rows: NDArray[np.intp], kind: LayerKind) -> NDAr
 
 
 def merged_blocks(
-    name: str, source: Source, layer: AdaptedLayer, engine: Engine, dtype: str
+    name: str, source: AnySource, layer: AdaptedLayer, engine: Engine, dtype: str
 ) -> Iterator[Block]:
     """Yield the merged weight block by block.
 

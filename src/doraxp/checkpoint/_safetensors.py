@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import NamedTuple, TypeAlias, TypedDict, cast
@@ -23,6 +23,7 @@ from doraxp._base.types import HostArray
 from doraxp.checkpoint._errors import CheckpointError, changed
 from doraxp.checkpoint._json import SIZE_LIMIT, check_values, parse_json
 from doraxp.checkpoint._stamp import (
+    CHUNK,
     Stamp,
     check_stamps,
     chunks,
@@ -182,6 +183,56 @@ class Source(NamedTuple):
         """Return a window of rows of this source."""
         first = 0 if self.window is None else self.window.start
         return self._replace(window=slice(first + start, first + stop))
+
+    def reopened(self, fresh: Mapping[Path, Reader]) -> Source:
+        """Return the same tensor in files that were opened anew."""
+        return self._replace(reader=fresh[self.reader.path])
+
+
+class SumSource(NamedTuple):
+    """The sum of a tensor of the base and one of an adapter's file, which acts as a tensor."""
+
+    base: Source
+    difference: Source
+
+    @property
+    def reader(self) -> Reader:
+        """The file with the tensor that is added."""
+        return self.difference.reader
+
+    @property
+    def name(self) -> str:
+        """The name of the tensor that is added."""
+        return self.difference.name
+
+    @property
+    def tensor(self) -> Tensor:
+        """The entry of the base's tensor."""
+        return self.base.tensor
+
+    def read(self, rows: slice | None = None, empty: Empty = np.empty) -> HostArray:
+        """Return the sum, or some rows of it, in the base's dtype."""
+        base, difference = self.base.read(rows), self.difference.read(rows)
+        result = empty(base.shape, base.dtype)
+        np.copyto(result, base.astype(np.float64) + difference, casting="unsafe")
+        return result
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Yield the bytes of the sum."""
+        raw = self.read().reshape(-1).view(np.uint8).data
+        yield from (raw[start : start + CHUNK] for start in range(0, len(raw), CHUNK))
+
+    def rows(self, start: int, stop: int) -> SumSource:
+        """Return a window of rows of the sum."""
+        return SumSource(self.base.rows(start, stop), self.difference.rows(start, stop))
+
+    def reopened(self, fresh: Mapping[Path, Reader]) -> SumSource:
+        """Return the same tensor in files that were opened anew."""
+        return SumSource(self.base.reopened(fresh), self.difference.reopened(fresh))
+
+
+AnySource: TypeAlias = Source | SumSource
+"""Where a tensor is read from."""
 
 
 def same_bytes(one: memoryview, other: memoryview) -> bool:

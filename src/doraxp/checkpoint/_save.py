@@ -1,4 +1,4 @@
-"""Adapters to a folder: `save_adapters`, and `renamed` for names that no trainer knows."""
+"""Adapters to a folder: `save_adapters`, and `named_for` for the names of a model's modules."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ import numpy as np
 from safetensors.numpy import save
 
 from doraxp.checkpoint._adapters import CONFIG, AdapterSet, StoredLayer
+from doraxp.checkpoint._errors import CheckpointError
+from doraxp.checkpoint._fit import AS_FILED, Fit, fit
 from doraxp.checkpoint._formats import FILES, WRITABLE, choices
+from doraxp.checkpoint._model import Model
+from doraxp.checkpoint._names import Places
 from doraxp.checkpoint._replace import prepare_place, put
+from doraxp.checkpoint._torchtune import in_order
 from doraxp.layers import AdaptedLayer
 
 
@@ -36,7 +41,7 @@ def save_adapters(
         A folder that does not exist yet, unless `overwrite` is True.
     adapters : mapping of str to AdaptedLayer
         From `load_adapters` or `doraxp.adapt`; arrays of NumPy.
-    format : {"peft", "mlx"}
+    format : {"peft", "mlx", "diffusers"}
         mlx-lm has one rank and one s for all modules, linear layers, and embeddings of kind linear
         on (tokens, dims).
     overwrite : bool
@@ -55,12 +60,8 @@ def save_adapters(
     """
     if format not in WRITABLE:
         raise ValueError(f"format must be one of {tuple(WRITABLE)}, got {format!r}")
-    if isinstance(adapters, AdapterSet) and adapters.dots_lost:
-        raise ValueError(
-            f"{adapters.reader.path}: {next(iter(adapters))} has an underscore for each dot of the "
-            "module's name, so no trainer would find the module: doraxp convert takes the names "
-            "from the model with --base BASE"
-        )
+    if isinstance(adapters, AdapterSet):
+        _check_names(adapters)
     if not adapters:
         raise ValueError("adapters must hold at least one layer")
     target = Path(path)
@@ -70,50 +71,88 @@ def save_adapters(
     # `ascontiguousarray` would give a number an axis.
     contiguous = {name: np.asarray(leaf, order="C") for name, leaf in written.tensors.items()}
     header = {"format": "pt", **choices.without_choices(written.metadata)}
-    # The order of the patterns in an entry has a meaning: only the entries are sorted.
-    text = json.dumps(dict(sorted(written.config.items())), indent=2) + "\n"
     # The library would write a file that only its owner can read.
     raw = save(contiguous, header | choices.metadata(adapters))
-    put(target, {WRITABLE[format].FILE: raw, CONFIG: text.encode()})
+    files = {WRITABLE[format].FILE: raw}
+    if written.config is not None:
+        # The order of the patterns in an entry has a meaning: only the entries are sorted.
+        text = json.dumps(dict(sorted(written.config.items())), indent=2) + "\n"
+        files[CONFIG] = text.encode()
+    put(target, files)
 
 
-def renamed(adapters: AdapterSet, names: Mapping[str, str]) -> AdapterSet:
-    """Return the adapters of a file whose names lost their dots, by the names of the model.
+def _check_names(adapters: AdapterSet) -> None:
+    """Raise ValueError where a conversion needs the base, for names or for the order of rows."""
+    problem = None
+    if adapters.dots_lost:
+        problem = (
+            f"{next(iter(adapters.layers))} has an underscore for each dot of the module's name, "
+            "so no trainer would find the module"
+        )
+    elif adapters.is_interleaved:
+        problem = "the magnitudes of q and k have torchtune's order of rows, not transformers'"
+    elif adapters.differences:
+        raise ValueError(
+            f"{adapters.reader.path}: no other format has {next(iter(adapters.differences))}, "
+            "which is added to the base's: merge it into its base instead, with doraxp merge"
+        )
+    if problem is not None:
+        raise ValueError(f"{adapters.reader.path}: {problem}: give the model, with --base BASE")
 
-    `save_adapters` and a merge then find the modules.
+
+def named_for(model: Model, adapters: AdapterSet, choices: Fit = AS_FILED) -> AdapterSet:
+    """Return the adapters under the names of a model's modules, as `save_adapters` needs them.
+
+    A module that the model has in several, as the queries, keys and values of original names are in
+    diffusers, becomes several: each has all of A and its rows of B and m, which is exact.
 
     Parameters
     ----------
+    model : Model
+        The base, from `open_model`.
     adapters : AdapterSet
-        Of a LyCORIS or kohya file.
-    names : mapping of str to str
-        The module's path in the model, for each path of `adapters`.
+        From `load_adapters`.
+    choices : Fit
+        How the adapter fits the base, where the files do not say it.
 
     Raises
     ------
-    ValueError
-        The file's names have dots, a path is missing from `names` or unknown, or two modules would
-        have one name.
-
-    Examples
-    --------
-    >>> renamed(load_adapters("a.safetensors"),
-    ...         {"lora_unet_mid_block": "mid.block"})  # doctest: +SKIP
+    CheckpointError
+        A module is not in the model, or is only a part of one of its modules.
     """
-    if not adapters.dots_lost:
-        raise ValueError(f"{adapters.reader.path}: only names that lost their dots are replaced")
-    foreign = next((path for path in names if path not in adapters.layers), None)
-    if foreign is not None:
-        raise ValueError(f"{adapters.reader.path}: the file has no adapter {foreign}")
+    fitted = fit(model, adapters, choices)
+    problem = next(fitted.missing(), None)
+    if problem is not None:
+        raise CheckpointError(f"{adapters.reader.path}: {problem}")
     layers: dict[str, StoredLayer] = {}
-    before: dict[str, str] = {}
-    for path, layer in adapters.layers.items():
-        if path not in names:
-            raise ValueError(f"names must have an entry for {path}")
-        new = names[path]
-        if new in before:
-            raise ValueError(
-                f"{adapters.reader.path}: {before[new]} and {path} would both be named {new}"
+    for path in fitted.modules:
+        layer = in_order(path, adapters.layers[path], adapters, model.config)
+        for tensor, rows in _rows_by_tensor(path, fitted.places[path], adapters).items():
+            size = sum(one.stop - one.start for one in rows)
+            own = layer._replace(rows=rows, shape=(size, *layer.shape[1:])) if rows else layer
+            name = tensor.removesuffix(".weight")
+            if name in layers:
+                raise CheckpointError(f"{adapters.reader.path}: two modules are for {tensor}")
+            layers[name] = own
+    parts = {name.partition(".")[0] for name in layers}
+    if model.is_pipeline and len(parts) == 1:
+        layers = {name.partition(".")[2]: layer for name, layer in layers.items()}
+    return replace(
+        adapters, layers=layers, dots_lost=False, is_of_images=False, is_interleaved=False
+    )
+
+
+def _rows_by_tensor(
+    path: str, places: Places, adapters: AdapterSet
+) -> dict[str, tuple[slice, ...]]:
+    """Return the rows of a module that each tensor has, in the tensor's order; () for all."""
+    found: dict[str, tuple[slice, ...]] = {}
+    for place in sorted(places, key=lambda place: 0 if place.rows is None else place.rows.start):
+        if place.rows is not None and place.own is None:
+            raise CheckpointError(
+                f"{adapters.reader.path}: {path} is only some rows of {place.tensor}, and an "
+                "adapter cannot say that: merge it instead, with doraxp merge"
             )
-        before[new], layers[new] = path, layer
-    return replace(adapters, layers=layers, dots_lost=False)
+        own = () if place.own is None else (place.own,)
+        found[place.tensor] = (*found.get(place.tensor, ()), *own)
+    return found

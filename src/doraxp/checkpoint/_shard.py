@@ -20,7 +20,7 @@ from doraxp.checkpoint._merge import Merge
 from doraxp.checkpoint._options import merge_dtype
 from doraxp.checkpoint._rounding import Stochastic, stochastic, to_either, to_nearest
 from doraxp.checkpoint._rows import merged_blocks, row_blocks
-from doraxp.checkpoint._safetensors import DTYPES, Source
+from doraxp.checkpoint._safetensors import DTYPES, AnySource
 from doraxp.checkpoint._survival import Survival
 from doraxp.checkpoint._tasks import MergedTensor, Part, ReplacedTensor, part_name, parts_of
 from doraxp.layers import AdaptedLayer
@@ -110,14 +110,14 @@ class _PartWork(NamedTuple):
                 self.output.write_array(self.name, rows, self.entry)
 
 
-def _finite_rows(source: Source) -> Iterator[HostArray]:
+def _finite_rows(source: AnySource) -> Iterator[HostArray]:
     for rows in _rows(source):
         if not np.isfinite(rows).all():
             raise CheckpointError(f"{source.reader.path}: {source.name} contains NaN or infinity")
         yield rows
 
 
-def _rows(source: Source) -> Iterator[HostArray]:
+def _rows(source: AnySource) -> Iterator[HostArray]:
     shape = source.tensor.shape
     if 0 in shape or not shape:
         yield source.read()

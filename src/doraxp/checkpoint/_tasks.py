@@ -9,7 +9,7 @@ from typing import TypeAlias
 from doraxp._base.safetensors import Tensor
 from doraxp.checkpoint._adapters import StoredLayer
 from doraxp.checkpoint._options import Options
-from doraxp.checkpoint._safetensors import DTYPES, Source
+from doraxp.checkpoint._safetensors import DTYPES, AnySource, Source
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class MergedTensor:
 
 @dataclass(frozen=True)
 class ReplacedTensor:
-    """A tensor that the adapter's file has in full."""
+    """A tensor that the adapter's file has in full, or that it adds to the base's."""
 
-    source: Source
-    """The tensor in the adapter's file."""
+    source: AnySource
+    """The tensor in the adapter's file, or the sum."""
     dtype: str
     """The base's dtype; that of the adapter's file where the base has no such tensor."""
 
@@ -38,7 +38,7 @@ class ReplacedTensor:
 class CopiedTensor:
     """A tensor that no adapter changes."""
 
-    source: Source
+    source: AnySource
     """The tensor in the base."""
 
 
@@ -50,7 +50,7 @@ Part: TypeAlias = MergedTensor | ReplacedTensor | CopiedTensor
 class JoinedTensor:
     """A tensor of the base that is made part by part, such as one of queries, keys and values."""
 
-    source: Source
+    source: AnySource
     """The tensor in the base."""
     parts: tuple[Part, ...]
     """They have all rows of the tensor, in order. The source of each part is a window."""

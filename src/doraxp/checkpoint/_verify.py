@@ -16,7 +16,7 @@ from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._merge import Merge
 from doraxp.checkpoint._precision import PRECISION
 from doraxp.checkpoint._rows import matrix_rows, row_blocks
-from doraxp.checkpoint._safetensors import DTYPES, Reader, Source, same_bytes
+from doraxp.checkpoint._safetensors import DTYPES, AnySource, Reader, Source, same_bytes
 from doraxp.checkpoint._tasks import MergedTensor, parts_of
 from doraxp.layers import AdaptedLayer
 
@@ -58,7 +58,7 @@ def verify_shard(merge: Merge, name: str, target: Path) -> None:
     for tensor, task in merge.tasks_of(name).items():
         start = 0
         for part in parts_of(task):
-            source = part.source._replace(reader=fresh[part.source.reader.path])
+            source = part.source.reopened(fresh)
             written = Source(result, tensor)
             if source.tensor.shape != written.tensor.shape:
                 rows = source.tensor.shape[0]
@@ -69,7 +69,7 @@ def verify_shard(merge: Merge, name: str, target: Path) -> None:
                 raise CheckpointError(f"{target}: {tensor} is not a copy of {source.name}")
 
 
-def _verify_merged(source: Source, written: Source, layer: AdaptedLayer) -> None:
+def _verify_merged(source: AnySource, written: AnySource, layer: AdaptedLayer) -> None:
     sample = _sample_of(layer)
     weight = matrix_rows(source, sample.rows, layer.kind)
     v = weight + sample.update
@@ -89,7 +89,7 @@ def _verify_merged(source: Source, written: Source, layer: AdaptedLayer) -> None
         )
 
 
-def _equal(source: Source, written: Source) -> bool:
+def _equal(source: AnySource, written: AnySource) -> bool:
     """Compare a copied tensor with its source, converted where the dtypes differ."""
     before, after = source.tensor, written.tensor
     if before.dtype == after.dtype:

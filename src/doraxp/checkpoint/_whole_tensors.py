@@ -13,9 +13,12 @@ from doraxp.checkpoint._config_edits import ConfigEdits, architecture_for
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._fit import Fit, Fitted
 from doraxp.checkpoint._model import Model
-from doraxp.checkpoint._safetensors import DTYPES, Source
+from doraxp.checkpoint._safetensors import DTYPES, AnySource, Source, SumSource
 from doraxp.checkpoint._tasks import CopiedTensor, JoinedTensor, Part, ReplacedTensor
 from doraxp.checkpoint._tied import is_embedding, is_head
+
+_LAST = ("score", "classifier", "out_proj", "qa_outputs")
+"""The last layers of the heads of transformers."""
 
 
 class WholeTensors(NamedTuple):
@@ -51,6 +54,23 @@ def whole_tensors(model: Model, adapters: AdapterSet, choices: Fit, fitted: Fitt
             tasks[target] = _with_rows(tasks.get(target), fitted.sources[target], rows, adapters)
         except CheckpointError as error:
             problems.append(str(error))
+    for name, own in adapters.differences.items():
+        source = Source(adapters.reader, own)
+        if name not in fitted.places:
+            problems.append(f"the base has no tensor {name} for {own}")
+            continue
+        base = fitted.sources[fitted.places[name][0].tensor]
+        if (
+            base.tensor.shape != source.tensor.shape
+            or not {base.tensor.dtype, source.tensor.dtype} <= DTYPES.keys()
+        ):
+            problems.append(
+                f"{own} {source.tensor.shape} does not fit {base.name} {base.tensor.shape}"
+            )
+            continue
+        tasks[fitted.places[name][0].tensor] = ReplacedTensor(
+            SumSource(base, source), base.tensor.dtype
+        )
     grown = _grown(tasks, fitted)
     problems += _left_small(grown, tasks, fitted)
     labels, architecture = _head(model, adapters, choices, fitted, tasks)
@@ -60,7 +80,7 @@ def whole_tensors(model: Model, adapters: AdapterSet, choices: Fit, fitted: Fitt
     return WholeTensors(tasks, frozenset(tasks.keys() - fitted.sources.keys()), edits, problems)
 
 
-def _task(name: str, source: Source, adapters: AdapterSet, fitted: Fitted) -> ReplacedTensor:
+def _task(name: str, source: AnySource, adapters: AdapterSet, fitted: Fitted) -> ReplacedTensor:
     """Return the task of one tensor; raise CheckpointError where it does not fit the base."""
     shape, dtype = source.tensor.shape, source.tensor.dtype
     if name not in fitted.places:
@@ -99,15 +119,17 @@ def _is_saved(name: str, adapters: AdapterSet) -> bool:
 
 def _may_be_added(name: str, adapters: AdapterSet, fitted: Fitted) -> bool:
     """Return whether a tensor is that of a new head, and the base has none of that name."""
-    end = ".".join(name.split(".")[-2:])
-    return _is_saved(name, adapters) and not any(
+    parts = name.split(".")
+    saved = next((place for place, part in enumerate(parts) if part in adapters.head.modules), None)
+    end = ".".join(parts[saved or 0 :])
+    return saved is not None and not any(
         f".{other}".endswith(f".{end}") for other in fitted.sources
     )
 
 
 def _with_rows(
     before: ReplacedTensor | JoinedTensor | None,
-    base: Source,
+    base: AnySource,
     tokens: TokenRows,
     adapters: AdapterSet,
 ) -> JoinedTensor:
@@ -186,7 +208,8 @@ def _head(
     }
     if not heads:
         return choices.labels, choices.architecture
-    *_, (last, (size, *_rest)) = heads.items()
+    last = min(heads, key=lambda name: (name.split(".")[-2] not in _LAST, heads[name][0]))
+    size = heads[last][0]
     labels = choices.labels or adapters.head.labels
     if choices.labels is not None and len(choices.labels) != size:
         raise CheckpointError(

@@ -103,20 +103,8 @@ def add_model_and_adapter(parser: argparse.ArgumentParser) -> None:
 
 def add_fit(parser: argparse.ArgumentParser) -> None:
     """Declare the options that say how ADAPTER fits BASE, where the files do not."""
-    parser.add_argument(
-        "--subfolder", metavar="NAME", help="the adapter's folder in ADAPTER, if that has several"
-    )
-    parser.add_argument(
-        "--adapter-name", metavar="NAME", help="the adapter to take from a file that has several"
-    )
-    parser.add_argument(
-        "--rename",
-        type=_rename,
-        action="append",
-        default=[],
-        metavar="REGEX=NEW",
-        help="replace what the regular expression finds in the names of ADAPTER; repeatable",
-    )
+    add_choice(parser)
+    add_rename(parser)
     parser.add_argument(
         "--base-is-residual",
         action="store_true",
@@ -132,6 +120,28 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
         type=lambda text: tuple(text.split(",")),
         metavar="A,B,C",
         help="names of the classes in config.json, if ADAPTER brings a classifier",
+    )
+
+
+def add_choice(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that choose one of several adapters."""
+    parser.add_argument(
+        "--subfolder", metavar="NAME", help="the adapter's folder in ADAPTER, if that has several"
+    )
+    parser.add_argument(
+        "--adapter-name", metavar="NAME", help="the adapter to take from a file that has several"
+    )
+
+
+def add_rename(parser: argparse.ArgumentParser) -> None:
+    """Declare --rename."""
+    parser.add_argument(
+        "--rename",
+        type=_rename,
+        action="append",
+        default=[],
+        metavar="REGEX=NEW",
+        help="replace what the regular expression finds in the names of ADAPTER; repeatable",
     )
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from doraxp._base.printable import printable
 from doraxp._terminal.messages import print_error
-from doraxp.cli._arguments import CHECKPOINT, lacks
+from doraxp.cli._arguments import CHECKPOINT, add_choice, add_rename, lacks
 
 SUMMARY = (
-    "Convert a DoRA adapter to PEFT's or mlx-lm's format, exactly. An adapter that the format "
-    "cannot hold is refused with the reason."
+    "Convert a DoRA adapter to the format of PEFT, mlx-lm or diffusers, exactly. An adapter that "
+    "the format cannot hold is refused with the reason."
 )
 
 
@@ -20,7 +20,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", type=Path, metavar="SRC", help="a folder as PEFT or mlx-lm save it, or a file"
     )
-    parser.add_argument("--to", choices=("peft", "mlx"), required=True, help="the format of DST")
+    parser.add_argument(
+        "--to", choices=("peft", "mlx", "diffusers"), required=True, help="the format of DST"
+    )
+    parser.add_argument(
+        "--base",
+        type=Path,
+        metavar="BASE",
+        help="the model that the adapter belongs to; names of image trainers need it",
+    )
+    add_choice(parser)
+    add_rename(parser)
     parser.add_argument(
         "--out", type=Path, metavar="DST", required=True, help="a folder that does not exist yet"
     )
@@ -31,10 +41,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Load and save."""
     if lacks("convert", *CHECKPOINT, extra="checkpoint"):
         return 2
-    from doraxp.checkpoint import load_adapters, save_adapters
+    from doraxp.checkpoint import Fit, load_adapters, named_for, open_model, save_adapters
 
     try:
-        adapters = load_adapters(arguments.source)
+        adapters = load_adapters(
+            arguments.source,
+            subfolder=arguments.subfolder,
+            adapter_name=arguments.adapter_name,
+        )
+        if arguments.base is not None:
+            fit = Fit(tuple(arguments.rename))
+            adapters = named_for(open_model(arguments.base), adapters, fit)
         save_adapters(arguments.out, adapters, arguments.to, overwrite=arguments.force)
     except (ValueError, OSError) as error:
         print_error("doraxp convert", error)

@@ -11,13 +11,13 @@ from pathlib import Path
 from doraxp._base.types import Dropout, Form, NormGradient
 from doraxp.checkpoint._adapters import AdapterSet
 from doraxp.checkpoint._errors import CheckpointError
-from doraxp.checkpoint._formats import lycoris, mlx, peft
+from doraxp.checkpoint._formats import diffusers, lycoris, mlx, peft
 from doraxp.checkpoint._formats.choices import with_choices
 from doraxp.checkpoint._formats.protocol import Format, WritableFormat
 from doraxp.checkpoint._replace import hidden
 from doraxp.checkpoint._safetensors import Reader
 
-FORMATS: tuple[Format, ...] = (peft, mlx, lycoris)
+FORMATS: tuple[Format, ...] = (lycoris, mlx, diffusers, peft)
 """In the order in which they are tried."""
 WRITABLE = {format.NAME: format for format in FORMATS if isinstance(format, WritableFormat)}
 """The formats that `doraxp.checkpoint.save_adapters` writes, by name."""
@@ -74,7 +74,7 @@ def load_adapters(
     reader = Reader(_adapter_file(Path(path, subfolder or "")))
     parts = {part for name in reader.tensors for part in name.split(".")[-3:]}
     for format in FORMATS:
-        if format.recognises(parts):
+        if format.recognises(reader, parts):
             if adapter_name is None:
                 adapters = format.read(reader)
             elif format is peft:
@@ -98,6 +98,11 @@ def _adapter_file(path: Path) -> Path:
         return path
     # The reader refuses the pickle, and says how to convert it.
     found = [path / name for name in (*FILES, _PICKLE) if (path / name).is_file()]
-    if not found:
-        raise FileNotFoundError(f"{path}: the folder must contain {' or '.join(FILES)}")
-    return found[0]
+    if found:
+        return found[0]
+    names = {file.parent.name for name in FILES for file in path.glob(f"*/{name}")}
+    if names:
+        raise FileNotFoundError(
+            f"{path}: has the adapters {', '.join(sorted(names))}: choose one with --subfolder NAME"
+        )
+    raise FileNotFoundError(f"{path}: the folder must contain {' or '.join(FILES)}")

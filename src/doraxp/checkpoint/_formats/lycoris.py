@@ -1,13 +1,21 @@
-"""LyCORIS' and kohya's files, linear layers and convolutions; read only.
+"""The single files of image trainers: kohya, LyCORIS and those that follow them; read only.
 
-The names have an underscore for each dot of the base's names. A ``dora_scale`` of shape (1, in) is
-of an old LyCORIS, which normed the columns of W.
+::
+
+    A  lora_down.weight or lora_A.weight    m  dora_scale or lora_magnitude_vector
+    B  lora_up.weight or lora_B.weight      s  alpha / rank, or 1 without alpha
+
+The names have an underscore for each dot of the base's names, or dots. A ``dora_scale`` of shape
+(1, in) is of an old LyCORIS, which normed the columns of W. ``w_norm`` and ``b_norm`` are what
+LyCORIS adds to the weight and the bias of a norm.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+
+import numpy as np
 
 from doraxp._base.scalars import check_number
 from doraxp._core.kinds import LayerKind
@@ -16,20 +24,40 @@ from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._formats.checks import checked_config, complete_names, names_by_module
 from doraxp.checkpoint._safetensors import DTYPES, Reader
 
-_ENDS = {"lora_down.weight": "a", "lora_up.weight": "b", "dora_scale": "m", "alpha": "alpha"}
+_ENDS = {
+    **dict.fromkeys(("lora_down.weight", "lora_A.weight"), "a"),
+    **dict.fromkeys(("lora_up.weight", "lora_B.weight"), "b"),
+    **dict.fromkeys(("dora_scale", "lora_magnitude_vector.weight", "lora_magnitude_vector"), "m"),
+    "alpha": "alpha",
+    "w_norm": "weight",
+    "b_norm": "bias",
+}
+
+_INTEGERS = {f"I{bits}": np.dtype(f"<i{bits // 8}") for bits in (8, 16, 32, 64)}
 
 
-def recognises(parts: Collection[str]) -> bool:
+def recognises(reader: Reader, parts: Collection[str]) -> bool:
     """Return True for names with kohya's factors or LyCORIS' magnitude."""
     return not {"lora_down", "dora_scale"}.isdisjoint(parts)
 
 
 def read(reader: Reader) -> AdapterSet:
     """Describe the adapters of a LyCORIS or kohya file."""
+    modules = names_by_module(reader, _ENDS)
+    norms = {path: parts for path, parts in modules.items() if parts.keys() <= {"weight", "bias"}}
     layers = {
-        path: _layer(reader, path, parts) for path, parts in names_by_module(reader, _ENDS).items()
+        path: _layer(reader, path, parts) for path, parts in modules.items() if path not in norms
     }
-    return AdapterSet("lycoris", reader, layers, dots_lost=True, is_of_images=True)
+    return AdapterSet(
+        "lycoris",
+        reader,
+        layers,
+        dots_lost=any("." not in path for path in layers),
+        is_of_images=True,
+        differences={
+            f"{path}.{leaf}": name for path, parts in norms.items() for leaf, name in parts.items()
+        },
+    )
 
 
 def _layer(reader: Reader, path: str, parts: Mapping[str, str]) -> StoredLayer:
@@ -64,9 +92,18 @@ def _alpha(reader: Reader, parts: Mapping[str, str]) -> float | None:
         return None
     name = parts["alpha"]
     tensor = reader.tensors[name]
-    if math.prod(tensor.shape) != 1 or tensor.dtype not in DTYPES:
-        raise CheckpointError(f"{reader.path}: {name} must be one floating number")
+    is_number = tensor.dtype in DTYPES or tensor.dtype in _INTEGERS
+    if math.prod(tensor.shape) != 1 or not is_number:
+        raise CheckpointError(f"{reader.path}: {name} must be one number")
     try:
-        return check_number("alpha", float(reader.read(name).reshape(())), positive=True)
+        return check_number("alpha", _number(reader, name), positive=True)
     except ValueError as error:
         raise CheckpointError(f"{reader.path}: {name}: {error}") from None
+
+
+def _number(reader: Reader, name: str) -> float:
+    dtype = reader.tensors[name].dtype
+    if dtype in DTYPES:
+        return float(reader.read(name).reshape(()))
+    (raw,) = map(bytes, reader.chunks(name))
+    return float(np.frombuffer(raw, _INTEGERS[dtype])[0])

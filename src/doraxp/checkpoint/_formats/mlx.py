@@ -34,7 +34,7 @@ _ENTRY = "embeddings"
 _ENDS = {"lora_a": "a", "lora_b": "b", "m": "m"}
 
 
-def recognises(parts: Collection[str]) -> bool:
+def recognises(reader: Reader, parts: Collection[str]) -> bool:
     """Return True for names with mlx-lm's lower-case factors."""
     return "lora_a" in parts
 
@@ -65,7 +65,7 @@ def read(reader: Reader) -> AdapterSet:
             layers[path] = StoredLayer(own, LayerKind(), (a[0], b[1]), swapped)
         else:
             layers[path] = StoredLayer(own, LayerKind(), (b[1], a[0]), names, True)
-    return AdapterSet(NAME, reader, layers)
+    return AdapterSet(NAME, reader, layers, ties_weights=True)
 
 
 def _is_embedding(

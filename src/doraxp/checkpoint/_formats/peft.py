@@ -29,7 +29,17 @@ from doraxp.checkpoint._formats.peft_writing import whole_path, write
 from doraxp.checkpoint._json import JsonObject, read_json
 from doraxp.checkpoint._safetensors import Reader, same_bytes
 
-__all__ = ["FILE", "NAME", "read", "recognises", "write"]
+__all__ = [
+    "FILE",
+    "NAME",
+    "adapted_layers",
+    "base_change",
+    "read",
+    "recognises",
+    "sort_names",
+    "trained_biases",
+    "write",
+]
 
 NAME, FILE = "peft", "adapter_model.safetensors"
 _NAME = re.compile(
@@ -38,6 +48,8 @@ _NAME = re.compile(
 )
 _PARTS = {"lora_A", "lora_embedding_A", "lora_magnitude_vector", "weight_m_wdecomp"}
 _AROUND = re.compile(r"((module|_orig_mod)\.)*(base_model\.model\.)+")
+_TORCHTUNE = {"r", "lora_alpha", "target_modules", "peft_type", "base_model_name_or_path"}
+"""The entries of torchtune's export, which has no others."""
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 _BEFORE = re.compile(r"\.original_module(?=\.[^.]+$)")
 # The values of ``init_lora_weights`` that change the base weights, and those that do not.
@@ -56,7 +68,7 @@ _UNSUPPORTED = (
 )
 
 
-def recognises(parts: Collection[str]) -> bool:
+def recognises(reader: Reader, parts: Collection[str]) -> bool:
     """Return True for names with PEFT's factors, or with PEFT's or NVlabs' magnitude."""
     return not _PARTS.isdisjoint(parts)
 
@@ -68,33 +80,61 @@ def read(reader: Reader, adapter_name: str | None = None) -> AdapterSet:
     """
     where = config_path(reader)
     config = read_json(where)
-    dora = _flag("use_dora", config, where)
+    parts, rest = sort_names(reader, adapter_name)
+    tokens = _token_rows([name for name in rest if name.endswith(_TOKENS)], config, where)
+    rest = [name for name in rest if not name.endswith(_TOKENS)]
+    return AdapterSet(
+        _format(config),
+        reader,
+        adapted_layers(reader, parts, config, where),
+        _whole_tensors(reader, rest),
+        base_change(config, where),
+        trained_biases(config, where),
+        tokens=tokens,
+        ties_weights=_flag("ensure_weight_tying", config, where),
+        head=_head(config, where),
+        is_interleaved=_format(config) == "torchtune",
+    )
+
+
+def _format(config: JsonObject) -> str:
+    """Return the name of the program whose configuration this is."""
+    if _TORCHTUNE <= config.keys() <= _TORCHTUNE | {"use_dora"}:
+        return "torchtune"
+    return "nvlabs" if config.get("peft_type") == "DORA" else NAME
+
+
+def adapted_layers(
+    reader: Reader, parts: Mapping[str, Mapping[str, str]], config: JsonObject, where: Path
+) -> dict[str, StoredLayer]:
+    """Return the layers whose tensors `parts` names, as a configuration of PEFT describes them.
+
+    Parameters
+    ----------
+    reader : Reader
+    parts : mapping of str to mapping
+        From `sort_names`: the names of A, B and m by module path and part.
+    config : dict
+        PEFT's configuration.
+    where : Path
+        The file that has it, for errors.
+    """
+    has_magnitudes = any("m" in names for names in parts.values())
+    # torchtune's export has no entry for it.
+    dora = _flag("use_dora", config, where) or (config.keys() == _TORCHTUNE and has_magnitudes)
     peft_type = config.get("peft_type")
     if peft_type not in ("LORA", "DORA"):
         raise CheckpointError(f"{where}: peft_type must be LORA or DORA, got {peft_type!r}")
     found = [name for name in _UNSUPPORTED if config.get(name)]
     if found:
         raise CheckpointError(f"{where}: {', '.join(found)} cannot be merged with a DoRA adapter")
-    parts, rest = _sort_names(reader, adapter_name)
-    tokens = _token_rows([name for name in rest if name.endswith(_TOKENS)], config, where)
-    rest = [name for name in rest if not name.endswith(_TOKENS)]
-    names = _complete_names(reader, parts, dora=dora or peft_type == "DORA")
+    names = _complete_names(reader, parts, where, dora=dora or peft_type == "DORA")
     configs = _layer_configs(names, config, where)
     transposed = _flag("fan_in_fan_out", config, where)
-    return AdapterSet(
-        "nvlabs" if peft_type == "DORA" else NAME,
-        reader,
-        {
-            path: _layer(reader, path, names[path], configs[path], transposed=transposed)
-            for path in names
-        },
-        _whole_tensors(reader, rest),
-        _base_change(config, where),
-        _trained_biases(config, where),
-        tokens=tokens,
-        ties_weights=_flag("ensure_weight_tying", config, where),
-        head=_head(config, where),
-    )
+    return {
+        path: _layer(reader, path, names[path], configs[path], transposed=transposed)
+        for path in names
+    }
 
 
 def _token_rows(names: Iterable[str], config: JsonObject, where: Path) -> dict[str, TokenRows]:
@@ -140,7 +180,7 @@ def _head(config: JsonObject, where: Path) -> NewHead:
     )
 
 
-def _base_change(config: JsonObject, where: Path) -> str | None:
+def base_change(config: JsonObject, where: Path) -> str | None:
     """Return the initialisation if it changed the base weights, else None."""
     name = str(config.get("init_lora_weights"))
     if name.lower() in _KEEPS_BASE:
@@ -152,7 +192,7 @@ def _base_change(config: JsonObject, where: Path) -> str | None:
     return name
 
 
-def _trained_biases(config: JsonObject, where: Path) -> str | None:
+def trained_biases(config: JsonObject, where: Path) -> str | None:
     """Return "all" or "lora_only" if biases were trained, else None."""
     bias = config.get("bias")
     if bias is None or bias == "none":
@@ -169,7 +209,7 @@ def _flag(name: str, config: JsonObject, where: Path) -> bool:
     return flag
 
 
-def _sort_names(
+def sort_names(
     reader: Reader, adapter_name: str | None
 ) -> tuple[dict[str, dict[str, str]], list[str]]:
     """Return the names of A, B and m by module path and part, and the names of whole tensors."""
@@ -246,7 +286,7 @@ def _equal(reader: Reader, one: str, other: str) -> bool:
 
 
 def _complete_names(
-    reader: Reader, parts: Mapping[str, Mapping[str, str]], *, dora: bool
+    reader: Reader, parts: Mapping[str, Mapping[str, str]], where: Path, *, dora: bool
 ) -> dict[str, TensorNames]:
     """Return the names of A, B and m by module path.
 
@@ -257,14 +297,14 @@ def _complete_names(
     without = [path for path, names in parts.items() if "m" not in names]
     if not dora and with_m:
         raise CheckpointError(
-            f"{reader.path}: the file has {len(with_m)} magnitudes, but {CONFIG} says use_dora "
+            f"{reader.path}: the file has {len(with_m)} magnitudes, but {where.name} says use_dora "
             "false, so PEFT leaves them out: set it to true if DoRA was trained"
         )
     if not dora:
         raise CheckpointError(f"{reader.path}: a LoRA adapter, without magnitudes: not DoRA")
     if without:
         raise CheckpointError(
-            f"{reader.path}: {CONFIG} says use_dora true, but the magnitude is missing of "
+            f"{reader.path}: {where.name} says use_dora true, but the magnitude is missing of "
             f"{', '.join(without)}"
         )
     for path, names in parts.items():

@@ -15,7 +15,7 @@ from doraxp.layers import AdaptedLayer
 class Format(Protocol):
     """A format that can be read."""
 
-    def recognises(self, parts: Collection[str]) -> bool:
+    def recognises(self, reader: Reader, parts: Collection[str]) -> bool:
         """Return True if a file is in this format.
 
         `parts` are the last three dotted parts of all names in the file.
@@ -29,9 +29,10 @@ class Written(NamedTuple):
     """The content of an adapter's folder."""
 
     tensors: dict[str, Array]
-    config: JsonObject
+    config: JsonObject | None
+    """Of ``adapter_config.json``; None for a format without that file."""
     metadata: Mapping[str, str]
-    """The entries of the file's header that come from another file."""
+    """Entries of the file's header."""
 
 
 @runtime_checkable

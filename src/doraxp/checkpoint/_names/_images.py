@@ -20,13 +20,12 @@ from doraxp.checkpoint._names._originals import SWAPPED, in_diffusers
 from doraxp.checkpoint._names._places import WEIGHT, Place, Places, Shapes, Wanted, cut, fits
 
 _DENOISER, _ENCODER = "denoiser", "text encoder "
-_PREFIX = re.compile(
-    r"""(?:(?:lora|lycoris)_)?
-        (?: (?P<denoiser> unet | transformer | (?:model[._])?diffusion_model )
-          | te(?P<te>\d?) | text_encoder(?:_(?P<encoder>\d))?
-        ) [._] (?P<rest>.+)
-      | (?:lora|lycoris)_ (?P<all>.+)""",
-    re.VERBOSE,
+_UNDERSCORED = re.compile(
+    r"(?:lora|lycoris)_(?:(?P<denoiser>unet|transformer|diffusion_model)_|te(?P<te>\d?)_)?(?P<rest>.+)"
+)
+_DOTTED = re.compile(
+    r"(?:(?:lora_)?(?P<denoiser>unet|transformer|(?:model\.)?diffusion_model)"
+    r"|(?:lora_te|text_encoder_?)(?P<te>\d?))\.(?P<rest>.+)"
 )
 _OF_BASE = (
     ("model.diffusion_model.", _DENOISER),
@@ -78,6 +77,8 @@ def match_parts(wanted: Sequence[Wanted], shapes: Shapes) -> tuple[Match, tuple[
             places |= best
         elif best:
             return Match(best, [one for one in members if one.name not in best]), ()
+        elif "" in groups and len(groups) > 1:
+            return Match({}, members), ()  # only a part that the name tells may be left out
         else:
             unused += members
     tensors = {place.tensor for found in places.values() for place in found}
@@ -93,13 +94,13 @@ def match_parts(wanted: Sequence[Wanted], shapes: Shapes) -> tuple[Match, tuple[
 
 def _split(path: str) -> tuple[str, str]:
     """Return the part that a module is for, "" for any, and its flat name in it."""
-    match = _PREFIX.fullmatch(path)
+    match = _DOTTED.fullmatch(path) or _UNDERSCORED.fullmatch(path)
     if match is None:
         return "", path.replace(".", "_")
-    if match["all"]:
-        return "", match["all"].replace(".", "_")
-    role = _DENOISER if match["denoiser"] else f"{_ENCODER}{match['te'] or match['encoder'] or 1}"
-    return role, match["rest"].replace(".", "_")
+    flat = match["rest"].replace(".", "_")
+    if match["denoiser"]:
+        return _DENOISER, flat
+    return ("", flat) if match["te"] is None else (f"{_ENCODER}{match['te'] or 1}", flat)
 
 
 _Index = Mapping[str, Places]
@@ -182,7 +183,7 @@ def _fitting(
             continue
         found = {}
         for one in members:
-            places = _places(_split(one.path)[1], index, shapes)
+            places = _of_leaf(one.leaf, _places(_split(one.path)[1], index, shapes), shapes)
             if places and _fits(one, places, shapes):
                 found[one.name] = places
         yield prefix, found
@@ -209,9 +210,18 @@ def _places(flat: str, index: _Index, shapes: Shapes) -> Places:
     return (Place(place.tensor, _shares(3, shapes[place.tensor])["qkv".index(fused["part"])]),)
 
 
+def _of_leaf(leaf: str, places: Places, shapes: Shapes) -> Places:
+    """Return the places of another tensor of a module whose weight has these; empty without it."""
+    names = [f"{place.tensor.removesuffix(WEIGHT)}{leaf}" for place in places]
+    if not all(name in shapes for name in names):
+        return ()
+    return tuple(place._replace(tensor=name) for place, name in zip(places, names, strict=True))
+
+
 def _spellings(flat: str) -> Iterator[str]:
-    """Yield the names that libraries have for one module of a text encoder."""
+    """Yield the flat names that libraries have for one module."""
     yield flat
+    yield f"transformer_{flat}"  # that may be a part, or how the module's own name begins
     yield flat.removeprefix("text_model_")
     yield f"text_model_{flat}"
     yield _open_clip(flat)
