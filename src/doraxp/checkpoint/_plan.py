@@ -16,6 +16,7 @@ from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._fit import AS_FILED, Fit, Fitted, fit
 from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._names import Place
+from doraxp.checkpoint._norm_guard import residual_fits, wrong_matches
 from doraxp.checkpoint._orientation import is_transposed
 from doraxp.checkpoint._safetensors import DTYPES, AnySource, Source
 from doraxp.checkpoint._tasks import (
@@ -62,6 +63,9 @@ def plan(model: Model, adapters: AdapterSet, choices: Fit = AS_FILED) -> Plan:
         *whole.problems,
         *_untrained_parts(parts, whole.tasks, fitted, adapters, choices),
     ]
+    if not problems:
+        pairs = [(name, part) for name, found in parts.items() for part in found]
+        problems = list(wrong_matches(pairs, fitted.sources, adapters))
     if problems:
         raise CheckpointError(f"{adapters.reader.path}: " + "; ".join(problems))
     changed: dict[str, Task] = dict(whole.tasks)
@@ -201,20 +205,24 @@ def _squares(
 
 
 def _untrained_parts(
-    merged: Mapping[str, object],
+    merged: Mapping[str, Sequence[MergedTensor]],
     replaced: Mapping[str, ReplacedTensor | JoinedTensor],
     fitted: Fitted,
     adapters: AdapterSet,
     choices: Fit,
 ) -> Iterator[str]:
     """Yield a message where the file lacks weights or biases that the training changed."""
-    if adapters.base_change and not choices.residual and not merged.keys() <= replaced.keys():
-        yield (
-            f"the adapter was initialised by {adapters.base_change}, which changed the base "
-            "weights, and the file does not have them; save the base of the training "
-            "(model.get_base_model().save_pretrained before the training), and merge into it with "
-            "--base-is-residual"
-        )
+    parts = [part for name, found in merged.items() if name not in replaced for part in found]
+    if adapters.base_change and parts:
+        fits = residual_fits(parts, adapters)
+        if fits is False and choices.residual:
+            yield "BASE is not the residual base: the magnitudes are the row norms of its weights"
+        elif not (fits or choices.residual):
+            yield (
+                f"the adapter was initialised by {adapters.base_change}, which changed the base "
+                "weights, and the file does not have them: merge into the base that the training "
+                "saved beside the adapter, with --base-is-residual"
+            )
     biases = {f"{name.removesuffix('weight')}bias" for name in merged} & fitted.sources.keys()
     if adapters.trained_biases and (lacking := sorted(biases - replaced.keys())):
         yield (

@@ -1,0 +1,178 @@
+"""A guard against a wrong match: the row norms of a base are near the magnitudes of its adapter.
+
+m begins as ‖W‖ by rows, and training moves it little. So an m that is far from ‖W‖ of the tensor
+that it was matched to, and near that of another one, shows that the match is wrong.
+
+    d = ‖m − n‖ / ‖n‖        n = ‖W‖ by rows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from doraxp._core.kinds import LayerKind
+from doraxp.checkpoint._adapters import AdapterSet
+from doraxp.checkpoint._rows import matrix_rows, row_blocks
+from doraxp.checkpoint._safetensors import DTYPES, Source
+from doraxp.checkpoint._tasks import MergedTensor
+
+_ROWS = 16
+"""Rows of a sample; a matrix with fewer is not looked at."""
+_LARGEST = 64 << 20
+"""Bytes of the largest weight that is read as a whole, because its matrix is stored transposed."""
+_NEAR, _FACTOR = 0.05, 3.0
+"""The largest d of a tensor that fits, and how many times as large that of a wrong match is."""
+_SAME, _OTHER = 0.8, 0.5
+"""The least correlation of m and n of a tensor that fits, and the largest of a wrong match."""
+
+Vector = NDArray[np.float64]
+
+
+class _Fit(NamedTuple):
+    """How far m is from the norms of a tensor."""
+
+    distance: float
+    correlation: float
+
+    @classmethod
+    def of(cls, m: Vector, norms: Vector) -> _Fit:
+        """Compare them; the correlation of a constant counts as 0."""
+        length = float(np.linalg.norm(norms))
+        distance = float(np.linalg.norm(m - norms)) / length if length > 0 else np.inf
+        one, other = m - m.mean(), norms - norms.mean()
+        scale = float(np.linalg.norm(one) * np.linalg.norm(other))
+        return cls(distance, float(one @ other) / scale if scale > 0 else 0.0)
+
+    def is_better_than(self, own: _Fit) -> bool:
+        """Return whether this tensor fits and the own one does not."""
+        return (
+            self.distance <= min(_NEAR, own.distance / _FACTOR)
+            and self.correlation >= _SAME
+            and own.correlation <= _OTHER
+        )
+
+
+def wrong_matches(
+    parts: Iterable[tuple[str, MergedTensor]],
+    sources: Mapping[str, Source],
+    adapters: AdapterSet,
+) -> Iterator[str]:
+    """Yield a message for each module whose magnitudes are those of another tensor.
+
+    Parameters
+    ----------
+    parts : iterable of (str, MergedTensor)
+        The name of each tensor, and the part that is merged into it.
+    sources : mapping of str to Source
+        All tensors of the base.
+    adapters : AdapterSet
+    """
+    guard = _Guard(sources)
+    for name, part in parts:
+        m = np.abs(np.asarray(adapters.read(part.layer).adapter.magnitude, np.float64))
+        if m.ndim == 1 and len(m) >= _ROWS and _is_readable(part.source, part.layer.kind):
+            message = guard.message(name, part, m)
+            if message is not None:
+                yield message
+
+
+def residual_fits(parts: Iterable[MergedTensor], adapters: AdapterSet) -> bool | None:
+    """Return whether m is near ‖W + s B A‖ rather than ‖W‖; None if neither is nearer.
+
+    PiSSA and OLoRA start from ``W_residual + s B A = W`` and ``m = ‖W‖``. So it is True for the
+    residual base, and False for the one before the initialisation.
+    """
+    plain, whole = [], []
+    for part in parts:
+        layer = adapters.read(part.layer)
+        a, b, m = (np.asarray(leaf, np.float64) for leaf in layer.adapter)
+        if m.ndim > 1 or not _is_readable(part.source, part.layer.kind):
+            continue
+        rows = _sample(len(m))
+        weight = matrix_rows(part.source, rows, part.layer.kind)
+        v = weight + layer.config.scaling * (b[rows] @ a)
+        plain.append(_Fit.of(np.abs(m[rows]), np.linalg.norm(weight, axis=1)).distance)
+        whole.append(_Fit.of(np.abs(m[rows]), np.linalg.norm(v, axis=1)).distance)
+    if not plain:
+        return None
+    of_weight, of_v = float(np.median(plain)), float(np.median(whole))
+    if of_v * _FACTOR <= of_weight:
+        return True
+    return False if of_weight * _FACTOR <= of_v else None
+
+
+class _Guard:
+    """The norms of a base's tensors, each computed once."""
+
+    def __init__(self, sources: Mapping[str, Source]) -> None:
+        self._sources = sources
+        self._samples: dict[tuple[str, LayerKind], Vector] = {}
+
+    def message(self, name: str, part: MergedTensor, m: Vector) -> str | None:
+        """Return the reason why a match is wrong; None if it is not known to be."""
+        kind, rows = part.layer.kind, _sample(len(m))
+        own = _Fit.of(m[rows], _norms(part.source, kind, rows))
+        if own.distance <= _NEAR:
+            return None
+        norms = _norms(part.source, kind, np.arange(len(m)))
+        own = _Fit.of(m, norms)
+        other = next(
+            (
+                other
+                for other in self._like(part.source)
+                if other != name and self._fits(other, kind, m, own)
+            ),
+            None,
+        )
+        if other is not None:
+            return (
+                f"{part.path} was matched to {name}, but its magnitudes are the row norms of "
+                f"{other}: name that one with --rename"
+            )
+        if _Fit.of(np.sort(m), np.sort(norms)).is_better_than(own):
+            return (
+                f"{part.path} was matched to {name}, but its magnitudes are the row norms of that "
+                "tensor in another order: BASE stores the rows in another order than the module"
+            )
+        return None
+
+    def _like(self, source: Source) -> Iterator[str]:
+        for name, other in self._sources.items():
+            tensor = other.tensor
+            if tensor.dtype in DTYPES and tensor.shape == source.tensor.shape:
+                yield name
+
+    def _fits(self, name: str, kind: LayerKind, m: Vector, own: _Fit) -> bool:
+        source, rows = self._sources[name], _sample(len(m))
+        if (name, kind) not in self._samples:
+            self._samples[name, kind] = _norms(source, kind, rows)
+        if _Fit.of(m[rows], self._samples[name, kind]).distance > 2 * _NEAR:
+            return False
+        every = np.arange(len(m))
+        return _Fit.of(m, _norms(source, kind, every)).is_better_than(own)
+
+
+def _sample(size: int) -> NDArray[np.intp]:
+    """Return rows side by side, in the middle: one read."""
+    first = max(0, (size - _ROWS) // 2)
+    return np.arange(first, min(size, first + _ROWS))
+
+
+def _is_readable(source: Source, kind: LayerKind) -> bool:
+    return not kind.is_transposed or source.tensor.nbytes <= _LARGEST
+
+
+def _norms(source: Source, kind: LayerKind, rows: NDArray[np.intp]) -> Vector:
+    """Return ‖W‖ of some rows that are side by side, block by block."""
+    blocks = [slice(None)]
+    if not kind.is_transposed:
+        blocks = list(row_blocks((len(rows), *source.tensor.shape[1:])))
+    with np.errstate(over="ignore", invalid="ignore"):  # the merge refuses NaN and infinity
+        norms = [
+            np.linalg.norm(matrix_rows(source, rows[block], kind), axis=1) for block in blocks
+        ]
+    return np.concatenate(norms)
