@@ -73,7 +73,7 @@ class Case:
                 self.base[f"{path}.bias"] = cast(rng.standard_normal(out), dtype)
         self.base[NORM] = cast(1 + 0.1 * rng.standard_normal(11), dtype)
         self.base["steps"] = np.arange(3)
-        self.config = {"tie_word_embeddings": True} if config is None else config
+        self.config = {"tie_word_embeddings": False} if config is None else config
         self.write("base", self.base)
         save_adapters(folder / "adapter", self.layers)
 
@@ -558,10 +558,10 @@ def test_a_head_may_lack_the_leading_name_of_the_other_tensors(tmp_path):
 
 
 def test_two_heads_under_one_name_are_not_right(tmp_path):
-    case = Case(tmp_path, {"embed_tokens": KINDS["embed_tokens"]}, "float32")
+    case = Case(tmp_path, {"embed_tokens": KINDS["embed_tokens"]}, "float32", config=TIED)
     del case.base["steps"]
     case.write("base", {n.removeprefix("model."): t for n, t in case.base.items()})
-    head = case.merged("model.embed_tokens")
+    head = case.base["model.embed_tokens.weight"]
     heads = {"lm_head.weight": head, "model.lm_head.weight": head}
     assert all(v.right for v in case.audit(case.whole() | {"lm_head.weight": head}).values())
     assert not all(v.right for v in case.audit(case.whole() | heads).values())
@@ -1013,25 +1013,43 @@ def test_a_tensor_that_the_adapter_replaces_is_compared_with_the_adapters(tmp_pa
     assert case.audit(case.whole())[NORM].verdict == "not the adapter's"
 
 
+TIED = {"tie_word_embeddings": True}
+
+
 @pytest.mark.parametrize("update", [0.3, 3e-4])
-def test_a_head_that_was_tied_must_be_the_merged_embedding(tmp_path, update):
-    case = Case(tmp_path, KINDS, "bfloat16", update)
-    embedding = case.merged("model.embed_tokens")
-    right = case.audit(case.whole() | {"lm_head.weight": embedding})["lm_head.weight"]
-    assert right.right or right.verdict == "kept in part"
-    old = case.base["model.embed_tokens.weight"]
+def test_a_head_that_was_tied_keeps_the_old_embedding(tmp_path, update):
+    """The adapter was trained on the embedding alone, so the head is W as it was."""
+    case = Case(tmp_path, KINDS, "bfloat16", update, TIED)
+    merged, old = case.merged("model.embed_tokens"), case.base["model.embed_tokens.weight"]
+    right = case.audit(case.whole() | {"lm_head.weight": old})["lm_head.weight"]
+    assert (right.verdict, right.right) == ("equal", True)
+    wrong = case.audit(case.whole() | {"lm_head.weight": merged})["lm_head.weight"]
+    assert wrong.verdict == "tied head changed"
+    assert wrong.detail.startswith("changed: ")
+    shared = case.audit(case.whole())["lm_head.weight"]
+    assert shared.verdict == "tied head changed"
+    case.config = {"tie_word_embeddings": False}
+    case.write("base", case.base)
+    extra = case.audit(case.whole() | {"lm_head.weight": old})["lm_head.weight"]
+    assert extra.verdict == "extra"
+
+
+def test_the_head_of_an_adapter_that_ties_it_is_the_merged_embedding(tmp_path):
+    case = Case(tmp_path, {"embed_tokens": KINDS["embed_tokens"]}, "float32", 0.3, TIED)
+    where = tmp_path / "adapter" / "adapter_config.json"
+    write_json(where, json.loads(where.read_text()) | {"ensure_weight_tying": True})
+    assert all(verdict.right for verdict in case.audit(case.whole()).values())
+    merged, old = case.merged("model.embed_tokens"), case.base["model.embed_tokens.weight"]
+    same = case.audit(case.whole() | {"lm_head.weight": merged})["lm_head.weight"]
+    assert same.right
     wrong = case.audit(case.whole() | {"lm_head.weight": old})["lm_head.weight"]
     assert wrong.verdict == "tied head changed"
     assert wrong.detail == "unchanged: the merge did nothing"
-    case.config = {"tie_word_embeddings": False}
-    case.write("base", case.base)
-    extra = case.audit(case.whole() | {"lm_head.weight": embedding})["lm_head.weight"]
-    assert extra.verdict == "extra"
 
 
 def test_a_head_that_the_merged_model_ties_may_be_missing(tmp_path):
     kinds = {"embed_tokens": KINDS["embed_tokens"]}
-    case = Case(tmp_path, kinds, "float32")
+    case = Case(tmp_path, kinds, "float32", 3e-3, TIED)
     case.base["lm_head.weight"] = case.merged("model.embed_tokens")
     case.write("base", case.base)
     assert case.audit(case.whole(lm_head__weight=None))["lm_head.weight"].verdict == "equal"

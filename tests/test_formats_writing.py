@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from doraxp import AdaptedLayer, Adapter, Config, LayerKind, convert_form
-from doraxp.checkpoint import CheckpointError, load_adapters, renamed, save_adapters
+from doraxp.checkpoint import CheckpointError, load_adapters, named_for, open_model, save_adapters
 from doraxp.cli import main
 
 PREFIX = "base_model.model."
@@ -261,48 +261,34 @@ def test_names_without_dots_are_refused(tmp_path, capsys, to):
     lycoris(tmp_path / "a.safetensors")
     assert convert(tmp_path / "a.safetensors", tmp_path / "b", to) == 2
     error = capsys.readouterr().err
-    assert "lora_unet_down_0 has an underscore for each dot" in error
+    assert "lora_unet_down_0 is not the name of a module in the model" in error
     assert "--base BASE" in error
     assert not (tmp_path / "b").exists()
 
 
-def test_renamed_adapters_are_saved(tmp_path):
+def test_adapters_are_saved_under_the_names_of_the_base(tmp_path):
     leaves = lycoris(tmp_path / "a.safetensors")
-    adapters = load_adapters(tmp_path / "a.safetensors")
-    save_adapters(tmp_path / "b", renamed(adapters, {"lora_unet_down_0": "down.0"}))
+    save_file({"down.0.weight": np.ones((7, 5), np.float32)}, tmp_path / "base.safetensors")
+    model, adapters = (
+        open_model(tmp_path / "base.safetensors"),
+        load_adapters(tmp_path / "a.safetensors"),
+    )
+    save_adapters(tmp_path / "b", named_for(model, adapters))
     (path, layer), *others = load_adapters(tmp_path / "b").items()
     assert (path, others) == ("down.0", [])
     for one, other in zip(layer.adapter, leaves, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        ({}, "names must have an entry for lora_unet_down_0"),
-        ({"lora_unet_down_0": "x", "y": "z"}, "has no adapter y"),
-    ],
-)
-def test_renaming_needs_each_name_once(tmp_path, names, message):
+def test_a_module_that_the_base_lacks_has_no_name(tmp_path):
     lycoris(tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=message):
-        renamed(load_adapters(tmp_path / "a.safetensors"), names)
-
-
-def test_two_adapters_cannot_get_one_name(tmp_path):
-    lycoris(tmp_path / "a.safetensors")
-    tensors = load_file(tmp_path / "a.safetensors")
-    again = {name.replace("down_0", "up_0"): tensor for name, tensor in tensors.items()}
-    save_file(tensors | again, tmp_path / "b.safetensors")
-    adapters = load_adapters(tmp_path / "b.safetensors")
-    with pytest.raises(ValueError, match=r"_0 and lora_unet_\w+_0 would both be named x"):
-        renamed(adapters, dict.fromkeys(adapters, "x"))
-
-
-def test_names_with_dots_stay(tmp_path):
-    write_adapter(tmp_path / "a")
-    with pytest.raises(ValueError, match="only names that lost their dots are replaced"):
-        renamed(load_adapters(tmp_path / "a"), dict.fromkeys(SHAPES, "x"))
+    save_file({"up.0.weight": np.ones((7, 5), np.float32)}, tmp_path / "base.safetensors")
+    model, adapters = (
+        open_model(tmp_path / "base.safetensors"),
+        load_adapters(tmp_path / "a.safetensors"),
+    )
+    with pytest.raises(CheckpointError, match=r"the base has no lora_unet_down_0\.weight"):
+        named_for(model, adapters)
 
 
 # mlx-lm's embeddings

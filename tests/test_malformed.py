@@ -403,7 +403,7 @@ def test_a_folder_without_an_adapter_is_refused(files, capsys):
     paths = [str(files / name) for name in ("adapter", "base", "out")]
     assert main(["merge", *paths[:2], "--out", paths[2]]) == 2
     error = capsys.readouterr().err
-    problem = "base: the folder must contain adapter_model.safetensors or adapters.safetensors"
+    problem = "base: the folder must contain adapters.safetensors or "
     assert problem in error
     assert error.count("\n") == 1
 

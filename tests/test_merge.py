@@ -401,7 +401,8 @@ def test_a_merged_weight_is_a_stream_of_blocks_with_the_norm_of_each_row_once(mo
 
 
 @pytest.mark.parametrize("command", ["merge", "inspect"])
-def test_each_tensor_of_an_adapter_is_read_from_disk_once(folders, monkeypatch, command):
+def test_each_factor_of_an_adapter_is_read_from_disk_once(folders, monkeypatch, command):
+    """The plan reads the magnitudes too, to compare them with the base's row norms."""
     folder, _, _ = folders
     read, names = Reader.read, []
 
@@ -416,7 +417,10 @@ def test_each_tensor_of_an_adapter_is_read_from_disk_once(folders, monkeypatch, 
         run_merge(plan, folder / "out")
     else:
         look_at_base(open_model(folder / "base"), load_adapters(folder / "adapter"))
-    assert sorted(names) == sorted(load_file(folder / "adapter" / "adapter_model.safetensors"))
+    stored = load_file(folder / "adapter" / "adapter_model.safetensors")
+    factors = [name for name in names if "magnitude" not in name]
+    assert sorted(factors) == sorted(name for name in stored if "magnitude" not in name)
+    assert set(names) == set(stored)
 
 
 def test_the_result_does_not_depend_on_the_number_of_jobs(folders):
@@ -697,9 +701,10 @@ EMBEDDING = "model.embed_tokens.weight"
     ],
 )
 @pytest.mark.parametrize("way", ["adapted", "replaced"])
-def test_a_changed_embedding_that_is_also_the_output_head_is_warned_of(
+def test_a_changed_embedding_leaves_the_output_head_as_it_was(
     tmp_path, capsys, config, head, shared, way
 ):
+    untouched = config.get("tie_word_embeddings")
     rng = np.random.default_rng(1)
     base = {"model.layers.0.q.weight": draw(rng, 7, 5), EMBEDDING: draw(rng, 9, 5)}
     (tmp_path / "base").mkdir()
@@ -715,13 +720,17 @@ def test_a_changed_embedding_that_is_also_the_output_head_is_warned_of(
         leaves = factors(rng, (5, 9))
         added = {f"{prefix}.{name}": leaf for name, leaf in zip(names, leaves, strict=True)}
     edit_adapter(tmp_path, add=added)
-    warning = (
-        f"doraxp merge: warning: {EMBEDDING} is the output head too: the merge changes both, "
-        "though the adapter was trained on the embedding alone\n"
-    )
-    for arguments in (("--dry-run",), ()):
-        assert merge(tmp_path, *arguments) == 0
-        assert capsys.readouterr().err == (warning if shared else "")
+    assert merge(tmp_path, "--dry-run") == 0
+    assert ("New in OUT: lm_head.weight" in capsys.readouterr().out) == shared
+    assert merge(tmp_path, "--verify") == 0
+    assert capsys.readouterr().err == ""
+    result = load_file(tmp_path / "out" / "model.safetensors")
+    assert (result[EMBEDDING] != base[EMBEDDING]).any()
+    if shared or head:
+        old = heads.get("lm_head.weight", base[EMBEDDING])
+        np.testing.assert_array_equal(result["lm_head.weight"], old)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.get("tie_word_embeddings") is (False if shared else untouched)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -810,7 +819,10 @@ def test_two_leading_parts_that_both_fit_are_refused(tmp_path, capsys):
     base = {name: draw(rng, *SHAPES[name.split(".", 1)[1][:-7]]) for name in sides}
     save_file(base, tmp_path / "base")
     write_adapter(tmp_path / "adapter")
-    assert "block.0.k.weight may be that of decoder or of encoder" in refused(tmp_path, capsys)
+    assert (
+        "block.0.k.weight may be decoder.block.0.k.weight or encoder.block.0.k.weight in the base"
+        in refused(tmp_path, capsys)
+    )
 
 
 def test_a_dry_run_writes_nothing(folders, capsys):
@@ -1318,6 +1330,15 @@ def edit_base(folder, **changes):
     save_file(load_file(path) | changes, path)
 
 
+def extend_base(folder, **tensors):
+    """Add tensors to the first shard and to the index."""
+    edit_base(folder, **tensors)
+    path = folder / "base" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] |= dict.fromkeys(tensors, "model-1.safetensors")
+    write_json(path, index)
+
+
 def refused(folder, capsys):
     return refused_with(folder, capsys)
 
@@ -1337,7 +1358,7 @@ def test_every_adapter_without_a_weight_is_named(folders, capsys):
     shutil.rmtree(folder / "adapter")
     write_adapter(folder / "adapter", {**SHAPES, "lm_head": (7, 5), "block.9.q": (7, 5)})
     error = refused(folder, capsys)
-    assert "near block.9.q.weight the base has block." in error
+    assert "the nearest is by name block." in error
     assert "the base has no lm_head.weight" in error
     assert "the base has no block.9.q.weight" in error
 
@@ -1356,10 +1377,23 @@ def test_a_quantised_weight_is_named(folders, capsys):
     assert problem in refused(folder, capsys)
 
 
-def test_a_quantised_model_is_refused(folders, capsys):
+def test_the_weights_that_are_not_quantised_are_merged_into(folders):
+    folder, base, adapter = folders
+    config = {"quantization_config": {"quant_method": "mxfp4"}}
+    write_json(folder / "base" / "config.json", config)
+    extend_base(folder, experts_blocks=np.ones((3, 4), np.uint8))
+    assert merge(folder, "--verify") == 0
+    result = load_folder(folder / "out")
+    np.testing.assert_array_equal(result.pop("experts_blocks"), np.ones((3, 4), np.uint8))
+    assert_merged(result, base, adapter)
+    assert json.loads((folder / "out" / "config.json").read_text()) == config
+
+
+@pytest.mark.parametrize("scales", ["weight_scale", "weight_scale_inv", "scales"])
+def test_scales_beside_a_weight_show_that_it_is_quantised(folders, capsys, scales):
     folder, _, _ = folders
-    write_json(folder / "base" / "config.json", {"quantization_config": {"bits": 4}})
-    assert "has a quantization_config" in refused(folder, capsys)
+    extend_base(folder, **{f"block.0.q.{scales}": np.ones(1, np.float32)})
+    assert "block.0.q.weight is quantised" in refused(folder, capsys)
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "OLoRA", "loftq", "corda", "lora_ga"])
@@ -1555,7 +1589,9 @@ def test_shapes_correct_a_wrong_flag_except_for_a_square_weight(tmp_path, capsys
     (tmp_path / "out").unlink()
     shutil.rmtree(tmp_path / "adapter")
     write_adapter(tmp_path / "adapter", {"x.a": (7, 5), "x.b": (6, 6)})
-    assert "x.b.weight is square, and fan_in_fan_out was wrong" in refused(tmp_path, capsys)
+    assert "x.b.weight is square, and fan_in_fan_out is that of the last" in refused(
+        tmp_path, capsys
+    )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -580,10 +580,10 @@ def test_a_file_that_changes_while_the_merge_is_planned_is_an_error(folder, monk
     if way == "appeared":
         path.unlink()
 
-    def change(adapter):
+    def change(adapter, **choice):
         adapters = load(adapter) if name.startswith("adapter") and way == "removed" else None
         path.write_bytes(raw) if way == "appeared" else CHANGES[way](path)
-        return adapters or load(adapter)
+        return adapters or load(adapter, **choice)
 
     monkeypatch.setattr(_merge, "load_adapters", change)
     if name == "vocab.txt" and way != "removed":

@@ -56,7 +56,7 @@ class TokenRows(NamedTuple):
 
 
 class NewHead(NamedTuple):
-    """What a configuration says of the head that was trained with an adapter."""
+    """The head that was trained with an adapter, as the files beside it describe it."""
 
     modules: tuple[str, ...] = ()
     """The last components of the modules that the file has in full."""
@@ -89,8 +89,6 @@ class AdapterSet(Mapping[str, AdaptedLayer]):
     """The initialisation that changed the base weights; None where they did not change."""
     trained_biases: str | None = None
     """The ``bias`` of a PEFT configuration, "all" or "lora_only"; None without trained biases."""
-    dots_lost: bool = False
-    """True where the paths have an underscore for each dot of the base's names."""
     differences: Mapping[str, str] = field(default_factory=dict)
     """Tensors to add to the base's: their names in the base, and in the file."""
     is_of_images: bool = False
@@ -122,25 +120,36 @@ class AdapterSet(Mapping[str, AdaptedLayer]):
     def read(self, layer: StoredLayer) -> AdaptedLayer:
         """Read one adapter, and refuse NaN and infinity."""
         *stack, out, inner = layer.kind.matrix_shape(layer.shape)
-        a, b, m = (self._read(name) for name in layer.names)
+        a, b = self._read(layer.names.lora_a), self._read(layer.names.lora_b)
         if layer.factors_transposed:
             a, b = a.T, b.T
         rank = layer.config.rank
-        if layer.heads is not None:
-            m = m.reshape(layer.heads, -1, 2).swapaxes(1, 2)
         if layer.rows is not None:
-            b, m = b.reshape(-1, rank), m.reshape(-1)
-            b, m = (np.concatenate([leaf[rows] for rows in layer.rows]) for leaf in (b, m))
+            b = _taken(b.reshape(-1, rank), layer.rows)
         adapter = Adapter(
-            a.reshape(*stack, rank, inner), b.reshape(*stack, out, rank), m.reshape(*stack, out)
+            a.reshape(*stack, rank, inner),
+            b.reshape(*stack, out, rank),
+            self.magnitude(layer).reshape(*stack, out),
         )
         return AdaptedLayer(adapter, layer.config, layer.kind, layer.shape)
+
+    def magnitude(self, layer: StoredLayer) -> HostArray:
+        """Read m of one adapter, flat, in the order of the weight's rows."""
+        m = self._read(layer.names.magnitude)
+        if layer.heads is not None:
+            m = m.reshape(layer.heads, -1, 2).swapaxes(1, 2)
+        m = m.reshape(-1)
+        return m if layer.rows is None else _taken(m, layer.rows)
 
     def _read(self, name: str) -> HostArray:
         array = self.reader.read(name)
         if not np.all(np.isfinite(array)):
             raise CheckpointError(f"{self.reader.path}: {name} contains NaN or infinity")
         return array
+
+
+def _taken(leaf: HostArray, rows: tuple[slice, ...]) -> HostArray:
+    return np.concatenate([leaf[one] for one in rows])
 
 
 def config_path(reader: Reader) -> Path:

@@ -88,9 +88,11 @@ def audit(
                 task.result()
         finally:
             stopped.set()
-    for name, (source, _) in pairs.items():
-        is_wrong = not found[name].right and found[name].verdict != KEPT_IN_PART
-        if is_wrong and source != name:
+    heads = {name for name, (source, _) in pairs.items() if source != name}
+    if merge.was_tied:
+        heads |= {name for name in pairs if is_head(name)}
+    for name in heads:
+        if not found[name].right and found[name].verdict != KEPT_IN_PART:
             detail = f"{found[name].verdict}: {found[name].detail}".removesuffix(": ")
             found[name] = found[name]._replace(verdict="tied head changed", detail=detail)
     order = [*(name for name in merge.tasks if name in found), *found]

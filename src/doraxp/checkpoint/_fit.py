@@ -8,10 +8,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from doraxp.checkpoint._adapters import AdapterSet
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._names import Places, Wanted, guess, match, match_parts, nearest
+from doraxp.checkpoint._norm_guard import nearest_by_norms
 from doraxp.checkpoint._safetensors import Source
 from doraxp.checkpoint._tied import tied_head
 
@@ -28,7 +31,7 @@ class Fit:
     residual: bool = False
     """True if the base has the residual weights that PiSSA, OLoRA and their like leave."""
     architecture: str | None = None
-    """The class of the result with its new head; None for that which the files tell."""
+    """The class of the result with its new head; None for the one that the files tell."""
     labels: tuple[str, ...] | None = None
     """The names of a classifier's classes; None for LABEL_0, LABEL_1, …"""
 
@@ -82,17 +85,39 @@ class Fitted:
         module = name.removesuffix("weight")
         return any(f"{module}{scales}" in self.sources for scales in _SCALES)
 
-    def missing(self) -> Iterator[str]:
-        """Yield a message for each module that the base does not have."""
+    def missing(self, adapters: AdapterSet) -> Iterator[str]:
+        """Yield a message for each module that the base does not have.
+
+        The first one names the nearest tensors: by the name, and by the magnitudes.
+        """
         paths = [path for path in self.modules if path not in self.places]
         for path in paths:
             wanted = self._wanted[path]
             message = f"the base has no {wanted.name} for an adapter of shape {wanted.shape}"
-            near = nearest(wanted, self.shapes) if path == paths[0] else None
-            if near is not None:
-                rename = _rename(wanted.path, near.removesuffix(".weight"))
-                message += f"; near it is {near}, which --rename '{rename}' takes"
-            yield message
+            yield message + (self._near(path, wanted, adapters) if path == paths[0] else "")
+
+    def _near(self, path: str, wanted: Wanted, adapters: AdapterSet) -> str:
+        layer = adapters.layers[path]
+        named = nearest(wanted, self.shapes)
+        measured = nearest_by_norms(
+            np.abs(adapters.magnitude(layer).astype(np.float64)),
+            layer.kind,
+            {
+                name: source
+                for name, source in self.sources.items()
+                if source.tensor.shape == layer.shape
+            },
+        )
+        found = [
+            f"{way} {name}"
+            for way, name in (("by name", named), ("by magnitude", measured))
+            if name is not None
+        ]
+        best = measured or named
+        if best is None:
+            return ""
+        rename = _rename(wanted.path, best.removesuffix(".weight"))
+        return f"; the nearest is {', '.join(found)}: --rename '{rename}' takes {best}"
 
 
 def fit(model: Model, adapters: AdapterSet, choices: Fit) -> Fitted:
@@ -123,7 +148,7 @@ def fit(model: Model, adapters: AdapterSet, choices: Fit) -> Fitted:
         found = match(wanted, shapes, model_type if isinstance(model_type, str) else None)
         if not found.places and found.problem is None:
             parts, others = match_parts(wanted, shapes)
-            if parts.places:
+            if parts.places and not parts.missing:
                 found, unused = parts, others
     if found.problem is not None:
         raise CheckpointError(f"{adapters.reader.path}: {found.problem}")
@@ -160,7 +185,7 @@ def _tie(sources: dict[str, Source], model: Model) -> Tied | None:
 
 
 def _lead(modules: Mapping[str, Wanted], places: Mapping[str, Places]) -> str:
-    """Return what all modules' names have before those of the base."""
+    """Return the lead that all modules' names have before those of the base."""
     leads = set()
     for one in modules.values():
         (first, *_) = places.get(one.name, (None,))

@@ -30,6 +30,7 @@ from doraxp.checkpoint._tasks import (
     parts_of,
     written_as,
 )
+from doraxp.checkpoint._tied import tied_head
 
 _TOKENIZER = ("tokenizer*", "chat_template*", "added_tokens.json", "vocab.*", "merges.txt")
 
@@ -67,6 +68,11 @@ class Merge(NamedTuple):
         return {
             name: task for name, task in self.tasks.items() if not isinstance(task, CopiedTensor)
         }
+
+    @property
+    def was_tied(self) -> bool:
+        """Whether the embeddings of the base are its output head too."""
+        return tied_head(self.model.sources().keys(), self.model.config) is not None
 
     def changed_parts(self) -> Iterator[tuple[str, Part, Tensor]]:
         """Yield the label, the part and the tensor's entry of all that changes.

@@ -73,8 +73,11 @@ def wrong_matches(
     """
     guard = _Guard(sources)
     for name, part in parts:
-        m = np.abs(np.asarray(adapters.read(part.layer).adapter.magnitude, np.float64))
-        if m.ndim == 1 and len(m) >= _ROWS and _is_readable(part.source, part.layer.kind):
+        stack = part.layer.kind.matrix_shape(part.layer.shape)[:-2]
+        if stack or not _is_readable(part.source, part.layer.kind):
+            continue
+        m = np.abs(adapters.magnitude(part.layer).astype(np.float64))
+        if len(m) >= _ROWS:
             message = guard.message(name, part, m)
             if message is not None:
                 yield message
@@ -103,6 +106,17 @@ def residual_fits(parts: Iterable[MergedTensor], adapters: AdapterSet) -> bool |
     if of_v * _FACTOR <= of_weight:
         return True
     return False if of_weight * _FACTOR <= of_v else None
+
+
+def nearest_by_norms(m: Vector, kind: LayerKind, sources: Mapping[str, Source]) -> str | None:
+    """Return the tensor whose row norms are nearest to m; None if those of all are far from it."""
+    best, name = _NEAR, None
+    for other, source in sources.items():
+        if source.tensor.dtype in DTYPES and _is_readable(source, kind):
+            distance = _Fit.of(m, _norms(source, kind, np.arange(len(m)))).distance
+            if distance < best:
+                best, name = distance, other
+    return name
 
 
 class _Guard:
@@ -172,7 +186,5 @@ def _norms(source: Source, kind: LayerKind, rows: NDArray[np.intp]) -> Vector:
     if not kind.is_transposed:
         blocks = list(row_blocks((len(rows), *source.tensor.shape[1:])))
     with np.errstate(over="ignore", invalid="ignore"):  # the merge refuses NaN and infinity
-        norms = [
-            np.linalg.norm(matrix_rows(source, rows[block], kind), axis=1) for block in blocks
-        ]
+        norms = [np.linalg.norm(matrix_rows(source, rows[block], kind), axis=1) for block in blocks]
     return np.concatenate(norms)

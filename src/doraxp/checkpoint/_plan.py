@@ -139,7 +139,7 @@ def _merged_parts(
             else:
                 merged[name].append(MergedTensor(source, path, stored))
     merged = {name: parts for name, parts in merged.items() if parts}
-    problems += fitted.missing()
+    problems += fitted.missing(adapters)
     problems += _squares(model, adapters, fitted, merged)
     return merged, problems
 

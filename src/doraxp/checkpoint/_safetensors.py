@@ -263,9 +263,7 @@ def _checked_header(path: Path) -> tuple[dict[str, object], Stamp, bytes]:
     if path.suffix in _PICKLES:
         raise CheckpointError(
             f"{path}: a pickle file can run any code when it is read, so doraxp does not read it. "
-            "Convert it on a machine where you trust it: "
-            "safetensors.torch.save_file(torch.load(path, weights_only=True), "
-            f"'{path.stem}.safetensors')"
+            f"Convert it on a machine where you trust it: {_conversion(path)}"
         )
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -290,6 +288,21 @@ def _checked_header(path: Path) -> tuple[dict[str, object], Stamp, bytes]:
             raise CheckpointError(f"{path}: not a safetensors file: {error}") from None
     check_stamps({path: stamp})  # the library opened it by its name
     return parse_json(raw, path), stamp, first + raw
+
+
+def _conversion(path: Path) -> str:
+    """Return the Python code that writes the tensors of a pickle where programs look for them."""
+    if "-of-" in path.name:  # a shard, whose index must be written too
+        return (
+            f"transformers.AutoModelForCausalLM.from_pretrained('{path.parent}')"
+            f".save_pretrained('{path.parent}-safetensors'), or the class of that model"
+        )
+    stem = "model" if path.stem == "pytorch_model" else path.stem
+    return (
+        "safetensors.torch.save_file({name: x.contiguous().clone() for name, x in "
+        f"torch.load('{path}', weights_only=True).items()}}, "
+        f"'{path.with_name(f'{stem}.safetensors')}', {{'format': 'pt'}})"
+    )
 
 
 def _digest(raw: bytes) -> bytes:

@@ -61,7 +61,7 @@ def save_adapters(
     if format not in WRITABLE:
         raise ValueError(f"format must be one of {tuple(WRITABLE)}, got {format!r}")
     if isinstance(adapters, AdapterSet):
-        _check_names(adapters)
+        _check_names(adapters, format)
     if not adapters:
         raise ValueError("adapters must hold at least one layer")
     target = Path(path)
@@ -81,21 +81,18 @@ def save_adapters(
     put(target, files)
 
 
-def _check_names(adapters: AdapterSet) -> None:
+def _check_names(adapters: AdapterSet, format: str) -> None:
     """Raise ValueError where a conversion needs the base, for names or for the order of rows."""
-    problem = None
-    if adapters.dots_lost:
-        problem = (
-            f"{next(iter(adapters.layers))} has an underscore for each dot of the module's name, "
-            "so no trainer would find the module"
-        )
-    elif adapters.is_interleaved:
-        problem = "the magnitudes of q and k have torchtune's order of rows, not transformers'"
-    elif adapters.differences:
+    first, problem = next(iter(adapters.layers)), None
+    if adapters.differences:
         raise ValueError(
             f"{adapters.reader.path}: no other format has {next(iter(adapters.differences))}, "
             "which is added to the base's: merge it into its base instead, with doraxp merge"
         )
+    if adapters.is_of_images and not adapters.format == format == "diffusers":
+        problem = f"{first} is not the name of a module in the model, so no trainer would find it"
+    elif adapters.is_interleaved:
+        problem = "the magnitudes of q and k have torchtune's order of rows, not transformers'"
     if problem is not None:
         raise ValueError(f"{adapters.reader.path}: {problem}: give the model, with --base BASE")
 
@@ -121,7 +118,7 @@ def named_for(model: Model, adapters: AdapterSet, choices: Fit = AS_FILED) -> Ad
         A module is not in the model, or is only a part of one of its modules.
     """
     fitted = fit(model, adapters, choices)
-    problem = next(fitted.missing(), None)
+    problem = next(fitted.missing(adapters), None)
     if problem is not None:
         raise CheckpointError(f"{adapters.reader.path}: {problem}")
     layers: dict[str, StoredLayer] = {}
@@ -137,9 +134,7 @@ def named_for(model: Model, adapters: AdapterSet, choices: Fit = AS_FILED) -> Ad
     parts = {name.partition(".")[0] for name in layers}
     if model.is_pipeline and len(parts) == 1:
         layers = {name.partition(".")[2]: layer for name, layer in layers.items()}
-    return replace(
-        adapters, layers=layers, dots_lost=False, is_of_images=False, is_interleaved=False
-    )
+    return replace(adapters, layers=layers, is_of_images=False, is_interleaved=False)
 
 
 def _rows_by_tensor(

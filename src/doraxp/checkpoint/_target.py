@@ -77,6 +77,11 @@ def check_target(merge: Merge, out: str | os.PathLike[str], *, force: bool = Fal
         raise CheckpointError(f"{out}: OUT must be a file, as BASE is, but is a folder")
     if merge.model.is_folder and out.suffix == ".safetensors":
         raise CheckpointError(f"{out}: OUT must be a folder, as BASE is, but has a file's name")
+    if not merge.model.is_folder and out.suffix not in ("", ".safetensors", base.suffix):
+        raise CheckpointError(
+            f"{out}: OUT is written in the format of safetensors, so its name must end in "
+            f".safetensors, not in {out.suffix}"
+        )
     _check_replaceable(merge, out, force=force)
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out.parent}: no such folder")

@@ -14,10 +14,10 @@ from doraxp._terminal.messages import print_error
 from doraxp._terminal.module_table import Column, print_modules
 from doraxp._terminal.progress import progress_by_bytes, progress_by_parts
 from doraxp._terminal.tables import plain_console, print_caption, print_names
-from doraxp.cli._arguments import CHECKPOINT, is_in_input, lacks, output
+from doraxp.cli._arguments import CHECKPOINT, add_choice, add_rename, is_in_input, lacks, output
 
 if TYPE_CHECKING:
-    from doraxp.checkpoint import AdapterSet, Against
+    from doraxp.checkpoint import AdapterSet, Against, Fit
 
 SUMMARY = (
     "List the modules of a DoRA adapter with rank, scale, size and effective rank of the update. "
@@ -56,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base", type=Path, metavar="BASE", help="the model that the adapter belongs to"
     )
+    add_choice(parser)
+    add_rename(parser)
     parser.add_argument(
         "--all", action="store_true", help="list every module, not a row for each kind of module"
     )
@@ -77,11 +79,15 @@ def run(arguments: argparse.Namespace) -> int:
     inputs = (arguments.path, arguments.base)
     if is_in_input("inspect", arguments.json, (path for path in inputs if path is not None)):
         return 2
-    from doraxp.checkpoint import CheckpointError, load_adapters
+    from doraxp.checkpoint import CheckpointError, Fit, load_adapters
 
     try:
-        adapters = load_adapters(arguments.path)
-        report = _report(adapters, arguments.base)
+        adapters = load_adapters(
+            arguments.path,
+            subfolder=arguments.subfolder,
+            adapter_name=arguments.adapter_name,
+        )
+        report = _report(adapters, arguments.base, Fit(tuple(arguments.rename)))
     except (CheckpointError, OSError) as error:
         print_error("doraxp inspect", error)
         return 2
@@ -100,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _report(adapters: AdapterSet, base: Path | None) -> dict[str, Any]:
+def _report(adapters: AdapterSet, base: Path | None, fit: Fit) -> dict[str, Any]:
     """Return all figures, in the types of JSON, with a progress bar."""
     from doraxp.checkpoint import look_at, look_at_base, open_model
 
@@ -112,6 +118,7 @@ def _report(adapters: AdapterSet, base: Path | None) -> dict[str, Any]:
             against = look_at_base(
                 model,
                 adapters,
+                fit=fit,
                 on_bytes=lambda done, total: progress.update(bar, completed=done, total=total),
             )
     modules = {}

@@ -52,7 +52,6 @@ def read(reader: Reader) -> AdapterSet:
         "lycoris",
         reader,
         layers,
-        dots_lost=any("." not in path for path in layers),
         is_of_images=True,
         differences={
             f"{path}.{leaf}": name for path, parts in norms.items() for leaf, name in parts.items()

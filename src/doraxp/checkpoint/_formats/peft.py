@@ -162,7 +162,7 @@ def _token_rows(names: Iterable[str], config: JsonObject, where: Path) -> dict[s
 
 
 def _head(config: JsonObject, where: Path) -> NewHead:
-    """Return what the files beside the adapter say of the head that was trained with it."""
+    """Return the head that was trained with the adapter, by the files beside it."""
     modules = config.get("modules_to_save") or []
     mapping = config.get("auto_mapping") or {}
     task = config.get("task_type")

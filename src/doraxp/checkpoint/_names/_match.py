@@ -157,7 +157,7 @@ def _stages(
     yield [_renamed(_unwrap, _unwrap, table) for table in every if model_type in table.families]
     yield (_renamed(_unwrap, _unwrap, table) for table in every)
     ways = [(_chain(_unwrap, key), _chain(_unwrap, rename)) for key, rename in leads]
-    yield (_renamed(*way, table) for table in every for way in ways)
+    yield (_renamed(*way, table) for way in ways for table in every)
     yield [_Way(_unwrap, (_unwrap, *(_then(_unwrap, table) for table in every)))]
 
 
@@ -202,20 +202,20 @@ def _without_lead(lead: str, name: str) -> str:
 
 
 class _Index:
-    """The base's names by the keys of each way; ways with the same keys share them."""
+    """The base's names by the keys of a way; the next way shares them if its keys are the same."""
 
     def __init__(self, shapes: Shapes) -> None:
         self.shapes = shapes
-        self._of: dict[Rename, dict[str, list[str]]] = {}
+        self._key: Rename | None = None
+        self._names: dict[str, list[str]] = {}
 
     def names(self, key: Rename) -> Mapping[str, Sequence[str]]:
         """Return the names of the base by their keys."""
-        if key not in self._of:
-            found: dict[str, list[str]] = defaultdict(list)
+        if key is not self._key:
+            self._key, self._names = key, defaultdict(list)
             for name in self.shapes:
-                found[key(name)].append(name)
-            self._of[key] = dict(found)
-        return self._of[key]
+                self._names[key(name)].append(name)
+        return self._names
 
 
 def _places(way: _Way, wanted: Sequence[Wanted], index: _Index) -> dict[str, Places] | None:

@@ -39,7 +39,7 @@ Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
 
 def wanted_tensor(name: str) -> Wanted:
-    """Return what an adapter wants of a base to which it brings this tensor in full."""
+    """Return the tensor of a base that an adapter has in full under this name."""
     path, _, leaf = name.rpartition(".")
     return Wanted(path, leaf, None)
 
