@@ -84,7 +84,9 @@ def look_at_base(
         The adapter does not fit the base, or a weight contains NaN or infinity.
     """
     engine = load_engine("numpy")
-    found, done = {}, 0
+    found: dict[str, Against] = {}
+    rows: dict[str, int] = {}
+    done = 0
     tasks = plan(model, adapters, fit).tasks
     parts = [
         (name, part)
@@ -105,10 +107,24 @@ def look_at_base(
         base, adapted = joined(norms)
         reach = base + np.sqrt(np.maximum(update_squares(layer), 0.0))
         part = np.divide(adapted, reach, out=np.ones_like(reach), where=reach > 0)
-        found[task.path] = Against(
+        own = Against(
             moved.magnitude,
             moved.direction,
             float(part.min()),
             int(np.count_nonzero(adapted == 0)),
         )
+        before, size = found.get(task.path, own), rows.get(task.path, 0)
+        rows[task.path] = size + len(base)
+        found[task.path] = _together(before, size, own, len(base))
     return found
+
+
+def _together(one: Against, rows: int, other: Against, more: int) -> Against:
+    """Return the figures of a module that is several tensors of the base, from those of two."""
+    share = more / (rows + more)
+    return Against(
+        one.magnitude_change * (1 - share) + other.magnitude_change * share,
+        one.direction_change * (1 - share) + other.direction_change * share,
+        min(one.conditioning, other.conditioning),
+        (one.zero_rows if rows else 0) + other.zero_rows,
+    )
