@@ -37,8 +37,9 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the page, in the process that reports."""
-    if not hasattr(session.config, "workerinput"):
+    """Write the page, in the process that reports, if no case was left out."""
+    config = session.config
+    if not hasattr(config, "workerinput") and not config.getoption("keyword"):
         PAGE.write_text("\n".join(page(sorted(CELLS))), "utf-8")
 
 
