@@ -95,6 +95,9 @@ class AdapterSet(Mapping[str, AdaptedLayer]):
     """True where the paths begin with the part of an image model that they are for."""
     tokens: Mapping[str, TokenRows] = field(default_factory=dict)
     """Single rows of embeddings that were trained, by the embeddings' name."""
+    untrained: Mapping[str, str] = field(default_factory=dict)
+    """Copies, from before the training, of tensors that the file has in full: their names in the
+    base, and in the file."""
     ties_weights: bool = False
     """True where the output head was trained as the same weight as the embeddings."""
     head: NewHead = NO_HEAD

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from doraxp._core.kinds import LayerKind
@@ -19,6 +20,7 @@ from doraxp.checkpoint._names import Place
 from doraxp.checkpoint._norm_guard import residual_fits, wrong_matches
 from doraxp.checkpoint._orientation import is_transposed
 from doraxp.checkpoint._safetensors import DTYPES, AnySource, Source
+from doraxp.checkpoint._separate_head import separate_head
 from doraxp.checkpoint._tasks import (
     CopiedTensor,
     JoinedTensor,
@@ -71,21 +73,24 @@ def plan(model: Model, adapters: AdapterSet, choices: Fit = AS_FILED) -> Plan:
     changed: dict[str, Task] = dict(whole.tasks)
     for name, found in parts.items():
         changed[name] = _joined(fitted.sources[name], found)
-    tied = fitted.tied
-    untied = tied is not None and (tied.head in changed or tied.embedding in changed)
-    if untied and adapters.ties_weights and tied is not None:
-        untied = tied.head in parts
-        if not untied:
-            changed.pop(tied.head, None)
-    names = [name for name in fitted.sources if untied or tied is None or name != tied.head]
-    copied = {name: CopiedTensor(fitted.sources[name]) for name in names if name not in changed}
+    untied = False
+    if fitted.tied is not None:
+        try:
+            untied = separate_head(fitted.tied, changed, whole.tasks, fitted.sources, adapters)
+        except CheckpointError as error:
+            raise CheckpointError(f"{adapters.reader.path}: {error}") from None
+    alone = {fitted.tied.head} if fitted.tied is not None and not untied else set()
+    copied = {
+        name: CopiedTensor(source)
+        for name, source in fitted.sources.items()
+        if name not in changed and name not in alone
+    }
     lead = fitted.lead if whole.added else ""
     tasks = {
         f"{'' if name in whole.added else lead}{name}": task
         for name, task in (changed | copied).items()
     }
-    edits = whole.edits if not untied else ConfigEdits(**{**vars(whole.edits), "untied": True})
-    return Plan(tasks, lead, edits, fitted.unused)
+    return Plan(tasks, lead, replace(whole.edits, untied=untied), fitted.unused)
 
 
 def _joined(source: AnySource, parts: Sequence[MergedTensor]) -> Task:

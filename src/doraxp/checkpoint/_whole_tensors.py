@@ -144,7 +144,8 @@ def _with_rows(
         )
     if max(tokens.indices) >= rows:
         raise CheckpointError(
-            f"{own.name} is for token {max(tokens.indices)}, but {base.name} has {rows} tokens"
+            f"{own.name} is for token {max(tokens.indices)}, but {base.name} has {rows} tokens: "
+            "merge into the model whose embeddings were resized, saved before the training"
         )
     parts: list[Part] = []
     place = 0

@@ -7,25 +7,28 @@ Both keep A, B and m of each module under the module's own name, whole tensors b
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-from doraxp._base.patterns import values_by_path
-from doraxp._base.scalars import check_count, check_number
 from doraxp._base.types import Config
 from doraxp._core.kinds import LayerKind
 from doraxp.checkpoint._adapters import (
     CONFIG,
     AdapterSet,
-    NewHead,
     StoredLayer,
     TensorNames,
-    TokenRows,
     config_path,
 )
 from doraxp.checkpoint._errors import CheckpointError
-from doraxp.checkpoint._formats.peft_writing import whole_path, write
+from doraxp.checkpoint._formats.peft_config import (
+    base_change,
+    flag,
+    head,
+    layer_configs,
+    token_rows,
+    trained_biases,
+)
+from doraxp.checkpoint._formats.peft_writing import write
 from doraxp.checkpoint._json import JsonObject, read_json
 from doraxp.checkpoint._safetensors import Reader, same_bytes
 
@@ -52,9 +55,6 @@ _TORCHTUNE = {"r", "lora_alpha", "target_modules", "peft_type", "base_model_name
 """The entries of torchtune's export, which has no others."""
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 _BEFORE = re.compile(r"\.original_module(?=\.[^.]+$)")
-# The values of ``init_lora_weights`` that change the base weights, and those that do not.
-_CHANGES_BASE = re.compile(r"(pissa.*|olora|loftq|corda.*|lora_ga)", re.IGNORECASE)
-_KEEPS_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
 # Each of these entries changes the meaning of A, B and m.
 _UNSUPPORTED = (
     "layer_replication",
@@ -81,18 +81,21 @@ def read(reader: Reader, adapter_name: str | None = None) -> AdapterSet:
     where = config_path(reader)
     config = read_json(where)
     parts, rest = sort_names(reader, adapter_name)
-    tokens = _token_rows([name for name in rest if name.endswith(_TOKENS)], config, where)
+    rows = {_base_name(name.removesuffix(_TOKENS)): name for name in rest if name.endswith(_TOKENS)}
+    tokens = token_rows(rows, config, where)
     rest = [name for name in rest if not name.endswith(_TOKENS)]
+    whole, untrained = _whole_tensors(reader, rest)
     return AdapterSet(
         _format(config),
         reader,
         adapted_layers(reader, parts, config, where),
-        _whole_tensors(reader, rest),
+        whole,
         base_change(config, where),
         trained_biases(config, where),
         tokens=tokens,
-        ties_weights=_flag("ensure_weight_tying", config, where),
-        head=_head(config, where),
+        untrained=untrained,
+        ties_weights=flag("ensure_weight_tying", config, where),
+        head=head(config, where),
         is_interleaved=_format(config) == "torchtune",
     )
 
@@ -121,7 +124,7 @@ def adapted_layers(
     """
     has_magnitudes = any("m" in names for names in parts.values())
     # torchtune's export has no entry for it.
-    dora = _flag("use_dora", config, where) or (config.keys() == _TORCHTUNE and has_magnitudes)
+    dora = flag("use_dora", config, where) or (config.keys() == _TORCHTUNE and has_magnitudes)
     peft_type = config.get("peft_type")
     if peft_type not in ("LORA", "DORA"):
         raise CheckpointError(f"{where}: peft_type must be LORA or DORA, got {peft_type!r}")
@@ -129,84 +132,12 @@ def adapted_layers(
     if found:
         raise CheckpointError(f"{where}: {', '.join(found)} cannot be merged with a DoRA adapter")
     names = _complete_names(reader, parts, where, dora=dora or peft_type == "DORA")
-    configs = _layer_configs(names, config, where)
-    transposed = _flag("fan_in_fan_out", config, where)
+    configs = layer_configs(names, config, where)
+    transposed = flag("fan_in_fan_out", config, where)
     return {
         path: _layer(reader, path, names[path], configs[path], transposed=transposed)
         for path in names
     }
-
-
-def _token_rows(names: Iterable[str], config: JsonObject, where: Path) -> dict[str, TokenRows]:
-    """Return the single rows of embeddings in the file, by the embeddings' name."""
-    indices = config.get("trainable_token_indices") or {}  # null too
-    found = {}
-    for name in names:
-        own = f"{_base_name(name.removesuffix(_TOKENS))}.weight"
-        module = own.removesuffix(".weight")
-        rows = indices
-        if isinstance(indices, dict):
-            key = next((key for key in indices if f".{module}".endswith(f".{key}")), None)
-            rows = indices.get(key)
-        if (
-            not isinstance(rows, list)
-            or len(set(rows)) < len(rows)
-            or not all(isinstance(row, int) and row >= 0 for row in rows)
-        ):
-            raise CheckpointError(
-                f"{where}: trainable_token_indices must have the tokens of {module}, each once, "
-                f"got {rows!r}"
-            )
-        found[own] = TokenRows(tuple(rows), name)
-    return found
-
-
-def _head(config: JsonObject, where: Path) -> NewHead:
-    """Return the head that was trained with the adapter, by the files beside it."""
-    modules = config.get("modules_to_save") or []
-    mapping = config.get("auto_mapping") or {}
-    task = config.get("task_type")
-    beside = where.parent / "config.json"
-    model = read_json(beside) if beside.is_file() else {}
-    labels = model.get("id2label") or {}
-    architectures = model.get("architectures") or []
-    trained = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    first = architectures[0] if isinstance(architectures, list) and architectures else trained
-    return NewHead(
-        tuple(map(str, modules)) if isinstance(modules, list) else (str(modules),),
-        task if isinstance(task, str) else None,
-        first if isinstance(first, str) else None,
-        tuple(map(str, labels.values())) if isinstance(labels, dict) else (),
-    )
-
-
-def base_change(config: JsonObject, where: Path) -> str | None:
-    """Return the initialisation if it changed the base weights, else None."""
-    name = str(config.get("init_lora_weights"))
-    if name.lower() in _KEEPS_BASE:
-        return None
-    if _CHANGES_BASE.fullmatch(name) is None:
-        raise CheckpointError(
-            f"{where}: init_lora_weights {name!r} is unknown: it may have changed the base"
-        )
-    return name
-
-
-def trained_biases(config: JsonObject, where: Path) -> str | None:
-    """Return "all" or "lora_only" if biases were trained, else None."""
-    bias = config.get("bias")
-    if bias is None or bias == "none":
-        return None
-    if isinstance(bias, str) and bias in ("all", "lora_only"):
-        return bias
-    raise CheckpointError(f"{where}: bias must be 'none', 'all' or 'lora_only', got {bias!r}")
-
-
-def _flag(name: str, config: JsonObject, where: Path) -> bool:
-    flag = config.get(name) or False  # null too
-    if not isinstance(flag, bool):
-        raise CheckpointError(f"{where}: {name} must be true or false, got {flag!r}")
-    return flag
 
 
 def sort_names(
@@ -248,17 +179,17 @@ def _bare(name: str) -> str:
     return _AROUND.sub("", name)
 
 
-def _whole_tensors(reader: Reader, names: Iterable[str]) -> dict[str, str]:
-    """Return the file's name of each whole tensor, by its name in the base.
+def _whole_tensors(reader: Reader, names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the file's name of each whole tensor, and of each untrained one, by the base's name.
 
     With ``save_embedding_layers``, PEFT saves a trained embedding under two names, and beside it
-    the one of before the training, which is left out here.
+    the one of before the training.
     """
     found: dict[str, str] = {}
-    before = []
+    before: dict[str, str] = {}
     for name in names:
         if _BEFORE.search(name):
-            before.append(name)
+            before[_base_name(_BEFORE.sub("", name))] = name
             continue
         own = _base_name(name)
         if own in found and not _equal(reader, name, found[own]):
@@ -267,9 +198,8 @@ def _whole_tensors(reader: Reader, names: Iterable[str]) -> dict[str, str]:
                 "the one that is out of date"
             )
         found.setdefault(own, name)
-    return found | {
-        _base_name(name): name for name in before if _base_name(_BEFORE.sub("", name)) not in found
-    }
+    alone = {_base_name(name): name for own, name in before.items() if own not in found}
+    return found | alone, {own: name for own, name in before.items() if own in found}
 
 
 def _base_name(name: str) -> str:
@@ -340,51 +270,3 @@ def _layer(
     elif transposed:
         kind, shape = LayerKind("transposed"), (a[1], b[0])
     return StoredLayer(own, kind, shape, names)
-
-
-def _layer_configs(paths: Collection[str], config: JsonObject, where: Path) -> dict[str, Config]:
-    """Return the numbers of each module, by the patterns of the configuration as PEFT matches."""
-    rslora = _flag("use_rslora", config, where)
-    configs: dict[str, Config] = {}
-    try:
-        ranks, alphas = (_pattern(f"{name}_pattern", config) for name in ("rank", "alpha"))
-        # Python warns of sets of letters whose meaning may change.
-        with warnings.catch_warnings(action="ignore"):
-            ranks, alphas = (_values(pattern, paths) for pattern in (ranks, alphas))
-        for path in paths:
-            # PEFT takes a negative alpha as it is, and null as 8. In Config both mean the rank,
-            # so both are refused here.
-            alpha = check_number(
-                "lora_alpha", alphas.get(path, config.get("lora_alpha")), positive=True
-            )
-            rank = check_count("rank", ranks.get(path, config.get("r", 0)), least=1)
-            configs[path] = Config(rank, alpha, rslora=rslora)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"{where}: {error}") from None
-    return configs
-
-
-def _pattern(name: str, config: JsonObject) -> JsonObject:
-    pattern = config.get(name) or {}  # null too
-    if not isinstance(pattern, dict):
-        raise TypeError(f"{name} must be an object of patterns and numbers, got {pattern!r}")
-    return pattern
-
-
-def _values(pattern: JsonObject, paths: Collection[str]) -> JsonObject:
-    """Return the value of each path that a key of the pattern matches: that of the first one.
-
-    A file that `write` made may have a key for each of many thousand modules. Such a key is found
-    by itself, because an automaton of all of them would be too large.
-    """
-    if not pattern:
-        return {}
-    places = {key: place for place, key in enumerate(pattern)}
-    exact = {path: places[key] for path in paths if (key := whole_path(path)) in places}
-    keys = {whole_path(path) for path in exact}
-    others = values_by_path({key: places[key] for key in pattern if key not in keys}, paths)
-    values = list(pattern.values())
-    last = len(values)
-    return {
-        path: values[min(exact.get(path, last), others.get(path, last))] for path in exact | others
-    }

@@ -1,0 +1,99 @@
+"""`separate_head`: whether tied embeddings and head part, and the head's task if they do."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+from doraxp.checkpoint._adapters import AdapterSet
+from doraxp.checkpoint._errors import CheckpointError
+from doraxp.checkpoint._fit import Tied
+from doraxp.checkpoint._safetensors import AnySource, Source, same_bytes
+from doraxp.checkpoint._tasks import CopiedTensor, ReplacedTensor, Task, parts_of
+
+
+def separate_head(
+    tied: Tied,
+    changed: dict[str, Task],
+    whole: Mapping[str, Task],
+    sources: Mapping[str, AnySource],
+    adapters: AdapterSet,
+) -> bool:
+    """Return whether the result has a head of its own, and put its task into `changed`.
+
+    ::
+
+        E  embeddings of the base, after PEFT resized them
+        embeddings trained       E' and a head E
+        head trained             E and a head
+        both trained as one      E' alone
+
+    Parameters
+    ----------
+    tied : Tied
+        The names of the embeddings and of the head.
+    changed : dict of str to Task
+        The tasks of the tensors that change. The head's is added or removed.
+    whole : mapping of str to Task
+        The tasks of the tensors that the adapter's file has in full.
+    sources : mapping of str to AnySource
+        The base's tensors.
+    adapters : AdapterSet
+    """
+    embedding, head = changed.get(tied.embedding), changed.get(tied.head)
+    if embedding is None and head is None:
+        return False
+    if head is None or (embedding is not None and _are_equal(embedding, head)):
+        changed.pop(tied.head, None)
+        has_rows = any(name.endswith(tied.embedding) for name in adapters.tokens)
+        if head is not None or adapters.ties_weights or has_rows:
+            return False  # PEFT trains single rows of both as one
+        before = _before(tied, whole.get(tied.embedding), sources, adapters)
+        if before == embedding:
+            return False
+        changed[tied.head] = before
+        return True
+    return True
+
+
+def _before(
+    tied: Tied, whole: Task | None, sources: Mapping[str, AnySource], adapters: AdapterSet
+) -> Task:
+    """Return the task of the embeddings as they were before the training."""
+    base = sources[tied.embedding]
+    if not isinstance(whole, ReplacedTensor):
+        return CopiedTensor(base)
+    trained = not set(tied.embedding.split(".")).isdisjoint(adapters.head.modules)
+    if not trained:
+        return whole  # PEFT saved the base's embeddings, which may have been resized
+    if whole.source.tensor.shape == base.tensor.shape:
+        return CopiedTensor(base)
+    own = next(
+        (file for name, file in adapters.untrained.items() if name.endswith(tied.embedding)), None
+    )
+    if own is None:
+        raise CheckpointError(
+            f"the head is tied to {tied.embedding}, which was trained for other tokens than BASE "
+            "has, and the file does not have the head's rows for them: save the adapter with "
+            "save_embedding_layers=True"
+        )
+    return ReplacedTensor(Source(adapters.reader, own), whole.dtype)
+
+
+def _are_equal(one: Task, other: Task) -> bool:
+    """Return whether two tensors are made of the base's rows and of equal ones of the file."""
+    pairs = list(itertools.zip_longest(parts_of(one), parts_of(other)))
+    return all(
+        mine == yours
+        or (
+            isinstance(mine, ReplacedTensor)
+            and isinstance(yours, ReplacedTensor)
+            and mine.source.tensor == yours.source.tensor
+            and all(
+                itertools.starmap(
+                    same_bytes, zip(mine.source.chunks(), yours.source.chunks(), strict=True)
+                )
+            )
+        )
+        for mine, yours in pairs
+    )
