@@ -36,7 +36,8 @@ Tensors = Mapping[str, torch.Tensor]
 class Trial(NamedTuple):
     """The input of one merge, and the right values.
 
-    `right` has the tensors of OUT by name, as `read_tensors` returns them. `outputs` loads a folder
+    `right` has the tensors of OUT by name, as `read_tensors` returns them; without tensors, only
+    outputs are compared. `outputs` loads a folder
     with the writer's library and returns the model's output, whose right value is `wanted`. OUT may
     lack or have the tensors in `free`: for example, those of an old head. Names with and without
     the `prefix` are equal. With `to`, the adapter is converted to that format, and `read` merges
@@ -95,13 +96,14 @@ def judge(case: Case, folder: Path) -> Result:
     if status:
         return Result("refused", text=plain(message, folder))
     try:
-        tensors = difference_of_tensors((trial.read or read_tensors)(out), trial)
-        outputs = None
+        tensors = outputs = None
+        if trial.right:
+            tensors = difference_of_tensors((trial.read or read_tensors)(out), trial)
         if trial.outputs is not None:
             outputs = difference(trial.outputs(out), trial.wanted)
     except (KeyError, OSError, RuntimeError, ValueError) as error:  # OUT cannot be loaded
         return Result("WRONG", text=plain(f"{type(error).__name__}: {error}", folder))
-    worst = max(tensors, outputs or 0.0)
+    worst = max(tensors or 0.0, outputs or 0.0)
     return Result("right" if worst <= case.bound else "WRONG", tensors, outputs)
 
 

@@ -6,7 +6,6 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._names import Places, Wanted, guess, match, match_parts, nearest
 from doraxp.checkpoint._norm_guard import nearest_by_norms
 from doraxp.checkpoint._safetensors import Source
-from doraxp.checkpoint._tied import tied_head
+from doraxp.checkpoint._tied import Tied, tied_head
 
 _SCALES = ("weight_scale", "weight_scale_inv", "scales", "weight_packed", "weight.absmax")
 """Tensors beside a quantised weight."""
@@ -51,14 +50,6 @@ class Fit:
 
 AS_FILED = Fit()
 """The files say how the adapter fits."""
-
-
-class Tied(NamedTuple):
-    """The embeddings that are also the output head."""
-
-    embedding: str
-    head: str
-    """The name that the head has in a file of its own; the base does not have it."""
 
 
 @dataclass(frozen=True)
@@ -176,11 +167,9 @@ def _whole(name: str) -> Wanted:
 
 def _tie(sources: dict[str, Source], model: Model) -> Tied | None:
     """Give a tied head its name among the sources."""
-    found = None if model.is_pipeline else tied_head(sources.keys(), model.config)
-    if found is None:
-        return None
-    tied = Tied(*found)
-    sources[tied.head] = sources[tied.embedding]
+    tied = None if model.is_pipeline else tied_head(sources.keys(), model.config)
+    if tied is not None:
+        sources[tied.head] = sources[tied.embedding]
     return tied
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from doraxp.checkpoint._adapters import AdapterSet
 from doraxp.checkpoint._errors import CheckpointError
-from doraxp.checkpoint._fit import Tied
 from doraxp.checkpoint._safetensors import AnySource, Source, same_bytes
 from doraxp.checkpoint._tasks import CopiedTensor, ReplacedTensor, Task, parts_of
+from doraxp.checkpoint._tied import Tied
 
 
 def separate_head(
@@ -27,6 +27,8 @@ def separate_head(
         embeddings trained       E' and a head E
         head trained             E and a head
         both trained as one      E' alone
+
+    Where encoder and decoder share the embeddings, each then gets E too.
 
     Parameters
     ----------
@@ -48,36 +50,42 @@ def separate_head(
         has_rows = any(name.endswith(tied.embedding) for name in adapters.tokens)
         if head is not None or adapters.ties_weights or has_rows:
             return False  # PEFT trains single rows of both as one
-        before = _before(tied, whole.get(tied.embedding), sources, adapters)
+    before = _before(tied, whole, sources, adapters)
+    if head is None:
         if before == embedding:
             return False
         changed[tied.head] = before
-        return True
+    if embedding is None and not isinstance(before, CopiedTensor):
+        changed[tied.embedding] = before
+    changed |= dict.fromkeys(tied.copies, before)
     return True
 
 
 def _before(
-    tied: Tied, whole: Task | None, sources: Mapping[str, AnySource], adapters: AdapterSet
+    tied: Tied, whole: Mapping[str, Task], sources: Mapping[str, AnySource], adapters: AdapterSet
 ) -> Task:
     """Return the task of the embeddings as they were before the training."""
     base = sources[tied.embedding]
-    if not isinstance(whole, ReplacedTensor):
+    grown = {
+        name: task
+        for name, task in whole.items()
+        if name in (tied.embedding, tied.head) and isinstance(task, ReplacedTensor)
+    }
+    for name, task in grown.items():
+        if set(name.split(".")).isdisjoint(adapters.head.modules):
+            return task  # PEFT saved the base's embeddings, which may have been resized
+    sizes = {task.source.tensor.shape for task in grown.values()} - {base.tensor.shape}
+    if not sizes:
         return CopiedTensor(base)
-    trained = not set(tied.embedding.split(".")).isdisjoint(adapters.head.modules)
-    if not trained:
-        return whole  # PEFT saved the base's embeddings, which may have been resized
-    if whole.source.tensor.shape == base.tensor.shape:
-        return CopiedTensor(base)
-    own = next(
-        (file for name, file in adapters.untrained.items() if name.endswith(tied.embedding)), None
+    for name, file in adapters.untrained.items():
+        own = next((task for end, task in grown.items() if name.endswith(end)), None)
+        if own is not None:
+            return ReplacedTensor(Source(adapters.reader, file), own.dtype)
+    raise CheckpointError(
+        f"the head is tied to {tied.embedding}, one of them was trained for other tokens than BASE "
+        "has, and the file does not have the other one: save the adapter with "
+        "save_embedding_layers=True"
     )
-    if own is None:
-        raise CheckpointError(
-            f"the head is tied to {tied.embedding}, which was trained for other tokens than BASE "
-            "has, and the file does not have the head's rows for them: save the adapter with "
-            "save_embedding_layers=True"
-        )
-    return ReplacedTensor(Source(adapters.reader, own), whole.dtype)
 
 
 def _are_equal(one: Task, other: Task) -> bool:

@@ -7,40 +7,65 @@ both, and its config.json says that they are not tied.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import NamedTuple
 
 from doraxp.checkpoint._json import JsonObject
 
-_WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_MASKED = "ForMaskedLM"
 _EMBEDDINGS = tuple(
     f".{name}.weight" for name in ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in")
 )
 _HEADS = ("lm_head", "embed_out", "output_projection")
 _BEFORE_HEAD = ("model", "transformer", "backbone", "gpt_neox", "decoder")
 """The part of a language model that has the embeddings; the head is beside it."""
+_MASKED_HEADS = {
+    **dict.fromkeys(("bert", "deberta", "deberta-v2", "mobilebert"), "cls.predictions.decoder"),
+    **dict.fromkeys(("roberta", "xlm-roberta", "camembert", "mpnet", "esm"), "lm_head.decoder"),
+    "albert": "predictions.decoder",
+    "distilbert": "vocab_projector",
+    "electra": "generator_lm_head",
+    "modernbert": "decoder",
+}
+"""The head of a masked language model, by model type."""
 
 
-def tied_head(names: Collection[str], config: JsonObject) -> tuple[str, str] | None:
+class Tied(NamedTuple):
+    """The embeddings that are also the output head."""
+
+    embedding: str
+    head: str
+    """The name that the head has in a file of its own; the base does not have it."""
+    copies: tuple[str, ...] = ()
+    """The names that the embeddings of encoder and decoder have if they are not tied either."""
+
+
+def tied_head(names: Collection[str], config: JsonObject) -> Tied | None:
     """Return the names of the embeddings and of the head that they are too; None if not tied.
 
     A model type whose default is true may leave ``tie_word_embeddings`` out; then any language
     model without a head counts as tied.
     """
-    if any(is_head(name) for name in names):
+    architectures = config.get("architectures")
+    models = [str(name) for name in architectures] if isinstance(architectures, list) else []
+    masked = any(name.endswith(_MASKED) for name in models)
+    head = _MASKED_HEADS.get(str(config.get("model_type"))) if masked else None
+    if any(is_head(name) for name in names) or (head and f"{head}.weight" in names):
         return None
+    with_head = any(name.endswith(_CAUSAL) for name in models) or head is not None
     text = config.get("text_config")
     nested = text.get("tie_word_embeddings") if isinstance(text, dict) else None
     tied = config.get("tie_word_embeddings", nested)
-    architectures = config.get("architectures")
-    models = architectures if isinstance(architectures, list) else []
-    with_head = any(str(name).endswith(_WITH_HEAD) for name in models)
     if tied is None:
         tied = with_head
-    found = sorted(
-        (name for name in names if is_embedding(name)), key=lambda name: (name.count("."), name)
-    )
+    found = sorted(filter(is_embedding, names), key=lambda name: (name.count("."), name))
     if not tied or not found or (models and not with_head):
         return None
-    return found[0], _head_of(found[0], config)
+    if head is not None:
+        return Tied(found[0], f"{head}.weight")
+    lead = found[0].removesuffix("shared.weight")
+    copies = [f"{lead}{side}.embed_tokens.weight" for side in ("encoder", "decoder")]
+    return Tied(found[0], _head_of(found[0], config), tuple(copies) if lead != found[0] else ())
 
 
 def is_head(name: str) -> bool:

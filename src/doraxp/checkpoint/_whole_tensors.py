@@ -181,7 +181,7 @@ def _left_small(
     size = max(grown.values())
     for name, source in fitted.sources.items():
         shape = (tasks[name].source if name in tasks else source).tensor.shape
-        is_tied = fitted.tied is not None and name == fitted.tied.head and name not in tasks
+        is_tied = fitted.tied is not None and name in fitted.tied[:2] and name not in tasks
         if _has_tokens(name) and shape[0] != size and not is_tied and name.endswith(".weight"):
             yield (
                 f"the adapter has {size} tokens in {next(iter(grown))}, but {name} has {shape[0]}: "

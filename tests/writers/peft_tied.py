@@ -1,0 +1,99 @@
+"""PEFT on tied embeddings of more models, and with new tokens. Only outputs are compared.
+
+PEFT merges the adapter of the embeddings or of the head into both, so that its own merge is not the
+model that was trained.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from writers.matrix import Trial, register
+from writers.peft_common import TEXT, adapt, outputs, reload, text_inputs, text_model
+
+SIZES = {"vocab_size": 64, "max_position_embeddings": 64}
+SMALL = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4}
+BART = {**SMALL, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "vocab_size": 64}
+EYE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "image_size": 16}
+VISION = {**EYE, "num_attention_heads": 4, "patch_size": 4}
+NESTED = {**TEXT, "head_dim": 8, "sliding_window": 16, "tie_word_embeddings": True}
+GEMMA = {"text_config": NESTED, "vision_config": VISION, "mm_tokens_per_image": 4}
+MODELS: dict[str, tuple[str, dict[str, Any], str, str, list[str]]] = {
+    "GPT-2": ("GPT2LMHeadModel", TEXT, "wte", "lm_head", ["c_attn"]),
+    "OPT": ("OPTForCausalLM", {**TEXT, "word_embed_proj_dim": 32}, "embed_tokens", "lm_head",
+            ["q_proj"]),
+    "BLOOM": ("BloomForCausalLM", TEXT, "word_embeddings", "lm_head", ["query_key_value"]),
+    "Falcon": ("FalconForCausalLM", TEXT, "word_embeddings", "lm_head", ["query_key_value"]),
+    "GPT-NeoX": ("GPTNeoXForCausalLM", {**TEXT, "tie_word_embeddings": True}, "embed_in",
+                 "embed_out", ["query_key_value"]),
+    "T5": ("T5ForConditionalGeneration", {**T5, "decoder_start_token_id": 0}, "shared", "lm_head",
+           ["q"]),
+    "BART": ("BartForConditionalGeneration", {**BART, **SIZES}, "shared", "lm_head", ["q_proj"]),
+    "BERT": ("BertForMaskedLM", TEXT, "word_embeddings", "decoder", ["query"]),
+    "RoBERTa": ("RobertaForMaskedLM", TEXT, "word_embeddings", "decoder", ["query"]),
+    "Gemma 3, images": ("Gemma3ForConditionalGeneration", GEMMA, "embed_tokens", "lm_head",
+                        ["q_proj"]),
+}  # fmt: skip
+
+
+def trial_of(folder: Path, tuned: Any, save: dict[str, Any] | None = None) -> Trial:
+    """Save the adapter; the right outputs are those of the adapted model."""
+    inner = tuned.base_model.model
+    wanted = outputs(tuned, **text_inputs(inner))
+    tuned.save_pretrained(folder / "adapter", **(save or {}))
+    load = functools.partial(reload, name=type(inner).__name__)
+    return Trial(folder / "base", folder / "adapter", {}, lambda out: outputs(load(out)), wanted)
+
+
+def tied(folder: Path, name: str, sizes: dict[str, Any], **changes: Any) -> Trial:
+    """Adapt the embeddings or the head of a model that ties them."""
+    cls = getattr(transformers, name)
+    base = cls(cls.config_class(**sizes)).eval()
+    base.save_pretrained(folder / "base")
+    return trial_of(folder, adapt(base, **changes))
+
+
+def grown(folder: Path, save: dict[str, Any], **changes: Any) -> Trial:
+    """Add 6 tokens to a Llama that ties its embeddings; the base has the old vocabulary."""
+    text_model("LlamaForCausalLM", head_dim=8, tie_word_embeddings=True).save_pretrained(
+        folder / "base"
+    )
+    base = reload(folder / "base")
+    base.resize_token_embeddings(70)
+    return trial_of(folder, adapt(base, **{"target_modules": ["q_proj"], **changes}), save)
+
+
+for title, (name, sizes, embedding, head, targets) in MODELS.items():
+    for what, changes in {
+        "modules_to_save of the embeddings": {"modules_to_save": [embedding]},
+        "modules_to_save of both": {"modules_to_save": [embedding, head]},
+        "DoRA on the embeddings": {"target_modules": [*targets, embedding]},
+        "DoRA on the head": {"target_modules": [*targets, head]},
+    }.items():
+        make = functools.partial(
+            tied, name=name, sizes=sizes, **{"target_modules": targets} | changes
+        )
+        register("PEFT, tied embeddings", f"{title}: {what}", make)
+
+BOTH = ["embed_tokens", "lm_head"]
+TOKENS = "is for token 66, but model.embed_tokens.weight has 64 tokens"
+for what, (changes, refused) in {
+    "embeddings saved by PEFT itself": ({}, None),
+    "modules_to_save of the embeddings": ({"modules_to_save": BOTH[:1]}, None),
+    "modules_to_save of both": ({"modules_to_save": BOTH}, None),
+    "the same, ensure_weight_tying": (
+        {"modules_to_save": BOTH, "ensure_weight_tying": True}, None,
+    ),
+    "DoRA on the embeddings": ({"target_modules": BOTH[:1]}, None),
+    "DoRA on the head, embeddings saved": ({"target_modules": BOTH[1:], "save": True}, None),
+    "DoRA on the head": ({"target_modules": BOTH[1:]}, None),
+    "trainable_token_indices": ({"trainable_token_indices": [1, 64, 66]}, TOKENS),
+}.items():  # fmt: skip
+    save = {"save_embedding_layers": True} if changes.pop("save", False) else {}
+    make = functools.partial(grown, save=save, **changes)
+    register("PEFT, tied embeddings", f"Llama, 6 new tokens: {what}", make, refused=refused)
