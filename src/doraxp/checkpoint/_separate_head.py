@@ -72,7 +72,8 @@ def _before(
         if name in (tied.embedding, tied.head) and isinstance(task, ReplacedTensor)
     }
     for name, task in grown.items():
-        if set(name.split(".")).isdisjoint(adapters.head.modules):
+        parts = {*name.split("."), *task.source.name.split(".")}
+        if parts.isdisjoint({*adapters.head.modules, "modules_to_save"}):
             return task  # PEFT saved the base's embeddings, which may have been resized
     sizes = {task.source.tensor.shape for task in grown.values()} - {base.tensor.shape}
     if not sizes:
