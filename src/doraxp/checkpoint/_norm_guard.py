@@ -172,7 +172,5 @@ def _norms(source: Source, kind: LayerKind, rows: NDArray[np.intp]) -> Vector:
     if not kind.is_transposed:
         blocks = list(row_blocks((len(rows), *source.tensor.shape[1:])))
     with np.errstate(over="ignore", invalid="ignore"):  # the merge refuses NaN and infinity
-        norms = [
-            np.linalg.norm(matrix_rows(source, rows[block], kind), axis=1) for block in blocks
-        ]
+        norms = [np.linalg.norm(matrix_rows(source, rows[block], kind), axis=1) for block in blocks]
     return np.concatenate(norms)
