@@ -13,7 +13,7 @@ from doraxp._core.kinds import LayerKind
 from doraxp.checkpoint._adapters import CONFIG, AdapterSet, StoredLayer
 from doraxp.checkpoint._config_edits import ConfigEdits
 from doraxp.checkpoint._errors import CheckpointError
-from doraxp.checkpoint._fit import AS_FILED, Fit, Fitted, fit
+from doraxp.checkpoint._fit import AS_FILED, Fit, Fitted, Tied, fit
 from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._names import Place
 from doraxp.checkpoint._norm_guard import residual_fits, wrong_matches
@@ -72,11 +72,9 @@ def plan(model: Model, adapters: AdapterSet, choices: Fit = AS_FILED) -> Plan:
     for name, found in parts.items():
         changed[name] = _joined(fitted.sources[name], found)
     tied = fitted.tied
-    untied = tied is not None and (tied.head in changed or tied.embedding in changed)
-    if untied and adapters.ties_weights and tied is not None:
-        untied = tied.head in parts
-        if not untied:
-            changed.pop(tied.head, None)
+    untied = tied is not None and _is_untied(tied, changed, parts, adapters, fitted)
+    if tied is not None and not untied:
+        changed.pop(tied.head, None)
     names = [name for name in fitted.sources if untied or tied is None or name != tied.head]
     copied = {name: CopiedTensor(fitted.sources[name]) for name in names if name not in changed}
     lead = fitted.lead if whole.added else ""
@@ -86,6 +84,23 @@ def plan(model: Model, adapters: AdapterSet, choices: Fit = AS_FILED) -> Plan:
     }
     edits = whole.edits if not untied else ConfigEdits(**{**vars(whole.edits), "untied": True})
     return Plan(tasks, lead, edits, fitted.unused)
+
+
+def _is_untied(
+    tied: Tied,
+    changed: Mapping[str, Task],
+    parts: Mapping[str, Sequence[MergedTensor]],
+    adapters: AdapterSet,
+    fitted: Fitted,
+) -> bool:
+    """Return whether the head of tied embeddings gets a tensor of its own."""
+    if tied.head in parts:
+        return True
+    if adapters.ties_weights or tied.head in changed:
+        return not adapters.ties_weights
+    # PEFT trains single rows of the embeddings as those of the head too.
+    shared = {fitted.places[name][0].tensor for name in adapters.tokens} - parts.keys()
+    return tied.embedding in changed.keys() - shared
 
 
 def _joined(source: AnySource, parts: Sequence[MergedTensor]) -> Task:
