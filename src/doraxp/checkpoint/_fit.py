@@ -124,7 +124,7 @@ def fit(model: Model, adapters: AdapterSet, choices: Fit) -> Fitted:
         found = match(wanted, shapes, model_type if isinstance(model_type, str) else None)
         if not found.places and found.problem is None:
             parts, others = match_parts(wanted, shapes)
-            if parts.places:
+            if parts.places and not parts.missing:
                 found, unused = parts, others
     if found.problem is not None:
         raise CheckpointError(f"{adapters.reader.path}: {found.problem}")
