@@ -261,11 +261,12 @@ def _check_names(path: Path, names: dict[str, _Entry]) -> None:
 def _checked_header(path: Path) -> tuple[dict[str, object], Stamp, bytes]:
     """Return the header, the stamp of the file, and the bytes before the data."""
     if path.suffix in _PICKLES:
+        name = f"{path.stem.removeprefix('pytorch_')}.safetensors"  # as transformers finds it
         raise CheckpointError(
             f"{path}: a pickle file can run any code when it is read, so doraxp does not read it. "
             "Convert it on a machine where you trust it: "
             "safetensors.torch.save_file(torch.load(path, weights_only=True), "
-            f"'{path.stem}.safetensors')"
+            f"'{name}')"
         )
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
