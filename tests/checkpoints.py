@@ -6,7 +6,9 @@ import json
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
+
+from doraxp.cli import main
 
 RANK, ALPHA = 2, 3.0
 SHAPES = {"block.0.q": (7, 5), "block.0.k": (6, 5), "block.1.q": (7, 5)}
@@ -79,3 +81,61 @@ def peft_config(**changes):
 
 def write_json(path, value):
     path.write_text(json.dumps(value), "utf-8")
+
+
+# Adapters that were trained a little, for bases of any names
+
+LEAVES = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+"""The names of A, B and m in PEFT's files."""
+
+
+def near(rng, weight, rank=RANK):
+    """A, B and m of an adapter of a weight (out, in, ...), with m near the norms of its rows."""
+    matrix = np.asarray(weight, np.float64).reshape(len(weight), -1)
+    a, b = 0.2 * draw(rng, rank, matrix.shape[1]), 0.2 * draw(rng, len(matrix), rank)
+    m = np.linalg.norm(matrix, axis=1) * (1 + 0.1 * rng.standard_normal(len(matrix)))
+    return a, b, m.astype("float32")
+
+
+def write_base(folder, tensors, **config):
+    """Write a model of one file."""
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    write_json(folder / "config.json", config)
+    return tensors
+
+
+def write_peft(folder, leaves, whole=None, *, prefix="base_model.model.", **changes):
+    """Write a PEFT adapter of these A, B and m by module, with whole tensors beside them."""
+    folder.mkdir(parents=True)
+    tensors = {
+        f"{prefix}{path}.{name}": np.ascontiguousarray(leaf)
+        for path, own in leaves.items()
+        for name, leaf in zip(LEAVES, own, strict=True)
+    }
+    save_file(tensors | (whole or {}), folder / "adapter_model.safetensors", {"format": "pt"})
+    write_json(folder / "adapter_config.json", peft_config(**changes))
+
+
+def read_folder(folder):
+    """Return the tensors of all safetensors files in a folder."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def merge(folder, *arguments):
+    """Run `doraxp merge` on the folders base, adapter and out in `folder`."""
+    paths = [str(folder / name) for name in ("base", "adapter")]
+    return main(["merge", *paths, "--out", str(folder / "out"), "--jobs", "1", *arguments])
+
+
+def assert_merged(merged, base, changed):
+    """Fail unless `merged` has the tensors of `changed`, and of `base` all others bit for bit."""
+    assert merged.keys() == base.keys() | changed.keys()
+    for name, tensor in merged.items():
+        if name in changed:
+            desired = np.asarray(changed[name]).reshape(tensor.shape)
+            np.testing.assert_allclose(tensor, desired, rtol=2e-5, atol=1e-6, err_msg=name)
+        else:
+            assert tensor.dtype == base[name].dtype, name
+            assert tensor.tobytes() == base[name].tobytes(), name

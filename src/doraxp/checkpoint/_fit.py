@@ -130,7 +130,8 @@ def fit(model: Model, adapters: AdapterSet, choices: Fit) -> Fitted:
         name: _whole(choices.renamed(name))
         for name in (*adapters.replacements, *adapters.tokens, *adapters.differences)
     }
-    wanted = list({one.name: one for one in (*whole.values(), *modules.values())}.values())
+    # The adapter of a tensor that the file has in full may be of another size than the base's.
+    wanted = list({one.name: one for one in (*modules.values(), *whole.values())}.values())
     model_type = model.config.get("model_type")
     unused: tuple[str, ...] = ()
     if adapters.is_of_images:

@@ -73,7 +73,9 @@ def _before(
     }
     for name, task in grown.items():
         parts = {*name.split("."), *task.source.name.split(".")}
-        if parts.isdisjoint({*adapters.head.modules, "modules_to_save"}):
+        is_listed = not parts.isdisjoint({*adapters.head.modules, "modules_to_save"})
+        is_other_size = task.source.tensor.shape != base.tensor.shape
+        if not is_listed and (is_other_size or _has_equal_bytes(task.source, base)):
             return task  # PEFT saved the base's embeddings, which may have been resized
     sizes = {task.source.tensor.shape for task in grown.values()} - {base.tensor.shape}
     if not sizes:
@@ -91,18 +93,18 @@ def _before(
 
 def _are_equal(one: Task, other: Task) -> bool:
     """Return whether two tensors are made of the base's rows and of equal ones of the file."""
-    pairs = list(itertools.zip_longest(parts_of(one), parts_of(other)))
     return all(
         mine == yours
         or (
             isinstance(mine, ReplacedTensor)
             and isinstance(yours, ReplacedTensor)
-            and mine.source.tensor == yours.source.tensor
-            and all(
-                itertools.starmap(
-                    same_bytes, zip(mine.source.chunks(), yours.source.chunks(), strict=True)
-                )
-            )
+            and _has_equal_bytes(mine.source, yours.source)
         )
-        for mine, yours in pairs
+        for mine, yours in itertools.zip_longest(parts_of(one), parts_of(other))
     )
+
+
+def _has_equal_bytes(one: AnySource, other: AnySource) -> bool:
+    if one.tensor != other.tensor:
+        return False
+    return all(itertools.starmap(same_bytes, zip(one.chunks(), other.chunks(), strict=True)))

@@ -163,7 +163,8 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _is_of_a_model(file: Path, merge: Merge) -> bool:
     """Return True for a file that the merge writes too, or that has the name of a model's file."""
-    if str(file) in merge.model.shards or file in merge.model.others:
+    model = merge.model
+    if str(file) in (*model.shards, *model.indexes) or file in model.others:
         return True
     return len(file.parts) == 1 and any(fnmatch.fnmatch(file.name, own) for own in _OF_MODELS)
 

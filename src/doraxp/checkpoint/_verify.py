@@ -43,11 +43,14 @@ def _sample_of(layer: AdaptedLayer) -> _Sample:
 def verify_shard(merge: Merge, name: str, target: Path) -> None:
     """Raise CheckpointError unless the file `target` is the shard `name` of the result.
 
-    The shard of the base, the adapter and `target` are opened anew. So no place of a tensor comes
+    The shards of the base, the adapter and `target` are opened anew. So no place of a tensor comes
     from the plan.
     """
-    shard = merge.model.shards[name]
-    fresh = {reader.path: reader.reopened() for reader in (shard, merge.adapters.reader)}
+    shard, tasks = merge.model.shards[name], merge.tasks_of(name)
+    # A tied head may come from another shard than that of its place.
+    sources = [part.source.reader for task in tasks.values() for part in parts_of(task)]
+    readers = {reader.path: reader for reader in (shard, merge.adapters.reader, *sources)}
+    fresh = {path: reader.reopened() for path, reader in readers.items()}
     adapters = dataclasses.replace(merge.adapters, reader=fresh[merge.adapters.reader.path])
     result = Reader(target)
     if (
@@ -55,7 +58,7 @@ def verify_shard(merge: Merge, name: str, target: Path) -> None:
         or result.metadata != fresh[shard.path].metadata
     ):
         raise CheckpointError(f"{target}: the tensors are not those of {shard.path}")
-    for tensor, task in merge.tasks_of(name).items():
+    for tensor, task in tasks.items():
         start = 0
         for part in parts_of(task):
             source = part.source.reopened(fresh)

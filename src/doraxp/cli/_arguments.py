@@ -163,7 +163,7 @@ def fit_of(arguments: argparse.Namespace) -> FitArguments:
 
 def _rename(text: str) -> tuple[str, str]:
     """Parse REGEX=NEW."""
-    pattern, equal, new = text.partition("=")
+    pattern, equal, new = text.rpartition("=")  # a lookahead has one too
     try:
         re.compile(pattern)
     except re.error as error:

@@ -14,6 +14,7 @@ from doraxp.checkpoint._adapters import NewHead, TokenRows
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._formats.peft_writing import whole_path
 from doraxp.checkpoint._json import JsonObject, read_json
+from doraxp.checkpoint._tied import is_head
 
 # The values of ``init_lora_weights`` that change the base weights, and those that do not.
 _CHANGES_BASE = re.compile(r"(pissa.*|olora|loftq|corda.*|lora_ga)", re.IGNORECASE)
@@ -79,9 +80,10 @@ def token_rows(names: Mapping[str, str], config: JsonObject, where: Path) -> dic
     for module, name in names.items():
         rows = indices
         if isinstance(indices, dict):
-            # A head that is tied to the embeddings has rows in the file, and no entry.
             own = [key for key in indices if f".{module}".endswith(f".{key}")]
-            rows = indices.get(next(iter(own or indices), None))
+            if not own and is_head(f"{module}.weight"):
+                own = list(indices)  # a tied head has the embeddings' rows, and no entry
+            rows = indices.get(next(iter(own), None))
         if (
             not isinstance(rows, list)
             or len(set(rows)) < len(rows)

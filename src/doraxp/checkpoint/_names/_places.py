@@ -38,12 +38,6 @@ Places: TypeAlias = tuple[Place, ...]
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
 
-def wanted_tensor(name: str) -> Wanted:
-    """Return the tensor of a base that an adapter has in full under this name."""
-    path, _, leaf = name.rpartition(".")
-    return Wanted(path, leaf, None)
-
-
 def fits(shape: tuple[int, ...] | None, there: tuple[int, ...]) -> bool:
     """Return whether a weight may be stored in the shape `there`: as it is, or transposed."""
     return shape is None or shape == there or (len(shape) == 2 and shape[::-1] == there)

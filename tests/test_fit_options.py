@@ -1,0 +1,653 @@
+"""How an adapter fits a base: the options, the guard of the norms, and advice that works."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import shlex
+import shutil
+
+import numpy as np
+import pytest
+from checkpoints import (
+    ALPHA,
+    RANK,
+    assert_merged,
+    dense,
+    draw,
+    merge,
+    near,
+    peft_config,
+    read_folder,
+    write_base,
+    write_json,
+    write_peft,
+)
+from safetensors.numpy import load_file, save_file
+
+from doraxp.checkpoint import (
+    CheckpointError,
+    Fit,
+    _norm_guard,
+    load_adapters,
+    named_for,
+    open_model,
+)
+from doraxp.cli import main
+
+Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
+PREFIX = "base_model.model."
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(12)
+
+
+def model(folder, rng, *paths, shape=(6, 5), **config):
+    return write_base(
+        folder / "base", {f"{path}.weight": draw(rng, *shape) for path in paths}, **config
+    )
+
+
+def adapt(rng, base, paths):
+    """Return A, B and m by module, and the merged weights; `paths` has the tensors' modules."""
+    leaves = {path: near(rng, base[f"{own}.weight"]) for path, own in paths.items()}
+    return leaves, {
+        f"{own}.weight": dense(base[f"{own}.weight"], *leaves[path]) for path, own in paths.items()
+    }
+
+
+def check(folder, base, changed, *arguments):
+    assert merge(folder, "--verify", *arguments) == 0
+    assert_merged(read_folder(folder / "out"), base, changed)
+
+
+def refused(folder, capsys, *arguments):
+    assert merge(folder, *arguments) == 2
+    assert not (folder / "out").exists()
+    return capsys.readouterr().err
+
+
+def advised(error, option):
+    """Return the arguments of an option as the error prints them, as a shell reads them."""
+    found = re.search(rf"{option} ('[^']*'|\S+)", error)
+    return [option, *shlex.split(found[1])]
+
+
+# --rename
+
+RENAMED = [("net.block.h", "model.trunk"), ("", "x.y"), ("a.b.c", ""), ("a+b.[c].d", "x.z")]
+"""The beginnings of an adapter's names, and of the base's."""
+
+
+@pytest.mark.parametrize(("own", "there"), RENAMED)
+def test_the_rename_that_the_error_prints_merges(tmp_path, rng, capsys, own, there):
+    """It is for all modules whose names begin alike."""
+    ends = ("0.q", "0.v")
+    paths = {f"{own}.{end}".strip("."): f"{there}.{end}".strip(".") for end in ends}
+    base = model(tmp_path, rng, *paths.values())
+    leaves, changed = adapt(rng, base, paths)
+    write_peft(tmp_path / "adapter", leaves)
+    error = refused(tmp_path, capsys)
+    assert f"; the nearest is by name {paths[f'{own}.0.q'.strip('.')]}.weight" in error
+    check(tmp_path, base, changed, *advised(error, "--rename"))
+    assert error.count("the nearest is") == 1
+
+
+def test_without_a_tensor_of_a_like_name_no_rename_is_advised(tmp_path, rng, capsys):
+    base = model(tmp_path, rng, "a.b")
+    leaves, changed = adapt(rng, base, {"c.d": "a.b"})
+    write_peft(tmp_path / "adapter", leaves)
+    assert "--rename" not in refused(tmp_path, capsys)
+    check(tmp_path, base, changed, "--rename", r"^c\.d$=a.b")
+
+
+def test_renames_are_made_one_after_another_in_the_names_of_all_tensors(tmp_path, rng):
+    """An equals sign may be in the expression: the last one ends it."""
+    base = model(tmp_path, rng, "a.q", "a.v")
+    base["a.q.bias"] = draw(rng, 6)
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    leaves, changed = adapt(rng, base, {"x1.q": "a.q", "x2.v": "a.v"})
+    changed["a.q.bias"] = draw(rng, 6)
+    write_peft(
+        tmp_path / "adapter", leaves, {f"{PREFIX}x1.q.bias": changed["a.q.bias"]}, bias="all"
+    )
+    check(tmp_path, base, changed, "--rename", r"^x\d(?=\.)=y", "--rename", "y=a")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("(=x", "'(' is not a regular expression"), ("abc", "must be REGEX=NEW, got 'abc'")],
+)
+def test_a_rename_that_is_not_an_expression_is_refused(tmp_path, rng, capsys, text, message):
+    write_peft(tmp_path / "adapter", adapt(rng, model(tmp_path, rng, "a"), {"a": "a"})[0])
+    with pytest.raises(SystemExit, match="2"):
+        merge(tmp_path, "--rename", text)
+    assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"a rename must be REGEX=NEW, got '\('"):
+        Fit((("(", "x"),))
+
+
+# One of several adapters
+
+
+def test_a_folder_of_several_adapters_needs_the_name_of_one(tmp_path, rng, capsys):
+    base = model(tmp_path, rng, Q)
+    (tmp_path / "adapter").mkdir()
+    results = {}
+    for name in ("one", "two"):
+        leaves, results[name] = adapt(rng, base, {Q: Q})
+        write_peft(tmp_path / "adapter" / name, leaves)
+    error = refused(tmp_path, capsys)
+    assert "has the adapters one, two: choose one with --subfolder NAME" in error
+    check(tmp_path, base, results["two"], "--subfolder", "two")
+    converted = tmp_path / "converted"
+    arguments = ["convert", str(tmp_path / "adapter"), "--to", "mlx", "--out", str(converted)]
+    assert main(arguments) == 2
+    assert "--subfolder NAME" in capsys.readouterr().err
+    assert main([*arguments, "--subfolder", "one"]) == 0
+    shutil.rmtree(tmp_path / "out")
+    shutil.rmtree(tmp_path / "adapter")
+    converted.rename(tmp_path / "adapter")
+    check(tmp_path, base, results["one"])
+
+
+def test_a_folder_without_an_adapter_is_refused(tmp_path, rng, capsys):
+    model(tmp_path, rng, Q)
+    (tmp_path / "adapter").mkdir()
+    assert "the folder must contain adapters.safetensors or" in refused(tmp_path, capsys)
+
+
+def two_in_a_file(folder, rng, base):
+    """Write the state dict of PEFT with two adapters; return the merged weights of each."""
+    results, tensors = {}, {}
+    for name in ("default", "other"):
+        leaves, results[name] = adapt(rng, base, {Q: Q})
+        ends = ("lora_A.{}.weight", "lora_B.{}.weight", "lora_magnitude_vector.{}.weight")
+        for end, leaf in zip(ends, leaves[Q], strict=True):
+            tensors[f"{PREFIX}{Q}.{end.format(name)}"] = leaf
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    write_json(folder / "adapter_config.json", peft_config())
+    return results
+
+
+def test_a_file_of_several_adapters_needs_the_name_of_one(tmp_path, rng, capsys):
+    base = model(tmp_path, rng, Q)
+    results = two_in_a_file(tmp_path / "adapter", rng, base)
+    error = refused(tmp_path, capsys)
+    assert "has the adapters default, other: choose one with --adapter-name NAME" in error
+    for name, changed in results.items():
+        check(tmp_path, base, changed, "--adapter-name", name)
+        shutil.rmtree(tmp_path / "out")
+    error = refused(tmp_path, capsys, "--adapter-name", "third")
+    assert "adapter_name must be one of default, other, got 'third'" in error
+    paths = [str(tmp_path / name) for name in ("base", "adapter", "out")]
+    check(tmp_path, base, results["other"], "--adapter-name", "other")
+    assert main(["audit", *paths, "--adapter-name", "other"]) == 0
+    assert main(["audit", *paths, "--adapter-name", "default"]) == 1
+
+
+def test_an_adapter_of_any_name_that_is_alone_needs_no_option(tmp_path, rng):
+    base = model(tmp_path, rng, Q)
+    results = two_in_a_file(tmp_path / "adapter", rng, base)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: x for name, x in load_file(file).items() if ".other" in name}, file)
+    check(tmp_path, base, results["other"])
+
+
+def test_a_format_without_names_has_no_adapter_of_a_name(tmp_path, rng, capsys):
+    base = model(tmp_path, rng, "a")
+    a, b, m = near(rng, base["a.weight"])
+    names = ("lora_down.weight", "lora_up.weight", "dora_scale")
+    (tmp_path / "adapter").mkdir()
+    leaves = zip(names, (a, b, m.reshape(-1, 1)), strict=True)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({f"lora_unet_a.{name}": leaf for name, leaf in leaves}, file)
+    error = refused(tmp_path, capsys, "--adapter-name", "x")
+    assert "has one adapter without a name, got the name 'x'" in error
+    check(tmp_path, base, {"a.weight": dense(base["a.weight"], a, b, m, 1)})
+
+
+# The guard of the norms
+
+TALL = (20, 6)
+
+
+def scaled(rng, *shape):
+    """Return a weight whose rows have norms of several sizes, as trained ones have."""
+    weight = draw(rng, *shape)
+    return (weight * (0.5 + rng.random((len(weight), *[1] * (weight.ndim - 1))))).astype("float32")
+
+
+def two(folder, rng, **others):
+    tensors = {f"{name}.weight": scaled(rng, *TALL) for name in ("h.a", "h.b")}
+    return write_base(folder / "base", tensors | others)
+
+
+def test_magnitudes_of_another_tensor_show_a_wrong_match(tmp_path, rng, capsys):
+    """The advice is followed: the adapter is for the tensor that the error names."""
+    base = two(tmp_path, rng)
+    leaves = near(rng, base["h.b.weight"])
+    leaves = (*leaves[:2], np.linalg.norm(base["h.b.weight"], axis=1) * 1.01)
+    write_peft(tmp_path / "adapter", {"h.a": (*leaves[:2], leaves[2].astype("float32"))})
+    error = refused(tmp_path, capsys)
+    assert (
+        "h.a was matched to h.a.weight, but its magnitudes are the row norms of h.b.weight: name "
+        "that one with --rename"
+    ) in error
+    changed = {"h.b.weight": dense(base["h.b.weight"], *leaves)}
+    check(tmp_path, base, changed, "--rename", r"^h\.a$=h.b")
+
+
+def test_magnitudes_in_another_order_show_permuted_rows(tmp_path, rng, capsys):
+    base = two(tmp_path, rng)
+    a, b, _ = near(rng, base["h.a.weight"])
+    m = rng.permutation(np.linalg.norm(base["h.a.weight"], axis=1))
+    write_peft(tmp_path / "adapter", {"h.a": (a, b, m)})
+    assert "BASE stores the rows in another order than the module" in refused(tmp_path, capsys)
+
+
+def test_the_guard_reads_a_transposed_and_a_convolution_too(tmp_path, rng, capsys):
+    tensors = {f"h.{name}.weight": scaled(rng, *TALL).T.copy() for name in "ab"}
+    tensors |= {f"c.{name}.weight": scaled(rng, 20, 3, 2, 2) for name in "ab"}
+    base = write_base(tmp_path / "base", tensors)
+    norms = np.linalg.norm(base["h.b.weight"], axis=0)
+    a, b, _ = near(rng, base["h.a.weight"].T)
+    write_peft(tmp_path / "adapter", {"h.a": (a, b, norms)}, fan_in_fan_out=True)
+    assert "row norms of h.b.weight" in refused(tmp_path, capsys)
+    shutil.rmtree(tmp_path / "adapter")
+    a, b, _ = near(rng, base["c.a.weight"])
+    norms = np.linalg.norm(base["c.b.weight"].reshape(20, -1), axis=1)
+    conv = (a.reshape(RANK, 3, 2, 2), b.reshape(20, RANK, 1, 1), norms)
+    write_peft(tmp_path / "adapter", {"c.a": conv})
+    assert "row norms of c.b.weight" in refused(tmp_path, capsys)
+
+
+@pytest.mark.parametrize("title", ["trained", "random", "few rows", "alike", "zero", "constant"])
+def test_other_magnitudes_pass_the_guard(tmp_path, rng, title):
+    """Far from all tensors, near the own one, or in a matrix that is too small to tell."""
+    rows = 15 if title == "few rows" else 20
+    tensors = {f"h.{name}.weight": scaled(rng, rows, 6) for name in "ab"}
+    if title == "alike":
+        tensors["h.b.weight"] = tensors["h.a.weight"].copy()
+    if title == "zero":
+        tensors["h.a.weight"] *= 0
+    if title == "constant":
+        tensors["h.b.weight"] /= np.linalg.norm(tensors["h.b.weight"], axis=1, keepdims=True)
+    base = write_base(tmp_path / "base", tensors)
+    norms = {name: np.linalg.norm(base[f"h.{name}.weight"], axis=1) for name in "ab"}
+    m = {
+        "trained": norms["a"] * (1 + 0.3 * rng.standard_normal(rows)),
+        "random": rng.random(rows),
+        "few rows": norms["b"],
+        "alike": norms["b"] * 1.2,
+        "zero": rng.random(rows),
+        "constant": np.ones(rows),
+    }[title].astype("float32")
+    a, b, _ = near(rng, base["h.a.weight"])
+    write_peft(tmp_path / "adapter", {"h.a": (a, b, m)})
+    check(tmp_path, base, {"h.a.weight": dense(base["h.a.weight"], a, b, m)})
+
+
+def test_a_large_transposed_weight_is_not_looked_at(tmp_path, rng, monkeypatch):
+    monkeypatch.setattr(_norm_guard, "_LARGEST", 0)
+    tensors = {f"h.{name}.weight": scaled(rng, *TALL).T.copy() for name in "ab"}
+    base = write_base(tmp_path / "base", tensors)
+    a, b, _ = near(rng, base["h.a.weight"].T)
+    m = np.linalg.norm(base["h.b.weight"], axis=0)
+    write_peft(tmp_path / "adapter", {"h.a": (a, b, m)}, fan_in_fan_out=True)
+    check(tmp_path, base, {"h.a.weight": dense(base["h.a.weight"].T, a, b, m).T})
+    shutil.rmtree(tmp_path / "out")
+    write_json(
+        tmp_path / "adapter" / "adapter_config.json",
+        peft_config(fan_in_fan_out=True, init_lora_weights="olora"),
+    )
+    assert merge(tmp_path) == 2
+    assert merge(tmp_path, "--base-is-residual") == 0
+
+
+# torchtune's export
+
+TUNE = {"target_modules": ["q_proj"], "base_model_name_or_path": "base"}
+
+
+def tune(folder, rng, *, heads=4, kv_heads=2, added=None, config=None):
+    """Write torchtune's export of q, k and v; return the base's tensors and the merged weights."""
+    rows = {"q_proj": 4 * heads, "k_proj": 4 * kv_heads, "v_proj": 4 * kv_heads}
+    lead = "model.layers.0.self_attn"
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    tensors = {f"{lead}.{name}.weight": draw(rng, size, 5) for name, size in rows.items()}
+    base = write_base(folder / "base", tensors, **(sizes if config is None else config(sizes)))
+    leaves, changed = adapt(rng, base, {f"{lead}.{name}": f"{lead}.{name}" for name in rows})
+    stored = {}
+    for path, (a, b, m) in leaves.items():
+        count = {"q": heads, "k": kv_heads, "v": None}[path[-6]]
+        # The two numbers of a rotation are side by side in the file, and half a head apart in m.
+        by_pairs = m if count is None else m.reshape(count, 2, -1).swapaxes(1, 2).reshape(-1)
+        stored[path] = (a, b, by_pairs)
+    write_peft(folder / "adapter", stored)
+    entries = {"r": RANK, "lora_alpha": ALPHA, "peft_type": "LORA", **TUNE, **(added or {})}
+    write_json(folder / "adapter" / "adapter_config.json", entries)
+    return base, changed
+
+
+@pytest.mark.parametrize("added", [{}, {"use_dora": True}])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 3), (4, 1)])
+def test_the_magnitudes_of_torchtune_are_put_in_order(tmp_path, rng, added, heads, kv_heads):
+    base, changed = tune(tmp_path, rng, heads=heads, kv_heads=kv_heads, added=added)
+    check(tmp_path, base, changed)
+    paths = [str(tmp_path / name) for name in ("base", "adapter", "out")]
+    assert main(["audit", *paths]) == 0
+
+
+def test_the_heads_may_be_in_the_part_of_the_text(tmp_path, rng):
+    base, changed = tune(tmp_path, rng, config=lambda sizes: {"text_config": sizes})
+    check(tmp_path, base, changed)
+
+
+def test_without_heads_of_keys_those_of_queries_count(tmp_path, rng):
+    base, changed = tune(tmp_path, rng, kv_heads=4, config=lambda sizes: {"num_attention_heads": 4})
+    check(tmp_path, base, changed)
+
+
+@pytest.mark.parametrize("heads", [None, 3, "4", 0, -4, 16])
+def test_heads_that_do_not_divide_the_rows_are_refused(tmp_path, rng, capsys, heads):
+    """The advice is followed: a config.json with the number of heads."""
+    base, changed = tune(tmp_path, rng, config=lambda sizes: {"num_attention_heads": heads})
+    error = refused(tmp_path, capsys)
+    assert "BASE must have a config.json whose num_attention_heads divides 16 rows" in error
+    write_json(
+        tmp_path / "base" / "config.json", {"num_attention_heads": 4, "num_key_value_heads": 2}
+    )
+    check(tmp_path, base, changed)
+
+
+def test_a_conversion_puts_the_magnitudes_in_order_with_the_base(tmp_path, rng, capsys):
+    base, changed = tune(tmp_path, rng)
+    assert convert(tmp_path, "peft") == 2
+    error = capsys.readouterr().err
+    assert "the magnitudes of q and k have torchtune's order of rows" in error
+    assert "give the model, with --base BASE" in error
+    assert convert(tmp_path, "peft", "--base", str(tmp_path / "base")) == 0
+    use_converted(tmp_path)
+    check(tmp_path, base, changed)
+
+
+# Conversions with the base's names
+
+
+def convert(folder, to, *arguments):
+    out = ["--to", to, "--out", str(folder / "converted")]
+    return main(["convert", str(folder / "adapter"), *out, *arguments])
+
+
+def use_converted(folder):
+    shutil.rmtree(folder / "adapter")
+    (folder / "converted").rename(folder / "adapter")
+
+
+def write_kohya(folder, leaves, alpha=ALPHA):
+    """Write a file of kohya's names: A, B and m by the name with its prefix."""
+    names = ("lora_down.weight", "lora_up.weight", "dora_scale")
+    tensors = {}
+    for key, (a, b, m) in leaves.items():
+        for name, leaf in zip(names, (a, b, m.reshape(-1, 1)), strict=True):
+            tensors[f"{key}.{name}"] = leaf
+        tensors[f"{key}.alpha"] = np.asarray(alpha, np.float32)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("to", ["peft", "mlx", "diffusers"])
+def test_a_conversion_takes_the_names_of_the_base(tmp_path, rng, capsys, to):
+    """Without the base it is refused, and the error says so."""
+    base = model(tmp_path, rng, "down_blocks.0.to_q", "mid.to_v")
+    paths = {
+        f"lora_unet_{path.replace('.', '_')}": path for path in ("down_blocks.0.to_q", "mid.to_v")
+    }
+    leaves, changed = adapt(rng, base, paths)
+    write_kohya(tmp_path / "adapter", leaves)
+    assert convert(tmp_path, to) == 2
+    assert "give the model, with --base BASE" in capsys.readouterr().err
+    assert convert(tmp_path, to, "--base", str(tmp_path / "base")) == 0
+    assert set(load_adapters(tmp_path / "converted")) == set(paths.values())
+    use_converted(tmp_path)
+    check(tmp_path, base, changed)
+
+
+@pytest.mark.parametrize("to", ["peft", "diffusers"])
+def test_a_module_that_the_base_has_in_several_becomes_several(tmp_path, rng, to):
+    """Queries, keys and values of Flux; and the two halves of its last modulation."""
+    lead = "transformer_blocks.0.attn"
+    names = [f"{lead}.to_{part}" for part in "qkv"]
+    base = model(tmp_path, rng, *names, "norm_out.linear", shape=(10, 5))
+    qkv = np.concatenate([base[f"{name}.weight"] for name in names])
+    swapped = np.concatenate(np.split(base["norm_out.linear.weight"], 2)[::-1])
+    leaves = {
+        "lora_unet_double_blocks_0_img_attn_qkv": near(rng, qkv),
+        "lora_unet_final_layer_adaLN_modulation_1": near(rng, swapped),
+    }
+    merged, last = (
+        dense(weight, *own) for weight, own in zip((qkv, swapped), leaves.values(), strict=True)
+    )
+    changed = {
+        f"{name}.weight": rows for name, rows in zip(names, np.split(merged, 3), strict=True)
+    }
+    changed["norm_out.linear.weight"] = np.concatenate(np.split(last, 2)[::-1])
+    write_kohya(tmp_path / "adapter", leaves)
+    assert convert(tmp_path, to, "--base", str(tmp_path / "base")) == 0
+    assert set(load_adapters(tmp_path / "converted")) == {*names, "norm_out.linear"}
+    use_converted(tmp_path)
+    check(tmp_path, base, changed)
+
+
+def test_a_module_that_is_a_part_of_one_of_the_base_is_merged_and_not_converted(
+    tmp_path, rng, capsys
+):
+    base = model(tmp_path, rng, "double_blocks.0.img_attn.qkv", shape=(15, 5))
+    name = "double_blocks.0.img_attn.qkv.weight"
+    leaves = near(rng, base[name][:5])
+    write_kohya(tmp_path / "adapter", {"lora_unet_transformer_blocks_0_attn_to_q": leaves})
+    assert convert(tmp_path, "peft", "--base", str(tmp_path / "base")) == 2
+    error = capsys.readouterr().err
+    assert "is only some rows of" in error
+    assert "merge it instead, with doraxp merge" in error
+    weight = base[name].astype(float)
+    weight[:5] = dense(base[name][:5], *leaves)
+    check(tmp_path, base, {name: weight})
+
+
+def test_a_module_that_the_base_lacks_is_not_converted(tmp_path, rng, capsys):
+    base = model(tmp_path, rng, "a")
+    leaves, _ = adapt(rng, base, {"lora_unet_a": "a", "lora_unet_b": "a"})
+    write_kohya(tmp_path / "adapter", leaves)
+    assert convert(tmp_path, "peft", "--base", str(tmp_path / "base")) == 2
+    assert "the base has no lora_unet_b.weight" in capsys.readouterr().err
+
+
+def test_two_modules_of_one_name_are_not_converted(tmp_path, rng, capsys):
+    base = model(tmp_path, rng, "a")
+    leaves, _ = adapt(rng, base, {"lora_unet_a": "a", "lora_transformer_a": "a"})
+    write_kohya(tmp_path / "adapter", leaves)
+    assert convert(tmp_path, "peft", "--base", str(tmp_path / "base")) == 2
+    assert "two modules are for a.weight" in capsys.readouterr().err
+    assert merge(tmp_path) == 2
+    assert "are both for a.weight" in capsys.readouterr().err
+
+
+def test_differences_of_norms_are_merged_and_not_converted(tmp_path, rng, capsys):
+    base = model(tmp_path, rng, "a")
+    base["norm.weight"] = draw(rng, 3)
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    leaves, changed = adapt(rng, base, {"a": "a"})
+    write_kohya(tmp_path / "adapter", {"lora_unet_a": leaves["a"]})
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    difference = draw(rng, 3)
+    save_file(load_file(file) | {"lora_unet_norm.w_norm": difference}, file)
+    assert convert(tmp_path, "peft", "--base", str(tmp_path / "base")) == 2
+    error = capsys.readouterr().err
+    assert "which is added to the base's: merge it into its base instead" in error
+    check(tmp_path, base, changed | {"norm.weight": base["norm.weight"] + difference})
+
+
+def pipeline(folder, rng, *parts):
+    """Write a pipeline with one weight in each part."""
+    write = {}
+    (folder / "base").mkdir()
+    write_json(folder / "base" / "model_index.json", {})
+    for part in parts:
+        (folder / "base" / part).mkdir()
+        write[part] = draw(rng, 6, 5)
+        save_file({"a.q.weight": write[part]}, folder / "base" / part / "model.safetensors")
+    return write
+
+
+@pytest.mark.parametrize("parts", [("unet",), ("text_encoder", "unet")])
+def test_a_conversion_for_a_pipeline_names_its_parts(tmp_path, rng, parts):
+    """With one part alone the names are those of its model."""
+    base = pipeline(tmp_path, rng, *parts)
+    keys = {"unet": "lora_unet_a_q", "text_encoder": "lora_te_a_q"}
+    leaves = {keys[part]: near(rng, weight) for part, weight in base.items()}
+    write_kohya(tmp_path / "adapter", leaves)
+    assert convert(tmp_path, "diffusers", "--base", str(tmp_path / "base")) == 0
+    names = {f"{part}.a.q" for part in parts} if len(parts) > 1 else {"a.q"}
+    assert set(load_adapters(tmp_path / "converted")) == names
+    use_converted(tmp_path)
+    assert merge(tmp_path, "--verify") == 0
+    for part, weight in base.items():
+        merged = read_folder(tmp_path / "out" / part)["a.q.weight"]
+        np.testing.assert_allclose(merged, dense(weight, *leaves[keys[part]]), rtol=1e-5, atol=1e-6)
+
+
+def test_diffusers_has_parts_in_all_names_or_in_none(tmp_path, rng, capsys):
+    base = model(tmp_path, rng, "unet.a", "other.a")
+    leaves, _ = adapt(rng, base, {"unet.a": "unet.a", "other.a": "other.a"})
+    write_peft(tmp_path / "adapter", leaves)
+    assert convert(tmp_path, "diffusers") == 2
+    assert "other.a: each path must begin with a part of the pipeline" in capsys.readouterr().err
+
+
+def test_a_conversion_renames_first(tmp_path, rng):
+    base = model(tmp_path, rng, "x.q")
+    leaves, changed = adapt(rng, base, {"net.h.q": "x.q"})
+    write_peft(tmp_path / "adapter", leaves)
+    arguments = ["--base", str(tmp_path / "base"), "--rename", r"^net\.h=x"]
+    assert convert(tmp_path, "peft", *arguments) == 0
+    use_converted(tmp_path)
+    assert set(load_adapters(tmp_path / "adapter")) == {"x.q"}
+    check(tmp_path, base, changed)
+
+
+def test_named_for_raises_where_the_names_do_not_fit(tmp_path, rng):
+    base = model(tmp_path, rng, "x.q")
+    write_peft(tmp_path / "adapter", adapt(rng, base, {"net.h.v": "x.q"})[0])
+    with pytest.raises(CheckpointError, match=r"the base has no net\.h\.v\.weight"):
+        named_for(open_model(tmp_path / "base"), load_adapters(tmp_path / "adapter"))
+
+
+# Advice
+
+
+@pytest.mark.parametrize("change", [{"init_lora_weights": "pissa"}, {"bias": "all"}])
+def test_a_conversion_keeps_what_a_merge_needs_or_is_refused(tmp_path, rng, capsys, change):
+    """The advice is followed: PEFT has the entry, and a model without biases needs none."""
+    base = model(tmp_path, rng, Q)
+    leaves, changed = adapt(rng, base, {Q: Q})
+    write_peft(tmp_path / "adapter", leaves, **change)
+    assert convert(tmp_path, "mlx") == 2
+    error = capsys.readouterr().err
+    if "bias" in change:
+        assert "if the model has no biases, set bias to 'none' there" in error
+        write_json(tmp_path / "adapter" / "adapter_config.json", peft_config(bias="none"))
+        assert convert(tmp_path, "mlx") == 0
+        use_converted(tmp_path)
+        check(tmp_path, base, changed)
+    else:
+        assert "convert it to the format 'peft', which keeps the entry" in error
+        assert convert(tmp_path, "peft") == 0
+        use_converted(tmp_path)
+        assert "with --base-is-residual" in refused(tmp_path, capsys)
+
+
+def test_whole_tensors_are_merged_and_not_converted(tmp_path, rng, capsys):
+    base = model(tmp_path, rng, Q, "lm_head")
+    leaves, changed = adapt(rng, base, {Q: Q})
+    changed["lm_head.weight"] = draw(rng, 6, 5)
+    write_peft(tmp_path / "adapter", leaves, {f"{PREFIX}lm_head.weight": changed["lm_head.weight"]})
+    for to in ("mlx", "diffusers"):
+        assert convert(tmp_path, to) == 2
+        assert "merge it into its base instead, with doraxp merge" in capsys.readouterr().err
+    check(tmp_path, base, changed)
+
+
+def test_a_flag_that_denies_the_magnitudes_is_set_as_the_error_says(tmp_path, rng, capsys):
+    base = model(tmp_path, rng, Q)
+    leaves, changed = adapt(rng, base, {Q: Q})
+    write_peft(tmp_path / "adapter", leaves, use_dora=False)
+    assert "set it to true if DoRA was trained" in refused(tmp_path, capsys)
+    write_json(tmp_path / "adapter" / "adapter_config.json", peft_config(use_dora=True))
+    check(tmp_path, base, changed)
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "new"),
+    [
+        ("base", "pytorch_model.bin", "model.safetensors"),
+        ("adapter", "adapter_model.bin", "adapter_model.safetensors"),
+        ("base", "diffusion_pytorch_model.bin", None),
+    ],
+)
+def test_a_pickle_is_converted_to_the_file_that_is_found(tmp_path, rng, capsys, folder, name, new):
+    """The error has the new name; transformers finds a model of that name too."""
+    base = model(tmp_path, rng, Q)
+    leaves, changed = adapt(rng, base, {Q: Q})
+    write_peft(tmp_path / "adapter", leaves)
+    (file,) = (tmp_path / folder).glob("*.safetensors")
+    tensors = load_file(file)
+    file.unlink()
+    (tmp_path / folder / name).write_bytes(b"a pickle")
+    error = refused(tmp_path, capsys)
+    if new is None:
+        assert "or one safetensors file, got 0 of them" in error
+        return
+    assert "a pickle file can run any code" in error
+    advised_path = pathlib.Path(re.search(r"\.items\(\)\}, '(.+?)'", error)[1])
+    assert advised_path == tmp_path / folder / new
+    save_file(tensors, advised_path)
+    check(tmp_path, base, changed)
+
+
+def test_two_modules_for_one_tensor_are_refused(tmp_path, rng, capsys):
+    base = model(tmp_path, rng, "a.q")
+    leaves, _ = adapt(rng, base, {"x.q": "a.q", "y.q": "a.q"})
+    write_peft(tmp_path / "adapter", leaves)
+    error = refused(tmp_path, capsys, "--rename", "^x=a", "--rename", "^y=a")
+    assert "x.q and y.q are both for a.q.weight" in error
+
+
+def test_a_shape_that_does_not_fit_is_named(tmp_path, rng, capsys):
+    base = model(tmp_path, rng, Q, V)
+    leaves, _ = adapt(rng, base, {Q: Q})
+    write_peft(tmp_path / "adapter", leaves | {V: near(rng, draw(rng, 7, 5))})
+    error = refused(tmp_path, capsys)
+    assert f"{V}.weight has shape (6, 5), but its adapter is for (7, 5)" in error
+
+
+@pytest.mark.parametrize("scales", ["weight_scale", "weight_scale_inv", "scales", "weight.absmax"])
+def test_a_quantised_weight_is_refused_by_name(tmp_path, rng, capsys, scales):
+    """A weight that is not quantised, in the same model, merges."""
+    base = model(tmp_path, rng, Q, V)
+    base[f"{V}.{scales}"] = draw(rng, 6)
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    leaves, changed = adapt(rng, base, {Q: Q})
+    write_peft(tmp_path / "adapter", leaves)
+    check(tmp_path, base, changed)
+    shutil.rmtree(tmp_path / "out")
+    shutil.rmtree(tmp_path / "adapter")
+    leaves, _ = adapt(rng, base, {Q: Q, V: V})
+    write_peft(tmp_path / "adapter", leaves)
+    error = refused(tmp_path, capsys)
+    assert f"{V}.weight is quantised" in error
+    assert f"{Q}.weight is quantised" not in error

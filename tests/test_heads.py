@@ -1,0 +1,795 @@
+"""Heads and embeddings: tied ones, new tokens, new classifiers, residual bases, square weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from checkpoints import (
+    ALPHA,
+    RANK,
+    assert_merged,
+    dense,
+    draw,
+    merge,
+    near,
+    read_folder,
+    write_base,
+    write_json,
+    write_peft,
+)
+from safetensors.numpy import load_file, save_file
+
+from doraxp.cli import main
+
+EMBED, HEAD, QUERY = (
+    "model.embed_tokens.weight",
+    "lm_head.weight",
+    "model.layers.0.self_attn.q_proj.weight",
+)
+PREFIX = "base_model.model."
+TIED = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+TOKENS, WIDTH = 10, 5
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(11)
+
+
+def model(rng, **others):
+    return {EMBED: draw(rng, TOKENS, WIDTH), QUERY: draw(rng, 6, WIDTH), **others}
+
+
+def query(rng, base):
+    """Return A, B and m of the query's adapter, and its merged weight."""
+    leaves = near(rng, base[QUERY])
+    return {QUERY.removesuffix(".weight"): leaves}, {QUERY: dense(base[QUERY], *leaves)}
+
+
+def embedding(rng, weight):
+    """Return PEFT's tensors of an embedding's adapter by their ends, and the merged weight."""
+    a, b, m = near(rng, weight.T)
+    names = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+    return dict(zip(names, (a, b, m), strict=True)), dense(weight.T, a, b, m).T
+
+
+def config_of(folder):
+    return json.loads((folder / "out" / "config.json").read_text())
+
+
+def audit(folder, *arguments):
+    return main(["audit", *(str(folder / name) for name in ("base", "adapter", "out")), *arguments])
+
+
+def check(folder, base, changed, *arguments):
+    """Merge and audit; the tensors that differ from the base's are `changed`."""
+    assert merge(folder, "--verify", *arguments) == 0
+    assert_merged(read_folder(folder / "out"), base, changed)
+    assert audit(folder, *arguments) == 0
+
+
+def refused(folder, capsys, *arguments):
+    assert merge(folder, *arguments) == 2
+    assert not (folder / "out").exists()
+    return capsys.readouterr().err
+
+
+# Tied embeddings
+
+
+@pytest.mark.parametrize(
+    "trained", ["embed_tokens", "both", "DoRA on embed_tokens", "DoRA on lm_head"]
+)
+def test_a_change_of_one_of_two_tied_weights_unties_them(tmp_path, rng, trained):
+    """The head gets a tensor of its own, which is the trained one or the one of before."""
+    base = write_base(tmp_path / "base", model(rng), **TIED)
+    leaves, changed = query(rng, base)
+    whole, changed[HEAD] = {}, base[EMBED]
+    if trained in ("embed_tokens", "both"):
+        whole[f"{PREFIX}{EMBED}"] = changed[EMBED] = draw(rng, TOKENS, WIDTH)
+    if trained == "both":
+        whole[f"{PREFIX}{HEAD}"] = changed[HEAD] = draw(rng, TOKENS, WIDTH)
+    if trained == "DoRA on embed_tokens":
+        own, changed[EMBED] = embedding(rng, base[EMBED])
+        whole |= {f"{PREFIX}model.embed_tokens.{end}": tensor for end, tensor in own.items()}
+    if trained == "DoRA on lm_head":
+        leaves["lm_head"] = near(rng, base[EMBED])
+        changed[HEAD] = dense(base[EMBED], *leaves["lm_head"])
+    write_peft(tmp_path / "adapter", leaves, whole)
+    check(tmp_path, base, changed)
+    assert config_of(tmp_path) == TIED | {"tie_word_embeddings": False}
+
+
+def test_weights_that_were_tied_in_the_training_stay_tied(tmp_path, rng):
+    base = write_base(tmp_path / "base", model(rng), **TIED)
+    leaves, changed = query(rng, base)
+    changed[EMBED] = draw(rng, TOKENS, WIDTH)
+    whole = {f"{PREFIX}{name}": changed[EMBED] for name in (EMBED, HEAD)}
+    write_peft(tmp_path / "adapter", leaves, whole, ensure_weight_tying=True)
+    check(tmp_path, base, changed)
+    assert config_of(tmp_path) == TIED
+
+
+def test_an_adapter_of_neither_leaves_them_tied(tmp_path, rng):
+    base = write_base(tmp_path / "base", model(rng), **TIED)
+    leaves, changed = query(rng, base)
+    write_peft(tmp_path / "adapter", leaves)
+    check(tmp_path, base, changed)
+    assert config_of(tmp_path) == TIED
+
+
+def test_an_adapter_of_the_head_unties_weights_that_its_configuration_ties(tmp_path, rng):
+    base = write_base(tmp_path / "base", model(rng), **TIED)
+    leaves = {"lm_head": near(rng, base[EMBED])}
+    write_peft(tmp_path / "adapter", leaves, ensure_weight_tying=True)
+    check(tmp_path, base, {HEAD: dense(base[EMBED], *leaves["lm_head"])})
+    assert config_of(tmp_path)["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("end", ["modules_to_save.default.weight", "modules_to_save.weight"])
+def test_two_equal_tensors_of_one_name_are_one(tmp_path, rng, capsys, end):
+    other = f"{PREFIX}model.embed_tokens.{end}"
+    base = write_base(tmp_path / "base", model(rng), **TIED)
+    leaves, changed = query(rng, base)
+    changed |= {EMBED: draw(rng, TOKENS, WIDTH), HEAD: base[EMBED]}
+    whole = {f"{PREFIX}{EMBED}": changed[EMBED], other: changed[EMBED]}
+    write_peft(tmp_path / "adapter", leaves, whole)
+    check(tmp_path, base, changed)
+    shutil.rmtree(tmp_path / "out")
+    shutil.rmtree(tmp_path / "adapter")
+    write_peft(tmp_path / "adapter", leaves, whole | {other: changed[EMBED] + 1})
+    assert f"are both for {EMBED}, and differ" in refused(tmp_path, capsys)
+
+
+CONFIGS = [
+    ({"tie_word_embeddings": True}, True),
+    ({"architectures": ["Gemma3ForCausalLM"]}, True),  # true is its default, so it is not written
+    ({"architectures": ["AForConditionalGeneration"]}, True),
+    ({"text_config": {"tie_word_embeddings": True}}, True),
+    ({"architectures": ["BertModel"], "tie_word_embeddings": True}, False),
+    ({"architectures": ["AForCausalLM"], "tie_word_embeddings": False}, False),
+    ({"text_config": {"tie_word_embeddings": False}}, False),
+    ({}, False),
+]
+
+
+@pytest.mark.parametrize(("config", "is_tied"), CONFIGS)
+def test_the_configuration_tells_whether_the_head_is_tied(tmp_path, rng, config, is_tied):
+    base = write_base(tmp_path / "base", model(rng), **config)
+    leaves, changed = query(rng, base)
+    changed[EMBED] = draw(rng, TOKENS, WIDTH)
+    changed |= {HEAD: base[EMBED]} if is_tied else {}
+    write_peft(tmp_path / "adapter", leaves, {f"{PREFIX}{EMBED}": changed[EMBED]})
+    check(tmp_path, base, changed)
+
+
+def test_nested_parts_of_the_configuration_are_untied_too(tmp_path, rng):
+    vision = {"tie_word_embeddings": True, "layers": 2, "deep": {"x": 1}}
+    config = {"text_config": {"vocab_size": TOKENS}, "vision_config": vision, "x": {"y": 1}}
+    base = write_base(tmp_path / "base", model(rng), tie_word_embeddings=True, **config)
+    leaves, changed = query(rng, base)
+    changed |= {EMBED: draw(rng, TOKENS, WIDTH), HEAD: base[EMBED]}
+    write_peft(tmp_path / "adapter", leaves, {f"{PREFIX}{EMBED}": changed[EMBED]})
+    check(tmp_path, base, changed)
+    assert config_of(tmp_path) == {
+        "tie_word_embeddings": False,
+        "text_config": {"vocab_size": TOKENS, "tie_word_embeddings": False},
+        "vision_config": vision | {"tie_word_embeddings": False},
+        "x": {"y": 1},
+    }
+
+
+@pytest.mark.parametrize(
+    ("embed", "head", "config"),
+    [
+        ("model.language_model.embed_tokens.weight", "lm_head.weight", {}),
+        ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight", {}),
+        ("transformer.wte.weight", "lm_head.weight", {}),
+        ("wte.weight", "lm_head.weight", {}),
+        ("gpt_neox.embed_in.weight", "embed_out.weight", {"model_type": "gpt_neox"}),
+        ("backbone.embeddings.word_embeddings.weight", "lm_head.weight", {}),
+    ],
+)
+def test_the_head_is_beside_the_part_with_the_embeddings(tmp_path, rng, embed, head, config):
+    base = {embed: draw(rng, TOKENS, WIDTH), QUERY: draw(rng, 6, WIDTH)}
+    base = write_base(tmp_path / "base", base, **TIED, **config)
+    leaves, changed = query(rng, base)
+    changed |= {embed: draw(rng, TOKENS, WIDTH), head: base[embed]}
+    write_peft(tmp_path / "adapter", leaves, {f"{PREFIX}{embed}": changed[embed]})
+    check(tmp_path, base, changed)
+
+
+def test_encoder_and_decoder_that_share_embeddings_get_their_own(tmp_path, rng):
+    """Transformers ties neither of them if the embeddings are not tied to the head."""
+    base = {"model.shared.weight": draw(rng, TOKENS, WIDTH), QUERY: draw(rng, 6, WIDTH)}
+    base = write_base(tmp_path / "base", base, **TIED)
+    leaves, changed = query(rng, base)
+    old, sides = base["model.shared.weight"], ("encoder", "decoder")
+    changed |= {f"model.{side}.embed_tokens.weight": old for side in sides} | {HEAD: old}
+    changed["model.shared.weight"] = draw(rng, TOKENS, WIDTH)
+    whole = {f"{PREFIX}model.shared.weight": changed["model.shared.weight"]}
+    write_peft(tmp_path / "adapter", leaves, whole)
+    check(tmp_path, base, changed)
+
+
+def test_a_new_head_is_in_the_index_of_shards(tmp_path, rng):
+    base = model(rng)
+    (tmp_path / "base").mkdir()
+    weight_map = {}
+    for place, (name, tensor) in enumerate(base.items()):
+        weight_map[name] = f"model-{place}.safetensors"
+        save_file({name: tensor}, tmp_path / "base" / weight_map[name], {"format": "pt"})
+    index = {"metadata": {}, "weight_map": weight_map}
+    write_json(tmp_path / "base" / "model.safetensors.index.json", index)
+    write_json(tmp_path / "base" / "config.json", TIED)
+    leaves, changed = query(rng, base)
+    changed |= {EMBED: draw(rng, TOKENS, WIDTH), HEAD: base[EMBED]}
+    write_peft(tmp_path / "adapter", leaves, {f"{PREFIX}{EMBED}": changed[EMBED]})
+    report = tmp_path / "report.json"
+    assert merge(tmp_path, "--verify", "--json", str(report)) == 0
+    assert_merged(read_folder(tmp_path / "out"), base, changed)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == weight_map | {HEAD: "model-1.safetensors"}
+    sizes = [tensor.nbytes for tensor in (*base.values(), base[EMBED])]
+    assert index["metadata"]["total_size"] == sum(sizes)
+    report = json.loads(report.read_text())
+    assert (report["added"], report["config"]) == ([HEAD], {"untied": True})
+
+
+def test_the_audit_finds_a_head_that_was_changed_with_the_embedding(tmp_path, rng, capsys):
+    """As PEFT's own merge does it."""
+    base = write_base(tmp_path / "base", model(rng), **TIED)
+    leaves, changed = query(rng, base)
+    changed[EMBED] = draw(rng, TOKENS, WIDTH)
+    write_peft(tmp_path / "adapter", leaves, {f"{PREFIX}{EMBED}": changed[EMBED]})
+    merged = {name: np.asarray(tensor, np.float32) for name, tensor in (base | changed).items()}
+    write_base(tmp_path / "out", merged, **TIED)
+    assert audit(tmp_path) == 1
+    assert "lm_head.weight: tied head changed" in capsys.readouterr().out
+
+
+# Rows of single tokens
+
+DELTA = "model.embed_tokens.token_adapter.trainable_tokens_delta"
+
+
+@pytest.mark.parametrize("config", [{}, TIED])
+@pytest.mark.parametrize("by_module", [False, True])
+@pytest.mark.parametrize("indices", [[7, 0, 3], [9], [*range(TOKENS)]])
+def test_rows_of_single_tokens_are_replaced(tmp_path, rng, config, by_module, indices):
+    """PEFT trains them in a tied head too, so it stays tied."""
+    base = write_base(tmp_path / "base", model(rng), **config)
+    leaves, changed = query(rng, base)
+    rows = draw(rng, len(indices), WIDTH)
+    changed[EMBED] = base[EMBED].copy()
+    changed[EMBED][indices] = rows
+    given = {"embed_tokens": indices} if by_module else indices
+    write_peft(tmp_path / "adapter", leaves, {PREFIX + DELTA: rows}, trainable_token_indices=given)
+    check(tmp_path, base, changed)
+    assert config_of(tmp_path) == config
+    merged = read_folder(tmp_path / "out")
+    merged[EMBED][indices[0]] += 1
+    save_file(merged, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    assert audit(tmp_path) == 1
+
+
+def test_rows_of_the_head_alone_untie_it(tmp_path, rng):
+    base = write_base(tmp_path / "base", model(rng), **TIED)
+    leaves, changed = query(rng, base)
+    changed[HEAD] = base[EMBED].copy()
+    changed[HEAD][[2, 4]] = rows = draw(rng, 2, WIDTH)
+    whole = {f"{PREFIX}lm_head.token_adapter.trainable_tokens_delta": rows}
+    write_peft(tmp_path / "adapter", leaves, whole, trainable_token_indices={"lm_head": [2, 4]})
+    check(tmp_path, base, changed)
+    assert config_of(tmp_path)["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize(
+    ("indices", "name", "shape", "message"),
+    [
+        ([1, 10], DELTA, (2, WIDTH), "is for token 10, but model.embed_tokens.weight has 10"),
+        ([1, 2], DELTA, (3, WIDTH), "has shape (3, 5), which does not fit 2 tokens"),
+        ([1, 2], DELTA, (2, 4), "has shape (2, 4), which does not fit 2 tokens"),
+        ([1, 1], DELTA, (2, WIDTH), "trainable_token_indices must have the tokens of"),
+        ([-1, 1], DELTA, (2, WIDTH), "trainable_token_indices must have the tokens of"),
+        ({"x": [1, 2]}, DELTA, (2, WIDTH), "trainable_token_indices must have the tokens of"),
+        (None, DELTA, (2, WIDTH), "trainable_token_indices must have the tokens of"),
+        ([1, 2], f"x.{DELTA}", (2, WIDTH), None),
+        ([1, 2], DELTA.replace("embed_tokens", "other"), (2, WIDTH), "the base has no tensor"),
+    ],
+)
+def test_rows_of_tokens_that_do_not_fit_are_refused(
+    tmp_path, rng, capsys, indices, name, shape, message
+):
+    base = write_base(tmp_path / "base", model(rng))
+    leaves, _ = query(rng, base)
+    whole = {PREFIX + name: draw(rng, *shape)}
+    write_peft(tmp_path / "adapter", leaves, whole, trainable_token_indices=indices)
+    assert (message or "the base has no tensor") in refused(tmp_path, capsys)
+
+
+# A vocabulary that has grown
+
+
+def grown(rng, *shape):
+    return draw(rng, TOKENS + 2, *shape)
+
+
+@pytest.mark.parametrize("text", [None, {"vocab_size": TOKENS}, {"layers": 2}])
+@pytest.mark.parametrize("top", [{"vocab_size": TOKENS}, {}])
+def test_a_grown_vocabulary_brings_its_size_and_its_tokenizer(tmp_path, rng, capsys, text, top):
+    config = top | ({} if text is None else {"text_config": text})
+    base = write_base(tmp_path / "base", model(rng, **{HEAD: draw(rng, TOKENS, WIDTH)}), **config)
+    (tmp_path / "base" / "tokenizer.json").write_text("of the base")
+    (tmp_path / "base" / "merges.txt").write_text("of the base")
+    leaves, changed = query(rng, base)
+    changed |= {EMBED: grown(rng, WIDTH), HEAD: grown(rng, WIDTH)}
+    write_peft(
+        tmp_path / "adapter", leaves, {f"{PREFIX}{name}": changed[name] for name in (EMBED, HEAD)}
+    )
+    for name in ("tokenizer.json", "added_tokens.json", "chat_template.jinja"):
+        (tmp_path / "adapter" / name).write_text("of the adapter")
+    check(tmp_path, base, changed)
+    edited = config_of(tmp_path)
+    if "text_config" in config and "vocab_size" in text:
+        assert edited["text_config"] == {"vocab_size": TOKENS + 2}
+    assert edited.get("vocab_size", TOKENS + 2) == TOKENS + 2
+    assert TOKENS + 2 in (
+        edited.get("vocab_size"),
+        edited.get("text_config", {}).get("vocab_size"),
+    ) or (text == {"layers": 2} and not top)
+    for name in ("tokenizer.json", "added_tokens.json", "chat_template.jinja"):
+        assert (tmp_path / "out" / name).read_text() == "of the adapter"
+    assert (tmp_path / "out" / "merges.txt").read_text() == "of the base"
+    assert "OUT has" not in capsys.readouterr().err
+
+
+def test_an_adapter_of_grown_embeddings_starts_from_those_in_its_file(tmp_path, rng):
+    """PEFT saves them with save_embedding_layers, as `base_layer`."""
+    base = write_base(tmp_path / "base", model(rng), **TIED, vocab_size=TOKENS)
+    before = grown(rng, WIDTH)
+    own, merged = embedding(rng, before)
+    whole = {f"{PREFIX}model.embed_tokens.{end}": tensor for end, tensor in own.items()}
+    whole[f"{PREFIX}model.embed_tokens.base_layer.weight"] = before
+    leaves, changed = query(rng, base)
+    whole[f"{PREFIX}{HEAD}"] = changed[HEAD] = grown(rng, WIDTH)
+    write_peft(tmp_path / "adapter", leaves, whole)
+    check(tmp_path, base, changed | {EMBED: merged})
+    assert config_of(tmp_path)["vocab_size"] == TOKENS + 2
+
+
+@pytest.mark.parametrize("lost", [EMBED, HEAD])
+def test_embeddings_that_grew_without_the_head_are_refused_until_both_are_saved(
+    tmp_path, rng, capsys, lost
+):
+    """The advice, save_embedding_layers=True, gives a file with both."""
+    base = write_base(tmp_path / "base", model(rng, **{HEAD: draw(rng, TOKENS, WIDTH)}))
+    leaves, changed = query(rng, base)
+    changed |= {EMBED: grown(rng, WIDTH), HEAD: grown(rng, WIDTH)}
+    whole = {f"{PREFIX}{name}": changed[name] for name in (EMBED, HEAD)}
+    write_peft(
+        tmp_path / "adapter", leaves, {n: x for n, x in whole.items() if not n.endswith(lost)}
+    )
+    error = refused(tmp_path, capsys)
+    assert f"but {lost} has 10: save the adapter with save_embedding_layers=True" in error
+    shutil.rmtree(tmp_path / "adapter")
+    write_peft(tmp_path / "adapter", leaves, whole)
+    check(tmp_path, base, changed)
+
+
+def test_the_tensor_of_before_the_training_is_left_out(tmp_path, rng, capsys):
+    """PEFT saves `original_module` beside `modules_to_save` when it keeps the embeddings."""
+    base = write_base(tmp_path / "base", model(rng))
+    leaves, changed = query(rng, base)
+    changed[EMBED] = draw(rng, TOKENS, WIDTH)
+    before = {f"{PREFIX}model.embed_tokens.original_module.weight": base[EMBED]}
+    trained = {f"{PREFIX}model.embed_tokens.modules_to_save.weight": changed[EMBED]}
+    write_peft(tmp_path / "adapter", leaves, before)
+    assert "the base has no tensor model.embed_tokens.original_module" in refused(tmp_path, capsys)
+    shutil.rmtree(tmp_path / "adapter")
+    write_peft(tmp_path / "adapter", leaves, before | trained)
+    check(tmp_path, base, changed)
+
+
+# New heads
+
+BERT = {
+    "embeddings.word_embeddings.weight": (8, 6),
+    "encoder.layer.0.attention.self.query.weight": (6, 6),
+    "encoder.layer.0.attention.self.query.bias": (6,),
+    "pooler.dense.weight": (6, 6),
+}
+ATTENTION = "encoder.layer.0.attention.self.query"
+
+
+def classifier(folder, rng, *, architectures=("BertModel",), size=3, prefix="bert.", **changes):
+    """Write a base without a head, and an adapter with one; return tensors and changes."""
+    base = {name: draw(rng, *shape) for name, shape in BERT.items()}
+    write_base(folder / "base", base, architectures=list(architectures), num_labels=2)
+    leaves = {f"{prefix}{ATTENTION}": near(rng, base[f"{ATTENTION}.weight"])}
+    head = {"classifier.weight": draw(rng, size, 6), "classifier.bias": draw(rng, size)}
+    whole = {f"{PREFIX}{name}": tensor for name, tensor in head.items()}
+    config = {"modules_to_save": ["classifier", "score"], "task_type": "SEQ_CLS", **changes}
+    write_peft(folder / "adapter", leaves, whole, **config)
+    merged = dense(base[f"{ATTENTION}.weight"], *leaves[f"{prefix}{ATTENTION}"])
+    changed = {f"{prefix}{ATTENTION}.weight": merged, **head}
+    return {f"{prefix}{name}": tensor for name, tensor in base.items()}, changed
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "architecture"),
+    [
+        ("SEQ_CLS", "BertModel", "BertForSequenceClassification"),
+        ("SEQ_CLS", "BertForMaskedLM", "BertForSequenceClassification"),
+        ("TOKEN_CLS", "BertPreTrainedModel", "BertForTokenClassification"),
+        ("QUESTION_ANS", "GPT2LMHeadModel", "GPT2ForQuestionAnswering"),
+        ("OTHER", "BertModel", "BertModel"),
+        (None, "BertModel", "BertModel"),
+        ("SEQ_CLS", "bert", "bert"),
+    ],
+)
+def test_a_new_head_gives_the_model_its_class_and_its_labels(
+    tmp_path, rng, task, given, architecture
+):
+    """All names get the prefix that the class with the head has."""
+    base, changed = classifier(tmp_path, rng, architectures=[given], task_type=task)
+    check(tmp_path, base, changed)
+    config = config_of(tmp_path)
+    assert config["architectures"] == [architecture]
+    assert config["id2label"] == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
+    assert config["label2id"] == {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}
+    assert "num_labels" not in config
+
+
+def test_a_new_head_is_in_the_index_and_all_names_get_the_prefix(tmp_path, rng):
+    base, changed = classifier(tmp_path, rng)
+    (tmp_path / "base" / "model.safetensors").rename(tmp_path / "base" / "a.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(BERT, "a.safetensors")}
+    write_json(tmp_path / "base" / "model.safetensors.index.json", index)
+    check(tmp_path, base, changed)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == dict.fromkeys([*base, *changed], "a.safetensors")
+
+
+def test_without_a_new_tensor_the_names_of_the_base_stay(tmp_path, rng):
+    base, changed = classifier(tmp_path, rng)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({n: x for n, x in load_file(file).items() if "classifier" not in n}, file)
+    (name,) = {name for name in changed if ATTENTION in name}
+    own = {n.removeprefix("bert."): x for n, x in base.items()}
+    check(tmp_path, own, {name.removeprefix("bert."): changed[name]})
+    assert config_of(tmp_path) == {"architectures": ["BertModel"], "num_labels": 2}
+
+
+@pytest.mark.parametrize("source", ["options", "config.json", "auto_mapping"])
+def test_a_class_that_is_given_is_that_of_the_result(tmp_path, rng, source):
+    changes = {}
+    if source == "auto_mapping":
+        changes["auto_mapping"] = {"base_model_class": "BertForTokenClassification"}
+    base, changed = classifier(tmp_path, rng, **changes)
+    beside = {"architectures": ["BertForOther"], "id2label": {"0": "a", "1": "b", "2": "c"}}
+    arguments = []
+    if source == "config.json":
+        write_json(tmp_path / "adapter" / "config.json", beside)
+    if source == "options":
+        write_json(tmp_path / "adapter" / "config.json", beside)
+        arguments = ["--architecture", "BertForMine", "--labels", "no,maybe,yes"]
+    check(tmp_path, base, changed, *arguments)
+    config = config_of(tmp_path)
+    expected = {
+        "options": ("BertForMine", ["no", "maybe", "yes"]),
+        "config.json": ("BertForOther", ["a", "b", "c"]),
+        "auto_mapping": ("BertForTokenClassification", ["LABEL_0", "LABEL_1", "LABEL_2"]),
+    }
+    assert (config["architectures"], [*config["id2label"].values()]) == (
+        [expected[source][0]],
+        expected[source][1],
+    )
+
+
+def test_labels_of_another_number_than_the_rows_are_refused(tmp_path, rng, capsys):
+    """The advice is followed: a name for each row."""
+    base, changed = classifier(tmp_path, rng)
+    error = refused(tmp_path, capsys, "--labels", "no,yes")
+    assert "labels must have a name for each of the 3 rows of classifier.weight, got 2" in error
+    check(tmp_path, base, changed, "--labels", "no,maybe,yes")
+
+
+def test_options_change_the_configuration_without_a_new_head(tmp_path, rng):
+    base = write_base(tmp_path / "base", model(rng), architectures=["A"])
+    leaves, changed = query(rng, base)
+    write_peft(tmp_path / "adapter", leaves)
+    check(tmp_path, base, changed, "--architecture", "B", "--labels", "x,y")
+    config = config_of(tmp_path)
+    assert (config["architectures"], config["id2label"]) == (["B"], {"0": "x", "1": "y"})
+
+
+def test_a_head_of_another_size_replaces_that_of_the_base(tmp_path, rng):
+    base = {"classifier.weight": draw(rng, 2, WIDTH), "classifier.bias": draw(rng, 2)}
+    base = write_base(tmp_path / "base", model(rng, **base), architectures=["BertForOther"])
+    leaves, changed = query(rng, base)
+    changed |= {"classifier.weight": draw(rng, 3, WIDTH), "classifier.bias": draw(rng, 3)}
+    whole = {f"{PREFIX}{name}": tensor for name, tensor in changed.items() if "classifier" in name}
+    write_peft(tmp_path / "adapter", leaves, whole, modules_to_save=["classifier"])
+    check(tmp_path, base, changed)
+    config = config_of(tmp_path)
+    assert config["architectures"] == ["BertForOther"]
+    assert len(config["id2label"]) == 3
+
+
+def test_the_last_layer_of_a_head_gives_the_number_of_labels(tmp_path, rng):
+    base, changed = classifier(tmp_path, rng, modules_to_save=["classifier"])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    head = {"dense.weight": draw(rng, 2, 6), "out_proj.weight": draw(rng, 4, 2)}
+    for name in ("weight", "bias"):
+        tensors.pop(f"{PREFIX}classifier.{name}")
+        changed.pop(f"classifier.{name}")
+    save_file(tensors | {f"{PREFIX}classifier.{n}": x for n, x in head.items()}, file)
+    changed |= {f"classifier.{name}": tensor for name, tensor in head.items()}
+    check(tmp_path, base, changed)
+    assert len(config_of(tmp_path)["id2label"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "modules", "message"),
+    [
+        ("classifier.weight", None, "the base has no tensor classifier.weight"),
+        ("other.weight", ["classifier"], "the base has no tensor other.weight"),
+        ("deep.dense.weight", ["dense"], "the base has no tensor deep.dense.weight"),
+    ],
+)
+def test_a_tensor_that_is_not_of_a_new_head_is_not_added(
+    tmp_path, rng, capsys, name, modules, message
+):
+    """`pooler.dense` of the base may be the tensor that `deep.dense` means."""
+    classifier(tmp_path, rng, modules_to_save=modules)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = {n: x for n, x in load_file(file).items() if "classifier" not in n}
+    save_file(tensors | {f"{PREFIX}{name}": draw(rng, 6, 6)}, file)
+    assert message in refused(tmp_path, capsys)
+
+
+@pytest.mark.parametrize("entries", [{"layer_replication": [[0, 1]]}, {"lora_bias": True}])
+def test_entries_that_change_the_layers_are_refused_by_name(tmp_path, rng, capsys, entries):
+    base = write_base(tmp_path / "base", model(rng))
+    leaves, _ = query(rng, base)
+    write_peft(tmp_path / "adapter", leaves, **entries)
+    (name,) = entries
+    assert f"{name} cannot be merged with a DoRA adapter" in refused(tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (
+            np.ones((TOKENS, 4), np.float32),
+            "(10, 4) does not fit model.embed_tokens.weight (10, 5)",
+        ),
+        (np.ones((TOKENS, WIDTH), np.int32), "must be of dtype F64, F32, F16, BF16, got I32"),
+    ],
+)
+def test_a_whole_tensor_that_does_not_fit_is_refused(tmp_path, rng, capsys, tensor, message):
+    base = write_base(tmp_path / "base", model(rng))
+    leaves, _ = query(rng, base)
+    write_peft(tmp_path / "adapter", leaves, {f"{PREFIX}{EMBED}": tensor})
+    assert message in refused(tmp_path, capsys)
+
+
+def test_a_whole_tensor_for_one_that_is_not_floating_is_refused(tmp_path, rng, capsys):
+    base = write_base(tmp_path / "base", model(rng, ids=np.arange(4)))
+    leaves, _ = query(rng, base)
+    write_peft(tmp_path / "adapter", leaves, {f"{PREFIX}ids": draw(rng, 4)})
+    assert "cannot replace ids of dtype I64: remove it from the adapter" in refused(
+        tmp_path, capsys
+    )
+    shutil.rmtree(tmp_path / "adapter")
+    leaves, changed = query(rng, base)
+    write_peft(tmp_path / "adapter", leaves)
+    check(tmp_path, base, changed)
+
+
+def test_two_whole_tensors_for_one_of_the_base_are_refused(tmp_path, rng, capsys):
+    base = write_base(tmp_path / "base", {EMBED: draw(rng, TOKENS, WIDTH)})
+    write_peft(
+        tmp_path / "adapter",
+        {"model.embed_tokens": near(rng, base[EMBED])},
+        {f"{PREFIX}x.weight": base[EMBED], f"{PREFIX}{EMBED}": base[EMBED]},
+    )
+    error = refused(tmp_path, capsys, "--rename", r"^x(?=\.|$)=model.embed_tokens")
+    assert f"are both for {EMBED}" in error
+
+
+# A residual base
+
+
+def pissa(folder, rng, *, base, m, **changes):
+    """Write an adapter of PiSSA: A and B hold a part of the weight, m has the norms of all."""
+    weight = draw(rng, 6, WIDTH)
+    a, b = draw(rng, RANK, WIDTH), draw(rng, 6, RANK)
+    residual = weight - ALPHA / RANK * b @ a
+    stored = {"whole": weight, "residual": residual}
+    norms = {
+        "whole": np.linalg.norm(weight, axis=1),
+        "residual": np.linalg.norm(residual, axis=1),
+        "neither": 3 + rng.random(6),
+    }
+    tensors = {QUERY: stored[base].astype("float32"), EMBED: draw(rng, TOKENS, WIDTH)}
+    write_base(folder / "base", tensors)
+    leaves = a, b, norms[m].astype("float32")
+    changes = {"init_lora_weights": "pissa", **changes}
+    write_peft(folder / "adapter", {QUERY.removesuffix(".weight"): leaves}, **changes)
+    return tensors, {QUERY: dense(tensors[QUERY], *leaves)}
+
+
+@pytest.mark.parametrize("name", ["pissa", "pissa_niter_4", "olora", "PiSSA"])
+@pytest.mark.parametrize("arguments", [[], ["--base-is-residual"]])
+def test_a_residual_base_is_known_by_its_norms(tmp_path, rng, name, arguments):
+    base, changed = pissa(tmp_path, rng, base="residual", m="whole", init_lora_weights=name)
+    check(tmp_path, base, changed, *arguments)
+
+
+def test_norms_of_neither_need_the_option(tmp_path, rng, capsys):
+    base, changed = pissa(tmp_path, rng, base="residual", m="neither")
+    error = refused(tmp_path, capsys)
+    assert "initialised by pissa, which changed the base weights" in error
+    assert "with --base-is-residual" in error
+    check(tmp_path, base, changed, "--base-is-residual")
+
+
+def test_the_base_of_before_the_initialisation_is_refused(tmp_path, rng, capsys):
+    """The advice is followed: the base that the training saved, with the option."""
+    base, changed = pissa(tmp_path, rng, base="whole", m="whole")
+    assert "merge into the base that the training saved" in refused(tmp_path, capsys)
+    error = refused(tmp_path, capsys, "--base-is-residual")
+    assert "BASE is not the residual base: the magnitudes are the row norms of its weights" in error
+    residual = base | {}
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    a, b, m = tensors.values()
+    a, b, m = (tensors[name] for name in sorted(tensors))
+    residual[QUERY] = (base[QUERY] - ALPHA / RANK * b @ a).astype("float32")
+    save_file(residual, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    changed = {QUERY: dense(residual[QUERY], a, b, m)}
+    check(tmp_path, residual, changed, "--base-is-residual")
+
+
+def test_a_weight_that_the_file_has_in_full_needs_no_residual_base(tmp_path, rng):
+    base, _ = pissa(tmp_path, rng, base="whole", m="whole")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    a, b, m = (tensors[name] for name in sorted(tensors))
+    residual = (base[QUERY] - ALPHA / RANK * b @ a).astype("float32")
+    name = QUERY.removesuffix(".weight")
+    save_file(tensors | {f"{PREFIX}{name}.base_layer.weight": residual}, file)
+    check(tmp_path, base, {QUERY: dense(residual, a, b, m)})
+
+
+def test_a_convolution_is_not_asked_for_a_residual_base(tmp_path, rng, capsys):
+    """One convolution alone tells nothing, if its m has more axes than one."""
+    weight = draw(rng, 4, 3, 2, 2)
+    base = write_base(tmp_path / "base", {"conv.weight": weight})
+    a, b, m = near(rng, weight)
+    leaves = (a.reshape(RANK, 3, 2, 2), b.reshape(4, RANK, 1, 1), m)
+    write_peft(tmp_path / "adapter", {"conv": leaves}, init_lora_weights="olora")
+    assert "with --base-is-residual" in refused(tmp_path, capsys)
+    changed = {"conv.weight": dense(weight.reshape(4, -1), a, b, m)}
+    check(tmp_path, base, changed, "--base-is-residual")
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_were_trained_and_are_not_in_the_file_are_refused(tmp_path, rng, capsys, bias):
+    own = f"{QUERY.removesuffix('weight')}bias"
+    base = write_base(tmp_path / "base", model(rng, **{own: draw(rng, 6)}))
+    leaves, changed = query(rng, base)
+    write_peft(tmp_path / "adapter", leaves, bias=bias)
+    assert f"says bias {bias}, but the file lacks {own}" in refused(tmp_path, capsys)
+    shutil.rmtree(tmp_path / "adapter")
+    changed[own] = draw(rng, 6)
+    write_peft(tmp_path / "adapter", leaves, {PREFIX + own: changed[own]}, bias=bias)
+    check(tmp_path, base, changed)
+
+
+# A square weight of Conv1D beside one of Linear
+
+ATTN, PROJ = "transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj"
+LINEAR = "score"
+
+
+def gpt2(rng, *, biases=True, wide=True):
+    """Return the tensors of GPT-2's attention, (in, out), and of a square head, (out, in)."""
+    base = {f"{PROJ}.weight": draw(rng, 4, 4), f"{LINEAR}.weight": draw(rng, 4, 4)}
+    if wide:
+        base[f"{ATTN}.weight"] = draw(rng, 4, 12)
+    if biases:
+        base[f"{PROJ}.bias"] = draw(rng, 4)
+        base |= {f"{ATTN}.bias": draw(rng, 12)} if wide else {}
+    return base
+
+
+def adapt(rng, base, transposed):
+    """Return A, B and m, and the merged weights, by module; some are stored (in, out)."""
+    leaves, changed = {}, {}
+    for path, is_transposed in transposed.items():
+        weight = base[f"{path}.weight"]
+        leaves[path] = near(rng, weight.T if is_transposed else weight)
+        merged = dense(weight.T if is_transposed else weight, *leaves[path])
+        changed[f"{path}.weight"] = merged.T if is_transposed else merged
+    return leaves, changed
+
+
+@pytest.mark.parametrize("flag", [False, True])
+@pytest.mark.parametrize(
+    ("config", "biases", "transposed"),
+    [
+        ({"model_type": "gpt2"}, True, {PROJ: True, LINEAR: False}),
+        ({"model_type": "gpt2"}, False, {PROJ: True, LINEAR: False}),
+        ({}, True, {PROJ: True, LINEAR: False}),
+        ({}, True, {ATTN: True, PROJ: True}),
+        ({}, True, {ATTN: True, PROJ: True, LINEAR: False}),
+    ],
+)
+def test_the_base_tells_how_a_square_weight_is_stored(
+    tmp_path, rng, flag, config, biases, transposed
+):
+    """PEFT's fan_in_fan_out is that of the last module, so it may have either value."""
+    base = write_base(tmp_path / "base", gpt2(rng, biases=biases), **config)
+    leaves, changed = adapt(rng, base, transposed)
+    write_peft(tmp_path / "adapter", leaves, fan_in_fan_out=flag)
+    check(tmp_path, base, changed)
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_where_nothing_tells_the_flag_counts_for_modules_of_one_name_only(
+    tmp_path, rng, capsys, flag
+):
+    """The advice is followed: the model's config.json tells."""
+    base = write_base(tmp_path / "base", gpt2(rng, biases=False, wide=False))
+    leaves, changed = adapt(rng, base, {PROJ: flag})
+    write_peft(tmp_path / "adapter", leaves, fan_in_fan_out=flag)
+    check(tmp_path, base, changed)
+    for name in ("out", "adapter"):
+        shutil.rmtree(tmp_path / name)
+    leaves, changed = adapt(rng, base, {PROJ: True, LINEAR: False})
+    write_peft(tmp_path / "adapter", leaves, fan_in_fan_out=True)
+    error = refused(tmp_path, capsys)
+    assert f"{PROJ}.weight is square, and fan_in_fan_out is that of the last" in error
+    assert "put the model's config.json beside it" in error
+    write_json(tmp_path / "base" / "config.json", {"model_type": "gpt2"})
+    check(tmp_path, base, changed)
+
+
+def test_without_a_flag_and_without_evidence_a_square_weight_is_that_of_a_linear(tmp_path, rng):
+    base = write_base(tmp_path / "base", gpt2(rng, biases=False, wide=False))
+    leaves, changed = adapt(rng, base, {PROJ: False, LINEAR: False})
+    write_peft(tmp_path / "adapter", leaves)
+    check(tmp_path, base, changed)
+
+
+def test_neighbours_of_both_kinds_do_not_tell(tmp_path, rng, capsys):
+    tensors = {"h.a.weight": draw(rng, 4, 12), "h.a.bias": draw(rng, 12)}
+    tensors |= {"h.b.weight": draw(rng, 12, 4), "h.b.bias": draw(rng, 12)}
+    tensors["h.c.weight"] = draw(rng, 4, 4)
+    write_base(tmp_path / "base", tensors)
+    write_peft(tmp_path / "adapter", {"h.c": near(rng, tensors["h.c.weight"])})
+    assert "h.c.weight is square" in refused(tmp_path, capsys)
+
+
+def test_an_adapter_of_a_linear_and_a_conv1d_tells_by_their_shapes(tmp_path, rng):
+    """Without biases, a neighbour whose shape tells counts."""
+    tensors = {"h.0.a.weight": draw(rng, 4, 12), "h.0.b.weight": draw(rng, 4, 4)}
+    tensors |= {"x.c.weight": draw(rng, 12, 4)}
+    base = write_base(tmp_path / "base", tensors)
+    leaves, changed = adapt(rng, base, {"h.0.a": True, "h.0.b": True, "x.c": False})
+    write_peft(tmp_path / "adapter", leaves)
+    check(tmp_path, base, changed)
+
+
+def test_one_kind_alone_without_biases_does_not_tell(tmp_path, rng, capsys):
+    tensors = {"h.0.a.weight": draw(rng, 4, 12), "h.0.b.weight": draw(rng, 4, 4)}
+    base = write_base(tmp_path / "base", tensors)
+    leaves, _ = adapt(rng, base, {"h.0.a": True, "h.0.b": True})
+    write_peft(tmp_path / "adapter", leaves, fan_in_fan_out=True)
+    assert "h.0.b.weight is square" in refused(tmp_path, capsys)
