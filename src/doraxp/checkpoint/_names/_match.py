@@ -54,8 +54,6 @@ class Match(NamedTuple):
     """The tensors that the base does not have."""
     problem: str | None = None
     """The reason why nothing was found, in words."""
-    others: tuple[dict[str, Places], ...] = ()
-    """The matchings that also fit, where `problem` is that there are several."""
 
 
 class _Way(NamedTuple):
@@ -93,7 +91,7 @@ def match(wanted: Sequence[Wanted], shapes: Shapes, model_type: str | None = Non
             problem = f"the base stores the rows of {permuted} in another order than the module's"
             return Match({}, [], problem)
         if len(found) > 1:
-            return Match({}, [], _ambiguity(found[0][1], found[1][1]), tuple(p for _, p in found))
+            return Match({}, [], _ambiguity(found[0][1], found[1][1]))
         if found:
             places = found[0][1]
             return Match(places, [one for one in wanted if one.name not in places])
