@@ -146,7 +146,9 @@ def _token_rows(names: Iterable[str], config: JsonObject, where: Path) -> dict[s
         module = own.removesuffix(".weight")
         rows = indices
         if isinstance(indices, dict):
-            key = next((key for key in indices if f".{module}".endswith(f".{key}")), None)
+            # A head that is tied to the embeddings has their rows, and no entry.
+            other = next(iter(indices)) if len(indices) == 1 else None
+            key = next((key for key in indices if f".{module}".endswith(f".{key}")), other)
             rows = indices.get(key)
         if (
             not isinstance(rows, list)
@@ -232,7 +234,7 @@ def sort_names(
             continue
         part = next(part for part in "abm" if match[part])
         names = parts.setdefault(match["path"], {})
-        if part in names:
+        if part in names and not _equal(reader, name, names[part]):
             raise CheckpointError(f"{reader.path}: {name} and {names[part]} name the same tensor")
         names[part] = name
     return parts, rest
@@ -274,7 +276,9 @@ def _whole_tensors(reader: Reader, names: Iterable[str]) -> dict[str, str]:
 
 def _base_name(name: str) -> str:
     """Return the base's name of a whole tensor in the file."""
-    return re.sub(r"\.(base_layer|modules_to_save(\.[^.]+)?)(?=\.[^.]+$)", "", _bare(name))
+    return re.sub(
+        r"\.((token_adapter\.)?base_layer|modules_to_save(\.[^.]+)?)(?=\.[^.]+$)", "", _bare(name)
+    )
 
 
 def _equal(reader: Reader, one: str, other: str) -> bool:
