@@ -28,7 +28,7 @@ from doraxp.checkpoint._tasks import (
     Task,
 )
 from doraxp.checkpoint._torchtune import in_order
-from doraxp.checkpoint._whole_tensors import whole_tensors
+from doraxp.checkpoint._whole_tensors import small_head, whole_tensors
 
 _OTHER_WAY = {"linear": LayerKind("transposed"), "transposed": LayerKind("linear")}
 
@@ -75,6 +75,8 @@ def plan(model: Model, adapters: AdapterSet, choices: Fit = AS_FILED) -> Plan:
     untied = tied is not None and _is_untied(tied, changed, parts, adapters, fitted)
     if tied is not None and not untied:
         changed.pop(tied.head, None)
+    if untied and tied is not None and whole.edits.vocab_size and tied.head not in changed:
+        raise CheckpointError(f"{adapters.reader.path}: {small_head(tied.head, whole.edits)}")
     names = [name for name in fitted.sources if untied or tied is None or name != tied.head]
     copied = {name: CopiedTensor(fitted.sources[name]) for name in names if name not in changed}
     lead = fitted.lead if whole.added else ""
@@ -96,9 +98,9 @@ def _is_untied(
     """Return whether the head of tied embeddings gets a tensor of its own."""
     if tied.head in parts:
         return True
-    if adapters.ties_weights or tied.head in changed:
+    if tied.head in changed:
         return not adapters.ties_weights
-    # PEFT trains single rows of the embeddings as those of the head too.
+    # PEFT ties only a head that the file has too, or that has the same single rows.
     shared = {fitted.places[name][0].tensor for name in adapters.tokens} - parts.keys()
     return tied.embedding in changed.keys() - shared
 
