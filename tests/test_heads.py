@@ -113,6 +113,21 @@ def test_weights_that_were_tied_in_the_training_stay_tied(tmp_path, rng):
     assert config_of(tmp_path) == TIED
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_head_is_untied_where_the_file_does_not_have_it(tmp_path, rng, adapted):
+    """PEFT ties with ensure_weight_tying only the models that it knows to be tied."""
+    base = write_base(tmp_path / "base", model(rng), **TIED)
+    leaves, changed = query(rng, base)
+    if adapted:
+        own, changed[EMBED] = embedding(rng, base[EMBED])
+        whole = {f"{PREFIX}model.embed_tokens.{end}": tensor for end, tensor in own.items()}
+    else:
+        changed[EMBED] = draw(rng, TOKENS, WIDTH)
+        whole = {f"{PREFIX}{EMBED}": changed[EMBED]}
+    write_peft(tmp_path / "adapter", leaves, whole, ensure_weight_tying=True)
+    check(tmp_path, base, changed | {HEAD: base[EMBED]})
+
+
 def test_an_adapter_of_neither_leaves_them_tied(tmp_path, rng):
     base = write_base(tmp_path / "base", model(rng), **TIED)
     leaves, changed = query(rng, base)
@@ -276,6 +291,30 @@ def test_rows_of_single_tokens_are_replaced(tmp_path, rng, config, by_module, in
     assert audit(tmp_path) == 1
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("by_module", [True, False])
+def test_rows_of_new_tokens_start_from_the_embeddings_in_the_file(
+    tmp_path, rng, is_tied, by_module
+):
+    """A tied head has the rows of the embeddings, under a name of its own."""
+    others = {} if is_tied else {HEAD: draw(rng, TOKENS, WIDTH)}
+    base = write_base(tmp_path / "base", model(rng, **others), **(TIED if is_tied else {}))
+    before, rows = grown(rng, WIDTH), draw(rng, 2, WIDTH)
+    leaves, changed = query(rng, base)
+    names = ("model.embed_tokens", "lm_head") if is_tied else ("model.embed_tokens",)
+    whole = {} if is_tied else {f"{PREFIX}{HEAD}": grown(rng, WIDTH)}
+    changed |= {name.removeprefix(PREFIX): tensor for name, tensor in whole.items()}
+    for name in names:
+        whole[f"{PREFIX}{name}.token_adapter.base_layer.weight"] = before
+        whole[f"{PREFIX}{name}.token_adapter.trainable_tokens_delta"] = rows
+        changed[f"{name}.weight"] = before.copy()
+        changed[f"{name}.weight"][[TOKENS, 2]] = rows
+    indices = {"embed_tokens": [TOKENS, 2]} if by_module else [TOKENS, 2]
+    write_peft(tmp_path / "adapter", leaves, whole, trainable_token_indices=indices)
+    check(tmp_path, base, changed)
+    assert config_of(tmp_path)["vocab_size"] == TOKENS + 2
+
+
 def test_rows_of_the_head_alone_untie_it(tmp_path, rng):
     base = write_base(tmp_path / "base", model(rng), **TIED)
     leaves, changed = query(rng, base)
@@ -295,7 +334,12 @@ def test_rows_of_the_head_alone_untie_it(tmp_path, rng):
         ([1, 2], DELTA, (2, 4), "has shape (2, 4), which does not fit 2 tokens"),
         ([1, 1], DELTA, (2, WIDTH), "trainable_token_indices must have the tokens of"),
         ([-1, 1], DELTA, (2, WIDTH), "trainable_token_indices must have the tokens of"),
-        ({"x": [1, 2]}, DELTA, (2, WIDTH), "trainable_token_indices must have the tokens of"),
+        (
+            {"x": [1, 2], "y": [3]},
+            DELTA,
+            (2, WIDTH),
+            "trainable_token_indices must have the tokens of",
+        ),
         (None, DELTA, (2, WIDTH), "trainable_token_indices must have the tokens of"),
         ([1, 2], f"x.{DELTA}", (2, WIDTH), None),
         ([1, 2], DELTA.replace("embed_tokens", "other"), (2, WIDTH), "the base has no tensor"),
@@ -378,6 +422,63 @@ def test_embeddings_that_grew_without_the_head_are_refused_until_both_are_saved(
     shutil.rmtree(tmp_path / "adapter")
     write_peft(tmp_path / "adapter", leaves, whole)
     check(tmp_path, base, changed)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"tie_word_embeddings": True}])
+def test_embeddings_that_grew_without_their_tied_head_are_refused(tmp_path, rng, capsys, arguments):
+    """The head would keep the tokens of before, and no library would load the result.
+
+    The advice is followed: a base whose embeddings have the new size.
+    """
+    base = write_base(tmp_path / "base", model(rng), **TIED)
+    leaves, changed = query(rng, base)
+    changed[EMBED] = grown(rng, WIDTH)
+    write_peft(tmp_path / "adapter", leaves, {f"{PREFIX}{EMBED}": changed[EMBED]})
+    error = refused(tmp_path, capsys)
+    assert f"the adapter has 12 tokens in {EMBED}, but lm_head.weight has those of BASE" in error
+    assert "or give the BASE whose embeddings have the new size" in error
+    shutil.rmtree(tmp_path / "base")
+    base[EMBED] = grown(rng, WIDTH)
+    write_base(tmp_path / "base", base, **TIED)
+    check(tmp_path, base, changed | {HEAD: base[EMBED]})
+
+
+def test_a_magnitude_that_the_file_has_twice_is_one(tmp_path, rng, capsys):
+    """PEFT saves that of an embedding so with save_embedding_layers."""
+    base = write_base(tmp_path / "base", model(rng))
+    own, merged = embedding(rng, base[EMBED])
+    whole = {f"{PREFIX}model.embed_tokens.{end}": tensor for end, tensor in own.items()}
+    again = f"{PREFIX}model.embed_tokens.lora_magnitude_vector.weight"
+    leaves, changed = query(rng, base)
+    m = own["lora_magnitude_vector"]
+    write_peft(tmp_path / "adapter", leaves, whole | {again: m + 1})
+    assert "name the same tensor" in refused(tmp_path, capsys)
+    shutil.rmtree(tmp_path / "adapter")
+    write_peft(tmp_path / "adapter", leaves, whole | {again: m})
+    check(tmp_path, base, changed | {EMBED: merged})
+
+
+@pytest.mark.parametrize("is_adapted", [False, True])
+def test_the_table_of_the_family_renames_whole_tensors_too(tmp_path, rng, capsys, is_adapted):
+    """GPT-NeoX has its head in memory as lm_head, and in files as embed_out."""
+    head, name = "embed_out.weight", "gpt_neox.layers.0.attention.dense"
+    tensors = {head: draw(rng, TOKENS, WIDTH), f"{name}.weight": draw(rng, 6, WIDTH)}
+    base = write_base(tmp_path / "base", tensors, model_type="gpt_neox")
+    leaves = {name: near(rng, base[f"{name}.weight"])}
+    changed = {f"{name}.weight": dense(base[f"{name}.weight"], *leaves[name])}
+    whole = {f"{PREFIX}{HEAD}": draw(rng, TOKENS, WIDTH)}
+    if is_adapted:
+        whole = {f"{PREFIX}lm_head.base_layer.weight": base[head]}
+        leaves["lm_head"] = near(rng, base[head])
+        changed[head] = dense(base[head], *leaves["lm_head"])
+    else:
+        (changed[head],) = whole.values()
+    write_peft(tmp_path / "adapter", leaves, whole, modules_to_save=["lm_head"])
+    check(tmp_path, base, changed)
+    shutil.rmtree(tmp_path / "out")
+    write_json(tmp_path / "base" / "config.json", {})  # then nothing tells the family
+    assert "lm_head" in refused(tmp_path, capsys)
+    check(tmp_path, base, changed, "--rename", r"^lm_head(?![^.])=embed_out")
 
 
 def test_the_tensor_of_before_the_training_is_left_out(tmp_path, rng, capsys):

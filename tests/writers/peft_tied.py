@@ -41,11 +41,11 @@ MODELS: dict[str, tuple[str, dict[str, Any], str, str, list[str]]] = {
 }  # fmt: skip
 
 
-def trial_of(folder: Path, tuned: Any, save: dict[str, Any] | None = None) -> Trial:
+def trial_of(folder: Path, tuned: Any) -> Trial:
     """Save the adapter; the right outputs are those of the adapted model."""
     inner = tuned.base_model.model
     wanted = outputs(tuned, **text_inputs(inner))
-    tuned.save_pretrained(folder / "adapter", **(save or {}))
+    tuned.save_pretrained(folder / "adapter")
     load = functools.partial(reload, name=type(inner).__name__)
     return Trial(folder / "base", folder / "adapter", {}, lambda out: outputs(load(out)), wanted)
 
@@ -58,14 +58,14 @@ def tied(folder: Path, name: str, sizes: dict[str, Any], **changes: Any) -> Tria
     return trial_of(folder, adapt(base, **changes))
 
 
-def grown(folder: Path, save: dict[str, Any], **changes: Any) -> Trial:
+def grown(folder: Path, **changes: Any) -> Trial:
     """Add 6 tokens to a Llama that ties its embeddings; the base has the old vocabulary."""
     text_model("LlamaForCausalLM", head_dim=8, tie_word_embeddings=True).save_pretrained(
         folder / "base"
     )
     base = reload(folder / "base")
     base.resize_token_embeddings(70)
-    return trial_of(folder, adapt(base, **{"target_modules": ["q_proj"], **changes}), save)
+    return trial_of(folder, adapt(base, **{"target_modules": ["q_proj"], **changes}))
 
 
 for title, (name, sizes, embedding, head, targets) in MODELS.items():
@@ -81,19 +81,14 @@ for title, (name, sizes, embedding, head, targets) in MODELS.items():
         register("PEFT, tied embeddings", f"{title}: {what}", make)
 
 BOTH = ["embed_tokens", "lm_head"]
-TOKENS = "is for token 66, but model.embed_tokens.weight has 64 tokens"
-for what, (changes, refused) in {
-    "embeddings saved by PEFT itself": ({}, None),
-    "modules_to_save of the embeddings": ({"modules_to_save": BOTH[:1]}, None),
-    "modules_to_save of both": ({"modules_to_save": BOTH}, None),
-    "the same, ensure_weight_tying": (
-        {"modules_to_save": BOTH, "ensure_weight_tying": True}, None,
-    ),
-    "DoRA on the embeddings": ({"target_modules": BOTH[:1]}, None),
-    "DoRA on the head, embeddings saved": ({"target_modules": BOTH[1:], "save": True}, None),
-    "DoRA on the head": ({"target_modules": BOTH[1:]}, None),
-    "trainable_token_indices": ({"trainable_token_indices": [1, 64, 66]}, TOKENS),
-}.items():  # fmt: skip
-    save = {"save_embedding_layers": True} if changes.pop("save", False) else {}
-    make = functools.partial(grown, save=save, **changes)
-    register("PEFT, tied embeddings", f"Llama, 6 new tokens: {what}", make, refused=refused)
+for what, changes in {
+    "embeddings saved by PEFT itself": {},
+    "modules_to_save of the embeddings": {"modules_to_save": BOTH[:1]},
+    "modules_to_save of both": {"modules_to_save": BOTH},
+    "the same, ensure_weight_tying": {"modules_to_save": BOTH, "ensure_weight_tying": True},
+    "DoRA on the embeddings": {"target_modules": BOTH[:1]},
+    "DoRA on the head": {"target_modules": BOTH[1:]},
+    "trainable_token_indices": {"trainable_token_indices": [1, 64, 66]},
+}.items():
+    make = functools.partial(grown, **changes)
+    register("PEFT, tied embeddings", f"Llama, 6 new tokens: {what}", make)

@@ -99,7 +99,7 @@ class AdapterSet(Mapping[str, AdaptedLayer]):
     """Copies, from before the training, of tensors that the file has in full: their names in the
     base, and in the file."""
     ties_weights: bool = False
-    """True where the output head was trained as the same weight as the embeddings."""
+    """True where a head that is tied to the embeddings was trained as one with them."""
     head: NewHead = NO_HEAD
     """The head that was trained with the adapter."""
     is_interleaved: bool = False

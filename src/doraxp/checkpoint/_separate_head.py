@@ -71,11 +71,8 @@ def _before(
         for name, task in whole.items()
         if name in (tied.embedding, tied.head) and isinstance(task, ReplacedTensor)
     }
-    for name, task in grown.items():
-        parts = {*name.split("."), *task.source.name.split(".")}
-        is_listed = not parts.isdisjoint({*adapters.head.modules, "modules_to_save"})
-        is_other_size = task.source.tensor.shape != base.tensor.shape
-        if not is_listed and (is_other_size or _has_equal_bytes(task.source, base)):
+    for task in grown.values():
+        if ".base_layer." in task.source.name or _has_equal_bytes(task.source, base):
             return task  # PEFT saved the base's embeddings, which may have been resized
     sizes = {task.source.tensor.shape for task in grown.values()} - {base.tensor.shape}
     if not sizes:
@@ -84,10 +81,12 @@ def _before(
         own = next((task for end, task in grown.items() if name.endswith(end)), None)
         if own is not None:
             return ReplacedTensor(Source(adapters.reader, file), own.dtype)
+    (name, task), *_ = grown.items()
+    other = tied.head if name == tied.embedding else tied.embedding
     raise CheckpointError(
-        f"the head is tied to {tied.embedding}, one of them was trained for other tokens than BASE "
-        "has, and the file does not have the other one: save the adapter with "
-        "save_embedding_layers=True"
+        f"the adapter has {task.source.tensor.shape[0]} tokens in {name}, but {other} has those of "
+        "BASE: save the adapter with save_embedding_layers=True, or give the BASE whose embeddings "
+        "have the new size"
     )
 
 

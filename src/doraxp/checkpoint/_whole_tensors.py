@@ -119,6 +119,8 @@ def _is_saved(name: str, adapters: AdapterSet) -> bool:
 
 def _may_be_added(name: str, adapters: AdapterSet, fitted: Fitted) -> bool:
     """Return whether a tensor is that of a new head, and the base has none of that name."""
+    if is_head(name) and any(map(is_head, fitted.sources)):
+        return False  # the base has it under another name
     parts = name.split(".")
     saved = next((place for place, part in enumerate(parts) if part in adapters.head.modules), None)
     end = ".".join(parts[saved or 0 :])
@@ -156,7 +158,7 @@ def _with_rows(
         place = index + 1
     if place < rows:
         parts.append(CopiedTensor(source.rows(place, rows)))
-    return JoinedTensor(base, tuple(parts))
+    return JoinedTensor(base if base.tensor.shape == source.tensor.shape else source, tuple(parts))
 
 
 def _grown(tasks: Mapping[str, ReplacedTensor | JoinedTensor], fitted: Fitted) -> dict[str, int]:
@@ -183,10 +185,14 @@ def _left_small(
         shape = (tasks[name].source if name in tasks else source).tensor.shape
         is_tied = fitted.tied is not None and name in fitted.tied[:2] and name not in tasks
         if _has_tokens(name) and shape[0] != size and not is_tied and name.endswith(".weight"):
-            yield (
-                f"the adapter has {size} tokens in {next(iter(grown))}, but {name} has {shape[0]}: "
-                "save the adapter with save_embedding_layers=True"
-            )
+            yield _too_small(next(iter(grown)), size, name, shape[0])
+
+
+def _too_small(grown: str, size: int | None, name: str, rows: int | str) -> str:
+    return (
+        f"the adapter has {size} tokens in {grown}, but {name} has {rows}: save the adapter with "
+        "save_embedding_layers=True, or give the BASE whose embeddings have the new size"
+    )
 
 
 def _head(

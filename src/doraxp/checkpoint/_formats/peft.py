@@ -94,7 +94,6 @@ def read(reader: Reader, adapter_name: str | None = None) -> AdapterSet:
         trained_biases(config, where),
         tokens=tokens,
         untrained=untrained,
-        ties_weights=flag("ensure_weight_tying", config, where),
         head=head(config, where),
         is_interleaved=_format(config) == "torchtune",
     )
@@ -163,7 +162,7 @@ def sort_names(
             continue
         part = next(part for part in "abm" if match[part])
         names = parts.setdefault(match["path"], {})
-        if part in names:
+        if part in names and not _equal(reader, name, names[part]):
             raise CheckpointError(f"{reader.path}: {name} and {names[part]} name the same tensor")
         names[part] = name
     return parts, rest
@@ -204,7 +203,9 @@ def _whole_tensors(reader: Reader, names: Iterable[str]) -> tuple[dict[str, str]
 
 def _base_name(name: str) -> str:
     """Return the base's name of a whole tensor in the file."""
-    return re.sub(r"\.(base_layer|modules_to_save(\.[^.]+)?)(?=\.[^.]+$)", "", _bare(name))
+    return re.sub(
+        r"\.((token_adapter\.)?base_layer|modules_to_save(\.[^.]+)?)(?=\.[^.]+$)", "", _bare(name)
+    )
 
 
 def _equal(reader: Reader, one: str, other: str) -> bool:

@@ -93,9 +93,24 @@ def match(wanted: Sequence[Wanted], shapes: Shapes, model_type: str | None = Non
         if len(found) > 1:
             return Match({}, [], _ambiguity(found[0][1], found[1][1]))
         if found:
-            places = found[0][1]
+            places = found[0][1] | _of_family(wanted, found[0][1], index, model_type)
             return Match(places, [one for one in wanted if one.name not in places])
     return Match({}, list(wanted))
+
+
+def _of_family(
+    wanted: Sequence[Wanted], places: Mapping[str, Places], index: _Index, model_type: str | None
+) -> dict[str, Places]:
+    """Return the places of tensors without a shape that the table of the base's family renames."""
+    ways = [_renamed(_unwrap, _unwrap, table) for table in tables() if model_type in table.families]
+    taken = {place.tensor for found in places.values() for place in found}
+    others: dict[str, Places] = {}
+    for one in (one for one in wanted if one.name not in places):
+        tensors = {_found(one, way, index.names(way.key), index.shapes) for way in ways}
+        tensors -= {None, *taken}
+        if len(tensors) == 1:
+            others[one.name] = (Place(str(tensors.pop())),)
+    return others
 
 
 def guess(wanted: Sequence[Wanted], shapes: Shapes) -> dict[str, Places]:
