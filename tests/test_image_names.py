@@ -387,6 +387,21 @@ def test_a_module_that_two_parts_have_is_refused(tmp_path, rng, capsys):
     assert "may be for text_encoder. or text_encoder_2." in error
 
 
+@pytest.mark.parametrize(
+    ("own", "other"), [("to_q", "qkv"), ("to_q", "to_q"), ("to_k", "qkv"), ("qkv", "qkv")]
+)
+def test_two_modules_for_the_same_rows_are_refused(tmp_path, rng, capsys, own, other):
+    fused = "double_blocks.0.img_attn.qkv"
+    base = {f"{fused}.weight": draw(rng, 3 * SIZE, SIZE)}
+    names = {"qkv": fused, "to_q": "transformer_blocks.0.attn.to_q"}
+    names["to_k"] = "transformer_blocks.0.attn.to_k"
+    ways = {"qkv": parts(fused), "to_q": rows_of(fused, 0, SIZE)}
+    ways["to_k"] = rows_of(fused, SIZE, 2 * SIZE)
+    one, _ = adapt(rng, base, {names[own]: ways[own]}, underscored("lora_unet"))
+    two, _ = adapt(rng, base, {names[other]: ways[other]}, underscored("lora_transformer"))
+    assert f"are both for {fused}.weight" in refused(tmp_path, capsys, base, one | two)
+
+
 def test_two_tensors_of_one_flat_name_are_refused(tmp_path, rng, capsys):
     base = {"a.b_c.weight": draw(rng, 3, 3), "a_b.c.weight": draw(rng, 3, 3)}
     adapter, _ = adapt(rng, base, same("a.b_c"), underscored("lora_unet"))

@@ -434,6 +434,10 @@ SUB_FOLDERS = {
         ["model.onnx"],
     ),
     "a copy of the model": ({"model.safetensors": COPY}, ["model.safetensors"]),
+    "one tensor of the model": (
+        {"model.safetensors": {"layers.1.weight": np.ones((6, 5), np.float16)}},
+        ["model.safetensors"],
+    ),
     "other names, as many numbers": ({"model.safetensors": LARGE}, ["model.safetensors"]),
     "a pickle without a configuration": ({"pytorch_model.bin": b"x"}, ["pytorch_model.bin"]),
     "no safetensors file": ({"model.safetensors": b"x"}, ["model.safetensors"]),

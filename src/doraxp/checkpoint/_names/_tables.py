@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Set
 from importlib import resources
 from typing import NamedTuple, TypeAlias
 
@@ -39,9 +39,12 @@ class Table(NamedTuple):
     """The modules whose rows these families store in another order than that in memory."""
 
 
-def without(components: Collection[str], name: str) -> str:
+def without(components: Set[str], name: str) -> str:
     """Return a name without these components."""
-    return ".".join(part for part in name.split(".") if part not in components)
+    parts = name.split(".")
+    if components.isdisjoint(parts):
+        return name
+    return ".".join(part for part in parts if part not in components)
 
 
 @functools.cache
