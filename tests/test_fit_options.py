@@ -241,6 +241,59 @@ def test_magnitudes_of_another_tensor_show_a_wrong_match(tmp_path, rng, capsys):
     check(tmp_path, base, changed, "--rename", r"^h\.a$=h.b")
 
 
+def test_an_error_names_the_tensor_that_has_the_magnitudes(tmp_path, rng, capsys):
+    base = {"a.b.weight": scaled(rng, 32, 8), "c.d.weight": scaled(rng, 32, 8)}
+    write_base(tmp_path / "base", base)
+    leaves = near(rng, base["c.d.weight"])
+    leaves = (*leaves[:2], np.linalg.norm(base["c.d.weight"], axis=1))
+    write_peft(tmp_path / "adapter", {"x.y": leaves})
+    error = refused(tmp_path, capsys)
+    assert "the nearest is by magnitude c.d.weight" in error
+    check(
+        tmp_path,
+        base,
+        {"c.d.weight": dense(base["c.d.weight"], *leaves)},
+        *advised(error, "--rename"),
+    )
+
+
+def test_names_of_image_models_are_known_in_an_adapter_of_peft_too(tmp_path, rng):
+    base = model(tmp_path, rng, "down_blocks.0.attentions.0.proj_in")
+    leaves, changed = adapt(rng, base, {"input_blocks.1.1.proj_in": next(iter(base))[:-7]})
+    write_peft(tmp_path / "adapter", leaves)
+    check(tmp_path, base, changed)
+
+
+def test_out_has_the_name_of_a_safetensors_file(tmp_path, rng, capsys):
+    base = {"a.b.weight": draw(rng, 6, 5)}
+    save_file(base, tmp_path / "base.safetensors")
+    write_peft(tmp_path / "adapter", {"a.b": near(rng, base["a.b.weight"])})
+    paths = [str(tmp_path / name) for name in ("base.safetensors", "adapter", "out.gguf")]
+    assert main(["merge", *paths[:2], "--out", paths[2]]) == 2
+    assert "must end in .safetensors, not in .gguf" in capsys.readouterr().err
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_a_shard_of_a_pickled_model_is_converted_with_its_index(tmp_path, rng, capsys):
+    base = model(tmp_path, rng, Q)
+    write_peft(tmp_path / "adapter", adapt(rng, base, {Q: Q})[0])
+    (tmp_path / "base" / "model.safetensors").unlink()
+    (tmp_path / "base" / "pytorch_model-00001-of-00002.bin").write_bytes(b"a pickle")
+    error = refused(tmp_path, capsys)
+    assert f".from_pretrained('{tmp_path / 'base'}').save_pretrained(" in error
+
+
+def test_a_fused_weight_of_another_shape_is_named_by_the_audit(tmp_path, rng, capsys):
+    base = {"layers.0.attn.qkv.weight": draw(rng, 18, 5)}
+    write_base(tmp_path / "base", base)
+    query = near(rng, base["layers.0.attn.qkv.weight"][:6])
+    write_peft(tmp_path / "adapter", {"layers.0.attention.q_proj": query})
+    write_base(tmp_path / "out", {"layers.0.attn.qkv.weight": draw(rng, 12, 5)})
+    paths = [str(tmp_path / name) for name in ("base", "adapter", "out")]
+    assert main(["audit", *paths]) == 1
+    assert "another shape" in capsys.readouterr().out
+
+
 def test_magnitudes_in_another_order_show_permuted_rows(tmp_path, rng, capsys):
     base = two(tmp_path, rng)
     a, b, _ = near(rng, base["h.a.weight"])

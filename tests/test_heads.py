@@ -128,6 +128,33 @@ def test_the_head_is_untied_where_the_file_does_not_have_it(tmp_path, rng, adapt
     check(tmp_path, base, changed | {HEAD: base[EMBED]})
 
 
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [
+        ("bert", "cls.predictions.decoder.weight"),
+        ("roberta", "lm_head.decoder.weight"),
+        ("electra", "generator_lm_head.weight"),
+    ],
+)
+def test_a_masked_model_has_a_head_of_another_name(tmp_path, rng, family, head):
+    words = "x.embeddings.word_embeddings.weight"
+    base = {words: draw(rng, TOKENS, WIDTH), QUERY: draw(rng, 6, WIDTH)}
+    base = write_base(tmp_path / "base", base, architectures=["XForMaskedLM"], model_type=family)
+    leaves, changed = query(rng, base)
+    changed |= {words: draw(rng, TOKENS, WIDTH), head: base[words]}
+    write_peft(tmp_path / "adapter", leaves, {f"{PREFIX}{words}": changed[words]})
+    check(tmp_path, base, changed)
+
+
+def test_embeddings_that_the_training_left_alone_stay_tied(tmp_path, rng):
+    """PEFT saves them with save_embedding_layers."""
+    base = write_base(tmp_path / "base", model(rng), **TIED)
+    leaves, changed = query(rng, base)
+    write_peft(tmp_path / "adapter", leaves, {f"{PREFIX}{EMBED}": base[EMBED]})
+    check(tmp_path, base, changed)
+    assert config_of(tmp_path) == TIED
+
+
 def test_an_adapter_of_neither_leaves_them_tied(tmp_path, rng):
     base = write_base(tmp_path / "base", model(rng), **TIED)
     leaves, changed = query(rng, base)
@@ -447,6 +474,27 @@ def test_embeddings_that_grew_without_their_tied_head_are_refused(tmp_path, rng,
     base[EMBED] = grown(rng, WIDTH)
     write_base(tmp_path / "base", base, **TIED)
     check(tmp_path, base, changed | {HEAD: base[EMBED]})
+
+
+def test_an_adapter_of_a_head_that_grew_brings_the_embeddings_too(tmp_path, rng):
+    """PEFT saves the resized embeddings as the base layer of the head, which is tied to them."""
+    base = write_base(tmp_path / "base", model(rng), **TIED)
+    before = grown(rng, WIDTH)
+    leaves, changed = query(rng, base)
+    leaves["lm_head"] = near(rng, before)
+    changed |= {EMBED: before, HEAD: dense(before, *leaves["lm_head"])}
+    write_peft(tmp_path / "adapter", leaves, {f"{PREFIX}lm_head.base_layer.weight": before})
+    check(tmp_path, base, changed)
+
+
+def test_the_untrained_copy_of_grown_embeddings_is_the_tied_head(tmp_path, rng):
+    base = write_base(tmp_path / "base", model(rng), **TIED)
+    before, trained = grown(rng, WIDTH), grown(rng, WIDTH)
+    leaves, changed = query(rng, base)
+    module = f"{PREFIX}model.embed_tokens"
+    whole = {f"{module}.weight": trained, f"{module}.original_module.weight": before}
+    write_peft(tmp_path / "adapter", leaves, whole, modules_to_save=["embed_tokens"])
+    check(tmp_path, base, changed | {EMBED: trained, HEAD: before})
 
 
 def test_a_magnitude_that_the_file_has_twice_is_one(tmp_path, rng, capsys):

@@ -19,7 +19,7 @@ from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._names import Place
 from doraxp.checkpoint._norm_guard import residual_fits, wrong_matches
 from doraxp.checkpoint._orientation import is_transposed
-from doraxp.checkpoint._safetensors import DTYPES, AnySource, Source
+from doraxp.checkpoint._safetensors import DTYPES, Source
 from doraxp.checkpoint._separate_head import separate_head
 from doraxp.checkpoint._tasks import (
     CopiedTensor,
@@ -93,7 +93,7 @@ def plan(model: Model, adapters: AdapterSet, choices: Fit = AS_FILED) -> Plan:
     return Plan(tasks, lead, replace(whole.edits, untied=untied), fitted.unused)
 
 
-def _joined(source: AnySource, parts: Sequence[MergedTensor]) -> Task:
+def _joined(source: Source, parts: Sequence[MergedTensor]) -> Task:
     """Return the task of a tensor of the base, of which these parts are merged."""
     if len(parts) == 1 and parts[0].source.window is None:
         return parts[0]

@@ -222,10 +222,6 @@ class SumSource(NamedTuple):
         raw = self.read().reshape(-1).view(np.uint8).data
         yield from (raw[start : start + CHUNK] for start in range(0, len(raw), CHUNK))
 
-    def rows(self, start: int, stop: int) -> SumSource:
-        """Return a window of rows of the sum."""
-        return SumSource(self.base.rows(start, stop), self.difference.rows(start, stop))
-
     def reopened(self, fresh: Mapping[Path, Reader]) -> SumSource:
         """Return the same tensor in files that were opened anew."""
         return SumSource(self.base.reopened(fresh), self.difference.reopened(fresh))

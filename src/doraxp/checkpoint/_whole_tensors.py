@@ -131,12 +131,14 @@ def _may_be_added(name: str, adapters: AdapterSet, fitted: Fitted) -> bool:
 
 def _with_rows(
     before: ReplacedTensor | JoinedTensor | None,
-    base: AnySource,
+    base: Source,
     tokens: TokenRows,
     adapters: AdapterSet,
 ) -> JoinedTensor:
     """Return the task of embeddings in which the rows of some tokens are trained ones."""
-    source = base if before is None else before.source
+    source = base
+    if before is not None and isinstance(before.source, Source):
+        source = before.source
     rows, dtype = source.tensor.shape[0], source.tensor.dtype
     own = Source(adapters.reader, tokens.tensor)
     if own.tensor.shape != (len(tokens.indices), *source.tensor.shape[1:]):
