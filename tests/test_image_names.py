@@ -470,6 +470,14 @@ def test_a_difference_that_fits_no_norm_is_refused(tmp_path, rng, capsys, own, s
     assert message in refused(tmp_path, capsys, base, adapter)
 
 
+def test_a_difference_that_is_nan_is_refused(tmp_path, rng, capsys):
+    base = {"out.2.weight": draw(rng, SIZE, SIZE), "out.0.weight": draw(rng, 7)}
+    adapter, _ = adapt(rng, base, same("out.2"), underscored("lora_unet"))
+    adapter["lora_unet_out_0.w_norm"] = np.full(7, np.nan, np.float32)
+    error = refused(tmp_path, capsys, base, adapter)
+    assert "lora_unet_out_0.w_norm contains NaN or infinity" in error
+
+
 @pytest.mark.parametrize(
     ("alpha", "message"),
     [
