@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,16 @@ import numpy as np
 from doraxp.checkpoint._adapters import AdapterSet
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._model import Model
-from doraxp.checkpoint._names import Places, Wanted, guess, match, match_parts, nearest
+from doraxp.checkpoint._names import (
+    Match,
+    Places,
+    Shapes,
+    Wanted,
+    guess,
+    match,
+    match_parts,
+    nearest,
+)
 from doraxp.checkpoint._norm_guard import nearest_by_norms
 from doraxp.checkpoint._safetensors import Source
 from doraxp.checkpoint._tied import Tied, tied_head
@@ -132,16 +141,7 @@ def fit(model: Model, adapters: AdapterSet, choices: Fit) -> Fitted:
     }
     # The adapter of a tensor that the file has in full may be of another size than the base's.
     wanted = list({one.name: one for one in (*modules.values(), *whole.values())}.values())
-    model_type = model.config.get("model_type")
-    unused: tuple[str, ...] = ()
-    if adapters.is_of_images:
-        found, unused = match_parts(wanted, shapes)
-    else:
-        found = match(wanted, shapes, model_type if isinstance(model_type, str) else None)
-        if not found.places and found.problem is None:
-            parts, others = match_parts(wanted, shapes)
-            if parts.places and not parts.missing:
-                found, unused = parts, others
+    found, unused = _find(wanted, shapes, model, adapters)
     if found.problem is not None:
         raise CheckpointError(f"{adapters.reader.path}: {found.problem}")
     by_name = found.places or guess(wanted, shapes)
@@ -159,6 +159,20 @@ def fit(model: Model, adapters: AdapterSet, choices: Fit) -> Fitted:
         shapes,
         whole | modules,
     )
+
+
+def _find(
+    wanted: Sequence[Wanted], shapes: Shapes, model: Model, adapters: AdapterSet
+) -> tuple[Match, tuple[str, ...]]:
+    """Return the match of an adapter, and the paths that are for another part of the model."""
+    if adapters.is_of_images:
+        return match_parts(wanted, shapes)
+    model_type = model.config.get("model_type")
+    found = match(wanted, shapes, model_type if isinstance(model_type, str) else None)
+    if found.places or found.problem is not None:
+        return found, ()
+    parts = match_parts(wanted, shapes)  # an adapter of PEFT may be of an image model too
+    return parts if parts[0].places and not parts[0].missing else (found, ())
 
 
 def _whole(name: str) -> Wanted:

@@ -5,6 +5,7 @@ A new one is a head that was trained, or the embeddings of a vocabulary that has
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -38,39 +39,20 @@ def whole_tensors(model: Model, adapters: AdapterSet, choices: Fit, fitted: Fitt
     problems: list[str] = []
     for name, own in adapters.replacements.items():
         target = fitted.places[name][0].tensor if name in fitted.places else name
-        if target in tasks:
-            problems.append(f"{tasks[target].source.name} and {own} are both for {target}")
-            continue
-        try:
+        with _collected(problems):
+            if target in tasks:
+                raise CheckpointError(
+                    f"{tasks[target].source.name} and {own} are both for {target}"
+                )
             tasks[target] = _task(name, Source(adapters.reader, own), adapters, fitted)
-        except CheckpointError as error:
-            problems.append(str(error))
     for name, rows in adapters.tokens.items():
-        if name not in fitted.places:
-            problems.append(f"the base has no tensor {name} for {rows.tensor}")
-            continue
-        target = fitted.places[name][0].tensor
-        try:
+        with _collected(problems):
+            target = _target(name, rows.tensor, fitted)
             tasks[target] = _with_rows(tasks.get(target), fitted.sources[target], rows, adapters)
-        except CheckpointError as error:
-            problems.append(str(error))
     for name, own in adapters.differences.items():
-        source = Source(adapters.reader, own)
-        if name not in fitted.places:
-            problems.append(f"the base has no tensor {name} for {own}")
-            continue
-        base = fitted.sources[fitted.places[name][0].tensor]
-        if (
-            base.tensor.shape != source.tensor.shape
-            or not {base.tensor.dtype, source.tensor.dtype} <= DTYPES.keys()
-        ):
-            problems.append(
-                f"{own} {source.tensor.shape} does not fit {base.name} {base.tensor.shape}"
-            )
-            continue
-        tasks[fitted.places[name][0].tensor] = ReplacedTensor(
-            SumSource(base, source), base.tensor.dtype
-        )
+        with _collected(problems):
+            target = _target(name, own, fitted)
+            tasks[target] = _sum(fitted.sources[target], Source(adapters.reader, own))
     grown = _grown(tasks, fitted)
     problems += _left_small(grown, tasks, fitted)
     labels, architecture = _head(model, adapters, choices, fitted, tasks)
@@ -78,6 +60,32 @@ def whole_tensors(model: Model, adapters: AdapterSet, choices: Fit, fitted: Fitt
         vocab_size=max(grown.values(), default=None), labels=labels, architecture=architecture
     )
     return WholeTensors(tasks, frozenset(tasks.keys() - fitted.sources.keys()), edits, problems)
+
+
+@contextlib.contextmanager
+def _collected(problems: list[str]) -> Iterator[None]:
+    """Add the message of a CheckpointError to `problems`."""
+    try:
+        yield
+    except CheckpointError as error:
+        problems.append(str(error))
+
+
+def _target(name: str, own: str, fitted: Fitted) -> str:
+    """Return the base's tensor for a tensor of the file that cannot be a new one."""
+    if name not in fitted.places:
+        raise CheckpointError(f"the base has no tensor {name} for {own}")
+    return fitted.places[name][0].tensor
+
+
+def _sum(base: Source, difference: Source) -> ReplacedTensor:
+    """Return the task of a tensor to which the adapter's file adds one."""
+    one, other = base.tensor, difference.tensor
+    if one.shape != other.shape or not {one.dtype, other.dtype} <= DTYPES.keys():
+        raise CheckpointError(
+            f"{difference.name} {other.shape} does not fit {base.name} {one.shape}"
+        )
+    return ReplacedTensor(SumSource(base, difference), one.dtype)
 
 
 def _task(name: str, source: AnySource, adapters: AdapterSet, fitted: Fitted) -> ReplacedTensor:
