@@ -104,9 +104,10 @@ def _of_family(
     """Return the places of tensors without a shape that the table of the base's family renames."""
     ways = [_renamed(_unwrap, _unwrap, table) for table in tables() if model_type in table.families]
     taken = {place.tensor for found in places.values() for place in found}
+    index.use(_unwrap)
     others: dict[str, Places] = {}
     for one in (one for one in wanted if one.name not in places):
-        tensors = {_found(one, way, index.names(way.key), index.shapes) for way in ways}
+        tensors = {_found(one, way, index) for way in ways}
         tensors -= {None, *taken}
         if len(tensors) == 1:
             others[one.name] = (Place(str(tensors.pop())),)
@@ -123,10 +124,10 @@ def guess(wanted: Sequence[Wanted], shapes: Shapes) -> dict[str, Places]:
     ways += [_Way(key, (rename,)) for key, rename in _leading(wanted, shapes)]
     best: dict[str, Places] = {}
     for way in ways:
-        names = index.names(way.key)
+        index.use(way.key)
         found: dict[str, Places] = {}
         for one in wanted:
-            tensor = _found(one._replace(shape=None), way, names, shapes)
+            tensor = _found(one._replace(shape=None), way, index)
             if tensor is not None:
                 found[one.name] = (Place(tensor),)
         best = max(best, found, key=len)
@@ -166,12 +167,19 @@ def _stages(
     yield [_Way(_unwrap, (_unwrap,))]
     leads = list(_leading(wanted, shapes))
     yield [_Way(key, (rename,)) for key, rename in leads]
-    every = tables()
+    every = [table for table in tables() if _changes_any(table, wanted)]
     yield [_renamed(_unwrap, _unwrap, table) for table in every if model_type in table.families]
     yield (_renamed(_unwrap, _unwrap, table) for table in every)
     ways = [(_chain(_unwrap, key), _chain(_unwrap, rename)) for key, rename in leads]
     yield (_renamed(*way, table) for way in ways for table in every)
-    yield [_Way(_unwrap, (_unwrap, *(_then(_unwrap, table) for table in every)))]
+    if every:
+        yield [_Way(_unwrap, (_unwrap, *(_then(_unwrap, table) for table in every)))]
+
+
+def _changes_any(table: Table, wanted: Sequence[Wanted]) -> bool:
+    """Return whether a table renames any of the modules."""
+    paths = (_unwrap(one.path) for one in wanted)
+    return any(table.rename(path) != path for path in paths)
 
 
 def _renamed(key: Rename, rename: Rename, table: Table) -> _Way:
@@ -220,43 +228,51 @@ class _Index:
     def __init__(self, shapes: Shapes) -> None:
         self.shapes = shapes
         self._key: Rename | None = None
-        self._names: dict[str, list[str]] = {}
+        self._first: dict[str, str] = {}
+        self._others: dict[str, list[str]] = {}
 
-    def names(self, key: Rename) -> Mapping[str, Sequence[str]]:
-        """Return the names of the base by their keys."""
-        if key is not self._key:
-            self._key, self._names = key, defaultdict(list)
-            for name in self.shapes:
-                self._names[key(name)].append(name)
-        return self._names
+    def use(self, key: Rename) -> None:
+        """Compute the keys of all names."""
+        if key is self._key:
+            return
+        self._key, self._first, self._others = key, {}, {}
+        for name in self.shapes:
+            if self._first.setdefault(own := key(name), name) != name:
+                self._others.setdefault(own, []).append(name)
+
+    def names(self, key: str) -> Iterator[str]:
+        """Yield the names that have a key."""
+        if key in self._first:
+            yield self._first[key]
+            yield from self._others.get(key, ())
 
 
 def _places(way: _Way, wanted: Sequence[Wanted], index: _Index) -> dict[str, Places] | None:
     """Return the places of all tensors that a way finds; None if it does not find all modules."""
-    names, shapes = index.names(way.key), index.shapes
+    index.use(way.key)
     found: dict[str, str] = {}
     split: dict[str, Places] = {}
     for one in wanted:
-        tensor = _found(one, way, names, shapes)
+        tensor = _found(one, way, index)
         if tensor is not None:
             found[one.name] = tensor
         elif one.shape is not None:
-            split[one.name] = _split(one, way, names, shapes)
+            split[one.name] = _split(one, way, index)
             if not split[one.name]:
                 return None
-    return _rows(found, split, {one.name: one for one in wanted}, shapes)
+    return _rows(found, split, {one.name: one for one in wanted}, index.shapes)
 
 
-def _split(one: Wanted, way: _Way, names: Mapping[str, Sequence[str]], shapes: Shapes) -> Places:
+def _split(one: Wanted, way: _Way, index: _Index) -> Places:
     """Return the places of a fused module whose parts are tensors of their own in the base."""
     lead, _, last = one.path.rpartition(".")
     parts = [
-        _found(Wanted(f"{lead}.{part}", one.leaf, None), way, names, shapes)
+        _found(Wanted(f"{lead}.{part}", one.leaf, None), way, index)
         for part in _PARTS.get(last, ())
     ]
     tensors = [part for part in parts if part is not None]
-    sizes = [shapes[tensor][0] for tensor in tensors]
-    columns = {shapes[tensor][1:] for tensor in tensors}
+    sizes = [index.shapes[tensor][0] for tensor in tensors]
+    columns = {index.shapes[tensor][1:] for tensor in tensors}
     shape = one.shape or ()
     if not tensors or len(tensors) < len(parts) or (sum(sizes),) != shape[:1]:
         return ()
@@ -266,20 +282,18 @@ def _split(one: Wanted, way: _Way, names: Mapping[str, Sequence[str]], shapes: S
     return tuple(Place(tensor, None, rows) for tensor, rows in zip(tensors, own, strict=True))
 
 
-def _found(
-    one: Wanted, way: _Way, index: Mapping[str, Sequence[str]], shapes: Shapes
-) -> str | None:
+def _found(one: Wanted, way: _Way, index: _Index) -> str | None:
     """Return the one tensor of the base that `one` may be."""
     keys = {rename(one.path) for rename in way.renames}
     names = {f"{key}.{one.leaf}" if key else one.leaf for key in keys}
     if one.leaf == WEIGHT:
         names |= keys  # such as attn.in_proj_weight
-    tensors = {tensor for name in names for tensor in index.get(name, ())}
+    tensors = {tensor for name in names for tensor in index.names(name)}
     if one.shape is not None:
         tensors = {
             tensor
             for tensor in tensors
-            if fits(one.shape, shapes[tensor]) or fits_rows(one.shape, shapes[tensor])
+            if fits(one.shape, index.shapes[tensor]) or fits_rows(one.shape, index.shapes[tensor])
         }
     return tensors.pop() if len(tensors) == 1 else None
 
