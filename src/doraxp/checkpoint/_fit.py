@@ -13,6 +13,7 @@ from doraxp.checkpoint._adapters import AdapterSet
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._names import (
+    WRAPPERS,
     Match,
     Places,
     Shapes,
@@ -21,10 +22,11 @@ from doraxp.checkpoint._names import (
     match,
     match_parts,
     nearest,
+    without,
 )
 from doraxp.checkpoint._norm_guard import nearest_by_norms
 from doraxp.checkpoint._safetensors import Source
-from doraxp.checkpoint._tied import Tied, tied_head
+from doraxp.checkpoint._tied import Tied, is_head, tied_head
 
 _SCALES = ("weight_scale", "weight_scale_inv", "scales", "weight_packed", "weight.absmax")
 """Tensors beside a quantised weight."""
@@ -80,6 +82,10 @@ class Fitted:
     """Of the sources."""
     _wanted: Mapping[str, Wanted]
 
+    def own_name(self, name: str) -> str:
+        """Return the name that a new tensor of the adapter has in the result."""
+        return without(WRAPPERS, self._wanted[name].name)
+
     def is_quantised(self, name: str) -> bool:
         """Return whether scales beside a weight show that it is quantised."""
         module = name.removesuffix("weight")
@@ -114,6 +120,8 @@ class Fitted:
             if name is not None
         ]
         best = measured or named
+        if is_head(wanted.name):
+            return "; if the embeddings are the head too, give the folder with its config.json"
         if best is None:
             return ""
         rename = _rename(wanted.path, best.removesuffix(".weight"))
@@ -183,7 +191,7 @@ def _whole(name: str) -> Wanted:
 def _tie(sources: dict[str, Source], model: Model) -> Tied | None:
     """Give a tied head its name among the sources."""
     tied = None if model.is_pipeline else tied_head(sources.keys(), model.config)
-    if tied is not None:
+    if tied is not None and tied.head:
         sources[tied.head] = sources[tied.embedding]
     return tied
 
@@ -193,9 +201,10 @@ def _lead(modules: Mapping[str, Wanted], places: Mapping[str, Places]) -> str:
     leads = set()
     for one in modules.values():
         (first, *_) = places.get(one.name, (None,))
-        if first is None or not f".{one.name}".endswith(f".{first.tensor}"):
+        name = without(WRAPPERS, one.name)
+        if first is None or not f".{name}".endswith(f".{first.tensor}"):
             return ""
-        leads.add(one.name.removesuffix(first.tensor))
+        leads.add(name.removesuffix(first.tensor))
     return leads.pop() if len(leads) == 1 else ""
 
 

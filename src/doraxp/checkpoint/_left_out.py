@@ -7,6 +7,7 @@ are not copies, so they stay.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Collection, Mapping
@@ -58,13 +59,23 @@ def files_to_leave_out(
         The files that are merged, by path.
     """
     left_out = {file for file in files if _WEIGHTS.fullmatch(file.name) or file.name == CONFIG}
+    listed = _listed_modules(path / "modules.json")
     kept = {
         file.parent
         for file in left_out
         if str(file.parent) not in {str(Path(name).parent) for name in shards}
-        and _is_a_module(path / file.parent, shards)
+        and (str(file.parent) in listed or _is_a_module(path / file.parent, shards))
     }
     return {file for file in left_out if not _stays(path / file, kept={path / one for one in kept})}
+
+
+def _listed_modules(file: Path) -> set[str]:
+    """Return the folders that modules.json of sentence-transformers lists."""
+    try:
+        modules = json.loads(file.read_bytes())
+        return {str(Path(module["path"])) for module in modules}
+    except (OSError, ValueError, TypeError, KeyError):
+        return set()
 
 
 def _stays(file: Path, kept: Collection[Path]) -> bool:

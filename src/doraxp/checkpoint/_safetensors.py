@@ -211,15 +211,16 @@ class SumSource(NamedTuple):
         return self.base.tensor
 
     def read(self, rows: slice | None = None, empty: Empty = np.empty) -> HostArray:
-        """Return the sum, or some rows of it, in the base's dtype."""
+        """Return the sum, or some rows of it, in float64."""
         base, difference = self.base.read(rows), self.difference.read(rows)
-        result = empty(base.shape, base.dtype)
-        np.copyto(result, base.astype(np.float64) + difference, casting="unsafe")
+        result = empty(base.shape, np.dtype(np.float64))
+        np.add(base, difference, out=result, dtype=np.float64)
         return result
 
     def chunks(self) -> Iterator[memoryview]:
-        """Yield the bytes of the sum."""
-        raw = self.read().reshape(-1).view(np.uint8).data
+        """Yield the bytes of the sum in the base's dtype."""
+        rounded = self.read().astype(DTYPES[self.tensor.dtype])
+        raw = rounded.reshape(-1).view(np.uint8).data
         yield from (raw[start : start + CHUNK] for start in range(0, len(raw), CHUNK))
 
     def reopened(self, fresh: Mapping[Path, Reader]) -> SumSource:

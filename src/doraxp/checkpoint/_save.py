@@ -14,7 +14,7 @@ from safetensors.numpy import save
 from doraxp.checkpoint._adapters import CONFIG, AdapterSet, StoredLayer
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._fit import AS_FILED, Fit, fit
-from doraxp.checkpoint._formats import FILES, WRITABLE, choices
+from doraxp.checkpoint._formats import FILES, WRITABLE, choices, diffusers
 from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._names import Places
 from doraxp.checkpoint._replace import prepare_place, put
@@ -66,6 +66,8 @@ def save_adapters(
         raise ValueError("adapters must hold at least one layer")
     target = Path(path)
     prepare_place(target, {CONFIG, *FILES}, overwrite=overwrite)
+    if format != diffusers.NAME:
+        adapters = _without_part(adapters)
     written = WRITABLE[format].write(adapters)
     # The safetensors library writes an array's memory as it is, which must be C-contiguous.
     # `ascontiguousarray` would give a number an axis.
@@ -95,6 +97,20 @@ def _check_names(adapters: AdapterSet, format: str) -> None:
         problem = "the magnitudes of q and k have torchtune's order of rows, not transformers'"
     if problem is not None:
         raise ValueError(f"{adapters.reader.path}: {problem}: give the model, with --base BASE")
+
+
+def _without_part(adapters: Mapping[str, AdaptedLayer]) -> Mapping[str, AdaptedLayer]:
+    """Return the adapters of one part of a pipeline under the names in that part."""
+    used = {path.partition(".")[0] for path in adapters}
+    if not isinstance(adapters, AdapterSet) or used.isdisjoint(diffusers.PARTS):
+        return adapters
+    if len(used) > 1:
+        raise ValueError(
+            f"{adapters.reader.path}: has adapters for {', '.join(sorted(used))}, and only "
+            "diffusers has a format for several parts"
+        )
+    layers = {path.partition(".")[2]: layer for path, layer in adapters.layers.items()}
+    return replace(adapters, layers=layers)
 
 
 def named_for(model: Model, adapters: AdapterSet, choices: Fit = AS_FILED) -> AdapterSet:
@@ -131,10 +147,10 @@ def named_for(model: Model, adapters: AdapterSet, choices: Fit = AS_FILED) -> Ad
             if name in layers:
                 raise CheckpointError(f"{adapters.reader.path}: two modules are for {tensor}")
             layers[name] = own
-    parts = {name.partition(".")[0] for name in layers}
-    if model.is_pipeline and len(parts) == 1:
-        layers = {name.partition(".")[2]: layer for name, layer in layers.items()}
-    return replace(adapters, layers=layers, is_of_images=False, is_interleaved=False)
+    format = adapters.format
+    if layers.keys() != adapters.layers.keys() and format in ("peft", "nvlabs"):
+        format = f"{format}, renamed"  # patterns and targets of the file have the old names
+    return replace(adapters, format=format, layers=layers, is_of_images=False, is_interleaved=False)
 
 
 def _rows_by_tensor(

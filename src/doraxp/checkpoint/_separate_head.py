@@ -45,6 +45,11 @@ def separate_head(
     embedding, head = changed.get(tied.embedding), changed.get(tied.head)
     if embedding is None and head is None:
         return False
+    if not tied.head:
+        raise CheckpointError(
+            f"{tied.embedding} is the output head too, and the name of the head in a model of this "
+            "type is not known: save the base with tie_word_embeddings false and a head of its own"
+        )
     if head is None or (embedding is not None and _are_equal(embedding, head)):
         changed.pop(tied.head, None)
         has_rows = any(name.endswith(tied.embedding) for name in adapters.tokens)

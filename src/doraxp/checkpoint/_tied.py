@@ -14,20 +14,33 @@ from doraxp.checkpoint._json import JsonObject
 _CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _MASKED = "ForMaskedLM"
 _EMBEDDINGS = tuple(
-    f".{name}.weight" for name in ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in")
+    f".{name}.weight"
+    for name in (
+        *("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "word_embedding"),
+        *("tok_embeddings", "tokens_embed", "backbone.embeddings"),
+    )
 )
 _HEADS = ("lm_head", "embed_out", "output_projection")
 _BEFORE_HEAD = ("model", "transformer", "backbone", "gpt_neox", "decoder")
 """The part of a language model that has the embeddings; the head is beside it."""
-_MASKED_HEADS = {
-    **dict.fromkeys(("bert", "deberta", "deberta-v2", "mobilebert"), "cls.predictions.decoder"),
-    **dict.fromkeys(("roberta", "xlm-roberta", "camembert", "mpnet", "esm"), "lm_head.decoder"),
+_OTHER_HEADS = {
+    **dict.fromkeys(
+        ("bert", "deberta", "deberta-v2", "mobilebert", "big_bird", "roformer", "rembert"),
+        "cls.predictions.decoder",
+    ),
+    **dict.fromkeys(
+        ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "esm", "data2vec-text"),
+        "lm_head.decoder",
+    ),
     "albert": "predictions.decoder",
     "distilbert": "vocab_projector",
     "electra": "generator_lm_head",
+    "gpt_neox": "embed_out",
     "modernbert": "decoder",
+    "whisper": "proj_out",
+    "xlnet": "lm_loss",
 }
-"""The head of a masked language model, by model type."""
+"""The heads that are not ``lm_head``, by model type."""
 
 
 class Tied(NamedTuple):
@@ -35,7 +48,8 @@ class Tied(NamedTuple):
 
     embedding: str
     head: str
-    """The name that the head has in a file of its own; the base does not have it."""
+    """The name that the head has in a file of its own; the base does not have it. "" if it is not
+    known."""
     copies: tuple[str, ...] = ()
     """The names that the embeddings of encoder and decoder have if they are not tied either."""
 
@@ -49,10 +63,10 @@ def tied_head(names: Collection[str], config: JsonObject) -> Tied | None:
     architectures = config.get("architectures")
     models = [str(name) for name in architectures] if isinstance(architectures, list) else []
     masked = any(name.endswith(_MASKED) for name in models)
-    head = _MASKED_HEADS.get(str(config.get("model_type"))) if masked else None
-    if any(is_head(name) for name in names) or (head and f"{head}.weight" in names):
+    other = _OTHER_HEADS.get(str(config.get("model_type")))
+    if any(is_head(name) for name in names) or (other and f"{other}.weight" in names):
         return None
-    with_head = any(name.endswith(_CAUSAL) for name in models) or head is not None
+    with_head = masked or any(name.endswith(_CAUSAL) for name in models)
     text = config.get("text_config")
     nested = text.get("tie_word_embeddings") if isinstance(text, dict) else None
     tied = config.get("tie_word_embeddings", nested)
@@ -61,11 +75,11 @@ def tied_head(names: Collection[str], config: JsonObject) -> Tied | None:
     found = sorted(filter(is_embedding, names), key=lambda name: (name.count("."), name))
     if not tied or not found or (models and not with_head):
         return None
-    if head is not None:
-        return Tied(found[0], f"{head}.weight")
+    if other is not None or masked:
+        return Tied(found[0], f"{other}.weight" if other else "")
     lead = found[0].removesuffix("shared.weight")
     copies = [f"{lead}{side}.embed_tokens.weight" for side in ("encoder", "decoder")]
-    return Tied(found[0], _head_of(found[0], config), tuple(copies) if lead != found[0] else ())
+    return Tied(found[0], _head_of(found[0]), tuple(copies) if lead != found[0] else ())
 
 
 def is_head(name: str) -> bool:
@@ -78,9 +92,8 @@ def is_embedding(name: str) -> bool:
     return f".{name}".endswith(_EMBEDDINGS)
 
 
-def _head_of(embedding: str, config: JsonObject) -> str:
+def _head_of(embedding: str) -> str:
     """Return the name of the head: it is beside the part of the model that has the embeddings."""
-    head = "embed_out" if config.get("model_type") == "gpt_neox" else "lm_head"
     parts = embedding.split(".")
     place = next((place for place, part in enumerate(parts) if part in _BEFORE_HEAD), 0)
-    return ".".join([*parts[:place], head, "weight"])
+    return ".".join([*parts[:place], "lm_head", "weight"])

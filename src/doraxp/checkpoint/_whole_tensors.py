@@ -38,7 +38,7 @@ def whole_tensors(model: Model, adapters: AdapterSet, choices: Fit, fitted: Fitt
     tasks: dict[str, ReplacedTensor | JoinedTensor] = {}
     problems: list[str] = []
     for name, own in adapters.replacements.items():
-        target = fitted.places[name][0].tensor if name in fitted.places else name
+        target = fitted.places[name][0].tensor if name in fitted.places else fitted.own_name(name)
         with _collected(problems):
             if target in tasks:
                 raise CheckpointError(
@@ -52,6 +52,10 @@ def whole_tensors(model: Model, adapters: AdapterSet, choices: Fit, fitted: Fitt
     for name, own in adapters.differences.items():
         with _collected(problems):
             target = _target(name, own, fitted)
+            if target in tasks:
+                raise CheckpointError(
+                    f"{tasks[target].source.name} and {own} are both for {target}"
+                )
             tasks[target] = _sum(fitted.sources[target], Source(adapters.reader, own))
     grown = _grown(tasks, fitted)
     problems += _left_small(grown, tasks, fitted)
@@ -99,7 +103,9 @@ def _task(name: str, source: AnySource, adapters: AdapterSet, fitted: Fitted) ->
         place = fitted.places[name][0]
         there = fitted.sources[place.tensor].tensor
         other_rows = len(shape) == len(there.shape) > 0 and shape[1:] == there.shape[1:]
-        is_other_size = other_rows and (_has_tokens(place.tensor) or _is_saved(name, adapters))
+        is_other_size = other_rows and (
+            _has_tokens(place.tensor) or (_is_saved(name, adapters) and _grows(source))
+        )
         if place.rows is not None or (shape != there.shape and not is_other_size):
             raise CheckpointError(
                 f"{source.name} {shape} does not fit {place.tensor} {there.shape}"
@@ -112,6 +118,14 @@ def _task(name: str, source: AnySource, adapters: AdapterSet, fitted: Fitted) ->
             "it from the adapter"
         )
     return ReplacedTensor(source, there.dtype)
+
+
+def _grows(source: AnySource) -> bool:
+    """Return whether the file has the weight of the same module with as many rows."""
+    file, rows = source.reader, source.tensor.shape[0]
+    lead = source.name.rpartition(".")[0]
+    weight = file.tensors.get(f"{lead}.weight")
+    return weight is not None and len(weight.shape) > 1 and weight.shape[0] == rows
 
 
 def _has_tokens(name: str) -> bool:
@@ -127,7 +141,7 @@ def _is_saved(name: str, adapters: AdapterSet) -> bool:
 
 def _may_be_added(name: str, adapters: AdapterSet, fitted: Fitted) -> bool:
     """Return whether a tensor is that of a new head, and the base has none of that name."""
-    if is_head(name) and any(map(is_head, fitted.sources)):
+    if is_embedding(name) or (is_head(name) and any(map(is_head, fitted.sources))):
         return False  # the base has it under another name
     parts = name.split(".")
     saved = next((place for place, part in enumerate(parts) if part in adapters.head.modules), None)
@@ -217,6 +231,7 @@ def _head(
         name: task.source.tensor.shape
         for name, task in tasks.items()
         if name.endswith(".weight")
+        and len(task.source.tensor.shape) > 1
         and not _has_tokens(name)
         and (
             name not in fitted.sources

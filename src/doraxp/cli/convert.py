@@ -49,6 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
             subfolder=arguments.subfolder,
             adapter_name=arguments.adapter_name,
         )
+        if arguments.rename and arguments.base is None:
+            raise ValueError("--rename finds modules in a model: give it, with --base BASE")
         if arguments.base is not None:
             fit = Fit(tuple(arguments.rename))
             adapters = named_for(open_model(arguments.base), adapters, fit)

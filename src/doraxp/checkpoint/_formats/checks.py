@@ -22,7 +22,13 @@ def names_by_module(reader: Reader, ends: Mapping[str, str]) -> dict[str, dict[s
         end = next((end for end in ends if name.endswith(f".{end}")), None)
         if end is None:
             raise CheckpointError(f"{reader.path}: {name} is not part of a DoRA adapter")
-        modules.setdefault(name.removesuffix(f".{end}"), {})[ends[end]] = name
+        parts = modules.setdefault(name.removesuffix(f".{end}"), {})
+        if ends[end] in parts:
+            raise CheckpointError(
+                f"{reader.path}: {parts[ends[end]]} and {name} are the same part of one adapter: "
+                "remove the one that is out of date"
+            )
+        parts[ends[end]] = name
     return modules
 
 

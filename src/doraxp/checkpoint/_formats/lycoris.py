@@ -45,6 +45,11 @@ def read(reader: Reader) -> AdapterSet:
     """Describe the adapters of a LyCORIS or kohya file."""
     modules = names_by_module(reader, _ENDS)
     norms = {path: parts for path, parts in modules.items() if parts.keys() <= {"weight", "bias"}}
+    both = next(
+        (path for path in modules.keys() - norms if {"weight", "bias"} & modules[path].keys()), None
+    )
+    if both is not None:
+        raise CheckpointError(f"{reader.path}: {both} has an adapter, and w_norm or b_norm too")
     layers = {
         path: _layer(reader, path, parts) for path, parts in modules.items() if path not in norms
     }

@@ -54,7 +54,7 @@ _AROUND = re.compile(r"((module|_orig_mod)\.)*(base_model\.model\.)+")
 _TORCHTUNE = {"r", "lora_alpha", "target_modules", "peft_type", "base_model_name_or_path"}
 """The entries of torchtune's export, which has no others."""
 _TOKENS = ".token_adapter.trainable_tokens_delta"
-_BEFORE = re.compile(r"\.original_module(?=\.[^.]+$)")
+_BEFORE = re.compile(r"\.original_module(?=\.)")
 # Each of these entries changes the meaning of A, B and m.
 _UNSUPPORTED = (
     "layer_replication",
@@ -156,6 +156,8 @@ def sort_names(
             f"{reader.path}: adapter_name must be one of {', '.join(adapters)}, got "
             f"{adapter_name!r}"
         )
+    others = {one for one in adapters if adapter_name is not None and one != adapter_name}
+    rest = [name for name in rest if not any(f".modules_to_save.{one}." in name for one in others)]
     parts: dict[str, dict[str, str]] = {}
     for name, match in matches.items():
         if match is None or adapter_name not in (None, _adapter(match)):
@@ -175,7 +177,7 @@ def _adapter(match: re.Match[str]) -> str:
 
 def _bare(name: str) -> str:
     """Return a name without what PEFT puts before the names of the model's modules."""
-    return _AROUND.sub("", name)
+    return name[match.end() :] if (match := _AROUND.match(name)) else name
 
 
 def _whole_tensors(reader: Reader, names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -203,9 +205,10 @@ def _whole_tensors(reader: Reader, names: Iterable[str]) -> tuple[dict[str, str]
 
 def _base_name(name: str) -> str:
     """Return the base's name of a whole tensor in the file."""
-    return re.sub(
+    last = re.sub(
         r"\.((token_adapter\.)?base_layer|modules_to_save(\.[^.]+)?)(?=\.[^.]+$)", "", _bare(name)
     )
+    return re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", last)
 
 
 def _equal(reader: Reader, one: str, other: str) -> bool:

@@ -58,7 +58,6 @@ def head(config: JsonObject, where: Path) -> NewHead:
     task = config.get("task_type")
     beside = where.parent / "config.json"
     model = read_json(beside) if beside.is_file() else {}
-    labels = model.get("id2label") or {}
     architectures = model.get("architectures") or []
     trained = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     first = architectures[0] if isinstance(architectures, list) and architectures else trained
@@ -66,8 +65,15 @@ def head(config: JsonObject, where: Path) -> NewHead:
         tuple(map(str, modules)) if isinstance(modules, list) else (str(modules),),
         task if isinstance(task, str) else None,
         first if isinstance(first, str) else None,
-        tuple(map(str, labels.values())) if isinstance(labels, dict) else (),
+        _labels(model.get("id2label")),
     )
+
+
+def _labels(labels: object) -> tuple[str, ...]:
+    """Return the names of the classes, by their numbers; nothing where the entry has others."""
+    if not isinstance(labels, dict) or not all(str(key).isdecimal() for key in labels):
+        return ()
+    return tuple(str(labels[key]) for key in sorted(labels, key=int))
 
 
 def token_rows(names: Mapping[str, str], config: JsonObject, where: Path) -> dict[str, TokenRows]:

@@ -7,8 +7,10 @@ own. `match` finds the way from one to the other, for the whole adapter or not a
 from doraxp.checkpoint._names._images import match_parts
 from doraxp.checkpoint._names._match import Match, guess, match, nearest
 from doraxp.checkpoint._names._places import Place, Places, Shapes, Wanted
+from doraxp.checkpoint._names._tables import WRAPPERS, without
 
 __all__ = [
+    "WRAPPERS",
     "Match",
     "Place",
     "Places",
@@ -18,4 +20,5 @@ __all__ = [
     "match",
     "match_parts",
     "nearest",
+    "without",
 ]

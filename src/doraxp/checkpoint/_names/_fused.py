@@ -36,7 +36,8 @@ def rows_of_modules(tensor: str, size: int, modules: Mapping[str, int]) -> dict[
     modules : mapping of str to int
         The rows of each module that has an adapter, by path.
     """
-    parts = {path: _part(path) for path in modules}
+    own = tensor.rpartition(".")[2]
+    parts = {path: _part(path) if path.rpartition(".")[2] != own else None for path in modules}
     order = _ORDERS.get(tensor.rpartition(".")[2], ())
     if tensor.endswith(".in_proj") and not set(_QKV) & set(parts.values()):
         order = _LINEAR_ATTENTION

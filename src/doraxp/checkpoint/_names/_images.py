@@ -67,6 +67,8 @@ def match_parts(wanted: Sequence[Wanted], shapes: Shapes) -> tuple[Match, tuple[
         groups[_split(one.path)[0]].append(one)
     places: dict[str, Places] = {}
     unused: list[Wanted] = []
+    users: dict[str, str] = {}
+    roles = {part.role for part in parts.values()}
     for role, members in groups.items():
         fitting = dict(_fitting(role, members, parts, shapes))
         complete = [name for name, found in fitting.items() if len(found) == len(members)]
@@ -75,10 +77,17 @@ def match_parts(wanted: Sequence[Wanted], shapes: Shapes) -> tuple[Match, tuple[
         best = max(fitting.values(), key=len, default={})
         if complete:
             places |= best
+            if role and users.setdefault(complete[0], role) != role:
+                problem = (
+                    f"the {users[complete[0]]} and the {role} of the adapter both fit the base"
+                )
+                return Match({}, [], f"{problem}: remove one of them from the adapter"), ()
         elif best:
-            return Match(best, [one for one in members if one.name not in best]), ()
-        elif "" in groups and len(groups) > 1:
-            return Match({}, members), ()  # only a part that the name tells may be left out
+            places |= best
+            return Match(places, [one for one in members if one.name not in best]), ()
+        elif ("" in groups and len(groups) > 1) or (role and role in roles):
+            # Only a part that the base does not have, as the names tell, may be left out.
+            return Match(places, members), ()
         else:
             unused += members
     tensors = {place.tensor for found in places.values() for place in found}

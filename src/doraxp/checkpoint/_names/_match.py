@@ -42,7 +42,7 @@ _PARTS = {
 }
 """The modules of which a fused module has the rows, one below the other."""
 _LEADS = 3
-"""Leading components of the base that are tried: those of the most tensors."""
+"""Leading components of the base that are tried beside those of a name: those of most tensors."""
 
 
 class Match(NamedTuple):
@@ -193,6 +193,7 @@ def _same(name: str) -> str:
 
 _drop = partial(without, DROPPED)
 _unwrap = partial(without, DROPPED | WRAPPERS)
+_unwrap_only = partial(without, WRAPPERS)
 
 
 def _chain(first: Rename, second: Rename) -> Rename:
@@ -208,14 +209,19 @@ def _leading(wanted: Sequence[Wanted], shapes: Shapes) -> Iterator[tuple[Rename,
 
     One of the two drops a leading component.
     """
-    counts = Counter(name.partition(".")[0] for name in shapes)
-    for lead, _ in counts.most_common(_LEADS):
+    split = [name.partition(".") for name in shapes]
+    first = next((_drop(one.name) for one in wanted if one.shape is not None), None)
+    leads = [lead for lead, _, rest in split if _drop(rest) == first]
+    leads += [lead for lead, _ in Counter(lead for lead, _, _ in split).most_common(_LEADS)]
+    for lead in dict.fromkeys(leads):
         yield partial(_without_lead, f"{lead}."), _same
         yield _chain(_drop, partial(_without_lead, f"{lead}.")), _drop
-    own = Counter(one.path.partition(".")[0] for one in wanted if one.shape is not None)
+    own = Counter(
+        _unwrap_only(one.path).partition(".")[0] for one in wanted if one.shape is not None
+    )
     for lead, _ in own.most_common(1):
-        yield _same, partial(_without_lead, f"{lead}.")
-        yield _drop, _chain(_drop, partial(_without_lead, f"{lead}."))
+        yield _same, _chain(partial(_without_lead, f"{lead}."), _unwrap_only)
+        yield _drop, _chain(_drop, _chain(partial(_without_lead, f"{lead}."), _unwrap_only))
 
 
 def _without_lead(lead: str, name: str) -> str:
