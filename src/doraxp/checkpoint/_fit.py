@@ -75,6 +75,8 @@ class Fitted:
     """The modules that are for this base."""
     unused: tuple[str, ...]
     """The modules that are for another part of the model."""
+    others: frozenset[str]
+    """The tensors that the adapter has in full, or adds, for another part of the model."""
     lead: str
     """The leading component that the adapter's names have and the base's lack, with its dot."""
     tied: Tied | None
@@ -162,6 +164,7 @@ def fit(model: Model, adapters: AdapterSet, choices: Fit) -> Fitted:
         places,
         tuple(path for path in modules if path not in left),
         tuple(path for path in modules if path in left),
+        frozenset(name for name, one in whole.items() if one.path in unused),
         _lead(modules, by_name),
         tied,
         shapes,

@@ -30,7 +30,7 @@ from doraxp.checkpoint._tasks import (
     parts_of,
     written_as,
 )
-from doraxp.checkpoint._tied import tied_head
+from doraxp.checkpoint._tied import is_embedding, is_head, tied_head
 
 _TOKENIZER = ("tokenizer*", "chat_template*", "added_tokens.json", "vocab.*", "merges.txt")
 
@@ -73,6 +73,14 @@ class Merge(NamedTuple):
     def was_tied(self) -> bool:
         """Whether the embeddings of the base are its output head too."""
         return tied_head(self.model.sources().keys(), self.model.config) is not None
+
+    def changes_unknown_tie(self) -> bool:
+        """Return whether embeddings change that may be the head too, as no file tells."""
+        return (
+            not self.model.config
+            and not any(map(is_head, self.tasks))
+            and any(map(is_embedding, self.changed))
+        )
 
     def changed_parts(self) -> Iterator[tuple[str, Part, Tensor]]:
         """Yield the label, the part and the tensor's entry of all that changes.

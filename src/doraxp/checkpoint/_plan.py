@@ -29,6 +29,7 @@ from doraxp.checkpoint._tasks import (
     ReplacedTensor,
     Task,
 )
+from doraxp.checkpoint._tied import is_embedding, is_head, is_tied_by_name
 from doraxp.checkpoint._torchtune import in_order
 from doraxp.checkpoint._whole_tensors import whole_tensors
 
@@ -79,6 +80,8 @@ def plan(model: Model, adapters: AdapterSet, choices: Fit = AS_FILED) -> Plan:
             untied = separate_head(fitted.tied, changed, whole.tasks, fitted.sources, adapters)
         except CheckpointError as error:
             raise CheckpointError(f"{adapters.reader.path}: {error}") from None
+    elif is_tied_by_name(fitted.sources, model.config):
+        untied = any(is_head(name) or is_embedding(name) for name in changed)
     alone = {fitted.tied.head} if fitted.tied is not None and not untied else set()
     copied = {
         name: CopiedTensor(source)
@@ -132,6 +135,9 @@ def _merged_parts(
                 problems.append(f"{rival.path} and {path} are both for {name}")
                 continue
             task = replaced.get(name)
+            if isinstance(task, JoinedTensor):
+                problems.append(f"{name} has an adapter, and single rows in {adapters.reader.path}")
+                continue
             source = fitted.sources[name]
             if isinstance(task, ReplacedTensor) and isinstance(task.source, Source):
                 source = task.source

@@ -67,9 +67,7 @@ def tied_head(names: Collection[str], config: JsonObject) -> Tied | None:
     if any(is_head(name) for name in names) or (other and f"{other}.weight" in names):
         return None
     with_head = masked or any(name.endswith(_CAUSAL) for name in models)
-    text = config.get("text_config")
-    nested = text.get("tie_word_embeddings") if isinstance(text, dict) else None
-    tied = config.get("tie_word_embeddings", nested)
+    tied = _flag(config)
     if tied is None:
         tied = with_head
     found = sorted(filter(is_embedding, names), key=lambda name: (name.count("."), name))
@@ -80,6 +78,18 @@ def tied_head(names: Collection[str], config: JsonObject) -> Tied | None:
     lead = found[0].removesuffix("shared.weight")
     copies = [f"{lead}{side}.embed_tokens.weight" for side in ("encoder", "decoder")]
     return Tied(found[0], _head_of(found[0]), tuple(copies) if lead != found[0] else ())
+
+
+def is_tied_by_name(names: Collection[str], config: JsonObject) -> bool:
+    """Return whether the configuration ties embeddings and head, and the files have both."""
+    return _flag(config) is True and any(map(is_head, names)) and any(map(is_embedding, names))
+
+
+def _flag(config: JsonObject) -> object:
+    """Return ``tie_word_embeddings``, which may be in the part of the text; None without it."""
+    text = config.get("text_config")
+    nested = text.get("tie_word_embeddings") if isinstance(text, dict) else None
+    return config.get("tie_word_embeddings", nested)
 
 
 def is_head(name: str) -> bool:

@@ -50,6 +50,8 @@ def whole_tensors(model: Model, adapters: AdapterSet, choices: Fit, fitted: Fitt
             target = _target(name, rows.tensor, fitted)
             tasks[target] = _with_rows(tasks.get(target), fitted.sources[target], rows, adapters)
     for name, own in adapters.differences.items():
+        if name in fitted.others:
+            continue
         with _collected(problems):
             target = _target(name, own, fitted)
             if target in tasks:

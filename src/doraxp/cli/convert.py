@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from doraxp._base.printable import printable
-from doraxp._terminal.messages import print_error
+from doraxp._terminal.messages import print_error, print_warning
 from doraxp.cli._arguments import CHECKPOINT, add_choice, add_rename, lacks
 
 SUMMARY = (
@@ -53,7 +53,13 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError("--rename finds modules in a model: give it, with --base BASE")
         if arguments.base is not None:
             fit = Fit(tuple(arguments.rename))
+            before = len(adapters)
             adapters = named_for(open_model(arguments.base), adapters, fit)
+            left = before - len({layer.names for layer in adapters.layers.values()})
+            if left:
+                print_warning(
+                    "doraxp convert", f"{left} modules are for another part of the model than BASE"
+                )
         save_adapters(arguments.out, adapters, arguments.to, overwrite=arguments.force)
     except (ValueError, OSError) as error:
         print_error("doraxp convert", error)

@@ -167,6 +167,11 @@ def _warn_of_traps(merge: Merge) -> None:
             f"{len(merge.unused)} modules of ADAPTER are for another part of the model than BASE, "
             f"{merge.unused[0]} the first: merge them into that part"
         )
+    if merge.changes_unknown_tie():
+        _warn(
+            "BASE has no config.json, and no head beside the embeddings that the adapter changes: "
+            "if its head is tied to them, give the folder of the model"
+        )
     for name, known in merge.tokenizers_apart().items():
         _warn(
             f"OUT has BASE's {name}, and not the other one of ADAPTER"

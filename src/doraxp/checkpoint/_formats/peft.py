@@ -79,6 +79,12 @@ def read(reader: Reader, adapter_name: str | None = None) -> AdapterSet:
     `adapter_name` chooses among the adapters of a state dict, such as "default".
     """
     where = config_path(reader)
+    if not where.is_file():
+        raise FileNotFoundError(
+            f"{where}: no such file, and A and B of {reader.path.name} have PEFT's names: put the "
+            "configuration of the training beside it; a file of diffusers must be named "
+            "pytorch_lora_weights.safetensors"
+        )
     config = read_json(where)
     parts, rest = sort_names(reader, adapter_name)
     rows = {_base_name(name.removesuffix(_TOKENS)): name for name in rest if name.endswith(_TOKENS)}

@@ -101,8 +101,11 @@ def match(wanted: Sequence[Wanted], shapes: Shapes, model_type: str | None = Non
 def _of_family(
     wanted: Sequence[Wanted], places: Mapping[str, Places], index: _Index, model_type: str | None
 ) -> dict[str, Places]:
-    """Return the places of tensors without a shape that the table of the base's family renames."""
-    ways = [_renamed(_unwrap, _unwrap, table) for table in tables() if model_type in table.families]
+    """Return the places of more tensors without a shape: by dropped names or by a table."""
+    ways = [_Way(_unwrap, (_unwrap,))]
+    ways += [
+        _renamed(_unwrap, _unwrap, table) for table in tables() if model_type in table.families
+    ]
     taken = {place.tensor for found in places.values() for place in found}
     index.use(_unwrap)
     others: dict[str, Places] = {}
