@@ -42,7 +42,8 @@ _PARTS = {
 }
 """The modules of which a fused module has the rows, one below the other."""
 _LEADS = 3
-"""Leading components of the base that are tried beside those of a name: those of most tensors."""
+"""Leading components that are tried: those of most tensors, of all and of those that have a tensor of
+the first module's name."""
 
 
 class Match(NamedTuple):
@@ -214,8 +215,13 @@ def _leading(wanted: Sequence[Wanted], shapes: Shapes) -> Iterator[tuple[Rename,
     """
     split = [name.partition(".") for name in shapes]
     first = next((_drop(one.name) for one in wanted if one.shape is not None), None)
-    leads = [lead for lead, _, rest in split if _drop(rest) == first]
-    leads += [lead for lead, _ in Counter(lead for lead, _, _ in split).most_common(_LEADS)]
+    fitting = Counter(lead for lead, _, rest in split if _drop(rest) == first)
+    every = Counter(lead for lead, _, _ in split)
+    leads = [
+        lead
+        for counts in (Counter({lead: every[lead] for lead in fitting}), every)
+        for lead, _ in counts.most_common(_LEADS)
+    ]
     for lead in dict.fromkeys(leads):
         yield partial(_without_lead, f"{lead}."), _same
         yield _chain(_drop, partial(_without_lead, f"{lead}.")), _drop
