@@ -42,8 +42,8 @@ _PARTS = {
 }
 """The modules of which a fused module has the rows, one below the other."""
 _LEADS = 3
-"""Leading components that are tried: those of most tensors, of all and of those that have a tensor of
-the first module's name."""
+"""Leading components that are tried: those of the most tensors, and of
+those that have the first module's name."""
 
 
 class Match(NamedTuple):
