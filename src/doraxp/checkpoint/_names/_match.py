@@ -41,7 +41,7 @@ _PARTS = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
 }
 """The modules of which a fused module has the rows, one below the other."""
-_LEADS = 3
+_LEADS = 2
 """Leading components that are tried: those of the most tensors, and of
 those that have the first module's name."""
 
@@ -171,19 +171,15 @@ def _stages(
     yield [_Way(_unwrap, (_unwrap,))]
     leads = list(_leading(wanted, shapes))
     yield [_Way(key, (rename,)) for key, rename in leads]
-    every = [table for table in tables() if _changes_any(table, wanted)]
+    # Blocks have names that differ by a number, which no table renames.
+    paths = {re.sub(r"(?<![^.])\d+(?![^.])", "0", _unwrap(one.path)) for one in wanted}
+    every = [table for table in tables() if any(table.rename(path) != path for path in paths)]
     yield [_renamed(_unwrap, _unwrap, table) for table in every if model_type in table.families]
     yield (_renamed(_unwrap, _unwrap, table) for table in every)
     ways = [(_chain(_unwrap, key), _chain(_unwrap, rename)) for key, rename in leads]
     yield (_renamed(*way, table) for way in ways for table in every)
     if every:
         yield [_Way(_unwrap, (_unwrap, *(_then(_unwrap, table) for table in every)))]
-
-
-def _changes_any(table: Table, wanted: Sequence[Wanted]) -> bool:
-    """Return whether a table renames any of the modules."""
-    paths = (_unwrap(one.path) for one in wanted)
-    return any(table.rename(path) != path for path in paths)
 
 
 def _renamed(key: Rename, rename: Rename, table: Table) -> _Way:
