@@ -71,7 +71,7 @@ def test_merges_agree_with_those_of_lycoris(lycoris, tmp_path, layer, arguments,
 def test_a_norm_for_each_input_channel_is_refused(lycoris, tmp_path, capsys, layer, arguments):
     adapt_with_lycoris(layer, arguments, False, tmp_path)
     assert merge(tmp_path) == 2
-    assert "is one for each input channel of a convolution" in capsys.readouterr().err
+    assert "has one number for each input channel of a convolution" in capsys.readouterr().err
 
 
 @pytest.fixture

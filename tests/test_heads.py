@@ -932,10 +932,23 @@ def test_without_a_flag_and_without_evidence_a_square_weight_is_that_of_a_linear
 def test_neighbours_of_both_kinds_do_not_tell(tmp_path, rng, capsys):
     tensors = {"h.a.weight": draw(rng, 4, 12), "h.a.bias": draw(rng, 12)}
     tensors |= {"h.b.weight": draw(rng, 12, 4), "h.b.bias": draw(rng, 12)}
-    tensors["h.c.weight"] = draw(rng, 4, 4)
+    tensors |= {"h.c.weight": draw(rng, 4, 4), "h.c.bias": draw(rng, 4)}
     write_base(tmp_path / "base", tensors)
     write_peft(tmp_path / "adapter", {"h.c": near(rng, tensors["h.c.weight"])})
     assert "h.c.weight is square" in refused(tmp_path, capsys)
+
+
+def test_a_square_weight_without_a_bias_is_linear_where_those_have_one(tmp_path, rng):
+    base = {"h.a.weight": draw(rng, 4, 12), "h.a.bias": draw(rng, 12)}
+    base |= {
+        "h.b.weight": draw(rng, 12, 4),
+        "h.b.bias": draw(rng, 12),
+        "h.c.weight": draw(rng, 4, 4),
+    }
+    write_base(tmp_path / "base", base)
+    leaves = near(rng, base["h.c.weight"])
+    write_peft(tmp_path / "adapter", {"h.c": leaves})
+    check(tmp_path, base, {"h.c.weight": dense(base["h.c.weight"], *leaves)})
 
 
 def test_an_adapter_of_a_linear_and_a_conv1d_tells_by_their_shapes(tmp_path, rng):

@@ -52,6 +52,10 @@ def is_transposed(
         # No weight of the base is known to be stored (in, out). The flag is that of all modules if
         # they have one name.
         return flag if not flag or len(set(map(_module, adapted))) == 1 else None
+    if _bias(name) not in shapes and all(
+        _bias(other) in shapes for other, transposed in evidence.items() if transposed
+    ):
+        return False  # each Conv1D of the base has a bias
     near = _nearest(name, evidence)
     if len(set(near.values())) > 1:
         return None
