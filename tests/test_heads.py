@@ -967,3 +967,12 @@ def test_one_kind_alone_without_biases_does_not_tell(tmp_path, rng, capsys):
     leaves, _ = adapt(rng, base, {"h.0.a": True, "h.0.b": True})
     write_peft(tmp_path / "adapter", leaves, fan_in_fan_out=True)
     assert "h.0.b.weight is square" in refused(tmp_path, capsys)
+
+
+def test_a_square_weight_apart_from_all_others_is_stored_as_they_are(tmp_path, rng):
+    base = {"a.b.weight": draw(rng, 4, 12), "a.b.bias": draw(rng, 12)}
+    base |= {"c.d.weight": draw(rng, 4, 4), "c.d.bias": draw(rng, 4)}
+    write_base(tmp_path / "base", base)
+    leaves, changed = adapt(rng, base, {"c.d": True})
+    write_peft(tmp_path / "adapter", leaves)
+    check(tmp_path, base, changed)
