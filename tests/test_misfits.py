@@ -114,14 +114,14 @@ def test_new_embeddings_are_not_added_beside_those_of_another_name(tmp_path, rng
     assert f"the base has no tensor {EMBED}" in refused(tmp_path, capsys)
 
 
-@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "x.module."])
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod."])
 def test_a_wrapper_is_in_no_name_of_a_new_head(tmp_path, rng, wrapper):
     base = {QUERY: draw(rng, 6, 5)}
     write_base(tmp_path / "base", base, architectures=["LlamaModel"])
     leaves, changed = query(rng, base)
     changed["score.weight"] = draw(rng, 3, 5)
-    own = {f"{wrapper.removeprefix('x.')}{path}": value for path, value in leaves.items()}
-    name = f"{PREFIX}{wrapper.removeprefix('x.')}score.weight"
+    own = {f"{wrapper}{path}": value for path, value in leaves.items()}
+    name = f"{PREFIX}{wrapper}score.weight"
     write_peft(
         tmp_path / "adapter", own, {name: changed["score.weight"]}, modules_to_save=["score"]
     )
@@ -265,7 +265,6 @@ def test_two_text_encoders_for_one_are_refused(tmp_path, rng, capsys):
 
 def pipeline(folder, rng, *parts):
     """Write a pipeline whose parts have one layer each; return the weights."""
-    write_json(folder / "base" / "model_index.json", {}) if (folder / "base").is_dir() else None
     weights = {}
     for part in parts:
         (folder / "base" / part).mkdir(parents=True)
@@ -338,3 +337,31 @@ def test_a_large_module_that_sentence_transformers_lists_is_copied(tmp_path, rng
         np.testing.assert_array_equal(
             load_file(copied)["linear.weight"], dense_layer["linear.weight"]
         )
+
+
+def test_the_sum_of_a_norm_is_rounded_once(tmp_path, rng):
+    base = {"m.weight": draw(rng, 6, 5), "n.weight": draw(rng, 40, dtype="float16")}
+    write_base(tmp_path / "base", base)
+    tensors = kohya(rng, {"lora_unet_m": base["m.weight"]}) | {"lora_unet_n.w_norm": draw(rng, 40)}
+    arguments = write_kohya(tmp_path, tensors)
+    assert main(["merge", *arguments, "--dtype", "float32", "--verify"]) == 0
+    total = base["n.weight"].astype(float) + tensors["lora_unet_n.w_norm"]
+    result = read_folder(tmp_path / "out")["n.weight"]
+    np.testing.assert_array_equal(result, total.astype("float32"))
+
+
+def test_an_adapter_of_another_width_is_not_a_part_of_the_fused_weight(tmp_path, rng, capsys):
+    name = "model.layers.0.mlp.gate_up_proj.weight"
+    base = {name: draw(rng, 8, 5)}
+    write_base(tmp_path / "base", base)
+    write_peft(tmp_path / "adapter", {name.removesuffix(".weight"): near(rng, base[name][:4])})
+    assert "has shape (8, 5), but its adapter is for (4, 5)" in refused(tmp_path, capsys)
+
+
+def test_two_leading_names_that_fit_are_refused_whatever_else_the_base_has(tmp_path, rng, capsys):
+    base = {f"{lead}.x.q.weight": draw(rng, 6, 5) for lead in ("a", "d")}
+    base |= {f"{lead}.{place}.weight": draw(rng, 2, 2) for lead in "bce" for place in range(3)}
+    write_base(tmp_path / "base", base)
+    write_peft(tmp_path / "adapter", {"x.q": near(rng, base["a.x.q.weight"])})
+    error = refused(tmp_path, capsys)
+    assert "x.q.weight may be a.x.q.weight or d.x.q.weight in the base" in error

@@ -46,7 +46,12 @@ def read(reader: Reader) -> AdapterSet:
     modules = names_by_module(reader, _ENDS)
     norms = {path: parts for path, parts in modules.items() if parts.keys() <= {"weight", "bias"}}
     both = next(
-        (path for path in modules.keys() - norms if {"weight", "bias"} & modules[path].keys()), None
+        (
+            path
+            for path in modules
+            if path not in norms and {"weight", "bias"} & modules[path].keys()
+        ),
+        None,
     )
     if both is not None:
         raise CheckpointError(f"{reader.path}: {both} has an adapter, and w_norm or b_norm too")
