@@ -938,7 +938,7 @@ def test_neighbours_of_both_kinds_do_not_tell(tmp_path, rng, capsys):
     assert "h.c.weight is square" in refused(tmp_path, capsys)
 
 
-def test_a_square_weight_without_a_bias_is_linear_where_those_have_one(tmp_path, rng):
+def test_a_square_weight_without_a_bias_is_linear_where_each_conv1d_has_one(tmp_path, rng):
     base = {"h.a.weight": draw(rng, 4, 12), "h.a.bias": draw(rng, 12)}
     base |= {
         "h.b.weight": draw(rng, 12, 4),
