@@ -13,6 +13,8 @@ from doraxp.cli import main
 RANK, ALPHA = 2, 3.0
 SHAPES = {"block.0.q": (7, 5), "block.0.k": (6, 5), "block.1.q": (7, 5)}
 """(out, in) of the linear layers that have an adapter."""
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of a model."""
 
 
 def draw(rng, *shape, dtype="float32"):
@@ -105,7 +107,7 @@ def write_base(folder, tensors, **config):
     return tensors
 
 
-def write_peft(folder, leaves, whole=None, *, prefix="base_model.model.", **changes):
+def write_peft(folder, leaves, whole=None, *, prefix=PREFIX, **changes):
     """Write a PEFT adapter of these A, B and m by module, with whole tensors beside them."""
     folder.mkdir(parents=True)
     tensors = {
@@ -139,3 +141,27 @@ def assert_merged(merged, base, changed):
         else:
             assert tensor.dtype == base[name].dtype, name
             assert tensor.tobytes() == base[name].tobytes(), name
+
+
+def audit(folder, *arguments):
+    """Run `doraxp audit` on the folders base, adapter and out in `folder`."""
+    paths = [str(folder / name) for name in ("base", "adapter", "out")]
+    return main(["audit", *paths, *arguments])
+
+
+def check(folder, base, changed, *arguments):
+    """Merge and audit; the tensors that differ from the base's are `changed`."""
+    assert merge(folder, "--verify", *arguments) == 0
+    assert_merged(read_folder(folder / "out"), base, changed)
+    assert audit(folder, *arguments) == 0
+
+
+def refused(folder, capsys, *arguments):
+    """Run a merge that must write nothing, and return its error, which must be one line."""
+    before = sorted(folder.iterdir())
+    assert merge(folder, *arguments) == 2
+    assert sorted(folder.iterdir()) == before
+    lines = capsys.readouterr().err.splitlines(keepends=True)
+    (error,) = (line for line in lines if not line.startswith("doraxp merge: warning: "))
+    assert error.endswith("\n")
+    return error

@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 from checkpoints import (
     ALPHA,
+    PREFIX,
     RANK,
-    assert_merged,
+    check,
     dense,
     draw,
     merge,
     near,
     peft_config,
     read_folder,
+    refused,
     write_base,
     write_json,
     write_peft,
@@ -36,7 +38,6 @@ from doraxp.checkpoint import (
 from doraxp.cli import main
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
-PREFIX = "base_model.model."
 
 
 @pytest.fixture
@@ -56,17 +57,6 @@ def adapt(rng, base, paths):
     return leaves, {
         f"{own}.weight": dense(base[f"{own}.weight"], *leaves[path]) for path, own in paths.items()
     }
-
-
-def check(folder, base, changed, *arguments):
-    assert merge(folder, "--verify", *arguments) == 0
-    assert_merged(read_folder(folder / "out"), base, changed)
-
-
-def refused(folder, capsys, *arguments):
-    assert merge(folder, *arguments) == 2
-    assert not (folder / "out").exists()
-    return capsys.readouterr().err
 
 
 def advised(error, option):

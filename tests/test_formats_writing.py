@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import (
+    PREFIX,
     SHAPES,
     dense,
     draw,
@@ -25,8 +26,6 @@ from safetensors.numpy import load_file, save_file
 from doraxp import AdaptedLayer, Adapter, Config, LayerKind, convert_form
 from doraxp.checkpoint import CheckpointError, load_adapters, named_for, open_model, save_adapters
 from doraxp.cli import main
-
-PREFIX = "base_model.model."
 
 
 def convert(source, target, to="peft"):

@@ -9,27 +9,28 @@ import numpy as np
 import pytest
 from checkpoints import (
     ALPHA,
+    PREFIX,
     RANK,
     assert_merged,
+    audit,
+    check,
     dense,
     draw,
     merge,
     near,
     read_folder,
+    refused,
     write_base,
     write_json,
     write_peft,
 )
 from safetensors.numpy import load_file, save_file
 
-from doraxp.cli import main
-
 EMBED, HEAD, QUERY = (
     "model.embed_tokens.weight",
     "lm_head.weight",
     "model.layers.0.self_attn.q_proj.weight",
 )
-PREFIX = "base_model.model."
 TIED = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
 TOKENS, WIDTH = 10, 5
 
@@ -58,23 +59,6 @@ def embedding(rng, weight):
 
 def config_of(folder):
     return json.loads((folder / "out" / "config.json").read_text())
-
-
-def audit(folder, *arguments):
-    return main(["audit", *(str(folder / name) for name in ("base", "adapter", "out")), *arguments])
-
-
-def check(folder, base, changed, *arguments):
-    """Merge and audit; the tensors that differ from the base's are `changed`."""
-    assert merge(folder, "--verify", *arguments) == 0
-    assert_merged(read_folder(folder / "out"), base, changed)
-    assert audit(folder, *arguments) == 0
-
-
-def refused(folder, capsys, *arguments):
-    assert merge(folder, *arguments) == 2
-    assert not (folder / "out").exists()
-    return capsys.readouterr().err
 
 
 # Tied embeddings
@@ -753,15 +737,18 @@ def test_a_whole_tensor_for_one_that_is_not_floating_is_refused(tmp_path, rng, c
     check(tmp_path, base, changed)
 
 
-def test_two_whole_tensors_for_one_of_the_base_are_refused(tmp_path, rng, capsys):
-    base = write_base(tmp_path / "base", {EMBED: draw(rng, TOKENS, WIDTH)})
-    write_peft(
-        tmp_path / "adapter",
-        {"model.embed_tokens": near(rng, base[EMBED])},
-        {f"{PREFIX}x.weight": base[EMBED], f"{PREFIX}{EMBED}": base[EMBED]},
-    )
-    error = refused(tmp_path, capsys, "--rename", r"^x(?=\.|$)=model.embed_tokens")
-    assert f"are both for {EMBED}" in error
+@pytest.mark.parametrize("are_equal", [True, False])
+def test_two_whole_tensors_for_one_of_the_base_must_be_equal(tmp_path, rng, capsys, are_equal):
+    base = write_base(tmp_path / "base", model(rng) | {"x.weight": draw(rng, 4, 3)})
+    leaves, changed = query(rng, base)
+    one = draw(rng, 4, 3)
+    other = one if are_equal else np.nextafter(one, np.float32(9))
+    write_peft(tmp_path / "adapter", leaves, {f"{PREFIX}x.weight": one, f"{PREFIX}y.weight": other})
+    rename = ("--rename", r"^y(?=\.|$)=x")
+    if are_equal:
+        check(tmp_path, base, {**changed, "x.weight": one}, *rename)
+    else:
+        assert "are both for x.weight, and differ" in refused(tmp_path, capsys, *rename)
 
 
 # A residual base

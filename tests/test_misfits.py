@@ -7,12 +7,14 @@ import json
 import numpy as np
 import pytest
 from checkpoints import (
-    assert_merged,
+    PREFIX,
+    check,
     dense,
     draw,
     merge,
     near,
     read_folder,
+    refused,
     write_base,
     write_json,
     write_peft,
@@ -22,7 +24,6 @@ from safetensors.numpy import load_file, save_file
 from doraxp.checkpoint import load_adapters
 from doraxp.cli import main
 
-PREFIX = "base_model.model."
 EMBED, HEAD, QUERY = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.q_proj.weight"
 
 
@@ -34,17 +35,6 @@ def rng():
 def query(rng, base, name=QUERY):
     leaves = near(rng, base[name])
     return {name.removesuffix(".weight"): leaves}, {name: dense(base[name], *leaves)}
-
-
-def check(folder, base, changed, *arguments):
-    assert merge(folder, "--verify", *arguments) == 0
-    assert_merged(read_folder(folder / "out"), base, changed)
-
-
-def refused(folder, capsys, *arguments):
-    assert merge(folder, *arguments) == 2
-    assert not (folder / "out").exists()
-    return capsys.readouterr().err
 
 
 def kohya(rng, names):

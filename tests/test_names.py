@@ -21,7 +21,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import assert_merged, dense, draw, merge, near, read_folder, write_base, write_peft
+from checkpoints import (
+    PREFIX,
+    assert_merged,
+    dense,
+    draw,
+    merge,
+    near,
+    read_folder,
+    write_base,
+    write_peft,
+)
 from safetensors.numpy import save_file
 
 from doraxp.checkpoint._names import Place, Wanted, guess, match, nearest
@@ -274,7 +284,7 @@ def rng():
     return np.random.default_rng(8)
 
 
-def check(folder, rng, tensors, modules, *arguments, config=None, prefix="base_model.model."):
+def check(folder, rng, tensors, modules, *arguments, config=None, prefix=PREFIX):
     """Merge an adapter of `modules`: their names, and those of their tensors and rows."""
     base = write_base(folder / "base", tensors, **(config or {}))
     leaves, changed = {}, {name: base[name].astype(float) for name in modules.values()}

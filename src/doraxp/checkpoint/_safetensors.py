@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from io import FileIO
@@ -241,6 +242,13 @@ def same_bytes(one: memoryview, other: memoryview) -> bool:
     return np.array_equal(
         np.frombuffer(one[:words], np.uint64), np.frombuffer(other[:words], np.uint64)
     ) and bool(one[words:] == other[words:])
+
+
+def are_equal(one: AnySource, other: AnySource) -> bool:
+    """Return whether two tensors have one shape, one dtype and the same bytes."""
+    if one.tensor != other.tensor:
+        return False
+    return all(itertools.starmap(same_bytes, zip(one.chunks(), other.chunks(), strict=True)))
 
 
 def _check_names(path: Path, names: dict[str, _Entry]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from doraxp.checkpoint._adapters import AdapterSet
 from doraxp.checkpoint._errors import CheckpointError
-from doraxp.checkpoint._safetensors import AnySource, Source, same_bytes
+from doraxp.checkpoint._safetensors import AnySource, Source, are_equal
 from doraxp.checkpoint._tasks import CopiedTensor, ReplacedTensor, Task, parts_of
 from doraxp.checkpoint._tied import Tied
 
@@ -77,7 +77,7 @@ def _before(
         if name in (tied.embedding, tied.head) and isinstance(task, ReplacedTensor)
     }
     for task in grown.values():
-        if ".base_layer." in task.source.name or _has_equal_bytes(task.source, base):
+        if ".base_layer." in task.source.name or are_equal(task.source, base):
             return task  # PEFT saved the base's embeddings, which may have been resized
     sizes = {task.source.tensor.shape for task in grown.values()} - {base.tensor.shape}
     if not sizes:
@@ -102,13 +102,7 @@ def _are_equal(one: Task, other: Task) -> bool:
         or (
             isinstance(mine, ReplacedTensor)
             and isinstance(yours, ReplacedTensor)
-            and _has_equal_bytes(mine.source, yours.source)
+            and are_equal(mine.source, yours.source)
         )
         for mine, yours in itertools.zip_longest(parts_of(one), parts_of(other))
     )
-
-
-def _has_equal_bytes(one: AnySource, other: AnySource) -> bool:
-    if one.tensor != other.tensor:
-        return False
-    return all(itertools.starmap(same_bytes, zip(one.chunks(), other.chunks(), strict=True)))

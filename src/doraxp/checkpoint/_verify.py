@@ -16,7 +16,7 @@ from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._merge import Merge
 from doraxp.checkpoint._precision import PRECISION
 from doraxp.checkpoint._rows import matrix_rows, row_blocks
-from doraxp.checkpoint._safetensors import DTYPES, AnySource, Reader, Source, same_bytes
+from doraxp.checkpoint._safetensors import DTYPES, AnySource, Reader, Source, are_equal
 from doraxp.checkpoint._tasks import MergedTensor, parts_of
 from doraxp.layers import AdaptedLayer
 
@@ -96,8 +96,7 @@ def _equal(source: AnySource, written: AnySource) -> bool:
     """Compare a copied tensor with its source, converted where the dtypes differ."""
     before, after = source.tensor, written.tensor
     if before.dtype == after.dtype:
-        pairs = zip(source.chunks(), written.chunks(), strict=True)
-        return before == after and all(same_bytes(one, other) for one, other in pairs)
+        return are_equal(source, written)
     dtype = DTYPES[after.dtype]
     return before.shape == after.shape and all(
         source.read(rows).astype(dtype).tobytes() == written.read(rows).tobytes()

@@ -14,7 +14,7 @@ from doraxp.checkpoint._config_edits import ConfigEdits, architecture_for
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._fit import Fit, Fitted
 from doraxp.checkpoint._model import Model
-from doraxp.checkpoint._safetensors import DTYPES, AnySource, Source, SumSource
+from doraxp.checkpoint._safetensors import DTYPES, AnySource, Source, SumSource, are_equal
 from doraxp.checkpoint._tasks import CopiedTensor, JoinedTensor, Part, ReplacedTensor
 from doraxp.checkpoint._tied import is_embedding, is_head
 
@@ -40,11 +40,12 @@ def whole_tensors(model: Model, adapters: AdapterSet, choices: Fit, fitted: Fitt
     for name, own in adapters.replacements.items():
         target = fitted.places[name][0].tensor if name in fitted.places else fitted.own_name(name)
         with _collected(problems):
-            if target in tasks:
+            source = Source(adapters.reader, own)
+            if target in tasks and not are_equal(tasks[target].source, source):
                 raise CheckpointError(
-                    f"{tasks[target].source.name} and {own} are both for {target}"
+                    f"{tasks[target].source.name} and {own} are both for {target}, and differ"
                 )
-            tasks[target] = _task(name, Source(adapters.reader, own), adapters, fitted)
+            tasks[target] = _task(name, source, adapters, fitted)
     for name, rows in adapters.tokens.items():
         with _collected(problems):
             target = _target(name, rows.tensor, fitted)

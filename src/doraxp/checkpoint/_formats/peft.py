@@ -30,7 +30,7 @@ from doraxp.checkpoint._formats.peft_config import (
 )
 from doraxp.checkpoint._formats.peft_writing import write
 from doraxp.checkpoint._json import JsonObject, read_json
-from doraxp.checkpoint._safetensors import Reader, same_bytes
+from doraxp.checkpoint._safetensors import Reader, Source, are_equal
 
 __all__ = [
     "FILE",
@@ -170,7 +170,7 @@ def sort_names(
             continue
         part = next(part for part in "abm" if match[part])
         names = parts.setdefault(match["path"], {})
-        if part in names and not _equal(reader, name, names[part]):
+        if part in names and not are_equal(Source(reader, name), Source(reader, names[part])):
             raise CheckpointError(f"{reader.path}: {name} and {names[part]} name the same tensor")
         names[part] = name
     return parts, rest
@@ -199,7 +199,7 @@ def _whole_tensors(reader: Reader, names: Iterable[str]) -> tuple[dict[str, str]
             before[_base_name(_BEFORE.sub("", name))] = name
             continue
         own = _base_name(name)
-        if own in found and not _equal(reader, name, found[own]):
+        if own in found and not are_equal(Source(reader, name), Source(reader, found[own])):
             raise CheckpointError(
                 f"{reader.path}: {found[own]} and {name} are both for {own}, and differ: remove "
                 "the one that is out of date"
@@ -215,14 +215,6 @@ def _base_name(name: str) -> str:
         r"\.((token_adapter\.)?base_layer|modules_to_save(\.[^.]+)?)(?=\.[^.]+$)", "", _bare(name)
     )
     return re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", last)
-
-
-def _equal(reader: Reader, one: str, other: str) -> bool:
-    """Return whether two tensors have the same bytes."""
-    pairs = zip(reader.chunks(one), reader.chunks(other), strict=True)
-    return reader.tensors[one] == reader.tensors[other] and all(
-        same_bytes(first, second) for first, second in pairs
-    )
 
 
 def _complete_names(

@@ -65,40 +65,56 @@ def match_parts(wanted: Sequence[Wanted], shapes: Shapes) -> tuple[Match, tuple[
     groups: dict[str, list[Wanted]] = defaultdict(list)
     for one in wanted:
         groups[_split(one.path)[0]].append(one)
-    places: dict[str, Places] = {}
-    unused: list[Wanted] = []
-    users: dict[str, str] = {}
-    roles = {part.role for part in parts.values()}
-    for role, members in groups.items():
-        fitting = dict(_fitting(role, members, parts, shapes))
-        complete = [name for name, found in fitting.items() if len(found) == len(members)]
-        if len(complete) > 1:
-            return Match({}, [], f"{members[0].path} may be for {' or '.join(complete)}"), ()
-        best = max(fitting.values(), key=len, default={})
-        if complete:
-            places |= best
-            if role and users.setdefault(complete[0], role) != role:
-                problem = (
-                    f"the {users[complete[0]]} and the {role} of the adapter both fit the base"
-                )
-                return Match({}, [], f"{problem}: remove one of them from the adapter"), ()
-        elif best:
-            places |= best
-            return Match(places, [one for one in members if one.name not in best]), ()
-        elif ("" in groups and len(groups) > 1) or (role and role in roles):
-            # Only a part that the base does not have, as the names tell, may be left out.
-            return Match(places, members), ()
-        else:
-            unused += members
-    tensors = {place.tensor for found in places.values() for place in found}
-    double = next(
-        (name for part in parts.values() for name in part.doubles if name in tensors), None
-    )
-    if double is not None:
-        return Match({}, [], f"{double} and another tensor have the same name in this file"), ()
+    fitting = {role: dict(_fitting(role, own, parts, shapes)) for role, own in groups.items()}
+    best = {role: max(found.values(), key=len, default={}) for role, found in fitting.items()}
+    places = {name: own for found in best.values() for name, own in found.items()}
+    problem = _problem(groups, fitting, parts, places)
+    if problem is not None:
+        return Match({}, [], problem), ()
     if not places:
         return Match({}, list(wanted)), ()
-    return Match(places, []), tuple(one.path for one in unused)
+    # Only a part that the base does not have, as the names tell, may be left out.
+    roles = {part.role for part in parts.values()}
+    others = [role for role in groups if role not in roles and not best[role]]
+    if "" in groups:
+        others = []
+    unused = {one.name: one.path for role in others for one in groups[role]}
+    missing = [one for one in wanted if one.name not in places and one.name not in unused]
+    return Match(places, missing), tuple(unused.values())
+
+
+def _problem(
+    groups: Mapping[str, Sequence[Wanted]],
+    fitting: Mapping[str, Mapping[str, Mapping[str, Places]]],
+    parts: Mapping[str, _Part],
+    places: Mapping[str, Places],
+) -> str | None:
+    """Return why it is not known which tensors are meant; None if it is known.
+
+    Parameters
+    ----------
+    groups : mapping of str to sequence of Wanted
+        The tensors of the adapter by the part that they are for.
+    fitting : mapping of str to mapping
+        Their places in each part of the base.
+    parts : mapping of str to _Part
+    places : mapping of str to Places
+        Those that were found.
+    """
+    users: dict[str, str] = {}
+    for role, members in groups.items():
+        complete = [name for name, found in fitting[role].items() if len(found) == len(members)]
+        if len(complete) > 1:
+            return f"{members[0].path} may be for {' or '.join(complete)}"
+        if complete and role and users.setdefault(complete[0], role) != role:
+            return (
+                f"the {users[complete[0]]} and the {role} of the adapter both fit the base: remove "
+                "one of them from the adapter"
+            )
+    tensors = {place.tensor for found in places.values() for place in found}
+    doubles = (name for part in parts.values() for name in part.doubles if name in tensors)
+    double = next(doubles, None)
+    return double and f"{double} and another tensor have the same name in this file"
 
 
 def _split(path: str) -> tuple[str, str]:
