@@ -14,7 +14,7 @@ RANK, ALPHA = 2, 3.0
 SHAPES = {"block.0.q": (7, 5), "block.0.k": (6, 5), "block.1.q": (7, 5)}
 """(out, in) of the linear layers that have an adapter."""
 PREFIX = "base_model.model."
-"""What PEFT puts before the names of a model."""
+"""The beginning of all names in a file of PEFT."""
 
 
 def draw(rng, *shape, dtype="float32"):

@@ -6,13 +6,12 @@ import importlib
 
 import numpy as np
 import pytest
-from checkpoints import draw, factors
+from checkpoints import draw, factors, merge
 from safetensors.numpy import load_file, save_file
 
 import doraxp
 from doraxp import Adapter, Config, LayerKind
 from doraxp.checkpoint import load_adapters, save_adapters
-from doraxp.cli import main
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of their imports
 
@@ -40,11 +39,6 @@ def adapt_with_lycoris(layer, arguments, on_output, folder):
     return module
 
 
-def merge(folder):
-    paths = [str(folder / name) for name in ("base", "adapter", "out")]
-    return main(["merge", *paths[:2], "--out", paths[2], "--verify"])
-
-
 CONVOLUTIONS = [
     ("Conv1d", (6, 8, 3)),
     ("Conv2d", (6, 8, (3, 2), 1, 0, 2)),  # dilated
@@ -63,7 +57,7 @@ CONVOLUTIONS = [
 )
 def test_merges_agree_with_those_of_lycoris(lycoris, tmp_path, layer, arguments, on_output):
     desired, _ = adapt_with_lycoris(layer, arguments, on_output, tmp_path).get_merged_weight()
-    assert merge(tmp_path) == 0
+    assert merge(tmp_path, "--verify") == 0
     assert_close(load_file(tmp_path / "out")["down.0.weight"], desired.detach().numpy())
 
 

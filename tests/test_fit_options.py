@@ -61,13 +61,20 @@ def adapt(rng, base, paths):
 
 def advised(error, option):
     """Return the arguments of an option as the error prints them, as a shell reads them."""
-    found = re.search(rf"{option} ('[^']*'|\S+)", error)
-    return [option, *shlex.split(found[1])]
+    words = shlex.shlex(error[error.index(option) :], posix=True)
+    words.whitespace_split = True
+    return [words.get_token(), words.get_token()]
 
 
 # --rename
 
-RENAMED = [("net.block.h", "model.trunk"), ("", "x.y"), ("a.b.c", ""), ("a+b.[c].d", "x.z")]
+RENAMED = [
+    ("net.block.h", "model.trunk"),
+    ("", "x.y"),
+    ("a.b.c", ""),
+    ("a+b.[c].d", "x.z"),
+    ("it's", r"x\1"),
+]
 """The beginnings of an adapter's names, and of the base's."""
 
 
@@ -91,6 +98,12 @@ def test_without_a_tensor_of_a_like_name_no_rename_is_advised(tmp_path, rng, cap
     write_peft(tmp_path / "adapter", leaves)
     assert "--rename" not in refused(tmp_path, capsys)
     check(tmp_path, base, changed, "--rename", r"^c\.d$=a.b")
+
+
+def test_a_tensor_whose_name_no_option_can_give_is_not_advised(tmp_path, rng, capsys):
+    base = model(tmp_path, rng, "a=b.q.v")
+    write_peft(tmp_path / "adapter", adapt(rng, base, {"x.q.v": "a=b.q.v"})[0])
+    assert "--rename" not in refused(tmp_path, capsys)
 
 
 def test_renames_are_made_one_after_another_in_the_names_of_all_tensors(tmp_path, rng):

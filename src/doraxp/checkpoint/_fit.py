@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -124,10 +125,10 @@ class Fitted:
         best = measured or named
         if is_head(wanted.name):
             return "; if the embeddings are the head too, give the folder with its config.json"
-        if best is None:
+        if best is None or "=" in best:  # the last = of the option ends the expression
             return ""
         rename = _rename(wanted.path, best.removesuffix(".weight"))
-        return f"; the nearest is {', '.join(found)}: --rename '{rename}' takes {best}"
+        return f"; the nearest is {', '.join(found)}: --rename {shlex.quote(rename)} takes {best}"
 
 
 def fit(model: Model, adapters: AdapterSet, choices: Fit) -> Fitted:
@@ -220,6 +221,7 @@ def _rename(old: str, new: str) -> str:
 
 
 def _option(one: str, other: str) -> str:
+    new = other.replace("\\", r"\\")
     if one and other:
-        return f"^{re.escape(one)}={other}"
-    return f"^={other}." if other else f"^{re.escape(one)}[.]="
+        return f"^{re.escape(one)}={new}"
+    return f"^={new}." if other else f"^{re.escape(one)}[.]="
