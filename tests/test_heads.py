@@ -755,16 +755,19 @@ def test_two_whole_tensors_for_one_of_the_base_must_be_equal(tmp_path, rng, caps
 
 
 def pissa(folder, rng, *, base, m, **changes):
-    """Write an adapter of PiSSA: A and B hold a part of the weight, m has the norms of all."""
+    """Write an adapter of PiSSA: s B A is the best approximation of W, m has the norms of W.
+
+    `m` is "whole", "residual" or "neither", or the share of the residual's norms in m.
+    """
     weight = draw(rng, 6, WIDTH)
-    a, b = draw(rng, RANK, WIDTH), draw(rng, 6, RANK)
+    u, values, vt = np.linalg.svd(weight, full_matrices=False)
+    a, b = vt[:RANK], RANK / ALPHA * u[:, :RANK] * values[:RANK]
     residual = weight - ALPHA / RANK * b @ a
     stored = {"whole": weight, "residual": residual}
-    norms = {
-        "whole": np.linalg.norm(weight, axis=1),
-        "residual": np.linalg.norm(residual, axis=1),
-        "neither": 3 + rng.random(6),
-    }
+    norms = {name: np.linalg.norm(matrix, axis=1) for name, matrix in stored.items()}
+    norms["neither"] = 3 + rng.random(6)
+    for share in (0.1, 0.5, 0.9):
+        norms[share] = (1 - share) * norms["whole"] + share * norms["residual"]
     tensors = {QUERY: stored[base].astype("float32"), EMBED: draw(rng, TOKENS, WIDTH)}
     write_base(folder / "base", tensors)
     leaves = a, b, norms[m].astype("float32")
@@ -786,6 +789,26 @@ def test_norms_of_neither_need_the_option(tmp_path, rng, capsys):
     assert "initialised by pissa, which changed the base weights" in error
     assert "with --base-is-residual" in error
     check(tmp_path, base, changed, "--base-is-residual")
+
+
+@pytest.mark.parametrize("base", ["whole", "residual"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_norms_tell_only_where_those_of_one_are_much_nearer(tmp_path, rng, capsys, base, share):
+    """m between those of W and of W − s B A, as a training leaves it.
+
+    V = W + s B A of the base in the file: an m near ‖W‖ is that of the base of before.
+    """
+    tensors, changed = pissa(tmp_path, rng, base=base, m=share)
+    is_residual = base == "residual" and share == 0.1
+    is_known_not_to_be = (base, share) in [("whole", 0.1), ("residual", 0.9)]
+    if is_residual:
+        check(tmp_path, tensors, changed)
+        return
+    assert "initialised by pissa" in refused(tmp_path, capsys)
+    if is_known_not_to_be:
+        assert "BASE is not the residual" in refused(tmp_path, capsys, "--base-is-residual")
+    else:
+        check(tmp_path, tensors, changed, "--base-is-residual")
 
 
 def test_the_base_of_before_the_initialisation_is_refused(tmp_path, rng, capsys):
