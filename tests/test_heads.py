@@ -567,9 +567,7 @@ def classifier(folder, rng, *, architectures=("BertModel",), size=3, prefix="ber
         ("SEQ_CLS", "BertForMaskedLM", "BertForSequenceClassification"),
         ("TOKEN_CLS", "BertPreTrainedModel", "BertForTokenClassification"),
         ("QUESTION_ANS", "GPT2LMHeadModel", "GPT2ForQuestionAnswering"),
-        ("OTHER", "BertModel", "BertModel"),
-        (None, "BertModel", "BertModel"),
-        ("SEQ_CLS", "bert", "bert"),
+        ("SEQ_CLS", "Gemma3ForCausalLM", "Gemma3TextForSequenceClassification"),
     ],
 )
 def test_a_new_head_gives_the_model_its_class_and_its_labels(
@@ -583,6 +581,195 @@ def test_a_new_head_gives_the_model_its_class_and_its_labels(
     assert config["id2label"] == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
     assert config["label2id"] == {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}
     assert not {"num_labels", "_num_labels"} & config.keys()
+
+
+@pytest.mark.parametrize(
+    ("task", "given"), [("OTHER", "BertModel"), (None, "BertModel"), ("SEQ_CLS", "bert")]
+)
+def test_a_new_head_of_a_class_that_no_file_tells_needs_the_option(
+    tmp_path, rng, capsys, task, given
+):
+    base, changed = classifier(tmp_path, rng, architectures=[given], task_type=task)
+    assert "name it with --architecture" in refused(tmp_path, capsys)
+    check(tmp_path, base, changed, "--architecture", "BertForMine")
+    assert config_of(tmp_path)["architectures"] == ["BertForMine"]
+
+
+@pytest.mark.parametrize(
+    ("given", "task", "architecture"),
+    [
+        ("BertForTokenClassification", "SEQ_CLS", "BertForSequenceClassification"),
+        ("BertForSequenceClassification", "SEQ_CLS", "BertForSequenceClassification"),
+        ("BertForMultipleChoice", "CAUSAL_LM", "BertForMultipleChoice"),
+        ("BertForMultipleChoice", None, "BertForMultipleChoice"),
+    ],
+)
+def test_a_head_of_one_name_for_two_tasks_is_that_of_the_adapters_task(
+    tmp_path, rng, given, task, architecture
+):
+    base = model(rng, **{"classifier.weight": draw(rng, 3, WIDTH)})
+    write_base(tmp_path / "base", base, architectures=[given])
+    leaves, changed = query(rng, base)
+    changed["classifier.weight"] = draw(rng, 3, WIDTH)
+    whole = {f"{PREFIX}classifier.weight": changed["classifier.weight"]}
+    saved = {"modules_to_save": ["classifier"], "task_type": task}
+    write_peft(tmp_path / "adapter", leaves, whole, **saved)
+    check(tmp_path, base, changed)
+    assert config_of(tmp_path) == {"architectures": [architecture]}
+
+
+def test_embeddings_that_were_trained_do_not_change_the_class(tmp_path, rng):
+    base = write_base(tmp_path / "base", model(rng), architectures=["BertModel"])
+    leaves, changed = query(rng, base)
+    changed[EMBED] = draw(rng, TOKENS, WIDTH)
+    saved = {"modules_to_save": ["embed_tokens"], "task_type": "SEQ_CLS"}
+    write_peft(tmp_path / "adapter", leaves, {f"{PREFIX}{EMBED}": changed[EMBED]}, **saved)
+    check(tmp_path, base, changed)
+    assert config_of(tmp_path) == {"architectures": ["BertModel"]}
+
+
+def test_a_module_is_saved_whose_name_ends_with_one_that_peft_was_told(tmp_path, rng):
+    """DistilBERT's pre_classifier ends with classifier."""
+    base, changed = classifier(tmp_path, rng)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    changed["pre_classifier.weight"] = draw(rng, 6, 6)
+    whole = {f"{PREFIX}pre_classifier.weight": changed["pre_classifier.weight"]}
+    save_file(load_file(file) | whole, file)
+    check(tmp_path, base, changed)
+    assert len(config_of(tmp_path)["id2label"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "classes"),
+    [
+        ("yolos", "class_labels_classifier.layers.1", 6),
+        ("conditional_detr", "class_labels_classifier", 7),
+        ("mask2former", "class_predictor", 6),
+        ("yolos", "other", 7),
+    ],
+)
+def test_a_detector_may_have_a_row_for_no_object(tmp_path, rng, family, name, classes):
+    base = write_base(tmp_path / "base", model(rng), architectures=["A"], model_type=family)
+    leaves, changed = query(rng, base)
+    head = {f"{name}.weight": draw(rng, 7, WIDTH), "box.layers.0.weight": draw(rng, 9, WIDTH)}
+    if name != "other":
+        head["box.layers.1.weight"] = draw(rng, 4, 9)
+    whole = {f"{PREFIX}{own}": tensor for own, tensor in head.items()}
+    saved = [name.partition(".")[0], "box"]
+    write_peft(tmp_path / "adapter", leaves, whole, modules_to_save=saved)
+    check(tmp_path, base, changed | head, "--architecture", "B")
+    assert len(config_of(tmp_path)["id2label"]) == classes
+
+
+def test_a_new_head_of_letters_gives_their_number(tmp_path, rng):
+    """Wav2Vec2ForCTC has an lm_head and no embeddings."""
+    base = {QUERY: draw(rng, 6, WIDTH)}
+    write_base(tmp_path / "base", base, architectures=["XModel"], vocab_size=32)
+    leaves, changed = query(rng, base)
+    changed[HEAD] = draw(rng, 40, WIDTH)
+    mapping = {"base_model_class": "XForCTC"}
+    saved = {"modules_to_save": ["lm_head"], "auto_mapping": mapping}
+    write_peft(tmp_path / "adapter", leaves, {f"{PREFIX}{HEAD}": changed[HEAD]}, **saved)
+    check(tmp_path, base, changed)
+    assert config_of(tmp_path) == {"architectures": ["XForCTC"], "vocab_size": 40}
+
+
+def test_names_that_a_class_with_the_new_head_does_not_have_are_refused(tmp_path, rng, capsys):
+    """LlamaForQuestionAnswering has `transformer.` for `model.`."""
+    base = write_base(tmp_path / "base", model(rng), architectures=["LlamaForCausalLM"])
+    leaves, _ = query(rng, base)
+    leaves = {f"transformer{path.removeprefix('model')}": own for path, own in leaves.items()}
+    head = {f"{PREFIX}qa_outputs.weight": draw(rng, 2, WIDTH)}
+    saved = {"modules_to_save": ["qa_outputs"], "task_type": "QUESTION_ANS"}
+    write_peft(tmp_path / "adapter", leaves, head, **saved)
+    error = refused(tmp_path, capsys)
+    assert "a model with qa_outputs.weight has the name transformer.layers.0" in error
+
+
+@pytest.mark.parametrize("saved", ["experts", "mlp"])
+def test_a_module_that_the_base_has_in_another_form_is_not_added(tmp_path, rng, capsys, saved):
+    there = "model.layers.0.mlp.experts.0.up_proj.weight"
+    base = write_base(tmp_path / "base", model(rng, **{there: draw(rng, 4, WIDTH)}))
+    leaves, _ = query(rng, base)
+    whole = {f"{PREFIX}model.layers.0.mlp.experts.gate_up_proj": draw(rng, 2, 8, WIDTH)}
+    write_peft(tmp_path / "adapter", leaves, whole, modules_to_save=[saved])
+    assert f"the base has {there} and other tensors for" in refused(tmp_path, capsys)
+
+
+def test_a_module_of_a_block_that_the_base_lacks_is_added(tmp_path, rng):
+    base = write_base(tmp_path / "base", model(rng))
+    leaves, changed = query(rng, base)
+    name = "model.layers.0.gate.weight"
+    changed[name] = draw(rng, 2, WIDTH)
+    whole = {f"{PREFIX}{name}": changed[name]}
+    write_peft(tmp_path / "adapter", leaves, whole, modules_to_save=["gate"])
+    check(tmp_path, base, changed)
+
+
+@pytest.mark.parametrize(("own", "there"), [("weight", "gamma"), ("bias", "beta")])
+def test_a_norm_has_other_names_in_old_files(tmp_path, rng, own, there):
+    base = write_base(tmp_path / "base", model(rng, **{f"LayerNorm.{there}": draw(rng, 5)}))
+    leaves, changed = query(rng, base)
+    changed[f"LayerNorm.{there}"] = draw(rng, 5)
+    whole = {f"{PREFIX}LayerNorm.{own}": changed[f"LayerNorm.{there}"]}
+    write_peft(tmp_path / "adapter", leaves, whole, modules_to_save=["LayerNorm"])
+    check(tmp_path, base, changed)
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_the_counter_of_a_batch_norm_is_copied(tmp_path, rng, is_new):
+    name = "head.norm.num_batches_tracked"
+    counter = {} if is_new else {name: np.array(7)}
+    base = write_base(tmp_path / "base", model(rng, **counter))
+    leaves, changed = query(rng, base)
+    changed[name] = np.array(2**60 + 1)
+    whole = {f"{PREFIX}{name}": changed[name]}
+    write_peft(tmp_path / "adapter", leaves, whole, modules_to_save=["head"])
+    check(tmp_path, base, changed)
+    assert read_folder(tmp_path / "out")[name] == 2**60 + 1
+
+
+def test_a_head_of_classes_needs_no_head_of_new_tokens(tmp_path, rng):
+    base = model(rng, **{HEAD: draw(rng, TOKENS, WIDTH)})
+    write_base(tmp_path / "base", base, architectures=["LlamaForCausalLM"])
+    leaves, changed = query(rng, base)
+    changed |= {"score.weight": draw(rng, 3, WIDTH), EMBED: draw(rng, TOKENS + 2, WIDTH)}
+    whole = {f"{PREFIX}{name}": changed[name] for name in ("score.weight", EMBED)}
+    saved = {"modules_to_save": ["score"], "task_type": "SEQ_CLS"}
+    write_peft(tmp_path / "adapter", leaves, whole, **saved)
+    check(tmp_path, base, changed)
+    assert config_of(tmp_path)["architectures"] == ["LlamaForSequenceClassification"]
+
+
+def test_biases_of_tokens_that_did_not_grow_are_refused(tmp_path, rng, capsys):
+    """BART has one number for each token in final_logits_bias."""
+    bias = np.zeros((1, TOKENS), np.float32)
+    base = write_base(tmp_path / "base", model(rng, final_logits_bias=bias))
+    leaves, changed = query(rng, base)
+    changed[EMBED] = draw(rng, TOKENS + 2, WIDTH)
+    write_peft(tmp_path / "adapter", leaves, {f"{PREFIX}{EMBED}": changed[EMBED]})
+    error = refused(tmp_path, capsys)
+    assert f"final_logits_bias has {TOKENS}: give the BASE whose embeddings" in error
+    base["final_logits_bias"] = np.zeros((1, TOKENS + 2), np.float32)
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    check(tmp_path, base, changed)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save lm_head"),
+        ({"modules_to_save": ["score", "head"]}, "modules_to_save head"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    ],
+)
+def test_a_file_without_what_the_configuration_names_is_refused(
+    tmp_path, rng, capsys, entries, message
+):
+    base = write_base(tmp_path / "base", model(rng))
+    write_peft(tmp_path / "adapter", query(rng, base)[0], **entries)
+    error = refused(tmp_path, capsys)
+    assert f"adapter_config.json says {message}, but the file has no tensors of them" in error
 
 
 def test_a_new_head_is_in_the_index_and_all_names_get_the_prefix(tmp_path, rng):
@@ -639,7 +826,7 @@ def test_labels_of_another_number_than_the_rows_are_refused(tmp_path, rng, capsy
     """The advice is followed: a name for each row."""
     base, changed = classifier(tmp_path, rng)
     error = refused(tmp_path, capsys, "--labels", "no,yes")
-    assert "labels must have a name for each of the 3 rows of classifier.weight, got 2" in error
+    assert "labels must have a name for each of the 3 classes of classifier.weight, got 2" in error
     check(tmp_path, base, changed, "--labels", "no,maybe,yes")
 
 

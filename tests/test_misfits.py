@@ -113,7 +113,11 @@ def test_a_wrapper_is_in_no_name_of_a_new_head(tmp_path, rng, wrapper):
     own = {f"{wrapper}{path}": value for path, value in leaves.items()}
     name = f"{PREFIX}{wrapper}score.weight"
     write_peft(
-        tmp_path / "adapter", own, {name: changed["score.weight"]}, modules_to_save=["score"]
+        tmp_path / "adapter",
+        own,
+        {name: changed["score.weight"]},
+        modules_to_save=["score"],
+        task_type="SEQ_CLS",
     )
     check(tmp_path, base, changed)
 
@@ -164,7 +168,7 @@ def test_labels_are_in_the_order_of_their_numbers(tmp_path, rng, labels):
     leaves, changed = query(rng, base)
     changed["score.weight"] = draw(rng, 3, 5)
     whole = {f"{PREFIX}score.weight": changed["score.weight"]}
-    write_peft(tmp_path / "adapter", leaves, whole, modules_to_save=["score"])
+    write_peft(tmp_path / "adapter", leaves, whole, modules_to_save=["score"], task_type="SEQ_CLS")
     write_json(tmp_path / "adapter" / "config.json", {"id2label": labels})
     check(tmp_path, base, changed)
     names = ["a", "b", "c"] if "0" in labels else [f"LABEL_{place}" for place in range(3)]

@@ -67,6 +67,17 @@ class NewHead(NamedTuple):
     labels: tuple[str, ...] = ()
     """The names of a classifier's classes; empty where no file tells."""
 
+    def place_in(self, name: str) -> int | None:
+        """Return the place in a name of the module that was trained in full; None without one.
+
+        PEFT compares ends, so "classifier" is "pre_classifier" too.
+        """
+        parts = name.split(".")
+        for place in range(len(parts)):
+            if ".".join(parts[: place + 1]).endswith(self.modules):
+                return place
+        return None
+
 
 NO_HEAD = NewHead()
 

@@ -22,6 +22,7 @@ from doraxp.checkpoint._adapters import (
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._formats.peft_config import (
     base_change,
+    check_complete,
     flag,
     head,
     layer_configs,
@@ -91,6 +92,8 @@ def read(reader: Reader, adapter_name: str | None = None) -> AdapterSet:
     tokens = token_rows(rows, config, where)
     rest = [name for name in rest if not name.endswith(_TOKENS)]
     whole, untrained = _whole_tensors(reader, rest)
+    trained = head(config, where)
+    check_complete(reader.path, trained, whole, tokens, config)
     return AdapterSet(
         _format(config),
         reader,
@@ -100,7 +103,7 @@ def read(reader: Reader, adapter_name: str | None = None) -> AdapterSet:
         trained_biases(config, where),
         tokens=tokens,
         untrained=untrained,
-        head=head(config, where),
+        head=trained,
         is_interleaved=_format(config) == "torchtune",
     )
 

@@ -41,6 +41,8 @@ _PARTS = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
 }
 """The modules of which a fused module has the rows, one below the other."""
+_OLD_LEAVES = {"weight": "gamma", "bias": "beta"}
+"""The names of a norm's tensors in old files of transformers, such as BERT's."""
 _LEADS = 2
 """Leading components that are tried: those of the most tensors, and of
 those that have the first module's name."""
@@ -299,6 +301,8 @@ def _found(one: Wanted, way: _Way, index: _Index) -> str | None:
     names = {f"{key}.{one.leaf}" if key else one.leaf for key in keys}
     if one.leaf == WEIGHT:
         names |= keys  # such as attn.in_proj_weight
+    if one.shape is None and one.leaf in _OLD_LEAVES:
+        names |= {f"{key}.{_OLD_LEAVES[one.leaf]}" for key in keys}
     tensors = {tensor for name in names for tensor in index.names(name)}
     if one.shape is not None:
         tensors = {
