@@ -107,7 +107,7 @@ def _labels(
 
 
 def _rank(name: str) -> int:
-    """Return 0 for the last layer of a head, 1 for another layer of it, and 2 for what is none."""
+    """Return 0 for the layer of a head that has the classes, 1 for its other layers, else 2."""
     parts = name.split(".")
     return 0 if parts[-2] in _LAST else 1 if not set(_LAST).isdisjoint(parts) else 2
 
