@@ -67,7 +67,7 @@ def head_edits(
         for name, task in tasks.items()
         if name.endswith(".weight") and len(task.source.tensor.shape) > 1
     }
-    added = [name for name in whole if name not in fitted.sources]
+    added = [name for name in tasks if name not in fitted.sources]
     heads = {
         name: shape
         for name, shape in whole.items()
@@ -83,7 +83,7 @@ def head_edits(
         _check_names(added[0], fitted)
     elif architecture is None:
         architecture = _other_class(whole, config, adapters)
-    tokens = [whole[name][0] for name in added if is_head(name)]
+    tokens = [whole[name][0] for name in added if is_head(name) and name in whole]
     if tokens and not any(map(is_embedding, fitted.sources)):  # the letters of a recogniser
         edits = replace(edits, vocab_size=tokens[0])
     return replace(edits, labels=labels, architecture=architecture)
