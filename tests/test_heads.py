@@ -18,6 +18,7 @@ from checkpoints import (
     draw,
     merge,
     near,
+    peft_config,
     read_folder,
     refused,
     write_base,
@@ -616,6 +617,8 @@ def test_a_head_of_one_name_for_two_tasks_is_that_of_the_adapters_task(
     write_peft(tmp_path / "adapter", leaves, whole, **saved)
     check(tmp_path, base, changed)
     assert config_of(tmp_path) == {"architectures": [architecture]}
+    before, after = ((tmp_path / name / "config.json").read_bytes() for name in ("base", "out"))
+    assert (before == after) == (given == architecture)
 
 
 def test_embeddings_that_were_trained_do_not_change_the_class(tmp_path, rng):
@@ -909,6 +912,17 @@ def test_a_whole_tensor_that_does_not_fit_is_refused(tmp_path, rng, capsys, tens
     leaves, _ = query(rng, base)
     write_peft(tmp_path / "adapter", leaves, {f"{PREFIX}{EMBED}": tensor})
     assert message in refused(tmp_path, capsys)
+
+
+def test_a_layer_of_another_size_must_be_one_that_peft_saves_in_full(tmp_path, rng, capsys):
+    base = write_base(tmp_path / "base", model(rng, **{"score.weight": draw(rng, 3, WIDTH)}))
+    leaves, changed = query(rng, base)
+    changed["score.weight"] = draw(rng, 4, WIDTH)
+    whole = {f"{PREFIX}score.weight": changed["score.weight"]}
+    write_peft(tmp_path / "adapter", leaves, whole)
+    assert "(4, 5) does not fit score.weight (3, 5)" in refused(tmp_path, capsys)
+    write_json(tmp_path / "adapter" / "adapter_config.json", peft_config(modules_to_save=["score"]))
+    check(tmp_path, base, changed)
 
 
 def test_a_whole_tensor_for_one_that_is_not_floating_is_refused(tmp_path, rng, capsys):

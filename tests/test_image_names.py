@@ -379,6 +379,15 @@ def test_modules_that_no_name_gives_to_a_part_are_not_left_out(tmp_path, rng, ca
     assert "the base has no lycoris_x.weight" in error
 
 
+def test_a_part_is_not_left_out_beside_modules_of_no_part(tmp_path, rng, capsys):
+    """`transformer.` may be the denoiser, or the beginning of any model's names."""
+    base = {"out.2.weight": draw(rng, SIZE, SIZE)}
+    adapter, _ = adapt(rng, base, same("out.2"), underscored("lycoris"))
+    more, _ = adapt(rng, {"x.weight": draw(rng, 3, 3)}, same("x"), underscored("lora_unet"))
+    error = refused(tmp_path, capsys, base, adapter | more)
+    assert "the base has no lora_unet_x.weight" in error
+
+
 def test_a_module_that_two_parts_have_is_refused(tmp_path, rng, capsys):
     base = encoder(rng, "text_encoder.") | encoder(rng, "text_encoder_2.")
     way = {CLIP[0]: parts(f"text_encoder.{CLIP[0]}")}

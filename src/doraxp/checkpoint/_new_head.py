@@ -35,7 +35,7 @@ def check_added(name: str, source: AnySource, adapters: AdapterSet, fitted: Fitt
     if saved is None or is_known or any(f".{other}".endswith(end) for other in fitted.sources):
         raise CheckpointError(f"the base has no tensor {name} for {source.name} to replace")
     # In a block, such as the experts of layer 0, each of which the base may have by itself.
-    block = next((place for place in reversed(range(saved)) if parts[place].isdecimal()), None)
+    block = next((place for place in range(saved) if parts[place].isdecimal()), None)
     if block is not None:
         module = f".{'.'.join(parts[block : saved + 1])}."
         other = next((other for other in fitted.sources if module in f".{other}"), None)
@@ -84,7 +84,7 @@ def head_edits(
     elif architecture is None:
         architecture = _other_class(whole, config, adapters)
     tokens = [whole[name][0] for name in added if is_head(name) and name in whole]
-    if tokens and not any(map(is_embedding, fitted.sources)):  # the letters of a recogniser
+    if tokens:  # such as the letters of a recogniser
         edits = replace(edits, vocab_size=tokens[0])
     return replace(edits, labels=labels, architecture=architecture)
 

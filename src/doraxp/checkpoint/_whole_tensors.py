@@ -186,7 +186,7 @@ def _left_small(
     if not grown:
         return
     size = max(grown.values())
-    has_other_head = any(name not in fitted.sources and not is_head(name) for name in tasks)
+    has_other_head = any(name not in fitted.sources for name in tasks)
     for name, source in fitted.sources.items():
         shape = (tasks[name].source if name in tasks else source).tensor.shape
         is_tied = fitted.tied is not None and name in fitted.tied[:2] and name not in tasks

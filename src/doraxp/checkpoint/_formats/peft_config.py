@@ -129,7 +129,7 @@ def check_complete(
     modules = tuple(name for name in trained.modules if name not in _HEADS_OF_TASKS)
     named = trained._replace(modules=modules)
     lacking = []
-    if modules and all(named.place_in(name) is None for name in [*whole, *tokens]):
+    if modules and all(named.place_in(name) is None for name in whole):
         lacking.append(f"modules_to_save {', '.join(modules)}")
     if config.get("trainable_token_indices") and not tokens:
         lacking.append("trainable_token_indices")

@@ -301,7 +301,7 @@ def _found(one: Wanted, way: _Way, index: _Index) -> str | None:
     names = {f"{key}.{one.leaf}" if key else one.leaf for key in keys}
     if one.leaf == WEIGHT:
         names |= keys  # such as attn.in_proj_weight
-    if one.shape is None and one.leaf in _OLD_LEAVES:
+    if one.leaf in _OLD_LEAVES:
         names |= {f"{key}.{_OLD_LEAVES[one.leaf]}" for key in keys}
     tensors = {tensor for name in names for tensor in index.names(name)}
     if one.shape is not None:
