@@ -61,7 +61,7 @@ def _untied(part: JsonObject) -> JsonObject:
     edited: JsonObject = {}
     for key, value in part.items():
         is_part = isinstance(value, dict) and (
-            key == "text_config" or "tie_word_embeddings" in value
+            key in ("text_config", "decoder") or "tie_word_embeddings" in value
         )
         edited[key] = _untied(cast(JsonObject, value)) if is_part else value
     return edited | {"tie_word_embeddings": False}

@@ -69,7 +69,7 @@ class Fitted:
     """The tensors of a base that an adapter is for."""
 
     sources: dict[str, Source]
-    """All tensors of the base; a tied head is there under the name that it would have."""
+    """All tensors of the base; a tied head and its bias have the names that they would have."""
     places: dict[str, Places]
     """Of each module, and of each tensor that the adapter has in full, by its name there."""
     modules: tuple[str, ...]
@@ -197,6 +197,8 @@ def _tie(sources: dict[str, Source], model: Model) -> Tied | None:
     tied = None if model.is_pipeline else tied_head(sources.keys(), model.config)
     if tied is not None and tied.head:
         sources[tied.head] = sources[tied.embedding]
+        if tied.bias:
+            sources[tied.head_bias] = sources[tied.bias]
     return tied
 
 

@@ -82,7 +82,7 @@ def plan(model: Model, adapters: AdapterSet, choices: Fit = AS_FILED) -> Plan:
             raise CheckpointError(f"{adapters.reader.path}: {error}") from None
     elif is_tied_by_name(fitted.sources, model.config):
         untied = any(is_head(name) or is_embedding(name) for name in changed)
-    alone = {fitted.tied.head} if fitted.tied is not None and not untied else set()
+    alone = fitted.tied.sources if fitted.tied is not None and not untied else {}
     copied = {
         name: CopiedTensor(source)
         for name, source in fitted.sources.items()
