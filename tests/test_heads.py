@@ -194,6 +194,92 @@ def test_a_head_that_was_trained_in_full_has_its_own_bias(tmp_path, rng, trained
     check(tmp_path, base, changed | own)
 
 
+def in_file(folder, rng, embed=EMBED, others=(HEAD,), **config):
+    """Write a model whose file has the embeddings under several names."""
+    base = {embed: draw(rng, TOKENS, WIDTH), QUERY: draw(rng, 6, WIDTH)}
+    base |= dict.fromkeys(others, base[embed])
+    return write_base(folder, base, **config)
+
+
+FAMILY = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
+
+
+@pytest.mark.parametrize("config", [TIED, FAMILY])
+@pytest.mark.parametrize("trained", ["rows", "embeddings", "head"])
+def test_equal_tensors_of_the_file_that_the_configuration_ties_are_one(
+    tmp_path, rng, config, trained
+):
+    """Transformers ties them as it loads them, and PEFT trains their rows as one."""
+    base = in_file(tmp_path / "base", rng, **config)
+    leaves, changed = query(rng, base)
+    rows, changes, is_tied = draw(rng, 2, WIDTH), {}, trained == "rows"
+    if is_tied:
+        whole, changes = {PREFIX + DELTA: rows}, {"trainable_token_indices": [1, 3]}
+        changed[EMBED] = base[EMBED].copy()
+        changed[EMBED][[1, 3]] = rows
+        changed[HEAD] = changed[EMBED]
+    else:
+        name = EMBED if trained == "embeddings" else HEAD
+        changed[name] = draw(rng, TOKENS, WIDTH)
+        whole = {f"{PREFIX}{name}": changed[name]}
+    write_peft(tmp_path / "adapter", leaves, whole, **changes)
+    check(tmp_path, base, changed)
+    assert config_of(tmp_path) == config | ({} if is_tied else {"tie_word_embeddings": False})
+
+
+@pytest.mark.parametrize("config", [TIED, TIED | {"tie_word_embeddings": False}])
+def test_rows_change_alone_where_the_head_of_the_file_is_not_tied(tmp_path, rng, config):
+    """Transformers does not tie tensors that differ."""
+    head = draw(rng, TOKENS, WIDTH)
+    base = write_base(tmp_path / "base", model(rng, **{HEAD: head}), **config)
+    leaves, changed = query(rng, base)
+    changed[EMBED] = base[EMBED].copy()
+    changed[EMBED][[1, 3]] = rows = draw(rng, 2, WIDTH)
+    whole = {PREFIX + DELTA: rows}
+    write_peft(tmp_path / "adapter", leaves, whole, trainable_token_indices=[1, 3])
+    check(tmp_path, base, changed)
+    assert config_of(tmp_path) == config | {"tie_word_embeddings": False}
+
+
+def test_a_head_of_the_file_has_the_bias_that_it_lacks_there(tmp_path, rng):
+    base = masked(tmp_path / "base", rng)
+    base[OUTPUT] = base[WORDS]
+    save_file(base, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    leaves, changed = query(rng, base)
+    changed |= {WORDS: draw(rng, TOKENS, WIDTH), OUTPUT_BIAS: base[BIAS]}
+    write_peft(tmp_path / "adapter", leaves, {f"{PREFIX}{WORDS}": changed[WORDS]})
+    check(tmp_path, base, changed)
+
+
+SHARED = "shared.weight"
+SIDES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+
+
+@pytest.mark.parametrize("trained", ["rows", SHARED, SIDES[0], "new tokens"])
+def test_shared_embeddings_of_the_file_change_together_or_alone(tmp_path, rng, trained):
+    config = {"architectures": ["T5ForConditionalGeneration"], "model_type": "mt5"}
+    names = (SHARED, *SIDES, HEAD)
+    base = in_file(tmp_path / "base", rng, SHARED, names[1:], **config)
+    leaves, changed = query(rng, base)
+    changes, whole = {}, {}
+    if trained in names:
+        changed[trained] = draw(rng, TOKENS, WIDTH)
+        whole[PREFIX + trained] = changed[trained]
+    else:
+        before = base[SHARED].copy()
+        if trained == "new tokens":
+            before = grown(rng, WIDTH)
+            whole[f"{PREFIX}shared.token_adapter.base_layer.weight"] = before
+        whole[f"{PREFIX}shared.token_adapter.trainable_tokens_delta"] = draw(rng, 2, WIDTH)
+        changes["trainable_token_indices"] = {"shared": [1, 3]}
+        merged = before.copy()
+        merged[[1, 3]] = whole[f"{PREFIX}shared.token_adapter.trainable_tokens_delta"]
+        changed |= dict.fromkeys(names, merged)
+    write_peft(tmp_path / "adapter", leaves, whole, **changes)
+    check(tmp_path, base, changed)
+    assert ("tie_word_embeddings" in config_of(tmp_path)) == (trained in names)
+
+
 def test_the_language_model_beside_an_encoder_is_untied_alone(tmp_path, rng):
     embed, head = "decoder.transformer.wte.weight", "decoder.lm_head.weight"
     base = {embed: draw(rng, TOKENS, WIDTH), QUERY: draw(rng, 6, WIDTH)}
@@ -408,7 +494,7 @@ def test_rows_of_single_tokens_are_replaced(tmp_path, rng, config, by_module, in
 def test_rows_of_new_tokens_start_from_the_embeddings_in_the_file(
     tmp_path, rng, is_tied, by_module
 ):
-    """A tied head has the rows of the embeddings, under a name of its own."""
+    """PEFT saves a tied head too, which is equal to the embeddings."""
     others = {} if is_tied else {HEAD: draw(rng, TOKENS, WIDTH)}
     base = write_base(tmp_path / "base", model(rng, **others), **(TIED if is_tied else {}))
     before, rows = grown(rng, WIDTH), draw(rng, 2, WIDTH)
@@ -416,15 +502,15 @@ def test_rows_of_new_tokens_start_from_the_embeddings_in_the_file(
     names = ("model.embed_tokens", "lm_head") if is_tied else ("model.embed_tokens",)
     whole = {} if is_tied else {f"{PREFIX}{HEAD}": grown(rng, WIDTH)}
     changed |= {name.removeprefix(PREFIX): tensor for name, tensor in whole.items()}
+    changed[EMBED] = before.copy()
+    changed[EMBED][[TOKENS, 2]] = rows
     for name in names:
         whole[f"{PREFIX}{name}.token_adapter.base_layer.weight"] = before
         whole[f"{PREFIX}{name}.token_adapter.trainable_tokens_delta"] = rows
-        changed[f"{name}.weight"] = before.copy()
-        changed[f"{name}.weight"][[TOKENS, 2]] = rows
     indices = {"embed_tokens": [TOKENS, 2]} if by_module else [TOKENS, 2]
     write_peft(tmp_path / "adapter", leaves, whole, trainable_token_indices=indices)
     check(tmp_path, base, changed)
-    assert config_of(tmp_path)["vocab_size"] == TOKENS + 2
+    assert config_of(tmp_path) == (TIED if is_tied else {}) | {"vocab_size": TOKENS + 2}
 
 
 def test_rows_of_tied_embeddings_count_by_the_names_of_the_base(tmp_path, rng):

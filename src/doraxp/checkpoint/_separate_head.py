@@ -11,6 +11,7 @@ from doraxp.checkpoint._safetensors import AnySource, Source, are_equal
 from doraxp.checkpoint._tasks import (
     CopiedTensor,
     JoinedTensor,
+    MergedTensor,
     ReplacedTensor,
     Task,
     parts_of,
@@ -60,14 +61,16 @@ def separate_head(
     _part_biases(tied, changed, sources, are_apart=is_apart)
     if not is_apart:
         changed.pop(tied.head, None)
+        if tied.embedding in changed:
+            changed |= dict.fromkeys(tied.in_file, changed[tied.embedding])
         return False
     if not tied.copies and {tied.embedding, tied.head} <= changed.keys():
         return True
     before = _before(tied, whole, sources, adapters)
-    changed.setdefault(tied.head, before)
     if tied.embedding not in changed and not isinstance(before, CopiedTensor):
         changed[tied.embedding] = before
-    changed |= dict.fromkeys(tied.copies, before)
+    for name in (tied.head, *tied.copies):
+        changed.setdefault(name, before)
     return True
 
 
@@ -79,11 +82,11 @@ def _are_apart(
     adapters: AdapterSet,
 ) -> bool:
     """Return whether the training made two tensors of the embeddings and the head."""
-    own_bias = changed.get(tied.head_bias)
-    if own_bias is not None and tied.bias:
-        bias = changed.get(tied.bias, CopiedTensor(sources[tied.bias]))
-        if not _are_equal(own_bias, bias):
-            return True
+    for name, source in tied.sources.items():
+        if name in changed and name != tied.head:
+            other = changed.get(source, CopiedTensor(sources[source]))
+            if not _are_equal(changed[name], other):
+                return True
     embedding, head = changed.get(tied.embedding), changed.get(tied.head)
     if head is None:
         if embedding is None or adapters.ties_weights or isinstance(embedding, JoinedTensor):
@@ -139,8 +142,8 @@ def _are_equal(one: Task, other: Task) -> bool:
     return all(
         mine == yours
         or (
-            isinstance(mine, ReplacedTensor)
-            and isinstance(yours, ReplacedTensor)
+            not isinstance(mine, MergedTensor)
+            and type(mine) is type(yours)
             and are_equal(mine.source, yours.source)
         )
         for mine, yours in itertools.zip_longest(parts_of(one), parts_of(other))

@@ -59,12 +59,13 @@ class Tied(NamedTuple):
 
     embedding: str
     head: str
-    """The name that the head has in a file of its own; the base does not have it. "" if it is not
-    known."""
+    """The name that the head has in a file of its own. "" if it is not known."""
     copies: tuple[str, ...] = ()
     """The names that the embeddings of encoder and decoder have if they are not tied either."""
     bias: str = ""
     """The bias that is the head's too; "" without it."""
+    in_file: tuple[str, ...] = ()
+    """The other names under which the base has the embeddings too."""
 
     @property
     def head_bias(self) -> str:
@@ -73,7 +74,7 @@ class Tied(NamedTuple):
 
     @property
     def sources(self) -> dict[str, str]:
-        """The names that the base does not have, and those of the tensors that they are."""
+        """The other names of tied tensors, and those of the tensors that they are."""
         biases = {self.head_bias: self.bias} if self.bias else {}
         return dict.fromkeys((self.head, *self.copies), self.embedding) | biases
 
@@ -120,6 +121,25 @@ def tied_head(names: Collection[str], config: JsonObject) -> Tied | None:
     return _tied(found[0], names, config)
 
 
+def tied_in_file(names: Collection[str], config: JsonObject) -> Tied | None:
+    """Return the tie that the configuration states of embeddings and head in the files; or None.
+
+    Transformers ties those that are equal.
+    """
+    family = _families().get(str(config.get("model_type")))
+    flag = _flag(config)
+    heads = {name for name in names if is_head(name)}
+    if family is not None:
+        heads |= {f"{family.head}.weight"} & set(names)
+        flag = family.tied if flag is None else flag
+    tied = tied_head(set(names) - heads, config) if flag and heads else None
+    if tied is None or tied.head not in heads:
+        return None
+    bias = "" if tied.head_bias in names else tied.bias
+    in_file = tuple(name for name in (tied.head, *tied.copies) if name in names)
+    return tied._replace(bias=bias, in_file=in_file)
+
+
 def _tied(embedding: str, names: Collection[str], config: JsonObject) -> Tied:
     """Return the head of these embeddings, by the model family."""
     kind = config.get("model_type")
@@ -147,7 +167,7 @@ def _in_decoder(names: Collection[str]) -> list[str]:
 
 def _of_decoder(tied: Tied) -> Tied:
     """Return the names with the part that they have in the whole model."""
-    embedding, head, copies, bias = tied
+    embedding, head, copies, bias, _ = tied
     return Tied(
         f"decoder.{embedding}",
         f"decoder.{head}" if head else "",

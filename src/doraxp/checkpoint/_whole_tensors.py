@@ -208,9 +208,10 @@ def _left_small(
     if not grown:
         return
     size = max(grown.values())
+    tied = set() if fitted.tied is None else {fitted.tied.embedding, *fitted.tied.sources}
     for name, source in fitted.sources.items():
         shape = (tasks[name].source if name in tasks else source).tensor.shape
-        is_tied = fitted.tied is not None and name in fitted.tied[:2] and name not in tasks
+        is_tied = name in tied and name not in tasks
         if _has_tokens(name) and shape[0] != size and not is_tied and name.endswith(".weight"):
             yield _too_small(next(iter(grown)), size, name, shape[0])
 
