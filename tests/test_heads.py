@@ -280,6 +280,54 @@ def test_shared_embeddings_of_the_file_change_together_or_alone(tmp_path, rng, t
     assert ("tie_word_embeddings" in config_of(tmp_path)) == (trained in names)
 
 
+@pytest.mark.parametrize("family", ["t5", "umt5", "longt5"])
+@pytest.mark.parametrize("entry", [None, True, False])
+def test_an_untied_head_of_t5_keeps_its_scale(tmp_path, rng, family, entry):
+    """Without that entry, transformers scales the logits unless tie_word_embeddings is false."""
+    config = {"architectures": ["T5ForConditionalGeneration"], "model_type": family}
+    config |= {} if entry is None else {"scale_decoder_outputs": entry}
+    base = {SHARED: draw(rng, TOKENS, WIDTH), QUERY: draw(rng, 6, WIDTH)}
+    base = write_base(tmp_path / "base", base, **config)
+    leaves, changed = query(rng, base)
+    changed |= dict.fromkeys((*SIDES, HEAD), base[SHARED])
+    changed[SHARED] = draw(rng, TOKENS, WIDTH)
+    write_peft(tmp_path / "adapter", leaves, {PREFIX + SHARED: changed[SHARED]})
+    check(tmp_path, base, changed)
+    scale = {"scale_decoder_outputs": entry is not False}
+    assert config_of(tmp_path) == config | scale | {"tie_word_embeddings": False}
+
+
+def test_a_head_of_t5_that_was_not_tied_gets_no_scale(tmp_path, rng):
+    config = {"model_type": "t5", "tie_word_embeddings": False}
+    base = in_file(tmp_path / "base", rng, SHARED, **config)
+    leaves, changed = query(rng, base)
+    changed[HEAD] = draw(rng, TOKENS, WIDTH)
+    write_peft(tmp_path / "adapter", leaves, {PREFIX + HEAD: changed[HEAD]})
+    check(tmp_path, base, changed)
+    assert config_of(tmp_path) == config
+
+
+def test_a_head_whose_scale_would_be_lost_is_refused_until_it_was_trained_tied(
+    tmp_path, rng, capsys
+):
+    """The advice is followed: PEFT saves two equal tensors then."""
+    config = TIED | {"model_type": "switch_transformers"}
+    base = {SHARED: draw(rng, TOKENS, WIDTH), QUERY: draw(rng, 6, WIDTH)}
+    base = write_base(tmp_path / "base", base, **config)
+    leaves, changed = query(rng, base)
+    changed[SHARED] = draw(rng, TOKENS, WIDTH)
+    whole = {PREFIX + SHARED: changed[SHARED]}
+    write_peft(tmp_path / "adapter", leaves, whole)
+    error = refused(tmp_path, capsys)
+    assert "switch_transformers scales its logits only where tie_word_embeddings is true" in error
+    assert "train the adapter with ensure_weight_tying=True" in error
+    shutil.rmtree(tmp_path / "adapter")
+    whole[PREFIX + HEAD] = changed[SHARED]
+    write_peft(tmp_path / "adapter", leaves, whole, ensure_weight_tying=True)
+    check(tmp_path, base, changed)
+    assert config_of(tmp_path) == config
+
+
 def test_the_language_model_beside_an_encoder_is_untied_alone(tmp_path, rng):
     embed, head = "decoder.transformer.wte.weight", "decoder.lm_head.weight"
     base = {embed: draw(rng, TOKENS, WIDTH), QUERY: draw(rng, 6, WIDTH)}

@@ -14,6 +14,9 @@ _TASKS = {
     "QUESTION_ANS": "ForQuestionAnswering",
     "CAUSAL_LM": "ForCausalLM",
 }
+_SCALED = ("t5", "umt5", "longt5", "pop2piano")
+"""Families that scale the input of the head by d_model^-0.5: where ``scale_decoder_outputs`` is
+true, or, without that entry, unless ``tie_word_embeddings`` is false."""
 _MODEL = re.compile(
     r"(?P<family>.+?)(For[A-Z]\w+|LMHeadModel|DoubleHeadsModel|PreTrainedModel|Model)"
 )
@@ -64,6 +67,8 @@ def _untied(part: JsonObject) -> JsonObject:
             key in ("text_config", "decoder") or "tie_word_embeddings" in value
         )
         edited[key] = _untied(cast(JsonObject, value)) if is_part else value
+    if part.get("model_type") in _SCALED and part.get("tie_word_embeddings") is not False:
+        edited.setdefault("scale_decoder_outputs", True)
     return edited | {"tie_word_embeddings": False}
 
 

@@ -82,6 +82,12 @@ def plan(model: Model, adapters: AdapterSet, choices: Fit = AS_FILED) -> Plan:
             raise CheckpointError(f"{adapters.reader.path}: {error}") from None
     elif is_tied_by_name(fitted.sources, model.config):
         untied = any(is_head(name) or is_embedding(name) for name in changed)
+    if untied and model.config.get("model_type") == "switch_transformers":
+        raise CheckpointError(
+            f"{adapters.reader.path}: the adapter changes one of embeddings and head, and "
+            "switch_transformers scales its logits only where tie_word_embeddings is true: train "
+            "the adapter with ensure_weight_tying=True"
+        )
     alone = _names_alone(fitted.tied, untied=untied)
     copied = {
         name: CopiedTensor(source)
