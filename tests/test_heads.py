@@ -113,20 +113,246 @@ def test_the_head_is_untied_where_the_file_does_not_have_it(tmp_path, rng, adapt
     check(tmp_path, base, changed | {HEAD: base[EMBED]})
 
 
-@pytest.mark.parametrize(
-    ("family", "head"),
-    [
-        ("bert", "cls.predictions.decoder.weight"),
-        ("roberta", "lm_head.decoder.weight"),
-        ("electra", "generator_lm_head.weight"),
-    ],
-)
-def test_a_masked_model_has_a_head_of_another_name(tmp_path, rng, family, head):
-    words = "x.embeddings.word_embeddings.weight"
-    base = {words: draw(rng, TOKENS, WIDTH), QUERY: draw(rng, 6, WIDTH)}
-    base = write_base(tmp_path / "base", base, architectures=["XForMaskedLM"], model_type=family)
+HEADS = [
+    ("BertForMaskedLM", "bert", "bert.embeddings.word_embeddings", "cls.predictions.decoder"),
+    ("BertForPreTraining", "bert", "bert.embeddings.word_embeddings", "cls.predictions.decoder"),
+    ("RobertaForCausalLM", "roberta", "roberta.embeddings.word_embeddings", "lm_head.decoder"),
+    ("ElectraForMaskedLM", "electra", "electra.embeddings.word_embeddings", "generator_lm_head"),
+    ("ModernBertDecoderForCausalLM", "modernbert-decoder", "model.tok_embeddings", "decoder"),
+    ("BioGptForCausalLM", "biogpt", "biogpt.embed_tokens", "output_projection"),
+    ("MoonshineForConditionalGeneration", "moonshine", "model.decoder.embed_tokens", "proj_out"),
+    ("T5GemmaForConditionalGeneration", "t5gemma", "model.embed_tokens", "lm_head.out_proj"),
+    ("GPT2DoubleHeadsModel", "gpt2", "transformer.wte", "lm_head"),
+    ("CTRLLMHeadModel", "ctrl", "transformer.w", "lm_head"),
+    ("XLMWithLMHeadModel", "xlm", "transformer.embeddings", "pred_layer.proj"),
+]
+"""Classes, model types, embeddings and heads of transformers."""
+
+
+@pytest.mark.parametrize(("architecture", "family", "embed", "head"), HEADS)
+def test_the_family_tells_the_name_of_the_head(tmp_path, rng, architecture, family, embed, head):
+    embed, head = f"{embed}.weight", f"{head}.weight"
+    base = {embed: draw(rng, TOKENS, WIDTH), QUERY: draw(rng, 6, WIDTH)}
+    base = write_base(tmp_path / "base", base, architectures=[architecture], model_type=family)
     leaves, changed = query(rng, base)
-    changed |= {words: draw(rng, TOKENS, WIDTH), head: base[words]}
+    changed |= {embed: draw(rng, TOKENS, WIDTH), head: base[embed]}
+    write_peft(tmp_path / "adapter", leaves, {f"{PREFIX}{embed}": changed[embed]})
+    check(tmp_path, base, changed)
+
+
+@pytest.mark.parametrize("architecture", ["ElectraForPreTraining", "BertModel"])
+def test_a_class_without_a_head_gets_none(tmp_path, rng, architecture):
+    base = write_base(tmp_path / "base", model(rng), architectures=[architecture])
+    leaves, changed = query(rng, base)
+    changed[EMBED] = draw(rng, TOKENS, WIDTH)
+    write_peft(tmp_path / "adapter", leaves, {f"{PREFIX}{EMBED}": changed[EMBED]})
+    check(tmp_path, base, changed)
+
+
+WORDS, OUTPUT = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
+BIAS, OUTPUT_BIAS = "cls.predictions.bias", "cls.predictions.decoder.bias"
+
+
+def masked(folder, rng):
+    """Write a masked language model whose head shares its weight and its bias."""
+    base = {WORDS: draw(rng, TOKENS, WIDTH), BIAS: draw(rng, TOKENS), QUERY: draw(rng, 6, WIDTH)}
+    return write_base(folder, base, architectures=["BertForMaskedLM"], model_type="bert")
+
+
+def test_an_untied_head_gets_its_bias_too(tmp_path, rng):
+    """Transformers ties both or none of them, so it would load a bias of zeros."""
+    base = masked(tmp_path / "base", rng)
+    leaves, changed = query(rng, base)
+    changed |= {WORDS: draw(rng, TOKENS, WIDTH), OUTPUT: base[WORDS], OUTPUT_BIAS: base[BIAS]}
+    write_peft(tmp_path / "adapter", leaves, {f"{PREFIX}{WORDS}": changed[WORDS]})
+    check(tmp_path, base, changed)
+
+
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_a_bias_that_was_trained_under_both_names_is_one(tmp_path, rng, is_apart):
+    base = masked(tmp_path / "base", rng)
+    leaves, changed = query(rng, base)
+    changed[BIAS] = draw(rng, TOKENS)
+    whole = {f"{PREFIX}{BIAS}": changed[BIAS], f"{PREFIX}{OUTPUT_BIAS}": changed[BIAS]}
+    if is_apart:
+        whole[f"{PREFIX}{OUTPUT_BIAS}"] = changed[OUTPUT_BIAS] = draw(rng, TOKENS)
+        changed[OUTPUT] = base[WORDS]
+    write_peft(tmp_path / "adapter", leaves, whole, bias="all")
+    check(tmp_path, base, changed)
+
+
+@pytest.mark.parametrize("trained", ["weight", "bias", "both"])
+def test_a_head_that_was_trained_in_full_has_its_own_bias(tmp_path, rng, trained):
+    base = masked(tmp_path / "base", rng)
+    leaves, changed = query(rng, base)
+    own = {
+        "weight": {OUTPUT: draw(rng, TOKENS, WIDTH), OUTPUT_BIAS: base[BIAS]},
+        "bias": {OUTPUT: base[WORDS], OUTPUT_BIAS: draw(rng, TOKENS)},
+        "both": {OUTPUT: draw(rng, TOKENS, WIDTH), OUTPUT_BIAS: draw(rng, TOKENS)},
+    }[trained]
+    whole = {f"{PREFIX}{name}": tensor for name, tensor in own.items()}
+    write_peft(tmp_path / "adapter", leaves, whole, modules_to_save=["decoder"])
+    check(tmp_path, base, changed | own)
+
+
+def in_file(folder, rng, embed=EMBED, others=(HEAD,), **config):
+    """Write a model whose file has the embeddings under several names."""
+    base = {embed: draw(rng, TOKENS, WIDTH), QUERY: draw(rng, 6, WIDTH)}
+    base |= dict.fromkeys(others, base[embed])
+    return write_base(folder, base, **config)
+
+
+FAMILY = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
+
+
+@pytest.mark.parametrize("config", [TIED, FAMILY])
+@pytest.mark.parametrize("trained", ["rows", "embeddings", "head"])
+def test_equal_tensors_of_the_file_that_the_configuration_ties_are_one(
+    tmp_path, rng, config, trained
+):
+    """Transformers ties them as it loads them, and PEFT trains their rows as one."""
+    base = in_file(tmp_path / "base", rng, **config)
+    leaves, changed = query(rng, base)
+    rows, changes, is_tied = draw(rng, 2, WIDTH), {}, trained == "rows"
+    if is_tied:
+        whole, changes = {PREFIX + DELTA: rows}, {"trainable_token_indices": [1, 3]}
+        changed[EMBED] = base[EMBED].copy()
+        changed[EMBED][[1, 3]] = rows
+        changed[HEAD] = changed[EMBED]
+    else:
+        name = EMBED if trained == "embeddings" else HEAD
+        changed[name] = draw(rng, TOKENS, WIDTH)
+        whole = {f"{PREFIX}{name}": changed[name]}
+    write_peft(tmp_path / "adapter", leaves, whole, **changes)
+    check(tmp_path, base, changed)
+    assert config_of(tmp_path) == config | ({} if is_tied else {"tie_word_embeddings": False})
+
+
+@pytest.mark.parametrize("config", [TIED, TIED | {"tie_word_embeddings": False}])
+def test_rows_change_alone_where_the_head_of_the_file_is_not_tied(tmp_path, rng, config):
+    """Transformers does not tie tensors that differ."""
+    head = draw(rng, TOKENS, WIDTH)
+    base = write_base(tmp_path / "base", model(rng, **{HEAD: head}), **config)
+    leaves, changed = query(rng, base)
+    changed[EMBED] = base[EMBED].copy()
+    changed[EMBED][[1, 3]] = rows = draw(rng, 2, WIDTH)
+    whole = {PREFIX + DELTA: rows}
+    write_peft(tmp_path / "adapter", leaves, whole, trainable_token_indices=[1, 3])
+    check(tmp_path, base, changed)
+    assert config_of(tmp_path) == config | {"tie_word_embeddings": False}
+
+
+def test_a_head_of_the_file_has_the_bias_that_it_lacks_there(tmp_path, rng):
+    base = masked(tmp_path / "base", rng)
+    base[OUTPUT] = base[WORDS]
+    save_file(base, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    leaves, changed = query(rng, base)
+    changed |= {WORDS: draw(rng, TOKENS, WIDTH), OUTPUT_BIAS: base[BIAS]}
+    write_peft(tmp_path / "adapter", leaves, {f"{PREFIX}{WORDS}": changed[WORDS]})
+    check(tmp_path, base, changed)
+
+
+SHARED = "shared.weight"
+SIDES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+
+
+@pytest.mark.parametrize("trained", ["rows", SHARED, SIDES[0], "new tokens"])
+def test_shared_embeddings_of_the_file_change_together_or_alone(tmp_path, rng, trained):
+    config = {"architectures": ["T5ForConditionalGeneration"], "model_type": "mt5"}
+    names = (SHARED, *SIDES, HEAD)
+    base = in_file(tmp_path / "base", rng, SHARED, names[1:], **config)
+    leaves, changed = query(rng, base)
+    changes, whole = {}, {}
+    if trained in names:
+        changed[trained] = draw(rng, TOKENS, WIDTH)
+        whole[PREFIX + trained] = changed[trained]
+    else:
+        before = base[SHARED].copy()
+        if trained == "new tokens":
+            before = grown(rng, WIDTH)
+            whole[f"{PREFIX}shared.token_adapter.base_layer.weight"] = before
+        whole[f"{PREFIX}shared.token_adapter.trainable_tokens_delta"] = draw(rng, 2, WIDTH)
+        changes["trainable_token_indices"] = {"shared": [1, 3]}
+        merged = before.copy()
+        merged[[1, 3]] = whole[f"{PREFIX}shared.token_adapter.trainable_tokens_delta"]
+        changed |= dict.fromkeys(names, merged)
+    write_peft(tmp_path / "adapter", leaves, whole, **changes)
+    check(tmp_path, base, changed)
+    assert ("tie_word_embeddings" in config_of(tmp_path)) == (trained in names)
+
+
+@pytest.mark.parametrize("family", ["t5", "umt5", "longt5"])
+@pytest.mark.parametrize("entry", [None, True, False])
+def test_an_untied_head_of_t5_keeps_its_scale(tmp_path, rng, family, entry):
+    """Without that entry, transformers scales the logits unless tie_word_embeddings is false."""
+    config = {"architectures": ["T5ForConditionalGeneration"], "model_type": family}
+    config |= {} if entry is None else {"scale_decoder_outputs": entry}
+    base = {SHARED: draw(rng, TOKENS, WIDTH), QUERY: draw(rng, 6, WIDTH)}
+    base = write_base(tmp_path / "base", base, **config)
+    leaves, changed = query(rng, base)
+    changed |= dict.fromkeys((*SIDES, HEAD), base[SHARED])
+    changed[SHARED] = draw(rng, TOKENS, WIDTH)
+    write_peft(tmp_path / "adapter", leaves, {PREFIX + SHARED: changed[SHARED]})
+    check(tmp_path, base, changed)
+    scale = {"scale_decoder_outputs": entry is not False}
+    assert config_of(tmp_path) == config | scale | {"tie_word_embeddings": False}
+
+
+def test_a_head_of_t5_that_was_not_tied_gets_no_scale(tmp_path, rng):
+    config = {"model_type": "t5", "tie_word_embeddings": False}
+    base = in_file(tmp_path / "base", rng, SHARED, **config)
+    leaves, changed = query(rng, base)
+    changed[HEAD] = draw(rng, TOKENS, WIDTH)
+    write_peft(tmp_path / "adapter", leaves, {PREFIX + HEAD: changed[HEAD]})
+    check(tmp_path, base, changed)
+    assert config_of(tmp_path) == config
+
+
+def test_a_head_whose_scale_would_be_lost_is_refused_until_it_was_trained_tied(
+    tmp_path, rng, capsys
+):
+    """The advice is followed: PEFT saves two equal tensors then."""
+    config = TIED | {"model_type": "switch_transformers"}
+    base = {SHARED: draw(rng, TOKENS, WIDTH), QUERY: draw(rng, 6, WIDTH)}
+    base = write_base(tmp_path / "base", base, **config)
+    leaves, changed = query(rng, base)
+    changed[SHARED] = draw(rng, TOKENS, WIDTH)
+    whole = {PREFIX + SHARED: changed[SHARED]}
+    write_peft(tmp_path / "adapter", leaves, whole)
+    error = refused(tmp_path, capsys)
+    assert "switch_transformers scales its logits only where tie_word_embeddings is true" in error
+    assert "train the adapter with ensure_weight_tying=True" in error
+    shutil.rmtree(tmp_path / "adapter")
+    whole[PREFIX + HEAD] = changed[SHARED]
+    write_peft(tmp_path / "adapter", leaves, whole, ensure_weight_tying=True)
+    check(tmp_path, base, changed)
+    assert config_of(tmp_path) == config
+
+
+def test_the_language_model_beside_an_encoder_is_untied_alone(tmp_path, rng):
+    embed, head = "decoder.transformer.wte.weight", "decoder.lm_head.weight"
+    base = {embed: draw(rng, TOKENS, WIDTH), QUERY: draw(rng, 6, WIDTH)}
+    config = {"model_type": "vision-encoder-decoder", "tie_word_embeddings": False}
+    config["architectures"] = ["VisionEncoderDecoderModel"]
+    base = write_base(tmp_path / "base", base, **config, decoder={"model_type": "gpt2"})
+    leaves, changed = query(rng, base)
+    changed |= {embed: draw(rng, TOKENS, WIDTH), head: base[embed]}
+    write_peft(tmp_path / "adapter", leaves, {f"{PREFIX}{embed}": changed[embed]})
+    check(tmp_path, base, changed)
+    untied = {"model_type": "gpt2", "tie_word_embeddings": False}
+    assert config_of(tmp_path) == config | {"decoder": untied}
+
+
+def test_a_bias_of_the_language_model_beside_an_encoder_is_untied_too(tmp_path, rng):
+    whole = {f"decoder.{name}" for name in (WORDS, BIAS)}
+    base = {name: draw(rng, TOKENS, *(WIDTH,) * name.endswith("weight")) for name in sorted(whole)}
+    base[QUERY] = draw(rng, 6, WIDTH)
+    config = {"model_type": "encoder-decoder", "decoder": {"model_type": "bert"}}
+    base = write_base(tmp_path / "base", base, **config)
+    leaves, changed = query(rng, base)
+    words, bias = f"decoder.{WORDS}", f"decoder.{BIAS}"
+    changed |= {f"decoder.{OUTPUT}": base[words], f"decoder.{OUTPUT_BIAS}": base[bias]}
+    changed[words] = draw(rng, TOKENS, WIDTH)
     write_peft(tmp_path / "adapter", leaves, {f"{PREFIX}{words}": changed[words]})
     check(tmp_path, base, changed)
 
@@ -317,7 +543,7 @@ def test_rows_of_single_tokens_are_replaced(tmp_path, rng, config, by_module, in
 def test_rows_of_new_tokens_start_from_the_embeddings_in_the_file(
     tmp_path, rng, is_tied, by_module
 ):
-    """A tied head has the rows of the embeddings, under a name of its own."""
+    """PEFT saves a tied head too, which is equal to the embeddings."""
     others = {} if is_tied else {HEAD: draw(rng, TOKENS, WIDTH)}
     base = write_base(tmp_path / "base", model(rng, **others), **(TIED if is_tied else {}))
     before, rows = grown(rng, WIDTH), draw(rng, 2, WIDTH)
@@ -325,15 +551,29 @@ def test_rows_of_new_tokens_start_from_the_embeddings_in_the_file(
     names = ("model.embed_tokens", "lm_head") if is_tied else ("model.embed_tokens",)
     whole = {} if is_tied else {f"{PREFIX}{HEAD}": grown(rng, WIDTH)}
     changed |= {name.removeprefix(PREFIX): tensor for name, tensor in whole.items()}
+    changed[EMBED] = before.copy()
+    changed[EMBED][[TOKENS, 2]] = rows
     for name in names:
         whole[f"{PREFIX}{name}.token_adapter.base_layer.weight"] = before
         whole[f"{PREFIX}{name}.token_adapter.trainable_tokens_delta"] = rows
-        changed[f"{name}.weight"] = before.copy()
-        changed[f"{name}.weight"][[TOKENS, 2]] = rows
     indices = {"embed_tokens": [TOKENS, 2]} if by_module else [TOKENS, 2]
     write_peft(tmp_path / "adapter", leaves, whole, trainable_token_indices=indices)
     check(tmp_path, base, changed)
-    assert config_of(tmp_path)["vocab_size"] == TOKENS + 2
+    assert config_of(tmp_path) == (TIED if is_tied else {}) | {"vocab_size": TOKENS + 2}
+
+
+def test_rows_of_tied_embeddings_count_by_the_names_of_the_base(tmp_path, rng):
+    """A vision-language model has other names in memory than in its file."""
+    embed = "language_model.model.embed_tokens.weight"
+    base = {embed: draw(rng, TOKENS, WIDTH), QUERY: draw(rng, 6, WIDTH)}
+    base = write_base(tmp_path / "base", base, **TIED)
+    leaves, changed = query(rng, base)
+    changed[embed] = base[embed].copy()
+    changed[embed][[1, 3]] = rows = draw(rng, 2, WIDTH)
+    own = f"{PREFIX}model.language_{DELTA}"
+    write_peft(tmp_path / "adapter", leaves, {own: rows}, trainable_token_indices=[1, 3])
+    check(tmp_path, base, changed)
+    assert config_of(tmp_path) == TIED
 
 
 def test_rows_of_the_head_alone_untie_it(tmp_path, rng):
@@ -407,6 +647,17 @@ def test_a_grown_vocabulary_brings_its_size_and_its_tokenizer(tmp_path, rng, cap
         assert (tmp_path / "out" / name).read_text() == "of the adapter"
     assert (tmp_path / "out" / "merges.txt").read_text() == "of the base"
     assert "OUT has" not in capsys.readouterr().err
+
+
+def test_a_head_of_another_name_grows_with_the_embeddings(tmp_path, rng):
+    embed, head = "model.decoder.embed_tokens.weight", "proj_out.weight"
+    base = {embed: draw(rng, TOKENS, WIDTH), QUERY: draw(rng, 6, WIDTH)}
+    base = write_base(tmp_path / "base", base, **TIED, model_type="whisper")
+    leaves, changed = query(rng, base)
+    changed |= {embed: grown(rng, WIDTH), head: grown(rng, WIDTH)}
+    whole = {f"{PREFIX}{name}": changed[name] for name in (embed, head)}
+    write_peft(tmp_path / "adapter", leaves, whole)
+    check(tmp_path, base, changed)
 
 
 def test_an_adapter_of_grown_embeddings_starts_from_those_in_its_file(tmp_path, rng):

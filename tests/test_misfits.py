@@ -58,8 +58,9 @@ def write_kohya(folder, tensors):
 # Heads
 
 
-def test_a_tied_head_of_unknown_name_is_refused(tmp_path, rng, capsys):
-    config = {"architectures": ["XForMaskedLM"], "model_type": "x"}
+@pytest.mark.parametrize("architecture", ["XForMaskedLM", "XForCausalLM"])
+def test_a_tied_head_of_unknown_name_is_refused(tmp_path, rng, capsys, architecture):
+    config = {"architectures": [architecture], "model_type": "x"}
     base = {EMBED: draw(rng, 9, 5), QUERY: draw(rng, 6, 5)}
     write_base(tmp_path / "base", base, **config)
     leaves, _ = query(rng, base)

@@ -103,20 +103,21 @@ def _pair(merge: Merge, model: Model) -> tuple[dict[str, tuple[str, Source]], di
     """Return the task's name and the file's tensor by tensor, and the verdicts on those alone."""
     there = model.sources()
     lead = _lead(set(merge.tasks), set(there))
-    theirs = tied_head(there.keys(), model.config)
+    tied = tied_head(there.keys(), model.config)
+    theirs = {lead(name): lead(source) for name, source in tied.sources.items()} if tied else {}
     there = {lead(name): source for name, source in there.items()}
     pairs = {name: (name, there[name]) for name in merge.tasks if name in there}
     found = {}
-    tied = lead(theirs[0]) if theirs is not None else ""
     for name in [name for name in merge.tasks if name not in there]:
-        if is_head(name) and tied in there:
-            pairs[name] = (name, there[tied])  # the embedding is the head too
+        if theirs.get(name) in there:
+            pairs[name] = (name, there[theirs[name]])  # the embedding is the head too
         else:
             found[name] = _missing(name, merge.tasks[name].source.tensor)
-    ours = tied_head(merge.tasks.keys(), merge.model.config)
+    tied = tied_head(merge.tasks.keys(), merge.model.config)
+    ours = tied.sources if tied else {}
     for name in [name for name in there if name not in merge.tasks]:
-        if is_head(name) and ours is not None:
-            pairs[name] = (ours[0], there[name])
+        if name in ours:
+            pairs[name] = (ours[name], there[name])
         else:
             found[name] = Verdict("extra", False)
     return pairs, found

@@ -16,6 +16,9 @@ _TASKS = {
 }
 _TEXT = {"Gemma3ForCausalLM": "Gemma3Text", "Qwen3_5ForCausalLM": "Qwen3_5Text"}
 """The families whose classes with a new head have another name than the language model."""
+_SCALED = ("t5", "umt5", "longt5", "pop2piano")
+"""Families that scale the input of the head by d_model^-0.5: where ``scale_decoder_outputs`` is
+true, or, without that entry, unless ``tie_word_embeddings`` is false."""
 _MODEL = re.compile(
     r"(?P<family>.+?)(For[A-Z]\w+|LMHeadModel|DoubleHeadsModel|PreTrainedModel|Model)"
 )
@@ -63,9 +66,11 @@ def _untied(part: JsonObject) -> JsonObject:
     edited: JsonObject = {}
     for key, value in part.items():
         is_part = isinstance(value, dict) and (
-            key == "text_config" or "tie_word_embeddings" in value
+            key in ("text_config", "decoder") or "tie_word_embeddings" in value
         )
         edited[key] = _untied(cast(JsonObject, value)) if is_part else value
+    if part.get("model_type") in _SCALED and part.get("tie_word_embeddings") is not False:
+        edited.setdefault("scale_decoder_outputs", True)
     return edited | {"tie_word_embeddings": False}
 
 

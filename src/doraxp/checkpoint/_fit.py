@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,8 +26,8 @@ from doraxp.checkpoint._names import (
     without,
 )
 from doraxp.checkpoint._norm_guard import nearest_by_norms
-from doraxp.checkpoint._safetensors import Source
-from doraxp.checkpoint._tied import Tied, is_head, tied_head
+from doraxp.checkpoint._safetensors import Source, are_equal
+from doraxp.checkpoint._tied import Tied, is_head, tied_head, tied_in_file
 
 _SCALES = ("weight_scale", "weight_scale_inv", "scales", "weight_packed", "weight.absmax")
 """Tensors beside a quantised weight."""
@@ -69,7 +69,7 @@ class Fitted:
     """The tensors of a base that an adapter is for."""
 
     sources: dict[str, Source]
-    """All tensors of the base; a tied head is there under the name that it would have."""
+    """All tensors of the base; a tied head and its bias have the names that they would have."""
     places: dict[str, Places]
     """Of each module, and of each tensor that the adapter has in full, by its name there."""
     modules: tuple[str, ...]
@@ -160,6 +160,7 @@ def fit(model: Model, adapters: AdapterSet, choices: Fit) -> Fitted:
         key: by_name[one.name] for key, one in (whole | modules).items() if one.name in by_name
     }
     left = {path for path, one in modules.items() if one.path in unused}
+    used = {place.tensor for own in places.values() for place in own}
     return Fitted(
         sources,
         places,
@@ -167,7 +168,7 @@ def fit(model: Model, adapters: AdapterSet, choices: Fit) -> Fitted:
         tuple(path for path in modules if path in left),
         frozenset(name for name, one in whole.items() if one.path in unused),
         _lead(modules, by_name),
-        tied,
+        _checked(tied, sources, used),
         shapes,
         whole | modules,
     )
@@ -193,11 +194,27 @@ def _whole(name: str) -> Wanted:
 
 
 def _tie(sources: dict[str, Source], model: Model) -> Tied | None:
-    """Give a tied head its name among the sources."""
-    tied = None if model.is_pipeline else tied_head(sources.keys(), model.config)
+    """Give a tied head and its bias their names among the sources."""
+    if model.is_pipeline:
+        return None
+    names = sources.keys()
+    tied = tied_head(names, model.config) or tied_in_file(names, model.config)
     if tied is not None and tied.head:
-        sources[tied.head] = sources[tied.embedding]
+        sources.setdefault(tied.head, sources[tied.embedding])
+        if tied.bias:
+            sources[tied.head_bias] = sources[tied.bias]
     return tied
+
+
+def _checked(tied: Tied | None, sources: Mapping[str, Source], used: Set[str]) -> Tied | None:
+    """Return a tie without the tensors of the file that differ; None where the head differs."""
+    if tied is None or used.isdisjoint((tied.embedding, *tied.sources)):
+        return tied
+    equal = [name for name in tied.in_file if are_equal(sources[name], sources[tied.embedding])]
+    if tied.head in tied.in_file and tied.head not in equal:
+        return None
+    copies = [name for name in tied.copies if name in equal or name not in tied.in_file]
+    return tied._replace(copies=tuple(copies), in_file=tuple(equal))
 
 
 def _lead(modules: Mapping[str, Wanted], places: Mapping[str, Places]) -> str:

@@ -29,7 +29,7 @@ from doraxp.checkpoint._tasks import (
     ReplacedTensor,
     Task,
 )
-from doraxp.checkpoint._tied import is_embedding, is_head, is_tied_by_name
+from doraxp.checkpoint._tied import Tied, is_embedding, is_head, is_tied_by_name
 from doraxp.checkpoint._torchtune import in_order
 from doraxp.checkpoint._whole_tensors import whole_tensors
 
@@ -82,7 +82,13 @@ def plan(model: Model, adapters: AdapterSet, choices: Fit = AS_FILED) -> Plan:
             raise CheckpointError(f"{adapters.reader.path}: {error}") from None
     elif is_tied_by_name(fitted.sources, model.config):
         untied = any(is_head(name) or is_embedding(name) for name in changed)
-    alone = {fitted.tied.head} if fitted.tied is not None and not untied else set()
+    if untied and model.config.get("model_type") == "switch_transformers":
+        raise CheckpointError(
+            f"{adapters.reader.path}: the adapter changes one of embeddings and head, and "
+            "switch_transformers scales its logits only where tie_word_embeddings is true: train "
+            "the adapter with ensure_weight_tying=True"
+        )
+    alone = _names_alone(fitted.tied, untied=untied)
     copied = {
         name: CopiedTensor(source)
         for name, source in fitted.sources.items()
@@ -94,6 +100,11 @@ def plan(model: Model, adapters: AdapterSet, choices: Fit = AS_FILED) -> Plan:
         for name, task in (changed | copied).items()
     }
     return Plan(tasks, lead, replace(whole.edits, untied=untied), fitted.unused)
+
+
+def _names_alone(tied: Tied | None, *, untied: bool) -> set[str]:
+    """Return the names of tied tensors that neither the base nor the result has."""
+    return set() if tied is None or untied else tied.sources.keys() - set(tied.in_file)
 
 
 def _joined(source: Source, parts: Sequence[MergedTensor]) -> Task:

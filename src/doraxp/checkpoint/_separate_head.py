@@ -8,7 +8,14 @@ from collections.abc import Mapping
 from doraxp.checkpoint._adapters import AdapterSet
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._safetensors import AnySource, Source, are_equal
-from doraxp.checkpoint._tasks import CopiedTensor, ReplacedTensor, Task, parts_of
+from doraxp.checkpoint._tasks import (
+    CopiedTensor,
+    JoinedTensor,
+    MergedTensor,
+    ReplacedTensor,
+    Task,
+    parts_of,
+)
 from doraxp.checkpoint._tied import Tied
 
 
@@ -28,7 +35,8 @@ def separate_head(
         head trained             E and a head
         both trained as one      E' alone
 
-    Where encoder and decoder share the embeddings, each then gets E too.
+    Where encoder and decoder share the embeddings, each then gets E too. Where the head's bias is
+    another tensor of the base, the head then gets its own.
 
     Parameters
     ----------
@@ -42,28 +50,62 @@ def separate_head(
         The base's tensors.
     adapters : AdapterSet
     """
-    embedding, head = changed.get(tied.embedding), changed.get(tied.head)
-    if embedding is None and head is None:
+    if changed.keys().isdisjoint((*tied.sources, *tied.sources.values())):
         return False
     if not tied.head:
         raise CheckpointError(
             f"{tied.embedding} is the output head too, and the name of the head in a model of this "
             "type is not known: save the base with tie_word_embeddings false and a head of its own"
         )
-    if head is None or (embedding is not None and _are_equal(embedding, head)):
+    is_apart = _are_apart(tied, changed, whole, sources, adapters)
+    _part_biases(tied, changed, sources, are_apart=is_apart)
+    if not is_apart:
         changed.pop(tied.head, None)
-        has_rows = any(name.endswith(tied.embedding) for name in adapters.tokens)
-        if head is not None or adapters.ties_weights or has_rows:
-            return False  # PEFT trains single rows of both as one
+        if tied.embedding in changed:
+            changed |= dict.fromkeys(tied.in_file, changed[tied.embedding])
+        return False
+    if not tied.copies and {tied.embedding, tied.head} <= changed.keys():
+        return True
     before = _before(tied, whole, sources, adapters)
-    if head is None:
-        if before == embedding:
-            return False
-        changed[tied.head] = before
-    if embedding is None and not isinstance(before, CopiedTensor):
+    if tied.embedding not in changed and not isinstance(before, CopiedTensor):
         changed[tied.embedding] = before
-    changed |= dict.fromkeys(tied.copies, before)
+    for name in (tied.head, *tied.copies):
+        changed.setdefault(name, before)
     return True
+
+
+def _are_apart(
+    tied: Tied,
+    changed: Mapping[str, Task],
+    whole: Mapping[str, Task],
+    sources: Mapping[str, AnySource],
+    adapters: AdapterSet,
+) -> bool:
+    """Return whether the training made two tensors of the embeddings and the head."""
+    for name, source in tied.sources.items():
+        if name in changed and name != tied.head:
+            other = changed.get(source, CopiedTensor(sources[source]))
+            if not _are_equal(changed[name], other):
+                return True
+    embedding, head = changed.get(tied.embedding), changed.get(tied.head)
+    if head is None:
+        if embedding is None or adapters.ties_weights or isinstance(embedding, JoinedTensor):
+            return False  # PEFT trains single rows of both as one
+        return _before(tied, whole, sources, adapters) != embedding
+    return embedding is None or not _are_equal(embedding, head)
+
+
+def _part_biases(
+    tied: Tied, changed: dict[str, Task], sources: Mapping[str, AnySource], *, are_apart: bool
+) -> None:
+    """Give the head a bias of its own, or put the trained one in place of the base's."""
+    if not tied.bias:
+        return
+    if are_apart:
+        bias = changed.get(tied.bias, CopiedTensor(sources[tied.bias]))
+        changed.setdefault(tied.head_bias, bias)
+    else:
+        changed.pop(tied.head_bias, None)
 
 
 def _before(
@@ -100,8 +142,8 @@ def _are_equal(one: Task, other: Task) -> bool:
     return all(
         mine == yours
         or (
-            isinstance(mine, ReplacedTensor)
-            and isinstance(yours, ReplacedTensor)
+            not isinstance(mine, MergedTensor)
+            and type(mine) is type(yours)
             and are_equal(mine.source, yours.source)
         )
         for mine, yours in itertools.zip_longest(parts_of(one), parts_of(other))

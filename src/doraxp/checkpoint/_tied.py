@@ -2,45 +2,56 @@
 
 An adapter changes the one or the other. PEFT trains each as a module of its own, so the result has
 both, and its config.json says that they are not tied.
+
+``heads.json`` has the heads of the model families, as transformers ties them: ``tied`` tells
+whether a family ties them where config.json does not say it.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Collection
+from importlib import resources
 from typing import NamedTuple
 
 from doraxp.checkpoint._json import JsonObject
 
-_CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-_MASKED = "ForMaskedLM"
+_WITH_HEAD = (
+    *("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM"),
+    *("DoubleHeadsModel", "BertGenerationDecoder", "MarianMTModel", "SpeechT5ForSpeechToText"),
+    *("ForVisionText2Text", "ForCausalImageModeling", "SeamlessM4TModel", "SeamlessM4Tv2Model"),
+)
+_PRETRAINED = frozenset(
+    f"{family}ForPreTraining"
+    for family in (
+        *("Albert", "Bert", "BigBird", "Ernie", "FNet", "Lxmert", "MegatronBert", "MobileBert"),
+        *("RoCBert", "VisualBert"),
+    )
+)
+"""The classes that have the head of a masked language model beside another one."""
+_SEAMLESS = frozenset(
+    f"SeamlessM4T{version}For{task}"
+    for version in ("", "v2")
+    for task in ("SpeechToSpeech", "SpeechToText", "TextToSpeech", "TextToText")
+)
+_WITH_DECODER = ("encoder-decoder", "vision-encoder-decoder", "speech-encoder-decoder")
+"""Models of an encoder and a language model, whose configuration is in ``decoder``."""
 _EMBEDDINGS = tuple(
     f".{name}.weight"
     for name in (
         *("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "word_embedding"),
-        *("tok_embeddings", "tokens_embed", "backbone.embeddings"),
+        *("tok_embeddings", "tokens_embed", "backbone.embeddings", "transformer.embeddings"),
+        *("transformer.w", "rwkv.embeddings", "transf_decoder._embedding.token_embedding"),
     )
 )
-_HEADS = ("lm_head", "embed_out", "output_projection")
+_HEADS = (
+    *("lm_head", "embed_out", "output_projection", "cls.predictions.decoder", "lm_head.decoder"),
+    *("predictions.decoder", "mlm_score.decoder", "pred_layer.proj", "lm_head.out_proj"),
+    *("vocab_projector", "generator_lm_head", "lm_loss"),
+)
 _BEFORE_HEAD = ("model", "transformer", "backbone", "gpt_neox", "decoder")
 """The part of a language model that has the embeddings; the head is beside it."""
-_OTHER_HEADS = {
-    **dict.fromkeys(
-        ("bert", "deberta", "deberta-v2", "mobilebert", "big_bird", "roformer", "rembert"),
-        "cls.predictions.decoder",
-    ),
-    **dict.fromkeys(
-        ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "esm", "data2vec-text"),
-        "lm_head.decoder",
-    ),
-    "albert": "predictions.decoder",
-    "distilbert": "vocab_projector",
-    "electra": "generator_lm_head",
-    "gpt_neox": "embed_out",
-    "modernbert": "decoder",
-    "whisper": "proj_out",
-    "xlnet": "lm_loss",
-}
-"""The heads that are not ``lm_head``, by model type."""
 
 
 class Tied(NamedTuple):
@@ -48,10 +59,43 @@ class Tied(NamedTuple):
 
     embedding: str
     head: str
-    """The name that the head has in a file of its own; the base does not have it. "" if it is not
-    known."""
+    """The name that the head has in a file of its own. "" if it is not known."""
     copies: tuple[str, ...] = ()
     """The names that the embeddings of encoder and decoder have if they are not tied either."""
+    bias: str = ""
+    """The bias that is the head's too; "" without it."""
+    in_file: tuple[str, ...] = ()
+    """The other names under which the base has the embeddings too."""
+
+    @property
+    def head_bias(self) -> str:
+        """The name that the head's bias has in a file of its own."""
+        return f"{self.head.removesuffix('weight')}bias"
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """The other names of tied tensors, and those of the tensors that they are."""
+        biases = {self.head_bias: self.bias} if self.bias else {}
+        return dict.fromkeys((self.head, *self.copies), self.embedding) | biases
+
+
+class _Family(NamedTuple):
+    """The head of a model family."""
+
+    head: str
+    bias: str
+    tied: bool
+
+
+@functools.cache
+def _families() -> dict[str, _Family]:
+    """Return the heads by ``model_type``."""
+    text = resources.files(__package__).joinpath("heads.json").read_text("utf-8")
+    return {
+        family: _Family(entry["head"], entry.get("bias", ""), entry["tied"])
+        for entry in json.loads(text)
+        for family in entry["families"]
+    }
 
 
 def tied_head(names: Collection[str], config: JsonObject) -> Tied | None:
@@ -60,24 +104,81 @@ def tied_head(names: Collection[str], config: JsonObject) -> Tied | None:
     A model type whose default is true may leave ``tie_word_embeddings`` out; then any language
     model without a head counts as tied.
     """
+    decoder = _decoder(config)
+    if decoder is not None:
+        tied = tied_head(_in_decoder(names), decoder)
+        return None if tied is None else _of_decoder(tied)
     architectures = config.get("architectures")
     models = [str(name) for name in architectures] if isinstance(architectures, list) else []
-    masked = any(name.endswith(_MASKED) for name in models)
-    other = _OTHER_HEADS.get(str(config.get("model_type")))
-    if any(is_head(name) for name in names) or (other and f"{other}.weight" in names):
+    family = _families().get(str(config.get("model_type")))
+    if any(is_head(name) for name in names) or (family and f"{family.head}.weight" in names):
         return None
-    with_head = masked or any(name.endswith(_CAUSAL) for name in models)
-    tied = _flag(config)
-    if tied is None:
-        tied = with_head
-    found = sorted(filter(is_embedding, names), key=lambda name: (name.count("."), name))
-    if not tied or not found or (models and not with_head):
+    with_head = any(name.endswith(_WITH_HEAD) or name in _PRETRAINED | _SEAMLESS for name in models)
+    flag = _flag(config)
+    found = _embeddings(names)
+    if not (with_head if flag is None else flag) or not found or (models and not with_head):
         return None
-    if other is not None or masked:
-        return Tied(found[0], f"{other}.weight" if other else "")
-    lead = found[0].removesuffix("shared.weight")
+    return _tied(found[0], names, config)
+
+
+def tied_in_file(names: Collection[str], config: JsonObject) -> Tied | None:
+    """Return the tie that the configuration states of embeddings and head in the files; or None.
+
+    Transformers ties those that are equal.
+    """
+    family = _families().get(str(config.get("model_type")))
+    flag = _flag(config)
+    heads = {name for name in names if is_head(name)}
+    if family is not None:
+        heads |= {f"{family.head}.weight"} & set(names)
+        flag = family.tied if flag is None else flag
+    tied = tied_head(set(names) - heads, config) if flag and heads else None
+    if tied is None or tied.head not in heads:
+        return None
+    bias = "" if tied.head_bias in names else tied.bias
+    in_file = tuple(name for name in (tied.head, *tied.copies) if name in names)
+    return tied._replace(bias=bias, in_file=in_file)
+
+
+def _tied(embedding: str, names: Collection[str], config: JsonObject) -> Tied:
+    """Return the head of these embeddings, by the model family."""
+    kind = config.get("model_type")
+    family = _families().get(str(kind), _Family("" if kind else "lm_head", "", tied=False))
+    if family.head != "lm_head":
+        bias = family.bias if family.bias in names else ""
+        head = f"{family.head}.weight" if family.head else ""
+        return Tied(embedding, head, bias=bias)
+    lead = embedding.removesuffix("shared.weight")
     copies = [f"{lead}{side}.embed_tokens.weight" for side in ("encoder", "decoder")]
-    return Tied(found[0], _head_of(found[0]), tuple(copies) if lead != found[0] else ())
+    return Tied(embedding, _head_of(embedding), tuple(copies) if lead != embedding else ())
+
+
+def _decoder(config: JsonObject) -> JsonObject | None:
+    """Return the configuration of the language model beside an encoder; None for other models."""
+    part = config.get("decoder")
+    if config.get("model_type") not in _WITH_DECODER or not isinstance(part, dict):
+        return None
+    return {**part, "architectures": ["ForCausalLM"]}
+
+
+def _in_decoder(names: Collection[str]) -> list[str]:
+    return [name.removeprefix("decoder.") for name in names if name.startswith("decoder.")]
+
+
+def _of_decoder(tied: Tied) -> Tied:
+    """Return the names with the part that they have in the whole model."""
+    embedding, head, copies, bias, _ = tied
+    return Tied(
+        f"decoder.{embedding}",
+        f"decoder.{head}" if head else "",
+        tuple(f"decoder.{name}" for name in copies),
+        f"decoder.{bias}" if bias else "",
+    )
+
+
+def _embeddings(names: Collection[str]) -> list[str]:
+    """Return the embeddings; those of the head are the first."""
+    return sorted(filter(is_embedding, names), key=lambda name: (name.count("."), name))
 
 
 def is_tied_by_name(names: Collection[str], config: JsonObject) -> bool:
@@ -94,7 +195,8 @@ def _flag(config: JsonObject) -> object:
 
 def is_head(name: str) -> bool:
     """Return whether a tensor is the weight of a language model's head."""
-    return f".{name}".endswith(tuple(f".{head}.weight" for head in _HEADS))
+    ends = tuple(f".{head}.weight" for head in _HEADS)
+    return name == "proj_out.weight" or f".{name}".endswith(ends)
 
 
 def is_embedding(name: str) -> bool:

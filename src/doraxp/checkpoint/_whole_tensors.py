@@ -186,11 +186,11 @@ def _left_small(
     if not grown:
         return
     size = max(grown.values())
+    tied = set() if fitted.tied is None else {fitted.tied.embedding, *fitted.tied.sources}
     has_other_head = any(name not in fitted.sources for name in tasks)
     for name, source in fitted.sources.items():
         shape = (tasks[name].source if name in tasks else source).tensor.shape
-        is_tied = fitted.tied is not None and name in fitted.tied[:2] and name not in tasks
-        is_left = is_tied or (has_other_head and is_head(name))
+        is_left = (name in tied and name not in tasks) or (has_other_head and is_head(name))
         if name.endswith("final_logits_bias") and shape[-1] != size:
             yield (
                 f"the adapter has {size} tokens in {next(iter(grown))}, but {name} has "
