@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -189,6 +190,37 @@ def test_single_rows_and_an_adapter_of_one_weight_are_refused(tmp_path, rng, cap
     whole[f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta"] = draw(rng, 1, 5)
     write_peft(tmp_path / "adapter", {}, whole, trainable_token_indices=[2])
     assert "has an adapter, and single rows" in refused(tmp_path, capsys)
+
+
+ROWS = f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta"
+
+
+def test_tokens_of_a_state_dict_have_the_name_of_their_adapter(tmp_path, rng):
+    base = {EMBED: draw(rng, 9, 5), QUERY: draw(rng, 6, 5)}
+    write_base(tmp_path / "base", base)
+    tensors, wanted = {}, {}
+    for own in ("a", "b"):
+        leaves, wanted[own] = query(rng, base)
+        write_peft(tmp_path / own, leaves, trainable_token_indices={"embed_tokens": [4, 2]})
+        for name, value in load_file(tmp_path / own / "adapter_model.safetensors").items():
+            tensors[re.sub(r"(lora_\w+)(\.weight)?$", rf"\1.{own}", name)] = value
+        rows = tensors[f"{ROWS}.{own}"] = draw(rng, 2, 5)
+        wanted[own][EMBED] = base[EMBED].copy()
+        wanted[own][EMBED][[4, 2]] = rows
+    tensors[f"{PREFIX}model.embed_tokens.token_adapter.base_layer.weight"] = base[EMBED]
+    (tmp_path / "a").rename(tmp_path / "adapter")
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    check(tmp_path, base, wanted["b"], "--adapter-name", "b")
+
+
+def test_tokens_of_two_adapters_beside_one_are_refused(tmp_path, rng, capsys):
+    base = {EMBED: draw(rng, 9, 5), QUERY: draw(rng, 6, 5)}
+    write_base(tmp_path / "base", base)
+    whole = {f"{ROWS}.{name}": draw(rng, 1, 5) for name in "ab"}
+    leaves, _ = query(rng, base)
+    write_peft(tmp_path / "adapter", leaves, whole, trainable_token_indices=[2])
+    error = refused(tmp_path, capsys)
+    assert f"{ROWS}.a and {ROWS}.b are both for model.embed_tokens: remove" in error
 
 
 def test_whole_tensors_may_be_found_by_dropped_names(tmp_path, rng):

@@ -67,8 +67,7 @@ def write(adapters: Mapping[str, AdaptedLayer]) -> Written:
         check_no_whole_tensors(adapters, "PEFT")
         return Written(tensors, entries | _base_entries(adapters), {})
     reader = adapters.reader
-    own = {name for layer in adapters.layers.values() for name in layer.names}
-    tensors |= {name: _whole(reader, name) for name in reader.tensors if name not in own}
+    tensors |= {name: _whole(reader, own) for name, own in adapters.beside.items()}
     return Written(tensors, entries | _source_entries(adapters), reader.metadata)
 
 

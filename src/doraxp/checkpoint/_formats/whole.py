@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from doraxp.checkpoint._adapters import AdapterSet, config_path
+from doraxp.checkpoint._json import read_json
 from doraxp.layers import AdaptedLayer
+
+_WHOLE = ("modules_to_save", "trainable_token_indices")
+"""The entries of PEFT's configuration that tell of tensors or rows beside the adapters."""
 
 
 def check_no_whole_tensors(adapters: Mapping[str, AdaptedLayer], target: str) -> None:
-    """Raise ValueError if the file of the adapters has whole tensors too."""
-    if isinstance(adapters, AdapterSet) and adapters.replacements:
+    """Raise ValueError if the training changed whole tensors or single rows too."""
+    if not isinstance(adapters, AdapterSet):
+        return
+    beside = ", ".join(_beside(adapters))
+    if beside:
         raise ValueError(
             f"{adapters.reader.path}: {target} has no place for whole tensors, but the file also "
-            f"replaces {', '.join(adapters.replacements)}: merge it into its base instead, with "
-            "doraxp merge"
+            f"replaces {beside}: merge it into its base instead, with doraxp merge"
         )
+    if not adapters.format.startswith(("peft", "nvlabs")):
+        return
+    where = config_path(adapters.reader)
+    config = read_json(where)
+    for entry in _WHOLE:
+        if config.get(entry):
+            raise ValueError(
+                f"{where}: {entry} is {config[entry]!r}, but the file has no such tensor, and "
+                f"{target} has no entry for that: if the training changed none, set {entry} to "
+                "null there and convert it again"
+            )
+
+
+def _beside(adapters: AdapterSet) -> Iterator[str]:
+    """Yield a text for each whole tensor, and for the rows of each embedding."""
+    yield from adapters.replacements
+    for name, rows in adapters.tokens.items():
+        yield f"rows of {len(rows.indices)} tokens of {name}"
 
 
 def check_adapters_only(adapters: Mapping[str, AdaptedLayer], target: str) -> None:
