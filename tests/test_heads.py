@@ -912,6 +912,27 @@ def test_the_base_tells_how_a_square_weight_is_stored(
     check(tmp_path, base, changed)
 
 
+@pytest.mark.parametrize("adapted", [(PROJ,), (PROJ, ATTN)])
+@pytest.mark.parametrize("biases", [True, False])
+def test_biases_and_shapes_come_before_the_model_type(tmp_path, rng, biases, adapted):
+    """mlx-lm stores the weights of GPT-2 (out, in)."""
+    tensors = {name: x.T.copy() for name, x in gpt2(rng, biases=biases).items()}
+    base = write_base(tmp_path / "base", tensors, model_type="gpt2")
+    is_known = biases or ATTN in adapted
+    leaves, changed = adapt(rng, base, dict.fromkeys(adapted, not is_known))
+    write_peft(tmp_path / "adapter", leaves)
+    check(tmp_path, base, changed)
+
+
+def test_weights_of_gpt2_that_are_stored_in_both_ways_are_refused(tmp_path, rng, capsys):
+    tensors = gpt2(rng) | {"h.1.c_fc.weight": draw(rng, 16, 4), "h.1.c_fc.bias": draw(rng, 16)}
+    base = write_base(tmp_path / "base", tensors, model_type="gpt2")
+    write_peft(tmp_path / "adapter", adapt(rng, base, {PROJ: True})[0])
+    error = refused(tmp_path, capsys)
+    assert f"{PROJ}.weight is square" in error
+    assert "give the model as its own library saves it" in error
+
+
 @pytest.mark.parametrize("flag", [False, True])
 def test_where_nothing_tells_the_flag_counts_for_modules_of_one_name_only(
     tmp_path, rng, capsys, flag
