@@ -109,6 +109,8 @@ class AdapterSet(Mapping[str, AdaptedLayer]):
     untrained: Mapping[str, str] = field(default_factory=dict)
     """Copies, from before the training, of tensors that the file has in full: their names in the
     base, and in the file."""
+    beside: Mapping[str, str] = field(default_factory=dict)
+    """All tensors of a PEFT file but A, B and m: their names in a copy, and in the file."""
     ties_weights: bool = False
     """True where a head that is tied to the embeddings was trained as one with them."""
     head: NewHead = NO_HEAD
