@@ -100,6 +100,41 @@ def test_without_a_tensor_of_a_like_name_no_rename_is_advised(tmp_path, rng, cap
     check(tmp_path, base, changed, "--rename", r"^c\.d$=a.b")
 
 
+@pytest.mark.parametrize("lead", ["model.layers", "layers"])
+def test_a_base_with_fewer_blocks_is_told(tmp_path, rng, capsys, lead):
+    base = model(tmp_path, rng, *(f"layers.{place}.{x}" for place in (0, 1) for x in "qk"))
+    paths = {f"{lead}.{place}.{x}": f"layers.0.{x}" for place in range(4) for x in "qk"}
+    write_peft(tmp_path / "adapter", adapt(rng, base, paths)[0])
+    error = refused(tmp_path, capsys)
+    assert f"the base has no {lead}.2.k.weight for an adapter of shape (6, 5); block 2" in error
+    assert f"block 2 of {lead} is beyond the last one of the base, so the base has fewer" in error
+    assert "--rename" not in error
+
+
+@pytest.mark.parametrize("missing", ["layers.2.q", "q"])
+def test_a_block_that_lacks_a_module_is_not_beyond_the_last_one(tmp_path, rng, capsys, missing):
+    base = model(tmp_path, rng, "layers.0.q", "layers.1.k", "layers.2.k")
+    own = dict.fromkeys(("layers.0.q", missing), "layers.0.q")
+    write_peft(tmp_path / "adapter", adapt(rng, base, own)[0])
+    error = refused(tmp_path, capsys)
+    assert f"the base has no {missing}.weight" in error
+    assert "fewer blocks" not in error
+
+
+@pytest.mark.parametrize("more", [[], ["layers.1.v"], ["x.v"]])
+def test_a_tensor_of_another_module_is_not_advised(tmp_path, rng, capsys, more):
+    base = model(tmp_path, rng, "layers.0.q", "layers.0.v", "layers.2.q", *more)
+    own = dict.fromkeys(("layers.0.q", "layers.0.v", "layers.1.v", "layers.2.q"), "layers.0.q")
+    write_peft(tmp_path / "adapter", adapt(rng, base, own)[0])
+    if "layers.1.v" in more:
+        assert merge(tmp_path) == 0
+        return
+    error = refused(tmp_path, capsys)
+    assert "the base has no layers.1.v.weight" in error
+    assert "layers.0.v" not in error
+    assert "fewer blocks" not in error
+
+
 def test_a_tensor_whose_name_no_option_can_give_is_not_advised(tmp_path, rng, capsys):
     base = model(tmp_path, rng, "a=b.q.v")
     write_peft(tmp_path / "adapter", adapt(rng, base, {"x.q.v": "a=b.q.v"})[0])
@@ -130,6 +165,54 @@ def test_a_rename_that_is_not_an_expression_is_refused(tmp_path, rng, capsys, te
     assert message in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"a rename must be REGEX=NEW, got '\('"):
         Fit((("(", "x"),))
+
+
+# Several tensors that may be meant
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("own", ["", "x."])
+def test_the_options_of_an_ambiguity_merge(tmp_path, rng, capsys, own, place):
+    leads = ("text.", "vision.")
+    ends = ("layers.0.q", "layers.0.v")
+    base = model(tmp_path, rng, *(f"{lead}{end}" for lead in leads for end in ends))
+    leaves, changed = adapt(rng, base, {f"{own}{x}": f"{leads[place]}{x}" for x in ends})
+    write_peft(tmp_path / "adapter", leaves)
+    error = refused(tmp_path, capsys)
+    if own:  # of no stage
+        check(tmp_path, base, changed, "--rename", f"^x[.]={leads[place]}")
+        return
+    assert "layers.0.q.weight may be text.layers.0.q.weight or vision.layers.0.q.weight" in error
+    options = error.split("--rename")[1:]
+    assert len(options) == 2
+    assert f" takes {leads[place]}layers.0.q.weight" in options[place]
+    check(tmp_path, base, changed, *advised(f"--rename{options[place]}", "--rename"))
+
+
+def test_where_no_one_option_is_enough_each_module_needs_its_name(tmp_path, rng, capsys):
+    """The tables of two families give two names. The advice is followed."""
+    paths = [f"b.{place}.{name}.query" for place in (0, 1) for name in ("attention", "self")]
+    base = model(tmp_path, rng, *paths)
+    own = {f"b.{place}.q_proj": f"b.{place}.self.query" for place in (0, 1)}
+    leaves, changed = adapt(rng, base, own)
+    write_peft(tmp_path / "adapter", leaves)
+    error = refused(tmp_path, capsys)
+    assert "b.0.q_proj.weight may be b.0.attention.query.weight or b.0.self.query.weight" in error
+    assert "; name the tensor of each module with --rename REGEX=NEW" in error
+    options = [x for pair in own.items() for x in ("--rename", "=".join(pair))]
+    check(tmp_path, base, changed, *options)
+
+
+def test_two_ways_that_agree_are_one(tmp_path, rng):
+    """The norm is found by the second way alone, without `model`."""
+    base = model(tmp_path, rng, "a.q")
+    base["a.model.norm.weight"] = draw(rng, 3)
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    leaves, changed = adapt(rng, base, {"q": "a.q"})
+    changed["a.model.norm.weight"] = draw(rng, 3)
+    whole = {f"{PREFIX}norm.weight": changed["a.model.norm.weight"]}
+    write_peft(tmp_path / "adapter", leaves, whole, modules_to_save=["norm"])
+    check(tmp_path, base, changed)
 
 
 # One of several adapters
@@ -676,6 +759,25 @@ def test_a_pickle_is_converted_to_the_file_that_is_found(tmp_path, rng, capsys, 
     advised_path = pathlib.Path(re.search(r"\.items\(\)\}, '(.+?)'", error)[1])
     assert advised_path == tmp_path / folder / new
     save_file(tensors, advised_path)
+    check(tmp_path, base, changed)
+
+
+def test_the_folder_of_the_model_is_named(tmp_path, rng, capsys):
+    """The advice is followed: sentence-transformers has the model in a folder of its own."""
+    base = model(tmp_path, rng, Q)
+    leaves, changed = adapt(rng, base, {Q: Q})
+    write_peft(tmp_path / "adapter", leaves)
+    (tmp_path / "base").rename(tmp_path / "0_Transformer")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "0_Transformer").rename(tmp_path / "base" / "0_Transformer")
+    (tmp_path / "base" / "2_Dense").mkdir()
+    save_file({"a": draw(rng, 1)}, tmp_path / "base" / "2_Dense" / "model.safetensors")
+    error = refused(tmp_path, capsys)
+    folder = tmp_path / "base" / "0_Transformer"
+    assert f"got 0 of them: give {folder}, the folder of the model" in error
+    folder.rename(tmp_path / "model")
+    shutil.rmtree(tmp_path / "base")
+    (tmp_path / "model").rename(tmp_path / "base")
     check(tmp_path, base, changed)
 
 

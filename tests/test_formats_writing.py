@@ -515,3 +515,73 @@ def test_a_direction_form_is_refused_and_the_advice_works(tmp_path, format):
     adapter, config = convert_form(weight, layer.adapter, layer.config, "weight")
     save_adapters(tmp_path / "a", {"q": layer._replace(adapter=adapter, config=config)}, format)
     assert load_adapters(tmp_path / "a")["q"].config == config
+
+
+# The parts beside the adapters
+
+
+EMBEDDINGS = f"{PREFIX}model.embed_tokens"
+TOKENS = f"{EMBEDDINGS}.token_adapter.trainable_tokens_delta"
+
+
+def with_tokens(folder):
+    """Write a PEFT adapter with two trained tokens."""
+    write_adapter(folder, trainable_token_indices={"embed_tokens": [3, 1]})
+    add(folder, {TOKENS: draw(np.random.default_rng(8), 2, 5)})
+
+
+@pytest.mark.parametrize("to", ["mlx", "diffusers"])
+def test_trained_tokens_are_refused_by_formats_without_them(tmp_path, capsys, to):
+    with_tokens(tmp_path / "a")
+    assert convert(tmp_path / "a", tmp_path / "b", to) == 2
+    error = capsys.readouterr().err
+    assert "rows of 2 tokens of model.embed_tokens.weight" in error
+    assert "doraxp merge" in error
+    assert not (tmp_path / "b").exists()
+
+
+def test_trained_tokens_are_in_a_copy(tmp_path):
+    with_tokens(tmp_path / "a")
+    assert convert(tmp_path / "a", tmp_path / "b") == 0
+    before, after = (tmp_path / name / "adapter_model.safetensors" for name in "ab")
+    assert bytes_of(after) == bytes_of(before)
+    assert config_of(tmp_path / "b")["trainable_token_indices"] == {"embed_tokens": [3, 1]}
+    one, other = (load_adapters(tmp_path / name).tokens for name in "ab")
+    assert one == other != {}
+
+
+def state_dict_of_two(folder):
+    """Write a state dict of PEFT with the adapters "x" and "y", a head and tokens of each."""
+    write_adapter(folder, modules_to_save=["head"], trainable_token_indices=[3, 1])
+    path = folder / "adapter_model.safetensors"
+    own = load_file(path)
+    rng = np.random.default_rng(9)
+    whole = {
+        name: {f"{PREFIX}head.weight": draw(rng, 3, 4), TOKENS: draw(rng, 2, 5)} for name in "xy"
+    }
+    tensors = {f"{PREFIX}head.original_module.weight": draw(rng, 3, 4)}
+    for name, added in whole.items():
+        tensors |= {
+            re.sub(r"(lora_[AB]|lora_magnitude_vector)", rf"\1.{name}", key): value + (name == "y")
+            for key, value in own.items()
+        }
+        head, rows = added.values()
+        tensors |= {f"{PREFIX}head.modules_to_save.{name}.weight": head, f"{TOKENS}.{name}": rows}
+    save_file(tensors, path)
+
+
+def test_one_adapter_of_a_state_dict_has_the_names_that_peft_loads(tmp_path):
+    state_dict_of_two(tmp_path / "a")
+    options = ["--adapter-name", "x"]
+    paths = [str(tmp_path / "a"), "--to", "peft", "--out", str(tmp_path / "b")]
+    assert main(["convert", *paths, *options]) == 0
+    found = load_file(tmp_path / "b" / "adapter_model.safetensors")
+    source = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    desired = {
+        re.sub(r"(\.modules_to_save)?\.x(?=\.weight$)|\.x$", "", name): value
+        for name, value in source.items()
+        if not re.search(r"\.y(\.weight)?$", name)
+    }
+    assert found.keys() == desired.keys()
+    for name, value in found.items():
+        np.testing.assert_array_equal(value, desired[name])

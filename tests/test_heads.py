@@ -18,6 +18,7 @@ from checkpoints import (
     draw,
     merge,
     near,
+    peft_config,
     read_folder,
     refused,
     write_base,
@@ -889,9 +890,7 @@ def classifier(folder, rng, *, architectures=("BertModel",), size=3, prefix="ber
         ("SEQ_CLS", "BertForMaskedLM", "BertForSequenceClassification"),
         ("TOKEN_CLS", "BertPreTrainedModel", "BertForTokenClassification"),
         ("QUESTION_ANS", "GPT2LMHeadModel", "GPT2ForQuestionAnswering"),
-        ("OTHER", "BertModel", "BertModel"),
-        (None, "BertModel", "BertModel"),
-        ("SEQ_CLS", "bert", "bert"),
+        ("SEQ_CLS", "Gemma3ForCausalLM", "Gemma3TextForSequenceClassification"),
     ],
 )
 def test_a_new_head_gives_the_model_its_class_and_its_labels(
@@ -905,6 +904,197 @@ def test_a_new_head_gives_the_model_its_class_and_its_labels(
     assert config["id2label"] == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
     assert config["label2id"] == {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}
     assert not {"num_labels", "_num_labels"} & config.keys()
+
+
+@pytest.mark.parametrize(
+    ("task", "given"), [("OTHER", "BertModel"), (None, "BertModel"), ("SEQ_CLS", "bert")]
+)
+def test_a_new_head_of_a_class_that_no_file_tells_needs_the_option(
+    tmp_path, rng, capsys, task, given
+):
+    base, changed = classifier(tmp_path, rng, architectures=[given], task_type=task)
+    assert "name it with --architecture" in refused(tmp_path, capsys)
+    check(tmp_path, base, changed, "--architecture", "BertForMine")
+    assert config_of(tmp_path)["architectures"] == ["BertForMine"]
+
+
+@pytest.mark.parametrize(
+    ("given", "task", "architecture"),
+    [
+        ("BertForTokenClassification", "SEQ_CLS", "BertForSequenceClassification"),
+        ("BertForSequenceClassification", "SEQ_CLS", "BertForSequenceClassification"),
+        ("BertForMultipleChoice", "CAUSAL_LM", "BertForMultipleChoice"),
+        ("BertForMultipleChoice", None, "BertForMultipleChoice"),
+    ],
+)
+def test_a_head_of_one_name_for_two_tasks_is_that_of_the_adapters_task(
+    tmp_path, rng, given, task, architecture
+):
+    base = model(rng, **{"classifier.weight": draw(rng, 3, WIDTH)})
+    write_base(tmp_path / "base", base, architectures=[given])
+    leaves, changed = query(rng, base)
+    changed["classifier.weight"] = draw(rng, 3, WIDTH)
+    whole = {f"{PREFIX}classifier.weight": changed["classifier.weight"]}
+    saved = {"modules_to_save": ["classifier"], "task_type": task}
+    write_peft(tmp_path / "adapter", leaves, whole, **saved)
+    check(tmp_path, base, changed)
+    assert config_of(tmp_path) == {"architectures": [architecture]}
+    before, after = ((tmp_path / name / "config.json").read_bytes() for name in ("base", "out"))
+    assert (before == after) == (given == architecture)
+
+
+def test_embeddings_that_were_trained_do_not_change_the_class(tmp_path, rng):
+    base = write_base(tmp_path / "base", model(rng), architectures=["BertModel"])
+    leaves, changed = query(rng, base)
+    changed[EMBED] = draw(rng, TOKENS, WIDTH)
+    saved = {"modules_to_save": ["embed_tokens"], "task_type": "SEQ_CLS"}
+    write_peft(tmp_path / "adapter", leaves, {f"{PREFIX}{EMBED}": changed[EMBED]}, **saved)
+    check(tmp_path, base, changed)
+    assert config_of(tmp_path) == {"architectures": ["BertModel"]}
+
+
+def test_a_module_is_saved_whose_name_ends_with_one_that_peft_was_told(tmp_path, rng):
+    """DistilBERT's pre_classifier ends with classifier."""
+    base, changed = classifier(tmp_path, rng)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    changed["pre_classifier.weight"] = draw(rng, 6, 6)
+    whole = {f"{PREFIX}pre_classifier.weight": changed["pre_classifier.weight"]}
+    save_file(load_file(file) | whole, file)
+    check(tmp_path, base, changed)
+    assert len(config_of(tmp_path)["id2label"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "classes"),
+    [
+        ("yolos", "class_labels_classifier.layers.1", 6),
+        ("conditional_detr", "class_labels_classifier", 7),
+        ("mask2former", "class_predictor", 6),
+        ("yolos", "other", 7),
+    ],
+)
+def test_a_detector_may_have_a_row_for_no_object(tmp_path, rng, family, name, classes):
+    base = write_base(tmp_path / "base", model(rng), architectures=["A"], model_type=family)
+    leaves, changed = query(rng, base)
+    head = {f"{name}.weight": draw(rng, 7, WIDTH), "box.layers.0.weight": draw(rng, 9, WIDTH)}
+    if name != "other":
+        head["box.layers.1.weight"] = draw(rng, 4, 9)
+    whole = {f"{PREFIX}{own}": tensor for own, tensor in head.items()}
+    saved = [name.partition(".")[0], "box"]
+    write_peft(tmp_path / "adapter", leaves, whole, modules_to_save=saved)
+    check(tmp_path, base, changed | head, "--architecture", "B")
+    assert len(config_of(tmp_path)["id2label"]) == classes
+
+
+def test_a_new_head_of_letters_gives_their_number(tmp_path, rng):
+    """Wav2Vec2ForCTC has an lm_head and no embeddings."""
+    base = {QUERY: draw(rng, 6, WIDTH)}
+    write_base(tmp_path / "base", base, architectures=["XModel"], vocab_size=32)
+    leaves, changed = query(rng, base)
+    changed[HEAD] = draw(rng, 40, WIDTH)
+    mapping = {"base_model_class": "XForCTC"}
+    saved = {"modules_to_save": ["lm_head"], "auto_mapping": mapping}
+    write_peft(tmp_path / "adapter", leaves, {f"{PREFIX}{HEAD}": changed[HEAD]}, **saved)
+    check(tmp_path, base, changed)
+    assert config_of(tmp_path) == {"architectures": ["XForCTC"], "vocab_size": 40}
+
+
+def test_names_that_a_class_with_the_new_head_does_not_have_are_refused(tmp_path, rng, capsys):
+    """LlamaForQuestionAnswering has `transformer.` for `model.`."""
+    base = write_base(tmp_path / "base", model(rng), architectures=["LlamaForCausalLM"])
+    leaves, _ = query(rng, base)
+    leaves = {f"transformer{path.removeprefix('model')}": own for path, own in leaves.items()}
+    head = {f"{PREFIX}qa_outputs.weight": draw(rng, 2, WIDTH)}
+    saved = {"modules_to_save": ["qa_outputs"], "task_type": "QUESTION_ANS"}
+    write_peft(tmp_path / "adapter", leaves, head, **saved)
+    error = refused(tmp_path, capsys)
+    assert "a model with qa_outputs.weight has the name transformer.layers.0" in error
+
+
+@pytest.mark.parametrize("saved", ["experts", "mlp"])
+def test_a_module_that_the_base_has_in_another_form_is_not_added(tmp_path, rng, capsys, saved):
+    there = "model.layers.0.mlp.experts.0.up_proj.weight"
+    base = write_base(tmp_path / "base", model(rng, **{there: draw(rng, 4, WIDTH)}))
+    leaves, _ = query(rng, base)
+    whole = {f"{PREFIX}model.layers.0.mlp.experts.gate_up_proj": draw(rng, 2, 8, WIDTH)}
+    write_peft(tmp_path / "adapter", leaves, whole, modules_to_save=[saved])
+    assert f"the base has {there} and other tensors for" in refused(tmp_path, capsys)
+
+
+def test_a_module_of_a_block_that_the_base_lacks_is_added(tmp_path, rng):
+    base = write_base(tmp_path / "base", model(rng))
+    leaves, changed = query(rng, base)
+    name = "model.layers.0.gate.weight"
+    changed[name] = draw(rng, 2, WIDTH)
+    whole = {f"{PREFIX}{name}": changed[name]}
+    write_peft(tmp_path / "adapter", leaves, whole, modules_to_save=["gate"])
+    check(tmp_path, base, changed)
+
+
+@pytest.mark.parametrize(("own", "there"), [("weight", "gamma"), ("bias", "beta")])
+def test_a_norm_has_other_names_in_old_files(tmp_path, rng, own, there):
+    base = write_base(tmp_path / "base", model(rng, **{f"LayerNorm.{there}": draw(rng, 5)}))
+    leaves, changed = query(rng, base)
+    changed[f"LayerNorm.{there}"] = draw(rng, 5)
+    whole = {f"{PREFIX}LayerNorm.{own}": changed[f"LayerNorm.{there}"]}
+    write_peft(tmp_path / "adapter", leaves, whole, modules_to_save=["LayerNorm"])
+    check(tmp_path, base, changed)
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_the_counter_of_a_batch_norm_is_copied(tmp_path, rng, is_new):
+    name = "head.norm.num_batches_tracked"
+    counter = {} if is_new else {name: np.array(7)}
+    base = write_base(tmp_path / "base", model(rng, **counter))
+    leaves, changed = query(rng, base)
+    changed[name] = np.array(2**60 + 1)
+    whole = {f"{PREFIX}{name}": changed[name]}
+    write_peft(tmp_path / "adapter", leaves, whole, modules_to_save=["head"])
+    check(tmp_path, base, changed)
+    assert read_folder(tmp_path / "out")[name] == 2**60 + 1
+
+
+def test_a_head_of_classes_needs_no_head_of_new_tokens(tmp_path, rng):
+    base = model(rng, **{HEAD: draw(rng, TOKENS, WIDTH)})
+    write_base(tmp_path / "base", base, architectures=["LlamaForCausalLM"])
+    leaves, changed = query(rng, base)
+    changed |= {"score.weight": draw(rng, 3, WIDTH), EMBED: draw(rng, TOKENS + 2, WIDTH)}
+    whole = {f"{PREFIX}{name}": changed[name] for name in ("score.weight", EMBED)}
+    saved = {"modules_to_save": ["score"], "task_type": "SEQ_CLS"}
+    write_peft(tmp_path / "adapter", leaves, whole, **saved)
+    check(tmp_path, base, changed)
+    assert config_of(tmp_path)["architectures"] == ["LlamaForSequenceClassification"]
+
+
+def test_biases_of_tokens_that_did_not_grow_are_refused(tmp_path, rng, capsys):
+    """BART has one number for each token in final_logits_bias."""
+    bias = np.zeros((1, TOKENS), np.float32)
+    base = write_base(tmp_path / "base", model(rng, final_logits_bias=bias))
+    leaves, changed = query(rng, base)
+    changed[EMBED] = draw(rng, TOKENS + 2, WIDTH)
+    write_peft(tmp_path / "adapter", leaves, {f"{PREFIX}{EMBED}": changed[EMBED]})
+    error = refused(tmp_path, capsys)
+    assert f"final_logits_bias has {TOKENS}: give the BASE whose embeddings" in error
+    base["final_logits_bias"] = np.zeros((1, TOKENS + 2), np.float32)
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    check(tmp_path, base, changed)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save lm_head"),
+        ({"modules_to_save": ["score", "head"]}, "modules_to_save head"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    ],
+)
+def test_a_file_without_what_the_configuration_names_is_refused(
+    tmp_path, rng, capsys, entries, message
+):
+    base = write_base(tmp_path / "base", model(rng))
+    write_peft(tmp_path / "adapter", query(rng, base)[0], **entries)
+    error = refused(tmp_path, capsys)
+    assert f"adapter_config.json says {message}, but the file has no tensors of them" in error
 
 
 def test_a_new_head_is_in_the_index_and_all_names_get_the_prefix(tmp_path, rng):
@@ -961,7 +1151,7 @@ def test_labels_of_another_number_than_the_rows_are_refused(tmp_path, rng, capsy
     """The advice is followed: a name for each row."""
     base, changed = classifier(tmp_path, rng)
     error = refused(tmp_path, capsys, "--labels", "no,yes")
-    assert "labels must have a name for each of the 3 rows of classifier.weight, got 2" in error
+    assert "labels must have a name for each of the 3 classes of classifier.weight, got 2" in error
     check(tmp_path, base, changed, "--labels", "no,maybe,yes")
 
 
@@ -1046,6 +1236,17 @@ def test_a_whole_tensor_that_does_not_fit_is_refused(tmp_path, rng, capsys, tens
     assert message in refused(tmp_path, capsys)
 
 
+def test_a_layer_of_another_size_must_be_one_that_peft_saves_in_full(tmp_path, rng, capsys):
+    base = write_base(tmp_path / "base", model(rng, **{"score.weight": draw(rng, 3, WIDTH)}))
+    leaves, changed = query(rng, base)
+    changed["score.weight"] = draw(rng, 4, WIDTH)
+    whole = {f"{PREFIX}score.weight": changed["score.weight"]}
+    write_peft(tmp_path / "adapter", leaves, whole)
+    assert "(4, 5) does not fit score.weight (3, 5)" in refused(tmp_path, capsys)
+    write_json(tmp_path / "adapter" / "adapter_config.json", peft_config(modules_to_save=["score"]))
+    check(tmp_path, base, changed)
+
+
 def test_a_whole_tensor_for_one_that_is_not_floating_is_refused(tmp_path, rng, capsys):
     base = write_base(tmp_path / "base", model(rng, ids=np.arange(4)))
     leaves, _ = query(rng, base)
@@ -1076,6 +1277,9 @@ def test_two_whole_tensors_for_one_of_the_base_must_be_equal(tmp_path, rng, caps
 # A residual base
 
 
+SHARES = (0.03, 0.1, 0.5, 0.9, 0.98)
+
+
 def pissa(folder, rng, *, base, m, **changes):
     """Write an adapter of PiSSA: s B A is the best approximation of W, m has the norms of W.
 
@@ -1088,7 +1292,7 @@ def pissa(folder, rng, *, base, m, **changes):
     stored = {"whole": weight, "residual": residual}
     norms = {name: np.linalg.norm(matrix, axis=1) for name, matrix in stored.items()}
     norms["neither"] = 3 + rng.random(6)
-    for share in (0.1, 0.5, 0.9):
+    for share in SHARES:
         norms[share] = (1 - share) * norms["whole"] + share * norms["residual"]
     tensors = {QUERY: stored[base].astype("float32"), EMBED: draw(rng, TOKENS, WIDTH)}
     write_base(folder / "base", tensors)
@@ -1100,9 +1304,10 @@ def pissa(folder, rng, *, base, m, **changes):
 
 @pytest.mark.parametrize("name", ["pissa", "pissa_niter_4", "olora", "PiSSA"])
 @pytest.mark.parametrize("arguments", [[], ["--base-is-residual"]])
-def test_a_residual_base_is_known_by_its_norms(tmp_path, rng, name, arguments):
+def test_a_residual_base_is_known_by_its_norms(tmp_path, rng, capsys, name, arguments):
     base, changed = pissa(tmp_path, rng, base="residual", m="whole", init_lora_weights=name)
     check(tmp_path, base, changed, *arguments)
+    assert "magnitudes do not tell" not in capsys.readouterr().err
 
 
 def test_norms_of_neither_need_the_option(tmp_path, rng, capsys):
@@ -1114,15 +1319,16 @@ def test_norms_of_neither_need_the_option(tmp_path, rng, capsys):
 
 
 @pytest.mark.parametrize("base", ["whole", "residual"])
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_norms_tell_only_where_those_of_one_are_much_nearer(tmp_path, rng, capsys, base, share):
+@pytest.mark.parametrize("share", SHARES)
+def test_norms_tell_only_where_those_of_one_are_near(tmp_path, rng, capsys, base, share):
     """m between those of W and of W − s B A, as a training leaves it.
 
-    V = W + s B A of the base in the file: an m near ‖W‖ is that of the base of before.
+    V = W + s B A of the base in the file: an m near ‖W‖ is that of the base of before. An m that
+    the training moved by a tenth tells nothing, though one of the two is nearer.
     """
     tensors, changed = pissa(tmp_path, rng, base=base, m=share)
-    is_residual = base == "residual" and share == 0.1
-    is_known_not_to_be = (base, share) in [("whole", 0.1), ("residual", 0.9)]
+    is_residual = base == "residual" and share == 0.03
+    is_known_not_to_be = (base, share) in [("whole", 0.03), ("residual", 0.98)]
     if is_residual:
         check(tmp_path, tensors, changed)
         return
@@ -1131,6 +1337,7 @@ def test_norms_tell_only_where_those_of_one_are_much_nearer(tmp_path, rng, capsy
         assert "BASE is not the residual" in refused(tmp_path, capsys, "--base-is-residual")
     else:
         check(tmp_path, tensors, changed, "--base-is-residual")
+        assert "magnitudes do not tell whether BASE is the residual base" in capsys.readouterr().err
 
 
 def test_the_base_of_before_the_initialisation_is_refused(tmp_path, rng, capsys):
@@ -1232,6 +1439,27 @@ def test_the_base_tells_how_a_square_weight_is_stored(
     leaves, changed = adapt(rng, base, transposed)
     write_peft(tmp_path / "adapter", leaves, fan_in_fan_out=flag)
     check(tmp_path, base, changed)
+
+
+@pytest.mark.parametrize("adapted", [(PROJ,), (PROJ, ATTN)])
+@pytest.mark.parametrize("biases", [True, False])
+def test_biases_and_shapes_come_before_the_model_type(tmp_path, rng, biases, adapted):
+    """mlx-lm stores the weights of GPT-2 (out, in)."""
+    tensors = {name: x.T.copy() for name, x in gpt2(rng, biases=biases).items()}
+    base = write_base(tmp_path / "base", tensors, model_type="gpt2")
+    is_known = biases or ATTN in adapted
+    leaves, changed = adapt(rng, base, dict.fromkeys(adapted, not is_known))
+    write_peft(tmp_path / "adapter", leaves)
+    check(tmp_path, base, changed)
+
+
+def test_weights_of_gpt2_that_are_stored_in_both_ways_are_refused(tmp_path, rng, capsys):
+    tensors = gpt2(rng) | {"h.1.c_fc.weight": draw(rng, 16, 4), "h.1.c_fc.bias": draw(rng, 16)}
+    base = write_base(tmp_path / "base", tensors, model_type="gpt2")
+    write_peft(tmp_path / "adapter", adapt(rng, base, {PROJ: True})[0])
+    error = refused(tmp_path, capsys)
+    assert f"{PROJ}.weight is square" in error
+    assert "give the model as its own library saves it" in error
 
 
 @pytest.mark.parametrize("flag", [False, True])

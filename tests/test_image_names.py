@@ -8,6 +8,7 @@ list of names is one matrix, whose rows are theirs in this order.
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -379,12 +380,44 @@ def test_modules_that_no_name_gives_to_a_part_are_not_left_out(tmp_path, rng, ca
     assert "the base has no lycoris_x.weight" in error
 
 
-def test_a_module_that_two_parts_have_is_refused(tmp_path, rng, capsys):
-    base = encoder(rng, "text_encoder.") | encoder(rng, "text_encoder_2.")
-    way = {CLIP[0]: parts(f"text_encoder.{CLIP[0]}")}
-    adapter, _ = adapt(rng, base, way, underscored("lycoris"))
+def test_a_part_is_not_left_out_beside_modules_of_no_part(tmp_path, rng, capsys):
+    """`transformer.` may be the denoiser, or the beginning of any model's names."""
+    base = {"out.2.weight": draw(rng, SIZE, SIZE)}
+    adapter, _ = adapt(rng, base, same("out.2"), underscored("lycoris"))
+    more, _ = adapt(rng, {"x.weight": draw(rng, 3, 3)}, same("x"), underscored("lora_unet"))
+    error = refused(tmp_path, capsys, base, adapter | more)
+    assert "the base has no lora_unet_x.weight" in error
+
+
+TWO_PARTS = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+
+
+@pytest.mark.parametrize("chosen", [0, 1])
+@pytest.mark.parametrize("two", [("text_encoder", "text_encoder_2"), ("unet", "text_encoder_2")])
+@pytest.mark.parametrize("key", ["lycoris", "lora", None])
+def test_a_module_that_two_parts_have_is_refused(tmp_path, rng, capsys, key, two, chosen):
+    """The advice is followed."""
+    base = {name: x for part in two for name, x in encoder(rng, f"{part}.").items()}
+    name = f"{two[chosen]}.{CLIP[0]}"
+    naming = underscored(key) if key else str
+    adapter, changed = adapt(rng, base, {CLIP[0]: parts(name)}, naming)
     error = refused(tmp_path, capsys, base, adapter)
-    assert "may be for text_encoder. or text_encoder_2." in error
+    one, other = sorted(two)
+    assert f"may be for {one}. or {other}.; --rename" in error
+    options = {part: f"^(lora|lycoris)_={TWO_PARTS[part]}" if key else f"^={part}." for part in two}
+    for part, option in options.items():
+        assert f"--rename {shlex.quote(option)} takes {part}." in error
+    check(tmp_path, base, adapter, changed, "--rename", options[two[chosen]])
+
+
+def test_two_parts_of_one_kind_are_not_told_apart_by_a_rename(tmp_path, rng, capsys):
+    leads = ("cond_stage_model.transformer.", "text_encoder.")
+    base = {name: x for lead in leads for name, x in encoder(rng, lead).items()}
+    way = {CLIP[0]: parts(f"text_encoder.{CLIP[0]}")}
+    adapter, _ = adapt(rng, base, way, underscored("lora_te1"))
+    error = refused(tmp_path, capsys, base, adapter)
+    assert f"may be for {leads[0]} or {leads[1]}; remove from BASE" in error
+    assert "--rename" not in error
 
 
 @pytest.mark.parametrize(

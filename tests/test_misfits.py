@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -114,7 +116,11 @@ def test_a_wrapper_is_in_no_name_of_a_new_head(tmp_path, rng, wrapper):
     own = {f"{wrapper}{path}": value for path, value in leaves.items()}
     name = f"{PREFIX}{wrapper}score.weight"
     write_peft(
-        tmp_path / "adapter", own, {name: changed["score.weight"]}, modules_to_save=["score"]
+        tmp_path / "adapter",
+        own,
+        {name: changed["score.weight"]},
+        modules_to_save=["score"],
+        task_type="SEQ_CLS",
     )
     check(tmp_path, base, changed)
 
@@ -165,7 +171,7 @@ def test_labels_are_in_the_order_of_their_numbers(tmp_path, rng, labels):
     leaves, changed = query(rng, base)
     changed["score.weight"] = draw(rng, 3, 5)
     whole = {f"{PREFIX}score.weight": changed["score.weight"]}
-    write_peft(tmp_path / "adapter", leaves, whole, modules_to_save=["score"])
+    write_peft(tmp_path / "adapter", leaves, whole, modules_to_save=["score"], task_type="SEQ_CLS")
     write_json(tmp_path / "adapter" / "config.json", {"id2label": labels})
     check(tmp_path, base, changed)
     names = ["a", "b", "c"] if "0" in labels else [f"LABEL_{place}" for place in range(3)]
@@ -190,6 +196,37 @@ def test_single_rows_and_an_adapter_of_one_weight_are_refused(tmp_path, rng, cap
     whole[f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta"] = draw(rng, 1, 5)
     write_peft(tmp_path / "adapter", {}, whole, trainable_token_indices=[2])
     assert "has an adapter, and single rows" in refused(tmp_path, capsys)
+
+
+ROWS = f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta"
+
+
+def test_tokens_of_a_state_dict_have_the_name_of_their_adapter(tmp_path, rng):
+    base = {EMBED: draw(rng, 9, 5), QUERY: draw(rng, 6, 5)}
+    write_base(tmp_path / "base", base)
+    tensors, wanted = {}, {}
+    for own in ("a", "b"):
+        leaves, wanted[own] = query(rng, base)
+        write_peft(tmp_path / own, leaves, trainable_token_indices={"embed_tokens": [4, 2]})
+        for name, value in load_file(tmp_path / own / "adapter_model.safetensors").items():
+            tensors[re.sub(r"(lora_\w+)(\.weight)?$", rf"\1.{own}", name)] = value
+        rows = tensors[f"{ROWS}.{own}"] = draw(rng, 2, 5)
+        wanted[own][EMBED] = base[EMBED].copy()
+        wanted[own][EMBED][[4, 2]] = rows
+    tensors[f"{PREFIX}model.embed_tokens.token_adapter.base_layer.weight"] = base[EMBED]
+    (tmp_path / "a").rename(tmp_path / "adapter")
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    check(tmp_path, base, wanted["b"], "--adapter-name", "b")
+
+
+def test_tokens_of_two_adapters_beside_one_are_refused(tmp_path, rng, capsys):
+    base = {EMBED: draw(rng, 9, 5), QUERY: draw(rng, 6, 5)}
+    write_base(tmp_path / "base", base)
+    whole = {f"{ROWS}.{name}": draw(rng, 1, 5) for name in "ab"}
+    leaves, _ = query(rng, base)
+    write_peft(tmp_path / "adapter", leaves, whole, trainable_token_indices=[2])
+    error = refused(tmp_path, capsys)
+    assert f"{ROWS}.a and {ROWS}.b are both for model.embed_tokens: remove" in error
 
 
 def test_whole_tensors_may_be_found_by_dropped_names(tmp_path, rng):
@@ -291,17 +328,105 @@ def test_only_diffusers_holds_adapters_of_several_parts(tmp_path, rng, capsys):
     assert "has adapters for text_encoder, unet" in capsys.readouterr().err
 
 
-def test_a_conversion_by_the_bases_names_writes_the_patterns_anew(tmp_path, rng):
+def test_a_renamed_copy_writes_the_patterns_anew(tmp_path, rng):
     base = {"layers.0.q.weight": draw(rng, 6, 5), "layers.0.k.weight": draw(rng, 6, 5)}
     write_base(tmp_path / "base", base)
     leaves = {f"model.layers.0.{x}": near(rng, base[f"layers.0.{x}.weight"]) for x in "qk"}
     write_peft(tmp_path / "adapter", leaves, alpha_pattern={"model.layers.0.q": 7})
     source, out = str(tmp_path / "adapter"), str(tmp_path / "converted")
     command = ["convert", source, "--base", str(tmp_path / "base"), "--to", "peft", "--out", out]
-    assert main(command) == 0
+    assert main([*command, "--rename", r"^model\.="]) == 0
     before, after = load_adapters(source), load_adapters(out)
     scalings = {path: layer.config.scaling for path, layer in after.items()}
     assert scalings == {p.removeprefix("model."): x.config.scaling for p, x in before.items()}
+
+
+ON_DISK = {
+    "language_model.model.layers.0.q.weight": (6, 5),
+    "language_model.lm_head.weight": (9, 5),
+}
+
+
+def vision_language(folder, rng, **whole):
+    """Write a model whose names on disk are not those in memory, and a PEFT adapter of it."""
+    base = {name: draw(rng, *shape) for name, shape in ON_DISK.items()}
+    write_base(folder / "base", base, model_type="llava", text_config={"model_type": "llama"})
+    leaves = {"model.language_model.layers.0.q": near(rng, base[next(iter(base))])}
+    pattern = {r"^model\.language_model\.layers\.0\.q": 7}
+    saved = ["lm_head"] if whole else None
+    write_peft(folder / "adapter", leaves, whole, alpha_pattern=pattern, modules_to_save=saved)
+
+
+def convert(folder, to, *options):
+    paths = ["--base", str(folder / "base"), "--out", str(folder / "converted")]
+    return main(["convert", str(folder / "adapter"), "--to", to, *paths, *options])
+
+
+def test_a_copy_keeps_the_names_that_modules_have_in_memory(tmp_path, rng):
+    vision_language(tmp_path, rng, **{f"{PREFIX}lm_head.weight": draw(rng, 9, 5)})
+    assert convert(tmp_path, "peft") == 0
+    one, other = (
+        load_file(tmp_path / name / "adapter_model.safetensors")
+        for name in ("adapter", "converted")
+    )
+    assert one.keys() == other.keys()
+    config = json.loads((tmp_path / "converted" / "adapter_config.json").read_text())
+    assert config["alpha_pattern"] == {r"^model\.language_model\.layers\.0\.q": 7}
+    assert config["modules_to_save"] == ["lm_head"]
+
+
+def test_a_copy_is_compared_with_the_base(tmp_path, rng, capsys):
+    vision_language(tmp_path, rng)
+    write_base(tmp_path / "other", {QUERY: draw(rng, 7, 5)})
+    shutil.rmtree(tmp_path / "base")
+    (tmp_path / "other").rename(tmp_path / "base")
+    assert convert(tmp_path, "peft") == 2
+    assert "the base has no model.language_model.layers.0.q.weight" in capsys.readouterr().err
+
+
+def test_a_renamed_copy_has_no_whole_tensors(tmp_path, rng, capsys):
+    vision_language(tmp_path, rng, **{f"{PREFIX}lm_head.weight": draw(rng, 9, 5)})
+    assert convert(tmp_path, "peft", "--rename", r"^model\.=") == 2
+    error = capsys.readouterr().err
+    assert "a PEFT file with new names of modules has no place for whole tensors" in error
+    assert "also replaces lm_head.weight" in error
+
+
+def test_mlx_has_no_module_for_a_tied_head(tmp_path, rng, capsys):
+    """The advice works."""
+    base = {EMBED: draw(rng, 9, 5), QUERY: draw(rng, 6, 5)}
+    config = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    write_base(tmp_path / "base", base, **config)
+    write_peft(tmp_path / "adapter", {"lm_head": near(rng, base[EMBED])})
+    assert convert(tmp_path, "mlx") == 2
+    error = capsys.readouterr().err
+    assert "lm_head is tied to the embeddings in BASE, and mlx-lm has no module for it" in error
+    assert merge(tmp_path) == 0
+
+
+def test_wrappers_are_left_out_of_a_copy(tmp_path, rng):
+    base = {QUERY: draw(rng, 6, 5), "module.k.weight": draw(rng, 6, 5)}
+    write_base(tmp_path / "base", base)
+    leaves = {
+        "model._orig_mod.layers.0.module.q_proj": near(rng, base[QUERY]),
+        "module.k": near(rng, base["module.k.weight"]),
+    }
+    write_peft(tmp_path / "adapter", leaves)
+    assert convert(tmp_path, "peft") == 0
+    assert set(load_adapters(tmp_path / "converted")) == {"model.layers.0.q_proj", "module.k"}
+
+
+def test_a_file_of_another_format_has_no_names_for_peft_in_a_composed_model(tmp_path, rng, capsys):
+    """The advice works."""
+    vision_language(tmp_path, rng)
+    assert convert(tmp_path, "mlx") == 0
+    shutil.rmtree(tmp_path / "adapter")
+    (tmp_path / "converted").rename(tmp_path / "adapter")
+    assert convert(tmp_path, "peft") == 2
+    error = capsys.readouterr().err
+    assert "text_config in BASE" in error
+    assert "merge it into its base instead" in error
+    assert merge(tmp_path) == 0
 
 
 def test_a_conversion_renames_only_with_a_base(tmp_path, rng, capsys):

@@ -104,6 +104,7 @@ def mlx_trial(
     base.set_dtype(mx.float32)
     base.freeze()
     parameters = {"rank": 4, "scale": 2.0, "dropout": 0.0, **changes}
+    mx.random.seed(0)
     linear_to_lora_layers(base, num_layers, parameters, use_dora=True)
     train(base)
     wanted = outputs(base)

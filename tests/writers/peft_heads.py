@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from writers.matrix import Trial, read_tensors, register
-from writers.peft_common import adapt, finish, outputs, reload, text_model
+from writers.peft_common import adapt, finish, model, outputs, reload, text_model
 
 LLAMA = "LlamaForCausalLM"
 TIED = {
@@ -111,11 +112,7 @@ HEADS: dict[str, tuple[str, str, list[str]]] = {
     "ModernBERT": ("ModernBertForMaskedLM", "ModernBertForSequenceClassification", ["Wqkv"]),
     "ELECTRA": ("ElectraModel", "ElectraForSequenceClassification", ["query"]),
 }
-NEW = {
-    "BERT of a masked model": ["pooler"],
-    "DistilBERT": ["pre_classifier"],
-    "DeBERTa-v2": ["pooler"],
-}
+NEW = {"BERT of a masked model": ["pooler"], "DeBERTa-v2": ["pooler"]}
 """New layers that PEFT does not save without being told, so that a reload draws them again."""
 
 
@@ -138,3 +135,97 @@ for name, (base, head, targets) in HEADS.items():
         classifier, base=base, head=head, target_modules=targets, modules_to_save=NEW.get(name)
     )
     register("PEFT, new heads", name, make)
+
+
+def old_norms(folder: Path) -> None:
+    """Give the norms of a model the names that they have in old files."""
+    names = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    file = folder / "model.safetensors"
+    tensors = {
+        functools.reduce(lambda name, end: name.replace(end, names[end]), names, name): tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(tensors, file, {"format": "pt"})
+
+
+def norms(folder: Path) -> Trial:
+    """Train the norms of a model whose file has their old names."""
+    base = text_model("BertForMaskedLM")
+    base.save_pretrained(folder / "base")
+    old_norms(folder / "base")
+    trial = finish(folder, adapt(base, target_modules=["query"], modules_to_save=["LayerNorm"]))
+    old_norms(folder / "right")
+    return trial._replace(right=read_tensors(folder / "right"))
+
+
+register("PEFT, new heads", "BERT, norms of old names", norms)
+
+PIXELS = {"pixel_values": torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)}
+SOUND = {"input_values": torch.linspace(-1, 1, 800).sin()[None]}
+VIT = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+}  # fmt: skip
+TRAINED = {
+    "YOLOS": (
+        functools.partial(
+            model, "YolosModel", image_size=[32, 32], patch_size=8, num_detection_tokens=5, **VIT
+        ),
+        ("YolosForObjectDetection", {"num_labels": 6}),
+        PIXELS,
+        {
+            "target_modules": r".*\.(query|q_proj)",
+            "modules_to_save": ["class_labels_classifier", "bbox_predictor"],
+        },
+    ),
+    "SegFormer": (
+        functools.partial(
+            model,
+            "SegformerForSemanticSegmentation",
+            hidden_sizes=[16, 16, 32, 32],
+            depths=[1] * 4,
+            num_attention_heads=[1, 2, 2, 4],
+            decoder_hidden_size=32,
+            num_labels=5,
+        ),
+        ("SegformerForSemanticSegmentation", {}),
+        PIXELS,
+        {"target_modules": r".*\.(query|q_proj)", "modules_to_save": ["decode_head"]},
+    ),
+    "Wav2Vec2": (
+        functools.partial(
+            model,
+            "Wav2Vec2Model",
+            conv_dim=[16, 16],
+            conv_stride=[5, 2],
+            conv_kernel=[10, 3],
+            num_feat_extract_layers=2,
+            num_conv_pos_embeddings=8,
+            num_conv_pos_embedding_groups=2,
+            **VIT,
+        ),
+        ("Wav2Vec2ForCTC", {"vocab_size": 40}),
+        SOUND,
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ),
+}
+"""The base, the class with its head, inputs, and what is trained."""
+
+
+def trained_head(folder: Path, name: str) -> Trial:
+    """Train the head of a model that is not one of text; OUT's files tell its class."""
+    make, (head, sizes), inputs, changes = TRAINED[name]
+    before = make()
+    before.save_pretrained(folder / "base")
+    base = getattr(transformers, head).from_pretrained(folder / "base", **sizes)
+    save = {"save_embedding_layers": False}
+    trial = finish(folder, adapt(base, **changes), lambda _: inputs, save)
+    is_bare = type(before) is not type(base)
+    return trial._replace(
+        outputs=lambda out: outputs(reload(out), **inputs),
+        free=frozenset(read_tensors(folder / "base").keys() - trial.right.keys()),
+        prefix=f"{base.base_model_prefix}." if is_bare else "",
+    )
+
+
+for name in TRAINED:
+    register("PEFT, new heads", name, functools.partial(trained_head, name=name))

@@ -67,6 +67,17 @@ class NewHead(NamedTuple):
     labels: tuple[str, ...] = ()
     """The names of a classifier's classes; empty where no file tells."""
 
+    def place_in(self, name: str) -> int | None:
+        """Return the place in a name of the module that was trained in full; None without one.
+
+        PEFT compares ends, so "classifier" is "pre_classifier" too.
+        """
+        parts = name.split(".")
+        for place in range(len(parts)):
+            if ".".join(parts[: place + 1]).endswith(self.modules):
+                return place
+        return None
+
 
 NO_HEAD = NewHead()
 
@@ -98,6 +109,8 @@ class AdapterSet(Mapping[str, AdaptedLayer]):
     untrained: Mapping[str, str] = field(default_factory=dict)
     """Copies, from before the training, of tensors that the file has in full: their names in the
     base, and in the file."""
+    beside: Mapping[str, str] = field(default_factory=dict)
+    """All tensors of a PEFT file but A, B and m: their names in a copy, and in the file."""
     ties_weights: bool = False
     """True where a head that is tied to the embeddings was trained as one with them."""
     head: NewHead = NO_HEAD

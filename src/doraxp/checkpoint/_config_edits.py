@@ -14,6 +14,8 @@ _TASKS = {
     "QUESTION_ANS": "ForQuestionAnswering",
     "CAUSAL_LM": "ForCausalLM",
 }
+_TEXT = {"Gemma3ForCausalLM": "Gemma3Text", "Qwen3_5ForCausalLM": "Qwen3_5Text"}
+"""The families whose classes with a new head have another name than the language model."""
 _SCALED = ("t5", "umt5", "longt5", "pop2piano")
 """Families that scale the input of the head by d_model^-0.5: where ``scale_decoder_outputs`` is
 true, or, without that entry, unless ``tie_word_embeddings`` is false."""
@@ -87,4 +89,6 @@ def architecture_for(task: str | None, architectures: object) -> str | None:
     suffix = _TASKS.get(str(task))
     first = architectures[0] if isinstance(architectures, list) and architectures else None
     match = _MODEL.fullmatch(first) if isinstance(first, str) else None
-    return None if match is None or suffix is None else f"{match['family']}{suffix}"
+    if match is None or suffix is None:
+        return None
+    return f"{_TEXT.get(match[0], match['family'])}{suffix}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -23,6 +22,7 @@ from doraxp.checkpoint._names import (
     match,
     match_parts,
     nearest,
+    rename_option,
     without,
 )
 from doraxp.checkpoint._norm_guard import nearest_by_norms
@@ -31,6 +31,10 @@ from doraxp.checkpoint._tied import Tied, is_head, tied_head, tied_in_file
 
 _SCALES = ("weight_scale", "weight_scale_inv", "scales", "weight_packed", "weight.absmax")
 """Tensors beside a quantised weight."""
+
+_OF_MODULES = "name the tensor of each module with --rename REGEX=NEW"
+_OF_PARTS = "remove from BASE the one that the model does not use"
+"""The advice where no one option tells which tensors are meant."""
 
 
 @dataclass(frozen=True)
@@ -97,24 +101,47 @@ class Fitted:
     def missing(self, adapters: AdapterSet) -> Iterator[str]:
         """Yield a message for each module that the base does not have.
 
-        The first one names the nearest tensors: by the name, and by the magnitudes.
+        The first one tells that the base has fewer blocks, or names the nearest tensors: by the
+        name, and by the magnitudes.
         """
         paths = [path for path in self.modules if path not in self.places]
         for path in paths:
             wanted = self._wanted[path]
             message = f"the base has no {wanted.name} for an adapter of shape {wanted.shape}"
-            yield message + (self._near(path, wanted, adapters) if path == paths[0] else "")
+            if path == paths[0]:
+                message += self._too_few(paths) or self._near(path, wanted, adapters)
+            yield message
+
+    def _too_few(self, paths: Sequence[str]) -> str:
+        """Return a text where all these modules are of blocks beyond the last one of the base."""
+        leads = {
+            _block(self._wanted[path].path)[0]: _block(places[0].tensor)[0]
+            for path, places in self.places.items()
+        }
+        there = [_block(name) for name in self.shapes]
+        missing = [_block(self._wanted[path].path) for path in paths]
+        for lead, number in missing:
+            last = max((other for own, other in there if own == leads.get(lead)), default=-1)
+            if not -1 < last < number:
+                return ""
+        lead, number = missing[0]
+        return (
+            f"; block {number} of {lead} is beyond the last one of the base, so the base has fewer "
+            "blocks than the adapter: give the model that the adapter was trained on"
+        )
 
     def _near(self, path: str, wanted: Wanted, adapters: AdapterSet) -> str:
         layer = adapters.layers[path]
-        named = nearest(wanted, self.shapes)
+        taken = {place.tensor for places in self.places.values() for place in places}
+        free = {name: shape for name, shape in self.shapes.items() if name not in taken}
+        named = nearest(wanted, free)
         measured = nearest_by_norms(
             np.abs(adapters.magnitude(layer).astype(np.float64)),
             layer.kind,
             {
                 name: source
                 for name, source in self.sources.items()
-                if source.tensor.shape == layer.shape
+                if name in free and source.tensor.shape == layer.shape
             },
         )
         found = [
@@ -125,9 +152,9 @@ class Fitted:
         best = measured or named
         if is_head(wanted.name):
             return "; if the embeddings are the head too, give the folder with its config.json"
-        if best is None or "=" in best:  # the last = of the option ends the expression
+        rename = rename_option(wanted.path, best.removesuffix(".weight")) if best else ""
+        if not rename:
             return ""
-        rename = _rename(wanted.path, best.removesuffix(".weight"))
         return f"; the nearest is {', '.join(found)}: --rename {shlex.quote(rename)} takes {best}"
 
 
@@ -154,7 +181,8 @@ def fit(model: Model, adapters: AdapterSet, choices: Fit) -> Fitted:
     wanted = list({one.name: one for one in (*modules.values(), *whole.values())}.values())
     found, unused = _find(wanted, shapes, model, adapters)
     if found.problem is not None:
-        raise CheckpointError(f"{adapters.reader.path}: {found.problem}")
+        advice = _advice(found, wanted, shapes, model, adapters)
+        raise CheckpointError(f"{adapters.reader.path}: {found.problem}{advice}")
     by_name = found.places or guess(wanted, shapes)
     places = {
         key: by_name[one.name] for key, one in (whole | modules).items() if one.name in by_name
@@ -191,6 +219,30 @@ def _find(
         return found, ()
     parts = match_parts(wanted, shapes)  # an adapter of PEFT may be of an image model too
     return parts if parts[0].places and not parts[0].missing else (found, ())
+
+
+def _advice(
+    found: Match, wanted: Sequence[Wanted], shapes: Shapes, model: Model, adapters: AdapterSet
+) -> str:
+    """Return the options that tell which of several tensors is meant; each was tried."""
+    advice = []
+    for meant, option in found.options:
+        regex, _, new = option.rpartition("=")
+        renamed = [one._replace(path=re.sub(regex, new, one.path)) for one in wanted]
+        again, _ = _find(renamed, shapes, model, adapters)
+        tensors = [place.tensor for places in again.places.values() for place in places]
+        is_complete = all(one.shape is None for one in again.missing)
+        if option and is_complete and any(name.startswith(meant) for name in tensors):
+            advice.append(f"--rename {shlex.quote(option)} takes {meant}")
+    if not advice and found.options:
+        advice = [_OF_PARTS if adapters.is_of_images else _OF_MODULES]
+    return f"; {', '.join(advice)}" if advice else ""
+
+
+def _block(name: str) -> tuple[str, int]:
+    """Return the name of the blocks that a module is in, and its block's number, else -1."""
+    match = re.match(r"(.*?)\.(\d+)\.", name)
+    return (match[1], int(match[2])) if match else (name, -1)
 
 
 def _whole(name: str) -> Wanted:
@@ -243,18 +295,3 @@ def _lead(modules: Mapping[str, Wanted], places: Mapping[str, Places]) -> str:
             return ""
         leads.add(name.removesuffix(first.tensor))
     return leads.pop() if len(leads) == 1 else ""
-
-
-def _rename(old: str, new: str) -> str:
-    """Return the option that renames the leading components in which two names differ."""
-    ends = zip(reversed(old.split(".")), reversed(new.split(".")), strict=False)
-    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends))
-    one, other = (".".join(name.split(".")[: len(name.split(".")) - shared]) for name in (old, new))
-    return _option(one, other)
-
-
-def _option(one: str, other: str) -> str:
-    new = other.replace("\\", r"\\")
-    if one and other:
-        return f"^{re.escape(one)}={new}"
-    return f"^={new}." if other else f"^{re.escape(one)}[.]="

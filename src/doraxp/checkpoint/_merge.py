@@ -15,6 +15,7 @@ from doraxp.checkpoint._errors import changed
 from doraxp.checkpoint._fit import AS_FILED, Fit
 from doraxp.checkpoint._formats import load_adapters
 from doraxp.checkpoint._model import INDEXES, Model, open_model
+from doraxp.checkpoint._norm_guard import residual_fits
 from doraxp.checkpoint._options import Options
 from doraxp.checkpoint._plan import plan
 from doraxp.checkpoint._safetensors import Reader, Source
@@ -81,6 +82,14 @@ class Merge(NamedTuple):
             and not any(map(is_head, self.tasks))
             and any(map(is_embedding, self.changed))
         )
+
+    def has_unknown_base(self) -> bool:
+        """Return whether the norms do not tell that the base is the residual one."""
+        if not (self.adapters.base_change and self.fit.residual):
+            return False
+        parts = (part for _, part, _ in self.changed_parts() if isinstance(part, MergedTensor))
+        own = [part for part in parts if part.source.reader is not self.adapters.reader]
+        return bool(own) and residual_fits(own, self.adapters) is None
 
     def changed_parts(self) -> Iterator[tuple[str, Part, Tensor]]:
         """Yield the label, the part and the tensor's entry of all that changes.

@@ -133,10 +133,22 @@ def _only_file(path: Path) -> str:
     # For a model of pickles, the reader refuses the first one with the reason.
     names = names or sorted(file.name for file in path.glob("pytorch_model*.bin"))[:1]
     if len(names) != 1:
+        models = [
+            file
+            for file in path.glob("*/*.safetensors")
+            if file.name not in FILES and not file.parent.name.startswith(".")
+        ]
+        largest = max(models, key=_size, default=None)
+        advice = f": give {largest.parent}, the folder of the model" if largest else ""
         raise CheckpointError(
             f"{path}: must have {INDEXES[0]} or one safetensors file, got {len(names)} of them"
+            + (advice if not names else "")
         )
     return names[0]
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else 0
 
 
 def _check_loaded(

@@ -84,7 +84,7 @@ def wrong_matches(
 
 
 def residual_fits(parts: Iterable[MergedTensor], adapters: AdapterSet) -> bool | None:
-    """Return whether m is near ‖W + s B A‖ rather than ‖W‖; None if neither is nearer.
+    """Return whether m is near ‖W + s B A‖ rather than ‖W‖; None if neither is near.
 
     PiSSA and OLoRA start from ``W_residual + s B A = W`` and ``m = ‖W‖``. So it is True for the
     residual base, and False for the one before the initialisation.
@@ -103,9 +103,8 @@ def residual_fits(parts: Iterable[MergedTensor], adapters: AdapterSet) -> bool |
     if not plain:
         return None
     of_weight, of_v = float(np.median(plain)), float(np.median(whole))
-    if of_v * _FACTOR <= of_weight:
-        return True
-    return False if of_weight * _FACTOR <= of_v else None
+    near, far = sorted((of_weight, of_v))
+    return of_v < of_weight if near <= min(_NEAR, far / _FACTOR) else None
 
 
 def nearest_by_norms(m: Vector, kind: LayerKind, sources: Mapping[str, Source]) -> str | None:

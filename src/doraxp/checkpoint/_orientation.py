@@ -2,7 +2,8 @@
 
 The shape tells, unless the weight is square. PEFT's ``fan_in_fan_out`` is that of the last module
 that it adapted. So the base is asked: a weight (n, 3 n) whose bias has 3 n numbers is stored
-(in, out), and so are its neighbours that have a bias.
+(in, out), and so are its neighbours that have a bias. The biases come before the model type,
+because mlx-lm stores the weights of GPT-2 (out, in).
 """
 
 from __future__ import annotations
@@ -40,14 +41,17 @@ def is_transposed(
     flag : bool
         PEFT's ``fan_in_fan_out``.
     """
-    if model_type in _CONV1D_MODELS:
-        return _module(name) in _CONV1D
     evidence = {
         other: transposed
         for other, transposed in adapted.items()
         if shapes[other][0] != shapes[other][1]
     }
     evidence |= _by_bias(shapes)
+    if model_type in _CONV1D_MODELS:
+        if _module(name) not in _CONV1D:
+            return False
+        ways = {value for other, value in evidence.items() if _module(other) in _CONV1D}
+        return None if len(ways) > 1 else False not in ways
     if not any(evidence.values()):
         # No weight of the base is known to be stored (in, out). The flag is that of all modules if
         # they have one name.

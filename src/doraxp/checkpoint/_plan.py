@@ -34,6 +34,9 @@ from doraxp.checkpoint._torchtune import in_order
 from doraxp.checkpoint._whole_tensors import whole_tensors
 
 _OTHER_WAY = {"linear": LayerKind("transposed"), "transposed": LayerKind("linear")}
+_GIVE_CONFIG = "put the model's config.json beside it"
+_GIVE_OTHER = "give the model as its own library saves it, with all biases"
+"""How to tell the merge how a square weight is stored."""
 
 
 class Plan(NamedTuple):
@@ -233,8 +236,8 @@ def _squares(
         if transposed is None:
             yield (
                 f"{name} is square, and fan_in_fan_out is that of the last adapted module only: "
-                "nothing in BASE tells whether it is stored (out, in) or (in, out); put the "
-                "model's config.json beside it"
+                "nothing in BASE tells whether it is stored (out, in) or (in, out); "
+                + (_GIVE_OTHER if model.config else _GIVE_CONFIG)
             )
             continue
         kind = LayerKind("transposed" if transposed else "linear")

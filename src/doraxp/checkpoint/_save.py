@@ -13,13 +13,16 @@ from safetensors.numpy import save
 
 from doraxp.checkpoint._adapters import CONFIG, AdapterSet, StoredLayer
 from doraxp.checkpoint._errors import CheckpointError
-from doraxp.checkpoint._fit import AS_FILED, Fit, fit
+from doraxp.checkpoint._fit import AS_FILED, Fit, Fitted, fit
 from doraxp.checkpoint._formats import FILES, WRITABLE, choices, diffusers
 from doraxp.checkpoint._model import Model
-from doraxp.checkpoint._names import Places
+from doraxp.checkpoint._names import WRAPPERS, Places, without
 from doraxp.checkpoint._replace import prepare_place, put
 from doraxp.checkpoint._torchtune import in_order
 from doraxp.layers import AdaptedLayer
+
+_OF_PEFT = ("peft", "nvlabs")
+"""The formats whose names are those of PEFT's modules."""
 
 
 def save_adapters(
@@ -113,11 +116,14 @@ def _without_part(adapters: Mapping[str, AdaptedLayer]) -> Mapping[str, AdaptedL
     return replace(adapters, layers=layers)
 
 
-def named_for(model: Model, adapters: AdapterSet, choices: Fit = AS_FILED) -> AdapterSet:
+def named_for(
+    model: Model, adapters: AdapterSet, choices: Fit = AS_FILED, *, format: str | None = None
+) -> AdapterSet:
     """Return the adapters under the names of a model's modules, as `save_adapters` needs them.
 
     A module that the model has in several, as the queries, keys and values of original names are in
-    diffusers, becomes several: each has all of A and its rows of B and m, which is exact.
+    diffusers, becomes several: each has all of A and its rows of B and m, which is exact. Where
+    source and `format` are PEFT's, the names stay: they are those of the modules in memory.
 
     Parameters
     ----------
@@ -127,18 +133,40 @@ def named_for(model: Model, adapters: AdapterSet, choices: Fit = AS_FILED) -> Ad
         From `load_adapters`.
     choices : Fit
         How the adapter fits the base, where the files do not say it.
+    format : {"peft", "mlx", "diffusers"}, optional
+        The format in which they will be saved. None if the names of the file are needed.
 
     Raises
     ------
     CheckpointError
-        A module is not in the model, or is only a part of one of its modules.
+        A module is not in the model, or is only a part of one of its modules; or PEFT's names of
+        the modules are not known.
     """
     fitted = fit(model, adapters, choices)
     problem = next(fitted.missing(adapters), None)
     if problem is not None:
         raise CheckpointError(f"{adapters.reader.path}: {problem}")
+    if format == "peft" and adapters.format in _OF_PEFT:
+        kept = {_own_path(path, fitted, choices): adapters.layers[path] for path in fitted.modules}
+        return _under(adapters, kept)
+    if format == "peft" and "text_config" in model.config:
+        raise CheckpointError(
+            f"{adapters.reader.path}: PEFT has the names of modules in memory, and with "
+            "text_config in BASE's config.json they may not be those of its file: merge it into "
+            "its base instead, with doraxp merge"
+        )
     layers: dict[str, StoredLayer] = {}
+    tied = fitted.tied.head if fitted.tied and format == "mlx" else None
     for path in fitted.modules:
+        if (
+            tied
+            and not adapters.ties_weights
+            and tied in {one.tensor for one in fitted.places[path]}
+        ):
+            raise CheckpointError(
+                f"{adapters.reader.path}: {path} is tied to the embeddings in BASE, and mlx-lm has "
+                "no module for it: merge it into its base instead, with doraxp merge"
+            )
         layer = in_order(path, adapters.layers[path], adapters, model.config)
         for tensor, rows in _rows_by_tensor(path, fitted.places[path], adapters).items():
             size = sum(one.stop - one.start for one in rows)
@@ -147,8 +175,19 @@ def named_for(model: Model, adapters: AdapterSet, choices: Fit = AS_FILED) -> Ad
             if name in layers:
                 raise CheckpointError(f"{adapters.reader.path}: two modules are for {tensor}")
             layers[name] = own
+    return _under(adapters, layers)
+
+
+def _own_path(path: str, fitted: Fitted, choices: Fit) -> str:
+    """Return the path of a module of PEFT, after renames, and without what wrappers add."""
+    new = choices.renamed(path)
+    return new if f"{new}.weight" in fitted.sources else without(WRAPPERS, new)
+
+
+def _under(adapters: AdapterSet, layers: Mapping[str, StoredLayer]) -> AdapterSet:
+    """Return the adapters with layers of new paths."""
     format = adapters.format
-    if layers.keys() != adapters.layers.keys() and format in ("peft", "nvlabs"):
+    if layers.keys() != adapters.layers.keys() and format in _OF_PEFT:
         format = f"{format}, renamed"  # patterns and targets of the file have the old names
     return replace(adapters, format=format, layers=layers, is_of_images=False, is_interleaved=False)
 

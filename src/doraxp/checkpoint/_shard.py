@@ -99,7 +99,7 @@ class _PartWork(NamedTuple):
     def copied(self, part: Part) -> None:
         """Write the part as it is, in the dtype of the result."""
         source = part.source
-        if isinstance(part, ReplacedTensor):
+        if isinstance(part, ReplacedTensor) and part.dtype in DTYPES:
             for rows in _finite_rows(source):
                 self.output.write_array(self.name, rows, self.entry)
         elif source.tensor.dtype == self.entry.dtype:

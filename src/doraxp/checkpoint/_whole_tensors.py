@@ -10,16 +10,14 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from doraxp.checkpoint._adapters import AdapterSet, TokenRows
-from doraxp.checkpoint._config_edits import ConfigEdits, architecture_for
+from doraxp.checkpoint._config_edits import ConfigEdits
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._fit import Fit, Fitted
 from doraxp.checkpoint._model import Model
+from doraxp.checkpoint._new_head import check_added, head_edits
 from doraxp.checkpoint._safetensors import DTYPES, AnySource, Source, SumSource, are_equal
 from doraxp.checkpoint._tasks import CopiedTensor, JoinedTensor, Part, ReplacedTensor
 from doraxp.checkpoint._tied import is_embedding, is_head
-
-_LAST = ("score", "classifier", "out_proj", "qa_outputs")
-"""The last layers of the heads of transformers."""
 
 
 class WholeTensors(NamedTuple):
@@ -62,10 +60,9 @@ def whole_tensors(model: Model, adapters: AdapterSet, choices: Fit, fitted: Fitt
             tasks[target] = _sum(fitted.sources[target], Source(adapters.reader, own))
     grown = _grown(tasks, fitted)
     problems += _left_small(grown, tasks, fitted)
-    labels, architecture = _head(model, adapters, choices, fitted, tasks)
-    edits = ConfigEdits(
-        vocab_size=max(grown.values(), default=None), labels=labels, architecture=architecture
-    )
+    edits = ConfigEdits(vocab_size=max(grown.values(), default=None))
+    with _collected(problems):
+        edits = head_edits(edits, model.config, adapters, choices, fitted, tasks)
     return WholeTensors(tasks, frozenset(tasks.keys() - fitted.sources.keys()), edits, problems)
 
 
@@ -99,23 +96,21 @@ def _task(name: str, source: AnySource, adapters: AdapterSet, fitted: Fitted) ->
     """Return the task of one tensor; raise CheckpointError where it does not fit the base."""
     shape, dtype = source.tensor.shape, source.tensor.dtype
     if name not in fitted.places:
-        if not _may_be_added(name, adapters, fitted):
-            raise CheckpointError(f"the base has no tensor {name} for {source.name} to replace")
+        check_added(name, source, adapters, fitted)
         there, is_other_size = source.tensor, False
     else:
         place = fitted.places[name][0]
         there = fitted.sources[place.tensor].tensor
         other_rows = len(shape) == len(there.shape) > 0 and shape[1:] == there.shape[1:]
-        is_other_size = other_rows and (
-            _has_tokens(place.tensor) or (_is_saved(name, adapters) and _grows(source))
-        )
+        is_saved = adapters.head.place_in(name) is not None
+        is_other_size = other_rows and (_has_tokens(place.tensor) or (is_saved and _grows(source)))
         if place.rows is not None or (shape != there.shape and not is_other_size):
             raise CheckpointError(
                 f"{source.name} {shape} does not fit {place.tensor} {there.shape}"
             )
-    if dtype not in DTYPES:
+    if dtype not in DTYPES and dtype != there.dtype:
         raise CheckpointError(f"{source.name} must be of dtype {', '.join(DTYPES)}, got {dtype}")
-    if there.dtype not in DTYPES:
+    if there.dtype not in DTYPES and dtype != there.dtype:
         raise CheckpointError(
             f"{source.name} of dtype {dtype} cannot replace {name} of dtype {there.dtype}: remove "
             "it from the adapter"
@@ -135,23 +130,6 @@ def _has_tokens(name: str) -> bool:
     """Return whether a tensor has a row for each token."""
     own = f"{name.rpartition('.')[0]}.weight"
     return is_embedding(own) or is_head(own)
-
-
-def _is_saved(name: str, adapters: AdapterSet) -> bool:
-    """Return whether PEFT trained a tensor in full, as a head is."""
-    return not set(name.split(".")).isdisjoint(adapters.head.modules)
-
-
-def _may_be_added(name: str, adapters: AdapterSet, fitted: Fitted) -> bool:
-    """Return whether a tensor is that of a new head, and the base has none of that name."""
-    if is_embedding(name) or (is_head(name) and any(map(is_head, fitted.sources))):
-        return False  # the base has it under another name
-    parts = name.split(".")
-    saved = next((place for place, part in enumerate(parts) if part in adapters.head.modules), None)
-    end = ".".join(parts[saved or 0 :])
-    return saved is not None and not any(
-        f".{other}".endswith(f".{end}") for other in fitted.sources
-    )
 
 
 def _with_rows(
@@ -209,10 +187,16 @@ def _left_small(
         return
     size = max(grown.values())
     tied = set() if fitted.tied is None else {fitted.tied.embedding, *fitted.tied.sources}
+    has_other_head = any(name not in fitted.sources for name in tasks)
     for name, source in fitted.sources.items():
         shape = (tasks[name].source if name in tasks else source).tensor.shape
-        is_tied = name in tied and name not in tasks
-        if _has_tokens(name) and shape[0] != size and not is_tied and name.endswith(".weight"):
+        is_left = (name in tied and name not in tasks) or (has_other_head and is_head(name))
+        if name.endswith("final_logits_bias") and shape[-1] != size:
+            yield (
+                f"the adapter has {size} tokens in {next(iter(grown))}, but {name} has "
+                f"{shape[-1]}: give the BASE whose embeddings have the new size"
+            )
+        if _has_tokens(name) and shape[0] != size and not is_left and name.endswith(".weight"):
             yield _too_small(next(iter(grown)), size, name, shape[0])
 
 
@@ -221,40 +205,3 @@ def _too_small(grown: str, size: int | None, name: str, rows: int | str) -> str:
         f"the adapter has {size} tokens in {grown}, but {name} has {rows}: save the adapter with "
         "save_embedding_layers=True, or give the BASE whose embeddings have the new size"
     )
-
-
-def _head(
-    model: Model,
-    adapters: AdapterSet,
-    choices: Fit,
-    fitted: Fitted,
-    tasks: Mapping[str, ReplacedTensor | JoinedTensor],
-) -> tuple[tuple[str, ...] | None, str | None]:
-    """Return the labels and the class that a new head gives the model; None where they stay."""
-    heads = {
-        name: task.source.tensor.shape
-        for name, task in tasks.items()
-        if name.endswith(".weight")
-        and len(task.source.tensor.shape) > 1
-        and not _has_tokens(name)
-        and (
-            name not in fitted.sources
-            or task.source.tensor.shape != fitted.sources[name].tensor.shape
-        )
-    }
-    if not heads:
-        return choices.labels, choices.architecture
-    last = min(heads, key=lambda name: (name.split(".")[-2] not in _LAST, heads[name][0]))
-    size = heads[last][0]
-    labels = choices.labels or adapters.head.labels
-    if choices.labels is not None and len(choices.labels) != size:
-        raise CheckpointError(
-            f"{adapters.reader.path}: labels must have a name for each of the {size} rows of "
-            f"{last}, got {len(choices.labels)}"
-        )
-    if len(labels) != size:
-        labels = tuple(f"LABEL_{place}" for place in range(size))
-    architecture = choices.architecture or adapters.head.architecture
-    if architecture is None and last not in fitted.sources:
-        architecture = architecture_for(adapters.head.task, model.config.get("architectures"))
-    return labels, architecture

@@ -53,8 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError("--rename finds modules in a model: give it, with --base BASE")
         if arguments.base is not None:
             fit = Fit(tuple(arguments.rename))
-            before = len(adapters)
-            adapters = named_for(open_model(arguments.base), adapters, fit)
+            before, model = len(adapters), open_model(arguments.base)
+            adapters = named_for(model, adapters, fit, format=arguments.to)
             left = before - len({layer.names for layer in adapters.layers.values()})
             if left:
                 print_warning(

@@ -172,6 +172,12 @@ def _warn_of_traps(merge: Merge) -> None:
             "BASE has no config.json, and no head beside the embeddings that the adapter changes: "
             "if its head is tied to them, give the folder of the model"
         )
+    if merge.has_unknown_base():
+        _warn(
+            "the magnitudes do not tell whether BASE is the residual base of "
+            f"{merge.adapters.base_change}: --base-is-residual says so, and OUT is wrong with "
+            "another base"
+        )
     for name, known in merge.tokenizers_apart().items():
         _warn(
             f"OUT has BASE's {name}, and not the other one of ADAPTER"

@@ -22,13 +22,14 @@ from doraxp.checkpoint._adapters import (
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._formats.peft_config import (
     base_change,
+    check_complete,
     flag,
     head,
     layer_configs,
     token_rows,
     trained_biases,
 )
-from doraxp.checkpoint._formats.peft_writing import write
+from doraxp.checkpoint._formats.peft_writing import PREFIX, write
 from doraxp.checkpoint._json import JsonObject, read_json
 from doraxp.checkpoint._safetensors import Reader, Source, are_equal
 
@@ -53,7 +54,7 @@ _PARTS = {"lora_A", "lora_embedding_A", "lora_magnitude_vector", "weight_m_wdeco
 _AROUND = re.compile(r"((module|_orig_mod)\.)*(base_model\.model\.)+")
 _TORCHTUNE = {"r", "lora_alpha", "target_modules", "peft_type", "base_model_name_or_path"}
 """The entries of torchtune's export, which has no others."""
-_TOKENS = ".token_adapter.trainable_tokens_delta"
+_TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
 _BEFORE = re.compile(r"\.original_module(?=\.)")
 # Each of these entries changes the meaning of A, B and m.
 _UNSUPPORTED = (
@@ -87,10 +88,11 @@ def read(reader: Reader, adapter_name: str | None = None) -> AdapterSet:
         )
     config = read_json(where)
     parts, rest = sort_names(reader, adapter_name)
-    rows = {_base_name(name.removesuffix(_TOKENS)): name for name in rest if name.endswith(_TOKENS)}
-    tokens = token_rows(rows, config, where)
-    rest = [name for name in rest if not name.endswith(_TOKENS)]
-    whole, untrained = _whole_tensors(reader, rest)
+    rows = {name: match for name in rest if (match := _TOKENS.fullmatch(name))}
+    whole, untrained = _whole_tensors(reader, [name for name in rest if name not in rows])
+    tokens = token_rows(_by_module(reader, rows), config, where)
+    trained = head(config, where)
+    check_complete(reader.path, trained, whole, tokens, config)
     return AdapterSet(
         _format(config),
         reader,
@@ -100,7 +102,8 @@ def read(reader: Reader, adapter_name: str | None = None) -> AdapterSet:
         trained_biases(config, where),
         tokens=tokens,
         untrained=untrained,
-        head=head(config, where),
+        beside={_copied_name(name): name for name in rest},
+        head=trained,
         is_interleaved=_format(config) == "torchtune",
     )
 
@@ -163,7 +166,7 @@ def sort_names(
             f"{adapter_name!r}"
         )
     others = {one for one in adapters if adapter_name is not None and one != adapter_name}
-    rest = [name for name in rest if not any(f".modules_to_save.{one}." in name for one in others)]
+    rest = [name for name in rest if not any(_is_of(one, name) for one in others)]
     parts: dict[str, dict[str, str]] = {}
     for name, match in matches.items():
         if match is None or adapter_name not in (None, _adapter(match)):
@@ -179,6 +182,33 @@ def sort_names(
 def _adapter(match: re.Match[str]) -> str:
     """Return the name of the adapter that a tensor is of; a file may leave "default" out."""
     return match["name"] or "default"
+
+
+def _is_of(adapter: str, name: str) -> bool:
+    """Return whether a tensor beside the factors is one of an adapter, by its name."""
+    is_rows = _TOKENS.fullmatch(name) and name.endswith(f".{adapter}")
+    return bool(is_rows) or f".modules_to_save.{adapter}." in name
+
+
+def _by_module(reader: Reader, rows: Mapping[str, re.Match[str]]) -> dict[str, str]:
+    """Return the name of the rows of each module's tokens."""
+    found: dict[str, str] = {}
+    for name, match in rows.items():
+        other = found.setdefault(_base_name(match["module"]), name)
+        if other != name:
+            raise CheckpointError(
+                f"{reader.path}: {other} and {name} are both for {_base_name(match['module'])}: "
+                "remove the one that is of another adapter"
+            )
+    return found
+
+
+def _copied_name(name: str) -> str:
+    """Return the name that PEFT loads of a tensor that is not A, B or m."""
+    if ".modules_to_save." in name:
+        return f"{PREFIX}{_base_name(name)}"
+    rows = _TOKENS.fullmatch(name)
+    return f"{rows['module']}.token_adapter.trainable_tokens_delta" if rows else name
 
 
 def _bare(name: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from doraxp._base.patterns import values_by_path
 from doraxp._base.scalars import check_count, check_number
 from doraxp._base.types import Config
-from doraxp.checkpoint._adapters import NewHead, TokenRows
+from doraxp.checkpoint._adapters import CONFIG, NewHead, TokenRows
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._formats.peft_writing import whole_path
 from doraxp.checkpoint._json import JsonObject, read_json
@@ -18,6 +18,7 @@ from doraxp.checkpoint._tied import is_head
 
 # The values of ``init_lora_weights`` that change the base weights, and those that do not.
 _CHANGES_BASE = re.compile(r"(pissa.*|olora|loftq|corda.*|lora_ga)", re.IGNORECASE)
+_HEADS_OF_TASKS = ("classifier", "score", "qa_outputs")
 _KEEPS_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
 
 
@@ -101,6 +102,42 @@ def token_rows(names: Mapping[str, str], config: JsonObject, where: Path) -> dic
             )
         found[f"{module}.weight"] = TokenRows(tuple(rows), name)
     return found
+
+
+def check_complete(
+    path: Path,
+    trained: NewHead,
+    whole: Collection[str],
+    tokens: Collection[str],
+    config: JsonObject,
+) -> None:
+    """Raise CheckpointError where a file lacks tensors that the configuration names.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    trained : NewHead
+    whole : collection of str
+        The names of the tensors that the file has in full.
+    tokens : collection of str
+        Those of the embeddings of which it has single rows.
+    config : dict
+        PEFT's configuration.
+    """
+    # PEFT adds the names of the heads of a task, whether the model has them or not.
+    modules = tuple(name for name in trained.modules if name not in _HEADS_OF_TASKS)
+    named = trained._replace(modules=modules)
+    lacking = []
+    if modules and all(named.place_in(name) is None for name in whole):
+        lacking.append(f"modules_to_save {', '.join(modules)}")
+    if config.get("trainable_token_indices") and not tokens:
+        lacking.append("trainable_token_indices")
+    if lacking:
+        raise CheckpointError(
+            f"{path}: {CONFIG} says {' and '.join(lacking)}, but the file has no tensors of them: "
+            "save the adapter again from the trained model"
+        )
 
 
 def layer_configs(paths: Collection[str], config: JsonObject, where: Path) -> dict[str, Config]:

@@ -64,11 +64,10 @@ def write(adapters: Mapping[str, AdaptedLayer]) -> Written:
     if not isinstance(adapters, AdapterSet):
         return Written(tensors, entries, {})
     if adapters.format not in _COPIED:
-        check_no_whole_tensors(adapters, "PEFT")
+        check_no_whole_tensors(adapters, "a PEFT file with new names of modules")
         return Written(tensors, entries | _base_entries(adapters), {})
     reader = adapters.reader
-    own = {name for layer in adapters.layers.values() for name in layer.names}
-    tensors |= {name: _whole(reader, name) for name in reader.tensors if name not in own}
+    tensors |= {name: _whole(reader, own) for name, own in adapters.beside.items()}
     return Written(tensors, entries | _source_entries(adapters), reader.metadata)
 
 

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from doraxp.checkpoint._adapters import AdapterSet, config_path
 from doraxp.layers import AdaptedLayer
 
 
 def check_no_whole_tensors(adapters: Mapping[str, AdaptedLayer], target: str) -> None:
-    """Raise ValueError if the file of the adapters has whole tensors too."""
-    if isinstance(adapters, AdapterSet) and adapters.replacements:
+    """Raise ValueError if the training changed whole tensors or single rows too."""
+    if not isinstance(adapters, AdapterSet):
+        return
+    beside = ", ".join(_beside(adapters))
+    if beside:
         raise ValueError(
             f"{adapters.reader.path}: {target} has no place for whole tensors, but the file also "
-            f"replaces {', '.join(adapters.replacements)}: merge it into its base instead, with "
-            "doraxp merge"
+            f"replaces {beside}: merge it into its base instead, with doraxp merge"
         )
+
+
+def _beside(adapters: AdapterSet) -> Iterator[str]:
+    """Yield a text for each whole tensor, and for the rows of each embedding."""
+    yield from adapters.replacements
+    for name, rows in adapters.tokens.items():
+        yield f"rows of {len(rows.indices)} tokens of {name}"
 
 
 def check_adapters_only(adapters: Mapping[str, AdaptedLayer], target: str) -> None:

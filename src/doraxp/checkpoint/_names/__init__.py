@@ -6,6 +6,7 @@ own. `match` finds the way from one to the other, for the whole adapter or not a
 
 from doraxp.checkpoint._names._images import match_parts
 from doraxp.checkpoint._names._match import Match, guess, match, nearest
+from doraxp.checkpoint._names._options import rename_option
 from doraxp.checkpoint._names._places import Place, Places, Shapes, Wanted
 from doraxp.checkpoint._names._tables import WRAPPERS, without
 
@@ -20,5 +21,6 @@ __all__ = [
     "match",
     "match_parts",
     "nearest",
+    "rename_option",
     "without",
 ]

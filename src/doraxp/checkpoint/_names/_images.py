@@ -68,9 +68,9 @@ def match_parts(wanted: Sequence[Wanted], shapes: Shapes) -> tuple[Match, tuple[
     fitting = {role: dict(_fitting(role, own, parts, shapes)) for role, own in groups.items()}
     best = {role: max(found.values(), key=len, default={}) for role, found in fitting.items()}
     places = {name: own for found in best.values() for name, own in found.items()}
-    problem = _problem(groups, fitting, parts, places)
+    problem, options = _problem(groups, fitting, parts, places)
     if problem is not None:
-        return Match({}, [], problem), ()
+        return Match({}, [], problem, options), ()
     if not places:
         return Match({}, list(wanted)), ()
     # Only a part that the base does not have, as the names tell, may be left out.
@@ -88,8 +88,8 @@ def _problem(
     fitting: Mapping[str, Mapping[str, Mapping[str, Places]]],
     parts: Mapping[str, _Part],
     places: Mapping[str, Places],
-) -> str | None:
-    """Return why it is not known which tensors are meant; None if it is known.
+) -> tuple[str | None, tuple[tuple[str, str], ...]]:
+    """Return why it is not known which tensors are meant, and the options; None if it is known.
 
     Parameters
     ----------
@@ -105,16 +105,32 @@ def _problem(
     for role, members in groups.items():
         complete = [name for name, found in fitting[role].items() if len(found) == len(members)]
         if len(complete) > 1:
-            return f"{members[0].path} may be for {' or '.join(complete)}"
+            path = members[0].path
+            options = tuple((name, _option(path, parts[name].role)) for name in complete)
+            return f"{path} may be for {' or '.join(complete)}", options
         if complete and role and users.setdefault(complete[0], role) != role:
             return (
                 f"the {users[complete[0]]} and the {role} of the adapter both fit the base: remove "
                 "one of them from the adapter"
-            )
+            ), ()
     tensors = {place.tensor for found in places.values() for place in found}
     doubles = (name for part in parts.values() for name in part.doubles if name in tensors)
     double = next(doubles, None)
-    return double and f"{double} and another tensor have the same name in this file"
+    if double is None:
+        return None, ()
+    return (
+        f"{double} and another tensor have the same name in this file: remove the one that the "
+        "model does not have"
+    ), ()
+
+
+def _option(path: str, role: str) -> str:
+    """Return the argument of --rename that gives the modules of an adapter to a part."""
+    number = role.removeprefix(_ENCODER)
+    if path.startswith(("lora_", "lycoris_")):
+        return f"^(lora|lycoris)_=lora_{'unet' if role == _DENOISER else f'te{number}'}_"
+    encoder = "text_encoder." if number == "1" else f"text_encoder_{number}."
+    return f"^={'unet.' if role == _DENOISER else encoder}"
 
 
 def _split(path: str) -> tuple[str, str]:

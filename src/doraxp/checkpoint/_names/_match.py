@@ -24,6 +24,7 @@ from itertools import takewhile
 from typing import NamedTuple
 
 from doraxp.checkpoint._names._fused import rows_of_modules
+from doraxp.checkpoint._names._options import rename_option
 from doraxp.checkpoint._names._places import (
     WEIGHT,
     Place,
@@ -41,6 +42,8 @@ _PARTS = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
 }
 """The modules of which a fused module has the rows, one below the other."""
+_OLD_LEAVES = {"weight": "gamma", "bias": "beta"}
+"""The names of a norm's tensors in old files of transformers, such as BERT's."""
 _LEADS = 2
 """Leading components that are tried: those of the most tensors, and of
 those that have the first module's name."""
@@ -55,6 +58,8 @@ class Match(NamedTuple):
     """The tensors that the base does not have."""
     problem: str | None = None
     """The reason why nothing was found, in words."""
+    options: tuple[tuple[str, str], ...] = ()
+    """The tensors or parts that may be meant, and the argument of --rename that takes each."""
 
 
 class _Way(NamedTuple):
@@ -85,14 +90,14 @@ def match(wanted: Sequence[Wanted], shapes: Shapes, model_type: str | None = Non
         found: list[tuple[_Way, dict[str, Places]]] = []
         for way in stage:
             places = _places(way, wanted, index)
-            if places is not None and all(places != other for _, other in found):
-                found.append((way, places))
+            if places is not None:
+                _add(found, way, places)
         permuted = next((name for way, _ in found for name in _permuted(way, wanted)), None)
         if permuted is not None:
             problem = f"the base stores the rows of {permuted} in another order than the module's"
             return Match({}, [], problem)
         if len(found) > 1:
-            return Match({}, [], _ambiguity(found[0][1], found[1][1]))
+            return _ambiguity(wanted, found[0][1], found[1][1])
         if found:
             places = found[0][1] | _of_family(wanted, found[0][1], index, model_type)
             return Match(places, [one for one in wanted if one.name not in places])
@@ -151,10 +156,27 @@ def nearest(one: Wanted, shapes: Shapes) -> str | None:
     return best if best is not None and shared(best) > 1 else None
 
 
-def _ambiguity(one: Mapping[str, Places], other: Mapping[str, Places]) -> str:
-    name = next(name for name in one if one[name] != other.get(name))
-    first, second = (places[name][0].tensor for places in (one, other))
-    return f"{name} may be {first} or {second} in the base"
+def _add(found: list[tuple[_Way, dict[str, Places]]], way: _Way, places: dict[str, Places]) -> None:
+    """Add the places of a way, or extend those of one that it does not contradict."""
+    for _, known in found:
+        if all(known.get(name, own) == own for name, own in places.items()):
+            known |= places
+            return
+    found.append((way, places))
+
+
+def _ambiguity(
+    wanted: Sequence[Wanted], one: Mapping[str, Places], other: Mapping[str, Places]
+) -> Match:
+    """Return the result where two ways contradict each other."""
+    shared = [each for each in wanted if each.name in one and each.name in other]
+    first = next(each for each in shared if one[each.name] != other[each.name])
+    tensors = [places[first.name][0].tensor for places in (one, other)]
+    options = tuple(
+        (tensor, rename_option(first.path, tensor.removesuffix(f".{first.leaf}")))
+        for tensor in tensors
+    )
+    return Match({}, [], f"{first.name} may be {' or '.join(tensors)} in the base", options)
 
 
 def _permuted(way: _Way, wanted: Sequence[Wanted]) -> Iterator[str]:
@@ -299,6 +321,8 @@ def _found(one: Wanted, way: _Way, index: _Index) -> str | None:
     names = {f"{key}.{one.leaf}" if key else one.leaf for key in keys}
     if one.leaf == WEIGHT:
         names |= keys  # such as attn.in_proj_weight
+    if one.leaf in _OLD_LEAVES:
+        names |= {f"{key}.{_OLD_LEAVES[one.leaf]}" for key in keys}
     tensors = {tensor for name in names for tensor in index.names(name)}
     if one.shape is not None:
         tensors = {
