@@ -228,18 +228,33 @@ def test_equal_tensors_of_the_file_that_the_configuration_ties_are_one(
     assert config_of(tmp_path) == config | ({} if is_tied else {"tie_word_embeddings": False})
 
 
-@pytest.mark.parametrize("config", [TIED, TIED | {"tie_word_embeddings": False}])
-def test_rows_change_alone_where_the_head_of_the_file_is_not_tied(tmp_path, rng, config):
-    """Transformers does not tie tensors that differ."""
-    head = draw(rng, TOKENS, WIDTH)
-    base = write_base(tmp_path / "base", model(rng, **{HEAD: head}), **config)
+def test_rows_change_alone_where_the_head_of_the_file_is_not_tied(tmp_path, rng):
+    config = TIED | {"tie_word_embeddings": False}
+    base = in_file(tmp_path / "base", rng, **config)
     leaves, changed = query(rng, base)
     changed[EMBED] = base[EMBED].copy()
     changed[EMBED][[1, 3]] = rows = draw(rng, 2, WIDTH)
     whole = {PREFIX + DELTA: rows}
     write_peft(tmp_path / "adapter", leaves, whole, trainable_token_indices=[1, 3])
     check(tmp_path, base, changed)
-    assert config_of(tmp_path) == config | {"tie_word_embeddings": False}
+    assert config_of(tmp_path) == config
+
+
+def test_rows_of_tied_tensors_that_differ_are_refused_until_all_were_trained(tmp_path, rng, capsys):
+    """Transformers does not tie tensors that differ, and PEFT trains them as if it did."""
+    base = write_base(tmp_path / "base", model(rng, **{HEAD: draw(rng, TOKENS, WIDTH)}), **TIED)
+    leaves, changed = query(rng, base)
+    whole = {PREFIX + DELTA: draw(rng, 2, WIDTH)}
+    write_peft(tmp_path / "adapter", leaves, whole, trainable_token_indices=[1, 3])
+    error = refused(tmp_path, capsys)
+    assert f"{EMBED} and {HEAD} differ in BASE, and PEFT trains single rows as if" in error
+    assert "with modules_to_save in place of trainable_token_indices" in error
+    shutil.rmtree(tmp_path / "adapter")
+    changed[EMBED] = draw(rng, TOKENS, WIDTH)
+    whole = {PREFIX + EMBED: changed[EMBED]}
+    write_peft(tmp_path / "adapter", leaves, whole, modules_to_save=["embed_tokens"])
+    check(tmp_path, base, changed)
+    assert config_of(tmp_path) == TIED | {"tie_word_embeddings": False}
 
 
 def test_a_head_of_the_file_has_the_bias_that_it_lacks_there(tmp_path, rng):
@@ -298,14 +313,71 @@ def test_an_untied_head_of_t5_keeps_its_scale(tmp_path, rng, family, entry):
     assert config_of(tmp_path) == config | scale | {"tie_word_embeddings": False}
 
 
+def flan(folder, rng, **config):
+    """Write a T5 whose head is not its embeddings, and which has no scale."""
+    base = {SHARED: draw(rng, TOKENS, WIDTH), HEAD: draw(rng, TOKENS, WIDTH)}
+    base[QUERY] = draw(rng, 6, WIDTH)
+    return write_base(folder, base, model_type="t5", tie_word_embeddings=False, **config)
+
+
 def test_a_head_of_t5_that_was_not_tied_gets_no_scale(tmp_path, rng):
-    config = {"model_type": "t5", "tie_word_embeddings": False}
-    base = in_file(tmp_path / "base", rng, SHARED, **config)
+    base = flan(tmp_path / "base", rng)
     leaves, changed = query(rng, base)
     changed[HEAD] = draw(rng, TOKENS, WIDTH)
     write_peft(tmp_path / "adapter", leaves, {PREFIX + HEAD: changed[HEAD]})
     check(tmp_path, base, changed)
+    assert config_of(tmp_path) == {"model_type": "t5", "tie_word_embeddings": False}
+
+
+def test_a_head_of_t5_that_is_equal_to_its_embeddings_is_tied(tmp_path, rng):
+    """Transformers ties them whatever the configuration says."""
+    config = {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}
+    config["tie_word_embeddings"] = False
+    base = in_file(tmp_path / "base", rng, SHARED, **config)
+    leaves, changed = query(rng, base)
+    changed |= dict.fromkeys(SIDES, base[SHARED])
+    changed[HEAD] = draw(rng, TOKENS, WIDTH)
+    write_peft(tmp_path / "adapter", leaves, {PREFIX + HEAD: changed[HEAD]})
+    check(tmp_path, base, changed)
     assert config_of(tmp_path) == config
+
+
+def test_embeddings_of_t5_without_a_head_are_tied(tmp_path, rng):
+    """Whatever the configuration says."""
+    config = {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}
+    config["tie_word_embeddings"] = False
+    base = in_file(tmp_path / "base", rng, SHARED, (), **config)
+    leaves, changed = query(rng, base)
+    changed |= dict.fromkeys((*SIDES, HEAD), base[SHARED])
+    changed[SHARED] = draw(rng, TOKENS, WIDTH)
+    write_peft(tmp_path / "adapter", leaves, {PREFIX + SHARED: changed[SHARED]})
+    check(tmp_path, base, changed)
+    assert config_of(tmp_path) == config
+
+
+@pytest.mark.parametrize("trained", ["DoRA", "in full"])
+def test_the_shared_embeddings_of_t5_are_not_those_of_its_encoder(tmp_path, rng, trained):
+    base = flan(tmp_path / "base", rng)
+    leaves, changed = query(rng, base)
+    changed |= dict.fromkeys(SIDES, base[SHARED])
+    if trained == "DoRA":
+        own, changed[SHARED] = embedding(rng, base[SHARED])
+        whole = {f"{PREFIX}shared.{end}": tensor for end, tensor in own.items()}
+    else:
+        changed[SHARED] = draw(rng, TOKENS, WIDTH)
+        whole = {PREFIX + SHARED: changed[SHARED]}
+    saved = [] if trained == "DoRA" else ["shared"]
+    write_peft(tmp_path / "adapter", leaves, whole, modules_to_save=saved)
+    check(tmp_path, base, changed)
+
+
+def test_resized_embeddings_of_t5_are_those_of_its_encoder_too(tmp_path, rng):
+    base = flan(tmp_path / "base", rng)
+    leaves, changed = query(rng, base)
+    changed |= {name: grown(rng, WIDTH) for name in (SHARED, HEAD)}
+    whole = {PREFIX + name: changed[name] for name in (SHARED, HEAD)}
+    write_peft(tmp_path / "adapter", leaves, whole)
+    check(tmp_path, base, changed)
 
 
 def test_a_head_whose_scale_would_be_lost_is_refused_until_it_was_trained_tied(

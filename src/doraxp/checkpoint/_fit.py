@@ -189,6 +189,11 @@ def fit(model: Model, adapters: AdapterSet, choices: Fit) -> Fitted:
     }
     left = {path for path, one in modules.items() if one.path in unused}
     used = {place.tensor for own in places.values() for place in own}
+    rows = {places[name][0].tensor for name in adapters.tokens if name in places}
+    try:
+        tied = _checked(tied, sources, used, rows)
+    except CheckpointError as error:
+        raise CheckpointError(f"{adapters.reader.path}: {error}") from None
     return Fitted(
         sources,
         places,
@@ -196,7 +201,7 @@ def fit(model: Model, adapters: AdapterSet, choices: Fit) -> Fitted:
         tuple(path for path in modules if path in left),
         frozenset(name for name, one in whole.items() if one.path in unused),
         _lead(modules, by_name),
-        _checked(tied, sources, used),
+        tied,
         shapes,
         whole | modules,
     )
@@ -258,12 +263,23 @@ def _tie(sources: dict[str, Source], model: Model) -> Tied | None:
     return tied
 
 
-def _checked(tied: Tied | None, sources: Mapping[str, Source], used: Set[str]) -> Tied | None:
-    """Return a tie without the tensors of the file that differ; None where the head differs."""
+def _checked(
+    tied: Tied | None, sources: Mapping[str, Source], used: Set[str], rows: Set[str]
+) -> Tied | None:
+    """Return a tie without the tensors of the file that differ; None where the head differs.
+
+    `rows` has the tensors of which the adapter has single rows.
+    """
     if tied is None or used.isdisjoint((tied.embedding, *tied.sources)):
         return tied
     equal = [name for name in tied.in_file if are_equal(sources[name], sources[tied.embedding])]
     if tied.head in tied.in_file and tied.head not in equal:
+        if tied.embedding in rows:
+            raise CheckpointError(
+                f"{tied.embedding} and {tied.head} differ in BASE, and PEFT trains single rows as "
+                "if the head were the embeddings, because the configuration ties them: train the "
+                "embeddings with modules_to_save in place of trainable_token_indices"
+            )
         return None
     copies = [name for name in tied.copies if name in equal or name not in tied.in_file]
     return tied._replace(copies=tuple(copies), in_file=tuple(equal))

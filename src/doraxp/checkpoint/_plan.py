@@ -20,7 +20,7 @@ from doraxp.checkpoint._names import Place
 from doraxp.checkpoint._norm_guard import residual_fits, wrong_matches
 from doraxp.checkpoint._orientation import is_transposed
 from doraxp.checkpoint._safetensors import DTYPES, Source
-from doraxp.checkpoint._separate_head import separate_head
+from doraxp.checkpoint._separate_head import separate_head, separate_shared
 from doraxp.checkpoint._tasks import (
     CopiedTensor,
     JoinedTensor,
@@ -29,7 +29,7 @@ from doraxp.checkpoint._tasks import (
     ReplacedTensor,
     Task,
 )
-from doraxp.checkpoint._tied import Tied, is_embedding, is_head, is_tied_by_name
+from doraxp.checkpoint._tied import Tied, is_embedding, is_head, is_tied_by_name, shared_copies
 from doraxp.checkpoint._torchtune import in_order
 from doraxp.checkpoint._whole_tensors import whole_tensors
 
@@ -77,20 +77,10 @@ def plan(model: Model, adapters: AdapterSet, choices: Fit = AS_FILED) -> Plan:
     changed: dict[str, Task] = dict(whole.tasks)
     for name, found in parts.items():
         changed[name] = _joined(fitted.sources[name], found)
-    untied = False
-    if fitted.tied is not None:
-        try:
-            untied = separate_head(fitted.tied, changed, whole.tasks, fitted.sources, adapters)
-        except CheckpointError as error:
-            raise CheckpointError(f"{adapters.reader.path}: {error}") from None
-    elif is_tied_by_name(fitted.sources, model.config):
-        untied = any(is_head(name) or is_embedding(name) for name in changed)
-    if untied and model.config.get("model_type") == "switch_transformers":
-        raise CheckpointError(
-            f"{adapters.reader.path}: the adapter changes one of embeddings and head, and "
-            "switch_transformers scales its logits only where tie_word_embeddings is true: train "
-            "the adapter with ensure_weight_tying=True"
-        )
+    try:
+        untied = _separated(model, adapters, fitted, changed, whole.tasks)
+    except CheckpointError as error:
+        raise CheckpointError(f"{adapters.reader.path}: {error}") from None
     alone = _names_alone(fitted.tied, untied=untied)
     copied = {
         name: CopiedTensor(source)
@@ -103,6 +93,31 @@ def plan(model: Model, adapters: AdapterSet, choices: Fit = AS_FILED) -> Plan:
         for name, task in (changed | copied).items()
     }
     return Plan(tasks, lead, replace(whole.edits, untied=untied), fitted.unused)
+
+
+def _separated(
+    model: Model,
+    adapters: AdapterSet,
+    fitted: Fitted,
+    changed: dict[str, Task],
+    whole: Mapping[str, Task],
+) -> bool:
+    """Give head, encoder and decoder weights of their own; return whether the head is untied."""
+    if fitted.tied is not None:
+        untied = separate_head(fitted.tied, changed, whole, fitted.sources, adapters)
+    else:
+        untied = is_tied_by_name(fitted.sources, model.config) and any(
+            is_head(name) or is_embedding(name) for name in changed
+        )
+        shared, copies = shared_copies(fitted.sources, model.config)
+        separate_shared(shared, copies, changed, whole, fitted.sources, adapters)
+    if untied and model.config.get("model_type") == "switch_transformers":
+        raise CheckpointError(
+            "the adapter changes one of embeddings and head, and switch_transformers scales its "
+            "logits only where tie_word_embeddings is true: train the adapter with "
+            "ensure_weight_tying=True"
+        )
+    return untied
 
 
 def _names_alone(tied: Tied | None, *, untied: bool) -> set[str]:

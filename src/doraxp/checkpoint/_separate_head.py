@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from doraxp.checkpoint._adapters import AdapterSet
 from doraxp.checkpoint._errors import CheckpointError
@@ -72,6 +72,26 @@ def separate_head(
     for name in (tied.head, *tied.copies):
         changed.setdefault(name, before)
     return True
+
+
+def separate_shared(
+    shared: str,
+    copies: Collection[str],
+    changed: dict[str, Task],
+    whole: Mapping[str, Task],
+    sources: Mapping[str, AnySource],
+    adapters: AdapterSet,
+) -> None:
+    """Give encoder and decoder embeddings of their own where the shared ones alone were trained.
+
+    The head of the model has a tensor of its own.
+    """
+    task = changed.get(shared)
+    is_saved = isinstance(task, ReplacedTensor) and "shared" not in adapters.head.modules
+    if task is None or is_saved:
+        return  # PEFT saves resized embeddings on its own account
+    for name in copies:
+        changed.setdefault(name, _before(Tied(shared, name), whole, sources, adapters))
 
 
 def _are_apart(

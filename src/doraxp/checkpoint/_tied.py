@@ -37,6 +37,9 @@ _SEAMLESS = frozenset(
 )
 _WITH_DECODER = ("encoder-decoder", "vision-encoder-decoder", "speech-encoder-decoder")
 """Models of an encoder and a language model, whose configuration is in ``decoder``."""
+_ALWAYS = ("t5", "mt5", "umt5", "longt5", "pop2piano", "udop")
+"""Families that tie equal weights of embeddings and head whatever config.json says. Their encoder
+and decoder have the shared embeddings unless the files have other ones."""
 _EMBEDDINGS = tuple(
     f".{name}.weight"
     for name in (
@@ -140,6 +143,23 @@ def tied_in_file(names: Collection[str], config: JsonObject) -> Tied | None:
     return tied._replace(bias=bias, in_file=in_file)
 
 
+def shared_copies(names: Collection[str], config: JsonObject) -> tuple[str, tuple[str, ...]]:
+    """Return the shared embeddings, and the names of those of encoder and decoder if they lack.
+
+    Of models without shared embeddings, return "" and no names.
+    """
+    shared = next((name for name in _embeddings(names) if name.endswith("shared.weight")), "")
+    if not shared or config.get("model_type") not in _ALWAYS:
+        return "", ()
+    return shared, tuple(name for name in _copies(shared) if name not in names)
+
+
+def _copies(shared: str) -> tuple[str, ...]:
+    """Return the names of the embeddings of encoder and decoder that are the shared ones."""
+    lead = shared.removesuffix("shared.weight")
+    return tuple(f"{lead}{side}.embed_tokens.weight" for side in ("encoder", "decoder"))
+
+
 def _tied(embedding: str, names: Collection[str], config: JsonObject) -> Tied:
     """Return the head of these embeddings, by the model family."""
     kind = config.get("model_type")
@@ -148,9 +168,8 @@ def _tied(embedding: str, names: Collection[str], config: JsonObject) -> Tied:
         bias = family.bias if family.bias in names else ""
         head = f"{family.head}.weight" if family.head else ""
         return Tied(embedding, head, bias=bias)
-    lead = embedding.removesuffix("shared.weight")
-    copies = [f"{lead}{side}.embed_tokens.weight" for side in ("encoder", "decoder")]
-    return Tied(embedding, _head_of(embedding), tuple(copies) if lead != embedding else ())
+    copies = _copies(embedding) if embedding.endswith("shared.weight") else ()
+    return Tied(embedding, _head_of(embedding), copies)
 
 
 def _decoder(config: JsonObject) -> JsonObject | None:
@@ -188,6 +207,8 @@ def is_tied_by_name(names: Collection[str], config: JsonObject) -> bool:
 
 def _flag(config: JsonObject) -> object:
     """Return ``tie_word_embeddings``, which may be in the part of the text; None without it."""
+    if config.get("model_type") in _ALWAYS:
+        return True
     text = config.get("text_config")
     nested = text.get("tie_word_embeddings") if isinstance(text, dict) else None
     return config.get("tie_word_embeddings", nested)
