@@ -1067,6 +1067,18 @@ def test_a_head_of_classes_needs_no_head_of_new_tokens(tmp_path, rng):
     assert config_of(tmp_path)["architectures"] == ["LlamaForSequenceClassification"]
 
 
+@pytest.mark.parametrize("rows", [TOKENS, TOKENS + 2])
+def test_a_classifier_has_no_head_that_is_tied(tmp_path, rng, rows):
+    base = write_base(tmp_path / "base", model(rng), **TIED)
+    leaves, changed = query(rng, base)
+    changed |= {"score.weight": draw(rng, 3, WIDTH), EMBED: draw(rng, rows, WIDTH)}
+    whole = {f"{PREFIX}{name}": changed[name] for name in ("score.weight", EMBED)}
+    saved = {"modules_to_save": ["score", "embed_tokens"], "task_type": "SEQ_CLS"}
+    write_peft(tmp_path / "adapter", leaves, whole, **saved)
+    check(tmp_path, base, changed)
+    assert config_of(tmp_path)["tie_word_embeddings"]
+
+
 def test_biases_of_tokens_that_did_not_grow_are_refused(tmp_path, rng, capsys):
     """BART has one number for each token in final_logits_bias."""
     bias = np.zeros((1, TOKENS), np.float32)

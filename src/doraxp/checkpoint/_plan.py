@@ -29,9 +29,17 @@ from doraxp.checkpoint._tasks import (
     ReplacedTensor,
     Task,
 )
-from doraxp.checkpoint._tied import Tied, is_embedding, is_head, is_tied_by_name, shared_copies
+from doraxp.checkpoint._tied import (
+    Tied,
+    is_embedding,
+    is_head,
+    is_tied_by_name,
+    shared_copies,
+    tied_head,
+    tied_in_file,
+)
 from doraxp.checkpoint._torchtune import in_order
-from doraxp.checkpoint._whole_tensors import whole_tensors
+from doraxp.checkpoint._whole_tensors import WholeTensors, whole_tensors
 
 _OTHER_WAY = {"linear": LayerKind("transposed"), "transposed": LayerKind("linear")}
 _GIVE_CONFIG = "put the model's config.json beside it"
@@ -78,7 +86,7 @@ def plan(model: Model, adapters: AdapterSet, choices: Fit = AS_FILED) -> Plan:
     for name, found in parts.items():
         changed[name] = _joined(fitted.sources[name], found)
     try:
-        untied = _separated(model, adapters, fitted, changed, whole.tasks)
+        untied = _separated(model, adapters, fitted, changed, whole)
     except CheckpointError as error:
         raise CheckpointError(f"{adapters.reader.path}: {error}") from None
     alone = _names_alone(fitted.tied, untied=untied)
@@ -100,17 +108,20 @@ def _separated(
     adapters: AdapterSet,
     fitted: Fitted,
     changed: dict[str, Task],
-    whole: Mapping[str, Task],
+    whole: WholeTensors,
 ) -> bool:
     """Give head, encoder and decoder weights of their own; return whether the head is untied."""
-    if fitted.tied is not None:
-        untied = separate_head(fitted.tied, changed, whole, fitted.sources, adapters)
+    tied, sources = fitted.tied, fitted.sources
+    if tied is not None:
+        if not tied.copies and not _keeps_head(model, whole.edits):
+            return False
+        untied = separate_head(tied, changed, whole.tasks, sources, adapters)
     else:
-        untied = is_tied_by_name(fitted.sources, model.config) and any(
+        untied = is_tied_by_name(sources, model.config) and any(
             is_head(name) or is_embedding(name) for name in changed
         )
-        shared, copies = shared_copies(fitted.sources, model.config)
-        separate_shared(shared, copies, changed, whole, fitted.sources, adapters)
+        shared, copies = shared_copies(sources, model.config)
+        separate_shared(shared, copies, changed, whole.tasks, sources, adapters)
     if untied and model.config.get("model_type") == "switch_transformers":
         raise CheckpointError(
             "the adapter changes one of embeddings and head, and switch_transformers scales its "
@@ -118,6 +129,15 @@ def _separated(
             "ensure_weight_tying=True"
         )
     return untied
+
+
+def _keeps_head(model: Model, edits: ConfigEdits) -> bool:
+    """Return whether a model whose embeddings are its head has that head after the changes too.
+
+    A language model that becomes a classifier does not.
+    """
+    names, config = model.sources().keys(), edits.apply(model.config)
+    return bool(tied_head(names, config) or tied_in_file(names, config))
 
 
 def _names_alone(tied: Tied | None, *, untied: bool) -> set[str]:
