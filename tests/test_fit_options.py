@@ -388,6 +388,19 @@ def test_magnitudes_in_another_order_show_permuted_rows(tmp_path, rng, capsys):
     assert "BASE stores the rows in another order than the module" in refused(tmp_path, capsys)
 
 
+def test_magnitudes_of_embeddings_are_in_the_order_of_the_dimensions(tmp_path, rng):
+    """Their norms are much alike, so that trained ones may look like others in another order."""
+    embeddings = scaled(rng, *TALL).T.copy()
+    base = write_base(tmp_path / "base", {"embed.weight": embeddings})
+    a, b, _ = near(rng, embeddings.T)
+    m = rng.permutation(np.linalg.norm(embeddings, axis=0))
+    names = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+    leaves = dict(zip(names, (a, b, m), strict=True))
+    whole = {f"{PREFIX}embed.{name}": leaf for name, leaf in leaves.items()}
+    write_peft(tmp_path / "adapter", {}, whole)
+    check(tmp_path, base, {"embed.weight": dense(embeddings.T, a, b, m).T})
+
+
 def test_the_guard_reads_a_transposed_and_a_convolution_too(tmp_path, rng, capsys):
     tensors = {f"h.{name}.weight": scaled(rng, *TALL).T.copy() for name in "ab"}
     tensors |= {f"c.{name}.weight": scaled(rng, 20, 3, 2, 2) for name in "ab"}

@@ -146,7 +146,9 @@ class _Guard:
                 f"{part.path} was matched to {name}, but its magnitudes are the row norms of "
                 f"{other}: name that one with --rename"
             )
-        if _Fit.of(np.sort(m), np.sort(norms)).is_better_than(own):
+        # No model stores the dimensions of its embeddings in another order.
+        is_sorted_near = _Fit.of(np.sort(m), np.sort(norms)).is_better_than(own)
+        if is_sorted_near and not kind.is_transposed:
             return (
                 f"{part.path} was matched to {name}, but its magnitudes are the row norms of that "
                 "tensor in another order: BASE stores the rows in another order than the module"
