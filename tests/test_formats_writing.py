@@ -77,6 +77,15 @@ def test_a_changed_base_is_still_known_after_a_conversion_to_peft(tmp_path, caps
     assert f"was initialised by {name}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("lead", ["", "unet.", "text_encoder."])
+def test_a_changed_base_and_biases_are_still_known_in_a_file_of_diffusers(tmp_path, lead):
+    write_adapter(tmp_path / "a", {f"{lead}q": (7, 5)}, init_lora_weights="olora", bias="all")
+    for source, target in ("ab", "bc"):
+        save_adapters(tmp_path / target, load_adapters(tmp_path / source), "diffusers")
+        found = load_adapters(tmp_path / target)
+        assert (found.base_change, found.trained_biases) == ("olora", "all")
+
+
 def test_a_changed_base_is_refused_by_mlx(tmp_path, capsys):
     write_adapter(tmp_path / "a", init_lora_weights="olora")
     assert convert(tmp_path / "a", tmp_path / "b", "mlx") == 2
