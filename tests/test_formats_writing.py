@@ -176,6 +176,18 @@ def test_peft_to_peft_is_a_copy(tmp_path):
     assert load_adapters(tmp_path / "b").replacements == load_adapters(tmp_path / "a").replacements
 
 
+@pytest.mark.parametrize("to", ["peft", "mlx"])
+def test_names_that_begin_as_a_part_of_a_pipeline_stay(tmp_path, to):
+    """The blocks of GPT-2 are in `transformer`."""
+    paths = {"transformer.h.0.q": (7, 5), "transformer.h.1.q": (7, 5)}
+    pattern = {} if to == "mlx" else {r"^transformer\.h\.0\.q": 7}
+    write_adapter(tmp_path / "a", paths, alpha_pattern=pattern)
+    assert convert(tmp_path / "a", tmp_path / "b", to) == 0
+    before, after = (load_adapters(tmp_path / name) for name in "ab")
+    scalings = [{path: x.config.scaling for path, x in one.items()} for one in (before, after)]
+    assert scalings[0] == scalings[1]
+
+
 def test_the_entries_that_a_file_lacks_are_those_of_its_adapters(tmp_path):
     write_adapter(tmp_path / "a", target_modules=None, task_type=None)
     assert convert(tmp_path / "a", tmp_path / "b") == 0
