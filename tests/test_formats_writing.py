@@ -77,6 +77,15 @@ def test_a_changed_base_is_still_known_after_a_conversion_to_peft(tmp_path, caps
     assert f"was initialised by {name}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("lead", ["", "unet.", "text_encoder."])
+def test_a_changed_base_and_biases_are_still_known_in_a_file_of_diffusers(tmp_path, lead):
+    write_adapter(tmp_path / "a", {f"{lead}q": (7, 5)}, init_lora_weights="olora", bias="all")
+    for source, target in ("ab", "bc"):
+        save_adapters(tmp_path / target, load_adapters(tmp_path / source), "diffusers")
+        found = load_adapters(tmp_path / target)
+        assert (found.base_change, found.trained_biases) == ("olora", "all")
+
+
 def test_a_changed_base_is_refused_by_mlx(tmp_path, capsys):
     write_adapter(tmp_path / "a", init_lora_weights="olora")
     assert convert(tmp_path / "a", tmp_path / "b", "mlx") == 2
@@ -165,6 +174,18 @@ def test_peft_to_peft_is_a_copy(tmp_path):
     was, now = config_of(tmp_path / "a"), config_of(tmp_path / "b")
     assert {name: now[name] for name in was} == was
     assert load_adapters(tmp_path / "b").replacements == load_adapters(tmp_path / "a").replacements
+
+
+@pytest.mark.parametrize("to", ["peft", "mlx"])
+def test_names_that_begin_as_a_part_of_a_pipeline_stay(tmp_path, to):
+    """The blocks of GPT-2 are in `transformer`."""
+    paths = {"transformer.h.0.q": (7, 5), "transformer.h.1.q": (7, 5)}
+    pattern = {} if to == "mlx" else {r"^transformer\.h\.0\.q": 7}
+    write_adapter(tmp_path / "a", paths, alpha_pattern=pattern)
+    assert convert(tmp_path / "a", tmp_path / "b", to) == 0
+    before, after = (load_adapters(tmp_path / name) for name in "ab")
+    scalings = [{path: x.config.scaling for path, x in one.items()} for one in (before, after)]
+    assert scalings[0] == scalings[1]
 
 
 def test_the_entries_that_a_file_lacks_are_those_of_its_adapters(tmp_path):

@@ -104,6 +104,8 @@ class AdapterSet(Mapping[str, AdaptedLayer]):
     """Tensors to add to the base's: their names in the base, and in the file."""
     is_of_images: bool = False
     """True where the paths begin with the part of an image model that they are for."""
+    is_of_pipeline: bool = False
+    """True where the paths begin with the component of a pipeline of diffusers."""
     tokens: Mapping[str, TokenRows] = field(default_factory=dict)
     """Single rows of embeddings that were trained, by the embeddings' name."""
     untrained: Mapping[str, str] = field(default_factory=dict)

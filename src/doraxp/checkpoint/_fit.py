@@ -118,12 +118,12 @@ class Fitted:
             _block(self._wanted[path].path)[0]: _block(places[0].tensor)[0]
             for path, places in self.places.items()
         }
-        there = [_block(name) for name in self.shapes]
+        last: dict[str, int] = {}
+        for lead, number in map(_block, self.shapes):
+            last[lead] = max(number, last.get(lead, -1))
         missing = [_block(self._wanted[path].path) for path in paths]
-        for lead, number in missing:
-            last = max((other for own, other in there if own == leads.get(lead)), default=-1)
-            if not -1 < last < number:
-                return ""
+        if any(not -1 < last.get(leads.get(lead, ""), -1) < number for lead, number in missing):
+            return ""
         lead, number = missing[0]
         return (
             f"; block {number} of {lead} is beyond the last one of the base, so the base has fewer "

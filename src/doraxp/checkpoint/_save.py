@@ -104,9 +104,9 @@ def _check_names(adapters: AdapterSet, format: str) -> None:
 
 def _without_part(adapters: Mapping[str, AdaptedLayer]) -> Mapping[str, AdaptedLayer]:
     """Return the adapters of one part of a pipeline under the names in that part."""
-    used = {path.partition(".")[0] for path in adapters}
-    if not isinstance(adapters, AdapterSet) or used.isdisjoint(diffusers.PARTS):
+    if not isinstance(adapters, AdapterSet) or not adapters.is_of_pipeline:
         return adapters
+    used = {path.partition(".")[0] for path in adapters}
     if len(used) > 1:
         raise ValueError(
             f"{adapters.reader.path}: has adapters for {', '.join(sorted(used))}, and only "
@@ -175,7 +175,7 @@ def named_for(
             if name in layers:
                 raise CheckpointError(f"{adapters.reader.path}: two modules are for {tensor}")
             layers[name] = own
-    return _under(adapters, layers)
+    return replace(_under(adapters, layers), is_of_pipeline=model.is_pipeline)
 
 
 def _own_path(path: str, fitted: Fitted, choices: Fit) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Collection, Mapping
 from doraxp.checkpoint._adapters import AdapterSet, StoredLayer
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._formats import peft
-from doraxp.checkpoint._formats.peft_writing import PREFIX, whole_path
+from doraxp.checkpoint._formats.peft_writing import PREFIX, base_entries, whole_path
 from doraxp.checkpoint._formats.protocol import Written
 from doraxp.checkpoint._formats.whole import check_no_whole_tensors
 from doraxp.checkpoint._json import JsonObject, parse_json
@@ -98,10 +98,11 @@ def write(adapters: Mapping[str, AdaptedLayer]) -> Written:
     if used.isdisjoint(PARTS):
         entries = written.config
     elif used <= set(PARTS):
+        changes = base_entries(adapters) if isinstance(adapters, AdapterSet) else {}
         entries = {
             f"{part}.{name}": value
             for part in sorted(used)
-            for name, value in _part(part, adapters).items()
+            for name, value in (_part(part, adapters) | changes).items()
         }
     else:
         odd = next(path for path in adapters if path.partition(".")[0] not in PARTS)

@@ -65,7 +65,7 @@ def write(adapters: Mapping[str, AdaptedLayer]) -> Written:
         return Written(tensors, entries, {})
     if adapters.format not in _COPIED:
         check_no_whole_tensors(adapters, "a PEFT file with new names of modules")
-        return Written(tensors, entries | _base_entries(adapters), {})
+        return Written(tensors, entries | base_entries(adapters), {})
     reader = adapters.reader
     tensors |= {name: _whole(reader, own) for name, own in adapters.beside.items()}
     return Written(tensors, entries | _source_entries(adapters), reader.metadata)
@@ -85,7 +85,7 @@ def _whole(reader: Reader, name: str) -> HostArray:
     return np.frombuffer(raw, _OTHER_DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 
-def _base_entries(adapters: AdapterSet) -> JsonObject:
+def base_entries(adapters: AdapterSet) -> JsonObject:
     """Return the entries that tell of a base or of biases that the training changed."""
     return {
         "init_lora_weights": adapters.base_change or True,

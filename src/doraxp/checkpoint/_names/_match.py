@@ -94,7 +94,10 @@ def match(wanted: Sequence[Wanted], shapes: Shapes, model_type: str | None = Non
                 _add(found, way, places)
         permuted = next((name for way, _ in found for name in _permuted(way, wanted)), None)
         if permuted is not None:
-            problem = f"the base stores the rows of {permuted} in another order than the module's"
+            problem = (
+                f"the base stores the rows of {permuted} in another order than the module's: merge "
+                "it with PEFT's merge_and_unload instead"
+            )
             return Match({}, [], problem)
         if len(found) > 1:
             return _ambiguity(wanted, found[0][1], found[1][1])
