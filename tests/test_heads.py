@@ -1013,8 +1013,11 @@ def test_names_that_a_class_with_the_new_head_does_not_have_are_refused(tmp_path
 
 
 @pytest.mark.parametrize("saved", ["experts", "mlp"])
-def test_a_module_that_the_base_has_in_another_form_is_not_added(tmp_path, rng, capsys, saved):
-    there = "model.layers.0.mlp.experts.0.up_proj.weight"
+@pytest.mark.parametrize("there", ["mlp.experts.0.up_proj", "block_sparse_moe.experts.0.w1"])
+def test_a_module_that_the_base_has_in_another_form_is_not_added(
+    tmp_path, rng, capsys, there, saved
+):
+    there = f"model.layers.0.{there}.weight"
     base = write_base(tmp_path / "base", model(rng, **{there: draw(rng, 4, WIDTH)}))
     leaves, _ = query(rng, base)
     whole = {f"{PREFIX}model.layers.0.mlp.experts.gate_up_proj": draw(rng, 2, 8, WIDTH)}

@@ -34,16 +34,17 @@ def check_added(name: str, source: AnySource, adapters: AdapterSet, fitted: Fitt
     is_known = is_embedding(name) or (is_head(name) and any(map(is_head, fitted.sources)))
     if saved is None or is_known or any(f".{other}".endswith(end) for other in fitted.sources):
         raise CheckpointError(f"the base has no tensor {name} for {source.name} to replace")
-    # In a block, such as the experts of layer 0, each of which the base may have by itself.
     block = next((place for place in range(saved) if parts[place].isdecimal()), None)
     if block is not None:
-        module = f".{'.'.join(parts[block : saved + 1])}."
-        other = next((other for other in fitted.sources if module in f".{other}"), None)
-        if other is not None:
-            raise CheckpointError(
-                f"the base has {other} and other tensors for {source.name}, which is that module "
-                "in another form: merge this adapter with PEFT"
-            )
+        lead = f".{'.'.join(parts[max(0, block - 1) : block + 1])}."
+        modules = {part for part in parts[saved:-1] if not part.isdecimal()}
+        for other in fitted.sources:
+            # Such as the experts of layer 0, each of which the base may have by itself.
+            if lead in f".{other}" and not modules.isdisjoint(other.split(".")):
+                raise CheckpointError(
+                    f"the base has {other} and other tensors for {source.name}, which is that "
+                    "module in another form: merge this adapter with PEFT"
+                )
 
 
 def head_edits(
