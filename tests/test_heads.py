@@ -168,6 +168,21 @@ def test_an_untied_head_gets_its_bias_too(tmp_path, rng):
     check(tmp_path, base, changed)
 
 
+def test_a_head_that_grew_without_its_shared_bias_is_refused_until_the_base_has_it(
+    tmp_path, rng, capsys
+):
+    base = masked(tmp_path / "base", rng)
+    leaves, changed = query(rng, base)
+    changed |= {name: grown(rng, WIDTH) for name in (WORDS, OUTPUT)}
+    whole = {PREFIX + name: changed[name] for name in (WORDS, OUTPUT)}
+    write_peft(tmp_path / "adapter", leaves, whole)
+    error = refused(tmp_path, capsys)
+    assert f"{BIAS} has {TOKENS}: give the BASE whose embeddings have the new size" in error
+    base |= {WORDS: grown(rng, WIDTH), BIAS: grown(rng)}
+    save_file(base, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    check(tmp_path, base, changed | {OUTPUT_BIAS: base[BIAS]})
+
+
 @pytest.mark.parametrize("is_apart", [False, True])
 def test_a_bias_that_was_trained_under_both_names_is_one(tmp_path, rng, is_apart):
     base = masked(tmp_path / "base", rng)
