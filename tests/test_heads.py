@@ -416,18 +416,39 @@ def test_a_head_whose_scale_would_be_lost_is_refused_until_it_was_trained_tied(
     assert config_of(tmp_path) == config
 
 
-def test_the_language_model_beside_an_encoder_is_untied_alone(tmp_path, rng):
+@pytest.mark.parametrize("is_in_file", [False, True])
+def test_the_language_model_beside_an_encoder_is_untied_alone(tmp_path, rng, is_in_file):
     embed, head = "decoder.transformer.wte.weight", "decoder.lm_head.weight"
-    base = {embed: draw(rng, TOKENS, WIDTH), QUERY: draw(rng, 6, WIDTH)}
     config = {"model_type": "vision-encoder-decoder", "tie_word_embeddings": False}
-    config["architectures"] = ["VisionEncoderDecoderModel"]
-    base = write_base(tmp_path / "base", base, **config, decoder={"model_type": "gpt2"})
+    config |= {"architectures": ["VisionEncoderDecoderModel"], "decoder": {"model_type": "gpt2"}}
+    base = in_file(tmp_path / "base", rng, embed, (head,) * is_in_file, **config)
     leaves, changed = query(rng, base)
     changed |= {embed: draw(rng, TOKENS, WIDTH), head: base[embed]}
     write_peft(tmp_path / "adapter", leaves, {f"{PREFIX}{embed}": changed[embed]})
     check(tmp_path, base, changed)
     untied = {"model_type": "gpt2", "tie_word_embeddings": False}
     assert config_of(tmp_path) == config | {"decoder": untied}
+
+
+@pytest.mark.parametrize("has_new", [False, True])
+def test_rows_of_the_language_model_beside_an_encoder_are_those_of_its_embeddings(
+    tmp_path, rng, has_new
+):
+    """PEFT looks at the configuration of the whole model, which does not tie them."""
+    embed, head = "decoder.transformer.wte", "decoder.lm_head.weight"
+    config = {"model_type": "vision-encoder-decoder", "decoder": {"model_type": "gpt2"}}
+    base = in_file(tmp_path / "base", rng, f"{embed}.weight", (), **config)
+    leaves, changed = query(rng, base)
+    whole = {f"{PREFIX}{embed}.token_adapter.trainable_tokens_delta": draw(rng, 2, WIDTH)}
+    (rows,) = whole.values()
+    changed[head] = base[f"{embed}.weight"]
+    if has_new:
+        changed[head] = grown(rng, WIDTH)
+        whole[f"{PREFIX}{embed}.token_adapter.base_layer.weight"] = changed[head]
+    changed[f"{embed}.weight"] = changed[head].copy()
+    changed[f"{embed}.weight"][[1, 3]] = rows
+    write_peft(tmp_path / "adapter", leaves, whole, trainable_token_indices={"wte": [1, 3]})
+    check(tmp_path, base, changed)
 
 
 def test_a_bias_of_the_language_model_beside_an_encoder_is_untied_too(tmp_path, rng):

@@ -69,6 +69,8 @@ class Tied(NamedTuple):
     """The bias that is the head's too; "" without it."""
     in_file: tuple[str, ...] = ()
     """The other names under which the base has the embeddings too."""
+    rows_alone: bool = False
+    """Whether PEFT trains single rows of the embeddings alone, and not those of the head."""
 
     @property
     def head_bias(self) -> str:
@@ -129,6 +131,10 @@ def tied_in_file(names: Collection[str], config: JsonObject) -> Tied | None:
 
     Transformers ties those that are equal.
     """
+    decoder = _decoder(config)
+    if decoder is not None:
+        tied = tied_in_file(_in_decoder(names), decoder)
+        return None if tied is None else _of_decoder(tied)
     family = _families().get(str(config.get("model_type")))
     flag = _flag(config)
     heads = {name for name in names if is_head(name)}
@@ -186,12 +192,13 @@ def _in_decoder(names: Collection[str]) -> list[str]:
 
 def _of_decoder(tied: Tied) -> Tied:
     """Return the names with the part that they have in the whole model."""
-    embedding, head, copies, bias, _ = tied
     return Tied(
-        f"decoder.{embedding}",
-        f"decoder.{head}" if head else "",
-        tuple(f"decoder.{name}" for name in copies),
-        f"decoder.{bias}" if bias else "",
+        f"decoder.{tied.embedding}",
+        f"decoder.{tied.head}" if tied.head else "",
+        tuple(f"decoder.{name}" for name in tied.copies),
+        f"decoder.{tied.bias}" if tied.bias else "",
+        tuple(f"decoder.{name}" for name in tied.in_file),
+        rows_alone=True,
     )
 
 
