@@ -436,7 +436,8 @@ def test_rows_of_the_language_model_beside_an_encoder_are_those_of_its_embedding
 ):
     """PEFT looks at the configuration of the whole model, which does not tie them."""
     embed, head = "decoder.transformer.wte", "decoder.lm_head.weight"
-    config = {"model_type": "vision-encoder-decoder", "decoder": {"model_type": "gpt2"}}
+    decoder = {"model_type": "gpt2", "vocab_size": TOKENS}
+    config = {"model_type": "vision-encoder-decoder", "decoder": decoder}
     base = in_file(tmp_path / "base", rng, f"{embed}.weight", (), **config)
     leaves, changed = query(rng, base)
     whole = {f"{PREFIX}{embed}.token_adapter.trainable_tokens_delta": draw(rng, 2, WIDTH)}
@@ -449,6 +450,9 @@ def test_rows_of_the_language_model_beside_an_encoder_are_those_of_its_embedding
     changed[f"{embed}.weight"][[1, 3]] = rows
     write_peft(tmp_path / "adapter", leaves, whole, trainable_token_indices={"wte": [1, 3]})
     check(tmp_path, base, changed)
+    sizes = {"tie_word_embeddings": False, "vocab_size": TOKENS + 2 * has_new}
+    decoder = config["decoder"] | sizes
+    assert config_of(tmp_path) == config | {"tie_word_embeddings": False, "decoder": decoder}
 
 
 def test_a_bias_of_the_language_model_beside_an_encoder_is_untied_too(tmp_path, rng):
