@@ -430,6 +430,20 @@ def test_the_language_model_beside_an_encoder_is_untied_alone(tmp_path, rng, is_
     assert config_of(tmp_path) == config | {"decoder": untied}
 
 
+def test_rows_of_the_decoder_of_t5gemma_are_not_those_of_its_head(tmp_path, rng):
+    """PEFT ties those of the input embeddings, which are the encoder's."""
+    embed = "model.decoder.embed_tokens"
+    config = {"architectures": ["T5GemmaForConditionalGeneration"], "model_type": "t5gemma"}
+    base = in_file(tmp_path / "base", rng, f"{embed}.weight", (), **config)
+    leaves, changed = query(rng, base)
+    whole = {f"{PREFIX}{embed}.token_adapter.trainable_tokens_delta": draw(rng, 2, WIDTH)}
+    changed["lm_head.out_proj.weight"] = base[f"{embed}.weight"]
+    changed[f"{embed}.weight"] = base[f"{embed}.weight"].copy()
+    (changed[f"{embed}.weight"][[1, 3]],) = whole.values()
+    write_peft(tmp_path / "adapter", leaves, whole, trainable_token_indices=[1, 3])
+    check(tmp_path, base, changed)
+
+
 @pytest.mark.parametrize("has_new", [False, True])
 def test_rows_of_the_language_model_beside_an_encoder_are_those_of_its_embeddings(
     tmp_path, rng, has_new

@@ -40,6 +40,8 @@ _WITH_DECODER = ("encoder-decoder", "vision-encoder-decoder", "speech-encoder-de
 _ALWAYS = ("t5", "mt5", "umt5", "longt5", "pop2piano", "udop")
 """Families that tie equal weights of embeddings and head whatever config.json says. Their encoder
 and decoder have the shared embeddings unless the files have other ones."""
+_ROWS_ALONE = ("t5gemma",)
+"""Families whose input embeddings are those of the encoder, and tied ones those of the decoder."""
 _EMBEDDINGS = tuple(
     f".{name}.weight"
     for name in (
@@ -173,7 +175,7 @@ def _tied(embedding: str, names: Collection[str], config: JsonObject) -> Tied:
     if family.head != "lm_head":
         bias = family.bias if family.bias in names else ""
         head = f"{family.head}.weight" if family.head else ""
-        return Tied(embedding, head, bias=bias)
+        return Tied(embedding, head, bias=bias, rows_alone=kind in _ROWS_ALONE)
     copies = _copies(embedding) if embedding.endswith("shared.weight") else ()
     return Tied(embedding, _head_of(embedding), copies)
 
