@@ -469,6 +469,20 @@ def test_rows_of_the_language_model_beside_an_encoder_are_those_of_its_embedding
     assert config_of(tmp_path) == config | {"tie_word_embeddings": False, "decoder": decoder}
 
 
+def test_rows_beside_an_encoder_change_alone_where_the_head_of_the_file_differs(tmp_path, rng):
+    embed, head = "decoder.transformer.wte.weight", "decoder.lm_head.weight"
+    config = {"model_type": "vision-encoder-decoder", "decoder": {"model_type": "gpt2"}}
+    base = {name: draw(rng, TOKENS, WIDTH) for name in (embed, head)}
+    base = write_base(tmp_path / "base", base | {QUERY: draw(rng, 6, WIDTH)}, **config)
+    leaves, changed = query(rng, base)
+    changed[embed] = base[embed].copy()
+    changed[embed][[1, 3]] = rows = draw(rng, 2, WIDTH)
+    own = f"{PREFIX}decoder.transformer.wte.token_adapter.trainable_tokens_delta"
+    write_peft(tmp_path / "adapter", leaves, {own: rows}, trainable_token_indices=[1, 3])
+    check(tmp_path, base, changed)
+    assert config_of(tmp_path) == config
+
+
 def test_a_bias_of_the_language_model_beside_an_encoder_is_untied_too(tmp_path, rng):
     whole = {f"decoder.{name}" for name in (WORDS, BIAS)}
     base = {name: draw(rng, TOKENS, *(WIDTH,) * name.endswith("weight")) for name in sorted(whole)}
