@@ -29,7 +29,14 @@ from doraxp.checkpoint._tasks import (
     ReplacedTensor,
     Task,
 )
-from doraxp.checkpoint._tied import Tied, is_embedding, is_head, is_tied_by_name, shared_copies
+from doraxp.checkpoint._tied import (
+    Tied,
+    has_head_alone,
+    is_embedding,
+    is_head,
+    is_tied_by_name,
+    shared_copies,
+)
 from doraxp.checkpoint._torchtune import in_order
 from doraxp.checkpoint._whole_tensors import whole_tensors
 
@@ -106,6 +113,12 @@ def _separated(
     if fitted.tied is not None:
         untied = separate_head(fitted.tied, changed, whole, fitted.sources, adapters)
     else:
+        head = next(filter(is_head, changed), None)
+        if head is not None and has_head_alone(fitted.sources, model.config):
+            raise CheckpointError(
+                f"{head} is the embeddings too, and BASE does not have them: save the base with "
+                "tie_word_embeddings false and embeddings of its own"
+            )
         untied = is_tied_by_name(fitted.sources, model.config) and any(
             is_head(name) or is_embedding(name) for name in changed
         )

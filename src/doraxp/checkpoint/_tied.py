@@ -151,6 +151,14 @@ def tied_in_file(names: Collection[str], config: JsonObject) -> Tied | None:
     return tied._replace(bias=bias, in_file=in_file)
 
 
+def has_head_alone(names: Collection[str], config: JsonObject) -> bool:
+    """Return whether the files have a tied head, but not the embeddings that it is too."""
+    family = _families().get(str(config.get("model_type")))
+    flag = _flag(config)
+    is_tied = flag is True or (flag is None and family is not None and family.tied)
+    return is_tied and any(map(is_head, names)) and not any(map(is_embedding, names))
+
+
 def shared_copies(names: Collection[str], config: JsonObject) -> tuple[str, tuple[str, ...]]:
     """Return the shared embeddings, and the names of those of encoder and decoder if they lack.
 
