@@ -168,6 +168,21 @@ def test_an_untied_head_gets_its_bias_too(tmp_path, rng):
     check(tmp_path, base, changed)
 
 
+def test_a_head_that_grew_without_its_shared_bias_is_refused_until_the_base_has_it(
+    tmp_path, rng, capsys
+):
+    base = masked(tmp_path / "base", rng)
+    leaves, changed = query(rng, base)
+    changed |= {name: grown(rng, WIDTH) for name in (WORDS, OUTPUT)}
+    whole = {PREFIX + name: changed[name] for name in (WORDS, OUTPUT)}
+    write_peft(tmp_path / "adapter", leaves, whole)
+    error = refused(tmp_path, capsys)
+    assert f"{BIAS} has {TOKENS}: give the BASE whose embeddings have the new size" in error
+    base |= {WORDS: grown(rng, WIDTH), BIAS: grown(rng)}
+    save_file(base, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    check(tmp_path, base, changed | {OUTPUT_BIAS: base[BIAS]})
+
+
 @pytest.mark.parametrize("is_apart", [False, True])
 def test_a_bias_that_was_trained_under_both_names_is_one(tmp_path, rng, is_apart):
     base = masked(tmp_path / "base", rng)
@@ -401,18 +416,71 @@ def test_a_head_whose_scale_would_be_lost_is_refused_until_it_was_trained_tied(
     assert config_of(tmp_path) == config
 
 
-def test_the_language_model_beside_an_encoder_is_untied_alone(tmp_path, rng):
+@pytest.mark.parametrize("is_in_file", [False, True])
+def test_the_language_model_beside_an_encoder_is_untied_alone(tmp_path, rng, is_in_file):
     embed, head = "decoder.transformer.wte.weight", "decoder.lm_head.weight"
-    base = {embed: draw(rng, TOKENS, WIDTH), QUERY: draw(rng, 6, WIDTH)}
     config = {"model_type": "vision-encoder-decoder", "tie_word_embeddings": False}
-    config["architectures"] = ["VisionEncoderDecoderModel"]
-    base = write_base(tmp_path / "base", base, **config, decoder={"model_type": "gpt2"})
+    config |= {"architectures": ["VisionEncoderDecoderModel"], "decoder": {"model_type": "gpt2"}}
+    base = in_file(tmp_path / "base", rng, embed, (head,) * is_in_file, **config)
     leaves, changed = query(rng, base)
     changed |= {embed: draw(rng, TOKENS, WIDTH), head: base[embed]}
     write_peft(tmp_path / "adapter", leaves, {f"{PREFIX}{embed}": changed[embed]})
     check(tmp_path, base, changed)
     untied = {"model_type": "gpt2", "tie_word_embeddings": False}
     assert config_of(tmp_path) == config | {"decoder": untied}
+
+
+def test_rows_of_the_decoder_of_t5gemma_are_not_those_of_its_head(tmp_path, rng):
+    """PEFT ties those of the input embeddings, which are the encoder's."""
+    embed = "model.decoder.embed_tokens"
+    config = {"architectures": ["T5GemmaForConditionalGeneration"], "model_type": "t5gemma"}
+    base = in_file(tmp_path / "base", rng, f"{embed}.weight", (), **config)
+    leaves, changed = query(rng, base)
+    whole = {f"{PREFIX}{embed}.token_adapter.trainable_tokens_delta": draw(rng, 2, WIDTH)}
+    changed["lm_head.out_proj.weight"] = base[f"{embed}.weight"]
+    changed[f"{embed}.weight"] = base[f"{embed}.weight"].copy()
+    (changed[f"{embed}.weight"][[1, 3]],) = whole.values()
+    write_peft(tmp_path / "adapter", leaves, whole, trainable_token_indices=[1, 3])
+    check(tmp_path, base, changed)
+
+
+@pytest.mark.parametrize("has_new", [False, True])
+def test_rows_of_the_language_model_beside_an_encoder_are_those_of_its_embeddings(
+    tmp_path, rng, has_new
+):
+    """PEFT looks at the configuration of the whole model, which does not tie them."""
+    embed, head = "decoder.transformer.wte", "decoder.lm_head.weight"
+    decoder = {"model_type": "gpt2", "vocab_size": TOKENS}
+    config = {"model_type": "vision-encoder-decoder", "decoder": decoder}
+    base = in_file(tmp_path / "base", rng, f"{embed}.weight", (), **config)
+    leaves, changed = query(rng, base)
+    whole = {f"{PREFIX}{embed}.token_adapter.trainable_tokens_delta": draw(rng, 2, WIDTH)}
+    (rows,) = whole.values()
+    changed[head] = base[f"{embed}.weight"]
+    if has_new:
+        changed[head] = grown(rng, WIDTH)
+        whole[f"{PREFIX}{embed}.token_adapter.base_layer.weight"] = changed[head]
+    changed[f"{embed}.weight"] = changed[head].copy()
+    changed[f"{embed}.weight"][[1, 3]] = rows
+    write_peft(tmp_path / "adapter", leaves, whole, trainable_token_indices={"wte": [1, 3]})
+    check(tmp_path, base, changed)
+    sizes = {"tie_word_embeddings": False, "vocab_size": TOKENS + 2 * has_new}
+    decoder = config["decoder"] | sizes
+    assert config_of(tmp_path) == config | {"tie_word_embeddings": False, "decoder": decoder}
+
+
+def test_rows_beside_an_encoder_change_alone_where_the_head_of_the_file_differs(tmp_path, rng):
+    embed, head = "decoder.transformer.wte.weight", "decoder.lm_head.weight"
+    config = {"model_type": "vision-encoder-decoder", "decoder": {"model_type": "gpt2"}}
+    base = {name: draw(rng, TOKENS, WIDTH) for name in (embed, head)}
+    base = write_base(tmp_path / "base", base | {QUERY: draw(rng, 6, WIDTH)}, **config)
+    leaves, changed = query(rng, base)
+    changed[embed] = base[embed].copy()
+    changed[embed][[1, 3]] = rows = draw(rng, 2, WIDTH)
+    own = f"{PREFIX}decoder.transformer.wte.token_adapter.trainable_tokens_delta"
+    write_peft(tmp_path / "adapter", leaves, {own: rows}, trainable_token_indices=[1, 3])
+    check(tmp_path, base, changed)
+    assert config_of(tmp_path) == config
 
 
 def test_a_bias_of_the_language_model_beside_an_encoder_is_untied_too(tmp_path, rng):

@@ -70,6 +70,24 @@ def test_a_tied_head_of_unknown_name_is_refused(tmp_path, rng, capsys, architect
     assert "the name of the head in a model of this type is not known" in refused(tmp_path, capsys)
 
 
+@pytest.mark.parametrize("is_written", [True, False])
+def test_a_tied_head_without_the_embeddings_is_refused_until_the_base_has_both(
+    tmp_path, rng, capsys, is_written
+):
+    """OpenAIGPTDoubleHeadsModel ties the embeddings to the head, and its file has the head."""
+    config = {"model_type": "openai-gpt"} | ({"tie_word_embeddings": True} if is_written else {})
+    base = {HEAD: draw(rng, 9, 5), QUERY: draw(rng, 6, 5)}
+    write_base(tmp_path / "base", base, **config)
+    leaves, changed = query(rng, base)
+    changed[HEAD] = draw(rng, 9, 5)
+    write_peft(tmp_path / "adapter", leaves, {f"{PREFIX}{HEAD}": changed[HEAD]})
+    assert f"{HEAD} is the embeddings too, and BASE does not have them" in refused(tmp_path, capsys)
+    shutil.rmtree(tmp_path / "base")
+    base[EMBED] = base[HEAD]
+    write_base(tmp_path / "base", base, **config | {"tie_word_embeddings": False})
+    check(tmp_path, base, changed)
+
+
 def test_the_flag_is_false_where_tied_tensors_are_both_in_the_file(tmp_path, rng):
     base = {name: draw(rng, 9, 5) for name in (EMBED, HEAD)} | {QUERY: draw(rng, 6, 5)}
     write_base(tmp_path / "base", base, tie_word_embeddings=True)

@@ -16,6 +16,8 @@ _TASKS = {
 }
 _TEXT = {"Gemma3ForCausalLM": "Gemma3Text", "Qwen3_5ForCausalLM": "Qwen3_5Text"}
 """The families whose classes with a new head have another name than the language model."""
+_WITH_TOKENS = ("text_config", "encoder", "decoder")
+"""The parts of a configuration that may have a vocabulary; in one that grew, all have one size."""
 _SCALED = ("t5", "umt5", "longt5", "pop2piano")
 """Families that scale the input of the head by d_model^-0.5: where ``scale_decoder_outputs`` is
 true, or, without that entry, unless ``tie_word_embeddings`` is false."""
@@ -46,10 +48,11 @@ class ConfigEdits:
         if self.untied:
             edited = _untied(edited)
         if self.vocab_size is not None:
-            text = edited.get("text_config")
-            if isinstance(text, dict) and "vocab_size" in text:
-                edited["text_config"] = text | {"vocab_size": self.vocab_size}
-            if "vocab_size" in edited or not isinstance(text, dict):
+            parts = {key: edited[key] for key in _WITH_TOKENS if isinstance(edited.get(key), dict)}
+            for key, part in parts.items():
+                if isinstance(part, dict) and "vocab_size" in part:
+                    edited[key] = part | {"vocab_size": self.vocab_size}
+            if "vocab_size" in edited or not parts:
                 edited["vocab_size"] = self.vocab_size
         if self.labels is not None:
             edited["id2label"] = {str(place): label for place, label in enumerate(self.labels)}

@@ -274,7 +274,7 @@ def _checked(
         return tied
     equal = [name for name in tied.in_file if are_equal(sources[name], sources[tied.embedding])]
     if tied.head in tied.in_file and tied.head not in equal:
-        if tied.embedding in rows:
+        if tied.embedding in rows and not tied.rows_alone:
             raise CheckpointError(
                 f"{tied.embedding} and {tied.head} differ in BASE, and PEFT trains single rows as "
                 "if the head were the embeddings, because the configuration ties them: train the "

@@ -31,6 +31,7 @@ from doraxp.checkpoint._tasks import (
 )
 from doraxp.checkpoint._tied import (
     Tied,
+    has_head_alone,
     is_embedding,
     is_head,
     is_tied_by_name,
@@ -117,6 +118,12 @@ def _separated(
             return False
         untied = separate_head(tied, changed, whole.tasks, sources, adapters)
     else:
+        head = next(filter(is_head, changed), None)
+        if head is not None and has_head_alone(sources, model.config):
+            raise CheckpointError(
+                f"{head} is the embeddings too, and BASE does not have them: save the base with "
+                "tie_word_embeddings false and embeddings of its own"
+            )
         untied = is_tied_by_name(sources, model.config) and any(
             is_head(name) or is_embedding(name) for name in changed
         )

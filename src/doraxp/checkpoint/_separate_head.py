@@ -109,7 +109,8 @@ def _are_apart(
                 return True
     embedding, head = changed.get(tied.embedding), changed.get(tied.head)
     if head is None:
-        if embedding is None or adapters.ties_weights or isinstance(embedding, JoinedTensor):
+        is_one = isinstance(embedding, JoinedTensor) and not tied.rows_alone
+        if embedding is None or adapters.ties_weights or is_one:
             return False  # PEFT trains single rows of both as one
         return _before(tied, whole, sources, adapters) != embedding
     return embedding is None or not _are_equal(embedding, head)
@@ -133,11 +134,11 @@ def _before(
 ) -> Task:
     """Return the task of the embeddings as they were before the training."""
     base = sources[tied.embedding]
-    grown = {
-        name: task
-        for name, task in whole.items()
-        if name in (tied.embedding, tied.head) and isinstance(task, ReplacedTensor)
-    }
+    saved = {name: whole[name] for name in (tied.embedding, tied.head) if name in whole}
+    grown = {name: task for name, task in saved.items() if isinstance(task, ReplacedTensor)}
+    for task in saved.values():
+        if isinstance(task, JoinedTensor) and task.source.tensor.shape != base.tensor.shape:
+            return ReplacedTensor(task.source, base.tensor.dtype)  # the resized ones
     for task in grown.values():
         if ".base_layer." in task.source.name or are_equal(task.source, base):
             return task  # PEFT saved the base's embeddings, which may have been resized

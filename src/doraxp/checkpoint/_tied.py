@@ -40,6 +40,8 @@ _WITH_DECODER = ("encoder-decoder", "vision-encoder-decoder", "speech-encoder-de
 _ALWAYS = ("t5", "mt5", "umt5", "longt5", "pop2piano", "udop")
 """Families that tie equal weights of embeddings and head whatever config.json says. Their encoder
 and decoder have the shared embeddings unless the files have other ones."""
+_ROWS_ALONE = ("t5gemma",)
+"""Families whose input embeddings are those of the encoder, and tied ones those of the decoder."""
 _EMBEDDINGS = tuple(
     f".{name}.weight"
     for name in (
@@ -69,6 +71,8 @@ class Tied(NamedTuple):
     """The bias that is the head's too; "" without it."""
     in_file: tuple[str, ...] = ()
     """The other names under which the base has the embeddings too."""
+    rows_alone: bool = False
+    """Whether PEFT trains single rows of the embeddings alone, and not those of the head."""
 
     @property
     def head_bias(self) -> str:
@@ -129,6 +133,10 @@ def tied_in_file(names: Collection[str], config: JsonObject) -> Tied | None:
 
     Transformers ties those that are equal.
     """
+    decoder = _decoder(config)
+    if decoder is not None:
+        tied = tied_in_file(_in_decoder(names), decoder)
+        return None if tied is None else _of_decoder(tied)
     family = _families().get(str(config.get("model_type")))
     flag = _flag(config)
     heads = {name for name in names if is_head(name)}
@@ -141,6 +149,14 @@ def tied_in_file(names: Collection[str], config: JsonObject) -> Tied | None:
     bias = "" if tied.head_bias in names else tied.bias
     in_file = tuple(name for name in (tied.head, *tied.copies) if name in names)
     return tied._replace(bias=bias, in_file=in_file)
+
+
+def has_head_alone(names: Collection[str], config: JsonObject) -> bool:
+    """Return whether the files have a tied head, but not the embeddings that it is too."""
+    family = _families().get(str(config.get("model_type")))
+    flag = _flag(config)
+    is_tied = flag is True or (flag is None and family is not None and family.tied)
+    return is_tied and any(map(is_head, names)) and not any(map(is_embedding, names))
 
 
 def shared_copies(names: Collection[str], config: JsonObject) -> tuple[str, tuple[str, ...]]:
@@ -167,7 +183,7 @@ def _tied(embedding: str, names: Collection[str], config: JsonObject) -> Tied:
     if family.head != "lm_head":
         bias = family.bias if family.bias in names else ""
         head = f"{family.head}.weight" if family.head else ""
-        return Tied(embedding, head, bias=bias)
+        return Tied(embedding, head, bias=bias, rows_alone=kind in _ROWS_ALONE)
     copies = _copies(embedding) if embedding.endswith("shared.weight") else ()
     return Tied(embedding, _head_of(embedding), copies)
 
@@ -186,12 +202,13 @@ def _in_decoder(names: Collection[str]) -> list[str]:
 
 def _of_decoder(tied: Tied) -> Tied:
     """Return the names with the part that they have in the whole model."""
-    embedding, head, copies, bias, _ = tied
     return Tied(
-        f"decoder.{embedding}",
-        f"decoder.{head}" if head else "",
-        tuple(f"decoder.{name}" for name in copies),
-        f"decoder.{bias}" if bias else "",
+        f"decoder.{tied.embedding}",
+        f"decoder.{tied.head}" if tied.head else "",
+        tuple(f"decoder.{name}" for name in tied.copies),
+        f"decoder.{tied.bias}" if tied.bias else "",
+        tuple(f"decoder.{name}" for name in tied.in_file),
+        rows_alone=True,
     )
 
 

@@ -191,7 +191,10 @@ def _left_small(
     for name, source in fitted.sources.items():
         shape = (tasks[name].source if name in tasks else source).tensor.shape
         is_left = (name in tied and name not in tasks) or (has_other_head and is_head(name))
-        if name.endswith("final_logits_bias") and shape[-1] != size:
+        is_bias = name.endswith("final_logits_bias") or (
+            fitted.tied is not None and name == fitted.tied.bias
+        )
+        if is_bias and shape[-1] != size:
             yield (
                 f"the adapter has {size} tokens in {next(iter(grown))}, but {name} has "
                 f"{shape[-1]}: give the BASE whose embeddings have the new size"
