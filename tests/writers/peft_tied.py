@@ -7,13 +7,12 @@ model that was trained.
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
-import transformers
-
 from writers.matrix import Trial, register
-from writers.peft_common import TEXT, adapt, outputs, reload, text_inputs, text_model
+from writers.peft_common import TEXT, adapt, model, outputs, reload, text_inputs, text_model
 
 SIZES = {"vocab_size": 64, "max_position_embeddings": 64}
 SMALL = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4}
@@ -35,7 +34,20 @@ MODELS: dict[str, tuple[str, dict[str, Any], str, str, list[str]]] = {
            ["q"]),
     "BART": ("BartForConditionalGeneration", {**BART, **SIZES}, "shared", "lm_head", ["q_proj"]),
     "BERT": ("BertForMaskedLM", TEXT, "word_embeddings", "decoder", ["query"]),
+    "BERT, two heads": ("BertForPreTraining", TEXT, "word_embeddings", "decoder", ["query"]),
     "RoBERTa": ("RobertaForMaskedLM", TEXT, "word_embeddings", "decoder", ["query"]),
+    "ALBERT": ("AlbertForMaskedLM", {**TEXT, "embedding_size": 16}, "word_embeddings", "decoder",
+               ["query"]),
+    "DeBERTa-v2": ("DebertaV2ForMaskedLM", TEXT, "word_embeddings", "decoder", ["query_proj"]),
+    "ELECTRA": ("ElectraForMaskedLM", {**TEXT, "embedding_size": 16}, "word_embeddings",
+                "generator_lm_head", ["query"]),
+    "BioGPT": ("BioGptForCausalLM", TEXT, "embed_tokens", "output_projection", ["q_proj"]),
+    "ModernBERT, decoder": ("ModernBertDecoderForCausalLM", {**TEXT, "tie_word_embeddings": True},
+                            "tok_embeddings", "decoder.decoder", ["q_proj"]),
+    "Marian": ("MarianMTModel", {**BART, **SIZES, "pad_token_id": 0, "decoder_start_token_id": 0},
+               "shared", "lm_head", ["q_proj"]),
+    "mT5": ("MT5ForConditionalGeneration", {**T5, "decoder_start_token_id": 0,
+            "tie_word_embeddings": True}, "shared", "lm_head", ["q"]),
     "Gemma 3, images": ("Gemma3ForConditionalGeneration", GEMMA, "embed_tokens", "lm_head",
                         ["q_proj"]),
 }  # fmt: skip
@@ -52,10 +64,20 @@ def trial_of(folder: Path, tuned: Any) -> Trial:
 
 def tied(folder: Path, name: str, sizes: dict[str, Any], **changes: Any) -> Trial:
     """Adapt the embeddings or the head of a model that ties them."""
-    cls = getattr(transformers, name)
-    base = cls(cls.config_class(**sizes)).eval()
-    base.save_pretrained(folder / "base")
-    return trial_of(folder, adapt(base, **changes))
+    model(name, **sizes).save_pretrained(folder / "base")
+    return trial_of(folder, adapt(reload(folder / "base", name), **changes))
+
+
+def old_t5(folder: Path, **changes: Any) -> Trial:
+    """Adapt a T5 whose config.json is from before the entries that scale the logits."""
+    name, sizes, *_ = MODELS["T5"]
+    model(name, **sizes).save_pretrained(folder / "base")
+    path = folder / "base" / "config.json"
+    config = json.loads(path.read_text())
+    for entry in ("scale_decoder_outputs", "tie_word_embeddings"):
+        config.pop(entry, None)
+    path.write_text(json.dumps(config))
+    return trial_of(folder, adapt(reload(folder / "base", name), **changes))
 
 
 def grown(folder: Path, **changes: Any) -> Trial:
@@ -79,6 +101,13 @@ for title, (name, sizes, embedding, head, targets) in MODELS.items():
             tied, name=name, sizes=sizes, **{"target_modules": targets} | changes
         )
         register("PEFT, tied embeddings", f"{title}: {what}", make)
+
+for what, changes in {
+    "modules_to_save of the embeddings": {"target_modules": ["q"], "modules_to_save": ["shared"]},
+    "DoRA on the head": {"target_modules": ["q", "lm_head"]},
+}.items():
+    title = f"T5, an old configuration: {what}"
+    register("PEFT, tied embeddings", title, functools.partial(old_t5, **changes))
 
 BOTH = ["embed_tokens", "lm_head"]
 for what, changes in {

@@ -182,7 +182,9 @@ def _tied(embedding: str, names: Collection[str], config: JsonObject) -> Tied:
     family = _families().get(str(kind), _Family("" if kind else "lm_head", "", tied=False))
     if family.head != "lm_head":
         bias = family.bias if family.bias in names else ""
-        head = f"{family.head}.weight" if family.head else ""
+        # DeBERTa's present head has no weight of its own: it reads that of the embeddings.
+        is_known = family.head and config.get("legacy") is not False
+        head = f"{family.head}.weight" if is_known else ""
         return Tied(embedding, head, bias=bias, rows_alone=kind in _ROWS_ALONE)
     copies = _copies(embedding) if embedding.endswith("shared.weight") else ()
     return Tied(embedding, _head_of(embedding), copies)
