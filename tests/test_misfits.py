@@ -60,9 +60,13 @@ def write_kohya(folder, tensors):
 # Heads
 
 
-@pytest.mark.parametrize("architecture", ["XForMaskedLM", "XForCausalLM"])
-def test_a_tied_head_of_unknown_name_is_refused(tmp_path, rng, capsys, architecture):
-    config = {"architectures": [architecture], "model_type": "x"}
+@pytest.mark.parametrize(
+    ("architecture", "family"),
+    [("XForMaskedLM", "x"), ("XForCausalLM", "x"), ("XForMaskedLM", "deberta-v2")],
+)
+def test_a_tied_head_of_unknown_name_is_refused(tmp_path, rng, capsys, architecture, family):
+    """DeBERTa's head, unless it is the old one, reads the embeddings and has no weight."""
+    config = {"architectures": [architecture], "model_type": family, "legacy": False}
     base = {EMBED: draw(rng, 9, 5), QUERY: draw(rng, 6, 5)}
     write_base(tmp_path / "base", base, **config)
     leaves, _ = query(rng, base)
