@@ -545,6 +545,16 @@ EMBEDDINGS = f"{PREFIX}model.embed_tokens"
 TOKENS = f"{EMBEDDINGS}.token_adapter.trainable_tokens_delta"
 
 
+def test_a_copy_has_both_names_that_peft_writes_of_a_trained_embedding(tmp_path):
+    write_adapter(tmp_path / "a", modules_to_save=["embed_tokens"])
+    embeddings = draw(np.random.default_rng(8), 7, 5)
+    names = [f"{EMBEDDINGS}.{part}weight" for part in ("", "modules_to_save.", "original_module.")]
+    add(tmp_path / "a", dict.fromkeys(names, embeddings))
+    assert convert(tmp_path / "a", tmp_path / "b") == 0
+    before, after = (bytes_of(tmp_path / name / "adapter_model.safetensors") for name in "ab")
+    assert before == after
+
+
 def with_tokens(folder):
     """Write a PEFT adapter with two trained tokens."""
     write_adapter(folder, trainable_token_indices={"embed_tokens": [3, 1]})

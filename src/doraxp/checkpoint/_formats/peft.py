@@ -204,8 +204,12 @@ def _by_module(reader: Reader, rows: Mapping[str, re.Match[str]]) -> dict[str, s
 
 
 def _copied_name(name: str) -> str:
-    """Return the name that PEFT loads of a tensor that is not A, B or m."""
-    if ".modules_to_save." in name:
+    """Return the name that PEFT loads of a tensor that is not A, B or m.
+
+    PEFT itself writes ``embed_tokens.modules_to_save.weight`` beside ``embed_tokens.weight``. In a
+    state dict the name of the adapter comes before the leaf.
+    """
+    if re.search(r"\.modules_to_save\.[^.]+\.", name):
         return f"{PREFIX}{_base_name(name)}"
     rows = _TOKENS.fullmatch(name)
     return f"{rows['module']}.token_adapter.trainable_tokens_delta" if rows else name
