@@ -74,7 +74,7 @@ def head_edits(
         for name, shape in whole.items()
         if not is_embedding(name)
         and not is_head(name)
-        and (name in added or shape != fitted.sources[name].tensor.shape)
+        and (name not in fitted.sources or shape != fitted.sources[name].tensor.shape)
     }
     labels, architecture = choices.labels, choices.architecture
     if heads:
