@@ -46,7 +46,7 @@ def rng():
 
 
 @pytest.mark.parametrize(
-    "trained", ["embed_tokens", "both", "DoRA on embed_tokens", "DoRA on lm_head"]
+    "trained", ["embed_tokens", "both", "DoRA on embed_tokens", "DoRA on lm_head", "DoRA on both"]
 )
 def test_a_change_of_one_of_two_tied_weights_unties_them(tmp_path, rng, trained):
     """The head gets a tensor of its own, which is the trained one or the one of before."""
@@ -57,10 +57,10 @@ def test_a_change_of_one_of_two_tied_weights_unties_them(tmp_path, rng, trained)
         whole[f"{PREFIX}{EMBED}"] = changed[EMBED] = draw(rng, TOKENS, WIDTH)
     if trained == "both":
         whole[f"{PREFIX}{HEAD}"] = changed[HEAD] = draw(rng, TOKENS, WIDTH)
-    if trained == "DoRA on embed_tokens":
+    if trained in ("DoRA on embed_tokens", "DoRA on both"):
         own, changed[EMBED] = embedding(rng, base[EMBED])
         whole |= {f"{PREFIX}model.embed_tokens.{end}": tensor for end, tensor in own.items()}
-    if trained == "DoRA on lm_head":
+    if trained in ("DoRA on lm_head", "DoRA on both"):
         leaves["lm_head"] = near(rng, base[EMBED])
         changed[HEAD] = dense(base[EMBED], *leaves["lm_head"])
     write_peft(tmp_path / "adapter", leaves, whole)
@@ -195,6 +195,36 @@ def in_file(folder, rng, embed=EMBED, others=(HEAD,), **config):
     base = {embed: draw(rng, TOKENS, WIDTH), QUERY: draw(rng, 6, WIDTH)}
     base |= dict.fromkeys(others, base[embed])
     return write_base(folder, base, **config)
+
+
+def test_a_bias_of_the_head_alone_stays_its_own(tmp_path, rng):
+    base = masked(tmp_path / "base", rng)
+    base |= {OUTPUT: base[WORDS], OUTPUT_BIAS: draw(rng, TOKENS)}
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    leaves, changed = query(rng, base)
+    changed[WORDS] = draw(rng, TOKENS, WIDTH)
+    write_peft(tmp_path / "adapter", leaves, {PREFIX + WORDS: changed[WORDS]})
+    check(tmp_path, base, changed)
+
+
+def test_a_head_elsewhere_in_the_file_is_not_that_of_the_embeddings(tmp_path, rng):
+    base = model(rng, **{"draft.lm_head.weight": draw(rng, TOKENS, WIDTH)})
+    write_base(tmp_path / "base", base, **TIED, model_type="llama")
+    leaves, changed = query(rng, base)
+    changed[EMBED] = draw(rng, TOKENS, WIDTH)
+    write_peft(tmp_path / "adapter", leaves, {PREFIX + EMBED: changed[EMBED]})
+    check(tmp_path, base, changed)
+
+
+def test_shared_embeddings_of_an_untied_model_get_no_copies(tmp_path, rng):
+    base = {SHARED: draw(rng, TOKENS, WIDTH), HEAD: draw(rng, TOKENS, WIDTH)}
+    base[QUERY] = draw(rng, 6, WIDTH)
+    write_base(tmp_path / "base", base, model_type="bart", tie_word_embeddings=False)
+    leaves, changed = query(rng, base)
+    changed[SHARED] = draw(rng, TOKENS, WIDTH)
+    whole = {PREFIX + SHARED: changed[SHARED]}
+    write_peft(tmp_path / "adapter", leaves, whole, modules_to_save=["shared"])
+    check(tmp_path, base, changed)
 
 
 FAMILY = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
