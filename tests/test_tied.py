@@ -216,6 +216,18 @@ def test_a_head_elsewhere_in_the_file_is_not_that_of_the_embeddings(tmp_path, rn
     check(tmp_path, base, changed)
 
 
+def test_a_classifier_keeps_the_embeddings_of_its_encoder(tmp_path, rng):
+    base = {SHARED: draw(rng, TOKENS, WIDTH), QUERY: draw(rng, 6, WIDTH)}
+    config = {"architectures": ["BartForConditionalGeneration"], "model_type": "bart"}
+    write_base(tmp_path / "base", base, **config)
+    leaves, changed = query(rng, base)
+    changed |= {"score.weight": draw(rng, 3, WIDTH), SHARED: draw(rng, TOKENS, WIDTH)}
+    whole = {PREFIX + name: changed[name] for name in ("score.weight", SHARED)}
+    saved = {"modules_to_save": ["score", "shared"], "task_type": "SEQ_CLS"}
+    write_peft(tmp_path / "adapter", leaves, whole, **saved)
+    check(tmp_path, base, changed | dict.fromkeys((HEAD, *SIDES), base[SHARED]))
+
+
 def test_shared_embeddings_of_an_untied_model_get_no_copies(tmp_path, rng):
     base = {SHARED: draw(rng, TOKENS, WIDTH), HEAD: draw(rng, TOKENS, WIDTH)}
     base[QUERY] = draw(rng, 6, WIDTH)
