@@ -13,6 +13,7 @@ from checkpoints import (
     ALPHA,
     PREFIX,
     RANK,
+    assert_merged,
     check,
     dense,
     draw,
@@ -133,6 +134,17 @@ def test_a_tensor_of_another_module_is_not_advised(tmp_path, rng, capsys, more):
     assert "the base has no layers.1.v.weight" in error
     assert "layers.0.v" not in error
     assert "fewer blocks" not in error
+
+
+def test_a_tensor_that_another_module_has_is_not_advised(tmp_path, rng, capsys):
+    """The magnitudes of both modules are the norms of the one that BASE has."""
+    base = model(tmp_path, rng, "a.q")
+    a, b, _ = near(rng, base["a.q.weight"])
+    leaves = a, b, np.linalg.norm(base["a.q.weight"], axis=1)
+    write_peft(tmp_path / "adapter", {"a.q": leaves, "c.d": leaves})
+    error = refused(tmp_path, capsys)
+    assert "the base has no c.d.weight" in error
+    assert "--rename" not in error
 
 
 def test_a_tensor_whose_name_no_option_can_give_is_not_advised(tmp_path, rng, capsys):
@@ -792,6 +804,24 @@ def test_the_folder_of_the_model_is_named(tmp_path, rng, capsys):
     shutil.rmtree(tmp_path / "base")
     (tmp_path / "model").rename(tmp_path / "base")
     check(tmp_path, base, changed)
+
+
+def test_of_two_files_in_a_folder_one_must_be_given(tmp_path, rng, capsys):
+    """The advice is followed."""
+    base = model(tmp_path, rng, Q)
+    leaves, changed = adapt(rng, base, {Q: Q})
+    write_peft(tmp_path / "adapter", leaves)
+    file = tmp_path / "base" / "model.safetensors"
+    file.rename(file.with_name("a.safetensors"))
+    for name in ("b.safetensors", "2_Dense/model.safetensors"):
+        (file.parent / name).parent.mkdir(exist_ok=True)
+        save_file({"a": draw(rng, 1)}, file.parent / name)
+    assert "got 2 of them: give the one that is the model" in refused(tmp_path, capsys)
+    (file.parent / "a.safetensors").rename(tmp_path / "a.safetensors")
+    shutil.rmtree(tmp_path / "base")
+    (tmp_path / "a.safetensors").rename(tmp_path / "base")
+    assert merge(tmp_path) == 0
+    assert_merged(load_file(tmp_path / "out"), base, changed)
 
 
 def test_two_modules_for_one_tensor_are_refused(tmp_path, rng, capsys):

@@ -410,6 +410,16 @@ def test_a_module_that_two_parts_have_is_refused(tmp_path, rng, capsys, key, two
     check(tmp_path, base, adapter, changed, "--rename", options[two[chosen]])
 
 
+def test_a_rename_that_would_move_another_part_is_not_advised(tmp_path, rng, capsys):
+    base = encoder(rng, "text_encoder.") | encoder(rng, "text_encoder_2.")
+    base["unet.out.2.weight"] = draw(rng, SIZE, SIZE)
+    way = {CLIP[0]: parts(f"text_encoder.{CLIP[0]}")}
+    adapter, _ = adapt(rng, base, way, underscored("lycoris"))
+    more, _ = adapt(rng, base, {"out.2": parts("unet.out.2")}, underscored("lora_unet"))
+    error = refused(tmp_path, capsys, base, adapter | more)
+    assert "may be for text_encoder. or text_encoder_2.; remove from BASE" in error
+
+
 def test_two_parts_of_one_kind_are_not_told_apart_by_a_rename(tmp_path, rng, capsys):
     leads = ("cond_stage_model.transformer.", "text_encoder.")
     base = {name: x for lead in leads for name, x in encoder(rng, lead).items()}

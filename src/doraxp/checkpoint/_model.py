@@ -140,9 +140,11 @@ def _only_file(path: Path) -> str:
         ]
         largest = max(models, key=_size, default=None)
         advice = f": give {largest.parent}, the folder of the model" if largest else ""
+        if names:
+            advice = ": give the one that is the model"
         raise CheckpointError(
             f"{path}: must have {INDEXES[0]} or one safetensors file, got {len(names)} of them"
-            + (advice if not names else "")
+            f"{advice}"
         )
     return names[0]
 

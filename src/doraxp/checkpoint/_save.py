@@ -158,11 +158,7 @@ def named_for(
     layers: dict[str, StoredLayer] = {}
     tied = fitted.tied.head if fitted.tied and format == "mlx" else None
     for path in fitted.modules:
-        if (
-            tied
-            and not adapters.ties_weights
-            and tied in {one.tensor for one in fitted.places[path]}
-        ):
+        if tied and tied in {one.tensor for one in fitted.places[path]}:
             raise CheckpointError(
                 f"{adapters.reader.path}: {path} is tied to the embeddings in BASE, and mlx-lm has "
                 "no module for it: merge it into its base instead, with doraxp merge"
