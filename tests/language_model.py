@@ -19,10 +19,10 @@ def model(rng, **others):
     return {EMBED: draw(rng, TOKENS, WIDTH), QUERY: draw(rng, 6, WIDTH), **others}
 
 
-def query(rng, base):
-    """Return A, B and m of the query's adapter, and its merged weight."""
-    leaves = near(rng, base[QUERY])
-    return {QUERY.removesuffix(".weight"): leaves}, {QUERY: dense(base[QUERY], *leaves)}
+def query(rng, base, name=QUERY):
+    """Return A, B and m of an adapter of the query or of another layer, and its merged weight."""
+    leaves = near(rng, base[name])
+    return {name.removesuffix(".weight"): leaves}, {name: dense(base[name], *leaves)}
 
 
 def embedding(rng, weight):

@@ -21,22 +21,16 @@ from checkpoints import (
     write_json,
     write_peft,
 )
+from language_model import EMBED, HEAD, QUERY, query
 from safetensors.numpy import load_file, save_file
 
 from doraxp.checkpoint import load_adapters
 from doraxp.cli import main
 
-EMBED, HEAD, QUERY = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.q_proj.weight"
-
 
 @pytest.fixture
 def rng():
     return np.random.default_rng(3)
-
-
-def query(rng, base, name=QUERY):
-    leaves = near(rng, base[name])
-    return {name.removesuffix(".weight"): leaves}, {name: dense(base[name], *leaves)}
 
 
 def kohya(rng, names):
@@ -430,12 +424,12 @@ def test_wrappers_are_left_out_of_a_copy(tmp_path, rng):
     base = {QUERY: draw(rng, 6, 5), "module.k.weight": draw(rng, 6, 5)}
     write_base(tmp_path / "base", base)
     leaves = {
-        "model._orig_mod.layers.0.module.q_proj": near(rng, base[QUERY]),
+        "model._orig_mod.layers.0.module.self_attn.q_proj": near(rng, base[QUERY]),
         "module.k": near(rng, base["module.k.weight"]),
     }
     write_peft(tmp_path / "adapter", leaves)
     assert convert(tmp_path, "peft") == 0
-    assert set(load_adapters(tmp_path / "converted")) == {"model.layers.0.q_proj", "module.k"}
+    assert set(load_adapters(tmp_path / "converted")) == {QUERY.removesuffix(".weight"), "module.k"}
 
 
 def test_a_file_of_another_format_has_no_names_for_peft_in_a_composed_model(tmp_path, rng, capsys):

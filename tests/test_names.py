@@ -34,8 +34,7 @@ from checkpoints import (
 )
 from safetensors.numpy import save_file
 
-from doraxp.checkpoint._names import Place, Wanted, guess, match, nearest
-from doraxp.checkpoint._names import _match as matching
+from doraxp.checkpoint._names import Place, Wanted, _match, _ways, guess, match, nearest
 from doraxp.checkpoint._names._fused import rows_of_modules
 from doraxp.checkpoint._names._tables import tables
 from doraxp.cli import main
@@ -83,7 +82,8 @@ def without_family(monkeypatch, name):
     """Leave out the tables of the model type of a class."""
     own = CORPUS[name]["model_type"]
     others = tuple(table for table in tables() if own not in table.families)
-    monkeypatch.setattr(matching, "tables", lambda: others)
+    for module in (_match, _ways):
+        monkeypatch.setattr(module, "tables", lambda: others)
 
 
 def test_the_corpus_is_right_except_a_few_refusals():

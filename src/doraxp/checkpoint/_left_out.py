@@ -74,7 +74,7 @@ def _listed_modules(file: Path) -> set[str]:
     try:
         modules = json.loads(file.read_bytes())
         return {str(Path(module["path"])) for module in modules}
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return set()
 
 

@@ -18,8 +18,10 @@ from doraxp.checkpoint._tied import is_head
 
 # The values of ``init_lora_weights`` that change the base weights, and those that do not.
 _CHANGES_BASE = re.compile(r"(pissa.*|olora|loftq|corda.*|lora_ga)", re.IGNORECASE)
-_HEADS_OF_TASKS = ("classifier", "score", "qa_outputs")
 _KEEPS_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
+
+# The modules that PEFT saves for a task, whether the model has them or not.
+_HEADS_OF_TASKS = ("classifier", "score", "qa_outputs")
 
 
 def flag(name: str, config: JsonObject, where: Path) -> bool:
@@ -125,7 +127,6 @@ def check_complete(
     config : dict
         PEFT's configuration.
     """
-    # PEFT adds the names of the heads of a task, whether the model has them or not.
     modules = tuple(name for name in trained.modules if name not in _HEADS_OF_TASKS)
     named = trained._replace(modules=modules)
     lacking = []

@@ -4,9 +4,9 @@ An adapter has the names that its trainer's modules had in memory. A model's fil
 own. `match` finds the way from one to the other, for the whole adapter or not at all.
 """
 
+from doraxp.checkpoint._names._advice import nearest, rename_option
 from doraxp.checkpoint._names._images import match_parts
-from doraxp.checkpoint._names._match import Match, guess, match, nearest
-from doraxp.checkpoint._names._options import rename_option
+from doraxp.checkpoint._names._match import Match, guess, match
 from doraxp.checkpoint._names._places import Place, Places, Shapes, Wanted
 from doraxp.checkpoint._names._tables import WRAPPERS, without
 

@@ -1,30 +1,18 @@
 """`match`: the rows of the base that each tensor of an adapter is for.
 
-The stages are tried in order. A stage matches the whole adapter, or it does not count::
-
-    exact        the names as they are
-    dropped      without `model` and `language_model` in both
-    unwrapped    also without what DDP, FSDP and torch.compile add
-    leading      one leading component more, or less: a model with a head, and the model itself
-    family       renamed by the table of the base's own family
-    families     renamed by the table of any one family
-    towers       each module renamed by the table of some family: composed models
-
+The stages of `_ways` are tried in order. A stage matches the whole adapter, or it does not count.
 In a stage each module has one tensor, each tensor one module, and the shapes fit. Several modules
 may share a fused tensor whose rows are known.
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import takewhile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from doraxp.checkpoint._names._advice import rename_option
 from doraxp.checkpoint._names._fused import rows_of_modules
-from doraxp.checkpoint._names._options import rename_option
 from doraxp.checkpoint._names._places import (
     WEIGHT,
     Place,
@@ -35,7 +23,8 @@ from doraxp.checkpoint._names._places import (
     fits,
     fits_rows,
 )
-from doraxp.checkpoint._names._tables import DROPPED, WRAPPERS, Rename, Table, tables, without
+from doraxp.checkpoint._names._tables import Rename, tables
+from doraxp.checkpoint._names._ways import Way, leading, renamed, same, stages, unwrap
 
 _PARTS = {
     "gate_up_proj": ("gate_proj", "up_proj"),
@@ -44,9 +33,6 @@ _PARTS = {
 """The modules of which a fused module has the rows, one below the other."""
 _OLD_LEAVES = {"weight": "gamma", "bias": "beta"}
 """The names of a norm's tensors in old files of transformers, such as BERT's."""
-_LEADS = 2
-"""Leading components that are tried: those of the most tensors, and of
-those that have the first module's name."""
 
 
 class Match(NamedTuple):
@@ -62,17 +48,6 @@ class Match(NamedTuple):
     """The tensors or parts that may be meant, and the argument of --rename that takes each."""
 
 
-class _Way(NamedTuple):
-    """One way to compare names."""
-
-    key: Rename
-    """Of a base's name."""
-    renames: tuple[Rename, ...]
-    """Of an adapter's path, each of which may give the base's key."""
-    permuted: re.Pattern[str] | None = None
-    """The modules whose rows the base stores in another order."""
-
-
 def match(wanted: Sequence[Wanted], shapes: Shapes, model_type: str | None = None) -> Match:
     """Return the places of an adapter's tensors in a base.
 
@@ -86,8 +61,8 @@ def match(wanted: Sequence[Wanted], shapes: Shapes, model_type: str | None = Non
         The base's family, from its config.json.
     """
     index = _Index(shapes)
-    for stage in _stages(wanted, shapes, model_type):
-        found: list[tuple[_Way, dict[str, Places]]] = []
+    for stage in stages(wanted, shapes, model_type):
+        found: list[tuple[Way, dict[str, Places]]] = []
         for way in stage:
             places = _places(way, wanted, index)
             if places is not None:
@@ -111,12 +86,10 @@ def _of_family(
     wanted: Sequence[Wanted], places: Mapping[str, Places], index: _Index, model_type: str | None
 ) -> dict[str, Places]:
     """Return the places of more tensors without a shape: by dropped names or by a table."""
-    ways = [_Way(_unwrap, (_unwrap,))]
-    ways += [
-        _renamed(_unwrap, _unwrap, table) for table in tables() if model_type in table.families
-    ]
+    ways = [Way(unwrap, (unwrap,))]
+    ways += [renamed(unwrap, unwrap, table) for table in tables() if model_type in table.families]
     taken = {place.tensor for found in places.values() for place in found}
-    index.use(_unwrap)
+    index.use(unwrap)
     others: dict[str, Places] = {}
     for one in (one for one in wanted if one.name not in places):
         tensors = {_found(one, way, index) for way in ways}
@@ -132,8 +105,8 @@ def guess(wanted: Sequence[Wanted], shapes: Shapes) -> dict[str, Places]:
     An error about an adapter that does not fit compares it with these.
     """
     index = _Index(shapes)
-    ways = [_Way(_same, (_same,)), _Way(_unwrap, (_unwrap,))]
-    ways += [_Way(key, (rename,)) for key, rename in _leading(wanted, shapes)]
+    ways = [Way(same, (same,)), Way(unwrap, (unwrap,))]
+    ways += [Way(key, (rename,)) for key, rename in leading(wanted, shapes)]
     best: dict[str, Places] = {}
     for way in ways:
         index.use(way.key)
@@ -146,20 +119,7 @@ def guess(wanted: Sequence[Wanted], shapes: Shapes) -> dict[str, Places]:
     return best
 
 
-def nearest(one: Wanted, shapes: Shapes) -> str | None:
-    """Return the tensor whose name ends most like the one that is wanted, of those that fit."""
-    parts = one.name.split(".")
-
-    def shared(name: str) -> int:
-        pairs = zip(reversed(parts), reversed(name.split(".")), strict=False)
-        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-    fitting = [name for name, shape in shapes.items() if fits(one.shape, shape)]
-    best = max(fitting, key=shared, default=None)
-    return best if best is not None and shared(best) > 1 else None
-
-
-def _add(found: list[tuple[_Way, dict[str, Places]]], way: _Way, places: dict[str, Places]) -> None:
+def _add(found: list[tuple[Way, dict[str, Places]]], way: Way, places: dict[str, Places]) -> None:
     """Add the places of a way, or extend those of one that it does not contradict."""
     for _, known in found:
         if all(known.get(name, own) == own for name, own in places.items()):
@@ -182,80 +142,10 @@ def _ambiguity(
     return Match({}, [], f"{first.name} may be {' or '.join(tensors)} in the base", options)
 
 
-def _permuted(way: _Way, wanted: Sequence[Wanted]) -> Iterator[str]:
+def _permuted(way: Way, wanted: Sequence[Wanted]) -> Iterator[str]:
     """Yield the modules whose rows the base stores in another order."""
     if way.permuted is not None:
         yield from (one.path for one in wanted if way.permuted.search(one.path))
-
-
-def _stages(
-    wanted: Sequence[Wanted], shapes: Shapes, model_type: str | None
-) -> Iterator[Iterable[_Way]]:
-    yield [_Way(_same, (_same,))]
-    yield [_Way(_drop, (_drop,))]
-    yield [_Way(_unwrap, (_unwrap,))]
-    leads = list(_leading(wanted, shapes))
-    yield [_Way(key, (rename,)) for key, rename in leads]
-    # Blocks have names that differ by a number, which no table renames.
-    paths = {re.sub(r"(?<![^.])\d+(?![^.])", "0", _unwrap(one.path)) for one in wanted}
-    every = [table for table in tables() if any(table.rename(path) != path for path in paths)]
-    yield [_renamed(_unwrap, _unwrap, table) for table in every if model_type in table.families]
-    yield (_renamed(_unwrap, _unwrap, table) for table in every)
-    ways = [(_chain(_unwrap, key), _chain(_unwrap, rename)) for key, rename in leads]
-    yield (_renamed(*way, table) for way in ways for table in every)
-    if every:
-        yield [_Way(_unwrap, (_unwrap, *(_then(_unwrap, table) for table in every)))]
-
-
-def _renamed(key: Rename, rename: Rename, table: Table) -> _Way:
-    """Return the way in which a table may rename each module, or leave its name."""
-    return _Way(key, (rename, _then(rename, table)), table.permuted)
-
-
-def _same(name: str) -> str:
-    return name
-
-
-_drop = partial(without, DROPPED)
-_unwrap = partial(without, DROPPED | WRAPPERS)
-_unwrap_only = partial(without, WRAPPERS)
-
-
-def _chain(first: Rename, second: Rename) -> Rename:
-    return lambda name: first(second(name))
-
-
-def _then(first: Rename, table: Table) -> Rename:
-    return lambda name: without(DROPPED, table.rename(first(name)))
-
-
-def _leading(wanted: Sequence[Wanted], shapes: Shapes) -> Iterator[tuple[Rename, Rename]]:
-    """Yield pairs of functions, of the base's names and of the adapter's.
-
-    One of the two drops a leading component.
-    """
-    split = [name.partition(".") for name in shapes]
-    first = next((_drop(one.name) for one in wanted if one.shape is not None), None)
-    fitting = Counter(lead for lead, _, rest in split if _drop(rest) == first)
-    every = Counter(lead for lead, _, _ in split)
-    leads = [
-        lead
-        for counts in (Counter({lead: every[lead] for lead in fitting}), every)
-        for lead, _ in counts.most_common(_LEADS)
-    ]
-    for lead in dict.fromkeys(leads):
-        yield partial(_without_lead, f"{lead}."), _same
-        yield _chain(_drop, partial(_without_lead, f"{lead}.")), _drop
-    own = Counter(
-        _unwrap_only(one.path).partition(".")[0] for one in wanted if one.shape is not None
-    )
-    for lead, _ in own.most_common(1):
-        yield _same, _chain(partial(_without_lead, f"{lead}."), _unwrap_only)
-        yield _drop, _chain(_drop, _chain(partial(_without_lead, f"{lead}."), _unwrap_only))
-
-
-def _without_lead(lead: str, name: str) -> str:
-    return name.removeprefix(lead)
 
 
 class _Index:
@@ -283,7 +173,7 @@ class _Index:
             yield from self._others.get(key, ())
 
 
-def _places(way: _Way, wanted: Sequence[Wanted], index: _Index) -> dict[str, Places] | None:
+def _places(way: Way, wanted: Sequence[Wanted], index: _Index) -> dict[str, Places] | None:
     """Return the places of all tensors that a way finds; None if it does not find all modules."""
     index.use(way.key)
     found: dict[str, str] = {}
@@ -299,7 +189,7 @@ def _places(way: _Way, wanted: Sequence[Wanted], index: _Index) -> dict[str, Pla
     return _rows(found, split, {one.name: one for one in wanted}, index.shapes)
 
 
-def _split(one: Wanted, way: _Way, index: _Index) -> Places:
+def _split(one: Wanted, way: Way, index: _Index) -> Places:
     """Return the places of a fused module whose parts are tensors of their own in the base."""
     lead, _, last = one.path.rpartition(".")
     parts = [
@@ -318,7 +208,7 @@ def _split(one: Wanted, way: _Way, index: _Index) -> Places:
     return tuple(Place(tensor, None, rows) for tensor, rows in zip(tensors, own, strict=True))
 
 
-def _found(one: Wanted, way: _Way, index: _Index) -> str | None:
+def _found(one: Wanted, way: Way, index: _Index) -> str | None:
     """Return the one tensor of the base that `one` may be."""
     keys = {rename(one.path) for rename in way.renames}
     names = {f"{key}.{one.leaf}" if key else one.leaf for key in keys}

@@ -1,9 +1,11 @@
-"""`rename_option`: the argument of `--rename` that gives a module another name."""
+"""Advice for an error about names: the nearest tensor, and the argument of `--rename`."""
 
 from __future__ import annotations
 
 import re
 from itertools import takewhile
+
+from doraxp.checkpoint._names._places import Shapes, Wanted, fits
 
 
 def rename_option(old: str, new: str) -> str:
@@ -20,3 +22,16 @@ def rename_option(old: str, new: str) -> str:
     if one and other:
         return f"^{re.escape(one)}={other}"
     return f"^={other}." if other else f"^{re.escape(one)}[.]="
+
+
+def nearest(one: Wanted, shapes: Shapes) -> str | None:
+    """Return the tensor whose name ends most like the one that is wanted, of those that fit."""
+    parts = one.name.split(".")
+
+    def shared(name: str) -> int:
+        pairs = zip(reversed(parts), reversed(name.split(".")), strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    fitting = [name for name, shape in shapes.items() if fits(one.shape, shape)]
+    best = max(fitting, key=shared, default=None)
+    return best if best is not None and shared(best) > 1 else None
