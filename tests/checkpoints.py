@@ -8,6 +8,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from doraxp import LowRank, UpdateAdapter
+from doraxp.checkpoint import UpdatedLayer
 from doraxp.cli import main
 
 RANK, ALPHA = 2, 3.0
@@ -15,6 +17,14 @@ SHAPES = {"block.0.q": (7, 5), "block.0.k": (6, 5), "block.1.q": (7, 5)}
 """(out, in) of the linear layers that have an adapter."""
 PREFIX = "base_model.model."
 """The beginning of all names in a file of PEFT."""
+
+
+def updated(layer):
+    """Return an AdaptedLayer as a merge needs it."""
+    a, b, m = layer.adapter
+    if layer.kind.is_transposed:
+        a, b = b.T, a.T
+    return UpdatedLayer(UpdateAdapter(LowRank(a, b), m), layer.config, layer.kind, layer.shape)
 
 
 def draw(rng, *shape, dtype="float32"):

@@ -7,9 +7,11 @@ import functools
 import inspect
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from checkpoints import updated
 from test_rooms import FLOOR
 
 import doraxp
@@ -20,7 +22,7 @@ from doraxp.backends._jax import JaxOperations
 from doraxp.backends._numpy import NumpyOperations
 from doraxp.backends._torch import TorchOperations
 from doraxp.checkpoint._engine import load_engine
-from doraxp.checkpoint._rows import merged_blocks
+from doraxp.checkpoint._rows import Term, merged_blocks
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -191,11 +193,13 @@ def test_the_way_of_a_tensor_calls_these_operations(layer, calls):
     weight, adapter, config = layer
 
     class Source:
+        tensor = SimpleNamespace(shape=weight.shape)
+
         def read(self, rows, empty):
             return weight[rows]
 
-    adapted = doraxp.AdaptedLayer(adapter, config, doraxp.LayerKind(), weight.shape)
-    (block,) = merged_blocks("w", Source(), adapted, load_engine("numpy"), "float64")
+    adapted = updated(doraxp.AdaptedLayer(adapter, config, doraxp.LayerKind(), weight.shape))
+    (block,) = merged_blocks("w", Source(), [Term(adapted)], load_engine("numpy"), "float64")
     assert calls == operations_in("## The way of a tensor")
     np.testing.assert_allclose(block.merged, doraxp.merge(*layer), rtol=1e-12)
 

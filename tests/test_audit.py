@@ -9,7 +9,7 @@ import time
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import write_json
+from checkpoints import updated, write_json
 from safetensors.numpy import load_file, save_file
 
 from doraxp import AdaptedLayer, Adapter, Config, LayerKind
@@ -20,8 +20,8 @@ from doraxp.checkpoint import (
     _audit_sample,
     _audit_ways,
     _formulas,
+    _matrix,
     _precision,
-    _rows,
     _slack,
     audit,
     plan_merge,
@@ -205,7 +205,7 @@ def test_a_merge_of_an_adapter_in_16_bits_is_right(tmp_path, dtype, update):
 @pytest.mark.parametrize(("kinds", "path"), [(KINDS, PATH), (TRANSPOSED, "model.c_attn")])
 def test_the_error_is_in_units_of_the_bound(tmp_path, monkeypatch, kinds, path, dtype):
     """The bound of every number, for rows that are tiny, cancel, or have a tiny m."""
-    monkeypatch.setattr(_rows, "BLOCK", 90)
+    monkeypatch.setattr(_matrix, "BLOCK", 90)
     case = Case(tmp_path, kinds, dtype)
     layer, name = case.layers[path], f"{path}.weight"
     a, b, m = (cast(leaf, float) for leaf in layer.adapter)
@@ -247,7 +247,7 @@ def test_the_error_is_in_units_of_the_bound(tmp_path, monkeypatch, kinds, path, 
 
 def test_the_bound_is_finite_where_n_is_tiny(tmp_path):
     """A bound that is NaN would be an error of every number."""
-    slack = _slack.Slack(small(tmp_path).layers[PATH], _precision.PRECISION["BF16"])
+    slack = _slack.Slack(updated(small(tmp_path).layers[PATH]), _precision.PRECISION["BF16"])
     norm = np.full(40, 1e-60)
     assert np.isfinite(slack.bound(np.zeros((40, 24), np.float32), slice(None), norm)).all()
 

@@ -195,19 +195,17 @@ def test_an_old_lycoris_file_norms_the_columns_even_of_a_square_weight(tmp_path,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dora_scale": None}, "has no magnitude: it is LoRA, not DoRA"),
-        ({"lora_up.weight": None}, "must have both factors and a magnitude"),
-        ({"lora_mid.weight": np.ones((2, 2), "f4")}, "is not part of a DoRA adapter"),
+        ({"lora_up.weight": None}, "must have lora_up and lora_down"),
+        (
+            {"lora_mid.weight": np.ones((2, 2), "f4")},
+            "lora_mid must have shape (rank, rank, *kernel)",
+        ),
+        ({"lora_in.weight": np.ones((2, 2), "f4")}, "is not part of an adapter that doraxp knows"),
         ({"lora_up.weight": np.ones((7, 3), "f4")}, "(out, rank, ...), got (2, 5) and (7, 3)"),
         (
-            {
-                "lora_down.weight": np.ones((2, 5, 3), "f4"),
-                "lora_up.weight": np.ones((7, 2, 1), "f4"),
-                "dora_scale": np.ones((1, 5, 1), "f4"),
-            },
-            "dora_scale of shape (1, 5, 1) has one number for each input channel of a convolution",
+            {"dora_scale": np.ones((3, 1), "f4")},
+            "for each input of a weight of shape (7, 5), got shape (3, 1)",
         ),
-        ({"dora_scale": np.ones((3, 1), "f4")}, "for each output row, got shape (3, 1)"),
         ({"alpha": np.ones(2, "f4")}, "alpha must be one number"),
         ({"alpha": np.array(0, "f4")}, "alpha must be above 0 and finite, got 0.0"),
         ({"alpha": np.array(-4, "f4")}, "alpha must be above 0 and finite, got -4.0"),
@@ -222,7 +220,9 @@ def test_a_wrong_lycoris_file_is_refused(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("config", "changes", "message"),
     [
-        ({"fine_tune_type": "lora"}, {}, "fine_tune_type must be 'dora', got 'lora'"),
+        ({"fine_tune_type": "full"}, {}, "fine_tune_type must be 'dora' or 'lora', got 'full'"),
+        ({"fine_tune_type": "lora"}, {}, "x has a magnitude, but adapter_config.json says"),
+        ({}, {"x.m": None}, "x has no magnitude, but adapter_config.json says"),
         ({"lora_parameters": {"rank": 2}}, {}, "must have a scale above 0, got None"),
         ({"lora_parameters": [20]}, {}, "must have a scale above 0, got None"),
         ({"lora_parameters": {"scale": True}}, {}, "must have a scale above 0, got True"),
@@ -243,7 +243,7 @@ def test_a_wrong_lycoris_file_is_refused(tmp_path, changes, message):
 )
 def test_a_wrong_mlx_folder_is_refused(tmp_path, config, changes, message):
     shapes = {"x.lora_a": (5, 2), "x.lora_b": (2, 7), "x.m": (7,), **changes}
-    tensors = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    tensors = {name: np.ones(shape, np.float32) for name, shape in shapes.items() if shape}
     save_file(tensors, tmp_path / "adapters.safetensors")
     entries = {"fine_tune_type": "dora", "lora_parameters": {"rank": 2, "scale": 20.0}, **config}
     write_json(tmp_path / "adapter_config.json", entries)
@@ -262,9 +262,9 @@ def replaced(**fields):
         ("onnx", layers(), "format must be one of ('mlx', 'diffusers', 'peft'), got 'onnx'"),
         ("peft", replaced(config=Config(2, form="direction")), "PEFT has the weight form only"),
         ("mlx", replaced(config=Config(2, form="direction")), "mlx-lm has the weight form only"),
-        ("peft", replaced(kind=LayerKind("experts")), "PEFT has no DoRA adapter of this kind"),
-        ("peft", replaced(kind=LayerKind("columns")), "PEFT has no DoRA adapter of this kind"),
-        ("mlx", replaced(kind=LayerKind("embedding")), "mlx-lm has no DoRA adapter of kind 'emb"),
+        ("peft", replaced(kind=LayerKind("experts")), "PEFT has no adapter of this kind"),
+        ("peft", replaced(kind=LayerKind("columns")), "PEFT has no adapter of this kind"),
+        ("mlx", replaced(kind=LayerKind("embedding")), "mlx-lm has no adapter of kind 'emb"),
         (
             "mlx",
             layers() | {"block.1.q": layers()["block.1.q"]._replace(config=Config(2, 4.0))},

@@ -477,9 +477,9 @@ def test_a_file_with_random_damage_is_refused_or_read(good, tmp_path, where, dat
     problem = ""
     try:
         merge = plan_merge(folder / "base", folder / "adapter", Options())
-        for reader in (*merge.model.shards.values(), merge.adapters.reader):
+        for reader in (*merge.model.shards.values(), merge.adapters[0].reader):
             assert sum(x.nbytes for x in reader.tensors.values()) < reader.path.stat().st_size
-        list(merge.adapters.values())
+        list(merge.adapters[0].values())
     except (CheckpointError, FileNotFoundError) as error:
         problem = str(error)
     assert "\n" not in problem

@@ -28,6 +28,7 @@ from checkpoints import (
     peft_config,
     read_folder,
     refused,
+    updated,
     write_adapter,
     write_json,
     write_model,
@@ -39,6 +40,7 @@ from doraxp import AdaptedLayer, Adapter, Config, LayerKind
 from doraxp.backends import Status
 from doraxp.checkpoint import (
     Options,
+    _matrix,
     _model,
     _rows,
     _run,
@@ -366,7 +368,7 @@ def test_the_result_does_not_depend_on_the_size_of_blocks(folders, monkeypatch):
     folder, _, _ = folders
     assert merge(folder) == 0
     whole = read_folder(folder / "out")
-    monkeypatch.setattr(_rows, "BLOCK", 11)
+    monkeypatch.setattr(_matrix, "BLOCK", 11)
     assert merge(folder, "--force") == 0
     for name, tensor in read_folder(folder / "out").items():
         assert tensor.tobytes() == whole[name].tobytes(), name
@@ -374,20 +376,24 @@ def test_the_result_does_not_depend_on_the_size_of_blocks(folders, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["linear", "transposed"])
 def test_a_merged_weight_is_a_stream_of_blocks_with_the_norm_of_each_row_once(monkeypatch, kind):
-    monkeypatch.setattr(_rows, "BLOCK", 11)
+    monkeypatch.setattr(_matrix, "BLOCK", 11)
     rng = np.random.default_rng(2)
     matrix, adapter = draw(rng, 7, 5, dtype="float64"), Adapter(*factors(rng, (7, 5)))
     stored = matrix.T if kind == "transposed" else matrix
     layer = AdaptedLayer(adapter, Config(2, 3.0), LayerKind(kind), stored.shape)
-    source = SimpleNamespace(read=lambda rows, empty: stored[rows])
-    stream = _rows.merged_blocks("w", source, layer, load_engine("numpy"), "float64")
+    tensor = SimpleNamespace(shape=stored.shape)
+    source = SimpleNamespace(read=lambda rows, empty: stored[rows], tensor=tensor)
+    terms = [_rows.Term(updated(layer))]
+    stream = _rows.merged_blocks("w", source, terms, load_engine("numpy"), "float64")
     blocks = [(block.rows, block.merged.copy(), block.norms) for block in stream]
     assert len(blocks) == len(range(0, len(stored), blocks[0][0].stop)) > 1
     merged = np.concatenate([rows for _, rows, _ in blocks])
     np.testing.assert_array_equal(merged[blocks[1][0]], blocks[1][1])
     desired = dense(matrix, *adapter)
     np.testing.assert_allclose(merged, desired.T if kind == "transposed" else desired, rtol=1e-12)
-    base, adapted = (np.concatenate(sides) for sides in zip(*(x for *_, x in blocks), strict=True))
+    base, adapted = (
+        np.concatenate(sides) for sides in zip(*(x[:2] for *_, x in blocks), strict=True)
+    )
     np.testing.assert_allclose(base, np.linalg.norm(matrix, axis=1), rtol=1e-12)
     v = matrix + 1.5 * adapter.lora_b.astype("f8") @ adapter.lora_a
     np.testing.assert_allclose(adapted, np.linalg.norm(v, axis=1), rtol=1e-12)
@@ -576,7 +582,7 @@ def test_a_worker_that_lacks_something_is_named_before_anything_is_written(
 @pytest.mark.parametrize("block", [1 << 19, 9])
 @pytest.mark.parametrize("kind", ["transposed", "embedding", "conv", "columns"])
 def test_every_kind_is_merged_as_it_is_stored(tmp_path, monkeypatch, kind, block):
-    monkeypatch.setattr(_rows, "BLOCK", block)
+    monkeypatch.setattr(_matrix, "BLOCK", block)
     rng = np.random.default_rng(3)
     shape = (6, 3, 3, 2) if kind == "conv" else (9, 6)
     weight = draw(rng, *shape)
@@ -1392,15 +1398,15 @@ def test_an_init_that_changed_the_base_needs_the_changed_weights(folders, capsys
     ("remove", "config", "message"),
     [
         ((), {"use_dora": False}, "has 3 magnitudes, but adapter_config.json says use_dora"),
-        (("vector",), {"use_dora": False}, "a LoRA adapter, without magnitudes: not DoRA"),
         (
             ("0.k.lora_magnitude_vector",),
             {},
             "use_dora true, but the magnitude is missing of block.0.k",
         ),
-        (("0.k.lora_B.weight",), {}, "block.0.k must have lora_A, lora_B and a magnitude"),
+        (("0.k.lora_B.weight",), {}, "block.0.k must have lora_A and lora_B"),
         ((), {"use_dora": "false"}, "use_dora must be true or false, got 'false'"),
-        ((), {"peft_type": "LOHA"}, "peft_type must be LORA or DORA, got 'LOHA'"),
+        ((), {"peft_type": "IA3"}, "peft_type must be LORA, DORA, LOHA or LOKR, got 'IA3'"),
+        ((), {"peft_type": "LOHA"}, "says peft_type LOHA, but no tensor has a name of it"),
         ((), {"layer_replication": [[0, 4]]}, "layer_replication cannot be merged"),
         ((), {"r": 3}, "adapter_config.json says rank 3, but lora_A has shape (2, 5)"),
         ((), {"r": "8"}, "rank must be an integer, got '8'"),
@@ -1413,7 +1419,7 @@ def test_an_init_that_changed_the_base_needs_the_changed_weights(folders, capsys
         ((), {"init_lora_weights": ["eva"]}, "is unknown: it may have changed the base"),
         ((), {"use_rslora": "false"}, "use_rslora must be true or false, got 'false'"),
         ((), {"fan_in_fan_out": "false"}, "fan_in_fan_out must be true or false, got 'false'"),
-        ((), {"kasa_config": {"beta": 1}}, "kasa_config cannot be merged with a DoRA adapter"),
+        ((), {"kasa_config": {"beta": 1}}, "kasa_config cannot be merged"),
         (
             (),
             {"bias": "lora_only"},

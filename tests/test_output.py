@@ -84,7 +84,9 @@ def test_the_json_of_a_merge_has_everything(llama):
     report = json.loads((llama / "m.json").read_text())
     changed = report.pop("changed")
     assert report["out"] == str(llama / "out")
-    assert (report["verified"], report["format"], report["files"]) == (True, "peft", 1)
+    assert (report["verified"], report["files"]) == (True, 1)
+    (own,) = report["adapters"]
+    assert (own["format"], own["strength"]) == ("peft", 1.0)
     assert report["options"]["dtype"] == "F16"
     assert report["tensors"] == len(changed) == 2 * LAYERS
     assert report["bytes"] == sum(row["bytes"] for row in changed.values())
@@ -409,7 +411,7 @@ def test_a_path_that_a_terminal_would_obey_is_escaped(llama, capsys, command):
 
 
 def test_inspect_tells_how_much_of_the_base_it_has_read(llama, monkeypatch):
-    monkeypatch.setattr("doraxp.checkpoint._rows.BLOCK", 32)
+    monkeypatch.setattr("doraxp.checkpoint._matrix.BLOCK", 32)
     told = []
     look_at_base(
         open_model(llama / "base"),

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from doraxp.checkpoint import (
     Options,
-    _rows,
+    _matrix,
     _sampled_norms,
     _survival,
     plan_merge,
@@ -84,7 +84,7 @@ def kept(before, exact, stored):
 def test_kept_is_the_projection_of_the_stored_update_on_the_exact_one(
     tmp_path, monkeypatch, dtype, target, update, transposed
 ):
-    monkeypatch.setattr(_rows, "BLOCK", 700)
+    monkeypatch.setattr(_matrix, "BLOCK", 700)
     before, exact = write(tmp_path, dtype, update, transposed=transposed)
     changes, stored = merged(tmp_path, dtype=target)
     for name, change in changes.items():
@@ -107,7 +107,7 @@ def test_a_large_weight_is_measured_in_a_part_of_its_numbers(
     tmp_path, monkeypatch, shape, sample, parts, group, block
 ):
     """Each group of rows in the next part of the columns, whatever the blocks are."""
-    monkeypatch.setattr(_rows, "BLOCK", block)
+    monkeypatch.setattr(_matrix, "BLOCK", block)
     before, exact = write(tmp_path, "bfloat16", 1e-3, shape=shape, modules=1)
     whole, stored = merged(tmp_path)
     monkeypatch.setattr(_survival, "SAMPLE", sample)
@@ -247,7 +247,7 @@ def test_a_stochastic_merge_depends_neither_on_jobs_nor_on_blocks_nor_on_a_resum
     _, first = merged(tmp_path, rounding="stochastic", seed=1)
     _, other = merged(tmp_path, "other", rounding="stochastic", seed=2)
     _, nearest = merged(tmp_path, "nearest", seed=1)
-    monkeypatch.setattr(_rows, "BLOCK", 300)
+    monkeypatch.setattr(_matrix, "BLOCK", 300)
     _, again = merged(tmp_path, "again", rounding="stochastic", seed=1)
     for name, tensor in first.items():
         assert again[name].tobytes() == tensor.tobytes()
@@ -385,7 +385,7 @@ def test_one_number_of_b_that_is_not_zero_makes_an_adapter_trained(
     tmp_path, capsys, monkeypatch, transposed, place, scale
 ):
     """The sample of rows is in the middle; B is read as a whole, block by block."""
-    monkeypatch.setattr(_rows, "BLOCK", 64)
+    monkeypatch.setattr(_matrix, "BLOCK", 64)
     before, _ = write(tmp_path, "float32", 1.0, modules=1, transposed=transposed)
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)

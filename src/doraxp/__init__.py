@@ -11,6 +11,7 @@ from doraxp._core.decomposition import (
 from doraxp._core.kinds import LayerKind
 from doraxp._core.linear import Cache, backward, forward
 from doraxp._core.prepared import Prepared, prepare
+from doraxp._core.updates import Difference, Hadamard, Kronecker, LowRank, UpdateAdapter
 from doraxp.layers import AdaptedLayer, Diagnostics, DoRALayer, Linear, adapt
 from doraxp.optim import (
     AdamWState,
@@ -34,13 +35,18 @@ __all__ = [
     "Cache",
     "Config",
     "Diagnostics",
+    "Difference",
     "DoRALayer",
     "Gradients",
+    "Hadamard",
+    "Kronecker",
     "LayerKind",
     "Linear",
+    "LowRank",
     "MagnitudeDirectionChange",
     "Prepared",
     "SGDState",
+    "UpdateAdapter",
     "adamw_init",
     "adamw_step",
     "adapt",

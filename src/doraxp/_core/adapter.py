@@ -16,7 +16,10 @@ from doraxp._base.scalars import check_count, check_kind
 from doraxp._base.types import Adapter, Array, Config, Form
 from doraxp._core.checks import check_layer, check_rank
 from doraxp._core.decomposition import inverse_norms
+from doraxp._core.kinds import LayerKind
 from doraxp._core.prepared import Prepared, check_prepared, factor
+from doraxp._core.updates import LowRank as LowRank  # for the doctest of `merge`
+from doraxp._core.updates import UpdateAdapter, merge_update
 from doraxp.backends import as_dtype, compute_dtype, operations
 
 InitMethod: TypeAlias = Literal["kaiming", "gaussian"]
@@ -86,28 +89,44 @@ def init(weight: Array, config: Config, *, seed: int, method: InitMethod = "kaim
 
 
 def merge(
-    weight: Array, adapter: Adapter, config: Config, *, prepared: Prepared | None = None
+    weight: Array,
+    adapter: Adapter | UpdateAdapter,
+    config: Config,
+    *,
+    kind: LayerKind | None = None,
+    prepared: Prepared | None = None,
 ) -> Array:
     """Return W' = (m / n)⊙V, the plain weight that acts as the adapted layer does.
+
+    ::
+
+        V = ρ⊙W + s ΔW        ΔW = B A of an Adapter, or any update of an UpdateAdapter
+        W' = V                without a magnitude: plain LoRA, LoHa or LoKr
 
     Parameters
     ----------
     weight : array, shape (*stack, out, in)
-    adapter : Adapter
+        Or as a layer of `kind` stores it.
+    adapter : Adapter or UpdateAdapter
     config : Config
+        Of an UpdateAdapter only `scaling` and `form` count.
+    kind : LayerKind, optional
+        The rows of n and m are those of `kind.matrix(weight)`: over the outputs, or with "columns"
+        over the inputs. None takes the weight for the matrix.
     prepared : Prepared, optional
         From `doraxp.prepare` with this weight, adapter and config. It saves computing the norm.
 
     Returns
     -------
-    array, shape (*stack, out, in), in weight's dtype
+    array, in weight's shape and dtype
 
     Raises
     ------
     TypeError
         The arrays are not of one library, or a dtype is not floating.
     ValueError
-        The shapes do not fit, the devices differ, or `prepared` belongs to other arguments.
+        The shapes do not fit, the devices differ, or `prepared` belongs to other arguments; or an
+        adapter of the direction form has no magnitude.
 
     References
     ----------
@@ -120,7 +139,15 @@ def merge(
     >>> merge(weight, adapter._replace(magnitude=2 * adapter.magnitude), config)
     array([[ 6.,  8.],
            [ 0., 10.]])
+    >>> merge(weight, UpdateAdapter(LowRank(np.ones((1, 2)), np.ones((2, 1)))), config)
+    array([[4., 5.],
+           [1., 6.]])
     """
+    if isinstance(adapter, UpdateAdapter):
+        return merge_update(weight, adapter, config, kind or LayerKind())
+    if kind is not None:
+        merged = merge(kind.matrix(weight), adapter, config, prepared=prepared)
+        return kind.restore(merged, tuple(weight.shape))
     ops, dtype = check_layer(weight, adapter, config)
     if prepared is not None:
         check_prepared(prepared, weight, adapter, config, ops=ops)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from doraxp._base.types import Array, DType, Reduce
 from doraxp._core.checks import check_weight
+from doraxp._core.kinds import LayerKind
 from doraxp.backends import Operations, as_dtype, compute_dtype, operations
 
 
@@ -28,17 +29,20 @@ class MagnitudeDirectionChange(NamedTuple):
     """1 − cos(w'ᵢ, wᵢ), shape (*stack, out)."""
 
 
-def decompose(weight: Array) -> tuple[Array, Array]:
+def decompose(weight: Array, *, kind: LayerKind | None = None) -> tuple[Array, Array]:
     """Return (m, W/m): the row norms m = ‖wᵢ‖ and the rows of length 1.
 
     Parameters
     ----------
     weight : array, shape (*stack, out, in)
+        Or as a layer of `kind` stores it.
+    kind : LayerKind, optional
+        The rows are those of `kind.matrix(weight)`. None takes the weight for the matrix.
 
     Returns
     -------
     magnitude : array, shape (*stack, out), in the compute dtype
-    direction : array, shape (*stack, out, in), in the compute dtype
+    direction : array, in weight's shape, in the compute dtype
         A zero row has no direction: it stays zero.
 
     Raises
@@ -46,7 +50,7 @@ def decompose(weight: Array) -> tuple[Array, Array]:
     TypeError
         `weight` is not an array of a floating dtype.
     ValueError
-        `weight` has fewer than two axes, or an axis of length 0.
+        `weight` has fewer than two axes, or an axis of length 0, or another shape than `kind` has.
 
     References
     ----------
@@ -61,10 +65,16 @@ def decompose(weight: Array) -> tuple[Array, Array]:
     >>> direction
     array([[0.6, 0.8],
            [0. , 1. ]])
+    >>> decompose(np.array([[3.0, 5.0], [4.0, 0.0]]), kind=LayerKind("columns"))[0]
+    array([5., 5.])
     """
     ops = operations(weight=weight)
     check_weight(weight)
-    return _decompose(weight, compute_dtype(weight, xp=ops.xp), ops=ops)
+    dtype = compute_dtype(weight, xp=ops.xp)
+    if kind is None:
+        return _decompose(weight, dtype, ops=ops)
+    magnitude, unit = _decompose(kind.matrix(weight), dtype, ops=ops)
+    return magnitude, kind.restore(unit, tuple(weight.shape))
 
 
 def magnitude_direction_change(

@@ -7,7 +7,8 @@
     experts       (*stack, out, in)            W, an adapter for each element of the stack
     transposed    (in, out)                    Wᵀ, (out, in); GPT-2's Conv1D
     embedding     (tokens, dim)                Wᵀ, (dim, tokens): one norm per dimension
-    columns       (out, in)                    Wᵀ, (in, out): one norm per input; old LyCORIS
+    columns       (out, in, *kernel)           Wᵀ, (in, out·kernel): one norm per input; LyCORIS
+                                               with wd_on_output=False
     conv          (out, in/groups, *kernel)    (out, in·kernel); with groups a stack of them,
                                                (groups, out/groups, in/groups·kernel)
 
@@ -30,7 +31,7 @@ _STORED = {
     "experts": "(*stack, out, in)",
     "transposed": "(in, out)",
     "embedding": "(tokens, dim)",
-    "columns": "(out, in)",
+    "columns": "(out, in, *kernel)",
     "conv": "(out, in/groups, *kernel)",
 }
 _TRANSPOSED = ("transposed", "embedding", "columns")
@@ -84,14 +85,15 @@ class LayerKind:
         ValueError
             No layer of this kind has a weight of that shape.
         """
-        least, most = {"experts": (3, math.inf), "conv": (3, 5)}.get(self.name, (2, 2))
+        ranks = {"experts": (3, math.inf), "conv": (3, 5), "columns": (2, 5)}
+        least, most = ranks.get(self.name, (2, 2))
         if not least <= len(shape) <= most or 0 in shape or shape[0] % self.groups:
             raise ValueError(
                 f"a weight of kind {self.name!r} must have shape {_STORED[self.name]}, "
                 f"no axis of length 0 and out a multiple of groups = {self.groups}, got {shape}"
             )
         if self.is_transposed:
-            return shape[::-1]
+            return shape[1], shape[0] * math.prod(shape[2:])
         if self.name != "conv":
             return shape
         stack = (self.groups,) if self.groups > 1 else ()
@@ -101,9 +103,23 @@ class LayerKind:
         """Return the matrix (*stack, out, in) of a stored weight."""
         xp = array_namespace(weight)
         shape = self.matrix_shape(tuple(weight.shape))
-        return xp.matrix_transpose(weight) if self.is_transposed else xp.reshape(weight, shape)
+        if self.is_transposed and len(weight.shape) == 2:
+            return xp.matrix_transpose(weight)
+        if self.is_transposed:
+            weight = _swapped(weight)  # (in, out, *kernel)
+        return xp.reshape(weight, shape)
 
     def restore(self, matrix: Array, shape: tuple[int, ...]) -> Array:
         """Return a matrix in the shape that the weight is stored in."""
         xp = array_namespace(matrix)
-        return xp.matrix_transpose(matrix) if self.is_transposed else xp.reshape(matrix, shape)
+        if self.is_transposed and len(shape) == 2:
+            return xp.matrix_transpose(matrix)
+        if self.is_transposed:
+            out, inner, *kernel = shape
+            return _swapped(xp.reshape(matrix, (inner, out, *kernel)))
+        return xp.reshape(matrix, shape)
+
+
+def _swapped(weight: Array) -> Array:
+    """Return an array with its first two axes in the other order."""
+    return array_namespace(weight).permute_dims(weight, (1, 0, *range(2, weight.ndim)))

@@ -3,7 +3,7 @@
 It reads and writes adapters, and merges them into models of any size, tensor by tensor.
 """
 
-from doraxp.checkpoint._adapters import AdapterSet
+from doraxp.checkpoint._adapters import AdapterSet, algorithm_of
 from doraxp.checkpoint._audit import audit
 from doraxp.checkpoint._audit_weight import Verdict
 from doraxp.checkpoint._change import Change
@@ -11,7 +11,7 @@ from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._fit import Fit
 from doraxp.checkpoint._formats import load_adapters
 from doraxp.checkpoint._inspect import Against, Factored, look_at, look_at_base
-from doraxp.checkpoint._merge import Merge, plan_merge
+from doraxp.checkpoint._merge import Merge, Weighted, plan_merge
 from doraxp.checkpoint._model import Model, open_model
 from doraxp.checkpoint._options import Options
 from doraxp.checkpoint._run import run_merge
@@ -23,8 +23,11 @@ from doraxp.checkpoint._tasks import (
     JoinedTensor,
     MergedTensor,
     ReplacedTensor,
+    SummedTensor,
+    merged_in,
     parts_of,
 )
+from doraxp.checkpoint._updated_layer import UpdatedLayer
 from doraxp.layers import AdaptedLayer
 
 __all__ = [
@@ -43,12 +46,17 @@ __all__ = [
     "Options",
     "ReplacedTensor",
     "SampledNorms",
+    "SummedTensor",
+    "UpdatedLayer",
     "Verdict",
+    "Weighted",
+    "algorithm_of",
     "audit",
     "check_target",
     "load_adapters",
     "look_at",
     "look_at_base",
+    "merged_in",
     "named_for",
     "open_model",
     "parts_of",

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
 from doraxp._base.types import Adapter, Config, HostArray
 from doraxp._core.kinds import LayerKind
+from doraxp._core.updates import LowRank, Update, UpdateAdapter
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._safetensors import DTYPES, Reader
+from doraxp.checkpoint._update_names import (
+    ALGORITHMS,
+    TensorNames,
+    UpdateNames,
+    some_rows,
+    tensors_of,
+    transposed,
+)
+from doraxp.checkpoint._updated_layer import UpdatedLayer
 from doraxp.layers import AdaptedLayer
 
 CONFIG = "adapter_config.json"
 RANK_LIMIT, SIZE_LIMIT = 4096, 1 << 30
 """Above the needs of all trainers, and far below a sparse file of a few bytes on the disk. The
 first holds where a side of the weight is shorter; the second is for the numbers of one factor."""
-
-
-class TensorNames(NamedTuple):
-    """The names of one adapter's tensors in the file."""
-
-    lora_a: str
-    lora_b: str
-    magnitude: str
 
 
 class StoredLayer(NamedTuple):
@@ -36,7 +39,8 @@ class StoredLayer(NamedTuple):
     kind: LayerKind
     shape: tuple[int, ...]
     """The shape in which the base stores the weight."""
-    names: TensorNames
+    """It may be flat after the first axis, until the base tells the kernel of a convolution."""
+    names: UpdateNames
     factors_transposed: bool = False
     """True where the file stores A as (in, rank) and B as (rank, out)."""
     rows: tuple[slice, ...] | None = None
@@ -83,9 +87,10 @@ NO_HEAD = NewHead()
 
 
 @dataclass(frozen=True)
-class AdapterSet(Mapping[str, AdaptedLayer]):
+class AdapterSet(Mapping[str, "AdaptedLayer | UpdatedLayer"]):
     """The adapters in a file, by module path. Each access reads that adapter from the file.
 
+    An adapter with A, B and m is an AdaptedLayer, any other one an UpdatedLayer.
     `doraxp.checkpoint.load_adapters` makes it.
     """
 
@@ -122,12 +127,16 @@ class AdapterSet(Mapping[str, AdaptedLayer]):
 
     def __post_init__(self) -> None:
         if not self.layers:
-            raise CheckpointError(f"{self.reader.path}: the file has no DoRA adapter")
+            raise CheckpointError(f"{self.reader.path}: the file has no adapter")
         for path, layer in self.layers.items():
             _check_layer(self.reader, path, layer)
 
-    def __getitem__(self, path: str) -> AdaptedLayer:
-        return self.read(self.layers[path])
+    def __getitem__(self, path: str) -> AdaptedLayer | UpdatedLayer:
+        layer = self.layers[path]
+        is_conv_by_columns = layer.kind.name == "columns" and len(layer.shape) > 2
+        if not isinstance(layer.names, TensorNames) or layer.names.magnitude is None:
+            return self.read(layer)
+        return self.read(layer) if is_conv_by_columns else self._adapted(layer)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layers)
@@ -135,29 +144,39 @@ class AdapterSet(Mapping[str, AdaptedLayer]):
     def __len__(self) -> int:
         return len(self.layers)
 
-    def read(self, layer: StoredLayer) -> AdaptedLayer:
+    def read(self, layer: StoredLayer) -> UpdatedLayer:
         """Read one adapter, and refuse NaN and infinity."""
-        *stack, out, inner = layer.kind.matrix_shape(layer.shape)
-        a, b = self._read(layer.names.lora_a), self._read(layer.names.lora_b)
-        if layer.factors_transposed:
-            a, b = a.T, b.T
-        rank = layer.config.rank
-        if layer.rows is not None:
-            b = _taken(b.reshape(-1, rank), layer.rows)
-        adapter = Adapter(
-            a.reshape(*stack, rank, inner),
-            b.reshape(*stack, out, rank),
-            self.magnitude(layer).reshape(*stack, out),
+        update: Update = layer.names.update(
+            self.reader, self._read, layer.config.rank, transposed=layer.factors_transposed
         )
-        return AdaptedLayer(adapter, layer.config, layer.kind, layer.shape)
+        if layer.rows is not None:
+            update = some_rows(update, layer.rows)
+        if layer.kind.name in ("transposed", "embedding"):
+            update = transposed(update)
+        adapter = UpdateAdapter(update, self.magnitude(layer))
+        return UpdatedLayer(adapter, layer.config, layer.kind, layer.shape)
 
-    def magnitude(self, layer: StoredLayer) -> HostArray:
-        """Read m of one adapter, flat, in the order of the weight's rows."""
+    def _adapted(self, layer: StoredLayer) -> AdaptedLayer:
+        """Read one adapter with A, B and m, for the matrix of its kind."""
+        update, m = self.read(layer).adapter
+        a, b = (np.asarray(leaf) for leaf in cast(LowRank, update))
+        if layer.kind.is_transposed:
+            a, b = b.T, a.T
+        return AdaptedLayer(
+            Adapter(a, b, cast(HostArray, m)), layer.config, layer.kind, layer.shape
+        )
+
+    def magnitude(self, layer: StoredLayer) -> HostArray | None:
+        """Read m of one adapter, flat, in the order of the weight's rows; None without one."""
+        if layer.names.magnitude is None:
+            return None
         m = self._read(layer.names.magnitude)
         if layer.heads is not None:
             m = m.reshape(layer.heads, -1, 2).swapaxes(1, 2)
         m = m.reshape(-1)
-        return m if layer.rows is None else _taken(m, layer.rows)
+        if layer.rows is None or layer.kind.is_transposed:
+            return m
+        return np.concatenate([m[one] for one in layer.rows])
 
     def _read(self, name: str) -> HostArray:
         array = self.reader.read(name)
@@ -166,8 +185,12 @@ class AdapterSet(Mapping[str, AdaptedLayer]):
         return array
 
 
-def _taken(leaf: HostArray, rows: tuple[slice, ...]) -> HostArray:
-    return np.concatenate([leaf[one] for one in rows])
+def algorithm_of(layer: StoredLayer) -> str:
+    """Return the kind of update, as trainers name it: DoRA is LoRA with a magnitude."""
+    name = ALGORITHMS[type(layer.names)]
+    if layer.names.magnitude is None:
+        return name
+    return "DoRA" if name == "LoRA" else f"{name} with m"
 
 
 def config_path(reader: Reader) -> Path:
@@ -190,16 +213,26 @@ def _check_layer(reader: Reader, path: str, layer: StoredLayer) -> None:
             f"{reader.path}: {path}: a factor must have at most {SIZE_LIMIT} numbers, got "
             f"{rank * max(out, inner)} for rank {rank} and a weight of shape {layer.shape}"
         )
-    sizes = (rank * inner, out * rank, out)
-    if layer.rows is not None:
-        return  # the module has more rows than the weight
-    for name, size in zip(layer.names, sizes, strict=True):
+    for name in tensors_of(layer.names):
         tensor = reader.tensors[name]
         if tensor.dtype not in DTYPES:
             raise CheckpointError(
                 f"{reader.path}: {name} must be of dtype {', '.join(DTYPES)}, got {tensor.dtype}"
             )
-        if tensor.nbytes != size * DTYPES[tensor.dtype].itemsize:
+    if layer.rows is not None:
+        return  # the module has more rows than the weight
+    names = layer.names
+    sizes = {names.magnitude: out} if names.magnitude is not None else {}
+    if isinstance(names, TensorNames) and names.core is None:
+        own, other = (
+            (out, inner)
+            if layer.kind.name != "columns"
+            else (layer.shape[0], math.prod(layer.shape[1:]))
+        )
+        sizes |= {names.lora_a: rank * other, names.lora_b: own * rank}
+    for name, size in sizes.items():
+        tensor = reader.tensors[name]
+        if math.prod(tensor.shape) != size:
             raise CheckpointError(
                 f"{reader.path}: {name} has shape {tensor.shape}, which does not fit rank {rank} "
                 f"and the weight {layer.shape} that the other tensors of {path} make"

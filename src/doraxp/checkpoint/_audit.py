@@ -18,13 +18,14 @@ import threadpoolctl
 
 from doraxp._base.safetensors import Tensor
 from doraxp.checkpoint._audit_copy import Copy
+from doraxp.checkpoint._audit_sum import audit_sum
 from doraxp.checkpoint._audit_weight import KEPT_IN_PART, Verdict, audit_weight
 from doraxp.checkpoint._engine import Engine, load_engine
 from doraxp.checkpoint._merge import Merge
 from doraxp.checkpoint._model import Model, open_model
 from doraxp.checkpoint._safetensors import DTYPES, Source
 from doraxp.checkpoint._shard import OnBytes
-from doraxp.checkpoint._tasks import MergedTensor, Part, parts_of
+from doraxp.checkpoint._tasks import MergedTensor, Part, SummedTensor, parts_of
 from doraxp.checkpoint._tied import is_head, tied_head
 
 _BUFFERS = ("position_ids", "token_type_ids", "inv_freq", "original_inv_freq", "masked_bias")
@@ -209,5 +210,7 @@ def _part_verdict(
         on_bytes(tensor.nbytes)
         return Verdict("another dtype", False, f"{stored.tensor.dtype} for {tensor.dtype}")
     if isinstance(part, MergedTensor):
-        return audit_weight(name, part, stored, merge.adapters.read(part.layer), engine, on_bytes)
+        return audit_weight(name, part, stored, part.read(), engine, on_bytes)
+    if isinstance(part, SummedTensor):
+        return audit_sum(name, part, stored, engine, on_bytes)
     return Copy(merge, name, part, stored, engine).verdict(on_bytes)

@@ -8,11 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from doraxp._base.types import HostArray
+from doraxp.checkpoint._audit_sample import adapter_dtypes
 from doraxp.checkpoint._audit_weight import INFINITE, Verdict, adapted_norms
 from doraxp.checkpoint._engine import Engine
+from doraxp.checkpoint._matrix import row_blocks
 from doraxp.checkpoint._merge import Merge
-from doraxp.checkpoint._precision import coarsest, count_infinite, dtype_name
-from doraxp.checkpoint._rows import row_blocks
+from doraxp.checkpoint._precision import coarsest, count_infinite
 from doraxp.checkpoint._safetensors import DTYPES, Source, same_bytes
 from doraxp.checkpoint._shard import OnBytes
 from doraxp.checkpoint._slack import Slack, over
@@ -108,16 +109,19 @@ class Copy:
         task = self._merge.tasks.get(weight)
         if not self._name.endswith(".bias") or not isinstance(task, MergedTensor):
             return False
-        layer = self._merge.adapters.read(task.layer)
+        layer = task.read()
+        m = layer.magnitude
+        if m is None:
+            return False
         norm = adapted_norms(weight, task, layer, self._engine)
         if self._source.tensor.shape != norm.shape:
             return False
-        gain = over(np.asarray(layer.adapter.magnitude, np.float64), norm)
+        gain = over(m, norm)
         scaled = gain * self._source.read().astype(np.float64)
         files = (self._stored.tensor, self._source.tensor, task.source.tensor)
         dtypes = (
             *(tensor.dtype for tensor in files),
-            *(dtype_name(np.asarray(leaf)) for leaf in layer.adapter),
+            *adapter_dtypes(layer),
         )
         # W' is gain V, and this is gain bias: the update has no part in it.
         bound = Slack(layer, coarsest(dtypes)).bound(

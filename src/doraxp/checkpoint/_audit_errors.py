@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from doraxp._base.types import HostArray
+from doraxp._core.kinds import LayerKind
 from doraxp.checkpoint._audit_sample import Dtypes
 from doraxp.checkpoint._engine import Reused
+from doraxp.checkpoint._matrix import as_matrix
 from doraxp.checkpoint._precision import (
     PRECISION,
     Precision,
@@ -19,8 +22,7 @@ from doraxp.checkpoint._precision import (
 )
 from doraxp.checkpoint._rows import Block
 from doraxp.checkpoint._safetensors import DTYPES, Source
-from doraxp.checkpoint._slack import Places, Slack, Wide
-from doraxp.layers import AdaptedLayer
+from doraxp.checkpoint._slack import Places, Wide
 
 DAMAGED = 0.01
 """The part of the numbers that may be far off in a weight that is merged right, but damaged."""
@@ -43,11 +45,20 @@ class Compared(NamedTuple):
     """The largest error, in units of its bound."""
 
 
+class Bound(Protocol):
+    """The largest error of a right merge, as `Slack` has it."""
+
+    def bound(
+        self, size: HostArray, rows: Places, norm: Wide, columns: Places = slice(None)
+    ) -> HostArray:
+        """Return the bound for a part of the matrix."""
+
+
 class _Errors:
     """The errors of S, in units of one bound."""
 
-    def __init__(self, layer: AdaptedLayer, precision: Precision) -> None:
-        self._slack = Slack(layer, precision)
+    def __init__(self, slack: Bound) -> None:
+        self._slack = slack
         self.wrong, self.worst = 0, 0.0
 
     def add(
@@ -64,8 +75,9 @@ class _Errors:
 def compare(
     blocks: Iterator[Block],
     stored: Source,
-    layer: AdaptedLayer,
+    kind: LayerKind,
     dtypes: Dtypes,
+    slack: Callable[[Precision], Bound],
     on_rows: Callable[[int], None],
 ) -> Compared:
     """Compare S with W' block by block.
@@ -79,17 +91,21 @@ def compare(
         W'.
     stored : Source
         S.
-    layer : AdaptedLayer
+    kind : LayerKind
+        Its rows have the norms of W'.
     dtypes : Dtypes
+    slack : callable
+        Returns the largest error of a right merge whose steps have a precision.
     on_rows : callable
         Called with numbers of rows of the file that were compared.
     """
-    dtype, transposed = DTYPES[stored.tensor.dtype], layer.kind.is_transposed
+    dtype, shape = DTYPES[stored.tensor.dtype], stored.tensor.shape
+    kernel = math.prod(shape[2:]) if kind.is_transposed else 1
     memory, narrow = Reused(), Reused()
     steps = coarsest(dtypes)
     # Numbers that underflow are few and may be far off, but are not damaged.
     last = with_epsilon(steps, PRECISION[dtypes.stored].epsilon)
-    bounds = [_Errors(layer, precision) for precision in dict.fromkeys((last, steps))]
+    bounds = [_Errors(slack(precision)) for precision in dict.fromkeys((last, steps))]
     differ = infinite = count = 0
     norms: list[Wide] = []
     for block in blocks:
@@ -106,9 +122,10 @@ def compare(
             hit = np.flatnonzero(other.any(axis=1))  # rows of the file
             merged, found = block.merged[hit], theirs[hit].astype(block.merged.dtype)
             rows, columns, norm = hit + block.rows.start, slice(None), norms[-1]
-            if transposed:
-                merged, found = merged.T, found.T
-                rows, columns, norm = slice(None), rows, norms[0]
+            if kind.is_transposed:
+                merged, found = (as_matrix(one, kind, shape) for one in (merged, found))
+                columns = (rows[:, None] * kernel + np.arange(kernel)).ravel()
+                rows, norm = slice(None), norms[0]
             else:
                 norm = norm[hit]
             with np.errstate(invalid="ignore"):

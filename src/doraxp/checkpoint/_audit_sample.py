@@ -8,11 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from doraxp._base.types import Adapter, Config
-from doraxp.checkpoint._precision import dtype_name, narrowest
-from doraxp.checkpoint._rows import matrix_rows
+from doraxp._core.updates import LowRank
+from doraxp.checkpoint._matrix import source_rows
+from doraxp.checkpoint._precision import PRECISION, dtype_name, narrowest
 from doraxp.checkpoint._safetensors import DTYPES, AnySource
 from doraxp.checkpoint._slack import Wide
-from doraxp.layers import AdaptedLayer
+from doraxp.checkpoint._updated_layer import UpdatedLayer, dtypes_of
 
 SLABS = 16
 _ROWS, _NUMBERS = 16, 1 << 17
@@ -40,8 +41,8 @@ class Sample(NamedTuple):
     """W, (k, in)."""
     stored: Wide
     """S, (k, in)."""
-    adapter: Adapter
-    """A, and those rows of B and m, in float64."""
+    adapter: Adapter | LowRank
+    """A, and those rows of B and m, in float64; a LowRank without m."""
     config: Config
     dtypes: Dtypes
 
@@ -51,26 +52,45 @@ class Sample(NamedTuple):
             return values.astype(DTYPES[self.dtypes.stored]).astype(np.float64)
 
 
-def take_sample(source: AnySource, stored: AnySource, layer: AdaptedLayer) -> Sample:
+def take_sample(source: AnySource, stored: AnySource, layer: UpdatedLayer) -> Sample:
     """Return groups of rows that are evenly spaced, the first and the last row included.
 
     Parameters
     ----------
     source, stored : Source
         W and S, of one shape.
-    layer : AdaptedLayer
+    layer : UpdatedLayer
     """
-    out, inner = layer.kind.matrix_shape(layer.shape)
+    kind = layer.rows_kind
+    out, inner = kind.matrix_shape(layer.shape)
     size = min(out, max(_ROWS, _NUMBERS // inner))
     slab = -(-size // SLABS)
     starts = np.linspace(0, max(0, out - slab), SLABS).astype(int).tolist()
     rows = np.unique([row for start in starts for row in range(start, start + slab)])
     rows = rows[rows < out]
-    a, b, m = (np.asarray(leaf, np.float64) for leaf in layer.adapter)
-    base, found = (matrix_rows(one, rows, layer.kind) for one in (source, stored))
+    factors, m = _factors(layer, rows), layer.magnitude
+    base, found = (source_rows(one, rows, kind) for one in (source, stored))
+    adapter = factors if m is None else Adapter(*factors, m[rows])
     dtypes = Dtypes(
-        narrowest(found, stored.tensor.dtype),
-        source.tensor.dtype,
-        *(dtype_name(np.asarray(leaf)) for leaf in layer.adapter),
+        narrowest(found, stored.tensor.dtype), source.tensor.dtype, *adapter_dtypes(layer)
     )
-    return Sample(rows, base, found, Adapter(a, b[rows], m[rows]), layer.config, dtypes)
+    return Sample(rows, base, found, adapter, layer.config, dtypes)
+
+
+def adapter_dtypes(layer: UpdatedLayer) -> tuple[str, str, str]:
+    """Return the dtypes of A, B and m; those of another update stand for A and B."""
+    update, m = layer.adapter
+    names = [dtype_name(np.empty(0, dtype)) for dtype in dtypes_of(update)] or ["F32"]
+    coarse = max(names, key=lambda name: PRECISION[name].epsilon)
+    a, b = names if isinstance(update, LowRank) else (coarse, coarse)
+    return a, b, b if m is None else dtype_name(np.asarray(m))
+
+
+def _factors(layer: UpdatedLayer, rows: NDArray[np.intp]) -> LowRank:
+    """Return A and rows of B; of another update than B A, two factors whose product it is."""
+    factors = layer.factors
+    if factors is not None:
+        return factors._replace(lora_b=np.asarray(factors.lora_b)[rows])
+    update = layer.update_rows(rows) / layer.config.scaling  # (k, in)
+    out, inner = update.shape
+    return LowRank(update, np.eye(out)) if out <= inner else LowRank(np.eye(inner), update)

@@ -5,25 +5,29 @@ W  before the merge     W'  the merge that doraxp computes     S  the weight tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
+from doraxp._core.updates import LowRank
 from doraxp.checkpoint._audit_errors import Compared, compare
 from doraxp.checkpoint._audit_parts import Part
 from doraxp.checkpoint._audit_sample import SLABS, Sample, take_sample
 from doraxp.checkpoint._change import IDLE, KEPT
 from doraxp.checkpoint._engine import Engine
 from doraxp.checkpoint._formulas import diagnose
+from doraxp.checkpoint._matrix import row_blocks
 from doraxp.checkpoint._options import Options, merge_dtype
 from doraxp.checkpoint._precision import PRECISION, coarsest
-from doraxp.checkpoint._rows import Block, merged_blocks, row_blocks
+from doraxp.checkpoint._rows import Block, Term, merged_blocks
 from doraxp.checkpoint._safetensors import DTYPES, Source
 from doraxp.checkpoint._shard import OnBytes
 from doraxp.checkpoint._slack import Slack, Wide, over
 from doraxp.checkpoint._tasks import MergedTensor
-from doraxp.layers import AdaptedLayer
+from doraxp.checkpoint._updated_layer import UpdatedLayer
 from doraxp.testing import right_merge, wrong_merges_across_rows
 
 KEPT_IN_PART, INFINITE = "kept in part", "NaN or infinity"
@@ -50,7 +54,7 @@ def audit_weight(
     name: str,
     task: MergedTensor,
     stored: Source,
-    layer: AdaptedLayer,
+    layer: UpdatedLayer,
     engine: Engine,
     on_bytes: OnBytes,
 ) -> Verdict:
@@ -63,7 +67,7 @@ def audit_weight(
     task : MergedTensor
     stored : Source
         S.
-    layer : AdaptedLayer
+    layer : UpdatedLayer
         The adapter, read.
     engine : Engine
     on_bytes : callable
@@ -78,7 +82,12 @@ def audit_weight(
         return Verdict("another shape", False, f"{after.shape} for {before.shape}")
     sample, row_bytes = take_sample(task.source, stored, layer), before.nbytes // before.shape[0]
     found = compare(
-        weight.blocks(), stored, layer, sample.dtypes, lambda count: on_bytes(row_bytes * count)
+        weight.blocks(),
+        stored,
+        layer.rows_kind,
+        sample.dtypes,
+        partial(Slack, layer),
+        lambda count: on_bytes(row_bytes * count),
     )
     if found.infinite:
         return weight.infinite(found)
@@ -92,10 +101,10 @@ def audit_weight(
     return Verdict("rounded" if found.differ else "exact", True, "", kept, found.worst)
 
 
-def adapted_norms(name: str, task: MergedTensor, layer: AdaptedLayer, engine: Engine) -> Wide:
+def adapted_norms(name: str, task: MergedTensor, layer: UpdatedLayer, engine: Engine) -> Wide:
     """Return n of all rows."""
     dtype = merge_dtype(task.source.tensor, task.source.tensor, Options())
-    blocks = merged_blocks(name, task.source, layer, engine, dtype)
+    blocks = merged_blocks(name, task.source, (Term(layer),), engine, dtype)
     return np.concatenate([np.array(block.norms.adapted, np.float64) for block in blocks])
 
 
@@ -103,16 +112,17 @@ class _WeightAudit:
     """A weight, and the merge that it should be."""
 
     def __init__(
-        self, name: str, task: MergedTensor, stored: Source, layer: AdaptedLayer, engine: Engine
+        self, name: str, task: MergedTensor, stored: Source, layer: UpdatedLayer, engine: Engine
     ) -> None:
         self.name, self.task, self.stored, self.layer = name, task, stored, layer
         self._engine = engine
         self._dtype = merge_dtype(task.source.tensor, stored.tensor, Options())
-        self._out, self._inner = layer.kind.matrix_shape(layer.shape)
+        self._out, self._inner = layer.rows_kind.matrix_shape(layer.shape)
 
     def blocks(self) -> Iterator[Block]:
         """Yield W' as doraxp computes it."""
-        return merged_blocks(self.name, self.task.source, self.layer, self._engine, self._dtype)
+        terms = (Term(self.layer),)
+        return merged_blocks(self.name, self.task.source, terms, self._engine, self._dtype)
 
     def infinite(self, found: Compared) -> Verdict:
         """Return the verdict on a weight with NaN or infinity."""
@@ -173,21 +183,22 @@ class _WeightAudit:
 
     def _across_rows(self, sample: Sample) -> Iterator[tuple[str, Wide]]:
         """Yield the wrong merges in which a row depends on the other rows."""
-        a, b, m = (np.asarray(leaf, np.float64) for leaf in self.layer.adapter)
-        b = self.layer.config.scaling * b
+        m = self.layer.magnitude
+        if m is None:
+            return
+        update, kind = self.layer.update.scaled(self.layer.config.scaling), self.layer.kind
         by_row, by_column = np.zeros(self._out), np.zeros(self._inner)
+        kernel = math.prod(self.layer.shape[2:]) if kind.is_transposed else 1
         for rows in row_blocks(self.layer.shape):
             weight = self.task.source.read(rows).astype(np.float64)
-            v = weight.reshape(len(weight), -1)
-            if self.layer.kind.is_transposed:
-                v += (b @ a[:, rows]).T
-                by_column[rows] = np.sum(v * v, axis=1)
-                by_row += np.sum(v * v, axis=0)
+            v = self.layer.matrix(weight.reshape(len(weight), -1) + np.asarray(update.rows(rows)))
+            if kind.is_transposed:
+                by_column[rows.start * kernel : rows.stop * kernel] = np.sum(v * v, axis=0)
+                by_row += np.sum(v * v, axis=1)
             else:
-                v += b[rows] @ a
                 by_row[rows] = np.sum(v * v, axis=1)
                 by_column += np.sum(v * v, axis=0)
-        v = sample.base + b[sample.rows] @ a
+        v = sample.base + self.layer.update_rows(sample.rows)
         yield from wrong_merges_across_rows(v, sample.rows, m, np.sqrt(by_row), np.sqrt(by_column))
 
     def is_flipped(self) -> bool:
@@ -207,12 +218,14 @@ def _distances(sample: Sample, merged: Wide) -> str:
     """Return how far S is from W' and from W, and how far its norms are from m, in words."""
     with np.errstate(over="ignore"):  # S may hold any numbers
         update, moved = merged - sample.base, sample.stored - sample.base
-        length, m = np.linalg.norm(sample.stored, axis=1), np.abs(np.asarray(sample.adapter[2]))
-        off = np.max(np.abs(over(length, m) - 1))
-        return (
+        text = (
             f"‖S − W'‖ is {_ratio(sample.stored - merged, update):.3g} and ‖S − W‖ "
-            f"{_ratio(moved, update):.3g} of ‖W' − W‖; rows differ from m by up to {off:.2g} m"
+            f"{_ratio(moved, update):.3g} of ‖W' − W‖"
         )
+        if isinstance(sample.adapter, LowRank):
+            return text
+        length, m = np.linalg.norm(sample.stored, axis=1), np.abs(np.asarray(sample.adapter[2]))
+        return f"{text}; rows differ from m by up to {np.max(np.abs(over(length, m) - 1)):.2g} m"
 
 
 def _ratio(one: Wide, other: Wide) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from doraxp.checkpoint._rows import Norms
-from doraxp.layers import AdaptedLayer
+from doraxp.checkpoint._updated_layer import UpdatedLayer
 
 IDLE, KEPT = 1e-6, 0.9
 """The relative change of a row that the rounding of m to float32 may cause without training; the
@@ -40,31 +40,33 @@ class Change(NamedTuple):
         return self.kept < KEPT
 
 
-def joined(norms: Iterable[Norms]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return ‖wᵢ‖ and n of all rows, from those of the blocks."""
-    base, adapted = (np.concatenate(sides).astype(np.float64) for sides in zip(*norms, strict=True))
-    return base, adapted
+def joined(norms: Iterable[Norms]) -> list[NDArray[np.float64]]:
+    """Return ‖wᵢ‖, n and, of a sum, ‖w'ᵢ − wᵢ‖ of all rows, from those of the blocks."""
+    sides = zip(*norms, strict=True)
+    return [np.concatenate(side).astype(np.float64) for side in sides if side[0] is not None]
 
 
-def update_squares(layer: AdaptedLayer) -> NDArray[np.float64]:
-    """Return ‖s (B A)ᵢ‖² by rows, from the factors alone."""
-    a, b = (np.asarray(leaf, np.float64) for leaf in layer.adapter[:2])
-    b = layer.config.scaling * b
-    squares: NDArray[np.float64] = np.einsum("or,or->o", b @ (a @ a.T), b)
-    return squares
-
-
-def change(norms: Iterable[Norms], layer: AdaptedLayer, kept: float = 1.0) -> Change:
+def change(norms: Iterable[Norms], layer: UpdatedLayer | None, kept: float = 1.0) -> Change:
     """Return ΔM, ΔD and the largest change, from the sides of the triangle in each row.
 
     ::
 
-        1 − cos(v, w) = (‖v − w‖² − (n − ‖w‖)²) / (2 n ‖w‖)      v − w = s B A
+        1 − cos(v, w) = (‖v − w‖² − (n − ‖w‖)²) / (2 n ‖w‖)      v − w = s ΔW
         ‖w' − w‖² = (m − ‖w‖)² + 2 m ‖w‖ (1 − cos)
+
+    Parameters
+    ----------
+    norms : iterable of Norms
+        Of all blocks.
+    layer : UpdatedLayer, optional
+        None for a sum of changes, whose norms have ‖w' − w‖: then v is w'.
+    kept : float
+        As `Change` has it.
     """
-    base, adapted = joined(norms)
-    update = update_squares(layer)  # ‖v − w‖²
-    m = np.where(adapted > 0, np.asarray(layer.adapter.magnitude, np.float64), 0.0)
+    base, adapted, *others = joined(norms)
+    update = layer.update_squares() if layer is not None else others[0] ** 2  # ‖v − w‖²
+    m = adapted if layer is None else layer.magnitude
+    m = np.where(adapted > 0, adapted if m is None else m, 0.0)
     length = np.abs(m)
     with np.errstate(over="ignore", invalid="ignore"):  # squares of what is above 1e154
         sides = 2 * adapted * base

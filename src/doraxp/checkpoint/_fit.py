@@ -135,15 +135,15 @@ class Fitted:
         taken = {place.tensor for places in self.places.values() for place in places}
         free = {name: shape for name, shape in self.shapes.items() if name not in taken}
         named = nearest(wanted, free)
-        measured = nearest_by_norms(
-            np.abs(adapters.magnitude(layer).astype(np.float64)),
-            layer.kind,
-            {
-                name: source
-                for name, source in self.sources.items()
-                if name in free and source.tensor.shape == layer.shape
-            },
-        )
+        m = adapters.magnitude(layer)
+        alike = {
+            name: source
+            for name, source in self.sources.items()
+            if name in free and source.tensor.shape == layer.shape
+        }
+        measured = None
+        if m is not None:
+            measured = nearest_by_norms(np.abs(m.astype(np.float64)), layer.kind, alike)
         found = [
             f"{way} {name}"
             for way, name in (("by name", named), ("by magnitude", measured))

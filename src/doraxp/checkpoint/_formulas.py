@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from doraxp._base.types import Adapter, Config
+from doraxp._core.updates import LowRank
 from doraxp.checkpoint._audit_errors import DAMAGED
 from doraxp.checkpoint._audit_parts import Part, Parts, limit, limited
 from doraxp.checkpoint._audit_sample import Sample
@@ -38,6 +39,7 @@ _WORDS = {
     "the norm is that of the base weight": "base norm",
     "the norm runs over the input axis": "norm over the other axis",
     "the norm of a column scales the row": "norm over the other axis",
+    "the rows keep the norms of W, as in DoRA with m = ‖W‖": "the norms of BASE as m",
 }
 """Short names of deviations that `doraxp.testing` knows; the others keep their own."""
 _LEAST = 0.25
@@ -190,7 +192,7 @@ def _row_costs(error: Wide) -> Wide:
     return costs
 
 
-def _layer(sample: Sample) -> tuple[Wide, Adapter, Config]:
+def _layer(sample: Sample) -> tuple[Wide, Adapter | LowRank, Config]:
     return sample.base, sample.adapter, sample.config
 
 

@@ -6,17 +6,19 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from doraxp._core.updates import Kronecker, LowRank, Update
 from doraxp.checkpoint._adapters import AdapterSet
-from doraxp.checkpoint._change import change, joined, update_squares
+from doraxp.checkpoint._change import change, joined
 from doraxp.checkpoint._engine import load_engine
 from doraxp.checkpoint._fit import AS_FILED, Fit
+from doraxp.checkpoint._matrix import Wide, row_blocks
 from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._options import Options, merge_dtype
 from doraxp.checkpoint._plan import plan
-from doraxp.checkpoint._rows import merged_blocks
+from doraxp.checkpoint._rows import Term, merged_blocks
 from doraxp.checkpoint._tasks import MergedTensor, parts_of
+from doraxp.checkpoint._updated_layer import UpdatedLayer
 from doraxp.layers import AdaptedLayer
 
 
@@ -24,11 +26,11 @@ class Factored(NamedTuple):
     """The figures that follow from the factors alone."""
 
     update_norm: float
-    """‖s B A‖, Frobenius."""
+    """‖s ΔW‖, Frobenius."""
     effective_rank: float
     """exp of the entropy of its singular values as parts of their sum; 0 where B A = 0."""
-    magnitude_mean: float
-    """Mean of m."""
+    magnitude_mean: float | None
+    """Mean of m; None without a magnitude."""
 
 
 class Against(NamedTuple):
@@ -44,19 +46,48 @@ class Against(NamedTuple):
     """Rows with n = 0."""
 
 
-def look_at(layer: AdaptedLayer) -> Factored:
+def look_at(layer: AdaptedLayer | UpdatedLayer) -> Factored:
     """Return the figures of one layer that follow from its factors."""
-    a, b, m = (np.asarray(leaf, np.float64) for leaf in layer.adapter)
-    # The singular values of B A are those of R_B R_Aᵀ, which is (rank, rank).
-    left, right = (np.asarray(np.linalg.qr(factor, mode="r")) for factor in (b, a.mT))
-    small = left @ right.mT
-    values: NDArray[np.float64] = (
-        abs(layer.config.scaling) * np.linalg.svd(small, compute_uv=False).ravel()
-    )
+    if isinstance(layer, UpdatedLayer):
+        update, m = layer.update, layer.magnitude
+        values = _singular_values(update)
+    else:
+        a, b, m = (np.asarray(leaf, np.float64) for leaf in layer.adapter)
+        values = _of_product(a, b)
+    values = abs(layer.config.scaling) * values
     total = float(values.sum())
     parts = values[values > 0] / total if total else values[:0]
     rank = float(np.exp(-np.sum(parts * np.log(parts)))) if total else 0.0
-    return Factored(float(np.linalg.norm(values)), rank, float(m.mean()))
+    mean = None if m is None else float(m.mean())
+    return Factored(float(np.linalg.norm(values)), rank, mean)
+
+
+def _of_product(a: Wide, b: Wide) -> Wide:
+    """Return the singular values of B A: those of R_B R_Aᵀ, which is (rank, rank)."""
+    left, right = (np.asarray(np.linalg.qr(factor, mode="r")) for factor in (b, a.mT))
+    values: Wide = np.linalg.svd(left @ right.mT, compute_uv=False).ravel()
+    return values
+
+
+def _singular_values(update: Update) -> Wide:
+    """Return the singular values of ΔW, of float64 arrays.
+
+    Those of C ⊗ U are all products of one of C and one of U. Of other updates they are the roots of
+    the eigenvalues of the smaller Gram matrix.
+    """
+    if isinstance(update, LowRank):
+        return _of_product(*map(np.asarray, update))
+    if isinstance(update, Kronecker):
+        left = np.linalg.svd(np.asarray(update.left), compute_uv=False)
+        return np.asarray(np.kron(left, _singular_values(update.right)), np.float64)
+    out, inner = update.shape
+    blocks = (np.asarray(update.rows(rows)) for rows in row_blocks(update.shape))
+    if out < inner:
+        whole = np.concatenate(list(blocks))
+        gram = whole @ whole.T
+    else:
+        gram = sum((block.T @ block for block in blocks), np.zeros((inner, inner)))
+    return np.asarray(np.sqrt(np.maximum(np.linalg.eigvalsh(gram), 0.0)), np.float64)
 
 
 def look_at_base(
@@ -96,16 +127,16 @@ def look_at_base(
     ]
     total = sum(part.source.tensor.nbytes for _, part in parts)
     for name, task in parts:
-        layer, tensor = adapters.read(task.layer), task.source.tensor
+        layer, tensor = task.read(), task.source.tensor
         dtype = merge_dtype(tensor, tensor, Options())
         norms = []
-        for block in merged_blocks(name, task.source, layer, engine, dtype):
+        for block in merged_blocks(name, task.source, (Term(layer),), engine, dtype):
             norms.append(block.norms)
             on_bytes(done + tensor.nbytes * block.rows.stop // tensor.shape[0], total)
         done += tensor.nbytes
         moved = change(norms, layer)
         base, adapted = joined(norms)
-        reach = base + np.sqrt(np.maximum(update_squares(layer), 0.0))
+        reach = base + np.sqrt(np.maximum(layer.update_squares(), 0.0))
         part = np.divide(adapted, reach, out=np.ones_like(reach), where=reach > 0)
         own = Against(
             moved.magnitude,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import filecmp
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from doraxp._base.safetensors import Tensor
+from doraxp._base.scalars import check_real
 from doraxp.checkpoint._adapters import CONFIG, AdapterSet
 from doraxp.checkpoint._config_edits import ConfigEdits
 from doraxp.checkpoint._errors import changed
@@ -20,13 +22,15 @@ from doraxp.checkpoint._options import Options
 from doraxp.checkpoint._plan import plan
 from doraxp.checkpoint._safetensors import Reader, Source
 from doraxp.checkpoint._stamp import Stamp, check_stamps, stamps_at
+from doraxp.checkpoint._sums import Summand, summed
 from doraxp.checkpoint._tasks import (
+    Changed,
     CopiedTensor,
     JoinedTensor,
-    MergedTensor,
     Part,
     ReplacedTensor,
     Task,
+    merged_in,
     part_name,
     parts_of,
     written_as,
@@ -36,11 +40,21 @@ from doraxp.checkpoint._tied import is_embedding, is_head, tied_head
 _TOKENIZER = ("tokenizer*", "chat_template*", "added_tokens.json", "vocab.*", "merges.txt")
 
 
+class Weighted(NamedTuple):
+    """An adapter of a sum."""
+
+    path: str | os.PathLike[str]
+    strength: float = 1.0
+    """How many times its change of the weights is added."""
+
+
 class Merge(NamedTuple):
-    """A base and an adapter that fit together, and how to merge them."""
+    """A base and adapters that fit together, and how to merge them."""
 
     model: Model
-    adapters: AdapterSet
+    adapters: tuple[AdapterSet, ...]
+    strengths: tuple[float, ...]
+    """How many times the change by each adapter is added."""
     tasks: dict[str, Task]
     """By the names of the base's tensors: first those that change, then the copied ones."""
     options: Options
@@ -56,15 +70,15 @@ class Merge(NamedTuple):
 
     @property
     def readers(self) -> list[Reader]:
-        """The files with tensors: the shards of the base, and the adapter."""
-        return [*self.model.shards.values(), self.adapters.reader]
+        """The files with tensors: the shards of the base, and the adapters."""
+        return [*self.model.shards.values(), *(one.reader for one in self.adapters)]
 
     def check_inputs(self) -> None:
         """Raise ChangedError unless each file is the one that was planned for."""
         check_stamps({reader.path: reader.stamp for reader in self.readers} | dict(self.stamps))
 
     @property
-    def changed(self) -> dict[str, MergedTensor | ReplacedTensor | JoinedTensor]:
+    def changed(self) -> dict[str, Changed | ReplacedTensor | JoinedTensor]:
         """The tasks of the tensors that change."""
         return {
             name: task for name, task in self.tasks.items() if not isinstance(task, CopiedTensor)
@@ -83,13 +97,18 @@ class Merge(NamedTuple):
             and any(map(is_embedding, self.changed))
         )
 
-    def has_unknown_base(self) -> bool:
-        """Return whether the norms do not tell that the base is the residual one."""
-        if not (self.adapters.base_change and self.fit.residual):
-            return False
-        parts = (part for _, part, _ in self.changed_parts() if isinstance(part, MergedTensor))
-        own = [part for part in parts if part.source.reader is not self.adapters.reader]
-        return bool(own) and residual_fits(own, self.adapters) is None
+    def unknown_base(self) -> str | None:
+        """Return the initialisation whose residual base this is, if the norms do not tell it."""
+        parts = [one for _, part, _ in self.changed_parts() for one in merged_in(part)]
+        for adapters in self.adapters if self.fit.residual else ():
+            own = [
+                part
+                for part in parts
+                if part.adapters is adapters and part.source.reader is not adapters.reader
+            ]
+            if adapters.base_change and own and residual_fits(own) is None:
+                return adapters.base_change
+        return None
 
     def changed_parts(self) -> Iterator[tuple[str, Part, Tensor]]:
         """Yield the label, the part and the tensor's entry of all that changes.
@@ -98,7 +117,7 @@ class Merge(NamedTuple):
         """
         for name, task in self.changed.items():
             entry = written_as(task, self.options)
-            merged = [part for part in parts_of(task) if isinstance(part, MergedTensor)]
+            merged = [part for part in parts_of(task) if isinstance(part, Changed)]
             for part in merged:
                 yield part_name(name, task, part), part, entry
             if not merged:
@@ -150,19 +169,21 @@ class Merge(NamedTuple):
         """
         if not self.model.is_folder or self.edits.vocab_size is not None:
             return {}
-        folder, base = self.adapters.reader.path.parent, self.model.path
-        there = {file.name: (base / file.name).is_file() for file in tokenizer_files(folder)}
+        base = self.model.path
+        files = [file for one in self.adapters for file in tokenizer_files(one.reader.path.parent)]
         return {
-            name: known
-            for name, known in there.items()
-            if not known or not filecmp.cmp(folder / name, base / name, shallow=False)
+            file.name: (base / file.name).is_file()
+            for file in files
+            if not (base / file.name).is_file()
+            or not filecmp.cmp(file, base / file.name, shallow=False)
         }
 
     def tokenizer(self) -> list[Path]:
         """Return the tokenizer files that replace those of the base: of a grown vocabulary."""
         if not self.model.is_folder or self.edits.vocab_size is None:
             return []
-        return tokenizer_files(self.adapters.reader.path.parent)
+        (adapters,) = self.adapters  # a sum has the vocabulary of the base
+        return tokenizer_files(adapters.reader.path.parent)
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -173,18 +194,21 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 def plan_merge(
     base: str | os.PathLike[str],
-    adapter: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | Sequence[Weighted],
     options: Options,
     *,
     fit: Fit = AS_FILED,
     subfolder: str | None = None,
     adapter_name: str | None = None,
 ) -> Merge:
-    """Read the headers of a model and of an adapter, and compare them.
+    """Read the headers of a model and of its adapters, and compare them.
 
     Parameters
     ----------
-    base, adapter : path
+    base : path
+    adapter : path, or sequence of Weighted
+        Of several adapters the changes are added: W + Σ strength (W'ᵢ − W). The order does not
+        matter, bit for bit.
     options : Options
     fit : Fit
         How the adapter fits the base, where the files do not say it.
@@ -194,20 +218,35 @@ def plan_merge(
     Raises
     ------
     CheckpointError
-        A file is malformed, or the adapter does not fit the base.
+        A file is malformed, or an adapter does not fit the base.
+    ValueError
+        There is no adapter, or a strength is not a finite number.
     OSError
         A file cannot be read.
     """
+    given = [Weighted(adapter)] if isinstance(adapter, str | os.PathLike) else list(adapter)
+    if not given:
+        raise ValueError("adapter must be a path or at least one Weighted, got none")
+    strengths = tuple(check_real("strength", one.strength) for one in given)
+    odd = next((one for one in strengths if not math.isfinite(one)), None)
+    if odd is not None:
+        raise ValueError(f"strength must be finite, got {odd}")
     # Workers of a cluster may run in other folders, so a plan has absolute paths.
-    base, adapter = Path(base).absolute(), Path(adapter).absolute()
-    read = _configurations(base, adapter, subfolder)
+    base, paths = Path(base).absolute(), [Path(one.path).absolute() for one in given]
+    beside = (file for path in paths for file in _configurations(base, path, subfolder))
+    read = list(dict.fromkeys(beside))
     before = stamps_at(read)
     model = open_model(base)
-    adapters = load_adapters(adapter, subfolder=subfolder, adapter_name=adapter_name)
-    tasks, lead, edits, unused = plan(model, adapters, fit)
+    adapters = tuple(
+        load_adapters(path, subfolder=subfolder, adapter_name=adapter_name) for path in paths
+    )
+    plans = [plan(model, one, fit) for one in adapters]
+    tasks, lead, edits, unused, _ = summed(
+        [Summand(*one) for one in zip(plans, adapters, strengths, strict=True)], model.sources()
+    )
     copied = [base / file for file in model.others]
     stamps = stamps_at([*read, *copied])
-    merge = Merge(model, adapters, tasks, options, fit, lead, edits, unused, stamps)
+    merge = Merge(model, adapters, strengths, tasks, options, fit, lead, edits, unused, stamps)
     merge = merge._replace(stamps=stamps | stamps_at(merge.tokenizer()))
     # A file may have changed, appeared or gone between its stamp and its content.
     apart = [path for path in read if stamps.get(path) != before.get(path)]

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from doraxp._core.kinds import LayerKind
-from doraxp.checkpoint._adapters import AdapterSet
-from doraxp.checkpoint._rows import matrix_rows, row_blocks
+from doraxp.checkpoint._matrix import row_blocks, source_rows
 from doraxp.checkpoint._safetensors import DTYPES, Source
 from doraxp.checkpoint._tasks import MergedTensor
 
@@ -59,7 +58,6 @@ class _Fit(NamedTuple):
 def wrong_matches(
     parts: Iterable[tuple[str, MergedTensor]],
     sources: Mapping[str, Source],
-    adapters: AdapterSet,
 ) -> Iterator[str]:
     """Yield a message for each module whose magnitudes are those of another tensor.
 
@@ -69,35 +67,34 @@ def wrong_matches(
         The name of each tensor, and the part that is merged into it.
     sources : mapping of str to Source
         All tensors of the base.
-    adapters : AdapterSet
     """
     guard = _Guard(sources)
     for name, part in parts:
         stack = part.layer.kind.matrix_shape(part.layer.shape)[:-2]
         if stack or not _is_readable(part.source, part.layer.kind):
             continue
-        m = np.abs(adapters.magnitude(part.layer).astype(np.float64))
-        if len(m) >= _ROWS:
-            message = guard.message(name, part, m)
+        m = part.adapters.magnitude(part.layer)
+        if m is not None and len(m) >= _ROWS:
+            message = guard.message(name, part, np.abs(m.astype(np.float64)))
             if message is not None:
                 yield message
 
 
-def residual_fits(parts: Iterable[MergedTensor], adapters: AdapterSet) -> bool | None:
-    """Return whether m is near ‖W + s B A‖ rather than ‖W‖; None if neither is near.
+def residual_fits(parts: Iterable[MergedTensor]) -> bool | None:
+    """Return whether m is near ‖W + s ΔW‖ rather than ‖W‖; None if neither is near.
 
     PiSSA and OLoRA start from ``W_residual + s B A = W`` and ``m = ‖W‖``. So it is True for the
     residual base, and False for the one before the initialisation.
     """
     plain, whole = [], []
     for part in parts:
-        layer = adapters.read(part.layer)
-        a, b, m = (np.asarray(leaf, np.float64) for leaf in layer.adapter)
-        if m.ndim > 1 or not _is_readable(part.source, part.layer.kind):
+        layer = part.read()
+        m = layer.magnitude
+        if m is None or not _is_readable(part.source, layer.kind):
             continue
         rows = _sample(len(m))
-        weight = matrix_rows(part.source, rows, part.layer.kind)
-        v = weight + layer.config.scaling * (b[rows] @ a)
+        weight = source_rows(part.source, rows, layer.kind)
+        v = weight + layer.update_rows(rows)
         plain.append(_Fit.of(np.abs(m[rows]), np.linalg.norm(weight, axis=1)).distance)
         whole.append(_Fit.of(np.abs(m[rows]), np.linalg.norm(v, axis=1)).distance)
     if not plain:
@@ -187,5 +184,5 @@ def _norms(source: Source, kind: LayerKind, rows: NDArray[np.intp]) -> Vector:
     if not kind.is_transposed:
         blocks = list(row_blocks((len(rows), *source.tensor.shape[1:])))
     with np.errstate(over="ignore", invalid="ignore"):  # the merge refuses NaN and infinity
-        norms = [np.linalg.norm(matrix_rows(source, rows[block], kind), axis=1) for block in blocks]
+        norms = [np.linalg.norm(source_rows(source, rows[block], kind), axis=1) for block in blocks]
     return np.concatenate(norms)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -59,6 +60,9 @@ class Plan(NamedTuple):
     edits: ConfigEdits
     unused: tuple[str, ...]
     """Modules of the adapter that are for another part of the model than BASE."""
+    sources: Mapping[str, Source]
+    """The tensors of the base under the names of the result; a head that is the embeddings too is
+    among them only where the result has it."""
 
 
 def plan(model: Model, adapters: AdapterSet, choices: Fit = AS_FILED) -> Plan:
@@ -80,7 +84,7 @@ def plan(model: Model, adapters: AdapterSet, choices: Fit = AS_FILED) -> Plan:
     ]
     if not problems:
         pairs = [(name, part) for name, found in parts.items() for part in found]
-        problems = list(wrong_matches(pairs, fitted.sources, adapters))
+        problems = list(wrong_matches(pairs, fitted.sources))
     if problems:
         raise CheckpointError(f"{adapters.reader.path}: " + "; ".join(problems))
     changed: dict[str, Task] = dict(whole.tasks)
@@ -101,7 +105,10 @@ def plan(model: Model, adapters: AdapterSet, choices: Fit = AS_FILED) -> Plan:
         f"{'' if name in whole.added else lead}{name}": task
         for name, task in (changed | copied).items()
     }
-    return Plan(tasks, lead, replace(whole.edits, untied=untied), fitted.unused)
+    sources = {
+        f"{lead}{name}": source for name, source in fitted.sources.items() if name not in alone
+    }
+    return Plan(tasks, lead, replace(whole.edits, untied=untied), fitted.unused, sources)
 
 
 def _separated(
@@ -204,7 +211,7 @@ def _merged_parts(
             except CheckpointError as error:
                 problems.append(str(error))
             else:
-                merged[name].append(MergedTensor(source, path, stored))
+                merged[name].append(MergedTensor(source, path, stored, adapters))
     merged = {name: parts for name, parts in merged.items() if parts}
     problems += fitted.missing(adapters)
     problems += _squares(model, adapters, fitted, merged)
@@ -229,11 +236,19 @@ def _as_stored(
             f"{name} is quantised (dtype {tensor.dtype}) and cannot be merged into; merge into the "
             "model from which it was quantised"
         )
+    if place.own is not None and layer.kind.name == "columns" and layer.names.magnitude:
+        raise CheckpointError(
+            f"{name} is only some rows of its module, whose magnitude has one number for each "
+            "input: its norms need all rows, so merge into a base that has the module whole"
+        )
     if place.own is not None:
         shape = (place.own.stop - place.own.start, *shape[1:])
         layer = layer._replace(shape=shape, rows=(place.own,))
     if tensor.shape == shape:
         return layer
+    if tensor.shape[:1] == shape[:1] and math.prod(tensor.shape) == math.prod(shape):
+        kind = LayerKind("conv") if layer.kind.name == "linear" else layer.kind
+        return layer._replace(kind=kind, shape=tensor.shape)
     if layer.kind.name in _OTHER_WAY and tensor.shape == shape[::-1] and place.own is None:
         return layer._replace(kind=_OTHER_WAY[layer.kind.name], shape=tensor.shape)
     raise CheckpointError(f"{name} has shape {tensor.shape}, but its adapter is for {shape}")
@@ -268,7 +283,7 @@ def _squares(
             )
             continue
         kind = LayerKind("transposed" if transposed else "linear")
-        merged[name] = [MergedTensor(part.source, part.path, part.layer._replace(kind=kind))]
+        merged[name] = [replace(part, layer=part.layer._replace(kind=kind))]
 
 
 def _untrained_parts(
@@ -281,7 +296,7 @@ def _untrained_parts(
     """Yield a message where the file lacks weights or biases that the training changed."""
     parts = [part for name, found in merged.items() if name not in replaced for part in found]
     if adapters.base_change and parts:
-        fits = residual_fits(parts, adapters)
+        fits = residual_fits(parts)
         if fits is False and choices.residual:
             yield "BASE is not the residual base: the magnitudes are the row norms of its weights"
         elif not (fits or choices.residual):

@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from doraxp.checkpoint._matrix import Reading, row_blocks, source_rows
 from doraxp.checkpoint._merge import Merge
-from doraxp.checkpoint._rows import matrix_rows, row_blocks
 from doraxp.checkpoint._safetensors import Source
-from doraxp.checkpoint._tasks import MergedTensor, parts_of
+from doraxp.checkpoint._tasks import MergedTensor, merged_in, parts_of
+from doraxp.checkpoint._update_names import TensorNames
 
 ROWS = 16
 """Rows of each weight, side by side: one read."""
@@ -55,8 +56,8 @@ def sample_norms(merge: Merge) -> SampledNorms:
     """
     modules, equal, unequal = 0, [], []
     parts = (part for task in merge.tasks.values() for part in parts_of(task))
-    for task in parts:
-        if not isinstance(task, MergedTensor):
+    for task in (one for part in parts for one in merged_in(part)):
+        if task.layer.names.magnitude is None:
             continue
         if task.layer.kind.is_transposed and task.source.tensor.nbytes > _READ:
             continue
@@ -64,8 +65,8 @@ def sample_norms(merge: Merge) -> SampledNorms:
         out = task.layer.kind.matrix_shape(task.layer.shape)[-2]
         middle = max(0, (out - ROWS) // 2)
         rows = slice(middle, min(middle + ROWS, out))
-        is_fresh = _is_fresh(merge, task)
-        if _norms_are_m(merge, task, rows):
+        is_fresh = _is_fresh(task)
+        if _norms_are_m(task, task.layer.names.magnitude, rows):
             if not is_fresh:
                 equal.append(task.path)
         elif is_fresh:
@@ -73,23 +74,35 @@ def sample_norms(merge: Merge) -> SampledNorms:
     return SampledNorms(modules, equal, unequal)
 
 
-def _norms_are_m(merge: Merge, task: MergedTensor, rows: slice) -> bool:
-    """Return True if ‖wᵢ‖ = mᵢ in all of the rows, to the rounding of the dtypes."""
-    name = task.layer.names.magnitude
-    m = np.abs(merge.adapters.reader.read(name).reshape(-1)[rows].astype(np.float64))
+def _norms_are_m(task: MergedTensor, name: str, rows: slice) -> bool:
+    """Return True if ‖wᵢ‖ = mᵢ in all of the rows, to the rounding of the dtypes.
+
+    `name` is that of m in the file.
+    """
+    reader = task.adapters.reader
+    m = np.abs(reader.read(name).reshape(-1)[rows].astype(np.float64))
     with np.errstate(over="ignore"):  # a norm that overflows is not m
         norms = np.linalg.norm(
-            matrix_rows(task.source, np.arange(rows.start, rows.stop), task.layer.kind), axis=1
+            source_rows(task.source, np.arange(rows.start, rows.stop), task.layer.kind),
+            axis=1,
         )
-    dtypes = task.source.tensor.dtype, merge.adapters.reader.tensors[name].dtype
+    dtypes = task.source.tensor.dtype, reader.tensors[name].dtype
     limit = max(_EQUAL[dtype] for dtype in dtypes)
     with np.errstate(invalid="ignore"):  # a merge refuses NaN and infinity
         is_near = np.abs(norms - m) <= limit * norms
     return bool((np.isfinite(norms) & is_near).all())
 
 
-def _is_fresh(merge: Merge, task: MergedTensor) -> bool:
-    """Return True if B = 0. The first rows of a trained B nearly always show that it is not."""
-    b = Source(merge.adapters.reader, task.layer.names.lora_b)
-    first = slice(0, min(ROWS, b.tensor.shape[0]))
-    return not any(b.read(rows).any() for rows in (first, *row_blocks(b.tensor.shape)))
+def _is_fresh(task: MergedTensor) -> bool:
+    """Return True if ΔW = 0. The first rows of a trained one nearly always show that it is not."""
+    names = task.layer.names
+    if isinstance(names, TensorNames):
+        b = Source(task.adapters.reader, names.lora_b)
+        return _is_zero(b.read, b.tensor.shape)
+    update = task.read().adapter.update
+    return _is_zero(lambda rows: np.asarray(update.rows(rows)), update.shape)
+
+
+def _is_zero(read: Reading, shape: tuple[int, ...]) -> bool:
+    first = slice(0, min(ROWS, shape[0]))
+    return not any(read(rows).any() for rows in (first, *row_blocks(shape)))

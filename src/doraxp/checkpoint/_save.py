@@ -19,7 +19,7 @@ from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._names import WRAPPERS, Places, without
 from doraxp.checkpoint._replace import prepare_place, put
 from doraxp.checkpoint._torchtune import in_order
-from doraxp.layers import AdaptedLayer
+from doraxp.checkpoint._updated_layer import AnyLayer
 
 _OF_PEFT = ("peft", "nvlabs")
 """The formats whose names are those of PEFT's modules."""
@@ -27,7 +27,7 @@ _OF_PEFT = ("peft", "nvlabs")
 
 def save_adapters(
     path: str | os.PathLike[str],
-    adapters: Mapping[str, AdaptedLayer],
+    adapters: Mapping[str, AnyLayer],
     format: str = "peft",
     *,
     overwrite: bool = False,
@@ -42,7 +42,7 @@ def save_adapters(
     ----------
     path : path
         A folder that does not exist yet, unless `overwrite` is True.
-    adapters : mapping of str to AdaptedLayer
+    adapters : mapping of str to AdaptedLayer or UpdatedLayer
         From `load_adapters` or `doraxp.adapt`; arrays of NumPy.
     format : {"peft", "mlx", "diffusers"}
         mlx-lm has one rank and one s for all modules, linear layers, and embeddings of kind linear
@@ -102,7 +102,7 @@ def _check_names(adapters: AdapterSet, format: str) -> None:
         raise ValueError(f"{adapters.reader.path}: {problem}: give the model, with --base BASE")
 
 
-def _without_part(adapters: Mapping[str, AdaptedLayer]) -> Mapping[str, AdaptedLayer]:
+def _without_part(adapters: Mapping[str, AnyLayer]) -> Mapping[str, AnyLayer]:
     """Return the adapters of one part of a pipeline under the names in that part."""
     if not isinstance(adapters, AdapterSet) or not adapters.is_of_pipeline:
         return adapters

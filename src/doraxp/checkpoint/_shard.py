@@ -16,14 +16,22 @@ from doraxp._base.types import HostArray
 from doraxp.checkpoint._change import Change, change
 from doraxp.checkpoint._engine import Engine, Reused, load_engine
 from doraxp.checkpoint._errors import CheckpointError
+from doraxp.checkpoint._matrix import row_blocks
 from doraxp.checkpoint._merge import Merge
 from doraxp.checkpoint._options import merge_dtype
 from doraxp.checkpoint._rounding import Stochastic, stochastic, to_either, to_nearest
-from doraxp.checkpoint._rows import merged_blocks, row_blocks
+from doraxp.checkpoint._rows import merged_blocks
 from doraxp.checkpoint._safetensors import DTYPES, AnySource
 from doraxp.checkpoint._survival import Survival
-from doraxp.checkpoint._tasks import MergedTensor, Part, ReplacedTensor, part_name, parts_of
-from doraxp.layers import AdaptedLayer
+from doraxp.checkpoint._tasks import (
+    Changed,
+    MergedTensor,
+    Part,
+    ReplacedTensor,
+    part_name,
+    parts_of,
+    read_terms,
+)
 
 OnBytes: TypeAlias = Callable[[int], None]
 """Called with the number of bytes that were written."""
@@ -38,7 +46,6 @@ class MergedWeight(NamedTuple):
 
     name: str
     """The tensor's name, followed by the module's where the tensor is made part by part."""
-    layer: AdaptedLayer
     change: Change
 
 
@@ -60,7 +67,7 @@ def merge_shard(
             start = 0  # the position in the tensor of the part's first number
             for part in parts_of(tasks[name]):
                 work = _PartWork(merge, name, entry, engine, output, start)
-                if isinstance(part, MergedTensor):
+                if isinstance(part, Changed):
                     label = part_name(merge.model.prefix(shard) + name, tasks[name], part)
                     yield work.merged(label, part)
                 else:
@@ -80,21 +87,23 @@ class _PartWork(NamedTuple):
     output: _Output
     start: int
 
-    def merged(self, name: str, part: MergedTensor) -> MergedWeight:
+    def merged(self, name: str, part: Changed) -> MergedWeight:
         """Merge and write the part; return it under `name`."""
         options, source = self.merge.options, part.source
-        layer = self.merge.adapters.read(part.layer)
+        terms = read_terms(part)
         norms, survival = [], Survival(source.tensor.shape)
         dtype = merge_dtype(source.tensor, self.entry, options)
         random_bits = stochastic(self.name, self.entry, options)
-        for block in merged_blocks(self.name, source, layer, self.engine, dtype):
+        for block in merged_blocks(self.name, source, terms, self.engine, dtype):
             start = self.start + block.rows.start * math.prod(source.tensor.shape[1:])
             written = self.output.write_array(
                 self.name, block.merged, self.entry, start, random_bits
             )
             survival.add(block, written)
             norms.append(block.norms)
-        return MergedWeight(name, layer, change(norms, layer, survival.kept))
+        layer = terms[0].layer if isinstance(part, MergedTensor) else None
+        assert not isinstance(layer, AnySource)
+        return MergedWeight(name, change(norms, layer, survival.kept))
 
     def copied(self, part: Part) -> None:
         """Write the part as it is, in the dtype of the result."""

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from doraxp._base.types import HostArray
 from doraxp.checkpoint._precision import Precision
-from doraxp.layers import AdaptedLayer
+from doraxp.checkpoint._updated_layer import UpdatedLayer, reach
 
 Wide: TypeAlias = NDArray[np.float64]
 Places: TypeAlias = slice | NDArray[np.intp]
@@ -29,25 +29,27 @@ class Slack:
     and the update cancel, are at most 2½ ε |s| ‖bᵢ‖ ‖aⱼ‖, with the row bᵢ of B and the column aⱼ
     of A. Sums in float32 add (√in + √rank) 2⁻²⁴ / ε to 4 and to the 2½ before g. τ is the smallest
     normal number: below it, the distance no longer shrinks, so ‖b‖ and ‖a‖ are larger by τ √rank.
+    For another update than B A, `reach` has the numbers that stand for ‖b‖ and ‖a‖. Without m, g is
+    1 and m is n.
 
     Parameters
     ----------
-    layer : AdaptedLayer
+    layer : UpdatedLayer
     precision : Precision
         ε and τ of the steps.
     """
 
-    def __init__(self, layer: AdaptedLayer, precision: Precision) -> None:
-        a, b, m = (np.asarray(leaf, np.float64) for leaf in layer.adapter)
+    def __init__(self, layer: UpdatedLayer, precision: Precision) -> None:
         self._precision = precision
         epsilon, normal = precision
-        rank, inner = a.shape
-        self._sums = _FLOAT32 * (inner**0.5 + rank**0.5) / epsilon
-        lost = normal * rank**0.5
+        rows, self._columns, rank = reach(layer.update, normal).in_matrix(
+            layer.rows_kind, layer.shape
+        )
+        self._sums = _FLOAT32 * (len(self._columns) ** 0.5 + rank**0.5) / epsilon
         self._scale = abs(layer.config.scaling)
-        self._columns = np.linalg.norm(a, axis=0) + lost  # ‖a‖, (in,)
-        self._reach = self._scale * (np.linalg.norm(b, axis=1) + lost)  # |s| ‖b‖, (out,)
-        self._magnitude = np.abs(m)
+        self._reach = self._scale * rows  # |s| ‖b‖, (out,)
+        m = layer.magnitude
+        self._magnitude = None if m is None else np.abs(m)
 
     def bound(
         self, size: HostArray, rows: Places, norm: Wide, columns: Places = slice(None)
@@ -64,19 +66,20 @@ class Slack:
             n of those rows.
         """
         epsilon, normal = self._precision
-        m, reach = self._magnitude[rows], self._reach[rows]
+        m = norm if self._magnitude is None else self._magnitude[rows]
+        lengths = self._reach[rows]
         gain = over(m, norm)
-        relative = 4 + self._sums + 2.5 * over(reach * np.linalg.norm(self._columns), norm)
+        relative = 4 + self._sums + 2.5 * over(lengths * np.linalg.norm(self._columns), norm)
         for lost, factor in ((1 + self._scale, norm), (1, m), (1, gain)):
             relative += over(np.full_like(norm, lost * normal), factor)
         least = normal * (1 + gain * (1 + self._scale))
         # In a row with a tiny n, c is beyond the range of float32, and 0 times infinity is NaN.
-        relative, reach, least = (
+        relative, lengths, least = (
             np.minimum(part, _LARGEST)[:, None].astype(size.dtype)
-            for part in (relative, (2.5 + self._sums) * gain * reach, least)
+            for part in (relative, (2.5 + self._sums) * gain * lengths, least)
         )
         bound: HostArray = size * relative
-        bound += reach * self._columns[columns].astype(size.dtype)
+        bound += lengths * self._columns[columns].astype(size.dtype)
         bound += least
         bound *= size.dtype.type(epsilon)
         return bound

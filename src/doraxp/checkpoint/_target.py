@@ -63,13 +63,14 @@ def check_target(merge: Merge, out: str | os.PathLike[str], *, force: bool = Fal
         `out` cannot be written, or the disk has too little space.
     """
     out = Path(out).absolute()
-    base, adapter = merge.model.path.resolve(), merge.adapters.reader.path.resolve()
+    base = merge.model.path.resolve()
+    adapters = [one.reader.path.resolve() for one in merge.adapters]
     target = out.resolve()
     if target == base or (merge.model.is_folder and target.is_relative_to(base)):
         raise CheckpointError(f"{out}: OUT must not be in BASE, {merge.model.path}")
     work = work_folder(out)
     for folder in (target, work.resolve()):
-        if any(path.is_relative_to(folder) for path in (base, adapter)):
+        if any(path.is_relative_to(folder) for path in (base, *adapters)):
             raise CheckpointError(
                 f"{folder}: OUT and its work folder must not contain BASE or ADAPTER"
             )

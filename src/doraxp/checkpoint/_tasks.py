@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from doraxp._base.safetensors import Tensor
-from doraxp.checkpoint._adapters import StoredLayer
+from doraxp.checkpoint._adapters import AdapterSet, StoredLayer
 from doraxp.checkpoint._options import Options
+from doraxp.checkpoint._rows import Term
 from doraxp.checkpoint._safetensors import DTYPES, AnySource, Source
+from doraxp.checkpoint._updated_layer import UpdatedLayer
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,12 @@ class MergedTensor:
     """The module."""
     layer: StoredLayer
     """Its adapter, with the kind and the shape of the base's weight."""
+    adapters: AdapterSet
+    """The file that has it."""
+
+    def read(self) -> UpdatedLayer:
+        """Read the adapter."""
+        return self.adapters.read(self.layer)
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,40 @@ class CopiedTensor:
     """The tensor in the base."""
 
 
-Part: TypeAlias = MergedTensor | ReplacedTensor | CopiedTensor
+@dataclass(frozen=True)
+class SummedTensor:
+    """A weight to which changes of several adapters are added, or a part of one change."""
+
+    source: Source
+    """The weight of the base."""
+    terms: tuple[MergedTensor | ReplacedTensor, ...]
+    strengths: tuple[float, ...]
+    """How many times each change is added."""
+
+    @property
+    def path(self) -> str:
+        """The modules."""
+        names = (term.path for term in self.terms if isinstance(term, MergedTensor))
+        return " + ".join(dict.fromkeys(names))
+
+    def read(self) -> tuple[Term, ...]:
+        """Read the adapters."""
+        return tuple(
+            Term(part.read() if isinstance(part, MergedTensor) else part.source, strength)
+            for part, strength in zip(self.terms, self.strengths, strict=True)
+        )
+
+
+Changed: TypeAlias = MergedTensor | SummedTensor
+"""A weight, or some rows of one, that adapters are merged into."""
+
+
+def read_terms(part: Changed) -> tuple[Term, ...]:
+    """Read the adapters of a part, with their strengths."""
+    return part.read() if isinstance(part, SummedTensor) else (Term(part.read()),)
+
+
+Part: TypeAlias = MergedTensor | SummedTensor | ReplacedTensor | CopiedTensor
 """The way in which some rows of a tensor are made."""
 
 
@@ -65,6 +106,12 @@ def parts_of(task: Task) -> tuple[Part, ...]:
     return task.parts if isinstance(task, JoinedTensor) else (task,)
 
 
+def merged_in(part: Part) -> tuple[MergedTensor, ...]:
+    """Return the merges that a part is made of."""
+    terms = part.terms if isinstance(part, SummedTensor) else (part,)
+    return tuple(one for one in terms if isinstance(one, MergedTensor))
+
+
 def written_as(task: Task, options: Options) -> Tensor:
     """Return the entry that a tensor has in the result."""
     tensor = task.source.tensor
@@ -76,6 +123,6 @@ def written_as(task: Task, options: Options) -> Tensor:
     return Tensor(dtype, tensor.shape, math.prod(tensor.shape) * DTYPES[dtype].itemsize)
 
 
-def part_name(name: str, task: Task, part: MergedTensor) -> str:
+def part_name(name: str, task: Task, part: Changed) -> str:
     """Return the name of a merged part: the tensor's, and the module's if there are more parts."""
     return name if len(parts_of(task)) == 1 else f"{name} ({part.path})"

@@ -5,39 +5,25 @@ The rows are compared with a dense merge in float64.
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from doraxp._core.kinds import LayerKind
 from doraxp.checkpoint._errors import CheckpointError
+from doraxp.checkpoint._matrix import Wide, row_blocks, source_rows
 from doraxp.checkpoint._merge import Merge
 from doraxp.checkpoint._precision import PRECISION
-from doraxp.checkpoint._rows import matrix_rows, row_blocks
+from doraxp.checkpoint._rows import Term
 from doraxp.checkpoint._safetensors import DTYPES, AnySource, Reader, Source, are_equal
-from doraxp.checkpoint._tasks import MergedTensor, parts_of
-from doraxp.layers import AdaptedLayer
+from doraxp.checkpoint._tasks import Changed, MergedTensor, parts_of
+from doraxp.checkpoint._updated_layer import UpdatedLayer
 
 SAMPLE = 16
 """Rows of each matrix."""
-
-
-class _Sample(NamedTuple):
-    """The part of an adapter that acts on some rows of its matrix."""
-
-    rows: NDArray[np.intp]
-    update: NDArray[np.float64]
-    """s (B A)ᵢ, (k, in)."""
-    magnitude: NDArray[np.float64]
-
-
-def _sample_of(layer: AdaptedLayer) -> _Sample:
-    """Return a sample of evenly spaced rows, the first and the last one included."""
-    a, b, m = (np.asarray(leaf, np.float64) for leaf in layer.adapter)
-    rows = np.unique(np.linspace(0, len(m) - 1, SAMPLE).astype(np.intp))
-    return _Sample(rows, layer.config.scaling * (b[rows] @ a), m[rows])
 
 
 def verify_shard(merge: Merge, name: str, target: Path) -> None:
@@ -49,9 +35,8 @@ def verify_shard(merge: Merge, name: str, target: Path) -> None:
     shard, tasks = merge.model.shards[name], merge.tasks_of(name)
     # A tied head may come from another shard than that of its place.
     sources = [part.source.reader for task in tasks.values() for part in parts_of(task)]
-    readers = {reader.path: reader for reader in (shard, merge.adapters.reader, *sources)}
-    fresh = {path: reader.reopened() for path, reader in readers.items()}
-    adapters = dataclasses.replace(merge.adapters, reader=fresh[merge.adapters.reader.path])
+    files = (shard, *(adapters.reader for adapters in merge.adapters), *sources)
+    fresh = {path: reader.reopened() for path, reader in {one.path: one for one in files}.items()}
     result = Reader(target)
     if (
         list(result.tensors.items()) != list(merge.entries(name).items())
@@ -66,30 +51,84 @@ def verify_shard(merge: Merge, name: str, target: Path) -> None:
             if source.tensor.shape != written.tensor.shape:
                 rows = source.tensor.shape[0]
                 written, start = written.rows(start, start + rows), start + rows
-            if isinstance(part, MergedTensor):
-                _verify_merged(source, written, adapters.read(part.layer))
+            if isinstance(part, Changed):
+                _verify_merged(source, written, _reopened(part, fresh))
             elif not _equal(source, written):
                 raise CheckpointError(f"{target}: {tensor} is not a copy of {source.name}")
 
 
-def _verify_merged(source: AnySource, written: AnySource, layer: AdaptedLayer) -> None:
-    sample = _sample_of(layer)
-    weight = matrix_rows(source, sample.rows, layer.kind)
-    v = weight + sample.update
-    norm = np.linalg.norm(v, axis=1, keepdims=True)
-    gain = np.divide(sample.magnitude[:, None], norm, out=np.zeros_like(norm), where=norm > 0)
-    desired = gain * v
-    actual = matrix_rows(written, sample.rows, layer.kind)
+def _reopened(part: Changed, fresh: Mapping[Path, Reader]) -> tuple[Term, ...]:
+    """Return the adapters of a part, read from files that were opened anew."""
+    if isinstance(part, MergedTensor):
+        adapters = replace(part.adapters, reader=fresh[part.adapters.reader.path])
+        return (Term(adapters.read(part.layer)),)
+    terms = []
+    for one, strength in zip(part.terms, part.strengths, strict=True):
+        if isinstance(one, MergedTensor):
+            terms += [replace(term, strength=strength) for term in _reopened(one, fresh)]
+        else:
+            terms.append(Term(one.source.reopened(fresh), strength))
+    return tuple(terms)
+
+
+def _verify_merged(source: AnySource, written: AnySource, terms: Sequence[Term]) -> None:
+    shape = source.tensor.shape
+    is_sum = len(terms) > 1 or terms[0].strength != 1
+    kinds = [term.layer.rows_kind for term in terms if isinstance(term.layer, UpdatedLayer)]
+    kind = next((one for one in kinds if one.is_transposed), None)
+    kind = kind or LayerKind("conv" if len(shape) > 2 else "linear")
+    out = kind.matrix_shape(shape)[0]
+    # Evenly spaced rows, the first and the last one included.
+    rows = np.unique(np.linspace(0, out - 1, SAMPLE).astype(np.intp))
+    weight = source_rows(source, rows, kind)
+    desired, largest = _dense(source, rows, weight, terms[0], kind)
+    if is_sum:
+        desired, largest = weight.copy(), np.abs(weight).max(axis=1, keepdims=True)
+        for term in terms:
+            merged, reach = _dense(source, rows, weight, term, kind)
+            desired += term.strength * (merged - weight)
+            largest += abs(term.strength) * (reach + np.abs(weight).max(axis=1, keepdims=True))
+    actual = source_rows(written, rows, kind)
     epsilon, normal = PRECISION[written.tensor.dtype]
     # Below the smallest normal number the distance to the next one no longer shrinks.
-    bound = np.maximum(np.abs(desired), normal) * epsilon
-    # Where W and the update cancel, V has the rounding errors of W.
-    largest = np.maximum(np.abs(v), np.abs(weight)).max(axis=1, keepdims=True)
-    bound += 1e-5 * np.abs(gain) * largest
+    bound = np.maximum(np.abs(desired), normal) * epsilon + 1e-5 * largest
     if not (np.abs(actual - desired) <= bound).all():
         raise CheckpointError(
             f"{written.reader.path}: {written.name} is not the result of a dense merge"
         )
+
+
+def _dense(
+    source: AnySource, rows: NDArray[np.intp], weight: Wide, term: Term, kind: LayerKind
+) -> tuple[Wide, Wide]:
+    """Return rows of W' of one term, in float64, and the largest numbers that were added there."""
+    layer = term.layer
+    if not isinstance(layer, UpdatedLayer):
+        whole = source_rows(layer, rows, kind)
+        return whole, np.abs(whole).max(axis=1, keepdims=True)
+    m = layer.magnitude
+    if m is not None and layer.kind.is_transposed != kind.is_transposed:
+        return _across(source, rows, term, layer)
+    v = weight + layer.update_rows(rows, kind)
+    # Where W and the update cancel, V has the rounding errors of W.
+    largest = np.maximum(np.abs(v), np.abs(weight)).max(axis=1, keepdims=True)
+    if m is None:
+        return v, largest
+    norm = np.linalg.norm(v, axis=1, keepdims=True)
+    gain = np.divide(m[rows, None], norm, out=np.zeros_like(norm), where=norm > 0)
+    return gain * v, np.abs(gain) * largest
+
+
+def _across(
+    source: AnySource, rows: NDArray[np.intp], term: Term, layer: UpdatedLayer
+) -> tuple[Wide, Wide]:
+    """Return rows of W' across those that have norms, as `_dense` does; this needs all of W."""
+    every = np.arange(layer.kind.matrix_shape(layer.shape)[0])
+    weight = source_rows(source, every, layer.kind)
+    merged, largest = _dense(source, every, weight, term, layer.kind)
+    inner = merged.shape[1] if layer.kind.is_transposed else layer.shape[1]
+    across: Wide = merged.reshape(len(every), inner, -1).swapaxes(0, 1)[rows]
+    return across.reshape(len(rows), -1), np.full((len(rows), 1), largest.max())
 
 
 def _equal(source: AnySource, written: AnySource) -> bool:

@@ -102,11 +102,12 @@ def start_or_resume(run: Path, merge: Merge) -> None:
 def _fingerprint(merge: Merge) -> JsonObject:
     """Return everything on which a finished shard depends, in the types of JSON."""
     stamps = {reader.path: reader.stamp for reader in merge.readers}
-    config = config_path(merge.adapters.reader)
-    stamps |= {config: merge.stamps[config]} if config in merge.stamps else {}
+    configs = [config_path(adapters.reader) for adapters in merge.adapters]
+    stamps |= {config: merge.stamps[config] for config in configs if config in merge.stamps}
     return {
         "doraxp": doraxp.__version__,
         "options": vars(merge.options),
+        "strengths": list(merge.strengths),
         "fit": json.loads(json.dumps(vars(merge.fit))),
         "files": [[str(path.resolve()), *stamp] for path, stamp in stamps.items()],
     }

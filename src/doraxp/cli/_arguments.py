@@ -16,7 +16,7 @@ from doraxp._terminal.messages import print_error
 from doraxp._terminal.runtimes import BACKENDS
 
 if TYPE_CHECKING:
-    from doraxp.checkpoint import Fit
+    from doraxp.checkpoint import Fit, Weighted
 
 
 class FitArguments(TypedDict):
@@ -88,17 +88,96 @@ def output(suffix: str) -> Callable[[str], Path]:
     return parse
 
 
-def add_model_and_adapter(parser: argparse.ArgumentParser) -> None:
-    """Declare BASE and ADAPTER."""
+def add_model_and_adapter(parser: argparse.ArgumentParser, *, merged: bool = False) -> None:
+    """Declare BASE, ADAPTER or --adapter, --scale and, for an audit, MERGED."""
     parser.add_argument(
         "base", type=Path, metavar="BASE", help="a safetensors file, or a model's folder"
     )
-    parser.add_argument(
+    last = parser.add_argument(
         "adapter",
         type=Path,
         metavar="ADAPTER",
         help="a folder as PEFT or mlx-lm save it, or a safetensors file",
     )
+    if merged:
+        last = parser.add_argument(
+            "merged", type=Path, metavar="MERGED", help="a safetensors file, or a model's folder"
+        )
+    parser.add_argument(
+        "--adapter",
+        dest="adapters",
+        type=_weighted,
+        action=_instead_of(last),
+        default=[],
+        metavar="PATH[:T]",
+        help="in place of ADAPTER, repeatable: add T times the change of the weights by this "
+        "adapter (default: 1)",
+    )
+    parser.add_argument(
+        "--scale",
+        type=_strength,
+        default=1.0,
+        metavar="T",
+        help="take T times the change: 1 is the adapter, 0 the base (default: %(default)s)",
+    )
+
+
+def _instead_of(last: argparse.Action) -> type[argparse.Action]:
+    """Return the action of a repeatable option that is given in place of a positional argument.
+
+    Then there is one positional argument less. A positional argument that may be left out would
+    not be found behind an option, so the last one is required until the option comes.
+    """
+
+    class Instead(argparse.Action):
+        def __call__(
+            self,
+            parser: argparse.ArgumentParser,
+            namespace: argparse.Namespace,
+            values: object,
+            option_string: str | None = None,
+        ) -> None:
+            last.required = False
+            setattr(namespace, self.dest, [*getattr(namespace, self.dest), values])
+
+    return Instead
+
+
+def _strength(text: str) -> float:
+    """Parse a finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
+    return value
+
+
+def _weighted(text: str) -> tuple[Path, float]:
+    """Parse PATH or PATH:T. A file or folder whose name ends in :T is taken as a path."""
+    path, colon, strength = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), 1.0
+    return Path(path), _strength(strength)
+
+
+def adapters_of(arguments: argparse.Namespace) -> list[Weighted]:
+    """Return ADAPTER or those of --adapter, with their strengths times --scale.
+
+    Raises
+    ------
+    ValueError
+        Both are given.
+    """
+    from doraxp.checkpoint import Weighted
+
+    if arguments.adapters and getattr(arguments, "merged", arguments) is None:
+        arguments.adapter, arguments.merged = None, arguments.adapter
+    given = arguments.adapters or [(arguments.adapter, 1.0)]
+    if arguments.adapters and arguments.adapter is not None:
+        raise ValueError(f"give ADAPTER or --adapter, not both, got {arguments.adapter} too")
+    return [Weighted(path, strength * arguments.scale) for path, strength in given]
 
 
 def add_fit(parser: argparse.ArgumentParser) -> None:

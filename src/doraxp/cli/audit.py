@@ -14,6 +14,7 @@ from doraxp._terminal.progress import progress_by_bytes
 from doraxp._terminal.tables import plain_console, print_names, print_table
 from doraxp.cli._arguments import (
     CHECKPOINT,
+    adapters_of,
     add_fit,
     add_jobs,
     add_model_and_adapter,
@@ -39,10 +40,7 @@ _LISTED = 10
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    add_model_and_adapter(parser)
-    parser.add_argument(
-        "merged", type=Path, metavar="MERGED", help="a safetensors file, or a model's folder"
-    )
+    add_model_and_adapter(parser, merged=True)
     parser.add_argument(
         "--all", action="store_true", help="list every tensor, also those that are right"
     )
@@ -55,13 +53,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Audit with a progress bar, print the verdicts, write the figures."""
     if lacks("audit", *CHECKPOINT, extra="checkpoint"):
         return 2
-    if is_in_input("audit", arguments.json, (arguments.base, arguments.adapter, arguments.merged)):
-        return 2
-    from doraxp.checkpoint import CheckpointError, Options, audit, plan_merge
+    from doraxp.checkpoint import Options, audit, plan_merge
 
     console = plain_console()
     try:
-        merge = plan_merge(arguments.base, arguments.adapter, Options(), **fit_of(arguments))
+        adapters = adapters_of(arguments)
+        paths = (arguments.base, *(Path(one.path) for one in adapters), arguments.merged)
+        if is_in_input("audit", arguments.json, paths):
+            return 2
+        merge = plan_merge(arguments.base, adapters, Options(), **fit_of(arguments))
         with progress_by_bytes() as progress:
             task = progress.add_task("", total=merge.size)
             verdicts = audit(
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json:
             tensors = {name: verdict._asdict() for name, verdict in verdicts.items()}
             write_json(arguments.json, {"right": not wrong, "tensors": tensors})
-    except (CheckpointError, OSError) as error:
+    except (ValueError, OSError) as error:
         print_error("doraxp audit", error)
         return 2
     return 1 if wrong else 0

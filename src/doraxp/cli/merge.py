@@ -1,4 +1,4 @@
-"""`doraxp merge`: merge a DoRA adapter into a model on disk, tensor by tensor."""
+"""`doraxp merge`: merge adapters into a model on disk, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from doraxp._terminal.progress import progress_by_bytes
 from doraxp._terminal.tables import plain_console, print_caption, print_names
 from doraxp.cli._arguments import (
     CHECKPOINT,
+    adapters_of,
     add_fit,
     add_jobs,
     add_model_and_adapter,
@@ -31,14 +32,16 @@ from doraxp.cli._cluster import cluster
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from doraxp.checkpoint import Change, Merge
+    from doraxp.checkpoint import Change, Merge, MergedTensor
 
 SUMMARY = (
-    "Merge a DoRA adapter into a model, tensor by tensor, in little memory. OUT appears when it is "
-    "complete; after an interruption, the same command goes on where it stopped."
+    "Merge adapters (DoRA, LoRA, LoHa, LoKr) into a model, tensor by tensor, in little memory. "
+    "OUT appears when it is complete; after an interruption, the same command goes on where it "
+    "stopped."
 )
 _PLANNED = (
     Column("kind", "stored as"),
+    Column("update", "update"),
     Column("dtype", "dtype"),
     Column("rank", "rank"),
     Column("s", "s"),
@@ -132,16 +135,18 @@ def run(arguments: argparse.Namespace) -> int:
         "merge --scheduler", "distributed", extra="distributed"
     ):
         return 2
-    if is_in_input("merge", arguments.json, (arguments.base, arguments.adapter)):
-        return 2
-    from doraxp.checkpoint import CheckpointError, Options, check_target, plan_merge
+    from doraxp.checkpoint import Options, check_target, plan_merge
 
     dtype = _DTYPES.get(arguments.dtype)
     try:
+        adapters = adapters_of(arguments)
+        paths = (arguments.base, *(Path(one.path) for one in adapters))
+        if is_in_input("merge", arguments.json, paths):
+            return 2
         options = Options(
             arguments.backend, arguments.compute, dtype, arguments.rounding, arguments.seed
         )
-        merge = plan_merge(arguments.base, arguments.adapter, options, **fit_of(arguments))
+        merge = plan_merge(arguments.base, adapters, options, **fit_of(arguments))
         _warn_of_traps(merge)
         _warn_of_norms(merge)
         changes: Mapping[str, Change] = {}
@@ -155,7 +160,7 @@ def run(arguments: argparse.Namespace) -> int:
         _warn_of_changes(changes)
         if arguments.json is not None:
             write_json(arguments.json, _report(merge, figures, arguments))
-    except (CheckpointError, OSError) as error:
+    except (ValueError, OSError) as error:
         print_error("doraxp merge", error)
         return 2
     return 0
@@ -172,10 +177,11 @@ def _warn_of_traps(merge: Merge) -> None:
             "BASE has no config.json, and no head beside the embeddings that the adapter changes: "
             "if its head is tied to them, give the folder of the model"
         )
-    if merge.has_unknown_base():
+    unknown = merge.unknown_base()
+    if unknown is not None:
         _warn(
             "the magnitudes do not tell whether BASE is the residual base of "
-            f"{merge.adapters.base_change}: --base-is-residual says so, and OUT is wrong with "
+            f"{unknown}: --base-is-residual says so, and OUT is wrong with "
             "another base"
         )
     for name, known in merge.tokenizers_apart().items():
@@ -246,18 +252,36 @@ def _print_figures(
 
 def _figures(merge: Merge, changes: Mapping[str, Change]) -> dict[str, dict[str, Any]]:
     """Return the figures of each tensor that changes, by name."""
-    from doraxp.checkpoint import MergedTensor
+    from doraxp.checkpoint import MergedTensor, SummedTensor, merged_in
 
     figures: dict[str, dict[str, Any]] = {}
     for name, part, entry in merge.changed_parts():
         row: dict[str, Any] = {"kind": "replaced"}
         if isinstance(part, MergedTensor):
-            config = part.layer.config
-            row = {"kind": part.layer.kind.name, "rank": config.rank, "s": config.scaling}
+            row = _figures_of(part)
+        elif isinstance(part, SummedTensor):
+            row = {
+                "kind": "sum",
+                "strengths": list(part.strengths),
+                "terms": [_figures_of(one) for one in merged_in(part)],
+            }
         change = changes[name]._asdict() if name in changes else {}
         stored = dict(zip(("dtype", "shape", "bytes"), entry, strict=True))
         figures[name] = row | stored | change
     return figures
+
+
+def _figures_of(part: MergedTensor) -> dict[str, Any]:
+    """Return the figures of one adapter of a weight, as its file has them."""
+    from doraxp.checkpoint import algorithm_of
+
+    config = part.layer.config
+    return {
+        "kind": part.layer.kind.name,
+        "update": algorithm_of(part.layer),
+        "rank": config.rank,
+        "s": config.scaling,
+    }
 
 
 def _report(
@@ -266,11 +290,13 @@ def _report(
     """Return everything that the command prints and more, in the types of JSON."""
     return {
         "base": str(merge.model.path),
-        "adapter": str(merge.adapters.reader.path),
+        "adapters": [
+            {"path": str(adapters.reader.path), "format": adapters.format, "strength": strength}
+            for adapters, strength in zip(merge.adapters, merge.strengths, strict=True)
+        ],
         "out": None if arguments.dry_run else str(arguments.out.absolute()),
         "verified": arguments.verify and not arguments.dry_run,
         "options": vars(merge.options),
-        "format": merge.adapters.format,
         "tensors": len(merge.tasks),
         "files": len(merge.model.shards),
         "bytes": merge.size,
@@ -284,14 +310,11 @@ def _report(
 
 
 def _print_summary(merge: Merge, console: Console) -> None:
-    from doraxp.checkpoint import MergedTensor, parts_of
+    from doraxp.checkpoint import merged_in, parts_of
 
-    merged = sum(
-        any(isinstance(part, MergedTensor) for part in parts_of(task))
-        for task in merge.changed.values()
-    )
+    merged = sum(any(merged_in(part) for part in parts_of(task)) for task in merge.changed.values())
     print_names(
-        f"{merge.adapters.format} adapter: {merged} of {len(merge.tasks)} tensors merged, "
+        f"{_named(merge)}: {merged} of {len(merge.tasks)} tensors merged, "
         f"{len(merge.changed) - merged} replaced, the others copied; {merge.size:,} bytes in "
         f"{len(merge.model.shards)} files",
         console,
@@ -304,6 +327,16 @@ def _print_summary(merge: Merge, console: Console) -> None:
     if merge.model.left_out:
         names = ", ".join(str(file) for file in merge.model.left_out)
         print_names(f"Left out: {names}", console)
+
+
+def _named(merge: Merge) -> str:
+    """Return the formats of the adapters, with strengths that are not 1."""
+    strengths = (f", {one:g} times" if one != 1 else "" for one in merge.strengths)
+    names = [
+        f"{adapters.format} adapter{strength}"
+        for adapters, strength in zip(merge.adapters, strengths, strict=True)
+    ]
+    return " + ".join(names)
 
 
 def _warn_of_changes(changes: Mapping[str, Change]) -> None:

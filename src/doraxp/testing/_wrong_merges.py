@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from doraxp._base.types import Adapter, Config
+from doraxp._core.updates import LowRank
 from doraxp.testing._deviations import FORWARD, Changes
 from doraxp.testing._formulas import DenseFormulas, deviating
 from doraxp.testing._rounding import Plain, lengths
@@ -28,6 +30,7 @@ ACROSS_ROWS = (
     "the norm is that of the whole matrix",
 )
 """The deviations in which a row of W' depends on the other rows of W."""
+KEPT_NORMS = "the rows keep the norms of W, as in DoRA with m = ‖W‖"
 _BEFORE_MERGED = {"gain", "n", "v", "base", "update", "s", "in_direction_form"}
 _KNOWN: Mapping[str, Changes] = {
     name: changes for name, changes in FORWARD.items() if _BEFORE_MERGED & changes.keys()
@@ -35,37 +38,45 @@ _KNOWN: Mapping[str, Changes] = {
 
 
 def right_merge(
-    weight: Any, adapter: Adapter, config: Config, dtypes: Dtypes | None = None
+    weight: Any, adapter: Adapter | LowRank, config: Config, dtypes: Dtypes | None = None
 ) -> Wide:
-    """Return W' = (m / n)⊙(W + s B A) in float64, by the dense formulas.
+    """Return W' = (m / n)⊙(W + s B A) in float64, by the dense formulas; without m, W + s B A.
 
     Parameters
     ----------
     weight : array, shape (k, in)
         Some rows of W.
-    adapter : Adapter
-        A, and those rows of B and m.
+    adapter : Adapter or LowRank
+        A, and those rows of B and m; a LowRank is plain LoRA, without m.
     config : Config
     dtypes : sequence of 4 dtypes, optional
         Of W, A, B and m in a tool's memory. They are rounded to these, and the result of every step
         to the dtype of its operands: to the wider one of two, and to float32 if these are bfloat16
         and float16. float64 by default.
     """
-    return _merged(DenseFormulas, weight, adapter, config, dtypes)
+    return _merged(_reference(adapter), weight, adapter, config, dtypes)
 
 
 def wrong_merges(
-    weight: Any, adapter: Adapter, config: Config, dtypes: Dtypes | None = None
+    weight: Any, adapter: Adapter | LowRank, config: Config, dtypes: Dtypes | None = None
 ) -> Iterator[tuple[str, Wide]]:
     """Yield the name of each known deviation and the W' that it makes.
 
     The arguments are those of `right_merge`. A deviation is left out if it does not change W', or
     if it needs the other rows of W.
     """
+    reference = _reference(adapter)
     for name, changes in _KNOWN.items():
-        if name not in ACROSS_ROWS:
-            formulas = deviating(DenseFormulas, changes)
+        is_known = reference is DenseFormulas or changes.keys() & _BEFORE_MERGED <= {"update", "s"}
+        if name not in ACROSS_ROWS and is_known:
+            formulas = deviating(reference, changes)
             yield name, _merged(formulas, weight, adapter, config, dtypes)
+    if reference is not DenseFormulas:
+        yield KEPT_NORMS, _merged(_KeptNorms, weight, adapter, config, dtypes)
+
+
+def _reference(adapter: Adapter | LowRank) -> type:
+    return _Unscaled if isinstance(adapter, LowRank) else DenseFormulas
 
 
 def wrong_merges_across_rows(
@@ -96,6 +107,22 @@ def wrong_merges_across_rows(
             yield name, np.asarray(formulas(whole, m).merged)
         except ValueError:
             continue
+
+
+class _Unscaled(DenseFormulas):
+    """The formulas of plain LoRA."""
+
+    @cached_property
+    def merged(self) -> Any:
+        return self.v
+
+
+class _KeptNorms(DenseFormulas):
+    """DoRA with m = ‖W‖, as PEFT loads LoRA where the configuration says DoRA."""
+
+    @cached_property
+    def gain(self) -> Any:
+        return self.w.norms().over(self.n)
 
 
 class _WithV(DenseFormulas):
@@ -174,11 +201,13 @@ def _plain(array: Any) -> Plain:
 
 
 def _merged(
-    formulas: type, weight: Any, adapter: Adapter, config: Config, dtypes: Dtypes | None
+    formulas: type, weight: Any, adapter: Adapter | LowRank, config: Config, dtypes: Dtypes | None
 ) -> Wide:
     if config.alpha is None or config.alpha < 0:
         config = dataclasses.replace(config, alpha=config.rank)
     inputs = {"weight": weight, **adapter._asdict()}
+    if isinstance(adapter, LowRank):
+        inputs["magnitude"] = np.ones(len(weight))  # no formula of LoRA reads it
     tokens = {"x": np.empty((0, weight.shape[1])), "dy": np.empty((0, weight.shape[0]))}
     if dtypes is None:
         numbers: Mapping[str, Any] = {name: _plain(x) for name, x in (inputs | tokens).items()}

@@ -16,7 +16,7 @@ from doraxp._base.types import Config
 from doraxp.checkpoint._adapters import AdapterSet, StoredLayer
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._json import parse_json
-from doraxp.layers import AdaptedLayer
+from doraxp.checkpoint._updated_layer import AnyLayer
 
 _KEY = "doraxp"
 _NAMES = ("norm_gradient", "dropout", "form")
@@ -80,12 +80,12 @@ def _in_header(adapters: AdapterSet) -> dict[str, str | dict[str, str]]:
     return found
 
 
-def metadata(adapters: Mapping[str, AdaptedLayer]) -> dict[str, str]:
+def metadata(adapters: Mapping[str, AnyLayer]) -> dict[str, str]:
     """Return the entry of a header for these adapters; nothing where all choices are the default.
 
     The form is left out: it is "weight" in every file.
     """
-    layers: Mapping[str, StoredLayer | AdaptedLayer] = adapters
+    layers: Mapping[str, StoredLayer | AnyLayer] = adapters
     if isinstance(adapters, AdapterSet):  # without a read of each adapter
         layers = adapters.layers
     choices: dict[str, str | dict[str, str]] = {}

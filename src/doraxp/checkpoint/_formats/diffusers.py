@@ -23,7 +23,7 @@ from doraxp.checkpoint._formats.protocol import Written
 from doraxp.checkpoint._formats.whole import check_no_whole_tensors
 from doraxp.checkpoint._json import JsonObject, parse_json
 from doraxp.checkpoint._safetensors import Reader
-from doraxp.layers import AdaptedLayer
+from doraxp.checkpoint._updated_layer import AnyLayer
 
 NAME, FILE = "diffusers", "pytorch_lora_weights.safetensors"
 _ENTRY = "lora_adapter_metadata"
@@ -41,7 +41,7 @@ def read(reader: Reader) -> AdapterSet:
     """Describe the adapters of a file of diffusers."""
     parts, rest = peft.sort_names(reader, None)
     if rest:
-        raise CheckpointError(f"{reader.path}: {rest[0]} is not part of a DoRA adapter")
+        raise CheckpointError(f"{reader.path}: {rest[0]} is not part of an adapter")
     groups: dict[str, dict[str, dict[str, str]]] = defaultdict(dict)
     for path, names in parts.items():
         part, dot, own = path.partition(".")
@@ -75,7 +75,7 @@ def _config(reader: Reader, prefix: str, parts: Mapping[str, Mapping[str, str]])
         }
         return {
             "peft_type": "LORA",
-            "use_dora": True,
+            "use_dora": any("m" in names for names in parts.values()),
             "init_lora_weights": True,
             "rank_pattern": ranks,
             "alpha_pattern": ranks,
@@ -89,7 +89,7 @@ def _config(reader: Reader, prefix: str, parts: Mapping[str, Mapping[str, str]])
     return {"peft_type": "LORA"} | (own or entries)
 
 
-def write(adapters: Mapping[str, AdaptedLayer]) -> Written:
+def write(adapters: Mapping[str, AnyLayer]) -> Written:
     """Return the tensors and the header that diffusers reads as these adapters."""
     check_no_whole_tensors(adapters, "diffusers")
     written = peft.write(adapters)
@@ -110,7 +110,7 @@ def write(adapters: Mapping[str, AdaptedLayer]) -> Written:
     return Written(tensors, None, {_ENTRY: json.dumps(entries, indent=2, sort_keys=True)})
 
 
-def _part(part: str, adapters: Mapping[str, AdaptedLayer]) -> JsonObject:
+def _part(part: str, adapters: Mapping[str, AnyLayer]) -> JsonObject:
     """Return PEFT's configuration of one part of a pipeline."""
     members = {
         path.removeprefix(f"{part}."): layer

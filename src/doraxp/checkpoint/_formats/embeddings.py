@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from doraxp.checkpoint._adapters import AdapterSet
-from doraxp.layers import AdaptedLayer
+from doraxp.checkpoint._updated_layer import AnyLayer
 
 _EMBEDDING = re.compile(
     r"wte|wpe|embed|embeddings?|embedders?|embed_(in|tokens|positions)(_per_layer)?"
@@ -39,7 +39,7 @@ def kind_by_name(path: str) -> Literal["embedding", "linear"] | None:
     return "linear" if in_a_block or _LINEAR.fullmatch(last) else None
 
 
-def by_token(adapters: Mapping[str, AdaptedLayer], path: str) -> bool:
+def by_token(adapters: Mapping[str, AnyLayer], path: str) -> bool:
     """Return True if the adapter of kind linear at `path` is one of an embedding.
 
     A file tells it; for other adapters the name does.

@@ -4,10 +4,13 @@
 
     A  lora_down.weight or lora_A.weight    m  dora_scale or lora_magnitude_vector
     B  lora_up.weight or lora_B.weight      s  alpha / rank, or 1 without alpha
+    core  lora_mid.weight                   LoHa and LoKr: see `products`
+    diff, diff_b                            differences of a whole weight and of its bias
 
 The names have an underscore for each dot of the base's names, or dots. A ``dora_scale`` of shape
-(1, in) is of an old LyCORIS, which normed the columns of W. ``w_norm`` and ``b_norm`` are what
-LyCORIS adds to the weight and the bias of a norm.
+(1, in, …) has a norm for each input, as LyCORIS has it with ``wd_on_output=False``; without one,
+the module is plain LoRA, LoHa or LoKr. ``w_norm`` and ``b_norm`` are what LyCORIS adds to the
+weight and the bias of a norm.
 """
 
 from __future__ import annotations
@@ -18,82 +21,131 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from doraxp._base.scalars import check_number
+from doraxp._base.types import Config
 from doraxp._core.kinds import LayerKind
-from doraxp.checkpoint._adapters import AdapterSet, StoredLayer, TensorNames
+from doraxp.checkpoint._adapters import AdapterSet, StoredLayer
 from doraxp.checkpoint._errors import CheckpointError
-from doraxp.checkpoint._formats.checks import checked_config, complete_names, names_by_module
+from doraxp.checkpoint._formats.checks import checked_config, names_by_module
+from doraxp.checkpoint._formats.products import LOHA, LOKR, product
 from doraxp.checkpoint._safetensors import DTYPES, Reader
+from doraxp.checkpoint._update_names import DifferenceNames, TensorNames, UpdateNames
 
 _ENDS = {
     **dict.fromkeys(("lora_down.weight", "lora_A.weight"), "a"),
     **dict.fromkeys(("lora_up.weight", "lora_B.weight"), "b"),
     **dict.fromkeys(("dora_scale", "lora_magnitude_vector.weight", "lora_magnitude_vector"), "m"),
+    "lora_mid.weight": "core",
     "alpha": "alpha",
     "w_norm": "weight",
     "b_norm": "bias",
+    "diff": "diff",
+    "diff_b": "diff_b",
+    **{name: name for name in (*LOHA, *LOKR)},
 }
+_ALGORITHMS = {
+    "LoRA": {"a", "b", "core"},
+    "LoHa": set(LOHA),
+    "LoKr": set(LOKR),
+    "full": {"diff"},
+    "norm": {"weight", "bias"},
+}
+"""The parts of a module by the algorithm that they are of."""
+_OWN = {"lora_down", "dora_scale", "diff", "hada_w1_a", "lokr_w1", "lokr_w1_a", "w_norm"}
 
 _INTEGERS = {f"I{bits}": np.dtype(f"<i{bits // 8}") for bits in (8, 16, 32, 64)}
 
 
 def recognises(reader: Reader, parts: Collection[str]) -> bool:
-    """Return True for names with kohya's factors or LyCORIS' magnitude."""
-    return not {"lora_down", "dora_scale"}.isdisjoint(parts)
+    """Return True for names with kohya's factors, or with the parts that LyCORIS names."""
+    return not _OWN.isdisjoint(parts) and "base_model" not in {
+        name.partition(".")[0] for name in reader.tensors
+    }
 
 
 def read(reader: Reader) -> AdapterSet:
     """Describe the adapters of a LyCORIS or kohya file."""
-    modules = names_by_module(reader, _ENDS)
-    norms = {path: parts for path, parts in modules.items() if parts.keys() <= {"weight", "bias"}}
-    both = next(
-        (
-            path
-            for path in modules
-            if path not in norms and {"weight", "bias"} & modules[path].keys()
-        ),
-        None,
-    )
-    if both is not None:
-        raise CheckpointError(f"{reader.path}: {both} has an adapter, and w_norm or b_norm too")
-    layers = {
-        path: _layer(reader, path, parts) for path, parts in modules.items() if path not in norms
-    }
-    return AdapterSet(
-        "lycoris",
-        reader,
-        layers,
-        is_of_images=True,
-        differences={
-            f"{path}.{leaf}": name for path, parts in norms.items() for leaf, name in parts.items()
-        },
+    layers: dict[str, StoredLayer] = {}
+    differences: dict[str, str] = {}
+    for path, parts in names_by_module(reader, _ENDS).items():
+        algorithm = _algorithm(reader, path, parts)
+        if algorithm == "norm":
+            differences |= {f"{path}.{leaf}": name for leaf, name in parts.items()}
+            continue
+        if "diff_b" in parts:
+            differences[f"{path}.bias"] = parts["diff_b"]
+        if algorithm == "full" and len(reader.tensors[parts["diff"]].shape) < 2:
+            differences[f"{path}.weight"] = parts["diff"]
+        elif algorithm is not None:
+            layers[path] = _layer(reader, path, parts, algorithm)
+    return AdapterSet("lycoris", reader, layers, is_of_images=True, differences=differences)
+
+
+def _algorithm(reader: Reader, path: str, parts: Mapping[str, str]) -> str | None:
+    """Return the one algorithm of a module; None for a difference of the bias alone."""
+    found = [name for name, own in _ALGORITHMS.items() if not own.isdisjoint(parts)]
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{reader.path}: {path} has parts of {' and of '.join(found)}: remove the tensors that "
+            "are out of date"
+        )
+    beside = parts.keys() - {"diff_b"} - _ALGORITHMS.get("".join(found), set())
+    allowed = set() if found in ([], ["norm"]) else {"m", "alpha"}
+    if beside - allowed:
+        odd = parts[sorted(beside - allowed)[0]]
+        raise CheckpointError(f"{reader.path}: {path} has {odd}, but no update that it is for")
+    return found[0] if found else None
+
+
+def _layer(reader: Reader, path: str, parts: Mapping[str, str], algorithm: str) -> StoredLayer:
+    """Return the layer of a module: its update by the algorithm, its kind by the magnitude."""
+    names, shape, rank = _update(reader, path, parts, algorithm)
+    config = Config(1)  # both sides of LoKr whole, or a difference: s = 1
+    if rank is not None:
+        config = checked_config(reader, path, rank, _alpha(reader, parts))
+    if names.magnitude is None:
+        return StoredLayer(config, LayerKind("conv" if len(shape) > 2 else "linear"), shape, names)
+    scale = reader.tensors[names.magnitude].shape
+    out, columns = shape[0], math.prod(shape[1:])
+    if scale[:1] == (out,) and math.prod(scale) == out:
+        return StoredLayer(config, LayerKind("conv" if len(shape) > 2 else "linear"), shape, names)
+    inner = shape[1] if len(shape) > 2 or len(scale) < 3 else scale[1]
+    if scale[:2] == (1, inner) and math.prod(scale) == inner and columns % inner == 0:
+        if len(scale) > 2 and len(shape) == 2:
+            shape = out, inner, columns // inner  # the base tells the kernel
+        return StoredLayer(config, LayerKind("columns"), shape, names)
+    raise CheckpointError(
+        f"{reader.path}: {path}: dora_scale must have one number for each output row or for each "
+        f"input of a weight of shape {shape}, got shape {scale}"
     )
 
 
-def _layer(reader: Reader, path: str, parts: Mapping[str, str]) -> StoredLayer:
-    names = complete_names(reader, path, parts)
-    down, up, scale = (reader.tensors[name].shape for name in names)
+def _update(
+    reader: Reader, path: str, parts: Mapping[str, str], algorithm: str
+) -> tuple[UpdateNames, tuple[int, ...], int | None]:
+    """Return the names of an update, the shape of its weight, and its rank."""
+    m = parts.get("m")
+    if algorithm == "full":
+        return DifferenceNames(parts["diff"], m), reader.tensors[parts["diff"]].shape, None
+    if algorithm != "LoRA":
+        return product(reader, path, parts, m)
+    if not {"a", "b"} <= parts.keys():
+        raise CheckpointError(f"{reader.path}: {path} must have lora_up and lora_down")
+    names = TensorNames(parts["a"], parts["b"], m, parts.get("core"))
+    down, up = (reader.tensors[name].shape for name in names[:2])
     if len(down) < 2 or len(up) != len(down) or up[1] != down[0] or 0 in (*down, *up):
         raise CheckpointError(
             f"{reader.path}: {path}: lora_down must have shape (rank, in, ...) and lora_up "
             f"(out, rank, ...), got {down} and {up}"
         )
-    config = checked_config(reader, path, down[0], _alpha(reader, parts))
-    if scale[:1] == (up[0],) and math.prod(scale) == up[0]:
-        kind = LayerKind("conv" if len(down) > 2 else "linear")
-        return StoredLayer(config, kind, (up[0], *down[1:]), names)
-    if scale == (1, down[1]):
-        # The adapter is that of Wᵀ: its A is Bᵀ and its B is Aᵀ.
-        swapped = TensorNames(names.lora_b, names.lora_a, names.magnitude)
-        return StoredLayer(config, LayerKind("columns"), (up[0], down[1]), swapped, True)
-    if scale[:2] == (1, down[1]) and math.prod(scale) == down[1]:
+    if names.core is None:
+        return names, (up[0], *down[1:]), down[0]
+    core = reader.tensors[names.core].shape
+    if len(core) < 3 or core[:2] != (down[0], down[0]) or math.prod((*down[2:], *up[2:])) != 1:
         raise CheckpointError(
-            f"{reader.path}: {path}: a dora_scale of shape {scale} has one number for each input "
-            "channel of a convolution, as old versions of LyCORIS wrote it: not supported"
+            f"{reader.path}: {path}: lora_mid must have shape (rank, rank, *kernel) between a "
+            f"lora_down and a lora_up without a kernel, got {core}, {down} and {up}"
         )
-    raise CheckpointError(
-        f"{reader.path}: {path}: dora_scale must have one number for each output row, got shape "
-        f"{scale}"
-    )
+    return names, (up[0], down[1], *core[2:]), down[0]
 
 
 def _alpha(reader: Reader, parts: Mapping[str, str]) -> float | None:

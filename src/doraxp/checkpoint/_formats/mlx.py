@@ -12,8 +12,7 @@ from pathlib import Path
 
 from doraxp._base.types import Array, Config
 from doraxp._core.kinds import LayerKind
-from doraxp.backends import transpose
-from doraxp.checkpoint._adapters import CONFIG, AdapterSet, StoredLayer, TensorNames, config_path
+from doraxp.checkpoint._adapters import CONFIG, AdapterSet, StoredLayer, config_path
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._formats.checks import (
     check_weight_form,
@@ -25,8 +24,10 @@ from doraxp.checkpoint._formats.embeddings import by_token, kind_by_name
 from doraxp.checkpoint._formats.protocol import Written
 from doraxp.checkpoint._formats.whole import check_adapters_only
 from doraxp.checkpoint._json import JsonObject, read_json
+from doraxp.checkpoint._low_rank import LowRankLayer, low_rank_layer
 from doraxp.checkpoint._safetensors import Reader
-from doraxp.layers import AdaptedLayer
+from doraxp.checkpoint._update_names import TensorNames
+from doraxp.checkpoint._updated_layer import AnyLayer
 
 NAME, FILE = "mlx", "adapters.safetensors"
 _ENTRY = "embeddings"
@@ -42,13 +43,16 @@ def recognises(reader: Reader, parts: Collection[str]) -> bool:
 def read(reader: Reader) -> AdapterSet:
     """Describe the adapters of an mlx-lm folder."""
     where = config_path(reader)
-    parameters, scale = _parameters(read_json(where), where)
+    config = read_json(where)
+    parameters, scale = _parameters(config, where)
+    dora = config["fine_tune_type"] == "dora"
     listed = _listed_embeddings(parameters, where)
     layers = {}
     for path, parts in names_by_module(reader, _ENDS).items():
         names = complete_names(reader, path, parts)
-        a, b, m = (reader.tensors[name].shape for name in names)
-        if (len(a), len(b), len(m)) != (2, 2, 1) or a[1] != b[0]:
+        _check_magnitude(reader, path, names, dora=dora)
+        a, b = (reader.tensors[name].shape for name in names[:2])
+        if (len(a), len(b)) != (2, 2) or a[1] != b[0]:
             raise CheckpointError(
                 f"{reader.path}: {path}: lora_a must have shape (in, rank) and lora_b "
                 f"(rank, out), got {a} and {b}"
@@ -61,18 +65,34 @@ def read(reader: Reader) -> AdapterSet:
         own = checked_config(reader, path, rank, rank * scale)
         if _is_embedding(reader, path, names, listed):
             # The layer's A is lora_b, and its B is lora_a.
-            swapped = TensorNames(names.lora_b, names.lora_a, names.magnitude)
+            swapped = names._replace(lora_a=names.lora_b, lora_b=names.lora_a)
             layers[path] = StoredLayer(own, LayerKind(), (a[0], b[1]), swapped)
         else:
             layers[path] = StoredLayer(own, LayerKind(), (b[1], a[0]), names, True)
     return AdapterSet(NAME, reader, layers, ties_weights=True)
 
 
+def _check_magnitude(reader: Reader, path: str, names: TensorNames, *, dora: bool) -> None:
+    """Raise CheckpointError unless a module has a magnitude where the configuration says DoRA."""
+    if dora and names.magnitude is None:
+        raise CheckpointError(
+            f"{reader.path}: {path} has no magnitude, but {CONFIG} says fine_tune_type 'dora'"
+        )
+    if not dora and names.magnitude is not None:
+        raise CheckpointError(
+            f"{reader.path}: {path} has a magnitude, but {CONFIG} says fine_tune_type 'lora', so "
+            "mlx-lm leaves it out: set it to 'dora' if DoRA was trained"
+        )
+    if names.magnitude is not None and len(reader.tensors[names.magnitude].shape) != 1:
+        raise CheckpointError(f"{reader.path}: {names.magnitude} must have one axis")
+
+
 def _is_embedding(
     reader: Reader, path: str, names: TensorNames, listed: Collection[str] | None
 ) -> bool:
     """Return True if a module is an embedding: by the list, the shapes, or else the name."""
-    a, b, m = (reader.tensors[name].shape for name in names)
+    a, b = (reader.tensors[name].shape for name in names[:2])
+    m = (b[1],) if names.magnitude is None else reader.tensors[names.magnitude].shape
     if listed is not None:
         if path not in listed and m == (a[0],) != (b[1],):
             raise CheckpointError(
@@ -81,7 +101,7 @@ def _is_embedding(
                 f"have {path}: add it there"
             )
         return path in listed
-    if a[0] != b[1]:
+    if a[0] != b[1]:  # without m, the base's shape tells the layer in which B A is transposed
         return m == (a[0],)
     kind = kind_by_name(path)
     if kind is None:
@@ -107,9 +127,10 @@ def _listed_embeddings(parameters: JsonObject, where: Path) -> Collection[str] |
 
 def _parameters(config: JsonObject, where: Path) -> tuple[JsonObject, float]:
     """Return the ``lora_parameters`` of a configuration, and s."""
-    if config.get("fine_tune_type") != "dora":
+    if config.get("fine_tune_type") not in ("dora", "lora"):
         raise CheckpointError(
-            f"{where}: fine_tune_type must be 'dora', got {config.get('fine_tune_type')!r}"
+            f"{where}: fine_tune_type must be 'dora' or 'lora', got "
+            f"{config.get('fine_tune_type')!r}"
         )
     parameters = config.get("lora_parameters")
     parameters = parameters if isinstance(parameters, dict) else {}
@@ -119,20 +140,26 @@ def _parameters(config: JsonObject, where: Path) -> tuple[JsonObject, float]:
     return parameters, scale
 
 
-def write(adapters: Mapping[str, AdaptedLayer]) -> Written:
+def write(adapters: Mapping[str, AnyLayer]) -> Written:
     """Return the tensors and the configuration that mlx-lm reads as these adapters."""
     check_adapters_only(adapters, "mlx-lm")
     tensors: dict[str, Array] = {}
-    layers = dict(adapters)  # an AdapterSet reads an adapter at each access
+    # An AdapterSet reads an adapter at each access.
+    layers = {path: low_rank_layer(path, layer, "mlx-lm") for path, layer in adapters.items()}
     (first_path, first), *_ = layers.items()
     rank, scale = first.config.rank, first.config.scaling
     for path, layer in layers.items():
         if layer.kind.name != "linear":
             raise ValueError(
-                f"{path}: mlx-lm has no DoRA adapter of kind {layer.kind.name!r} with a magnitude "
-                "for each output: merge it into its base instead, with doraxp merge"
+                f"{path}: mlx-lm has no adapter of kind {layer.kind.name!r} that is of its matrix: "
+                "merge it into its base instead, with doraxp merge"
             )
-        check_weight_form(path, layer, "mlx-lm")
+        if (layer.magnitude is None) != (first.magnitude is None):
+            raise ValueError(
+                f"mlx-lm has one fine_tune_type for all modules, but only one of {first_path} and "
+                f"{path} has a magnitude: merge it into its base instead, with doraxp merge"
+            )
+        check_weight_form(path, layer.config, "mlx-lm")
         config = layer.config
         if (config.rank, config.scaling) != (rank, scale):
             raise ValueError(
@@ -140,9 +167,11 @@ def write(adapters: Mapping[str, AdaptedLayer]) -> Written:
                 f"and s {scale}, and {path} has rank {config.rank} and s {config.scaling}: merge "
                 "the adapter into its base instead, with doraxp merge"
             )
-        a, b, m = layer.adapter
-        a, b = (b, a) if by_token(adapters, path) else (transpose(a), transpose(b))
-        tensors |= {f"{path}.lora_a": a, f"{path}.lora_b": b, f"{path}.m": m}
+        a, b, m = layer[:3]
+        a, b = (b, a) if by_token(adapters, path) else (a.T, b.T)
+        tensors |= {f"{path}.lora_a": a, f"{path}.lora_b": b}
+        if m is not None:
+            tensors[f"{path}.m"] = m
     if Config(rank, rank * scale).scaling != scale:
         raise ValueError(f"s = {scale} would not come back exactly: rank * s / rank differs")
     keys = {re.sub(r"^.*?\.layers\.\d+\.", "", f".{path}").lstrip(".") for path in layers}
@@ -152,7 +181,7 @@ def write(adapters: Mapping[str, AdaptedLayer]) -> Written:
     return Written(
         tensors,
         {
-            "fine_tune_type": "dora",
+            "fine_tune_type": "lora" if first.magnitude is None else "dora",
             "num_layers": -1,
             "lora_parameters": parameters | _embeddings(adapters, layers),
         },
@@ -161,7 +190,7 @@ def write(adapters: Mapping[str, AdaptedLayer]) -> Written:
 
 
 def _embeddings(
-    adapters: Mapping[str, AdaptedLayer], layers: Mapping[str, AdaptedLayer]
+    adapters: Mapping[str, AnyLayer], layers: Mapping[str, LowRankLayer]
 ) -> dict[str, list[str]]:
     """Return the list of the embeddings, if a reader could not know one of them without it."""
     embeddings = [path for path in layers if by_token(adapters, path)]

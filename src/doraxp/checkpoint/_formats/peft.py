@@ -16,7 +16,6 @@ from doraxp.checkpoint._adapters import (
     CONFIG,
     AdapterSet,
     StoredLayer,
-    TensorNames,
     config_path,
 )
 from doraxp.checkpoint._errors import CheckpointError
@@ -30,8 +29,10 @@ from doraxp.checkpoint._formats.peft_config import (
     trained_biases,
 )
 from doraxp.checkpoint._formats.peft_writing import PREFIX, write
+from doraxp.checkpoint._formats.products import LOHA, LOKR, product
 from doraxp.checkpoint._json import JsonObject, read_json
 from doraxp.checkpoint._safetensors import Reader, Source, are_equal
+from doraxp.checkpoint._update_names import TensorNames
 
 __all__ = [
     "FILE",
@@ -50,7 +51,10 @@ _NAME = re.compile(
     r"(?P<path>.+)\.(?:(?P<a>lora_(?:embedding_)?A)|(?P<b>lora_(?:embedding_)?B)"
     r"|(?P<m>lora_magnitude_vector|weight_m_wdecomp))(?:\.(?!weight$)(?P<name>[^.]+))?(?:\.weight)?"
 )
-_PARTS = {"lora_A", "lora_embedding_A", "lora_magnitude_vector", "weight_m_wdecomp"}
+PRODUCTS = ("LOHA", "LOKR")
+"""The values of ``peft_type`` of adapters that `products` describes."""
+_PRODUCT = re.compile(rf"(?P<path>.+)\.(?P<part>{'|'.join((*LOHA, *LOKR))})(?:\.(?P<name>[^.]+))?")
+_PARTS = {*LOHA, *LOKR, "lora_A", "lora_embedding_A", "lora_magnitude_vector", "weight_m_wdecomp"}
 _AROUND = re.compile(r"((module|_orig_mod)\.)*(base_model\.model\.)+")
 _TORCHTUNE = {"r", "lora_alpha", "target_modules", "peft_type", "base_model_name_or_path"}
 """The entries of torchtune's export, which has no others."""
@@ -87,6 +91,8 @@ def read(reader: Reader, adapter_name: str | None = None) -> AdapterSet:
             "pytorch_lora_weights.safetensors"
         )
     config = read_json(where)
+    if config.get("peft_type") in PRODUCTS:
+        return _products(reader, config, where, adapter_name)
     parts, rest = sort_names(reader, adapter_name)
     rows = {name: match for name in rest if (match := _TOKENS.fullmatch(name))}
     whole, untrained = _whole_tensors(reader, [name for name in rest if name not in rows])
@@ -106,6 +112,39 @@ def read(reader: Reader, adapter_name: str | None = None) -> AdapterSet:
         head=trained,
         is_interleaved=_format(config) == "torchtune",
     )
+
+
+def _products(
+    reader: Reader, config: JsonObject, where: Path, adapter_name: str | None
+) -> AdapterSet:
+    """Describe the LoHa or LoKr adapters of a PEFT folder, which have no magnitudes."""
+    parts: dict[str, dict[str, str]] = {}
+    rest = []
+    for name in reader.tensors:
+        match = _PRODUCT.fullmatch(_bare(name))
+        if match is None:
+            rest.append(name)
+        elif adapter_name in (None, match["name"] or "default"):
+            parts.setdefault(match["path"], {})[match["part"]] = name
+    if not parts:
+        raise CheckpointError(
+            f"{where}: says peft_type {config['peft_type']}, but no tensor has a name of it"
+        )
+    found = {path: product(reader, path, own, None) for path, own in parts.items()}
+    configs = layer_configs(found, config | {"lora_alpha": config.get("alpha")}, where)
+    layers = {}
+    for path, (names, shape, rank) in found.items():
+        if rank not in (None, configs[path].rank):
+            raise CheckpointError(
+                f"{reader.path}: {path}: {CONFIG} says rank {configs[path].rank}, but its factors "
+                f"have rank {rank}"
+            )
+        kind = LayerKind("conv" if len(shape) > 2 else "linear")
+        layers[path] = StoredLayer(configs[path], kind, shape, names)
+    whole, untrained = _whole_tensors(reader, rest)
+    trained = head(config, where)
+    check_complete(reader.path, trained, whole, (), config)
+    return AdapterSet(NAME, reader, layers, whole, untrained=untrained, head=trained)
 
 
 def _format(config: JsonObject) -> str:
@@ -135,10 +174,12 @@ def adapted_layers(
     dora = flag("use_dora", config, where) or (config.keys() == _TORCHTUNE and has_magnitudes)
     peft_type = config.get("peft_type")
     if peft_type not in ("LORA", "DORA"):
-        raise CheckpointError(f"{where}: peft_type must be LORA or DORA, got {peft_type!r}")
+        raise CheckpointError(
+            f"{where}: peft_type must be LORA, DORA, LOHA or LOKR, got {peft_type!r}"
+        )
     found = [name for name in _UNSUPPORTED if config.get(name)]
     if found:
-        raise CheckpointError(f"{where}: {', '.join(found)} cannot be merged with a DoRA adapter")
+        raise CheckpointError(f"{where}: {', '.join(found)} cannot be merged")
     names = _complete_names(reader, parts, where, dora=dora or peft_type == "DORA")
     configs = layer_configs(names, config, where)
     transposed = flag("fan_in_fan_out", config, where)
@@ -256,8 +297,8 @@ def _complete_names(
 ) -> dict[str, TensorNames]:
     """Return the names of A, B and m by module path.
 
-    PEFT ignores without a word a magnitude that ``use_dora`` denies, and one that is missing. Both
-    are errors here.
+    PEFT ignores without a word a magnitude that ``use_dora`` denies, and takes the norms of the
+    base for one that is missing. Both are errors here.
     """
     with_m = [path for path, names in parts.items() if "m" in names]
     without = [path for path, names in parts.items() if "m" not in names]
@@ -266,23 +307,23 @@ def _complete_names(
             f"{reader.path}: the file has {len(with_m)} magnitudes, but {where.name} says use_dora "
             "false, so PEFT leaves them out: set it to true if DoRA was trained"
         )
-    if not dora:
-        raise CheckpointError(f"{reader.path}: a LoRA adapter, without magnitudes: not DoRA")
-    if without:
+    if dora and without:
         raise CheckpointError(
             f"{reader.path}: {where.name} says use_dora true, but the magnitude is missing of "
             f"{', '.join(without)}"
         )
     for path, names in parts.items():
-        if set(names) != {"a", "b", "m"}:
-            raise CheckpointError(f"{reader.path}: {path} must have lora_A, lora_B and a magnitude")
-    return {path: TensorNames(names["a"], names["b"], names["m"]) for path, names in parts.items()}
+        if not {"a", "b"} <= names.keys():
+            raise CheckpointError(f"{reader.path}: {path} must have lora_A and lora_B")
+    return {
+        path: TensorNames(names["a"], names["b"], names.get("m")) for path, names in parts.items()
+    }
 
 
 def _layer(
     reader: Reader, path: str, names: TensorNames, own: Config, *, transposed: bool
 ) -> StoredLayer:
-    a, b = (reader.tensors[name].shape for name in names[:2])
+    a, b = (reader.tensors[name].shape for name in (names.lora_a, names.lora_b))
     if len(a) < 2 or len(b) != len(a) or 0 in (*a, *b):
         raise CheckpointError(
             f"{reader.path}: {path}: lora_A must have shape (rank, in, ...) and lora_B "

@@ -19,8 +19,9 @@ from doraxp.checkpoint._formats.embeddings import by_token
 from doraxp.checkpoint._formats.protocol import Written
 from doraxp.checkpoint._formats.whole import check_no_whole_tensors
 from doraxp.checkpoint._json import JsonObject, read_json
+from doraxp.checkpoint._low_rank import LowRankLayer, low_rank_layer
 from doraxp.checkpoint._safetensors import DTYPES, Reader
-from doraxp.layers import AdaptedLayer
+from doraxp.checkpoint._updated_layer import AnyLayer
 
 PREFIX = "base_model.model."
 _COPIED = ("peft", "nvlabs")
@@ -35,31 +36,35 @@ _OTHER_DTYPES: dict[str, np.dtype[np.generic]] = {
 }
 
 
-def write(adapters: Mapping[str, AdaptedLayer]) -> Written:
+def write(adapters: Mapping[str, AnyLayer]) -> Written:
     """Return the tensors and the configuration that PEFT reads as these adapters."""
     tensors: dict[str, Array] = {}
-    layers = dict(adapters)  # an AdapterSet reads an adapter at each access
+    # An AdapterSet reads an adapter at each access.
+    layers = {path: low_rank_layer(path, layer, "PEFT") for path, layer in adapters.items()}
+    _check_alike(layers)
     for path, layer in layers.items():
         kind = layer.kind.name
         if layer.kind.groups > 1 or kind in ("experts", "columns"):
-            raise ValueError(f"{path}: PEFT has no DoRA adapter of this kind, {layer.kind}")
+            raise ValueError(f"{path}: PEFT has no adapter of this kind, {layer.kind}")
         if kind == "linear" and by_token(adapters, path):
             raise ValueError(
                 f"{path}: this adapter of an embedding has one magnitude for each token, and "
                 "PEFT's has one for each dimension: merge it into its base instead, with "
                 "doraxp merge"
             )
-        check_weight_form(path, layer, "PEFT")
-        a, b, m = map(np.asarray, layer.adapter)
+        check_weight_form(path, layer.config, "PEFT")
+        a, b, m = layer[:3]
         names = ["lora_A.weight", "lora_B.weight", "lora_magnitude_vector"]
         if kind == "conv":
             ones = (1,) * (len(layer.shape) - 2)
             a = a.reshape(layer.config.rank, *layer.shape[1:])
-            b, m = b.reshape(*b.shape, *ones), m.reshape(1, -1, *ones)
+            b = b.reshape(*b.shape, *ones)
+            m = None if m is None else m.reshape(1, -1, *ones)
         elif kind == "embedding":
             names[:2] = "lora_embedding_A", "lora_embedding_B"
         for name, array in zip(names, (a, b, m), strict=True):
-            tensors[f"{PREFIX}{path}.{name}"] = array
+            if array is not None:
+                tensors[f"{PREFIX}{path}.{name}"] = array
     entries = _configuration(layers)
     if not isinstance(adapters, AdapterSet):
         return Written(tensors, entries, {})
@@ -103,8 +108,20 @@ def _source_entries(adapters: AdapterSet) -> JsonObject:
     return given
 
 
-def _configuration(adapters: Mapping[str, AdaptedLayer]) -> JsonObject:
+def _check_alike(layers: Mapping[str, LowRankLayer]) -> None:
+    """Raise ValueError where some modules are DoRA and others are LoRA."""
+    without = [path for path, layer in layers.items() if layer.magnitude is None]
+    if without and len(without) < len(layers):
+        other = next(path for path, layer in layers.items() if layer.magnitude is not None)
+        raise ValueError(
+            f"PEFT has one use_dora for all modules, but {other} has a magnitude and {without[0]} "
+            "has none: merge the adapter into its base instead, with doraxp merge"
+        )
+
+
+def _configuration(adapters: Mapping[str, LowRankLayer]) -> JsonObject:
     """Return the content of ``adapter_config.json``."""
+    first_layer = next(iter(adapters.values()))
     configs = {path: layer.config for path, layer in adapters.items()}
     first, *others = configs.values()
     if any(config.rslora != first.rslora for config in others):
@@ -114,7 +131,7 @@ def _configuration(adapters: Mapping[str, AdaptedLayer]) -> JsonObject:
     alphas = {keys[path]: _alpha(config) for path, config in configs.items()}
     return {
         "peft_type": "LORA",
-        "use_dora": True,
+        "use_dora": first_layer.magnitude is not None,
         "use_rslora": first.rslora,
         "r": first.rank,
         "lora_alpha": _alpha(first),

@@ -9,7 +9,7 @@ from doraxp._base.types import Array
 from doraxp.checkpoint._adapters import AdapterSet
 from doraxp.checkpoint._json import JsonObject
 from doraxp.checkpoint._safetensors import Reader
-from doraxp.layers import AdaptedLayer
+from doraxp.checkpoint._updated_layer import AnyLayer
 
 
 class Format(Protocol):
@@ -44,5 +44,5 @@ class WritableFormat(Format, Protocol):
     FILE: str
     """The name of the file of tensors."""
 
-    def write(self, adapters: Mapping[str, AdaptedLayer]) -> Written:
+    def write(self, adapters: Mapping[str, AnyLayer]) -> Written:
         """Return the folder's content; ValueError where it cannot hold an adapter exactly."""

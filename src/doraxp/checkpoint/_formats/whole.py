@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from doraxp.checkpoint._adapters import AdapterSet, config_path
-from doraxp.layers import AdaptedLayer
+from doraxp.checkpoint._updated_layer import AnyLayer
 
 
-def check_no_whole_tensors(adapters: Mapping[str, AdaptedLayer], target: str) -> None:
+def check_no_whole_tensors(adapters: Mapping[str, AnyLayer], target: str) -> None:
     """Raise ValueError if the training changed whole tensors or single rows too."""
     if not isinstance(adapters, AdapterSet):
         return
@@ -27,7 +27,7 @@ def _beside(adapters: AdapterSet) -> Iterator[str]:
         yield f"rows of {len(rows.indices)} tokens of {name}"
 
 
-def check_adapters_only(adapters: Mapping[str, AdaptedLayer], target: str) -> None:
+def check_adapters_only(adapters: Mapping[str, AnyLayer], target: str) -> None:
     """Raise ValueError if the training changed more than the adapters.
 
     A merge refuses such a file where a part is missing. In another format nothing would tell it.

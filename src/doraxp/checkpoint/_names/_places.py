@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -39,8 +40,15 @@ Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
 
 def fits(shape: tuple[int, ...] | None, there: tuple[int, ...]) -> bool:
-    """Return whether a weight may be stored in the shape `there`: as it is, or transposed."""
-    return shape is None or shape == there or (len(shape) == 2 and shape[::-1] == there)
+    """Return whether a weight may be stored in the shape `there`: as it is, or transposed.
+
+    A convolution's adapter may have its last axes as one: (out, in·kernel) or (out, in, kernel).
+    """
+    if shape is None or shape == there or (len(shape) == 2 and shape[::-1] == there):
+        return True
+    known = 1 if len(shape) == 2 else 2
+    is_flat = 2 <= len(shape) < len(there) and shape[:known] == there[:known]
+    return is_flat and math.prod(shape) == math.prod(there)
 
 
 def fits_rows(shape: tuple[int, ...] | None, there: tuple[int, ...]) -> bool:
