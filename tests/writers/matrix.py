@@ -29,6 +29,8 @@ BOUND = 1e-5
 """Of the differences of a float32 model. A case in fewer bits has a bound of its own."""
 BOUND16 = 1e-2
 """Of a bfloat16 or float16 model: little above 2^-7, the distance of two bfloat16 numbers at 1."""
+CLOSE = 1e-6
+"""Of a merged float32 tensor, and of outputs that are compared with those of the merged model."""
 CASES: list[Case] = []
 Tensors = Mapping[str, torch.Tensor]
 

@@ -93,6 +93,7 @@ def mlx_trial(
     num_layers: int = -1,
     dtype: Any = mx.float32,
     bare: bool = False,
+    kind: str = "dora",
     **changes: Any,
 ) -> Trial:
     """Train an adapter on a model, and save both as mlx-lm does."""
@@ -105,10 +106,10 @@ def mlx_trial(
     base.freeze()
     parameters = {"rank": 4, "scale": 2.0, "dropout": 0.0, **changes}
     mx.random.seed(0)
-    linear_to_lora_layers(base, num_layers, parameters, use_dora=True)
+    linear_to_lora_layers(base, num_layers, parameters, use_dora=kind == "dora")
     train(base)
     wanted = outputs(base)
-    save_adapter(folder / "adapter", base, num_layers, parameters, bare)
+    save_adapter(folder / "adapter", base, kind, num_layers, parameters, bare)
     fused = [(name, m.fuse()) for name, m in base.named_modules() if hasattr(m, "fuse")]
     base.update_modules(tree_unflatten(fused))
     save_model(folder / "right", base)
@@ -123,7 +124,9 @@ def reload(out: Path) -> torch.Tensor:
     return outputs(model)
 
 
-def save_adapter(folder: Path, model: Any, num_layers: int, parameters: Any, bare: bool) -> None:
+def save_adapter(
+    folder: Path, model: Any, kind: str, num_layers: int, parameters: Any, bare: bool
+) -> None:
     """Save the trained parameters, and the checkpoint of an earlier step beside them."""
     folder.mkdir()
     trained = dict(tree_flatten(model.trainable_parameters()))
@@ -131,7 +134,7 @@ def save_adapter(folder: Path, model: Any, num_layers: int, parameters: Any, bar
     earlier = {name: 2 * x for name, x in trained.items()}
     mx.save_safetensors(str(folder / "0000100_adapters.safetensors"), earlier)
     config = {
-        "fine_tune_type": "dora",
+        "fine_tune_type": kind,
         "num_layers": num_layers,
         "lora_parameters": {k: sorted(v) if k == "keys" else v for k, v in parameters.items()},
     }
@@ -150,3 +153,10 @@ register(
     functools.partial(mlx_trial, model=MODELS["Llama"], dtype=mx.bfloat16),
     bound=BOUND16,
 )
+
+for title, model in MODELS.items():
+    trial = functools.partial(mlx_trial, model=model, kind="lora")
+    register("mlx-lm, LoRA", f"{title}, all layers", trial)
+for name, changes in OPTIONS.items():
+    trial = functools.partial(mlx_trial, model=MODELS["Llama"], kind="lora", **changes)
+    register("mlx-lm, LoRA", f"Llama, {name}", trial)
