@@ -101,7 +101,12 @@ OPTIONS = {"algo": "lora", "dora_wd": True, "warn_on_unmatched": False}
 
 
 def whole(
-    folder: Path, make: Any, load: Any, run: Any, kinds: dict[str, Any] | None = None, **changes: Any
+    folder: Path,
+    make: Any,
+    load: Any,
+    run: Any,
+    kinds: dict[str, Any] | None = None,
+    **changes: Any,
 ) -> Trial:
     """Adapt a model by `create_lycoris`, whose prefix is `lycoris_`.
 

@@ -54,9 +54,15 @@ PARTS = ("gate_proj", "up_proj", "down_proj")
 OF_MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
+@torch.no_grad()
 def new_model(title: str, sizes: dict[str, Any] | None = None) -> Any:
+    """Return a model whose experts, too, have rows of unlike norms."""
     name, changes = MODELS[title]
-    return model(name, **{**SIZES, **changes, **(sizes or {})})
+    made = model(name, **{**SIZES, **changes, **(sizes or {})})
+    for parameter in made.parameters():
+        if parameter.ndim == 3:
+            parameter.mul_(0.5 + torch.rand(*parameter.shape[:2], 1))
+    return made
 
 
 def fused(

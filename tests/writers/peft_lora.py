@@ -9,10 +9,10 @@ from typing import Any
 
 import peft
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from writers.matrix import BOUND16, Trial, read_tensors, register
-from writers.peft_common import adapt, finish, outputs, peft_trial, randomise, reload, train
+from writers.peft_common import adapt, finish, peft_trial, randomise, reload, train
 from writers.peft_options import LAYER, OPTIONS, Network, gpt2, llama, qwen
 from writers.peft_text import MODELS, QKV, SOME_LINEAR, text_model
 from writers.peft_towers import image
@@ -107,9 +107,7 @@ def stored(folder: Path, dtype: torch.dtype, size: str = "1GB") -> Trial:
 
 
 register(WRITER, "base in shards", functools.partial(stored, dtype=torch.float32, size="9KB"))
-register(
-    WRITER, "base in float16", functools.partial(stored, dtype=torch.float16), bound=BOUND16
-)
+register(WRITER, "base in float16", functools.partial(stored, dtype=torch.float16), bound=BOUND16)
 
 
 def in_bfloat16(folder: Path) -> Trial:
@@ -158,7 +156,9 @@ for name, targets in {
 config = peft.LoraConfig(r=4, target_modules=["plane"], modules_to_save=["head", "line"])
 register(WRITER, "Conv2d with modules_to_save", functools.partial(network, config=config))
 config = peft.LoraConfig(r=4, target_modules=["line", "point", "head"], lora_bias=True)
-register(WRITER, "Conv1d, Conv2d and Linear with lora_bias", functools.partial(network, config=config))
+register(
+    WRITER, "Conv1d, Conv2d and Linear with lora_bias", functools.partial(network, config=config)
+)
 
 KINDS: dict[str, dict[str, Any]] = {
     "LoHa": {},
