@@ -11,7 +11,7 @@ import peft
 import torch
 from safetensors.torch import save_file
 
-from writers.matrix import BOUND16, Trial, read_tensors, register
+from writers.matrix import BOUND16, CLOSE, Trial, read_tensors, register
 from writers.peft_common import adapt, finish, peft_trial, randomise, reload, train
 from writers.peft_options import LAYER, OPTIONS, Network, gpt2, llama, qwen
 from writers.peft_text import MODELS, QKV, SOME_LINEAR, text_model
@@ -152,7 +152,7 @@ for name, targets in {
     "all kinds of layer": ALL,
 }.items():
     config = peft.LoraConfig(r=4, target_modules=targets, lora_alpha=6)
-    register(WRITER, name, functools.partial(network, config=config))
+    register(WRITER, name, functools.partial(network, config=config), bound=CLOSE)
 config = peft.LoraConfig(r=4, target_modules=["plane"], modules_to_save=["head", "line"])
 register(WRITER, "Conv2d with modules_to_save", functools.partial(network, config=config))
 config = peft.LoraConfig(r=4, target_modules=["line", "point", "head"], lora_bias=True)
@@ -202,11 +202,21 @@ def train_all(tuned: Any) -> Any:
     return tuned.eval()
 
 
-def lycoris_network(folder: Path, name: str, **changes: Any) -> Trial:
-    base = randomise(Network())
+class Convolutions(torch.nn.Module):
+    """Layers that are large enough for factors of rank 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = torch.nn.Conv1d(12, 18, 3)
+        self.plane = torch.nn.Conv2d(12, 18, (3, 2))
+        self.point = torch.nn.Conv2d(12, 18, 1)
+        self.groups = torch.nn.Conv2d(12, 18, 3, groups=2)
+
+
+def lycoris_layer(folder: Path, name: str, layer: str, **changes: Any) -> Trial:
+    base = randomise(Convolutions())
     save_file(base.state_dict(), folder / "base.safetensors")
-    targets = ["line", "plane", "point", "head"]
-    config = lycoris_config(name, target_modules=targets, **changes)
+    config = lycoris_config(name, target_modules=[layer], **changes)
     tuned = train_all(peft.get_peft_model(base, config))
     tuned.save_pretrained(folder / "adapter")
     right = tuned.merge_and_unload().state_dict()
@@ -216,11 +226,24 @@ def lycoris_network(folder: Path, name: str, **changes: Any) -> Trial:
 for name, changes in KINDS.items():
     trial = functools.partial(lycoris_trial, name=name, targets=[*LAYER, "up_proj"], **changes)
     register(WRITER, f"Llama, {name}", trial)
-for name in "LoHa", "LoKr":
-    for effective in False, True:
-        for rank in (2, 40) if effective else (1, 2, 40):  # PEFT fails at a LoKr core of rank 1
-            trial = functools.partial(
-                lycoris_network, name=name, use_effective_conv2d=effective, r=rank
-            )
-            what = "use_effective_conv2d, " if effective else ""
-            register(WRITER, f"convolutions, {name}, {what}r={rank}", trial)
+LAYERS = {
+    "Conv1d": "line",
+    "Conv2d": "plane",
+    "Conv2d of one pixel": "point",
+    "Conv2d of two groups": "groups",
+}
+OF_LAYERS: dict[str, dict[str, Any]] = {
+    "LoHa": {"r": 2},
+    "LoHa, use_effective_conv2d": {"r": 2, "use_effective_conv2d": True},
+    "LoHa, r=40": {"r": 40},
+    "LoKr": {"r": 2},
+    "LoKr, use_effective_conv2d": {"r": 2, "use_effective_conv2d": True},
+    "LoKr, decompose_both": {"r": 1, "decompose_both": True},
+    "LoKr, both factors whole": {"r": 40},
+}
+for title, layer in LAYERS.items():
+    for name, changes in OF_LAYERS.items():
+        if name == "LoKr, use_effective_conv2d" and layer == "groups":
+            continue  # its second factor is whole
+        trial = functools.partial(lycoris_layer, name=name, layer=layer, **changes)
+        register(WRITER, f"{title}, {name}", trial, bound=CLOSE)
