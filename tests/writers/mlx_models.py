@@ -28,6 +28,14 @@ MODELS = {
     "Phi-3": {"model_type": "phi3"},
 }
 SIZES = {**TEXT, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": False}
+EXPERTS = {
+    "Mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "Qwen3-MoE": {
+        "model_type": "qwen3_moe", "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "norm_topk_prob": True,
+    },
+}  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "scale below 1": {"scale": 0.5},
     "rank=1": {"rank": 1},
@@ -61,12 +69,12 @@ def new_model(sizes: dict[str, Any]) -> Any:
 
 
 def draw(rng: Any, old: np.ndarray) -> np.ndarray:
-    """Return a matrix whose rows have unlike norms, or a vector near the old one."""
+    """Return matrices whose rows have unlike norms, or a vector near the old one."""
     noise = rng.standard_normal(old.shape).astype(np.float32)
     if old.ndim == 1:
         return old + 0.1 * noise
-    rows = 0.5 + rng.random((len(old), 1), dtype=np.float32)
-    return noise * rows * np.float32(0.8 / old.shape[1] ** 0.5)
+    rows = 0.5 + rng.random((*old.shape[:-1], 1), dtype=np.float32)
+    return noise * rows * np.float32(0.8 / old.shape[-1] ** 0.5)
 
 
 def train(model: Any) -> None:
@@ -154,8 +162,8 @@ register(
     bound=BOUND16,
 )
 
-for title, model in MODELS.items():
-    trial = functools.partial(mlx_trial, model=model, kind="lora")
+for title, model in {**MODELS, **EXPERTS}.items():
+    trial = functools.partial(mlx_trial, model=model, kind="lora", rank=3)
     register("mlx-lm, LoRA", f"{title}, all layers", trial)
 for name, changes in OPTIONS.items():
     trial = functools.partial(mlx_trial, model=MODELS["Llama"], kind="lora", **changes)
