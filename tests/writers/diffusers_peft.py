@@ -15,7 +15,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from writers.images import image_model, image_outputs, text_encoder, text_outputs
-from writers.matrix import BOUND16, Trial, read_tensors, register
+from writers.matrix import BOUND16, CLOSE, Trial, read_tensors, register
 from writers.peft_common import adapt, train
 
 WRITER = "diffusers"
@@ -231,9 +231,9 @@ for title, targets in LAYERS.items():
         if "lora_bias" in given and title not in ("Flux", "SD3", "Wan"):
             continue  # PEFT cannot merge it into layers without a bias
         trial = functools.partial(trial_of, title=title, **given, **LORA)
-        register(f"{WRITER}, LoRA", f"{title}, {what}", trial)
+        register(f"{WRITER}, LoRA", f"{title}, {what}", trial, bound=CLOSE)
     trial = functools.partial(by_peft, title=title, targets=targets, **LORA)
-    register(f"{WRITER}, LoRA", f"{title}, saved by PEFT", trial)
+    register(f"{WRITER}, LoRA", f"{title}, saved by PEFT", trial, bound=CLOSE)
 for name, changes in {
     "use_rslora": {"use_rslora": True},
     "rank_pattern and alpha_pattern": {
@@ -242,7 +242,7 @@ for name, changes in {
     },
 }.items():
     trial = functools.partial(trial_of, title="UNet", targets=ATTENTION, **changes, **LORA)
-    register(f"{WRITER}, LoRA", f"UNet, {name}", trial)
+    register(f"{WRITER}, LoRA", f"UNet, {name}", trial, bound=CLOSE)
 for title, (_, part, _) in PARTS.items():
     trial = functools.partial(pipeline_trial, title=title, trained=(part, "text_encoder"), **LORA)
-    register(f"{WRITER}, LoRA", f"pipeline of {title}: {part} and text_encoder", trial)
+    register(f"{WRITER}, LoRA", f"pipeline of {title}: {part} and text_encoder", trial, bound=CLOSE)

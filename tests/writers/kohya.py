@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from writers import original_names as names
 from writers.images import image_model, t5_encoder, text_encoder
-from writers.matrix import Trial, read_tensors, register
+from writers.matrix import CLOSE, Trial, read_tensors, register
 
 RANK, ALPHA = 4, 6.0
 Tensors = dict[str, torch.Tensor]
@@ -302,7 +302,7 @@ for place, (title, modules) in PLACES.items():
             ("a whole checkpoint", on_original, {"prefix": WHOLE}),
         ):
             trial = functools.partial(make, key=key, leaves=leaves, **given, **where)
-            register("kohya, LoRA", f"{place}: {way} on {layout}", trial)
+            register("kohya, LoRA", f"{place}: {way} on {layout}", trial, bound=CLOSE)
 for form, (key, leaves, alpha) in {
     "lora_transformer_ (OneTrainer)": (underscored("lora_transformer"), PLAIN, ALPHA),
     "transformer., lora_A": (dotted("transformer"), PLAIN_PEFT, ALPHA),
@@ -313,7 +313,7 @@ for form, (key, leaves, alpha) in {
     trial = functools.partial(
         on_diffusers, title="Flux", modules=FLUX_MODULES, key=key, leaves=leaves, alpha=alpha
     )
-    register("kohya, LoRA", f"{form}, Flux of diffusers", trial)
+    register("kohya, LoRA", f"{form}, Flux of diffusers", trial, bound=CLOSE)
 for layout, make, where in (
     ("diffusers' folder", on_diffusers, {}),
     ("a whole checkpoint", on_original, {"prefix": WHOLE}),
@@ -321,7 +321,7 @@ for layout, make, where in (
     trial = functools.partial(
         make, title="SDXL's UNet", modules=names.SDXL, key=UNET, leaves=CORE, **where
     )
-    register("kohya, LoRA", f"SDXL: lora_mid on {layout}", trial)
+    register("kohya, LoRA", f"SDXL: lora_mid on {layout}", trial, bound=CLOSE)
 some = [underscored("lora_unet")(name) for name in list(names.SDXL)[::2]]
 register(
     "kohya, LoRA",

@@ -186,7 +186,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 for name, changes in NETWORKS.items():
     make = functools.partial(image_case, title="UNet", **changes)
-    register(f"{WRITER}, lycoris_", f"UNet, {name}", make)
+    register(f"{WRITER}, lycoris_", f"UNet, {name}", make, bound=CLOSE)
 LLAMA: dict[str, dict[str, Any]] = {
     "lora": SIMPLE,
     "loha": {"algo": "loha", "dora_wd": False},
@@ -200,7 +200,7 @@ LLAMA: dict[str, dict[str, Any]] = {
 }
 for name, changes in LLAMA.items():
     make = functools.partial(llama_case, **changes)
-    register(f"{WRITER}, lycoris_", f"Llama, {name}", make)
+    register(f"{WRITER}, lycoris_", f"Llama, {name}", make, bound=CLOSE)
 for name, changes in {
     "lora": SIMPLE,
     "lora, rs_lora": {**SIMPLE, "rs_lora": True},
@@ -210,6 +210,6 @@ for name, changes in {
 }.items():
     for preset in "attn-mlp", "unet-convblock-only":
         make = functools.partial(by_kohya, title="UNet", place="unet", preset=preset, **changes)
-        register(f"{WRITER}, for kohya's scripts", f"UNet, {name}, {preset}", make)
+        register(f"{WRITER}, for kohya's scripts", f"UNet, {name}, {preset}", make, bound=CLOSE)
     make = functools.partial(by_kohya, title="SDXL's UNet", place="", encoders=2, **changes)
-    register(f"{WRITER}, for kohya's scripts", f"SDXL's pipeline, {name}", make)
+    register(f"{WRITER}, for kohya's scripts", f"SDXL's pipeline, {name}", make, bound=CLOSE)

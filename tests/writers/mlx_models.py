@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model, save_config, save_model
 
-from writers.matrix import BOUND16, Trial, read_tensors, register
+from writers.matrix import BOUND16, CLOSE, Trial, read_tensors, register
 from writers.peft_common import IDS, TEXT
 
 mx.set_default_device(mx.cpu)
@@ -164,7 +164,7 @@ register(
 
 for title, model in {**MODELS, **EXPERTS}.items():
     trial = functools.partial(mlx_trial, model=model, kind="lora", rank=3)
-    register("mlx-lm, LoRA", f"{title}, all layers", trial)
+    register("mlx-lm, LoRA", f"{title}, all layers", trial, bound=CLOSE)
 for name, changes in OPTIONS.items():
     trial = functools.partial(mlx_trial, model=MODELS["Llama"], kind="lora", **changes)
-    register("mlx-lm, LoRA", f"Llama, {name}", trial)
+    register("mlx-lm, LoRA", f"Llama, {name}", trial, bound=CLOSE)

@@ -69,16 +69,26 @@ def fused(
     folder: Path,
     title: str,
     parameters: list[str],
-    targets: list[str] | None = None,
+    targets: list[str] | str | None = None,
     sizes: dict[str, Any] | None = None,
+    by_layer: bool = False,
+    whole: bool = False,
     **changes: Any,
 ) -> Trial:
-    """Adapt fused experts by `target_parameters`. The right outputs are those of PEFT's merge."""
+    """Adapt fused experts by `target_parameters`. The right outputs are those of PEFT's merge.
+
+    `by_layer` adapts gate_up_proj of the first layer and down_proj of the second. `parameters` are
+    the ends of whole names where `whole` is true.
+    """
     base = new_model(title, sizes)
     base.save_pretrained(folder / "base")
     block = "feed_forward" if title == "Llama 4" else "mlp"
+    if by_layer:
+        parameters = [f"0.{block}.experts.gate_up_proj", f"1.{block}.experts.down_proj"]
+    elif not whole:
+        parameters = [f"{block}.experts.{name}" for name in parameters]
     config = peft.LoraConfig(
-        target_parameters=[f"{block}.experts.{name}" for name in parameters],
+        target_parameters=parameters or None,
         target_modules=["q_proj", "o_proj"] if targets is None else targets,
         **{"r": 3, "lora_alpha": 5, **changes},
     )
@@ -109,11 +119,46 @@ for title in MODELS:
         "both, r=1": {"r": 1, **own},
         "both, square down_proj": {"sizes": SQUARE, **own},
         "both, rank_pattern and alpha_pattern": {
-            "rank_pattern": {"o_proj": 2}, "alpha_pattern": {"o_proj": 3}, **own,
+            "rank_pattern": {"experts.down_proj": 2}, "alpha_pattern": {"experts.gate_up_proj": 9},
+            **own,
         },
+        "both, patterns that match modules alone": {
+            "rank_pattern": {"o_proj": 2, "experts": 2}, "alpha_pattern": {"o_proj": 3}, **own,
+        },
+        "both, modules_to_save": {"modules_to_save": ["lm_head"], **own},
     }.items():  # fmt: skip
         trial = functools.partial(fused, title=title, parameters=TARGETS["both"], **changes)
         register("PEFT, target_parameters", f"{title}, {what}", trial, bound=CLOSE)
+    trial = functools.partial(fused, title=title, parameters=["gate_up_proj"], by_layer=True, **own)
+    name = f"{title}, gate_up_proj of one layer and down_proj of the other"
+    if title != "DeepSeek-V3":  # it has experts in one layer only
+        register("PEFT, target_parameters", name, trial, bound=CLOSE)
+trial = functools.partial(
+    fused, title="gpt-oss", parameters=["gate_up_proj", "down_proj", "down_proj_bias"]
+)
+register("PEFT, target_parameters", "gpt-oss, a bias of the experts", trial, bound=CLOSE)
+
+
+def by_modules(folder: Path, title: str, targets: Any, **changes: Any) -> Trial:
+    """Name modules, which PEFT writes as the fused parameters that have them."""
+    return fused(folder, title, [], targets, **changes)
+
+
+NAMES = {"Mixtral": ["w1", "w2", "w3"]}
+for title in "Mixtral", "Qwen3-MoE", "OLMoE", "DeepSeek-V3":
+    names = NAMES.get(title, list(PARTS))
+    for what, targets, changes in (
+        ("all-linear", "all-linear", {}),
+        ("all-linear, use_rslora", "all-linear", {"use_rslora": True}),
+        (", ".join(names), names, {}),
+        (", ".join([*names, "o_proj"]), [*names, "o_proj"], {}),
+    ):
+        trial = functools.partial(by_modules, title=title, targets=targets, **changes)
+        register("PEFT, modules of experts", f"{title}, {what}", trial, bound=CLOSE)
+for title, parameters in {"Qwen3-MoE": ["mlp.gate.weight"], "Llama 4": ["q_proj.weight"]}.items():
+    trial = functools.partial(fused, title=title, parameters=parameters, targets=[], whole=True)
+    name = f"{title}, {parameters[0]}"
+    register("PEFT, target_parameters", name, trial, bound=CLOSE)
 
 
 def per_expert(folder: Path, title: str, targets: Callable[[str], bool]) -> Trial:

@@ -32,7 +32,7 @@ for title in TEXT_MODELS:
         "all-linear": SOME_LINEAR.get(title, "all-linear"),
     }.items():
         trial = functools.partial(peft_trial, make=make, target_modules=targets, **LORA)
-        register("PEFT, LoRA, models", f"{title}, {what}", trial)
+        register("PEFT, LoRA, models", f"{title}, {what}", trial, bound=CLOSE)
 for title, sizes in {
     "ViT": ("ViTForImageClassification", EYE),
     "SigLIP": ("SiglipVisionModel", EYE),
@@ -42,14 +42,14 @@ for title, sizes in {
     trial = functools.partial(
         peft_trial, make=make, inputs=image, target_modules="all-linear", **LORA
     )
-    register("PEFT, LoRA, models", f"{title}, all-linear", trial)
+    register("PEFT, LoRA, models", f"{title}, all-linear", trial, bound=CLOSE)
 for title in "LLaVA", "Qwen2.5-VL":
     name, sizes = VISION_LANGUAGE[title]
     make = functools.partial(model, name, **sizes)
     trial = functools.partial(
         peft_trial, make=make, inputs=text_of, target_modules="all-linear", **LORA
     )
-    register("PEFT, LoRA, models", f"{title}, all-linear", trial)
+    register("PEFT, LoRA, models", f"{title}, all-linear", trial, bound=CLOSE)
 
 WRITER = "PEFT, LoRA, options"
 MORE: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -65,7 +65,7 @@ def lora_trial(folder: Path, make: Any, changes: dict[str, Any]) -> Trial:
 
 
 for name, (make, changes) in {**OPTIONS, **MORE}.items():
-    register(WRITER, name, functools.partial(lora_trial, make=make, changes=changes))
+    register(WRITER, name, functools.partial(lora_trial, make=make, changes=changes), bound=CLOSE)
 
 
 def residual(folder: Path, way: str) -> Trial:
@@ -91,8 +91,10 @@ def converted(folder: Path, way: str, **changes: Any) -> Trial:
 
 
 for way in "pissa", "olora":
-    register(WRITER, f"residual base of {way}", functools.partial(residual, way=way))
-    register(WRITER, f"{way}, converted to LoRA", functools.partial(converted, way=way))
+    register(WRITER, f"residual base of {way}", functools.partial(residual, way=way), bound=CLOSE)
+    register(
+        WRITER, f"{way}, converted to LoRA", functools.partial(converted, way=way), bound=CLOSE
+    )
 register(
     WRITER,
     "pissa, converted to LoRA, use_rslora",
@@ -225,7 +227,7 @@ def lycoris_layer(folder: Path, name: str, layer: str, **changes: Any) -> Trial:
 
 for name, changes in KINDS.items():
     trial = functools.partial(lycoris_trial, name=name, targets=[*LAYER, "up_proj"], **changes)
-    register(WRITER, f"Llama, {name}", trial)
+    register(WRITER, f"Llama, {name}", trial, bound=CLOSE)
 LAYERS = {
     "Conv1d": "line",
     "Conv2d": "plane",

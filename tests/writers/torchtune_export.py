@@ -22,7 +22,7 @@ from torchtune.models.llama3 import lora_llama3
 from torchtune.modules.peft import get_adapter_state_dict, get_merged_lora_ckpt
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from writers.matrix import Trial, register
+from writers.matrix import CLOSE, Trial, register
 from writers.peft_common import IDS, TEXT, outputs, randomise, reload, train
 
 RANK, ALPHA = 4, 6.0
@@ -103,4 +103,4 @@ for name, arguments in CASES.items():
     register("torchtune", name, functools.partial(tune_trial, **arguments))
     if "added" not in arguments:
         trial = functools.partial(tune_trial, use_dora=False, **arguments)
-        register("torchtune, LoRA", name, trial)
+        register("torchtune, LoRA", name, trial, bound=CLOSE)
