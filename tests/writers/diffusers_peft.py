@@ -15,7 +15,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from writers.images import image_model, image_outputs, text_encoder, text_outputs
-from writers.matrix import BOUND16, Trial, read_tensors, register
+from writers.matrix import BOUND16, CLOSE, Trial, read_tensors, register
 from writers.peft_common import adapt, train
 
 WRITER = "diffusers"
@@ -93,11 +93,11 @@ for name, changes in {
     register(WRITER, f"UNet, {name}", make)
 
 
-def by_peft(folder: Path, title: str, targets: list[str]) -> Trial:
+def by_peft(folder: Path, title: str, targets: list[str], **changes: Any) -> Trial:
     """Save the adapter of a model of diffusers by PEFT."""
     model = image_model(title)
     model.save_pretrained(folder / "base")
-    tuned = adapt(model, target_modules=targets)
+    tuned = adapt(model, target_modules=targets, **changes)
     tuned.save_pretrained(folder / "adapter")
     wanted = image_outputs(model, title)
     tuned.merge_and_unload().save_pretrained(folder / "right")
@@ -185,7 +185,7 @@ def pipeline(title: str) -> Any:
     return cls(**parts, **absent)
 
 
-def pipeline_trial(folder: Path, title: str, trained: tuple[str, ...]) -> Trial:
+def pipeline_trial(folder: Path, title: str, trained: tuple[str, ...], **changes: Any) -> Trial:
     """Train some parts of a pipeline, and save the adapters by `save_lora_weights`."""
     pipe = pipeline(title)
     part = PARTS[title][1]
@@ -193,7 +193,7 @@ def pipeline_trial(folder: Path, title: str, trained: tuple[str, ...]) -> Trial:
     tuned, layers = {}, {}
     for name in trained:
         targets = ["q_proj", "v_proj"] if name == "text_encoder" else ATTENTION
-        tuned[name] = adapt(getattr(pipe, name), target_modules=targets)
+        tuned[name] = adapt(getattr(pipe, name), target_modules=targets, **changes)
         layers[f"{name}_lora_layers"] = {
             key.removeprefix("base_model.model."): tensor
             for key, tensor in get_peft_model_state_dict(tuned[name]).items()
@@ -220,3 +220,29 @@ for title, (_, part, _) in PARTS.items():
     for trained in (part,), (part, "text_encoder"):
         make = functools.partial(pipeline_trial, title=title, trained=trained)
         register(WRITER, f"pipeline of {title}: {' and '.join(trained)}", make)
+
+LORA = {"use_dora": False}
+for title, targets in LAYERS.items():
+    for what, given in {
+        "attention, a folder": {"targets": ATTENTION},
+        "all kinds of layer, a file": {"targets": targets, "place": FILE},
+        "lora_bias, a folder": {"targets": targets, "lora_bias": True},
+    }.items():
+        if "lora_bias" in given and title not in ("Flux", "SD3", "Wan"):
+            continue  # PEFT cannot merge it into layers without a bias
+        trial = functools.partial(trial_of, title=title, **given, **LORA)
+        register(f"{WRITER}, LoRA", f"{title}, {what}", trial, bound=CLOSE)
+    trial = functools.partial(by_peft, title=title, targets=targets, **LORA)
+    register(f"{WRITER}, LoRA", f"{title}, saved by PEFT", trial, bound=CLOSE)
+for name, changes in {
+    "use_rslora": {"use_rslora": True},
+    "rank_pattern and alpha_pattern": {
+        "rank_pattern": {"to_k": 2},
+        "alpha_pattern": {"attn1.to_q": 3},
+    },
+}.items():
+    trial = functools.partial(trial_of, title="UNet", targets=ATTENTION, **changes, **LORA)
+    register(f"{WRITER}, LoRA", f"UNet, {name}", trial, bound=CLOSE)
+for title, (_, part, _) in PARTS.items():
+    trial = functools.partial(pipeline_trial, title=title, trained=(part, "text_encoder"), **LORA)
+    register(f"{WRITER}, LoRA", f"pipeline of {title}: {part} and text_encoder", trial, bound=CLOSE)

@@ -7,7 +7,7 @@ of the formula, m (W + s B A) / ‖W + s B A‖ by rows, in float64.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from writers import original_names as names
 from writers.images import image_model, t5_encoder, text_encoder
-from writers.matrix import Trial, read_tensors, register
+from writers.matrix import CLOSE, Trial, read_tensors, register
 
 RANK, ALPHA = 4, 6.0
 Tensors = dict[str, torch.Tensor]
@@ -23,6 +23,10 @@ Modules = Mapping[str, list[str]]
 KOHYA = ("lora_down.weight", "lora_up.weight", "dora_scale")
 PEFT = ("lora_A.weight", "lora_B.weight", "dora_scale")
 VECTOR = ("lora_down.weight", "lora_up.weight", "lora_magnitude_vector")
+PLAIN = KOHYA[:2]
+PLAIN_PEFT = PEFT[:2]
+CORE = (*PLAIN, "lora_mid.weight")
+"""The leaves of plain LoRA. With a core, those of convolutions: down, up and mid."""
 
 
 def underscored(prefix: str) -> Callable[[str], str]:
@@ -46,25 +50,35 @@ def adapt(
     key: Callable[[str], str],
     leaves: tuple[str, ...],
     alpha: object,
+    without: Collection[str] = (),
 ) -> tuple[Tensors, Tensors]:
     """Return the adapter's tensors, and the tensors of the base that they change, merged.
 
-    `modules` has the tensors in the base of each module that the adapter names.
+    `modules` has the tensors in the base of each module that the adapter names. An adapter has no
+    magnitudes where `leaves` has none, and for the modules `without`: they are W + s B A.
     """
     adapter: Tensors = {}
     merged: Tensors = {}
     for name, stems in modules.items():
         whole = swap(torch.cat([base[f"{stem}.weight"] for stem in stems]), name, stems).double()
         ones = [1] * (whole.ndim - 1)
-        a = 0.2 * torch.randn(RANK, *whole.shape[1:], dtype=torch.float64)
+        core = leaves == CORE and whole.ndim > 2 and max(whole.shape[2:]) > 1
+        kernel = ones[1:] if core else whole.shape[2:]
+        a = 0.2 * torch.randn(RANK, whole.shape[1], *kernel, dtype=torch.float64)
         b = 0.2 * torch.randn(len(whole), RANK, *ones[1:], dtype=torch.float64)
-        norms = whole.flatten(1).norm(dim=1)
-        m = norms * (1 + 0.1 * torch.randn(len(whole), dtype=torch.float64))
+        own = dict(zip(leaves, (a, b), strict=False))
+        if core:
+            own[leaves[2]] = mid = torch.randn(RANK, RANK, *whole.shape[2:], dtype=torch.float64)
+            a = torch.einsum("ij...,jr->ir...", mid, a.flatten(1))
         scale = 1.0 if alpha is None else float(alpha) / RANK
         v = whole.flatten(1) + scale * b.flatten(1) @ a.flatten(1)
-        new = swap((m[:, None] * v / v.norm(dim=1, keepdim=True)).reshape(whole.shape), name, stems)
-        magnitude = m if leaves[2] == "lora_magnitude_vector" else m.reshape(-1, *ones)
-        for leaf, tensor in zip(leaves, (a, b, magnitude), strict=True):
+        if leaves not in (PLAIN, PLAIN_PEFT, CORE) and key(name) not in without:
+            norms = whole.flatten(1).norm(dim=1)
+            m = norms * (1 + 0.1 * torch.randn(len(whole), dtype=torch.float64))
+            v = m[:, None] * v / v.norm(dim=1, keepdim=True)
+            own[leaves[2]] = m if leaves[2] == "lora_magnitude_vector" else m.reshape(-1, *ones)
+        new = swap(v.reshape(whole.shape), name, stems)
+        for leaf, tensor in own.items():
             adapter[f"{key(name)}.{leaf}"] = tensor.float().contiguous()
         if alpha is not None:
             adapter[f"{key(name)}.alpha"] = torch.tensor(alpha)
@@ -80,12 +94,13 @@ def on_diffusers(
     key: Callable[[str], str],
     leaves: tuple[str, ...] = KOHYA,
     alpha: object = ALPHA,
+    without: Collection[str] = (),
 ) -> Trial:
     """Make an adapter of original names for a model that diffusers saved."""
     model = text_encoder() if title == "text encoder" else image_model(title)
     model.save_pretrained(folder / "base")
     base = read_tensors(folder / "base")
-    adapter, merged = adapt(base, modules, key, leaves, alpha)
+    adapter, merged = adapt(base, modules, key, leaves, alpha, without)
     save_file(adapter, folder / "adapter.safetensors")
     return Trial(folder / "base", folder / "adapter.safetensors", base | merged)
 
@@ -277,3 +292,41 @@ register(
     functools.partial(with_encoders, places={"lora_te1": FIRST}, unet=False),
 )
 register("kohya, text encoders", "lora_te2_ on a whole checkpoint of SDXL", with_open_clip)
+
+for place, (title, modules) in PLACES.items():
+    given = {"title": title, "modules": modules}
+    for way, (key, _) in WAYS.items():
+        leaves = PLAIN if key is UNET else PLAIN_PEFT
+        for layout, make, where in (
+            ("diffusers' folder", on_diffusers, {}),
+            ("a whole checkpoint", on_original, {"prefix": WHOLE}),
+        ):
+            trial = functools.partial(make, key=key, leaves=leaves, **given, **where)
+            register("kohya, LoRA", f"{place}: {way} on {layout}", trial, bound=CLOSE)
+for form, (key, leaves, alpha) in {
+    "lora_transformer_ (OneTrainer)": (underscored("lora_transformer"), PLAIN, ALPHA),
+    "transformer., lora_A": (dotted("transformer"), PLAIN_PEFT, ALPHA),
+    "diffusion_model., lora_A, without alpha": (dotted("diffusion_model"), PLAIN_PEFT, None),
+    "int64 alpha": (UNET, PLAIN, 6),
+    "without alpha": (UNET, PLAIN, None),
+}.items():
+    trial = functools.partial(
+        on_diffusers, title="Flux", modules=FLUX_MODULES, key=key, leaves=leaves, alpha=alpha
+    )
+    register("kohya, LoRA", f"{form}, Flux of diffusers", trial, bound=CLOSE)
+for layout, make, where in (
+    ("diffusers' folder", on_diffusers, {}),
+    ("a whole checkpoint", on_original, {"prefix": WHOLE}),
+):
+    trial = functools.partial(
+        make, title="SDXL's UNet", modules=names.SDXL, key=UNET, leaves=CORE, **where
+    )
+    register("kohya, LoRA", f"SDXL: lora_mid on {layout}", trial, bound=CLOSE)
+some = [underscored("lora_unet")(name) for name in list(names.SDXL)[::2]]
+register(
+    "kohya, LoRA",
+    "SDXL: dora_scale of every other module",
+    functools.partial(
+        on_diffusers, title="SDXL's UNet", modules=names.SDXL, key=UNET, without=some
+    ),
+)

@@ -41,17 +41,6 @@ LAYERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "Conv2d of two groups": (GROUPED, {}),
     "Conv3d": (CONV3D, {}),
 }
-REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
-    f"{name}, wd_on_out=False": (
-        LoConModule, layer, {"wd_on_out": False}, "one number for each input channel",
-    )
-    for name, layer in {"Conv1d": CONV1D, "Conv2d": CONV2D, "Conv3d": CONV3D}.items()
-}  # fmt: skip
-REFUSED |= {
-    "Conv2d, use_tucker": (LoConModule, CONV2D, {"use_tucker": True}, "lora_mid"),
-    "LoHa": (LohaModule, LINEAR, {}, "hada"),
-    "LoKr": (LokrModule, LINEAR, {}, "lokr"),
-}
 
 
 @torch.no_grad()
@@ -68,17 +57,34 @@ def train(module: Any) -> Any:
     return module.eval()
 
 
-def single(
-    folder: Path,
-    layer: tuple[str, Any],
-    module: Any = LoConModule,
-    alpha: float = 7.0,
-    **changes: Any,
-) -> Trial:
+@torch.no_grad()
+def acting(adapter: Any) -> torch.Tensor:
+    """Return the weight with which the adapter's forward computes.
+
+    The merge of LyCORIS 4.1.3 is another where alpha is not the rank: it multiplies the change of
+    LoHa and of LoKr by alpha / rank twice.
+    """
+    if not isinstance(adapter, LohaModule | LokrModule):
+        return adapter.get_merged_weight()[0].clone()
+    weight = adapter.org_weight + adapter.get_weight(adapter.shape) * adapter.scalar
+    return adapter.apply_weight_decompose(weight) if adapter.wd else weight
+
+
+@torch.no_grad()
+def merge(adapters: Any) -> None:
+    """Merge the adapters of a network into its layers."""
+    for adapter in adapters:
+        if isinstance(adapter, LohaModule | LokrModule):
+            adapter.org_module[0].weight.copy_(acting(adapter))
+        else:
+            adapter.merge_to(1.0)
+
+
+def single(folder: Path, layer: tuple[str, Any], alpha: float = 7.0, **changes: Any) -> Trial:
     """Make an adapter of one layer, and merge it by LyCORIS."""
     base = randomise(getattr(torch.nn, layer[0])(*layer[1]))
     name = "lora_unet_down_0"
-    adapter = train(module(name, base, 1.0, 4, alpha, weight_decompose=True, **changes))
+    adapter = train(LoConModule(name, base, 1.0, 4, alpha, weight_decompose=True, **changes))
     state = {key: x.detach().contiguous() for key, x in adapter.custom_state_dict().items()}
     save_file({f"{name}.{key}": x for key, x in state.items()}, folder / "adapter.safetensors")
     save_file({"down.0.weight": base.weight.detach()}, folder / "base.safetensors")
@@ -89,26 +95,34 @@ def single(
 
 for name, (layer, changes) in LAYERS.items():
     register("LyCORIS", name, functools.partial(single, layer=layer, **changes))
-for name, (module, layer, changes, message) in REFUSED.items():
-    make = functools.partial(single, layer=layer, module=module, **changes)
-    register("LyCORIS", name, make, refused=message)
 
 BLOCKS = ["Transformer2DModel", "ResnetBlock2D", "FluxTransformerBlock", "LlamaDecoderLayer"]
 OPTIONS = {"algo": "lora", "dora_wd": True, "warn_on_unmatched": False}
 
 
-def whole(folder: Path, make: Any, load: Any, run: Any, **changes: Any) -> Trial:
-    """Adapt a model by `create_lycoris`, whose prefix is `lycoris_`."""
+def whole(
+    folder: Path,
+    make: Any,
+    load: Any,
+    run: Any,
+    kinds: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Trial:
+    """Adapt a model by `create_lycoris`, whose prefix is `lycoris_`.
+
+    `kinds` has the algorithm, and other options, of each class of modules that has its own.
+    """
     model = make()
     model.save_pretrained(folder / "base")
-    lycoris.LycorisNetwork.apply_preset({"target_module": BLOCKS})
-    network = train(lycoris.create_lycoris(model, 1.0, 4, 6, **OPTIONS, **changes))
+    preset = {"target_module": BLOCKS, "module_algo_map": kinds or {}}
+    lycoris.LycorisNetwork.apply_preset(preset)
+    network = train(lycoris.create_lycoris(model, 1.0, 4, 6, **{**OPTIONS, **changes}))
     network.apply_to()
     train(network)
     wanted = run(model)
     network.save_weights(str(folder / "adapter.safetensors"), None, {})
     network.restore()
-    network.merge_to()
+    merge(network.loras)
     model.save_pretrained(folder / "right")
     right = read_tensors(folder / "right")
     adapter = folder / "adapter.safetensors"
@@ -142,7 +156,12 @@ for name, make in {
 
 
 def by_kohya(
-    folder: Path, title: str, place: str, encoders: int = 0, preset: str = "attn-mlp"
+    folder: Path,
+    title: str,
+    place: str,
+    encoders: int = 0,
+    preset: str = "attn-mlp",
+    **changes: Any,
 ) -> Trial:
     """Adapt a UNet, and text encoders, by the network for kohya's scripts.
 
@@ -157,14 +176,14 @@ def by_kohya(
     write_index(folder / "base", kinds)
     texts = [parts[name] for name in names]
     texts = texts[0] if len(texts) == 1 else texts
-    network = create_network(1.0, 4, 6, None, texts, parts["unet"], preset=preset, **OPTIONS)
+    options = {"preset": preset, **OPTIONS, **changes}
+    network = create_network(1.0, 4, 6, None, texts, parts["unet"], **options)
     network.apply_to(texts, parts["unet"], bool(encoders), True)
     train(network)
     wanted = run_parts(parts, title, place)
     network.save_weights(str(folder / "adapter.safetensors"), None, {})
     network.restore()
-    for adapter in network.loras:
-        adapter.merge_to(1.0)
+    merge(network.loras)
     for name, model in parts.items():
         model.save_pretrained(folder / "right" / name)
     right = read_tensors(folder / "right" / place)

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model, save_config, save_model
 
-from writers.matrix import BOUND16, Trial, read_tensors, register
+from writers.matrix import BOUND16, CLOSE, Trial, read_tensors, register
 from writers.peft_common import IDS, TEXT
 
 mx.set_default_device(mx.cpu)
@@ -28,6 +28,14 @@ MODELS = {
     "Phi-3": {"model_type": "phi3"},
 }
 SIZES = {**TEXT, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": False}
+EXPERTS = {
+    "Mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "Qwen3-MoE": {
+        "model_type": "qwen3_moe", "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "norm_topk_prob": True,
+    },
+}  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "scale below 1": {"scale": 0.5},
     "rank=1": {"rank": 1},
@@ -61,12 +69,12 @@ def new_model(sizes: dict[str, Any]) -> Any:
 
 
 def draw(rng: Any, old: np.ndarray) -> np.ndarray:
-    """Return a matrix whose rows have unlike norms, or a vector near the old one."""
+    """Return matrices whose rows have unlike norms, or a vector near the old one."""
     noise = rng.standard_normal(old.shape).astype(np.float32)
     if old.ndim == 1:
         return old + 0.1 * noise
-    rows = 0.5 + rng.random((len(old), 1), dtype=np.float32)
-    return noise * rows * np.float32(0.8 / old.shape[1] ** 0.5)
+    rows = 0.5 + rng.random((*old.shape[:-1], 1), dtype=np.float32)
+    return noise * rows * np.float32(0.8 / old.shape[-1] ** 0.5)
 
 
 def train(model: Any) -> None:
@@ -93,6 +101,7 @@ def mlx_trial(
     num_layers: int = -1,
     dtype: Any = mx.float32,
     bare: bool = False,
+    kind: str = "dora",
     **changes: Any,
 ) -> Trial:
     """Train an adapter on a model, and save both as mlx-lm does."""
@@ -105,10 +114,10 @@ def mlx_trial(
     base.freeze()
     parameters = {"rank": 4, "scale": 2.0, "dropout": 0.0, **changes}
     mx.random.seed(0)
-    linear_to_lora_layers(base, num_layers, parameters, use_dora=True)
+    linear_to_lora_layers(base, num_layers, parameters, use_dora=kind == "dora")
     train(base)
     wanted = outputs(base)
-    save_adapter(folder / "adapter", base, num_layers, parameters, bare)
+    save_adapter(folder / "adapter", base, kind, num_layers, parameters, bare)
     fused = [(name, m.fuse()) for name, m in base.named_modules() if hasattr(m, "fuse")]
     base.update_modules(tree_unflatten(fused))
     save_model(folder / "right", base)
@@ -123,7 +132,9 @@ def reload(out: Path) -> torch.Tensor:
     return outputs(model)
 
 
-def save_adapter(folder: Path, model: Any, num_layers: int, parameters: Any, bare: bool) -> None:
+def save_adapter(
+    folder: Path, model: Any, kind: str, num_layers: int, parameters: Any, bare: bool
+) -> None:
     """Save the trained parameters, and the checkpoint of an earlier step beside them."""
     folder.mkdir()
     trained = dict(tree_flatten(model.trainable_parameters()))
@@ -131,7 +142,7 @@ def save_adapter(folder: Path, model: Any, num_layers: int, parameters: Any, bar
     earlier = {name: 2 * x for name, x in trained.items()}
     mx.save_safetensors(str(folder / "0000100_adapters.safetensors"), earlier)
     config = {
-        "fine_tune_type": "dora",
+        "fine_tune_type": kind,
         "num_layers": num_layers,
         "lora_parameters": {k: sorted(v) if k == "keys" else v for k, v in parameters.items()},
     }
@@ -150,3 +161,10 @@ register(
     functools.partial(mlx_trial, model=MODELS["Llama"], dtype=mx.bfloat16),
     bound=BOUND16,
 )
+
+for title, model in {**MODELS, **EXPERTS}.items():
+    trial = functools.partial(mlx_trial, model=model, kind="lora", rank=3)
+    register("mlx-lm, LoRA", f"{title}, all layers", trial, bound=CLOSE)
+for name, changes in OPTIONS.items():
+    trial = functools.partial(mlx_trial, model=MODELS["Llama"], kind="lora", **changes)
+    register("mlx-lm, LoRA", f"Llama, {name}", trial, bound=CLOSE)

@@ -13,8 +13,8 @@ INTRODUCTION = """\
 # Adapters of real writers
 
 This page is generated: `nox -s writers` writes it. For each case, a package makes a small random
-model and a DoRA adapter, and saves both. `doraxp merge` merges them, and the result is compared
-with the package's own merge.
+model and an adapter, and saves both. `doraxp merge` merges them, and the result is compared with
+the package's own merge.
 
 | result | meaning |
 |---|---|
@@ -23,9 +23,9 @@ with the package's own merge.
 | WRONG | the command ended without an error, and OUT is not right |
 
 A difference is max|got − right| / max|right|, the largest of all tensors or outputs. The bound is
-1e-5 for models in float32, and 1e-2 for those in bfloat16 and float16. The right outputs, such as
-logits, are those of the adapted model before it was saved. They are compared where OUT is a whole
-model.
+1e-5 for models in float32, 1e-6 for single layers and for experts, and 1e-2 for models in bfloat16
+and float16. The right outputs, such as logits, are those of the adapted model before it was saved;
+with experts, those of the merged model. They are compared where OUT is a whole model.
 """
 CELLS: list[tuple[Any, ...]] = []
 

@@ -105,7 +105,6 @@ for name, message, make in (
         {"rank_pattern": {"v_proj": 7, "layers.1.self_attn.v_proj": 2}},
     ),
     ("lora_bias", "lora_bias", {"fields": {"lora_bias": True}}),  # PEFT refuses it beside use_dora
-    ("use_dora=False", "magnitude", {"use_dora": False}),
     ("use_dora=False beside magnitudes", "use_dora", {"fields": {"use_dora": False}}),
     ("a base of PiSSA that was not saved", "pissa", {"init_lora_weights": "pissa"}),
     ("a base of OLoRA that was not saved", "olora", {"init_lora_weights": "olora"}),

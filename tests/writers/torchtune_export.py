@@ -22,7 +22,7 @@ from torchtune.models.llama3 import lora_llama3
 from torchtune.modules.peft import get_adapter_state_dict, get_merged_lora_ckpt
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from writers.matrix import Trial, register
+from writers.matrix import CLOSE, Trial, register
 from writers.peft_common import IDS, TEXT, outputs, randomise, reload, train
 
 RANK, ALPHA = 4, 6.0
@@ -47,12 +47,13 @@ def tune_trial(
     mlp: bool = False,
     kv_heads: int = 2,
     added: dict[str, Any] | None = None,
+    use_dora: bool = True,
 ) -> Trial:
     """Train by torchtune; the base is the same model in the layout of transformers."""
     model = lora_llama3(
         attention, mlp, vocab_size=64, num_layers=2, num_heads=4, num_kv_heads=kv_heads,
         embed_dim=32, max_seq_len=64, intermediate_dim=48, lora_rank=RANK, lora_alpha=ALPHA,
-        use_dora=True,
+        use_dora=use_dora,
     )  # fmt: skip
     randomise(model)
     for module in model.modules():
@@ -100,3 +101,6 @@ def save_llama(folder: Path, state: Any, heads: Any) -> dict[str, torch.Tensor]:
 
 for name, arguments in CASES.items():
     register("torchtune", name, functools.partial(tune_trial, **arguments))
+    if "added" not in arguments:
+        trial = functools.partial(tune_trial, use_dora=False, **arguments)
+        register("torchtune, LoRA", name, trial, bound=CLOSE)
