@@ -78,6 +78,15 @@ def test_merge_equals_the_dense_formula(tmp_path, capsys, name, kind, norms):
     assert_merge(tmp_path, base, {key: merged(base[key], change, m)}, capsys)
 
 
+def test_a_whole_difference_with_a_magnitude_is_dora(tmp_path, capsys):
+    rng = np.random.default_rng(7)
+    leaves = {"diff": draw(rng, OUT, IN), "dora_scale": (1 + rng.random((OUT, 1))).astype("f4")}
+    base = write(tmp_path, prefixed("linear", leaves))
+    change = leaves["diff"] * (RANK / ALPHA)  # it has no scale
+    wanted = merged(base["down.0.weight"], change, leaves["dora_scale"])
+    assert_merge(tmp_path, base, {"down.0.weight": wanted}, capsys)
+
+
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_a_whole_difference_is_added(tmp_path, capsys, kind):
     rng = np.random.default_rng(7)
@@ -185,7 +194,7 @@ BAD = {
         "conv", changed("lora_mid", "conv", "lora_mid.weight", shorter(0)), "lora_mid",
     ),
     "lora_mid of another kernel": (
-        "conv", changed("lora_mid", "conv", "lora_mid.weight", shorter(2)), "lora_mid",
+        "conv", changed("lora_mid", "conv", "lora_mid.weight", shorter(2)), "shape",
     ),
     "lora_mid of a linear layer": (
         "linear",
@@ -196,7 +205,7 @@ BAD = {
         "conv", changed("hada_t1", "conv", "hada_t1", shorter(1)), "hada_",
     ),
     "hada_t2 of another kernel": (
-        "conv", changed("hada_t1", "conv", "hada_t2", shorter(3)), "hada_",
+        "conv", changed("hada_t1", "conv", "hada_t2", shorter(3)), "LoHa",
     ),
     "hada_t1 without hada_t2": ("conv", changed("hada_t1", "conv", "hada_t2", absent), "hada_t"),
     "hada_t1 of factors that are not transposed": (
@@ -247,9 +256,6 @@ BAD = {
     ),
     "diff_b of a layer without a bias": (
         "conv", alone("conv", diff=SHAPES["conv"], diff_b=(OUT,)), "bias|diff_b",
-    ),
-    "dora_scale beside a whole difference": (
-        "linear", alone("linear", diff=(OUT, IN), dora_scale=(OUT, 1)), "dora_scale",
     ),
     "dora_scale alone": ("linear", alone("linear", dora_scale=(OUT, 1)), ""),
     "alpha alone": ("linear", prefixed("linear", {"alpha": np.float32(2)}), ""),

@@ -59,6 +59,15 @@ class TokenRows(NamedTuple):
     """The rows' name in the file, (tokens, dim)."""
 
 
+class Added(NamedTuple):
+    """A tensor that is added to one of the base's."""
+
+    tensor: str
+    """Its name in the file."""
+    scale: float = 1.0
+    """The number of times that it is added."""
+
+
 class NewHead(NamedTuple):
     """The head that was trained with an adapter, as the files beside it describe it."""
 
@@ -105,8 +114,8 @@ class AdapterSet(Mapping[str, "AdaptedLayer | UpdatedLayer"]):
     """The initialisation that changed the base weights; None where they did not change."""
     trained_biases: str | None = None
     """The ``bias`` of a PEFT configuration, "all" or "lora_only"; None without trained biases."""
-    differences: Mapping[str, str] = field(default_factory=dict)
-    """Tensors to add to the base's: their names in the base, and in the file."""
+    differences: Mapping[str, Added] = field(default_factory=dict)
+    """Tensors to add to the base's, by their names in the base."""
     is_of_images: bool = False
     """True where the paths begin with the part of an image model that they are for."""
     is_of_pipeline: bool = False

@@ -16,6 +16,7 @@ import numpy as np
 from doraxp._base.types import Config, HostArray
 from doraxp._core.kinds import LayerKind
 from doraxp._core.updates import Hadamard, Kronecker, LowRank, Update
+from doraxp.checkpoint._update_names import wide
 from doraxp.checkpoint._updated_layer import AnyLayer, UpdatedLayer
 
 
@@ -68,14 +69,14 @@ def low_rank(update: Update) -> LowRank | None:
     if isinstance(update, LowRank):
         return update
     if isinstance(update, Hadamard):
-        (a1, b1), (a2, b2) = (map(np.asarray, part) for part in update)
+        (a1, b1), (a2, b2) = ((wide(leaf) for leaf in part) for part in update)
         a = (a1[:, None, :] * a2[None, :, :]).reshape(-1, a1.shape[1])
         b = (b1[:, :, None] * b2[:, None, :]).reshape(len(b1), -1)
         return LowRank(a, b)
     right = low_rank(update.right) if isinstance(update, Kronecker) else None
     if not isinstance(update, Kronecker) or right is None:
         return None
-    left, (a, b) = np.asarray(update.left), map(np.asarray, right)
+    left, (a, b) = wide(update.left), (wide(leaf) for leaf in right)
     p, q = left.shape
     if p <= q:
         return LowRank(np.kron(left, a), np.kron(np.eye(p, dtype=b.dtype), b))

@@ -191,10 +191,11 @@ class Source(NamedTuple):
 
 
 class SumSource(NamedTuple):
-    """The sum of a tensor of the base and one of an adapter's file, which acts as a tensor."""
+    """A tensor of the base plus `scale` times one of an adapter's file, which acts as a tensor."""
 
     base: Source
     difference: Source
+    scale: float = 1.0
 
     @property
     def reader(self) -> Reader:
@@ -215,7 +216,8 @@ class SumSource(NamedTuple):
         """Return the sum, or some rows of it, in float64."""
         base, difference = self.base.read(rows), self.difference.read(rows)
         result = empty(base.shape, np.dtype(np.float64))
-        np.add(base, difference, out=result, dtype=np.float64)
+        np.multiply(difference, self.scale, out=result, dtype=np.float64)
+        result += base
         return result
 
     def chunks(self) -> Iterator[memoryview]:
@@ -226,7 +228,7 @@ class SumSource(NamedTuple):
 
     def reopened(self, fresh: Mapping[Path, Reader]) -> SumSource:
         """Return the same tensor in files that were opened anew."""
-        return SumSource(self.base.reopened(fresh), self.difference.reopened(fresh))
+        return SumSource(self.base.reopened(fresh), self.difference.reopened(fresh), self.scale)
 
 
 AnySource: TypeAlias = Source | SumSource

@@ -44,7 +44,7 @@ class TensorNames(NamedTuple):
             a, b = a.T, b.T
         a, b = a.reshape(rank, -1), b.reshape(-1, rank)
         if self.core is not None:
-            a = np.asarray(with_core(read(self.core), a))
+            a = np.asarray(with_core(wide(read(self.core)), wide(a)))
         return LowRank(a, b)
 
 
@@ -74,14 +74,23 @@ class KroneckerNames(NamedTuple):
     right: tuple[str, ...]
     core: str | None = None
     magnitude: str | None = None
+    is_of_peft: bool = False
+    """True where a U of three axes is multiplied as PEFT does it: see `update`."""
 
     def update(self, reader: Reader, read: Read, rank: int, *, transposed: bool) -> Update:
-        """Return C ⊗ U."""
+        """Return C ⊗ U.
+
+        PEFT multiplies C, (p, q), and a U of a convolution in one dimension, (k, l, kernel), as
+        arrays with the last axes side by side, to (k, p·l, q·kernel), in its forward too.
+        """
         parts = [read(name) for name in self.left]
-        left = parts[0] if len(parts) == 1 else parts[0] @ parts[1]
+        left = parts[0] if len(parts) == 1 else wide(parts[0]) @ wide(parts[1])
         if len(self.right) == 2:
             return Kronecker(left, _product(read, *self.right, self.core))
         right = read(self.right[0])
+        if self.is_of_peft and right.ndim == 3:
+            whole = np.kron(wide(left)[None], wide(right))
+            return Difference(whole.reshape(len(left) * len(right), -1))
         return Kronecker(left, Difference(right.reshape(len(right), -1)))
 
 
@@ -120,7 +129,13 @@ def _product(read: Read, left: str, right: str, core: str | None) -> LowRank:
     a, b = read(right), read(left)
     if core is None:
         return LowRank(a.reshape(len(a), -1), b)
-    return LowRank(np.asarray(with_core(read(core), a)), b.T)
+    return LowRank(np.asarray(with_core(wide(read(core)), wide(a))), b.T)
+
+
+def wide(array: Array) -> HostArray:
+    """Return an array in float32 at least, in which products lose nothing that counts."""
+    own = np.asarray(array)
+    return own.astype(np.promote_types(own.dtype, np.float32), copy=False)
 
 
 class StoredDifference(NamedTuple):

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from doraxp.checkpoint._adapters import AdapterSet, TokenRows
+from doraxp.checkpoint._adapters import AdapterSet, Added, TokenRows
 from doraxp.checkpoint._config_edits import ConfigEdits
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._fit import Fit, Fitted
@@ -48,16 +48,15 @@ def whole_tensors(model: Model, adapters: AdapterSet, choices: Fit, fitted: Fitt
         with _collected(problems):
             target = _target(name, rows.tensor, fitted)
             tasks[target] = _with_rows(tasks.get(target), fitted.sources[target], rows, adapters)
-    for name, own in adapters.differences.items():
+    for name, added in adapters.differences.items():
         if name in fitted.others:
             continue
         with _collected(problems):
-            target = _target(name, own, fitted)
-            if target in tasks:
-                raise CheckpointError(
-                    f"{tasks[target].source.name} and {own} are both for {target}"
-                )
-            tasks[target] = _sum(fitted.sources[target], Source(adapters.reader, own))
+            target = _target(name, added.tensor, fitted)
+            before = tasks[target].source if target in tasks else fitted.sources[target]
+            if not isinstance(before, Source):
+                raise CheckpointError(f"{before.name} and {added.tensor} are both for {target}")
+            tasks[target] = _sum(before, fitted.sources[target], added, adapters)
     grown = _grown(tasks, fitted)
     problems += _left_small(grown, tasks, fitted)
     edits = ConfigEdits(vocab_size=max(grown.values(), default=None))
@@ -82,14 +81,18 @@ def _target(name: str, own: str, fitted: Fitted) -> str:
     return fitted.places[name][0].tensor
 
 
-def _sum(base: Source, difference: Source) -> ReplacedTensor:
-    """Return the task of a tensor to which the adapter's file adds one."""
-    one, other = base.tensor, difference.tensor
+def _sum(before: Source, base: Source, added: Added, adapters: AdapterSet) -> ReplacedTensor:
+    """Return the task of a tensor to which the adapter's file adds one.
+
+    `before` is the base's, or the one that the file has in full.
+    """
+    difference = Source(adapters.reader, added.tensor)
+    one, other = before.tensor, difference.tensor
     if one.shape != other.shape or not {one.dtype, other.dtype} <= DTYPES.keys():
         raise CheckpointError(
             f"{difference.name} {other.shape} does not fit {base.name} {one.shape}"
         )
-    return ReplacedTensor(SumSource(base, difference), one.dtype)
+    return ReplacedTensor(SumSource(before, difference, added.scale), base.tensor.dtype)
 
 
 def _task(name: str, source: AnySource, adapters: AdapterSet, fitted: Fitted) -> ReplacedTensor:

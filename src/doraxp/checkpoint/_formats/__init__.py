@@ -9,15 +9,16 @@ import os
 from pathlib import Path
 
 from doraxp._base.types import Dropout, Form, NormGradient
-from doraxp.checkpoint._adapters import AdapterSet
+from doraxp.checkpoint._adapters import AdapterSet, config_path
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._formats import diffusers, lycoris, mlx, peft
 from doraxp.checkpoint._formats.choices import with_choices
 from doraxp.checkpoint._formats.protocol import Format, WritableFormat
+from doraxp.checkpoint._json import read_json
 from doraxp.checkpoint._replace import hidden
 from doraxp.checkpoint._safetensors import Reader
 
-FORMATS: tuple[Format, ...] = (lycoris, mlx, diffusers, peft)
+FORMATS: tuple[Format, ...] = (mlx, diffusers, lycoris, peft)
 """In the order in which they are tried."""
 WRITABLE = {format.NAME: format for format in FORMATS if isinstance(format, WritableFormat)}
 """The formats that `doraxp.checkpoint.save_adapters` writes, by name."""
@@ -85,6 +86,12 @@ def load_adapters(
                 )
             given = {"norm_gradient": norm_gradient, "dropout": dropout, "form": form}
             return with_choices(adapters, given)
+    where = config_path(reader)
+    peft_type = read_json(where).get("peft_type") if where.is_file() else None
+    if isinstance(peft_type, str):
+        raise CheckpointError(
+            f"{where}: peft_type is {peft_type!r}, which doraxp cannot merge: PEFT itself can"
+        )
     raise CheckpointError(f"{reader.path}: no tensor in it has a name of a known adapter format")
 
 

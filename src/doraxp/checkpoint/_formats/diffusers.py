@@ -15,7 +15,7 @@ import json
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 
-from doraxp.checkpoint._adapters import AdapterSet, StoredLayer
+from doraxp.checkpoint._adapters import AdapterSet, Added, StoredLayer
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._formats import peft
 from doraxp.checkpoint._formats.peft_writing import PREFIX, base_entries, whole_path
@@ -47,11 +47,14 @@ def read(reader: Reader) -> AdapterSet:
         part, dot, own = path.partition(".")
         groups[f"{part}{dot}" if part in PARTS else ""][own if part in PARTS else path] = names
     layers: dict[str, StoredLayer] = {}
+    differences: dict[str, Added] = {}
     changes, biases = set(), set()
     for prefix, members in groups.items():
         config = _config(reader, prefix, members)
         found = peft.adapted_layers(reader, members, config, reader.path)
         layers |= {f"{prefix}{path}": layer for path, layer in found.items()}
+        biases_of_b = peft.bias_changes(members, found)
+        differences |= {f"{prefix}{name}": added for name, added in biases_of_b.items()}
         changes.add(peft.base_change(config, reader.path))
         biases.add(peft.trained_biases(config, reader.path))
     changed, trained = (sorted(filter(None, values)) for values in (changes, biases))
@@ -61,6 +64,7 @@ def read(reader: Reader) -> AdapterSet:
         layers,
         base_change=changed[0] if changed else None,
         trained_biases=trained[0] if trained else None,
+        differences=differences,
         is_of_images=True,
     )
 

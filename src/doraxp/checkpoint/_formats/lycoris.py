@@ -16,6 +16,7 @@ weight and the bias of a norm.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping
 
 import numpy as np
@@ -23,7 +24,7 @@ import numpy as np
 from doraxp._base.scalars import check_number
 from doraxp._base.types import Config
 from doraxp._core.kinds import LayerKind
-from doraxp.checkpoint._adapters import AdapterSet, StoredLayer
+from doraxp.checkpoint._adapters import AdapterSet, Added, StoredLayer, config_path
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._formats.checks import checked_config, names_by_module
 from doraxp.checkpoint._formats.products import LOHA, LOKR, product
@@ -52,29 +53,36 @@ _ALGORITHMS = {
 """The parts of a module by the algorithm that they are of."""
 _OWN = {"lora_down", "dora_scale", "diff", "hada_w1_a", "lokr_w1", "lokr_w1_a", "w_norm"}
 
+_OF_IMAGES = re.compile(
+    r"(?:model\.)?(?:diffusion_model|(?:lora_)?unet|transformer|text_encoder(?:_\d)?|lora_te\d?)\."
+)
 _INTEGERS = {f"I{bits}": np.dtype(f"<i{bits // 8}") for bits in (8, 16, 32, 64)}
 
 
 def recognises(reader: Reader, parts: Collection[str]) -> bool:
-    """Return True for names with kohya's factors, or with the parts that LyCORIS names."""
-    return not _OWN.isdisjoint(parts) and "base_model" not in {
-        name.partition(".")[0] for name in reader.tensors
-    }
+    """Return True for names with kohya's factors, or with the parts that LyCORIS names.
+
+    Some trainers write lora_A and lora_B under the part of an image model, without a configuration.
+    """
+    if not _OWN.isdisjoint(parts):
+        return not any(name.startswith("base_model.") for name in reader.tensors)
+    is_alone = "lora_A" in parts and not config_path(reader).is_file()
+    return is_alone and all(map(_OF_IMAGES.match, reader.tensors))
 
 
 def read(reader: Reader) -> AdapterSet:
     """Describe the adapters of a LyCORIS or kohya file."""
     layers: dict[str, StoredLayer] = {}
-    differences: dict[str, str] = {}
+    differences: dict[str, Added] = {}
     for path, parts in names_by_module(reader, _ENDS).items():
         algorithm = _algorithm(reader, path, parts)
         if algorithm == "norm":
-            differences |= {f"{path}.{leaf}": name for leaf, name in parts.items()}
+            differences |= {f"{path}.{leaf}": Added(name) for leaf, name in parts.items()}
             continue
         if "diff_b" in parts:
-            differences[f"{path}.bias"] = parts["diff_b"]
+            differences[f"{path}.bias"] = Added(parts["diff_b"])
         if algorithm == "full" and len(reader.tensors[parts["diff"]].shape) < 2:
-            differences[f"{path}.weight"] = parts["diff"]
+            differences[f"{path}.weight"] = Added(parts["diff"])
         elif algorithm is not None:
             layers[path] = _layer(reader, path, parts, algorithm)
     return AdapterSet("lycoris", reader, layers, is_of_images=True, differences=differences)
@@ -85,8 +93,8 @@ def _algorithm(reader: Reader, path: str, parts: Mapping[str, str]) -> str | Non
     found = [name for name, own in _ALGORITHMS.items() if not own.isdisjoint(parts)]
     if len(found) > 1:
         raise CheckpointError(
-            f"{reader.path}: {path} has parts of {' and of '.join(found)}: remove the tensors that "
-            "are out of date"
+            f"{reader.path}: {path} has {' and '.join(_first_of(parts, one) for one in found)}: "
+            "remove the tensors that are out of date"
         )
     beside = parts.keys() - {"diff_b"} - _ALGORITHMS.get("".join(found), set())
     allowed = set() if found in ([], ["norm"]) else {"m", "alpha"}
@@ -94,6 +102,12 @@ def _algorithm(reader: Reader, path: str, parts: Mapping[str, str]) -> str | Non
         odd = parts[sorted(beside - allowed)[0]]
         raise CheckpointError(f"{reader.path}: {path} has {odd}, but no update that it is for")
     return found[0] if found else None
+
+
+def _first_of(parts: Mapping[str, str], algorithm: str) -> str:
+    """Return the name of a tensor of one algorithm, with the algorithm."""
+    name = next(name for part, name in parts.items() if part in _ALGORITHMS[algorithm])
+    return f"{name} of {algorithm}"
 
 
 def _layer(reader: Reader, path: str, parts: Mapping[str, str], algorithm: str) -> StoredLayer:

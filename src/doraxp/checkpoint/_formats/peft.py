@@ -15,6 +15,7 @@ from doraxp._core.kinds import LayerKind
 from doraxp.checkpoint._adapters import (
     CONFIG,
     AdapterSet,
+    Added,
     StoredLayer,
     config_path,
 )
@@ -32,13 +33,14 @@ from doraxp.checkpoint._formats.peft_writing import PREFIX, write
 from doraxp.checkpoint._formats.products import LOHA, LOKR, product
 from doraxp.checkpoint._json import JsonObject, read_json
 from doraxp.checkpoint._safetensors import Reader, Source, are_equal
-from doraxp.checkpoint._update_names import TensorNames
+from doraxp.checkpoint._update_names import KroneckerNames, TensorNames
 
 __all__ = [
     "FILE",
     "NAME",
     "adapted_layers",
     "base_change",
+    "bias_changes",
     "read",
     "recognises",
     "sort_names",
@@ -48,8 +50,9 @@ __all__ = [
 
 NAME, FILE = "peft", "adapter_model.safetensors"
 _NAME = re.compile(
-    r"(?P<path>.+)\.(?:(?P<a>lora_(?:embedding_)?A)|(?P<b>lora_(?:embedding_)?B)"
-    r"|(?P<m>lora_magnitude_vector|weight_m_wdecomp))(?:\.(?!weight$)(?P<name>[^.]+))?(?:\.weight)?"
+    r"(?P<path>.+)\.(?:(?P<a>lora_(?:embedding_)?A)|(?P<bias>lora_B(?=(?:\.[^.]+)?\.bias$))"
+    r"|(?P<b>lora_(?:embedding_)?B)|(?P<m>lora_magnitude_vector|weight_m_wdecomp))"
+    r"(?:\.(?!(?:weight|bias)$)(?P<name>[^.]+))?(?:\.(?:weight|bias))?"
 )
 PRODUCTS = ("LOHA", "LOKR")
 """The values of ``peft_type`` of adapters that `products` describes."""
@@ -63,7 +66,6 @@ _BEFORE = re.compile(r"\.original_module(?=\.)")
 # Each of these entries changes the meaning of A, B and m.
 _UNSUPPORTED = (
     "layer_replication",
-    "lora_bias",
     "use_qalora",
     "use_bdlora",
     "kasa_config",
@@ -99,13 +101,15 @@ def read(reader: Reader, adapter_name: str | None = None) -> AdapterSet:
     tokens = token_rows(_by_module(reader, rows), config, where)
     trained = head(config, where)
     check_complete(reader.path, trained, whole, tokens, config)
+    layers = adapted_layers(reader, parts, config, where)
     return AdapterSet(
         _format(config),
         reader,
-        adapted_layers(reader, parts, config, where),
+        layers,
         whole,
         base_change(config, where),
         trained_biases(config, where),
+        differences=bias_changes(parts, layers),
         tokens=tokens,
         untrained=untrained,
         beside={_copied_name(name): name for name in rest},
@@ -134,6 +138,8 @@ def _products(
     configs = layer_configs(found, config | {"lora_alpha": config.get("alpha")}, where)
     layers = {}
     for path, (names, shape, rank) in found.items():
+        if isinstance(names, KroneckerNames):
+            names = names._replace(is_of_peft=True)
         if rank not in (None, configs[path].rank):
             raise CheckpointError(
                 f"{reader.path}: {path}: {CONFIG} says rank {configs[path].rank}, but its factors "
@@ -177,7 +183,8 @@ def adapted_layers(
         raise CheckpointError(
             f"{where}: peft_type must be LORA, DORA, LOHA or LOKR, got {peft_type!r}"
         )
-    found = [name for name in _UNSUPPORTED if config.get(name)]
+    unsupported = (*_UNSUPPORTED, "lora_bias") if dora else _UNSUPPORTED
+    found = [name for name in unsupported if config.get(name)]
     if found:
         raise CheckpointError(f"{where}: {', '.join(found)} cannot be merged")
     names = _complete_names(reader, parts, where, dora=dora or peft_type == "DORA")
@@ -186,6 +193,17 @@ def adapted_layers(
     return {
         path: _layer(reader, path, names[path], configs[path], transposed=transposed)
         for path in names
+    }
+
+
+def bias_changes(
+    parts: Mapping[str, Mapping[str, str]], layers: Mapping[str, StoredLayer]
+) -> dict[str, Added]:
+    """Return the biases of B, which PEFT's ``lora_bias`` adds to those of the base, times s."""
+    return {
+        f"{path}.bias": Added(names["bias"], layers[path].config.scaling)
+        for path, names in parts.items()
+        if "bias" in names
     }
 
 
@@ -212,7 +230,7 @@ def sort_names(
     for name, match in matches.items():
         if match is None or adapter_name not in (None, _adapter(match)):
             continue
-        part = next(part for part in "abm" if match[part])
+        part = next(part for part in ("a", "bias", "b", "m") if match[part])
         names = parts.setdefault(match["path"], {})
         if part in names and not are_equal(Source(reader, name), Source(reader, names[part])):
             raise CheckpointError(f"{reader.path}: {name} and {names[part]} name the same tensor")
