@@ -119,8 +119,10 @@ def tensors_of(names: UpdateNames) -> list[str]:
     """Return the names of all tensors."""
     found: list[str] = []
     for name in names:
-        if name is not None:
-            found += [name] if isinstance(name, str) else name
+        if isinstance(name, str):
+            found.append(name)
+        elif isinstance(name, tuple):
+            found += name
     return found
 
 
