@@ -120,8 +120,7 @@ def _sum(name: str, source: Source | None, changes: Sequence[tuple[Summand, Task
         _check(name, source, summand, task)
     assert source is not None
     pieces = [piece for summand, task in changes for piece in _pieces(summand, task)]
-    rows = source.tensor.shape[0] if source.tensor.shape else 1
-    cuts = sorted({0, rows, *(edge for piece in pieces for edge in piece[:2])})
+    cuts = sorted({0, source.tensor.shape[0], *(edge for piece in pieces for edge in piece[:2])})
     parts = [_segment(name, source, first, last, pieces) for first, last in pairwise(cuts)]
     return parts[0] if len(parts) == 1 else JoinedTensor(source, tuple(parts))
 
@@ -130,10 +129,11 @@ def _check(name: str, source: Source | None, summand: Summand, task: Task) -> No
     path = summand.adapters.reader.path
     if source is None:
         raise CheckpointError(f"{path}: {name} is new, so it cannot be scaled or added: {_ALONE}")
-    if task.source.tensor.shape != source.tensor.shape or source.tensor.dtype not in DTYPES:
+    tensor = source.tensor
+    if task.source.tensor.shape != tensor.shape or tensor.dtype not in DTYPES or not tensor.shape:
         raise CheckpointError(
-            f"{path}: {name} has another shape or a dtype without fractions, so it cannot be "
-            f"scaled or added: {_ALONE}"
+            f"{path}: {name} is one number, or has another shape or a dtype without fractions, so "
+            f"it cannot be scaled or added: {_ALONE}"
         )
     for part in parts_of(task):
         if isinstance(part, MergedTensor) and part.source.reader is summand.adapters.reader:
@@ -146,7 +146,7 @@ def _check(name: str, source: Source | None, summand: Summand, task: Task) -> No
 def _pieces(summand: Summand, task: Task) -> Iterator[_Piece]:
     start = 0
     for part in parts_of(task):
-        stop = start + (part.source.tensor.shape[0] if part.source.tensor.shape else 1)
+        stop = start + part.source.tensor.shape[0]
         if isinstance(part, MergedTensor | ReplacedTensor):
             yield _Piece(start, stop, part, summand)
         start = stop
@@ -154,7 +154,7 @@ def _pieces(summand: Summand, task: Task) -> Iterator[_Piece]:
 
 def _segment(name: str, source: Source, first: int, last: int, pieces: Sequence[_Piece]) -> Part:
     """Return the part of some rows, in each of which the same adapters act."""
-    whole = (first, last) == (0, source.tensor.shape[0] if source.tensor.shape else 1)
+    whole = (first, last) == (0, source.tensor.shape[0])
     own = source if whole else source.rows(first, last)
     acting = [piece for piece in pieces if piece.start <= first and last <= piece.stop]
     if not acting:

@@ -77,7 +77,7 @@ def _verify_merged(source: AnySource, written: AnySource, terms: Sequence[Term])
     kinds = [term.layer.rows_kind for term in terms if isinstance(term.layer, UpdatedLayer)]
     kind = next((one for one in kinds if one.is_transposed), None)
     kind = kind or LayerKind("conv" if len(shape) > 2 else "linear")
-    out = kind.matrix_shape(shape)[0]
+    out = kind.matrix_shape(shape)[0] if kind.is_transposed else shape[0]
     # Evenly spaced rows, the first and the last one included.
     rows = np.unique(np.linspace(0, out - 1, SAMPLE).astype(np.intp))
     weight = source_rows(source, rows, kind)

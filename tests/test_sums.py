@@ -1,0 +1,452 @@
+"""Strength, and sums of changes: W + Σ t (W'ᵢ − W), whatever the adapters are.
+
+W'ᵢ is the merge of one adapter alone. Two adapters add up in W', and not in V.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+from checkpoints import PREFIX, dense, draw, peft_config, read_folder, write_base, write_json
+from safetensors.numpy import save_file
+
+from doraxp.checkpoint import Options, Weighted, audit, plan_merge, run_merge
+from doraxp.cli import main
+
+RANK, ALPHA = 2, 3.0
+S = ALPHA / RANK
+LINEAR, OTHER, ALONE = "block.0.q", "block.0.k", "block.1.q"
+EMBED, CONV = "embed", "down"
+SHAPES = {LINEAR: (37, 24), OTHER: (18, 24), ALONE: (9, 8), EMBED: (50, 24), CONV: (10, 6, 3, 2)}
+
+
+def base_of(rng, dtype):
+    weights = {f"{path}.weight": draw(rng, *shape) for path, shape in SHAPES.items()}
+    weights["block.0.k.bias"] = draw(rng, 18)
+    return {name: weight.astype(dtype) for name, weight in weights.items()}
+
+
+def adapter(rng, path):
+    """Return the leaves of an adapter of PEFT, and W' as a function of W."""
+    shape = SHAPES[path]
+    if path == EMBED:
+        a, b, m = draw(rng, RANK, 50), draw(rng, 24, RANK), 1 + rng.random(24, dtype="f4")
+        leaves = {"lora_embedding_A": a, "lora_embedding_B": b, "lora_magnitude_vector": m}
+        return leaves, lambda w: dense(w.T, a, b, m, S).T
+    a, b = draw(rng, RANK, *shape[1:]), draw(rng, shape[0], RANK)
+    m = 1 + rng.random(shape[0], dtype="f4")
+    ones = [1] * (len(shape) - 2)
+    leaves = {
+        "lora_A.weight": a,
+        "lora_B.weight": b.reshape(*b.shape, *ones),
+        "lora_magnitude_vector": m.reshape(1, -1, *ones) if ones else m,
+    }
+    flat = a.reshape(RANK, -1)
+    return leaves, lambda w: dense(w.reshape(len(w), -1), flat, b, m, S).reshape(w.shape)
+
+
+def write_one(folder, seed, paths, *, whole=None, dora=True, **entries):
+    """Write an adapter of PEFT; return its W' by the base's names."""
+    rng = np.random.default_rng(seed)
+    tensors, merges = {}, {}
+    for path in paths:
+        leaves, merge = adapter(rng, path)
+        if not dora:
+            m = leaves.pop("lora_magnitude_vector")
+            a, b = leaves.values()
+            flat = (b.reshape(len(b), RANK).astype("f8") @ a.reshape(RANK, -1).astype("f8")) * S
+            del m
+            merge = lambda w, flat=flat: w.astype("f8") + flat.reshape(w.shape)  # noqa: E731
+        tensors |= {f"{PREFIX}{path}.{name}": leaf for name, leaf in leaves.items()}
+        merges[f"{path}.weight"] = merge
+    for name, value in (whole or {}).items():
+        tensors[f"{PREFIX}{name}"] = value
+        merges[name] = lambda w, value=value: value.astype("f8")
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    write_json(folder / "adapter_config.json", peft_config(use_dora=dora, **entries))
+    return merges
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture
+def model(tmp_path, dtype):
+    """A base, and three adapters: two share tensors, and one of them is plain LoRA."""
+    base = base_of(np.random.default_rng(0), dtype)
+    write_base(tmp_path / "base", base)
+    merges = [
+        write_one(tmp_path / "one", 1, [LINEAR, OTHER, EMBED, CONV]),
+        write_one(tmp_path / "two", 2, [LINEAR, EMBED, CONV, ALONE]),
+        write_one(tmp_path / "three", 3, [LINEAR, OTHER, CONV], dora=False),
+    ]
+    return base, merges
+
+
+def run(folder, *arguments, out="out"):
+    return main(["merge", str(folder / "base"), *arguments, "--out", str(folder / out)])
+
+
+def adapters(folder, *weighted):
+    return [part for one in weighted for part in ("--adapter", str(folder / one))]
+
+
+def summed(base, terms):
+    """W + Σ t (W' − W) in float64, by tensor."""
+    result = {name: weight.astype("f8") for name, weight in base.items()}
+    for merges, strength in terms:
+        for name, merge in merges.items():
+            w = base[name].astype("f8")
+            result[name] = result[name] + strength * (merge(w) - w)
+    return result
+
+
+def assert_close(actual, desired, terms=1):
+    epsilon = 2.0**-8 if actual.dtype == ml_dtypes.bfloat16 else 1e-6
+    error = np.abs(actual.astype("f8") - desired).max() / np.abs(desired).max()
+    assert error <= epsilon * terms
+
+
+@pytest.mark.parametrize("strength", [0.7, -1.5, 2.0, 1e-3])
+def test_a_strength_scales_the_change_of_the_weights(tmp_path, model, strength):
+    base, (merges, *_) = model
+    assert run(tmp_path, str(tmp_path / "one"), "--scale", str(strength), "--verify") == 0
+    out, desired = read_folder(tmp_path / "out"), summed(base, [(merges, strength)])
+    for name, weight in base.items():
+        if name in merges:
+            assert_close(out[name], desired[name])
+        else:
+            assert out[name].tobytes() == weight.tobytes()
+
+
+def test_strength_1_is_the_adapter_and_0_the_base_bit_for_bit(tmp_path, model):
+    base, _ = model
+    assert run(tmp_path, str(tmp_path / "one")) == 0
+    assert run(tmp_path, str(tmp_path / "one"), "--scale", "1", out="whole") == 0
+    assert run(tmp_path, str(tmp_path / "one"), "--scale", "0", out="nothing") == 0
+    alone = adapters(tmp_path, "one", "two:0")
+    assert run(tmp_path, *alone, out="alone") == 0
+    plain = read_folder(tmp_path / "out")
+    for name, weight in plain.items():
+        assert read_folder(tmp_path / "whole")[name].tobytes() == weight.tobytes()
+        assert read_folder(tmp_path / "alone")[name].tobytes() == weight.tobytes()
+    assert {n: x.tobytes() for n, x in read_folder(tmp_path / "nothing").items()} == {
+        name: weight.tobytes() for name, weight in base.items()
+    }
+
+
+def test_changes_add_up_in_the_weights(tmp_path, model):
+    base, merges = model
+    strengths = (0.7, 0.4, -0.3)
+    names = ("one:0.7", "two:0.4", "three:-0.3")
+    assert run(tmp_path, *adapters(tmp_path, *names), "--verify") == 0
+    out = read_folder(tmp_path / "out")
+    desired = summed(base, zip(merges, strengths, strict=True))
+    for name in base:
+        assert_close(out[name], desired[name], 2)
+
+
+def test_the_order_of_the_adapters_does_not_matter_bit_for_bit(tmp_path, model):
+    found = set()
+    for order in itertools.permutations(["one:0.7", "two:0.4", "three:-0.3"]):
+        assert run(tmp_path, *adapters(tmp_path, *order), "--force") == 0
+        out = read_folder(tmp_path / "out")
+        found.add(tuple(out[name].tobytes() for name in sorted(out)))
+    assert len(found) == 1
+
+
+def test_scale_multiplies_every_strength(tmp_path, model):
+    assert run(tmp_path, *adapters(tmp_path, "one:0.5", "two"), "--scale", "0.5") == 0
+    assert run(tmp_path, *adapters(tmp_path, "one:0.25", "two:0.5"), out="other") == 0
+    one, other = (read_folder(tmp_path / name) for name in ("out", "other"))
+    assert all(one[name].tobytes() == other[name].tobytes() for name in one)
+
+
+def test_an_adapter_whose_name_ends_like_a_strength_is_a_path(tmp_path, model):
+    shutil.copytree(tmp_path / "one", tmp_path / "run:2")
+    assert run(tmp_path, *adapters(tmp_path, "run:2")) == 0
+    assert run(tmp_path, str(tmp_path / "one"), out="other") == 0
+    one, other = (read_folder(tmp_path / name) for name in ("out", "other"))
+    assert all(one[name].tobytes() == other[name].tobytes() for name in one)
+
+
+def test_each_block_of_the_base_is_read_once_for_all_adapters(tmp_path, model, monkeypatch):
+    from doraxp.checkpoint._safetensors import Reader
+
+    read, seen = Reader.read, []
+
+    def counted(self, name, *arguments, **options):
+        if self.path.parent.name == "base":
+            seen.append(name)
+        return read(self, name, *arguments, **options)
+
+    merge = plan_merge(
+        tmp_path / "base", [Weighted(tmp_path / n, 0.5) for n in ("one", "two", "three")], Options()
+    )
+    monkeypatch.setattr(Reader, "read", counted)
+    run_merge(merge, tmp_path / "out")
+    # The norms of an embedding's columns need a pass of their own, for all adapters together.
+    assert {name: seen.count(name) for name in seen} == {
+        "block.0.q.weight": 1,
+        "block.0.k.weight": 1,
+        "block.1.q.weight": 1,
+        "down.weight": 1,
+        "embed.weight": 2,
+    }
+
+
+def test_whole_tensors_are_scaled_and_added_too(tmp_path):
+    rng = np.random.default_rng(0)
+    base = base_of(rng, "float32")
+    write_base(tmp_path / "base", base)
+    bias, weight = draw(rng, 18), draw(rng, *SHAPES[ALONE])
+    one = write_one(
+        tmp_path / "one", 1, [OTHER],
+        whole={"block.0.k.bias": bias}, bias="lora_only",
+    )  # fmt: skip
+    two = write_one(
+        tmp_path / "two", 2, [LINEAR, ALONE], whole={"block.0.k.bias": 2 * bias}, bias="lora_only"
+    )
+    three = write_one(
+        tmp_path / "three", 3, [LINEAR],
+        whole={f"{ALONE}.weight": weight}, modules_to_save=[ALONE],
+    )  # fmt: skip
+    names = ("one:0.7", "two:0.4", "three:0.5")
+    assert run(tmp_path, *adapters(tmp_path, *names), "--verify") == 0
+    out = read_folder(tmp_path / "out")
+    desired = summed(base, [(one, 0.7), (two, 0.4), (three, 0.5)])
+    for name in base:
+        assert_close(out[name], desired[name], 2)
+
+
+def fused(folder, rng):
+    """A base with queries and keys in one tensor, an adapter of the whole, and one of the keys."""
+    base = {
+        "model.layers.0.self_attn.qkv_proj.weight": draw(rng, 30, 8),
+        "model.layers.0.mlp.weight": draw(rng, 5, 8),
+    }
+    write_base(folder / "base", base)
+    return base
+
+
+def test_adapters_of_a_fused_tensor_and_of_its_parts_add_up(tmp_path):
+    rng = np.random.default_rng(0)
+    base = fused(tmp_path, rng)
+    sizes = {
+        "model.layers.0.self_attn.qkv_proj": 30,
+        "model.layers.0.self_attn.q_proj": 10,
+        "model.layers.0.self_attn.k_proj": 10,
+    }
+    leaves = {
+        path: (draw(rng, RANK, 8), draw(rng, size, RANK), 1 + rng.random(size, dtype="f4"))
+        for path, size in sizes.items()
+    }
+    whole, *parts = leaves
+    parts.append("model.layers.0.self_attn.v_proj")
+    leaves[parts[-1]] = (draw(rng, RANK, 8), np.zeros((10, RANK), "f4"), np.ones(10, "f4"))
+    for name, paths in (("one", [whole]), ("two", parts)):
+        (tmp_path / name).mkdir()
+        tensors = {
+            f"{PREFIX}{path}.{leaf}": x
+            for path in paths
+            for leaf, x in zip(
+                ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"),
+                leaves[path],
+                strict=True,
+            )
+        }
+        save_file(tensors, tmp_path / name / "adapter_model.safetensors", {"format": "pt"})
+        write_json(tmp_path / name / "adapter_config.json", peft_config())
+    assert run(tmp_path, *adapters(tmp_path, "one:0.5", "two:0.25"), "--verify") == 0
+    out = read_folder(tmp_path / "out")
+    w = base["model.layers.0.self_attn.qkv_proj.weight"]
+    desired = w + 0.5 * (dense(w, *leaves[whole]) - w)
+    for place, path in enumerate(parts):
+        rows = slice(10 * place, 10 * place + 10)
+        desired[rows] += 0.25 * (dense(w[rows], *leaves[path]) - w[rows])
+    assert_close(out["model.layers.0.self_attn.qkv_proj.weight"], desired, 2)
+
+
+def test_a_sum_is_audited(tmp_path, model):
+    base, merges = model
+    weighted = [Weighted(tmp_path / "one", 0.7), Weighted(tmp_path / "two", 0.4)]
+    plan = plan_merge(tmp_path / "base", weighted, Options())
+    run_merge(plan, tmp_path / "out")
+    verdicts = audit(plan, tmp_path / "out")
+    assert all(verdict.right for verdict in verdicts.values())
+    assert verdicts[f"{LINEAR}.weight"].verdict == "exact"
+    right = read_folder(tmp_path / "out")
+    wide = summed(base, [(merges[0], 0.7), (merges[1], 0.4)])[f"{LINEAR}.weight"]
+    stored = right[f"{LINEAR}.weight"]
+    damaged = stored.copy()
+    damaged[3, 4] += damaged.dtype.type(1)
+    infinite = stored.copy()
+    infinite[3, 4] = np.inf
+    one_alone = summed(base, [(merges[0], 0.7)])[f"{LINEAR}.weight"]
+    cases = {
+        "rounded": wide.astype("float64").astype(stored.dtype),
+        "unchanged": base[f"{LINEAR}.weight"],
+        "damaged": damaged,
+        "another sum": one_alone.astype(stored.dtype),
+        "NaN or infinity": infinite,
+        "another shape": stored[1:],
+    }
+    for verdict, weight in cases.items():
+        shutil.rmtree(tmp_path / "other", ignore_errors=True)
+        write_base(tmp_path / "other", right | {f"{LINEAR}.weight": weight})
+        found = audit(plan, tmp_path / "other")[f"{LINEAR}.weight"]
+        assert found.verdict in ({verdict, "exact"} if verdict == "rounded" else {verdict})
+        assert found.right == (verdict == "rounded")
+
+
+def test_the_command_audits_a_sum(tmp_path, model, capsys):
+    both = adapters(tmp_path, "one:0.7", "two:0.4")
+    assert run(tmp_path, *both) == 0
+    assert main(["audit", str(tmp_path / "base"), str(tmp_path / "out"), *both]) == 0
+    other = adapters(tmp_path, "one:0.4", "two:0.7")
+    assert main(["audit", str(tmp_path / "base"), *other, str(tmp_path / "out")]) == 1
+    assert "another sum" in capsys.readouterr().out
+
+
+def test_the_report_of_a_sum_names_its_adapters(tmp_path, model, capsys):
+    report = tmp_path / "r.json"
+    assert run(tmp_path, *adapters(tmp_path, "one:0.7", "three"), "--json", str(report)) == 0
+    text = capsys.readouterr().out
+    assert "peft adapter, 0.7 times + peft adapter" in text
+    found = json.loads(report.read_text())
+    assert [one["strength"] for one in found["adapters"]] == [0.7, 1.0]
+    row = found["changed"][f"{LINEAR}.weight"]
+    assert (row["kind"], row["strengths"]) == ("sum", [0.7, 1.0])
+    assert [term["update"] for term in row["terms"]] == ["DoRA", "LoRA"]
+    assert {"magnitude", "direction", "largest", "kept"} <= row.keys()
+
+
+def test_the_changes_of_a_sum_are_those_of_the_weights(tmp_path):
+    base = base_of(np.random.default_rng(0), "float32")
+    write_base(tmp_path / "base", base)
+    merges = write_one(tmp_path / "one", 1, [LINEAR])
+    plan = plan_merge(tmp_path / "base", [Weighted(tmp_path / "one", 0.5)], Options())
+    change = run_merge(plan, tmp_path / "out")[f"{LINEAR}.weight"]
+    w = base[f"{LINEAR}.weight"].astype("f8")
+    new = summed(base, [(merges, 0.5)])[f"{LINEAR}.weight"]
+    before, after = np.linalg.norm(w, axis=1), np.linalg.norm(new, axis=1)
+    cosines = np.sum(w * new, axis=1) / (before * after)
+    assert change.magnitude == pytest.approx(np.mean(np.abs(after - before)), rel=1e-5)
+    assert change.direction == pytest.approx(np.mean(1 - cosines), rel=1e-5)
+    moved = np.linalg.norm(new - w, axis=1) / before
+    assert change.largest == pytest.approx(moved.max(), rel=1e-5)
+
+
+BAD = {
+    "not a number": (["--scale", "much"], "must be a finite number, got 'much'"),
+    "nan": (["--scale", "nan"], "must be a finite number, got 'nan'"),
+    "infinity": (["--adapter", "one:inf"], "must be a finite number, got 'inf'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_strength_must_be_a_finite_number(tmp_path, capsys, case):
+    arguments, message = BAD[case]
+    with pytest.raises(SystemExit) as error:
+        run(tmp_path, *arguments)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("strength", [np.nan, np.inf])
+def test_a_strength_of_the_library_must_be_finite(tmp_path, model, strength):
+    with pytest.raises(ValueError, match="strength must be finite"):
+        plan_merge(tmp_path / "base", [Weighted(tmp_path / "one", strength)], Options())
+    with pytest.raises(ValueError, match="at least one Weighted"):
+        plan_merge(tmp_path / "base", [], Options())
+
+
+def test_adapter_and_option_are_not_both_given(tmp_path, model, capsys):
+    one = str(tmp_path / "one")
+    assert run(tmp_path, one, "--adapter", one) == 2
+    assert "give ADAPTER or --adapter, not both" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as error:
+        run(tmp_path)
+    assert error.value.code == 2
+    assert "ADAPTER" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["audit", str(tmp_path / "base"), one])
+    assert "MERGED" in capsys.readouterr().err
+
+
+def test_options_may_stand_between_base_and_adapter(tmp_path, model):
+    one = str(tmp_path / "one")
+    out = str(tmp_path / "out")
+    assert main(["merge", str(tmp_path / "base"), "--jobs", "1", one, "--out", out]) == 0
+
+
+def test_a_new_tensor_cannot_be_scaled(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    write_base(tmp_path / "base", base_of(rng, "float32"), architectures=["LlamaForCausalLM"])
+    write_one(
+        tmp_path / "one", 1, [LINEAR],
+        whole={"score.weight": draw(rng, 3, 24)},
+        modules_to_save=["score"], task_type="SEQ_CLS",
+    )  # fmt: skip
+    assert run(tmp_path, str(tmp_path / "one"), "--scale", "0.5", "--architecture", "X") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "cannot be scaled or added: merge that adapter alone first, with strength 1" in error
+
+
+def test_a_module_in_full_with_an_adapter_cannot_be_scaled(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    write_base(tmp_path / "base", base_of(rng, "float32"))
+    write_one(
+        tmp_path / "one", 1, [ALONE, LINEAR],
+        whole={f"{ALONE}.weight": draw(rng, *SHAPES[ALONE])}, modules_to_save=[ALONE],
+    )  # fmt: skip
+    assert run(tmp_path, str(tmp_path / "one")) == 0
+    assert run(tmp_path, str(tmp_path / "one"), "--scale", "0.5", out="other") == 2
+    assert f"has {ALONE}.weight in full, and an adapter of it too" in capsys.readouterr().err
+
+
+def test_nan_in_a_whole_tensor_is_refused_in_a_sum(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    write_base(tmp_path / "base", base_of(rng, "float32"))
+    weight = draw(rng, *SHAPES[ALONE])
+    weight[2, 3] = np.nan
+    write_one(
+        tmp_path / "one", 1, [LINEAR],
+        whole={f"{ALONE}.weight": weight}, modules_to_save=[ALONE],
+    )  # fmt: skip
+    assert run(tmp_path, str(tmp_path / "one"), "--scale", "0.5") == 2
+    assert f"{ALONE}.weight contains NaN or infinity" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sum_that_overflows_is_refused(tmp_path, capsys):
+    base = base_of(np.random.default_rng(0), "float32")
+    write_base(tmp_path / "base", base)
+    write_one(tmp_path / "one", 1, [LINEAR])
+    arguments = [str(tmp_path / "one"), "--scale", "1e39", "--compute", "float32"]
+    assert run(tmp_path, *arguments) == 2
+    assert f"{LINEAR}.weight has values too large for float32" in capsys.readouterr().err
+
+
+def test_two_merges_one_after_the_other_are_not_the_sum(tmp_path, model):
+    """The second adapter was trained on the base: its magnitudes undo the first one's."""
+    base, merges = model
+    assert run(tmp_path, str(tmp_path / "one")) == 0
+    command = ["merge", str(tmp_path / "out"), str(tmp_path / "two")]
+    assert main([*command, "--out", str(tmp_path / "chained")]) == 0
+    assert run(tmp_path, *adapters(tmp_path, "one", "two"), out="sum") == 0
+    chained, right = (read_folder(tmp_path / name) for name in ("chained", "sum"))
+    name = f"{LINEAR}.weight"
+    wanted = summed(base, [(merges[0], 1), (merges[1], 1)])[name]
+    change = np.linalg.norm(wanted - base[name].astype("f8"))
+    assert np.linalg.norm(right[name].astype("f8") - wanted) < 0.02 * change
+    assert np.linalg.norm(chained[name].astype("f8") - wanted) > 0.2 * change
