@@ -12,7 +12,16 @@ import shutil
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import PREFIX, dense, draw, peft_config, read_folder, write_base, write_json
+from checkpoints import (
+    PREFIX,
+    dense,
+    draw,
+    peft_config,
+    read_folder,
+    write_base,
+    write_json,
+    write_peft,
+)
 from safetensors.numpy import save_file
 
 from doraxp.checkpoint import Options, Weighted, audit, plan_merge, run_merge
@@ -227,52 +236,28 @@ def test_whole_tensors_are_scaled_and_added_too(tmp_path):
         assert_close(out[name], desired[name], 2)
 
 
-def fused(folder, rng):
-    """A base with queries and keys in one tensor, an adapter of the whole, and one of the keys."""
-    base = {
-        "model.layers.0.self_attn.qkv_proj.weight": draw(rng, 30, 8),
-        "model.layers.0.mlp.weight": draw(rng, 5, 8),
-    }
-    write_base(folder / "base", base)
-    return base
+FUSED = "encoder.layer.0.attention.qkv_proj"
+"""A tensor of queries, keys and values of the family gte, whose modules have other names."""
 
 
 def test_adapters_of_a_fused_tensor_and_of_its_parts_add_up(tmp_path):
     rng = np.random.default_rng(0)
-    base = fused(tmp_path, rng)
-    sizes = {
-        "model.layers.0.self_attn.qkv_proj": 30,
-        "model.layers.0.self_attn.q_proj": 10,
-        "model.layers.0.self_attn.k_proj": 10,
-    }
+    base = {f"{FUSED}.weight": draw(rng, 30, 8), "encoder.layer.0.mlp.weight": draw(rng, 5, 8)}
+    write_base(tmp_path / "base", base, model_type="gte")
+    parts = [f"layers.0.self_attn.{name}_proj" for name in "qkv"]
     leaves = {
         path: (draw(rng, RANK, 8), draw(rng, size, RANK), 1 + rng.random(size, dtype="f4"))
-        for path, size in sizes.items()
+        for path, size in ((FUSED, 30), *((path, 10) for path in parts))
     }
-    whole, *parts = leaves
-    parts.append("model.layers.0.self_attn.v_proj")
-    leaves[parts[-1]] = (draw(rng, RANK, 8), np.zeros((10, RANK), "f4"), np.ones(10, "f4"))
-    for name, paths in (("one", [whole]), ("two", parts)):
-        (tmp_path / name).mkdir()
-        tensors = {
-            f"{PREFIX}{path}.{leaf}": x
-            for path in paths
-            for leaf, x in zip(
-                ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"),
-                leaves[path],
-                strict=True,
-            )
-        }
-        save_file(tensors, tmp_path / name / "adapter_model.safetensors", {"format": "pt"})
-        write_json(tmp_path / name / "adapter_config.json", peft_config())
+    write_peft(tmp_path / "one", {FUSED: leaves[FUSED]})
+    write_peft(tmp_path / "two", {path: leaves[path] for path in parts[1:]})
     assert run(tmp_path, *adapters(tmp_path, "one:0.5", "two:0.25"), "--verify") == 0
-    out = read_folder(tmp_path / "out")
-    w = base["model.layers.0.self_attn.qkv_proj.weight"]
-    desired = w + 0.5 * (dense(w, *leaves[whole]) - w)
-    for place, path in enumerate(parts):
+    w = base[f"{FUSED}.weight"]
+    desired = w + 0.5 * (dense(w, *leaves[FUSED]) - w)
+    for place, path in enumerate(parts[1:], start=1):
         rows = slice(10 * place, 10 * place + 10)
         desired[rows] += 0.25 * (dense(w[rows], *leaves[path]) - w[rows])
-    assert_close(out["model.layers.0.self_attn.qkv_proj.weight"], desired, 2)
+    assert_close(read_folder(tmp_path / "out")[f"{FUSED}.weight"], desired, 2)
 
 
 def test_a_sum_is_audited(tmp_path, model):
