@@ -23,7 +23,8 @@ import ml_dtypes  # noqa: F401  makes NumPy know bfloat16
 import numpy as np
 from safetensors import safe_open
 
-from doraxp.checkpoint import AdaptedLayer, load_adapters
+from doraxp import LowRank, UpdateAdapter
+from doraxp.checkpoint import AdaptedLayer, UpdatedLayer, load_adapters, save_adapters
 
 ROUNDS, KILLS = 3, 50
 MIB = 1 << 20
@@ -52,6 +53,7 @@ def main() -> int:
         checkpoint_model.write(large, gigabytes)
         checkpoint_model.write(wide, gigabytes / 4, width=1024, dtype="float32")
         checkpoint_model.write(small, gigabytes / 20, width=1024)
+    write_plain(large)
     good = [*speed(large), *memory(large), *accuracy(large, "bfloat16"), *accuracy(wide, "float32")]
     return 0 if all([*good, *kills(small)]) else 1
 
@@ -69,6 +71,8 @@ def speed(model: Path) -> Iterator[bool]:
     ways: dict[str, Callable[[], float]] = {
         "cp -r": lambda: timed(["cp", "-r", str(model / "base"), str(model / "out")]),
         "doraxp merge": lambda: timed(merge_command(model)),
+        "plain LoRA": lambda: timed(merge_command(model, "lora")),
+        "a sum": lambda: timed(sum_command(model)),
         "PEFT": lambda: peft(model, "bfloat16"),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -81,23 +85,38 @@ def speed(model: Path) -> Iterator[bool]:
             shutil.rmtree(model / "out")
     for name, seconds in times.items():
         print(f"{name:12} seconds: {', '.join(f'{one:.1f}' for one in seconds)}")
-    copy, ours, theirs = (statistics.median(seconds) for seconds in times.values())
+    copy, ours, plain, both, theirs = map(statistics.median, times.values())
     size = sum(file.stat().st_size for file in (model / "base").iterdir())
     print(f"bytes per second: {size / ours / 1e9:.2f} GB")
     yield met("time ÷ cp -r", ours / copy, 3)
+    yield met("plain LoRA: time ÷ cp -r", plain / copy, 3)
+    print(f"{'a sum of both adapters: time ÷ cp -r':60} {both / copy:9.6g}")
     yield met(
         "time of PEFT (load, merge, save; no imports) ÷ ours", theirs / ours, 3, at_least=True
     )
 
 
-def merge_command(model: Path) -> list[str]:
+def write_plain(model: Path) -> None:
+    """Write the factors of `adapter` as plain LoRA, beside it."""
+    if not (model / "lora").exists():
+        layers = {}
+        for path, layer in load_adapters(model / "adapter").items():
+            a, b, _ = layer.adapter
+            own = UpdateAdapter(LowRank(a, b))
+            layers[path] = UpdatedLayer(own, layer.config, layer.kind, layer.shape)
+        save_adapters(model / "lora", layers)
+
+
+def merge_command(model: Path, adapter: str = "adapter") -> list[str]:
     """Return the command that merges `model`."""
-    return [
-        *MERGE,
-        *(str(model / name) for name in ("base", "adapter")),
-        "--out",
-        str(model / "out"),
-    ]
+    paths = [str(model / name) for name in ("base", adapter, "out")]
+    return [*MERGE, *paths[:2], "--out", paths[2]]
+
+
+def sum_command(model: Path) -> list[str]:
+    """Return the command that adds parts of the changes by both adapters."""
+    both = [f"--adapter={model / 'adapter'}:0.7", f"--adapter={model / 'lora'}:0.4"]
+    return [*MERGE, str(model / "base"), *both, "--out", str(model / "out")]
 
 
 def timed(command: list[str]) -> float:
