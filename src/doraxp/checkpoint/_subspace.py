@@ -1,0 +1,322 @@
+"""The part of two weights that a low-rank update of their difference needs: a small subspace.
+
+    W, W*   (out, in)   the weight before and after    D = W* − W
+    γ       (out,)      the row gains less 1           E = D − γ⊙W
+    K       (in, k)     orthonormal columns            D K and W K are (out, k)
+    A = C Kᵀ  (rank, in), orthonormal rows, with C (rank, k)
+
+The best A for a given γ has the top right singular vectors of E. The spaces of block Krylov
+
+    span [Q, EᵀE Q, (EᵀE)² Q, ...]
+
+come near them in a few passes, also where the singular values are close together. D K and W K are
+kept, so γ and A can improve each other within the subspace without a further pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from doraxp._base.types import HostArray
+
+Matrix: TypeAlias = NDArray[np.float64]
+OnRows: TypeAlias = Callable[[int], object]
+
+DENSE, NARROW = 1 << 20, 512
+"""A matrix of at most so many numbers, and at most so many rows or columns, is kept in memory."""
+_MEMORY = 48 << 20
+"""Bytes for K, D K and W K of a larger one."""
+MORE, _STEPS = 8, 8
+"""Columns of a block of K beyond the rank, and the most blocks of K."""
+_CHUNK = 1 << 20
+"""Numbers of E K at a time."""
+_LEAST, _MOST = 2.0**-10, 2.0**10
+"""Limits of a row's gain 1 + γ. B = B' / gain stays within the range of float32."""
+_ALONG = 1e-6
+"""Part of ‖w‖² below which ‖w⊥‖² counts as rounding."""
+
+
+class Block(NamedTuple):
+    """Some rows and columns of both matrices."""
+
+    rows: slice
+    columns: slice
+    base: HostArray
+    tuned: HostArray
+
+
+class Pair(Protocol):
+    """Two matrices that are read block by block, as often as needed.
+
+    Each block has all columns of some rows, or else each has all rows of some columns.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of both."""
+
+    def blocks(self) -> Iterator[Block]:
+        """Read both matrices once."""
+
+
+class Subspace(NamedTuple):
+    """K with the products of both matrices."""
+
+    basis: Matrix | None
+    """K; None for the identity."""
+    difference: HostArray
+    """D K."""
+    weight: HostArray
+    """W K."""
+    is_settled: bool = False
+    """Whether the last block of K lowered the error by a negligible part only."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether K spans all columns, as only a complete basis does."""
+        return self.basis is None or self.basis.shape[0] == self.basis.shape[1]
+
+    def rows(self, coordinates: Matrix) -> Matrix:
+        """Return A = C Kᵀ."""
+        return coordinates if self.basis is None else coordinates @ self.basis.T
+
+    def chunks(self) -> Iterator[slice]:
+        """Cut the rows into pieces that float64 has room for."""
+        step = max(1, _CHUNK // self.difference.shape[1])
+        return (slice(at, at + step) for at in range(0, len(self.difference), step))
+
+    def error(self, gamma: Matrix, rows: slice) -> Matrix:
+        """Return rows of E K."""
+        return np.asarray(
+            self.difference[rows] - gamma[rows, None] * self.weight[rows], dtype=np.float64
+        )
+
+
+class Sums(NamedTuple):
+    """Products of the rows, each (out,): ‖d‖², ⟨d, w⟩ and ‖w‖²."""
+
+    dd: Matrix
+    dw: Matrix
+    ww: Matrix
+
+    @staticmethod
+    def zeros(rows: int) -> Sums:
+        """Return sums of nothing."""
+        return Sums(*(np.zeros(rows) for _ in Sums._fields))
+
+    def add(self, rows: slice, difference: HostArray, weight: HostArray) -> None:
+        """Add the products of some rows, or of a part of their columns."""
+        self.dd[rows] += np.einsum("ij,ij->i", difference, difference)
+        self.dw[rows] += np.einsum("ij,ij->i", difference, weight)
+        self.ww[rows] += np.einsum("ij,ij->i", weight, weight)
+
+    def squares(self, gamma: Matrix) -> Matrix:
+        """Return ‖d − γ w‖² of each row."""
+        return np.maximum(self.dd - 2 * gamma * self.dw + gamma * gamma * self.ww, 0.0)
+
+
+class Best(NamedTuple):
+    """A low-rank update in a subspace, with the row gains that fit it."""
+
+    coordinates: Matrix
+    """C."""
+    gamma: Matrix
+    squares: float
+    """‖W' − W*‖², Frobenius."""
+
+
+def row_sums(pair: Pair, on_rows: OnRows) -> Sums:
+    """Return the products of the rows; NaN or infinity where a weight has them."""
+    sums = Sums.zeros(pair.shape[0])
+    with np.errstate(invalid="ignore", over="ignore"):
+        for block in pair.blocks():
+            weight, difference = _wide(block)
+            sums.add(block.rows, difference, weight)
+            on_rows(weight.size)
+    return sums
+
+
+def whole(pair: Pair, on_rows: OnRows) -> Subspace | None:
+    """Return the subspace of all rows, K = I; None where the matrices are too large for it."""
+    if pair.shape[0] * pair.shape[1] > DENSE or min(pair.shape) > NARROW:
+        return None
+    difference, weight = np.empty(pair.shape), np.empty(pair.shape)
+    for block in pair.blocks():
+        place = (block.rows, block.columns)
+        weight[place], difference[place] = _wide(block)
+        on_rows(block.base.size)
+    return Subspace(None, difference, weight)
+
+
+def again(
+    pair: Pair,
+    found: Subspace,
+    sums: Sums,
+    gamma: Matrix,
+    rank: int,
+    on_rows: OnRows,
+    *,
+    loss: float,
+) -> Subspace:
+    """Return the block Krylov subspace of EᵀE from the top right singular vectors in another."""
+    start = found.rows(top(found, gamma, rank + MORE)[0]).T
+    total = float(sums.squares(gamma).sum())
+    return krylov(pair, gamma, start, rank, total, on_rows, loss=loss)
+
+
+def krylov(
+    pair: Pair,
+    gamma: Matrix,
+    start: Matrix,
+    rank: int,
+    total: float,
+    on_rows: OnRows,
+    *,
+    loss: float,
+) -> Subspace:
+    """Return the block Krylov subspace of EᵀE from a few columns.
+
+    Parameters
+    ----------
+    pair : Pair
+    gamma : array, shape (out,)
+    start : array, shape (in, more than rank)
+    rank : int
+    total : float
+        ‖E‖².
+    on_rows : callable
+        Called with the size of each block that was read.
+    loss : float
+        The passes end when one lowers the error by less than this part of it.
+    """
+    out, inner = pair.shape
+    width = start.shape[1]
+    most = min(_STEPS, max(2, _MEMORY // (8 * width * (out + inner))), -(-inner // width))
+    found, last = Subspace(np.empty((inner, 0)), np.empty((out, 0)), np.empty((out, 0))), total
+    block = np.linalg.qr(start)[0]
+    for _ in range(most):
+        basis = np.concatenate([found.basis, block], axis=1)
+        difference, weight, image = _products(pair, block, gamma, on_rows)
+        found = Subspace(
+            basis,
+            np.concatenate([found.difference, difference], axis=1),
+            np.concatenate([found.weight, weight], axis=1),
+        )
+        left = total - float(top(found, gamma, rank)[1].sum())
+        if last - left <= loss * left:
+            return found._replace(is_settled=True)
+        last = left
+        block = _next(image, basis)
+    return found
+
+
+def _next(image: Matrix, basis: Matrix) -> Matrix:
+    """Return orthonormal columns, orthogonal to K, that span the rest of EᵀE K."""
+    for _ in range(2):  # the first time leaves rounding errors of the part along K
+        image = np.linalg.qr(image - basis @ (basis.T @ image))[0]
+    return image[:, : basis.shape[0] - basis.shape[1]]
+
+
+def _products(
+    pair: Pair, block: Matrix, gamma: Matrix, on_rows: OnRows
+) -> tuple[HostArray, HostArray, Matrix]:
+    """Return D Q, W Q and EᵀE Q, from one pass, or from two where the blocks are columns."""
+    (out, inner), width = pair.shape, block.shape[1]
+    difference, weight, image = (np.zeros((n, width)) for n in (out, out, inner))
+    bent = bool(gamma.any())
+
+    def back(rows: slice, columns: slice, d: HostArray, w: HostArray) -> None:
+        y = difference[rows] - gamma[rows, None] * weight[rows]
+        if bent:
+            w *= gamma[rows, None].astype(w.dtype)
+            d -= w
+        image[columns] += d.T @ y.astype(d.dtype)
+
+    whole_rows = True
+    for part in pair.blocks():
+        w, d = _wide(part)
+        q = block[part.columns].astype(w.dtype)
+        difference[part.rows] += d @ q
+        weight[part.rows] += w @ q
+        whole_rows = part.columns.stop - part.columns.start == inner
+        if whole_rows:
+            back(part.rows, part.columns, d, w)
+        on_rows(w.size)
+    if not whole_rows:
+        for part in pair.blocks():
+            w, d = _wide(part)
+            back(part.rows, part.columns, d, w)
+            on_rows(w.size)
+    return difference, weight, image
+
+
+def _wide(block: Block) -> tuple[HostArray, HostArray]:
+    """Return W and D of a block: in float32 if both are narrower, else in float64."""
+    narrow = max(block.base.dtype.itemsize, block.tuned.dtype.itemsize) < 4
+    dtype: np.dtype[Any] = np.dtype(np.float32 if narrow else np.float64)
+    weight = block.base.astype(dtype)
+    return weight, block.tuned.astype(dtype) - weight
+
+
+def top(found: Subspace, gamma: Matrix, rank: int) -> tuple[Matrix, Matrix]:
+    """Return the top right singular vectors of E K, (rank, k), and their squared values."""
+    out, size = found.difference.shape
+    if size <= out:
+        gram = np.zeros((size, size))
+        for rows in found.chunks():
+            part = found.error(gamma, rows)
+            gram += part.T @ part
+        values, vectors = np.linalg.eigh(gram)
+        return vectors[:, : -rank - 1 : -1].T, values[: -rank - 1 : -1]
+    error = found.error(gamma, slice(None))
+    values, vectors = np.linalg.eigh(error @ error.T)
+    right = np.linalg.qr(error.T @ vectors[:, : -rank - 1 : -1])[0]
+    return right.T, values[: -rank - 1 : -1]
+
+
+def low_rank(found: Subspace, sums: Sums, rank: int) -> Best:
+    """Return the best update with γ = 0, the truncated SVD of D in the subspace."""
+    gamma = np.zeros_like(sums.dd)
+    coordinates, values = top(found, gamma, rank)
+    return Best(coordinates, gamma, float(sums.dd.sum() - values.sum()))
+
+
+def alternate(
+    found: Subspace, sums: Sums, gamma: Matrix, rank: int, *, loss: float, turns: int
+) -> Best:
+    """Return the best update and γ that turns of one and the other lead to.
+
+    No turn makes the error larger. They end when one lowers it by less than `loss` of it.
+    """
+    best: Best | None = None
+    for _ in range(turns):
+        coordinates, _ = top(found, gamma, rank)
+        gamma, squares = _gains(found, sums, gamma, coordinates)
+        before, best = best, Best(coordinates, gamma, float(squares.sum()))
+        if before is not None and before.squares - best.squares <= loss * before.squares:
+            break
+    assert best is not None
+    return best
+
+
+def _gains(
+    found: Subspace, sums: Sums, gamma: Matrix, coordinates: Matrix
+) -> tuple[Matrix, Matrix]:
+    """Return the best γ for an A, and the squared error of each row.
+
+    With d⊥ = d − (d Aᵀ) A and w⊥ likewise, the row's error is ‖d⊥ − γ w⊥‖: a parabola in γ.
+    """
+    da, wa = (part @ coordinates.T for part in (found.difference, found.weight))  # (out, rank)
+    apart = Sums(
+        sums.dd - np.sum(da * da, axis=1),
+        sums.dw - np.sum(da * wa, axis=1),
+        sums.ww - np.sum(wa * wa, axis=1),
+    )
+    free = apart.ww > _ALONG * sums.ww
+    gamma = np.divide(apart.dw, apart.ww, out=gamma.copy(), where=free)
+    gamma = np.clip(gamma, _LEAST - 1, _MOST - 1)
+    return gamma, apart.squares(gamma)
