@@ -32,6 +32,11 @@ class Closeness(NamedTuple):
     error: float
     """‖W' − W*‖ of the adapter; never above `lora_error`."""
 
+    @property
+    def ratio(self) -> float:
+        """`error` / `lora_error`; 1 where both are 0."""
+        return self.error / self.lora_error if self.lora_error else 1.0
+
 
 class Extraction(NamedTuple):
     """An adapter, and how near it comes to the fine-tune."""
