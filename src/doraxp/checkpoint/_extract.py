@@ -16,6 +16,7 @@ truncated SVD of D: LoRA. From there γ and A take turns, and no turn makes the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -29,7 +30,6 @@ from doraxp.checkpoint._subspace import (
     Pair,
     Subspace,
     Sums,
-    again,
     alternate,
     krylov,
     low_rank,
@@ -39,7 +39,8 @@ from doraxp.checkpoint._subspace import (
 
 _LOSS = 1e-5
 """Part of the squared error by which a pass or a turn must lower it to be followed by another."""
-_CYCLES, _TURNS = 4, 20
+_CYCLES = 4
+"""The most subspaces after the first one for DoRA; for the truncated SVD twice as many."""
 
 
 class Extracted(NamedTuple):
@@ -97,10 +98,7 @@ def extract_layer(
     total = float(sums.dd.sum())
     if not np.isfinite(total + sums.ww.sum()):
         raise FloatingPointError("W and W* must be finite, and so must be their squares")
-    found = whole(pair, on_rows) or _of_difference(pair, sums, rank, on_rows)
-    candidates = [_factors(found, low_rank(found, sums, rank))]
-    if method == "dora":
-        candidates.append(_alternated(pair, found, sums, rank, on_rows))
+    candidates = list(_candidates(pair, sums, rank, method, on_rows))
     measured = _measured(pair, candidates, on_rows)
     lora_error = _norm(measured[0].dd)
     if method == "lora":
@@ -114,31 +112,41 @@ def extract_layer(
     )
 
 
-def _of_difference(pair: Pair, sums: Sums, rank: int, on_rows: OnRows) -> Subspace:
-    """Return the subspace of D, from columns that are drawn with a fixed seed."""
-    out, inner = pair.shape
-    gamma = np.zeros(out)
-    start = np.random.default_rng(0).standard_normal((inner, min(rank + MORE, inner)))
-    found = krylov(pair, gamma, start, rank, float(sums.dd.sum()), on_rows, loss=_LOSS)
-    for _ in range(_CYCLES):
-        if found.is_whole or found.is_settled:
-            break
-        found = again(pair, found, sums, gamma, rank, on_rows, loss=_LOSS)
-    return found
+def _candidates(
+    pair: Pair, sums: Sums, rank: int, method: str, on_rows: OnRows
+) -> Iterator[_Factors]:
+    """Yield the factors of SVD LoRA, and then those of DoRA.
 
-
-def _alternated(pair: Pair, found: Subspace, sums: Sums, rank: int, on_rows: OnRows) -> _Factors:
-    """Return the factors of DoRA. The subspace is built anew as long as the error falls."""
-    best = alternate(found, sums, np.zeros(pair.shape[0]), rank, loss=_LOSS, turns=_TURNS)
+    The subspace is built anew as long as the error falls. Only one is in memory at a time.
+    """
+    gamma, total = np.zeros(pair.shape[0]), float(sums.dd.sum())
+    found = whole(pair, on_rows)
+    if found is None:
+        width = min(rank + MORE, pair.shape[1])
+        # A fixed seed, for the same bytes each time.
+        start = np.random.default_rng(0).standard_normal((pair.shape[1], width))
+        found = krylov(pair, gamma, start, rank, total, on_rows, loss=_LOSS)
+        for _ in range(2 * _CYCLES):
+            if found.is_settled or found.is_whole:
+                break
+            start = found.start(gamma, rank)
+            del found
+            found = krylov(pair, gamma, start, rank, total, on_rows, loss=_LOSS)
+    yield _factors(found, low_rank(found, sums, rank))
+    if method == "lora":
+        return
+    best = alternate(found, sums, gamma, rank, loss=_LOSS)
     for _ in range(_CYCLES):
         if found.is_whole:
             break
-        found = again(pair, found, sums, best.gamma, rank, on_rows, loss=_LOSS)
+        start, total = found.start(best.gamma, rank), float(sums.squares(best.gamma).sum())
+        del found
+        found = krylov(pair, best.gamma, start, rank, total, on_rows, loss=_LOSS)
         before = best.squares
-        best = alternate(found, sums, best.gamma, rank, loss=_LOSS, turns=_TURNS)
+        best = alternate(found, sums, best.gamma, rank, loss=_LOSS)
         if before - best.squares <= 10 * _LOSS * before:
             break
-    return _factors(found, best)
+    yield _factors(found, best)
 
 
 def _factors(found: Subspace, best: Best) -> _Factors:

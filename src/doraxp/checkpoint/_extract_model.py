@@ -21,6 +21,9 @@ from doraxp.layers import AdaptedLayer
 _USUAL_PASSES = 16
 """The passes over a matrix that most need, for the progress."""
 
+_ROUNDING = 1e-6
+"""Part of ‖W* − W‖ that float32 does not resolve."""
+
 
 class Closeness(NamedTuple):
     """How far the weight of one module is from TUNED's, in Frobenius norms."""
@@ -34,8 +37,9 @@ class Closeness(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """`error` / `lora_error`; 1 where both are 0."""
-        return self.error / self.lora_error if self.lora_error else 1.0
+        """`error` / `lora_error`; 1 where the truncated SVD is exact, except for rounding."""
+        is_exact = self.lora_error <= _ROUNDING * self.update_norm
+        return 1.0 if is_exact else self.error / self.lora_error
 
 
 class Extraction(NamedTuple):

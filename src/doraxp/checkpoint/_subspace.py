@@ -28,11 +28,13 @@ OnRows: TypeAlias = Callable[[int], object]
 
 DENSE, NARROW = 1 << 20, 512
 """A matrix of at most so many numbers, and at most so many rows or columns, is kept in memory."""
-_MEMORY = 48 << 20
+_MEMORY = 40 << 20
 """Bytes for K, D K and W K of a larger one."""
 MORE, _STEPS = 8, 8
 """Columns of a block of K beyond the rank, and the most blocks of K."""
-_CHUNK = 1 << 20
+_TURNS = 10, 1 << 14
+"""The fewest turns allowed, and their number times k: a turn takes about k³ operations."""
+_CHUNK = 1 << 18
 """Numbers of E K at a time."""
 _LEAST, _MOST = 2.0**-10, 2.0**10
 """Limits of a row's gain 1 + γ. B = B' / gain stays within the range of float32."""
@@ -68,9 +70,9 @@ class Subspace(NamedTuple):
 
     basis: Matrix | None
     """K; None for the identity."""
-    difference: HostArray
+    difference: Matrix
     """D K."""
-    weight: HostArray
+    weight: Matrix
     """W K."""
     is_settled: bool = False
     """Whether the last block of K lowered the error by a negligible part only."""
@@ -79,6 +81,10 @@ class Subspace(NamedTuple):
     def is_whole(self) -> bool:
         """Whether K spans all columns, as only a complete basis does."""
         return self.basis is None or self.basis.shape[0] == self.basis.shape[1]
+
+    def start(self, gamma: Matrix, rank: int) -> Matrix:
+        """Return columns for another subspace: the top right singular vectors of E in this one."""
+        return self.rows(top(self, gamma, rank + MORE)[0]).T
 
     def rows(self, coordinates: Matrix) -> Matrix:
         """Return A = C Kᵀ."""
@@ -152,22 +158,6 @@ def whole(pair: Pair, on_rows: OnRows) -> Subspace | None:
     return Subspace(None, difference, weight)
 
 
-def again(
-    pair: Pair,
-    found: Subspace,
-    sums: Sums,
-    gamma: Matrix,
-    rank: int,
-    on_rows: OnRows,
-    *,
-    loss: float,
-) -> Subspace:
-    """Return the block Krylov subspace of EᵀE from the top right singular vectors in another."""
-    start = found.rows(top(found, gamma, rank + MORE)[0]).T
-    total = float(sums.squares(gamma).sum())
-    return krylov(pair, gamma, start, rank, total, on_rows, loss=loss)
-
-
 def krylov(
     pair: Pair,
     gamma: Matrix,
@@ -195,23 +185,23 @@ def krylov(
     """
     out, inner = pair.shape
     width = start.shape[1]
-    most = min(_STEPS, max(2, _MEMORY // (8 * width * (out + inner))), -(-inner // width))
-    found, last = Subspace(np.empty((inner, 0)), np.empty((out, 0)), np.empty((out, 0))), total
-    block = np.linalg.qr(start)[0]
-    for _ in range(most):
-        basis = np.concatenate([found.basis, block], axis=1)
-        difference, weight, image = _products(pair, block, gamma, on_rows)
-        found = Subspace(
-            basis,
-            np.concatenate([found.difference, difference], axis=1),
-            np.concatenate([found.weight, weight], axis=1),
-        )
+    most = min(_STEPS, max(2, _MEMORY // (8 * width * (2 * out + inner))), -(-inner // width))
+    size = min(most * width, inner)
+    columns = np.empty((inner, size))
+    difference, weight = np.empty((out, size)), np.empty((out, size))
+    block, end, last = np.linalg.qr(start)[0], 0, total
+    while True:
+        new = slice(end, end + block.shape[1])
+        end = new.stop
+        columns[:, new] = block
+        image = _products(pair, block, gamma, on_rows, difference[:, new], weight[:, new])
+        found = Subspace(columns[:, :end], difference[:, :end], weight[:, :end])
         left = total - float(top(found, gamma, rank)[1].sum())
-        if last - left <= loss * left:
-            return found._replace(is_settled=True)
+        settled = last - left <= loss * left
+        if settled or end == size:
+            return found._replace(is_settled=settled)
         last = left
-        block = _next(image, basis)
-    return found
+        block = _next(image, columns[:, :end])
 
 
 def _next(image: Matrix, basis: Matrix) -> Matrix:
@@ -222,11 +212,14 @@ def _next(image: Matrix, basis: Matrix) -> Matrix:
 
 
 def _products(
-    pair: Pair, block: Matrix, gamma: Matrix, on_rows: OnRows
-) -> tuple[HostArray, HostArray, Matrix]:
-    """Return D Q, W Q and EᵀE Q, from one pass, or from two where the blocks are columns."""
-    (out, inner), width = pair.shape, block.shape[1]
-    difference, weight, image = (np.zeros((n, width)) for n in (out, out, inner))
+    pair: Pair, block: Matrix, gamma: Matrix, on_rows: OnRows, difference: Matrix, weight: Matrix
+) -> Matrix:
+    """Return EᵀE Q from one pass, or from two where the blocks are columns.
+
+    D Q and W Q are written to `difference` and `weight`.
+    """
+    inner = pair.shape[1]
+    difference[:], weight[:], image = 0, 0, np.zeros((inner, block.shape[1]))
     bent = bool(gamma.any())
 
     def back(rows: slice, columns: slice, d: HostArray, w: HostArray) -> None:
@@ -251,7 +244,7 @@ def _products(
             w, d = _wide(part)
             back(part.rows, part.columns, d, w)
             on_rows(w.size)
-    return difference, weight, image
+    return image
 
 
 def _wide(block: Block) -> tuple[HostArray, HostArray]:
@@ -285,15 +278,13 @@ def low_rank(found: Subspace, sums: Sums, rank: int) -> Best:
     return Best(coordinates, gamma, float(sums.dd.sum() - values.sum()))
 
 
-def alternate(
-    found: Subspace, sums: Sums, gamma: Matrix, rank: int, *, loss: float, turns: int
-) -> Best:
+def alternate(found: Subspace, sums: Sums, gamma: Matrix, rank: int, *, loss: float) -> Best:
     """Return the best update and γ that turns of one and the other lead to.
 
     No turn makes the error larger. They end when one lowers it by less than `loss` of it.
     """
     best: Best | None = None
-    for _ in range(turns):
+    for _ in range(max(_TURNS[0], _TURNS[1] // found.difference.shape[1])):
         coordinates, _ = top(found, gamma, rank)
         gamma, squares = _gains(found, sums, gamma, coordinates)
         before, best = best, Best(coordinates, gamma, float(squares.sum()))
