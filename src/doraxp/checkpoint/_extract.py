@@ -63,6 +63,8 @@ class Extracted(NamedTuple):
 class _Factors(NamedTuple):
     lora_a: NDArray[np.float32]
     lora_b: NDArray[np.float32]
+    gain: Matrix
+    """g, (out,), before A and B were rounded."""
 
 
 def extract_layer(
@@ -102,13 +104,13 @@ def extract_layer(
     measured = _measured(pair, candidates, on_rows)
     lora_error = _norm(measured[0].dd)
     if method == "lora":
-        return Extracted(*candidates[0], None, lora_error, lora_error, float(np.sqrt(total)))
+        return Extracted(*candidates[0][:2], None, lora_error, lora_error, float(np.sqrt(total)))
     # Rounding to float32 may leave the truncated SVD with its own best m the better one.
     fitted = [_magnitude(own) for own in measured]
     errors = [_norm(squares) for _, squares in fitted]
     least = errors.index(min(errors))
     return Extracted(
-        *candidates[least], fitted[least][0], errors[least], lora_error, float(np.sqrt(total))
+        *candidates[least][:2], fitted[least][0], errors[least], lora_error, float(np.sqrt(total))
     )
 
 
@@ -150,27 +152,35 @@ def _candidates(
 
 
 def _factors(found: Subspace, best: Best) -> _Factors:
-    """Return A, and B = B' / g."""
+    """Return A, B = B' / g and g."""
+    gain = 1 + best.gamma
     along = found.difference @ best.coordinates.T
     along -= best.gamma[:, None] * (found.weight @ best.coordinates.T)
-    a, b = found.rows(best.coordinates), along / (1 + best.gamma[:, None])
-    return _Factors(a.astype(np.float32), b.astype(np.float32))
+    a, b = found.rows(best.coordinates), along / gain[:, None]
+    return _Factors(a.astype(np.float32), b.astype(np.float32), gain)
 
 
 def _measured(pair: Pair, candidates: list[_Factors], on_rows: OnRows) -> list[Sums]:
-    """Return the sums of the rows u = w* − v and v = w + b A for each A and B, in float64."""
+    """Return the sums of the rows w* − g v and g v, with v = w + b A, for each candidate.
+
+    The first is the error, except for the rounding of m. So the sums of its squares lose nothing.
+    """
     sums = [Sums.zeros(pair.shape[0]) for _ in candidates]
     for block in pair.blocks():
-        for (a, b), own in zip(candidates, sums, strict=True):
+        for (a, b, gain), own in zip(candidates, sums, strict=True):
             v = b[block.rows].astype(np.float64) @ a[:, block.columns].astype(np.float64)
             v += block.base
+            v *= gain[block.rows, None]
             own.add(block.rows, block.tuned - v, v)
         on_rows(block.base.size)
     return sums
 
 
 def _magnitude(sums: Sums) -> tuple[NDArray[np.float32], Matrix]:
-    """Return m = ⟨w*, v⟩ / ‖v‖ in float32, never below 0, and the squared error of each row."""
+    """Return m = ⟨w*, v⟩ / ‖v‖ in float32, never below 0, and the squared error of each row.
+
+    m is the same for every positive multiple of v. The sums are those of g v.
+    """
     norm = np.sqrt(sums.ww)
     along = np.divide(sums.dw, norm, out=np.zeros_like(norm), where=norm > 0)
     m = np.maximum(norm + along, 0).astype(np.float32)

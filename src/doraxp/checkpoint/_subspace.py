@@ -36,7 +36,7 @@ _TURNS = 10, 1 << 14
 """The fewest turns allowed, and their number times k: a turn takes about k³ operations."""
 _CHUNK = 1 << 18
 """Numbers of E K at a time."""
-_LEAST, _MOST = 2.0**-10, 2.0**10
+_LEAST, _MOST = 2.0**-20, 2.0**20
 """Limits of a row's gain 1 + γ. B = B' / gain stays within the range of float32."""
 _ALONG = 1e-6
 """Part of ‖w‖² below which ‖w⊥‖² counts as rounding."""
