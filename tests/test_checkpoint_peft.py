@@ -178,7 +178,7 @@ def test_peft_merges_an_adapter_that_extract_wrote(peft, torch, network, tmp_pat
     rng = np.random.default_rng(5)
     base = {path: weight for path, weight in weights(network).items() if path in modules}
     tuned = {path: one + 0.1 * rng.standard_normal(one.shape) for path, one in base.items()}
-    bias = np.ones(20, np.float32)  # tells how the weight of a Conv1D is stored
+    bias = np.ones(20, np.float32)  # a Conv1D shows by its bias that it is stored (in, out)
     for name, tensors in (("base", base), ("tuned", tuned)):
         tensors = {f"{path}.weight": one.astype("f4") for path, one in tensors.items()}
         save_file(tensors | {"hidden.c_attn.bias": bias}, tmp_path / f"{name}.safetensors")
