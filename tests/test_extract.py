@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from doraxp.checkpoint import CheckpointError, extract, load_adapters, save_adapters
 from doraxp.checkpoint import _subspace as subspace
 from doraxp.checkpoint._extract import extract_layer
+from doraxp.checkpoint._pair import Block
 from doraxp.cli import main
 
 RANKS = (1, 2, 4, 7)
@@ -285,6 +286,14 @@ def test_the_columns_of_the_subspace_are_orthonormal(rank):
     np.testing.assert_allclose(found.difference, (pair.tuned - pair.base) @ found.basis, atol=1e-12)
 
 
+def test_the_subspace_stays_within_its_memory(monkeypatch):
+    pair = Arrays(*drawn(gaussian, (70, 90), "float64"))
+    start = np.random.default_rng(0).standard_normal((90, 10))
+    monkeypatch.setattr(subspace, "_MEMORY", 8 * 10 * (2 * 70 + 90) * 3)
+    found = subspace.krylov(pair, np.zeros(70), start, 2, 1e9, lambda n: None, loss=-1.0)
+    assert found.basis.shape == (90, 3 * 10)
+
+
 # The function for one layer
 
 
@@ -304,7 +313,7 @@ class Arrays(NamedTuple):
         for at in range(0, inner if self.by_columns else out, 16):
             part = slice(at, min(at + 16, inner if self.by_columns else out))
             place = (slice(0, out), part) if self.by_columns else (part, slice(0, inner))
-            yield subspace.Block(*place, self.base[place], self.tuned[place])
+            yield Block(*place, self.base[place], self.tuned[place])
 
 
 @pytest.mark.parametrize("shape", [(50, 60), (600, 540)])
@@ -533,7 +542,9 @@ def test_the_table_has_a_row_for_each_kind_of_module(tmp_path, capsys):
     assert "block.1.q" in capsys.readouterr().out
 
 
-def test_progress_ends_at_all_bytes(tmp_path):
+@pytest.mark.parametrize("usual_passes", [1, 100])
+def test_progress_ends_at_all_bytes(tmp_path, monkeypatch, usual_passes):
+    monkeypatch.setattr("doraxp.checkpoint._extract_model._USUAL_PASSES", usual_passes)
     pair = drawn(gaussian, (40, 30), "float32")
     write_pair(tmp_path, {"a": pair, "b": (pair[0], pair[0])})
     seen = []
@@ -674,12 +685,13 @@ def test_a_rank_below_1_is_refused(tmp_path):
 
 
 def test_an_error_stops_the_other_threads(tmp_path):
-    pair = drawn(gaussian, (600, 600), "float32")
-    bad = pair[1].copy()
-    bad[0, 0] = np.inf
-    write_pair(tmp_path, {"a": (pair[0], bad), **dict.fromkeys("bcd", pair)})
+    small, large = (drawn(gaussian, (size, size), "float32") for size in (5, 600))
+    small[1][0, 0] = np.inf
+    write_pair(tmp_path, {"a": small, "b": large})
+    seen = []
     with pytest.raises(CheckpointError, match=r"a\.weight contains NaN or infinity"):
-        from_pair(tmp_path, 4, jobs=2)
+        from_pair(tmp_path, 4, jobs=2, on_bytes=lambda done, total: seen.append(done))
+    assert max(seen) < large[0].nbytes
 
 
 def test_memory_does_not_grow_with_the_matrices(tmp_path):

@@ -22,20 +22,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from doraxp.checkpoint._subspace import (
-    MORE,
-    Best,
-    Matrix,
-    OnRows,
-    Pair,
-    Subspace,
-    Sums,
-    alternate,
-    krylov,
-    low_rank,
-    row_sums,
-    whole,
-)
+from doraxp.checkpoint._pair import Matrix, OnRows, Pair, Sums, row_sums
+from doraxp.checkpoint._subspace import MORE, Best, Subspace, alternate, krylov, low_rank, whole
 
 _LOSS = 1e-5
 """Part of the squared error by which a pass or a turn must lower it to be followed by another."""

@@ -19,9 +19,9 @@ from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._fit import has_scales
 from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._orientation import is_transposed, may_transpose
+from doraxp.checkpoint._pair import Block
 from doraxp.checkpoint._rows import row_blocks
 from doraxp.checkpoint._safetensors import DTYPES, Source, are_equal
-from doraxp.checkpoint._subspace import Block
 from doraxp.checkpoint._tied import is_embedding, is_head, tied_in_file
 
 _EMBEDDING = re.compile(r".*embed.*|wte|wpe|shared|relative_attention_bias")

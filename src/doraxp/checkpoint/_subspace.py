@@ -15,16 +15,13 @@ kept, so γ and A can improve each other within the subspace without a further p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from doraxp._base.types import HostArray
-
-Matrix: TypeAlias = NDArray[np.float64]
-OnRows: TypeAlias = Callable[[int], object]
+from doraxp.checkpoint._pair import Matrix, OnRows, Pair, Sums, wide
 
 DENSE, NARROW = 1 << 20, 512
 """A matrix of at most so many numbers, and at most so many rows or columns, is kept in memory."""
@@ -40,29 +37,6 @@ _LEAST, _MOST = 2.0**-20, 2.0**20
 """Limits of a row's gain 1 + γ. B = B' / gain stays within the range of float32."""
 _ALONG = 1e-6
 """Part of ‖w‖² below which ‖w⊥‖² counts as rounding."""
-
-
-class Block(NamedTuple):
-    """Some rows and columns of both matrices."""
-
-    rows: slice
-    columns: slice
-    base: HostArray
-    tuned: HostArray
-
-
-class Pair(Protocol):
-    """Two matrices that are read block by block, as often as needed.
-
-    Each block has all columns of some rows, or else each has all rows of some columns.
-    """
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of both."""
-
-    def blocks(self) -> Iterator[Block]:
-        """Read both matrices once."""
 
 
 class Subspace(NamedTuple):
@@ -102,29 +76,6 @@ class Subspace(NamedTuple):
         )
 
 
-class Sums(NamedTuple):
-    """Products of the rows, each (out,): ‖d‖², ⟨d, w⟩ and ‖w‖²."""
-
-    dd: Matrix
-    dw: Matrix
-    ww: Matrix
-
-    @staticmethod
-    def zeros(rows: int) -> Sums:
-        """Return sums of nothing."""
-        return Sums(*(np.zeros(rows) for _ in Sums._fields))
-
-    def add(self, rows: slice, difference: HostArray, weight: HostArray) -> None:
-        """Add the products of some rows, or of a part of their columns."""
-        self.dd[rows] += np.einsum("ij,ij->i", difference, difference)
-        self.dw[rows] += np.einsum("ij,ij->i", difference, weight)
-        self.ww[rows] += np.einsum("ij,ij->i", weight, weight)
-
-    def squares(self, gamma: Matrix) -> Matrix:
-        """Return ‖d − γ w‖² of each row."""
-        return np.maximum(self.dd - 2 * gamma * self.dw + gamma * gamma * self.ww, 0.0)
-
-
 class Best(NamedTuple):
     """A low-rank update in a subspace, with the row gains that fit it."""
 
@@ -135,17 +86,6 @@ class Best(NamedTuple):
     """‖W' − W*‖², Frobenius."""
 
 
-def row_sums(pair: Pair, on_rows: OnRows) -> Sums:
-    """Return the products of the rows; NaN or infinity where a weight has them."""
-    sums = Sums.zeros(pair.shape[0])
-    with np.errstate(invalid="ignore", over="ignore"):
-        for block in pair.blocks():
-            weight, difference = _wide(block)
-            sums.add(block.rows, difference, weight)
-            on_rows(weight.size)
-    return sums
-
-
 def whole(pair: Pair, on_rows: OnRows) -> Subspace | None:
     """Return the subspace of all rows, K = I; None where the matrices are too large for it."""
     if pair.shape[0] * pair.shape[1] > DENSE or min(pair.shape) > NARROW:
@@ -153,7 +93,7 @@ def whole(pair: Pair, on_rows: OnRows) -> Subspace | None:
     difference, weight = np.empty(pair.shape), np.empty(pair.shape)
     for block in pair.blocks():
         place = (block.rows, block.columns)
-        weight[place], difference[place] = _wide(block)
+        weight[place], difference[place] = wide(block)
         on_rows(block.base.size)
     return Subspace(None, difference, weight)
 
@@ -231,7 +171,7 @@ def _products(
 
     whole_rows = True
     for part in pair.blocks():
-        w, d = _wide(part)
+        w, d = wide(part)
         q = block[part.columns].astype(w.dtype)
         difference[part.rows] += d @ q
         weight[part.rows] += w @ q
@@ -241,18 +181,10 @@ def _products(
         on_rows(w.size)
     if not whole_rows:
         for part in pair.blocks():
-            w, d = _wide(part)
+            w, d = wide(part)
             back(part.rows, part.columns, d, w)
             on_rows(w.size)
     return image
-
-
-def _wide(block: Block) -> tuple[HostArray, HostArray]:
-    """Return W and D of a block: in float32 if both are narrower, else in float64."""
-    narrow = max(block.base.dtype.itemsize, block.tuned.dtype.itemsize) < 4
-    dtype: np.dtype[Any] = np.dtype(np.float32 if narrow else np.float64)
-    weight = block.base.astype(dtype)
-    return weight, block.tuned.astype(dtype) - weight
 
 
 def top(found: Subspace, gamma: Matrix, rank: int) -> tuple[Matrix, Matrix]:
