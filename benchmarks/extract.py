@@ -1,5 +1,7 @@
 """Extract adapters from a full fine-tune of all-MiniLM-L6-v2: `python benchmarks/extract.py`.
 
+First it prints the ratio of DoRA's error and SVD LoRA's for made-up updates of one matrix.
+
 The task, the model and its backward passes are those of `examples/minilm.py`. Here all 36 matrices
 and their biases are trained. The table has the errors of the adapters, as parts of the change by
 the training, and the accuracy on the pairs that the training has not seen.
@@ -78,8 +80,37 @@ def truncated(before: Any, after: Any, rank: int) -> Any:
     return before + (left[:, :rank] * values[:rank]) @ right[:rank]
 
 
+def made_up(rank: int = 8, size: int = 384) -> dict[str, tuple[Any, Any]]:
+    """Return matrices before and after made-up updates, by the name of the update."""
+    rng = np.random.default_rng(1)
+    weight, noise = 0.02 * rng.standard_normal((size, size)), rng.standard_normal((size, size))
+    gain = rng.standard_normal((size, 1))
+    a, b = rng.standard_normal((rank, size)) / 30, rng.standard_normal((size, rank)) / 30
+    return {
+        "noise": (weight, weight + 1e-3 * noise),
+        "rows stretched by 1 ± 0.05, and noise": (
+            weight,
+            (1 + 0.05 * gain) * weight + 1e-4 * noise,
+        ),
+        "merge of a DoRA adapter": (weight, (1 + 0.1 * gain) * (weight + b @ a)),
+        "another matrix": (weight, 0.02 * noise),
+    }
+
+
+def print_made_up(rank: int = 8) -> None:
+    """Print the ratio of the errors for each made-up update."""
+    pairs = made_up(rank)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{name}.safetensors" for name in ("base", "tuned")]
+        for side, file in enumerate(files):
+            save_file({f"{name}.weight": pair[side] for name, pair in pairs.items()}, file)
+        for name, one in extract(*files, rank).closeness.items():
+            print(f"{name}: {one.ratio:.4g}", flush=True)
+
+
 def main(steps: int) -> None:
-    """Train, extract with each rank, and print the table."""
+    """Print the ratios of made-up updates; train, extract with each rank, and print the table."""
+    print_made_up()
     encoder, tokenizer = minilm.load_model()
     pairs = np.random.default_rng(0).permutation(minilm.standard_library()).tolist()
     held_out, pairs = pairs[: minilm.HELD_OUT], pairs[minilm.HELD_OUT :]

@@ -679,6 +679,12 @@ def test_figures_are_not_written_into_a_model(tmp_path, capsys):
     assert "--json must not be in" in error
 
 
+def test_without_the_extra_it_says_how_to_get_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run(tmp_path, "--rank", "2") == 2
+    assert "pip install 'doraxp[checkpoint]'" in capsys.readouterr().err
+
+
 def test_a_rank_below_1_is_refused(tmp_path):
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         from_pair(tmp_path, 0)
