@@ -65,7 +65,7 @@ def test_the_biases_are_counted(real):
     assert all(name.endswith(".bias") for name in real.found.left_out)
 
 
-def test_peft_merges_the_adapter_as_doraxp_does(peft, torch, real, tmp_path):
+def test_peft_merges_the_adapter_as_doraxp_does(peft, real, tmp_path):
     import transformers
 
     save_adapters(tmp_path / "adapter", real.found.adapters)
