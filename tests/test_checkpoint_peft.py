@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import doraxp
 from doraxp import Config, LayerKind
-from doraxp.checkpoint import Options, audit, load_adapters, plan_merge, save_adapters
+from doraxp.checkpoint import Options, audit, extract, load_adapters, plan_merge, save_adapters
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*", "ignore:.*save_embedding.*")
 PATTERNS = {"rank_pattern": {"square": 2, "conv.": 3}, "alpha_pattern": {"^linear": 5}}
@@ -168,3 +169,26 @@ def test_the_audit_of_a_merge_by_peft_is_right(
     save(merged, "merged.safetensors")
     wrong = audit(plan, tmp_path / "merged.safetensors")
     assert sum(not verdict.right for verdict in wrong.values()) == 1
+
+
+@pytest.mark.parametrize(
+    "modules", [["linear", "square", "conv1", "conv2", "pointwise"], ["hidden.c_attn"]]
+)
+def test_peft_merges_an_adapter_that_extract_wrote(peft, torch, network, tmp_path, modules):
+    rng = np.random.default_rng(5)
+    base = {path: weight for path, weight in weights(network).items() if path in modules}
+    tuned = {path: one + 0.1 * rng.standard_normal(one.shape) for path, one in base.items()}
+    bias = np.ones(20, np.float32)  # a Conv1D shows by its bias that it is stored (in, out)
+    for name, tensors in (("base", base), ("tuned", tuned)):
+        tensors = {f"{path}.weight": one.astype("f4") for path, one in tensors.items()}
+        save_file(tensors | {"hidden.c_attn.bias": bias}, tmp_path / f"{name}.safetensors")
+    found = extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", 4)
+    assert sorted(found.adapters) == sorted(modules)
+    save_adapters(tmp_path / "adapter", found.adapters)
+    model = peft.PeftModel.from_pretrained(network, tmp_path / "adapter")
+    theirs = weights(model.merge_and_unload())
+    assert_equal_to_5_digits(merged(base, found.adapters), theirs)
+    for path, closeness in found.closeness.items():
+        error = np.linalg.norm(theirs[path] - tuned[path])
+        bound = 1e-5 * np.linalg.norm(tuned[path])
+        assert error == pytest.approx(closeness.error, abs=bound)

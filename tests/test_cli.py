@@ -74,7 +74,7 @@ def test_the_version_is_the_packages(capsys):
     assert capsys.readouterr().out == f"doraxp {doraxp.__version__}\n"
 
 
-COMMANDS = ("demo", "bench", "verify", "vectors", "merge", "audit", "convert", "inspect")
+COMMANDS = ("demo", "bench", "verify", "vectors", "merge", "audit", "convert", "inspect", "extract")
 
 
 def modules_after(code):

@@ -8,6 +8,7 @@ from doraxp.checkpoint._audit import audit
 from doraxp.checkpoint._audit_weight import Verdict
 from doraxp.checkpoint._change import Change
 from doraxp.checkpoint._errors import CheckpointError
+from doraxp.checkpoint._extract_model import Closeness, Extraction, extract
 from doraxp.checkpoint._fit import Fit
 from doraxp.checkpoint._formats import load_adapters
 from doraxp.checkpoint._inspect import Against, Factored, look_at, look_at_base
@@ -16,7 +17,7 @@ from doraxp.checkpoint._model import Model, open_model
 from doraxp.checkpoint._options import Options
 from doraxp.checkpoint._run import run_merge
 from doraxp.checkpoint._sampled_norms import SampledNorms, sample_norms
-from doraxp.checkpoint._save import named_for, save_adapters
+from doraxp.checkpoint._save import check_place, named_for, save_adapters
 from doraxp.checkpoint._target import check_target
 from doraxp.checkpoint._tasks import (
     CopiedTensor,
@@ -36,7 +37,9 @@ __all__ = [
     "Against",
     "Change",
     "CheckpointError",
+    "Closeness",
     "CopiedTensor",
+    "Extraction",
     "Factored",
     "Fit",
     "JoinedTensor",
@@ -52,7 +55,9 @@ __all__ = [
     "Weighted",
     "algorithm_of",
     "audit",
+    "check_place",
     "check_target",
+    "extract",
     "load_adapters",
     "look_at",
     "look_at_base",

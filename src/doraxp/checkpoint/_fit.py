@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Container, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +35,12 @@ _SCALES = ("weight_scale", "weight_scale_inv", "scales", "weight_packed", "weigh
 _OF_MODULES = "name the tensor of each module with --rename REGEX=NEW"
 _OF_PARTS = "remove from BASE the one that the model does not use"
 """The advice where no one option tells which tensors are meant."""
+
+
+def has_scales(name: str, names: Container[str]) -> bool:
+    """Return whether scales are beside a weight, which is quantised then."""
+    module = name.removesuffix("weight")
+    return any(f"{module}{scales}" in names for scales in _SCALES)
 
 
 @dataclass(frozen=True)
@@ -95,8 +101,7 @@ class Fitted:
 
     def is_quantised(self, name: str) -> bool:
         """Return whether scales beside a weight show that it is quantised."""
-        module = name.removesuffix("weight")
-        return any(f"{module}{scales}" in self.sources for scales in _SCALES)
+        return has_scales(name, self.sources)
 
     def missing(self, adapters: AdapterSet) -> Iterator[str]:
         """Yield a message for each module that the base does not have.

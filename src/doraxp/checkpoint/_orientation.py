@@ -17,6 +17,11 @@ _CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
 """The modules that these models store (in, out)."""
 
 
+def may_transpose(shapes: Shapes, model_type: object) -> bool:
+    """Return whether any weight of the base may be stored (in, out)."""
+    return model_type in _CONV1D_MODELS or any(_by_bias(shapes).values())
+
+
 def is_transposed(
     name: str,
     shapes: Shapes,

@@ -68,7 +68,7 @@ def save_adapters(
     if not adapters:
         raise ValueError("adapters must hold at least one layer")
     target = Path(path)
-    prepare_place(target, {CONFIG, *FILES}, overwrite=overwrite)
+    check_place(target, overwrite=overwrite)
     if format != diffusers.NAME:
         adapters = _without_part(adapters)
     written = WRITABLE[format].write(adapters)
@@ -84,6 +84,25 @@ def save_adapters(
         text = json.dumps(dict(sorted(written.config.items())), indent=2) + "\n"
         files[CONFIG] = text.encode()
     put(target, files)
+
+
+def check_place(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Raise unless `save_adapters` may write to a path: before work that an error would lose.
+
+    Parameters
+    ----------
+    path : path
+    overwrite : bool
+        As in `save_adapters`.
+
+    Raises
+    ------
+    FileExistsError
+        `path` exists and `overwrite` is False, or something there is not an adapter's.
+    FileNotFoundError
+        The folder above `path` does not exist.
+    """
+    prepare_place(Path(path), {CONFIG, *FILES}, overwrite=overwrite)
 
 
 def _check_names(adapters: AdapterSet, format: str) -> None:

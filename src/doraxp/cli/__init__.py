@@ -15,7 +15,17 @@ from importlib import import_module
 import doraxp
 from doraxp._terminal.messages import accept_any_encoding, print_error
 
-_COMMANDS = ("demo", "bench", "verify", "vectors", "merge", "audit", "convert", "inspect")
+_COMMANDS = (
+    "demo",
+    "bench",
+    "verify",
+    "vectors",
+    "merge",
+    "audit",
+    "convert",
+    "inspect",
+    "extract",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
