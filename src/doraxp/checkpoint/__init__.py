@@ -8,6 +8,7 @@ from doraxp.checkpoint._audit import audit
 from doraxp.checkpoint._audit_weight import Verdict
 from doraxp.checkpoint._change import Change
 from doraxp.checkpoint._errors import CheckpointError
+from doraxp.checkpoint._extract_merge import approximate
 from doraxp.checkpoint._extract_model import Closeness, Extraction, extract
 from doraxp.checkpoint._fit import Fit
 from doraxp.checkpoint._formats import load_adapters
@@ -54,6 +55,7 @@ __all__ = [
     "Verdict",
     "Weighted",
     "algorithm_of",
+    "approximate",
     "audit",
     "check_place",
     "check_target",

@@ -7,15 +7,19 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import threadpoolctl
 
+from doraxp._base.scalars import check_count
 from doraxp._base.types import Adapter, Config
+from doraxp._core.updates import LowRank, UpdateAdapter
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._extract import Extracted, extract_layer
-from doraxp.checkpoint._extract_plan import Pairs, StoredPair, compare_names, relative_change
+from doraxp.checkpoint._extract_plan import compare_names, relative_change
 from doraxp.checkpoint._model import open_model
+from doraxp.checkpoint._pair import WeightPair
+from doraxp.checkpoint._updated_layer import AnyLayer, UpdatedLayer
 from doraxp.layers import AdaptedLayer
 
 _USUAL_PASSES = 16
@@ -33,7 +37,7 @@ class Closeness(NamedTuple):
     lora_error: float
     """‖W + B A − W*‖ of the truncated SVD of W* − W at the same rank."""
     error: float
-    """‖W' − W*‖ of the adapter; never above `lora_error`."""
+    """‖W' − W*‖ of the adapter; never above `lora_error`, and equal to it for LoRA."""
 
     @property
     def ratio(self) -> float:
@@ -45,7 +49,7 @@ class Closeness(NamedTuple):
 class Extraction(NamedTuple):
     """An adapter, and how near it comes to the fine-tune."""
 
-    adapters: dict[str, AdaptedLayer]
+    adapters: dict[str, AdaptedLayer | UpdatedLayer]
     """By module path, for `save_adapters`; of the modules that differ."""
     closeness: dict[str, Closeness]
     """By module path."""
@@ -97,21 +101,34 @@ def extract(
     ----------
     arXiv:2402.09353, equation 5, for W'.
     """
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
+    check_count("rank", rank, least=1)
     before, after = open_model(Path(base)), open_model(Path(tuned))
     compared = compare_names(before, after, modules)
-    progress = _Progress(compared.matrices, on_bytes)
-    found = _in_threads(compared.matrices, rank, jobs, progress)
     changes = {name: relative_change(*pair) for name, pair in compared.others.items()}
     left_out = {name: change for name, change in changes.items() if change > 0}
-    moved = {path: one for path, one in found.items() if one.update_norm > 0}
-    if not moved:
+    found = extracted(compared.matrices, rank, "dora", jobs, on_bytes, left_out)
+    if not found.adapters:
         raise CheckpointError(
             f"{after.path}: no matrix differs from BASE's, and {len(left_out)} other tensors do: "
             "there is nothing to extract"
         )
-    adapters = {path: _adapted(one, compared.matrices[path]) for path, one in moved.items()}
+    return found
+
+
+def extracted(
+    pairs: Mapping[str, WeightPair],
+    rank: int,
+    method: Literal["dora", "lora"],
+    jobs: int,
+    on_bytes: Callable[[int, int], object],
+    left_out: Mapping[str, float],
+) -> Extraction:
+    """Return the adapters of pairs of weights, by module path; of those that differ."""
+    check_count("rank", rank, least=1)
+    progress = _Progress(pairs, on_bytes)
+    found = _in_threads(pairs, rank, method, jobs, progress)
+    moved = {path: one for path, one in found.items() if one.update_norm > 0}
+    adapters = {path: _adapted(one, pairs[path]) for path, one in moved.items()}
     closeness = {
         path: Closeness(one.update_norm, one.lora_error, one.error) for path, one in moved.items()
     }
@@ -119,20 +136,31 @@ def extract(
     return Extraction(adapters, closeness, equal, left_out)
 
 
-def _adapted(one: Extracted, pair: StoredPair) -> AdaptedLayer:
-    assert one.magnitude is not None
-    adapter = Adapter(one.lora_a, one.lora_b, one.magnitude)
-    rank = one.lora_a.shape[0]
-    return AdaptedLayer(adapter, Config(rank, alpha=rank), pair.kind, pair.base.tensor.shape)
+def _adapted(one: Extracted, pair: WeightPair) -> AnyLayer:
+    a, b, shape = one.lora_a, one.lora_b, pair.base.tensor.shape
+    config = Config(len(a), alpha=len(a))
+    if one.magnitude is not None:
+        return AdaptedLayer(Adapter(a, b, one.magnitude), config, pair.kind, shape)
+    if pair.kind.is_transposed:
+        a, b = b.T, a.T
+    return UpdatedLayer(UpdateAdapter(LowRank(a, b)), config, pair.kind, shape)
 
 
-def _in_threads(pairs: Pairs, rank: int, jobs: int, progress: _Progress) -> dict[str, Extracted]:
+def _in_threads(
+    pairs: Mapping[str, WeightPair],
+    rank: int,
+    method: Literal["dora", "lora"],
+    jobs: int,
+    progress: _Progress,
+) -> dict[str, Extracted]:
     """Return the adapter of each pair, in their order."""
 
     def run(path: str) -> Extracted:
         pair = pairs[path]
         try:
-            one = extract_layer(pair, rank, on_rows=lambda count: progress.add(path, count))
+            one = extract_layer(
+                pair, rank, method=method, on_rows=lambda count: progress.add(path, count)
+            )
         except FloatingPointError:
             raise CheckpointError(pair.fault()) from None
         progress.finish(path)
@@ -151,7 +179,9 @@ def _in_threads(pairs: Pairs, rank: int, jobs: int, progress: _Progress) -> dict
 class _Progress:
     """Counts the bytes that are done, from several threads."""
 
-    def __init__(self, pairs: Pairs, on_bytes: Callable[[int, int], object]) -> None:
+    def __init__(
+        self, pairs: Mapping[str, WeightPair], on_bytes: Callable[[int, int], object]
+    ) -> None:
         self._sizes = {path: pair.base.tensor.nbytes for path, pair in pairs.items()}
         self._steps = {
             path: pair.base.tensor.nbytes / (pair.shape[0] * pair.shape[1] * _USUAL_PASSES)

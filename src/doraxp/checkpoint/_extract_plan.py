@@ -17,11 +17,11 @@ from doraxp._core.kinds import LayerKind
 from doraxp.checkpoint._engine import Reused
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._fit import has_scales
+from doraxp.checkpoint._matrix import row_blocks
 from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._orientation import is_transposed, may_transpose
 from doraxp.checkpoint._pair import Block
-from doraxp.checkpoint._rows import row_blocks
-from doraxp.checkpoint._safetensors import DTYPES, Source, are_equal
+from doraxp.checkpoint._safetensors import DTYPES, AnySource, Source, are_equal
 from doraxp.checkpoint._tied import is_embedding, is_head, tied_in_file
 
 _EMBEDDING = re.compile(r".*embed.*|wte|wpe|shared|relative_attention_bias")
@@ -181,7 +181,7 @@ def _kind(name: str, shape: tuple[int, ...]) -> LayerKind | None:
     return LayerKind("conv")
 
 
-def relative_change(base: Source | None, tuned: Source) -> float:
+def relative_change(base: Source | None, tuned: AnySource) -> float:
     """Return ‖after − before‖ / ‖before‖ of a tensor; infinity where that is not a number.
 
     So it is for a new tensor, another shape, integers that differ, and NaN.

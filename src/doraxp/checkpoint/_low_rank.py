@@ -48,7 +48,7 @@ def low_rank_layer(path: str, layer: AnyLayer, target: str) -> LowRankLayer:
         return LowRankLayer(a, b, m, layer.config, layer.kind, layer.shape)
     factors, config = low_rank(layer.adapter.update), layer.config
     is_conv_by_columns = layer.kind.name == "columns" and len(layer.shape) > 2
-    if factors is None or is_conv_by_columns or factors.lora_a.shape[0] >= min(factors.shape):
+    if factors is None or is_conv_by_columns or factors.lora_a.shape[0] > min(factors.shape):
         raise ValueError(
             f"{path}: {target} has updates B A of a low rank only: merge it into its base instead, "
             "with doraxp merge, or approximate it with doraxp convert --to lora --rank R"

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from doraxp._base.types import HostArray
+from doraxp._core.kinds import LayerKind
+from doraxp.checkpoint._safetensors import AnySource
 
 Matrix: TypeAlias = NDArray[np.float64]
 OnRows: TypeAlias = Callable[[int], object]
@@ -41,6 +43,21 @@ class Pair(Protocol):
 
     def blocks(self) -> Iterator[Block]:
         """Read both matrices once."""
+
+
+class WeightPair(Pair, Protocol):
+    """A weight before and after, which one adapter is made for."""
+
+    @property
+    def base(self) -> AnySource:
+        """The weight before, as the base has it."""
+
+    @property
+    def kind(self) -> LayerKind:
+        """How the weight is stored."""
+
+    def fault(self) -> str:
+        """Return the tensor whose numbers nothing can be computed with, and the reason."""
 
 
 class Sums(NamedTuple):

@@ -103,6 +103,14 @@ def add_model_and_adapter(parser: argparse.ArgumentParser, *, merged: bool = Fal
         last = parser.add_argument(
             "merged", type=Path, metavar="MERGED", help="a safetensors file, or a model's folder"
         )
+    add_weighted(parser, last, "ADAPTER")
+
+
+def add_weighted(parser: argparse.ArgumentParser, last: argparse.Action, instead: str) -> None:
+    """Declare --adapter, in place of a positional argument, and --scale.
+
+    `last` is the positional argument that is then left out: the last one.
+    """
     parser.add_argument(
         "--adapter",
         dest="adapters",
@@ -110,7 +118,7 @@ def add_model_and_adapter(parser: argparse.ArgumentParser, *, merged: bool = Fal
         action=_instead_of(last),
         default=[],
         metavar="PATH[:T]",
-        help="in place of ADAPTER, repeatable: add T times the change of the weights by this "
+        help=f"in place of {instead}, repeatable: add T times the change of the weights by this "
         "adapter (default: 1)",
     )
     parser.add_argument(
@@ -174,9 +182,10 @@ def adapters_of(arguments: argparse.Namespace) -> list[Weighted]:
 
     if arguments.adapters and getattr(arguments, "merged", arguments) is None:
         arguments.adapter, arguments.merged = None, arguments.adapter
-    given = arguments.adapters or [(arguments.adapter, 1.0)]
-    if arguments.adapters and arguments.adapter is not None:
-        raise ValueError(f"give ADAPTER or --adapter, not both, got {arguments.adapter} too")
+    alone = getattr(arguments, "adapter", None)
+    if arguments.adapters and alone is not None:
+        raise ValueError(f"give ADAPTER or --adapter, not both, got {alone} too")
+    given = arguments.adapters or [(alone, 1.0)]
     return [Weighted(path, strength * arguments.scale) for path, strength in given]
 
 

@@ -3,42 +3,36 @@
 from __future__ import annotations
 
 import argparse
-import math
 import re
-import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from doraxp._terminal.figures import write_json
-from doraxp._terminal.messages import output_that_may_fail, print_error, print_warning
-from doraxp._terminal.module_table import Column, print_modules
+from doraxp._terminal.messages import output_that_may_fail, print_error
 from doraxp._terminal.progress import progress_by_bytes
-from doraxp._terminal.tables import plain_console, print_caption, print_names
-from doraxp.cli._arguments import CHECKPOINT, add_jobs, integer, is_in_input, lacks, output
+from doraxp._terminal.tables import plain_console, print_names
+from doraxp.cli._arguments import (
+    CHECKPOINT,
+    adapters_of,
+    add_jobs,
+    add_rename,
+    add_weighted,
+    integer,
+    is_in_input,
+    lacks,
+    output,
+)
+from doraxp.cli._closeness import figures_of, print_closeness, warn_of_left_out
 
 if TYPE_CHECKING:
     from doraxp.checkpoint import Extraction
 
 SUMMARY = (
     "Extract a DoRA adapter from a full fine-tune: the adapter of BASE whose merged weights are "
-    "near those of TUNED, nearer than those of SVD LoRA at the same rank."
+    "near those of TUNED, nearer than those of SVD LoRA at the same rank. With --adapter, the sum "
+    "of adapters becomes one."
 )
-_COLUMNS = (
-    Column("kind", "stored as"),
-    Column("rank", "rank"),
-    Column("update_norm", "update\nnorm", statistics.median),
-    Column("relative_lora_error", "error of\nSVD LoRA", statistics.median),
-    Column("relative_error", "error of\nDoRA", statistics.median),
-    Column("ratio", "DoRA ÷\nLoRA", max),
-)
-_CAPTION = (
-    "Update norm: ‖W* − W‖, with W* of TUNED. Errors: ‖W' − W*‖ as a part of it; 0 is TUNED "
-    "itself, 1 is BASE. SVD LoRA: the truncated SVD of W* − W at the same rank. Medians of a kind; "
-    "of DoRA ÷ LoRA, the largest."
-)
-_NAMED = 3
-"""Tensors that a warning names."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,9 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "base", type=Path, metavar="BASE", help="a safetensors file, or a model's folder"
     )
-    parser.add_argument(
+    tuned = parser.add_argument(
         "tuned", type=Path, metavar="TUNED", help="the same model after a full fine-tune"
     )
+    add_weighted(parser, tuned, "TUNED")
+    add_rename(parser)
     parser.add_argument(
         "--rank", type=integer(1), required=True, metavar="R", help="of the adapter; alpha is R too"
     )
@@ -60,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--modules",
         type=_pattern,
         metavar="REGEX",
-        help="only the modules whose paths contain this regular expression (default: all matrices "
-        "and convolutions that differ)",
+        help="of TUNED, only the modules whose paths contain this regular expression (default: all "
+        "matrices and convolutions that differ)",
     )
     add_jobs(parser, "matrices to work on")
     parser.add_argument(
@@ -76,18 +72,25 @@ def run(arguments: argparse.Namespace) -> int:
     """Extract with a progress bar, save, and print the errors."""
     if lacks("extract", *CHECKPOINT, extra="checkpoint"):
         return 2
-    if is_in_input("extract", arguments.json, (arguments.base, arguments.tuned)):
+    given = (path for path, _ in arguments.adapters)
+    inputs = (arguments.base, *given, *([arguments.tuned] if arguments.tuned else []))
+    if is_in_input("extract", arguments.json, inputs):
         return 2
     from doraxp.checkpoint import check_place, save_adapters
 
     try:
+        _check_arguments(arguments)
         check_place(arguments.out, overwrite=arguments.force)
         found = _extract(arguments)
         save_adapters(arguments.out, found.adapters, overwrite=arguments.force)
-        modules = _figures(found)
+        modules = figures_of(found)
+        target = "the sum" if arguments.adapters else "TUNED"
         with output_that_may_fail("doraxp extract"):
-            _print_figures(found, modules, arguments)
-        _warn_of_left_out(found.left_out)
+            print_closeness(modules, target, every=arguments.all)
+            equal = f", {len(found.equal)} equal ones left out" if found.equal else ""
+            summary = f"{arguments.out}: an adapter of {len(modules)} modules{equal}"
+            print_names(summary, plain_console())
+        warn_of_left_out("extract", found.left_out, target, "DIR")
         if arguments.json is not None:
             write_json(arguments.json, _report(found, modules, arguments))
     except (ValueError, OSError) as error:
@@ -106,59 +109,37 @@ def _pattern(text: str) -> str:
 
 
 def _extract(arguments: argparse.Namespace) -> Extraction:
-    from doraxp.checkpoint import extract
+    from doraxp.checkpoint import Fit, Options, approximate, extract, plan_merge
 
     with progress_by_bytes() as progress:
         bar = progress.add_task("", total=None)
+
+        def update(done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total)
+
+        if arguments.adapters:
+            fit = Fit(tuple(arguments.rename))
+            merge = plan_merge(arguments.base, adapters_of(arguments), Options(), fit=fit)
+            return approximate(merge, arguments.rank, jobs=arguments.jobs, on_bytes=update)
         return extract(
             arguments.base,
             arguments.tuned,
             arguments.rank,
             modules=arguments.modules,
             jobs=arguments.jobs,
-            on_bytes=lambda done, total: progress.update(bar, completed=done, total=total),
+            on_bytes=update,
         )
 
 
-def _figures(found: Extraction) -> dict[str, dict[str, Any]]:
-    """Return the figures of each module, by path."""
-    return {
-        path: {
-            "kind": found.adapters[path].kind.name,
-            "rank": found.adapters[path].config.rank,
-            "shape": found.adapters[path].shape,
-            **one._asdict(),
-            "relative_lora_error": one.lora_error / one.update_norm,
-            "relative_error": one.error / one.update_norm,
-            "ratio": one.ratio,
-        }
-        for path, one in found.closeness.items()
-    }
-
-
-def _print_figures(
-    found: Extraction, modules: Mapping[str, Mapping[str, Any]], arguments: argparse.Namespace
-) -> None:
-    console = plain_console()
-    print_modules("module", modules, _COLUMNS, console, every=arguments.all)
-    print_caption(_CAPTION, console)
-    equal = f", {len(found.equal)} equal ones left out" if found.equal else ""
-    print_names(f"{arguments.out}: an adapter of {len(modules)} modules{equal}", console)
-
-
-def _warn_of_left_out(left_out: Mapping[str, float]) -> None:
-    """Warn of tensors that the fine-tune changed and that the adapter lacks."""
-    if not left_out:
-        return
-    names = sorted(left_out, key=lambda name: -left_out[name])
-    first = ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
-    message = f"{len(names)} tensors of TUNED differ and are not in DIR: {first}"
-    known = [name for name in names if math.isfinite(left_out[name])]
-    if known:
-        message += f"; the largest relative change is {left_out[known[0]]:.2g}, of {known[0]}"
-    if len(known) < len(names):
-        message += f"; {len(names) - len(known)} are new, or have another shape or no numbers"
-    print_warning("doraxp extract", message)
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    """Raise ValueError where options do not belong to what is extracted from."""
+    if arguments.adapters and arguments.tuned is not None:
+        raise ValueError(f"give TUNED or --adapter, not both, got {arguments.tuned} too")
+    if arguments.adapters and arguments.modules is not None:
+        raise ValueError("--modules is for TUNED: with --adapter all modules are extracted")
+    for option, is_given in (("--scale", arguments.scale != 1), ("--rename", arguments.rename)):
+        if is_given and not arguments.adapters:
+            raise ValueError(f"{option} is for --adapter, and TUNED is given")
 
 
 def _report(
@@ -167,7 +148,10 @@ def _report(
     """Return everything that the command prints and more, in the types of JSON."""
     return {
         "base": str(arguments.base),
-        "tuned": str(arguments.tuned),
+        "tuned": None if arguments.tuned is None else str(arguments.tuned),
+        "adapters": [
+            {"path": str(path), "strength": strength} for path, strength in arguments.adapters
+        ],
         "out": str(arguments.out.absolute()),
         "rank": arguments.rank,
         "modules": modules,
