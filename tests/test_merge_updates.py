@@ -154,7 +154,7 @@ def test_a_row_whose_norm_is_0_is_merged_to_0(backend, draw, assert_close):
         ((OUT, IN), None, "direction", "of the direction form must have a magnitude, got None"),
     ],
 )
-def test_what_does_not_fit_is_refused(shape, m, form, message):
+def test_an_update_or_a_magnitude_that_does_not_fit_is_refused(shape, m, form, message):
     update = Difference(np.ones((OUT, IN)))
     adapter = UpdateAdapter(update, None if m is None else np.ones(m))
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -92,7 +92,7 @@ def single(
 
 @torch.no_grad()
 def outputs(adapter: Any, base: Any, x: torch.Tensor) -> torch.Tensor:
-    """Return what the adapted layer computes, in float64."""
+    """Return the output of the adapted layer, in float64."""
     adapter.double()
     base.double()
     return base(x).clone()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from doraxp._base.printable import printable
 
@@ -39,3 +40,12 @@ def named(path: str | os.PathLike[str]) -> Iterator[None]:
         if error.filename is None:
             error.filename = os.fspath(path)
         raise
+
+
+def gguf(path: Path) -> CheckpointError:
+    """Return the error of a file of llama.cpp, or of a folder that has one."""
+    return CheckpointError(
+        f"{path}: GGUF files are neither read nor written here: merge into the model's safetensors "
+        "files, then make a GGUF file from OUT with the converter of the engine, such as "
+        "convert_hf_to_gguf.py of llama.cpp"
+    )

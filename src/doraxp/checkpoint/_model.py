@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from doraxp.checkpoint._errors import CheckpointError
+from doraxp.checkpoint._errors import CheckpointError, gguf
 from doraxp.checkpoint._formats import FILES
 from doraxp.checkpoint._json import JsonObject, read_json
 from doraxp.checkpoint._left_out import files_to_leave_out, is_variant
@@ -132,6 +132,9 @@ def _only_file(path: Path) -> str:
     names = unmarked or names
     # For a model of pickles, the reader refuses the first one with the reason.
     names = names or sorted(file.name for file in path.glob("pytorch_model*.bin"))[:1]
+    of_llama = sorted(path.glob("*.gguf"))
+    if of_llama and not names:
+        raise gguf(of_llama[0])
     if len(names) != 1:
         models = [
             file

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from doraxp._base.safetensors import Tensor
 from doraxp._base.types import HostArray
-from doraxp.checkpoint._errors import CheckpointError, changed
+from doraxp.checkpoint._errors import CheckpointError, changed, gguf
 from doraxp.checkpoint._json import SIZE_LIMIT, check_values, parse_json
 from doraxp.checkpoint._stamp import (
     CHUNK,
@@ -46,7 +46,7 @@ DTYPES: dict[str, np.dtype[np.generic]] = {
 }
 """The dtypes that a merge computes with. Tensors of all other dtypes are only copied."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_LFS = b"version "
+_LFS, _GGUF = b"version ", b"GGUF"
 _NAME_LIMIT = 500
 
 
@@ -267,6 +267,8 @@ def _check_names(path: Path, names: dict[str, _Entry]) -> None:
 
 def _checked_header(path: Path) -> tuple[dict[str, object], Stamp, bytes]:
     """Return the header, the stamp of the file, and the bytes before the data."""
+    if path.suffix.lower() == ".gguf":
+        raise gguf(path)
     if path.suffix in _PICKLES:
         raise CheckpointError(
             f"{path}: a pickle file can run any code when it is read, so doraxp does not read it. "
@@ -276,6 +278,8 @@ def _checked_header(path: Path) -> tuple[dict[str, object], Stamp, bytes]:
         raise FileNotFoundError(f"{path}: no such file")
     with opened(path) as file:
         stamp, first = settled_stamp_of(file), read_up_to(file, 8)
+        if first.startswith(_GGUF):
+            raise gguf(path)
         if first == _LFS:
             raise CheckpointError(
                 f"{path}: this is a pointer of Git LFS without the weights: run `git lfs pull`"

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from doraxp.checkpoint._adapters import CONFIG, AdapterSet, StoredLayer
-from doraxp.checkpoint._errors import CheckpointError
+from doraxp.checkpoint._errors import CheckpointError, gguf
 from doraxp.checkpoint._fit import AS_FILED, Fit, Fitted, fit
 from doraxp.checkpoint._formats import FILES, WRITABLE, choices, diffusers
 from doraxp.checkpoint._model import Model
@@ -102,6 +102,8 @@ def check_place(path: str | os.PathLike[str], *, overwrite: bool = False) -> Non
     FileNotFoundError
         The folder above `path` does not exist.
     """
+    if Path(path).suffix.lower() == ".gguf":
+        raise gguf(Path(path))
     prepare_place(Path(path), {CONFIG, *FILES}, overwrite=overwrite)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from doraxp.checkpoint._config_edits import ConfigEdits
 from doraxp.checkpoint._durable import sync, write_chunks, write_durably
-from doraxp.checkpoint._errors import CheckpointError
+from doraxp.checkpoint._errors import CheckpointError, gguf
 from doraxp.checkpoint._json import JsonObject, read_json
 from doraxp.checkpoint._merge import Merge
 from doraxp.checkpoint._model import open_model
@@ -74,6 +74,8 @@ def check_target(merge: Merge, out: str | os.PathLike[str], *, force: bool = Fal
             raise CheckpointError(
                 f"{folder}: OUT and its work folder must not contain BASE or ADAPTER"
             )
+    if out.suffix.lower() == ".gguf":
+        raise gguf(out)
     if out.is_dir() and not merge.model.is_folder:
         raise CheckpointError(f"{out}: OUT must be a file, as BASE is, but is a folder")
     if merge.model.is_folder and out.suffix == ".safetensors":

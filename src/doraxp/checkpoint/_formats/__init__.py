@@ -10,7 +10,7 @@ from pathlib import Path
 
 from doraxp._base.types import Dropout, Form, NormGradient
 from doraxp.checkpoint._adapters import AdapterSet, config_path
-from doraxp.checkpoint._errors import CheckpointError
+from doraxp.checkpoint._errors import CheckpointError, gguf
 from doraxp.checkpoint._formats import diffusers, lycoris, mlx, peft
 from doraxp.checkpoint._formats.choices import with_choices
 from doraxp.checkpoint._formats.protocol import Format, WritableFormat
@@ -112,4 +112,7 @@ def _adapter_file(path: Path) -> Path:
         raise FileNotFoundError(
             f"{path}: has the adapters {', '.join(sorted(names))}: choose one with --subfolder NAME"
         )
+    of_llama = sorted(path.glob("*.gguf"))
+    if of_llama:
+        raise gguf(of_llama[0])
     raise FileNotFoundError(f"{path}: the folder must contain {' or '.join(FILES)}")
