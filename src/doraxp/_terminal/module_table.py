@@ -41,10 +41,12 @@ def print_modules(
 ) -> None:
     """Print a row for each kind of module; if `every`, one for each name.
 
-    Columns without any figure are left out.
+    Columns without any figure are left out; None is no figure.
     """
     columns = [
-        column for column in columns if any(column.figure in row for row in figures.values())
+        column
+        for column in columns
+        if any(row.get(column.figure) is not None for row in figures.values())
     ]
     headings = [column.heading for column in columns]
     if every:
@@ -67,7 +69,7 @@ def print_modules(
 
 
 def _cell(column: Column, group: Sequence[Mapping[str, Any]]) -> str:
-    values = [row[column.figure] for row in group if column.figure in row]
+    values = [row[column.figure] for row in group if row.get(column.figure) is not None]
     if not values:
         return ""
     if column.of_many is not None:

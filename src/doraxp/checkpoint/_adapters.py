@@ -195,11 +195,14 @@ class AdapterSet(Mapping[str, "AdaptedLayer | UpdatedLayer"]):
 
 
 def algorithm_of(layer: StoredLayer) -> str:
-    """Return the kind of update, as trainers name it: DoRA is LoRA with a magnitude."""
+    """Return the kind of update, as trainers name it: "LoHa", or "LoHa+m" with a magnitude.
+
+    LoRA with a magnitude is "DoRA".
+    """
     name = ALGORITHMS[type(layer.names)]
     if layer.names.magnitude is None:
         return name
-    return "DoRA" if name == "LoRA" else f"{name} with m"
+    return "DoRA" if name == "LoRA" else f"{name}+m"
 
 
 def config_path(reader: Reader) -> Path:

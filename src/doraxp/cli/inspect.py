@@ -1,4 +1,4 @@
-"""`doraxp inspect`: the modules of a DoRA adapter, and how they change the base."""
+"""`doraxp inspect`: the modules of an adapter, and how they change the base."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ if TYPE_CHECKING:
     from doraxp.checkpoint import AdapterSet, Against, Fit
 
 SUMMARY = (
-    "List the modules of a DoRA adapter with rank, scale, size and effective rank of the update. "
-    "With --base, show how far magnitudes and directions move, and how near rows are to cancelling."
+    "List the modules of an adapter (DoRA, LoRA, LoHa, LoKr) with rank, scale, size and effective "
+    "rank of the update. With --base, show how far magnitudes and directions move, and how near "
+    "rows are to cancelling."
 )
 
 
 _FACTORS = (
     Column("kind", "stored as"),
+    Column("update", "update"),
     Column("rank", "rank"),
     Column("alpha", "alpha"),
     Column("update_norm", "update\nnorm", statistics.median),
@@ -35,16 +37,16 @@ _FACTORS = (
 )
 _WITH_BASE = (
     Column("rank", "rank"),
-    *_FACTORS[3:],
+    *_FACTORS[4:],
     Column("magnitude_change", "ΔM", statistics.median),
     Column("direction_change", "ΔD", statistics.median),
     Column("conditioning", "condi-\ntioning", min),
     Column("zero_rows", "zero\nrows", sum),
 )
-_CAPTION = "Effective rank: exp of the entropy of the singular values of B A. Medians."
+_CAPTION = "Effective rank: exp of the entropy of the singular values of ΔW. Medians."
 _CAPTION_WITH_BASE = (
     "ΔM: mean change of the norms of the rows. ΔD: mean 1 − cosine of the rows. "
-    "Medians. Conditioning: the least n / (‖w‖ + ‖s B A‖) of a row; 0 cancels."
+    "Medians. Conditioning: the least n / (‖w‖ + ‖s ΔW‖) of a row; 0 cancels."
 )
 
 
@@ -108,7 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _report(adapters: AdapterSet, base: Path | None, fit: Fit) -> dict[str, Any]:
     """Return all figures, in the types of JSON, with a progress bar."""
-    from doraxp.checkpoint import look_at, look_at_base, open_model
+    from doraxp.checkpoint import algorithm_of, look_at, look_at_base, open_model
 
     against: Mapping[str, Against] = {}
     if base is not None:
@@ -127,6 +129,7 @@ def _report(adapters: AdapterSet, base: Path | None, fit: Fit) -> dict[str, Any]
         for path, layer in adapters.items():
             modules[path] = {
                 "kind": layer.kind.name,
+                "update": algorithm_of(adapters.layers[path]),
                 "rank": layer.config.rank,
                 "alpha": layer.config.rank if layer.config.alpha is None else layer.config.alpha,
                 **look_at(layer)._asdict(),
