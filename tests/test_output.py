@@ -179,7 +179,8 @@ def test_inspect_prints_a_row_for_each_kind_in_80_columns(llama, capsys):
         expected = [str(LAYERS), "2", *(f"{figure:.3g}" for figure in figures), "0"]
         assert table(out)[kind] == expected
     assert main(["inspect", "adapter"]) == 0
-    assert table(capsys.readouterr().out)["q_proj"][:4] == [str(LAYERS), "linear", "2", "3–5"]
+    expected = [str(LAYERS), "linear", "DoRA", "2", "3–5"]
+    assert table(capsys.readouterr().out)["q_proj"][:5] == expected
 
 
 @pytest.mark.parametrize(

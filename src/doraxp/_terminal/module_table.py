@@ -41,7 +41,7 @@ def print_modules(
 ) -> None:
     """Print a row for each kind of module; if `every`, one for each name.
 
-    Columns without any figure are left out; None is no figure.
+    Columns without any figure are left out. None counts as missing.
     """
     columns = [
         column
