@@ -343,7 +343,9 @@ def test_a_strength_must_be_a_finite_number(tmp_path, capsys, case):
     with pytest.raises(SystemExit) as error:
         run(tmp_path, *arguments)
     assert error.value.code == 2
-    assert message in capsys.readouterr().err
+    text = capsys.readouterr().err
+    assert message in text
+    assert text.count("\n") == 1
 
 
 @pytest.mark.parametrize("strength", [np.nan, np.inf])

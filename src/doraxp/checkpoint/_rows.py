@@ -61,6 +61,14 @@ class Term:
     strength: float = 1.0
 
 
+def alone(terms: Sequence[Term]) -> UpdatedLayer | None:
+    """Return the adapter of one term of strength 1; None for a sum of changes."""
+    first, *others = terms
+    if others or first.strength != 1 or not isinstance(first.layer, UpdatedLayer):
+        return None
+    return first.layer
+
+
 def merged_blocks(
     name: str, source: AnySource, terms: Sequence[Term], engine: Engine, dtype: str
 ) -> Iterator[Block]:
@@ -98,12 +106,10 @@ def merged_blocks(
 
     try:
         parts = [_part(term, engine, dtype) for term in terms]
-        is_sum = len(terms) > 1 or terms[0].strength != 1
-        blocks = (
-            _sums(read, source.tensor.shape, terms, parts)
-            if is_sum
-            else _merge(read, source.tensor.shape, parts[0])
-        )
+        if alone(terms) is None:
+            blocks = _sums(read, source.tensor.shape, terms, parts)
+        else:
+            blocks = _merge(read, source.tensor.shape, parts[0])
         for block in blocks:
             if not all(np.isfinite(np.asarray(norm)).all() for norm in block.norms[:2]):
                 raise CheckpointError(
@@ -208,8 +214,7 @@ class _Former:
             self.update = layer.adapter.update.mapped(placed).scaled(layer.config.scaling)
         if isinstance(self.update, LowRank) and not engine.raises:
             _check_finite(engine.fetch(self.update.lora_b))
-        arrays = {} if self.magnitude is None else {"magnitude": self.magnitude}
-        self.ops = operations(**arrays, weight=placed(np.zeros((1, 1))))
+        self.ops = operations(number=placed(np.zeros(1)))
 
     def __call__(self, rows: slice, host: HostArray) -> tuple[Array, Array]:
         """Return the same rows of W and of V, as they are stored."""

@@ -20,12 +20,11 @@ from doraxp.checkpoint._matrix import row_blocks
 from doraxp.checkpoint._merge import Merge
 from doraxp.checkpoint._options import merge_dtype
 from doraxp.checkpoint._rounding import Stochastic, stochastic, to_either, to_nearest
-from doraxp.checkpoint._rows import merged_blocks
+from doraxp.checkpoint._rows import alone, merged_blocks
 from doraxp.checkpoint._safetensors import DTYPES, AnySource
 from doraxp.checkpoint._survival import Survival
 from doraxp.checkpoint._tasks import (
     Changed,
-    MergedTensor,
     Part,
     ReplacedTensor,
     part_name,
@@ -101,9 +100,7 @@ class _PartWork(NamedTuple):
             )
             survival.add(block, written)
             norms.append(block.norms)
-        layer = terms[0].layer if isinstance(part, MergedTensor) else None
-        assert not isinstance(layer, AnySource)
-        return MergedWeight(name, change(norms, layer, survival.kept))
+        return MergedWeight(name, change(norms, alone(terms), survival.kept))
 
     def copied(self, part: Part) -> None:
         """Write the part as it is, in the dtype of the result."""

@@ -17,7 +17,7 @@ from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._matrix import Wide, row_blocks, source_rows
 from doraxp.checkpoint._merge import Merge
 from doraxp.checkpoint._precision import PRECISION
-from doraxp.checkpoint._rows import Term
+from doraxp.checkpoint._rows import Term, alone
 from doraxp.checkpoint._safetensors import DTYPES, AnySource, Reader, Source, are_equal
 from doraxp.checkpoint._tasks import Changed, MergedTensor, parts_of
 from doraxp.checkpoint._updated_layer import UpdatedLayer
@@ -73,7 +73,6 @@ def _reopened(part: Changed, fresh: Mapping[Path, Reader]) -> tuple[Term, ...]:
 
 def _verify_merged(source: AnySource, written: AnySource, terms: Sequence[Term]) -> None:
     shape = source.tensor.shape
-    is_sum = len(terms) > 1 or terms[0].strength != 1
     kinds = [term.layer.rows_kind for term in terms if isinstance(term.layer, UpdatedLayer)]
     kind = next((one for one in kinds if one.is_transposed), None)
     kind = kind or LayerKind("conv" if len(shape) > 2 else "linear")
@@ -82,7 +81,7 @@ def _verify_merged(source: AnySource, written: AnySource, terms: Sequence[Term])
     rows = np.unique(np.linspace(0, out - 1, SAMPLE).astype(np.intp))
     weight = source_rows(source, rows, kind)
     desired, largest = _dense(source, rows, weight, terms[0], kind)
-    if is_sum:
+    if alone(terms) is None:
         desired, largest = weight.copy(), np.abs(weight).max(axis=1, keepdims=True)
         for term in terms:
             merged, reach = _dense(source, rows, weight, term, kind)

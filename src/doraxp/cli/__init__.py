@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
 import doraxp
 from doraxp._terminal.messages import accept_any_encoding, print_error
@@ -28,6 +29,15 @@ _COMMANDS = (
 )
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as those of the commands are."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error without the usage, which --help has, and leave with status 2."""
+        print_error(self.prog, message)
+        sys.exit(2)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command of `doraxp`.
 
@@ -41,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         The exit status. Bad arguments leave with SystemExit and status 2, as argparse does.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="doraxp", description="DoRA, weight-decomposed low-rank adaptation, on any array."
     )
     parser.add_argument("--version", action="version", version=f"doraxp {doraxp.__version__}")
