@@ -6,6 +6,7 @@ module, and exit status 2.
 
 from __future__ import annotations
 
+import json
 import re
 
 import numpy as np
@@ -131,6 +132,65 @@ def test_without_alpha_the_change_is_not_scaled(tmp_path, capsys):
     base = write(tmp_path, prefixed("linear", leaves))
     wanted = merged(base["down.0.weight"], change * (RANK / ALPHA))
     assert_merge(tmp_path, base, {"down.0.weight": wanted}, capsys)
+
+
+CONVERTED = [
+    case
+    for case in CASES
+    if case[0] not in ("lokr",)  # two whole sides have no factors
+]
+
+
+@pytest.mark.parametrize("norms", [None, "outputs"])
+@pytest.mark.parametrize(("name", "kind"), CONVERTED)
+def test_a_product_is_converted_to_factors_exactly(tmp_path, capsys, name, kind, norms):
+    """From LyCORIS to PEFT, as one A and B of a larger rank."""
+    rng = np.random.default_rng(7)
+    leaves, change = ALGORITHMS[name][0](rng, kind)
+    ones = [1] * (len(SHAPES[kind]) - 2)
+    m = None if norms is None else (1 + rng.random((OUT, 1, *ones))).astype("f4")
+    leaves |= {"alpha": np.float32(ALPHA)} | ({} if m is None else {"dora_scale": m})
+    base = write(tmp_path, prefixed(kind, leaves))
+    save_file(prefixed(kind, leaves), tmp_path / "alone.safetensors")
+    paths = {one: str(tmp_path / one) for one in ("base", "alone.safetensors", "peft", "out")}
+    command = ["convert", paths["alone.safetensors"], "--base", paths["base"], "--to", "peft"]
+    assert main([*command, "--out", paths["peft"]]) == 0, capsys.readouterr().err
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["use_dora"] == (m is not None)
+    assert main(["merge", paths["base"], paths["peft"], "--out", paths["out"]]) == 0
+    key = f"{PATHS[kind]}.weight"
+    wanted = merged(base[key], change, m)
+    found = read_folder(tmp_path / "out")[key]
+    assert np.max(np.abs(found - wanted)) <= 1e-6 * np.max(np.abs(wanted))
+
+
+@pytest.mark.parametrize("case", ["lokr", "diff", "columns of a convolution"])
+def test_an_update_without_factors_is_not_converted(tmp_path, capsys, case):
+    rng = np.random.default_rng(7)
+    kind = "conv" if "columns" in case else "linear"
+    leaves, _ = ALGORITHMS["lora" if "columns" in case else "lokr"][0](rng, kind)
+    if case == "diff":
+        leaves = {"diff": draw(rng, OUT, IN)}
+    if "columns" in case:
+        leaves |= {"dora_scale": np.ones((1, IN, 1, 1), "f4")}
+    write(tmp_path, {})
+    save_file(prefixed(kind, leaves), tmp_path / "alone.safetensors")
+    arguments = ["--base", str(tmp_path / "base"), "--to", "peft", "--out", str(tmp_path / "peft")]
+    assert main(["convert", str(tmp_path / "alone.safetensors"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "has updates B A of a low rank only" in error
+    assert "doraxp convert --to lora --rank R" in error
+    assert not (tmp_path / "peft").exists()
+
+
+def test_a_file_that_mixes_dora_and_lora_is_not_written_as_pefts(tmp_path, capsys):
+    leaves, _ = lora(np.random.default_rng(7), "linear")
+    write(tmp_path, prefixed("linear", leaves))
+    for target, message in (("peft", "one use_dora"), ("mlx", "one fine_tune_type")):
+        arguments = ["--base", str(tmp_path / "base"), "--to", target]
+        command = ["convert", str(tmp_path / "adapter.safetensors"), *arguments]
+        assert main([*command, "--out", str(tmp_path / "peft")]) == 2
+        assert message in capsys.readouterr().err
 
 
 def changed(name, kind, leaf, change):

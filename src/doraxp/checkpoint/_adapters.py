@@ -194,6 +194,18 @@ class AdapterSet(Mapping[str, "AdaptedLayer | UpdatedLayer"]):
         return array
 
 
+def with_kernel(layer: StoredLayer, shape: tuple[int, ...]) -> StoredLayer:
+    """Return a layer that is flat after the first axis in the base's shape, if that is longer.
+
+    The factors of LoHa and LoKr do not tell the kernel of a convolution.
+    """
+    is_same = shape[:1] == layer.shape[:1] and math.prod(shape) == math.prod(layer.shape)
+    if not is_same or len(shape) <= len(layer.shape):
+        return layer
+    kind = LayerKind("conv") if layer.kind.name == "linear" else layer.kind
+    return layer._replace(kind=kind, shape=shape)
+
+
 def algorithm_of(layer: StoredLayer) -> str:
     """Return the kind of update, as trainers name it: "LoHa", or "LoHa+m" with a magnitude.
 

@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from doraxp._core.kinds import LayerKind
-from doraxp.checkpoint._adapters import CONFIG, AdapterSet, StoredLayer
+from doraxp.checkpoint._adapters import CONFIG, AdapterSet, StoredLayer, with_kernel
 from doraxp.checkpoint._config_edits import ConfigEdits
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._fit import AS_FILED, Fit, Fitted, fit
@@ -244,11 +243,9 @@ def _as_stored(
     if place.own is not None:
         shape = (place.own.stop - place.own.start, *shape[1:])
         layer = layer._replace(shape=shape, rows=(place.own,))
-    if tensor.shape == shape:
+    layer = with_kernel(layer, tensor.shape)
+    if tensor.shape == layer.shape:
         return layer
-    if tensor.shape[:1] == shape[:1] and math.prod(tensor.shape) == math.prod(shape):
-        kind = LayerKind("conv") if layer.kind.name == "linear" else layer.kind
-        return layer._replace(kind=kind, shape=tensor.shape)
     if layer.kind.name in _OTHER_WAY and tensor.shape == shape[::-1] and place.own is None:
         return layer._replace(kind=_OTHER_WAY[layer.kind.name], shape=tensor.shape)
     raise CheckpointError(f"{name} has shape {tensor.shape}, but its adapter is for {shape}")

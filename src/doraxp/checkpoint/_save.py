@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
-from doraxp.checkpoint._adapters import CONFIG, AdapterSet, StoredLayer
+from doraxp.checkpoint._adapters import CONFIG, AdapterSet, StoredLayer, with_kernel
 from doraxp.checkpoint._errors import CheckpointError, gguf
 from doraxp.checkpoint._fit import AS_FILED, Fit, Fitted, fit
 from doraxp.checkpoint._formats import FILES, WRITABLE, choices, diffusers
@@ -188,6 +188,7 @@ def named_for(
         for tensor, rows in _rows_by_tensor(path, fitted.places[path], adapters).items():
             size = sum(one.stop - one.start for one in rows)
             own = layer._replace(rows=rows, shape=(size, *layer.shape[1:])) if rows else layer
+            own = with_kernel(own, (own.shape[0], *fitted.shapes[tensor][1:]))
             name = tensor.removesuffix(".weight")
             if name in layers:
                 raise CheckpointError(f"{adapters.reader.path}: two modules are for {tensor}")
