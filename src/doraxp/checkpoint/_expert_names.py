@@ -133,10 +133,8 @@ class _Last(threading.local):
         if self._key != (reader, name):
             packed = reader.read(name)
             by_rank = packed.reshape(len(packed), rank, experts)
-            self._key, self._array = (
-                (reader, name),
-                np.ascontiguousarray(by_rank.transpose(2, 0, 1)),
-            )
+            self._key = (reader, name)
+            self._array = np.ascontiguousarray(by_rank.transpose(2, 0, 1))
         return self._array
 
 

@@ -80,7 +80,7 @@ def _of_expert(
 def _is_flipped(
     place: Place, there: tuple[int, int], layer: StoredLayer, config: Mapping[str, object]
 ) -> bool:
-    """Return whether (B A)ᵀ is added to an expert's weight, which is stored in the shape `there`."""
+    """Return whether (B A)ᵀ is added to an expert's weight, which has the shape `there`."""
     names = layer.names
     assert isinstance(names, ExpertNames)
     _, out, inner = layer.kind.matrix_shape(layer.shape)

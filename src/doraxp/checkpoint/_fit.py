@@ -112,8 +112,8 @@ class Fitted:
             message = f"the base has no {name} for an adapter of shape {wanted.shape}"
             if self._is_packed(wanted):
                 yield (
-                    f"{name} is quantised (MXFP4) in the base and cannot be merged into; merge into "
-                    "the model from which it was quantised"
+                    f"{name} is quantised (MXFP4) in the base and cannot be merged into; merge "
+                    "into the model from which it was quantised"
                 )
                 continue
             if path == paths[0]:

@@ -137,5 +137,5 @@ def written_as(task: Task, options: Options) -> Tensor:
 
 
 def part_name(name: str, task: Task, part: Changed) -> str:
-    """Return the name of a merged part: the tensor's, and the module's or the expert's of several."""
+    """Return the name of a merged part: the tensor's, and the part's own if there are more."""
     return name if len(parts_of(task)) == 1 else f"{name} ({part.label})"

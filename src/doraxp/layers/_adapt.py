@@ -56,8 +56,8 @@ def adapt(
     target_modules : str or iterable of str
         Paths or ends of paths; or one regular expression for whole paths; or ``"all-linear"``.
         The latter selects each weight of a kind that `kinds` gives as linear, transposed
-        or a stack of experts. Of the weights without a given kind it selects those of two axes, except
-        embeddings and ``lm_head``.
+        or a stack of experts. Of the weights without a given kind it selects those of two axes,
+        except embeddings and ``lm_head``.
     config : Config
         For all layers; the patterns give other ranks and alphas to some.
     seed : int

@@ -33,7 +33,7 @@ _KINDS: dict[object, KindName] = {
 
 
 def entry(kinds: Mapping[str, LayerKind]) -> dict[str, Any]:
-    """Return what the header says of these parameters."""
+    """Return the value in the header for these parameters."""
     return {"version": VERSION, "modules": {path: kind.name for path, kind in kinds.items()}}
 
 

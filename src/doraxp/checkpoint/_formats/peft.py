@@ -183,9 +183,8 @@ def adapted_layers(
         raise CheckpointError(f"{where}: {', '.join(found)} cannot be merged")
     stacks = _stacks(reader, parts)
     others = {path: names for path, names in parts.items() if path not in stacks}
-    modules, targets = others, {}
-    if not stacks:
-        modules, targets = parameters(others, config, where)
+    empty = {"target_parameters": None} if stacks else {}  # they are those of the header
+    modules, targets = parameters(others, config | empty, where)
     names = _complete_names(reader, modules, where, dora=dora or peft_type == "DORA")
     of_targets = _complete_names(reader, targets, where, dora="m" in set().union(*targets.values()))
     configs = layer_configs([*names, *targets, *stacks], config, where)

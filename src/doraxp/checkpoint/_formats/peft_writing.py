@@ -61,10 +61,10 @@ def write(adapters: Mapping[str, AnyLayer]) -> Written:
             b = b.reshape(*b.shape, *ones)
             m = None if m is None else m.reshape(1, -1, *ones)
         elif layer.kind.is_stack:
-            if m is None or len(layer.shape) != 3:
+            if len(layer.shape) != 3:
                 raise ValueError(
-                    f"{path}: a file has DoRA of experts (experts, …, …) only, with m, got shape "
-                    f"{layer.shape}: merge it into its base instead, with doraxp merge"
+                    f"{path}: a stack of experts must have one axis for them, got the shape "
+                    f"{layer.shape}"
                 )
         elif kind == "embedding":
             names[:2] = "lora_embedding_A", "lora_embedding_B"
