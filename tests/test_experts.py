@@ -329,9 +329,10 @@ def test_experts_in_blocks_are_named_as_quantised(tmp_path, rng, capsys):
     assert f"{UP} is quantised (MXFP4) in the base" in refused(tmp_path, capsys)
 
 
-def test_a_tensor_of_an_expert_that_is_not_a_matrix_is_refused(tmp_path, rng, capsys):
+@pytest.mark.parametrize("shape", [(F,), (F, H + 1), (F + 1, H)])
+def test_a_tensor_of_an_expert_of_another_shape_is_refused(tmp_path, rng, capsys, shape):
     base = apart(rng, tmp_path / "base", model_type="qwen3_moe")
-    base[f"{BLOCK}.experts.1.up_proj.weight"] = draw(rng, F)
+    base[f"{BLOCK}.experts.1.up_proj.weight"] = draw(rng, *shape)
     save_file(base, tmp_path / "base" / "model.safetensors")
     factors = [packed(*stacks(rng, H, 2 * F))]
     write_parameters(tmp_path / "adapter", factors, target_parameters=BOTH[:1])
@@ -528,10 +529,11 @@ def test_the_files_are_those_that_the_page_describes(tmp_path, rng):
         True, [UP], [Q],
     )  # fmt: skip
     save_adapters(tmp_path / "again", load_adapters(tmp_path / "adapter"))
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (tmp_path / "again" / name).read_bytes() == (
-            tmp_path / "adapter" / name
-        ).read_bytes()
+    again = Reader(tmp_path / "again" / "adapter_model.safetensors")
+    assert (again.tensors, again.metadata) == (reader.tensors, reader.metadata)
+    for name in reader.tensors:
+        np.testing.assert_array_equal(again.read(name), reader.read(name))
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text()) == config
 
 
 def test_dora_of_experts_is_merged_into_a_tensor_for_each(tmp_path, rng):
@@ -577,6 +579,7 @@ def test_inspect_looks_at_experts(tmp_path, rng, capsys):
         assert main(["inspect", *paths, "--json", str(tmp_path / f"{name}.json")]) == 0
     update = load_adapters(tmp_path / "lora")[DOWN].adapter.update
     assert isinstance(update, Stack)
+    assert update.shape == (E * H, F)
     delta = (own[1] @ own[0]).reshape(E * H, F)
     for rows in (slice(2, 5), slice(0, E * H)):
         np.testing.assert_allclose(update.rows(rows), delta[rows], rtol=1e-5, atol=1e-7)

@@ -513,7 +513,7 @@ def test_a_wrong_argument_is_an_error_of_config(tmp_path):
         ("{", "not JSON"),
         (
             '{"alpha": 3}',
-            "must have the names norm_gradient, dropout, form and experts only, got alpha",
+            "dropout, form and experts only, got alpha",
         ),
         ('{"dropout": "x"}', "dropout must be one of"),
         ('{"dropout": 1}', "dropout must be a string, or an object of strings by module"),
