@@ -168,3 +168,30 @@ def test_the_audit_of_a_merge_by_peft_is_right(
     save(merged, "merged.safetensors")
     wrong = audit(plan, tmp_path / "merged.safetensors")
     assert sum(not verdict.right for verdict in wrong.values()) == 1
+
+
+class TestExperts:
+    """PEFT has no DoRA of `target_parameters`, and must not read doraxp's layout as something else."""
+
+    @pytest.fixture
+    def model(self, torch):
+        class Experts(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.gate_up_proj = torch.nn.Parameter(torch.randn(3, 10, 4))
+
+        torch.manual_seed(7)
+        layers = {"experts": Experts(), "q_proj": torch.nn.Linear(4, 6)}
+        return torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict(layers)})
+
+    @pytest.mark.parametrize("others", [[], ["mlp.q_proj"]])
+    @pytest.mark.parametrize("kind", ["experts", "transposed_experts"])
+    def test_peft_refuses_the_layout_with_an_error(self, peft, model, tmp_path, kind, others):
+        base = {name: tensor.detach().numpy() for name, tensor in model.named_parameters()}
+        stack = "mlp.experts.gate_up_proj"
+        adapters = doraxp.adapt(
+            base, [stack, *others], Config(2), seed=1, kinds={stack: LayerKind(kind)}
+        )
+        save_adapters(tmp_path / "adapter", adapters)
+        with pytest.raises(ValueError, match="does not work with use_dora=True"):
+            peft.PeftModel.from_pretrained(model, str(tmp_path / "adapter"))

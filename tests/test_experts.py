@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -674,3 +677,76 @@ def test_other_conversions_of_experts_are_refused(tmp_path, rng):
     with pytest.raises(doraxp.checkpoint.CheckpointError, match="BASE has a tensor for each"):
         named_for(open_model(tmp_path / "apart"), load_adapters(tmp_path / "adapter"))
     assert LowRank(a[0], b[0]).shape == (H, F)
+
+
+# Adapters of single experts, by their names in the file
+
+
+@pytest.mark.parametrize("names", [("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")])
+def test_dora_of_single_experts_is_merged(tmp_path, rng, names):
+    base = apart(rng, tmp_path / "base", names, model_type="mixtral")
+    leaves = {name.removesuffix(".weight"): near(rng, base[name]) for name in list(base)[:7]}
+    write_peft(tmp_path / "adapter", leaves)
+    check(
+        tmp_path,
+        base,
+        {f"{path}.weight": dense(base[f"{path}.weight"], *own) for path, own in leaves.items()},
+    )
+
+
+def test_two_adapters_of_one_expert_are_refused(tmp_path, rng, capsys):
+    base = apart(rng, tmp_path / "base", model_type="qwen3_moe")
+    a, b = packed(*stacks(rng, F, H))
+    one = f"{BLOCK}.experts.1.down_proj"
+    own = near(rng, base[f"{one}.weight"])
+    tensors = {f"{BLOCK}.experts.lora_A": a, f"{BLOCK}.experts.lora_B": b,
+               f"{one}.lora_A": own[0], f"{one}.lora_B": own[1]}  # fmt: skip
+    modules = [f"experts.{e}.down_proj" for e in range(E)]
+    write(tmp_path / "adapter", tensors, target_parameters=BOTH[1:], target_modules=modules)
+    assert f"the base has no {DOWN} for an adapter of shape" in refused(tmp_path, capsys)
+
+
+# The golden files
+
+GOLDEN = Path(__file__).parents[1] / "examples" / "experts"
+
+
+def golden_status(*arguments):
+    """Return the exit status of the check, which needs NumPy alone."""
+    spec = importlib.util.spec_from_file_location("experts_check", GOLDEN / "check.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["check.py", *map(str, arguments)])
+        return module.main()
+
+
+def test_the_golden_files_are_right_by_the_formula_and_by_the_merge(tmp_path):
+    assert golden_status() == 0
+    base, adapter, out = (
+        GOLDEN / "base.safetensors",
+        GOLDEN / "adapter",
+        tmp_path / "out.safetensors",
+    )
+    assert main(["merge", *map(str, (base, adapter)), "--out", str(out), "--verify"]) == 0
+    assert golden_status(out) == 0
+    assert main(["audit", *map(str, (base, adapter, GOLDEN / "merged.safetensors"))]) == 0
+
+
+def test_the_check_of_the_golden_files_sees_one_wrong_expert(tmp_path):
+    tensors = load_file(GOLDEN / "merged.safetensors")
+    name = "model.layers.0.mlp.experts.down_proj"
+    tensors[name][1] = load_file(GOLDEN / "base.safetensors")[name][1]
+    save_file(tensors, tmp_path / "wrong.safetensors")
+    assert golden_status(tmp_path / "wrong.safetensors") == 1
+
+
+def test_the_golden_adapter_is_saved_again_as_it_is(tmp_path):
+    save_adapters(tmp_path / "again", load_adapters(GOLDEN / "adapter"))
+    folders = tmp_path / "again", GOLDEN / "adapter"
+    configs = [(folder / "adapter_config.json").read_text() for folder in folders]
+    assert configs[0] == configs[1]
+    again, golden = (Reader(folder / "adapter_model.safetensors") for folder in folders)
+    assert again.metadata == golden.metadata
+    for name in golden.tensors:
+        np.testing.assert_array_equal(again.read(name), golden.read(name))
