@@ -171,7 +171,7 @@ def test_the_audit_of_a_merge_by_peft_is_right(
 
 
 class TestExperts:
-    """PEFT has no DoRA of `target_parameters`, and must not read doraxp's layout as something else."""
+    """PEFT has no DoRA of `target_parameters`, and must refuse the layout of doraxp."""
 
     @pytest.fixture
     def model(self, torch):
