@@ -293,6 +293,10 @@ BROKEN = {
         {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.inner"]},
         "does not tell which adapter of model.layers.0.mlp.experts is for inner",
     ),
+    "a target with lookaround": (
+        {"target_parameters": ["gate_up_proj"], "target_modules": "(?!x).*"},
+        "target_modules: the pattern",
+    ),
     "no list": ({"target_parameters": "gate_up_proj"}, "target_parameters must be a list of names"),
 }
 
@@ -302,7 +306,8 @@ def test_a_wrong_configuration_of_parameters_is_refused(tmp_path, rng, capsys, t
     fused(rng, tmp_path / "base", "experts")
     changes, message = BROKEN[title]
     factors = [packed(*stacks(rng, H, 2 * F)), packed(*stacks(rng, F, H))]
-    write_parameters(tmp_path / "adapter", factors, **changes)
+    is_short = changes.get("target_parameters") == ["gate_up_proj"]
+    write_parameters(tmp_path / "adapter", factors[:1] if is_short else factors, **changes)
     assert message in refused(tmp_path, capsys)
 
 
@@ -588,6 +593,13 @@ def test_inspect_looks_at_experts(tmp_path, rng, capsys):
         np.testing.assert_allclose(update.rows(rows), delta[rows], rtol=1e-5, atol=1e-7)
     (norm,) = re.findall(r'"update_norm": ([\d.]+)', (tmp_path / "lora.json").read_text())
     assert float(norm) == pytest.approx(S * np.linalg.norm(delta), rel=1e-3)
+    layer = load_adapters(tmp_path / "lora")[DOWN]
+    np.testing.assert_allclose(
+        doraxp.merge(base[DOWN], layer.adapter, layer.config, kind=layer.kind),
+        base[DOWN] + S * delta.reshape(E, H, F),
+        rtol=1e-5,
+        atol=1e-6,
+    )
     np.testing.assert_allclose(update.scaled(2.0).rows(slice(0, 3)), 2 * delta[:3], rtol=1e-5)
     capsys.readouterr()
 

@@ -58,25 +58,26 @@ def parameters(parts: Parts, config: JsonObject, where: Path) -> Parameters:
         assert match is not None
         by_module.setdefault(match["module"], []).append(path)
     modules: dict[str, Mapping[str, str]] = {}
-    found: dict[str, Mapping[str, str]] = {}
+    of_targets: dict[str, Mapping[str, str]] = {}
     used: set[str] = set()
     for module, paths in by_module.items():
         own = _own_targets(module, targets, len(paths))
-        if not own or (len(paths) == 1 and _is_target_module(module, config)):
+        is_short = not any("." in target for found in own.values() for target in found)
+        if not own or (is_short and len(paths) == 1 and _is_target_module(module, config, where)):
             modules |= {path: parts[path] for path in paths}
             continue
         used.update(*own.values())
         names = _in_order(module, own, len(paths), where)
         # PEFT wraps the first parameter first, so its name is the longest.
         for name, path in zip(names, sorted(paths, key=len, reverse=True), strict=True):
-            found[f"{module}.{name}"] = parts[path]
+            of_targets[f"{module}.{name}"] = parts[path]
     unused = [target for target in targets if target not in used]
     if unused:
         raise CheckpointError(
             f"{where}: target_parameters has {', '.join(unused)}, and the file has no adapter for "
             "it: save the adapter again from the trained model, or remove the entry"
         )
-    return Parameters(modules, found)
+    return Parameters(modules, of_targets)
 
 
 def _targets(config: JsonObject, where: Path) -> list[str]:
@@ -101,11 +102,14 @@ def _own_targets(module: str, targets: Collection[str], count: int) -> dict[str,
     return named if len(named) == count else own
 
 
-def _is_target_module(module: str, config: JsonObject) -> bool:
+def _is_target_module(module: str, config: JsonObject, where: Path) -> bool:
     """Return whether ``target_modules`` names a module, as PEFT compares."""
     targets = config.get("target_modules") or ()
     if isinstance(targets, str):
-        return matches_any(f"^{targets}$", [module])
+        try:
+            return matches_any(f"^(?:{targets})$", [module])
+        except ValueError as error:
+            raise CheckpointError(f"{where}: target_modules: {error}") from None
     return isinstance(targets, list) and f".{module}".endswith(tuple(f".{one}" for one in targets))
 
 
