@@ -762,3 +762,43 @@ def test_the_golden_adapter_is_saved_again_as_it_is(tmp_path):
     assert again.metadata == golden.metadata
     for name in golden.tensors:
         np.testing.assert_array_equal(again.read(name), golden.read(name))
+
+
+def test_a_change_of_experts_is_added_to_one_in_full(tmp_path, rng):
+    """The first adapter has the tensor of all experts in full, as `modules_to_save` writes it."""
+    base = fused(rng, tmp_path / "base", "experts")
+    query = near(rng, base[f"{Q}.weight"])
+    trained = rows_scaled(rng, *base[UP].shape)
+    write_peft(
+        tmp_path / "one", {Q: query}, {f"{PREFIX}{UP}": trained}, modules_to_save=["experts"]
+    )
+    save_adapters(tmp_path / "other", other := drawn(rng, base, "experts", [UP]))
+    given = [f"--adapter={tmp_path / 'one'}:0.5", f"--adapter={tmp_path / 'other'}"]
+    paths = [str(tmp_path / "base"), "--out", str(tmp_path / "out"), "--jobs", "1", "--verify"]
+    assert main(["merge", *paths, *given]) == 0
+    wanted = 0.5 * (trained - base[UP]) + merged_by_formula(base, other)[UP]
+    np.testing.assert_allclose(read_folder(tmp_path / "out")[UP], wanted, rtol=2e-5, atol=1e-5)
+
+
+def test_changes_of_one_expert_in_all_are_added(tmp_path, rng):
+    base = write_base(tmp_path / "base", {DOWN: rows_scaled(rng, 1, H, F)}, model_type="gpt_oss")
+    layers = {}
+    for name in ("one", "other"):
+        adapters = doraxp.adapt(
+            {DOWN: base[DOWN]},
+            [DOWN],
+            Config(RANK, ALPHA),
+            seed=2,
+            kinds={DOWN: LayerKind("experts")},
+        )
+        leaves = adapters[DOWN].adapter
+        own = leaves._replace(lora_b=draw(rng, *leaves.lora_b.shape))
+        layers[name] = {DOWN: adapters[DOWN]._replace(adapter=own)}
+        save_adapters(tmp_path / name, layers[name])
+    given = [f"--adapter={tmp_path / name}" for name in layers]
+    paths = [str(tmp_path / "base"), "--out", str(tmp_path / "out"), "--jobs", "1", "--verify"]
+    assert main(["merge", *paths, *given]) == 0
+    changes = [merged_by_formula(base, own)[DOWN] - base[DOWN] for own in layers.values()]
+    wanted = base[DOWN] + changes[0] + changes[1]
+    np.testing.assert_allclose(read_folder(tmp_path / "out")[DOWN], wanted, rtol=2e-5, atol=1e-5)
+    assert main(["audit", str(tmp_path / "base"), *given, str(tmp_path / "out")]) == 0
