@@ -152,7 +152,7 @@ class _Guard:
 
     def __init__(self, sources: Mapping[str, Source], limit: float) -> None:
         self._sources, self._limit = sources, limit
-        self._samples: dict[tuple[str, LayerKind], Vector] = {}
+        self._samples: dict[tuple[tuple[int, ...], LayerKind], tuple[list[str], Vector]] = {}
 
     def message(self, name: str, part: MergedTensor, m: Vector) -> str | None:
         """Return the reason why a match is wrong; None if it is not known to be."""
@@ -162,9 +162,13 @@ class _Guard:
             return None
         norms = _norms(part.source, kind, np.arange(len(m)))
         own = _Fit.of(m, norms)
-        like = [other for other in self._like(part.source) if other != name]
-        ways = math.log(max(1, len(like)))
-        other = next((one for one in like if self._fits(one, kind, m, own, ways)), None)
+        # The distance in a sample may be twice that of all rows.
+        limit = 2 * min(_NEAR, own.distance / _FACTOR)
+        like, near = self._like(part.source.tensor.shape, kind, m, limit)
+        ways = math.log(max(1, like))
+        other = next(
+            (one for one in near if one != name and self._fits(one, kind, m, own, ways)), None
+        )
         if other is not None:
             return (
                 f"{part.path} was matched to {name}, but its magnitudes are the row norms of "
@@ -181,20 +185,27 @@ class _Guard:
             )
         return None
 
-    def _like(self, source: Source) -> Iterator[str]:
-        for name, other in self._sources.items():
-            tensor = other.tensor
-            if tensor.dtype in DTYPES and tensor.shape == source.tensor.shape:
-                yield name
+    def _like(
+        self, shape: tuple[int, ...], kind: LayerKind, m: Vector, limit: float
+    ) -> tuple[int, list[str]]:
+        """Return the number of tensors of a shape, and those near m in the rows of a sample."""
+        rows = _sample(len(m))
+        if (shape, kind) not in self._samples:
+            like = [
+                name
+                for name, source in self._sources.items()
+                if source.tensor.dtype in DTYPES and source.tensor.shape == shape
+            ]
+            found = [_norms(self._sources[name], kind, rows) for name in like]
+            self._samples[shape, kind] = like, np.reshape(found, (len(like), len(rows)))
+        like, norms = self._samples[shape, kind]
+        with np.errstate(over="ignore", invalid="ignore"):  # the merge refuses NaN and infinity
+            off = np.linalg.norm(norms - m[rows], axis=1)
+            near = off <= limit * np.linalg.norm(norms, axis=1)
+        return len(like), [like[place] for place in np.flatnonzero(near).tolist()]
 
     def _fits(self, name: str, kind: LayerKind, m: Vector, own: _Fit, ways: float) -> bool:
-        source, rows = self._sources[name], _sample(len(m))
-        if (name, kind) not in self._samples:
-            self._samples[name, kind] = _norms(source, kind, rows)
-        if _Fit.of(m[rows], self._samples[name, kind]).distance > 2 * _NEAR:
-            return False
-        every = np.arange(len(m))
-        fit = _Fit.of(m, _norms(source, kind, every))
+        fit = _Fit.of(m, _norms(self._sources[name], kind, np.arange(len(m))))
         return fit.is_better_than(own) and fit.chance(own, ways) <= self._limit
 
 
