@@ -32,11 +32,14 @@ from safetensors.numpy import load_file, save_file
 import doraxp
 from doraxp import Config, LayerKind, LowRank, UpdateAdapter
 from doraxp.checkpoint import (
+    Options,
     UpdatedLayer,
     _matrix,
     load_adapters,
     named_for,
     open_model,
+    plan_merge,
+    sample_norms,
     save_adapters,
 )
 from doraxp.checkpoint._expert_names import Stack
@@ -802,3 +805,14 @@ def test_changes_of_one_expert_in_all_are_added(tmp_path, rng):
     wanted = base[DOWN] + changes[0] + changes[1]
     np.testing.assert_allclose(read_folder(tmp_path / "out")[DOWN], wanted, rtol=2e-5, atol=1e-5)
     assert main(["audit", str(tmp_path / "base"), *given, str(tmp_path / "out")]) == 0
+
+
+def test_the_norms_of_each_expert_are_compared_with_its_own_magnitude(tmp_path, rng):
+    """A fresh m is the norm of its own base."""
+    base = fused(rng, tmp_path / "base", "transposed_experts", "gpt_oss")
+    kinds = dict.fromkeys((UP, DOWN), LayerKind("transposed_experts"))
+    weights = {name: base[name] for name in kinds}
+    adapters = doraxp.adapt(weights, list(kinds), Config(RANK), seed=4, kinds=kinds)
+    save_adapters(tmp_path / "adapter", adapters)
+    found = sample_norms(plan_merge(tmp_path / "base", tmp_path / "adapter", Options()))
+    assert found == (2 * E, [], [])
