@@ -262,7 +262,7 @@ def replaced(**fields):
         ("onnx", layers(), "format must be one of ('mlx', 'diffusers', 'peft'), got 'onnx'"),
         ("peft", replaced(config=Config(2, form="direction")), "PEFT has the weight form only"),
         ("mlx", replaced(config=Config(2, form="direction")), "mlx-lm has the weight form only"),
-        ("peft", replaced(kind=LayerKind("experts")), "PEFT has no adapter of this kind"),
+        ("peft", replaced(kind=LayerKind("experts")), "must have one axis for them, got the shape"),
         ("peft", replaced(kind=LayerKind("columns")), "PEFT has no adapter of this kind"),
         ("mlx", replaced(kind=LayerKind("embedding")), "mlx-lm has no adapter of kind 'emb"),
         (

@@ -192,3 +192,30 @@ def test_peft_merges_an_adapter_that_extract_wrote(peft, torch, network, tmp_pat
         error = np.linalg.norm(theirs[path] - tuned[path])
         bound = 1e-5 * np.linalg.norm(tuned[path])
         assert error == pytest.approx(closeness.error, abs=bound)
+
+
+class TestExperts:
+    """PEFT has no DoRA of `target_parameters`, and must refuse the layout of doraxp."""
+
+    @pytest.fixture
+    def model(self, torch):
+        class Experts(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.gate_up_proj = torch.nn.Parameter(torch.randn(3, 10, 4))
+
+        torch.manual_seed(7)
+        layers = {"experts": Experts(), "q_proj": torch.nn.Linear(4, 6)}
+        return torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict(layers)})
+
+    @pytest.mark.parametrize("others", [[], ["mlp.q_proj"]])
+    @pytest.mark.parametrize("kind", ["experts", "transposed_experts"])
+    def test_peft_refuses_the_layout_with_an_error(self, peft, model, tmp_path, kind, others):
+        base = {name: tensor.detach().numpy() for name, tensor in model.named_parameters()}
+        stack = "mlp.experts.gate_up_proj"
+        adapters = doraxp.adapt(
+            base, [stack, *others], Config(2), seed=1, kinds={stack: LayerKind(kind)}
+        )
+        save_adapters(tmp_path / "adapter", adapters)
+        with pytest.raises(ValueError, match="does not work with use_dora=True"):
+            peft.PeftModel.from_pretrained(model, str(tmp_path / "adapter"))

@@ -400,6 +400,40 @@ def test_magnitudes_in_another_order_show_permuted_rows(tmp_path, rng, capsys):
     assert "BASE stores the rows in another order than the module" in refused(tmp_path, capsys)
 
 
+@pytest.mark.parametrize("seed", [53, 71, 130, 154, 172, 214])
+def test_a_right_adapter_of_few_rows_passes_the_guard(tmp_path, seed):
+    """Its magnitudes were trained by as much as the norms vary; 24 look like another order."""
+    rng = np.random.default_rng(seed)
+    norms = 1 + 0.12 * rng.standard_normal(24)
+    m = norms * (1 + 0.12 * rng.standard_normal(24))
+    weight = draw(rng, 24, 8)
+    weight *= (norms / np.linalg.norm(weight, axis=1))[:, None].astype("float32")
+    base = write_base(tmp_path / "base", {"h.a.weight": weight})
+    a, b, _ = near(rng, weight)
+    m = m.astype("float32")
+    write_peft(tmp_path / "adapter", {"h.a": (a, b, m)})
+    check(tmp_path, base, {"h.a.weight": dense(weight, a, b, m)})
+
+
+@pytest.mark.parametrize(("rows", "trained"), [(128, 0.02), (128, 0.05), (24, 0.0)])
+def test_magnitudes_in_another_order_are_refused_among_many_modules(
+    tmp_path, rng, capsys, rows, trained
+):
+    """The other modules are right, and have other shapes."""
+    weights = {f"h.{place}.weight": scaled(rng, 16, 7) for place in range(40)}
+    norms = 1 + 0.12 * rng.standard_normal(rows)
+    weight = draw(rng, rows, 8)
+    weight *= (norms / np.linalg.norm(weight, axis=1))[:, None].astype("float32")
+    base = write_base(tmp_path / "base", {"h.a.weight": weight, **weights})
+    leaves = {name.removesuffix(".weight"): near(rng, base[name]) for name in weights}
+    m = rng.permutation(norms) * (1 + trained * rng.standard_normal(rows))
+    leaves["h.a"] = (*near(rng, weight)[:2], m.astype("float32"))
+    write_peft(tmp_path / "adapter", leaves)
+    error = refused(tmp_path, capsys)
+    assert "h.a was matched to h.a.weight" in error
+    assert "BASE stores the rows in another order than the module" in error
+
+
 def test_magnitudes_of_embeddings_are_in_the_order_of_the_dimensions(tmp_path, rng):
     """Their norms are much alike, so that trained ones may look like others in another order."""
     embeddings = scaled(rng, *TALL).T.copy()

@@ -511,7 +511,10 @@ def test_a_wrong_argument_is_an_error_of_config(tmp_path):
     [
         ("[1]", "must be a JSON object"),
         ("{", "not JSON"),
-        ('{"alpha": 3}', "must have the names norm_gradient, dropout and form only, got alpha"),
+        (
+            '{"alpha": 3}',
+            "dropout, form and experts only, got alpha",
+        ),
         ('{"dropout": "x"}', "dropout must be one of"),
         ('{"dropout": 1}', "dropout must be a string, or an object of strings by module"),
         ('{"dropout": {"block.0.q": 1}}', "dropout must be a string, or an object of strings"),

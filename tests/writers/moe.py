@@ -242,3 +242,52 @@ for title in "Mixtral", "Qwen3-MoE", "OLMoE", "DeepSeek-V3":
     }.items():
         trial = functools.partial(per_expert, title=title, targets=targets)
         register("DoRA of single experts", f"{title}, {what}", trial, bound=CLOSE)
+
+
+def fused_dora(
+    folder: Path, title: str, parameters: list[str], sizes: dict[str, Any] | None = None
+) -> Trial:
+    """Adapt fused experts as DoRA, in the layout of doraxp, which PEFT does not have.
+
+    The right values are m (W + s B A) / ‖W + s B A‖ by rows of each expert, in float64. They are
+    set in a model in memory, which transformers writes and runs.
+    """
+    base = new_model(title, sizes)
+    base.save_pretrained(folder / "base")
+    config = Config(rank=3, alpha=5.0)
+    kind = LayerKind("transposed_experts" if title in ("gpt-oss", "Llama 4") else "experts")
+    layers = {}
+    tuned = reload(folder / "base", type(base).__name__)
+    for name, parameter in tuned.named_parameters():
+        if parameter.ndim == 3 and name.endswith(tuple(parameters)):
+            stored = parameter.detach().double()
+            weight = stored.mT if kind.is_transposed else stored
+            experts, out, inner = weight.shape
+            a = 0.2 * torch.randn(experts, config.rank, inner)
+            b = 0.2 * torch.randn(experts, out, config.rank)
+            m = (weight.norm(dim=2) * (1 + 0.1 * torch.randn(experts, out))).float()
+            adapter = Adapter(*(np.array(x) for x in (a, b, m)))
+            layers[name] = AdaptedLayer(adapter, config, kind, tuple(stored.shape))
+            v = weight + config.alpha / config.rank * b.double() @ a.double()
+            new = m[..., None] * v / v.norm(dim=2, keepdim=True)
+            with torch.no_grad():
+                parameter.copy_(new.mT if kind.is_transposed else new)
+    save_adapters(folder / "adapter", layers)
+    tuned.save_pretrained(folder / "right")
+    right, wanted = read_tensors(folder / "right"), outputs(tuned)
+    name = type(base).__name__
+    return Trial(
+        folder / "base",
+        folder / "adapter",
+        right,
+        lambda out: outputs(reload(out, name)),
+        wanted,
+    )
+
+
+for title in MODELS:
+    for what in ("gate_up_proj", "down_proj", "both"):
+        trial = functools.partial(fused_dora, title=title, parameters=TARGETS[what])
+        register("DoRA of fused experts", f"{title}, {what}", trial, bound=CLOSE)
+    trial = functools.partial(fused_dora, title=title, parameters=TARGETS["both"], sizes=SQUARE)
+    register("DoRA of fused experts", f"{title}, both, square down_proj", trial, bound=CLOSE)

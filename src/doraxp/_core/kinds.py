@@ -6,6 +6,8 @@
     linear        (out, in)                    W
     experts       (*stack, out, in)            W, an adapter for each element of the stack
     transposed    (in, out)                    Wᵀ, (out, in); GPT-2's Conv1D
+    transposed_experts
+                  (*stack, in, out)            Wᵀ of each element, (*stack, out, in)
     embedding     (tokens, dim)                Wᵀ, (dim, tokens): one norm per dimension
     columns       (out, in, *kernel)           Wᵀ, (in, out·kernel): one norm per input; LyCORIS
                                                with wd_on_output=False
@@ -25,16 +27,20 @@ from typing import Literal, TypeAlias, get_args
 from doraxp._base.types import Array
 from doraxp.backends import array_namespace
 
-KindName: TypeAlias = Literal["linear", "experts", "transposed", "embedding", "columns", "conv"]
+KindName: TypeAlias = Literal[
+    "linear", "experts", "transposed", "transposed_experts", "embedding", "columns", "conv"
+]
 _STORED = {
     "linear": "(out, in)",
     "experts": "(*stack, out, in)",
     "transposed": "(in, out)",
+    "transposed_experts": "(*stack, in, out)",
     "embedding": "(tokens, dim)",
     "columns": "(out, in, *kernel)",
     "conv": "(out, in/groups, *kernel)",
 }
-_TRANSPOSED = ("transposed", "embedding", "columns")
+_TRANSPOSED = ("transposed", "transposed_experts", "embedding", "columns")
+_EXPERTS = ("experts", "transposed_experts")
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class LayerKind:
 
     Parameters
     ----------
-    name : {"linear", "experts", "transposed", "embedding", "columns", "conv"}
+    name : {"linear", "experts", "transposed", "transposed_experts", "embedding", "columns", "conv"}
     groups : int
         The groups of a convolution; 1 for every other kind.
 
@@ -77,6 +83,11 @@ class LayerKind:
         """Whether the matrix is the transpose of the stored weight."""
         return self.name in _TRANSPOSED
 
+    @property
+    def is_stack(self) -> bool:
+        """Whether the weight is a stack of matrices, such as one for each expert."""
+        return self.name in _EXPERTS
+
     def matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the matrix of a weight stored in `shape`.
 
@@ -85,13 +96,15 @@ class LayerKind:
         ValueError
             No layer of this kind has a weight of that shape.
         """
-        ranks = {"experts": (3, math.inf), "conv": (3, 5), "columns": (2, 5)}
+        ranks = {"conv": (3, 5), "columns": (2, 5)} | dict.fromkeys(_EXPERTS, (3, math.inf))
         least, most = ranks.get(self.name, (2, 2))
         if not least <= len(shape) <= most or 0 in shape or shape[0] % self.groups:
             raise ValueError(
                 f"a weight of kind {self.name!r} must have shape {_STORED[self.name]}, "
                 f"no axis of length 0 and out a multiple of groups = {self.groups}, got {shape}"
             )
+        if self.name == "transposed_experts":
+            return *shape[:-2], shape[-1], shape[-2]
         if self.is_transposed:
             return shape[1], shape[0] * math.prod(shape[2:])
         if self.name != "conv":
@@ -103,7 +116,7 @@ class LayerKind:
         """Return the matrix (*stack, out, in) of a stored weight."""
         xp = array_namespace(weight)
         shape = self.matrix_shape(tuple(weight.shape))
-        if self.is_transposed and len(weight.shape) == 2:
+        if self.name == "transposed_experts" or (self.is_transposed and len(weight.shape) == 2):
             return xp.matrix_transpose(weight)
         if self.is_transposed:
             weight = _swapped(weight)  # (in, out, *kernel)
@@ -112,7 +125,7 @@ class LayerKind:
     def restore(self, matrix: Array, shape: tuple[int, ...]) -> Array:
         """Return a matrix in the shape that the weight is stored in."""
         xp = array_namespace(matrix)
-        if self.is_transposed and len(shape) == 2:
+        if self.name == "transposed_experts" or (self.is_transposed and len(shape) == 2):
             return xp.matrix_transpose(matrix)
         if self.is_transposed:
             out, inner, *kernel = shape

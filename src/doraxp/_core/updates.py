@@ -199,14 +199,15 @@ def merge_update(weight: Array, adapter: UpdateAdapter, config: Config, kind: La
     ops = operations(weight=weight, **arrays)
     xp, shape = ops.xp, tuple(weight.shape)
     rows = kind.matrix_shape(shape)[:-1]
-    _check(update, m, config, shape, rows)
+    flat = (math.prod(shape[:-1]), shape[-1]) if kind.is_stack else (shape[0], math.prod(shape[1:]))
+    _check(update, m, config, shape, flat, rows)
     dtype = compute_dtype(weight, *arrays.values(), xp=xp)
     matrix = as_dtype(kind.matrix(weight), dtype, xp=xp)
     if config.form == "direction":
         squares = ops.row_squares(matrix, dtype)
         matrix = inverse_norms(matrix, squares, ops=ops)[..., None] * matrix
     own = update.mapped(lambda array: as_dtype(array, dtype, xp=xp)).scaled(config.scaling)
-    delta = xp.reshape(own.rows(slice(0, shape[0])), shape)
+    delta = xp.reshape(own.rows(slice(0, flat[0])), shape)
     v = matrix + kind.matrix(delta)
     if m is not None:
         n = ops.row_norms(v, ops.row_squares(v, dtype))
@@ -227,9 +228,13 @@ def _arrays(update: Update) -> dict[str, Array]:
 
 
 def _check(
-    update: Update, m: Array | None, config: Config, shape: tuple[int, ...], rows: tuple[int, ...]
+    update: Update,
+    m: Array | None,
+    config: Config,
+    shape: tuple[int, ...],
+    flat: tuple[int, int],
+    rows: tuple[int, ...],
 ) -> None:
-    flat = shape[0], math.prod(shape[1:])
     if tuple(update.shape) != flat:
         raise ValueError(
             f"an update of a weight of shape {shape} must have shape {flat}, got "

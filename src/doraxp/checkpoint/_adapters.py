@@ -14,6 +14,7 @@ from doraxp._base.types import Adapter, Config, HostArray
 from doraxp._core.kinds import LayerKind
 from doraxp._core.updates import LowRank, Update, UpdateAdapter
 from doraxp.checkpoint._errors import CheckpointError
+from doraxp.checkpoint._expert_names import ExpertNames, Stack
 from doraxp.checkpoint._safetensors import DTYPES, Reader
 from doraxp.checkpoint._update_names import (
     ALGORITHMS,
@@ -143,7 +144,8 @@ class AdapterSet(Mapping[str, "AdaptedLayer | UpdatedLayer"]):
     def __getitem__(self, path: str) -> AdaptedLayer | UpdatedLayer:
         layer = self.layers[path]
         is_conv_by_columns = layer.kind.name == "columns" and len(layer.shape) > 2
-        if not isinstance(layer.names, TensorNames) or layer.names.magnitude is None:
+        has_factors = isinstance(layer.names, TensorNames | ExpertNames)
+        if not has_factors or layer.names.magnitude is None:
             return self.read(layer)
         return self.read(layer) if is_conv_by_columns else self._adapted(layer)
 
@@ -155,12 +157,17 @@ class AdapterSet(Mapping[str, "AdaptedLayer | UpdatedLayer"]):
 
     def read(self, layer: StoredLayer) -> UpdatedLayer:
         """Read one adapter, and refuse NaN and infinity."""
-        update: Update = layer.names.update(
-            self.reader, self._read, layer.config.rank, transposed=layer.factors_transposed
-        )
+        names, rank = layer.names, layer.config.rank
+        update: Update
+        if isinstance(names, ExpertNames):
+            update = names.update(self.reader, rank)
+        else:
+            update = names.update(
+                self.reader, self._read, rank, transposed=layer.factors_transposed
+            )
         if layer.rows is not None:
             update = some_rows(update, layer.rows)
-        if layer.kind.name in ("transposed", "embedding"):
+        if layer.kind.name in ("transposed", "transposed_experts", "embedding"):
             update = transposed(update)
         adapter = UpdateAdapter(update, self.magnitude(layer))
         return UpdatedLayer(adapter, layer.config, layer.kind, layer.shape)
@@ -168,9 +175,11 @@ class AdapterSet(Mapping[str, "AdaptedLayer | UpdatedLayer"]):
     def _adapted(self, layer: StoredLayer) -> AdaptedLayer:
         """Read one adapter with A, B and m, for the matrix of its kind."""
         update, m = self.read(layer).adapter
-        a, b = (np.asarray(leaf) for leaf in cast(LowRank, update))
+        a, b = (np.asarray(leaf) for leaf in cast(LowRank | Stack, update))
         if layer.kind.is_transposed:
-            a, b = b.T, a.T
+            a, b = b.mT, a.mT
+        if layer.kind.is_stack:
+            m = cast(HostArray, m).reshape(layer.kind.matrix_shape(layer.shape)[:-1])
         return AdaptedLayer(
             Adapter(a, b, cast(HostArray, m)), layer.config, layer.kind, layer.shape
         )
@@ -179,7 +188,10 @@ class AdapterSet(Mapping[str, "AdaptedLayer | UpdatedLayer"]):
         """Read m of one adapter, flat, in the order of the weight's rows; None without one."""
         if layer.names.magnitude is None:
             return None
-        m = self._read(layer.names.magnitude)
+        if isinstance(layer.names, ExpertNames):
+            m = layer.names.read_magnitude(self.reader, layer.names.magnitude)
+        else:
+            m = self._read(layer.names.magnitude)
         if layer.heads is not None:
             m = m.reshape(layer.heads, -1, 2).swapaxes(1, 2)
         m = m.reshape(-1)
@@ -225,7 +237,7 @@ def config_path(reader: Reader) -> Path:
 def _check_layer(reader: Reader, path: str, layer: StoredLayer) -> None:
     """Raise CheckpointError unless A, B and m have a floating dtype and the sizes of the layer."""
     rank = layer.config.rank
-    *_, out, inner = layer.kind.matrix_shape(layer.shape)
+    *stack, out, inner = layer.kind.matrix_shape(layer.shape)
     limit = max(RANK_LIMIT, min(out, inner))
     if rank > limit:
         raise CheckpointError(
@@ -246,7 +258,10 @@ def _check_layer(reader: Reader, path: str, layer: StoredLayer) -> None:
     if layer.rows is not None:
         return  # the module has more rows than the weight
     names = layer.names
+    out *= math.prod(stack)
     sizes = {names.magnitude: out} if names.magnitude is not None else {}
+    if isinstance(names, ExpertNames):
+        sizes |= {names.lora_a: rank * inner * math.prod(stack), names.lora_b: out * rank}
     if isinstance(names, TensorNames) and names.core is None:
         own, other = (
             (out, inner)

@@ -25,7 +25,7 @@ from doraxp.checkpoint._merge import Merge
 from doraxp.checkpoint._model import Model, open_model
 from doraxp.checkpoint._safetensors import DTYPES, Source
 from doraxp.checkpoint._shard import OnBytes
-from doraxp.checkpoint._tasks import MergedTensor, Part, SummedTensor, parts_of
+from doraxp.checkpoint._tasks import JoinedTensor, MergedTensor, Part, SummedTensor, parts_of
 from doraxp.checkpoint._tied import is_head, tied_head
 
 _BUFFERS = ("position_ids", "token_type_ids", "inv_freq", "original_inv_freq", "masked_bias")
@@ -177,13 +177,13 @@ def _verdict(merge: Merge, name: str, stored: Source, engine: Engine, on_bytes: 
     """Return the verdict on a tensor: that of the first part that is not right."""
     task = merge.tasks[name]
     parts = parts_of(task)
-    if len(parts) == 1:
+    if not isinstance(task, JoinedTensor):
         return _part_verdict(merge, name, parts[0], stored, engine, on_bytes)
     if stored.tensor.shape != task.source.tensor.shape:
         on_bytes(task.source.tensor.nbytes)
         shapes = f"{stored.tensor.shape} for {task.source.tensor.shape}"
         return Verdict("another shape", False, shapes)
-    verdicts, start = [], 0
+    verdicts, start, stored = [], 0, stored.like(parts[0].source)
     for part in parts:
         stop = start + part.source.tensor.shape[0]
         found = _part_verdict(merge, name, part, stored.rows(start, stop), engine, on_bytes)

@@ -13,6 +13,7 @@ from doraxp.checkpoint._adapters import AdapterSet
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._names import (
+    DROPPED,
     WRAPPERS,
     Match,
     Places,
@@ -112,10 +113,22 @@ class Fitted:
         paths = [path for path in self.modules if path not in self.places]
         for path in paths:
             wanted = self._wanted[path]
-            message = f"the base has no {wanted.name} for an adapter of shape {wanted.shape}"
+            name = wanted.path if wanted.is_stack else wanted.name
+            message = f"the base has no {name} for an adapter of shape {wanted.shape}"
+            if self._is_packed(wanted):
+                yield (
+                    f"{name} is quantised (MXFP4) in the base and cannot be merged into; merge "
+                    "into the model from which it was quantised"
+                )
+                continue
             if path == paths[0]:
                 message += self._too_few(paths) or self._near(path, wanted, adapters)
             yield message
+
+    def _is_packed(self, wanted: Wanted) -> bool:
+        """Return whether the base has a stack of experts as gpt-oss is published, in blocks."""
+        blocks = f".{without(DROPPED, wanted.path)}_blocks"
+        return wanted.is_stack and any(f".{name}".endswith(blocks) for name in self.shapes)
 
     def _too_few(self, paths: Sequence[str]) -> str:
         """Return a text where all these modules are of blocks beyond the last one of the base."""
@@ -147,7 +160,7 @@ class Fitted:
             if name in free and source.tensor.shape == layer.shape
         }
         measured = None
-        if m is not None:
+        if m is not None and not layer.kind.is_stack:
             measured = nearest_by_norms(np.abs(m.astype(np.float64)), layer.kind, alike)
         found = [
             f"{way} {name}"
@@ -175,7 +188,7 @@ def fit(model: Model, adapters: AdapterSet, choices: Fit) -> Fitted:
     tied = _tie(sources, model)
     shapes = {name: source.tensor.shape for name, source in sources.items()}
     modules = {
-        path: Wanted(choices.renamed(path), "weight", layer.shape)
+        path: Wanted(choices.renamed(path), "weight", layer.shape, layer.kind.is_stack)
         for path, layer in adapters.layers.items()
     }
     whole = {
@@ -295,7 +308,7 @@ def _lead(modules: Mapping[str, Wanted], places: Mapping[str, Places]) -> str:
     leads = set()
     for one in modules.values():
         (first, *_) = places.get(one.name, (None,))
-        name = without(WRAPPERS, one.name)
+        name = without(WRAPPERS, one.path if one.is_stack else one.name)
         if first is None or not f".{name}".endswith(f".{first.tensor}"):
             return ""
         leads.add(name.removesuffix(first.tensor))

@@ -11,6 +11,7 @@ from doraxp._core.updates import Kronecker, LowRank, Update
 from doraxp.checkpoint._adapters import AdapterSet
 from doraxp.checkpoint._change import change, joined
 from doraxp.checkpoint._engine import load_engine
+from doraxp.checkpoint._expert_names import Stack
 from doraxp.checkpoint._fit import AS_FILED, Fit
 from doraxp.checkpoint._matrix import Wide, row_blocks
 from doraxp.checkpoint._model import Model
@@ -75,7 +76,7 @@ def _singular_values(update: Update) -> Wide:
     Those of C ⊗ U are all products of one of C and one of U. Of other updates they are the roots of
     the eigenvalues of the smaller Gram matrix.
     """
-    if isinstance(update, LowRank):
+    if isinstance(update, LowRank | Stack):
         return _of_product(*map(np.asarray, update))
     if isinstance(update, Kronecker):
         left = np.linalg.svd(np.asarray(update.left), compute_uv=False)

@@ -46,6 +46,11 @@ def low_rank_layer(path: str, layer: AnyLayer, target: str) -> LowRankLayer:
     if not isinstance(layer, UpdatedLayer):
         a, b, m = (np.asarray(leaf) for leaf in layer.adapter)
         return LowRankLayer(a, b, m, layer.config, layer.kind, layer.shape)
+    if layer.kind.is_stack:
+        raise ValueError(
+            f"{path}: LoRA of fused experts is not converted: merge it into its base instead, with "
+            "doraxp merge"
+        )
     factors, config = low_rank(layer.adapter.update), layer.config
     is_conv_by_columns = layer.kind.name == "columns" and len(layer.shape) > 2
     if factors is None or is_conv_by_columns or factors.lora_a.shape[0] > min(factors.shape):

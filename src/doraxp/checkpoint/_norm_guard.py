@@ -4,10 +4,22 @@ m begins as ‖W‖ by rows, and training moves it little. So an m that is far f
 that it was matched to, and near that of another one, shows that the match is wrong.
 
     d = ‖m − n‖ / ‖n‖        n = ‖W‖ by rows
+    c = the correlation of n and n − m
+
+The m of a right match has moved away from n in some direction, and a match is refused only if no
+random direction does it. In N dimensions, a random step of length ρ ends within R of one of k
+points with a probability of at most k (R/ρ)^(N−1), and its correlation with n is c or more with
+one of at most (1 − c²)^((N−2)/2)::
+
+    the norms of another tensor     k = the tensors of that shape
+    the own norms in another order  k = N!; or by c, which is 1/√2 in the mean for a random order
+
+So in one merge, with all its modules, the probability of a false alarm is at most 10⁻⁶.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -27,6 +39,8 @@ _NEAR, _FACTOR = 0.05, 3.0
 """The largest d of a tensor that fits, and how many times as large that of a wrong match is."""
 _SAME, _OTHER = 0.8, 0.5
 """The least correlation of m and n of a tensor that fits, and the largest of a wrong match."""
+_CHANCE = 1e-6
+"""The probability of a false alarm in one merge."""
 
 Vector = NDArray[np.float64]
 
@@ -36,6 +50,9 @@ class _Fit(NamedTuple):
 
     distance: float
     correlation: float
+    change: float
+    """c."""
+    rows: int
 
     @classmethod
     def of(cls, m: Vector, norms: Vector) -> _Fit:
@@ -44,7 +61,12 @@ class _Fit(NamedTuple):
         distance = float(np.linalg.norm(m - norms)) / length if length > 0 else np.inf
         one, other = m - m.mean(), norms - norms.mean()
         scale = float(np.linalg.norm(one) * np.linalg.norm(other))
-        return cls(distance, float(one @ other) / scale if scale > 0 else 0.0)
+        correlation = float(one @ other) / scale if scale > 0 else 0.0
+        change, spread = other - one, float(np.linalg.norm(other))
+        scale = float(np.linalg.norm(change)) * spread
+        return cls(
+            distance, correlation, float(change @ other) / scale if scale > 0 else 0.0, len(m)
+        )
 
     def is_better_than(self, own: _Fit) -> bool:
         """Return whether this tensor fits and the own one does not."""
@@ -53,6 +75,15 @@ class _Fit(NamedTuple):
             and self.correlation >= _SAME
             and own.correlation <= _OTHER
         )
+
+    def chance(self, own: _Fit, ways: float) -> float:
+        """Return ln of the chance that a right m is so near to one of exp(`ways`) points."""
+        near = self.distance / own.distance
+        return ways + (self.rows - 1) * math.log(near) if near > 0 else -math.inf
+
+    def chance_of_order(self) -> float:
+        """Return ln of the chance that a right m has moved so much against its own norms."""
+        return (self.rows - 2) / 2 * math.log1p(-(min(max(self.change, 0.0), 1 - 1e-12) ** 2))
 
 
 def wrong_matches(
@@ -68,7 +99,8 @@ def wrong_matches(
     sources : mapping of str to Source
         All tensors of the base.
     """
-    guard = _Guard(sources)
+    parts = list(parts)
+    guard = _Guard(sources, math.log(_CHANCE / max(1, len(parts))))
     for name, part in parts:
         stack = part.layer.kind.matrix_shape(part.layer.shape)[:-2]
         if stack or not _is_readable(part.source, part.layer.kind):
@@ -118,9 +150,9 @@ def nearest_by_norms(m: Vector, kind: LayerKind, sources: Mapping[str, Source]) 
 class _Guard:
     """The norms of a base's tensors, each computed once."""
 
-    def __init__(self, sources: Mapping[str, Source]) -> None:
-        self._sources = sources
-        self._samples: dict[tuple[str, LayerKind], Vector] = {}
+    def __init__(self, sources: Mapping[str, Source], limit: float) -> None:
+        self._sources, self._limit = sources, limit
+        self._samples: dict[tuple[tuple[int, ...], LayerKind], tuple[list[str], Vector]] = {}
 
     def message(self, name: str, part: MergedTensor, m: Vector) -> str | None:
         """Return the reason why a match is wrong; None if it is not known to be."""
@@ -130,13 +162,12 @@ class _Guard:
             return None
         norms = _norms(part.source, kind, np.arange(len(m)))
         own = _Fit.of(m, norms)
+        # The distance in a sample may be twice that of all rows.
+        limit = 2 * min(_NEAR, own.distance / _FACTOR)
+        like, near = self._like(part.source.tensor.shape, kind, m, limit)
+        ways = math.log(max(1, like))
         other = next(
-            (
-                other
-                for other in self._like(part.source)
-                if other != name and self._fits(other, kind, m, own)
-            ),
-            None,
+            (one for one in near if one != name and self._fits(one, kind, m, own, ways)), None
         )
         if other is not None:
             return (
@@ -144,7 +175,9 @@ class _Guard:
                 f"{other}: name that one with --rename"
             )
         # No model stores the dimensions of its embeddings in another order.
-        is_sorted_near = _Fit.of(np.sort(m), np.sort(norms)).is_better_than(own)
+        in_order = _Fit.of(np.sort(m), np.sort(norms))
+        chance = min(own.chance_of_order(), in_order.chance(own, math.lgamma(len(m) + 1)))
+        is_sorted_near = in_order.is_better_than(own) and chance <= self._limit - math.log(2)
         if is_sorted_near and not kind.is_transposed:
             return (
                 f"{part.path} was matched to {name}, but its magnitudes are the row norms of that "
@@ -152,20 +185,28 @@ class _Guard:
             )
         return None
 
-    def _like(self, source: Source) -> Iterator[str]:
-        for name, other in self._sources.items():
-            tensor = other.tensor
-            if tensor.dtype in DTYPES and tensor.shape == source.tensor.shape:
-                yield name
+    def _like(
+        self, shape: tuple[int, ...], kind: LayerKind, m: Vector, limit: float
+    ) -> tuple[int, list[str]]:
+        """Return the number of tensors of a shape, and those near m in the rows of a sample."""
+        rows = _sample(len(m))
+        if (shape, kind) not in self._samples:
+            like = [
+                name
+                for name, source in self._sources.items()
+                if source.tensor.dtype in DTYPES and source.tensor.shape == shape
+            ]
+            found = [_norms(self._sources[name], kind, rows) for name in like]
+            self._samples[shape, kind] = like, np.reshape(found, (len(like), len(rows)))
+        like, norms = self._samples[shape, kind]
+        with np.errstate(over="ignore", invalid="ignore"):  # the merge refuses NaN and infinity
+            off = np.linalg.norm(norms - m[rows], axis=1)
+            near = off <= limit * np.linalg.norm(norms, axis=1)
+        return len(like), [like[place] for place in np.flatnonzero(near).tolist()]
 
-    def _fits(self, name: str, kind: LayerKind, m: Vector, own: _Fit) -> bool:
-        source, rows = self._sources[name], _sample(len(m))
-        if (name, kind) not in self._samples:
-            self._samples[name, kind] = _norms(source, kind, rows)
-        if _Fit.of(m[rows], self._samples[name, kind]).distance > 2 * _NEAR:
-            return False
-        every = np.arange(len(m))
-        return _Fit.of(m, _norms(source, kind, every)).is_better_than(own)
+    def _fits(self, name: str, kind: LayerKind, m: Vector, own: _Fit, ways: float) -> bool:
+        fit = _Fit.of(m, _norms(self._sources[name], kind, np.arange(len(m))))
+        return fit.is_better_than(own) and fit.chance(own, ways) <= self._limit
 
 
 def _sample(size: int) -> NDArray[np.intp]:

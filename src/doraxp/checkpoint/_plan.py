@@ -14,6 +14,7 @@ from doraxp._core.kinds import LayerKind
 from doraxp.checkpoint._adapters import CONFIG, AdapterSet, StoredLayer, with_kernel
 from doraxp.checkpoint._config_edits import ConfigEdits
 from doraxp.checkpoint._errors import CheckpointError
+from doraxp.checkpoint._experts import expert_parts
 from doraxp.checkpoint._fit import AS_FILED, Fit, Fitted, fit
 from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._names import Place
@@ -163,6 +164,7 @@ def _joined(source: Source, parts: Sequence[MergedTensor]) -> Task:
     if len(parts) == 1 and parts[0].source.window is None:
         return parts[0]
     joined: list[Part] = []
+    whole, source = source, source.like(parts[0].source)
     place, rows = 0, source.tensor.shape[0]
     for part in sorted(parts, key=_start):
         if _start(part) > place:
@@ -171,7 +173,7 @@ def _joined(source: Source, parts: Sequence[MergedTensor]) -> Task:
         place = _start(part) + part.source.tensor.shape[0]
     if place < rows:
         joined.append(CopiedTensor(source.rows(place, rows)))
-    return JoinedTensor(source, tuple(joined))
+    return JoinedTensor(whole, tuple(joined))
 
 
 def _start(part: MergedTensor) -> int:
@@ -205,12 +207,11 @@ def _merged_parts(
                 source = task.source
             if place.rows is not None:
                 source = source.rows(place.rows.start, place.rows.stop)
+            part = MergedTensor(source, path, layer, adapters)
             try:
-                stored = _as_stored(name, layer, source, place, fitted)
+                merged[name] += _stored_parts(part, place, fitted, model)
             except CheckpointError as error:
                 problems.append(str(error))
-            else:
-                merged[name].append(MergedTensor(source, path, stored, adapters))
     merged = {name: parts for name, parts in merged.items() if parts}
     problems += fitted.missing(adapters)
     problems += _squares(model, adapters, fitted, merged)
@@ -225,16 +226,27 @@ def _overlap(part: MergedTensor, place: Place) -> bool:
     return bool(own.start < place.rows.stop and place.rows.start < own.stop)
 
 
-def _as_stored(
-    name: str, layer: StoredLayer, source: Source, place: Place, fitted: Fitted
-) -> StoredLayer:
-    """Return the layer with the kind and shape in which the base stores the weight."""
-    tensor, shape = source.tensor, layer.shape
+def _stored_parts(
+    part: MergedTensor, place: Place, fitted: Fitted, model: Model
+) -> list[MergedTensor]:
+    """Return a part with the kind and shape in which the base stores the weight.
+
+    Of a module with several experts it is the part of each.
+    """
+    name, tensor = place.tensor, part.source.tensor
     if tensor.dtype not in DTYPES or fitted.is_quantised(name):
         raise CheckpointError(
             f"{name} is quantised (dtype {tensor.dtype}) and cannot be merged into; merge into the "
             "model from which it was quantised"
         )
+    if part.layer.kind.is_stack:
+        return list(expert_parts(part, place, model.config))
+    return [replace(part, layer=_as_stored(name, part.layer, tensor.shape, place))]
+
+
+def _as_stored(name: str, layer: StoredLayer, there: tuple[int, ...], place: Place) -> StoredLayer:
+    """Return the layer with the kind and shape of a weight that the base stores in `there`."""
+    shape = layer.shape
     if place.own is not None and layer.kind.name == "columns" and layer.names.magnitude:
         raise CheckpointError(
             f"{name} is only some rows of its module, whose magnitude has one number for each "
@@ -243,12 +255,12 @@ def _as_stored(
     if place.own is not None:
         shape = (place.own.stop - place.own.start, *shape[1:])
         layer = layer._replace(shape=shape, rows=(place.own,))
-    layer = with_kernel(layer, tensor.shape)
-    if tensor.shape == layer.shape:
+    layer = with_kernel(layer, there)
+    if there == layer.shape:
         return layer
-    if layer.kind.name in _OTHER_WAY and tensor.shape == shape[::-1] and place.own is None:
-        return layer._replace(kind=_OTHER_WAY[layer.kind.name], shape=tensor.shape)
-    raise CheckpointError(f"{name} has shape {tensor.shape}, but its adapter is for {shape}")
+    if layer.kind.name in _OTHER_WAY and there == shape[::-1] and place.own is None:
+        return layer._replace(kind=_OTHER_WAY[layer.kind.name], shape=there)
+    raise CheckpointError(f"{name} has shape {there}, but its adapter is for {shape}")
 
 
 def _squares(
@@ -261,7 +273,9 @@ def _squares(
     adapted = {
         name: parts[0].layer.kind.name == "transposed"
         for name, parts in merged.items()
-        if parts[0].layer.kind.name in _OTHER_WAY and parts[0].source.window is None
+        if parts[0].layer.kind.name in _OTHER_WAY
+        and parts[0].source.window is None
+        and parts[0].expert is None
     }
     for name in adapted:
         (part,) = merged[name]

@@ -91,13 +91,20 @@ class Reader:
             self.tensors[name] = Tensor(entry["dtype"], tuple(entry["shape"]), stop - start)
             self._starts[name] = start
 
-    def read(self, name: str, rows: slice | None = None, empty: Empty = np.empty) -> HostArray:
+    def read(
+        self,
+        name: str,
+        rows: slice | None = None,
+        empty: Empty = np.empty,
+        shape: tuple[int, ...] | None = None,
+    ) -> HostArray:
         """Return a tensor, or some rows of it, in an array that `empty` allocates.
 
-        The tensor's dtype must be one of `DTYPES`.
+        The tensor's dtype must be one of `DTYPES`. `shape` is another shape of the whole tensor.
         """
         tensor = self.tensors[name]
-        dtype, shape, offset = DTYPES[tensor.dtype], tensor.shape, 0
+        dtype, offset = DTYPES[tensor.dtype], 0
+        shape = tensor.shape if shape is None else shape
         if rows is not None:
             shape = (rows.stop - rows.start, *shape[1:])
             offset = rows.start * math.prod(shape[1:]) * dtype.itemsize
@@ -155,11 +162,18 @@ class Source(NamedTuple):
     name: str
     window: slice | None = None
     """Rows with a start and a stop; None for all of the tensor."""
+    shape: tuple[int, ...] | None = None
+    """The shape in which the tensor is seen; None for that of the header."""
+
+    @property
+    def _whole(self) -> Tensor:
+        whole = self.reader.tensors[self.name]
+        return whole if self.shape is None else whole._replace(shape=self.shape)
 
     @property
     def tensor(self) -> Tensor:
         """The tensor's entry in the header, or that of the rows."""
-        whole = self.reader.tensors[self.name]
+        whole = self._whole
         if self.window is None:
             return whole
         rows = self.window.stop - self.window.start
@@ -170,13 +184,13 @@ class Source(NamedTuple):
         if self.window is not None:
             rows = slice(0, self.tensor.shape[0]) if rows is None else rows
             rows = slice(self.window.start + rows.start, self.window.start + rows.stop)
-        return self.reader.read(self.name, rows, empty)
+        return self.reader.read(self.name, rows, empty, self.shape)
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the tensor's bytes, as `Reader.chunks` does."""
         if self.window is None:
             return self.reader.chunks(self.name)
-        whole = self.reader.tensors[self.name]
+        whole = self._whole
         row = whole.nbytes // whole.shape[0]
         return self.reader.chunks(self.name, slice(self.window.start * row, self.window.stop * row))
 
@@ -184,6 +198,16 @@ class Source(NamedTuple):
         """Return a window of rows of this source."""
         first = 0 if self.window is None else self.window.start
         return self._replace(window=slice(first + start, first + stop))
+
+    def flat(self) -> Source:
+        """Return a stack of matrices (*stack, rows, columns) seen as one matrix."""
+        *rows, columns = self.tensor.shape
+        return self._replace(shape=(math.prod(rows), columns))
+
+    def like(self, other: AnySource) -> Source:
+        """Return this tensor flat where `other`, which has rows of it, is seen flat."""
+        is_flat = isinstance(other, Source) and other.shape is not None
+        return self.flat() if is_flat and self.shape is None else self
 
     def reopened(self, fresh: Mapping[Path, Reader]) -> Source:
         """Return the same tensor in files that were opened anew."""

@@ -57,7 +57,8 @@ def sample_norms(merge: Merge) -> SampledNorms:
     modules, equal, unequal = 0, [], []
     parts = (part for task in merge.tasks.values() for part in parts_of(task))
     for task in (one for part in parts for one in merged_in(part)):
-        if task.layer.names.magnitude is None:
+        name = task.layer.names.magnitude
+        if name is None:
             continue
         if task.layer.kind.is_transposed and task.source.tensor.nbytes > _READ:
             continue
@@ -66,7 +67,7 @@ def sample_norms(merge: Merge) -> SampledNorms:
         middle = max(0, (out - ROWS) // 2)
         rows = slice(middle, min(middle + ROWS, out))
         is_fresh = _is_fresh(task)
-        if _norms_are_m(task, task.layer.names.magnitude, rows):
+        if _norms_are_m(task, name, rows):
             if not is_fresh:
                 equal.append(task.path)
         elif is_fresh:
@@ -80,7 +81,7 @@ def _norms_are_m(task: MergedTensor, name: str, rows: slice) -> bool:
     `name` is that of m in the file.
     """
     reader = task.adapters.reader
-    m = np.abs(reader.read(name).reshape(-1)[rows].astype(np.float64))
+    m = np.abs(np.asarray(task.adapters.magnitude(task.layer))[rows].astype(np.float64))
     with np.errstate(over="ignore"):  # a norm that overflows is not m
         norms = np.linalg.norm(
             source_rows(task.source, np.arange(rows.start, rows.stop), task.layer.kind),

@@ -216,6 +216,11 @@ def _rows_by_tensor(
     """Return the rows of a module that each tensor has, in the tensor's order; () for all."""
     found: dict[str, tuple[slice, ...]] = {}
     for place in sorted(places, key=lambda place: 0 if place.rows is None else place.rows.start):
+        if place.expert is not None:
+            raise CheckpointError(
+                f"{adapters.reader.path}: {path} is of all experts, and BASE has a tensor for "
+                "each: merge it instead, with doraxp merge"
+            )
         if place.rows is not None and place.own is None:
             raise CheckpointError(
                 f"{adapters.reader.path}: {path} is only some rows of {place.tensor}, and an "

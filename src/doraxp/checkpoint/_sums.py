@@ -119,10 +119,12 @@ def _sum(name: str, source: Source | None, changes: Sequence[tuple[Summand, Task
     for summand, task in changes:
         _check(name, source, summand, task)
     assert source is not None
-    pieces = [piece for summand, task in changes for piece in _pieces(summand, task)]
+    whole, parts_there = source, [part for _, task in changes for part in parts_of(task)]
+    source = next((flat for one in parts_there if (flat := source.like(one.source)).shape), source)
+    pieces = [piece for summand, task in changes for piece in _pieces(summand, task, source)]
     cuts = sorted({0, source.tensor.shape[0], *(edge for piece in pieces for edge in piece[:2])})
     parts = [_segment(name, source, first, last, pieces) for first, last in pairwise(cuts)]
-    return parts[0] if len(parts) == 1 else JoinedTensor(source, tuple(parts))
+    return parts[0] if len(parts) == 1 and source == whole else JoinedTensor(whole, tuple(parts))
 
 
 def _check(name: str, source: Source | None, summand: Summand, task: Task) -> None:
@@ -143,9 +145,11 @@ def _check(name: str, source: Source | None, summand: Summand, task: Task) -> No
             )
 
 
-def _pieces(summand: Summand, task: Task) -> Iterator[_Piece]:
+def _pieces(summand: Summand, task: Task, source: Source) -> Iterator[_Piece]:
     start = 0
     for part in parts_of(task):
+        if isinstance(part, ReplacedTensor) and isinstance(part.source, Source):
+            part = replace(part, source=part.source.like(source))
         stop = start + part.source.tensor.shape[0]
         if isinstance(part, MergedTensor | ReplacedTensor):
             yield _Piece(start, stop, part, summand)

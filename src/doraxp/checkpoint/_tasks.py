@@ -26,6 +26,13 @@ class MergedTensor:
     """Its adapter, with the kind and the shape of the base's weight."""
     adapters: AdapterSet
     """The file that has it."""
+    expert: int | None = None
+    """The expert that it is for, where the module has several."""
+
+    @property
+    def label(self) -> str:
+        """The name of the part in its tensor: the module, or the expert."""
+        return self.path if self.expert is None else f"expert {self.expert}"
 
     def read(self) -> UpdatedLayer:
         """Read the adapter."""
@@ -64,6 +71,12 @@ class SummedTensor:
     def path(self) -> str:
         """The modules."""
         names = (term.path for term in self.terms if isinstance(term, MergedTensor))
+        return " + ".join(dict.fromkeys(names))
+
+    @property
+    def label(self) -> str:
+        """The name of the part in its tensor: the modules, or the expert."""
+        names = (term.label for term in self.terms if isinstance(term, MergedTensor))
         return " + ".join(dict.fromkeys(names))
 
     def read(self) -> tuple[Term, ...]:
@@ -124,5 +137,5 @@ def written_as(task: Task, options: Options) -> Tensor:
 
 
 def part_name(name: str, task: Task, part: Changed) -> str:
-    """Return the name of a merged part: the tensor's, and the module's if there are more parts."""
-    return name if len(parts_of(task)) == 1 else f"{name} ({part.path})"
+    """Return the name of a merged part: the tensor's, and the part's own if there are more."""
+    return name if len(parts_of(task)) == 1 else f"{name} ({part.label})"

@@ -23,6 +23,7 @@ from doraxp._core.updates import (
     with_core,
 )
 from doraxp.checkpoint._errors import CheckpointError
+from doraxp.checkpoint._expert_names import ExpertNames, Stack
 from doraxp.checkpoint._safetensors import Reader, Source
 
 Read: TypeAlias = Callable[[str], HostArray]
@@ -110,9 +111,12 @@ ALGORITHMS = {
     HadamardNames: "LoHa",
     KroneckerNames: "LoKr",
     DifferenceNames: "full",
+    ExpertNames: "LoRA",
 }
 """The names of the kinds of update, as trainers have them."""
-UpdateNames: TypeAlias = TensorNames | HadamardNames | KroneckerNames | DifferenceNames
+UpdateNames: TypeAlias = (
+    TensorNames | HadamardNames | KroneckerNames | DifferenceNames | ExpertNames
+)
 
 
 def tensors_of(names: UpdateNames) -> list[str]:
@@ -215,9 +219,9 @@ def some_rows(update: Update, places: tuple[slice, ...]) -> Update:
 
 def transposed(update: Update) -> Update:
     """Return ΔWᵀ of a matrix."""
-    if isinstance(update, LowRank):
+    if isinstance(update, LowRank | Stack):
         a, b = (np.asarray(leaf) for leaf in update)
-        return LowRank(b.T, a.T)
+        return type(update)(b.mT, a.mT)
     if isinstance(update, Hadamard):
         one, other = (LowRank(*map(_flipped, part[::-1])) for part in update)
         return Hadamard(one, other)

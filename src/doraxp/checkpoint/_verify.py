@@ -47,7 +47,7 @@ def verify_shard(merge: Merge, name: str, target: Path) -> None:
         start = 0
         for part in parts_of(task):
             source = part.source.reopened(fresh)
-            written = Source(result, tensor)
+            written = Source(result, tensor).like(source)
             if source.tensor.shape != written.tensor.shape:
                 rows = source.tensor.shape[0]
                 written, start = written.rows(start, start + rows), start + rows

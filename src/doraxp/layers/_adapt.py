@@ -55,9 +55,9 @@ def adapt(
         module is the name without ``.weight``.
     target_modules : str or iterable of str
         Paths or ends of paths; or one regular expression for whole paths; or ``"all-linear"``.
-        The latter selects each weight of a kind that `kinds` gives as linear, experts or
-        transposed. Of the weights without a given kind it selects those of two axes, except
-        embeddings and ``lm_head``.
+        The latter selects each weight of a kind that `kinds` gives as linear, transposed
+        or a stack of experts. Of the weights without a given kind it selects those of two axes,
+        except embeddings and ``lm_head``.
     config : Config
         For all layers; the patterns give other ranks and alphas to some.
     seed : int
@@ -139,7 +139,7 @@ def _is_end(target: str, path: str) -> bool:
 def _is_linear(path: str, weight: Array, kinds: Mapping[str, LayerKind]) -> bool:
     kind = kinds.get(path)
     if kind is not None:
-        return kind.name in ("linear", "experts", "transposed")
+        return kind.name in ("linear", "experts", "transposed", "transposed_experts")
     return weight.ndim == 2 and not _NOT_LINEAR.fullmatch(path.rpartition(".")[-1])
 
 

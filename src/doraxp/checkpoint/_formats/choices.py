@@ -1,7 +1,8 @@
 """Choices of a `Config` that no trainer's configuration has: an entry of the file's header.
 
 The entry "doraxp" of the safetensors metadata is a JSON object. Each of its values is one string
-for all modules, or an object of strings by module; a module that is not in it has the default.
+for all modules, or an object of strings by module; a module that is not in it has the default. The
+value "experts" is of the layout that `experts` describes.
 Other programs skip the entry without a word, so PEFT and mlx-lm load the file as before.
 """
 
@@ -15,10 +16,11 @@ from typing import Any
 from doraxp._base.types import Config
 from doraxp.checkpoint._adapters import AdapterSet, StoredLayer
 from doraxp.checkpoint._errors import CheckpointError
+from doraxp.checkpoint._formats import experts
 from doraxp.checkpoint._json import parse_json
 from doraxp.checkpoint._updated_layer import AnyLayer
 
-_KEY = "doraxp"
+_KEY = experts.KEY
 _NAMES = ("norm_gradient", "dropout", "form")
 _DEFAULTS = {name: value for name, value in asdict(Config(1)).items() if name in _NAMES}
 
@@ -51,10 +53,12 @@ def _in_header(adapters: AdapterSet) -> dict[str, str | dict[str, str]]:
         return {}
     found: dict[str, str | dict[str, str]] = {}
     for name, value in parse_json(adapters.reader.metadata[_KEY].encode(), where).items():
+        if name == experts.NAME:
+            continue
         if name not in _NAMES:
             raise CheckpointError(
                 f"{where}: the entry doraxp of the header must have the names norm_gradient, "
-                f"dropout and form only, got {name}: update doraxp"
+                f"dropout, form and experts only, got {name}: update doraxp"
             )
         by_module = value if isinstance(value, dict) else {}
         if not isinstance(value, str | dict) or not all(
@@ -88,7 +92,10 @@ def metadata(adapters: Mapping[str, AnyLayer]) -> dict[str, str]:
     layers: Mapping[str, StoredLayer | AnyLayer] = adapters
     if isinstance(adapters, AdapterSet):  # without a read of each adapter
         layers = adapters.layers
-    choices: dict[str, str | dict[str, str]] = {}
+    choices: dict[str, Any] = {}
+    stacks = {path: layer.kind for path, layer in layers.items() if layer.kind.is_stack}
+    if stacks:
+        choices[experts.NAME] = experts.entry(stacks)
     for name in ("norm_gradient", "dropout"):
         values: dict[str, str] = {
             path: getattr(layer.config, name) for path, layer in layers.items()

@@ -97,6 +97,8 @@ def write(adapters: Mapping[str, AnyLayer]) -> Written:
     """Return the tensors and the header that diffusers reads as these adapters."""
     check_no_whole_tensors(adapters, "diffusers")
     written = peft.write(adapters)
+    if (written.config or {}).get("target_parameters"):
+        raise ValueError("diffusers has no adapter of experts: save them as PEFT's format")
     tensors = {name.removeprefix(PREFIX): array for name, array in written.tensors.items()}
     used = {path.partition(".")[0] for path in adapters}
     if used.isdisjoint(PARTS):

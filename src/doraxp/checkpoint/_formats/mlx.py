@@ -14,6 +14,7 @@ from doraxp._base.types import Array, Config
 from doraxp._core.kinds import LayerKind
 from doraxp.checkpoint._adapters import CONFIG, AdapterSet, StoredLayer, config_path
 from doraxp.checkpoint._errors import CheckpointError
+from doraxp.checkpoint._expert_names import ExpertNames
 from doraxp.checkpoint._formats.checks import (
     check_weight_form,
     checked_config,
@@ -52,6 +53,9 @@ def read(reader: Reader) -> AdapterSet:
         names = complete_names(reader, path, parts)
         _check_magnitude(reader, path, names, dora=dora)
         a, b = (reader.tensors[name].shape for name in names[:2])
+        if len(a) == len(b) == 3:
+            layers[path] = _experts(reader, path, names, parameters, scale)
+            continue
         if (len(a), len(b)) != (2, 2) or a[1] != b[0]:
             raise CheckpointError(
                 f"{reader.path}: {path}: lora_a must have shape (in, rank) and lora_b "
@@ -70,6 +74,29 @@ def read(reader: Reader) -> AdapterSet:
         else:
             layers[path] = StoredLayer(own, LayerKind(), (b[1], a[0]), names, True)
     return AdapterSet(NAME, reader, layers, ties_weights=True)
+
+
+def _experts(
+    reader: Reader, path: str, names: TensorNames, parameters: JsonObject, scale: float
+) -> StoredLayer:
+    """Return the layer of experts, whose factors are stacks of A and B as they are."""
+    a, b = (reader.tensors[name].shape for name in names[:2])
+    (experts, rank, inner), out = a, b[1]
+    if (experts, rank) != (b[0], b[2]) or 0 in (*a, *b) or names.magnitude is not None:
+        raise CheckpointError(
+            f"{reader.path}: {path}: lora_a of experts must have shape (experts, rank, in) and "
+            f"lora_b (experts, out, rank), without m, got {a} and {b}"
+        )
+    if parameters.get("rank", rank) != rank:
+        raise CheckpointError(
+            f"{reader.path}: {path}: {CONFIG} says rank {parameters['rank']!r}, but lora_a has "
+            f"shape {a}"
+        )
+    own = checked_config(reader, path, rank, rank * scale)
+    kind = LayerKind("experts")
+    return StoredLayer(
+        own, kind, (experts, out, inner), ExpertNames(names.lora_a, names.lora_b, experts)
+    )
 
 
 def _check_magnitude(reader: Reader, path: str, names: TensorNames, *, dora: bool) -> None:

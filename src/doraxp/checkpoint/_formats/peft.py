@@ -20,6 +20,7 @@ from doraxp.checkpoint._adapters import (
     config_path,
 )
 from doraxp.checkpoint._errors import CheckpointError
+from doraxp.checkpoint._formats.experts import expert_layer, kinds
 from doraxp.checkpoint._formats.peft_config import (
     base_change,
     check_complete,
@@ -29,6 +30,7 @@ from doraxp.checkpoint._formats.peft_config import (
     token_rows,
     trained_biases,
 )
+from doraxp.checkpoint._formats.peft_parameters import is_matrix, parameters, stack_layer
 from doraxp.checkpoint._formats.peft_writing import PREFIX, write
 from doraxp.checkpoint._formats.products import LOHA, LOKR, product
 from doraxp.checkpoint._json import JsonObject, read_json
@@ -71,7 +73,6 @@ _UNSUPPORTED = (
     "kasa_config",
     "monteclora_config",
     "alora_invocation_tokens",
-    "target_parameters",
 )
 
 
@@ -187,13 +188,39 @@ def adapted_layers(
     found = [name for name in unsupported if config.get(name)]
     if found:
         raise CheckpointError(f"{where}: {', '.join(found)} cannot be merged")
-    names = _complete_names(reader, parts, where, dora=dora or peft_type == "DORA")
-    configs = layer_configs(names, config, where)
+    stacks = _stacks(reader, parts)
+    others = {path: names for path, names in parts.items() if path not in stacks}
+    empty = {"target_parameters": None} if stacks else {}  # they are those of the header
+    modules, targets = parameters(others, config | empty, where)
+    names = _complete_names(reader, modules, where, dora=dora or peft_type == "DORA")
+    of_targets = _complete_names(reader, targets, where, dora="m" in set().union(*targets.values()))
+    configs = layer_configs([*names, *targets, *stacks], config, where)
     transposed = flag("fan_in_fan_out", config, where)
-    return {
+    layers = {
         path: _layer(reader, path, names[path], configs[path], transposed=transposed)
         for path in names
     }
+    for path, own in of_targets.items():
+        module = path.removesuffix(".weight")
+        if is_matrix(path):
+            layers[module] = _layer(reader, path, own, configs[path], transposed=False)
+        else:
+            layers[path] = stack_layer(reader, path, targets[path], configs[path], config)
+    for path, kind in stacks.items():
+        layers[path] = expert_layer(reader, path, parts[path], configs[path], kind)
+    return layers
+
+
+def _stacks(reader: Reader, parts: Mapping[str, Mapping[str, str]]) -> dict[str, LayerKind]:
+    """Return the kinds of the parameters in doraxp's layout of experts."""
+    stacks = kinds(reader)
+    foreign = next((path for path in stacks if path not in parts), None)
+    if foreign is not None:
+        raise CheckpointError(
+            f"{reader.path}: experts of the entry doraxp of the header has {foreign}, and the file "
+            "has no adapter of that name: save the adapter again"
+        )
+    return stacks
 
 
 def bias_changes(

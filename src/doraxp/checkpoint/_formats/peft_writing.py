@@ -44,7 +44,7 @@ def write(adapters: Mapping[str, AnyLayer]) -> Written:
     _check_alike(layers)
     for path, layer in layers.items():
         kind = layer.kind.name
-        if layer.kind.groups > 1 or kind in ("experts", "columns"):
+        if layer.kind.groups > 1 or kind == "columns":
             raise ValueError(f"{path}: PEFT has no adapter of this kind, {layer.kind}")
         if kind == "linear" and by_token(adapters, path):
             raise ValueError(
@@ -60,6 +60,12 @@ def write(adapters: Mapping[str, AnyLayer]) -> Written:
             a = a.reshape(layer.config.rank, *layer.shape[1:])
             b = b.reshape(*b.shape, *ones)
             m = None if m is None else m.reshape(1, -1, *ones)
+        elif layer.kind.is_stack:
+            if len(layer.shape) != 3:
+                raise ValueError(
+                    f"{path}: a stack of experts must have one axis for them, got the shape "
+                    f"{layer.shape}"
+                )
         elif kind == "embedding":
             names[:2] = "lora_embedding_A", "lora_embedding_B"
         for name, array in zip(names, (a, b, m), strict=True):
@@ -126,6 +132,7 @@ def _configuration(adapters: Mapping[str, LowRankLayer]) -> JsonObject:
     first, *others = configs.values()
     if any(config.rslora != first.rslora for config in others):
         raise ValueError("PEFT has one use_rslora for all modules, but these differ")
+    stacks = sorted(path for path, layer in adapters.items() if layer.kind.is_stack)
     keys = {path: whole_path(path) for path in configs}
     ranks = {keys[path]: config.rank for path, config in configs.items()}
     alphas = {keys[path]: _alpha(config) for path, config in configs.items()}
@@ -137,7 +144,8 @@ def _configuration(adapters: Mapping[str, LowRankLayer]) -> JsonObject:
         "lora_alpha": _alpha(first),
         "rank_pattern": {key: rank for key, rank in ranks.items() if rank != first.rank},
         "alpha_pattern": {key: alpha for key, alpha in alphas.items() if alpha != _alpha(first)},
-        "target_modules": sorted(configs),
+        "target_modules": sorted(path for path in configs if path not in stacks),
+        **({"target_parameters": stacks} if stacks else {}),
         "fan_in_fan_out": any(layer.kind.name == "transposed" for layer in adapters.values()),
         "bias": "none",
         "lora_dropout": 0.0,

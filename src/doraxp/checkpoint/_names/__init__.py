@@ -8,9 +8,10 @@ from doraxp.checkpoint._names._advice import nearest, rename_option
 from doraxp.checkpoint._names._images import match_parts
 from doraxp.checkpoint._names._match import Match, guess, match
 from doraxp.checkpoint._names._places import Place, Places, Shapes, Wanted
-from doraxp.checkpoint._names._tables import WRAPPERS, without
+from doraxp.checkpoint._names._tables import DROPPED, WRAPPERS, without
 
 __all__ = [
+    "DROPPED",
     "WRAPPERS",
     "Match",
     "Place",

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from doraxp.checkpoint._names._advice import rename_option
+from doraxp.checkpoint._names._experts import experts_apart
 from doraxp.checkpoint._names._fused import rows_of_modules
 from doraxp.checkpoint._names._places import (
     WEIGHT,
@@ -20,8 +21,6 @@ from doraxp.checkpoint._names._places import (
     Shapes,
     Wanted,
     cut,
-    fits,
-    fits_rows,
 )
 from doraxp.checkpoint._names._tables import Rename, tables
 from doraxp.checkpoint._names._ways import Way, leading, renamed, same, stages, unwrap
@@ -191,6 +190,8 @@ def _places(way: Way, wanted: Sequence[Wanted], index: _Index) -> dict[str, Plac
 
 def _split(one: Wanted, way: Way, index: _Index) -> Places:
     """Return the places of a fused module whose parts are tensors of their own in the base."""
+    if one.is_stack:
+        return experts_apart(one, index.shapes, lambda wanted: _found(wanted, way, index))
     lead, _, last = one.path.rpartition(".")
     parts = [
         _found(Wanted(f"{lead}.{part}", one.leaf, None), way, index)
@@ -221,7 +222,7 @@ def _found(one: Wanted, way: Way, index: _Index) -> str | None:
         tensors = {
             tensor
             for tensor in tensors
-            if fits(one.shape, index.shapes[tensor]) or fits_rows(one.shape, index.shapes[tensor])
+            if one.fits(index.shapes[tensor]) or one.fits_rows(index.shapes[tensor])
         }
     return tensors.pop() if len(tensors) == 1 else None
 
@@ -236,8 +237,7 @@ def _rows(
     places: dict[str, Places] = dict(split)
     users: dict[str, list[str]] = defaultdict(list)
     for name, tensor in found.items():
-        shape = wanted[name].shape
-        if shape is None or fits(shape, shapes[tensor]):
+        if wanted[name].fits(shapes[tensor]):
             places[name] = (Place(tensor),)
         else:
             users[tensor].append(name)

@@ -18,11 +18,24 @@ class Wanted(NamedTuple):
     """The tensor in the module: "weight" or "bias"."""
     shape: tuple[int, ...] | None
     """None where the base may have another shape: the adapter has the tensor in full."""
+    is_stack: bool = False
+    """Whether it is a stack of experts, (experts, out, in), or each of them transposed."""
 
     @property
     def name(self) -> str:
         """The tensor's name."""
         return f"{self.path}.{self.leaf}" if self.path else self.leaf
+
+    def fits(self, there: tuple[int, ...]) -> bool:
+        """Return whether it may be stored in the shape `there`."""
+        if self.is_stack and self.shape is not None:
+            stack, *sides = self.shape
+            return there in (self.shape, (stack, *sides[::-1]))
+        return fits(self.shape, there)
+
+    def fits_rows(self, there: tuple[int, ...]) -> bool:
+        """Return whether it may be some rows of a tensor of the shape `there`."""
+        return not self.is_stack and fits_rows(self.shape, there)
 
 
 class Place(NamedTuple):
@@ -32,7 +45,9 @@ class Place(NamedTuple):
     rows: slice | None = None
     """Of the tensor; None for all."""
     own: slice | None = None
-    """Of the module; None for all."""
+    """Of the module, or of one expert of it; None for all."""
+    expert: int | None = None
+    """The expert that the tensor is of; None where it is not of one of several."""
 
 
 Places: TypeAlias = tuple[Place, ...]
