@@ -595,6 +595,7 @@ def test_inspect_agrees_with_the_formulas(inspected):
         norms = [np.linalg.norm(x, axis=1) for x in (v, weight, update)]
         assert report["modules"][path] == {
             "kind": "linear",
+            "update": "DoRA",
             "rank": 2,
             "alpha": 3.0,
             "update_norm": pytest.approx(np.linalg.norm(update), rel=1e-12),

@@ -280,7 +280,10 @@ def test_an_adapter_and_a_difference_of_one_module_are_refused(tmp_path, rng, ca
     write_base(tmp_path / "base", base)
     tensors = kohya(rng, {"lora_unet_m": base["m.weight"]}) | {"lora_unet_m.b_norm": draw(rng, 6)}
     assert main(["merge", *write_kohya(tmp_path, tensors)]) == 2
-    assert "lora_unet_m has an adapter, and w_norm or b_norm too" in capsys.readouterr().err
+    assert (
+        "lora_unet_m lora_unet_m.lora_down.weight of LoRA and lora_unet_m.b_norm of norm"
+        in capsys.readouterr().err
+    )
 
 
 def test_two_differences_for_one_norm_are_refused(tmp_path, rng, capsys):

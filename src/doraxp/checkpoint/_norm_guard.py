@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from doraxp._core.kinds import LayerKind
+from doraxp.checkpoint._engine import Reused
 from doraxp.checkpoint._matrix import row_blocks, source_rows
 from doraxp.checkpoint._safetensors import DTYPES, Source
 from doraxp.checkpoint._tasks import MergedTensor
@@ -221,9 +222,15 @@ def _is_readable(source: Source, kind: LayerKind) -> bool:
 
 def _norms(source: Source, kind: LayerKind, rows: NDArray[np.intp]) -> Vector:
     """Return ‖W‖ of some rows that are side by side, block by block."""
-    blocks = [slice(None)]
-    if not kind.is_transposed:
-        blocks = list(row_blocks((len(rows), *source.tensor.shape[1:])))
+    # Squares of 16-bit numbers lose nothing in float32 that counts here, and take far less time.
+    narrow = DTYPES[source.tensor.dtype].itemsize == 2
+    dtype, first = np.dtype(np.float32 if narrow else np.float64), int(rows[0])
     with np.errstate(over="ignore", invalid="ignore"):  # the merge refuses NaN and infinity
-        norms = [np.linalg.norm(source_rows(source, rows[block], kind), axis=1) for block in blocks]
+        if kind.is_transposed:
+            return np.asarray(np.linalg.norm(source_rows(source, rows, kind), axis=1))
+        norms, memory, wide = [], Reused(), Reused()
+        for block in row_blocks((len(rows), *source.tensor.shape[1:])):
+            part = source.read(slice(first + block.start, first + block.stop), memory)
+            own = wide.cast(part.reshape(len(part), -1), dtype)
+            norms.append(np.sqrt(np.vecdot(own, own)).astype(np.float64))
     return np.concatenate(norms)
