@@ -281,7 +281,7 @@ def test_an_adapter_and_a_difference_of_one_module_are_refused(tmp_path, rng, ca
     tensors = kohya(rng, {"lora_unet_m": base["m.weight"]}) | {"lora_unet_m.b_norm": draw(rng, 6)}
     assert main(["merge", *write_kohya(tmp_path, tensors)]) == 2
     assert (
-        "lora_unet_m lora_unet_m.lora_down.weight of LoRA and lora_unet_m.b_norm of norm"
+        "lora_unet_m has lora_unet_m.lora_down.weight of LoRA and lora_unet_m.b_norm of norm"
         in capsys.readouterr().err
     )
 
