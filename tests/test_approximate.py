@@ -146,7 +146,7 @@ def test_whole_tensors_are_left_out_with_a_warning(tmp_path, capsys):
     write_one(tmp_path / "one", 1, [OTHER], whole=bias, bias="lora_only")
     assert convert(tmp_path, "one", "--to", "lora", "--rank", "2") == 0
     error = capsys.readouterr().err
-    assert "1 tensors of SRC differ and are not in DST: block.0.k.bias" in error
+    assert "1 tensor of SRC differs and is not in DST: block.0.k.bias" in error
 
 
 def test_the_result_does_not_depend_on_the_number_of_jobs(tmp_path, model):
@@ -163,7 +163,7 @@ def test_a_sum_that_changes_no_matrix_is_refused(tmp_path):
     write_base(tmp_path / "base", base_of(np.random.default_rng(0), "float32"))
     write_one(tmp_path / "one", 1, [LINEAR])
     merge = plan_merge(tmp_path / "base", [Weighted(tmp_path / "one", 0)], Options())
-    with pytest.raises(CheckpointError, match="changes no matrix or convolution of BASE"):
+    with pytest.raises(CheckpointError, match="the change by them is 0 in each matrix"):
         approximate(merge, 2)
     merge = plan_merge(tmp_path / "base", tmp_path / "one", Options())
     with pytest.raises(ValueError, match="rank must be at least 1"):
@@ -216,3 +216,47 @@ def test_an_existing_folder_is_not_replaced(tmp_path, model, capsys):
     assert convert(tmp_path, "one", *arguments) == 0
     assert convert(tmp_path, "one", *arguments) == 2
     assert convert(tmp_path, "one", *arguments, "--force") == 0
+
+
+def test_the_warning_has_the_change_of_tensors_that_are_summed_or_joined(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    base = base_of(rng, "float32") | {"norm.weight": draw(rng, 24)}
+    write_base(tmp_path / "base", base)
+    bias, norm = draw(rng, 18), base["norm.weight"]
+    whole = {"block.0.k.bias": bias, "norm.weight": norm}
+    write_one(tmp_path / "one", 1, [OTHER], whole=whole, bias="lora_only")
+    report = tmp_path / "r.json"
+    command = [*adapters(tmp_path, "one:0.5"), "--rank", "2", "--json", str(report)]
+    assert extract(tmp_path, *command, "--scale", "3") == 0
+    found = json.loads(report.read_text())
+    assert found["adapters"] == [{"path": str(tmp_path / "one"), "strength": 1.5}]
+    before = base["block.0.k.bias"].astype("f8")
+    change = np.linalg.norm(1.5 * (bias - before)) / np.linalg.norm(before)
+    assert found["left_out"] == {"block.0.k.bias": pytest.approx(change, rel=1e-5)}
+    assert f"the largest relative change is {change:.2g}" in capsys.readouterr().err
+
+
+def test_single_rows_that_were_trained_are_measured(tmp_path):
+    rng = np.random.default_rng(0)
+    base = base_of(rng, "float32")
+    write_base(tmp_path / "base", base)
+    write_one(tmp_path / "one", 1, [LINEAR], trainable_token_indices={EMBED: [3, 7]})
+    path = tmp_path / "one" / "adapter_model.safetensors"
+    rows = draw(rng, 2, 24)
+    name = f"{PREFIX}{EMBED}.token_adapter.trainable_tokens_delta"
+    save_file(load_file(path) | {name: rows}, path)
+    merge = plan_merge(tmp_path / "base", tmp_path / "one", Options())
+    w = base[f"{EMBED}.weight"].astype("f8")
+    change = np.linalg.norm(rows - w[[3, 7]]) / np.linalg.norm(w)
+    left_out = approximate(merge, 2, method="lora").left_out
+    assert left_out == {f"{EMBED}.weight": pytest.approx(change, rel=1e-6)}
+
+
+def test_a_residual_base_is_converted_with_its_option(tmp_path, capsys):
+    write_base(tmp_path / "base", base_of(np.random.default_rng(0), "float32"))
+    write_one(tmp_path / "one", 1, [LINEAR], init_lora_weights="pissa")
+    assert convert(tmp_path, "one", "--to", "lora", "--rank", "2") == 2
+    assert "--base-is-residual" in capsys.readouterr().err
+    arguments = ("--to", "lora", "--rank", "2", "--base-is-residual")
+    assert convert(tmp_path, "one", *arguments) == 0
+    assert extract(tmp_path, *adapters(tmp_path, "one"), "--rank", "2", "--base-is-residual") == 0

@@ -22,7 +22,7 @@ from checkpoints import (
     write_json,
     write_peft,
 )
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from doraxp.checkpoint import Options, Weighted, audit, plan_merge, run_merge
 from doraxp.cli import main
@@ -398,7 +398,9 @@ def test_a_module_in_full_with_an_adapter_cannot_be_scaled(tmp_path, capsys):
     )  # fmt: skip
     assert run(tmp_path, str(tmp_path / "one")) == 0
     assert run(tmp_path, str(tmp_path / "one"), "--scale", "0.5", out="other") == 2
-    assert f"has {ALONE}.weight in full, and an adapter of it too" in capsys.readouterr().err
+    assert (
+        f"has {ALONE}.weight in full, other than BASE's, and an adapter" in capsys.readouterr().err
+    )
 
 
 def test_nan_in_a_whole_tensor_is_refused_in_a_sum(tmp_path, capsys):
@@ -437,3 +439,124 @@ def test_two_merges_one_after_the_other_are_not_the_sum(tmp_path, model):
     change = np.linalg.norm(wanted - base[name].astype("f8"))
     assert np.linalg.norm(right[name].astype("f8") - wanted) < 0.02 * change
     assert np.linalg.norm(chained[name].astype("f8") - wanted) > 0.2 * change
+
+
+def test_a_whole_tensor_that_is_bases_own_may_be_scaled(tmp_path):
+    """PEFT saves the embeddings and the head beside an adapter of them."""
+    base = base_of(np.random.default_rng(0), "bfloat16")
+    write_base(tmp_path / "base", base)
+    name = f"{ALONE}.weight"
+    merges = write_one(tmp_path / "plain", 1, [ALONE, LINEAR])
+    same = {name: base[name].astype("f4")}
+    write_one(tmp_path / "one", 1, [ALONE, LINEAR], whole=same, modules_to_save=[ALONE])
+    assert run(tmp_path, str(tmp_path / "one"), "--scale", "0.5", "--verify") == 0
+    desired = summed(base, [(merges, 0.5)])
+    out = read_folder(tmp_path / "out")
+    for path in (ALONE, LINEAR):
+        assert_close(out[f"{path}.weight"], desired[f"{path}.weight"], 2)
+
+
+def sharded(folder):
+    """A base of three files, and plain LoRA of it; two adapters are in one file."""
+    rng = np.random.default_rng(0)
+    names = [f"block.{place}.q.weight" for place in range(3)]
+    (folder / "base").mkdir()
+    files = {name: f"model-{place}.safetensors" for place, name in enumerate(names)}
+    for name, file in files.items():
+        save_file({name: draw(rng, 8, 8)}, folder / "base" / file)
+    index = {"metadata": {}, "weight_map": files}
+    write_json(folder / "base" / "model.safetensors.index.json", index)
+    write_json(folder / "base" / "config.json", {})
+    for one in ("a", "b"):
+        (folder / one).mkdir()
+        leaves = {"lora_A": (RANK, 8), "lora_B": (8, RANK)}
+        tensors = {
+            f"{PREFIX}block.{place}.q.{leaf}.{own}.weight": draw(rng, *shape)
+            for place in range(3)
+            for own in ("x", "y")
+            for leaf, shape in leaves.items()
+        }
+        save_file(tensors, folder / one / "adapter_model.safetensors")
+        write_json(folder / one / "adapter_config.json", peft_config(use_dora=False))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ([("a", 0.1), ("a", 0.2), ("b", 0.3)], [("a", 0.1), ("b", 0.2), ("b", 0.3)]),
+        ([("a", 0.7), ("b", 0.4)], [("a", 0.4), ("b", 0.7)]),
+        ([("a", 1.0, None, "x")], [("a", 1.0, None, "y")]),
+        ([("a", 1.0)], [("a", 0.5)]),
+    ],
+)
+def test_shards_of_another_sum_are_not_taken(tmp_path, first, second):
+    sharded(tmp_path)
+    plans = [
+        plan_merge(
+            tmp_path / "base",
+            [Weighted(tmp_path / path, *rest) for path, *rest in given],
+            Options(),
+            adapter_name="x",
+        )
+        for given in (first, second)
+    ]
+
+    def stop(count, seen=[]):  # noqa: B006
+        seen.append(count)
+        if len(seen) == 2:
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        run_merge(plans[0], tmp_path / "out", on_bytes=stop)
+    run_merge(plans[1], tmp_path / "out")
+    run_merge(plans[1], tmp_path / "fresh")
+    out, fresh = (read_folder(tmp_path / name) for name in ("out", "fresh"))
+    assert all(out[name].tobytes() == fresh[name].tobytes() for name in fresh)
+
+
+def test_a_strength_of_0_beside_a_grown_vocabulary_is_left_out(tmp_path):
+    rng = np.random.default_rng(0)
+    base = {"model.embed_tokens.weight": draw(rng, 9, 8), "lm_head.weight": draw(rng, 9, 8)}
+    base[f"{LINEAR}.weight"] = draw(rng, *SHAPES[LINEAR])
+    write_base(tmp_path / "base", base, vocab_size=9)
+    grown = {name: draw(rng, 11, 8) for name in list(base)[:2]}
+    modules = ["embed_tokens", "lm_head"]
+    write_one(tmp_path / "one", 1, [LINEAR], whole=grown, modules_to_save=modules)
+    write_one(tmp_path / "two", 2, [LINEAR])
+    (tmp_path / "one" / "tokenizer.json").write_text("{}")
+    assert run(tmp_path, *adapters(tmp_path, "one", "two:0")) == 0
+    assert read_folder(tmp_path / "out")["lm_head.weight"].shape == (11, 8)
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("strength", [1, 5])
+def test_a_sum_in_float32_of_changes_that_cancel_is_right(tmp_path, strength):
+    rng = np.random.default_rng(0)
+    base = base_of(rng, "float32")
+    write_base(tmp_path / "base", base)
+    one = write_one(tmp_path / "one", 1, [LINEAR])
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    path = tmp_path / "two" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    near = 1 + 1e-5 * rng.standard_normal(SHAPES[LINEAR][0], dtype="f4")
+    tensors[f"{PREFIX}{LINEAR}.lora_magnitude_vector"] *= near
+    save_file(tensors, path)
+    given = [Weighted(tmp_path / "one", strength), Weighted(tmp_path / "two", -strength)]
+    plan = plan_merge(tmp_path / "base", given, Options())
+    name = f"{LINEAR}.weight"
+    w = base[name]
+    first = one[name](w).astype("f4")
+    second = near[:, None] * first
+    theirs = w + np.float32(strength) * (first - w) - np.float32(strength) * (second - w)
+    write_base(tmp_path / "theirs", base | {name: theirs})
+    assert audit(plan, tmp_path / "theirs")[name].right
+    write_base(tmp_path / "wrong", base | {name: w + 1e-3 * first})
+    assert not audit(plan, tmp_path / "wrong")[name].right
+
+
+def test_a_path_is_needed_and_a_subfolder_is_part_of_it(tmp_path, model, capsys):
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--adapter", ":0.5")
+    assert "must be PATH or PATH:T, got ':0.5'" in capsys.readouterr().err
+    assert run(tmp_path, *adapters(tmp_path, "one"), "--subfolder", "x") == 2
+    assert "with --adapter give PATH/NAME in place of PATH" in capsys.readouterr().err

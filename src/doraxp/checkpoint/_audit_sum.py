@@ -5,6 +5,9 @@ W  before the merge     W' = W + Σ strength (W'ᵢ − W)     S  the weight tha
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from functools import partial
+
 import numpy as np
 
 from doraxp._base.types import HostArray
@@ -16,31 +19,50 @@ from doraxp.checkpoint._engine import Engine
 from doraxp.checkpoint._matrix import row_blocks
 from doraxp.checkpoint._options import Options, merge_dtype
 from doraxp.checkpoint._precision import Precision
-from doraxp.checkpoint._rows import merged_blocks
+from doraxp.checkpoint._rows import Block, Term, merged_blocks
 from doraxp.checkpoint._safetensors import DTYPES, Source
 from doraxp.checkpoint._shard import OnBytes
 from doraxp.checkpoint._slack import Places, Wide
 from doraxp.checkpoint._tasks import SummedTensor
+from doraxp.checkpoint._updated_layer import UpdatedLayer, reach
 
 
 class SumSlack:
-    """The largest error of a right sum: ε (4 + 4 Σ |strength|) times the largest number of a row.
+    """The largest error of a right sum: ε (4 |W'| + 4 Σ |strength| (lᵢ + ‖w‖)) by rows.
 
-    The steps of W'ᵢ are not known, so the largest number of a row stands for all that are added.
+    lᵢ bounds the numbers in a row of W'ᵢ and of its update, which may cancel in the sum. The steps
+    in which a tool makes W'ᵢ are not known, so this bound is not derived as `Slack` is.
     """
 
-    def __init__(self, total: float, precision: Precision) -> None:
-        self._factor, self._normal = 4 + 4 * total, precision.normal
-        self._epsilon = precision.epsilon
+    def __init__(self, lengths: Wide, precision: Precision) -> None:
+        self._lengths, self._precision = lengths, precision
 
     def bound(
         self, size: HostArray, rows: Places, norm: Wide, columns: Places = slice(None)
     ) -> HostArray:
         """Return the bound for some rows, in the shape and dtype of `size`, which is abs(W')."""
-        largest = np.maximum(size.max(axis=1, keepdims=True), self._normal)
-        return np.broadcast_to(self._factor * self._epsilon * largest, size.shape).astype(
-            size.dtype
-        )
+        epsilon, normal = self._precision
+        lengths = np.maximum(self._lengths[rows], normal)[:, None].astype(size.dtype)
+        bound: HostArray = size.dtype.type(4 * epsilon) * (size + lengths)
+        return bound
+
+
+def _lengths(task: SummedTensor, terms: Sequence[Term]) -> Wide:
+    """Return Σ |strength| lᵢ by the rows of the file."""
+    rows = task.source.tensor.shape[0]
+    total = np.zeros(rows)
+    for term in terms:
+        layer = term.layer
+        if not isinstance(layer, UpdatedLayer):
+            blocks = (layer.read(block) for block in row_blocks(layer.tensor.shape))
+            own = np.concatenate([np.abs(x.reshape(len(x), -1)).max(axis=1) for x in blocks])
+        else:
+            found, m = reach(layer.update), layer.magnitude
+            own = abs(layer.config.scaling) * found.rows * found.columns.max()
+            if m is not None:
+                own = own + (np.abs(m).max() if layer.kind.is_transposed else np.abs(m))
+        total += abs(term.strength) * own
+    return total
 
 
 def audit_sum(
@@ -53,13 +75,19 @@ def audit_sum(
         return Verdict("another shape", False, f"{after.shape} for {before.shape}")
     terms, row_bytes = task.read(), before.nbytes // before.shape[0]
     dtype = merge_dtype(before, after, Options())
-    total = sum(abs(strength) for strength in task.strengths)
+    lengths, total = _lengths(task, terms), sum(abs(strength) for strength in task.strengths)
+
+    def blocks() -> Iterator[Block]:
+        for block in merged_blocks(name, task.source, terms, engine, dtype):
+            lengths[block.rows] += total * np.asarray(block.norms.base, np.float64)
+            yield block
+
     found = compare(
-        merged_blocks(name, task.source, terms, engine, dtype),
+        blocks(),
         stored,
         LayerKind("conv" if len(before.shape) > 2 else "linear"),
         Dtypes(after.dtype, before.dtype, *[after.dtype] * 3),
-        lambda precision: SumSlack(total, precision),
+        partial(SumSlack, lengths),
         lambda count: on_bytes(row_bytes * count),
     )
     if found.infinite:

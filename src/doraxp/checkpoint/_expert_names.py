@@ -119,23 +119,29 @@ def _finite(
 
 
 class _Last(threading.local):
-    """The packed factor that a thread has read last.
+    """The packed factors that a thread has read last.
 
     The columns of one expert are spread over the whole tensor. A merge needs those of all experts,
-    one after the other, so without this it would read the tensor once for each.
+    one after the other, so without this it would read the tensor once for each. Where BASE has a
+    tensor for each expert, those of gate, up and down take turns, and in a sum the adapters do.
     """
 
-    _key: tuple[Reader, str] | None = None
-    _array: HostArray
+    _MOST = 8
+
+    def __init__(self) -> None:
+        self._arrays: dict[tuple[Reader, str], HostArray] = {}
 
     def by_expert(self, reader: Reader, name: str, rank: int, experts: int) -> HostArray:
         """Return a factor (out, rank·experts) as (experts, out, rank)."""
-        if self._key != (reader, name):
+        found = self._arrays.pop((reader, name), None)
+        if found is None:
             packed = reader.read(name)
             by_rank = packed.reshape(len(packed), rank, experts)
-            self._key = (reader, name)
-            self._array = np.ascontiguousarray(by_rank.transpose(2, 0, 1))
-        return self._array
+            found = np.ascontiguousarray(by_rank.transpose(2, 0, 1))
+            for oldest in list(self._arrays)[: 1 - self._MOST]:
+                del self._arrays[oldest]
+        self._arrays[reader, name] = found  # the last one is the one that was used last
+        return found
 
 
 _LAST = _Last()

@@ -5,9 +5,12 @@ W* is the merged weight, which no file has: each pass over it computes it anew, 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, NamedTuple
+
+import numpy as np
 
 from doraxp._core.kinds import LayerKind
 from doraxp.checkpoint._engine import load_engine
@@ -30,6 +33,7 @@ from doraxp.checkpoint._tasks import (
     parts_of,
     read_terms,
 )
+from doraxp.checkpoint._tied import tied_head
 
 
 class MergedPair(NamedTuple):
@@ -109,13 +113,44 @@ def approximate(
         if name in named:
             pairs[paths[name]] = MergedPair(name, task.source, parts_of(task), _kind(task))
         else:
-            left_out[name] = relative_change(merge.model.sources().get(name), task.source)
-    if not pairs:
+            left_out[name] = _relative_change(name, task, merge)
+    left_out = {name: change for name, change in left_out.items() if change > 0}
+    found = extracted(pairs, rank, method, jobs, on_bytes, left_out)
+    if not found.adapters:
+        files = " and ".join(str(one.path) for one in merge.given)
         raise CheckpointError(
-            f"{merge.adapters[0].reader.path}: changes no matrix or convolution of BASE, so there "
-            "is nothing to approximate"
+            f"{files}: the change by them is 0 in each matrix and convolution of BASE, so there is "
+            "nothing to approximate"
         )
-    return extracted(pairs, rank, method, jobs, on_bytes, left_out)
+    return found
+
+
+def _relative_change(name: str, task: Task, merge: Merge) -> float:
+    """Return ‖W' − W‖ / ‖W‖ of a tensor; infinity for a new one or one of another size."""
+    base = merge.model.sources().get(name)
+    tied = tied_head(merge.model.sources().keys(), merge.model.config)
+    if base is None and tied is not None and name in tied.sources:
+        base = merge.model.sources()[tied.sources[name]]  # a head of its own, as the embeddings
+    if base is None or base.tensor.shape != task.source.tensor.shape:
+        return math.inf
+    change = size = 0.0
+    start, engine = 0, load_engine("numpy")
+    for part in parts_of(task):
+        tensor = part.source.tensor
+        if isinstance(part, Changed):
+            dtype = merge_dtype(tensor, tensor, Options())
+            for block in merged_blocks(name, part.source, read_terms(part), engine, dtype):
+                change += float(np.sum((block.merged - block.weight).astype(np.float64) ** 2))
+                size += float(np.sum(block.weight.astype(np.float64) ** 2))
+        elif len(parts_of(task)) == 1:
+            return relative_change(base, part.source)
+        else:
+            own = base.rows(start, start + tensor.shape[0])
+            for rows in row_blocks(tensor.shape):
+                before, after = (one.read(rows).astype(np.float64) for one in (own, part.source))
+                change, size = change + np.sum((after - before) ** 2), size + np.sum(before**2)
+        start += tensor.shape[0]
+    return math.sqrt(change / size) if size else math.inf
 
 
 def _is_matrix(task: Task) -> bool:

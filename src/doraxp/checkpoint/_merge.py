@@ -46,6 +46,9 @@ class Weighted(NamedTuple):
     path: str | os.PathLike[str]
     strength: float = 1.0
     """How many times its change of the weights is added."""
+    subfolder: str | None = None
+    adapter_name: str | None = None
+    """As `load_adapters` takes them."""
 
 
 class Merge(NamedTuple):
@@ -53,8 +56,8 @@ class Merge(NamedTuple):
 
     model: Model
     adapters: tuple[AdapterSet, ...]
-    strengths: tuple[float, ...]
-    """How many times the change by each adapter is added."""
+    given: tuple[Weighted, ...]
+    """Where each adapter is from, and how many times its change is added."""
     tasks: dict[str, Task]
     """By the names of the base's tensors: first those that change, then the copied ones."""
     options: Options
@@ -67,6 +70,11 @@ class Merge(NamedTuple):
     """Modules of the adapter that are for another part of the model than BASE."""
     stamps: Mapping[Path, Stamp]
     """Of the files without tensors: configurations, the index, and the other files to copy."""
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """How many times the change by each adapter is added."""
+        return tuple(one.strength for one in self.given)
 
     @property
     def readers(self) -> list[Reader]:
@@ -182,7 +190,9 @@ class Merge(NamedTuple):
         """Return the tokenizer files that replace those of the base: of a grown vocabulary."""
         if not self.model.is_folder or self.edits.vocab_size is None:
             return []
-        (adapters,) = self.adapters  # a sum has the vocabulary of the base
+        # A sum has the vocabulary of the base, so one adapter alone changes the weights.
+        pairs = zip(self.adapters, self.strengths, strict=True)
+        (adapters,) = (adapters for adapters, strength in pairs if strength)
         return tokenizer_files(adapters.reader.path.parent)
 
 
@@ -213,7 +223,7 @@ def plan_merge(
     fit : Fit
         How the adapter fits the base, where the files do not say it.
     subfolder, adapter_name : str, optional
-        As `load_adapters` takes them.
+        As `load_adapters` takes them; of each Weighted that has none of its own.
 
     Raises
     ------
@@ -232,13 +242,25 @@ def plan_merge(
     if odd is not None:
         raise ValueError(f"strength must be finite, got {odd}")
     # Workers of a cluster may run in other folders, so a plan has absolute paths.
-    base, paths = Path(base).absolute(), [Path(one.path).absolute() for one in given]
-    beside = (file for path in paths for file in _configurations(base, path, subfolder))
+    base = Path(base).absolute()
+    given = [
+        Weighted(
+            Path(one.path).absolute(),
+            strength,
+            subfolder if one.subfolder is None else one.subfolder,
+            adapter_name if one.adapter_name is None else one.adapter_name,
+        )
+        for one, strength in zip(given, strengths, strict=True)
+    ]
+    beside = (
+        file for one in given for file in _configurations(base, Path(one.path), one.subfolder)
+    )
     read = list(dict.fromkeys(beside))
     before = stamps_at(read)
     model = open_model(base)
     adapters = tuple(
-        load_adapters(path, subfolder=subfolder, adapter_name=adapter_name) for path in paths
+        load_adapters(one.path, subfolder=one.subfolder, adapter_name=one.adapter_name)
+        for one in given
     )
     plans = [plan(model, one, fit) for one in adapters]
     tasks, lead, edits, unused, _ = summed(
@@ -246,7 +268,7 @@ def plan_merge(
     )
     copied = [base / file for file in model.others]
     stamps = stamps_at([*read, *copied])
-    merge = Merge(model, adapters, strengths, tasks, options, fit, lead, edits, unused, stamps)
+    merge = Merge(model, adapters, tuple(given), tasks, options, fit, lead, edits, unused, stamps)
     merge = merge._replace(stamps=stamps | stamps_at(merge.tokenizer()))
     # A file may have changed, appeared or gone between its stamp and its content.
     apart = [path for path in read if stamps.get(path) != before.get(path)]

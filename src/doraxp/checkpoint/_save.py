@@ -112,8 +112,9 @@ def _check_names(adapters: AdapterSet, format: str) -> None:
     first, problem = next(iter(adapters.layers)), None
     if adapters.differences:
         raise ValueError(
-            f"{adapters.reader.path}: no other format has {next(iter(adapters.differences))}, "
-            "which is added to the base's: merge it into its base instead, with doraxp merge"
+            f"{adapters.reader.path}: has {next(iter(adapters.differences))}, which is added to "
+            "that of the base, and a conversion does not write such tensors: merge it into its "
+            "base instead, with doraxp merge"
         )
     if adapters.is_of_images and not adapters.format == format == "diffusers":
         problem = f"{first} is not the name of a module in the model, so no trainer would find it"

@@ -15,11 +15,14 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
+
 from doraxp.checkpoint._adapters import AdapterSet
 from doraxp.checkpoint._config_edits import ConfigEdits
 from doraxp.checkpoint._errors import CheckpointError
+from doraxp.checkpoint._matrix import row_blocks
 from doraxp.checkpoint._plan import Plan
-from doraxp.checkpoint._safetensors import DTYPES, Source
+from doraxp.checkpoint._safetensors import DTYPES, AnySource, Source, are_equal
 from doraxp.checkpoint._tasks import (
     CopiedTensor,
     JoinedTensor,
@@ -132,17 +135,33 @@ def _check(name: str, source: Source | None, summand: Summand, task: Task) -> No
     if source is None:
         raise CheckpointError(f"{path}: {name} is new, so it cannot be scaled or added: {_ALONE}")
     tensor = source.tensor
-    if task.source.tensor.shape != tensor.shape or tensor.dtype not in DTYPES or not tensor.shape:
+    problem = None
+    if task.source.tensor.shape != tensor.shape:
+        problem = f"has shape {task.source.tensor.shape} for {tensor.shape} in BASE"
+    elif tensor.dtype not in DTYPES:
+        problem = f"has dtype {tensor.dtype}, which has no fractions"
+    elif not tensor.shape:
+        problem = "is one number"
+    if problem is not None:
         raise CheckpointError(
-            f"{path}: {name} is one number, or has another shape or a dtype without fractions, so "
-            f"it cannot be scaled or added: {_ALONE}"
+            f"{path}: {name} {problem}, so it cannot be scaled or added: {_ALONE}"
         )
     for part in parts_of(task):
-        if isinstance(part, MergedTensor) and part.source.reader is summand.adapters.reader:
+        is_own = isinstance(part, MergedTensor) and part.source.reader is summand.adapters.reader
+        # PEFT saves embeddings and heads that it did not change beside their adapters.
+        if is_own and not _same_numbers(part.source, source):
             raise CheckpointError(
-                f"{path}: has {name} in full, and an adapter of it too, so it cannot be scaled or "
-                f"added: {_ALONE}"
+                f"{path}: has {name} in full, other than BASE's, and an adapter of it too, so it "
+                f"cannot be scaled or added: {_ALONE}"
             )
+
+
+def _same_numbers(one: AnySource, other: AnySource) -> bool:
+    """Return whether two tensors of one shape have the same numbers, in dtypes of their own."""
+    return are_equal(one, other) or all(
+        np.array_equal(one.read(rows).astype("f8"), other.read(rows).astype("f8"))
+        for rows in row_blocks(one.tensor.shape)
+    )
 
 
 def _pieces(summand: Summand, task: Task, source: Source) -> Iterator[_Piece]:
@@ -150,6 +169,8 @@ def _pieces(summand: Summand, task: Task, source: Source) -> Iterator[_Piece]:
     for part in parts_of(task):
         if isinstance(part, ReplacedTensor) and isinstance(part.source, Source):
             part = replace(part, source=part.source.like(source))
+        if isinstance(part, MergedTensor) and part.source.reader is summand.adapters.reader:
+            part = replace(part, source=source)
         stop = start + part.source.tensor.shape[0]
         if isinstance(part, MergedTensor | ReplacedTensor):
             yield _Piece(start, stop, part, summand)

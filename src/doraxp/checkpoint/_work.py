@@ -107,7 +107,7 @@ def _fingerprint(merge: Merge) -> JsonObject:
     return {
         "doraxp": doraxp.__version__,
         "options": vars(merge.options),
-        "strengths": list(merge.strengths),
+        "adapters": [[str(one.path), *one[1:]] for one in merge.given],
         "fit": json.loads(json.dumps(vars(merge.fit))),
         "files": [[str(path.resolve()), *stamp] for path, stamp in stamps.items()],
     }

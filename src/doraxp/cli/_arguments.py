@@ -165,6 +165,8 @@ def _strength(text: str) -> float:
 def _weighted(text: str) -> tuple[Path, float]:
     """Parse PATH or PATH:T. A file or folder whose name ends in :T is taken as a path."""
     path, colon, strength = text.rpartition(":")
+    if not text or (colon and not path):
+        raise argparse.ArgumentTypeError(f"must be PATH or PATH:T, got {text!r}")
     if not colon or Path(text).exists():
         return Path(text), 1.0
     return Path(path), _strength(strength)
@@ -185,6 +187,10 @@ def adapters_of(arguments: argparse.Namespace) -> list[Weighted]:
     alone = getattr(arguments, "adapter", None)
     if arguments.adapters and alone is not None:
         raise ValueError(f"give ADAPTER or --adapter, not both, got {alone} too")
+    if arguments.adapters and getattr(arguments, "subfolder", None) is not None:
+        raise ValueError(
+            "--subfolder is for ADAPTER: with --adapter give PATH/NAME in place of PATH"
+        )
     given = arguments.adapters or [(alone, 1.0)]
     return [Weighted(path, strength * arguments.scale) for path, strength in given]
 
@@ -193,11 +199,7 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
     """Declare the options that say how ADAPTER fits BASE, where the files do not."""
     add_choice(parser)
     add_rename(parser)
-    parser.add_argument(
-        "--base-is-residual",
-        action="store_true",
-        help="BASE has the residual weights that PiSSA or OLoRA made of the model's",
-    )
+    add_residual(parser)
     parser.add_argument(
         "--architecture",
         metavar="CLASS",
@@ -208,6 +210,15 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
         type=lambda text: tuple(text.split(",")),
         metavar="A,B,C",
         help="names of the classes in config.json, if ADAPTER brings a classifier",
+    )
+
+
+def add_residual(parser: argparse.ArgumentParser) -> None:
+    """Declare --base-is-residual."""
+    parser.add_argument(
+        "--base-is-residual",
+        action="store_true",
+        help="BASE has the residual weights that PiSSA or OLoRA made of the model's",
     )
 
 

@@ -57,7 +57,7 @@ def print_closeness(
     """
     console = plain_console()
     print_modules("module", modules, (*_FIRST, *_OF_DORA) if dora else _FIRST, console, every=every)
-    end = "; of DoRA ÷ LoRA, the largest." if dora else "."
+    end = "; of DoRA ÷ LoRA, the largest, 1 where SVD LoRA is exact to rounding." if dora else "."
     print_caption(f"{_CAPTION.format(target=target)}{end}", console)
 
 
@@ -67,7 +67,9 @@ def warn_of_left_out(command: str, left_out: Mapping[str, float], target: str, o
         return
     names = sorted(left_out, key=lambda name: -left_out[name])
     first = ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
-    message = f"{len(names)} tensors of {target} differ and are not in {out}: {first}"
+    count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
+    differ = "differs and is" if len(names) == 1 else "differ and are"
+    message = f"{count} of {target} {differ} not in {out}: {first}"
     known = [name for name in names if math.isfinite(left_out[name])]
     if known:
         message += f"; the largest relative change is {left_out[known[0]]:.2g}, of {known[0]}"

@@ -13,6 +13,7 @@ from doraxp.cli._arguments import (
     add_choice,
     add_jobs,
     add_rename,
+    add_residual,
     integer,
     lacks,
 )
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_choice(parser)
     add_rename(parser)
+    add_residual(parser)
     parser.add_argument(
         "--out", type=Path, metavar="DST", required=True, help="a folder that does not exist yet"
     )
@@ -116,7 +118,7 @@ def _to_lora(arguments: argparse.Namespace) -> int:
         arguments.base,
         arguments.source,
         Options(),
-        fit=Fit(tuple(arguments.rename)),
+        fit=Fit(tuple(arguments.rename), arguments.base_is_residual),
         subfolder=arguments.subfolder,
         adapter_name=arguments.adapter_name,
     )

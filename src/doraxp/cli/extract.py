@@ -17,6 +17,7 @@ from doraxp.cli._arguments import (
     adapters_of,
     add_jobs,
     add_rename,
+    add_residual,
     add_weighted,
     integer,
     is_in_input,
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_weighted(parser, tuned, "TUNED")
     add_rename(parser)
+    add_residual(parser)
     parser.add_argument(
         "--rank", type=integer(1), required=True, metavar="R", help="of the adapter; alpha is R too"
     )
@@ -118,7 +120,7 @@ def _extract(arguments: argparse.Namespace) -> Extraction:
             progress.update(bar, completed=done, total=total)
 
         if arguments.adapters:
-            fit = Fit(tuple(arguments.rename))
+            fit = Fit(tuple(arguments.rename), arguments.base_is_residual)
             merge = plan_merge(arguments.base, adapters_of(arguments), Options(), fit=fit)
             return approximate(merge, arguments.rank, jobs=arguments.jobs, on_bytes=update)
         return extract(
@@ -137,7 +139,11 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         raise ValueError(f"give TUNED or --adapter, not both, got {arguments.tuned} too")
     if arguments.adapters and arguments.modules is not None:
         raise ValueError("--modules is for TUNED: with --adapter all modules are extracted")
-    for option, is_given in (("--scale", arguments.scale != 1), ("--rename", arguments.rename)):
+    for option, is_given in (
+        ("--scale", arguments.scale != 1),
+        ("--rename", arguments.rename),
+        ("--base-is-residual", arguments.base_is_residual),
+    ):
         if is_given and not arguments.adapters:
             raise ValueError(f"{option} is for --adapter, and TUNED is given")
 
@@ -146,12 +152,11 @@ def _report(
     found: Extraction, modules: Mapping[str, Mapping[str, Any]], arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """Return everything that the command prints and more, in the types of JSON."""
+    adapters = adapters_of(arguments) if arguments.adapters else []
     return {
         "base": str(arguments.base),
         "tuned": None if arguments.tuned is None else str(arguments.tuned),
-        "adapters": [
-            {"path": str(path), "strength": strength} for path, strength in arguments.adapters
-        ],
+        "adapters": [{"path": str(one.path), "strength": one.strength} for one in adapters],
         "out": str(arguments.out.absolute()),
         "rank": arguments.rank,
         "modules": modules,

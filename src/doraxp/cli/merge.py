@@ -252,7 +252,7 @@ def _print_figures(
 
 def _figures(merge: Merge, changes: Mapping[str, Change]) -> dict[str, dict[str, Any]]:
     """Return the figures of each tensor that changes, by name."""
-    from doraxp.checkpoint import MergedTensor, SummedTensor, merged_in
+    from doraxp.checkpoint import MergedTensor, SummedTensor
 
     figures: dict[str, dict[str, Any]] = {}
     for name, part, entry in merge.changed_parts():
@@ -263,7 +263,10 @@ def _figures(merge: Merge, changes: Mapping[str, Change]) -> dict[str, dict[str,
             row = {
                 "kind": "sum",
                 "strengths": list(part.strengths),
-                "terms": [_figures_of(one) for one in merged_in(part)],
+                "terms": [
+                    _figures_of(one) if isinstance(one, MergedTensor) else {"kind": "replaced"}
+                    for one in part.terms
+                ],
             }
         change = changes[name]._asdict() if name in changes else {}
         stored = dict(zip(("dtype", "shape", "bytes"), entry, strict=True))
