@@ -366,10 +366,10 @@ def test_out_has_the_name_of_a_safetensors_file(tmp_path, rng, capsys):
     base = {"a.b.weight": draw(rng, 6, 5)}
     save_file(base, tmp_path / "base.safetensors")
     write_peft(tmp_path / "adapter", {"a.b": near(rng, base["a.b.weight"])})
-    paths = [str(tmp_path / name) for name in ("base.safetensors", "adapter", "out.gguf")]
+    paths = [str(tmp_path / name) for name in ("base.safetensors", "adapter", "out.onnx")]
     assert main(["merge", *paths[:2], "--out", paths[2]]) == 2
-    assert "must end in .safetensors, not in .gguf" in capsys.readouterr().err
-    assert not (tmp_path / "out.gguf").exists()
+    assert "must end in .safetensors, not in .onnx" in capsys.readouterr().err
+    assert not (tmp_path / "out.onnx").exists()
 
 
 def test_a_shard_of_a_pickled_model_is_converted_with_its_index(tmp_path, rng, capsys):

@@ -322,7 +322,7 @@ def test_a_tensor_that_is_not_of_an_adapter_is_refused(tmp_path, rng, capsys):
     tensors = load_file(tmp_path / "adapter" / LORA) | {"unet.conv_out.weight": draw(rng, 2)}
     save_file(tensors, tmp_path / "adapter" / LORA)
     assert merge(tmp_path) == 2
-    assert "unet.conv_out.weight is not part of a DoRA adapter" in capsys.readouterr().err
+    assert "unet.conv_out.weight is not part of an adapter" in capsys.readouterr().err
 
 
 # Files of a folder

@@ -135,4 +135,8 @@ class LayerKind:
 
 def _swapped(weight: Array) -> Array:
     """Return an array with its first two axes in the other order."""
-    return array_namespace(weight).permute_dims(weight, (1, 0, *range(2, weight.ndim)))
+    xp = array_namespace(weight)
+    first, second, *kernel = weight.shape
+    flat = xp.matrix_transpose(xp.reshape(weight, (first, second * math.prod(kernel))))
+    by_second = xp.reshape(flat, (second, math.prod(kernel), first))
+    return xp.reshape(xp.matrix_transpose(by_second), (second, first, *kernel))

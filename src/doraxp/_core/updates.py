@@ -268,5 +268,5 @@ def with_core(core: Array, lora_a: Array) -> Array:
     xp = array_namespace(core)
     rank, inner = core.shape[0], lora_a.shape[1]
     flat = xp.reshape(core, (rank, core.shape[1], -1))  # (rank, rank, kernel)
-    by_input = xp.permute_dims(flat, (0, 2, 1)) @ lora_a  # (rank, kernel, in)
-    return xp.reshape(xp.permute_dims(by_input, (0, 2, 1)), (rank, inner * flat.shape[2]))
+    by_input = xp.matrix_transpose(flat) @ lora_a  # (rank, kernel, in)
+    return xp.reshape(xp.matrix_transpose(by_input), (rank, inner * flat.shape[2]))
