@@ -7,9 +7,31 @@ import shutil
 
 import numpy as np
 import pytest
-from checkpoints import PREFIX, dense, draw, peft_config, read_folder, write_base, write_json
+from checkpoints import (
+    PREFIX,
+    dense,
+    draw,
+    peft_config,
+    read_folder,
+    write_base,
+    write_json,
+    write_peft,
+)
 from safetensors.numpy import load_file, save_file
-from test_sums import ALONE, CONV, EMBED, LINEAR, OTHER, adapters, base_of, summed, write_one
+from test_sums import (
+    ALONE,
+    CONV,
+    EMBED,
+    FUSED,
+    LINEAR,
+    OTHER,
+    adapters,
+    base_of,
+    summed,
+    tied,
+    write_embedding,
+    write_one,
+)
 
 from doraxp.checkpoint import (
     CheckpointError,
@@ -260,3 +282,33 @@ def test_a_residual_base_is_converted_with_its_option(tmp_path, capsys):
     arguments = ("--to", "lora", "--rank", "2", "--base-is-residual")
     assert convert(tmp_path, "one", *arguments) == 0
     assert extract(tmp_path, *adapters(tmp_path, "one"), "--rank", "2", "--base-is-residual") == 0
+
+
+def test_rows_of_a_fused_tensor_that_no_adapter_changes_stay(tmp_path):
+    rng = np.random.default_rng(0)
+    base = {f"{FUSED}.weight": draw(rng, 30, 8)}
+    write_base(tmp_path / "base", base, model_type="gte")
+    leaves = (draw(rng, 2, 8), draw(rng, 10, 2), 1 + rng.random(10, dtype="f4"))
+    write_peft(tmp_path / "one", {"layers.0.self_attn.k_proj": leaves})
+    assert convert(tmp_path, "one", "--to", "lora", "--rank", "8") == 0
+    wanted = base[f"{FUSED}.weight"].astype("f8")
+    wanted[10:20] = dense(wanted[10:20], *leaves)
+    assert np.abs(merged(tmp_path, "lora")[f"{FUSED}.weight"] - wanted).max() <= 1e-5
+
+
+def test_a_separate_head_and_a_new_one_are_measured(tmp_path):
+    base, rng = tied(tmp_path)
+    wanted = write_embedding(tmp_path / "one", rng, "model.embed_tokens", (8, 20))
+    merge = plan_merge(tmp_path / "base", tmp_path / "one", Options())
+    found = approximate(merge, 2)
+    assert list(found.adapters) == ["model.embed_tokens"]
+    assert found.left_out == {}  # the head of its own has the numbers of the embeddings
+    del wanted
+    path = tmp_path / "one" / "adapter_model.safetensors"
+    head = {f"{PREFIX}score.weight": draw(rng, 3, 8)}
+    save_file(load_file(path) | head, path)
+    config = peft_config(modules_to_save=["score"], task_type="SEQ_CLS")
+    write_json(tmp_path / "one" / "adapter_config.json", config)
+    merge = plan_merge(tmp_path / "base", tmp_path / "one", Options())
+    assert approximate(merge, 2).left_out == {"score.weight": np.inf}
+    assert base.keys() == {"model.embed_tokens.weight", f"{ALONE}.weight"}

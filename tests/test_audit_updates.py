@@ -172,3 +172,32 @@ def test_the_commands_show_other_updates(tmp_path, capsys):
     assert main(["merge", base, adapter, "--out", str(tmp_path / "o"), "--verify"]) == 0
     assert main(["audit", base, adapter, str(tmp_path / "o")]) == 0
     assert read_folder(tmp_path / "o").keys() == read_folder(tmp_path / "base").keys()
+
+
+def test_a_bias_beside_lora_is_not_scaled(tmp_path):
+    case = Case(tmp_path, "lora", "linear", None)
+    bias = {"down.0.bias": np.ones(OUT, "f4")}
+    base = case.base | bias
+    (tmp_path / "base" / "model.safetensors").unlink()
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    case.plan = plan_merge(tmp_path / "base", tmp_path / "adapter.safetensors", Options())
+    write_base(
+        tmp_path / "out",
+        base | {case.name: case.right().astype("f4"), "down.0.bias": 2 * bias["down.0.bias"]},
+    )
+    assert audit(case.plan, tmp_path / "out")["down.0.bias"].verdict == "changed"
+
+
+def test_lora_of_a_square_weight_that_is_another_is_not_named(tmp_path):
+    rng = np.random.default_rng(5)
+    base = {"up.0.weight": draw(rng, 12, 12)}
+    write_base(tmp_path / "base", base)
+    leaves = {"lora_down.weight": draw(rng, 2, 12), "lora_up.weight": draw(rng, 12, 2)}
+    save_file(prefixed("other", leaves), tmp_path / "adapter.safetensors")
+    plan = plan_merge(tmp_path / "base", tmp_path / "adapter.safetensors", Options())
+    write_base(tmp_path / "out", {"up.0.weight": draw(rng, 12, 12)})
+    assert audit(plan, tmp_path / "out")["up.0.weight"].verdict == "another adapter"
+    change = leaves["lora_up.weight"] @ leaves["lora_down.weight"]
+    flipped = np.ascontiguousarray((base["up.0.weight"] + change).T)
+    write_base(tmp_path / "flipped", {"up.0.weight": flipped})
+    assert audit(plan, tmp_path / "flipped")["up.0.weight"].verdict == "transposed"

@@ -223,6 +223,8 @@ def test_a_wrong_lycoris_file_is_refused(tmp_path, changes, message):
         ({"fine_tune_type": "full"}, {}, "fine_tune_type must be 'dora' or 'lora', got 'full'"),
         ({"fine_tune_type": "lora"}, {}, "x has a magnitude, but adapter_config.json says"),
         ({}, {"x.m": None}, "x has no magnitude, but adapter_config.json says"),
+        ({}, {"x.m": (7, 1)}, "x.m must have one axis"),
+        ({}, {"x.lora_b": None}, "x must have both factors"),
         ({"lora_parameters": {"rank": 2}}, {}, "must have a scale above 0, got None"),
         ({"lora_parameters": [20]}, {}, "must have a scale above 0, got None"),
         ({"lora_parameters": {"scale": True}}, {}, "must have a scale above 0, got True"),
@@ -638,3 +640,9 @@ def test_errors_of_inspect_and_convert_are_one_line(tmp_path, capsys, monkeypatc
     assert main(["inspect", str(tmp_path / "a")]) == 2
     assert main(["convert", "none", "--to", "mlx", "--out", "x"]) == 2
     assert "pip install 'doraxp[checkpoint]'" in capsys.readouterr().err
+
+
+def test_a_file_of_no_adapter_is_refused(tmp_path):
+    save_file({"a.weight": np.ones((2, 2), "f4")}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="no tensor in it has a name of a known adapter"):
+        load_adapters(tmp_path / "a.safetensors")

@@ -42,7 +42,7 @@ from doraxp.checkpoint import (
     sample_norms,
     save_adapters,
 )
-from doraxp.checkpoint._expert_names import Stack
+from doraxp.checkpoint._expert_names import Stack, _Last
 from doraxp.checkpoint._safetensors import Reader
 from doraxp.cli import main
 
@@ -384,6 +384,34 @@ def test_each_factor_is_read_once_for_all_experts(tmp_path, rng, monkeypatch):
     monkeypatch.setattr(Reader, "read", counted)
     assert merge(tmp_path) == 0
     assert sizes == {"lora_A": E * RANK * F, "lora_B": E * RANK * H}
+
+
+def test_each_packed_factor_is_read_once_where_experts_are_apart(tmp_path, rng, monkeypatch):
+    """The parts of gate, up and down of an expert take turns."""
+    apart(rng, tmp_path / "base")
+    both = [packed(*stacks(rng, H, 2 * F)), packed(*stacks(rng, F, H))]
+    write_parameters(tmp_path / "adapter", both)
+    read, seen = Reader.read, []
+
+    def counted(self, name, *arguments, **options):
+        seen.append(name)
+        return read(self, name, *arguments, **options)
+
+    monkeypatch.setattr(Reader, "read", counted)
+    assert merge(tmp_path, "--jobs", "1") == 0
+    factors = [name for name in seen if "lora_B" in name]
+    assert len(factors) == len(set(factors)) == 2
+
+
+def test_few_packed_factors_stay_in_memory(tmp_path, rng):
+    tensors = {f"b{place}": draw(rng, 5, 6) for place in range(9)}
+    save_file(tensors, tmp_path / "b.safetensors")
+    reader, last = Reader(tmp_path / "b.safetensors"), _Last()
+    for name, packed_b in tensors.items():
+        wanted = packed_b.reshape(5, 2, 3).transpose(2, 0, 1)
+        np.testing.assert_array_equal(last.by_expert(reader, name, 2, 3), wanted)
+    assert len(last) == 8
+    assert last.by_expert(reader, "b8", 2, 3) is last.by_expert(reader, "b8", 2, 3)
 
 
 def test_a_fused_tensor_is_merged_block_by_block(tmp_path, rng, monkeypatch):

@@ -560,3 +560,207 @@ def test_a_path_is_needed_and_a_subfolder_is_part_of_it(tmp_path, model, capsys)
     assert "must be PATH or PATH:T, got ':0.5'" in capsys.readouterr().err
     assert run(tmp_path, *adapters(tmp_path, "one"), "--subfolder", "x") == 2
     assert "with --adapter give PATH/NAME in place of PATH" in capsys.readouterr().err
+
+
+def tied(folder):
+    """A language model whose embeddings are its head too, and a folder for adapters."""
+    rng = np.random.default_rng(0)
+    base = {"model.embed_tokens.weight": draw(rng, 20, 8), f"{ALONE}.weight": draw(rng, 9, 8)}
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 20}
+    write_base(folder / "base", base, tie_word_embeddings=True, **config)
+    return base, rng
+
+
+def write_embedding(folder, rng, path, size, **entries):
+    """Write DoRA of embeddings or of a head; return W' as a function of W."""
+    rows, columns = size
+    names = (
+        ("lora_embedding_A", "lora_embedding_B")
+        if "embed" in path
+        else ("lora_A.weight", "lora_B.weight")
+    )
+    a, b = draw(rng, RANK, columns), draw(rng, rows, RANK)
+    m = 1 + rng.random(rows, dtype="f4")
+    folder.mkdir()
+    leaves = dict(zip((*names, "lora_magnitude_vector"), (a, b, m), strict=True))
+    tensors = {f"{PREFIX}{path}.{name}": leaf for name, leaf in leaves.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    write_json(folder / "adapter_config.json", peft_config(**entries))
+    return lambda w: dense(w, a, b, m, S)
+
+
+def test_adapters_of_tied_embeddings_and_of_the_head_add_up(tmp_path):
+    base, rng = tied(tmp_path)
+    embed = write_embedding(tmp_path / "one", rng, "model.embed_tokens", (8, 20))
+    head = write_embedding(tmp_path / "two", rng, "lm_head", (20, 8))
+    assert run(tmp_path, *adapters(tmp_path, "one:0.5", "two:0.25"), "--verify") == 0
+    w = base["model.embed_tokens.weight"].astype("f8")
+    out = read_folder(tmp_path / "out")
+    assert_close(out["model.embed_tokens.weight"], w + 0.5 * (embed(w.T).T - w))
+    assert_close(out["lm_head.weight"], w + 0.25 * (head(w) - w))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+
+
+def test_an_adapter_of_both_and_one_of_the_head_are_not_added(tmp_path, capsys):
+    base, rng = tied(tmp_path)
+    w = base["model.embed_tokens.weight"]
+    write_embedding(tmp_path / "one", rng, "lm_head", (20, 8))
+    tensors = {
+        "model.embed_tokens.lora_a": draw(rng, 20, RANK),
+        "model.embed_tokens.lora_b": draw(rng, RANK, 8),
+        "model.embed_tokens.m": 1 + rng.random(20, dtype="f4"),
+    }
+    (tmp_path / "two").mkdir()
+    save_file(tensors, tmp_path / "two" / "adapters.safetensors")
+    parameters = {"rank": RANK, "scale": 1.0}
+    config = {"fine_tune_type": "dora", "lora_parameters": parameters}
+    write_json(tmp_path / "two" / "adapter_config.json", config)
+    assert run(tmp_path, *adapters(tmp_path, "one", "two")) == 2
+    error = capsys.readouterr().err
+    assert "changes lm_head.weight and the embeddings as one tensor" in error
+    assert "they cannot be added" in error
+    assert w.shape == (20, 8)
+
+
+def test_norms_of_rows_and_of_columns_of_one_weight_add_up(tmp_path):
+    """mlx-lm has a norm for each token of an embedding, PEFT one for each dimension."""
+    rng = np.random.default_rng(0)
+    base = {"model.embed_tokens.weight": draw(rng, 20, 8), "lm_head.weight": draw(rng, 20, 8)}
+    write_base(tmp_path / "base", base)
+    columns = write_embedding(tmp_path / "one", rng, "model.embed_tokens", (8, 20))
+    a, b, m = draw(rng, RANK, 8), draw(rng, 20, RANK), 1 + rng.random(20, dtype="f4")
+    names = ("lora_a", "lora_b", "m")
+    leaves = zip(names, (b, a, m), strict=True)
+    (tmp_path / "two").mkdir()
+    tensors = {f"model.embed_tokens.{name}": leaf for name, leaf in leaves}
+    save_file(tensors, tmp_path / "two" / "adapters.safetensors")
+    config = {"fine_tune_type": "dora", "lora_parameters": {"rank": RANK, "scale": S}}
+    write_json(tmp_path / "two" / "adapter_config.json", config)
+    assert run(tmp_path, *adapters(tmp_path, "one:0.5", "two:0.25"), "--verify") == 0
+    w = base["model.embed_tokens.weight"].astype("f8")
+    wanted = w + 0.5 * (columns(w.T).T - w) + 0.25 * (dense(w, a, b, m, S) - w)
+    assert_close(read_folder(tmp_path / "out")["model.embed_tokens.weight"], wanted)
+    given = [Weighted(tmp_path / "one", 0.5), Weighted(tmp_path / "two", 0.25)]
+    plan = plan_merge(tmp_path / "base", given, Options())
+    assert all(verdict.right for verdict in audit(plan, tmp_path / "out").values())
+
+
+def test_a_part_of_a_fused_tensor_beside_rows_that_are_kept(tmp_path):
+    rng = np.random.default_rng(0)
+    base = {f"{FUSED}.weight": draw(rng, 30, 8)}
+    write_base(tmp_path / "base", base, model_type="gte")
+    sizes = {"layers.0.self_attn.q_proj": 10, "layers.0.self_attn.k_proj": 10}
+    leaves = {
+        path: (draw(rng, RANK, 8), draw(rng, size, RANK), 1 + rng.random(size, dtype="f4"))
+        for path, size in sizes.items()
+    }
+    write_peft(tmp_path / "one", leaves)
+    paths = [str(tmp_path / "one"), "--scale", "0.5", "--verify"]
+    assert run(tmp_path, *paths, "--all", "--json", str(tmp_path / "r.json")) == 0
+    w = base[f"{FUSED}.weight"].astype("f8")
+    wanted = w.copy()
+    for place, own in enumerate(leaves.values()):
+        rows = slice(10 * place, 10 * place + 10)
+        wanted[rows] += 0.5 * (dense(w[rows], *own) - w[rows])
+    assert_close(read_folder(tmp_path / "out")[f"{FUSED}.weight"], wanted)
+    changed = json.loads((tmp_path / "r.json").read_text())["changed"]
+    assert sorted(changed) == [f"{FUSED}.weight ({path})" for path in sorted(leaves)]
+
+
+def test_a_number_cannot_be_scaled(tmp_path, capsys):
+    base = base_of(np.random.default_rng(0), "float32")
+    scale = {"logit_scale": np.float32(2.5)}
+    write_base(tmp_path / "base", base | {"logit_scale": np.array(1.5, "f4")})
+    write_one(
+        tmp_path / "one", 1, [LINEAR],
+        whole={name: np.array(x) for name, x in scale.items()}, modules_to_save=["logit_scale"],
+    )  # fmt: skip
+    assert run(tmp_path, str(tmp_path / "one")) == 0
+    assert run(tmp_path, str(tmp_path / "one"), "--scale", "0.5", out="other") == 2
+    assert "logit_scale is one number, so it cannot be scaled" in capsys.readouterr().err
+
+
+def test_a_whole_tensor_and_an_adapter_of_some_of_its_rows_add_up(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    base = {f"{FUSED}.weight": draw(rng, 30, 8)}
+    write_base(tmp_path / "base", base, model_type="gte")
+    path = "layers.0.self_attn.k_proj"
+    leaves = (draw(rng, RANK, 8), draw(rng, 10, RANK), 1 + rng.random(10, dtype="f4"))
+    write_peft(tmp_path / "one", {path: leaves})
+    whole = draw(rng, 30, 8)
+    other = (draw(rng, RANK, 8), draw(rng, 10, RANK), 1 + rng.random(10, dtype="f4"))
+    write_peft(
+        tmp_path / "two", {"layers.0.self_attn.q_proj": other},
+        {f"{PREFIX}{FUSED}.weight": whole}, modules_to_save=[FUSED],
+    )  # fmt: skip
+    assert run(tmp_path, *adapters(tmp_path, "one:0.5", "two:0.25")) == 2
+    assert "in full, other than BASE's, and an adapter of it too" in capsys.readouterr().err
+    write_peft(
+        tmp_path / "three", {"layers.1.self_attn.q_proj": other},
+        {f"{PREFIX}{FUSED}.weight": whole}, modules_to_save=[FUSED],
+    )  # fmt: skip
+    second = {f"{FUSED.replace('.0.', '.1.')}.weight": draw(rng, 30, 8)}
+    shutil.rmtree(tmp_path / "base")
+    write_base(tmp_path / "base", base | second, model_type="gte")
+    assert run(tmp_path, *adapters(tmp_path, "one:0.5", "three:0.25"), "--verify") == 0
+    w = base[f"{FUSED}.weight"].astype("f8")
+    wanted = w + 0.25 * (whole - w)
+    rows = slice(10, 20)
+    wanted[rows] += 0.5 * (dense(w[rows], *leaves) - w[rows])
+    assert_close(read_folder(tmp_path / "out")[f"{FUSED}.weight"], wanted)
+
+
+def write_rows(folder, rng, **whole):
+    """Write an adapter of PEFT that has rows of two tokens, and one of a matrix."""
+    write_one(folder, 3, [LINEAR], whole=whole, trainable_token_indices={EMBED: [3, 7]})
+    path = folder / "adapter_model.safetensors"
+    rows = draw(rng, 2, 24)
+    name = f"{PREFIX}{EMBED}.token_adapter.trainable_tokens_delta"
+    save_file(load_file(path) | {name: rows}, path)
+    return rows
+
+
+def test_single_rows_are_scaled_and_added(tmp_path):
+    rng = np.random.default_rng(0)
+    base = base_of(rng, "float32")
+    write_base(tmp_path / "base", base)
+    rows = write_rows(tmp_path / "one", rng)
+    write_one(tmp_path / "two", 2, [OTHER])
+    assert run(tmp_path, *adapters(tmp_path, "one:0.5", "two"), "--verify") == 0
+    wanted = base[f"{EMBED}.weight"].astype("f8")
+    wanted[[3, 7]] += 0.5 * (rows - wanted[[3, 7]])
+    assert_close(read_folder(tmp_path / "out")[f"{EMBED}.weight"], wanted)
+
+
+def test_norms_over_all_rows_and_single_rows_of_another_adapter_are_not_added(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    write_base(tmp_path / "base", base_of(rng, "float32"))
+    write_rows(tmp_path / "one", rng)
+    write_one(tmp_path / "two", 2, [EMBED])
+    assert run(tmp_path, *adapters(tmp_path, "one", "two")) == 2
+    error = capsys.readouterr().err
+    assert f"needs all rows of {EMBED}.weight, of which another adapter changes some" in error
+
+
+def test_a_counter_cannot_be_scaled(tmp_path, capsys):
+    base = base_of(np.random.default_rng(0), "float32")
+    write_base(tmp_path / "base", base | {"norm.count": np.array([3], "i8")})
+    whole = {"norm.count": np.array([5], "i8")}
+    write_one(tmp_path / "one", 1, [LINEAR], whole=whole, modules_to_save=["norm"])
+    assert run(tmp_path, str(tmp_path / "one"), "--scale", "0.5") == 2
+    assert "norm.count has dtype I64, without fractions" in capsys.readouterr().err
+
+
+def test_a_sum_of_whole_tensors_is_audited(tmp_path):
+    rng = np.random.default_rng(0)
+    base = base_of(rng, "float32")
+    write_base(tmp_path / "base", base)
+    whole = {"block.0.k.bias": draw(rng, 18)}
+    write_one(tmp_path / "one", 1, [OTHER], whole=whole, bias="lora_only")
+    plan = plan_merge(tmp_path / "base", [Weighted(tmp_path / "one", 0.5)], Options())
+    run_merge(plan, tmp_path / "out")
+    assert all(verdict.right for verdict in audit(plan, tmp_path / "out").values())
+    wrong = {"block.0.k.bias": base["block.0.k.bias"] + 1}
+    write_base(tmp_path / "wrong", read_folder(tmp_path / "out") | wrong)
+    assert audit(plan, tmp_path / "wrong")["block.0.k.bias"].verdict == "another sum"

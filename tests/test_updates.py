@@ -12,7 +12,7 @@ import re
 import numpy as np
 import pytest
 from checkpoints import PREFIX, draw, read_folder, write_base, write_json
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from updates import (
     ALGORITHMS,
     ALPHA,
@@ -414,3 +414,112 @@ def test_another_peft_type_is_refused_by_its_name(tmp_path, capsys, kind):
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     write_json(folder / "adapter_config.json", {"peft_type": kind, "r": RANK})
     assert_refused(tmp_path, capsys, kind)
+
+
+FLUX = "transformer_blocks.0.attn.to_{}"
+"""The names of diffusers for the parts of `double_blocks.0.img_attn.qkv` of Flux."""
+
+
+def fused_case(name, norms=None):
+    """A LyCORIS file of a fused module, and a base with its three parts, of 6 rows each."""
+    rng = np.random.default_rng(7)
+    if name == "diff":
+        leaves = {"diff": draw(rng, OUT, IN)}
+        change = leaves["diff"] * (RANK / ALPHA)
+    else:
+        leaves, change = ALGORITHMS[name][0](rng, "linear")
+    shape = {"outputs": (OUT, 1), "inputs": (1, IN)}.get(norms)
+    m = None if shape is None else (1 + rng.random(shape)).astype("f4")
+    leaves |= {"alpha": np.float32(ALPHA)} | ({} if m is None else {"dora_scale": m})
+    module = "lora_unet_double_blocks_0_img_attn_qkv"
+    base = {f"{FLUX.format(part)}.weight": draw(rng, OUT // 3, IN) for part in "qkv"}
+    return base, {f"{module}.{leaf}": np.asarray(x) for leaf, x in leaves.items()}, change, m
+
+
+@pytest.mark.parametrize("norms", [None, "outputs"])
+@pytest.mark.parametrize("name", ["lora", "loha", "lokr", "lokr of factors", "diff"])
+def test_each_part_of_a_fused_module_has_its_rows(tmp_path, capsys, name, norms):
+    base, tensors, change, m = fused_case(name, norms)
+    write_base(tmp_path / "base", base)
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    assert run(tmp_path) == 0, capsys.readouterr().err
+    wanted = merged(np.concatenate(list(base.values())), change, m)
+    out = read_folder(tmp_path / "out")
+    found = np.concatenate([out[key] for key in base])
+    assert np.max(np.abs(found - wanted)) <= 1e-6 * np.max(np.abs(wanted))
+
+
+def test_norms_over_the_inputs_need_all_rows_of_a_module(tmp_path, capsys):
+    base, tensors, *_ = fused_case("lora", "inputs")
+    write_base(tmp_path / "base", base)
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    assert_refused(tmp_path, capsys, "its norms need all rows")
+
+
+@pytest.mark.parametrize("norms", [None, "outputs"])
+@pytest.mark.parametrize("name", ["lora", "loha", "lokr", "lokr of factors", "diff"])
+def test_a_weight_that_is_stored_the_other_way_is_merged(tmp_path, capsys, name, norms):
+    """As GPT-2's Conv1D is; the shapes tell it."""
+    rng = np.random.default_rng(7)
+    leaves, change = {"diff": draw(rng, OUT, IN)}, None
+    if name == "diff":
+        change = leaves["diff"] * (RANK / ALPHA)
+    else:
+        leaves, change = ALGORITHMS[name][0](rng, "linear")
+    m = None if norms is None else (1 + rng.random((OUT, 1))).astype("f4")
+    leaves |= {"alpha": np.float32(ALPHA)} | ({} if m is None else {"dora_scale": m})
+    weight = draw(rng, OUT, IN)
+    write_base(tmp_path / "base", {"down.0.weight": np.ascontiguousarray(weight.T)})
+    save_file(prefixed("linear", leaves), tmp_path / "adapter.safetensors")
+    assert run(tmp_path) == 0, capsys.readouterr().err
+    wanted = merged(weight, change, m).T
+    found = read_folder(tmp_path / "out")["down.0.weight"]
+    assert np.max(np.abs(found - wanted)) <= 1e-6 * np.max(np.abs(wanted))
+
+
+def test_a_difference_of_a_norm_is_added(tmp_path, capsys):
+    rng = np.random.default_rng(7)
+    leaves, _ = lora(rng, "linear")
+    norm = {"lora_unet_norm_0.diff": draw(rng, OUT)}
+    tensors = prefixed("linear", leaves | {"alpha": np.float32(ALPHA)}) | norm
+    base = write(tmp_path, tensors)
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    weights = base | {"norm.0.weight": draw(rng, OUT)}
+    (tmp_path / "base" / "model.safetensors").unlink()
+    save_file(weights, tmp_path / "base" / "model.safetensors")
+    assert run(tmp_path) == 0, capsys.readouterr().err
+    out = read_folder(tmp_path / "out")
+    wanted = weights["norm.0.weight"] + norm["lora_unet_norm_0.diff"]
+    np.testing.assert_allclose(out["norm.0.weight"], wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("leaves", "message"),
+    [
+        ({"lokr_w1": (3, 4, 1), "lokr_w2": (6, 3)}, "lokr_w1 must have two axes"),
+        ({"lokr_w1": (3,), "lokr_w2": (6, 3)}, "lokr_w1 must have at least two axes"),
+    ],
+)
+def test_a_side_of_lokr_of_other_axes_is_refused(tmp_path, capsys, leaves, message):
+    rng = np.random.default_rng(7)
+    write(tmp_path, prefixed("linear", {name: draw(rng, *shape) for name, shape in leaves.items()}))
+    assert_refused(tmp_path, capsys, "down_0", message)
+
+
+def test_lokr_with_more_rows_than_columns_in_its_left_side_is_converted(tmp_path, capsys):
+    rng = np.random.default_rng(7)
+    leaves = {
+        "lokr_w1": draw(rng, 3, 1),
+        "lokr_w2_a": draw(rng, 6, 1),
+        "lokr_w2_b": draw(rng, 1, IN),
+    }
+    write(tmp_path, {})
+    save_file(prefixed("linear", leaves | {"alpha": np.float32(1)}), tmp_path / "alone.safetensors")
+    paths = {name: str(tmp_path / name) for name in ("base", "alone.safetensors", "peft", "out")}
+    command = ["convert", paths["alone.safetensors"], "--base", paths["base"], "--to", "peft"]
+    assert main([*command, "--out", paths["peft"]]) == 0, capsys.readouterr().err
+    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    a, b = (tensors[f"{PREFIX}down.0.lora_{name}.weight"] for name in "AB")
+    assert a.shape == (1, IN)
+    wanted = np.kron(leaves["lokr_w1"], leaves["lokr_w2_a"] @ leaves["lokr_w2_b"])
+    np.testing.assert_allclose(b @ a, wanted, rtol=1e-5)

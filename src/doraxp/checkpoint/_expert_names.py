@@ -131,6 +131,9 @@ class _Last(threading.local):
     def __init__(self) -> None:
         self._arrays: dict[tuple[Reader, str], HostArray] = {}
 
+    def __len__(self) -> int:
+        return len(self._arrays)
+
     def by_expert(self, reader: Reader, name: str, rank: int, experts: int) -> HostArray:
         """Return a factor (out, rank·experts) as (experts, out, rank)."""
         found = self._arrays.pop((reader, name), None)

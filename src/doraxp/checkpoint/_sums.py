@@ -121,7 +121,7 @@ def _sum(name: str, source: Source | None, changes: Sequence[tuple[Summand, Task
         return task
     for summand, task in changes:
         _check(name, source, summand, task)
-    assert source is not None
+    assert source is not None  # `_check` refuses a new tensor
     whole, parts_there = source, [part for _, task in changes for part in parts_of(task)]
     source = next((flat for one in parts_there if (flat := source.like(one.source)).shape), source)
     pieces = [piece for summand, task in changes for piece in _pieces(summand, task, source)]
@@ -132,16 +132,14 @@ def _sum(name: str, source: Source | None, changes: Sequence[tuple[Summand, Task
 
 def _check(name: str, source: Source | None, summand: Summand, task: Task) -> None:
     path = summand.adapters.reader.path
-    if source is None:
-        raise CheckpointError(f"{path}: {name} is new, so it cannot be scaled or added: {_ALONE}")
-    tensor = source.tensor
-    problem = None
-    if task.source.tensor.shape != tensor.shape:
-        problem = f"has shape {task.source.tensor.shape} for {tensor.shape} in BASE"
-    elif tensor.dtype not in DTYPES:
-        problem = f"has dtype {tensor.dtype}, which has no fractions"
-    elif not tensor.shape:
-        problem = "is one number"
+    own, there = task.source.tensor, None if source is None else source.tensor
+    problems = (
+        (there is None, "is new"),
+        (there is not None and own.shape != there.shape, f"has another shape, {own.shape}"),
+        (own.dtype not in DTYPES, f"has dtype {own.dtype}, without fractions"),
+        (not own.shape, "is one number"),
+    )
+    problem = next((text for is_so, text in problems if is_so), None)
     if problem is not None:
         raise CheckpointError(
             f"{path}: {name} {problem}, so it cannot be scaled or added: {_ALONE}"
@@ -149,7 +147,7 @@ def _check(name: str, source: Source | None, summand: Summand, task: Task) -> No
     for part in parts_of(task):
         is_own = isinstance(part, MergedTensor) and part.source.reader is summand.adapters.reader
         # PEFT saves embeddings and heads that it did not change beside their adapters.
-        if is_own and not _same_numbers(part.source, source):
+        if is_own and source is not None and not _same_numbers(part.source, source):
             raise CheckpointError(
                 f"{path}: has {name} in full, other than BASE's, and an adapter of it too, so it "
                 f"cannot be scaled or added: {_ALONE}"
@@ -197,17 +195,15 @@ def _cut(name: str, piece: _Piece, first: int, last: int) -> MergedTensor | Repl
         return part
     start, stop = first - piece.start, last - piece.start
     path = piece.summand.adapters.reader.path
-    if not isinstance(part.source, Source):
-        raise CheckpointError(f"{path}: {name} is changed in parts by another adapter: {_ALONE}")
+    is_whole = isinstance(part, MergedTensor) and part.layer.kind.is_transposed
+    if is_whole or not isinstance(part.source, Source):
+        raise CheckpointError(
+            f"{path}: needs all rows of {name}, of which another adapter changes some: {_ALONE}"
+        )
     source = part.source.rows(start, stop)
     if isinstance(part, ReplacedTensor):
         return replace(part, source=source)
     layer = part.layer
-    if layer.kind.is_transposed:
-        raise CheckpointError(
-            f"{path}: {name} has norms over all of its rows, and another adapter changes some of "
-            f"them: {_ALONE}"
-        )
     rows = tuple(_within(layer.rows or (slice(0, layer.shape[0]),), start, stop))
     layer = layer._replace(shape=(last - first, *layer.shape[1:]), rows=rows)
     return replace(part, source=source, layer=layer)

@@ -68,12 +68,6 @@ class SummedTensor:
     """How many times each change is added."""
 
     @property
-    def path(self) -> str:
-        """The modules."""
-        names = (term.path for term in self.terms if isinstance(term, MergedTensor))
-        return " + ".join(dict.fromkeys(names))
-
-    @property
     def label(self) -> str:
         """The name of the part in its tensor: the modules, or the expert."""
         names = (term.label for term in self.terms if isinstance(term, MergedTensor))

@@ -124,12 +124,13 @@ def _products(
 ) -> AdapterSet:
     """Describe the LoHa or LoKr adapters of a PEFT folder, which have no magnitudes."""
     parts: dict[str, dict[str, str]] = {}
-    rest = []
-    for name in reader.tensors:
-        match = _PRODUCT.fullmatch(_bare(name))
-        if match is None:
-            rest.append(name)
-        elif adapter_name in (None, match["name"] or "default"):
+    matches = {name: _PRODUCT.fullmatch(_bare(name)) for name in reader.tensors}
+    rest = [name for name, match in matches.items() if match is None]
+    adapters = {_adapter(match) for match in matches.values() if match is not None}
+    if adapters:
+        _check_choice(reader, adapters, adapter_name)
+    for name, match in matches.items():
+        if match is not None and adapter_name in (None, _adapter(match)):
             parts.setdefault(match["path"], {})[match["part"]] = name
     if not parts:
         raise CheckpointError(
@@ -240,17 +241,8 @@ def sort_names(
     """Return the names of A, B and m by module path and part, and the names of whole tensors."""
     matches = {name: _NAME.fullmatch(_bare(name)) for name in reader.tensors}
     rest = [name for name, match in matches.items() if match is None]
-    adapters = sorted({_adapter(match) for match in matches.values() if match is not None})
-    if adapter_name is None and len(adapters) > 1:
-        raise CheckpointError(
-            f"{reader.path}: has the adapters {', '.join(adapters)}: choose one with "
-            "--adapter-name NAME"
-        )
-    if adapter_name is not None and adapter_name not in adapters:
-        raise CheckpointError(
-            f"{reader.path}: adapter_name must be one of {', '.join(adapters)}, got "
-            f"{adapter_name!r}"
-        )
+    adapters = {_adapter(match) for match in matches.values() if match is not None}
+    _check_choice(reader, adapters, adapter_name)
     others = {one for one in adapters if adapter_name is not None and one != adapter_name}
     rest = [name for name in rest if not any(_is_of(one, name) for one in others)]
     parts: dict[str, dict[str, str]] = {}
@@ -263,6 +255,19 @@ def sort_names(
             raise CheckpointError(f"{reader.path}: {name} and {names[part]} name the same tensor")
         names[part] = name
     return parts, rest
+
+
+def _check_choice(reader: Reader, adapters: Collection[str], adapter_name: str | None) -> None:
+    """Raise CheckpointError unless one of the adapters in a file is chosen, or it has one alone."""
+    names = ", ".join(sorted(adapters))
+    if adapter_name is None and len(adapters) > 1:
+        raise CheckpointError(
+            f"{reader.path}: has the adapters {names}: choose one with --adapter-name NAME"
+        )
+    if adapter_name is not None and adapter_name not in adapters:
+        raise CheckpointError(
+            f"{reader.path}: adapter_name must be one of {names}, got {adapter_name!r}"
+        )
 
 
 def _adapter(match: re.Match[str]) -> str:
