@@ -298,13 +298,15 @@ def test_rows_of_a_fused_tensor_that_no_adapter_changes_stay(tmp_path):
 
 def test_a_separate_head_and_a_new_one_are_measured(tmp_path):
     base, rng = tied(tmp_path)
-    wanted = write_embedding(tmp_path / "one", rng, "model.embed_tokens", (8, 20))
-    merge = plan_merge(tmp_path / "base", tmp_path / "one", Options())
-    found = approximate(merge, 2)
-    assert list(found.adapters) == ["model.embed_tokens"]
-    assert found.left_out == {}  # the head of its own has the numbers of the embeddings
-    del wanted
+    write_embedding(tmp_path / "one", rng, "model.embed_tokens", (8, 20))
     path = tmp_path / "one" / "adapter_model.safetensors"
+    for more in ({}, {"model.embed_tokens.base_layer.weight": base["model.embed_tokens.weight"]}):
+        whole = {f"{PREFIX}{name}": weight for name, weight in more.items()}
+        save_file(load_file(path) | whole, path)
+        merge = plan_merge(tmp_path / "base", tmp_path / "one", Options())
+        found = approximate(merge, 2)
+        assert list(found.adapters) == ["model.embed_tokens"]
+        assert found.left_out == {}  # the head of its own has the numbers of the embeddings
     head = {f"{PREFIX}score.weight": draw(rng, 3, 8)}
     save_file(load_file(path) | head, path)
     config = peft_config(modules_to_save=["score"], task_type="SEQ_CLS")

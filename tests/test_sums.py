@@ -764,3 +764,17 @@ def test_a_sum_of_whole_tensors_is_audited(tmp_path):
     wrong = {"block.0.k.bias": base["block.0.k.bias"] + 1}
     write_base(tmp_path / "wrong", read_folder(tmp_path / "out") | wrong)
     assert audit(plan, tmp_path / "wrong")["block.0.k.bias"].verdict == "another sum"
+
+
+def test_a_part_that_one_adapter_alone_changes_is_that_adapter_bit_for_bit(tmp_path):
+    rng = np.random.default_rng(0)
+    base = {f"{FUSED}.weight": draw(rng, 30, 8)}
+    write_base(tmp_path / "base", base, model_type="gte")
+    for name, part in (("one", "k"), ("two", "q")):
+        leaves = (draw(rng, RANK, 8), draw(rng, 10, RANK), 1 + rng.random(10, dtype="f4"))
+        write_peft(tmp_path / name, {f"layers.0.self_attn.{part}_proj": leaves})
+    assert run(tmp_path, *adapters(tmp_path, "one", "two:0.5")) == 0
+    assert run(tmp_path, str(tmp_path / "one"), out="alone") == 0
+    both, alone = (read_folder(tmp_path / name)[f"{FUSED}.weight"] for name in ("out", "alone"))
+    assert both[10:20].tobytes() == alone[10:20].tobytes()
+    assert both[:10].tobytes() != alone[:10].tobytes()
