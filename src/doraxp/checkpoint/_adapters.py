@@ -207,12 +207,14 @@ class AdapterSet(Mapping[str, "AdaptedLayer | UpdatedLayer"]):
 
 
 def with_kernel(layer: StoredLayer, shape: tuple[int, ...]) -> StoredLayer:
-    """Return a layer that is flat after the first axis in the base's shape, if that is longer.
+    """Return a layer in the base's shape, where the two differ in their last axes alone.
 
     The factors of LoHa and LoKr do not tell the kernel of a convolution.
     """
     is_same = shape[:1] == layer.shape[:1] and math.prod(shape) == math.prod(layer.shape)
-    if not is_same or len(shape) <= len(layer.shape):
+    # PEFT's cores of a convolution in one dimension have a last axis of length 1.
+    is_shorter = len(shape) < len(layer.shape) and shape == layer.shape[: len(shape)]
+    if not is_same or (len(shape) <= len(layer.shape) and not is_shorter):
         return layer
     kind = LayerKind("conv") if layer.kind.name == "linear" else layer.kind
     return layer._replace(kind=kind, shape=shape)

@@ -38,6 +38,8 @@ _LARGEST = 64 << 20
 """Bytes of the largest weight that is read as a whole, because its matrix is stored transposed."""
 _NEAR, _FACTOR = 0.05, 3.0
 """The largest d of a tensor that fits, and how many times as large that of a wrong match is."""
+_TRAINED = 0.2
+"""The largest d of another tensor that fits: m may have been trained this far from its norms."""
 _SAME, _OTHER = 0.8, 0.5
 """The least correlation of m and n of a tensor that fits, and the largest of a wrong match."""
 _CHANCE = 1e-6
@@ -69,10 +71,10 @@ class _Fit(NamedTuple):
             distance, correlation, float(change @ other) / scale if scale > 0 else 0.0, len(m)
         )
 
-    def is_better_than(self, own: _Fit) -> bool:
-        """Return whether this tensor fits and the own one does not."""
+    def is_better_than(self, own: _Fit, near: float) -> bool:
+        """Return whether this tensor fits, within `near`, and the own one does not."""
         return (
-            self.distance <= min(_NEAR, own.distance / _FACTOR)
+            self.distance <= min(near, own.distance / _FACTOR)
             and self.correlation >= _SAME
             and own.correlation <= _OTHER
         )
@@ -164,7 +166,7 @@ class _Guard:
         norms = _norms(part.source, kind, np.arange(len(m)))
         own = _Fit.of(m, norms)
         # The distance in a sample may be twice that of all rows.
-        limit = 2 * min(_NEAR, own.distance / _FACTOR)
+        limit = 2 * min(_TRAINED, own.distance / _FACTOR)
         like, near = self._like(part.source.tensor.shape, kind, m, limit)
         ways = math.log(max(1, like))
         other = next(
@@ -178,7 +180,7 @@ class _Guard:
         # No model stores the dimensions of its embeddings in another order.
         in_order = _Fit.of(np.sort(m), np.sort(norms))
         chance = min(own.chance_of_order(), in_order.chance(own, math.lgamma(len(m) + 1)))
-        is_sorted_near = in_order.is_better_than(own) and chance <= self._limit - math.log(2)
+        is_sorted_near = in_order.is_better_than(own, _NEAR) and chance <= self._limit - math.log(2)
         if is_sorted_near and not kind.is_transposed:
             return (
                 f"{part.path} was matched to {name}, but its magnitudes are the row norms of that "
@@ -207,7 +209,7 @@ class _Guard:
 
     def _fits(self, name: str, kind: LayerKind, m: Vector, own: _Fit, ways: float) -> bool:
         fit = _Fit.of(m, _norms(self._sources[name], kind, np.arange(len(m))))
-        return fit.is_better_than(own) and fit.chance(own, ways) <= self._limit
+        return fit.is_better_than(own, _TRAINED) and fit.chance(own, ways) <= self._limit
 
 
 def _sample(size: int) -> NDArray[np.intp]:
