@@ -22,6 +22,8 @@ from checkpoints import (
 from language_model import EMBED, QUERY, TOKENS, WIDTH, model, query
 from safetensors.numpy import load_file, save_file
 
+from doraxp.cli import main
+
 
 @pytest.fixture
 def rng():
@@ -290,3 +292,19 @@ def test_a_square_weight_apart_from_all_others_is_stored_as_they_are(tmp_path, r
     leaves, changed = adapt(rng, base, {"c.d": True})
     write_peft(tmp_path / "adapter", leaves)
     check(tmp_path, base, changed)
+
+
+def test_a_wrong_module_is_refused_though_the_magnitudes_were_trained_far(tmp_path, capsys):
+    """By 12 % of the norms; 32 rows of unlike lengths tell the right tensor beyond chance."""
+    rng = np.random.default_rng(0)
+    lengths = {name: 1 + 0.6 * rng.random((32, 1), dtype="f4") for name in ("q_proj", "o_proj")}
+    base = {f"h.0.{name}.weight": draw(rng, 32, 24) * own for name, own in lengths.items()}
+    write_base(tmp_path / "base", base)
+    norms = np.linalg.norm(base["h.0.q_proj.weight"], axis=1)
+    m = norms * (1 + 0.12 * rng.standard_normal(32)).astype("f4")
+    write_peft(tmp_path / "adapter", {"h.0.q_proj": (draw(rng, 2, 24), draw(rng, 32, 2), m)})
+    paths = [str(tmp_path / name) for name in ("base", "adapter")]
+    command = ["merge", *paths, "--out", str(tmp_path / "out")]
+    assert main([*command, "--rename", "q_proj=o_proj"]) == 2
+    assert "its magnitudes are the row norms of h.0.q_proj.weight" in capsys.readouterr().err
+    assert main(command) == 0
