@@ -297,7 +297,7 @@ def test_a_square_weight_apart_from_all_others_is_stored_as_they_are(tmp_path, r
 def test_a_wrong_module_is_refused_though_the_magnitudes_were_trained_far(tmp_path, capsys):
     """By 12 % of the norms; 32 rows of unlike lengths tell the right tensor beyond chance."""
     rng = np.random.default_rng(0)
-    lengths = {name: 1 + 0.6 * rng.random((32, 1), dtype="f4") for name in ("q_proj", "o_proj")}
+    lengths = {name: 0.2 + 2 * rng.random((32, 1), dtype="f4") for name in ("q_proj", "o_proj")}
     base = {f"h.0.{name}.weight": draw(rng, 32, 24) * own for name, own in lengths.items()}
     write_base(tmp_path / "base", base)
     norms = np.linalg.norm(base["h.0.q_proj.weight"], axis=1)
