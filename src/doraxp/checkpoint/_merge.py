@@ -230,7 +230,7 @@ def plan_merge(
     CheckpointError
         A file is malformed, or an adapter does not fit the base.
     ValueError
-        There is no adapter, or a strength is not a finite number.
+        `adapter` is an empty sequence, or a strength is not a finite number.
     OSError
         A file cannot be read.
     """
