@@ -165,8 +165,10 @@ def test_changes_add_up_in_the_weights(tmp_path, model):
 
 def test_the_order_of_the_adapters_does_not_matter_bit_for_bit(tmp_path, model):
     found = set()
+    # In float64 the last rounding of a float32 tensor would hide the order.
+    options = ("--force", "--compute", "float32", "--dtype", "float32")
     for order in itertools.permutations(["one:0.7", "two:0.4", "three:-0.3"]):
-        assert run(tmp_path, *adapters(tmp_path, *order), "--force") == 0
+        assert run(tmp_path, *adapters(tmp_path, *order), *options) == 0
         out = read_folder(tmp_path / "out")
         found.add(tuple(out[name].tobytes() for name in sorted(out)))
     assert len(found) == 1

@@ -523,3 +523,17 @@ def test_lokr_with_more_rows_than_columns_in_its_left_side_is_converted(tmp_path
     assert a.shape == (1, IN)
     wanted = np.kron(leaves["lokr_w1"], leaves["lokr_w2_a"] @ leaves["lokr_w2_b"])
     np.testing.assert_allclose(b @ a, wanted, rtol=1e-5)
+
+
+def test_a_product_whose_rank_is_above_a_side_is_not_converted(tmp_path, capsys):
+    rng = np.random.default_rng(7)
+    leaves = {
+        f"hada_{half}_{side}": draw(rng, *shape)
+        for half in ("w1", "w2")
+        for side, shape in (("a", (OUT, 4)), ("b", (4, IN)))
+    }
+    write(tmp_path, {})
+    save_file(prefixed("linear", leaves), tmp_path / "alone.safetensors")
+    arguments = ["--base", str(tmp_path / "base"), "--to", "peft", "--out", str(tmp_path / "peft")]
+    assert main(["convert", str(tmp_path / "alone.safetensors"), *arguments]) == 2
+    assert "has updates B A of a low rank only" in capsys.readouterr().err
