@@ -45,6 +45,20 @@ DTYPES: dict[str, np.dtype[np.generic]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 """The dtypes that a merge computes with. Tensors of all other dtypes are only copied."""
+RAW: dict[str, np.dtype[np.generic]] = DTYPES | {
+    "I64": np.dtype("<i8"),
+    "U64": np.dtype("<u8"),
+    "I32": np.dtype("<i4"),
+    "U32": np.dtype("<u4"),
+    "I16": np.dtype("<i2"),
+    "U16": np.dtype("<u2"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "F8_E4M3": np.dtype("u1"),
+    "F8_E5M2": np.dtype("u1"),
+    "F8_E8M0": np.dtype("u1"),
+}
+"""The dtypes that are read; those with a byte for each number are read as the bytes."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _LFS, _GGUF = b"version ", b"GGUF"
 _NAME_LIMIT = 500
@@ -100,10 +114,10 @@ class Reader:
     ) -> HostArray:
         """Return a tensor, or some rows of it, in an array that `empty` allocates.
 
-        The tensor's dtype must be one of `DTYPES`. `shape` is another shape of the whole tensor.
+        The tensor's dtype must be one of `RAW`. `shape` is another shape of the whole tensor.
         """
         tensor = self.tensors[name]
-        dtype, offset = DTYPES[tensor.dtype], 0
+        dtype, offset = RAW[tensor.dtype], 0
         shape = tensor.shape if shape is None else shape
         if rows is not None:
             shape = (rows.stop - rows.start, *shape[1:])
