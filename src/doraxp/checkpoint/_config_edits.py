@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from doraxp.checkpoint._json import JsonObject
+from doraxp.checkpoint._quantised import declared
 
 _TASKS = {
     "SEQ_CLS": "ForSequenceClassification",
@@ -38,6 +39,10 @@ class ConfigEdits:
     """The names of the classes, if the head is new."""
     architecture: str | None = None
     """The class of the model with its new head."""
+    dense: tuple[str, ...] = ()
+    """The dense modules of a quantised model, if a weight has become dense."""
+    packed: tuple[str, ...] = ()
+    """The other modules of it, which are quantised."""
 
     def __bool__(self) -> bool:
         return self != ConfigEdits()
@@ -61,6 +66,8 @@ class ConfigEdits:
             edited.pop("_num_labels", None)
         if self.architecture is not None:
             edited["architectures"] = [self.architecture]
+        if self.dense:
+            edited = declared(edited, self.dense, self.packed)
         return edited
 
 

@@ -83,6 +83,10 @@ class Quantisation(Protocol):
     def step(self) -> int:
         """`quantise` takes blocks of rows that begin at a multiple of this number."""
 
+    @property
+    def resolution(self) -> float:
+        """The largest error of a number that is quantised ÷ the largest number of its group."""
+
     def check(self, fetch: Fetch) -> None:
         """Raise CheckpointError where values on disk break a rule of the format."""
 
