@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from doraxp.checkpoint._json import JsonObject
-from doraxp.checkpoint._quantised import declared
+from doraxp.checkpoint._quantised.declared import declared
 
 _TASKS = {
     "SEQ_CLS": "ForSequenceClassification",

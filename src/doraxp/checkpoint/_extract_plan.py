@@ -20,7 +20,7 @@ from doraxp.checkpoint._matrix import row_blocks
 from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._orientation import is_transposed, may_transpose
 from doraxp.checkpoint._pair import Block
-from doraxp.checkpoint._quantised import quantised_in
+from doraxp.checkpoint._quantised.reader import quantised_in
 from doraxp.checkpoint._safetensors import DTYPES, AnySource, Source, are_equal
 from doraxp.checkpoint._tied import is_embedding, is_head, tied_in_file
 

@@ -27,7 +27,7 @@ from doraxp.checkpoint._names import (
     without,
 )
 from doraxp.checkpoint._norm_guard import nearest_by_norms
-from doraxp.checkpoint._quantised import Refused
+from doraxp.checkpoint._quantised.protocol import Refused
 from doraxp.checkpoint._safetensors import Source, are_equal
 from doraxp.checkpoint._tied import Tied, is_head, tied_head, tied_in_file
 

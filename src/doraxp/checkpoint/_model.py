@@ -13,7 +13,10 @@ from doraxp.checkpoint._errors import CheckpointError, gguf
 from doraxp.checkpoint._formats import FILES
 from doraxp.checkpoint._json import JsonObject, read_json
 from doraxp.checkpoint._left_out import files_to_leave_out, is_variant
-from doraxp.checkpoint._quantised import Quantisation, QuantisedReader, Refused, find, settings_of
+from doraxp.checkpoint._quantised import find
+from doraxp.checkpoint._quantised.protocol import Quantisation, Refused
+from doraxp.checkpoint._quantised.reader import QuantisedReader
+from doraxp.checkpoint._quantised.settings import settings_of
 from doraxp.checkpoint._safetensors import Reader, Source
 
 SINGLE = "model.safetensors"

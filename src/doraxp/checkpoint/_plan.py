@@ -20,7 +20,7 @@ from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._names import Place
 from doraxp.checkpoint._norm_guard import residual_fits, wrong_matches
 from doraxp.checkpoint._orientation import is_transposed
-from doraxp.checkpoint._quantised import QuantisedReader
+from doraxp.checkpoint._quantised.reader import QuantisedReader
 from doraxp.checkpoint._safetensors import DTYPES, Source
 from doraxp.checkpoint._separate_head import separate_head, separate_shared
 from doraxp.checkpoint._tasks import (

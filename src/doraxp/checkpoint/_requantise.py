@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from doraxp._base.types import HostArray
-from doraxp.checkpoint._quantised import QuantisedReader
+from doraxp.checkpoint._quantised.reader import QuantisedReader
 from doraxp.checkpoint._rows import Block
 from doraxp.checkpoint._survival import Survival
 

@@ -20,7 +20,7 @@ from typing import Literal, TypeAlias
 from doraxp.checkpoint._config_edits import ConfigEdits
 from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._options import Options
-from doraxp.checkpoint._quantised import quantised_in
+from doraxp.checkpoint._quantised.reader import quantised_in
 from doraxp.checkpoint._safetensors import RAW
 from doraxp.checkpoint._tasks import (
     CopiedTensor,

@@ -1,4 +1,4 @@
-"""A quantised weight on disk: several tensors that are one weight, and the arithmetic of each format.
+"""A quantised weight on disk: several tensors that are one weight, and each format's arithmetic.
 
 ::
 
