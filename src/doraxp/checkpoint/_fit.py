@@ -181,9 +181,7 @@ def fit(model: Model, adapters: AdapterSet, choices: Fit) -> Fitted:
         name: found for name, found in model.quantised.items() if isinstance(found, Refused)
     }
     hidden = {name for found in unreadable.values() for name in found.tensors}
-    shapes = {
-        name: source.tensor.shape for name, source in sources.items() if name not in hidden
-    }
+    shapes = {name: source.tensor.shape for name, source in sources.items() if name not in hidden}
     modules = {
         path: Wanted(choices.renamed(path), "weight", layer.shape, layer.kind.is_stack)
         for path, layer in adapters.layers.items()

@@ -20,6 +20,7 @@ from doraxp.checkpoint._model import INDEXES, Model, open_model
 from doraxp.checkpoint._norm_guard import residual_fits
 from doraxp.checkpoint._options import Options
 from doraxp.checkpoint._plan import plan
+from doraxp.checkpoint._quantised.reader import quantised_in
 from doraxp.checkpoint._safetensors import Reader, Source
 from doraxp.checkpoint._stamp import Stamp, check_stamps, stamps_at
 from doraxp.checkpoint._sums import Summand, summed
@@ -128,12 +129,20 @@ class Merge(NamedTuple):
         A fused tensor has a part for each module; a tensor that is replaced has one.
         """
         for name, task in self.changed.items():
-            entry = written_as(task, self.options)
+            entry = self._entry(task)
             merged = [part for part in parts_of(task) if isinstance(part, Changed)]
             for part in merged:
                 yield part_name(name, task, part), part, entry
             if not merged:
                 yield name, next(iter(parts_of(task))), entry
+
+    def _entry(self, task: Task) -> Tensor:
+        """Return the entry of a tensor in the result; its dtype may be a format of quantising."""
+        weight = quantised_in(task.source)
+        if weight is None or self.fates[weight.name] != "requantised":
+            return written_as(task, self.options)
+        how = weight.quantisation
+        return Tensor(how.label, how.shape, weight.stored_bytes)
 
     def base(self, name: str) -> Source | None:
         """Return the tensor of the base under a name of the result; None for an added one."""

@@ -134,9 +134,7 @@ _Read: TypeAlias = Callable[[slice], HostArray]
 """Returns rows of W, flat, in the dtype of the computation; the next call overwrites them."""
 
 
-def _merge(
-    read: _Read, shape: tuple[int, ...], part: _Part, multiple: int
-) -> Iterator[Block]:
+def _merge(read: _Read, shape: tuple[int, ...], part: _Part, multiple: int) -> Iterator[Block]:
     """Yield the blocks of W'."""
     _measure(read, shape, [part])
     for rows in row_blocks(shape, multiple):

@@ -80,4 +80,3 @@ def _end(name: str, packed: Sequence[str]) -> str:
     match = re.search(r"[^.]+\.\d+\..*", name)
     end = match[0] if match else name.rpartition(".")[2]
     return "" if any(other.endswith(end) for other in packed) else end
-

@@ -145,6 +145,11 @@ class Fp8:
             return max(math.prod(self.shape[1:-1]), 1)
         return self.block[0] if self.grid[0] > 1 else 1  # one block is measured in the first pass
 
+    @property
+    def resolution(self) -> float:
+        """Half the distance of two numbers with three bits after the point."""
+        return 2.0**-4
+
     def check(self, fetch: Fetch) -> None:
         """Raise CheckpointError unless all scales are finite."""
         name = self.tensors[1]

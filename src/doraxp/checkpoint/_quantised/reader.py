@@ -127,4 +127,3 @@ class _Fetch:
             self._last.key = key
         array: HostArray = self._last.array
         return array
-
