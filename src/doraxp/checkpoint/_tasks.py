@@ -9,8 +9,8 @@ from typing import TypeAlias
 from doraxp._base.safetensors import Tensor
 from doraxp.checkpoint._adapters import AdapterSet, StoredLayer
 from doraxp.checkpoint._options import Options
-from doraxp.checkpoint._rows import Term
 from doraxp.checkpoint._quantised.reader import QuantisedReader, quantised_in
+from doraxp.checkpoint._rows import Term
 from doraxp.checkpoint._safetensors import DTYPES, AnySource, Source
 from doraxp.checkpoint._updated_layer import UpdatedLayer
 
