@@ -130,8 +130,6 @@ class RequantisedTensor:
 class ScalesTensor:
     """A tensor beside the codes of a weight that is quantised again: written with them."""
 
-    codes: str
-    """The name of the tensor of the codes in the result."""
     source: Source
     """The tensor in the base, which has the same shape and dtype."""
 
