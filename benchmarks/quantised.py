@@ -28,8 +28,6 @@ from doraxp.checkpoint import save_adapters
 
 ROUNDS, BLOCK = 3, 128
 WIDTH, RANK, SHARD = 4096, 16, 1 << 30
-TABLE = np.linspace(-1, 1, 16, dtype=np.float32)
-"""Of codes of 4 bits; a merge takes the one of the file."""
 CONFIGS = {
     "fp8": {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "fmt": "e4m3"},
     "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -46,6 +44,13 @@ CONFIGS = {
     },
     "mlx": None,
 }  # fmt: skip
+NF4 = [
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022833334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+]  # fmt: skip
+"""The numbers of nf4: arXiv:2305.14314, appendix E."""
 _STORED = {np.dtype(np.uint8): "U8", np.dtype(np.int32): "I32", np.dtype(np.uint32): "U32",
            np.dtype(np.float32): "F32", np.dtype(np.int64): "I64",
            np.dtype(ml_dtypes.bfloat16): "BF16"}  # fmt: skip
@@ -156,7 +161,7 @@ def stored(
         return {
             weight: octets.reshape(-1, 1),
             f"{weight}.absmax": np.full(out * inner // 64, 0.05, np.float32),
-            f"{weight}.quant_map": TABLE,
+            f"{weight}.quant_map": np.array(NF4, np.float32),
             f"{weight}.quant_state.bitsandbytes__nf4": text,
         }
     groups = inner // (32 if name == "int4" else 64)

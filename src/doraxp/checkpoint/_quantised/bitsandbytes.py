@@ -107,6 +107,8 @@ class Int8:
     scale_dtype: str
     label: str = "bitsandbytes, 8 bits, rows"
     step: int = 1
+    resolution: float = 1 / 250
+    """Half a step is 1/254; the scales may be rounded to 16 bits."""
 
     def check(self, fetch: Fetch) -> None:
         """Raise CheckpointError unless all scales are finite."""
@@ -290,6 +292,11 @@ class Bits4:
     def unit(self) -> int:
         """The numbers of the fewest blocks that fill whole elements of the stored codes."""
         return math.lcm(self.block, 2 * RAW[self.main.dtype].itemsize)
+
+    @property
+    def resolution(self) -> float:
+        """Half the largest distance of two numbers: 1/6 of fp4, 0.152 of nf4, and its rounding."""
+        return 0.17
 
     @property
     def step(self) -> int:
