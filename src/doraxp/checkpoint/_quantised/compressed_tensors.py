@@ -208,6 +208,13 @@ class Weight:
         return self.blocks.step
 
     @property
+    def resolution(self) -> float:
+        """Half a step, with a tenth for the rounding of the scale; zero points are rounded too."""
+        if self.kind == "FP8":
+            return 2.0**-4
+        return (2.2 if self.zero else 1.1) / ((1 << self.bits) - 1)
+
+    @property
     def bits(self) -> int:
         """The bits of a code."""
         return _BITS_OF[self.kind]
