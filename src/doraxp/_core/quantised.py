@@ -6,7 +6,9 @@ W (out, in)      W[i, j] = table[code] · scale + bias
 from __future__ import annotations
 
 import math
+from typing import Any
 
+from doraxp._base.pytrees import register_tree
 from doraxp._base.scalars import check_count
 from doraxp._base.types import Array, DType, Namespace
 from doraxp.backends import Packed, array_namespace, device, operations
@@ -68,8 +70,7 @@ class QuantisedWeight:
         bias: Array | None = None,
         dtype: DType | None = None,
     ) -> None:
-        self._ops = operations(table=table, scale=scale, bias=bias)
-        xp = self._ops.xp
+        xp = operations(table=table, scale=scale, bias=bias).xp
         if array_namespace(codes) is not xp or codes.dtype != xp.uint8:
             raise TypeError(f"codes must be uint8 in the library of table, got {codes.dtype}")
         if device(codes) != device(table):
@@ -91,6 +92,7 @@ class QuantisedWeight:
         operations(dtype=xp.zeros((1,), dtype=dtype, device=device(table)))  # it must be floating
         self.packed = Packed(codes, table, scale, bias, block, shape, dtype)
         """The arrays, as the backends read them."""
+        register_tree(QuantisedWeight, _arrays, _of_arrays)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -112,11 +114,23 @@ class QuantisedWeight:
     def rows(self, rows: slice) -> Array:
         """Return some rows of W, (k, in), as a new array in `dtype`."""
         start, stop, _ = rows.indices(self.shape[0])
-        return self._ops.unpacked(self.packed, slice(start, stop))
+        return operations(table=self.packed.table).unpacked(self.packed, slice(start, stop))
 
     def __repr__(self) -> str:
         """Return the shape, the dtype and the group."""
         return f"QuantisedWeight(shape={self.shape}, dtype={self.dtype}, group={self.packed.block})"
+
+
+def _arrays(weight: QuantisedWeight) -> tuple[tuple[Array | None, ...], tuple[Any, ...]]:
+    """Return the arrays of a weight, and the rest."""
+    return weight.packed[:4], weight.packed[4:]
+
+
+def _of_arrays(rest: tuple[Any, ...], arrays: tuple[Any, ...]) -> QuantisedWeight:
+    """Return the weight of which `_arrays` made these. JAX may put other objects for the arrays."""
+    weight = object.__new__(QuantisedWeight)
+    weight.packed = Packed(*arrays, *rest)
+    return weight
 
 
 def _grouped(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import array_api_compat
 
@@ -52,57 +52,60 @@ def by_rows(ops: Operations) -> RowOperations:
     return RowOperations(ops)
 
 
-class Block(NamedTuple):
-    """A block of rows of V."""
-
-    rows: slice
-    direction: Direction | None
-    """The direction of the rows, with no numbers of W or V. None stands for `Dense`."""
-
-
 class Blocked(NamedTuple):
     """V by blocks of rows, of which one at a time is in memory."""
 
     factors: Factors
     """The factors of V. Their weight is the `RowWeight`."""
-    blocks: tuple[Block, ...]
-    inner: Operations
-    """The operations of the library."""
+    blocks: tuple[Direction | None, ...]
+    """The direction of each block of rows, with no numbers of W or V. None stands for `Dense`."""
 
     def outputs(
         self, x: Array, low: Array, gain: Array, bias: Array | None,
         base: Consumed | None = None, dropped: Array | None = None, *, ops: Arithmetic,
     ) -> tuple[Array, Array]:  # fmt: skip
-        """Return z = x Vᵀ and y = g⊙z + bias. `base` is not needed: no host has made it."""
+        """Return z = x Vᵀ and y = g⊙z + bias. `base` has V's rounding errors: it is not used."""
+        inner = library(ops)
         found = [
             direction.outputs(
-                x, low, gain[rows], None if bias is None else bias[rows], None, dropped,
-                ops=self.inner,
+                x, low, gain[rows], None if bias is None else bias[rows], None, dropped, ops=inner
             )
-            for rows, direction in self.directions()
-        ]  # fmt: skip
-        z, y = (self.inner.xp.concat(list(parts), axis=-1) for parts in zip(*found, strict=True))
+            for rows, direction in self.directions(inner)
+        ]
+        z, y = (inner.xp.concat(list(parts), axis=-1) for parts in zip(*found, strict=True))
         return z, y
 
     def dense(self, *, ops: Arithmetic) -> Array:
         """Return V."""
-        parts = [direction.dense(ops=self.inner) for _, direction in self.directions()]
-        return self.inner.xp.concat(parts, axis=0)
+        inner = library(ops)
+        parts = [direction.dense(ops=inner) for _, direction in self.directions(inner)]
+        return inner.xp.concat(parts, axis=0)
 
     def with_weight(self, weight: Weight) -> Blocked:
         """Return the direction with another object for W."""
         return self._replace(factors=self.factors._replace(weight=weight))
 
-    def directions(self) -> Iterator[tuple[slice, Direction]]:
+    def directions(self, inner: Operations) -> Iterator[tuple[slice, Direction]]:
         """Yield the rows of each block, and their direction. Each overwrites the one before it."""
-        given = [rows for rows, _ in self.blocks]
-        read = read_blocks(self.factors.weight, given, self.inner)
-        for (rows, weight), (_, kept) in zip(read, self.blocks, strict=True):
+        weight: Weight = self.factors.weight
+        read = read_blocks(weight, equal_parts(weight.shape[0], len(self.blocks)), inner)
+        for (rows, block), kept in zip(read, self.blocks, strict=True):
             if kept is not None:
-                yield rows, kept.with_weight(weight)
+                yield rows, kept.with_weight(block)
                 continue
-            factors = some_factors(self.factors, rows, weight)
-            yield rows, Dense(factors, form(factors, factors.lora_a.dtype, xp=self.inner.xp))
+            factors = some_factors(self.factors, rows, block)
+            yield rows, Dense(factors, form(factors, factors.lora_a.dtype, xp=inner.xp))
+
+
+def library(ops: Arithmetic) -> Operations:
+    """Return the operations of the library, which compute with each block."""
+    return cast(RowOperations, ops).inner
+
+
+def equal_parts(count: int, parts: int) -> Iterator[slice]:
+    """Yield `parts` slices of 0..count, all of one length except the last."""
+    step = -(-count // parts)
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
 def read_blocks(
@@ -136,15 +139,14 @@ class RowOperations(Operations):
     def blocks(self, weight: Weight, tokens: int) -> Iterator[tuple[slice, Array]]:
         """Yield blocks of rows of W, of the size that the library likes for so many tokens."""
         out, inner = weight.shape
-        step = max(1, self.inner.block_size(tokens) // inner)
-        slices = (slice(start, min(start + step, out)) for start in range(0, out, step))
-        return read_blocks(weight, slices, self.inner)
+        parts = -(-out // max(1, self.inner.block_size(tokens) // inner))
+        return read_blocks(weight, equal_parts(out, parts), self.inner)
 
     def _joined(self, parts: Iterable[tuple[slice, Array]], length: int, axis: int) -> Array:
         """Return the parts of a matrix side by side along an axis, 0 or −1, of this length."""
         whole, rest = None, []
         for rows, part in parts:
-            if whole is None and not self._can_write(part):
+            if isinstance(self.inner, LazyOperations) or array_api_compat.is_lazy_array(part):
                 rest.append(part)
                 continue
             if whole is None:
@@ -156,12 +158,6 @@ class RowOperations(Operations):
     def _zeros(self, shape: tuple[int, ...], like: Array) -> Any:
         """Return zeros on the device and in the dtype of `like`."""
         return self.xp.zeros(shape, dtype=like.dtype, device=self.inner.device(like))
-
-    def _can_write(self, array: Array) -> bool:
-        """Return whether arrays of this library can be written to."""
-        if isinstance(self.inner, LazyOperations) or array_api_compat.is_lazy_array(array):
-            return False
-        return bool(array_api_compat.is_writeable_array(array))
 
     def whole(self, weight: Weight) -> Array:
         """Return all rows of W as an array."""
@@ -212,7 +208,7 @@ class RowOperations(Operations):
             )
         sums: list[Array] = []  # dx and dA
         by_row: list[tuple[Array | None, ...]] = []  # dB, dm, p and dbias
-        for rows, direction in norm.direction.directions():
+        for rows, direction in norm.direction.directions(self.inner):
             known = Norm(norm.norm[rows], norm.gain[rows], norm.unit_projection[rows, :], direction)
             some = self.inner.gradients(
                 d[..., rows], x, low, z[..., rows], known, scaling, norm.gain.dtype,
@@ -272,7 +268,7 @@ class RowOperations(Operations):
 
     def _by_blocks(self, factors: Factors, magnitude: Array, squares: Array) -> Norm:
         """Return n, g, V Aᵀ / n and V, found by the library for each block of rows."""
-        found, blocks = list[Norm](), list[Block]()
+        found, blocks = list[Norm](), list[Direction | None]()
         for rows, weight in self.blocks(factors.weight, 2):
             _, a, scaled_b, row_scale = some_factors(factors, rows, weight)
             leaves = Adapter(a, scaled_b, magnitude[rows])
@@ -280,12 +276,12 @@ class RowOperations(Operations):
             kept = None
             if not isinstance(some.direction, Dense):
                 kept = some.direction.with_weight(self._zeros((0, weight.shape[-1]), weight))
-            blocks.append(Block(rows, kept))
-            found.append(some._replace(direction=Blocked(factors, (), self.inner)))
+            blocks.append(kept)
+            found.append(some._replace(direction=Blocked(factors, ())))
         norm, gain, unit = (
             self.xp.concat([some[place] for some in found], axis=0) for place in range(3)
         )
-        return Norm(norm, gain, unit, Blocked(factors, tuple(blocks), self.inner))
+        return Norm(norm, gain, unit, Blocked(factors, tuple(blocks)))
 
     # Merging
 
