@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import ml_dtypes
@@ -13,6 +14,8 @@ from checkpoints import audit, dense, draw, merge, near, refused, write_peft
 from quantised_bases import CONFIGS, MATRICES, write
 
 from doraxp.checkpoint import Options, open_model, plan_merge, run_merge
+from doraxp.checkpoint._quantised.declared import declared
+from doraxp.checkpoint._quantised.fp8 import Fp8Quantiser
 from doraxp.checkpoint._safetensors import Reader
 from doraxp.cli import main
 
@@ -342,3 +345,142 @@ def test_all_experts_of_a_layer_are_dense_if_one_is(tmp_path, rng):
         desired = dense(weight, *leaves[name]) if name == module else weight
         np.testing.assert_allclose(stored[f"{name}.weight"], desired, rtol=2.0**-8)
     assert audit(tmp_path) == 0
+
+
+# config.json
+
+
+VISION = "vision_tower.layers.0.self_attn.q_proj"
+LANGUAGE = "language_model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "end"),
+    [
+        ("bitsandbytes", "llm_int8_skip_modules", "layers.0.self_attn.q_proj"),
+        ("compressed-tensors", "ignore", r"re:.*layers\.0\.self_attn\.q_proj$"),
+        ("fp8", "modules_to_not_convert", None),
+    ],
+)
+def test_a_model_of_several_names_the_module_by_its_end_too(method, key, end):
+    """transformers has other leading components in memory than on disk."""
+    config = {"text_config": {}, "quantization_config": {"quant_method": method}}
+    names = declared(config, [LANGUAGE], ())["quantization_config"][key]
+    assert names == ([LANGUAGE] if end is None else [LANGUAGE, end])
+    # An end that a quantised module has too would make that one dense.
+    assert declared(config, [LANGUAGE], [VISION])["quantization_config"][key] == [LANGUAGE]
+
+
+def test_words_that_are_there_stay():
+    config = {"quantization_config": {"quant_method": "fp8", "modules_to_not_convert": ["lm_head"]}}
+    names = declared(config, ["a", "lm_head"], ())["quantization_config"]["modules_to_not_convert"]
+    assert names == ["lm_head", "a"]
+
+
+def test_experts_of_compressed_tensors_are_named_one_by_one():
+    config = {"quantization_config": {"quant_method": "compressed-tensors"}}
+    names = declared(config, ["layers.0.mlp.experts"], ())["quantization_config"]["ignore"]
+    assert names == ["layers.0.mlp.experts", r"re:layers\.0\.mlp\.experts[.].*"]
+    assert re.match(names[1].removeprefix("re:"), "layers.0.mlp.experts.12.up_proj")
+
+
+def test_the_configuration_of_the_language_model_may_have_the_words():
+    part = {"quantization_config": {"quant_method": "fp8"}}
+    edited = declared({"text_config": part}, ["a"], ())
+    assert edited["text_config"]["quantization_config"]["modules_to_not_convert"] == ["a"]
+
+
+def test_the_words_of_an_unknown_method_stay():
+    config = {"quantization_config": {"quant_method": "new"}}
+    assert declared(config, ["a"], ()) == config
+
+
+# The verification
+
+
+def test_verify_finds_wrong_codes(tmp_path, rng, capsys, monkeypatch):
+    _, weights = base(rng, "fp8", tmp_path / "base")
+    adapter(rng, tmp_path / "adapter", weights)
+    right = Fp8Quantiser.quantise
+
+    def wrong(self, rows, weight):
+        return right(self, rows, weight[::-1])
+
+    monkeypatch.setattr(Fp8Quantiser, "quantise", wrong)
+    error = refused(tmp_path, capsys, "--targets", "same", "--verify")
+    assert "is not the result of a dense merge" in error
+
+
+def test_verify_finds_wrong_codes_of_rows_without_an_adapter(tmp_path, rng, capsys, monkeypatch):
+    name = "encoder.layer.0.attention.qkv_proj.weight"
+    tensors, weight = quantised_bases.fp8(rng, name, 48, 64)
+    write(tmp_path / "base", tensors, **CONFIGS["fp8"])
+    parts = {"q_proj": slice(0, 24), "v_proj": slice(36, 48)}
+    leaves = {f"layers.0.self_attn.{one}": near(rng, weight[rows]) for one, rows in parts.items()}
+    write_peft(tmp_path / "adapter", leaves)
+    right = Fp8Quantiser.quantise
+
+    def wrong(self, rows, weight):
+        spoilt = weight.copy()
+        spoilt[25 - rows.start if rows.start <= 25 < rows.stop else 0] *= -1
+        return right(self, rows, spoilt if rows.start <= 25 < rows.stop else weight)
+
+    monkeypatch.setattr(Fp8Quantiser, "quantise", wrong)
+    error = refused(tmp_path, capsys, "--targets", "same", "--verify")
+    assert f"{name} is not a copy of {name}" in error
+
+
+# The audit
+
+
+def spoilt(folder, name, change):
+    """Copy OUT, with other values of a weight's scales."""
+    reader = Reader(folder / "out" / "model.safetensors")
+    tensors = {}
+    for tensor, entry in reader.tensors.items():
+        array = reader.read(tensor)
+        if entry.dtype == "F8_E4M3":
+            array = array.view(ml_dtypes.float8_e4m3fn)
+        tensors[tensor] = change(array) if tensor == name else array
+    quantised_bases.save(folder / "out" / "model.safetensors", tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        (lambda scales: scales * np.float32(1.5), "another weight"),
+        (lambda scales: scales * np.float32(np.nan), "is quantised"),
+    ],
+)
+def test_the_audit_finds_wrong_scales(tmp_path, rng, capsys, change, verdict):
+    _, weights = base(rng, "fp8", tmp_path / "base")
+    adapter(rng, tmp_path / "adapter", weights)
+    assert merge(tmp_path, "--targets", "same") == 0
+    spoilt(tmp_path, f"{ADAPTED[0]}.weight_scale_inv", change)
+    capsys.readouterr()
+    assert audit(tmp_path) == 1
+    if verdict != "is quantised":
+        assert verdict in capsys.readouterr().out
+
+
+def test_the_audit_tells_an_unchanged_base(tmp_path, rng, capsys):
+    _, weights = base(rng, "nf4", tmp_path / "base")
+    adapter(rng, tmp_path / "adapter", weights)
+    shutil.copytree(tmp_path / "base", tmp_path / "out")
+    assert audit(tmp_path) == 1
+    assert "unchanged" in capsys.readouterr().out
+
+
+def test_the_audit_of_a_dense_base_whose_merge_was_quantised(tmp_path, rng, capsys):
+    """Somebody merged into the 16-bit model, and quantised the result."""
+    _, weights = base(rng, "fp8", tmp_path / "base")
+    adapter(rng, tmp_path / "adapter", weights)
+    assert merge(tmp_path, "--targets", "same") == 0
+    (tmp_path / "base").rename(tmp_path / "packed")
+    dense_base = {
+        name: array.astype(ml_dtypes.bfloat16)
+        for name, array in dequantised(tmp_path / "packed").items()
+    }
+    write(tmp_path / "base", dense_base)
+    assert audit(tmp_path) == 0
+    assert "quantised" in capsys.readouterr().out
