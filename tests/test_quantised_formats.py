@@ -716,3 +716,257 @@ def test_scales_of_compressed_tensors_must_be_finite():
     disk = Disk(tensors)
     with pytest.raises(CheckpointError, match=r"p\.weight_scale: the scales must be finite"):
         disk.only(CT)[1].check(disk)
+
+
+# MLX
+
+
+def bit_string(codes, bits_each):
+    """Pack rows of unsigned codes, one bit string a row."""
+    signed = codes.astype("i8") - (1 << bits_each - 1)
+    return packed_by_formula(signed, bits_each).view("u4")
+
+
+def mlx_model(bits_each, group, dtype="f4", stack=(), rows=5, columns=64):
+    rng = np.random.default_rng(4)
+    shape = (*stack, rows, columns)
+    codes = rng.integers(0, 1 << bits_each, shape)
+    scales, biases = (
+        (rng.standard_normal((*stack, rows, columns // group)) * 0.05).astype(dtype)
+        for _ in range(2)
+    )
+    words = bit_string(codes.reshape(-1, columns), bits_each)
+    tensors = {
+        "p.weight": words.reshape(*stack, rows, -1), "p.scales": scales, "p.biases": biases,
+    }  # fmt: skip
+    scale, bias = (np.repeat(x.astype("f4"), group, -1) for x in (scales, biases))
+    product = (codes.astype("f4") * scale).astype(dtype).astype("f4")
+    return tensors, (product + bias).astype(dtype)
+
+
+@pytest.mark.parametrize("bits_each", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("dtype", ["f4", BF16, "f2"])
+@pytest.mark.parametrize("stack", [(), (3,), (2, 2)])
+def test_affine_codes_of_mlx_are_read_and_requantised(bits_each, dtype, stack):
+    tensors, desired = mlx_model(bits_each, 32, dtype, stack)
+    disk = Disk(tensors)
+    config = {"bits": bits_each, "group_size": 32}
+    name, how = disk.only(config)
+    assert (name, how.shape, DTYPES[how.dtype]) == ("p.weight", desired.shape, np.dtype(dtype))
+    assert how.tensors == ("p.weight", "p.scales", "p.biases")
+    assert how.label == f"mlx, {bits_each} bits, groups of 32"
+    assert how.step == (5 * (stack[1] if len(stack) > 1 else 1) if stack else 1)
+    for sizes in ((), (1,), (3, 4)):
+        np.testing.assert_array_equal(bits(read(how, disk, *sizes)), bits(desired))
+    how.check(disk)
+    weight = draw(*desired.shape)
+    weight[..., 0, :32], weight[..., 1, :32], weight[..., 2, :] = 0, 0.03, abs(weight[..., 2, :])
+    new = check_quantiser(how, disk, weight, config)
+    codes = np.empty((desired.size // 32, 32), int)
+    for index, group in enumerate(weight.reshape(-1, 32)):
+        codes[index], *beside = affine_by_formula(group, np.float32((1 << bits_each) - 1))
+        for number, name in zip(beside, ("p.scales", "p.biases"), strict=True):
+            assert new.tensors[name].flat[index] == number.astype(dtype), name
+    words = bit_string(codes.reshape(-1, 64), bits_each)
+    np.testing.assert_array_equal(new.tensors["p.weight"].reshape(words.shape), words)
+
+
+def affine_by_formula(group, last):
+    """Return the codes, the scale and the bias of one group."""
+    least, largest = group.min(), group.max()
+    scale = max((largest - least) / last, np.float32(1e-7))
+    edge = least if abs(least) > abs(largest) else largest
+    scale = scale if edge is least else -scale
+    steps = np.rint(edge / scale)
+    bias = np.float32(0)
+    if steps != 0:
+        scale, bias = edge / steps, edge
+    return np.clip(np.rint((group - bias) / scale), 0, last), scale, bias
+
+
+def test_affine_codes_of_mlx_have_the_sign_and_the_bias_of_mlx():
+    tensors, _ = mlx_model(4, 32, columns=32, rows=3)
+    disk = Disk(tensors)
+    config = {"bits": 4, "group_size": 32}
+    weight = np.zeros((3, 32), "f4")
+    weight[0, :2], weight[1, :2] = (-1, 0.5), (-0.5, 1)
+    new = check_quantiser(disk.only(config)[1], disk, weight, config)
+    one = np.float32(1)
+    np.testing.assert_array_equal(
+        new.tensors["p.scales"][:, 0], [one / 10, -one / 10, np.float32(-1e-7)]
+    )
+    np.testing.assert_array_equal(new.tensors["p.biases"][:, 0], [-1, 1, 0])
+    codes = [[0, 15, 10], [15, 0, 10], [0, 0, 0]]
+    desired = np.full((3, 32), 10)
+    desired[:, :3], desired[2] = codes, 0
+    np.testing.assert_array_equal(new.tensors["p.weight"], bit_string(desired, 4))
+
+
+def test_a_module_of_mlx_may_have_bits_of_its_own():
+    config = {"bits": 4, "group_size": 64, "p": {"bits": 8, "group_size": 32}, "q": False}
+    tensors, desired = mlx_model(8, 32)
+    disk = Disk(tensors)
+    np.testing.assert_array_equal(read(disk.only(config)[1], disk), desired)
+
+
+MLX_MISFITS = [
+    ({"bits": 4, "group_size": 32}, {"p.biases": None}, "p.biases is missing"),
+    ({"bits": 4, "group_size": 32}, {"p.biases": np.ones((5, 2), BF16)}, "BF16"),
+    ({"bits": 4, "group_size": 32}, {"p.scales": np.ones((5, 2), "i4")}, "I32"),
+    ({"bits": 4, "group_size": 32}, {"p.scales": np.ones((4, 2), "f4")}, "(4, 2)"),
+    ({"bits": 4, "group_size": 32}, {"p.weight": np.ones(5, "u4")}, "(5,)"),
+    ({"bits": 4, "group_size": 32}, {"p.weight": np.ones((5, 0), "u4")}, "(5, 0)"),
+    ({"bits": 4, "group_size": 64}, {}, "groups of 64"),
+    ({"bits": 8, "group_size": 32}, {}, "8 bits"),
+    ({"bits": 3, "group_size": 32}, {}, "3 bits"),
+    ({"bits": 7, "group_size": 32}, {}, "not known"),
+    ({"bits": "4", "group_size": 32}, {}, "not known"),
+    ({"bits": 4, "group_size": None}, {}, "not known"),
+    ({"bits": 4, "group_size": 0}, {}, "not known"),
+    ({"bits": 4, "p": {"group_size": 32}}, {}, "not known"),
+    ({}, {}, "config.json"),
+]
+
+
+@pytest.mark.parametrize(("config", "changes", "word"), MLX_MISFITS)
+def test_tensors_of_mlx_that_do_not_fit_are_refused(config, changes, word):
+    tensors, _ = mlx_model(4, 32)
+    tensors = {name: x for name, x in (tensors | changes).items() if x is not None}
+    name, problem = refused(tensors, config)
+    assert name == "p.weight"
+    assert word in problem
+
+
+@pytest.mark.parametrize("name", ["p.scales", "p.biases"])
+def test_numbers_of_mlx_must_be_finite(name):
+    tensors, _ = mlx_model(4, 32)
+    tensors[name][1, 1] = np.inf
+    disk = Disk(tensors)
+    _, how = disk.only({"bits": 4, "group_size": 32})
+    with pytest.raises(CheckpointError, match=name):
+        how.check(disk)
+
+
+FP4_NUMBERS = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+E4M3_NUMBERS = np.arange(256, dtype=np.uint8).view(E4M3).astype("f8")
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8"])
+@pytest.mark.parametrize("stack", [(), (3,)])
+def test_mx_modes_of_mlx_are_read_and_requantised(mode, stack):
+    rng, each = np.random.default_rng(5), int(mode[-1])
+    shape = (*stack, 5, 64)
+    codes = rng.integers(0, 126, shape) % (1 << each)
+    scales = rng.integers(100, 130, (*stack, 5, 2), np.uint8)
+    words = bit_string(codes.reshape(-1, 64), each).reshape(*stack, 5, -1)
+    disk = Disk({"p.weight": words, "p.scales": scales})
+    name, how = disk.only()
+    assert (name, how.shape, how.dtype, how.label) == (
+        "p.weight", shape, "BF16", f"mlx, {mode}, groups of 32",
+    )  # fmt: skip
+    numbers = (FP4_NUMBERS if each == 4 else E4M3_NUMBERS)[codes]
+    desired = (numbers * np.repeat(2.0 ** (scales.astype("f8") - 127), 32, -1)).astype(BF16)
+    for sizes in ((), (1,), (3, 4)):
+        np.testing.assert_array_equal(bits(read(how, disk, *sizes)), bits(desired))
+    how.check(disk)
+    weight = draw(*shape)
+    weight[..., 0, :] = 0
+    weight[..., 1, 0] = 6 if each == 4 else 448
+    weight[..., 1, 32] = 6.001 if each == 4 else 449
+    new = check_quantiser(how, disk, weight)
+    found = new.tensors["p.scales"].reshape(-1, 5, 2)
+    assert (found[:, :2] == [[127, 127], [127, 128]]).all()
+    disk.tensors["p.scales"][..., 0, 0] = 255
+    with pytest.raises(CheckpointError, match=r"p\.scales: a scale must not be NaN"):
+        how.check(disk)
+
+
+def test_the_fp4_codes_of_mlx_have_ties_to_the_smaller_number_and_one_zero():
+    weight = np.zeros((1, 32), "f4")
+    middles = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5]
+    weight[0, :7], weight[0, 7:14], weight[0, 14:16] = middles, -np.array(middles), (6, -0.0)
+    disk = Disk({"p.weight": np.zeros((1, 4), "u4"), "p.scales": np.full((1, 1), 127, "u1")})
+    new = check_quantiser(disk.only()[1], disk, weight)
+    desired = [*range(7), 0, *range(9, 15), 7, 0, *[0] * 16]
+    np.testing.assert_array_equal(new.tensors["p.weight"], bit_string(np.array([desired]), 4))
+
+
+def test_nvfp4_of_mlx_is_refused():
+    tensors = {"p.weight": np.zeros((5, 8), "u4"), "p.scales": np.zeros((5, 4), "u1")}
+    assert "nvfp4" in refused(tensors)[1]
+
+
+# MXFP4
+
+
+def mxfp4_model(experts=2, out=5, groups=3, name="experts.down_proj"):
+    rng = np.random.default_rng(6)
+    codes = rng.integers(0, 256, (experts, out, groups, 16), np.uint8)
+    scales = rng.integers(110, 130, (experts, out, groups), np.uint8)
+    desired = np.empty((experts, groups * 32, out))
+    for expert, row, column in np.ndindex(desired.shape):
+        byte = codes[expert, column, row // 32, row % 32 // 2]
+        code = byte & 15 if row % 2 == 0 else byte >> 4
+        scale = 2.0 ** (int(scales[expert, column, row // 32]) - 127)
+        desired[expert, row, column] = FP4_NUMBERS[code] * scale
+    return {f"{name}_blocks": codes, f"{name}_scales": scales}, desired
+
+
+MXFP4 = {"quant_method": "mxfp4"}
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_mxfp4_is_read_and_requantised(dtype):
+    tensors, desired = mxfp4_model()
+    disk = Disk(tensors)
+    for entries in (MXFP4, None):
+        name, how = disk.only(entries, dtype)
+    assert (name, how.shape, how.dtype, how.step) == ("experts.down_proj", (2, 96, 5), dtype, 96)
+    assert how.label == "MXFP4, groups of 32"
+    assert how.tensors == tuple(tensors)
+    for sizes in ((), (1,), (50, 7), (96,)):
+        np.testing.assert_array_equal(
+            bits(read(how, disk, *sizes)), bits(desired.astype(DTYPES[dtype]))
+        )
+    how.check(disk)
+    weight = draw(2, 96, 5)
+    weight[0, :32, 0] = 0
+    weight[0, 32:64, 0] = np.tile([1, 1.75, 3.5, -5, 0.75, 7.9, -0.0, -0.25], 4)
+    new = check_quantiser(how, disk, weight)
+    scales = new.tensors["experts.down_proj_scales"]
+    assert scales[0, 0].tolist()[:2] == [0, 127]
+    first = new.tensors["experts.down_proj_blocks"][0, 0, 1, :4]
+    codes = np.stack([first & 15, first >> 4], -1).reshape(-1)
+    assert codes.tolist() == [2, 4, 6, 14, 2, 7, 8, 8]  # ties go to even codes, 7.9 becomes 6
+    largest = abs(weight.reshape(2, 3, 32, 5)).max(2).transpose(0, 2, 1)[largest_is_set(weight)]
+    exponents = scales.astype(int)[largest_is_set(weight)] - 127
+    assert ((largest >= 4 * 2.0**exponents) & (largest < 8 * 2.0**exponents)).all()
+
+
+def largest_is_set(weight):
+    return abs(weight.reshape(2, 3, 32, 5)).max(2).transpose(0, 2, 1) > 0
+
+
+def test_numbers_of_mxfp4_stay_when_they_are_quantised_again():
+    tensors, desired = mxfp4_model()
+    disk = Disk(tensors)
+    _, how = disk.only(None, "F32")
+    _, back = requantised(how, disk, desired.astype("f4"))
+    np.testing.assert_array_equal(back, desired)
+
+
+def test_mxfp4_that_does_not_fit_is_refused():
+    for changes, word in (
+        ({"experts.down_proj_blocks": np.zeros((2, 5, 3, 8), "u1")}, "(2, 5, 3, 8)"),
+        ({"experts.down_proj_blocks": np.zeros((2, 5, 3, 16), "i1")}, "I8"),
+        ({"experts.down_proj_scales": np.zeros((2, 5), "u1")}, "(2, 5)"),
+        ({"experts.down_proj_scales": np.zeros((2, 5, 3), "f4")}, "F32"),
+    ):
+        assert word in refused(mxfp4_model()[0] | changes, MXFP4)[1]
+    empty = {"p_blocks": np.zeros((0, 5, 3, 16), "u1"), "p_scales": np.zeros((0, 5, 3), "u1")}
+    assert "(0, 5, 3)" in refused(empty, MXFP4)[1]
+    tensors, _ = mxfp4_model()
+    tensors["experts.down_proj_scales"][1, 1, 1] = 255
+    disk = Disk(tensors)
+    with pytest.raises(CheckpointError, match="a scale must not be NaN"):
+        disk.only(MXFP4)[1].check(disk)
