@@ -34,10 +34,11 @@ class Blocks:
 
     @property
     def step(self) -> int:
-        """The rows of a block; of a stack, those of one entry along its first axis."""
-        if len(self.shape) > 2:
-            return max(math.prod(self.shape[1:-1]), 1)
-        return self.size[0] if self.passes == 1 else 1
+        """The fewest rows that have whole blocks, also where the matrices of a stack follow."""
+        if self.passes == 2:
+            return 1
+        rows = self.shape[-2]
+        return self.size[0] if len(self.shape) == 2 or rows % self.size[0] == 0 else rows
 
     @property
     def passes(self) -> int:

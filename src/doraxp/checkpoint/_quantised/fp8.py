@@ -203,7 +203,7 @@ class Fp8Quantiser:
         multiply(scaled, factors[blocks.lines(rows) - part.start], blocks.size[1])
         codes = fp8(scaled)
         back = how.product(codes, self._stored, rows, np.empty)
-        return Quantised(codes.reshape(-1, *how.shape[1:]), back)
+        return Quantised(codes, back)
 
     def rest(self) -> dict[str, HostArray]:
         """Return the scales."""

@@ -140,8 +140,8 @@ class _Words:
 
     @property
     def step(self) -> int:
-        """1; of a stack, the rows of one entry along its first axis."""
-        return self.blocks.step if len(self.shape) > 2 else 1
+        """No two rows share a scale."""
+        return 1
 
     def bytes_of(self, rows: slice, fetch: Fetch) -> HostArray:
         """Return the bytes of the codes of some rows."""
@@ -154,7 +154,7 @@ class _Words:
 
     def words(self, packed: HostArray) -> HostArray:
         """Return bytes of codes as the main tensor has them."""
-        return packed.view(np.uint32).reshape(-1, *self.main.shape[1:])
+        return packed.view(np.uint32)
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,11 @@ class Affine(_Words):
     def dtype(self) -> str:
         """The dtype of the scales."""
         return self.scales.dtype
+
+    @property
+    def resolution(self) -> float:
+        """A step, which is up to two parts in 2^bits − 1; scale and bias may be rounded."""
+        return 2.2 / ((1 << self.bits) - 1) + 2.0**-7
 
     def check(self, fetch: Fetch) -> None:
         """Raise CheckpointError unless all scales and biases are finite."""
@@ -264,6 +269,11 @@ class Mx(_Words):
     def label(self) -> str:
         """The mode."""
         return f"mlx, mxfp{self.bits}, groups of {_MX_GROUP}"
+
+    @property
+    def resolution(self) -> float:
+        """Half the distance from 4 to 6 as a part of 6, or of two numbers of FP8."""
+        return 0.17 if self.bits == 4 else 2.0**-4
 
     def check(self, fetch: Fetch) -> None:
         """Raise CheckpointError where a scale is NaN."""

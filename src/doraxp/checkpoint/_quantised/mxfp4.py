@@ -76,8 +76,13 @@ class Mxfp4:
 
     @property
     def step(self) -> int:
-        """The rows of an expert."""
-        return self.shape[1]
+        """The rows of a group."""
+        return _BLOCK
+
+    @property
+    def resolution(self) -> float:
+        """A number that is nearly 8 becomes 6."""
+        return 0.25
 
     def check(self, fetch: Fetch) -> None:
         """Raise CheckpointError where a scale is NaN."""
@@ -122,30 +127,41 @@ class Mxfp4Quantiser:
     def __init__(self, how: Mxfp4) -> None:
         experts, height, out = how.shape
         self._how = how
+        self._codes = np.empty((out, height // _BLOCK, _BLOCK // 2), np.uint8)  # of one expert
         self._scales = np.zeros((experts, out, height // _BLOCK), np.uint8)
 
     def measure(self, rows: slice, weight: HostArray) -> None:
         """Do nothing: there is one pass."""
 
     def quantise(self, rows: slice, weight: HostArray) -> Quantised:
-        """Return the codes of some experts."""
-        _, height, out = self._how.shape
-        first = rows.start // height
-        count = len(weight) // height
-        stored = np.empty((count, out, height // _BLOCK, _BLOCK // 2), np.uint8)
+        """Return the codes of the experts that these rows complete."""
+        height = self._how.shape[1]
+        complete = [self._codes[:0]]
         back = np.empty(weight.shape, np.float32)
-        for expert in range(count):
-            inside = slice(expert * height, (expert + 1) * height)
-            values = np.ascontiguousarray(weight[inside].T, np.float32)
-            largest = np.abs(values).reshape(out, -1, _BLOCK).max(axis=-1)
-            _, exponent = np.frexp(largest)  # 1 more than the logarithm, rounded down
-            scales = np.clip(exponent.astype(np.int64) - 3 + 127, 0, 254)
-            self._scales[first + expert] = np.where(largest == 0, 0, scales)
-            multiply(values, powers()[254 - scales], _BLOCK)
-            stored[expert] = pack(fp4(values, ties_to_even=True), 4).reshape(stored.shape[1:])
-            back[inside] = _numbers(stored[expert], self._scales[first + expert]).T
-        return Quantised(stored, rounded(back, self._how.dtype, np.empty))
+        for start in range(rows.start // height * height, rows.stop, height):
+            first, last = max(start, rows.start), min(start + height, rows.stop)
+            groups = slice((first - start) // _BLOCK, (last - start) // _BLOCK)
+            values = weight[first - rows.start : last - rows.start].T
+            codes, scales = _quantised(np.ascontiguousarray(values, np.float32))
+            self._codes[:, groups] = codes
+            self._scales[start // height, :, groups] = scales
+            back[first - rows.start : last - rows.start] = _numbers(codes, scales).T
+            if last == start + height:
+                complete.append(self._codes.copy())
+        weight = rounded(back, self._how.dtype, np.empty)
+        return Quantised(np.concatenate(complete), weight)
 
     def rest(self) -> dict[str, HostArray]:
         """Return the scales."""
         return {self._how.tensors[1]: self._scales}
+
+
+def _quantised(values: HostArray) -> tuple[HostArray, HostArray]:
+    """Return the codes and the scales of numbers (out, rows), which are overwritten."""
+    groups = values.reshape(len(values), -1, _BLOCK)
+    largest = np.abs(groups).max(axis=-1)
+    _, exponent = np.frexp(largest)  # 1 more than the logarithm, rounded down
+    scales = np.clip(exponent.astype(np.int64) - 3 + 127, 0, 254)
+    multiply(values, powers()[254 - scales], _BLOCK)
+    codes = pack(fp4(values, ties_to_even=True), 4).reshape(*groups.shape[:2], _BLOCK // 2)
+    return codes, np.where(largest == 0, 0, scales).astype(np.uint8)

@@ -35,8 +35,8 @@ class Quantised(NamedTuple):
     """Some rows of a weight, quantised."""
 
     stored: HostArray
-    """Of the main tensor: the rows along its first axis that are complete by now and were not
-    returned before."""
+    """The next numbers of the main tensor, in its order: those that are complete by now. Their
+    shape does not matter."""
     weight: HostArray
     """The rows as the format's own reader will return them."""
 
