@@ -10,8 +10,20 @@ import ml_dtypes
 import numpy as np
 import pytest
 import quantised_bases
-from checkpoints import audit, dense, draw, merge, near, refused, write_peft
-from quantised_bases import CONFIGS, MATRICES, write
+from checkpoints import (
+    ALPHA,
+    PREFIX,
+    RANK,
+    audit,
+    dense,
+    draw,
+    merge,
+    near,
+    peft_config,
+    refused,
+    write_peft,
+)
+from quantised_bases import BFLOAT16, CONFIGS, MATRICES, write
 
 from doraxp.checkpoint import Options, open_model, plan_merge, run_merge
 from doraxp.checkpoint._quantised.declared import declared
@@ -484,3 +496,65 @@ def test_the_audit_of_a_dense_base_whose_merge_was_quantised(tmp_path, rng, caps
     write(tmp_path / "base", dense_base)
     assert audit(tmp_path) == 0
     assert "quantised" in capsys.readouterr().out
+
+
+# The stacks of gpt-oss
+
+EXPERTS, HIDDEN, WIDE = 3, 96, 64
+STACK = "model.layers.0.mlp.experts"
+
+
+def gpt_oss(rng, folder):
+    """A layer with experts in MXFP4 and a query in bfloat16, and PEFT's adapter of both."""
+    up, w = quantised_bases.mxfp4(rng, f"{STACK}.gate_up_proj", EXPERTS, HIDDEN, WIDE)
+    down, _ = quantised_bases.mxfp4(rng, f"{STACK}.down_proj", EXPERTS, WIDE // 2, HIDDEN)
+    query = {"model.layers.0.self_attn.q_proj.weight": draw(rng, 8, HIDDEN, dtype=BFLOAT16)}
+    write(folder / "base", up | down | query, **CONFIGS["mxfp4"])
+    a, b = (0.2 * draw(rng, EXPERTS, *sides) for sides in ((2, HIDDEN), (WIDE, 2)))
+    q = {"lora_A.weight": draw(rng, 2, HIDDEN), "lora_B.weight": draw(rng, 8, 2)}
+    (folder / "adapter").mkdir()
+    tensors = {
+        f"{PREFIX}{STACK}.lora_A.weight": a.reshape(-1, HIDDEN),
+        f"{PREFIX}{STACK}.lora_B.weight": b.transpose(1, 2, 0).reshape(WIDE, -1),
+    } | {f"{PREFIX}model.layers.0.self_attn.q_proj.{name}": one for name, one in q.items()}
+    quantised_bases.save(folder / "adapter" / "adapter_model.safetensors", tensors)
+    config = peft_config(
+        use_dora=False, target_parameters=["mlp.experts.gate_up_proj"], target_modules=["q_proj"]
+    )
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    return w + ALPHA / RANK * (b @ a).swapaxes(1, 2).astype(np.float64)
+
+
+@pytest.mark.parametrize("targets", ["bf16", "same"])
+def test_experts_in_blocks_are_merged_into(tmp_path, rng, targets):
+    exact = gpt_oss(rng, tmp_path)
+    assert merge(tmp_path, "--targets", targets, "--verify") == 0
+    before, after = raw(tmp_path / "base"), raw(tmp_path / "out")
+    stored = dequantised(tmp_path / "out")[f"{STACK}.gate_up_proj"]
+    error = np.linalg.norm(stored - exact) / np.linalg.norm(exact)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    if targets == "bf16":
+        assert error < 2.0**-8
+        assert {after[f"{STACK}.{one}"][:2] for one in ("gate_up_proj", "down_proj")} == {
+            ("BF16", (EXPERTS, HIDDEN, WIDE)), ("BF16", (EXPERTS, WIDE // 2, HIDDEN))
+        }  # fmt: skip
+        assert STACK in config["quantization_config"]["modules_to_not_convert"]
+    else:
+        assert error < 0.12
+        assert list(after) == list(before)
+        assert all(after[name][:2] == before[name][:2] for name in before)
+        assert config == json.loads((tmp_path / "base" / "config.json").read_text())
+        own = [name for name in before if "down_proj" in name]
+        assert all(after[name] == before[name] for name in own)
+    assert audit(tmp_path) == 0
+
+
+def test_an_adapter_of_the_attention_beside_experts_in_blocks(tmp_path, rng):
+    gpt_oss(rng, tmp_path)
+    shutil.rmtree(tmp_path / "adapter")
+    name = "model.layers.0.self_attn.q_proj"
+    w = dequantised(tmp_path / "base")[f"{name}.weight"]
+    write_peft(tmp_path / "adapter", {name: near(rng, w)})
+    assert merge(tmp_path, "--verify") == 0
+    before, after = raw(tmp_path / "base"), raw(tmp_path / "out")
+    assert {one for one in before if before[one] != after[one]} == {f"{name}.weight"}

@@ -85,7 +85,7 @@ class Quantisation(Protocol):
 
     @property
     def resolution(self) -> float:
-        """The largest error of a number that is quantised ÷ the largest number of its group."""
+        """The largest error of a number ÷ the largest number of its group, both as stored."""
 
     def check(self, fetch: Fetch) -> None:
         """Raise CheckpointError where values on disk break a rule of the format."""
