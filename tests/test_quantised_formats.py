@@ -199,7 +199,7 @@ def test_fp8_of_one_scale():
         disk = Disk(tensors)
         for entries in (config, None):
             _, how = disk.only(entries)
-            assert how.label == "FP8, one scale"
+            assert how.label == "FP8 tensor"
             assert how.step == 1
             assert how.quantiser(disk).passes == 2
             by_formula = fp8_by_formula(fp8_model((6, 5), (6, 5)), (6, 5), "BF16")
@@ -207,7 +207,7 @@ def test_fp8_of_one_scale():
             check_quantiser(how, disk, draw(6, 5), entries)
     disk = Disk(fp8_model((3, 6, 5), (6, 5)))
     _, how = disk.only(config)
-    assert how.label == "FP8, one scale a matrix"
+    assert how.label == "FP8 matrix"
     assert how.step == 6
     check_quantiser(how, disk, draw(3, 6, 5), config)
 
@@ -216,7 +216,7 @@ def test_fp8_codes_are_the_nearest():
     weight = draw(8, 16)
     disk = Disk(fp8_model((8, 16), (4, 8)))
     _, how = disk.only(FP8, "F32")
-    assert how.label == "FP8, blocks of 4 × 8"
+    assert how.label == "FP8 4×8"
     new = check_quantiser(how, disk, weight, FP8)
     numbers = np.arange(256, dtype=np.uint8).view(E4M3).astype("f8")
     numbers = numbers[np.isfinite(numbers)]
@@ -349,7 +349,7 @@ def test_4_bits_are_read_and_requantised(kind, nested, dtype, shape, block, stor
     disk = Disk(tensors)
     name, how = disk.only(dtype="F32")
     assert (name, how.shape, how.dtype) == ("p.weight", shape, dtype)
-    assert how.label == f"{kind}, groups of {block}" + (", nested" if nested else "")
+    assert how.label == f"{kind} {block}" + (" nested" if nested else "")
     assert set(how.tensors) == set(tensors)
     desired = bits(bits4_by_formula(tensors))
     for sizes in ((), (1,), (3, 2)):
@@ -512,7 +512,7 @@ def test_8_bits_are_read_and_requantised(dtype, scale):
     disk = Disk(tensors)
     name, how = disk.only(dtype=dtype)
     assert (name, how.shape, how.dtype, how.step) == ("p.weight", (6, 10), dtype, 1)
-    assert how.label == "bitsandbytes, 8 bits, rows"
+    assert how.label == "int8 rows"
     codes, scales = tensors["p.weight"].astype("f4"), tensors["p.SCB"].astype("f4")
     desired = (codes * scales[:, None] * np.float32(1 / 127)).astype(DTYPES[dtype])
     np.testing.assert_array_equal(bits(read(how, disk, 4)), bits(desired))
@@ -614,19 +614,19 @@ def ct_model(kind, shape, size, scale="f4", asymmetric=False):
 @pytest.mark.parametrize(
     ("kind", "shape", "size", "asymmetric", "words"),
     [
-        ("FP8", (8, 16), (4, 8), False, "FP8, blocks of 4 × 8"),
-        ("FP8", (9, 13), (4, 8), False, "FP8, blocks of 4 × 8"),
-        ("FP8", (9, 13), (1, 13), False, "FP8, rows"),
-        ("FP8", (9, 12), (9, 12), False, "FP8, one scale"),
-        ("INT8", (6, 10), (1, 10), False, "INT8, rows"),
-        ("INT8", (6, 10), (1, 10), True, "INT8, rows, zero points"),
-        ("INT8", (6, 10), (1, 5), True, "INT8, groups of 5, zero points"),
-        ("INT8", (6, 10), (6, 10), True, "INT8, one scale, zero points"),
-        ("packed 4", (9, 12), (1, 12), False, "INT4, rows"),
-        ("packed 4", (19, 13), (1, 13), True, "INT4, rows, zero points"),
-        ("packed 4", (17, 16), (1, 8), True, "INT4, groups of 8, zero points"),
-        ("packed 8", (9, 16), (1, 8), False, "INT8, groups of 8"),
-        ("packed 8", (9, 15), (1, 5), True, "INT8, groups of 5, zero points"),
+        ("FP8", (8, 16), (4, 8), False, "FP8 4×8"),
+        ("FP8", (9, 13), (4, 8), False, "FP8 4×8"),
+        ("FP8", (9, 13), (1, 13), False, "FP8 rows"),
+        ("FP8", (9, 12), (9, 12), False, "FP8 tensor"),
+        ("INT8", (6, 10), (1, 10), False, "INT8 rows"),
+        ("INT8", (6, 10), (1, 10), True, "INT8 rows zero"),
+        ("INT8", (6, 10), (1, 5), True, "INT8 5 zero"),
+        ("INT8", (6, 10), (6, 10), True, "INT8 tensor zero"),
+        ("packed 4", (9, 12), (1, 12), False, "INT4 rows"),
+        ("packed 4", (19, 13), (1, 13), True, "INT4 rows zero"),
+        ("packed 4", (17, 16), (1, 8), True, "INT4 8 zero"),
+        ("packed 8", (9, 16), (1, 8), False, "INT8 8"),
+        ("packed 8", (9, 15), (1, 5), True, "INT8 5 zero"),
     ],
 )
 def test_compressed_tensors_are_read_and_requantised(kind, shape, size, asymmetric, words, scale):
@@ -634,7 +634,7 @@ def test_compressed_tensors_are_read_and_requantised(kind, shape, size, asymmetr
     disk = Disk(tensors)
     name, how = disk.only(CT)
     assert (name, how.shape, DTYPES[how.dtype]) == ("p.weight", shape, np.dtype(scale))
-    assert how.label == f"compressed-tensors {words}"
+    assert how.label == f"CT {words}"
     assert set(how.tensors) == set(tensors)
     for sizes in ((), (1,), (3, 2), (4,)):
         np.testing.assert_array_equal(bits(read(how, disk, *sizes)), bits(desired))
@@ -755,7 +755,7 @@ def test_affine_codes_of_mlx_are_read_and_requantised(bits_each, dtype, stack):
     name, how = disk.only(config)
     assert (name, how.shape, DTYPES[how.dtype]) == ("p.weight", desired.shape, np.dtype(dtype))
     assert how.tensors == ("p.weight", "p.scales", "p.biases")
-    assert how.label == f"mlx, {bits_each} bits, groups of 32"
+    assert how.label == f"mlx {bits_each} bits 32"
     assert how.step == 1
     for sizes in ((), (1,), (3, 4)):
         np.testing.assert_array_equal(bits(read(how, disk, *sizes)), bits(desired))
@@ -863,7 +863,7 @@ def test_mx_modes_of_mlx_are_read_and_requantised(mode, stack):
     disk = Disk({"p.weight": words, "p.scales": scales})
     name, how = disk.only()
     assert (name, how.shape, how.dtype, how.label) == (
-        "p.weight", shape, "BF16", f"mlx, {mode}, groups of 32",
+        "p.weight", shape, "BF16", f"mlx {mode}",
     )  # fmt: skip
     numbers = (FP4_NUMBERS if each == 4 else E4M3_NUMBERS)[codes]
     desired = (numbers * np.repeat(2.0 ** (scales.astype("f8") - 127), 32, -1)).astype(BF16)
@@ -923,7 +923,7 @@ def test_mxfp4_is_read_and_requantised(dtype):
     for entries in (MXFP4, None):
         name, how = disk.only(entries, dtype)
     assert (name, how.shape, how.dtype, how.step) == ("experts.down_proj", (2, 96, 5), dtype, 32)
-    assert how.label == "MXFP4, groups of 32"
+    assert how.label == "MXFP4"
     assert how.tensors == tuple(tensors)
     for sizes in ((), (1,), (50, 7), (96,)):
         np.testing.assert_array_equal(

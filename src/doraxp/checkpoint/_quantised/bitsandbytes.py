@@ -106,7 +106,7 @@ class Int8:
     dtype: str
     tensors: tuple[str, ...]
     scale_dtype: str
-    label: str = "bitsandbytes, 8 bits, rows"
+    label: str = "int8 rows"
     step: int = 1
     resolution: float = 1 / 250
     """Half a step is 1/254; the scales may be rounded to 16 bits."""
@@ -278,7 +278,7 @@ class Bits4:
     @property
     def label(self) -> str:
         """The kind of the codes, and the block."""
-        return f"{self.kind}, groups of {self.block}" + (", nested" if self.nested else "")
+        return f"{self.kind} {self.block}" + (" nested" if self.nested else "")
 
     @property
     def size(self) -> int:

@@ -189,8 +189,8 @@ class Weight:
     @property
     def label(self) -> str:
         """The format and its groups."""
-        zero = ", zero points" if self.zero else ""
-        return f"{METHOD} {self.kind}, {self.blocks.words()}{zero}"
+        zero = " zero" if self.zero else ""
+        return f"CT {self.kind} {self.blocks.words()}{zero}"
 
     @property
     def shape(self) -> tuple[int, ...]:

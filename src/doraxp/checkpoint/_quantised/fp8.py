@@ -129,7 +129,7 @@ class Fp8:
     @property
     def label(self) -> str:
         """The format and its blocks."""
-        return f"FP8, {self.blocks.words()}"
+        return f"FP8 {self.blocks.words()}"
 
     @property
     def shape(self) -> tuple[int, ...]:

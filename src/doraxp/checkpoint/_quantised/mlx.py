@@ -164,7 +164,7 @@ class Affine(_Words):
     @property
     def label(self) -> str:
         """The bits and the groups."""
-        return f"mlx, {self.bits} bits, groups of {self.blocks.size[1]}"
+        return f"mlx {self.bits} bits {self.blocks.size[1]}"
 
     @property
     def dtype(self) -> str:
@@ -268,7 +268,7 @@ class Mx(_Words):
     @property
     def label(self) -> str:
         """The mode."""
-        return f"mlx, mxfp{self.bits}, groups of {_MX_GROUP}"
+        return f"mlx mxfp{self.bits}"
 
     @property
     def resolution(self) -> float:

@@ -72,7 +72,7 @@ class Mxfp4:
     shape: tuple[int, ...]
     dtype: str
     tensors: tuple[str, ...]
-    label: str = "MXFP4, groups of 32"
+    label: str = "MXFP4"
 
     @property
     def step(self) -> int:

@@ -65,7 +65,7 @@ class Quantisation(Protocol):
 
     @property
     def label(self) -> str:
-        """The format and its groups, for tables: "nf4, groups of 64"."""
+        """The format and its groups, for tables: "nf4 64"."""
 
     @property
     def shape(self) -> tuple[int, ...]:
