@@ -166,6 +166,17 @@ def test_every_result_equals_that_of_the_array(
         assert_close(actual[name], array, rtol=10 * rtol if dtype == "bfloat16" else rtol)
 
 
+@pytest.mark.lanes("numpy", "torch", "cupy", "cuda-host")
+def test_a_class_as_dtype_is_the_dtype(backend):
+    """NumPy's dtypes compare equal to classes, and have other names."""
+    namespace, arrays = backend.namespace(), map(backend.asarray, packed_arrays()[:3])
+    weight = QuantisedWeight(*arrays, group=8, dtype=namespace.float64)
+    assert doraxp.init(weight, Config(RANK), seed=0).lora_a.dtype == namespace.float64
+    plain = Rows(weight.rows(slice(0, OUT)))
+    plain.dtype = namespace.float64
+    assert doraxp.init(plain, Config(RANK), seed=0).lora_a.dtype == namespace.float64
+
+
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("dropout", ["input", "low_rank"])
 def test_dropout_equals_that_of_the_array(backend, draw, assert_close, make, dropout):
