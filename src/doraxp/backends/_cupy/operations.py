@@ -31,9 +31,11 @@ from doraxp.backends._cupy.patches import Patches
 from doraxp.backends._cupy.products import Products
 from doraxp.backends._cupy.skinny import Skinny
 from doraxp.backends._cupy.suspects import Suspects, laid
+from doraxp.backends._cupy.unpack import unpack
 from doraxp.backends._direction import Direction, Factors
 from doraxp.backends._dtypes import as_dtype, transpose
 from doraxp.backends._generic import CANCELLATION, LayerGradients, Norm, Operations, least_sum
+from doraxp.backends._packed import Packed
 from doraxp.backends._precision import is_exact
 
 MEASURED = 64
@@ -111,6 +113,14 @@ class CupyOperations(Operations):
     def accumulate(self, total: Consumed, left: DeviceArray, right: DeviceArray) -> DeviceArray:
         """Return total ← total + left right: BLAS adds while it multiplies."""
         return self.products.multiply(left, right, total.dtype, out=total, beta=1.0)
+
+    def unpacked(
+        self, packed: Packed, rows: slice, buffer: DeviceArray | None = None
+    ) -> DeviceArray:
+        """Return some rows of a packed weight by one launch, in `buffer`."""
+        if np.dtype(packed.dtype) == np.float64:
+            return super().unpacked(packed, rows)
+        return unpack(self.cuda, self.xp, packed, rows, buffer)
 
     def gradients(
         self, d: DeviceArray, x: DeviceArray, low: DeviceArray, z: DeviceArray, norm: Norm,
