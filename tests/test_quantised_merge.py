@@ -25,7 +25,15 @@ from checkpoints import (
 )
 from quantised_bases import BFLOAT16, CONFIGS, MATRICES, write
 
-from doraxp.checkpoint import Options, open_model, plan_merge, run_merge
+from doraxp import Adapter, Config, backward, forward
+from doraxp.checkpoint import (
+    CheckpointError,
+    Options,
+    load_quantised,
+    open_model,
+    plan_merge,
+    run_merge,
+)
 from doraxp.checkpoint._quantised.declared import declared
 from doraxp.checkpoint._quantised.fp8 import Fp8Quantiser
 from doraxp.checkpoint._safetensors import Reader
@@ -512,7 +520,7 @@ def gpt_oss(rng, folder):
     write(folder / "base", up | down | query, **CONFIGS["mxfp4"])
     a, b = (0.2 * draw(rng, EXPERTS, *sides) for sides in ((2, HIDDEN), (WIDE, 2)))
     q = {"lora_A.weight": draw(rng, 2, HIDDEN), "lora_B.weight": draw(rng, 8, 2)}
-    (folder / "adapter").mkdir()
+    (folder / "adapter").mkdir(parents=True)
     tensors = {
         f"{PREFIX}{STACK}.lora_A.weight": a.reshape(-1, HIDDEN),
         f"{PREFIX}{STACK}.lora_B.weight": b.transpose(1, 2, 0).reshape(WIDE, -1),
@@ -558,3 +566,51 @@ def test_an_adapter_of_the_attention_beside_experts_in_blocks(tmp_path, rng):
     assert merge(tmp_path, "--verify") == 0
     before, after = raw(tmp_path / "base"), raw(tmp_path / "out")
     assert {one for one in before if before[one] != after[one]} == {f"{name}.weight"}
+
+
+# Weights in memory
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_weight_in_memory_has_the_numbers_of_the_file(tmp_path, rng, format):
+    _, weights = base(rng, format, tmp_path / "base")
+    for module, w in weights.items():
+        found = load_quantised(tmp_path / "base", f"{module}.weight")
+        assert (found.shape, found.dtype) == (w.shape, np.float32)
+        # The oracle rounds to bfloat16, of mlx the product too.
+        np.testing.assert_allclose(found.rows(slice(0, OUT)), w, rtol=2.0**-8, atol=2.0**-9)
+    numbers = open_model(tmp_path / "base").sources()[f"{LEFT[0]}.weight"].read()
+    narrow = load_quantised(tmp_path / "base", f"{LEFT[0]}.weight", dtype=BFLOAT16)
+    if format not in ("int8", "mlx"):  # these round once more on the way
+        assert narrow.rows(slice(0, OUT)).tobytes() == numbers.tobytes()
+    assert narrow.dtype == BFLOAT16
+
+
+def test_a_step_on_a_weight_in_memory_is_that_of_its_numbers(tmp_path, rng):
+    _, weights = base(rng, "nf4", tmp_path / "base")
+    weight = load_quantised(tmp_path / "base", f"{LEFT[0]}.weight")
+    config = Config(RANK, alpha=ALPHA)
+    own = Adapter(*near(rng, weights[LEFT[0]]))
+    x, dy = draw(rng, 5, IN), draw(rng, 5, OUT)
+    results = []
+    for one in (weight, weight.rows(slice(0, OUT))):
+        y, cache = forward(x, one, own, config)
+        gradients = backward(dy, cache)
+        results.append([y, gradients.x, *gradients.adapter])
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path, rng):
+    tensors, _ = base(rng, "fp8")
+    without_scales(tensors)
+    write(tmp_path / "base", tensors, **CONFIGS["fp8"])
+    gpt_oss(rng, tmp_path / "stacks")
+    for folder, name, message in [
+        ("base", f"{ADAPTED[0]}.weight", "is quantised"),
+        ("base", HEAD, "is not quantised"),
+        ("base", "none.weight", "is not in the model"),
+        ("stacks/base", f"{STACK}.down_proj", "is not a matrix"),
+    ]:
+        with pytest.raises(CheckpointError, match=f"{name}.* {message}"):
+            load_quantised(tmp_path / folder, name)

@@ -35,10 +35,11 @@ from doraxp._base.safetensors import Tensor
 from doraxp._base.types import HostArray
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._json import JsonObject, parse_json
-from doraxp.checkpoint._quantised.codes import halves, multiply, pairs, rounded
+from doraxp.checkpoint._quantised.codes import byte_table, halves, multiply, pairs, rounded
 from doraxp.checkpoint._quantised.protocol import (
     Fetch,
     Found,
+    Packed,
     Quantisation,
     Quantised,
     Refused,
@@ -125,6 +126,13 @@ class Int8:
         values *= scales.astype(np.float32)[:, None]
         values *= np.float32(1 / 127)
         return rounded(values, self.dtype, empty)
+
+    def packed(self, fetch: Fetch) -> Packed:
+        """Return the codes, and SCB / 127 for each row."""
+        codes, scales = fetch(self.tensors[0]), fetch(self.tensors[1]).astype(np.float32)
+        table = np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32)[:, None]
+        scale = (scales * np.float32(1 / 127))[:, None]
+        return Packed(codes.view(np.uint8), table, scale, (1, self.shape[-1]))
 
     def quantiser(self, fetch: Fetch) -> Int8Quantiser:
         """Return a quantiser with the arithmetic of int8_vectorwise_quant."""
@@ -341,6 +349,16 @@ class Bits4:
         each = np.repeat(absmax, size)[blocks.start - outer.start * size :]
         codes = fetch(name, blocks)
         return nested_scales(codes, each[: len(codes)], fetch(self.tensors[4]), self.nested)
+
+    def packed(self, fetch: Fetch) -> Packed:
+        """Return the codes, and the absmax of each block of the flat matrix."""
+        if self.shape[-1] % 2:
+            raise CheckpointError(f"{self.tensors[0]}: a byte has codes of two rows")
+        octets = np.ascontiguousarray(fetch(self.tensors[0])).reshape(-1).view(np.uint8)
+        codes = octets[: self.size // 2].reshape(self.shape[0], -1)
+        scales = self._scales(slice(0, -(-self.size // self.block)), fetch)
+        table = byte_table(fetch(self.tensors[2]), 4, high_first=True)
+        return Packed(codes, table, scales, self.block)
 
     def quantiser(self, fetch: Fetch) -> Bits4Quantiser:
         """Return a quantiser with the arithmetic of bitsandbytes' generic functions."""

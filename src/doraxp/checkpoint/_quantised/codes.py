@@ -46,7 +46,12 @@ def powers() -> HostArray:
 @functools.cache
 def fp4_pairs() -> HostArray:
     """Return the two numbers of every byte in e2m1, the low half first, for `halves`."""
-    return pairs(np.concatenate([FP4, -FP4]), high_first=False)
+    return pairs(fp4_numbers(), high_first=False)
+
+
+def fp4_numbers() -> HostArray:
+    """Return the number of every code of e2m1, float32."""
+    return np.concatenate([FP4, -FP4])
 
 
 def pairs(numbers: HostArray, high_first: bool) -> HostArray:
@@ -54,10 +59,7 @@ def pairs(numbers: HostArray, high_first: bool) -> HostArray:
 
     `numbers` are those of the 16 codes.
     """
-    byte = np.arange(256)
-    order = (byte >> 4, byte & 15) if high_first else (byte & 15, byte >> 4)
-    both = np.stack([numbers.astype(np.float32)[code] for code in order], axis=-1)
-    return both.view(np.uint64)[:, 0]
+    return byte_table(numbers, 4, high_first).view(np.uint64)[:, 0]
 
 
 def bytes_to(numbers: HostArray, codes: HostArray, out: HostArray | None = None) -> HostArray:
@@ -123,6 +125,17 @@ def by_group(operation: np.ufunc, values: HostArray, numbers: HostArray, group: 
     with np.errstate(over="ignore", invalid="ignore"):  # infinity, as in the format's own reader
         operation(grouped, numbers[:, :whole, None], out=grouped)
         operation(rest, numbers[:, whole:], out=rest)
+
+
+def byte_table(numbers: HostArray, bits: int, high_first: bool = False) -> HostArray:
+    """Return the float32 numbers of every byte that has 8 / bits codes, (256, 8 / bits).
+
+    `numbers` are those of the codes of so many bits.
+    """
+    places = np.arange(0, 8, bits)[:: -1 if high_first else 1]
+    codes = np.arange(256)[:, None] >> places & (1 << bits) - 1
+    table: HostArray = numbers.astype(np.float32)[codes]
+    return np.ascontiguousarray(table)
 
 
 def multiply(values: HostArray, scale: HostArray, group: int) -> None:

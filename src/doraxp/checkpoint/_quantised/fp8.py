@@ -33,7 +33,7 @@ from doraxp.checkpoint._quantised.codes import (
     powers,
     rounded,
 )
-from doraxp.checkpoint._quantised.protocol import Fetch, Found, Quantised, Refused, Settings
+from doraxp.checkpoint._quantised.protocol import Fetch, Found, Packed, Quantised, Refused, Settings
 from doraxp.checkpoint._safetensors import RAW, Empty
 
 SUFFIX = "_scale_inv"
@@ -157,6 +157,13 @@ class Fp8:
         name, scale = self.tensors
         codes = flat_rows(name, self.shape, rows, fetch)
         return self.product(codes, fetch(scale), rows, empty)
+
+    def packed(self, fetch: Fetch) -> Packed:
+        """Return the codes, and a scale for each block."""
+        codes, scale = (fetch(name) for name in self.tensors)
+        table = fp8_numbers()[:, None]
+        scales = self._numbers(scale).reshape(self.blocks.grid)
+        return Packed(codes, table, scales, self.blocks.size)
 
     def quantiser(self, fetch: Fetch) -> Fp8Quantiser:
         """Return a quantiser with the arithmetic of transformers."""

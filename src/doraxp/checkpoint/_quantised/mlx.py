@@ -24,9 +24,11 @@ from doraxp.checkpoint._quantised.blocks import Blocks
 from doraxp.checkpoint._quantised.codes import (
     FP8_MAX,
     by_group,
+    byte_table,
     bytes_to,
     flat_rows,
     fp4,
+    fp4_numbers,
     fp4_pairs,
     fp8,
     fp8_numbers,
@@ -40,6 +42,7 @@ from doraxp.checkpoint._quantised.codes import (
 from doraxp.checkpoint._quantised.protocol import (
     Fetch,
     Found,
+    Packed,
     Quantised,
     Refused,
     Settings,
@@ -198,6 +201,19 @@ class Affine(_Words):
         by_group(np.add, values, biases.astype(np.float32), group)
         return rounded(values, self.dtype, empty)
 
+    def packed(self, fetch: Fetch) -> Packed:
+        """Return the codes, and a scale and a bias for each group.
+
+        Codes of 3, 5 and 6 bits take a byte each.
+        """
+        octets = self.bytes_of(slice(0, self.shape[0]), fetch)
+        bits = self.bits if self.bits in (2, 4, 8) else 8
+        if bits != self.bits:
+            octets = unpack(octets, self.bits).astype(np.uint8)
+        scale, bias = (fetch(name).astype(np.float32) for name in self.tensors[1:])
+        table = byte_table(np.arange(1 << bits), bits)
+        return Packed(octets, table, scale, self.blocks.size, bias)
+
     def quantiser(self, fetch: Fetch) -> AffineQuantiser:
         """Return a quantiser with the arithmetic of mx.quantize."""
         return AffineQuantiser(self)
@@ -291,6 +307,13 @@ class Mx(_Words):
         values = halves(fp4_pairs(), packed) if self.bits == 4 else bytes_to(fp8_numbers(), packed)
         multiply(values, bytes_to(powers(), scales), _MX_GROUP)
         return rounded(values, self.dtype, empty)
+
+    def packed(self, fetch: Fetch) -> Packed:
+        """Return the codes, and a power of 2 for each group."""
+        octets = self.bytes_of(slice(0, self.shape[0]), fetch)
+        numbers = fp4_numbers() if self.bits == 4 else fp8_numbers()
+        scale = bytes_to(powers(), fetch(self.tensors[1]))
+        return Packed(octets, byte_table(numbers, self.bits), scale, self.blocks.size)
 
     def quantiser(self, fetch: Fetch) -> MxQuantiser:
         """Return a quantiser with the arithmetic of mx.quantize."""

@@ -31,7 +31,7 @@ from doraxp.checkpoint._quantised.codes import (
     powers,
     rounded,
 )
-from doraxp.checkpoint._quantised.protocol import Fetch, Found, Quantised, Refused, Settings
+from doraxp.checkpoint._quantised.protocol import Fetch, Found, Packed, Quantised, Refused, Settings
 from doraxp.checkpoint._safetensors import Empty
 
 METHOD = "mxfp4"
@@ -106,6 +106,10 @@ class Mxfp4:
             inside = slice(start - groups.start * _BLOCK, stop - groups.start * _BLOCK)
             values[first : first + stop - start] = columns[:, inside].T
         return rounded(values, self.dtype, empty)
+
+    def packed(self, fetch: Fetch) -> Packed:
+        """Raise CheckpointError: experts are not one matrix."""
+        raise CheckpointError(f"{self.tensors[0]}: is a stack of experts, and not a matrix")
 
     def quantiser(self, fetch: Fetch) -> Mxfp4Quantiser:
         """Return a quantiser with the arithmetic of the OCP specification of MX formats."""

@@ -41,6 +41,16 @@ class Quantised(NamedTuple):
     """The rows as the format's own reader will return them."""
 
 
+class Packed(NamedTuple):
+    """The arrays of a weight in memory, as `doraxp.QuantisedWeight` takes them."""
+
+    codes: HostArray
+    table: HostArray
+    scale: HostArray
+    group: tuple[int, int] | int
+    bias: HostArray | None = None
+
+
 class Quantiser(Protocol):
     """Quantises the rows of one weight, from the first to the last, in blocks."""
 
@@ -92,6 +102,9 @@ class Quantisation(Protocol):
 
     def dequantise(self, rows: slice, fetch: Fetch, empty: Empty) -> HostArray:
         """Return some rows of the weight, in its dtype, in an array that `empty` allocates."""
+
+    def packed(self, fetch: Fetch) -> Packed:
+        """Return all of a matrix, still packed; CheckpointError where it is not a matrix."""
 
     def quantiser(self, fetch: Fetch) -> Quantiser:
         """Return a quantiser that gives tensors of the same shapes and dtypes."""
