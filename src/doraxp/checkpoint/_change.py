@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from doraxp.checkpoint._rows import Norms
 from doraxp.checkpoint._updated_layer import UpdatedLayer
 
-IDLE, KEPT = 1e-6, 0.9
+IDLE, KEPT, DROWNED = 1e-6, 0.9, 0.5**0.5
 """The relative change of a row that the rounding of m to float32 may cause without training; the
-part of a change that the stored dtype should keep."""
+part of a change that the stored dtype should keep; the least cosine of a change that is more than
+the noise of quantising."""
 
 
 class Change(NamedTuple):
@@ -28,6 +29,8 @@ class Change(NamedTuple):
     kept: float = 1.0
     """⟨stored − W, W' − W⟩ / ‖W' − W‖²: the part of the change that the stored dtype keeps. 1 for
     an idle adapter; NaN where the squares overflow."""
+    cosine: float | None = None
+    """Of stored − W and W' − W, of a weight that is quantised again; None for all others."""
 
     @property
     def is_idle(self) -> bool:
@@ -39,6 +42,14 @@ class Change(NamedTuple):
         """Whether the stored dtype keeps less than nine tenths of the change."""
         return self.kept < KEPT
 
+    @property
+    def is_drowned(self) -> bool:
+        """Whether quantising added more to the weight than the change itself.
+
+        Then the cosine is below √½.
+        """
+        return self.cosine is not None and self.cosine < DROWNED
+
 
 def joined(norms: Iterable[Norms]) -> list[NDArray[np.float64]]:
     """Return ‖wᵢ‖, n and, of a sum, ‖w'ᵢ − wᵢ‖ of all rows, from those of the blocks."""
@@ -46,7 +57,12 @@ def joined(norms: Iterable[Norms]) -> list[NDArray[np.float64]]:
     return [np.concatenate(side).astype(np.float64) for side in sides if side[0] is not None]
 
 
-def change(norms: Iterable[Norms], layer: UpdatedLayer | None, kept: float = 1.0) -> Change:
+def change(
+    norms: Iterable[Norms],
+    layer: UpdatedLayer | None,
+    kept: float = 1.0,
+    cosine: float | None = None,
+) -> Change:
     """Return ΔM, ΔD and the largest change, from the sides of the triangle in each row.
 
     ::
@@ -60,8 +76,8 @@ def change(norms: Iterable[Norms], layer: UpdatedLayer | None, kept: float = 1.0
         Of all blocks.
     layer : UpdatedLayer, optional
         None for a sum of changes, whose norms have ‖w' − w‖: then v is w'.
-    kept : float
-        As `Change` has it.
+    kept, cosine : float
+        As `Change` has them.
     """
     base, adapted, *others = joined(norms)
     update = layer.update_squares() if layer is not None else others[0] ** 2  # ‖v − w‖²
@@ -82,4 +98,5 @@ def change(norms: Iterable[Norms], layer: UpdatedLayer | None, kept: float = 1.0
         float(np.mean(direction)),
         largest,
         kept if largest > IDLE else 1.0,
+        cosine if cosine is None or largest > IDLE else 1.0,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from doraxp.checkpoint._json import JsonObject
+from doraxp.checkpoint._quantised.declared import declared
 
 _TASKS = {
     "SEQ_CLS": "ForSequenceClassification",
@@ -38,9 +39,18 @@ class ConfigEdits:
     """The names of the classes, if the head is new."""
     architecture: str | None = None
     """The class of the model with its new head."""
+    dense: tuple[str, ...] = ()
+    """The dense modules of a quantised model, if a weight has become dense: its
+    ``quantization_config`` names them."""
+    packed: tuple[str, ...] = ()
+    """The other modules of such a model, which are quantised. Their names do not change."""
 
     def __bool__(self) -> bool:
         return self != ConfigEdits()
+
+    def entries(self) -> dict[str, object]:
+        """Return the new entries, without those that do not change."""
+        return {key: value for key, value in vars(self).items() if value and key != "packed"}
 
     def apply(self, config: JsonObject) -> JsonObject:
         """Return the configuration with the changes."""
@@ -61,6 +71,8 @@ class ConfigEdits:
             edited.pop("_num_labels", None)
         if self.architecture is not None:
             edited["architectures"] = [self.architecture]
+        if self.dense:
+            edited = declared(edited, self.dense, self.packed)
         return edited
 
 

@@ -12,6 +12,7 @@ those of an adversary: pages that are lost, zero, old or at another place, and s
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -50,3 +51,19 @@ class Digest:
             octets = octets.copy()  # NumPy adds words at odd addresses 10 times as slowly
         words = octets.view("<u8").reshape(-1, PIECE // 8)
         self._hash.update(np.add.reduce(words, axis=1).astype("<u8", copy=False).data)
+
+
+class Digests:
+    """A digest of each tensor of a file. The tensors may take turns."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, Digest] = {}
+
+    def update(self, name: str, raw: memoryview) -> None:
+        """Add bytes of a tensor."""
+        self._of.setdefault(name, Digest()).update(raw)
+
+    def hexdigest(self, names: Iterable[str]) -> str:
+        """Return one digest of all bytes so far of these tensors, in this order."""
+        parts = (self._of.get(name, Digest()).hexdigest() for name in names)
+        return hashlib.blake2b("".join(parts).encode(), digest_size=16).hexdigest()

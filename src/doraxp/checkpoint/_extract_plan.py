@@ -16,11 +16,11 @@ import numpy as np
 from doraxp._core.kinds import LayerKind
 from doraxp.checkpoint._engine import Reused
 from doraxp.checkpoint._errors import CheckpointError
-from doraxp.checkpoint._fit import has_scales
 from doraxp.checkpoint._matrix import row_blocks
 from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._orientation import is_transposed, may_transpose
 from doraxp.checkpoint._pair import Block
+from doraxp.checkpoint._quantised.reader import quantised_in
 from doraxp.checkpoint._safetensors import DTYPES, AnySource, Source, are_equal
 from doraxp.checkpoint._tied import is_embedding, is_head, tied_in_file
 
@@ -126,11 +126,13 @@ def _partner(
             f"{tuned.path}: {name} must have shape {old.tensor.shape} as in BASE, got "
             f"{new.tensor.shape}: {advice}"
         )
-    for source, names in ((old, before), (new, after)):
-        if source.tensor.dtype not in DTYPES or has_scales(name, names):
+    for source in (old, new):
+        quantised = quantised_in(source)
+        if source.tensor.dtype not in DTYPES or quantised is not None:
+            how = quantised.quantisation.label if quantised else f"dtype {source.tensor.dtype}"
             raise CheckpointError(
-                f"{source.reader.path}: {name} is quantised (dtype {source.tensor.dtype}): give "
-                "the model before its quantisation"
+                f"{source.reader.path}: {name} is quantised ({how}): give the model before its "
+                "quantisation"
             )
     return new
 

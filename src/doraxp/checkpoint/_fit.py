@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Container, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,21 +27,13 @@ from doraxp.checkpoint._names import (
     without,
 )
 from doraxp.checkpoint._norm_guard import nearest_by_norms
+from doraxp.checkpoint._quantised.protocol import Refused
 from doraxp.checkpoint._safetensors import Source, are_equal
 from doraxp.checkpoint._tied import Tied, is_head, tied_head, tied_in_file
-
-_SCALES = ("weight_scale", "weight_scale_inv", "scales", "weight_packed", "weight.absmax")
-"""Tensors beside a quantised weight."""
 
 _OF_MODULES = "name the tensor of each module with --rename REGEX=NEW"
 _OF_PARTS = "remove from BASE the one that the model does not use"
 """The advice where no one option tells which tensors are meant."""
-
-
-def has_scales(name: str, names: Container[str]) -> bool:
-    """Return whether scales are beside a weight, which is quantised then."""
-    module = name.removesuffix("weight")
-    return any(f"{module}{scales}" in names for scales in _SCALES)
 
 
 @dataclass(frozen=True)
@@ -93,16 +85,14 @@ class Fitted:
     """The leading component that the adapter's names have and the base's lack, with its dot."""
     tied: Tied | None
     shapes: Mapping[str, tuple[int, ...]]
-    """Of the sources."""
+    """Of the sources, without the tensors of quantised weights that cannot be read."""
+    refused: Mapping[str, str]
+    """Of each quantised weight that cannot be read: the rest of a sentence that begins with it."""
     _wanted: Mapping[str, Wanted]
 
     def own_name(self, name: str) -> str:
         """Return the name that a new tensor of the adapter has in the result."""
         return without(WRAPPERS, self._wanted[name].name)
-
-    def is_quantised(self, name: str) -> bool:
-        """Return whether scales beside a weight show that it is quantised."""
-        return has_scales(name, self.sources)
 
     def missing(self, adapters: AdapterSet) -> Iterator[str]:
         """Yield a message for each module that the base does not have.
@@ -115,20 +105,21 @@ class Fitted:
             wanted = self._wanted[path]
             name = wanted.path if wanted.is_stack else wanted.name
             message = f"the base has no {name} for an adapter of shape {wanted.shape}"
-            if self._is_packed(wanted):
-                yield (
-                    f"{name} is quantised (MXFP4) in the base and cannot be merged into; merge "
-                    "into the model from which it was quantised"
-                )
+            refused = self._refused(wanted)
+            if refused is not None:
+                yield f"{refused} {self.refused[refused]}"
                 continue
             if path == paths[0]:
                 message += self._too_few(paths) or self._near(path, wanted, adapters)
             yield message
 
-    def _is_packed(self, wanted: Wanted) -> bool:
-        """Return whether the base has a stack of experts as gpt-oss is published, in blocks."""
-        blocks = f".{without(DROPPED, wanted.path)}_blocks"
-        return wanted.is_stack and any(f".{name}".endswith(blocks) for name in self.shapes)
+    def _refused(self, wanted: Wanted) -> str | None:
+        """Return the quantised weight of this name, with or without leading components."""
+        own = f".{without(DROPPED, wanted.path if wanted.is_stack else wanted.name)}"
+        for name in self.refused:
+            if own.endswith(f".{name}") or f".{name}".endswith(own):
+                return name
+        return None
 
     def _too_few(self, paths: Sequence[str]) -> str:
         """Return a text where all these modules are of blocks beyond the last one of the base."""
@@ -186,7 +177,11 @@ def fit(model: Model, adapters: AdapterSet, choices: Fit) -> Fitted:
     """
     sources = model.sources()
     tied = _tie(sources, model)
-    shapes = {name: source.tensor.shape for name, source in sources.items()}
+    unreadable = {
+        name: found for name, found in model.quantised.items() if isinstance(found, Refused)
+    }
+    hidden = {name for found in unreadable.values() for name in found.tensors}
+    shapes = {name: source.tensor.shape for name, source in sources.items() if name not in hidden}
     modules = {
         path: Wanted(choices.renamed(path), "weight", layer.shape, layer.kind.is_stack)
         for path, layer in adapters.layers.items()
@@ -221,6 +216,7 @@ def fit(model: Model, adapters: AdapterSet, choices: Fit) -> Fitted:
         _lead(modules, by_name),
         tied,
         shapes,
+        {name: found.problem for name, found in unreadable.items()},
         whole | modules,
     )
 

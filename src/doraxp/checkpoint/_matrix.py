@@ -20,9 +20,10 @@ BLOCK = 1 << 19
 """Elements of one block: in float32 2 MiB, which a core's cache can hold."""
 
 
-def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Cut the first axis of a stored weight into blocks."""
+def row_blocks(shape: tuple[int, ...], multiple: int = 1) -> Iterator[slice]:
+    """Cut the first axis of a stored weight into blocks, which begin at multiples of a number."""
     step = max(1, BLOCK // max(1, math.prod(shape[1:])))  # a row may have no elements
+    step = max(multiple, step // multiple * multiple)
     return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 

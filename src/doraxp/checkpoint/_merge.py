@@ -20,6 +20,7 @@ from doraxp.checkpoint._model import INDEXES, Model, open_model
 from doraxp.checkpoint._norm_guard import residual_fits
 from doraxp.checkpoint._options import Options
 from doraxp.checkpoint._plan import plan
+from doraxp.checkpoint._quantised.reader import quantised_in
 from doraxp.checkpoint._safetensors import Reader, Source
 from doraxp.checkpoint._stamp import Stamp, check_stamps, stamps_at
 from doraxp.checkpoint._sums import Summand, summed
@@ -30,12 +31,14 @@ from doraxp.checkpoint._tasks import (
     Part,
     ReplacedTensor,
     Task,
+    WrittenTask,
     merged_in,
     part_name,
     parts_of,
     written_as,
 )
 from doraxp.checkpoint._tied import is_embedding, is_head, tied_head
+from doraxp.checkpoint._written import Fate, fates_of, in_order, with_dense, written_tasks
 
 _TOKENIZER = ("tokenizer*", "chat_template*", "added_tokens.json", "vocab.*", "merges.txt")
 
@@ -68,6 +71,8 @@ class Merge(NamedTuple):
     """The changes of the model's config.json."""
     unused: tuple[str, ...]
     """Modules of the adapter that are for another part of the model than BASE."""
+    fates: Mapping[str, Fate]
+    """What becomes of each quantised weight of the base, by its name there."""
     stamps: Mapping[Path, Stamp]
     """Of the files without tensors: configurations, the index, and the other files to copy."""
 
@@ -124,31 +129,36 @@ class Merge(NamedTuple):
         A fused tensor has a part for each module; a tensor that is replaced has one.
         """
         for name, task in self.changed.items():
-            entry = written_as(task, self.options)
+            entry = self._entry(task)
             merged = [part for part in parts_of(task) if isinstance(part, Changed)]
             for part in merged:
                 yield part_name(name, task, part), part, entry
             if not merged:
                 yield name, next(iter(parts_of(task))), entry
 
+    def _entry(self, task: Task) -> Tensor:
+        """Return the entry of a tensor in the result; its dtype may be a format of quantising."""
+        weight = quantised_in(task.source)
+        if weight is None or self.fates[weight.name] != "requantised":
+            return written_as(task, self.options)
+        how = weight.quantisation
+        return Tensor(how.label, how.shape, weight.stored_bytes)
+
     def base(self, name: str) -> Source | None:
         """Return the tensor of the base under a name of the result; None for an added one."""
         return self.model.sources().get(name.removeprefix(self.lead))
 
-    def tasks_of(self, shard: str) -> dict[str, Task]:
+    def tasks_of(self, shard: str) -> dict[str, WrittenTask]:
         """Return the tasks of one shard of the result, by the names in that file.
 
         Tensors that the base lacks follow those of its last shard.
         """
         prefix = self.model.prefix(shard)
-        names = [f"{self.lead}{name}" for name in self.model.shards[shard].tensors]
-        tasks = {name: self.tasks[prefix + name] for name in names}
-        added = {
-            name.removeprefix(prefix): self.tasks[name]
-            for name in self.added
-            if self.model.home(name) == shard
-        }
-        return tasks | added
+        names = [prefix + name for name in self.model.shards[shard].tensors]
+        written = written_tasks(names, self.model, self.tasks, self.lead, self.fates)
+        written |= {name: self.tasks[name] for name in self.added if self.model.home(name) == shard}
+        tasks = {name.removeprefix(prefix): task for name, task in written.items()}
+        return in_order(tasks, self.options)
 
     @property
     def added(self) -> list[str]:
@@ -268,7 +278,11 @@ def plan_merge(
     )
     copied = [base / file for file in model.others]
     stamps = stamps_at([*read, *copied])
-    merge = Merge(model, adapters, tuple(given), tasks, options, fit, lead, edits, unused, stamps)
+    fates = fates_of(model, tasks, lead, options)
+    edits = with_dense(edits, model, tasks, fates)
+    merge = Merge(
+        model, adapters, tuple(given), tasks, options, fit, lead, edits, unused, fates, stamps
+    )
     merge = merge._replace(stamps=stamps | stamps_at(merge.tokenizer()))
     # A file may have changed, appeared or gone between its stamp and its content.
     apart = [path for path in read if stamps.get(path) != before.get(path)]

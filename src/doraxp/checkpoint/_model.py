@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from doraxp._base.types import HostArray
 from doraxp.checkpoint._errors import CheckpointError, gguf
 from doraxp.checkpoint._formats import FILES
 from doraxp.checkpoint._json import JsonObject, read_json
 from doraxp.checkpoint._left_out import files_to_leave_out, is_variant
+from doraxp.checkpoint._quantised import find
+from doraxp.checkpoint._quantised.protocol import Quantisation, Refused
+from doraxp.checkpoint._quantised.reader import QuantisedReader
+from doraxp.checkpoint._quantised.settings import settings_of
 from doraxp.checkpoint._safetensors import Reader, Source
 
 SINGLE = "model.safetensors"
@@ -38,6 +44,8 @@ class Model:
     """The content of each index of shards, by its path in the folder."""
     config: JsonObject
     """The content of ``config.json``; empty without that file."""
+    quantised: Mapping[str, Quantisation | Refused]
+    """How each quantised weight is stored, by the name that it would have in 16 bits."""
 
     @property
     def is_folder(self) -> bool:
@@ -51,15 +59,40 @@ class Model:
 
     def prefix(self, shard: str) -> str:
         """Return the part before the names of a shard's tensors: "" or "unet." in a pipeline."""
-        return f"{shard.rpartition('/')[0]}.".removeprefix(".")
+        return _component(shard)
+
+    @functools.cached_property
+    def stored(self) -> dict[str, Source]:
+        """Return all tensors on disk by name; in a pipeline the component's name stands before."""
+        return _stored(self.shards)
 
     def sources(self) -> dict[str, Source]:
-        """Return all tensors by name; in a pipeline the component's name stands before it."""
+        """Return all tensors by name, as `stored` does, with each quantised weight as one of them.
+
+        It has the place of its codes. The other tensors of the weight are left out.
+        """
+        sources = {}
+        for name, source in self.stored.items():
+            weight = self.weight_of.get(name)
+            if weight is None:
+                sources[name] = source
+            elif name == weight.quantisation.tensors[0]:
+                sources[weight.name] = Source(weight, weight.name)
+        return sources
+
+    @functools.cached_property
+    def readable(self) -> dict[str, QuantisedReader]:
+        """The quantised weights that can be read, by name."""
         return {
-            self.prefix(shard) + name: Source(reader, name)
-            for shard, reader in self.shards.items()
-            for name in reader.tensors
+            name: QuantisedReader(name, found, {one: self.stored[one] for one in found.tensors})
+            for name, found in self.quantised.items()
+            if not isinstance(found, Refused)
         }
+
+    @functools.cached_property
+    def weight_of(self) -> dict[str, QuantisedReader]:
+        """The weight that a tensor on disk is a part of, by the tensor's name."""
+        return {part: weight for weight in self.readable.values() for part in weight.sources}
 
     def home(self, name: str) -> str:
         """Return the shard to which a tensor is added that the model does not have."""
@@ -80,7 +113,7 @@ def open_model(path: Path) -> Model:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if not path.is_dir():
-        return Model(path, {path.name: Reader(path)}, (), (), {}, {})
+        return _model(path, {path.name: Reader(path)})
     file = path / "config.json"
     config = read_json(file) if file.is_file() else {}
     shards: dict[str, Reader] = {}
@@ -96,9 +129,44 @@ def open_model(path: Path) -> Model:
     for file in others:
         if not _inside(path, str(file)).exists():
             raise CheckpointError(f"{path / file}: this link leads to no file; remove it")
-    return Model(
-        path, shards, others, tuple(file for file in rest if file in left_out), indexes, config
-    )
+    left = tuple(file for file in rest if file in left_out)
+    return _model(path, shards, others, left, indexes, config)
+
+
+def _model(
+    path: Path,
+    shards: dict[str, Reader],
+    others: tuple[Path, ...] = (),
+    left_out: tuple[Path, ...] = (),
+    indexes: dict[str, JsonObject] | None = None,
+    config: JsonObject | None = None,
+) -> Model:
+    """Return a model, with its quantised weights."""
+    config = {} if config is None else config
+    stored = _stored(shards)
+    entries = {name: source.tensor for name, source in stored.items()}
+
+    def fetch(name: str, rows: slice | None = None) -> HostArray:
+        return stored[name].read(rows)
+
+    try:
+        quantised = find(entries, settings_of(config), fetch)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return Model(path, shards, others, left_out, indexes or {}, config, quantised)
+
+
+def _stored(shards: Mapping[str, Reader]) -> dict[str, Source]:
+    return {
+        f"{_component(shard)}{name}": Source(reader, name)
+        for shard, reader in shards.items()
+        for name in reader.tensors
+    }
+
+
+def _component(shard: str) -> str:
+    """Return the part before the names of a shard's tensors: "" or "unet." in a pipeline."""
+    return f"{shard.rpartition('/')[0]}.".removeprefix(".")
 
 
 def _components(path: Path) -> list[Path]:

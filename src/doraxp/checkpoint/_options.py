@@ -13,6 +13,7 @@ _CHOICES = {
     "compute": ("float32", "float64", None),
     "dtype": (*DTYPES, None),
     "rounding": ("nearest", "stochastic"),
+    "targets": ("bf16", "same"),
 }
 
 
@@ -33,6 +34,9 @@ class Options:
     keeps, in the mean, an update that is smaller than the distance of two such numbers."""
     seed: int = 0
     """Of the stochastic rounding, in 0..2**64 - 1. The same seed gives the same bytes."""
+    targets: str = "bf16"
+    """How a merged weight is stored that is quantised in the base: "bf16" in bfloat16, or in
+    `dtype`; "same" in the format of the base, which may lose the update."""
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():

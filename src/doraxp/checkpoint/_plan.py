@@ -20,6 +20,7 @@ from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._names import Place
 from doraxp.checkpoint._norm_guard import residual_fits, wrong_matches
 from doraxp.checkpoint._orientation import is_transposed
+from doraxp.checkpoint._quantised.reader import QuantisedReader
 from doraxp.checkpoint._safetensors import DTYPES, Source
 from doraxp.checkpoint._separate_head import separate_head, separate_shared
 from doraxp.checkpoint._tasks import (
@@ -234,11 +235,13 @@ def _stored_parts(
     Of a module with several experts it is the part of each.
     """
     name, tensor = place.tensor, part.source.tensor
-    if tensor.dtype not in DTYPES or fitted.is_quantised(name):
+    if tensor.dtype not in DTYPES:
         raise CheckpointError(
             f"{name} is quantised (dtype {tensor.dtype}) and cannot be merged into; merge into the "
             "model from which it was quantised"
         )
+    if isinstance(part.source.reader, QuantisedReader):
+        part.source.reader.check()
     if part.layer.kind.is_stack:
         return list(expert_parts(part, place, model.config))
     return [replace(part, layer=_as_stored(name, part.layer, tensor.shape, place))]

@@ -70,7 +70,13 @@ def alone(terms: Sequence[Term]) -> UpdatedLayer | None:
 
 
 def merged_blocks(
-    name: str, source: AnySource, terms: Sequence[Term], engine: Engine, dtype: str
+    name: str,
+    source: AnySource,
+    terms: Sequence[Term],
+    engine: Engine,
+    dtype: str,
+    *,
+    multiple: int = 1,
 ) -> Iterator[Block]:
     """Yield the merged weight block by block. Each block of W is read once for all terms.
 
@@ -92,6 +98,8 @@ def merged_blocks(
     engine : Engine
     dtype : {"float32", "float64"}
         To compute in.
+    multiple : int
+        Blocks begin at multiples of this number of rows.
 
     Raises
     ------
@@ -107,9 +115,9 @@ def merged_blocks(
     try:
         parts = [_part(term, engine, dtype) for term in terms]
         if alone(terms) is None:
-            blocks = _sums(read, source.tensor.shape, terms, parts)
+            blocks = _sums(read, source.tensor.shape, terms, parts, multiple)
         else:
-            blocks = _merge(read, source.tensor.shape, parts[0])
+            blocks = _merge(read, source.tensor.shape, parts[0], multiple)
         for block in blocks:
             if not all(np.isfinite(np.asarray(norm)).all() for norm in block.norms[:2]):
                 raise CheckpointError(
@@ -126,22 +134,26 @@ _Read: TypeAlias = Callable[[slice], HostArray]
 """Returns rows of W, flat, in the dtype of the computation; the next call overwrites them."""
 
 
-def _merge(read: _Read, shape: tuple[int, ...], part: _Part) -> Iterator[Block]:
+def _merge(read: _Read, shape: tuple[int, ...], part: _Part, multiple: int) -> Iterator[Block]:
     """Yield the blocks of W'."""
     _measure(read, shape, [part])
-    for rows in row_blocks(shape):
+    for rows in row_blocks(shape, multiple):
         weight = read(rows)
         merged, norms = part.merged(rows, weight)
         yield Block(rows, weight, merged, norms)
 
 
 def _sums(
-    read: _Read, shape: tuple[int, ...], terms: Sequence[Term], parts: Sequence[_Part]
+    read: _Read,
+    shape: tuple[int, ...],
+    terms: Sequence[Term],
+    parts: Sequence[_Part],
+    multiple: int,
 ) -> Iterator[Block]:
     """Yield the blocks of W + Σ strength (W'ᵢ − W)."""
     _measure(read, shape, parts)
     memory = Reused()
-    for rows in row_blocks(shape):
+    for rows in row_blocks(shape, multiple):
         weight = read(rows)
         changes = memory((len(parts) + 1, *weight.shape), weight.dtype)
         with np.errstate(over="raise", invalid="ignore"):

@@ -13,7 +13,7 @@ from pathlib import Path
 import threadpoolctl
 
 from doraxp.checkpoint._change import Change
-from doraxp.checkpoint._digest import Digest
+from doraxp.checkpoint._digest import Digests
 from doraxp.checkpoint._errors import ChangedError, CheckpointError, named
 from doraxp.checkpoint._lock import alone
 from doraxp.checkpoint._merge import Merge
@@ -188,10 +188,10 @@ def finish_shard(
         if verify:
             verify_shard(merge, name, shard.done)
         return changes
-    digest = Digest()
+    digests = Digests()
 
-    def count(raw: memoryview) -> None:
-        digest.update(raw)
+    def count(tensor: str, raw: memoryview) -> None:
+        digests.update(tensor, raw)
         on_bytes(raw.nbytes)
 
     target = shard.unfinished
@@ -200,5 +200,5 @@ def finish_shard(
         changes = {weight.name: weight.change for weight in weights}
     if verify:
         verify_shard(merge, name, target)
-    note(shard, digest.hexdigest(), changes)
+    note(shard, digests.hexdigest(merge.entries(name)), changes)
     return changes

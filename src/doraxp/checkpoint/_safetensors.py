@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
-from typing import NamedTuple, TypeAlias, TypedDict, cast
+from typing import NamedTuple, Protocol, TypeAlias, TypedDict, cast
 
 import ml_dtypes
 import numpy as np
@@ -146,6 +146,15 @@ class Reader:
             raise changed(self.path)
         return fresh
 
+    def again(self, fresh: Mapping[Path, Reader]) -> Reader:
+        """Return the one of `fresh` that is this file, opened anew."""
+        return fresh[self.path]
+
+    @property
+    def files(self) -> tuple[Reader, ...]:
+        """This file alone; a quantised weight may be in several files."""
+        return (self,)
+
     def __getstate__(self) -> dict[str, object]:
         return vars(self) | {"_stamp_here": None}
 
@@ -169,10 +178,41 @@ class Reader:
             raise changed(self.path)
 
 
+class TensorFile(Protocol):
+    """An open file with tensors, as `Source` reads it."""
+
+    @property
+    def path(self) -> Path:
+        """The file, for messages."""
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The entries of the tensors."""
+
+    @property
+    def files(self) -> tuple[Reader, ...]:
+        """The files on disk."""
+
+    def read(
+        self,
+        name: str,
+        rows: slice | None = None,
+        empty: Empty = np.empty,
+        shape: tuple[int, ...] | None = None,
+    ) -> HostArray:
+        """Return a tensor, or some rows of it, as `Reader.read` does."""
+
+    def chunks(self, name: str, window: slice | None = None) -> Iterator[memoryview]:
+        """Yield the bytes of a tensor, as `Reader.chunks` does."""
+
+    def again(self, fresh: Mapping[Path, Reader]) -> TensorFile:
+        """Return the same tensors in files that were opened anew."""
+
+
 class Source(NamedTuple):
     """One tensor in an open file, or a window of its rows, which acts as a tensor."""
 
-    reader: Reader
+    reader: TensorFile
     name: str
     window: slice | None = None
     """Rows with a start and a stop; None for all of the tensor."""
@@ -225,7 +265,7 @@ class Source(NamedTuple):
 
     def reopened(self, fresh: Mapping[Path, Reader]) -> Source:
         """Return the same tensor in files that were opened anew."""
-        return self._replace(reader=fresh[self.reader.path])
+        return self._replace(reader=self.reader.again(fresh))
 
 
 class SumSource(NamedTuple):
@@ -236,7 +276,7 @@ class SumSource(NamedTuple):
     scale: float = 1.0
 
     @property
-    def reader(self) -> Reader:
+    def reader(self) -> TensorFile:
         """The file with the tensor that is added."""
         return self.difference.reader
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeAlias
 
@@ -19,14 +20,18 @@ from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._matrix import row_blocks
 from doraxp.checkpoint._merge import Merge
 from doraxp.checkpoint._options import merge_dtype
+from doraxp.checkpoint._requantise import Piece, requantise
 from doraxp.checkpoint._rounding import Stochastic, stochastic, to_either, to_nearest
-from doraxp.checkpoint._rows import alone, merged_blocks
+from doraxp.checkpoint._rows import Block, Norms, alone, merged_blocks
 from doraxp.checkpoint._safetensors import DTYPES, AnySource
 from doraxp.checkpoint._survival import Survival
 from doraxp.checkpoint._tasks import (
     Changed,
     Part,
     ReplacedTensor,
+    RequantisedTensor,
+    ScalesTensor,
+    Task,
     part_name,
     parts_of,
     read_terms,
@@ -34,8 +39,8 @@ from doraxp.checkpoint._tasks import (
 
 OnBytes: TypeAlias = Callable[[int], None]
 """Called with the number of bytes that were written."""
-OnWrite: TypeAlias = Callable[[memoryview], None]
-"""Called with bytes of tensors that were written, in their order."""
+OnWrite: TypeAlias = Callable[[str, memoryview], None]
+"""Called with the name of a tensor and its next bytes, which were written."""
 WINDOW = 64 << 20
 """Bytes of a result that stay in the system's memory."""
 
@@ -49,7 +54,7 @@ class MergedWeight(NamedTuple):
 
 
 def merge_shard(
-    merge: Merge, shard: str, target: Path, on_write: OnWrite = lambda raw: None
+    merge: Merge, shard: str, target: Path, on_write: OnWrite = lambda name, raw: None
 ) -> Iterator[MergedWeight]:
     """Write a merged shard to `target`, and yield each merged weight when it is written.
 
@@ -61,59 +66,116 @@ def merge_shard(
     # machine many times longer.
     with threadpoolctl.threadpool_limits(1), target.open("xb") as file:
         write_header(file, entries, merge.model.shards[shard].metadata)
-        output = _Output(file, on_write)
+        output = _Output(file, entries, on_write)
         for name, entry in entries.items():
-            start = 0  # the position in the tensor of the part's first number
-            for part in parts_of(tasks[name]):
-                work = _PartWork(merge, name, entry, engine, output, start)
-                if isinstance(part, Changed):
-                    label = part_name(merge.model.prefix(shard) + name, tasks[name], part)
-                    yield work.merged(label, part)
-                else:
-                    work.copied(part)
-                start += math.prod(part.source.tensor.shape)
+            task, prefix = tasks[name], merge.model.prefix(shard)
+            if isinstance(task, RequantisedTensor):
+                yield from _requantised(merge, prefix, task, engine, output)
+            elif not isinstance(task, ScalesTensor):
+                yield from _rounded(merge, prefix, name, task, entry, engine, output)
         file.flush()
         os.fsync(file.fileno())
 
 
-class _PartWork(NamedTuple):
-    """The place of a part of a tensor in the output."""
+def _rounded(
+    merge: Merge, prefix: str, name: str, task: Task, entry: Tensor, engine: Engine, output: _Output
+) -> Iterator[MergedWeight]:
+    """Write a tensor in a dtype of its own, and yield the weights that are merged in it."""
+    random_bits = stochastic(name, entry, merge.options)
+    start = 0  # the position in the tensor of the part's first number
+    for part in parts_of(task):
+        if not isinstance(part, Changed):
+            _copy(name, part, entry, output)
+            start += math.prod(part.source.tensor.shape)
+            continue
+        measured = _Measured(merge, part, entry)
+        for block in measured.blocks(name, engine):
+            written = output.write_array(name, block.merged, entry, start, random_bits)
+            measured.survival.add(block, written)
+            start += block.merged.size
+        yield measured.weight(part_name(prefix + name, task, part))
 
-    merge: Merge
-    name: str
-    entry: Tensor
-    engine: Engine
-    output: _Output
-    start: int
 
-    def merged(self, name: str, part: Changed) -> MergedWeight:
-        """Merge and write the part; return it under `name`."""
-        options, source = self.merge.options, part.source
-        terms = read_terms(part)
-        norms, survival = [], Survival(source.tensor.shape)
-        dtype = merge_dtype(source.tensor, self.entry, options)
-        random_bits = stochastic(self.name, self.entry, options)
-        for block in merged_blocks(self.name, source, terms, self.engine, dtype):
-            start = self.start + block.rows.start * math.prod(source.tensor.shape[1:])
-            written = self.output.write_array(
-                self.name, block.merged, self.entry, start, random_bits
-            )
-            survival.add(block, written)
-            norms.append(block.norms)
-        return MergedWeight(name, change(norms, alone(terms), survival.kept))
+class _Measured:
+    """The merge of a part, and what its blocks change.
 
-    def copied(self, part: Part) -> None:
-        """Write the part as it is, in the dtype of the result."""
-        source = part.source
-        if isinstance(part, ReplacedTensor) and part.dtype in DTYPES:
-            for rows in _finite_rows(source):
-                self.output.write_array(self.name, rows, self.entry)
-        elif source.tensor.dtype == self.entry.dtype:
-            for chunk in source.chunks():
-                self.output.write(chunk)
-        else:
-            for rows in _rows(source):
-                self.output.write_array(self.name, rows, self.entry)
+    Parameters
+    ----------
+    merge : Merge
+    part : Changed
+    entry : Tensor
+        Of the tensor in the result.
+    """
+
+    def __init__(self, merge: Merge, part: Changed, entry: Tensor) -> None:
+        self._source, self._terms = part.source, read_terms(part)
+        self._dtype = merge_dtype(part.source.tensor, entry, merge.options)
+        self._norms: list[Norms] = []
+        self.survival = Survival(part.source.tensor.shape)
+
+    def blocks(self, name: str, engine: Engine, multiple: int = 1) -> Iterator[Block]:
+        """Yield the merged blocks; those of a second call are of the same numbers."""
+        self._norms = []
+        for block in merged_blocks(
+            name, self._source, self._terms, engine, self._dtype, multiple=multiple
+        ):
+            yield block
+            self._norms.append(block.norms)
+
+    def weight(self, name: str, *, is_requantised: bool = False) -> MergedWeight:
+        """Return the result under a name, when all blocks are written."""
+        cosine = self.survival.cosine if is_requantised else None
+        kept = self.survival.kept
+        return MergedWeight(name, change(self._norms, alone(self._terms), kept, cosine))
+
+
+def _copy(name: str, part: Part, entry: Tensor, output: _Output) -> None:
+    """Write the part as it is, in the dtype of the result."""
+    source = part.source
+    if isinstance(part, ReplacedTensor) and part.dtype in DTYPES:
+        for rows in _finite_rows(source):
+            output.write_array(name, rows, entry)
+    elif source.tensor.dtype == entry.dtype:
+        for chunk in source.chunks():
+            output.write(name, chunk)
+    else:
+        for rows in _rows(source):
+            output.write_array(name, rows, entry)
+
+
+def _requantised(
+    merge: Merge, prefix: str, task: RequantisedTensor, engine: Engine, output: _Output
+) -> Iterator[MergedWeight]:
+    """Write a weight in the format of the base, and yield the weights that are merged in it."""
+    quantisation, weight = task.stored.quantisation, task.stored
+    columns = quantisation.shape[-1]
+    parts = [
+        (part, _Measured(merge, part, task.source.tensor) if isinstance(part, Changed) else None)
+        for part in parts_of(task.task)
+    ]
+
+    def pieces() -> Iterator[Piece]:
+        start = 0
+        for part, measured in parts:
+            if measured is None:
+                for rows in _finite_rows(part.source):
+                    exact = rows.reshape(-1, columns).astype(np.float32)
+                    yield Piece(start, exact)
+                    start += len(exact)
+                continue
+            for block in measured.blocks(weight.name, engine, quantisation.step):
+                yield Piece(start, block.merged, block, measured.survival)
+                start += len(block.merged)
+
+    def write(tensor: str, numbers: HostArray) -> None:
+        own = f"{merge.lead}{tensor.removeprefix(prefix)}"
+        output.write(own, np.ascontiguousarray(numbers).reshape(-1).view(np.uint8).data)
+
+    requantise(weight, pieces, write)
+    for part, measured in parts:
+        if isinstance(part, Changed) and measured is not None:
+            label = part_name(f"{merge.lead}{weight.name}", task.task, part)
+            yield measured.weight(label, is_requantised=True)
 
 
 def _finite_rows(source: AnySource) -> Iterator[HostArray]:
@@ -132,23 +194,30 @@ def _rows(source: AnySource) -> Iterator[HostArray]:
 
 
 class _Output:
-    """The file of a shard, after its header.
+    """The file of a shard, after its header. The tensors of it may be written in any order.
 
     Every 64 MiB the system is asked to write to the disk and to forget what it wrote. So the disk
     works beside the processor, and a large model does not push all else out of memory.
     """
 
-    def __init__(self, file: BinaryIO, on_write: OnWrite) -> None:
+    def __init__(self, file: BinaryIO, entries: Mapping[str, Tensor], on_write: OnWrite) -> None:
         self._file, self._on_write = file, on_write
         self._written, self._narrow = 0, Reused()
+        sizes = [entry.nbytes for entry in entries.values()]
+        starts = itertools.accumulate(sizes, initial=file.tell())
+        self._place = dict(zip(entries, starts, strict=False))
+        """Where the next bytes of each tensor belong."""
 
-    def write(self, raw: memoryview) -> None:
-        """Append bytes."""
+    def write(self, name: str, raw: memoryview) -> None:
+        """Append bytes to a tensor."""
+        if self._file.tell() != self._place[name]:
+            self._file.seek(self._place[name])
         self._file.write(raw)
+        self._place[name] += raw.nbytes
         before, self._written = self._written, self._written + raw.nbytes
         if self._written // WINDOW > before // WINDOW and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        self._on_write(raw)
+        self._on_write(name, raw)
 
     def write_array(
         self,
@@ -186,5 +255,5 @@ class _Output:
                 written = to_either(rows, dtype, random_bits, start, self._narrow)
         except FloatingPointError:
             raise CheckpointError(f"{name} has values too large for {dtype}") from None
-        self.write(written.reshape(-1).view(np.uint8).data)
+        self.write(name, written.reshape(-1).view(np.uint8).data)
         return written

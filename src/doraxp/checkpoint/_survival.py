@@ -2,11 +2,16 @@
 
 ::
 
-    kept = ⟨stored − W, W' − W⟩ / ‖W' − W‖²
+    kept   = ⟨stored − W, W' − W⟩ / ‖W' − W‖²
+    cosine = ⟨stored − W, W' − W⟩ / (‖stored − W‖ ‖W' − W‖)
 
-It is 1 where the stored weight has moved as far along the update as W' does, and 0 where rounding
+kept is 1 where the stored weight has moved as far along the update as W' does, and 0 where rounding
 took the update back. In bfloat16 the distance of two numbers is up to 1/128 of the number: a
 smaller update is mostly lost where W itself is in bfloat16.
+
+A weight that is quantised again gets new scales, and then all numbers move by as much as the steps
+of the format. In the mean they move along the update too, and kept is near 1, but the update drowns
+in what rounding adds: the cosine is small.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ _GROUP = 64
 
 
 class Survival:
-    """Sums the two products of `kept` while the blocks of one weight are written.
+    """Sums the products of `kept` and `cosine` while the blocks of one weight are written.
 
     Of a weight with p times 2²⁰ elements each group of rows is measured in one p-th of the columns,
     the next group in the next p-th: so no row and no column is left out. With an update of 3e-4 of
@@ -42,7 +47,7 @@ class Survival:
         rows, self._columns = shape[0], math.prod(shape[1:])
         self._parts = max(1, min(rows * self._columns // SAMPLE, rows))
         self._group = rows if self._parts == 1 else max(1, min(_GROUP, rows // self._parts))
-        self._along, self._squares = 0.0, 0.0
+        self._along, self._squares, self._moved = 0.0, 0.0, 0.0
         self._kept, self._update = Reused(), Reused()
 
     def add(self, block: Block, stored: HostArray) -> None:
@@ -65,6 +70,7 @@ class Survival:
             np.subtract(exact, weight, out=update)
             self._along += float(np.vdot(kept, update))
             self._squares += float(np.vdot(update, update))
+            self._moved += float(np.vdot(kept, kept))
 
     @property
     def kept(self) -> float:
@@ -72,3 +78,13 @@ class Survival:
         if not self._squares:
             return 1.0
         return self._along / self._squares if math.isfinite(self._squares) else math.nan
+
+    @property
+    def cosine(self) -> float:
+        """The cosine of the stored change and the update; 1 where W' is W, 0 where stored is W."""
+        squares = self._squares * self._moved
+        if not self._squares:
+            return 1.0
+        if not math.isfinite(squares):
+            return math.nan
+        return self._along / math.sqrt(squares) if squares else 0.0

@@ -10,6 +10,7 @@ from doraxp._base.safetensors import Tensor
 from doraxp.checkpoint._adapters import AdapterSet, StoredLayer
 from doraxp.checkpoint._options import Options
 from doraxp.checkpoint._rows import Term
+from doraxp.checkpoint._quantised.reader import QuantisedReader, quantised_in
 from doraxp.checkpoint._safetensors import DTYPES, AnySource, Source
 from doraxp.checkpoint._updated_layer import UpdatedLayer
 
@@ -55,6 +56,8 @@ class CopiedTensor:
 
     source: AnySource
     """The tensor in the base."""
+    is_part: bool = False
+    """Whether it is one of the tensors of a quantised weight, which keep their dtypes."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,35 @@ Task: TypeAlias = Part | JoinedTensor
 """The way in which one tensor of the result is made."""
 
 
+@dataclass(frozen=True)
+class RequantisedTensor:
+    """The codes of a weight that is quantised again after its merge."""
+
+    task: Task
+    """The merge."""
+    stored: QuantisedReader
+    """The weight in the base: its format is that of the result."""
+
+    @property
+    def source(self) -> AnySource:
+        """The weight before the merge."""
+        return self.task.source
+
+
+@dataclass(frozen=True)
+class ScalesTensor:
+    """A tensor beside the codes of a weight that is quantised again: written with them."""
+
+    codes: str
+    """The name of the tensor of the codes in the result."""
+    source: Source
+    """The tensor in the base, which has the same shape and dtype."""
+
+
+WrittenTask: TypeAlias = Task | RequantisedTensor | ScalesTensor
+"""The way in which one tensor of a file of the result is written."""
+
+
 def parts_of(task: Task) -> tuple[Part, ...]:
     """Return the parts of a task, from the first row to the last."""
     return task.parts if isinstance(task, JoinedTensor) else (task,)
@@ -119,10 +151,17 @@ def merged_in(part: Part) -> tuple[MergedTensor, ...]:
     return tuple(one for one in terms if isinstance(one, MergedTensor))
 
 
-def written_as(task: Task, options: Options) -> Tensor:
+def written_as(task: WrittenTask, options: Options) -> Tensor:
     """Return the entry that a tensor has in the result."""
+    if isinstance(task, RequantisedTensor):
+        codes = task.stored.quantisation.tensors[0]
+        return task.stored.sources[codes].tensor
     tensor = task.source.tensor
+    if isinstance(task, ScalesTensor) or (isinstance(task, CopiedTensor) and task.is_part):
+        return tensor
     dtype = task.dtype if isinstance(task, ReplacedTensor) else tensor.dtype
+    if quantised_in(task.source) is not None:
+        dtype = "BF16"
     if options.dtype is not None and dtype in DTYPES:
         dtype = options.dtype
     if dtype == tensor.dtype:

@@ -5,7 +5,7 @@ The rows are compared with a dense merge in float64.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +18,16 @@ from doraxp.checkpoint._matrix import Wide, row_blocks, source_rows
 from doraxp.checkpoint._merge import Merge
 from doraxp.checkpoint._precision import PRECISION
 from doraxp.checkpoint._rows import Term, alone
+from doraxp.checkpoint._quantised.reader import QuantisedReader, quantised_in
 from doraxp.checkpoint._safetensors import DTYPES, AnySource, Reader, Source, are_equal
-from doraxp.checkpoint._tasks import Changed, MergedTensor, parts_of
+from doraxp.checkpoint._tasks import (
+    Changed,
+    MergedTensor,
+    RequantisedTensor,
+    ScalesTensor,
+    WrittenTask,
+    parts_of,
+)
 from doraxp.checkpoint._updated_layer import UpdatedLayer
 
 SAMPLE = 16
@@ -34,7 +42,7 @@ def verify_shard(merge: Merge, name: str, target: Path) -> None:
     """
     shard, tasks = merge.model.shards[name], merge.tasks_of(name)
     # A tied head may come from another shard than that of its place.
-    sources = [part.source.reader for task in tasks.values() for part in parts_of(task)]
+    sources = [file for task in tasks.values() for file in _files(task)]
     files = (shard, *(adapters.reader for adapters in merge.adapters), *sources)
     fresh = {path: reader.reopened() for path, reader in {one.path: one for one in files}.items()}
     result = Reader(target)
@@ -44,10 +52,15 @@ def verify_shard(merge: Merge, name: str, target: Path) -> None:
     ):
         raise CheckpointError(f"{target}: the tensors are not those of {shard.path}")
     for tensor, task in tasks.items():
+        if isinstance(task, ScalesTensor):
+            continue  # read with the codes
         start = 0
+        stored = Source(result, tensor)
+        if isinstance(task, RequantisedTensor):
+            stored, task = _requantised(merge, name, result, task), task.task
         for part in parts_of(task):
             source = part.source.reopened(fresh)
-            written = Source(result, tensor).like(source)
+            written = stored.like(source)
             if source.tensor.shape != written.tensor.shape:
                 rows = source.tensor.shape[0]
                 written, start = written.rows(start, start + rows), start + rows
@@ -55,6 +68,23 @@ def verify_shard(merge: Merge, name: str, target: Path) -> None:
                 _verify_merged(source, written, _reopened(part, fresh))
             elif not _equal(source, written):
                 raise CheckpointError(f"{target}: {tensor} is not a copy of {source.name}")
+
+
+def _files(task: WrittenTask) -> Iterator[Reader]:
+    """Yield the files of the base and of the adapter that a task reads."""
+    if isinstance(task, RequantisedTensor):
+        task = task.task
+    for part in (task,) if isinstance(task, ScalesTensor) else parts_of(task):
+        yield from part.source.reader.files
+
+
+def _requantised(merge: Merge, shard: str, result: Reader, task: RequantisedTensor) -> Source:
+    """Return a weight that was quantised again, dequantised from the file of the result."""
+    prefix, weight = merge.model.prefix(shard), task.stored
+    sources = {
+        name: Source(result, f"{merge.lead}{name.removeprefix(prefix)}") for name in weight.sources
+    }
+    return Source(QuantisedReader(weight.name, weight.quantisation, sources), weight.name)
 
 
 def _reopened(part: Changed, fresh: Mapping[Path, Reader]) -> tuple[Term, ...]:
@@ -91,10 +121,25 @@ def _verify_merged(source: AnySource, written: AnySource, terms: Sequence[Term])
     epsilon, normal = PRECISION[written.tensor.dtype]
     # Below the smallest normal number the distance to the next one no longer shrinks.
     bound = np.maximum(np.abs(desired), normal) * epsilon + 1e-5 * largest
+    quantised = quantised_in(written)
+    if quantised is not None:
+        bound += quantised.quantisation.resolution * _reach(written, rows, kind)
     if not (np.abs(actual - desired) <= bound).all():
         raise CheckpointError(
             f"{written.reader.path}: {written.name} is not the result of a dense merge"
         )
+
+
+def _reach(written: AnySource, rows: NDArray[np.intp], kind: LayerKind) -> Wide:
+    """Return the largest number of some rows and of all that may share their scales, (k, 1)."""
+    quantised = quantised_in(written)
+    step = 1 if quantised is None else quantised.quantisation.step
+    out, largest = written.tensor.shape[0], []
+    for row in rows if not kind.is_transposed else [0]:
+        first = int(row) // step * step
+        block = slice(first, min(first + step, out)) if not kind.is_transposed else slice(0, out)
+        largest.append(float(np.abs(written.read(block).astype(np.float64)).max()))
+    return np.broadcast_to(np.array(largest)[:, None], (len(rows), 1))
 
 
 def _dense(

@@ -33,7 +33,7 @@ import doraxp
 from doraxp._base.safetensors import write_header
 from doraxp.checkpoint._adapters import config_path
 from doraxp.checkpoint._change import Change
-from doraxp.checkpoint._digest import Digest
+from doraxp.checkpoint._digest import Digests
 from doraxp.checkpoint._durable import sync, write_durably
 from doraxp.checkpoint._json import JsonObject, read_json
 from doraxp.checkpoint._lock import LOCK
@@ -178,14 +178,15 @@ def noted(name: str, shard: Shard, merge: Merge) -> dict[str, Change] | None:
     reader = merge.model.shards[name]
     try:
         notes = json.loads(shard.notes.read_bytes())
-        result, digest = Reader(shard.done), Digest()
+        result, digests = Reader(shard.done), Digests()
         entries = list(merge.entries(name).items())
         if list(result.tensors.items()) != entries or result.metadata != reader.metadata:
             return None
         for name in result.tensors:
             for raw in result.chunks(name):
-                digest.update(raw)
-        if [notes["size"], notes["digest"]] != [shard.done.stat().st_size, digest.hexdigest()]:
+                digests.update(name, raw)
+        digest = digests.hexdigest(result.tensors)
+        if [notes["size"], notes["digest"]] != [shard.done.stat().st_size, digest]:
             return None
         return {name: Change(*values) for name, values in notes["changes"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

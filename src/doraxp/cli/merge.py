@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,8 @@ SUMMARY = (
 _PLANNED = (
     Column("kind", "stored as"),
     Column("update", "update"),
-    Column("dtype", "dtype"),
+    Column("quantised", "in BASE"),
+    Column("written", "dtype"),
     Column("rank", "rank"),
     Column("s", "s"),
 )
@@ -52,6 +54,7 @@ _CHANGES = (
     Column("direction", "ΔD", statistics.median),
     Column("largest", "largest\nchange", max),
     Column("kept", "kept", min),
+    Column("cosine", "cosine", min),
 )
 """The figures of `Change`, and how those of a kind of module become one."""
 _CAPTION = (
@@ -59,6 +62,13 @@ _CAPTION = (
     "Medians of a kind. Largest change: ‖w' − w‖ / ‖w‖ of one row. "
     "kept: the part of the update that the dtype of OUT stores, the least of a kind."
 )
+_QUANTISED = "cosine: of the update and of the change that is stored, with the noise of quantising."
+_FATES = {
+    "copied": "copied as they are",
+    "dense": "dense in OUT",
+    "requantised": "quantised again",
+}
+"""What becomes of quantised weights."""
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -76,7 +86,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=_DTYPES,
-        help="of every floating-point tensor in OUT (default: that of the tensor in BASE)",
+        help="of every floating-point tensor in OUT that is not quantised there (default: that of "
+        "the tensor in BASE)",
     )
     parser.add_argument(
         "--compute",
@@ -102,6 +113,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("numpy", "cupy", "torch"),
         default="numpy",
         help="array library to compute with (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--targets",
+        choices=("bf16", "same"),
+        default="bf16",
+        help="of merged tensors that are quantised in BASE: bf16 keeps them dense, in bfloat16 or "
+        "--dtype; same quantises them again in the format of BASE, which may lose the update "
+        "(default: %(default)s)",
     )
     add_fit(parser)
     add_jobs(parser, "shards to merge")
@@ -144,7 +163,12 @@ def run(arguments: argparse.Namespace) -> int:
         if is_in_input("merge", arguments.json, paths):
             return 2
         options = Options(
-            arguments.backend, arguments.compute, dtype, arguments.rounding, arguments.seed
+            arguments.backend,
+            arguments.compute,
+            dtype,
+            arguments.rounding,
+            arguments.seed,
+            arguments.targets,
         )
         merge = plan_merge(arguments.base, adapters, options, **fit_of(arguments))
         _warn_of_traps(merge)
@@ -243,7 +267,8 @@ def _print_figures(
     columns = _PLANNED if arguments.dry_run else _CHANGES
     print_modules("tensor", figures, columns, console, every=arguments.all)
     if not arguments.dry_run:
-        print_caption(_CAPTION, console)
+        has_cosine = any(row.get("cosine") is not None for row in figures.values())
+        print_caption(f"{_CAPTION} {_QUANTISED}" if has_cosine else _CAPTION, console)
     _print_summary(merge, console)
     if not arguments.dry_run:
         state = "complete, and verified" if arguments.verify else "complete"
@@ -252,7 +277,7 @@ def _print_figures(
 
 def _figures(merge: Merge, changes: Mapping[str, Change]) -> dict[str, dict[str, Any]]:
     """Return the figures of each tensor that changes, by name."""
-    from doraxp.checkpoint import MergedTensor, SummedTensor
+    from doraxp.checkpoint import MergedTensor, SummedTensor, quantised_in
 
     figures: dict[str, dict[str, Any]] = {}
     for name, part, entry in merge.changed_parts():
@@ -268,9 +293,13 @@ def _figures(merge: Merge, changes: Mapping[str, Change]) -> dict[str, dict[str,
                     for one in part.terms
                 ],
             }
+        weight = quantised_in(part.source)
+        if weight is not None:
+            row["quantised"] = weight.quantisation.label
         change = changes[name]._asdict() if name in changes else {}
         stored = dict(zip(("dtype", "shape", "bytes"), entry, strict=True))
-        figures[name] = row | stored | change
+        is_same = entry.dtype == row.get("quantised")
+        figures[name] = row | stored | change | {"written": "same" if is_same else entry.dtype}
     return figures
 
 
@@ -305,8 +334,9 @@ def _report(
         "bytes": merge.size,
         "left_out": [str(file) for file in merge.model.left_out],
         "added": merge.added,
-        "config": {key: value for key, value in vars(merge.edits).items() if value},
+        "config": merge.edits.entries(),
         "unused": list(merge.unused),
+        "quantised": dict(merge.fates),
         "tokenizers_apart": merge.tokenizers_apart(),
         "changed": figures,
     }
@@ -322,10 +352,17 @@ def _print_summary(merge: Merge, console: Console) -> None:
         f"{len(merge.model.shards)} files",
         console,
     )
+    if merge.fates:
+        counts = Counter(merge.fates.values())
+        texts = (f"{counts[fate]} {text}" for fate, text in _FATES.items() if counts[fate])
+        print_names(f"Quantised in BASE: {', '.join(texts)}", console)
     if merge.added:
         print_names(f"New in OUT: {', '.join(merge.added)}", console)
     if merge.edits:
-        changed = ", ".join(f"{key} {value}" for key, value in vars(merge.edits).items() if value)
+        entries = merge.edits.entries()
+        if merge.edits.dense:
+            entries["dense"] = f"{len(merge.edits.dense)} modules, in the words of its format"
+        changed = ", ".join(f"{key} {value}" for key, value in entries.items())
         print_names(f"Changed in config.json: {changed}", console)
     if merge.model.left_out:
         names = ", ".join(str(file) for file in merge.model.left_out)
@@ -346,7 +383,21 @@ def _warn_of_changes(changes: Mapping[str, Change]) -> None:
     idle = [name for name, change in changes.items() if change.is_idle]
     if idle:
         _warn(f"the adapter changes nothing in {', '.join(idle)}")
-    _warn_of_loss({name: change.kept for name, change in changes.items() if change.is_lost})
+    drowned = {name: one.cosine for name, one in changes.items() if one.is_drowned}
+    if drowned:
+        worst = min(drowned, key=lambda name: drowned[name] or 0.0)
+        _warn(
+            f"quantising again lost the update in {len(drowned)} of {len(changes)} tensors; "
+            f"{worst} moved with a cosine of {drowned[worst]:.2f} to it: --targets bf16 keeps them "
+            "dense"
+        )
+    _warn_of_loss(
+        {
+            name: change.kept
+            for name, change in changes.items()
+            if change.is_lost and not change.is_drowned
+        }
+    )
 
 
 def _warn_of_loss(kept: Mapping[str, float]) -> None:

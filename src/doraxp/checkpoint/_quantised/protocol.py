@@ -1,4 +1,4 @@
-"""A quantised weight on disk: several tensors that are one weight, and the arithmetic of each format.
+"""A quantised weight on disk: several tensors that are one weight, and each format's arithmetic.
 
 ::
 
@@ -82,6 +82,10 @@ class Quantisation(Protocol):
     @property
     def step(self) -> int:
         """`quantise` takes blocks of rows that begin at a multiple of this number."""
+
+    @property
+    def resolution(self) -> float:
+        """The largest error of a number that is quantised ÷ the largest number of its group."""
 
     def check(self, fetch: Fetch) -> None:
         """Raise CheckpointError where values on disk break a rule of the format."""

@@ -1,0 +1,249 @@
+"""FP8 with a scale for each block of the matrix, as DeepSeek-V3 has it (quant_method "fp8").
+
+::
+
+    NAME              F8_E4M3 (*stack, rows, columns)   the codes q
+    NAME_scale_inv    F32, BF16, F16 or ue8m0           the scale of each block, (*stack, grid)
+
+    W = q·scale, a float32 product that is rounded once to the model's dtype
+
+The scale is a factor, in spite of its name. A ue8m0 scale is the byte e of 2^(e - 127). The last
+block of a side is smaller where the block does not divide the side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from doraxp._base.safetensors import Tensor
+from doraxp._base.types import HostArray
+from doraxp.checkpoint._errors import CheckpointError
+from doraxp.checkpoint._quantised.codes import (
+    FP8_MAX,
+    bytes_to,
+    flat_rows,
+    fp8,
+    fp8_numbers,
+    multiply,
+    powers,
+    rounded,
+)
+from doraxp.checkpoint._quantised.protocol import Fetch, Found, Quantised, Refused, Settings
+from doraxp.checkpoint._safetensors import RAW, Empty
+
+SUFFIX = "_scale_inv"
+_POWERS = ("F8_E8M0", "U8")
+_FLOATS = ("F32", "BF16", "F16")
+_NO_SETTINGS = (
+    "is quantised (FP8) in blocks of a size that its file does not tell: give the folder with its "
+    "config.json"
+)
+
+
+def find(tensors: Mapping[str, Tensor], settings: Settings, fetch: Fetch) -> Iterator[Found]:
+    """Yield the weights whose scales have the suffix ``_scale_inv``."""
+    for scale in tensors:
+        name = scale.removesuffix(SUFFIX)
+        if name != scale and name in tensors:
+            yield name, _how(name, scale, tensors, settings)
+
+
+def _how(name: str, scale: str, tensors: Mapping[str, Tensor], settings: Settings) -> Fp8 | Refused:
+    """Return how a weight is stored."""
+    both, weight, entry = (name, scale), tensors[name], tensors[scale]
+    if weight.dtype != "F8_E4M3" or len(weight.shape) < 2:
+        return Refused(
+            both,
+            f"is quantised ({weight.dtype} of shape {weight.shape} with FP8 scales) and cannot be "
+            "merged into: merge into a copy of the model in 16 bits",
+        )
+    if entry.dtype not in _POWERS + _FLOATS:
+        return Refused(both, f"is quantised (FP8), but its scales have the dtype {entry.dtype}")
+    *stack, rows, columns = weight.shape
+    if settings.entries:
+        block = _declared(settings.entries.get("weight_block_size", [128, 128]), rows, columns)
+        if block is None:
+            return Refused(
+                both, "is quantised (FP8), but weight_block_size in config.json is not two sizes"
+            )
+    else:
+        block = _derived(entry.shape, rows, columns)
+        if block is None:
+            return Refused(both, _NO_SETTINGS)
+    grid = tuple(-(-side // size) for side, size in zip((rows, columns), block, strict=True))
+    is_one = not stack and grid == (1, 1) and entry.shape in ((), (1,))
+    if entry.shape != (*stack, *grid) and not is_one:
+        return Refused(
+            both,
+            f"is quantised (FP8), but its scales have the shape {entry.shape}, and blocks of "
+            f"{block[0]} × {block[1]} need {(*stack, *grid)}",
+        )
+    return Fp8(weight.shape, settings.dtype, both, block, (*stack, *grid), entry)
+
+
+def _declared(value: object, rows: int, columns: int) -> tuple[int, int] | None:
+    """Return the block that config.json declares; None where its words are not a block."""
+    if value is None:
+        return max(rows, 1), max(columns, 1)
+    if not (isinstance(value, list) and len(value) == 2):
+        return None
+    if not all(type(size) is int and 0 < size < 1 << 32 for size in value):
+        return None
+    return value[0], value[1]
+
+
+def _derived(grid: tuple[int, ...], rows: int, columns: int) -> tuple[int, int] | None:
+    """Return the only likely block of a grid of scales; None where there may be others.
+
+    A side of one block is clear, and so is a side that is divided into blocks whose size is a power
+    of 2.
+    """
+    if len(grid) < 2:
+        return max(rows, 1), max(columns, 1)
+    block = []
+    for side, parts in zip((rows, columns), grid[-2:], strict=True):
+        if parts < 1 or side % parts:
+            return None
+        size = side // parts
+        if size == 0 or (parts > 1 and size & (size - 1)):
+            return None
+        block.append(size)
+    return block[0], block[1]
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """A weight in FP8 with a scale for each block."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    tensors: tuple[str, ...]
+    block: tuple[int, int]
+    """The rows and columns that have one scale."""
+    grid: tuple[int, ...]
+    """The number of blocks along each axis of the weight."""
+    scale: Tensor
+    """The entry of the scales."""
+
+    @property
+    def label(self) -> str:
+        """The format and its blocks."""
+        if math.prod(self.grid) == 1:
+            return "FP8, one scale"
+        if self.grid[-2:] == (1, 1):
+            return "FP8, one scale a matrix"
+        return "FP8, blocks of {} × {}".format(*self.block)
+
+    @property
+    def step(self) -> int:
+        """The rows of a block; of a stack, those of one entry along its first axis."""
+        if len(self.shape) > 2:
+            return max(math.prod(self.shape[1:-1]), 1)
+        return self.block[0] if self.grid[0] > 1 else 1  # one block is measured in the first pass
+
+    @property
+    def resolution(self) -> float:
+        """Half the distance of two numbers with three bits after the point."""
+        return 2.0**-4
+
+    def check(self, fetch: Fetch) -> None:
+        """Raise CheckpointError unless all scales are finite."""
+        name = self.tensors[1]
+        if not np.isfinite(self._numbers(fetch(name))).all():
+            raise CheckpointError(f"{name}: the scales must be finite")
+
+    def dequantise(self, rows: slice, fetch: Fetch, empty: Empty) -> HostArray:
+        """Return some rows of the weight."""
+        name, scale = self.tensors
+        codes = flat_rows(name, self.shape, rows, fetch)
+        return self.product(codes, fetch(scale), rows, empty)
+
+    def quantiser(self, fetch: Fetch) -> Fp8Quantiser:
+        """Return a quantiser with the arithmetic of transformers."""
+        return Fp8Quantiser(self)
+
+    def product(self, codes: HostArray, stored: HostArray, rows: slice, empty: Empty) -> HostArray:
+        """Return some rows from their codes and all scales as they are stored."""
+        values = bytes_to(fp8_numbers(), codes)
+        scales = self._numbers(stored).reshape(-1, self.grid[-1])
+        multiply(values, scales[self.lines(rows)], self.block[1])
+        return rounded(values, self.dtype, empty)
+
+    def lines(self, rows: slice) -> HostArray:
+        """Return for each row the line of its scales in the flat grid."""
+        row, height = np.arange(rows.start, rows.stop), self.shape[-2]
+        lines: HostArray = row // height * self.grid[-2] + row % height // self.block[0]
+        return lines
+
+    def _numbers(self, stored: HostArray) -> HostArray:
+        """Return scales in float32."""
+        if self.scale.dtype in _POWERS:
+            return bytes_to(powers(), stored)
+        return stored.astype(np.float32)
+
+
+class Fp8Quantiser:
+    """Quantises to FP8: the largest number of each block becomes 448."""
+
+    def __init__(self, how: Fp8) -> None:
+        self._how = how
+        self.passes = 2 if len(how.shape) == 2 and how.grid[0] == 1 else 1
+        self._largest = np.zeros((math.prod(how.grid[:-1]), how.grid[-1]), np.float32)
+        self._stored = np.zeros(how.scale.shape, RAW[how.scale.dtype])
+
+    def measure(self, rows: slice, weight: HostArray) -> None:
+        """Take the largest numbers of the blocks."""
+        how = self._how
+        lines = how.lines(rows)
+        starts = np.flatnonzero(np.diff(lines, prepend=-1))
+        by_column = np.maximum.reduceat(np.abs(weight.astype(np.float32, copy=False)), starts)
+        blocks = np.arange(0, how.shape[-1], how.block[1])
+        largest = np.maximum.reduceat(by_column, blocks, axis=1)
+        part = slice(lines[0], lines[-1] + 1)
+        np.maximum(self._largest[part], largest, out=self._largest[part])
+
+    def quantise(self, rows: slice, weight: HostArray) -> Quantised:
+        """Return the codes of some rows."""
+        how = self._how
+        if self.passes == 1:
+            self.measure(rows, weight)
+        lines = how.lines(rows)
+        part = slice(lines[0], lines[-1] + 1)
+        factors, stored = _factors(self._largest[part], how.scale.dtype)
+        self._stored.reshape(self._largest.shape)[part] = stored
+        scaled = weight.astype(np.float32)
+        multiply(scaled, factors[lines - lines[0]], how.block[1])
+        codes = fp8(scaled)
+        back = how.product(codes, self._stored, rows, np.empty)
+        return Quantised(codes.reshape(-1, *how.shape[1:]), back)
+
+    def rest(self) -> dict[str, HostArray]:
+        """Return the scales."""
+        return {self._how.tensors[1]: self._stored}
+
+
+def _factors(largest: HostArray, dtype: str) -> tuple[HostArray, HostArray]:
+    """Return the factors that give the codes, and the scales as they are stored.
+
+    A block of zeros has the scale 1. Scales that are stored in fewer than 32 bits are rounded
+    first, so that the codes are the nearest ones for the scales on disk.
+    """
+    one, limit = np.float32(1), np.float32(FP8_MAX)
+    is_zero = largest == 0
+    with np.errstate(over="ignore"):  # of blocks below 1e-36: infinity, as in transformers
+        # PyTorch divides a number by an array in these two steps.
+        factors = np.where(is_zero, one, one / np.where(is_zero, one, largest) * limit)
+    scales = one / factors
+    if dtype in _POWERS:
+        tiny = np.finfo(np.float32).tiny
+        logarithm = np.log2(np.maximum(scales, tiny), dtype=np.float64).astype(np.float32)
+        exponents = np.ceil(logarithm).astype(np.int32)
+        return np.ldexp(one, -exponents), (exponents + 127).astype(np.uint8)
+    stored = scales.astype(RAW[dtype])
+    if dtype != "F32":
+        factors = one / stored.astype(np.float32)
+    return factors, stored

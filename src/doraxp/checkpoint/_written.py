@@ -1,0 +1,147 @@
+"""The tensors of a result: what becomes of the quantised weights of the base.
+
+::
+
+    copied        all its tensors, byte for byte
+    dense         one tensor in 16 bits, as it is merged into
+    requantised   the same tensors with new codes and scales
+
+The experts of a layer are one module for the libraries that load them, so all of them are dense if
+one is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Literal, TypeAlias
+
+from doraxp.checkpoint._config_edits import ConfigEdits
+from doraxp.checkpoint._model import Model
+from doraxp.checkpoint._options import Options
+from doraxp.checkpoint._quantised.reader import quantised_in
+from doraxp.checkpoint._safetensors import RAW
+from doraxp.checkpoint._tasks import (
+    CopiedTensor,
+    RequantisedTensor,
+    ScalesTensor,
+    Task,
+    WrittenTask,
+    written_as,
+)
+
+Fate: TypeAlias = Literal["copied", "dense", "requantised"]
+"""What becomes of a quantised weight."""
+_HEADS = ("lm_head",)
+"""The names of output heads that libraries leave dense by default, also where they are tied."""
+_EXPERTS = re.compile(r"(.*\.experts)\.")
+
+
+def fates_of(
+    model: Model, tasks: Mapping[str, Task], lead: str, options: Options
+) -> dict[str, Fate]:
+    """Return what becomes of each quantised weight that can be read, by its name in the base."""
+    fates: dict[str, Fate] = {}
+    for name, weight in model.readable.items():
+        task = tasks[f"{lead}{name}"]
+        fates[name] = "copied"
+        if not isinstance(task, CopiedTensor):
+            fits = task.source.tensor.shape == weight.quantisation.shape
+            fates[name] = "requantised" if options.targets == "same" and fits else "dense"
+    dense = {_experts(name) for name, fate in fates.items() if fate == "dense"} - {""}
+    return {name: "dense" if _experts(name) in dense else fate for name, fate in fates.items()}
+
+
+def with_dense(
+    edits: ConfigEdits, model: Model, tasks: Mapping[str, Task], fates: Mapping[str, Fate]
+) -> ConfigEdits:
+    """Return the changes of the configuration that name the dense modules, where some became so."""
+    if "dense" not in fates.values() or not model.is_folder:
+        return edits
+    kept = {name for name, fate in fates.items() if fate != "dense"}
+    dense = [
+        name
+        for name, task in tasks.items()
+        if name not in kept and (name in fates or _is_matrix(name, task))
+    ]
+    heads = [head for head in _HEADS if f"{head}.weight" not in tasks]
+    modules = (_module(name) for name in dense)
+    packed = dict.fromkeys(_module(name) for name in kept)
+    return replace(edits, dense=tuple(dict.fromkeys([*modules, *heads])), packed=tuple(packed))
+
+
+def _is_matrix(name: str, task: Task) -> bool:
+    return name.endswith(".weight") and len(task.source.tensor.shape) > 1
+
+
+def _module(name: str) -> str:
+    """Return the module of a weight: of one of several experts all of them."""
+    return _experts(name) or name.removesuffix(".weight")
+
+
+def _experts(name: str) -> str:
+    """Return the module of all experts that a weight is in, else ""."""
+    match = _EXPERTS.match(name)
+    return match[1] if match else ""
+
+
+def written_tasks(
+    names: Iterable[str],
+    model: Model,
+    tasks: Mapping[str, Task],
+    lead: str,
+    fates: Mapping[str, Fate],
+) -> dict[str, WrittenTask]:
+    """Return the tasks of the tensors that are written in place of some of the base.
+
+    Parameters
+    ----------
+    names : iterable of str
+        The tensors on disk, by the base's names.
+    model : Model
+        The base.
+    tasks : mapping of str to Task
+        By the names of the result.
+    lead : str
+        The part that those have before the names of the base.
+    fates : mapping of str to Fate
+    """
+    written: dict[str, WrittenTask] = {}
+    for name in names:
+        weight = model.weight_of.get(name)
+        if weight is None:
+            written[f"{lead}{name}"] = tasks[f"{lead}{name}"]
+            continue
+        codes, *others = weight.quantisation.tensors
+        fate = fates[weight.name]
+        if fate == "copied":
+            written[f"{lead}{name}"] = CopiedTensor(model.stored[name], is_part=True)
+        elif name == codes and fate == "dense":
+            written[f"{lead}{weight.name}"] = tasks[f"{lead}{weight.name}"]
+        elif name == codes:
+            task = tasks[f"{lead}{weight.name}"]
+            written[f"{lead}{codes}"] = RequantisedTensor(task, weight)
+            for other in others:  # they may be in another shard of the base
+                written[f"{lead}{other}"] = ScalesTensor(f"{lead}{codes}", model.stored[other])
+    return written
+
+
+def in_order(tasks: Mapping[str, WrittenTask], options: Options) -> dict[str, WrittenTask]:
+    """Return the tasks of a file in the order of its tensors.
+
+    It is the base's, unless a quantised weight becomes another one: then tensors of wider dtypes
+    come first, so that each one begins at a multiple of the size of its numbers.
+    """
+    if not any(_is_other(task) for task in tasks.values()):
+        return dict(tasks)
+    dtypes = {name: RAW.get(written_as(task, options).dtype) for name, task in tasks.items()}
+    sizes = {name: dtype.itemsize if dtype else 1 for name, dtype in dtypes.items()}
+    return dict(sorted(tasks.items(), key=lambda item: -sizes[item[0]]))
+
+
+def _is_other(task: WrittenTask) -> bool:
+    """Return whether a tensor of the result is of a quantised weight that is not copied."""
+    if isinstance(task, RequantisedTensor):
+        return True
+    return not isinstance(task, ScalesTensor) and quantised_in(task.source) is not None
