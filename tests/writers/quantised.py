@@ -38,8 +38,8 @@ from writers.quantised_formats import (
 )
 
 SIZES = {
-    "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32, "head_dim": 16,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64,
+    "hidden_size": 64, "intermediate_size": 192, "moe_intermediate_size": 32, "head_dim": 32,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96,
     "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 WHOLE_BLOCKS = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64}
