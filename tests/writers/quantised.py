@@ -28,6 +28,7 @@ from writers.quantised_formats import (
     Bits4,
     Bits8,
     Compressed,
+    CompressedExperts,
     Float8,
     Format,
     Mxfp4,
@@ -47,7 +48,8 @@ EYE = {
     "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
     "image_size": 16, "patch_size": 4,
 }  # fmt: skip
-FOUR = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+FOUR = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 4}
+"""All experts are used: a choice of two would jump where inputs are rounded to eight bits."""
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("LlamaForCausalLM", {}),
     "Llama, tied": ("LlamaForCausalLM", {"tie_word_embeddings": True}),
@@ -72,10 +74,19 @@ FORMATS: dict[str, Format] = {
     "FP8, ue8m0": Float8([16, 16], "ue8m0"),
     "float-quantized, channels": Compressed({**FLOAT, "strategy": "channel"}, {**FLOAT, **DYNAMIC}),
     "float-quantized, one scale": Compressed({**FLOAT, "strategy": "tensor"}, {**FLOAT, **DYNAMIC}),
+    "float-quantized, blocks": Compressed(
+        {**FLOAT, "strategy": "block", "block_structure": [16, 16]}, {**FLOAT, **DYNAMIC}
+    ),
     "int-quantized": Compressed({**INTEGER, "strategy": "channel"}, {**INTEGER, **DYNAMIC}),
     "pack-quantized": Compressed({**GROUP, "symmetric": True}),
     "pack-quantized, asymmetric": Compressed({**GROUP, "symmetric": False}),
     "MXFP4": Mxfp4(),
+}
+OF_EXPERTS = {
+    "float-quantized, experts": CompressedExperts(
+        {**FLOAT, "strategy": "channel"}, {**FLOAT, **DYNAMIC}
+    ),
+    "pack-quantized, experts": CompressedExperts({**GROUP, "symmetric": True}),
 }
 MODULES = ["q_proj", "o_proj", "gate_proj", "down_proj"]
 """Those with an adapter. The others of a layer stay quantised."""
@@ -109,11 +120,12 @@ def base_of(title: str, form: str, change: Callable[[Path, Format], None] | None
         sizes = {"text_config": text, "vision_config": transformers.CLIPVisionConfig(**EYE)}
     new = spread_experts(model(name, **sizes)).bfloat16()
     folder = Path(tempfile.mkdtemp(dir=FOLDERS.name)) / "base"
-    FORMATS[form].save(new, folder)
+    way = (FORMATS | OF_EXPERTS)[form]
+    way.save(new, folder)
     if change is not None:
-        change(folder, FORMATS[form])
+        change(folder, way)
     settings = config_of(folder)["quantization_config"]
-    return Base(folder, name, FORMATS[form], dense(read_tensors(folder), FORMATS[form], settings))
+    return Base(folder, name, way, dense(read_tensors(folder), way, settings))
 
 
 @torch.no_grad()
@@ -317,7 +329,8 @@ for form in "nf4", "int8", "FP8, blocks of 16", "float-quantized, channels", "pa
     add(f"{form}, an undeclared layer in bfloat16", title="Llama", form=form, change=with_plain)
     add(f"{form}, a declared layer in bfloat16", title="Llama", form=form, change=with_declared)
     add(f"{form}, images and text", title="LLaVA", form=form, target_modules=OF_LLAVA)
-for form in "FP8, blocks of 16", "FP8, one scale":
+add("nf4, Qwen3-MoE, fused experts in bfloat16", title="Qwen3-MoE", form="nf4", **FUSED)
+for form in "FP8, blocks of 16", "FP8, one scale", *OF_EXPERTS:
     add(f"{form}, Qwen3-MoE, attention", title="Qwen3-MoE", form=form, target_modules=["q_proj"])
     add(f"{form}, Qwen3-MoE, fused experts", title="Qwen3-MoE", form=form, **FUSED)
     for what, targets in {

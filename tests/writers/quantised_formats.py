@@ -25,6 +25,7 @@ from compressed_tensors.quantization import (
     apply_quantization_config,
 )
 from compressed_tensors.quantization.utils import calculate_qparams
+from compressed_tensors.utils import match_name
 from safetensors.torch import save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -301,6 +302,50 @@ class Compressed(Format):
         return {n for n, module in linears(model) if hasattr(module, "quantization_scheme")}
 
 
+class CompressedExperts(Compressed):
+    """compressed-tensors with experts, which are layers of their own on disk alone."""
+
+    def save(self, model: Any, folder: Path) -> None:
+        before = folder.with_name(f"{folder.name}-before")
+        model.save_pretrained(before)
+        name = "pack-quantized" if ".weight_packed" in self.ends else "float-quantized"
+        group = QuantizationScheme(targets=["Linear"], format=name, **self.scheme)
+        config = QuantizationConfig(
+            config_groups={"group_0": group},
+            ignore=["lm_head", "re:.*mlp[.]gate$"],
+            format=name,
+            quantization_status="compressed",
+        )
+        settings = json.loads(config.model_dump_json())
+        scale = {".weight_scale": torch.zeros(1, **BFLOAT16)}
+        tensors: dict[str, torch.Tensor] = {}
+        for name, tensor in read_tensors(before).items():
+            is_plain = any(end in name for end in ("embed", "lm_head", "mlp.gate.", "norm"))
+            if is_plain:
+                tensors[name] = tensor
+            else:
+                stem = name.removesuffix(".weight")
+                parts = self.requantise(tensor, scale, settings)
+                tensors |= {stem + end: part for end, part in parts.items()}
+        write(folder, tensors, {**config_of(before), "quantization_config": settings})
+
+    def converted(self, cls: Any, folder: Path) -> set[str]:
+        """Return the layers, and the experts of which some are not ignored."""
+        ignored = config_of(folder)["quantization_config"]["ignore"]
+        experts = {
+            name.removesuffix(end)
+            for name in read_tensors(folder)
+            for end in (".weight", ".weight_packed")
+            if ".experts." in name and name.endswith(end)
+        }
+        taken = {
+            name.partition(".experts.")[0] + ".experts"
+            for name in experts
+            if not any(match_name(name, target) for target in ignored)
+        }
+        return super().converted(cls, folder) | taken
+
+
 def own(settings: Settings) -> tuple[Any, QuantizationScheme]:
     """Return the compressor and the scheme of a config.json with one group."""
     (group,) = settings["config_groups"].values()
@@ -315,6 +360,10 @@ def scales_of(weight: torch.Tensor, arguments: Any) -> tuple[torch.Tensor, torch
         return calculate_qparams(*torch.aminmax(weight), arguments)
     if arguments.strategy == "channel":
         return calculate_qparams(*torch.aminmax(weight, dim=1, keepdim=True), arguments)
+    if arguments.strategy == "block":
+        height, width = arguments.block_structure
+        blocks = weight.unflatten(1, (-1, width)).unflatten(0, (-1, height)).transpose(1, 2)
+        return calculate_qparams(*torch.aminmax(blocks.flatten(2), dim=2), arguments)
     groups = weight.unflatten(1, (-1, arguments.group_size))
     return calculate_qparams(*torch.aminmax(groups, dim=2), arguments)
 
