@@ -5,6 +5,7 @@ The formulas here work on one number at a time, in float64, and round where the 
 
 from __future__ import annotations
 
+import json
 import pickle
 
 import ml_dtypes
@@ -14,6 +15,7 @@ import pytest
 from doraxp._base.safetensors import Tensor
 from doraxp.checkpoint import CheckpointError
 from doraxp.checkpoint._quantised import find
+from doraxp.checkpoint._quantised.bitsandbytes import _NF4
 from doraxp.checkpoint._quantised.protocol import Refused, Settings
 from doraxp.checkpoint._safetensors import DTYPES
 
@@ -279,4 +281,271 @@ def test_fp8_scales_must_be_finite(value):
     disk = Disk(tensors)
     _, how = disk.only(FP8)
     with pytest.raises(CheckpointError, match=r"p\.weight_scale_inv: the scales must be finite"):
+        how.check(disk)
+
+
+# bitsandbytes, 4 bits
+
+NF4 = np.array(_NF4, "f4")
+FP4_MAP = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], "f4") / np.float32(12)
+TABLES = {"nf4": NF4, "fp4": np.concatenate([FP4_MAP, -FP4_MAP])}
+LONG = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+def bits4_model(shape, block=64, kind="nf4", dtype="BF16", storage="u1", nested=None, words=()):
+    rng = np.random.default_rng(1)
+    numbers, name = int(np.prod(shape)), "p.weight"
+    blocks = -(-numbers // block)
+    codes = rng.integers(0, 256, (numbers + 1) // 2, np.uint8)
+    state = {"quant_type": kind, "blocksize": block, "dtype": LONG[dtype], "shape": list(shape)}
+    tensors = {
+        name: codes.view(storage)[:, None],
+        f"{name}.absmax": 0.1 * rng.random(blocks).astype("f4"),
+        f"{name}.quant_map": TABLES[kind],
+    }
+    if nested is not None:
+        state |= {"nested_blocksize": 4, "nested_dtype": LONG[nested], "nested_offset": 0.062500123}
+        tensors[f"{name}.absmax"] = rng.integers(0, 256, blocks, np.uint8)
+        tensors[f"{name}.nested_absmax"] = 0.05 * rng.random(-(-blocks // 4)).astype("f4")
+        tensors[f"{name}.nested_quant_map"] = np.sort(2 * rng.random(256) - 1).astype("f4")
+    raw = json.dumps(state | dict(words)).encode()
+    tensors[f"{name}.quant_state.bitsandbytes__{kind}"] = np.frombuffer(raw, "u1")
+    return tensors
+
+
+def state_of(tensors):
+    (raw,) = (tensor for name, tensor in tensors.items() if ".quant_state." in name)
+    return json.loads(bytes(raw))
+
+
+def bits4_by_formula(tensors):
+    state, absmax = state_of(tensors), tensors["p.weight.absmax"]
+    if "nested_dtype" in state:
+        dtype = DTYPES[next(key for key, word in LONG.items() if word == state["nested_dtype"])]
+        outer = tensors["p.weight.nested_absmax"].astype("f4")
+        table, offset = tensors["p.weight.nested_quant_map"], np.float32(state["nested_offset"])
+        products = [(table[a] * outer[i // 4]).astype(dtype) for i, a in enumerate(absmax)]
+        absmax = [(x.astype("f4") + offset).astype(dtype).astype("f4") for x in products]
+    codes = tensors["p.weight"].reshape(-1).view("u1")
+    dtype = DTYPES[next(key for key, word in LONG.items() if word == state["dtype"])]
+    result = np.empty(state["shape"], dtype)
+    for i in range(result.size):
+        code = codes[i // 2] >> 4 if i % 2 == 0 else codes[i // 2] & 15
+        result.flat[i] = tensors["p.weight.quant_map"][code] * absmax[i // state["blocksize"]]
+    return result
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [None, "F32", "BF16"])
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize(
+    ("shape", "block", "storage"),
+    [((8, 64), 64, "u1"), ((8, 24), 64, BF16), ((5, 8), 64, "f4"), ((7, 9), 8, "u1"),
+     ((3, 4, 8), 32, "u1")],
+)  # fmt: skip
+def test_4_bits_are_read_and_requantised(kind, nested, dtype, shape, block, storage):
+    tensors = bits4_model(shape, block, kind, dtype, storage, nested)
+    disk = Disk(tensors)
+    name, how = disk.only(dtype="F32")
+    assert (name, how.shape, how.dtype) == ("p.weight", shape, dtype)
+    assert how.label == f"{kind}, groups of {block}" + (", nested" if nested else "")
+    assert set(how.tensors) == set(tensors)
+    desired = bits(bits4_by_formula(tensors))
+    for sizes in ((), (1,), (3, 2)):
+        np.testing.assert_array_equal(bits(read(how, disk, *sizes)), desired)
+    how.check(disk)
+    weight = draw(*shape)
+    weight.reshape(-1)[: block if block < weight.size else 0] = 0
+    new = check_quantiser(how, disk, weight)
+    flat = weight.reshape(-1)
+    absmax = np.array([abs(flat[i : i + block]).max() for i in range(0, flat.size, block)])
+    if nested is None:
+        np.testing.assert_array_equal(new.tensors["p.weight.absmax"], absmax)
+    else:
+        state = state_of(new.tensors)
+        assert state["nested_offset"] == pytest.approx(absmax.mean(dtype="f8"), rel=1e-7)
+        assert state | {"nested_offset": 0} == state_of(tensors) | {"nested_offset": 0}
+    if dtype == "F32":  # the nearest of the 16 numbers of each block
+        scale = np.maximum(np.repeat(absmax, block)[: flat.size], 1e-38)
+        errors = abs(TABLES[kind] - (flat / scale)[:, None])
+        packed = new.tensors["p.weight"].reshape(-1).view("u1")
+        codes = np.stack([packed >> 4, packed & 15], -1).reshape(-1)[: flat.size]
+        np.testing.assert_allclose(errors[range(flat.size), codes], errors.min(1), atol=1e-6)
+
+
+def test_a_4_bit_tie_goes_to_the_lower_number():
+    weight = np.zeros((1, 64), "f4")
+    weight[0, :15], weight[0, 63] = (NF4[1:] + NF4[:-1]) / 2, 1
+    disk = Disk(bits4_model((1, 64)))
+    new, _ = requantised(disk.only()[1], disk, weight)
+    packed = new.tensors["p.weight"].reshape(-1)
+    assert (np.stack([packed >> 4, packed & 15], -1).reshape(-1)[:15] == range(15)).all()
+
+
+@pytest.mark.parametrize("room", [0.5, 0.0625001, 123456])
+def test_a_nested_offset_keeps_the_length_of_the_json(room):
+    tensors = bits4_model((8, 64), nested="F32", words={"nested_offset": room})
+    disk = Disk(tensors)
+    new = check_quantiser(disk.only()[1], disk, draw(8, 64) + 0.1)
+    state = state_of(new.tensors)
+    digits = {0.5: 1, 0.0625001: 7, 123456: 4}[room]
+    desired = abs(draw(8, 64) + 0.1).max(1).mean()
+    assert state["nested_offset"] == float(f"{desired:.{digits}g}")
+
+
+def test_an_offset_for_whose_digits_there_is_no_room_stays():
+    tensors = bits4_model((8, 64), nested="F32", words={"nested_offset": 1})
+    disk = Disk(tensors)
+    new = check_quantiser(disk.only()[1], disk, draw(8, 64))
+    assert state_of(new.tensors)["nested_offset"] == 1
+
+
+BITS4_JUNK = [
+    ({"quant_type": "int4"}, "int4"),
+    ({"quant_type": None}, "None"),
+    ({"dtype": "int8"}, "dtype"),
+    ({"dtype": ["bfloat16"]}, "dtype"),
+    ({"blocksize": 0}, "block"),
+    ({"blocksize": 64.0}, "block"),
+    ({"blocksize": True}, "block"),
+    ({"shape": 3}, "shape"),
+    ({"shape": [512]}, "shape"),
+    ({"shape": [8, "64"]}, "shape"),
+    ({"shape": [-8, -64]}, "shape"),
+    ({"shape": [8, 65]}, "260"),
+    ({"shape": None}, "shape"),
+]
+NESTED_JUNK = [
+    ({"nested_offset": "0"}, "scales are quantised"),
+    ({"nested_offset": float("nan")}, "offset"),
+    ({"nested_offset": 10**400}, "offset"),
+    ({"nested_offset": True}, "scales are quantised"),
+    ({"nested_blocksize": 0}, "scales are quantised"),
+    ({"nested_dtype": 3}, "scales are quantised"),
+]
+
+
+@pytest.mark.parametrize(("changes", "word"), BITS4_JUNK)
+def test_4_bits_refuse_wrong_words(changes, word):
+    name, problem = refused(bits4_model((8, 64), words=changes))
+    assert name == "p.weight"
+    assert word in problem
+
+
+@pytest.mark.parametrize(("changes", "word"), NESTED_JUNK)
+def test_nested_4_bits_refuse_wrong_words(changes, word):
+    assert word in refused(bits4_model((8, 64), nested="F32", words=changes))[1]
+
+
+BITS4_MISFITS = {
+    "": [np.zeros((128, 1), "u1"), np.zeros((128, 2), "u1"), np.zeros((), "u1"), None],
+    ".absmax": [np.ones(7, "f4"), np.ones(8, "i4"), np.ones((8, 1), "f4"), None],
+    ".quant_map": [np.ones(15, "f4"), np.ones(16, BF16), None],
+    ".nested_absmax": [np.ones(3, "f4"), np.ones(2, "u1")],
+    ".nested_quant_map": [np.ones(16, "f4"), None],
+    ".quant_state.bitsandbytes__nf4": [
+        np.zeros(3, "f4"),
+        np.frombuffer(b"[1]", "u1"),
+        np.frombuffer(b'{"a":', "u1"),
+        np.frombuffer(b"\xff\xfe", "u1"),
+        np.zeros(1 << 17, "u1"),
+    ],
+}
+
+
+@pytest.mark.parametrize("suffix", BITS4_MISFITS)
+def test_4_bits_refuse_tensors_that_do_not_fit(suffix):
+    for tensor in BITS4_MISFITS[suffix]:
+        tensors = bits4_model((8, 64), nested="F32" if "nested" in suffix else None)
+        tensors[f"p.weight{suffix}"] = tensor
+        if tensor is None:
+            del tensors[f"p.weight{suffix}"]
+        name, problem = refused(tensors)
+        assert name == "p.weight"
+        assert "p.weight" in problem
+
+
+def test_absmax_that_a_cpu_has_transposed_is_refused():
+    tensors = bits4_model((8, 128))
+    tensors["p.weight.absmax"] = tensors["p.weight.absmax"].reshape(2, 8).astype(BF16)
+    assert "damaged" in refused(tensors)[1]
+
+
+def test_4_bits_of_another_kind_are_refused():
+    tensors = bits4_model((8, 64))
+    state = ".quant_state.bitsandbytes__"
+    tensors[f"p.weight{state}af4"] = tensors.pop(f"p.weight{state}nf4")
+    assert "nf4" in refused(tensors)[1]
+
+
+def test_values_of_4_bits_are_checked():
+    for nested, suffix, value in (
+        (None, ".absmax", np.inf), ("F32", ".nested_absmax", np.nan),
+        ("F32", ".nested_quant_map", np.inf), (None, ".quant_map", 0.5),
+    ):  # fmt: skip
+        tensors = bits4_model((8, 64), nested=nested)
+        changed = tensors[f"p.weight{suffix}"].copy()
+        changed[1] = value
+        disk = Disk(tensors | {f"p.weight{suffix}": changed})
+        _, how = disk.only()
+        with pytest.raises(CheckpointError, match=suffix):
+            how.check(disk)
+
+
+# bitsandbytes, 8 bits
+
+
+def int8_model(rows=6, columns=10, scale="f4"):
+    rng = np.random.default_rng(2)
+    return {
+        "p.weight": rng.integers(-127, 128, (rows, columns), np.int8),
+        "p.SCB": (0.1 * rng.random(rows)).astype(scale),
+        "p.weight_format": np.array(0, "u1"),
+    }
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("scale", ["f4", "f2"])
+def test_8_bits_are_read_and_requantised(dtype, scale):
+    tensors = int8_model(scale=scale)
+    disk = Disk(tensors)
+    name, how = disk.only(dtype=dtype)
+    assert (name, how.shape, how.dtype, how.step) == ("p.weight", (6, 10), dtype, 1)
+    assert how.label == "bitsandbytes, 8 bits, rows"
+    codes, scales = tensors["p.weight"].astype("f4"), tensors["p.SCB"].astype("f4")
+    desired = (codes * scales[:, None] * np.float32(1 / 127)).astype(DTYPES[dtype])
+    np.testing.assert_array_equal(bits(read(how, disk, 4)), bits(desired))
+    how.check(disk)
+    weight = draw(6, 10)
+    weight[2] = 0
+    new = check_quantiser(how, disk, weight)
+    largest = abs(weight).max(1).astype(scale)
+    np.testing.assert_array_equal(new.tensors["p.SCB"], largest)
+    error = (
+        new.tensors["p.weight"]
+        - weight * 127 / np.where(largest > 0, largest, 1).astype("f4")[:, None]
+    )
+    assert abs(error).max() <= 0.5 + 1e-4 if scale == "f4" else 0.6
+
+
+def test_8_bits_refuse_tensors_that_do_not_fit():
+    for changes, word in (
+        ({"p.weight": None}, "p.weight is missing"),
+        ({"p.weight": np.zeros((6, 10), "u1")}, "U8"),
+        ({"p.weight": np.zeros(6, "i1")}, "(6,)"),
+        ({"p.SCB": np.zeros(5, "f4")}, "(5,)"),
+        ({"p.SCB": np.zeros(6, "i4")}, "I32"),
+        ({"p.weight_format": np.array(1, "u1")}, "order of one GPU"),
+        ({"p.weight_format": np.array([0, 0], "u1")}, "order of one GPU"),
+        ({"p.weight_format": np.array(0, "f4")}, "order of one GPU"),
+    ):
+        tensors = {k: v for k, v in (int8_model() | changes).items() if v is not None}
+        name, problem = refused(tensors)
+        assert name == "p.weight"
+        assert word in problem
+    tensors = int8_model()
+    tensors["p.SCB"][0] = np.inf
+    disk = Disk(tensors)
+    _, how = disk.only()
+    with pytest.raises(CheckpointError, match=r"p\.SCB: the scales must be finite"):
         how.check(disk)

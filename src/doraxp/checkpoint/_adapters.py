@@ -128,6 +128,8 @@ class AdapterSet(Mapping[str, "AdaptedLayer | UpdatedLayer"]):
     base, and in the file."""
     beside: Mapping[str, str] = field(default_factory=dict)
     """All tensors of a PEFT file but A, B and m: their names in a copy, and in the file."""
+    base_name: str = ""
+    """PEFT's ``base_model_name_or_path``: the model of the training, where the file tells it."""
     ties_weights: bool = False
     """True where a head that is tied to the embeddings was trained as one with them."""
     head: NewHead = NO_HEAD

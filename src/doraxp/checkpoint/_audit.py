@@ -18,14 +18,23 @@ import threadpoolctl
 
 from doraxp._base.safetensors import Tensor
 from doraxp.checkpoint._audit_copy import Copy
+from doraxp.checkpoint._audit_quantised import audit_quantised
 from doraxp.checkpoint._audit_sum import audit_sum
 from doraxp.checkpoint._audit_weight import KEPT_IN_PART, Verdict, audit_weight
 from doraxp.checkpoint._engine import Engine, load_engine
 from doraxp.checkpoint._merge import Merge
 from doraxp.checkpoint._model import Model, open_model
+from doraxp.checkpoint._quantised.reader import QuantisedReader, quantised_in
 from doraxp.checkpoint._safetensors import DTYPES, Source
 from doraxp.checkpoint._shard import OnBytes
-from doraxp.checkpoint._tasks import JoinedTensor, MergedTensor, Part, SummedTensor, parts_of
+from doraxp.checkpoint._tasks import (
+    CopiedTensor,
+    JoinedTensor,
+    MergedTensor,
+    Part,
+    SummedTensor,
+    parts_of,
+)
 from doraxp.checkpoint._tied import is_head, tied_head
 
 _BUFFERS = ("position_ids", "token_type_ids", "inv_freq", "original_inv_freq", "masked_bias")
@@ -209,8 +218,21 @@ def _part_verdict(
     ):
         on_bytes(tensor.nbytes)
         return Verdict("another dtype", False, f"{stored.tensor.dtype} for {tensor.dtype}")
+    weight = quantised_in(stored)
+    if weight is not None and not _is_in_same_format(part, weight):
+        return audit_quantised(name, part, stored, weight, engine, on_bytes)
     if isinstance(part, MergedTensor):
         return audit_weight(name, part, stored, part.read(), engine, on_bytes)
     if isinstance(part, SummedTensor):
         return audit_sum(name, part, stored, engine, on_bytes)
     return Copy(merge, name, part, stored, engine).verdict(on_bytes)
+
+
+def _is_in_same_format(part: Part, weight: QuantisedReader) -> bool:
+    """Return whether a part is a copy of a weight that the base has in the same format."""
+    own = quantised_in(part.source)
+    return (
+        isinstance(part, CopiedTensor)
+        and own is not None
+        and own.quantisation.label == weight.quantisation.label
+    )

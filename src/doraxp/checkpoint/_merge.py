@@ -156,9 +156,9 @@ class Merge(NamedTuple):
         prefix = self.model.prefix(shard)
         names = [prefix + name for name in self.model.shards[shard].tensors]
         written = written_tasks(names, self.model, self.tasks, self.lead, self.fates)
+        written = in_order(written, (f"{self.lead}{name}" for name in names), self.options)
         written |= {name: self.tasks[name] for name in self.added if self.model.home(name) == shard}
-        tasks = {name.removeprefix(prefix): task for name, task in written.items()}
-        return in_order(tasks, self.options)
+        return {name.removeprefix(prefix): task for name, task in written.items()}
 
     @property
     def added(self) -> list[str]:

@@ -152,7 +152,7 @@ class Reader:
 
     @property
     def files(self) -> tuple[Reader, ...]:
-        """This file alone; a quantised weight may be in several files."""
+        """The file itself, alone. A quantised weight may be in several files."""
         return (self,)
 
     def __getstate__(self) -> dict[str, object]:

@@ -9,8 +9,8 @@ from typing import TypeAlias
 from doraxp._base.safetensors import Tensor
 from doraxp.checkpoint._adapters import AdapterSet, StoredLayer
 from doraxp.checkpoint._options import Options
-from doraxp.checkpoint._rows import Term
 from doraxp.checkpoint._quantised.reader import QuantisedReader, quantised_in
+from doraxp.checkpoint._rows import Term
 from doraxp.checkpoint._safetensors import DTYPES, AnySource, Source
 from doraxp.checkpoint._updated_layer import UpdatedLayer
 
@@ -130,8 +130,6 @@ class RequantisedTensor:
 class ScalesTensor:
     """A tensor beside the codes of a weight that is quantised again: written with them."""
 
-    codes: str
-    """The name of the tensor of the codes in the result."""
     source: Source
     """The tensor in the base, which has the same shape and dtype."""
 

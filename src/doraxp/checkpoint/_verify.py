@@ -17,8 +17,8 @@ from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._matrix import Wide, row_blocks, source_rows
 from doraxp.checkpoint._merge import Merge
 from doraxp.checkpoint._precision import PRECISION
-from doraxp.checkpoint._rows import Term, alone
 from doraxp.checkpoint._quantised.reader import QuantisedReader, quantised_in
+from doraxp.checkpoint._rows import Term, alone
 from doraxp.checkpoint._safetensors import DTYPES, AnySource, Reader, Source, are_equal
 from doraxp.checkpoint._tasks import (
     Changed,

@@ -20,7 +20,6 @@ from typing import Literal, TypeAlias
 from doraxp.checkpoint._config_edits import ConfigEdits
 from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._options import Options
-from doraxp.checkpoint._quantised.reader import quantised_in
 from doraxp.checkpoint._safetensors import RAW
 from doraxp.checkpoint._tasks import (
     CopiedTensor,
@@ -108,6 +107,7 @@ def written_tasks(
     fates : mapping of str to Fate
     """
     written: dict[str, WrittenTask] = {}
+    names = dict.fromkeys(names)
     for name in names:
         weight = model.weight_of.get(name)
         if weight is None:
@@ -122,26 +122,24 @@ def written_tasks(
         elif name == codes:
             task = tasks[f"{lead}{weight.name}"]
             written[f"{lead}{codes}"] = RequantisedTensor(task, weight)
-            for other in others:  # they may be in another shard of the base
-                written[f"{lead}{other}"] = ScalesTensor(f"{lead}{codes}", model.stored[other])
+            apart = (other for other in others if other not in names)  # in another shard
+            written |= {f"{lead}{other}": ScalesTensor(model.stored[other]) for other in apart}
+        elif fate == "requantised" and codes in names:
+            written[f"{lead}{name}"] = ScalesTensor(model.stored[name])
     return written
 
 
-def in_order(tasks: Mapping[str, WrittenTask], options: Options) -> dict[str, WrittenTask]:
+def in_order(
+    tasks: Mapping[str, WrittenTask], names: Iterable[str], options: Options
+) -> dict[str, WrittenTask]:
     """Return the tasks of a file in the order of its tensors.
 
-    It is the base's, unless a quantised weight becomes another one: then tensors of wider dtypes
-    come first, so that each one begins at a multiple of the size of its numbers.
+    It is that of the base's `names` if the file has the same tensors. Where a quantised weight
+    becomes a dense one, or takes its scales from another file, the wider dtypes come first. So each
+    tensor begins at a multiple of the size of its numbers.
     """
-    if not any(_is_other(task) for task in tasks.values()):
+    if list(tasks) == list(names):
         return dict(tasks)
     dtypes = {name: RAW.get(written_as(task, options).dtype) for name, task in tasks.items()}
     sizes = {name: dtype.itemsize if dtype else 1 for name, dtype in dtypes.items()}
     return dict(sorted(tasks.items(), key=lambda item: -sizes[item[0]]))
-
-
-def _is_other(task: WrittenTask) -> bool:
-    """Return whether a tensor of the result is of a quantised weight that is not copied."""
-    if isinstance(task, RequantisedTensor):
-        return True
-    return not isinstance(task, ScalesTensor) and quantised_in(task.source) is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import sys
 from collections import Counter
@@ -63,6 +64,8 @@ _CAPTION = (
     "kept: the part of the update that the dtype of OUT stores, the least of a kind."
 )
 _QUANTISED = "cosine: of the update and of the change that is stored, with the noise of quantising."
+_QUANTISED_NAME = re.compile(r"-bnb-[48]bit$", re.IGNORECASE)
+"""The end of the name of a model that bitsandbytes has quantised."""
 _FATES = {
     "copied": "copied as they are",
     "dense": "dense in OUT",
@@ -208,6 +211,13 @@ def _warn_of_traps(merge: Merge) -> None:
             f"{unknown}: --base-is-residual says so, and OUT is wrong with "
             "another base"
         )
+    for adapters in merge.adapters:
+        if _QUANTISED_NAME.search(adapters.base_name) and not merge.fates:
+            _warn(
+                f"ADAPTER was trained on {adapters.base_name}, a quantised copy of a model: its m "
+                "and its update make up for the rounding of that copy, and BASE is not quantised. "
+                "OUT differs from the trained model by that rounding"
+            )
     for name, known in merge.tokenizers_apart().items():
         _warn(
             f"OUT has BASE's {name}, and not the other one of ADAPTER"
@@ -353,7 +363,7 @@ def _print_summary(merge: Merge, console: Console) -> None:
         console,
     )
     if merge.fates:
-        counts = Counter(merge.fates.values())
+        counts: Counter[str] = Counter(merge.fates.values())
         texts = (f"{counts[fate]} {text}" for fate, text in _FATES.items() if counts[fate])
         print_names(f"Quantised in BASE: {', '.join(texts)}", console)
     if merge.added:

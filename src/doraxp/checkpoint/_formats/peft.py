@@ -116,6 +116,7 @@ def read(reader: Reader, adapter_name: str | None = None) -> AdapterSet:
         beside={_copied_name(name): name for name in rest},
         head=trained,
         is_interleaved=_format(config) == "torchtune",
+        base_name=str(config.get("base_model_name_or_path") or ""),
     )
 
 

@@ -1,0 +1,195 @@
+"""Measure merges into quantised models: `python benchmarks/quantised.py FOLDER`.
+
+It writes a model of each format to FOLDER, 4 GB each, with random codes and an adapter for all
+linear layers, and merges into it with `doraxp merge`. It needs an idle machine and 20 GB free in
+FOLDER. The exit status is 1 if a goal is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from checkpoint import IMPORTS, MERGE, MIB, met, resident, timed
+from checkpoint_model import linear_shapes
+
+from doraxp import AdaptedLayer, Adapter, Config, LayerKind
+from doraxp._base.safetensors import Tensor, write_header
+from doraxp.checkpoint import save_adapters
+
+ROUNDS, BLOCK = 3, 128
+WIDTH, RANK, SHARD = 4096, 16, 1 << 30
+TABLE = np.linspace(-1, 1, 16, dtype=np.float32)
+"""Of codes of 4 bits; a merge takes the one of the file."""
+CONFIGS = {
+    "fp8": {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "fmt": "e4m3"},
+    "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "int4": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 4, "type": "int", "symmetric": True, "group_size": 32,
+                            "strategy": "group"},
+            }
+        },
+    },
+    "mlx": None,
+}  # fmt: skip
+_STORED = {np.dtype(np.uint8): "U8", np.dtype(np.int32): "I32", np.dtype(np.uint32): "U32",
+           np.dtype(np.float32): "F32", np.dtype(np.int64): "I64",
+           np.dtype(ml_dtypes.bfloat16): "BF16"}  # fmt: skip
+
+
+def main() -> int:
+    """Print each measured value with its goal and a verdict."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--gigabytes", type=float, default=4)
+    parser.add_argument("--formats", nargs="+", choices=CONFIGS, default=list(CONFIGS))
+    parser.add_argument("--targets", nargs="+", default=["bf16", "same"])
+    parser.add_argument("--jobs", type=int, default=2)
+    folder, gigabytes, formats, targets, jobs = vars(parser.parse_args()).values()
+    good = []
+    for name in formats:
+        write(folder / name, name, gigabytes)
+        for target in targets:
+            good += measure(folder / name, name, target, jobs)
+        shutil.rmtree(folder / name)
+    return 0 if all(good) else 1
+
+
+def measure(folder: Path, name: str, target: str, jobs: int) -> Iterator[bool]:
+    """Compare time with that of `cp` of the written bytes, and memory with that of the imports."""
+    out = folder / "out"
+    command = [*MERGE, str(folder / "base"), str(folder / "adapter"), "--out", str(out),
+               "--targets", target, "--jobs", str(jobs)]  # fmt: skip
+    status = subprocess.run(
+        [sys.executable, "-c", IMPORTS], check=True, capture_output=True, text=True
+    )
+    times: dict[str, list[float]] = {"merge": [], "cp": []}
+    peak = 0
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None:
+            peak = max(peak, resident(Path(f"/proc/{process.pid}/status").read_text()))
+            time.sleep(0.01)
+        times["merge"].append(time.perf_counter() - start)
+        copy = ["cp", "-r", str(out), str(folder / "copy")]
+        times["cp"].append(timed(copy))
+        shutil.rmtree(folder / "copy")
+        shutil.rmtree(out)
+    for way, seconds in times.items():
+        print(f"{name} {target} {way}: {', '.join(f'{one:.1f}' for one in seconds)} s")
+    ours, copy_time = (statistics.median(times[way]) for way in ("merge", "cp"))
+    yield met(f"{name}, --targets {target}: time ÷ cp of OUT", ours / copy_time, 4)
+    beyond = (peak - resident(status.stdout)) / MIB
+    yield met(f"{name}, --targets {target}: memory beyond the imports, MiB", beyond, 100)
+
+
+def write(folder: Path, name: str, gigabytes: float) -> None:
+    """Write the base in shards of 1 GiB, and the adapter."""
+    rng = np.random.default_rng(0)
+    base = folder / "base"
+    base.mkdir(parents=True)
+    layers: dict[str, AdaptedLayer] = {}
+    shard: dict[str, np.ndarray] = {}
+    shards: dict[str, str] = {}
+    written = size = number = 0
+    while written < gigabytes * 1e9:
+        for module, (out, inner) in linear_shapes(WIDTH).items():
+            path = f"model.layers.{number}.{module}"
+            tensors = stored(name, path, out, inner, rng)
+            shard |= tensors
+            size += sum(one.nbytes for one in tensors.values())
+            layers[path] = adapter(out, inner, rng)
+        number += 1
+        if size >= SHARD or written + size >= gigabytes * 1e9:
+            file = f"model-{len(set(shards.values())):05}.safetensors"
+            save(base / file, shard, name)
+            shards |= dict.fromkeys(shard, file)
+            written, size, shard = written + size, 0, {}
+    index = {"metadata": {"total_size": written}, "weight_map": shards}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    config: dict[str, object] = {"model_type": "llama", "dtype": "bfloat16"}
+    quantised = CONFIGS[name]
+    if quantised is None:
+        quantised = {"group_size": 64, "bits": 4, "mode": "affine"}
+        config["quantization"] = quantised
+    config["quantization_config"] = quantised
+    (base / "config.json").write_text(json.dumps(config))
+    save_adapters(folder / "adapter", layers)
+
+
+def adapter(out: int, inner: int, rng: np.random.Generator) -> AdaptedLayer:
+    """Return an adapter with random factors and the norms of its weight."""
+    a = rng.standard_normal((RANK, inner), np.float32) * np.float32(0.02)
+    b = rng.standard_normal((out, RANK), np.float32) * np.float32(0.02)
+    m = np.full(out, 0.02 * inner**0.5, np.float32)
+    return AdaptedLayer(Adapter(a, b, m), Config(rank=RANK), LayerKind("linear"), (out, inner))
+
+
+def stored(
+    name: str, path: str, out: int, inner: int, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Return the tensors of one weight with random codes, of about the usual size."""
+    octets = rng.integers(0, 256, (out, inner if name == "fp8" else inner // 2), np.uint8)
+    weight = f"{path}.weight"
+    if name == "fp8":
+        octets &= 0xBF  # below 2, so that no code is NaN
+        grid = (out // BLOCK, inner // BLOCK)
+        return {weight: octets, f"{weight}_scale_inv": np.full(grid, 0.02, np.float32)}
+    if name == "nf4":
+        state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [out, inner]}
+        text = np.frombuffer(json.dumps(state).encode(), np.uint8)
+        return {
+            weight: octets.reshape(-1, 1),
+            f"{weight}.absmax": np.full(out * inner // 64, 0.05, np.float32),
+            f"{weight}.quant_map": TABLE,
+            f"{weight}.quant_state.bitsandbytes__nf4": text,
+        }
+    groups = inner // (32 if name == "int4" else 64)
+    scales = np.full((out, groups), 0.005, ml_dtypes.bfloat16)
+    if name == "int4":
+        return {
+            f"{path}.weight_packed": octets.view(np.int32),
+            f"{path}.weight_scale": scales,
+            f"{path}.weight_shape": np.array([out, inner], np.int64),
+        }
+    return {
+        weight: octets.view(np.uint32),
+        f"{path}.scales": scales,
+        f"{path}.biases": (scales.astype(np.float32) * -8).astype(ml_dtypes.bfloat16),
+    }
+
+
+def save(file: Path, tensors: dict[str, np.ndarray], name: str) -> None:
+    """Write a shard, the wider dtypes first."""
+    order = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
+    entries = {
+        tensor: Tensor(
+            "F8_E4M3" if name == "fp8" and array.dtype == np.uint8 else _STORED[array.dtype],
+            array.shape,
+            array.nbytes,
+        )
+        for tensor, array in order.items()
+    }
+    with file.open("wb") as opened:
+        write_header(opened, entries, {"format": "pt"})
+        for array in order.values():
+            opened.write(array.reshape(-1).view(np.uint8).data)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,344 @@
+"""Merges into quantised models: what is dense, what is quantised again, and what is copied."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+import quantised_bases
+from checkpoints import audit, dense, draw, merge, near, refused, write_peft
+from quantised_bases import CONFIGS, MATRICES, write
+
+from doraxp.checkpoint import Options, open_model, plan_merge, run_merge
+from doraxp.checkpoint._safetensors import Reader
+from doraxp.cli import main
+
+FORMATS = list(MATRICES)
+OUT, IN = 48, 64
+ADAPTED = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj")
+LEFT = ("model.layers.0.self_attn.k_proj",)
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def base(rng, format, folder=None, shard_of=None, out=OUT, **config):
+    """A model with three quantised weights; returns its tensors on disk and its weights."""
+    tensors, weights = {}, {}
+    for module in (*ADAPTED, *LEFT):
+        own, weights[module] = MATRICES[format](rng, f"{module}.weight", out, IN)
+        tensors |= own
+    tensors |= {
+        HEAD: draw(rng, 10, IN, dtype=ml_dtypes.bfloat16),
+        EMBEDDING: draw(rng, 10, IN, dtype=ml_dtypes.bfloat16),
+        "model.norm.weight": draw(rng, IN, dtype=ml_dtypes.bfloat16),
+    }
+    if folder is not None:
+        write(folder, tensors, shard_of, **{**CONFIGS[format], **config})
+    return tensors, weights
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(7)
+
+
+def adapter(rng, folder, weights, modules=ADAPTED, **changes):
+    leaves = {module: near(rng, weights[module]) for module in modules}
+    write_peft(folder, leaves, **changes)
+    return leaves
+
+
+def raw(folder):
+    """Return the bytes of all tensors in a folder, with their dtypes and shapes."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        reader = Reader(file)
+        for name, entry in reader.tensors.items():
+            octets = b"".join(bytes(chunk) for chunk in reader.chunks(name))
+            found[name] = (entry.dtype, entry.shape, octets)
+    return found
+
+
+def dequantised(folder):
+    """Return all weights of a model in float64, as its own formats have them."""
+    sources = open_model(folder).sources()
+    return {name: source.read().astype(np.float64) for name, source in sources.items()}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_adapted_tensors_become_dense_and_all_others_are_copied(tmp_path, rng, format):
+    _, weights = base(rng, format, tmp_path / "base")
+    leaves = adapter(rng, tmp_path / "adapter", weights)
+    assert merge(tmp_path, "--verify") == 0
+    before, after = raw(tmp_path / "base"), raw(tmp_path / "out")
+    own = {name for name in before if name.startswith(ADAPTED)}
+    assert after.keys() == before.keys() - own | {f"{module}.weight" for module in ADAPTED}
+    assert all(after[name] == before[name] for name in before if name not in own)
+    for module, (a, b, m) in leaves.items():
+        dtype, shape, octets = after[f"{module}.weight"]
+        assert (dtype, shape) == ("BF16", (OUT, IN))
+        merged = np.frombuffer(octets, ml_dtypes.bfloat16).reshape(shape).astype(np.float64)
+        np.testing.assert_allclose(merged, dense(weights[module], a, b, m), rtol=2.0**-8)
+    assert audit(tmp_path) == 0
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_dense_modules_are_named_in_the_words_of_the_format(tmp_path, rng, format):
+    _, weights = base(rng, format, tmp_path / "base")
+    adapter(rng, tmp_path / "adapter", weights)
+    assert merge(tmp_path) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    named = {*ADAPTED, "lm_head", "model.embed_tokens"}
+    if format == "mlx":
+        for key in ("quantization", "quantization_config"):
+            assert config[key] == CONFIGS["mlx"][key] | dict.fromkeys(named, False)
+        return
+    key = {"fp8": "modules_to_not_convert", "int4": "ignore"}.get(format, "llm_int8_skip_modules")
+    assert set(config["quantization_config"].pop(key)) == named
+    before = CONFIGS[format]["quantization_config"]
+    assert config["quantization_config"] == {k: v for k, v in before.items() if k != key}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_same_targets_have_the_same_tensors(tmp_path, rng, format):
+    _, weights = base(rng, format, tmp_path / "base")
+    leaves = adapter(rng, tmp_path / "adapter", weights)
+    assert merge(tmp_path, "--targets", "same", "--verify", "--json", str(tmp_path / "a.json")) == 0
+    before, after = raw(tmp_path / "base"), raw(tmp_path / "out")
+    assert list(after) == list(before)
+    assert all(after[name][:2] == before[name][:2] for name in before)
+    assert {name for name in before if before[name] != after[name]} <= {
+        name for name in before if name.startswith(ADAPTED)
+    }
+    figures = json.loads((tmp_path / "a.json").read_text())["changed"]
+    stored = dequantised(tmp_path / "out")
+    for module, (a, b, m) in leaves.items():
+        name = f"{module}.weight"
+        exact, w = dense(weights[module], a, b, m), weights[module]
+        error = np.linalg.norm(stored[name] - exact) / np.linalg.norm(exact)
+        assert error < {"fp8": 0.04, "int8": 0.01}.get(format, 0.15)
+        update, change = exact - w, stored[name] - w
+        cosine = np.vdot(update, change) / np.linalg.norm(update) / np.linalg.norm(change)
+        assert figures[name]["cosine"] == pytest.approx(cosine, abs=1e-3)
+        assert figures[name]["kept"] == pytest.approx(
+            np.vdot(update, change) / np.vdot(update, update), abs=2e-3
+        )
+    config = [(tmp_path / part / "config.json").read_text() for part in ("base", "out")]
+    assert json.loads(config[0]) == json.loads(config[1])
+    assert audit(tmp_path) == 0
+
+
+@pytest.mark.parametrize("format", ["fp8", "nf4", "int4"])
+@pytest.mark.parametrize("targets", ["bf16", "same"])
+def test_scales_may_be_in_another_shard(tmp_path, rng, format, targets):
+    def shard_of(name):
+        is_scale = name.endswith(("scale_inv", "absmax", "weight_scale"))
+        return f"model-{1 + is_scale}.safetensors"
+
+    _, weights = base(rng, format, tmp_path / "base", shard_of)
+    adapter(rng, tmp_path / "adapter", weights)
+    assert merge(tmp_path, "--targets", targets, "--verify") == 0
+    (tmp_path / "apart").mkdir()
+    (tmp_path / "base").rename(tmp_path / "apart" / "base")
+    write(tmp_path / "base", base(np.random.default_rng(7), format)[0], **CONFIGS[format])
+    (tmp_path / "out").rename(tmp_path / "apart" / "out")
+    assert merge(tmp_path, "--targets", targets) == 0
+    assert raw(tmp_path / "apart" / "out") == raw(tmp_path / "out")
+
+
+@pytest.mark.parametrize("targets", ["bf16", "same"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_each_tensor_begins_at_a_multiple_of_its_size(tmp_path, rng, format, targets):
+    _, weights = base(rng, format, tmp_path / "base", out=OUT + 1 if format == "int8" else OUT)
+    adapter(rng, tmp_path / "adapter", weights)
+    assert merge(tmp_path, "--targets", targets) == 0
+    sizes = {"F32": 4, "I32": 4, "U32": 4, "BF16": 2, "I64": 8}
+    reader = Reader(tmp_path / "out" / "model.safetensors")
+    for name, entry in reader.tensors.items():
+        assert reader._starts[name] % sizes.get(entry.dtype, 1) == 0
+
+
+def test_dtype_does_not_touch_scales(tmp_path, rng):
+    _, weights = base(rng, "nf4", tmp_path / "base")
+    adapter(rng, tmp_path / "adapter", weights)
+    assert merge(tmp_path, "--dtype", "float32", "--verify") == 0
+    before, after = raw(tmp_path / "base"), raw(tmp_path / "out")
+    assert all(after[name] == before[name] for name in before if name.startswith(LEFT))
+    assert {after[f"{module}.weight"][0] for module in ADAPTED} == {"F32"}
+    assert after[HEAD][0] == "F32"
+
+
+def test_an_adapter_beside_quantised_weights_leaves_them_and_the_configuration(tmp_path, rng):
+    tensors, _ = base(rng, "int4", tmp_path / "base")
+    write_peft(tmp_path / "adapter", {"lm_head": near(rng, tensors[HEAD])})
+    assert merge(tmp_path, "--verify") == 0
+    before, after = raw(tmp_path / "base"), raw(tmp_path / "out")
+    assert {name for name in before if after[name] != before[name]} == {HEAD}
+    texts = [(tmp_path / part / "config.json").read_text() for part in ("base", "out")]
+    assert texts[0] == texts[1]
+
+
+def test_a_small_update_is_reported_as_lost(tmp_path, rng, capsys):
+    _, weights = base(rng, "int4", tmp_path / "base")
+    leaves = {}
+    for module in ADAPTED:
+        a, b, _ = near(rng, weights[module])
+        leaves[module] = a, 1e-3 * b, np.linalg.norm(weights[module], axis=1).astype("f4")
+    write_peft(tmp_path / "adapter", leaves)
+    assert merge(tmp_path, "--targets", "same") == 0
+    error = capsys.readouterr().err
+    assert "quantising again lost the update in 2 of 2 tensors" in error
+    assert "--targets bf16 keeps them dense" in error
+    assert "rounding lost" not in error
+    assert audit(tmp_path) == 1
+    assert "lost in quantising" in capsys.readouterr().out
+
+
+def test_a_sum_and_a_whole_tensor_are_quantised_again(tmp_path, rng):
+    _, weights = base(rng, "fp8", tmp_path / "base")
+    first, second = (adapter(rng, tmp_path / name, weights) for name in ("adapter", "other"))
+    whole = {f"base_model.model.{LEFT[0]}.weight": draw(rng, OUT, IN)}
+    shutil.rmtree(tmp_path / "other")
+    write_peft(tmp_path / "other", second, whole, modules_to_save=["k_proj"])
+    adapters = [f"--adapter={tmp_path / name}" for name in ("adapter", "other:0.5")]
+    out = str(tmp_path / "out")
+    arguments = [*adapters, "--out", out, "--targets", "same", "--verify"]
+    assert main(["merge", str(tmp_path / "base"), *arguments]) == 0
+    stored = dequantised(tmp_path / "out")
+    w = {module: weights[module] for module in (*ADAPTED, *LEFT)}
+    for module in ADAPTED:
+        desired = dense(w[module], *first[module])
+        desired += 0.5 * (dense(w[module], *second[module]) - w[module])
+        error = np.linalg.norm(stored[f"{module}.weight"] - desired) / np.linalg.norm(desired)
+        assert error < 0.04
+    new = w[LEFT[0]] + 0.5 * (whole[f"base_model.model.{LEFT[0]}.weight"] - w[LEFT[0]])
+    assert np.linalg.norm(stored[f"{LEFT[0]}.weight"] - new) < 0.04 * np.linalg.norm(new)
+
+
+@pytest.mark.parametrize("targets", ["bf16", "same"])
+def test_the_rows_of_one_module_in_a_fused_tensor(tmp_path, rng, targets):
+    """A block of scales may have rows of two modules."""
+    name = "encoder.layer.0.attention.qkv_proj.weight"
+    tensors, weight = quantised_bases.fp8(rng, name, 24 + 12 + 12, 64)
+    write(tmp_path / "base", tensors, **CONFIGS["fp8"])
+    parts = {"q_proj": slice(0, 24), "v_proj": slice(36, 48)}
+    leaves = {f"layers.0.self_attn.{part}": near(rng, weight[rows]) for part, rows in parts.items()}
+    write_peft(tmp_path / "adapter", leaves)
+    assert merge(tmp_path, "--targets", targets, "--verify") == 0
+    desired = weight.copy()
+    for part, rows in parts.items():
+        desired[rows] = dense(weight[rows], *leaves[f"layers.0.self_attn.{part}"])
+    stored = dequantised(tmp_path / "out")[name]
+    error = np.linalg.norm(stored - desired, axis=1) / np.linalg.norm(desired, axis=1)
+    assert error.max() < (2.0**-8 if targets == "bf16" else 0.05)
+    assert audit(tmp_path) == 0
+
+
+def test_a_merge_that_was_interrupted_goes_on(tmp_path, rng, monkeypatch):
+    _, weights = base(rng, "fp8", tmp_path / "base", lambda name: f"{name[14:16]}.safetensors")
+    adapter(rng, tmp_path / "adapter", weights)
+    options = Options(targets="same")
+    run_merge(plan_merge(tmp_path / "base", tmp_path / "adapter", options), tmp_path / "whole")
+    done = []
+
+    def stop(count):
+        done.append(count)
+        if len(done) == 9:
+            raise KeyboardInterrupt
+
+    merging = plan_merge(tmp_path / "base", tmp_path / "adapter", options)
+    with pytest.raises(KeyboardInterrupt):
+        run_merge(merging, tmp_path / "out", on_bytes=stop)
+    run_merge(merging, tmp_path / "out")
+    assert raw(tmp_path / "out") == raw(tmp_path / "whole")
+
+
+def test_inspect_and_the_plan_tell_how_a_weight_is_quantised(tmp_path, rng, capsys):
+    _, weights = base(rng, "nf4", tmp_path / "base")
+    adapter(rng, tmp_path / "adapter", weights)
+    assert merge(tmp_path, "--dry-run") == 0
+    text = capsys.readouterr().out
+    assert "nf4" in text
+    assert "Quantised in BASE: 1 copied as they are, 2 dense in OUT" in text
+    assert merge(tmp_path, "--dry-run", "--targets", "same") == 0
+    assert "2 quantised again" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "adapter"), "--base", str(tmp_path / "base")]) == 0
+    assert "nf4" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hint_about_an_adapter_of_a_quantised_copy(tmp_path, rng, capsys):
+    w = draw(rng, OUT, IN)
+    write(tmp_path / "base", {"q.weight": w})
+    name = "unsloth/tiny-bnb-4bit"
+    write_peft(tmp_path / "adapter", {"q": near(rng, w)}, base_model_name_or_path=name)
+    assert merge(tmp_path) == 0
+    assert f"ADAPTER was trained on {name}" in capsys.readouterr().err
+
+
+# What is refused
+
+
+def without_scales(tensors):
+    del tensors[f"{ADAPTED[0]}.weight_scale_inv"]
+
+
+def other_scales(tensors):
+    name = f"{ADAPTED[0]}.weight_scale_inv"
+    tensors[name] = tensors[name][:-1]
+
+
+@pytest.mark.parametrize("damage", [without_scales, other_scales])
+def test_a_damaged_weight_is_refused_by_its_name(tmp_path, rng, capsys, damage):
+    tensors, weights = base(rng, "fp8")
+    damage(tensors)
+    write(tmp_path / "base", tensors, **CONFIGS["fp8"])
+    adapter(rng, tmp_path / "adapter", weights)
+    assert f"{ADAPTED[0]}.weight is quantised" in refused(tmp_path, capsys)
+
+
+@pytest.mark.parametrize("damage", [without_scales, other_scales])
+def test_a_damaged_weight_that_no_adapter_is_for_is_copied(tmp_path, rng, damage):
+    tensors, weights = base(rng, "fp8")
+    damage(tensors)
+    write(tmp_path / "base", tensors, **CONFIGS["fp8"])
+    adapter(rng, tmp_path / "adapter", weights, modules=ADAPTED[1:])
+    assert merge(tmp_path, "--verify") == 0
+    before, after = raw(tmp_path / "base"), raw(tmp_path / "out")
+    assert all(after[name] == before[name] for name in before if name.startswith(ADAPTED[0]))
+
+
+# Experts
+
+
+def experts(rng, folder, format="fp8"):
+    tensors, weights = {}, {}
+    for layer in range(2):
+        for expert in range(3):
+            for part in ("gate_proj", "up_proj", "down_proj"):
+                module = f"model.layers.{layer}.mlp.experts.{expert}.{part}"
+                own, weights[module] = MATRICES[format](rng, f"{module}.weight", 32, 32)
+                tensors |= own
+    write(folder, tensors, model_type="qwen3_moe", **CONFIGS[format])
+    return weights
+
+
+def test_all_experts_of_a_layer_are_dense_if_one_is(tmp_path, rng):
+    weights = experts(rng, tmp_path / "base")
+    module = "model.layers.0.mlp.experts.1.up_proj"
+    leaves = adapter(rng, tmp_path / "adapter", weights, modules=[module])
+    assert merge(tmp_path, "--verify") == 0
+    entries = Reader(tmp_path / "out" / "model.safetensors").tensors
+    dtypes = {name: entry.dtype for name, entry in entries.items() if name.endswith(".weight")}
+    assert {dtypes[n] for n in dtypes if n.startswith("model.layers.0")} == {"BF16"}
+    assert {dtypes[n] for n in dtypes if n.startswith("model.layers.1")} == {"F8_E4M3"}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    names = config["quantization_config"]["modules_to_not_convert"]
+    assert names == ["model.layers.0.mlp.experts", "lm_head"]
+    stored = dequantised(tmp_path / "out")
+    for name, weight in weights.items():
+        desired = dense(weight, *leaves[name]) if name == module else weight
+        np.testing.assert_allclose(stored[f"{name}.weight"], desired, rtol=2.0**-8)
+    assert audit(tmp_path) == 0
