@@ -1,8 +1,15 @@
-"""Measure merges into quantised models: `python benchmarks/quantised.py FOLDER`.
+"""Measure merges into quantised models, or write such a model.
 
-It writes a model of each format to FOLDER, 4 GB each, with random codes and an adapter for all
+    python benchmarks/quantised.py FOLDER [--gigabytes 4] [--formats fp8 nf4 int4 mlx]
+    python benchmarks/quantised.py FOLDER --updates
+    python benchmarks/quantised.py FOLDER --write nf4 --gigabytes 0.001 --width 256
+
+The first command writes a model of each format to FOLDER, with random codes and an adapter for all
 linear layers, and merges into it with `doraxp merge`. It needs an idle machine and 20 GB free in
-FOLDER. The exit status is 1 if a goal is missed.
+FOLDER. The exit status is 1 if a goal is missed. The second one prints how much of an update is
+left after quantising again: `kept` and `cosine` of a matrix (1024, 1024) of normal numbers, by the
+size of the update as a part of the weight (root mean square). The third one writes `base` and
+`adapter` alone.
 """
 
 from __future__ import annotations
@@ -24,12 +31,11 @@ from checkpoint_model import linear_shapes
 
 from doraxp import AdaptedLayer, Adapter, Config, LayerKind
 from doraxp._base.safetensors import Tensor, write_header
-from doraxp.checkpoint import save_adapters
+from doraxp.checkpoint import Change, Options, open_model, plan_merge, run_merge, save_adapters
 
 ROUNDS, BLOCK = 3, 128
-WIDTH, RANK, SHARD = 4096, 16, 1 << 30
-TABLE = np.linspace(-1, 1, 16, dtype=np.float32)
-"""Of codes of 4 bits; a merge takes the one of the file."""
+RANK, SHARD = 16, 1 << 30
+UPDATES, NAME, SIDE = (1e-1, 1e-2, 1e-3, 1e-4), "model.layers.0.q_proj", 1024
 CONFIGS = {
     "fp8": {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "fmt": "e4m3"},
     "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -46,6 +52,13 @@ CONFIGS = {
     },
     "mlx": None,
 }  # fmt: skip
+NF4 = [
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022833334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+]  # fmt: skip
+"""The numbers of nf4: arXiv:2305.14314, appendix E."""
 _STORED = {np.dtype(np.uint8): "U8", np.dtype(np.int32): "I32", np.dtype(np.uint32): "U32",
            np.dtype(np.float32): "F32", np.dtype(np.int64): "I64",
            np.dtype(ml_dtypes.bfloat16): "BF16"}  # fmt: skip
@@ -59,14 +72,61 @@ def main() -> int:
     parser.add_argument("--formats", nargs="+", choices=CONFIGS, default=list(CONFIGS))
     parser.add_argument("--targets", nargs="+", default=["bf16", "same"])
     parser.add_argument("--jobs", type=int, default=2)
-    folder, gigabytes, formats, targets, jobs = vars(parser.parse_args()).values()
-    good = []
-    for name in formats:
-        write(folder / name, name, gigabytes)
-        for target in targets:
-            good += measure(folder / name, name, target, jobs)
+    parser.add_argument("--updates", action="store_true")
+    parser.add_argument("--write", choices=CONFIGS)
+    parser.add_argument("--width", type=int, default=4096)
+    arguments = parser.parse_args()
+    folder, good = arguments.folder, []
+    if arguments.write:
+        write(folder, arguments.write, arguments.gigabytes, arguments.width)
+        return 0
+    for name in arguments.formats:
+        if arguments.updates:
+            print_updates(folder / name, name)
+            continue
+        write(folder / name, name, arguments.gigabytes, arguments.width)
+        for target in arguments.targets:
+            good += measure(folder / name, name, target, arguments.jobs)
         shutil.rmtree(folder / name)
     return 0 if all(good) else 1
+
+
+def print_updates(folder: Path, name: str) -> None:
+    """Print how much of an update is left when a weight is quantised again."""
+    rng = np.random.default_rng(0)
+    tensors = stored(name, NAME, SIDE, SIDE, rng)
+    (folder / "codes").mkdir(parents=True)
+    save(folder / "codes" / "model.safetensors", tensors, name)
+    write_config(folder / "codes", name)
+    options = Options(targets="same")
+    weight = np.float32(0.02) * rng.standard_normal((SIDE, SIDE), np.float32)
+    a, b = np.eye(SIDE, dtype=np.float32), weight - read(folder / "codes")
+    merge_one(folder, "codes", a, b, np.linalg.norm(weight, axis=1), options, "base")
+    weight = read(folder / "base")
+    for update in UPDATES:
+        a = rng.standard_normal((RANK, SIDE), np.float32)
+        b = np.float32(0.02 * update / RANK**0.5) * rng.standard_normal((SIDE, RANK), np.float32)
+        m = np.linalg.norm(weight + b @ a, axis=1)
+        change = merge_one(folder, "base", a, b, m, options, f"out-{update}")
+        print(f"{name:6}{update:8.0e}  kept {change.kept:6.3f}  cosine {change.cosine:6.3f}")
+    shutil.rmtree(folder)
+
+
+def merge_one(
+    folder: Path, base: str, a: np.ndarray, b: np.ndarray, m: np.ndarray, options: Options, out: str
+) -> Change:
+    """Merge an adapter into the one weight of a model, and return the change."""
+    layer = AdaptedLayer(Adapter(a, b, m), Config(len(a)), LayerKind(), (SIDE, SIDE))
+    save_adapters(folder / f"adapter-{out}", {NAME: layer})
+    plan = plan_merge(folder / base, folder / f"adapter-{out}", options)
+    (change,) = run_merge(plan, folder / out).values()
+    return change
+
+
+def read(folder: Path) -> np.ndarray:
+    """Return the one weight of a model, dequantised."""
+    source = open_model(folder).sources()[f"{NAME}.weight"]
+    return np.asarray(source.read()).astype(np.float32)
 
 
 def measure(folder: Path, name: str, target: str, jobs: int) -> Iterator[bool]:
@@ -93,12 +153,15 @@ def measure(folder: Path, name: str, target: str, jobs: int) -> Iterator[bool]:
     for way, seconds in times.items():
         print(f"{name} {target} {way}: {', '.join(f'{one:.1f}' for one in seconds)} s")
     ours, copy_time = (statistics.median(times[way]) for way in ("merge", "cp"))
-    yield met(f"{name}, --targets {target}: time ÷ cp of OUT", ours / copy_time, 4)
+    if target == "bf16":
+        yield met(f"{name}, --targets bf16: time ÷ cp of OUT", ours / copy_time, 4)
+    else:
+        print(f"{name}, --targets {target}: time ÷ cp of OUT {ours / copy_time:.2f}")
     beyond = (peak - resident(status.stdout)) / MIB
     yield met(f"{name}, --targets {target}: memory beyond the imports, MiB", beyond, 100)
 
 
-def write(folder: Path, name: str, gigabytes: float) -> None:
+def write(folder: Path, name: str, gigabytes: float, width: int) -> None:
     """Write the base in shards of 1 GiB, and the adapter."""
     rng = np.random.default_rng(0)
     base = folder / "base"
@@ -108,7 +171,7 @@ def write(folder: Path, name: str, gigabytes: float) -> None:
     shards: dict[str, str] = {}
     written = size = number = 0
     while written < gigabytes * 1e9:
-        for module, (out, inner) in linear_shapes(WIDTH).items():
+        for module, (out, inner) in linear_shapes(width).items():
             path = f"model.layers.{number}.{module}"
             tensors = stored(name, path, out, inner, rng)
             shard |= tensors
@@ -122,6 +185,12 @@ def write(folder: Path, name: str, gigabytes: float) -> None:
             written, size, shard = written + size, 0, {}
     index = {"metadata": {"total_size": written}, "weight_map": shards}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_config(base, name)
+    save_adapters(folder / "adapter", layers)
+
+
+def write_config(base: Path, name: str) -> None:
+    """Write the configuration of a model of a format."""
     config: dict[str, object] = {"model_type": "llama", "dtype": "bfloat16"}
     quantised = CONFIGS[name]
     if quantised is None:
@@ -129,7 +198,6 @@ def write(folder: Path, name: str, gigabytes: float) -> None:
         config["quantization"] = quantised
     config["quantization_config"] = quantised
     (base / "config.json").write_text(json.dumps(config))
-    save_adapters(folder / "adapter", layers)
 
 
 def adapter(out: int, inner: int, rng: np.random.Generator) -> AdaptedLayer:
@@ -156,7 +224,7 @@ def stored(
         return {
             weight: octets.reshape(-1, 1),
             f"{weight}.absmax": np.full(out * inner // 64, 0.05, np.float32),
-            f"{weight}.quant_map": TABLE,
+            f"{weight}.quant_map": np.array(NF4, np.float32),
             f"{weight}.quant_state.bitsandbytes__nf4": text,
         }
     groups = inner // (32 if name == "int4" else 64)

@@ -50,6 +50,14 @@ def write(folder, tensors, shard_of=None, **config):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+NF4 = [
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+]  # fmt: skip
+"""The numbers of nf4: arXiv:2305.14314, appendix E."""
+
 # Each function returns the tensors on disk and the weight in float64
 
 
@@ -68,7 +76,7 @@ def fp8(rng, name, out, inner, block=FP8_BLOCK):
 def nf4(rng, name, out, inner, block=64):
     """4 bits of bitsandbytes, without a second quantisation of the scales."""
     codes = rng.integers(0, 16, out * inner)
-    table = np.sort(rng.uniform(-1, 1, 16)).astype(np.float32)
+    table = np.array(NF4, np.float32)
     absmax = (0.1 * (1 + rng.random(-(-codes.size // block)))).astype(np.float32)
     values = table[codes] * absmax.repeat(block)[: codes.size]
     state = {"quant_type": "nf4", "blocksize": block, "dtype": "bfloat16", "shape": [out, inner]}

@@ -549,3 +549,170 @@ def test_8_bits_refuse_tensors_that_do_not_fit():
     _, how = disk.only()
     with pytest.raises(CheckpointError, match=r"p\.SCB: the scales must be finite"):
         how.check(disk)
+
+
+# compressed-tensors
+
+CT = {
+    "quant_method": "compressed-tensors",
+    "config_groups": {
+        "a": {"weights": {"block_structure": [4, 8]}},
+        "b": {"weights": {"block_structure": ["4", 8]}},
+        "c": {"weights": None},
+        "d": ["q_proj"],
+    },
+}
+
+
+def packed_by_formula(codes, bits_each):
+    """Pack rows of signed codes, one bit string a row."""
+    words = -(-codes.shape[1] * bits_each // 32)
+    result = np.zeros((len(codes), words), np.uint32)
+    for row, line in enumerate(codes):
+        whole = sum(
+            (int(code) + (1 << bits_each - 1)) << column * bits_each
+            for column, code in enumerate(line)
+        )
+        result[row] = [whole >> 32 * word & 0xFFFFFFFF for word in range(words)]
+    return result.view(np.int32)
+
+
+def ct_model(kind, shape, size, scale="f4", asymmetric=False):
+    """Return a model and its weight by the formula."""
+    rng = np.random.default_rng(3)
+    grid = tuple(-(-side // one) for side, one in zip(shape, size, strict=True))
+    bits_each = 4 if "4" in kind else 8
+    limit = 1 << bits_each - 1
+    scales = (0.1 * rng.random(grid) + 1e-3).astype(scale)
+    zero = rng.integers(-limit, limit, grid).astype(np.int8) * np.int8(asymmetric)
+    tensors = {"p.weight_scale": scales}
+    if kind == "FP8":
+        codes = rng.integers(0, 127, shape, np.uint8).view(E4M3)
+        tensors["p.weight"] = codes
+    else:
+        codes = rng.integers(-limit, limit, shape).astype(np.int8)
+        tensors["p.weight"] = codes
+    if kind.startswith("packed"):
+        del tensors["p.weight"]
+        tensors["p.weight_packed"] = packed_by_formula(codes, bits_each)
+        tensors["p.weight_shape"] = np.array(shape)
+    if asymmetric:
+        tensors["p.weight_zero_point"] = zero
+        if kind.startswith("packed"):
+            tensors["p.weight_zero_point"] = packed_by_formula(zero.T, bits_each).T
+    desired = np.empty(shape, scale)
+    for row, column in np.ndindex(shape):
+        at = row // size[0], column // size[1]
+        desired[row, column] = np.float32(float(codes[row, column]) - int(zero[at])) * np.float32(
+            scales[at]
+        )
+    return tensors, desired
+
+
+@pytest.mark.parametrize("scale", ["f4", BF16, "f2"])
+@pytest.mark.parametrize(
+    ("kind", "shape", "size", "asymmetric", "words"),
+    [
+        ("FP8", (8, 16), (4, 8), False, "FP8, blocks of 4 × 8"),
+        ("FP8", (9, 13), (4, 8), False, "FP8, blocks of 4 × 8"),
+        ("FP8", (9, 13), (1, 13), False, "FP8, rows"),
+        ("FP8", (9, 12), (9, 12), False, "FP8, one scale"),
+        ("INT8", (6, 10), (1, 10), False, "INT8, rows"),
+        ("INT8", (6, 10), (1, 10), True, "INT8, rows, zero points"),
+        ("INT8", (6, 10), (1, 5), True, "INT8, groups of 5, zero points"),
+        ("INT8", (6, 10), (6, 10), True, "INT8, one scale, zero points"),
+        ("packed 4", (9, 12), (1, 12), False, "INT4, rows"),
+        ("packed 4", (19, 13), (1, 13), True, "INT4, rows, zero points"),
+        ("packed 4", (17, 16), (1, 8), True, "INT4, groups of 8, zero points"),
+        ("packed 8", (9, 16), (1, 8), False, "INT8, groups of 8"),
+        ("packed 8", (9, 15), (1, 5), True, "INT8, groups of 5, zero points"),
+    ],
+)
+def test_compressed_tensors_are_read_and_requantised(kind, shape, size, asymmetric, words, scale):
+    tensors, desired = ct_model(kind, shape, size, scale, asymmetric)
+    disk = Disk(tensors)
+    name, how = disk.only(CT)
+    assert (name, how.shape, DTYPES[how.dtype]) == ("p.weight", shape, np.dtype(scale))
+    assert how.label == f"compressed-tensors {words}"
+    assert set(how.tensors) == set(tensors)
+    for sizes in ((), (1,), (3, 2), (4,)):
+        np.testing.assert_array_equal(bits(read(how, disk, *sizes)), bits(desired))
+    how.check(disk)
+    weight = draw(*shape) + 0.02 * asymmetric
+    weight[: size[0], : size[1]] *= size[0] == shape[0]
+    new = check_quantiser(how, disk, weight, CT)
+    matrix, whole = weight.reshape(shape), read(how, new)
+    limit = {"FP8": 448, "packed 4": 7.5}.get(kind, 127.5)
+    for row, column in np.ndindex(new.tensors["p.weight_scale"].shape):
+        part = matrix[
+            row * size[0] : (row + 1) * size[0], column * size[1] : (column + 1) * size[1]
+        ]
+        span = (max(part.max(), 0) - min(part.min(), 0)) / 2 if asymmetric else abs(part).max()
+        scale_here = np.float32(span) / np.float32(limit) or 2.0**-23
+        actual = new.tensors["p.weight_scale"][row, column]
+        np.testing.assert_allclose(float(actual), scale_here, rtol=5e-3)
+        back = whole[row * size[0] : (row + 1) * size[0]]
+        back = back[:, column * size[1] : (column + 1) * size[1]]
+        worst = float(actual) * (16.5 if kind == "FP8" else 1.5)
+        assert abs(back.astype("f8") - part).max() <= worst + 1e-2 * span
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_compressed_tensors_of_one_scale_may_have_any_shape(shape):
+    tensors, desired = ct_model("FP8", (6, 10), (6, 10))
+    tensors["p.weight_scale"] = tensors["p.weight_scale"].reshape(shape)
+    disk = Disk(tensors)
+    for entries in (CT, {}):
+        _, how = disk.only(entries)
+        np.testing.assert_array_equal(bits(read(how, disk, 4)), bits(desired))
+        check_quantiser(how, disk, draw(6, 10), entries)
+
+
+def test_compressed_tensors_without_a_configuration_need_a_clear_block():
+    tensors, desired = ct_model("FP8", (8, 16), (4, 8))
+    disk = Disk(tensors)
+    np.testing.assert_array_equal(bits(read(disk.only()[1], disk)), bits(desired))
+    tensors, _ = ct_model("FP8", (9, 16), (4, 8))
+    assert "config.json" in refused(tensors)[1]
+    for groups in ({}, {"a": {"weights": {"block_structure": [4, 8]}}}, [], None, "x"):
+        entries = {"quant_method": "compressed-tensors", "config_groups": groups}
+        assert "(5, 2)" in refused(tensors | {"p.weight_scale": np.ones((5, 2), "f4")}, entries)[1]
+
+
+CT_MISFITS = [
+    ("FP8", {"p.weight_scale": np.ones((9, 1), "i4")}, "I32"),
+    ("FP8", {"p.weight_scale": np.ones((9, 0), "f4")}, "(9, 0)"),
+    ("FP8", {"p.weight_scale": np.ones((0, 0), "f4")}, "(0, 0)"),
+    ("FP8", {"p.weight_scale": np.ones(9, "f4")}, "(9,)"),
+    ("FP8", {"p.weight_zero_point": np.zeros((9, 1), E4M3)}, "zero points"),
+    ("FP8", {"p.weight": np.zeros((2, 9, 12), E4M3)}, "two axes"),
+    ("FP8", {"p.weight": np.zeros((0, 12), E4M3), "p.weight_scale": np.ones(1, "f4")}, "(0, 12)"),
+    ("INT8", {"p.weight_scale": np.ones((9, 5), "f4")}, "do not divide"),
+    ("INT8", {"p.weight_zero_point": np.zeros(9, "i1")}, "zero points"),
+    ("packed 4", {"p.weight_g_idx": np.zeros(12, "i4")}, "actorder"),
+    ("packed 4", {"p.weight_shape": None}, "p.weight_shape is missing"),
+    ("packed 4", {"p.weight_shape": np.array([9.0, 12.0])}, "whole numbers"),
+    ("packed 4", {"p.weight_shape": np.array([8, 12])}, "(8, 12)"),
+    ("packed 4", {"p.weight_shape": np.array([9, -12])}, "(9, -12)"),
+    ("packed 4", {"p.weight_shape": np.array([9, 1200])}, "(9, 1200)"),
+    ("packed 4", {"p.weight_shape": np.array([9, 16]), "p.weight_packed": np.zeros((9, 3), "i4")},
+     "5 bits"),
+    ("packed 4", {"p.weight_zero_point": np.zeros((1, 1), "i4")}, "zero points"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "changes", "word"), CT_MISFITS)
+def test_compressed_tensors_that_do_not_fit_are_refused(kind, changes, word):
+    tensors, _ = ct_model(kind, (9, 12), (1, 12))
+    tensors = {name: x for name, x in (tensors | changes).items() if x is not None}
+    name, problem = refused(tensors, CT)
+    assert name == "p.weight"
+    assert word in problem
+
+
+def test_scales_of_compressed_tensors_must_be_finite():
+    tensors, _ = ct_model("INT8", (6, 10), (1, 10))
+    tensors["p.weight_scale"][2] = np.nan
+    disk = Disk(tensors)
+    with pytest.raises(CheckpointError, match=r"p\.weight_scale: the scales must be finite"):
+        disk.only(CT)[1].check(disk)

@@ -1,7 +1,7 @@
 """DoRA, weight-decomposed low-rank adaptation, for the Python array API (arXiv:2402.09353)."""
 
 from doraxp import backends
-from doraxp._base.types import Adapter, Config, Gradients
+from doraxp._base.types import Adapter, Config, Gradients, RowWeight
 from doraxp._core.adapter import convert_form, init, merge
 from doraxp._core.decomposition import (
     MagnitudeDirectionChange,
@@ -11,6 +11,7 @@ from doraxp._core.decomposition import (
 from doraxp._core.kinds import LayerKind
 from doraxp._core.linear import Cache, backward, forward
 from doraxp._core.prepared import Prepared, prepare
+from doraxp._core.quantised import QuantisedWeight
 from doraxp._core.updates import Difference, Hadamard, Kronecker, LowRank, UpdateAdapter
 from doraxp.layers import AdaptedLayer, Diagnostics, DoRALayer, Linear, adapt
 from doraxp.optim import (
@@ -45,6 +46,8 @@ __all__ = [
     "LowRank",
     "MagnitudeDirectionChange",
     "Prepared",
+    "QuantisedWeight",
+    "RowWeight",
     "SGDState",
     "UpdateAdapter",
     "adamw_init",

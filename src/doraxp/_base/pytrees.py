@@ -1,8 +1,11 @@
-"""`Config` as a part of JAX's trees of arrays."""
+"""`Config` and other classes as parts of JAX's trees of arrays."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
+from collections.abc import Callable
+from typing import Any
 
 from doraxp._base.types import Config
 
@@ -18,3 +21,16 @@ def register_config() -> None:
 
     with contextlib.suppress(ValueError):  # registered already
         jax.tree_util.register_static(Config)
+
+
+def register_tree(
+    kind: type[Any], arrays: Callable[[Any], Any], made_of: Callable[[Any, Any], Any]
+) -> None:
+    """Register a class of objects that hold arrays with JAX, if JAX is imported.
+
+    `arrays` returns the arrays of an object and the rest; `made_of` takes the rest and arrays.
+    """
+    jax = sys.modules.get("jax")
+    if jax is not None:
+        with contextlib.suppress(ValueError):  # registered already
+            jax.tree_util.register_pytree_node(kind, arrays, made_of)

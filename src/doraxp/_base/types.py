@@ -67,6 +67,7 @@ class Namespace(Protocol):
     """An array namespace of array-api-compat, whose functions return arrays."""
 
     bool: DType
+    int32: DType
     float32: DType
     float64: DType
 
@@ -83,6 +84,30 @@ class FloatInfo(Protocol):
     eps: float
     max: float
     smallest_normal: float
+
+
+class RowWeight(Protocol):
+    """A frozen weight W (out, in) that is not an array, and gives its rows when it is asked.
+
+    `doraxp.QuantisedWeight` is one. Any other object with these three members is one too, such as
+    a reader of a file. `prepare`, `forward`, `backward`, `merge`, `init`, `decompose` and
+    `DoRALayer` take it in place of an array. They ask for blocks of rows, from the first to the
+    last, and need one block at a time.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in)."""
+
+    @property
+    def dtype(self) -> DType:
+        """The floating dtype of the rows, an object of their library."""
+
+    def rows(self, rows: slice, /) -> Array:
+        """Return some rows, (k, in), in `dtype`; `rows` has a start and a stop.
+
+        The next call may overwrite the array.
+        """
 
 
 HostArray: TypeAlias = np.ndarray[Any, np.dtype[Any]]

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, cast, get_args
 
 import numpy as np
 
 from doraxp._base.scalars import check_count, check_kind
-from doraxp._base.types import Adapter, Array, Config, Form
+from doraxp._base.types import Adapter, Array, Config, Form, RowWeight
 from doraxp._core.checks import check_layer, check_rank
 from doraxp._core.decomposition import inverse_norms
 from doraxp._core.kinds import LayerKind
@@ -25,14 +25,16 @@ from doraxp.backends import as_dtype, compute_dtype, operations
 InitMethod: TypeAlias = Literal["kaiming", "gaussian"]
 
 
-def init(weight: Array, config: Config, *, seed: int, method: InitMethod = "kaiming") -> Adapter:
+def init(
+    weight: Array | RowWeight, config: Config, *, seed: int, method: InitMethod = "kaiming"
+) -> Adapter:
     """Return a fresh adapter: A random, B = 0, m = ‖wᵢ‖, so that W' = W.
 
     In the weight form, W' = W holds bit for bit.
 
     Parameters
     ----------
-    weight : array, shape (*stack, out, in)
+    weight : array, shape (*stack, out, in), or RowWeight, shape (out, in)
     config : Config
     seed : int
         NumPy draws the numbers on the host, so every backend gets the same numbers.
@@ -67,13 +69,14 @@ def init(weight: Array, config: Config, *, seed: int, method: InitMethod = "kaim
         raise ValueError(f"method must be one of {get_args(InitMethod)}, got {method!r}")
     seed = check_count("seed", seed)
     check_kind("config", config, Config)
-    ops = operations(weight=weight)
+    given = cast(Array, weight)
+    ops = operations(weight=given)
     xp = ops.xp
-    check_rank(weight, config)
-    weight = ops.detached(weight)
-    dtype = compute_dtype(weight, xp=xp)
-    where = ops.device(weight)
-    *stack, out, inner = weight.shape
+    check_rank(given, config)
+    stored = ops.detached(given)
+    dtype = compute_dtype(stored, xp=xp)
+    where = ops.device(stored)
+    *stack, out, inner = stored.shape
     shape = (*stack, config.rank, inner)
     # The standard has no random numbers: draw on the host, so every backend starts equal.
     rng = np.random.default_rng(seed)
@@ -84,12 +87,12 @@ def init(weight: Array, config: Config, *, seed: int, method: InitMethod = "kaim
     return Adapter(
         lora_a=as_dtype(xp.asarray(drawn, device=where), dtype, xp=xp),
         lora_b=xp.zeros((*stack, out, config.rank), dtype=dtype, device=where),
-        magnitude=ops.row_norms(weight, ops.row_squares(weight, dtype)),
+        magnitude=ops.row_norms(stored, ops.row_squares(stored, dtype)),
     )
 
 
 def merge(
-    weight: Array,
+    weight: Array | RowWeight,
     adapter: Adapter | UpdateAdapter,
     config: Config,
     *,
@@ -105,8 +108,9 @@ def merge(
 
     Parameters
     ----------
-    weight : array, shape (*stack, out, in)
-        Or as a layer of `kind` stores it.
+    weight : array, shape (*stack, out, in), or RowWeight, shape (out, in)
+        Or as a layer of `kind` stores it. A RowWeight is of the kind "linear"; it does not change,
+        and W' is an array.
     adapter : Adapter or UpdateAdapter
     config : Config
         Of an UpdateAdapter only `scaling` and `form` count.
@@ -143,6 +147,7 @@ def merge(
     array([[4., 5.],
            [1., 6.]])
     """
+    weight = cast(Array, weight)
     if isinstance(adapter, UpdateAdapter):
         return merge_update(weight, adapter, config, kind or LayerKind())
     if kind is not None:

@@ -8,9 +8,9 @@ The paper's "column-wise" norm is for weights stored as (in, out). Here weights 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
-from doraxp._base.types import Array, DType, Reduce
+from doraxp._base.types import Array, DType, Reduce, RowWeight
 from doraxp._core.checks import check_weight
 from doraxp._core.kinds import LayerKind
 from doraxp.backends import Operations, as_dtype, compute_dtype, operations
@@ -29,13 +29,13 @@ class MagnitudeDirectionChange(NamedTuple):
     """1 − cos(w'ᵢ, wᵢ), shape (*stack, out)."""
 
 
-def decompose(weight: Array, *, kind: LayerKind | None = None) -> tuple[Array, Array]:
+def decompose(weight: Array | RowWeight, *, kind: LayerKind | None = None) -> tuple[Array, Array]:
     """Return (m, W/m): the row norms m = ‖wᵢ‖ and the rows of length 1.
 
     Parameters
     ----------
-    weight : array, shape (*stack, out, in)
-        Or as a layer of `kind` stores it.
+    weight : array, shape (*stack, out, in), or RowWeight, shape (out, in)
+        Or as a layer of `kind` stores it. A RowWeight is of the kind "linear".
     kind : LayerKind, optional
         The rows are those of `kind.matrix(weight)`. None takes the weight for the matrix.
 
@@ -68,17 +68,18 @@ def decompose(weight: Array, *, kind: LayerKind | None = None) -> tuple[Array, A
     >>> decompose(np.array([[3.0, 5.0], [4.0, 0.0]]), kind=LayerKind("columns"))[0]
     array([5., 5.])
     """
-    ops = operations(weight=weight)
-    check_weight(weight)
-    dtype = compute_dtype(weight, xp=ops.xp)
+    stored = cast(Array, weight)
+    ops = operations(weight=stored)
+    check_weight(stored)
+    dtype = compute_dtype(stored, xp=ops.xp)
     if kind is None:
-        return _decompose(weight, dtype, ops=ops)
-    magnitude, unit = _decompose(kind.matrix(weight), dtype, ops=ops)
-    return magnitude, kind.restore(unit, tuple(weight.shape))
+        return _decompose(stored, dtype, ops=ops)
+    magnitude, unit = _decompose(kind.matrix(stored), dtype, ops=ops)
+    return magnitude, kind.restore(unit, tuple(stored.shape))
 
 
 def magnitude_direction_change(
-    weight_before: Array, weight_after: Array
+    weight_before: Array | RowWeight, weight_after: Array | RowWeight
 ) -> MagnitudeDirectionChange:
     """Return ΔM = mean abs(‖w'ᵢ‖ − ‖wᵢ‖) and ΔD = mean (1 − cos(w'ᵢ, wᵢ)), over the rows.
 
@@ -88,7 +89,7 @@ def magnitude_direction_change(
 
     Parameters
     ----------
-    weight_before, weight_after : array, shape (*stack, out, in)
+    weight_before, weight_after : array, shape (*stack, out, in), or RowWeight, shape (out, in)
         The weights of one layer, or of a stack of layers. Each layer has its own means.
 
     Returns
@@ -116,17 +117,18 @@ def magnitude_direction_change(
     >>> change.magnitude_rows, change.direction_rows
     (array([5., 3.]), array([0., 1.]))
     """
-    ops = operations(weight_before=weight_before, weight_after=weight_after)
+    before, after = cast(Array, weight_before), cast(Array, weight_after)
+    ops = operations(weight_before=before, weight_after=after)
     xp = ops.xp
-    check_weight(weight_before, "weight_before")
-    if tuple(weight_before.shape) != tuple(weight_after.shape):
+    check_weight(before, "weight_before")
+    if tuple(before.shape) != tuple(after.shape):
         raise ValueError(
             f"weight_before and weight_after must have one shape, got "
-            f"{tuple(weight_before.shape)} and {tuple(weight_after.shape)}"
+            f"{tuple(before.shape)} and {tuple(after.shape)}"
         )
-    dtype = compute_dtype(weight_before, weight_after, xp=xp)
-    m_before, unit_before = _decompose(weight_before, dtype, ops=ops)
-    m_after, unit_after = _decompose(weight_after, dtype, ops=ops)
+    dtype = compute_dtype(before, after, xp=xp)
+    m_before, unit_before = _decompose(before, dtype, ops=ops)
+    m_after, unit_after = _decompose(after, dtype, ops=ops)
     turn = unit_after - unit_before  # (*stack, out, in)
     direction = 0.5 * xp.sum(turn * turn, axis=-1)
     one_is_zero = (m_before == 0) != (m_after == 0)
@@ -139,6 +141,7 @@ def magnitude_direction_change(
 
 def _decompose(weight: Array, dtype: DType, *, ops: Operations) -> tuple[Array, Array]:
     """Return ‖wᵢ‖ and W/‖wᵢ‖ in `dtype`, for a weight that was checked."""
+    weight = ops.whole(weight)
     magnitude = ops.row_norms(weight, ops.row_squares(weight, dtype))
     return magnitude, ops.over_norm(as_dtype(weight, dtype, xp=ops.xp), magnitude)
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 from doraxp._base.types import Array
-from doraxp.backends import array_namespace
+from doraxp.backends import array_namespace, is_by_rows
 
 KindName: TypeAlias = Literal[
     "linear", "experts", "transposed", "transposed_experts", "embedding", "columns", "conv"
@@ -114,8 +114,14 @@ class LayerKind:
 
     def matrix(self, weight: Array) -> Array:
         """Return the matrix (*stack, out, in) of a stored weight."""
-        xp = array_namespace(weight)
         shape = self.matrix_shape(tuple(weight.shape))
+        if is_by_rows(weight):
+            if self.name != "linear":
+                raise ValueError(
+                    f"a weight that is given by rows must be of kind 'linear', got {self.name!r}"
+                )
+            return weight
+        xp = array_namespace(weight)
         if self.name == "transposed_experts" or (self.is_transposed and len(weight.shape) == 2):
             return xp.matrix_transpose(weight)
         if self.is_transposed:

@@ -14,7 +14,16 @@ from typing import NamedTuple, cast
 
 from doraxp._base.ranks import sums
 from doraxp._base.scalars import check_flag, check_kind
-from doraxp._base.types import Adapter, Array, Config, DType, Gradients, Namespace, Reduce
+from doraxp._base.types import (
+    Adapter,
+    Array,
+    Config,
+    DType,
+    Gradients,
+    Namespace,
+    Reduce,
+    RowWeight,
+)
 from doraxp._core.checks import check_call, check_output_gradient
 from doraxp._core.prepared import (
     Prepared,
@@ -25,7 +34,16 @@ from doraxp._core.prepared import (
     prepare_checked,
     prepare_with_product,
 )
-from doraxp.backends import Norm, Operations, ProductDirection, as_dtype, operations, transpose
+from doraxp.backends import (
+    Norm,
+    Operations,
+    ProductDirection,
+    as_dtype,
+    by_rows,
+    is_by_rows,
+    operations,
+    transpose,
+)
 
 
 class Cache(NamedTuple):
@@ -68,7 +86,7 @@ class _Inputs(NamedTuple):
 
 def forward(
     x: Array,
-    weight: Array,
+    weight: Array | RowWeight,
     adapter: Adapter,
     config: Config,
     *,
@@ -101,7 +119,9 @@ def forward(
     x : array, shape (*stack, ..., in)
         The compute dtype is that of weight and adapter: a float64 x does not widen a float32
         layer.
-    weight : array, shape (*stack, out, in)
+    weight : array, shape (*stack, out, in), or RowWeight, shape (out, in)
+        A RowWeight is read once, and once more in the backward; without `prepared` and `previous`
+        three times in the forward.
     adapter : Adapter
     config : Config
     bias : array, shape (*stack, out), optional
@@ -148,14 +168,15 @@ def forward(
     >>> y
     array([11., 10.])
     """
-    ops, dtype = check_call(x, weight, adapter, config, bias, dropout_mask)
-    remembered = check_previous(previous, weight, reduce)
+    stored = cast(Array, weight)
+    ops, dtype = check_call(x, stored, adapter, config, bias, dropout_mask)
+    remembered = check_previous(previous, stored, reduce)
     if prepared is not None:
-        check_prepared(prepared, weight, adapter, config, ops=ops)
+        check_prepared(prepared, stored, adapter, config, ops=ops)
         check_same_reduce("prepared", prepared, reduce)
         remembered = prepared.reduce
     return forward_checked(
-        x, weight, adapter, config, bias, prepared, previous, dropout_mask, remembered, dtype,
+        x, stored, adapter, config, bias, prepared, previous, dropout_mask, remembered, dtype,
         ops=ops,
     )  # fmt: skip
 
@@ -180,7 +201,7 @@ def forward_checked(
     low, z, y = _outputs(inputs, base, prepared, wide_bias, ops=ops)
     rest = inputs.rest
     if rest is not None:
-        (of_rest,) = sums(prepared.reduce, ops.product(rest, transpose(weight)), xp=ops.xp)
+        (of_rest,) = sums(prepared.reduce, ops.product_with_transposed(rest, weight), xp=ops.xp)
         y = of_rest + y  # y may have fewer digits
     y = _in_shape(as_dtype(y, x.dtype, xp=ops.xp), (*x.shape[:-1], weight.shape[-2]), ops=ops)
     return y, Cache(x, bias, low, z, prepared, mask)
@@ -228,7 +249,8 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     TypeError
         `dy` is of another library than the cache, or its dtype is not floating.
     ValueError
-        `dy` does not have y's shape, or the adapter was changed after the forward.
+        `dy` does not have y's shape, the adapter was changed after the forward, or `train_base` is
+        given for a RowWeight.
 
     References
     ----------
@@ -247,6 +269,10 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     check_kind("cache", cache, Cache)
     check_flag("train_base", train_base)
     ops = operations(dy=dy, x=cache.x)
+    if is_by_rows(cache.prepared.weight):
+        if train_base:
+            raise ValueError("train_base must be False for a weight that is given by rows")
+        ops = by_rows(ops)
     check_output_gradient(dy, (*cache.x.shape[:-1], cache.prepared.weight.shape[-2]))
     check_unwritten(cache.prepared, ops=ops)
     return backward_checked(dy, cache, train_base=train_base, ops=ops)
@@ -364,8 +390,9 @@ def _in_shape(array: Array, shape: tuple[int, ...], *, ops: Operations) -> Array
 def as_tokens(x: Array, weight: Array, dtype: DType, *, xp: Namespace) -> Array:
     """Return x (*stack, ..., k) in `dtype`, with one axis of tokens: (*stack, tokens, k)."""
     x = as_dtype(x, dtype, xp=xp)
-    if x.ndim == weight.ndim:
+    depth = len(weight.shape) - 2
+    if x.ndim == depth + 2:
         return x
-    stack = x.shape[: weight.ndim - 2]
-    count = math.prod(x.shape[weight.ndim - 2 : -1])
+    stack = x.shape[:depth]
+    count = math.prod(x.shape[depth:-1])
     return xp.reshape(x, (*stack, count, x.shape[-1]))

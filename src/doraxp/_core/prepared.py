@@ -6,14 +6,14 @@ V = ρ⊙W + s B A              n = ‖V‖ by rows, (out,)           g = m / n,
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from doraxp._base.ranks import check_reduce, sums
 from doraxp._base.scalars import check_kind
-from doraxp._base.types import Adapter, Array, Config, DType, Reduce, Snapshot
+from doraxp._base.types import Adapter, Array, Config, DType, Reduce, RowWeight, Snapshot
 from doraxp._core.checks import check_layer
 from doraxp._core.decomposition import inverse_norms
-from doraxp.backends import Direction, Factors, Operations, as_dtype, transpose
+from doraxp.backends import Direction, Factors, Operations, as_dtype, is_by_rows, transpose
 
 
 class Prepared(NamedTuple):
@@ -43,12 +43,12 @@ class Prepared(NamedTuple):
 
     @property
     def weight(self) -> Array:
-        """W, the array that `prepare` was given."""
+        """W, the object that `prepare` was given."""
         return self.direction.factors.weight
 
 
 def prepare(
-    weight: Array,
+    weight: Array | RowWeight,
     adapter: Adapter,
     config: Config,
     *,
@@ -68,7 +68,7 @@ def prepare(
 
     Parameters
     ----------
-    weight : array, shape (*stack, out, in)
+    weight : array, shape (*stack, out, in), or RowWeight, shape (out, in)
     adapter : Adapter
     config : Config
     previous : Prepared, optional
@@ -88,8 +88,8 @@ def prepare(
     TypeError
         The arrays are not of one library, or a dtype is not floating.
     ValueError
-        The shapes do not fit, the devices differ, or `previous` is of another weight or another
-        `reduce`.
+        The shapes do not fit, the devices differ, `previous` is of another weight or another
+        `reduce`, or `reduce` is given for a RowWeight.
 
     References
     ----------
@@ -104,9 +104,10 @@ def prepare(
     >>> doraxp.prepare(weight, adapter, config).norm
     array([1., 1., 1.])
     """
-    ops, dtype = check_layer(weight, adapter, config)
-    reduce = check_previous(previous, weight, reduce)
-    return prepare_checked(weight, adapter, config, previous, reduce, dtype, ops=ops)
+    stored = cast(Array, weight)
+    ops, dtype = check_layer(stored, adapter, config)
+    reduce = check_previous(previous, stored, reduce)
+    return prepare_checked(stored, adapter, config, previous, reduce, dtype, ops=ops)
 
 
 def prepare_checked(
@@ -130,7 +131,7 @@ def prepare_with_product(
     """
     xp, tokens = ops.xp, x.shape[-2]
     rows = xp.concat([x, as_dtype(adapter.lora_a, dtype, xp=xp)], axis=-2)  # (tokens + rank, in)
-    product = ops.product(rows, transpose(weight))
+    product = ops.product_with_transposed(rows, weight)
     u = transpose(product[..., tokens:, :])  # W Aᵀ, (out, rank)
     prepared = _measure(weight, adapter, config, previous, reduce, u, dtype, ops=ops)
     return prepared, product[..., :tokens, :]
@@ -189,6 +190,10 @@ def check_previous(
     previous: Prepared | None, weight: Array, reduce: Reduce | None
 ) -> Reduce | None:
     """Refuse a `previous` of another weight; return the `reduce` that applies."""
+    if reduce is not None and is_by_rows(weight):
+        raise ValueError(
+            "reduce must be None for a weight that is given by rows: it holds whole rows"
+        )
     if previous is None:
         check_reduce(reduce)
         return reduce

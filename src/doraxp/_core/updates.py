@@ -202,7 +202,7 @@ def merge_update(weight: Array, adapter: UpdateAdapter, config: Config, kind: La
     flat = (math.prod(shape[:-1]), shape[-1]) if kind.is_stack else (shape[0], math.prod(shape[1:]))
     _check(update, m, config, shape, flat, rows)
     dtype = compute_dtype(weight, *arrays.values(), xp=xp)
-    matrix = as_dtype(kind.matrix(weight), dtype, xp=xp)
+    matrix = as_dtype(kind.matrix(ops.whole(weight)), dtype, xp=xp)
     if config.form == "direction":
         squares = ops.row_squares(matrix, dtype)
         matrix = inverse_norms(matrix, squares, ops=ops)[..., None] * matrix

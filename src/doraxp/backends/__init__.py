@@ -7,7 +7,9 @@ from doraxp.backends._dtypes import as_dtype, compute_dtype, transpose
 from doraxp.backends._generic import Norm, Operations, safe_row_norms
 from doraxp.backends._libraries import Status, available
 from doraxp.backends._namespaces import array_namespace, device
+from doraxp.backends._packed import Packed
 from doraxp.backends._precision import exact_products, reduced_precision
+from doraxp.backends._rows import by_rows, is_by_rows
 
 __all__ = [
     "CudaKernels",
@@ -17,15 +19,18 @@ __all__ = [
     "Factors",
     "Norm",
     "Operations",
+    "Packed",
     "ProductDirection",
     "Status",
     "array_namespace",
     "as_dtype",
     "available",
+    "by_rows",
     "compute_dtype",
     "cuda_kernels",
     "device",
     "exact_products",
+    "is_by_rows",
     "operations",
     "operations_of_plain",
     "reduced_precision",

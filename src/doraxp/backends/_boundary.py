@@ -11,13 +11,13 @@ import sys
 from collections.abc import Callable, Collection
 from operator import attrgetter
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
 import array_api_compat
 import array_api_compat.numpy
 import numpy as np
 
-from doraxp._base.types import Array, DType, Namespace
+from doraxp._base.types import Array, DType, Namespace, RowWeight
 from doraxp.backends._conformance import check_conformance
 from doraxp.backends._cupy.operations import CupyOperations
 from doraxp.backends._dask import DaskOperations
@@ -26,6 +26,7 @@ from doraxp.backends._generic import LazyOperations, Operations
 from doraxp.backends._jax import JaxOperations
 from doraxp.backends._namespaces import array_namespace, device
 from doraxp.backends._numpy import NumpyOperations
+from doraxp.backends._rows import by_rows, is_by_rows
 from doraxp.backends._torch import TorchOperations
 
 _XP: ModuleType = array_api_compat.numpy
@@ -107,6 +108,11 @@ def _is_floating(dtype: DType) -> bool:
 
 
 def _operations_of_any(given: dict[str, Array]) -> Operations:
+    sampled = {
+        name: _sample(name, cast(Any, each)) for name, each in given.items() if is_by_rows(each)
+    }
+    if sampled:
+        return by_rows(operations(**{**given, **sampled}))
     ops = _operations_of(_one_library(given))
     _check_devices(given)
     for name, array in given.items():
@@ -134,6 +140,23 @@ def _operations_of(xp: Namespace) -> Operations:
     if str(xp.__name__) not in _LAZY:
         check_conformance(xp, _library(xp))
     return LazyOperations(xp)
+
+
+def _sample(name: str, weight: RowWeight) -> Array:
+    """Return the first row of a weight that is given by rows, as an array (1, in)."""
+    shape = tuple(weight.shape)
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(
+            f"{name} must have shape (out, in) with no axis of length 0 where it is given by rows, "
+            f"got {shape}"
+        )
+    row = weight.rows(slice(0, 1))
+    if tuple(row.shape) != (1, shape[1]) or row.dtype != weight.dtype:
+        raise ValueError(
+            f"{name}.rows(slice(0, 1)) must have shape {(1, shape[1])} and dtype {weight.dtype}, "
+            f"got {tuple(row.shape)} and {row.dtype}"
+        )
+    return row
 
 
 def _check_dtype(name: str, array: Array) -> None:

@@ -31,6 +31,8 @@ FUNCTIONS: dict[str, _Rule] = {
     "ones_like": lambda xp, x, y: xp.ones_like(x),
     "reshape": lambda xp, x, y: xp.reshape(x, (-1,)),
     "matrix_transpose": lambda xp, x, y: xp.matrix_transpose(x),
+    "broadcast_to": lambda xp, x, y: xp.broadcast_to(x[..., None, :], (2, 3, 5, 4)),
+    "take": lambda xp, x, y: xp.take(x[0, ...], _places(xp), axis=0),
     "concat": lambda xp, x, y: xp.concat([x, y[..., 1:, :]], axis=1),
     "x @ y": lambda xp, x, y: x @ xp.matrix_transpose(y),
     "vecdot": lambda xp, x, y: xp.vecdot(x, y),
@@ -140,6 +142,11 @@ def _values(array: Array) -> Any:
 
 def _limits(info: Any) -> tuple[float, ...]:
     return float(info.eps), float(info.smallest_normal), float(info.max)
+
+
+def _places(xp: Namespace) -> Array:
+    codes = xp.asarray(np.array([[2, 0], [1, 2]], "uint8"))
+    return xp.astype(xp.reshape(codes[1:, :], (-1,)), xp.int32)
 
 
 def _diagonal(xp: Namespace, x: Array) -> Array:

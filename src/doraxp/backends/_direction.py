@@ -37,6 +37,9 @@ class Arithmetic(Protocol):
     def product(self, left: Array, right: Array) -> Array:
         """Return left right."""
 
+    def product_with_transposed(self, left: Array, right: Array) -> Array:
+        """Return left rightᵀ."""
+
     def accumulate(self, total: Consumed, left: Array, right: Array) -> Array:
         """Return total + left right."""
 
@@ -116,7 +119,7 @@ class Factored(NamedTuple):
     ) -> Array:  # fmt: skip
         """Return ρ⊙(x Wᵀ) + L (s B)ᵀ."""
         weight, _, scaled_b, row_scale = self.factors
-        z = ops.product(x, transpose(weight)) if base is None else base
+        z = ops.product_with_transposed(x, weight) if base is None else base
         if row_scale is not None:
             z = row_scale[..., None, :] * z
         return ops.accumulate(z, low, transpose(scaled_b))
@@ -127,7 +130,7 @@ class Factored(NamedTuple):
     ) -> tuple[Array, Array]:  # fmt: skip
         """Return z and y. One operation makes both, so z is read from memory once."""
         weight, _, scaled_b, row_scale = self.factors
-        z = ops.product(x, transpose(weight)) if base is None else base
+        z = ops.product_with_transposed(x, weight) if base is None else base
         return ops.forward_epilogue(z, row_scale, (low, scaled_b), gain, bias)
 
     def product(

@@ -40,6 +40,7 @@ from doraxp.backends._direction import (
 )
 from doraxp.backends._dtypes import as_dtype, compute_dtype, transpose
 from doraxp.backends._namespaces import device
+from doraxp.backends._packed import Packed, unpacked
 
 # The expanded n² is a sum of terms that may cancel. A row is trusted if n² is above this fraction
 # of the terms. The rounding error of n is 3 ulp at a half, and 500 ulp at a hundredth. A row is
@@ -49,6 +50,9 @@ CANCELLATION = 0.5
 # Tokens that are added up in one chain. The error of a chain grows with its length: at 131,072
 # tokens it is 130 times that of the dense formula. Chains that are shorter than this take longer.
 CHAIN = 64
+
+# Numbers of a block of rows of a weight that is given by rows: 16 MiB in float32.
+ROW_BLOCK = 1 << 22
 
 
 class Norm(NamedTuple):
@@ -150,10 +154,35 @@ class Operations:
             left, right = (as_dtype(array, dtype, xp=self.xp) for array in (left, right))
         return left @ right
 
+    def product_with_transposed(self, left: Array, right: Array) -> Array:
+        """Return left rightᵀ, (*stack, i, k) (*stack, j, k) -> (*stack, i, j), as `product` does.
+
+        `right` may be the stored weight.
+        """
+        return self.product(left, transpose(right))
+
     def accumulate(self, total: Consumed, left: Array, right: Array) -> Array:
         """Return total + left right, (*stack, tokens, k)."""
         total += left @ right
         return total
+
+    # Weights that are given by rows
+
+    def whole(self, weight: Array) -> Array:
+        """Return a weight as an array: itself, or all rows of one that is given by rows."""
+        return weight
+
+    def block_size(self, tokens: int) -> int:
+        """Return how many numbers a block of rows of W should have, for this many tokens."""
+        return ROW_BLOCK
+
+    def unpacked(self, packed: Packed, rows: slice, buffer: Consumed | None = None) -> Array:
+        """Return some rows of a packed weight, (k, in), in its dtype.
+
+        A `buffer` is the result of an earlier call, for at least as many rows. A library whose
+        arrays can be written to may write the result there.
+        """
+        return unpacked(packed, rows, xp=self.xp)
 
     # Before and after the products with V
 

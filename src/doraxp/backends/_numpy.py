@@ -43,12 +43,14 @@ from doraxp.backends._generic import (
     same_values,
     token_sums,
 )
+from doraxp.backends._packed import Packed, row_groups, spread
 
 # Elements of a block. A block of 1 MiB in float32 stays in cache, where work on it costs little
 # beside reading it from memory. But the threads of BLAS spin for some 20 ms after each product, and
 # slow the work between two products: so a block that many tokens are multiplied by has 16 MiB.
 CACHE_BLOCK = 1 << 18
 PRODUCT_BLOCK = 1 << 22
+MANY_TERMS = 512  # the longest sum of products that is made by blocks of tokens
 MERGE_BLOCK = 1 << 20  # between the two: its product has only `rank` terms
 
 NumpyArray: TypeAlias = Any
@@ -148,8 +150,11 @@ class NumpyOperations(Operations):
         return _narrow_right(left, right)
 
     def accumulate(self, total: ConsumedArray, left: NumpyArray, right: NumpyArray) -> NumpyArray:
-        """Return total + left right, in `total`, by blocks of tokens. Saves the product's array."""
-        if total.size <= CACHE_BLOCK:
+        """Return total + left right, in `total`, by blocks of tokens. Saves the product's array.
+
+        A `right` of many rows is multiplied at once: BLAS would copy it for each block of tokens.
+        """
+        if total.size <= CACHE_BLOCK or right.shape[-2] > MANY_TERMS:
             total += left @ right
             return total
         buffer = None
@@ -160,6 +165,34 @@ class NumpyOperations(Operations):
             product = buffer[..., : part.shape[-2], :]
             part += np.matmul(left[..., tokens, :], right, out=product)
         return total
+
+    # Weights that are given by rows
+
+    def block_size(self, tokens: int) -> int:
+        """Return the size of a block of W."""
+        return CACHE_BLOCK if tokens == 1 else PRODUCT_BLOCK
+
+    def unpacked(
+        self, packed: Packed, rows: slice, buffer: ConsumedArray | None = None
+    ) -> NumpyArray:
+        """Return some rows of a packed weight, in `buffer`, by blocks that stay in cache.
+
+        NumPy makes indices of 8 bytes from the codes, and a product needs an array of the scales:
+        the blocks keep both small.
+        """
+        inner, count = packed.shape[1], rows.stop - rows.start
+        if buffer is None:
+            buffer = np.empty((count, inner), packed.dtype)
+        result, step = buffer[:count], max(1, CACHE_BLOCK // inner)
+        wide = None if packed.dtype == np.float32 else np.empty((min(step, count), inner), "f4")
+        for first in range(0, count, step):
+            here = slice(first, min(first + step, count))
+            of_weight = slice(rows.start + here.start, rows.start + here.stop)
+            part = result[here] if wide is None else wide[: here.stop - here.start]
+            _unpack(packed, of_weight, part)
+            if wide is not None:
+                result[here] = part
+        return result
 
     # Before and after the products with V
 
@@ -377,6 +410,26 @@ def _upcast(weight: NumpyArray, dtype: DType, elements: int) -> Iterator[tuple[s
         wide = buffer[..., : block.shape[-2], :]
         wide[...] = block
         yield rows, wide
+
+
+def _unpack(packed: Packed, rows: slice, out: NumpyArray) -> None:
+    """Write some rows of a packed weight into `out`, (k, in) of float32."""
+    _, _, scale, bias, block, (_, inner), _ = packed
+    codes: NumpyArray = packed.codes[rows, :]
+    table: NumpyArray = packed.table
+    # Any code is a row of the table, so `mode` only keeps NumPy from a buffer for `out`.
+    np.take(table, codes, axis=0, out=out.reshape(*codes.shape, -1), mode="clip")
+    for function, array in ((np.multiply, scale), (np.add, bias)):
+        if array is None:
+            continue
+        groups: NumpyArray = out
+        factor: NumpyArray
+        if isinstance(block, tuple) and inner % block[1] == 0:
+            groups = out.reshape(len(out), -1, block[1])
+            factor = row_groups(array, block[0], rows, xp=np)[..., None]
+        else:
+            factor = spread(array, packed, rows, xp=np)
+        function(groups, factor, out=groups)
 
 
 def _elements(tokens: NumpyArray) -> int:

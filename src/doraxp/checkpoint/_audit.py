@@ -233,6 +233,8 @@ def _is_in_same_format(part: Part, weight: QuantisedReader) -> bool:
     own = quantised_in(part.source)
     return (
         isinstance(part, CopiedTensor)
+        and isinstance(part.source, Source)
+        and part.source.window is None  # else other rows may have changed the scales
         and own is not None
         and own.quantisation.label == weight.quantisation.label
     )

@@ -2,7 +2,10 @@
 
 ::
 
-    abs(S − W') ≤ resolution · max abs(W', S) over the numbers that may share a scale
+    abs(S − W') ≤ resolution · max abs(W', S) + ε abs(S)
+
+The maximum is over the numbers that may share a scale, and ε is of the dtype that the format's own
+reader returns.
 
 W' is the weight before it is quantised, and S the weight that the file has. A change that is
 smaller than the steps of the format fits this bound with and without the merge. So the verdict
@@ -20,6 +23,7 @@ from doraxp.checkpoint._change import DROWNED
 from doraxp.checkpoint._engine import Engine
 from doraxp.checkpoint._matrix import Wide, row_blocks
 from doraxp.checkpoint._options import Options, merge_dtype
+from doraxp.checkpoint._precision import PRECISION
 from doraxp.checkpoint._quantised.reader import QuantisedReader
 from doraxp.checkpoint._rows import merged_blocks
 from doraxp.checkpoint._safetensors import Source
@@ -58,13 +62,16 @@ def audit_quantised(
         on_bytes(before.nbytes)
         return Verdict("another shape", False, f"{after.shape} for {before.shape}")
     how, row_bytes = weight.quantisation, before.nbytes // before.shape[0]
+    epsilon = PRECISION[after.dtype].epsilon
     wrong = infinite = moved = 0
     along = squares = changes = 0.0
     for rows, base, exact in _blocks(name, part, engine, how.step):
         found = _flat(stored, rows)
         infinite += int(np.count_nonzero(~np.isfinite(found)))
-        reach = np.maximum(np.abs(exact), np.abs(found)).max(initial=0.0)
-        wrong += int(np.count_nonzero(~(np.abs(found - exact) <= how.resolution * reach)))
+        largest = np.maximum(np.abs(exact), np.abs(found))
+        reach = largest.max(axis=1 if how.step == 1 else None, keepdims=True, initial=0.0)
+        bound = how.resolution * reach + epsilon * np.abs(found)
+        wrong += int(np.count_nonzero(~(np.abs(found - exact) <= bound)))
         update, change = exact - base, found - base
         along += float(np.vdot(update, change))
         squares += float(np.vdot(update, update))

@@ -17,6 +17,7 @@ from doraxp.checkpoint._matrix import Wide, row_blocks
 from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._options import Options, merge_dtype
 from doraxp.checkpoint._plan import plan
+from doraxp.checkpoint._quantised.reader import quantised_in
 from doraxp.checkpoint._rows import Term, merged_blocks
 from doraxp.checkpoint._tasks import MergedTensor, parts_of
 from doraxp.checkpoint._updated_layer import UpdatedLayer
@@ -45,6 +46,8 @@ class Against(NamedTuple):
     """min over rows of n / (‖wᵢ‖ + ‖s (B A)ᵢ‖): 1 adds up, 0 cancels."""
     zero_rows: int
     """Rows with n = 0."""
+    quantised: str | None = None
+    """How the weight is quantised in the base; None for a dense one."""
 
 
 def look_at(layer: AdaptedLayer | UpdatedLayer) -> Factored:
@@ -138,12 +141,14 @@ def look_at_base(
         moved = change(norms, layer)
         base, adapted = joined(norms)
         reach = base + np.sqrt(np.maximum(layer.update_squares(), 0.0))
+        weight = quantised_in(task.source)
         part = np.divide(adapted, reach, out=np.ones_like(reach), where=reach > 0)
         own = Against(
             moved.magnitude,
             moved.direction,
             float(part.min()),
             int(np.count_nonzero(adapted == 0)),
+            None if weight is None else weight.quantisation.label,
         )
         before, size = found.get(task.path, own), rows.get(task.path, 0)
         rows[task.path] = size + len(base)
@@ -159,4 +164,5 @@ def _together(one: Against, rows: int, other: Against, more: int) -> Against:
         one.direction_change * (1 - share) + other.direction_change * share,
         min(one.conditioning, other.conditioning),
         (one.zero_rows if rows else 0) + other.zero_rows,
+        other.quantised,
     )

@@ -66,7 +66,7 @@ def verify_shard(merge: Merge, name: str, target: Path) -> None:
                 written, start = written.rows(start, start + rows), start + rows
             if isinstance(part, Changed):
                 _verify_merged(source, written, _reopened(part, fresh))
-            elif not _equal(source, written):
+            elif not (_equal(source, written) or _is_near(source, written)):
                 raise CheckpointError(f"{target}: {tensor} is not a copy of {source.name}")
 
 
@@ -123,22 +123,22 @@ def _verify_merged(source: AnySource, written: AnySource, terms: Sequence[Term])
     bound = np.maximum(np.abs(desired), normal) * epsilon + 1e-5 * largest
     quantised = quantised_in(written)
     if quantised is not None:
-        bound += quantised.quantisation.resolution * _reach(written, rows, kind)
+        how = quantised.quantisation
+        bound += how.resolution * _reach(written, rows, kind, how.step)
     if not (np.abs(actual - desired) <= bound).all():
         raise CheckpointError(
             f"{written.reader.path}: {written.name} is not the result of a dense merge"
         )
 
 
-def _reach(written: AnySource, rows: NDArray[np.intp], kind: LayerKind) -> Wide:
-    """Return the largest number of some rows and of all that may share their scales, (k, 1)."""
-    quantised = quantised_in(written)
-    step = 1 if quantised is None else quantised.quantisation.step
-    out, largest = written.tensor.shape[0], []
-    for row in rows if not kind.is_transposed else [0]:
-        first = int(row) // step * step
-        block = slice(first, min(first + step, out)) if not kind.is_transposed else slice(0, out)
-        largest.append(float(np.abs(written.read(block).astype(np.float64)).max()))
+def _reach(written: AnySource, rows: NDArray[np.intp], kind: LayerKind, step: int) -> Wide:
+    """Return the largest number of all that may share a scale with each of some rows, (k, 1)."""
+    count = written.tensor.shape[0]
+    blocks = [slice(0, count)]  # a row across those of the file has numbers of all of them
+    if not kind.is_transposed:
+        firsts = (int(row) // step * step for row in rows)
+        blocks = [slice(first, min(first + step, count)) for first in firsts]
+    largest = [np.abs(written.read(block).astype(np.float64)).max() for block in blocks]
     return np.broadcast_to(np.array(largest)[:, None], (len(rows), 1))
 
 
@@ -173,6 +173,21 @@ def _across(
     inner = merged.shape[1] if layer.kind.is_transposed else layer.shape[1]
     across: Wide = merged.reshape(len(every), inner, -1).swapaxes(0, 1)[rows]
     return across.reshape(len(rows), -1), np.full((len(rows), 1), largest.max())
+
+
+def _is_near(source: AnySource, written: AnySource) -> bool:
+    """Return whether a quantised weight has its source's numbers, to the steps of the format."""
+    quantised = quantised_in(written)
+    if quantised is None:
+        return False
+    how, epsilon = quantised.quantisation, PRECISION[written.tensor.dtype].epsilon
+    for rows in row_blocks(source.tensor.shape, how.step):
+        one, other = (x.read(rows).astype(np.float64) for x in (source, written))
+        size = np.abs(other)
+        bound = how.resolution * size.max(initial=0.0) + epsilon * size
+        if (np.abs(one - other) > bound).any():
+            return False
+    return True
 
 
 def _equal(source: AnySource, written: AnySource) -> bool:

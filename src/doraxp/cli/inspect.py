@@ -37,6 +37,7 @@ _FACTORS = (
 )
 _WITH_BASE = (
     Column("rank", "rank"),
+    Column("quantised", "base"),
     *_FACTORS[4:],
     Column("magnitude_change", "ΔM", statistics.median),
     Column("direction_change", "ΔD", statistics.median),

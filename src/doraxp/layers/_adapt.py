@@ -13,10 +13,10 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from doraxp._base.patterns import matches_any, values_by_path
-from doraxp._base.types import Adapter, Array, Config
+from doraxp._base.types import Adapter, Array, Config, RowWeight
 from doraxp._core.adapter import init
 from doraxp._core.kinds import LayerKind
 
@@ -37,7 +37,7 @@ class AdaptedLayer(NamedTuple):
 
 
 def adapt(
-    weights: Mapping[str, Array],
+    weights: Mapping[str, Array | RowWeight],
     target_modules: str | Iterable[str],
     config: Config,
     *,
@@ -50,7 +50,7 @@ def adapt(
 
     Parameters
     ----------
-    weights : mapping of str to array
+    weights : mapping of str to array or RowWeight
         By name, as in a checkpoint: ``"model.layers.0.self_attn.q_proj.weight"``. The path of the
         module is the name without ``.weight``.
     target_modules : str or iterable of str
@@ -87,7 +87,7 @@ def adapt(
     ['encoder.q']
     """
     kinds, rank_pattern, alpha_pattern = kinds or {}, rank_pattern or {}, alpha_pattern or {}
-    by_path = {name.removesuffix(".weight"): weight for name, weight in weights.items()}
+    by_path = {name.removesuffix(".weight"): cast(Array, each) for name, each in weights.items()}
     layers: dict[str, AdaptedLayer] = {}
     known = values_by_path(kinds, by_path)
     targets = _targets(by_path, target_modules, known)
@@ -140,12 +140,12 @@ def _is_linear(path: str, weight: Array, kinds: Mapping[str, LayerKind]) -> bool
     kind = kinds.get(path)
     if kind is not None:
         return kind.name in ("linear", "experts", "transposed", "transposed_experts")
-    return weight.ndim == 2 and not _NOT_LINEAR.fullmatch(path.rpartition(".")[-1])
+    return len(weight.shape) == 2 and not _NOT_LINEAR.fullmatch(path.rpartition(".")[-1])
 
 
 def _kind(path: str, weight: Array, kinds: Mapping[str, LayerKind]) -> LayerKind:
     kind = kinds.get(path)
-    if kind is None and weight.ndim != 2:
+    if kind is None and len(weight.shape) != 2:
         raise ValueError(
             f"kinds must have an entry for {path}, such as conv or experts: its weight has shape "
             f"{tuple(weight.shape)}"

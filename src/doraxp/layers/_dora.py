@@ -18,7 +18,7 @@ from doraxp._core.checks import check_bias, check_weight
 from doraxp._core.decomposition import MagnitudeDirectionChange, magnitude_direction_change
 from doraxp._core.linear import Cache, backward, forward
 from doraxp._core.prepared import Prepared, prepare
-from doraxp.backends import array_namespace, as_dtype, compute_dtype, operations
+from doraxp.backends import array_namespace, as_dtype, compute_dtype, is_by_rows, operations
 from doraxp.layers._base_layer import WeightLayout, check_base, copy_with, swap
 from doraxp.layers._linear import add_to
 from doraxp.layers._parameters import as_vector, count, from_vector, updated
@@ -49,7 +49,8 @@ class DoRALayer:
     Parameters
     ----------
     base : object
-        Any object with a `weight` and, if it has one, a `bias`.
+        Any object with a `weight` and, if it has one, a `bias`. The weight may be a `RowWeight`,
+        such as a `QuantisedWeight`: it stays as it is, and the merged layer has an array.
     config : Config
     seed : int
         Draws A, see `doraxp.init`.
@@ -67,7 +68,7 @@ class DoRALayer:
     adapter : Adapter
         May be assigned to. The layer then drops its forward and its gradients.
     weight, bias : array
-        The arrays that the layer computes with; the bias may be None.
+        The arrays that the layer computes with; the weight may be a RowWeight, the bias None.
     gradients : dict of str to array, or None
         The gradients by the names of the state, in the compute dtype; None before a backward.
 
@@ -110,6 +111,11 @@ class DoRALayer:
         check_base(base, weight_layout)
         check_flag("train_base", train_base)
         weight, bias = base.weight, getattr(base, "bias", None)
+        if is_by_rows(weight) and (train_base or weight_layout != "out_in"):
+            raise ValueError(
+                "train_base must be False and weight_layout 'out_in' for a weight that is given by "
+                "rows"
+            )
         ops = operations(weight=weight, bias=bias)
         check_weight(weight)
         self.base, self.config, self.train_base = base, config, train_base
@@ -256,7 +262,7 @@ class DoRALayer:
 
     @property
     def _xp(self) -> Namespace:
-        return array_namespace(self.weight)
+        return array_namespace(self.adapter.lora_a)
 
     def _known(self) -> tuple[Prepared | None, Prepared | None]:
         """Return the `Prepared` of the current parameters or None, and an earlier one or None.

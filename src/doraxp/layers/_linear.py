@@ -10,7 +10,7 @@ from typing import Any
 from doraxp._base.types import Array
 from doraxp._core.checks import check_bias, check_input, check_output_gradient, check_weight
 from doraxp._core.linear import as_tokens
-from doraxp.backends import as_dtype, compute_dtype, operations
+from doraxp.backends import as_dtype, compute_dtype, is_by_rows, operations
 
 
 class Linear:
@@ -38,6 +38,8 @@ class Linear:
 
     def __init__(self, weight: Array, bias: Array | None = None) -> None:
         operations(weight=weight, bias=bias)
+        if is_by_rows(weight):
+            raise TypeError("weight must be an array: the layer makes its gradient")
         check_weight(weight)
         check_bias(weight, bias)
         self.weight = weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from doraxp._base.safetensors import Tensor
-from doraxp.checkpoint._quantised import bitsandbytes, fp8
+from doraxp.checkpoint._quantised import bitsandbytes, compressed_tensors, fp8
 from doraxp.checkpoint._quantised.protocol import (
     Fetch,
     Quantisation,
@@ -14,7 +14,7 @@ from doraxp.checkpoint._quantised.protocol import (
     Settings,
 )
 
-FORMATS: tuple[QuantisedFormat, ...] = (fp8, bitsandbytes)
+FORMATS: tuple[QuantisedFormat, ...] = (fp8, bitsandbytes, compressed_tensors)
 """The formats whose weights can be merged into."""
 
 

@@ -43,6 +43,7 @@ from doraxp.checkpoint._quantised.protocol import (
     Quantised,
     Refused,
     Settings,
+    UnfitError,
 )
 from doraxp.checkpoint._safetensors import DTYPES, RAW, Empty
 
@@ -107,6 +108,8 @@ class Int8:
     scale_dtype: str
     label: str = "bitsandbytes, 8 bits, rows"
     step: int = 1
+    resolution: float = 1 / 250
+    """Half a step is 1/254; the scales may be rounded to 16 bits."""
 
     def check(self, fetch: Fetch) -> None:
         """Raise CheckpointError unless all scales are finite."""
@@ -157,10 +160,6 @@ class Int8Quantiser:
         return {self._how.tensors[1]: self._scales}
 
 
-class _UnfitError(Exception):
-    """The tensors of a weight do not fit each other."""
-
-
 def _in_4_bits(
     name: str, kind: str, tensors: Mapping[str, Tensor], fetch: Fetch
 ) -> Quantisation | Refused:
@@ -171,50 +170,50 @@ def _in_4_bits(
     there = (*(one for one in names if one in tensors), state)
     try:
         if tensors[state].dtype != "U8" or tensors[state].nbytes > _JSON_LIMIT:
-            raise _UnfitError(f"{state} is not JSON")
+            raise UnfitError(f"{state} is not JSON")
         words = parse_json(bytes(fetch(state).reshape(-1)), Path(state))
         return _fitting(name, kind, words, state, tensors)
-    except (_UnfitError, CheckpointError) as error:
+    except (UnfitError, CheckpointError) as error:
         return Refused(there, f"is quantised (bitsandbytes, 4 bits), but {error}")
 
 
 def _fitting(
     name: str, kind: str, words: JsonObject, state: str, tensors: Mapping[str, Tensor]
 ) -> Bits4:
-    """Return how a weight is stored, and raise _UnfitError where the tensors do not fit."""
+    """Return how a weight is stored, and raise UnfitError where the tensors do not fit."""
 
     def entry(suffix: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> Tensor:
         tensor = tensors.get(f"{name}{suffix}")
         if tensor is None:
-            raise _UnfitError(f"{name}{suffix} is missing")
+            raise UnfitError(f"{name}{suffix} is missing")
         if tensor.dtype not in dtypes or tensor.shape != shape:
-            raise _UnfitError(
+            raise UnfitError(
                 f"{name}{suffix} is {tensor.dtype} of shape {tensor.shape} instead of "
                 f"{dtypes[0]} of shape {shape}"
             )
         return tensor
 
     if kind not in _MAPS or words.get("quant_type") != kind:
-        raise _UnfitError(f"its kind {words.get('quant_type')!r} is not nf4 or fp4")
+        raise UnfitError(f"its kind {words.get('quant_type')!r} is not nf4 or fp4")
     dtype = _DTYPES.get(str(words.get("dtype")))
     block = _size(words.get("blocksize"), _BLOCK_LIMIT)
     sides = words.get("shape")
     if dtype is None or block is None or not isinstance(sides, list) or len(sides) < 2:
-        raise _UnfitError(f"{state} does not say the dtype, the block and the shape")
+        raise UnfitError(f"{state} does not say the dtype, the block and the shape")
     shape = tuple(_size(side, _SIDE_LIMIT) or 0 for side in sides)
     numbers = math.prod(shape)
     main = tensors.get(name)
     if main is None or not numbers or main.dtype not in RAW:
-        raise _UnfitError(f"{name} is missing or {state} has a wrong shape")
+        raise UnfitError(f"{name} is missing or {state} has a wrong shape")
     if main.nbytes != (numbers + 1) // 2 or math.prod(main.shape[1:]) != 1 or not main.shape:
-        raise _UnfitError(
+        raise UnfitError(
             f"{name} has {main.nbytes} bytes in the shape {main.shape}, and the weight of shape "
             f"{shape} needs {(numbers + 1) // 2} in a column"
         )
     blocks = -(-numbers // block)
     scales = tensors.get(f"{name}.absmax")
     if scales is not None and len(scales.shape) == 2:
-        raise _UnfitError(
+        raise UnfitError(
             f"{name}.absmax has two axes: a program on a CPU has changed it before it saved the "
             "model, so its values are damaged: quantise the original model again"
         )
@@ -255,9 +254,9 @@ def _nested(words: JsonObject, state: str) -> Nested:
     dtype = _DTYPES.get(str(words.get("nested_dtype")))
     offset = words.get("nested_offset")
     if block is None or dtype is None or type(offset) not in (int, float):
-        raise _UnfitError(f"{state} does not say how the scales are quantised")
+        raise UnfitError(f"{state} does not say how the scales are quantised")
     if not abs(cast(float, offset)) < _LARGE:
-        raise _UnfitError(f"{state} has an offset that is not finite in float32")
+        raise UnfitError(f"{state} has an offset that is not finite in float32")
     return Nested(block, dtype, float(cast(float, offset)))
 
 
@@ -290,6 +289,11 @@ class Bits4:
     def unit(self) -> int:
         """The numbers of the fewest blocks that fill whole elements of the stored codes."""
         return math.lcm(self.block, 2 * RAW[self.main.dtype].itemsize)
+
+    @property
+    def resolution(self) -> float:
+        """Half the largest distance of two numbers: 1/6 of fp4, 0.152 of nf4, and its rounding."""
+        return 0.17
 
     @property
     def step(self) -> int:

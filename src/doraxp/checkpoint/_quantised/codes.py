@@ -73,16 +73,22 @@ def halves(table: HostArray, codes: HostArray) -> HostArray:
     return out
 
 
-def multiply(values: HostArray, scale: HostArray, group: int) -> None:
-    """Multiply values (rows, columns) in place by a scale for each `group` columns.
+def by_group(operation: np.ufunc, values: HostArray, numbers: HostArray, group: int) -> None:
+    """Apply an operation to values (rows, columns) in place, with a number for each `group`.
 
-    `scale` is (rows, groups) or (1, groups). The last group may have fewer columns.
+    `numbers` are (rows, groups) or (1, groups). The last group may have fewer columns.
     """
     rows, columns = values.shape
     whole = columns // group
     grouped = values[:, : whole * group].reshape(rows, whole, group)  # a view
-    grouped *= scale[:, :whole, None]
-    values[:, whole * group :] *= scale[:, whole:]
+    operation(grouped, numbers[:, :whole, None], out=grouped)
+    rest = values[:, whole * group :]
+    operation(rest, numbers[:, whole:], out=rest)
+
+
+def multiply(values: HostArray, scale: HostArray, group: int) -> None:
+    """Multiply values (rows, columns) in place by a scale for each `group` columns."""
+    by_group(np.multiply, values, scale, group)
 
 
 def flat_rows(name: str, shape: tuple[int, ...], rows: slice, fetch: Fetch) -> HostArray:
@@ -115,7 +121,7 @@ def _fp8_codes() -> HostArray:
 
 
 def fp8(values: HostArray) -> HostArray:
-    """Return the nearest code in e4m3 of contiguous float32 values; ties go to the even code."""
+    """Return the nearest code in e4m3 of float32 values; ties go to the even code."""
     return _by_upper_half(_fp8_codes(), values)
 
 
@@ -125,7 +131,7 @@ def _by_upper_half(table: HostArray, values: HostArray) -> HostArray:
     The lowest of these bits is also set where the lower 16 bits are not all 0. So the 16 bits are
     on the same side as the number of every midpoint between two codes.
     """
-    parts = values.view(np.uint16).reshape(*values.shape, 2)
+    parts = np.ascontiguousarray(values).view(np.uint16).reshape(*values.shape, 2)
     upper = parts[..., 1] | (parts[..., 0] != 0)
     out = np.empty(values.shape, table.dtype)
     return np.take(table, upper, out=out, mode="clip")

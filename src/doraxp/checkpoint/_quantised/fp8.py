@@ -22,6 +22,7 @@ import numpy as np
 from doraxp._base.safetensors import Tensor
 from doraxp._base.types import HostArray
 from doraxp.checkpoint._errors import CheckpointError
+from doraxp.checkpoint._quantised.blocks import Blocks
 from doraxp.checkpoint._quantised.codes import (
     FP8_MAX,
     bytes_to,
@@ -63,7 +64,7 @@ def _how(name: str, scale: str, tensors: Mapping[str, Tensor], settings: Setting
         )
     if entry.dtype not in _POWERS + _FLOATS:
         return Refused(both, f"is quantised (FP8), but its scales have the dtype {entry.dtype}")
-    *stack, rows, columns = weight.shape
+    rows, columns = weight.shape[-2:]
     if settings.entries:
         block = _declared(settings.entries.get("weight_block_size", [128, 128]), rows, columns)
         if block is None:
@@ -74,15 +75,15 @@ def _how(name: str, scale: str, tensors: Mapping[str, Tensor], settings: Setting
         block = _derived(entry.shape, rows, columns)
         if block is None:
             return Refused(both, _NO_SETTINGS)
-    grid = tuple(-(-side // size) for side, size in zip((rows, columns), block, strict=True))
-    is_one = not stack and grid == (1, 1) and entry.shape in ((), (1,))
-    if entry.shape != (*stack, *grid) and not is_one:
+    blocks = Blocks(weight.shape, block)
+    is_one = len(weight.shape) == 2 and blocks.grid == (1, 1) and entry.shape in ((), (1,))
+    if entry.shape != blocks.grid and not is_one:
         return Refused(
             both,
             f"is quantised (FP8), but its scales have the shape {entry.shape}, and blocks of "
-            f"{block[0]} × {block[1]} need {(*stack, *grid)}",
+            f"{block[0]} × {block[1]} need {blocks.grid}",
         )
-    return Fp8(weight.shape, settings.dtype, both, block, (*stack, *grid), entry)
+    return Fp8(settings.dtype, both, blocks, entry)
 
 
 def _declared(value: object, rows: int, columns: int) -> tuple[int, int] | None:
@@ -119,31 +120,26 @@ def _derived(grid: tuple[int, ...], rows: int, columns: int) -> tuple[int, int] 
 class Fp8:
     """A weight in FP8 with a scale for each block."""
 
-    shape: tuple[int, ...]
     dtype: str
     tensors: tuple[str, ...]
-    block: tuple[int, int]
-    """The rows and columns that have one scale."""
-    grid: tuple[int, ...]
-    """The number of blocks along each axis of the weight."""
+    blocks: Blocks
     scale: Tensor
     """The entry of the scales."""
 
     @property
     def label(self) -> str:
         """The format and its blocks."""
-        if math.prod(self.grid) == 1:
-            return "FP8, one scale"
-        if self.grid[-2:] == (1, 1):
-            return "FP8, one scale a matrix"
-        return "FP8, blocks of {} × {}".format(*self.block)
+        return f"FP8, {self.blocks.words()}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        return self.blocks.shape
 
     @property
     def step(self) -> int:
         """The rows of a block; of a stack, those of one entry along its first axis."""
-        if len(self.shape) > 2:
-            return max(math.prod(self.shape[1:-1]), 1)
-        return self.block[0] if self.grid[0] > 1 else 1  # one block is measured in the first pass
+        return self.blocks.step
 
     @property
     def resolution(self) -> float:
@@ -169,15 +165,9 @@ class Fp8:
     def product(self, codes: HostArray, stored: HostArray, rows: slice, empty: Empty) -> HostArray:
         """Return some rows from their codes and all scales as they are stored."""
         values = bytes_to(fp8_numbers(), codes)
-        scales = self._numbers(stored).reshape(-1, self.grid[-1])
-        multiply(values, scales[self.lines(rows)], self.block[1])
+        scales = self._numbers(stored).reshape(-1, self.blocks.grid[-1])
+        multiply(values, scales[self.blocks.lines(rows)], self.blocks.size[1])
         return rounded(values, self.dtype, empty)
-
-    def lines(self, rows: slice) -> HostArray:
-        """Return for each row the line of its scales in the flat grid."""
-        row, height = np.arange(rows.start, rows.stop), self.shape[-2]
-        lines: HostArray = row // height * self.grid[-2] + row % height // self.block[0]
-        return lines
 
     def _numbers(self, stored: HostArray) -> HostArray:
         """Return scales in float32."""
@@ -191,32 +181,26 @@ class Fp8Quantiser:
 
     def __init__(self, how: Fp8) -> None:
         self._how = how
-        self.passes = 2 if len(how.shape) == 2 and how.grid[0] == 1 else 1
-        self._largest = np.zeros((math.prod(how.grid[:-1]), how.grid[-1]), np.float32)
+        self.passes, grid = how.blocks.passes, how.blocks.grid
+        self._largest = np.zeros((math.prod(grid[:-1]), grid[-1]), np.float32)
         self._stored = np.zeros(how.scale.shape, RAW[how.scale.dtype])
 
     def measure(self, rows: slice, weight: HostArray) -> None:
         """Take the largest numbers of the blocks."""
-        how = self._how
-        lines = how.lines(rows)
-        starts = np.flatnonzero(np.diff(lines, prepend=-1))
-        by_column = np.maximum.reduceat(np.abs(weight.astype(np.float32, copy=False)), starts)
-        blocks = np.arange(0, how.shape[-1], how.block[1])
-        largest = np.maximum.reduceat(by_column, blocks, axis=1)
-        part = slice(lines[0], lines[-1] + 1)
-        np.maximum(self._largest[part], largest, out=self._largest[part])
+        values = np.abs(weight.astype(np.float32, copy=False))
+        part = self._largest[self._how.blocks.part(rows)]
+        np.maximum(part, self._how.blocks.reduced(np.maximum, values, rows), out=part)
 
     def quantise(self, rows: slice, weight: HostArray) -> Quantised:
         """Return the codes of some rows."""
-        how = self._how
+        how, blocks = self._how, self._how.blocks
         if self.passes == 1:
             self.measure(rows, weight)
-        lines = how.lines(rows)
-        part = slice(lines[0], lines[-1] + 1)
+        part = blocks.part(rows)
         factors, stored = _factors(self._largest[part], how.scale.dtype)
         self._stored.reshape(self._largest.shape)[part] = stored
         scaled = weight.astype(np.float32)
-        multiply(scaled, factors[lines - lines[0]], how.block[1])
+        multiply(scaled, factors[blocks.lines(rows) - part.start], blocks.size[1])
         codes = fp8(scaled)
         back = how.product(codes, self._stored, rows, np.empty)
         return Quantised(codes.reshape(-1, *how.shape[1:]), back)

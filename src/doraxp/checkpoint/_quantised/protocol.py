@@ -106,6 +106,10 @@ class Refused(NamedTuple):
     """The rest of a sentence that begins with the weight's name."""
 
 
+class UnfitError(Exception):
+    """The tensors of a weight do not fit each other. A format's module makes it a Refused."""
+
+
 Found: TypeAlias = tuple[str, Quantisation | Refused]
 """The name of a weight, such as "layers.0.q_proj.weight", and how it is stored."""
 
