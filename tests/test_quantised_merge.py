@@ -113,10 +113,10 @@ def test_the_dense_modules_are_named_in_the_words_of_the_format(tmp_path, rng, f
     adapter(rng, tmp_path / "adapter", weights)
     assert merge(tmp_path) == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    named = {*ADAPTED, "lm_head", "model.embed_tokens"}
+    named = {*ADAPTED, "lm_head"}
     if format == "mlx":
         for key in ("quantization", "quantization_config"):
-            assert config[key] == CONFIGS["mlx"][key] | dict.fromkeys(named, False)
+            assert config[key] == CONFIGS["mlx"][key] | dict.fromkeys(ADAPTED, False)
         return
     key = {"fp8": "modules_to_not_convert", "int4": "ignore"}.get(format, "llm_int8_skip_modules")
     assert set(config["quantization_config"].pop(key)) == named
@@ -359,7 +359,7 @@ def test_all_experts_of_a_layer_are_dense_if_one_is(tmp_path, rng):
     assert {dtypes[n] for n in dtypes if n.startswith("model.layers.1")} == {"F8_E4M3"}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     names = config["quantization_config"]["modules_to_not_convert"]
-    assert names == ["model.layers.0.mlp.experts", "lm_head"]
+    assert names == ["lm_head", "model.layers.0.mlp.experts"]
     stored = dequantised(tmp_path / "out")
     for name, weight in weights.items():
         desired = dense(weight, *leaves[name]) if name == module else weight
@@ -370,49 +370,62 @@ def test_all_experts_of_a_layer_are_dense_if_one_is(tmp_path, rng):
 # config.json
 
 
-VISION = "vision_tower.layers.0.self_attn.q_proj"
-LANGUAGE = "language_model.model.layers.0.self_attn.q_proj"
-
-
+@pytest.mark.parametrize("method", ["bitsandbytes", "compressed-tensors", "fp8"])
 @pytest.mark.parametrize(
-    ("method", "key", "end"),
+    ("name", "other"),
     [
-        ("bitsandbytes", "llm_int8_skip_modules", "layers.0.self_attn.q_proj"),
-        ("compressed-tensors", "ignore", r"re:.*layers\.0\.self_attn\.q_proj$"),
-        ("fp8", "modules_to_not_convert", None),
+        ("language_model.model.layers.0.q_proj", "model.language_model.layers.0.q_proj"),
+        ("language_model.lm_head", "lm_head"),
+        ("model.layers.0.q_proj", "model.language_model.layers.0.q_proj"),
+        ("model.visual.q_proj", "model.visual.q_proj"),
+        ("vision_tower.q_proj", "model.vision_tower.q_proj"),
     ],
 )
-def test_a_model_of_several_names_the_module_by_its_end_too(method, key, end):
-    """transformers has other leading components in memory than on disk."""
+def test_a_model_of_several_has_other_names_in_memory(method, name, other):
     config = {"text_config": {}, "quantization_config": {"quant_method": method}}
-    names = declared(config, [LANGUAGE], ())["quantization_config"][key]
-    assert names == ([LANGUAGE] if end is None else [LANGUAGE, end])
-    # An end that a quantised module has too would make that one dense.
-    assert declared(config, [LANGUAGE], [VISION])["quantization_config"][key] == [LANGUAGE]
+    (names,) = (
+        value
+        for key, value in declared(config, [name])["quantization_config"].items()
+        if key != "quant_method"
+    )
+    assert set(names) == {"lm_head", name, other}
 
 
 def test_words_that_are_there_stay():
     config = {"quantization_config": {"quant_method": "fp8", "modules_to_not_convert": ["lm_head"]}}
-    names = declared(config, ["a", "lm_head"], ())["quantization_config"]["modules_to_not_convert"]
+    names = declared(config, ["a", "lm_head"])["quantization_config"]["modules_to_not_convert"]
     assert names == ["lm_head", "a"]
 
 
 def test_experts_of_compressed_tensors_are_named_one_by_one():
     config = {"quantization_config": {"quant_method": "compressed-tensors"}}
-    names = declared(config, ["layers.0.mlp.experts"], ())["quantization_config"]["ignore"]
-    assert names == ["layers.0.mlp.experts", r"re:layers\.0\.mlp\.experts[.].*"]
-    assert re.match(names[1].removeprefix("re:"), "layers.0.mlp.experts.12.up_proj")
+    names = declared(config, ["layers.0.mlp.experts"])["quantization_config"]["ignore"]
+    assert names == ["lm_head", "layers.0.mlp.experts", r"re:layers\.0\.mlp\.experts[.].*"]
+    assert re.match(names[2].removeprefix("re:"), "layers.0.mlp.experts.12.up_proj")
 
 
 def test_the_configuration_of_the_language_model_may_have_the_words():
     part = {"quantization_config": {"quant_method": "fp8"}}
-    edited = declared({"text_config": part}, ["a"], ())
-    assert edited["text_config"]["quantization_config"]["modules_to_not_convert"] == ["a"]
+    edited = declared({"text_config": part}, ["a"])["text_config"]["quantization_config"]
+    assert edited["modules_to_not_convert"] == ["lm_head", "a", "model.a"]
+
+
+@pytest.mark.parametrize("targets", ["bf16", "same"])
+def test_a_dense_module_that_the_base_does_not_declare_is_named(tmp_path, rng, targets):
+    tensors, weights = base(rng, "nf4")
+    tensors["model.layers.0.mlp.gate.weight"] = draw(rng, 4, IN, dtype=BFLOAT16)
+    write(tmp_path / "base", tensors, **CONFIGS["nf4"])
+    adapter(rng, tmp_path / "adapter", weights)
+    assert merge(tmp_path, "--targets", targets) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    names = config["quantization_config"]["llm_int8_skip_modules"]
+    made = ADAPTED if targets == "bf16" else ()
+    assert set(names) == {"lm_head", "model.layers.0.mlp.gate", *made}
 
 
 def test_the_words_of_an_unknown_method_stay():
     config = {"quantization_config": {"quant_method": "new"}}
-    assert declared(config, ["a"], ()) == config
+    assert declared(config, ["a"]) == config
 
 
 # The verification

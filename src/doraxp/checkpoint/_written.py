@@ -20,6 +20,7 @@ from typing import Literal, TypeAlias
 from doraxp.checkpoint._config_edits import ConfigEdits
 from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._options import Options
+from doraxp.checkpoint._quantised.declared import undeclared
 from doraxp.checkpoint._safetensors import RAW
 from doraxp.checkpoint._tasks import (
     CopiedTensor,
@@ -29,11 +30,10 @@ from doraxp.checkpoint._tasks import (
     WrittenTask,
     written_as,
 )
+from doraxp.checkpoint._tied import is_embedding
 
 Fate: TypeAlias = Literal["copied", "dense", "requantised"]
 """What becomes of a quantised weight."""
-_HEADS = ("lm_head",)
-"""The names of output heads that libraries leave dense by default, also where they are tied."""
 _EXPERTS = re.compile(r"(.*\.experts)\.")
 
 
@@ -55,23 +55,23 @@ def fates_of(
 def with_dense(
     edits: ConfigEdits, model: Model, tasks: Mapping[str, Task], fates: Mapping[str, Fate]
 ) -> ConfigEdits:
-    """Return the changes of the configuration that name the dense modules, where some became so."""
-    if "dense" not in fates.values() or not model.is_folder:
+    """Return the changes of the configuration that name the dense modules of a quantised model."""
+    if not model.is_folder or not {"dense", "requantised"} & set(fates.values()):
         return edits
-    kept = {name for name, fate in fates.items() if fate != "dense"}
-    dense = [
-        name
-        for name, task in tasks.items()
-        if name not in kept and (name in fates or _is_matrix(name, task))
-    ]
-    heads = [head for head in _HEADS if f"{head}.weight" not in tasks]
-    modules = (_module(name) for name in dense)
-    packed = dict.fromkeys(_module(name) for name in kept)
-    return replace(edits, dense=tuple(dict.fromkeys([*modules, *heads])), packed=tuple(packed))
+    made = [_module(name) for name, fate in fates.items() if fate == "dense"]
+    others = [_module(name) for name, task in tasks.items() if _is_matrix(name, task, fates)]
+    dense = dict.fromkeys([*made, *undeclared(model.config, others)])
+    return replace(edits, dense=tuple(dense))
 
 
-def _is_matrix(name: str, task: Task) -> bool:
-    return name.endswith(".weight") and len(task.source.tensor.shape) > 1
+def _is_matrix(name: str, task: Task, fates: Mapping[str, Fate]) -> bool:
+    """Return whether a tensor may be the weight of a linear module that was dense before."""
+    return (
+        name.endswith(".weight")
+        and name not in fates
+        and len(task.source.tensor.shape) == 2
+        and not is_embedding(name)
+    )
 
 
 def _module(name: str) -> str:

@@ -163,6 +163,17 @@ def rounded(values: HostArray, dtype: str, empty: Empty) -> HostArray:
     return out
 
 
+def mx_scales(largest: HostArray, top: float) -> HostArray:
+    """Return the bytes of the least powers of 2 with which no number is above `top`, int64.
+
+    `largest` has the largest number of each group.
+    """
+    part, exponent = np.frexp(largest / np.float32(top))
+    exponent = np.where(part == 0.5, exponent - 1, exponent)  # the logarithm, rounded up
+    scales: HostArray = np.where(largest == 0, 0, np.clip(exponent, -127, 127)) + 127
+    return scales
+
+
 @functools.cache
 def _fp8_codes() -> HostArray:
     """Return the code in e4m3 for the upper 16 bits of every float32 number."""

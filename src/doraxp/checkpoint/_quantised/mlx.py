@@ -34,6 +34,7 @@ from doraxp.checkpoint._quantised.codes import (
     fp8_numbers,
     halves,
     multiply,
+    mx_scales,
     pack,
     powers,
     rounded,
@@ -332,9 +333,7 @@ class MxQuantiser(_Quantiser):
         how = self._how
         values = weight.astype(np.float32)
         largest = how.blocks.reduced(np.maximum, np.abs(values), rows)
-        part, exponent = np.frexp(largest / np.float32(6 if how.bits == 4 else FP8_MAX))
-        exponent = np.where(part == 0.5, exponent - 1, exponent)  # the logarithm, rounded up
-        scales = np.where(largest == 0, 0, np.clip(exponent, -127, 127)) + 127
+        scales = mx_scales(largest, 6 if how.bits == 4 else FP8_MAX)
         multiply(values, powers()[254 - scales], _MX_GROUP)
         packed = pack(fp4(values, ties_to_even=False), 4) if how.bits == 4 else fp8(values)
         (kept,) = self._keep(rows, scales.astype(np.uint8))
