@@ -377,7 +377,7 @@ def test_a_step_needs_32_mib_more_than_the_tokens(dtype):
     assert peak_of(lambda: step(weight)) <= of_tokens + 32 * MIB
 
 
-# Layers, and what is refused
+# Layers, and the arguments that are refused
 
 
 def test_a_layer_trains_around_a_packed_weight(backend, draw, assert_close):
@@ -431,7 +431,7 @@ class Wrong(Rows):
         vars(self).update(changed)
 
 
-def test_what_does_not_fit_a_weight_given_by_rows_is_refused(draw):
+def test_arguments_that_do_not_fit_a_weight_given_by_rows_are_refused(draw):
     weight, config = quantised(SimpleNamespace(asarray=np.asarray)), Config(RANK)
     adapter = doraxp.init(weight, config, seed=0)
     x = np.ones((TOKENS, IN), "float32")
