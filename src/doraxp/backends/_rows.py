@@ -187,9 +187,7 @@ class RowOperations(Operations):
         return total
 
     def product_with_transposed(self, left: Array, right: Array) -> Array:
-        """Return left rightᵀ. `right` may be W."""
-        if not is_by_rows(right):
-            return self.inner.product_with_transposed(left, right)
+        """Return left Wᵀ."""
         parts = (
             (rows, self.inner.product_with_transposed(left, weight))
             for rows, weight in self.blocks(right, left.shape[-2])
@@ -288,8 +286,6 @@ class RowOperations(Operations):
     def merge(self, direction: Direction, gain: Array) -> Array:
         """Return W' = g⊙V as an array."""
         factors = direction.factors
-        if not is_by_rows(factors.weight):
-            return self.inner.merge(direction, gain)
         parts = (
             (rows, self.inner.merge(Factored(some_factors(factors, rows, weight)), gain[rows]))
             for rows, weight in self.blocks(factors.weight, 2)
