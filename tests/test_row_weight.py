@@ -298,6 +298,27 @@ def test_a_step_with_a_known_norm_reads_the_weight_twice(draw, backend):
     assert weight.read == [(0, 1), (0, OUT), (0, OUT)]  # a row tells the library
 
 
+@pytest.mark.lanes("cuda-host")
+@pytest.mark.dtypes("bfloat16", "float32")
+def test_a_step_of_one_block_takes_the_launches_of_an_array_and_four_to_unpack(
+    backend, draw, dtype
+):
+    """A row tells the library; the norm, the forward and the backward read the weight once each."""
+    config, weight = Config(RANK), quantised(backend, dtype)
+    adapter, x, bias, dy = drawn(draw, dtype)
+    launched = []
+    for each in (weight, weight.rows(slice(0, OUT))):
+        earlier = doraxp.prepare(each, adapter, config)
+        cuda = doraxp.backends.operations(x=x).cuda
+        cuda.launched.clear()
+        _, cache = doraxp.forward(x, each, adapter, config, bias=bias, previous=earlier)
+        doraxp.backward(dy, cache)
+        launched.append(list(cuda.launched))
+    packed, plain = launched
+    assert packed.count("unpack") == 4
+    assert [name for name in packed if name != "unpack"] == plain
+
+
 # The packed weight
 
 
