@@ -17,6 +17,7 @@ import doraxp
 from doraxp import Adapter, Config, DoRALayer, LayerKind, Linear, QuantisedWeight
 from doraxp.backends import Operations, array_namespace
 from doraxp.backends._cupy.operations import CupyOperations
+from doraxp.backends._generic import LazyOperations
 from doraxp.backends._numpy import NumpyOperations
 
 FORMS = ("weight", "direction")
@@ -266,6 +267,25 @@ def test_v_of_blocks_is_v(backend, draw, assert_close, blocks):
     assert_close(direction.with_weight(weight).dense(ops=ops), v, rtol=0)
 
 
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.lanes("numpy")
+@pytest.mark.parametrize("form", FORMS)
+def test_a_library_whose_values_are_not_read_gives_the_same(
+    backend, draw, assert_close, monkeypatch, make, form
+):
+    """NumPy computes here by the generic operations of a library that may be lazy."""
+    config, (weight, whole) = Config(RANK, 5.0, form=form), make()
+    adapter, x, bias, dy = drawn(draw)
+    desired = everything(backend, whole, adapter, config, x, bias, dy)
+    lazy = LazyOperations(array_api_compat.numpy)
+    monkeypatch.setattr("doraxp.backends._boundary._NUMPY", lazy)
+    if isinstance(weight, Rows):
+        weight.rows = lambda rows: whole[rows]  # a lazy library overwrites no array
+    actual = everything(backend, weight, adapter, config, x, bias, dy)
+    for name, array in desired.items():
+        assert_close(actual[name], array, rtol=RTOL["float32"])
+
+
 @pytest.mark.lanes("numpy", "torch")
 def test_a_step_with_a_known_norm_reads_the_weight_twice(draw, backend):
     """Once in the forward, which makes x Wᵀ and A Wᵀ at once, and once in the backward."""
@@ -276,6 +296,27 @@ def test_a_step_with_a_known_norm_reads_the_weight_twice(draw, backend):
     _, cache = doraxp.forward(x, weight, adapter, config, previous=earlier)
     doraxp.backward(dy, cache)
     assert weight.read == [(0, 1), (0, OUT), (0, OUT)]  # a row tells the library
+
+
+@pytest.mark.lanes("cuda-host")
+@pytest.mark.dtypes("bfloat16", "float32")
+def test_a_step_of_one_block_takes_the_launches_of_an_array_and_four_to_unpack(
+    backend, draw, dtype
+):
+    """A row tells the library; the norm, the forward and the backward read the weight once each."""
+    config, weight = Config(RANK), quantised(backend, dtype)
+    adapter, x, bias, dy = drawn(draw, dtype)
+    launched = []
+    for each in (weight, weight.rows(slice(0, OUT))):
+        earlier = doraxp.prepare(each, adapter, config)
+        cuda = doraxp.backends.operations(x=x).cuda
+        cuda.launched.clear()
+        _, cache = doraxp.forward(x, each, adapter, config, bias=bias, previous=earlier)
+        doraxp.backward(dy, cache)
+        launched.append(list(cuda.launched))
+    packed, plain = launched
+    assert packed.count("unpack") == 4
+    assert [name for name in packed if name != "unpack"] == plain
 
 
 # The packed weight
@@ -302,8 +343,12 @@ def test_rows_of_a_packed_weight_are_those_of_the_formula(
     weight = quantised(backend, dtype, **KINDS[kind])
     desired = values_of(*packed_arrays(**KINDS[kind]), KINDS[kind]["group"])
     assert weight.shape == (OUT, IN)
+    generic = Operations(backend.namespace())
     for rows in (slice(0, OUT), slice(5, 13), slice(22, 23), slice(7, None)):
-        assert_close(weight.rows(rows), desired[rows].astype(backend_dtype(dtype)), rtol=0)
+        rounded = desired[rows].astype(backend_dtype(dtype))
+        assert_close(weight.rows(rows), rounded, rtol=0)
+        inside = slice(*rows.indices(OUT)[:2])
+        assert_close(generic.unpacked(weight.packed, inside), rounded, rtol=0)
 
 
 @pytest.mark.parametrize("high_first", [True, False])
@@ -312,6 +357,28 @@ def test_the_table_says_which_half_of_a_byte_is_first(high_first):
     table, one = nibbles(values, high_first), np.ones((1, 1), "float32")
     weight = QuantisedWeight(np.array([[0x1E]], "uint8"), table, one, group=(1, 2))
     assert weight.rows(slice(0, 1)).tolist() == [[1, 14] if high_first else [14, 1]]
+
+
+def test_jax_sees_the_arrays_of_a_packed_weight(monkeypatch):
+    """With a stand-in for JAX, which is not needed."""
+    found = []
+    tree = SimpleNamespace(register_pytree_node=lambda *given: found.append(given))
+    monkeypatch.setitem(sys.modules, "jax", SimpleNamespace(tree_util=tree))
+    weight = quantised(SimpleNamespace(asarray=np.asarray), bias=True)
+    ((kind, arrays, made_of),) = found
+    assert kind is QuantisedWeight
+    leaves, rest = arrays(weight)
+    assert all(isinstance(leaf, np.ndarray) for leaf in leaves)
+    again = made_of(rest, [2 * leaf if leaf.dtype == "float32" else leaf for leaf in leaves])
+    assert (again.shape, again.dtype) == (weight.shape, weight.dtype)
+    monkeypatch.delitem(sys.modules, "jax")
+    assert quantised(SimpleNamespace(asarray=np.asarray)).shape == (OUT, IN)
+
+
+def test_codes_on_another_device_are_refused(monkeypatch):
+    monkeypatch.setattr("doraxp._core.quantised.device", lambda array: array.dtype.name)
+    with pytest.raises(ValueError, match="codes must be on float32, where table is"):
+        quantised(SimpleNamespace(asarray=np.asarray))
 
 
 def test_a_packed_weight_counts_its_bytes():

@@ -20,6 +20,7 @@ from doraxp._base.types import (
     DType,
     Namespace,
     Reduce,
+    RowWeight,
 )
 from doraxp.backends._cupy.adamw import adamw
 from doraxp.backends._cupy.arrays import LOW, DeviceArray, dtype_name, name_of
@@ -43,6 +44,8 @@ MEASURED = 64
 NORMED = 64
 """The largest rank for which one launch makes s B and A Aᵀ, and another n. Beyond, products do: a
 block of `prepare_adapter` reads 8 rows of A for 16 numbers of A Aᵀ."""
+ROW_BYTES = 1 << 25
+"""Bytes of a block of rows of a weight that is given by rows."""
 NEEDED = 80
 """Ten times the compute capability that the kernels need. It is the first with bfloat16."""
 
@@ -113,6 +116,10 @@ class CupyOperations(Operations):
     def accumulate(self, total: Consumed, left: DeviceArray, right: DeviceArray) -> DeviceArray:
         """Return total ← total + left right: BLAS adds while it multiplies."""
         return self.products.multiply(left, right, total.dtype, out=total, beta=1.0)
+
+    def block_size(self, weight: RowWeight, tokens: int) -> int:
+        """Return the numbers of 32 MiB: each block takes the launches of a step."""
+        return ROW_BYTES // int(np.dtype(weight.dtype).itemsize)
 
     def unpacked(
         self, packed: Packed, rows: slice, buffer: DeviceArray | None = None
