@@ -5,12 +5,14 @@ The formulas here work on one number at a time, in float64, and round where the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies
 
 from doraxp._base.safetensors import Tensor
 from doraxp.checkpoint import CheckpointError
@@ -255,7 +257,9 @@ def test_fp8_without_a_configuration_is_read_where_the_block_is_clear():
     broken["p.weight_scale_inv"] = np.ones((2, 0), "f4")
     assert "config.json" in refused(broken)[1]
     broken = {"p.weight": np.ones((0, 4), E4M3), "p.weight_scale_inv": np.ones((1, 1), "f4")}
-    assert "config.json" in refused(broken)[1]
+    assert "(0, 4)" in refused(broken)[1]
+    other = {"quant_method": "other"}
+    assert "config.json" in refused(fp8_model((9, 16), (4, 8)), other)[1]
 
 
 @pytest.mark.parametrize("block", ["x", [4], [4, 0], [4, "8"], [True, 8], 4, {}, [4, 1 << 40]])
@@ -270,7 +274,9 @@ def test_fp8_refuses_tensors_that_do_not_fit():
     tensors["p.weight_scale_inv"] = np.ones((2, 2), "i4")
     assert "I32" in refused(tensors, FP8)[1]
     packed = {"p.weight": np.ones((8, 8), "i1"), "p.weight_scale_inv": np.ones((8, 1), "u1")}
-    assert "I8" in refused(packed, FP8)[1]
+    assert "FP4, two codes a byte" in refused(packed, FP8)[1]  # DeepSeek-V4's experts
+    packed = {"p.weight": np.ones((8, 8), "i4"), "p.weight_scale_inv": np.ones((8, 1), "u1")}
+    assert "I32" in refused(packed, FP8)[1]
     vector = {"p.weight": np.ones(8, E4M3), "p.weight_scale_inv": np.ones(1, "f4")}
     assert "(8,)" in refused(vector, FP8)[1]
 
@@ -971,3 +977,188 @@ def test_mxfp4_that_does_not_fit_is_refused():
     disk = Disk(tensors)
     with pytest.raises(CheckpointError, match="a scale must not be NaN"):
         disk.only(MXFP4)[1].check(disk)
+
+
+# Formats that are refused
+
+
+def zeros(**tensors):
+    """Return tensors of these dtypes and shapes; an underline before a name is a dot."""
+    return {f"p.{name}": np.zeros(shape, dtype) for name, (dtype, *shape) in tensors.items()}
+
+
+REFUSED = {
+    "NVFP4": [
+        zeros(weight=("u1", 8, 8), weight_scale=(E4M3, 8, 1), weight_scale_2=("f4",)),
+        zeros(weight_packed=("u1", 8, 8), weight_scale=(E4M3, 8, 1), weight_global_scale=("f4", 1)),
+    ],
+    "4-bit floats": [zeros(weight_packed=("u1", 8, 16), weight_scale=("u1", 8, 1))],
+    "GPTQ": [
+        zeros(qweight=("i4", 8, 8), qzeros=("i4", 1, 1), scales=("f2", 1, 8), g_idx=("i4", 8))
+    ],
+    "AWQ": [zeros(qweight=("i4", 8, 8), qzeros=("i4", 1, 1), scales=("f2", 1, 8))],
+    "AQLM": [zeros(codes=("i2", 8, 8, 1), codebooks=("f2", 1, 8), scales=("f2", 8, 1))],
+    "VPTQ": [zeros(indices=("i4", 8, 8), centroids=("f2", 8, 8))],
+    "HQQ": [zeros(W_q=("u1", 8, 8), scale=("f2", 8, 1), zero=("f2", 8, 1))],
+    "EETQ": [zeros(weight=("i1", 8, 8), weight_scales=("f2", 8))],
+    "quanto": [{"p.weight._data": np.zeros((8, 8), "i1"), "p.weight._scale": np.ones((8, 1))}],
+    "torchao": [zeros(_weight_qdata=("i1", 8, 8), _weight_scale=("f4", 8, 1))],
+    "p.weight.quant_state": [
+        {"p.weight": np.zeros((8, 1), "u1"), "p.weight.absmax": np.zeros(1, "f4")},
+        zeros(weight=("u1", 8, 1)),
+    ],
+    "p.weight_scale is missing": [zeros(weight_packed=("i4", 8, 8), weight_shape=("i8", 2))],
+    "p_scales": [{"p_blocks": np.zeros((1, 2, 3, 16), "u1")}],
+    "p.weight_scale_inv or p.weight_scale": [zeros(weight=(E4M3, 8, 8))],
+    "p.SCB or p.weight_scale": [zeros(weight=("i1", 8, 8)), zeros(weight=("i4", 8, 8))],
+    "p.scales": [zeros(weight=("u4", 8, 8))],
+    "p.gate_up_proj_scale_inv": [zeros(gate_up_proj=(E4M3, 2, 8, 8))],
+}
+
+
+@pytest.mark.parametrize(
+    ("word", "tensors"), [(word, one) for word, every in REFUSED.items() for one in every]
+)
+def test_other_formats_are_refused_by_name(word, tensors):
+    name, problem = refused(tensors)
+    stem = next(iter(tensors)).removesuffix("_blocks")
+    assert name == (stem if stem in ("p", "p.gate_up_proj") else "p.weight")
+    assert word in problem
+    assert word[0] == "p" or "merge into the 16-bit model" in problem
+    ((_, how),) = Disk(tensors).find().items()
+    assert set(how.tensors) == set(tensors)
+
+
+@pytest.mark.parametrize(
+    ("method", "tensors", "word"),
+    [
+        ("fp8", zeros(weight=(E4M3, 8, 8)), ": p.weight_scale_inv"),
+        ("compressed-tensors", zeros(weight=(E4M3, 8, 8)), ": p.weight_scale"),
+        ("bitsandbytes", zeros(weight=("i1", 8, 8)), ": p.SCB"),
+        ("fbgemm_fp8", zeros(weight=(E4M3, 8, 8), weight_scale=("f4", 8, 1)), "(fbgemm_fp8)"),
+        ("modelopt", zeros(weight=(E4M3, 8, 8), weight_scale=("f4",)), "(modelopt)"),
+        ("new", zeros(weight=("i1", 8, 8), weight_scale=("f4", 8, 1)), "(new)"),
+    ],
+)
+def test_the_method_of_the_configuration_names_the_missing_tensor(method, tensors, word):
+    assert word in refused(tensors, {"quant_method": method})[1]
+
+
+def test_a_weight_in_two_formats_is_refused():
+    tensors = fp8_model((8, 16), (4, 8)) | {"p.weight_scale": np.ones((8, 1), "f4")}
+    assert "two ways" in refused(tensors)[1]
+
+
+def test_other_tensors_are_not_quantised():
+    tensors = zeros(
+        weight=("f4", 8, 8), bias=("f4", 8), position_ids=("i8", 1, 8), scales=("f4", 8),
+        num=("i4",), k_scale=("f4", 1), mask=("u1", 8, 8),
+    )  # fmt: skip
+    tensors |= {
+        "p.weight_blocks": np.zeros(3),
+        "q.weight_scale": np.ones(1),
+        "q_scale_inv": BF16(1),
+    }
+    for method in (None, "fp8", "mxfp4", "gptq", 3):
+        assert Disk(tensors).find({"quant_method": method}) == {}
+
+
+# Junk
+
+
+NAMES_OF_JUNK = [
+    "weight", "weight_scale_inv", "weight_scale", "weight_packed", "weight_shape", "weight_g_idx",
+    "weight_zero_point", "SCB", "weight_format", "weight.absmax", "weight.quant_map", "scales",
+    "weight.nested_absmax", "weight.nested_quant_map", "weight.quant_state.bitsandbytes__nf4",
+    "weight.quant_state.bitsandbytes__", "biases", "weight_blocks", "weight_scales", "qweight",
+]  # fmt: skip
+VALUES_OF_JUNK = [None, 0, -1, 4, 8, 32, 64, 1.5, "x", "nf4", [], [4, 8], [1], {}, True, 1e400]
+KEYS_OF_JUNK = [
+    "quant_method", "weight_block_size", "config_groups", "bits", "group_size", "p", "mode",
+]  # fmt: skip
+
+
+def seeds_of_junk():
+    """Return small models of all formats, with their configurations."""
+    return [
+        (fp8_model((8, 16), (4, 8)), FP8),
+        (fp8_model((2, 8, 16), (4, 8), "u1"), FP8),
+        (bits4_model((8, 64)), {}),
+        (bits4_model((8, 64), nested="BF16"), {}),
+        (int8_model(), {}),
+        (ct_model("FP8", (8, 16), (4, 8))[0], CT),
+        (ct_model("INT8", (6, 10), (1, 5), asymmetric=True)[0], CT),
+        (ct_model("packed 4", (9, 16), (1, 8), asymmetric=True)[0], CT),
+        (mlx_model(3, 32, stack=(2,))[0], {"bits": 3, "group_size": 32}),
+        (mxfp4_model(name="p.weight")[0], MXFP4),
+    ]
+
+
+@given(data=strategies.data())
+@settings(max_examples=600, deadline=None)
+def test_a_changed_model_gives_weights_that_can_be_read_or_one_line(data):
+    tensors, entries = data.draw(strategies.sampled_from(seeds_of_junk()))
+    entries = dict(entries)
+    for _ in range(data.draw(strategies.integers(0, 2))):
+        name = data.draw(strategies.sampled_from([*tensors]))
+        way = data.draw(
+            strategies.sampled_from(["drop", "shape", "dtype", "axis", "swap", "words"])
+        )
+        shape = list(tensors[name].shape)
+        if way == "drop":
+            tensors = {key: x for key, x in tensors.items() if key != name} or tensors
+        elif way == "shape" and shape:
+            axis = data.draw(strategies.integers(0, len(shape) - 1))
+            shape[axis] = data.draw(strategies.sampled_from([0, 1, 2, shape[axis] + 1]))
+            tensors[name] = np.zeros(shape, tensors[name].dtype)
+        elif way == "dtype":
+            tensors[name] = np.ones(shape, data.draw(strategies.sampled_from([*NAMES])))
+        elif way == "axis":
+            tensors[name] = tensors[name][None]
+        elif way == "swap":
+            tensors[name] = np.ascontiguousarray(tensors[name].T)
+        elif entries:
+            key = data.draw(strategies.sampled_from([*entries]))
+            entries[key] = data.draw(strategies.sampled_from(VALUES_OF_JUNK))
+    check_junk(tensors, entries)
+
+
+@given(data=strategies.data())
+@settings(max_examples=600, deadline=None)
+def test_junk_gives_weights_that_can_be_read_or_one_line(data):
+    draw_one = data.draw
+    sides = strategies.sampled_from([0, 1, 2, 4, 8, 16, 32])
+    tensors = {}
+    for name in draw_one(strategies.sets(strategies.sampled_from(NAMES_OF_JUNK), max_size=6)):
+        shape = draw_one(strategies.lists(sides, max_size=4))
+        dtype = draw_one(strategies.sampled_from([*NAMES]))
+        tensors[f"p.{name}"] = np.zeros(shape, dtype)
+    words = strategies.sampled_from(VALUES_OF_JUNK)
+    state = {key: draw_one(words) for key in ("dtype", "shape", "blocksize", "nested_blocksize",
+             "nested_offset", "nested_dtype")} | {"quant_type": "nf4"}  # fmt: skip
+    if draw_one(strategies.booleans()):
+        raw = json.dumps(state).encode()
+        tensors["p.weight.quant_state.bitsandbytes__nf4"] = np.frombuffer(raw, "u1")
+    methods = strategies.sampled_from(["fp8", "mxfp4", "compressed-tensors", "x", 1, None])
+    entries = {key: draw_one(words) for key in draw_one(strategies.sets(
+        strategies.sampled_from(KEYS_OF_JUNK)))}  # fmt: skip
+    if "quant_method" in entries:
+        entries["quant_method"] = draw_one(methods)
+    check_junk(tensors, entries)
+
+
+def check_junk(tensors, entries):
+    """Fail unless every weight is refused, or can be read and quantised again."""
+    disk = Disk(tensors)
+    for how in disk.find(entries).values():
+        assert set(how.tensors) <= set(tensors)
+        if isinstance(how, Refused):
+            assert how.problem.startswith("is ")
+            assert "\n" not in how.problem
+            continue
+        with contextlib.suppress(CheckpointError):
+            how.check(disk)
+        assert isinstance(how.label, str)
+        with np.errstate(all="ignore"):
+            assert read(how, disk, 3).shape == how.shape
+            requantised(how, disk, draw(*how.shape), 2)

@@ -44,6 +44,7 @@ from doraxp.checkpoint._quantised.protocol import (
     Settings,
     UnfitError,
 )
+from doraxp.checkpoint._quantised.refused import ADVICE
 from doraxp.checkpoint._safetensors import RAW, Empty
 
 SCALE = ".weight_scale"
@@ -90,8 +91,7 @@ def _how(
     zero = tensors.get(f"{module}.weight_zero_point")
     if f"{module}.weight_g_idx" in tensors:
         raise UnfitError(
-            "its columns are in the order of their activations (actorder): merge into the 16-bit "
-            "model from which it was quantised"
+            f"its columns are in the order of their activations (actorder), so it {ADVICE}"
         )
     if len(main.shape) != 2:
         raise UnfitError(f"{there[0]} has the shape {main.shape} and must have two axes")

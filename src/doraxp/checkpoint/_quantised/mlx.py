@@ -49,6 +49,7 @@ from doraxp.checkpoint._quantised.protocol import (
     Settings,
     UnfitError,
 )
+from doraxp.checkpoint._quantised.refused import ADVICE
 from doraxp.checkpoint._safetensors import RAW, Empty
 
 _FLOATS = ("F32", "BF16", "F16")
@@ -117,10 +118,7 @@ def _mx(there: tuple[str, ...], main: Tensor, scales: Tensor) -> Mx:
     words, groups = main.shape[-1], scales.shape[-1]
     bits = {4 * groups: 4, 8 * groups: 8}.get(words)
     if words == 2 * groups and scales.dtype == "U8":
-        raise UnfitError(
-            "in nvfp4 and cannot be merged into: merge into the 16-bit model from which it was "
-            "quantised"
-        )
+        raise UnfitError(f"in nvfp4 and {ADVICE}")
     if bits is None or scales.dtype != "U8":
         raise UnfitError(f"but {there[1].removesuffix('scales')}biases is missing")
     shape = (*main.shape[:-1], groups * _MX_GROUP)
