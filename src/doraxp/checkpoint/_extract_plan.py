@@ -100,7 +100,7 @@ def compare_names(base: Model, tuned: Model, modules: str | None) -> Compared:
             f"{min(before, default='nothing')} are the first names; give two models of one kind"
         )
     matrices = {
-        path: StoredPair(before[f"{path}.weight"], _partner(path, before, after, tuned), kind)
+        path: StoredPair(before[f"{path}.weight"], _partner(path, before, after, base, tuned), kind)
         for path, kind in _kinds(base, before, modules)
     }
     others: dict[str, tuple[Source | None, Source]] = {}
@@ -113,7 +113,7 @@ def compare_names(base: Model, tuned: Model, modules: str | None) -> Compared:
 
 
 def _partner(
-    path: str, before: Mapping[str, Source], after: Mapping[str, Source], tuned: Model
+    path: str, before: Mapping[str, Source], after: Mapping[str, Source], base: Model, tuned: Model
 ) -> Source:
     """Return TUNED's tensor for a matrix of BASE."""
     name = f"{path}.weight"
@@ -126,9 +126,9 @@ def _partner(
             f"{tuned.path}: {name} must have shape {old.tensor.shape} as in BASE, got "
             f"{new.tensor.shape}: {advice}"
         )
-    for source in (old, new):
+    for source, model in ((old, base), (new, tuned)):
         quantised = quantised_in(source)
-        if source.tensor.dtype not in DTYPES or quantised is not None:
+        if source.tensor.dtype not in DTYPES or name in model.quantised:
             how = quantised.quantisation.label if quantised else f"dtype {source.tensor.dtype}"
             raise CheckpointError(
                 f"{source.reader.path}: {name} is quantised ({how}): give the model before its "

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from doraxp._base.safetensors import Tensor
 from doraxp.checkpoint._quantised.protocol import Fetch, Found, Refused, Settings
+from doraxp.checkpoint._safetensors import DTYPES
 
 ADVICE = (
     "cannot be merged into: merge into the 16-bit model from which it was quantised, and quantise "
@@ -49,6 +50,8 @@ _BESIDE = (
     "_weight_zero_point", "qweight", "qzeros", "scales", "biases", "g_idx", "codes", "codebooks",
     "indices", "centroids", "W_q", "meta", "scale", "zero", "input_scale", "SCB", "weight_format",
 )  # fmt: skip
+_SCALES = (".weight_scale", ".weight_scale_inv", ".scales")
+"""Tensors that a dense weight does not have beside it."""
 _METHODS = {"bitsandbytes": "", "fp8": "", "compressed-tensors": "", "mxfp4": ""}
 """The methods with a format here: a weight that is refused lacks a tensor."""
 
@@ -87,6 +90,10 @@ def _problem(name: str, tensors: Mapping[str, Tensor], method: object) -> tuple[
         module = name.removesuffix(suffix)
         if module != name:
             return f"{module}.weight", f"is quantised, but {module}{missing} is missing"
+    for suffix in _SCALES:
+        weight = f"{name.removesuffix(suffix)}.weight"
+        if name.endswith(suffix) and weight in tensors and tensors[weight].dtype in DTYPES:
+            return weight, f"is quantised (dtype {tensors[weight].dtype}, with {name}) and {ADVICE}"
     weight = name.removesuffix("_blocks")
     if weight != name and tensors[name].dtype == "U8" and len(tensors[name].shape) == 4:
         return weight, f"is quantised (MXFP4), but {weight}_scales is missing"
