@@ -1051,13 +1051,14 @@ def test_a_weight_in_two_formats_is_refused():
 
 def test_other_tensors_are_not_quantised():
     tensors = zeros(
-        weight=("f4", 8, 8), bias=("f4", 8), position_ids=("i8", 1, 8), scales=("f4", 8),
+        weight=("f4", 8, 8), bias=("f4", 8), position_ids=("i8", 1, 8),
         num=("i4",), k_scale=("f4", 1), mask=("u1", 8, 8),
     )  # fmt: skip
     tensors |= {
         "p.weight_blocks": np.zeros(3),
         "q.weight_scale": np.ones(1),
         "q_scale_inv": BF16(1),
+        "r.scales": np.ones(8, "f4"),
     }
     for method in (None, "fp8", "mxfp4", "gptq", 3):
         assert Disk(tensors).find({"quant_method": method}) == {}

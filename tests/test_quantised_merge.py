@@ -1,4 +1,4 @@
-"""Merges into quantised models: what is dense, what is quantised again, and what is copied."""
+"""Merges into quantised models: dense tensors, tensors that are quantised again, and copies."""
 
 from __future__ import annotations
 
@@ -301,7 +301,7 @@ def test_a_hint_about_an_adapter_of_a_quantised_copy(tmp_path, rng, capsys):
     assert f"ADAPTER was trained on {name}" in capsys.readouterr().err
 
 
-# What is refused
+# Refusals
 
 
 def without_scales(tensors):
@@ -614,7 +614,7 @@ def test_a_step_on_a_weight_in_memory_is_that_of_its_numbers(tmp_path, rng):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_what_cannot_be_loaded_is_named(tmp_path, rng):
+def test_a_weight_that_cannot_be_loaded_is_named(tmp_path, rng):
     tensors, _ = base(rng, "fp8")
     without_scales(tensors)
     write(tmp_path / "base", tensors, **CONFIGS["fp8"])

@@ -16,7 +16,7 @@ from doraxp.checkpoint._inspect import Against, Factored, look_at, look_at_base
 from doraxp.checkpoint._merge import Merge, Weighted, plan_merge
 from doraxp.checkpoint._model import Model, load_quantised, open_model
 from doraxp.checkpoint._options import Options
-from doraxp.checkpoint._quantised.reader import quantised_in
+from doraxp.checkpoint._quantised.reader import quantised_as
 from doraxp.checkpoint._run import run_merge
 from doraxp.checkpoint._sampled_norms import SampledNorms, sample_norms
 from doraxp.checkpoint._save import check_place, named_for, save_adapters
@@ -70,7 +70,7 @@ __all__ = [
     "open_model",
     "parts_of",
     "plan_merge",
-    "quantised_in",
+    "quantised_as",
     "run_merge",
     "sample_norms",
     "save_adapters",

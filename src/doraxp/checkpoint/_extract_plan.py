@@ -20,7 +20,7 @@ from doraxp.checkpoint._matrix import row_blocks
 from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._orientation import is_transposed, may_transpose
 from doraxp.checkpoint._pair import Block
-from doraxp.checkpoint._quantised.reader import quantised_in
+from doraxp.checkpoint._quantised.reader import quantised_as
 from doraxp.checkpoint._safetensors import DTYPES, AnySource, Source, are_equal
 from doraxp.checkpoint._tied import is_embedding, is_head, tied_in_file
 
@@ -127,9 +127,8 @@ def _partner(
             f"{new.tensor.shape}: {advice}"
         )
     for source, model in ((old, base), (new, tuned)):
-        quantised = quantised_in(source)
         if source.tensor.dtype not in DTYPES or name in model.quantised:
-            how = quantised.quantisation.label if quantised else f"dtype {source.tensor.dtype}"
+            how = quantised_as(source) or f"dtype {source.tensor.dtype}"
             raise CheckpointError(
                 f"{source.reader.path}: {name} is quantised ({how}): give the model before its "
                 "quantisation"

@@ -72,7 +72,7 @@ class Merge(NamedTuple):
     unused: tuple[str, ...]
     """Modules of the adapter that are for another part of the model than BASE."""
     fates: Mapping[str, Fate]
-    """What becomes of each quantised weight of the base, by its name there."""
+    """The fate of each quantised weight of the base, by its name there."""
     stamps: Mapping[Path, Stamp]
     """Of the files without tensors: configurations, the index, and the other files to copy."""
 

@@ -1,4 +1,4 @@
-"""The tensors of a result: what becomes of the quantised weights of the base.
+"""The tensors of a result, and the fate of each quantised weight of the base.
 
 ::
 
@@ -33,14 +33,14 @@ from doraxp.checkpoint._tasks import (
 from doraxp.checkpoint._tied import is_embedding
 
 Fate: TypeAlias = Literal["copied", "dense", "requantised"]
-"""What becomes of a quantised weight."""
+"""The fate of a quantised weight."""
 _EXPERTS = re.compile(r"(.*\.experts)\.")
 
 
 def fates_of(
     model: Model, tasks: Mapping[str, Task], lead: str, options: Options
 ) -> dict[str, Fate]:
-    """Return what becomes of each quantised weight that can be read, by its name in the base."""
+    """Return the fate of each quantised weight that can be read, by its name in the base."""
     fates: dict[str, Fate] = {}
     for name, weight in model.readable.items():
         task = tasks[f"{lead}{name}"]

@@ -71,7 +71,7 @@ _FATES = {
     "dense": "dense in OUT",
     "requantised": "quantised again",
 }
-"""What becomes of quantised weights."""
+"""The words for each fate of a quantised weight."""
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -287,7 +287,7 @@ def _print_figures(
 
 def _figures(merge: Merge, changes: Mapping[str, Change]) -> dict[str, dict[str, Any]]:
     """Return the figures of each tensor that changes, by name."""
-    from doraxp.checkpoint import MergedTensor, SummedTensor, quantised_in
+    from doraxp.checkpoint import MergedTensor, SummedTensor, quantised_as
 
     figures: dict[str, dict[str, Any]] = {}
     for name, part, entry in merge.changed_parts():
@@ -303,12 +303,10 @@ def _figures(merge: Merge, changes: Mapping[str, Change]) -> dict[str, dict[str,
                     for one in part.terms
                 ],
             }
-        weight = quantised_in(part.source)
-        if weight is not None:
-            row["quantised"] = weight.quantisation.label
+        row["quantised"] = quantised_as(part.source)
         change = changes[name]._asdict() if name in changes else {}
         stored = dict(zip(("dtype", "shape", "bytes"), entry, strict=True))
-        is_same = entry.dtype == row.get("quantised")
+        is_same = entry.dtype == row["quantised"]
         figures[name] = row | stored | change | {"written": "same" if is_same else entry.dtype}
     return figures
 

@@ -108,6 +108,12 @@ def quantised_in(source: AnySource) -> QuantisedReader | None:
     return source.reader if isinstance(source.reader, QuantisedReader) else None
 
 
+def quantised_as(source: AnySource) -> str | None:
+    """Return how a tensor of a model is quantised, such as "nf4 64"; None for a dense one."""
+    weight = quantised_in(source)
+    return None if weight is None else weight.quantisation.label
+
+
 class _Fetch:
     """Reads tensors on disk. The experts that one block of rows took serve the next one."""
 
