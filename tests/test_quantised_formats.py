@@ -220,6 +220,10 @@ def test_fp8_codes_are_the_nearest():
     _, how = disk.only(FP8, "F32")
     assert how.label == "FP8 4×8"
     new = check_quantiser(how, disk, weight, FP8)
+    one, largest = np.float32(1), abs(weight.reshape(2, 4, 2, 8)).max((1, 3))
+    scales = one / (one / largest * np.float32(448))  # transformers rounds three times
+    np.testing.assert_array_equal(new.tensors["p.weight_scale_inv"], scales)
+    assert (scales != one / (np.float32(448) / largest)).any()
     numbers = np.arange(256, dtype=np.uint8).view(E4M3).astype("f8")
     numbers = numbers[np.isfinite(numbers)]
     for index in np.ndindex(weight.shape):
@@ -251,7 +255,12 @@ def test_fp8_without_a_configuration_is_read_where_the_block_is_clear():
         np.testing.assert_array_equal(
             bits(read(how, disk)), bits(fp8_by_formula(tensors, block, "BF16"))
         )
-    for shape, block in (((9, 16), (4, 8)), ((12, 16), (8, 8)), ((6, 16), (3, 8))):
+    for shape, block in (
+        ((9, 16), (4, 8)),
+        ((12, 16), (8, 8)),
+        ((6, 16), (3, 8)),
+        ((17, 16), (5, 8)),
+    ):
         assert "config.json" in refused(fp8_model(shape, block))[1]
     broken = fp8_model((8, 16), (4, 8))
     broken["p.weight_scale_inv"] = np.ones((2, 0), "f4")
@@ -540,6 +549,7 @@ def test_8_bits_refuse_tensors_that_do_not_fit():
         ({"p.weight": None}, "p.weight is missing"),
         ({"p.weight": np.zeros((6, 10), "u1")}, "U8"),
         ({"p.weight": np.zeros(6, "i1")}, "(6,)"),
+        ({"p.weight": np.zeros((6, 0), "i1")}, "(6, 0)"),
         ({"p.SCB": np.zeros(5, "f4")}, "(5,)"),
         ({"p.SCB": np.zeros(6, "i4")}, "I32"),
         ({"p.weight_format": np.array(1, "u1")}, "order of one GPU"),
@@ -1050,6 +1060,7 @@ def test_a_weight_in_two_formats_is_refused():
 
 
 def test_other_tensors_are_not_quantised():
+    assert Disk(zeros(weight=("i1", 8))).find() == {}
     tensors = zeros(
         weight=("f4", 8, 8), bias=("f4", 8), position_ids=("i8", 1, 8),
         num=("i4",), k_scale=("f4", 1), mask=("u1", 8, 8),

@@ -80,7 +80,7 @@ def _in_8_bits(
     names = tuple(f"{module}.{name}" for name in ("weight", "SCB", "weight_format"))
     there = tuple(name for name in names if name in tensors)
     weight, scales = tensors.get(names[0]), tensors[names[1]]
-    if weight is None or weight.dtype != "I8" or len(weight.shape) != 2:
+    if weight is None or weight.dtype != "I8" or len(weight.shape) != 2 or 0 in weight.shape:
         kind = "missing" if weight is None else f"{weight.dtype} of shape {weight.shape}"
         return Refused(there, f"is quantised (bitsandbytes, 8 bits), but {names[0]} is {kind}")
     if scales.dtype not in DTYPES or scales.shape != weight.shape[:1]:

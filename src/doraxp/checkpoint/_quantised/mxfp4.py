@@ -33,7 +33,7 @@ from doraxp.checkpoint._quantised.codes import (
     rounded,
 )
 from doraxp.checkpoint._quantised.protocol import Fetch, Found, Packed, Quantised, Refused, Settings
-from doraxp.checkpoint._safetensors import Empty
+from doraxp.checkpoint._safetensors import RAW, Empty
 
 METHOD = "mxfp4"
 _BLOCK = 32
@@ -96,7 +96,7 @@ class Mxfp4:
         _, height, out = self.shape
         experts = slice(rows.start // height, -(-rows.stop // height))
         codes, scales = (fetch(name, experts) for name in self.tensors)
-        values = np.empty((rows.stop - rows.start, out), np.float32)
+        result = empty((rows.stop - rows.start, out), RAW[self.dtype])
         for expert in range(experts.start, experts.stop):
             start = max(rows.start - expert * height, 0)
             stop = min(rows.stop - expert * height, height)
@@ -105,8 +105,10 @@ class Mxfp4:
             columns = _numbers(codes[index, :, groups], scales[index, :, groups])
             first = expert * height + start - rows.start
             inside = slice(start - groups.start * _BLOCK, stop - groups.start * _BLOCK)
-            values[first : first + stop - start] = columns[:, inside].T
-        return rounded(values, self.dtype, empty)
+            # Numbers of 2 bytes are moved, so they are rounded first.
+            numbers = rounded(columns, self.dtype, np.empty)
+            result[first : first + stop - start] = numbers[:, inside].T
+        return result
 
     def packed(self, fetch: Fetch) -> Packed:
         """Raise CheckpointError: experts are not one matrix."""
