@@ -244,10 +244,10 @@ def save(file: Path, tensors: dict[str, np.ndarray], name: str) -> None:
     order = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
     entries = {
         tensor: safetensors.TensorSpec(
-            "float8_e4m3fn" if name == "fp8" and array.dtype == "u1" else str(array.dtype),
-            array.shape,
-            array.ctypes.data,
-            array.nbytes,
+            dtype="float8_e4m3fn" if name == "fp8" and array.dtype == "u1" else str(array.dtype),
+            shape=array.shape,
+            data_ptr=array.ctypes.data,
+            data_len=array.nbytes,
         )
         for tensor, array in order.items()
     }

@@ -391,21 +391,17 @@ def _warn_of_changes(changes: Mapping[str, Change]) -> None:
     idle = [name for name, change in changes.items() if change.is_idle]
     if idle:
         _warn(f"the adapter changes nothing in {', '.join(idle)}")
-    drowned = {name: one.cosine for name, one in changes.items() if one.is_drowned}
-    if drowned:
-        worst = min(drowned, key=lambda name: drowned[name] or 0.0)
+    quantised = {name: change for name, change in changes.items() if change.cosine is not None}
+    lost = {name: one for name, one in quantised.items() if one.is_lost or one.is_drowned}
+    if lost:
+        name, worst = min(lost.items(), key=lambda item: item[1].cosine or 0.0)
         _warn(
-            f"quantising again lost the update in {len(drowned)} of {len(changes)} tensors; "
-            f"{worst} moved with a cosine of {drowned[worst]:.2f} to it: --targets bf16 keeps them "
-            "dense"
+            f"quantising again lost part of the update in {len(lost)} of {len(quantised)} tensors; "
+            f"{name} kept {worst.kept:.2f} of it, with a cosine of {worst.cosine:.2f}: "
+            "--targets bf16 keeps them dense"
         )
-    _warn_of_loss(
-        {
-            name: change.kept
-            for name, change in changes.items()
-            if change.is_lost and not change.is_drowned
-        }
-    )
+    rounded = {name: change.kept for name, change in changes.items() if name not in quantised}
+    _warn_of_loss({name: kept for name, kept in rounded.items() if changes[name].is_lost})
 
 
 def _warn_of_loss(kept: Mapping[str, float]) -> None:
