@@ -367,6 +367,17 @@ def test_all_experts_of_a_layer_are_dense_if_one_is(tmp_path, rng):
     assert audit(tmp_path) == 0
 
 
+def test_dense_experts_that_transformers_cannot_load_are_warned_of(tmp_path, rng, capsys):
+    weights = experts(rng, tmp_path / "base", "int4")
+    module = "model.layers.0.mlp.experts.1.up_proj"
+    adapter(rng, tmp_path / "adapter", weights, modules=[module])
+    warning = "model.layers.0.mlp.experts are dense in OUT, and transformers loads no dense experts"
+    assert merge(tmp_path, "--dry-run") == 0
+    assert warning in capsys.readouterr().err
+    assert merge(tmp_path, "--dry-run", "--targets", "same") == 0
+    assert warning not in capsys.readouterr().err
+
+
 # config.json
 
 

@@ -38,7 +38,14 @@ from doraxp.checkpoint._tasks import (
     written_as,
 )
 from doraxp.checkpoint._tied import is_embedding, is_head, tied_head
-from doraxp.checkpoint._written import Fate, fates_of, in_order, with_dense, written_tasks
+from doraxp.checkpoint._written import (
+    Fate,
+    fates_of,
+    in_order,
+    unloadable,
+    with_dense,
+    written_tasks,
+)
 
 _TOKENIZER = ("tokenizer*", "chat_template*", "added_tokens.json", "vocab.*", "merges.txt")
 
@@ -96,6 +103,10 @@ class Merge(NamedTuple):
         return {
             name: task for name, task in self.tasks.items() if not isinstance(task, CopiedTensor)
         }
+
+    def unloadable_experts(self) -> str | None:
+        """Return experts that become dense, which transformers could not load; else None."""
+        return unloadable(self.model, self.fates)
 
     @property
     def was_tied(self) -> bool:

@@ -79,6 +79,21 @@ def _module(name: str) -> str:
     return _experts(name) or name.removesuffix(".weight")
 
 
+def unloadable(model: Model, fates: Mapping[str, Fate]) -> str | None:
+    """Return the experts that become dense where transformers 5.24 knows packed ones alone.
+
+    These are the packed codes of compressed-tensors. There are no words for such experts.
+    """
+    packed = (
+        name
+        for name, fate in fates.items()
+        if fate == "dense"
+        and _experts(name)
+        and model.readable[name].quantisation.tensors[0].endswith("weight_packed")
+    )
+    return next(map(_experts, packed), None)
+
+
 def _experts(name: str) -> str:
     """Return the module of all experts that a weight is in, else ""."""
     match = _EXPERTS.match(name)

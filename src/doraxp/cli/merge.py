@@ -211,6 +211,12 @@ def _warn_of_traps(merge: Merge) -> None:
             f"{unknown}: --base-is-residual says so, and OUT is wrong with "
             "another base"
         )
+    experts = merge.unloadable_experts()
+    if experts is not None:
+        _warn(
+            f"{experts} are dense in OUT, and transformers loads no dense experts in a model of "
+            "packed ones (compressed-tensors): --targets same keeps them packed"
+        )
     for adapters in merge.adapters:
         if _QUANTISED_NAME.search(adapters.base_name) and not merge.fates:
             _warn(
