@@ -17,7 +17,7 @@ from hypothesis import given, settings, strategies
 from doraxp._base.safetensors import Tensor
 from doraxp.checkpoint import CheckpointError
 from doraxp.checkpoint._quantised import find
-from doraxp.checkpoint._quantised.bitsandbytes import _NF4
+from doraxp.checkpoint._quantised.bitsandbytes_4bit import _NF4
 from doraxp.checkpoint._quantised.protocol import Refused, Settings
 from doraxp.checkpoint._safetensors import DTYPES
 

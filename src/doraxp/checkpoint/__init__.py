@@ -13,8 +13,9 @@ from doraxp.checkpoint._extract_model import Closeness, Extraction, extract
 from doraxp.checkpoint._fit import Fit
 from doraxp.checkpoint._formats import load_adapters
 from doraxp.checkpoint._inspect import Against, Factored, look_at, look_at_base
+from doraxp.checkpoint._load_quantised import load_quantised
 from doraxp.checkpoint._merge import Merge, Weighted, plan_merge
-from doraxp.checkpoint._model import Model, load_quantised, open_model
+from doraxp.checkpoint._model import Model, open_model
 from doraxp.checkpoint._options import Options
 from doraxp.checkpoint._quantised.reader import quantised_as
 from doraxp.checkpoint._run import run_merge

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 import sys
 from collections import Counter
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from doraxp._terminal.figures import write_json
-from doraxp._terminal.messages import output_that_may_fail, print_error, print_warning
+from doraxp._terminal.messages import output_that_may_fail, print_error
 from doraxp._terminal.module_table import Column, print_modules
 from doraxp._terminal.progress import progress_by_bytes
 from doraxp._terminal.tables import plain_console, print_caption, print_names
@@ -30,6 +29,7 @@ from doraxp.cli._arguments import (
     output,
 )
 from doraxp.cli._cluster import cluster
+from doraxp.cli._merge_warnings import warn_of_changes, warn_of_norms, warn_of_traps
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,8 +64,6 @@ _CAPTION = (
     "kept: the part of the update that the dtype of OUT stores, the least of a kind."
 )
 _QUANTISED = "cosine: of the update and of the change that is stored, with the noise of quantising."
-_QUANTISED_NAME = re.compile(r"-bnb-[48]bit$", re.IGNORECASE)
-"""The end of the name of a model that bitsandbytes has quantised."""
 _FATES = {
     "copied": "copied as they are",
     "dense": "dense in OUT",
@@ -174,8 +172,8 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.targets,
         )
         merge = plan_merge(arguments.base, adapters, options, **fit_of(arguments))
-        _warn_of_traps(merge)
-        _warn_of_norms(merge)
+        warn_of_traps(merge)
+        warn_of_norms(merge)
         changes: Mapping[str, Change] = {}
         if arguments.dry_run:
             check_target(merge, arguments.out, force=arguments.force)
@@ -184,70 +182,13 @@ def run(arguments: argparse.Namespace) -> int:
         figures = _figures(merge, changes)
         with output_that_may_fail("doraxp merge"):
             _print_figures(merge, figures, arguments)
-        _warn_of_changes(changes)
+        warn_of_changes(changes)
         if arguments.json is not None:
             write_json(arguments.json, _report(merge, figures, arguments))
     except (ValueError, OSError) as error:
         print_error("doraxp merge", error)
         return 2
     return 0
-
-
-def _warn_of_traps(merge: Merge) -> None:
-    if merge.unused:
-        _warn(
-            f"{len(merge.unused)} modules of ADAPTER are for another part of the model than BASE, "
-            f"{merge.unused[0]} the first: merge them into that part"
-        )
-    if merge.changes_unknown_tie():
-        _warn(
-            "BASE has no config.json, and no head beside the embeddings that the adapter changes: "
-            "if its head is tied to them, give the folder of the model"
-        )
-    unknown = merge.unknown_base()
-    if unknown is not None:
-        _warn(
-            "the magnitudes do not tell whether BASE is the residual base of "
-            f"{unknown}: --base-is-residual says so, and OUT is wrong with "
-            "another base"
-        )
-    experts = merge.unloadable_experts()
-    if experts is not None:
-        _warn(
-            f"{experts} are dense in OUT, and transformers loads no dense experts in a model of "
-            "packed ones (compressed-tensors): --targets same keeps them packed"
-        )
-    for adapters in merge.adapters:
-        if _QUANTISED_NAME.search(adapters.base_name) and not merge.fates:
-            _warn(
-                f"ADAPTER was trained on {adapters.base_name}, a quantised copy of a model: its m "
-                "and its update make up for the rounding of that copy, and BASE is not quantised. "
-                "OUT differs from the trained model by that rounding"
-            )
-    for name, known in merge.tokenizers_apart().items():
-        _warn(
-            f"OUT has BASE's {name}, and not the other one of ADAPTER"
-            if known
-            else f"OUT has no {name}, and ADAPTER has one"
-        )
-
-
-def _warn_of_norms(merge: Merge) -> None:
-    """Warn of a base whose norms show that the adapter was not made for it as it is."""
-    from doraxp.checkpoint import sample_norms
-
-    sample = sample_norms(merge)
-    if sample.equal:
-        _warn(
-            f"in {len(sample.equal)} of {sample.modules} modules, {sample.equal[0]} the first, the "
-            "rows of BASE have the norms m of the adapter: either this adapter has been merged "
-            "into BASE before, or its magnitude was hardly trained"
-        )
-    if sample.fresh_and_unequal:
-        _warn(
-            "the adapter has B = 0 and norms m that BASE does not have, so it is not a fresh "
-            f"adapter of BASE: {', '.join(sample.fresh_and_unequal)}"
-        )
 
 
 def _merge(merge: Merge, arguments: argparse.Namespace) -> dict[str, Change]:
@@ -391,35 +332,3 @@ def _named(merge: Merge) -> str:
         for adapters, strength in zip(merge.adapters, strengths, strict=True)
     ]
     return " + ".join(names)
-
-
-def _warn_of_changes(changes: Mapping[str, Change]) -> None:
-    idle = [name for name, change in changes.items() if change.is_idle]
-    if idle:
-        _warn(f"the adapter changes nothing in {', '.join(idle)}")
-    quantised = {name: change for name, change in changes.items() if change.cosine is not None}
-    lost = {name: one for name, one in quantised.items() if one.is_lost or one.is_drowned}
-    if lost:
-        name, worst = min(lost.items(), key=lambda item: item[1].cosine or 0.0)
-        _warn(
-            f"quantising again lost part of the update in {len(lost)} of {len(quantised)} tensors; "
-            f"{name} kept {worst.kept:.2f} of it, with a cosine of {worst.cosine:.2f}: "
-            "--targets bf16 keeps them dense"
-        )
-    rounded = {name: change.kept for name, change in changes.items() if name not in quantised}
-    _warn_of_loss({name: kept for name, kept in rounded.items() if changes[name].is_lost})
-
-
-def _warn_of_loss(kept: Mapping[str, float]) -> None:
-    """Warn of an update that rounding took back in part, and name the options that keep it."""
-    if kept:
-        worst = min(kept, key=kept.__getitem__)
-        _warn(
-            f"rounding lost part of the update in {len(kept)} tensors; {worst} kept "
-            f"{kept[worst]:.2f} of it: --dtype float32 keeps all of it, --rounding stochastic "
-            "keeps it in the mean"
-        )
-
-
-def _warn(message: str) -> None:
-    print_warning("doraxp merge", message)

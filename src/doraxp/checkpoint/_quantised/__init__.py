@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from doraxp._base.safetensors import Tensor
 from doraxp.checkpoint._quantised import (
-    bitsandbytes,
+    bitsandbytes_4bit,
+    bitsandbytes_int8,
     compressed_tensors,
     fp8,
     mlx,
@@ -22,7 +23,14 @@ from doraxp.checkpoint._quantised.protocol import (
     Settings,
 )
 
-FORMATS: tuple[QuantisedFormat, ...] = (fp8, bitsandbytes, compressed_tensors, mlx, mxfp4)
+FORMATS: tuple[QuantisedFormat, ...] = (
+    fp8,
+    bitsandbytes_4bit,
+    bitsandbytes_int8,
+    compressed_tensors,
+    mlx,
+    mxfp4,
+)
 """The formats whose weights can be merged into."""
 
 

@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from doraxp._base.types import HostArray
+from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._quantised.protocol import Fetch
 from doraxp.checkpoint._safetensors import RAW, Empty
 
@@ -214,3 +215,9 @@ def fp4(values: HostArray, ties_to_even: bool) -> HostArray:
     if not ties_to_even:
         is_negative &= codes > 0
     return codes | is_negative.astype(np.uint8) << 3
+
+
+def check_finite(name: str, fetch: Fetch) -> None:
+    """Raise CheckpointError unless all scales are finite."""
+    if not np.isfinite(fetch(name).astype(np.float32)).all():
+        raise CheckpointError(f"{name}: the scales must be finite")
