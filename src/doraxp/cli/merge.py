@@ -45,7 +45,7 @@ _PLANNED = (
     Column("kind", "stored as"),
     Column("update", "update"),
     Column("quantised", "in BASE"),
-    Column("written", "dtype"),
+    Column("dtype", "dtype"),
     Column("rank", "rank"),
     Column("s", "s"),
 )
@@ -222,7 +222,12 @@ def _print_figures(
     """Print the plan, or the changes and the state of OUT."""
     console = plain_console()
     columns = _PLANNED if arguments.dry_run else _CHANGES
-    print_modules("tensor", figures, columns, console, every=arguments.all)
+    # In place of the same format again, for a narrow table.
+    rows = {
+        name: {**row, "dtype": "same"} if row.get("quantised") == row["dtype"] else row
+        for name, row in figures.items()
+    }
+    print_modules("tensor", rows, columns, console, every=arguments.all)
     if not arguments.dry_run:
         has_cosine = any(row.get("cosine") is not None for row in figures.values())
         print_caption(f"{_CAPTION} {_QUANTISED}" if has_cosine else _CAPTION, console)
@@ -250,11 +255,12 @@ def _figures(merge: Merge, changes: Mapping[str, Change]) -> dict[str, dict[str,
                     for one in part.terms
                 ],
             }
-        row["quantised"] = quantised_as(part.source)
+        before = quantised_as(part.source)
+        if before is not None:
+            row["quantised"] = before
         change = changes[name]._asdict() if name in changes else {}
         stored = dict(zip(("dtype", "shape", "bytes"), entry, strict=True))
-        is_same = entry.dtype == row["quantised"]
-        figures[name] = row | stored | change | {"written": "same" if is_same else entry.dtype}
+        figures[name] = row | stored | change
     return figures
 
 
