@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies
 
+from doraxp import QuantisedWeight
 from doraxp._base.safetensors import Tensor
 from doraxp.checkpoint import CheckpointError
 from doraxp.checkpoint._quantised import find
@@ -128,7 +129,28 @@ def check_quantiser(how, disk, weight, entries=None):
     _, wide_back = requantised(how, disk, np.asarray(weight, "f8"), 2)
     np.testing.assert_array_equal(bits(wide_back), bits(back))
     assert pickle.loads(pickle.dumps(how)) == how
+    check_packed(again, new)
+    steps = {"F32": 2.0**-23, "BF16": 2.0**-7, "F16": 2.0**-10}[how.dtype]
+    error, size = abs(back.astype("f8") - weight), abs(back.astype("f8"))
+    assert (error <= how.resolution * size.max() + steps * size).all()
     return new
+
+
+def check_packed(how, disk):
+    """In memory, still packed, a matrix has the numbers of the file, to the last digits."""
+    if len(how.shape) != 2:
+        return
+    if how.shape[1] % 2 and how.label.startswith(("nf4", "fp4", "CT INT4")):
+        with pytest.raises(CheckpointError, match=how.tensors[0]):  # a byte has codes of two rows
+            how.packed(disk)
+        return
+    codes, table, scale, group, bias = how.packed(disk)
+    arrays = [np.ascontiguousarray(array) for array in (codes, table, scale)]
+    weight = QuantisedWeight(*arrays, group=group, bias=bias)
+    found, desired = weight.rows(slice(0, how.shape[0])), read(how, disk).astype("f4")
+    # The reader rounds to its dtype, and some products on the way. A sum may cancel.
+    epsilon = {"F32": 2.0**-22, "BF16": 2.0**-7, "F16": 2.0**-9}[how.dtype]
+    assert (abs(found - desired) <= epsilon * (abs(desired) + abs(desired).max())).all()
 
 
 def draw(*shape, seed=0, scale=0.05):

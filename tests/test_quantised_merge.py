@@ -29,6 +29,7 @@ from doraxp import Adapter, Config, backward, forward
 from doraxp.checkpoint import (
     CheckpointError,
     Options,
+    _model,
     load_quantised,
     open_model,
     plan_merge,
@@ -36,7 +37,10 @@ from doraxp.checkpoint import (
 )
 from doraxp.checkpoint._quantised.declared import declared
 from doraxp.checkpoint._quantised.fp8 import Fp8Quantiser
-from doraxp.checkpoint._safetensors import Reader
+from doraxp.checkpoint._requantise import Piece, _whole_groups
+from doraxp.checkpoint._rows import Block
+from doraxp.checkpoint._safetensors import Reader, are_equal
+from doraxp.checkpoint._survival import Survival
 from doraxp.cli import main
 
 FORMATS = list(MATRICES)
@@ -638,3 +642,84 @@ def test_a_weight_that_cannot_be_loaded_is_named(tmp_path, rng):
     ]:
         with pytest.raises(CheckpointError, match=f"{name}.* {message}"):
             load_quantised(tmp_path / folder, name)
+
+
+# Scales that need all rows, and numbers at the edge
+
+
+@pytest.mark.parametrize("targets", ["bf16", "same"])
+def test_one_scale_for_all_rows_needs_two_passes(tmp_path, rng, targets):
+    tensors, weights = {}, {}
+    for module in ADAPTED:
+        own, weights[module] = quantised_bases.fp8(rng, f"{module}.weight", OUT, IN, [OUT, IN])
+        tensors |= own
+    words = {"quant_method": "fp8", "weight_block_size": None}
+    write(tmp_path / "base", tensors, quantization_config=words)
+    leaves = adapter(rng, tmp_path / "adapter", weights)
+    assert merge(tmp_path, "--targets", targets, "--verify") == 0
+    for module, own in leaves.items():
+        exact = dense(weights[module], *own)
+        stored = dequantised(tmp_path / "out")[f"{module}.weight"]
+        assert np.linalg.norm(stored - exact) < 0.04 * np.linalg.norm(exact)
+
+
+def test_pieces_are_joined_to_whole_groups():
+    pieces = [Piece(start, np.arange(start, stop)[:, None]) for start, stop in
+              ((0, 3), (3, 5), (5, 6), (6, 17), (17, 18))]  # fmt: skip
+    groups = [
+        np.concatenate([one.exact for one in group])[:, 0].tolist()
+        for group in _whole_groups(pieces, 4, 18)
+    ]
+    assert groups == [[0, 1, 2, 3], [4, 5, 6, 7], [*range(8, 16)], [16, 17]]
+
+
+def test_the_cosine_of_no_change_and_of_numbers_that_are_too_large():
+    def survival(weight, merged, stored):
+        found = Survival(weight.shape)
+        found.add(Block(slice(0, 1), weight, merged, None), stored)
+        return found.cosine
+
+    one = np.ones((1, 4))
+    assert survival(one, one, one) == 1
+    assert survival(one, 2 * one, one) == 0
+    assert survival(0 * one, 1e-120 * one, 1e-120 * one) == pytest.approx(1)  # 1e-480 is 0
+    with np.errstate(over="ignore"):
+        assert np.isnan(survival(one, 1e200 * one, one))
+
+
+def test_a_model_whose_names_cannot_be_read_says_where_it_is(tmp_path, rng, monkeypatch):
+    base(rng, "fp8", tmp_path / "base")
+
+    def refuse(*arguments):
+        raise CheckpointError("no")
+
+    monkeypatch.setattr(_model, "find", refuse)
+    with pytest.raises(CheckpointError, match="base: no"):
+        open_model(tmp_path / "base")
+
+
+def test_a_large_weight_is_read_in_the_chunks_of_a_dense_one(tmp_path, rng):
+    name, shape = f"{LEFT[0]}.weight", (1100, 1000)
+    tensors, weight = quantised_bases.fp8(rng, name, *shape)
+    write(tmp_path / "base", tensors, **CONFIGS["fp8"])
+    write(tmp_path / "dense", {name: weight.astype(BFLOAT16)})
+    packed, plain = (open_model(tmp_path / one).sources()[name] for one in ("base", "dense"))
+    assert are_equal(packed, plain)
+    assert are_equal(packed.rows(3, 1000), plain.rows(3, 1000))
+    assert not are_equal(packed.rows(3, 1000), plain.rows(2, 999))
+
+
+def test_a_stack_of_experts_cannot_be_packed_as_a_matrix(tmp_path, rng):
+    gpt_oss(rng, tmp_path)
+    weight = open_model(tmp_path / "base").readable[f"{STACK}.down_proj"]
+    with pytest.raises(CheckpointError, match="is a stack of experts"):
+        weight.quantisation.packed(weight.fetch)
+
+
+def test_the_audit_names_a_quantised_weight_of_another_shape(tmp_path, rng, capsys):
+    tensors, weights = base(rng, "fp8", tmp_path / "base")
+    adapter(rng, tmp_path / "adapter", weights)
+    other, _ = quantised_bases.fp8(rng, f"{ADAPTED[0]}.weight", OUT + 16, IN)
+    write(tmp_path / "out", tensors | other, **CONFIGS["fp8"])
+    assert audit(tmp_path) == 1
+    assert f"another shape ({(OUT + 16, IN)} for {(OUT, IN)})" in capsys.readouterr().out
