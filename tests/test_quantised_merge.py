@@ -723,3 +723,37 @@ def test_the_audit_names_a_quantised_weight_of_another_shape(tmp_path, rng, caps
     write(tmp_path / "out", tensors | other, **CONFIGS["fp8"])
     assert audit(tmp_path) == 1
     assert f"another shape ({(OUT + 16, IN)} for {(OUT, IN)})" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("format", ["nf4", "fp8"])
+def test_the_component_of_a_pipeline_has_a_configuration_of_its_own(tmp_path, rng, format):
+    name = "transformer_blocks.0.attn.to_q"
+    tensors, weight = MATRICES[format](rng, f"{name}.weight", 40, IN)
+    words = CONFIGS[format] | {"_class_name": "Tiny"}
+    if format == "fp8":  # 40 rows are three blocks, which no file but the configuration tells
+        assert tensors[f"{name}.weight_scale_inv"].shape == (3, 4)
+    base = tmp_path / "base"
+    write(base / "transformer", tensors, **words)
+    write(base / "vae", {"decoder.weight": draw(rng, 4, 4)})
+    (base / "model_index.json").write_text("{}")
+    a, b, _ = near(rng, weight)
+    pair = {"lora_A.weight": a, "lora_B.weight": b}
+    (tmp_path / "adapter").mkdir()
+    quantised_bases.save(
+        tmp_path / "adapter" / "pytorch_lora_weights.safetensors",
+        {f"transformer.{name}.{key}": leaf for key, leaf in pair.items()},
+    )
+    assert merge(tmp_path, "--verify") == 0
+    configs = {
+        part: json.loads((tmp_path / "out" / part / "config.json").read_text())
+        for part in ("transformer", "vae")
+    }
+    assert configs["vae"] == json.loads((base / "vae" / "config.json").read_text())
+    (names,) = (
+        value
+        for value in configs["transformer"]["quantization_config"].values()
+        if isinstance(value, list) and "lm_head" in value
+    )
+    assert names == ["lm_head", name]
+    stored = dequantised(tmp_path / "out")[f"transformer.{name}.weight"]
+    np.testing.assert_allclose(stored, weight + b.astype("f8") @ a, rtol=2.0**-8, atol=1e-6)

@@ -308,5 +308,5 @@ def _configurations(base: Path, adapter: Path, subfolder: str | None) -> list[Pa
     beside = adapter if adapter.is_dir() else adapter.parent
     beside = beside if subfolder is None else beside / subfolder
     folders = [base, *base.glob("*/")] if base.is_dir() else []
-    indexes = [folder / name for folder in folders for name in INDEXES]
-    return [base / "config.json", *indexes, beside / CONFIG, beside / "config.json"]
+    own = [folder / name for folder in folders for name in ("config.json", *INDEXES)]
+    return [base / "config.json", *own, beside / CONFIG, beside / "config.json"]
