@@ -839,3 +839,51 @@ def test_the_arrays_of_a_weight_can_be_placed(tmp_path, rng):
     arrays = [array for array in weight.packed[:4] if array is not None]
     assert len(arrays) == len(placed) == 4  # codes, table, scale and bias
     assert all(any(one is other for other in placed) for one in arrays)
+
+
+@pytest.mark.parametrize("targets", ["bf16", "same"])
+def test_a_new_head_gives_all_names_a_lead(tmp_path, rng, targets):
+    tensors, weights = {}, {}
+    for module in ("layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj"):
+        own, weights[module] = quantised_bases.fp8(rng, f"{module}.weight", OUT, IN)
+        tensors |= own
+    words = {"model_type": "llama", "architectures": ["LlamaModel"]}
+    write(tmp_path / "base", tensors, **words, **CONFIGS["fp8"])
+    module = "layers.0.self_attn.q_proj"
+    whole = {f"{PREFIX}score.weight": draw(rng, 2, IN)}
+    write_peft(
+        tmp_path / "adapter", {f"model.{module}": near(rng, weights[module])}, whole,
+        modules_to_save=["score"], task_type="SEQ_CLS",
+    )  # fmt: skip
+    assert merge(tmp_path, "--targets", targets, "--verify") == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    names = config["quantization_config"]["modules_to_not_convert"]
+    made = [f"model.{module}"] if targets == "bf16" else []
+    assert set(names) == {"lm_head", "score", *made}
+
+
+def test_a_dense_weight_begins_at_an_even_byte_where_its_scales_are_apart(tmp_path, rng):
+    tensors, weights = base(rng, "fp8")
+    odd = {"model.mask": np.zeros(3, np.uint8)}
+    write(
+        tmp_path / "base", odd | tensors,
+        lambda name: f"{name.endswith('scale_inv') or name == HEAD}.safetensors", **CONFIGS["fp8"],
+    )  # fmt: skip
+    adapter(rng, tmp_path / "adapter", weights)
+    assert merge(tmp_path, "--verify") == 0
+    reader = Reader(tmp_path / "out" / "False.safetensors")
+    assert {reader._starts[f"{module}.weight"] % 2 for module in ADAPTED} == {0}
+
+
+def test_numbers_that_the_format_cannot_store_are_refused(tmp_path, rng, capsys, monkeypatch):
+    _, weights = base(rng, "fp8", tmp_path / "base")
+    adapter(rng, tmp_path / "adapter", weights)
+    right = Fp8Quantiser.quantise
+
+    def wrong(self, rows, weight):
+        found = right(self, rows, weight)
+        return found._replace(weight=found.weight * np.float32(np.nan))
+
+    monkeypatch.setattr(Fp8Quantiser, "quantise", wrong)
+    error = refused(tmp_path, capsys, "--targets", "same")
+    assert f"{ADAPTED[0]}.weight has values that its format cannot store" in error

@@ -290,7 +290,7 @@ def plan_merge(
     copied = [base / file for file in model.others]
     stamps = stamps_at([*read, *copied])
     fates = fates_of(model, tasks, lead, options)
-    edits = with_dense(edits, model, tasks, fates)
+    edits = with_dense(edits, model, tasks, lead, fates)
     merge = Merge(
         model, adapters, tuple(given), tasks, options, fit, lead, edits, unused, fates, stamps
     )

@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from doraxp._base.types import HostArray
+from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._quantised.reader import QuantisedReader
 from doraxp.checkpoint._rows import Block
 from doraxp.checkpoint._survival import Survival
@@ -74,6 +75,8 @@ def requantise(
     for group in _whole_groups(pieces(), step, rows):
         start = group[0].start
         quantised = quantiser.quantise(slice(start, group[-1].stop), _joined(group))
+        if not np.isfinite(quantised.weight).all():
+            raise CheckpointError(f"{weight.name} has values that its format cannot store")
         write(codes, quantised.stored)
         for piece in group:
             if piece.block is not None and piece.survival is not None:

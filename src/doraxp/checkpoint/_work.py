@@ -103,7 +103,11 @@ def _fingerprint(merge: Merge) -> JsonObject:
     """Return everything on which a finished shard depends, in the types of JSON."""
     stamps = {reader.path: reader.stamp for reader in merge.readers}
     configs = [config_path(adapters.reader) for adapters in merge.adapters]
-    stamps |= {config: merge.stamps[config] for config in configs if config in merge.stamps}
+    # The dtype and the blocks of a quantised weight may be in BASE's configuration alone.
+    own = [path for path in merge.stamps if path.name == "config.json"]
+    stamps |= {
+        config: merge.stamps[config] for config in (*configs, *own) if config in merge.stamps
+    }
     return {
         "doraxp": doraxp.__version__,
         "options": vars(merge.options),

@@ -13,7 +13,7 @@ one is.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 from typing import Literal, TypeAlias
 
@@ -21,6 +21,7 @@ from doraxp.checkpoint._config_edits import ConfigEdits
 from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._options import Options
 from doraxp.checkpoint._quantised.declared import undeclared
+from doraxp.checkpoint._quantised.reader import quantised_in
 from doraxp.checkpoint._safetensors import RAW
 from doraxp.checkpoint._tasks import (
     CopiedTensor,
@@ -53,22 +54,27 @@ def fates_of(
 
 
 def with_dense(
-    edits: ConfigEdits, model: Model, tasks: Mapping[str, Task], fates: Mapping[str, Fate]
+    edits: ConfigEdits,
+    model: Model,
+    tasks: Mapping[str, Task],
+    lead: str,
+    fates: Mapping[str, Fate],
 ) -> ConfigEdits:
     """Return the changes of the configuration that name the dense modules of a quantised model."""
     if not model.is_folder or not {"dense", "requantised"} & set(fates.values()):
         return edits
-    made = [_module(name) for name, fate in fates.items() if fate == "dense"]
-    others = [_module(name) for name, task in tasks.items() if _is_matrix(name, task, fates)]
+    made = [_module(f"{lead}{name}") for name, fate in fates.items() if fate == "dense"]
+    quantised = {f"{lead}{name}" for name in fates}
+    others = [_module(name) for name, task in tasks.items() if _is_matrix(name, task, quantised)]
     dense = dict.fromkeys([*made, *undeclared(model.config, others)])
     return replace(edits, dense=tuple(dense))
 
 
-def _is_matrix(name: str, task: Task, fates: Mapping[str, Fate]) -> bool:
+def _is_matrix(name: str, task: Task, quantised: Container[str]) -> bool:
     """Return whether a tensor may be the weight of a linear module that was dense before."""
     return (
         name.endswith(".weight")
-        and name not in fates
+        and name not in quantised
         and len(task.source.tensor.shape) == 2
         and not is_embedding(name)
     )
@@ -153,7 +159,12 @@ def in_order(
     becomes a dense one, or takes its scales from another file, the wider dtypes come first. So each
     tensor begins at a multiple of the size of its numbers.
     """
-    if list(tasks) == list(names):
+    is_dense = any(
+        not isinstance(task, RequantisedTensor | ScalesTensor)
+        and quantised_in(task.source) is not None
+        for task in tasks.values()
+    )
+    if list(tasks) == list(names) and not is_dense:
         return dict(tasks)
     dtypes = {name: RAW.get(written_as(task, options).dtype) for name, task in tasks.items()}
     sizes = {name: dtype.itemsize if dtype else 1 for name, dtype in dtypes.items()}
