@@ -397,7 +397,8 @@ def test_the_small_layers_of_bfloat16_and_float64_launch_every_kernel(backend, d
         if layer.dtype == dtype:
             backend.run(emulated.call_once, layer)
     of_float64 = {"merge_wide"}
-    expected = {"bfloat16": set(KERNELS) - of_float64, "float64": of_float64}
+    of_packed = {"unpack"}  # of weights in 4 bits, which tests/test_row_weight.py launches
+    expected = {"bfloat16": set(KERNELS) - of_float64 - of_packed, "float64": of_float64}
     assert expected.get(dtype, set()) <= set(emulated.cuda.launched)
 
 

@@ -526,3 +526,10 @@ def test_arguments_that_do_not_fit_a_weight_given_by_rows_are_refused(draw):
     ):
         with pytest.raises(ValueError, match=message):
             doraxp.init(wrong, Config(1), seed=0)
+
+
+def test_a_library_without_overrides_has_blocks_of_one_size():
+    """NumPy and CuPy choose the size of a block themselves."""
+    from doraxp.backends import _generic
+
+    assert _generic.LazyOperations.block_size(None, None, 7) == _generic.ROW_BLOCK
