@@ -175,8 +175,9 @@ class Bits8(Bits4):
     def requantise(
         self, weight: torch.Tensor, parts: Tensors, settings: Settings
     ) -> dict[str, torch.Tensor]:
-        new = bitsandbytes.nn.Int8Params(weight, requires_grad=False).to("cpu")
-        return {**parts, ".weight": new.CB, ".SCB": new.SCB}
+        # The library's layer rounds a weight to float16 before this function.
+        codes, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(weight)
+        return {**parts, ".weight": codes, ".SCB": scales}
 
 
 class Float8(Format):
