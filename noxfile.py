@@ -133,10 +133,11 @@ def peers(session: nox.Session) -> None:
 
 @nox.session
 def writers(session: nox.Session) -> None:
-    """Merge the adapters of real writers, compare with their own merges, write docs/writers.md."""
+    """Merge real writers' adapters, write docs/writers.md, and read their quantised weights."""
     install(session, "test", "writers")
     page = ["-p", "writers.page"]
     pytest(session, "--backend=writers", PROCESSES, *page, "tests/test_writers.py")
+    pytest(session, "--backend=writers", PROCESSES, "tests/test_quantised_readers.py")
 
 
 @nox.session(name="peft-tests")

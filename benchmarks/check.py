@@ -14,6 +14,8 @@ from concurrent.futures import Executor
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
+import quantised_step
 import small_layer
 
 from doraxp.bench import (
@@ -142,6 +144,7 @@ def main() -> int:
             good &= sum(met(goal, found[goal.task]) for goal in goals) == len(goals)  # print each
         good &= memory_of_a_step(process)
         good &= low_precision(process)
+    good &= quantised_step.show(np, "float32", quantised_step.ROUNDS, None)
     return 0 if good else 1
 
 

@@ -131,7 +131,7 @@ if [[ -n $WHEELS ]] && ! "$PYTHON" -c 'import array_api_compat, array_api_strict
 fi
 reason=$(why_not)
 
-part 'the device' 45 "$PYTHON" benchmarks/probe.py machine "$OUT"
+part 'the device' 40 "$PYTHON" benchmarks/probe.py machine "$OUT"
 
 export DEVICE_UNTIL
 pytest=("$PYTHON" -m pytest -q -p device_tests -p no:cacheprovider --backend cupy --tb=short)
@@ -144,7 +144,7 @@ part 'tests of the device' 35 "${tests[@]}" tests/test_cupy_device.py
 DEVICE_UNTIL=$(($(date +%s) + 35))
 part 'other tests' 50 "${tests[@]}" "${together[@]}" --ignore=tests/test_cupy_device.py tests
 
-part 'variants' 50 "$PYTHON" benchmarks/probe.py variants "$OUT"
+part 'variants' 45 "$PYTHON" benchmarks/probe.py variants "$OUT"
 
 benched=$SECONDS
 square='--shapes 4096x4096 --rank 16' wide='--shapes 4096x11008 --rank 16'
@@ -163,7 +163,10 @@ step='--tokens 4096 --tasks step norm merge' token='--tokens 1 --tasks evaluatio
     bench '8192×28672, one token' 40 $cupy $large --dtype bfloat16 $token
 }
 
-part 'kernels' 35 "$PYTHON" benchmarks/gpu_kernels.py --folder "$OUT"
+part 'kernels' 31 "$PYTHON" benchmarks/gpu_kernels.py --folder "$OUT"
+
+part 'quantised base' 15 "$PYTHON" benchmarks/quantised_step.py --library cupy --rounds 5 \
+    --folder "$OUT"
 
 passes='merge|token|outputs|update|gradients|mixed_gradients|gradient_a|squares|adapted_norm|project|pull'
 ratio=l1tex__average_t_sectors_per_request_pipe_lsu_mem_global_op

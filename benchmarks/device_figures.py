@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 FIGURES = "figures.jsonl"
-LISTED = ("ceilings", "tests", "probe", "kernels", "counters", "sanitizer", "skipped")
+LISTED = ("ceilings", "tests", "probe", "kernels", "quantised", "counters", "sanitizer", "skipped")
 """The parts that the report has lists of, beside the results of the benchmark."""
 UNITS = {
     "byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9,

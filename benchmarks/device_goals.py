@@ -102,6 +102,16 @@ def in_kernels(
     return find
 
 
+def on_packed(sizes: Figure) -> Callable[[list[Figure]], float | None]:
+    """Return a function that takes the ratio of a step on a 4-bit weight to that on the array."""
+
+    def find(figures: list[Figure]) -> float | None:
+        found = [one for one in figures if one["part"] == "quantised" and fits(one, sizes)]
+        return found[-1]["ratio"] if found else None
+
+    return find
+
+
 SQUARE, SQUARE_STEP, SQUARE_TOKEN = (
     case(4096, 4096, 16, "bfloat16", tokens) for tokens in (None, 4096, 1)
 )
@@ -109,6 +119,7 @@ WIDE_STEP = case(4096, 11008, 16, "bfloat16", 4096)
 LARGE_STEP, LARGE_TOKEN = (case(8192, 28672, 64, "bfloat16", tokens) for tokens in (4096, 1))
 TORCH_STEP = {**SQUARE_STEP, "device": "cuda"}
 SINGLE_STEP = case(4096, 4096, 16, "float32", 4096)
+PACKED_STEP = case(4096, 4096, 16, "float32", 512)
 BARE, PEFT = median_of("over_own_bare"), median_of("peft_over_it")
 
 
@@ -167,6 +178,7 @@ GOALS = (
     Goal("launches of a step", 14, in_kernels("step", SQUARE_STEP, key="launches")),
     Goal("host time of a step, ms", 0.3, in_bench("step", "exact", SQUARE_STEP, host_ms)),
     Goal("AdamW of 24 leaves, host, ms", 0.15, in_bench("adamw", "adamw_step", SQUARE, host_ms)),
+    Goal("step on 4 bits ÷ on float32, 512 tokens", 1.3, on_packed(PACKED_STEP)),
     Goal("error of dA ÷ PEFT's, both detached", 1, over_peft("dA")),
     Goal("error of dB ÷ PEFT's, both detached", 1, over_peft("dB")),
 )  # fmt: skip

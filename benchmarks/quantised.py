@@ -26,11 +26,11 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import safetensors
 from checkpoint import IMPORTS, MERGE, MIB, met, resident, timed
 from checkpoint_model import linear_shapes
 
 from doraxp import AdaptedLayer, Adapter, Config, LayerKind
-from doraxp._base.safetensors import Tensor, write_header
 from doraxp.checkpoint import Change, Options, open_model, plan_merge, run_merge, save_adapters
 
 ROUNDS, BLOCK = 3, 128
@@ -59,9 +59,6 @@ NF4 = [
     0.7229568362236023, 1.0,
 ]  # fmt: skip
 """The numbers of nf4: arXiv:2305.14314, appendix E."""
-_STORED = {np.dtype(np.uint8): "U8", np.dtype(np.int32): "I32", np.dtype(np.uint32): "U32",
-           np.dtype(np.float32): "F32", np.dtype(np.int64): "I64",
-           np.dtype(ml_dtypes.bfloat16): "BF16"}  # fmt: skip
 
 
 def main() -> int:
@@ -246,17 +243,15 @@ def save(file: Path, tensors: dict[str, np.ndarray], name: str) -> None:
     """Write a shard, the wider dtypes first."""
     order = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
     entries = {
-        tensor: Tensor(
-            "F8_E4M3" if name == "fp8" and array.dtype == np.uint8 else _STORED[array.dtype],
-            array.shape,
-            array.nbytes,
+        tensor: safetensors.TensorSpec(
+            dtype="float8_e4m3fn" if name == "fp8" and array.dtype == "u1" else str(array.dtype),
+            shape=array.shape,
+            data_ptr=array.ctypes.data,
+            data_len=array.nbytes,
         )
         for tensor, array in order.items()
     }
-    with file.open("wb") as opened:
-        write_header(opened, entries, {"format": "pt"})
-        for array in order.values():
-            opened.write(array.reshape(-1).view(np.uint8).data)
+    safetensors.serialize_file(entries, file, {"format": "pt"})
 
 
 if __name__ == "__main__":

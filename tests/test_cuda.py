@@ -397,8 +397,8 @@ SHARED = {
     "BAND", "BAND_THREADS", "BELOW", "BESIDE", "LEAF_BLOCK", "LEAVES", "MOST_BANDS", "NORM_ROWS",
     "PARTS", "PULL_BELOW", "PULL_COLUMNS", "PULL_STEP", "PULL_THREADS", "RANKS", "ROWS_AT_ONCE",
     "ROWS_OF_UPDATE", "SIDE", "STRIP", "STRIP_OF_UPDATE", "SWATH_COLUMNS", "SWATH_RANKS",
-    "SWATH_STEP", "SWATH_THREADS", "TERMS", "THREADS", "TILE", "TOKEN_ROWS", "WARP", "WARPS",
-    "WIDE_PARTS", "WIDE_ROWS",
+    "SWATH_STEP", "SWATH_THREADS", "TERMS", "THREADS", "TILE", "TOKEN_ROWS", "UNPACK_RUN", "WARP",
+    "WARPS", "WIDE_PARTS", "WIDE_ROWS",
 }  # fmt: skip
 """The constants that both Python and the source have: sizes of grids, blocks and arrays."""
 SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}

@@ -130,8 +130,8 @@ def test_without_a_device_each_part_says_why_in_one_line(run):
     parts = re.findall(r"^== \d+ s: (?!the goals)(.*)$", text, re.MULTILINE)
     assert lines == [f"{part}: could not run: no NVIDIA device was found" for part in parts]
     assert [one["name"] for one in figures(run.out)] == parts
-    assert len(parts) == 16
-    assert text.count("not measured") == 16
+    assert len(parts) == 17
+    assert text.count("not measured") == 17
     assert not run.calls.exists()
     assert (run.out / "log.txt").read_text("utf-8") == text
 
@@ -143,7 +143,8 @@ def test_parts_run_in_order_and_leave_at_most_eight_files(run):
     calls = [line.partition(" PATH ")[0] for line in run.calls.read_text().splitlines()]
     begins = [
         "benchmarks/probe.py machine", "-m pytest", "-m pytest", "benchmarks/probe.py variants",
-        *["-m doraxp bench"] * 8, "benchmarks/gpu_kernels.py --folder", "tool ncu",
+        *["-m doraxp bench"] * 8, "benchmarks/gpu_kernels.py --folder",
+        "benchmarks/quantised_step.py --library cupy", "tool ncu",
         "tool compute-sanitizer for 30", "tool compute-sanitizer for 20",
     ]  # fmt: skip
     assert [call[: len(begin)] for call, begin in zip(calls, begins, strict=True)] == begins
@@ -170,7 +171,7 @@ def test_a_part_that_fails_does_not_stop_the_others(run):
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "variants: failed with exit status 2" in text
-    assert len(run.calls.read_text().splitlines()) == 16
+    assert len(run.calls.read_text().splitlines()) == 17
 
 
 def test_a_part_ends_at_its_time_and_no_part_begins_when_the_time_is_up(run):
@@ -182,7 +183,7 @@ def test_a_part_ends_at_its_time_and_no_part_begins_when_the_time_is_up(run):
     assert len(run.calls.read_text().splitlines()) == 1
     assert re.search(r"the device: stopped after [345] s", text)
     assert re.search(r"variants: could not run: no time is left: \d+ of 6 s are used", text)
-    assert text.count("not measured") == 16
+    assert text.count("not measured") == 17
 
 
 def test_a_run_that_is_stopped_leaves_its_figures_and_prints_the_goals(run):
@@ -194,7 +195,7 @@ def test_a_run_that_is_stopped_leaves_its_figures_and_prints_the_goals(run):
     process.send_signal(signal.SIGTERM)
     text, _ = process.communicate(timeout=20)
     assert process.returncode == 1
-    assert text.count("not measured") == 16
+    assert text.count("not measured") == 17
     assert figures(run.out)[0] == {"part": "probe", "name": "machine"}
     assert (run.out / "h200.json").exists()
 
@@ -293,6 +294,11 @@ def kernels(call, sizes, microseconds, launches=1):
     return {"part": "kernels", **figure}
 
 
+def quantised(dtype, ratio):
+    case = {**SQUARE, "dtype": dtype, "tokens": 512}
+    return {"part": "quantised", "call": "step", "case": case, "ratio": ratio}
+
+
 def test_goals_are_those_of_the_project_and_each_finds_its_figure(scripts):
     token = {"tokens": 1}
     found = [
@@ -322,6 +328,8 @@ def test_goals_are_those_of_the_project_and_each_finds_its_figure(scripts):
         kernels("step", {**SQUARE, "tokens": 4096}, 450.0, 13),
         kernels("bare products", {**SQUARE, "tokens": 4096}, 360.0, 2),
         kernels("step", {**LARGE, "tokens": 4096}, 5000.0, 13),
+        quantised("float32", 1.2),
+        quantised("bfloat16", 1.9),
         kernels("forward", {**LARGE, **token}, 120.0),
         kernels("bare product", {**LARGE, **token}, 100.0),
     ]
@@ -342,6 +350,7 @@ def test_goals_are_those_of_the_project_and_each_finds_its_figure(scripts):
         "launches of a step|≤ 14|13|met",
         "host time of a step, ms|≤ 0.3|0.2|met",
         "AdamW of 24 leaves, host, ms|≤ 0.15|0.1|met",
+        "step on 4 bits ÷ on float32, 512 tokens|≤ 1.3|1.2|met",
         "error of dA ÷ PEFT's, both detached|≤ 1|0.0001|met",
         "error of dB ÷ PEFT's, both detached|≤ 1|4|missed",
     ]
@@ -380,7 +389,7 @@ def test_the_goals_find_their_figures_in_a_report_of_the_benchmark(scripts, monk
     assert missing == [
         "exact step ÷ bare, 4096×11008 r16", "exact step ÷ bare, 8192×28672 r64",
         "exact step ÷ bare, 4096×4096 float32", "one token ÷ bare, 8192×28672",
-        "launches of a step",
+        "launches of a step", "step on 4 bits ÷ on float32, 512 tokens",
     ]  # fmt: skip
 
 

@@ -1358,8 +1358,14 @@ def test_a_shape_that_does_not_fit_is_named(folders, capsys):
 def test_a_quantised_weight_is_named(folders, capsys):
     folder, _, _ = folders
     edit_base(folder, **{"block.0.q.weight": np.ones((7, 5), np.int8)})
-    problem = "block.0.q.weight is quantised (dtype I8) and cannot be merged into"
+    problem = "block.0.q.weight is quantised (I8), but its scales are missing: block.0.q.SCB or "
     assert problem in refused(folder, capsys)
+
+
+def test_a_weight_without_fractions_is_named(folders, capsys):
+    folder, _, _ = folders
+    edit_base(folder, **{"block.0.q.weight": np.ones((7, 5), np.int64)})
+    assert "block.0.q.weight has dtype I64, without fractions" in refused(folder, capsys)
 
 
 def test_the_weights_that_are_not_quantised_are_merged_into(folders):

@@ -38,7 +38,7 @@ from doraxp.checkpoint import (
     plan_merge,
     run_merge,
 )
-from doraxp.checkpoint._digest import PIECE, Digest
+from doraxp.checkpoint._digest import PIECE, Digest, Digests
 from doraxp.checkpoint._safetensors import Reader
 from doraxp.checkpoint._verify import verify_shard
 from doraxp.cli import main
@@ -1036,6 +1036,29 @@ def digest(raw, size):
 
 
 RAW = np.random.default_rng(0).bytes(5 * PIECE + 13)
+
+
+def test_the_digest_does_not_depend_on_the_address():
+    results = []
+    for start in (0, 1):
+        memory = bytearray(len(RAW) + start)
+        memory[start:] = RAW
+        result = Digest()
+        result.update(memoryview(memory)[start:])
+        results.append(result.hexdigest())
+    assert results[0] == results[1]
+
+
+def test_the_digests_do_not_depend_on_the_turns_of_tensors():
+    one, other, apart = Digests(), Digests(), Digests()
+    half = len(RAW) // 2
+    for digests, turns in ((one, "aabb"), (other, "abba"), (apart, "aab")):
+        left = {"a": [RAW[:half], RAW[half:]], "b": [RAW[half:], RAW[:half]]}
+        for name in turns:
+            digests.update(name, memoryview(left[name].pop(0)))
+    assert one.hexdigest("ab") == other.hexdigest("ab")
+    assert one.hexdigest("ab") != one.hexdigest("ba")
+    assert one.hexdigest("ab") != apart.hexdigest("ab")
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000, PIECE, PIECE + 6, 3 * PIECE, 1 << 20])

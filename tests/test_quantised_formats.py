@@ -5,17 +5,20 @@ The formulas here work on one number at a time, in float64, and round where the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies
 
+from doraxp import QuantisedWeight
 from doraxp._base.safetensors import Tensor
 from doraxp.checkpoint import CheckpointError
 from doraxp.checkpoint._quantised import find
-from doraxp.checkpoint._quantised.bitsandbytes import _NF4
+from doraxp.checkpoint._quantised.bitsandbytes_4bit import _NF4
 from doraxp.checkpoint._quantised.protocol import Refused, Settings
 from doraxp.checkpoint._safetensors import DTYPES
 
@@ -99,7 +102,8 @@ def requantised(how, disk, weight, blocks=1):
         results.append((stored.copy(), back.copy()))
     new = dict(disk.tensors)
     rest = quantiser.rest()
-    main = np.concatenate([stored for stored, _ in results])
+    main = np.concatenate([stored.reshape(-1) for stored, _ in results])
+    main = main.reshape(disk.tensors[how.tensors[0]].shape)
     for name, tensor in {how.tensors[0]: main, **rest}.items():
         old = disk.tensors[name]
         assert tensor.shape == old.shape, name
@@ -125,7 +129,28 @@ def check_quantiser(how, disk, weight, entries=None):
     _, wide_back = requantised(how, disk, np.asarray(weight, "f8"), 2)
     np.testing.assert_array_equal(bits(wide_back), bits(back))
     assert pickle.loads(pickle.dumps(how)) == how
+    check_packed(again, new)
+    steps = {"F32": 2.0**-23, "BF16": 2.0**-7, "F16": 2.0**-10}[how.dtype]
+    error, size = abs(back.astype("f8") - weight), abs(back.astype("f8"))
+    assert (error <= how.resolution * size.max() + steps * size).all()
     return new
+
+
+def check_packed(how, disk):
+    """In memory, still packed, a matrix has the numbers of the file, to the last digits."""
+    if len(how.shape) != 2:
+        return
+    if how.shape[1] % 2 and how.label.startswith(("nf4", "fp4", "CT INT4")):
+        with pytest.raises(CheckpointError, match=how.tensors[0]):  # a byte has codes of two rows
+            how.packed(disk)
+        return
+    codes, table, scale, group, bias = how.packed(disk)
+    arrays = [np.ascontiguousarray(array) for array in (codes, table, scale)]
+    weight = QuantisedWeight(*arrays, group=group, bias=bias)
+    found, desired = weight.rows(slice(0, how.shape[0])), read(how, disk).astype("f4")
+    # The reader rounds to its dtype, and some products on the way. A sum may cancel.
+    epsilon = {"F32": 2.0**-22, "BF16": 2.0**-7, "F16": 2.0**-9}[how.dtype]
+    assert (abs(found - desired) <= epsilon * (abs(desired) + abs(desired).max())).all()
 
 
 def draw(*shape, seed=0, scale=0.05):
@@ -198,7 +223,7 @@ def test_fp8_of_one_scale():
         disk = Disk(tensors)
         for entries in (config, None):
             _, how = disk.only(entries)
-            assert how.label == "FP8, one scale"
+            assert how.label == "FP8 tensor"
             assert how.step == 1
             assert how.quantiser(disk).passes == 2
             by_formula = fp8_by_formula(fp8_model((6, 5), (6, 5)), (6, 5), "BF16")
@@ -206,7 +231,7 @@ def test_fp8_of_one_scale():
             check_quantiser(how, disk, draw(6, 5), entries)
     disk = Disk(fp8_model((3, 6, 5), (6, 5)))
     _, how = disk.only(config)
-    assert how.label == "FP8, one scale a matrix"
+    assert how.label == "FP8 matrix"
     assert how.step == 6
     check_quantiser(how, disk, draw(3, 6, 5), config)
 
@@ -215,8 +240,12 @@ def test_fp8_codes_are_the_nearest():
     weight = draw(8, 16)
     disk = Disk(fp8_model((8, 16), (4, 8)))
     _, how = disk.only(FP8, "F32")
-    assert how.label == "FP8, blocks of 4 × 8"
+    assert how.label == "FP8 4×8"
     new = check_quantiser(how, disk, weight, FP8)
+    one, largest = np.float32(1), abs(weight.reshape(2, 4, 2, 8)).max((1, 3))
+    scales = one / (one / largest * np.float32(448))  # transformers rounds three times
+    np.testing.assert_array_equal(new.tensors["p.weight_scale_inv"], scales)
+    assert (scales != one / (np.float32(448) / largest)).any()
     numbers = np.arange(256, dtype=np.uint8).view(E4M3).astype("f8")
     numbers = numbers[np.isfinite(numbers)]
     for index in np.ndindex(weight.shape):
@@ -248,13 +277,20 @@ def test_fp8_without_a_configuration_is_read_where_the_block_is_clear():
         np.testing.assert_array_equal(
             bits(read(how, disk)), bits(fp8_by_formula(tensors, block, "BF16"))
         )
-    for shape, block in (((9, 16), (4, 8)), ((12, 16), (8, 8)), ((6, 16), (3, 8))):
+    for shape, block in (
+        ((9, 16), (4, 8)),
+        ((12, 16), (8, 8)),
+        ((6, 16), (3, 8)),
+        ((17, 16), (5, 8)),
+    ):
         assert "config.json" in refused(fp8_model(shape, block))[1]
     broken = fp8_model((8, 16), (4, 8))
     broken["p.weight_scale_inv"] = np.ones((2, 0), "f4")
     assert "config.json" in refused(broken)[1]
     broken = {"p.weight": np.ones((0, 4), E4M3), "p.weight_scale_inv": np.ones((1, 1), "f4")}
-    assert "config.json" in refused(broken)[1]
+    assert "(0, 4)" in refused(broken)[1]
+    other = {"quant_method": "other"}
+    assert "config.json" in refused(fp8_model((9, 16), (4, 8)), other)[1]
 
 
 @pytest.mark.parametrize("block", ["x", [4], [4, 0], [4, "8"], [True, 8], 4, {}, [4, 1 << 40]])
@@ -269,7 +305,9 @@ def test_fp8_refuses_tensors_that_do_not_fit():
     tensors["p.weight_scale_inv"] = np.ones((2, 2), "i4")
     assert "I32" in refused(tensors, FP8)[1]
     packed = {"p.weight": np.ones((8, 8), "i1"), "p.weight_scale_inv": np.ones((8, 1), "u1")}
-    assert "I8" in refused(packed, FP8)[1]
+    assert "FP4, two codes a byte" in refused(packed, FP8)[1]  # DeepSeek-V4's experts
+    packed = {"p.weight": np.ones((8, 8), "i4"), "p.weight_scale_inv": np.ones((8, 1), "u1")}
+    assert "I32" in refused(packed, FP8)[1]
     vector = {"p.weight": np.ones(8, E4M3), "p.weight_scale_inv": np.ones(1, "f4")}
     assert "(8,)" in refused(vector, FP8)[1]
 
@@ -348,7 +386,7 @@ def test_4_bits_are_read_and_requantised(kind, nested, dtype, shape, block, stor
     disk = Disk(tensors)
     name, how = disk.only(dtype="F32")
     assert (name, how.shape, how.dtype) == ("p.weight", shape, dtype)
-    assert how.label == f"{kind}, groups of {block}" + (", nested" if nested else "")
+    assert how.label == f"{kind} {block}" + (" nested" if nested else "")
     assert set(how.tensors) == set(tensors)
     desired = bits(bits4_by_formula(tensors))
     for sizes in ((), (1,), (3, 2)):
@@ -511,7 +549,7 @@ def test_8_bits_are_read_and_requantised(dtype, scale):
     disk = Disk(tensors)
     name, how = disk.only(dtype=dtype)
     assert (name, how.shape, how.dtype, how.step) == ("p.weight", (6, 10), dtype, 1)
-    assert how.label == "bitsandbytes, 8 bits, rows"
+    assert how.label == "int8 rows"
     codes, scales = tensors["p.weight"].astype("f4"), tensors["p.SCB"].astype("f4")
     desired = (codes * scales[:, None] * np.float32(1 / 127)).astype(DTYPES[dtype])
     np.testing.assert_array_equal(bits(read(how, disk, 4)), bits(desired))
@@ -533,6 +571,7 @@ def test_8_bits_refuse_tensors_that_do_not_fit():
         ({"p.weight": None}, "p.weight is missing"),
         ({"p.weight": np.zeros((6, 10), "u1")}, "U8"),
         ({"p.weight": np.zeros(6, "i1")}, "(6,)"),
+        ({"p.weight": np.zeros((6, 0), "i1")}, "(6, 0)"),
         ({"p.SCB": np.zeros(5, "f4")}, "(5,)"),
         ({"p.SCB": np.zeros(6, "i4")}, "I32"),
         ({"p.weight_format": np.array(1, "u1")}, "order of one GPU"),
@@ -613,19 +652,19 @@ def ct_model(kind, shape, size, scale="f4", asymmetric=False):
 @pytest.mark.parametrize(
     ("kind", "shape", "size", "asymmetric", "words"),
     [
-        ("FP8", (8, 16), (4, 8), False, "FP8, blocks of 4 × 8"),
-        ("FP8", (9, 13), (4, 8), False, "FP8, blocks of 4 × 8"),
-        ("FP8", (9, 13), (1, 13), False, "FP8, rows"),
-        ("FP8", (9, 12), (9, 12), False, "FP8, one scale"),
-        ("INT8", (6, 10), (1, 10), False, "INT8, rows"),
-        ("INT8", (6, 10), (1, 10), True, "INT8, rows, zero points"),
-        ("INT8", (6, 10), (1, 5), True, "INT8, groups of 5, zero points"),
-        ("INT8", (6, 10), (6, 10), True, "INT8, one scale, zero points"),
-        ("packed 4", (9, 12), (1, 12), False, "INT4, rows"),
-        ("packed 4", (19, 13), (1, 13), True, "INT4, rows, zero points"),
-        ("packed 4", (17, 16), (1, 8), True, "INT4, groups of 8, zero points"),
-        ("packed 8", (9, 16), (1, 8), False, "INT8, groups of 8"),
-        ("packed 8", (9, 15), (1, 5), True, "INT8, groups of 5, zero points"),
+        ("FP8", (8, 16), (4, 8), False, "FP8 4×8"),
+        ("FP8", (9, 13), (4, 8), False, "FP8 4×8"),
+        ("FP8", (9, 13), (1, 13), False, "FP8 rows"),
+        ("FP8", (9, 12), (9, 12), False, "FP8 tensor"),
+        ("INT8", (6, 10), (1, 10), False, "INT8 rows"),
+        ("INT8", (6, 10), (1, 10), True, "INT8 rows zero"),
+        ("INT8", (6, 10), (1, 5), True, "INT8 5 zero"),
+        ("INT8", (6, 10), (6, 10), True, "INT8 tensor zero"),
+        ("packed 4", (9, 12), (1, 12), False, "INT4 rows"),
+        ("packed 4", (19, 13), (1, 13), True, "INT4 rows zero"),
+        ("packed 4", (17, 16), (1, 8), True, "INT4 8 zero"),
+        ("packed 8", (9, 16), (1, 8), False, "INT8 8"),
+        ("packed 8", (9, 15), (1, 5), True, "INT8 5 zero"),
     ],
 )
 def test_compressed_tensors_are_read_and_requantised(kind, shape, size, asymmetric, words, scale):
@@ -633,7 +672,7 @@ def test_compressed_tensors_are_read_and_requantised(kind, shape, size, asymmetr
     disk = Disk(tensors)
     name, how = disk.only(CT)
     assert (name, how.shape, DTYPES[how.dtype]) == ("p.weight", shape, np.dtype(scale))
-    assert how.label == f"compressed-tensors {words}"
+    assert how.label == f"CT {words}"
     assert set(how.tensors) == set(tensors)
     for sizes in ((), (1,), (3, 2), (4,)):
         np.testing.assert_array_equal(bits(read(how, disk, *sizes)), bits(desired))
@@ -716,3 +755,444 @@ def test_scales_of_compressed_tensors_must_be_finite():
     disk = Disk(tensors)
     with pytest.raises(CheckpointError, match=r"p\.weight_scale: the scales must be finite"):
         disk.only(CT)[1].check(disk)
+
+
+# MLX
+
+
+def bit_string(codes, bits_each):
+    """Pack rows of unsigned codes, one bit string a row."""
+    signed = codes.astype("i8") - (1 << bits_each - 1)
+    return packed_by_formula(signed, bits_each).view("u4")
+
+
+def mlx_model(bits_each, group, dtype="f4", stack=(), rows=5, columns=64):
+    rng = np.random.default_rng(4)
+    shape = (*stack, rows, columns)
+    codes = rng.integers(0, 1 << bits_each, shape)
+    scales, biases = (
+        (rng.standard_normal((*stack, rows, columns // group)) * 0.05).astype(dtype)
+        for _ in range(2)
+    )
+    words = bit_string(codes.reshape(-1, columns), bits_each)
+    tensors = {
+        "p.weight": words.reshape(*stack, rows, -1), "p.scales": scales, "p.biases": biases,
+    }  # fmt: skip
+    scale, bias = (np.repeat(x.astype("f4"), group, -1) for x in (scales, biases))
+    product = (codes.astype("f4") * scale).astype(dtype).astype("f4")
+    return tensors, (product + bias).astype(dtype)
+
+
+@pytest.mark.parametrize("bits_each", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("dtype", ["f4", BF16, "f2"])
+@pytest.mark.parametrize("stack", [(), (3,), (2, 2)])
+def test_affine_codes_of_mlx_are_read_and_requantised(bits_each, dtype, stack):
+    tensors, desired = mlx_model(bits_each, 32, dtype, stack)
+    disk = Disk(tensors)
+    config = {"bits": bits_each, "group_size": 32}
+    name, how = disk.only(config)
+    assert (name, how.shape, DTYPES[how.dtype]) == ("p.weight", desired.shape, np.dtype(dtype))
+    assert how.tensors == ("p.weight", "p.scales", "p.biases")
+    assert how.label == f"mlx {bits_each} bits 32"
+    assert how.step == 1
+    for sizes in ((), (1,), (3, 4)):
+        np.testing.assert_array_equal(bits(read(how, disk, *sizes)), bits(desired))
+    how.check(disk)
+    weight = draw(*desired.shape)
+    weight[..., 0, :32], weight[..., 1, :32], weight[..., 2, :] = 0, 0.03, abs(weight[..., 2, :])
+    new = check_quantiser(how, disk, weight, config)
+    codes = np.empty((desired.size // 32, 32), int)
+    for index, group in enumerate(weight.reshape(-1, 32)):
+        codes[index], *beside = affine_by_formula(group, np.float32((1 << bits_each) - 1))
+        for number, name in zip(beside, ("p.scales", "p.biases"), strict=True):
+            assert new.tensors[name].flat[index] == number.astype(dtype), name
+    words = bit_string(codes.reshape(-1, 64), bits_each)
+    np.testing.assert_array_equal(new.tensors["p.weight"].reshape(words.shape), words)
+
+
+def affine_by_formula(group, last):
+    """Return the codes, the scale and the bias of one group."""
+    least, largest = group.min(), group.max()
+    scale = max((largest - least) / last, np.float32(1e-7))
+    edge = least if abs(least) > abs(largest) else largest
+    scale = scale if edge is least else -scale
+    steps = np.rint(edge / scale)
+    bias = np.float32(0)
+    if steps != 0:
+        scale, bias = edge / steps, edge
+    return np.clip(np.rint((group - bias) / scale), 0, last), scale, bias
+
+
+def test_affine_codes_of_mlx_have_the_sign_and_the_bias_of_mlx():
+    tensors, _ = mlx_model(4, 32, columns=32, rows=3)
+    disk = Disk(tensors)
+    config = {"bits": 4, "group_size": 32}
+    weight = np.zeros((3, 32), "f4")
+    weight[0, :2], weight[1, :2] = (-1, 0.5), (-0.5, 1)
+    new = check_quantiser(disk.only(config)[1], disk, weight, config)
+    one = np.float32(1)
+    np.testing.assert_array_equal(
+        new.tensors["p.scales"][:, 0], [one / 10, -one / 10, np.float32(-1e-7)]
+    )
+    np.testing.assert_array_equal(new.tensors["p.biases"][:, 0], [-1, 1, 0])
+    codes = [[0, 15, 10], [15, 0, 10], [0, 0, 0]]
+    desired = np.full((3, 32), 10)
+    desired[:, :3], desired[2] = codes, 0
+    np.testing.assert_array_equal(new.tensors["p.weight"], bit_string(desired, 4))
+
+
+def test_a_module_of_mlx_may_have_bits_of_its_own():
+    config = {"bits": 4, "group_size": 64, "p": {"bits": 8, "group_size": 32}, "q": False}
+    tensors, desired = mlx_model(8, 32)
+    disk = Disk(tensors)
+    np.testing.assert_array_equal(read(disk.only(config)[1], disk), desired)
+
+
+MLX_MISFITS = [
+    ({"bits": 4, "group_size": 32}, {"p.biases": None}, "p.biases is missing"),
+    ({"bits": 4, "group_size": 32}, {"p.biases": np.ones((5, 2), BF16)}, "BF16"),
+    ({"bits": 4, "group_size": 32}, {"p.scales": np.ones((5, 2), "i4")}, "I32"),
+    ({"bits": 4, "group_size": 32}, {"p.scales": np.ones((4, 2), "f4")}, "(4, 2)"),
+    ({"bits": 4, "group_size": 32}, {"p.weight": np.ones(5, "u4")}, "(5,)"),
+    ({"bits": 4, "group_size": 32}, {"p.weight": np.ones((5, 0), "u4")}, "(5, 0)"),
+    ({"bits": 4, "group_size": 64}, {}, "groups of 64"),
+    ({"bits": 8, "group_size": 32}, {}, "8 bits"),
+    ({"bits": 3, "group_size": 32}, {}, "3 bits"),
+    ({"bits": 7, "group_size": 32}, {}, "not known"),
+    ({"bits": "4", "group_size": 32}, {}, "not known"),
+    ({"bits": 4, "group_size": None}, {}, "not known"),
+    ({"bits": 4, "group_size": 0}, {}, "not known"),
+    ({"bits": 4, "p": {"group_size": 32}}, {}, "not known"),
+    ({}, {}, "config.json"),
+]
+
+
+@pytest.mark.parametrize(("config", "changes", "word"), MLX_MISFITS)
+def test_tensors_of_mlx_that_do_not_fit_are_refused(config, changes, word):
+    tensors, _ = mlx_model(4, 32)
+    tensors = {name: x for name, x in (tensors | changes).items() if x is not None}
+    name, problem = refused(tensors, config)
+    assert name == "p.weight"
+    assert word in problem
+
+
+@pytest.mark.parametrize("name", ["p.scales", "p.biases"])
+def test_numbers_of_mlx_must_be_finite(name):
+    tensors, _ = mlx_model(4, 32)
+    tensors[name][1, 1] = np.inf
+    disk = Disk(tensors)
+    _, how = disk.only({"bits": 4, "group_size": 32})
+    with pytest.raises(CheckpointError, match=name):
+        how.check(disk)
+
+
+FP4_NUMBERS = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+E4M3_NUMBERS = np.arange(256, dtype=np.uint8).view(E4M3).astype("f8")
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8"])
+@pytest.mark.parametrize("stack", [(), (3,)])
+def test_mx_modes_of_mlx_are_read_and_requantised(mode, stack):
+    rng, each = np.random.default_rng(5), int(mode[-1])
+    shape = (*stack, 5, 64)
+    codes = rng.integers(0, 126, shape) % (1 << each)
+    scales = rng.integers(100, 130, (*stack, 5, 2), np.uint8)
+    words = bit_string(codes.reshape(-1, 64), each).reshape(*stack, 5, -1)
+    disk = Disk({"p.weight": words, "p.scales": scales})
+    name, how = disk.only()
+    assert (name, how.shape, how.dtype, how.label) == (
+        "p.weight", shape, "BF16", f"mlx {mode}",
+    )  # fmt: skip
+    numbers = (FP4_NUMBERS if each == 4 else E4M3_NUMBERS)[codes]
+    desired = (numbers * np.repeat(2.0 ** (scales.astype("f8") - 127), 32, -1)).astype(BF16)
+    for sizes in ((), (1,), (3, 4)):
+        np.testing.assert_array_equal(bits(read(how, disk, *sizes)), bits(desired))
+    how.check(disk)
+    weight = draw(*shape)
+    weight[..., 0, :] = 0
+    weight[..., 1, 0] = 6 if each == 4 else 448
+    weight[..., 1, 32] = 6.001 if each == 4 else 449
+    new = check_quantiser(how, disk, weight)
+    found = new.tensors["p.scales"].reshape(-1, 5, 2)
+    assert (found[:, :2] == [[127, 127], [127, 128]]).all()
+    disk.tensors["p.scales"][..., 0, 0] = 255
+    with pytest.raises(CheckpointError, match=r"p\.scales: a scale must not be NaN"):
+        how.check(disk)
+
+
+def test_the_fp4_codes_of_mlx_have_ties_to_the_smaller_number_and_one_zero():
+    weight = np.zeros((1, 32), "f4")
+    middles = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5]
+    weight[0, :7], weight[0, 7:14], weight[0, 14:16] = middles, -np.array(middles), (6, -0.0)
+    disk = Disk({"p.weight": np.zeros((1, 4), "u4"), "p.scales": np.full((1, 1), 127, "u1")})
+    new = check_quantiser(disk.only()[1], disk, weight)
+    desired = [*range(7), 0, *range(9, 15), 7, 0, *[0] * 16]
+    np.testing.assert_array_equal(new.tensors["p.weight"], bit_string(np.array([desired]), 4))
+
+
+def test_nvfp4_of_mlx_is_refused():
+    tensors = {"p.weight": np.zeros((5, 8), "u4"), "p.scales": np.zeros((5, 4), "u1")}
+    assert "nvfp4" in refused(tensors)[1]
+
+
+# MXFP4
+
+
+def mxfp4_model(experts=2, out=5, groups=3, name="experts.down_proj"):
+    rng = np.random.default_rng(6)
+    codes = rng.integers(0, 256, (experts, out, groups, 16), np.uint8)
+    scales = rng.integers(110, 130, (experts, out, groups), np.uint8)
+    desired = np.empty((experts, groups * 32, out))
+    for expert, row, column in np.ndindex(desired.shape):
+        byte = codes[expert, column, row // 32, row % 32 // 2]
+        code = byte & 15 if row % 2 == 0 else byte >> 4
+        scale = 2.0 ** (int(scales[expert, column, row // 32]) - 127)
+        desired[expert, row, column] = FP4_NUMBERS[code] * scale
+    return {f"{name}_blocks": codes, f"{name}_scales": scales}, desired
+
+
+MXFP4 = {"quant_method": "mxfp4"}
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_mxfp4_is_read_and_requantised(dtype):
+    tensors, desired = mxfp4_model()
+    disk = Disk(tensors)
+    for entries in (MXFP4, None):
+        name, how = disk.only(entries, dtype)
+    assert (name, how.shape, how.dtype, how.step) == ("experts.down_proj", (2, 96, 5), dtype, 32)
+    assert how.label == "MXFP4"
+    assert how.tensors == tuple(tensors)
+    for sizes in ((), (1,), (50, 7), (96,)):
+        np.testing.assert_array_equal(
+            bits(read(how, disk, *sizes)), bits(desired.astype(DTYPES[dtype]))
+        )
+    how.check(disk)
+    weight = draw(2, 96, 5)
+    weight[0, :32, 0] = 0
+    weight[0, 32:64, 0] = np.tile([1, 1.75, 3.5, -5, 0.75, 7.9, -0.0, -0.25], 4)
+    new = check_quantiser(how, disk, weight)
+    scales = new.tensors["experts.down_proj_scales"]
+    assert scales[0, 0].tolist()[:2] == [127, 128]
+    first = new.tensors["experts.down_proj_blocks"][0, 0, 1, :4]
+    codes = np.stack([first & 15, first >> 4], -1).reshape(-1)
+    assert codes.tolist() == [1, 2, 4, 12, 1, 6, 8, 8]  # ties go to even codes
+    largest = abs(weight.reshape(2, 3, 32, 5)).max(2).transpose(0, 2, 1)[largest_is_set(weight)]
+    exponents = scales.astype(int)[largest_is_set(weight)] - 127
+    assert ((largest > 3 * 2.0**exponents) & (largest <= 6 * 2.0**exponents)).all()
+
+
+def largest_is_set(weight):
+    return abs(weight.reshape(2, 3, 32, 5)).max(2).transpose(0, 2, 1) > 0
+
+
+def test_numbers_of_mxfp4_stay_when_they_are_quantised_again():
+    tensors, desired = mxfp4_model()
+    disk = Disk(tensors)
+    _, how = disk.only(None, "F32")
+    _, back = requantised(how, disk, desired.astype("f4"))
+    np.testing.assert_array_equal(back, desired)
+
+
+def test_mxfp4_that_does_not_fit_is_refused():
+    for changes, word in (
+        ({"experts.down_proj_blocks": np.zeros((2, 5, 3, 8), "u1")}, "(2, 5, 3, 8)"),
+        ({"experts.down_proj_blocks": np.zeros((2, 5, 3, 16), "i1")}, "I8"),
+        ({"experts.down_proj_scales": np.zeros((2, 5), "u1")}, "(2, 5)"),
+        ({"experts.down_proj_scales": np.zeros((2, 5, 3), "f4")}, "F32"),
+    ):
+        assert word in refused(mxfp4_model()[0] | changes, MXFP4)[1]
+    empty = {"p_blocks": np.zeros((0, 5, 3, 16), "u1"), "p_scales": np.zeros((0, 5, 3), "u1")}
+    assert "(0, 5, 3)" in refused(empty, MXFP4)[1]
+    tensors, _ = mxfp4_model()
+    tensors["experts.down_proj_scales"][1, 1, 1] = 255
+    disk = Disk(tensors)
+    with pytest.raises(CheckpointError, match="a scale must not be NaN"):
+        disk.only(MXFP4)[1].check(disk)
+
+
+# Formats that are refused
+
+
+def zeros(**tensors):
+    """Return tensors of these dtypes and shapes; an underline before a name is a dot."""
+    return {f"p.{name}": np.zeros(shape, dtype) for name, (dtype, *shape) in tensors.items()}
+
+
+REFUSED = {
+    "NVFP4": [
+        zeros(weight=("u1", 8, 8), weight_scale=(E4M3, 8, 1), weight_scale_2=("f4",)),
+        zeros(weight_packed=("u1", 8, 8), weight_scale=(E4M3, 8, 1), weight_global_scale=("f4", 1)),
+    ],
+    "4-bit floats": [zeros(weight_packed=("u1", 8, 16), weight_scale=("u1", 8, 1))],
+    "GPTQ": [
+        zeros(qweight=("i4", 8, 8), qzeros=("i4", 1, 1), scales=("f2", 1, 8), g_idx=("i4", 8))
+    ],
+    "AWQ": [zeros(qweight=("i4", 8, 8), qzeros=("i4", 1, 1), scales=("f2", 1, 8))],
+    "AQLM": [zeros(codes=("i2", 8, 8, 1), codebooks=("f2", 1, 8), scales=("f2", 8, 1))],
+    "VPTQ": [zeros(indices=("i4", 8, 8), centroids=("f2", 8, 8))],
+    "HQQ": [zeros(W_q=("u1", 8, 8), scale=("f2", 8, 1), zero=("f2", 8, 1))],
+    "EETQ": [zeros(weight=("i1", 8, 8), weight_scales=("f2", 8))],
+    "quanto": [{"p.weight._data": np.zeros((8, 8), "i1"), "p.weight._scale": np.ones((8, 1))}],
+    "torchao": [zeros(_weight_qdata=("i1", 8, 8), _weight_scale=("f4", 8, 1))],
+    "p.weight.quant_state": [
+        {"p.weight": np.zeros((8, 1), "u1"), "p.weight.absmax": np.zeros(1, "f4")},
+        zeros(weight=("u1", 8, 1)),
+    ],
+    "p.weight_scale is missing": [zeros(weight_packed=("i4", 8, 8), weight_shape=("i8", 2))],
+    "p_scales": [{"p_blocks": np.zeros((1, 2, 3, 16), "u1")}],
+    "p.weight_scale_inv or p.weight_scale": [zeros(weight=(E4M3, 8, 8))],
+    "p.SCB or p.weight_scale": [zeros(weight=("i1", 8, 8)), zeros(weight=("i4", 8, 8))],
+    "p.scales": [zeros(weight=("u4", 8, 8))],
+    "p.gate_up_proj_scale_inv": [zeros(gate_up_proj=(E4M3, 2, 8, 8))],
+}
+
+
+@pytest.mark.parametrize(
+    ("word", "tensors"), [(word, one) for word, every in REFUSED.items() for one in every]
+)
+def test_other_formats_are_refused_by_name(word, tensors):
+    name, problem = refused(tensors)
+    stem = next(iter(tensors)).removesuffix("_blocks")
+    assert name == (stem if stem in ("p", "p.gate_up_proj") else "p.weight")
+    assert word in problem
+    assert word[0] == "p" or "merge into the 16-bit model" in problem
+    ((_, how),) = Disk(tensors).find().items()
+    assert set(how.tensors) == set(tensors)
+
+
+@pytest.mark.parametrize(
+    ("method", "tensors", "word"),
+    [
+        ("fp8", zeros(weight=(E4M3, 8, 8)), ": p.weight_scale_inv"),
+        ("compressed-tensors", zeros(weight=(E4M3, 8, 8)), ": p.weight_scale"),
+        ("bitsandbytes", zeros(weight=("i1", 8, 8)), ": p.SCB"),
+        ("fbgemm_fp8", zeros(weight=(E4M3, 8, 8), weight_scale=("f4", 8, 1)), "(fbgemm_fp8)"),
+        ("modelopt", zeros(weight=(E4M3, 8, 8), weight_scale=("f4",)), "(modelopt)"),
+        ("new", zeros(weight=("i1", 8, 8), weight_scale=("f4", 8, 1)), "(new)"),
+    ],
+)
+def test_the_method_of_the_configuration_names_the_missing_tensor(method, tensors, word):
+    assert word in refused(tensors, {"quant_method": method})[1]
+
+
+def test_a_weight_in_two_formats_is_refused():
+    tensors = fp8_model((8, 16), (4, 8)) | {"p.weight_scale": np.ones((8, 1), "f4")}
+    assert "two ways" in refused(tensors)[1]
+
+
+def test_other_tensors_are_not_quantised():
+    assert Disk(zeros(weight=("i1", 8))).find() == {}
+    tensors = zeros(
+        weight=("f4", 8, 8), bias=("f4", 8), position_ids=("i8", 1, 8),
+        num=("i4",), k_scale=("f4", 1), mask=("u1", 8, 8),
+    )  # fmt: skip
+    tensors |= {
+        "p.weight_blocks": np.zeros(3),
+        "q.weight_scale": np.ones(1),
+        "q_scale_inv": BF16(1),
+        "r.scales": np.ones(8, "f4"),
+    }
+    for method in (None, "fp8", "mxfp4", "gptq", 3):
+        assert Disk(tensors).find({"quant_method": method}) == {}
+
+
+# Junk
+
+
+NAMES_OF_JUNK = [
+    "weight", "weight_scale_inv", "weight_scale", "weight_packed", "weight_shape", "weight_g_idx",
+    "weight_zero_point", "SCB", "weight_format", "weight.absmax", "weight.quant_map", "scales",
+    "weight.nested_absmax", "weight.nested_quant_map", "weight.quant_state.bitsandbytes__nf4",
+    "weight.quant_state.bitsandbytes__", "biases", "weight_blocks", "weight_scales", "qweight",
+]  # fmt: skip
+VALUES_OF_JUNK = [None, 0, -1, 4, 8, 32, 64, 1.5, "x", "nf4", [], [4, 8], [1], {}, True, 1e400]
+KEYS_OF_JUNK = [
+    "quant_method", "weight_block_size", "config_groups", "bits", "group_size", "p", "mode",
+]  # fmt: skip
+
+
+def seeds_of_junk():
+    """Return small models of all formats, with their configurations."""
+    return [
+        (fp8_model((8, 16), (4, 8)), FP8),
+        (fp8_model((2, 8, 16), (4, 8), "u1"), FP8),
+        (bits4_model((8, 64)), {}),
+        (bits4_model((8, 64), nested="BF16"), {}),
+        (int8_model(), {}),
+        (ct_model("FP8", (8, 16), (4, 8))[0], CT),
+        (ct_model("INT8", (6, 10), (1, 5), asymmetric=True)[0], CT),
+        (ct_model("packed 4", (9, 16), (1, 8), asymmetric=True)[0], CT),
+        (mlx_model(3, 32, stack=(2,))[0], {"bits": 3, "group_size": 32}),
+        (mxfp4_model(name="p.weight")[0], MXFP4),
+    ]
+
+
+@given(data=strategies.data())
+@settings(max_examples=600, deadline=None)
+def test_a_changed_model_gives_weights_that_can_be_read_or_one_line(data):
+    tensors, entries = data.draw(strategies.sampled_from(seeds_of_junk()))
+    entries = dict(entries)
+    for _ in range(data.draw(strategies.integers(0, 2))):
+        name = data.draw(strategies.sampled_from([*tensors]))
+        way = data.draw(
+            strategies.sampled_from(["drop", "shape", "dtype", "axis", "swap", "words"])
+        )
+        shape = list(tensors[name].shape)
+        if way == "drop":
+            tensors = {key: x for key, x in tensors.items() if key != name} or tensors
+        elif way == "shape" and shape:
+            axis = data.draw(strategies.integers(0, len(shape) - 1))
+            shape[axis] = data.draw(strategies.sampled_from([0, 1, 2, shape[axis] + 1]))
+            tensors[name] = np.zeros(shape, tensors[name].dtype)
+        elif way == "dtype":
+            tensors[name] = np.ones(shape, data.draw(strategies.sampled_from([*NAMES])))
+        elif way == "axis":
+            tensors[name] = tensors[name][None]
+        elif way == "swap":
+            tensors[name] = np.ascontiguousarray(tensors[name].T)
+        elif entries:
+            key = data.draw(strategies.sampled_from([*entries]))
+            entries[key] = data.draw(strategies.sampled_from(VALUES_OF_JUNK))
+    check_junk(tensors, entries)
+
+
+@given(data=strategies.data())
+@settings(max_examples=600, deadline=None)
+def test_junk_gives_weights_that_can_be_read_or_one_line(data):
+    draw_one = data.draw
+    sides = strategies.sampled_from([0, 1, 2, 4, 8, 16, 32])
+    tensors = {}
+    for name in draw_one(strategies.sets(strategies.sampled_from(NAMES_OF_JUNK), max_size=6)):
+        shape = draw_one(strategies.lists(sides, max_size=4))
+        dtype = draw_one(strategies.sampled_from([*NAMES]))
+        tensors[f"p.{name}"] = np.zeros(shape, dtype)
+    words = strategies.sampled_from(VALUES_OF_JUNK)
+    state = {key: draw_one(words) for key in ("dtype", "shape", "blocksize", "nested_blocksize",
+             "nested_offset", "nested_dtype")} | {"quant_type": "nf4"}  # fmt: skip
+    if draw_one(strategies.booleans()):
+        raw = json.dumps(state).encode()
+        tensors["p.weight.quant_state.bitsandbytes__nf4"] = np.frombuffer(raw, "u1")
+    methods = strategies.sampled_from(["fp8", "mxfp4", "compressed-tensors", "x", 1, None])
+    entries = {key: draw_one(words) for key in draw_one(strategies.sets(
+        strategies.sampled_from(KEYS_OF_JUNK)))}  # fmt: skip
+    if "quant_method" in entries:
+        entries["quant_method"] = draw_one(methods)
+    check_junk(tensors, entries)
+
+
+def check_junk(tensors, entries):
+    """Fail unless every weight is refused, or can be read and quantised again."""
+    disk = Disk(tensors)
+    for how in disk.find(entries).values():
+        assert set(how.tensors) <= set(tensors)
+        if isinstance(how, Refused):
+            assert how.problem.startswith("is ")
+            assert "\n" not in how.problem
+            continue
+        with contextlib.suppress(CheckpointError):
+            how.check(disk)
+        assert isinstance(how.label, str)
+        with np.errstate(all="ignore"):
+            assert read(how, disk, 3).shape == how.shape
+            requantised(how, disk, draw(*how.shape), 2)

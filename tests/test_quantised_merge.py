@@ -1,19 +1,46 @@
-"""Merges into quantised models: what is dense, what is quantised again, and what is copied."""
+"""Merges into quantised models: dense tensors, tensors that are quantised again, and copies."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import ml_dtypes
 import numpy as np
 import pytest
 import quantised_bases
-from checkpoints import audit, dense, draw, merge, near, refused, write_peft
-from quantised_bases import CONFIGS, MATRICES, write
+from checkpoints import (
+    ALPHA,
+    PREFIX,
+    RANK,
+    audit,
+    dense,
+    draw,
+    merge,
+    near,
+    peft_config,
+    refused,
+    write_peft,
+)
+from quantised_bases import BFLOAT16, CONFIGS, MATRICES, write
 
-from doraxp.checkpoint import Options, open_model, plan_merge, run_merge
-from doraxp.checkpoint._safetensors import Reader
+from doraxp import Adapter, Config, backward, forward
+from doraxp.checkpoint import (
+    CheckpointError,
+    Options,
+    _model,
+    load_quantised,
+    open_model,
+    plan_merge,
+    run_merge,
+)
+from doraxp.checkpoint._quantised.declared import declared, undeclared
+from doraxp.checkpoint._quantised.fp8 import Fp8Quantiser
+from doraxp.checkpoint._requantise import Piece, _whole_groups
+from doraxp.checkpoint._rows import Block
+from doraxp.checkpoint._safetensors import Reader, are_equal
+from doraxp.checkpoint._survival import Survival
 from doraxp.cli import main
 
 FORMATS = list(MATRICES)
@@ -90,10 +117,10 @@ def test_the_dense_modules_are_named_in_the_words_of_the_format(tmp_path, rng, f
     adapter(rng, tmp_path / "adapter", weights)
     assert merge(tmp_path) == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    named = {*ADAPTED, "lm_head", "model.embed_tokens"}
+    named = {*ADAPTED, "lm_head"}
     if format == "mlx":
         for key in ("quantization", "quantization_config"):
-            assert config[key] == CONFIGS["mlx"][key] | dict.fromkeys(named, False)
+            assert config[key] == CONFIGS["mlx"][key] | dict.fromkeys(ADAPTED, False)
         return
     key = {"fp8": "modules_to_not_convert", "int4": "ignore"}.get(format, "llm_int8_skip_modules")
     assert set(config["quantization_config"].pop(key)) == named
@@ -151,7 +178,9 @@ def test_scales_may_be_in_another_shard(tmp_path, rng, format, targets):
 @pytest.mark.parametrize("targets", ["bf16", "same"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_each_tensor_begins_at_a_multiple_of_its_size(tmp_path, rng, format, targets):
-    _, weights = base(rng, format, tmp_path / "base", out=OUT + 1 if format == "int8" else OUT)
+    tensors, weights = base(rng, format, out=OUT + 1 if format == "int8" else OUT)
+    odd = {"model.mask": np.zeros(3, np.uint8)}  # before the codes in the file of BASE
+    write(tmp_path / "base", odd | tensors, **CONFIGS[format])
     adapter(rng, tmp_path / "adapter", weights)
     assert merge(tmp_path, "--targets", targets) == 0
     sizes = {"F32": 4, "I32": 4, "U32": 4, "BF16": 2, "I64": 8}
@@ -189,7 +218,7 @@ def test_a_small_update_is_reported_as_lost(tmp_path, rng, capsys):
     write_peft(tmp_path / "adapter", leaves)
     assert merge(tmp_path, "--targets", "same") == 0
     error = capsys.readouterr().err
-    assert "quantising again lost the update in 2 of 2 tensors" in error
+    assert "quantising again lost part of the update in 2 of 2 tensors" in error
     assert "--targets bf16 keeps them dense" in error
     assert "rounding lost" not in error
     assert audit(tmp_path) == 1
@@ -226,11 +255,18 @@ def test_the_rows_of_one_module_in_a_fused_tensor(tmp_path, rng, targets):
     parts = {"q_proj": slice(0, 24), "v_proj": slice(36, 48)}
     leaves = {f"layers.0.self_attn.{part}": near(rng, weight[rows]) for part, rows in parts.items()}
     write_peft(tmp_path / "adapter", leaves)
-    assert merge(tmp_path, "--targets", targets, "--verify") == 0
+    figures = tmp_path / "figures.json"
+    assert merge(tmp_path, "--targets", targets, "--verify", "--json", str(figures)) == 0
     desired = weight.copy()
     for part, rows in parts.items():
         desired[rows] = dense(weight[rows], *leaves[f"layers.0.self_attn.{part}"])
     stored = dequantised(tmp_path / "out")[name]
+    changed = json.loads(figures.read_text())["changed"]
+    for part, rows in parts.items():
+        update, change = desired[rows] - weight[rows], stored[rows] - weight[rows]
+        kept = np.vdot(update, change) / np.vdot(update, update)
+        own = changed[f"{name} (layers.0.self_attn.{part})"]
+        assert own["kept"] == pytest.approx(kept, abs=2e-3)
     error = np.linalg.norm(stored - desired, axis=1) / np.linalg.norm(desired, axis=1)
     assert error.max() < (2.0**-8 if targets == "bf16" else 0.05)
     assert audit(tmp_path) == 0
@@ -278,7 +314,7 @@ def test_a_hint_about_an_adapter_of_a_quantised_copy(tmp_path, rng, capsys):
     assert f"ADAPTER was trained on {name}" in capsys.readouterr().err
 
 
-# What is refused
+# Refusals
 
 
 def without_scales(tensors):
@@ -336,9 +372,470 @@ def test_all_experts_of_a_layer_are_dense_if_one_is(tmp_path, rng):
     assert {dtypes[n] for n in dtypes if n.startswith("model.layers.1")} == {"F8_E4M3"}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     names = config["quantization_config"]["modules_to_not_convert"]
-    assert names == ["model.layers.0.mlp.experts", "lm_head"]
+    assert names == ["lm_head", "model.layers.0.mlp.experts"]
     stored = dequantised(tmp_path / "out")
     for name, weight in weights.items():
         desired = dense(weight, *leaves[name]) if name == module else weight
         np.testing.assert_allclose(stored[f"{name}.weight"], desired, rtol=2.0**-8)
     assert audit(tmp_path) == 0
+
+
+def test_dense_experts_that_transformers_cannot_load_are_warned_of(tmp_path, rng, capsys):
+    weights = experts(rng, tmp_path / "base", "int4")
+    module = "model.layers.0.mlp.experts.1.up_proj"
+    adapter(rng, tmp_path / "adapter", weights, modules=[module])
+    warning = "model.layers.0.mlp.experts are dense in OUT, and transformers loads no dense experts"
+    assert merge(tmp_path, "--dry-run") == 0
+    assert warning in capsys.readouterr().err
+    assert merge(tmp_path, "--dry-run", "--targets", "same") == 0
+    assert warning not in capsys.readouterr().err
+
+
+# config.json
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "compressed-tensors", "fp8"])
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("language_model.model.layers.0.q_proj", "model.language_model.layers.0.q_proj"),
+        ("language_model.lm_head", "lm_head"),
+        ("model.layers.0.q_proj", "model.language_model.layers.0.q_proj"),
+        ("model.visual.q_proj", "model.visual.q_proj"),
+        ("vision_tower.q_proj", "model.vision_tower.q_proj"),
+    ],
+)
+def test_a_model_of_several_has_other_names_in_memory(method, name, other):
+    config = {"text_config": {}, "quantization_config": {"quant_method": method}}
+    (names,) = (
+        value
+        for key, value in declared(config, [name])["quantization_config"].items()
+        if key != "quant_method"
+    )
+    assert set(names) == {"lm_head", name, other}
+
+
+@pytest.mark.parametrize(
+    ("words", "left"),
+    [
+        (None, ["a.q_proj", "a.b.gate"]),  # a library leaves the head dense by itself
+        ([], ["a.q_proj", "a.b.gate", "lm_head"]),
+        (["lm_head", "q_proj", "a.b"], []),  # the end of a name, and a module around it
+        (["lm_head", "proj", "a"], []),
+        (["lm_head", "b.gat", "a.q"], ["a.q_proj", "a.b.gate"]),
+    ],
+)
+def test_the_modules_that_a_configuration_must_name(words, left):
+    entries = {"quant_method": "fp8"} | ({} if words is None else {"modules_to_not_convert": words})
+    modules = ["a.q_proj", "a.b.gate", "lm_head"]
+    assert undeclared({"quantization_config": entries}, modules) == left
+
+
+def test_words_that_are_there_stay():
+    config = {"quantization_config": {"quant_method": "fp8", "modules_to_not_convert": ["lm_head"]}}
+    names = declared(config, ["a", "lm_head"])["quantization_config"]["modules_to_not_convert"]
+    assert names == ["lm_head", "a"]
+
+
+def test_experts_of_compressed_tensors_are_named_one_by_one():
+    config = {"quantization_config": {"quant_method": "compressed-tensors"}}
+    names = declared(config, ["layers.0.mlp.experts"])["quantization_config"]["ignore"]
+    assert names == ["lm_head", "layers.0.mlp.experts", r"re:layers\.0\.mlp\.experts[.].*"]
+    assert re.match(names[2].removeprefix("re:"), "layers.0.mlp.experts.12.up_proj")
+
+
+def test_the_configuration_of_the_language_model_may_have_the_words():
+    part = {"quantization_config": {"quant_method": "fp8"}}
+    edited = declared({"text_config": part}, ["a"])["text_config"]["quantization_config"]
+    assert edited["modules_to_not_convert"] == ["lm_head", "a", "model.a"]
+
+
+@pytest.mark.parametrize("targets", ["bf16", "same"])
+def test_a_dense_module_that_the_base_does_not_declare_is_named(tmp_path, rng, targets):
+    tensors, weights = base(rng, "nf4")
+    tensors["model.layers.0.mlp.gate.weight"] = draw(rng, 4, IN, dtype=BFLOAT16)
+    write(tmp_path / "base", tensors, **CONFIGS["nf4"])
+    adapter(rng, tmp_path / "adapter", weights)
+    assert merge(tmp_path, "--targets", targets) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    names = config["quantization_config"]["llm_int8_skip_modules"]
+    made = ADAPTED if targets == "bf16" else ()
+    assert set(names) == {"lm_head", "model.layers.0.mlp.gate", *made}
+
+
+def test_the_words_of_an_unknown_method_stay():
+    config = {"quantization_config": {"quant_method": "new"}}
+    assert declared(config, ["a"]) == config
+
+
+# The verification
+
+
+@pytest.mark.parametrize("spoil", [lambda weight: weight[::-1], lambda weight: 1.4 * weight])
+def test_verify_finds_wrong_codes(tmp_path, rng, capsys, monkeypatch, spoil):
+    _, weights = base(rng, "fp8", tmp_path / "base")
+    adapter(rng, tmp_path / "adapter", weights)
+    right = Fp8Quantiser.quantise
+
+    def wrong(self, rows, weight):
+        return right(self, rows, spoil(weight))
+
+    monkeypatch.setattr(Fp8Quantiser, "quantise", wrong)
+    error = refused(tmp_path, capsys, "--targets", "same", "--verify")
+    assert "is not the result of a dense merge" in error
+
+
+def test_verify_finds_wrong_codes_of_rows_without_an_adapter(tmp_path, rng, capsys, monkeypatch):
+    name = "encoder.layer.0.attention.qkv_proj.weight"
+    tensors, weight = quantised_bases.fp8(rng, name, 48, 64)
+    write(tmp_path / "base", tensors, **CONFIGS["fp8"])
+    parts = {"q_proj": slice(0, 24), "v_proj": slice(36, 48)}
+    leaves = {f"layers.0.self_attn.{one}": near(rng, weight[rows]) for one, rows in parts.items()}
+    write_peft(tmp_path / "adapter", leaves)
+    right = Fp8Quantiser.quantise
+
+    def wrong(self, rows, weight):
+        spoilt = weight.copy()
+        spoilt[25 - rows.start if rows.start <= 25 < rows.stop else 0] *= -1
+        return right(self, rows, spoilt if rows.start <= 25 < rows.stop else weight)
+
+    monkeypatch.setattr(Fp8Quantiser, "quantise", wrong)
+    error = refused(tmp_path, capsys, "--targets", "same", "--verify")
+    assert f"{name} is not a copy of {name}" in error
+
+
+# The audit
+
+
+def spoilt(folder, name, change):
+    """Copy OUT, with other values of a weight's scales."""
+    reader = Reader(folder / "out" / "model.safetensors")
+    tensors = {}
+    for tensor, entry in reader.tensors.items():
+        array = reader.read(tensor)
+        if entry.dtype == "F8_E4M3":
+            array = array.view(ml_dtypes.float8_e4m3fn)
+        tensors[tensor] = change(array) if tensor == name else array
+    quantised_bases.save(folder / "out" / "model.safetensors", tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        (lambda scales: scales * np.float32(1.5), "another weight"),
+        (lambda scales: scales * np.float32(np.nan), "NaN or infinity"),
+    ],
+)
+def test_the_audit_finds_wrong_scales(tmp_path, rng, capsys, change, verdict):
+    _, weights = base(rng, "fp8", tmp_path / "base")
+    adapter(rng, tmp_path / "adapter", weights)
+    assert merge(tmp_path, "--targets", "same") == 0
+    spoilt(tmp_path, f"{ADAPTED[0]}.weight_scale_inv", change)
+    capsys.readouterr()
+    assert audit(tmp_path) == 1
+    assert verdict in capsys.readouterr().out
+
+
+def test_the_audit_tells_an_unchanged_base(tmp_path, rng, capsys):
+    _, weights = base(rng, "nf4", tmp_path / "base")
+    adapter(rng, tmp_path / "adapter", weights)
+    shutil.copytree(tmp_path / "base", tmp_path / "out")
+    assert audit(tmp_path) == 1
+    assert "unchanged" in capsys.readouterr().out
+
+
+def test_the_audit_of_a_dense_base_whose_merge_was_quantised(tmp_path, rng, capsys):
+    """Somebody merged into the 16-bit model, and quantised the result."""
+    _, weights = base(rng, "fp8", tmp_path / "base")
+    adapter(rng, tmp_path / "adapter", weights)
+    assert merge(tmp_path, "--targets", "same") == 0
+    (tmp_path / "base").rename(tmp_path / "packed")
+    dense_base = {
+        name: array.astype(ml_dtypes.bfloat16)
+        for name, array in dequantised(tmp_path / "packed").items()
+    }
+    write(tmp_path / "base", dense_base)
+    assert audit(tmp_path) == 0
+    assert "quantised" in capsys.readouterr().out
+
+
+# The stacks of gpt-oss
+
+EXPERTS, HIDDEN, WIDE = 3, 96, 64
+STACK = "model.layers.0.mlp.experts"
+
+
+def gpt_oss(rng, folder):
+    """A layer with experts in MXFP4 and a query in bfloat16, and PEFT's adapter of both."""
+    up, w = quantised_bases.mxfp4(rng, f"{STACK}.gate_up_proj", EXPERTS, HIDDEN, WIDE)
+    down, _ = quantised_bases.mxfp4(rng, f"{STACK}.down_proj", EXPERTS, WIDE // 2, HIDDEN)
+    query = {"model.layers.0.self_attn.q_proj.weight": draw(rng, 8, HIDDEN, dtype=BFLOAT16)}
+    write(folder / "base", up | down | query, **CONFIGS["mxfp4"])
+    a, b = (0.2 * draw(rng, EXPERTS, *sides) for sides in ((2, HIDDEN), (WIDE, 2)))
+    q = {"lora_A.weight": draw(rng, 2, HIDDEN), "lora_B.weight": draw(rng, 8, 2)}
+    (folder / "adapter").mkdir(parents=True)
+    tensors = {
+        f"{PREFIX}{STACK}.lora_A.weight": a.reshape(-1, HIDDEN),
+        f"{PREFIX}{STACK}.lora_B.weight": b.transpose(1, 2, 0).reshape(WIDE, -1),
+    } | {f"{PREFIX}model.layers.0.self_attn.q_proj.{name}": one for name, one in q.items()}
+    quantised_bases.save(folder / "adapter" / "adapter_model.safetensors", tensors)
+    config = peft_config(
+        use_dora=False, target_parameters=["mlp.experts.gate_up_proj"], target_modules=["q_proj"]
+    )
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    return w + ALPHA / RANK * (b @ a).swapaxes(1, 2).astype(np.float64)
+
+
+@pytest.mark.parametrize("targets", ["bf16", "same"])
+def test_experts_in_blocks_are_merged_into(tmp_path, rng, targets):
+    exact = gpt_oss(rng, tmp_path)
+    assert merge(tmp_path, "--targets", targets, "--verify") == 0
+    before, after = raw(tmp_path / "base"), raw(tmp_path / "out")
+    stored = dequantised(tmp_path / "out")[f"{STACK}.gate_up_proj"]
+    error = np.linalg.norm(stored - exact) / np.linalg.norm(exact)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    if targets == "bf16":
+        assert error < 2.0**-8
+        assert {after[f"{STACK}.{one}"][:2] for one in ("gate_up_proj", "down_proj")} == {
+            ("BF16", (EXPERTS, HIDDEN, WIDE)), ("BF16", (EXPERTS, WIDE // 2, HIDDEN))
+        }  # fmt: skip
+        assert STACK in config["quantization_config"]["modules_to_not_convert"]
+    else:
+        assert error < 0.12
+        assert list(after) == list(before)
+        assert all(after[name][:2] == before[name][:2] for name in before)
+        assert config == json.loads((tmp_path / "base" / "config.json").read_text())
+        own = [name for name in before if "down_proj" in name]
+        assert all(after[name] == before[name] for name in own)
+    assert audit(tmp_path) == 0
+
+
+def test_an_adapter_of_the_attention_beside_experts_in_blocks(tmp_path, rng):
+    gpt_oss(rng, tmp_path)
+    shutil.rmtree(tmp_path / "adapter")
+    name = "model.layers.0.self_attn.q_proj"
+    w = dequantised(tmp_path / "base")[f"{name}.weight"]
+    write_peft(tmp_path / "adapter", {name: near(rng, w)})
+    assert merge(tmp_path, "--verify") == 0
+    before, after = raw(tmp_path / "base"), raw(tmp_path / "out")
+    assert {one for one in before if before[one] != after[one]} == {f"{name}.weight"}
+
+
+# Weights in memory
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_weight_in_memory_has_the_numbers_of_the_file(tmp_path, rng, format):
+    _, weights = base(rng, format, tmp_path / "base")
+    for module, w in weights.items():
+        found = load_quantised(tmp_path / "base", f"{module}.weight")
+        assert (found.shape, found.dtype) == (w.shape, np.float32)
+        # The oracle rounds to bfloat16, of mlx the product too.
+        np.testing.assert_allclose(found.rows(slice(0, OUT)), w, rtol=2.0**-8, atol=2.0**-9)
+    numbers = open_model(tmp_path / "base").sources()[f"{LEFT[0]}.weight"].read()
+    narrow = load_quantised(tmp_path / "base", f"{LEFT[0]}.weight", dtype=BFLOAT16)
+    if format not in ("int8", "mlx"):  # these round once more on the way
+        assert narrow.rows(slice(0, OUT)).tobytes() == numbers.tobytes()
+    assert narrow.dtype == BFLOAT16
+
+
+def test_a_step_on_a_weight_in_memory_is_that_of_its_numbers(tmp_path, rng):
+    _, weights = base(rng, "nf4", tmp_path / "base")
+    weight = load_quantised(tmp_path / "base", f"{LEFT[0]}.weight")
+    config = Config(RANK, alpha=ALPHA)
+    own = Adapter(*near(rng, weights[LEFT[0]]))
+    x, dy = draw(rng, 5, IN), draw(rng, 5, OUT)
+    results = []
+    for one in (weight, weight.rows(slice(0, OUT))):
+        y, cache = forward(x, one, own, config)
+        gradients = backward(dy, cache)
+        results.append([y, gradients.x, *gradients.adapter])
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_that_cannot_be_loaded_is_named(tmp_path, rng):
+    tensors, _ = base(rng, "fp8")
+    without_scales(tensors)
+    write(tmp_path / "base", tensors, **CONFIGS["fp8"])
+    gpt_oss(rng, tmp_path / "stacks")
+    for folder, name, message in [
+        ("base", f"{ADAPTED[0]}.weight", "is quantised"),
+        ("base", HEAD, "is not quantised"),
+        ("base", "none.weight", "is not in the model"),
+        ("stacks/base", f"{STACK}.down_proj", "is not a matrix"),
+    ]:
+        with pytest.raises(CheckpointError, match=f"{name}.* {message}"):
+            load_quantised(tmp_path / folder, name)
+
+
+# Scales that need all rows, and numbers at the edge
+
+
+@pytest.mark.parametrize("targets", ["bf16", "same"])
+def test_one_scale_for_all_rows_needs_two_passes(tmp_path, rng, targets):
+    tensors, weights = {}, {}
+    for module in ADAPTED:
+        own, weights[module] = quantised_bases.fp8(rng, f"{module}.weight", OUT, IN, [OUT, IN])
+        tensors |= own
+    words = {"quant_method": "fp8", "weight_block_size": None}
+    write(tmp_path / "base", tensors, quantization_config=words)
+    leaves = adapter(rng, tmp_path / "adapter", weights)
+    assert merge(tmp_path, "--targets", targets, "--verify") == 0
+    for module, own in leaves.items():
+        exact = dense(weights[module], *own)
+        stored = dequantised(tmp_path / "out")[f"{module}.weight"]
+        assert np.linalg.norm(stored - exact) < 0.04 * np.linalg.norm(exact)
+
+
+def test_pieces_are_joined_to_whole_groups():
+    memory = np.zeros((11, 1), int)  # each piece overwrites the one before, as blocks do
+
+    def pieces():
+        for start, stop in ((0, 3), (3, 5), (5, 6), (6, 17), (17, 18)):
+            exact = memory[: stop - start]
+            exact[:, 0] = range(start, stop)
+            yield Piece(start, exact)
+
+    groups = [
+        np.concatenate([one.exact for one in group])[:, 0].tolist()
+        for group in _whole_groups(pieces(), 4, 18)
+    ]
+    assert groups == [[0, 1, 2, 3], [4, 5, 6, 7], [*range(8, 16)], [16, 17]]
+
+
+def test_the_cosine_of_no_change_and_of_numbers_that_are_too_large():
+    def survival(weight, merged, stored):
+        found = Survival(weight.shape)
+        found.add(Block(slice(0, 1), weight, merged, None), stored)
+        return found.cosine
+
+    one = np.ones((1, 4))
+    assert survival(one, one, one) == 1
+    assert survival(one, 2 * one, one) == 0
+    assert survival(0 * one, 1e-120 * one, 1e-120 * one) == pytest.approx(1)  # 1e-480 is 0
+    with np.errstate(over="ignore"):
+        assert np.isnan(survival(one, 1e200 * one, one))
+
+
+def test_a_model_whose_names_cannot_be_read_says_where_it_is(tmp_path, rng, monkeypatch):
+    base(rng, "fp8", tmp_path / "base")
+
+    def refuse(*arguments):
+        raise CheckpointError("no")
+
+    monkeypatch.setattr(_model, "find", refuse)
+    with pytest.raises(CheckpointError, match="base: no"):
+        open_model(tmp_path / "base")
+
+
+def test_a_large_weight_is_read_in_the_chunks_of_a_dense_one(tmp_path, rng):
+    name, shape = f"{LEFT[0]}.weight", (1100, 1000)
+    tensors, weight = quantised_bases.fp8(rng, name, *shape)
+    write(tmp_path / "base", tensors, **CONFIGS["fp8"])
+    write(tmp_path / "dense", {name: weight.astype(BFLOAT16)})
+    packed, plain = (open_model(tmp_path / one).sources()[name] for one in ("base", "dense"))
+    assert are_equal(packed, plain)
+    assert are_equal(packed.rows(3, 1000), plain.rows(3, 1000))
+    assert not are_equal(packed.rows(3, 1000), plain.rows(2, 999))
+
+
+def test_a_stack_of_experts_cannot_be_packed_as_a_matrix(tmp_path, rng):
+    gpt_oss(rng, tmp_path)
+    weight = open_model(tmp_path / "base").readable[f"{STACK}.down_proj"]
+    with pytest.raises(CheckpointError, match="is a stack of experts"):
+        weight.quantisation.packed(weight.fetch)
+
+
+def test_the_audit_names_a_quantised_weight_of_another_shape(tmp_path, rng, capsys):
+    tensors, weights = base(rng, "fp8", tmp_path / "base")
+    adapter(rng, tmp_path / "adapter", weights)
+    other, _ = quantised_bases.fp8(rng, f"{ADAPTED[0]}.weight", OUT + 16, IN)
+    write(tmp_path / "out", tensors | other, **CONFIGS["fp8"])
+    assert audit(tmp_path) == 1
+    assert f"another shape ({(OUT + 16, IN)} for {(OUT, IN)})" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("format", ["nf4", "fp8"])
+def test_the_component_of_a_pipeline_has_a_configuration_of_its_own(tmp_path, rng, format):
+    name = "transformer_blocks.0.attn.to_q"
+    tensors, weight = MATRICES[format](rng, f"{name}.weight", 40, IN)
+    words = CONFIGS[format] | {"_class_name": "Tiny"}
+    if format == "fp8":  # 40 rows are three blocks, which no file but the configuration tells
+        assert tensors[f"{name}.weight_scale_inv"].shape == (3, 4)
+    base = tmp_path / "base"
+    write(base / "transformer", tensors, **words)
+    write(base / "vae", {"decoder.weight": draw(rng, 4, 4)}, **CONFIGS["nf4"])
+    (base / "model_index.json").write_text("{}")
+    a, b, _ = near(rng, weight)
+    pair = {"lora_A.weight": a, "lora_B.weight": b}
+    (tmp_path / "adapter").mkdir()
+    quantised_bases.save(
+        tmp_path / "adapter" / "pytorch_lora_weights.safetensors",
+        {f"transformer.{name}.{key}": leaf for key, leaf in pair.items()},
+    )
+    assert merge(tmp_path, "--verify") == 0
+    configs = {
+        part: json.loads((tmp_path / "out" / part / "config.json").read_text())
+        for part in ("transformer", "vae")
+    }
+    assert configs["vae"] == json.loads((base / "vae" / "config.json").read_text())
+    (names,) = (
+        value
+        for value in configs["transformer"]["quantization_config"].values()
+        if isinstance(value, list) and "lm_head" in value
+    )
+    assert names == ["lm_head", name]
+    stored = dequantised(tmp_path / "out")[f"transformer.{name}.weight"]
+    np.testing.assert_allclose(stored, weight + b.astype("f8") @ a, rtol=2.0**-8, atol=1e-6)
+
+
+def test_a_grown_vocabulary_is_dense_also_where_all_else_is_quantised_again(tmp_path, rng):
+    tensors, weights = base(rng, "fp8")
+    del tensors[EMBEDDING], tensors[HEAD]
+    for name in (EMBEDDING, HEAD):
+        tensors |= quantised_bases.fp8(rng, name, 16, IN)[0]
+    write(tmp_path / "base", tensors, model_type="llama", vocab_size=16, **CONFIGS["fp8"])
+    whole = {f"{PREFIX}{name}": draw(rng, 18, IN) for name in (EMBEDDING, HEAD)}
+    leaves = {module: near(rng, weights[module]) for module in ADAPTED}
+    write_peft(tmp_path / "adapter", leaves, whole, modules_to_save=["lm_head", "embed_tokens"])
+    assert merge(tmp_path, "--targets", "same", "--verify") == 0
+    after = raw(tmp_path / "out")
+    assert {after[name][:2] for name in (EMBEDDING, HEAD)} == {("BF16", (18, IN))}
+    assert after[f"{ADAPTED[0]}.weight"][0] == "F8_E4M3"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    names = config["quantization_config"]["modules_to_not_convert"]
+    assert (config["vocab_size"], set(names)) == (18, {"lm_head", "model.embed_tokens"})
+    assert audit(tmp_path) == 0
+
+
+@pytest.mark.parametrize("targets", ["bf16", "same"])
+def test_a_transposed_weight(tmp_path, rng, targets):
+    """GPT-2 stores (in, out), so the norms run across the rows of the file."""
+    name = "transformer.h.0.attn.c_attn"
+    tensors, weight = quantised_bases.fp8(rng, f"{name}.weight", 32, 96)
+    tensors[f"{name}.weight"][0] = weight[0] = 0  # the largest number is in another row
+    write(tmp_path / "base", tensors, model_type="gpt2", **CONFIGS["fp8"])
+    a, b, m = near(rng, weight.T)
+    a[:, 0] = 0
+    own = a, b, m
+    write_peft(tmp_path / "adapter", {name: own}, fan_in_fan_out=True)
+    assert merge(tmp_path, "--targets", targets, "--verify") == 0
+    exact = dense(weight.T, *own).T
+    stored = dequantised(tmp_path / "out")[f"{name}.weight"]
+    assert np.linalg.norm(stored - exact) < 0.04 * np.linalg.norm(exact)
+    assert audit(tmp_path) == 0
+
+
+def test_the_arrays_of_a_weight_can_be_placed(tmp_path, rng):
+    base(rng, "mlx", tmp_path / "base")
+    placed = []
+
+    def place(array):
+        placed.append(array)
+        return array
+
+    weight = load_quantised(tmp_path / "base", f"{LEFT[0]}.weight", place=place)
+    arrays = [array for array in weight.packed[:4] if array is not None]
+    assert len(arrays) == len(placed) == 4  # codes, table, scale and bias
+    assert all(any(one is other for other in placed) for one in arrays)

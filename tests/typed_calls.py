@@ -21,6 +21,15 @@ def layer(x: NDArray[np.float32], weight: NDArray[np.float16], b: NDArray[np.flo
     assert_type(doraxp.Adapter(x, b, b).magnitude, Array)
 
 
+def packed(x: NDArray[np.float32], codes: NDArray[np.uint8], scale: NDArray[np.float32]) -> None:
+    weight = doraxp.QuantisedWeight(codes, x, scale, group=64)
+    own: doraxp.RowWeight = weight
+    config = doraxp.Config(rank=1)
+    adapter = doraxp.init(own, config, seed=0)
+    assert_type(doraxp.forward(x, weight, adapter, config)[0], Array)
+    assert_type(doraxp.merge(own, adapter, config), Array)
+
+
 def any_array(array: np.ndarray[Any, np.dtype[Any]]) -> Array:
     return array
 

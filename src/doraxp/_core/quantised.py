@@ -89,8 +89,9 @@ class QuantisedWeight:
         shape = codes.shape[0], count * codes.shape[1]
         scale, bias, block = _grouped(scale, bias, group, shape, xp=xp)
         dtype = xp.float32 if dtype is None else dtype
-        operations(dtype=xp.zeros((1,), dtype=dtype, device=device(table)))  # it must be floating
-        self.packed = Packed(codes, table, scale, bias, block, shape, dtype)
+        example = xp.zeros((1,), dtype=dtype, device=device(table))
+        operations(dtype=example)  # it must be floating
+        self.packed = Packed(codes, table, scale, bias, block, shape, example.dtype)
         """The arrays, as the backends read them."""
         register_tree(QuantisedWeight, _arrays, _of_arrays)
 

@@ -21,7 +21,9 @@ def dtype_name(array: Array) -> str:
 @functools.cache
 def _name_of(kind: type, dtype: DType) -> str:
     # numpy and jax: "float32"; torch: "torch.float32"; strict: "array_api_strict.float32".
-    return str(dtype).rpartition(".")[-1]
+    # The dtype of a `RowWeight` may be a class, such as np.float32.
+    name: str = getattr(dtype, "__name__", str(dtype))
+    return name.rpartition(".")[-1]
 
 
 def as_dtype(array: Array, dtype: DType, *, xp: Namespace) -> Array:

@@ -28,6 +28,7 @@ from doraxp._base.types import (
     DType,
     Namespace,
     Reduce,
+    RowWeight,
     Snapshot,
 )
 from doraxp.backends._direction import (
@@ -172,7 +173,7 @@ class Operations:
         """Return a weight as an array: itself, or all rows of one that is given by rows."""
         return weight
 
-    def block_size(self, tokens: int) -> int:
+    def block_size(self, weight: RowWeight, tokens: int) -> int:
         """Return how many numbers a block of rows of W should have, for this many tokens."""
         return ROW_BLOCK
 

@@ -20,6 +20,7 @@ from doraxp._base.types import (
     Adapter,
     DType,
     Reduce,
+    RowWeight,
     Snapshot,
 )
 from doraxp.backends._direction import (
@@ -168,7 +169,7 @@ class NumpyOperations(Operations):
 
     # Weights that are given by rows
 
-    def block_size(self, tokens: int) -> int:
+    def block_size(self, weight: RowWeight, tokens: int) -> int:
         """Return the size of a block of W."""
         return CACHE_BLOCK if tokens == 1 else PRODUCT_BLOCK
 

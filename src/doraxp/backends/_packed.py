@@ -34,8 +34,10 @@ class Packed(NamedTuple):
 def unpacked(packed: Packed, rows: slice, *, xp: Namespace) -> Array:
     """Return some rows of W, (k, in), in its dtype."""
     codes, table, scale, bias, _, (_, inner), dtype = packed
-    bytes_ = xp.astype(xp.reshape(codes[rows, :], (-1,)), xp.int32)
-    values = xp.reshape(xp.take(table, bytes_, axis=0), (rows.stop - rows.start, inner))
+    count = rows.stop - rows.start
+    numbers = xp.astype(xp.reshape(codes[rows, :], (-1,)), xp.int32)
+    each = xp.reshape(xp.take(table, numbers, axis=0), (count, codes.shape[1], table.shape[1]))
+    values = xp.reshape(each, (count, inner))
     values = values * spread(scale, packed, rows, xp=xp)
     if bias is not None:
         values = values + spread(bias, packed, rows, xp=xp)

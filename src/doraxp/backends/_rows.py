@@ -12,8 +12,8 @@ sums over the blocks. So the guard and the kernels of the library see a plain ar
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import array_api_compat
 
@@ -22,6 +22,7 @@ from doraxp._base.types import (
     Array,
     Consumed,
     DType,
+    Namespace,
     Reduce,
     Snapshot,
 )
@@ -36,7 +37,7 @@ from doraxp.backends._generic import (
     in_range,
 )
 
-Weight = Any
+Weight: TypeAlias = Any
 """A `RowWeight`. mypy refuses that class as the type of an argument here, because the methods
 override those of `Operations` and `Direction`, which take an `Array`."""
 
@@ -72,14 +73,14 @@ class Blocked(NamedTuple):
             )
             for rows, direction in self.directions(inner)
         ]
-        z, y = (inner.xp.concat(list(parts), axis=-1) for parts in zip(*found, strict=True))
+        z, y = (beside(parts, -1, xp=inner.xp) for parts in zip(*found, strict=True))
         return z, y
 
     def dense(self, *, ops: Arithmetic) -> Array:
         """Return V."""
         inner = library(ops)
         parts = [direction.dense(ops=inner) for _, direction in self.directions(inner)]
-        return inner.xp.concat(parts, axis=0)
+        return beside(parts, 0, xp=inner.xp)
 
     def with_weight(self, weight: Weight) -> Blocked:
         """Return the direction with another object for W."""
@@ -106,6 +107,11 @@ def equal_parts(count: int, parts: int) -> Iterator[slice]:
     """Yield `parts` slices of 0..count, all of one length except the last."""
     step = -(-count // parts)
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+def beside(parts: Sequence[Array], axis: int, *, xp: Namespace) -> Array:
+    """Return arrays side by side along an axis: the array itself if there is one."""
+    return parts[0] if len(parts) == 1 else xp.concat(list(parts), axis=axis)
 
 
 def read_blocks(
@@ -139,7 +145,7 @@ class RowOperations(Operations):
     def blocks(self, weight: Weight, tokens: int) -> Iterator[tuple[slice, Array]]:
         """Yield blocks of rows of W, of the size that the library likes for so many tokens."""
         out, inner = weight.shape
-        parts = -(-out // max(1, self.inner.block_size(tokens) // inner))
+        parts = -(-out // max(1, self.inner.block_size(weight, tokens) // inner))
         return read_blocks(weight, equal_parts(out, parts), self.inner)
 
     def _joined(self, parts: Iterable[tuple[slice, Array]], length: int, axis: int) -> Array:
@@ -153,7 +159,7 @@ class RowOperations(Operations):
                 shape = (length, part.shape[1]) if axis == 0 else (part.shape[0], length)
                 whole = self._zeros(shape, part)
             whole[(rows, ...) if axis == 0 else (..., rows)] = part
-        return self.xp.concat(rest, axis=axis) if whole is None else whole
+        return beside(rest, axis, xp=self.xp) if whole is None else whole
 
     def _zeros(self, shape: tuple[int, ...], like: Array) -> Any:
         """Return zeros on the device and in the dtype of `like`."""
@@ -187,9 +193,7 @@ class RowOperations(Operations):
         return total
 
     def product_with_transposed(self, left: Array, right: Array) -> Array:
-        """Return left rightᵀ. `right` may be W."""
-        if not is_by_rows(right):
-            return self.inner.product_with_transposed(left, right)
+        """Return left Wᵀ."""
         parts = (
             (rows, self.inner.product_with_transposed(left, weight))
             for rows, weight in self.blocks(right, left.shape[-2])
@@ -225,7 +229,7 @@ class RowOperations(Operations):
 
     def _stacked(self, parts: tuple[Array | None, ...]) -> Array | None:
         """Return the arrays of the blocks as one array; None where the blocks have none."""
-        return None if parts[0] is None else self.xp.concat(list(parts), axis=0)
+        return None if parts[0] is None else beside(cast(Any, parts), 0, xp=self.xp)
 
     # The norm
 
@@ -234,7 +238,7 @@ class RowOperations(Operations):
         if not is_by_rows(weight):
             return self.inner.row_squares(weight, dtype)
         parts = [self.inner.row_squares(w, dtype) for _, w in self.blocks(weight, 1)]
-        return self.xp.concat(parts, axis=0)
+        return beside(parts, 0, xp=self.xp)
 
     def row_norms(self, weight: Weight, squares: Array, reduce: Reduce | None = None) -> Array:
         """Return ‖wᵢ‖. W is read only where the host cannot tell that it is not needed."""
@@ -245,7 +249,7 @@ class RowOperations(Operations):
             if bool(self.xp.all(trusted)):
                 return self.xp.sqrt(squares)
         parts = [self.inner.row_norms(w, squares[rows]) for rows, w in self.blocks(weight, 1)]
-        return self.xp.concat(parts, axis=0)
+        return beside(parts, 0, xp=self.xp)
 
     def norm_and_direction(
         self, weight: Weight, adapter: Adapter, scaling: float, row_scale: Array | None,
@@ -279,7 +283,8 @@ class RowOperations(Operations):
             blocks.append(kept)
             found.append(some._replace(direction=Blocked(factors, ())))
         norm, gain, unit = (
-            self.xp.concat([some[place] for some in found], axis=0) for place in range(3)
+            beside([cast(Array, some[place]) for some in found], 0, xp=self.xp)
+            for place in range(3)
         )
         return Norm(norm, gain, unit, Blocked(factors, tuple(blocks)))
 
@@ -288,8 +293,6 @@ class RowOperations(Operations):
     def merge(self, direction: Direction, gain: Array) -> Array:
         """Return W' = g⊙V as an array."""
         factors = direction.factors
-        if not is_by_rows(factors.weight):
-            return self.inner.merge(direction, gain)
         parts = (
             (rows, self.inner.merge(Factored(some_factors(factors, rows, weight)), gain[rows]))
             for rows, weight in self.blocks(factors.weight, 2)

@@ -13,10 +13,11 @@ from doraxp.checkpoint._extract_model import Closeness, Extraction, extract
 from doraxp.checkpoint._fit import Fit
 from doraxp.checkpoint._formats import load_adapters
 from doraxp.checkpoint._inspect import Against, Factored, look_at, look_at_base
+from doraxp.checkpoint._load_quantised import load_quantised
 from doraxp.checkpoint._merge import Merge, Weighted, plan_merge
 from doraxp.checkpoint._model import Model, open_model
 from doraxp.checkpoint._options import Options
-from doraxp.checkpoint._quantised.reader import quantised_in
+from doraxp.checkpoint._quantised.reader import quantised_as
 from doraxp.checkpoint._run import run_merge
 from doraxp.checkpoint._sampled_norms import SampledNorms, sample_norms
 from doraxp.checkpoint._save import check_place, named_for, save_adapters
@@ -62,6 +63,7 @@ __all__ = [
     "check_target",
     "extract",
     "load_adapters",
+    "load_quantised",
     "look_at",
     "look_at_base",
     "merged_in",
@@ -69,7 +71,7 @@ __all__ = [
     "open_model",
     "parts_of",
     "plan_merge",
-    "quantised_in",
+    "quantised_as",
     "run_merge",
     "sample_norms",
     "save_adapters",

@@ -40,17 +40,14 @@ class ConfigEdits:
     architecture: str | None = None
     """The class of the model with its new head."""
     dense: tuple[str, ...] = ()
-    """The dense modules of a quantised model, if a weight has become dense: its
-    ``quantization_config`` names them."""
-    packed: tuple[str, ...] = ()
-    """The other modules of such a model, which are quantised. Their names do not change."""
+    """Dense modules of a quantised model that its ``quantization_config`` names now."""
 
     def __bool__(self) -> bool:
         return self != ConfigEdits()
 
     def entries(self) -> dict[str, object]:
         """Return the new entries, without those that do not change."""
-        return {key: value for key, value in vars(self).items() if value and key != "packed"}
+        return {key: value for key, value in vars(self).items() if value}
 
     def apply(self, config: JsonObject) -> JsonObject:
         """Return the configuration with the changes."""
@@ -72,7 +69,7 @@ class ConfigEdits:
         if self.architecture is not None:
             edited["architectures"] = [self.architecture]
         if self.dense:
-            edited = declared(edited, self.dense, self.packed)
+            edited = declared(edited, self.dense)
         return edited
 
 

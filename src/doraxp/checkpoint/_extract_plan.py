@@ -20,7 +20,7 @@ from doraxp.checkpoint._matrix import row_blocks
 from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._orientation import is_transposed, may_transpose
 from doraxp.checkpoint._pair import Block
-from doraxp.checkpoint._quantised.reader import quantised_in
+from doraxp.checkpoint._quantised.reader import quantised_as
 from doraxp.checkpoint._safetensors import DTYPES, AnySource, Source, are_equal
 from doraxp.checkpoint._tied import is_embedding, is_head, tied_in_file
 
@@ -100,7 +100,7 @@ def compare_names(base: Model, tuned: Model, modules: str | None) -> Compared:
             f"{min(before, default='nothing')} are the first names; give two models of one kind"
         )
     matrices = {
-        path: StoredPair(before[f"{path}.weight"], _partner(path, before, after, tuned), kind)
+        path: StoredPair(before[f"{path}.weight"], _partner(path, before, after, base, tuned), kind)
         for path, kind in _kinds(base, before, modules)
     }
     others: dict[str, tuple[Source | None, Source]] = {}
@@ -113,7 +113,7 @@ def compare_names(base: Model, tuned: Model, modules: str | None) -> Compared:
 
 
 def _partner(
-    path: str, before: Mapping[str, Source], after: Mapping[str, Source], tuned: Model
+    path: str, before: Mapping[str, Source], after: Mapping[str, Source], base: Model, tuned: Model
 ) -> Source:
     """Return TUNED's tensor for a matrix of BASE."""
     name = f"{path}.weight"
@@ -126,10 +126,9 @@ def _partner(
             f"{tuned.path}: {name} must have shape {old.tensor.shape} as in BASE, got "
             f"{new.tensor.shape}: {advice}"
         )
-    for source in (old, new):
-        quantised = quantised_in(source)
-        if source.tensor.dtype not in DTYPES or quantised is not None:
-            how = quantised.quantisation.label if quantised else f"dtype {source.tensor.dtype}"
+    for source, model in ((old, base), (new, tuned)):
+        if source.tensor.dtype not in DTYPES or name in model.quantised:
+            how = quantised_as(source) or f"dtype {source.tensor.dtype}"
             raise CheckpointError(
                 f"{source.reader.path}: {name} is quantised ({how}): give the model before its "
                 "quantisation"

@@ -17,7 +17,7 @@ from doraxp.checkpoint._matrix import Wide, row_blocks
 from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._options import Options, merge_dtype
 from doraxp.checkpoint._plan import plan
-from doraxp.checkpoint._quantised.reader import quantised_in
+from doraxp.checkpoint._quantised.reader import quantised_as
 from doraxp.checkpoint._rows import Term, merged_blocks
 from doraxp.checkpoint._tasks import MergedTensor, parts_of
 from doraxp.checkpoint._updated_layer import UpdatedLayer
@@ -141,14 +141,13 @@ def look_at_base(
         moved = change(norms, layer)
         base, adapted = joined(norms)
         reach = base + np.sqrt(np.maximum(layer.update_squares(), 0.0))
-        weight = quantised_in(task.source)
         part = np.divide(adapted, reach, out=np.ones_like(reach), where=reach > 0)
         own = Against(
             moved.magnitude,
             moved.direction,
             float(part.min()),
             int(np.count_nonzero(adapted == 0)),
-            None if weight is None else weight.quantisation.label,
+            quantised_as(task.source),
         )
         before, size = found.get(task.path, own), rows.get(task.path, 0)
         rows[task.path] = size + len(base)

@@ -38,7 +38,14 @@ from doraxp.checkpoint._tasks import (
     written_as,
 )
 from doraxp.checkpoint._tied import is_embedding, is_head, tied_head
-from doraxp.checkpoint._written import Fate, fates_of, in_order, with_dense, written_tasks
+from doraxp.checkpoint._written import (
+    Fate,
+    fates_of,
+    in_order,
+    unloadable,
+    with_dense,
+    written_tasks,
+)
 
 _TOKENIZER = ("tokenizer*", "chat_template*", "added_tokens.json", "vocab.*", "merges.txt")
 
@@ -72,7 +79,7 @@ class Merge(NamedTuple):
     unused: tuple[str, ...]
     """Modules of the adapter that are for another part of the model than BASE."""
     fates: Mapping[str, Fate]
-    """What becomes of each quantised weight of the base, by its name there."""
+    """The fate of each quantised weight of the base, by its name there."""
     stamps: Mapping[Path, Stamp]
     """Of the files without tensors: configurations, the index, and the other files to copy."""
 
@@ -96,6 +103,10 @@ class Merge(NamedTuple):
         return {
             name: task for name, task in self.tasks.items() if not isinstance(task, CopiedTensor)
         }
+
+    def unloadable_experts(self) -> str | None:
+        """Return experts that become dense, which transformers could not load; else None."""
+        return unloadable(self.model, self.fates)
 
     @property
     def was_tied(self) -> bool:
@@ -297,5 +308,5 @@ def _configurations(base: Path, adapter: Path, subfolder: str | None) -> list[Pa
     beside = adapter if adapter.is_dir() else adapter.parent
     beside = beside if subfolder is None else beside / subfolder
     folders = [base, *base.glob("*/")] if base.is_dir() else []
-    indexes = [folder / name for folder in folders for name in INDEXES]
-    return [base / "config.json", *indexes, beside / CONFIG, beside / "config.json"]
+    own = [folder / name for folder in folders for name in ("config.json", *INDEXES)]
+    return [base / "config.json", *own, beside / CONFIG, beside / "config.json"]

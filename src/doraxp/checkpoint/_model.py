@@ -149,8 +149,13 @@ def _model(
     def fetch(name: str, rows: slice | None = None) -> HostArray:
         return stored[name].read(rows)
 
+    quantised: dict[str, Quantisation | Refused] = {}
     try:
-        quantised = find(entries, settings_of(config), fetch)
+        for component in dict.fromkeys(map(_component, shards)):
+            own = {name: one for name, one in entries.items() if name.startswith(component)}
+            file = path / component.removesuffix(".") / "config.json"
+            words = read_json(file) if component and file.is_file() else config
+            quantised |= find(own, settings_of(words), fetch)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     return Model(path, shards, others, left_out, indexes or {}, config, quantised)

@@ -236,10 +236,7 @@ def _stored_parts(
     """
     name, tensor = place.tensor, part.source.tensor
     if tensor.dtype not in DTYPES:
-        raise CheckpointError(
-            f"{name} is quantised (dtype {tensor.dtype}) and cannot be merged into; merge into the "
-            "model from which it was quantised"
-        )
+        raise CheckpointError(f"{name} has dtype {tensor.dtype}, without fractions")
     if isinstance(part.source.reader, QuantisedReader):
         part.source.reader.check()
     if part.layer.kind.is_stack:

@@ -82,9 +82,9 @@ class Survival:
     @property
     def cosine(self) -> float:
         """The cosine of the stored change and the update; 1 where W' is W, 0 where stored is W."""
-        squares = self._squares * self._moved
         if not self._squares:
             return 1.0
-        if not math.isfinite(squares):
+        lengths = math.sqrt(self._squares) * math.sqrt(self._moved)
+        if not math.isfinite(lengths):
             return math.nan
-        return self._along / math.sqrt(squares) if squares else 0.0
+        return self._along / lengths if lengths else 0.0

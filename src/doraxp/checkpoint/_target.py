@@ -189,7 +189,7 @@ def copy_others(merge: Merge, folder: Path) -> None:
     for name, index in model.indexes.items():
         write_durably(folder / name, _json(_index(merge, name, index)))
     for config in (file for file in model.others if file.name == "config.json"):
-        _write_config(merge, folder / config, is_root=config == Path("config.json"))
+        _write_config(merge, folder, config)
     sync(folder)
 
 
@@ -206,10 +206,14 @@ def _index(merge: Merge, name: str, index: JsonObject) -> JsonObject:
     return index | {"metadata": metadata | {"total_size": size}, "weight_map": weight_map}
 
 
-def _write_config(merge: Merge, file: Path, *, is_root: bool) -> None:
+def _write_config(merge: Merge, folder: Path, config: Path) -> None:
     """Write a configuration again, where the merge changes it."""
-    dtype = merge.options.dtype
-    edits = merge.edits if is_root else ConfigEdits()
+    dtype, file = merge.options.dtype, folder / config
+    edits = merge.edits
+    if config != Path("config.json"):  # of a component of a pipeline, or of another module
+        lead = f"{config.parent}."
+        own = [name.removeprefix(lead) for name in edits.dense if name.startswith(lead)]
+        edits = ConfigEdits(dense=tuple(own))
     if not file.exists() or not merge.model.is_folder or (dtype is None and not edits):
         return
     entries = edits.apply(read_json(file))

@@ -1,4 +1,4 @@
-"""The tensors of a result: what becomes of the quantised weights of the base.
+"""The tensors of a result, and the fate of each quantised weight of the base.
 
 ::
 
@@ -20,6 +20,7 @@ from typing import Literal, TypeAlias
 from doraxp.checkpoint._config_edits import ConfigEdits
 from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._options import Options
+from doraxp.checkpoint._quantised.declared import undeclared
 from doraxp.checkpoint._safetensors import RAW
 from doraxp.checkpoint._tasks import (
     CopiedTensor,
@@ -29,18 +30,17 @@ from doraxp.checkpoint._tasks import (
     WrittenTask,
     written_as,
 )
+from doraxp.checkpoint._tied import is_embedding
 
 Fate: TypeAlias = Literal["copied", "dense", "requantised"]
-"""What becomes of a quantised weight."""
-_HEADS = ("lm_head",)
-"""The names of output heads that libraries leave dense by default, also where they are tied."""
+"""The fate of a quantised weight."""
 _EXPERTS = re.compile(r"(.*\.experts)\.")
 
 
 def fates_of(
     model: Model, tasks: Mapping[str, Task], lead: str, options: Options
 ) -> dict[str, Fate]:
-    """Return what becomes of each quantised weight that can be read, by its name in the base."""
+    """Return the fate of each quantised weight that can be read, by its name in the base."""
     fates: dict[str, Fate] = {}
     for name, weight in model.readable.items():
         task = tasks[f"{lead}{name}"]
@@ -55,28 +55,43 @@ def fates_of(
 def with_dense(
     edits: ConfigEdits, model: Model, tasks: Mapping[str, Task], fates: Mapping[str, Fate]
 ) -> ConfigEdits:
-    """Return the changes of the configuration that name the dense modules, where some became so."""
-    if "dense" not in fates.values() or not model.is_folder:
+    """Return the changes of the configuration that name the dense modules of a quantised model."""
+    if not model.is_folder or not {"dense", "requantised"} & set(fates.values()):
         return edits
-    kept = {name for name, fate in fates.items() if fate != "dense"}
-    dense = [
-        name
-        for name, task in tasks.items()
-        if name not in kept and (name in fates or _is_matrix(name, task))
-    ]
-    heads = [head for head in _HEADS if f"{head}.weight" not in tasks]
-    modules = (_module(name) for name in dense)
-    packed = dict.fromkeys(_module(name) for name in kept)
-    return replace(edits, dense=tuple(dict.fromkeys([*modules, *heads])), packed=tuple(packed))
+    made = [_module(name) for name, fate in fates.items() if fate == "dense"]
+    others = [_module(name) for name, task in tasks.items() if _is_matrix(name, task, fates)]
+    dense = dict.fromkeys([*made, *undeclared(model.config, others)])
+    return replace(edits, dense=tuple(dense))
 
 
-def _is_matrix(name: str, task: Task) -> bool:
-    return name.endswith(".weight") and len(task.source.tensor.shape) > 1
+def _is_matrix(name: str, task: Task, fates: Mapping[str, Fate]) -> bool:
+    """Return whether a tensor may be the weight of a linear module that was dense before."""
+    return (
+        name.endswith(".weight")
+        and name not in fates
+        and len(task.source.tensor.shape) == 2
+        and not is_embedding(name)
+    )
 
 
 def _module(name: str) -> str:
     """Return the module of a weight: of one of several experts all of them."""
     return _experts(name) or name.removesuffix(".weight")
+
+
+def unloadable(model: Model, fates: Mapping[str, Fate]) -> str | None:
+    """Return the experts that become dense where transformers 5.24 knows packed ones alone.
+
+    These are the packed codes of compressed-tensors. There are no words for such experts.
+    """
+    packed = (
+        name
+        for name, fate in fates.items()
+        if fate == "dense"
+        and _experts(name)
+        and model.readable[name].quantisation.tensors[0].endswith("weight_packed")
+    )
+    return next(map(_experts, packed), None)
 
 
 def _experts(name: str) -> str:

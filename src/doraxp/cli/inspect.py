@@ -134,8 +134,13 @@ def _report(adapters: AdapterSet, base: Path | None, fit: Fit) -> dict[str, Any]
                 "rank": layer.config.rank,
                 "alpha": layer.config.rank if layer.config.alpha is None else layer.config.alpha,
                 **look_at(layer)._asdict(),
-                **(against[path]._asdict() if path in against else {}),
+                **(_given(against[path]) if path in against else {}),
             }
             progress.advance(bar)
     size = adapters.reader.path.stat().st_size
     return {"format": adapters.format, "bytes": size, "modules": modules}
+
+
+def _given(against: Against) -> dict[str, Any]:
+    """Return the figures beside a base; only a quantised weight has a format."""
+    return {key: value for key, value in against._asdict().items() if value is not None}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 import sys
 from collections import Counter
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from doraxp._terminal.figures import write_json
-from doraxp._terminal.messages import output_that_may_fail, print_error, print_warning
+from doraxp._terminal.messages import output_that_may_fail, print_error
 from doraxp._terminal.module_table import Column, print_modules
 from doraxp._terminal.progress import progress_by_bytes
 from doraxp._terminal.tables import plain_console, print_caption, print_names
@@ -30,6 +29,7 @@ from doraxp.cli._arguments import (
     output,
 )
 from doraxp.cli._cluster import cluster
+from doraxp.cli._merge_warnings import warn_of_changes, warn_of_norms, warn_of_traps
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,7 +45,7 @@ _PLANNED = (
     Column("kind", "stored as"),
     Column("update", "update"),
     Column("quantised", "in BASE"),
-    Column("written", "dtype"),
+    Column("dtype", "dtype"),
     Column("rank", "rank"),
     Column("s", "s"),
 )
@@ -64,14 +64,12 @@ _CAPTION = (
     "kept: the part of the update that the dtype of OUT stores, the least of a kind."
 )
 _QUANTISED = "cosine: of the update and of the change that is stored, with the noise of quantising."
-_QUANTISED_NAME = re.compile(r"-bnb-[48]bit$", re.IGNORECASE)
-"""The end of the name of a model that bitsandbytes has quantised."""
 _FATES = {
     "copied": "copied as they are",
     "dense": "dense in OUT",
     "requantised": "quantised again",
 }
-"""What becomes of quantised weights."""
+"""The words for each fate of a quantised weight."""
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -174,8 +172,8 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.targets,
         )
         merge = plan_merge(arguments.base, adapters, options, **fit_of(arguments))
-        _warn_of_traps(merge)
-        _warn_of_norms(merge)
+        warn_of_traps(merge)
+        warn_of_norms(merge)
         changes: Mapping[str, Change] = {}
         if arguments.dry_run:
             check_target(merge, arguments.out, force=arguments.force)
@@ -184,64 +182,13 @@ def run(arguments: argparse.Namespace) -> int:
         figures = _figures(merge, changes)
         with output_that_may_fail("doraxp merge"):
             _print_figures(merge, figures, arguments)
-        _warn_of_changes(changes)
+        warn_of_changes(changes)
         if arguments.json is not None:
             write_json(arguments.json, _report(merge, figures, arguments))
     except (ValueError, OSError) as error:
         print_error("doraxp merge", error)
         return 2
     return 0
-
-
-def _warn_of_traps(merge: Merge) -> None:
-    if merge.unused:
-        _warn(
-            f"{len(merge.unused)} modules of ADAPTER are for another part of the model than BASE, "
-            f"{merge.unused[0]} the first: merge them into that part"
-        )
-    if merge.changes_unknown_tie():
-        _warn(
-            "BASE has no config.json, and no head beside the embeddings that the adapter changes: "
-            "if its head is tied to them, give the folder of the model"
-        )
-    unknown = merge.unknown_base()
-    if unknown is not None:
-        _warn(
-            "the magnitudes do not tell whether BASE is the residual base of "
-            f"{unknown}: --base-is-residual says so, and OUT is wrong with "
-            "another base"
-        )
-    for adapters in merge.adapters:
-        if _QUANTISED_NAME.search(adapters.base_name) and not merge.fates:
-            _warn(
-                f"ADAPTER was trained on {adapters.base_name}, a quantised copy of a model: its m "
-                "and its update make up for the rounding of that copy, and BASE is not quantised. "
-                "OUT differs from the trained model by that rounding"
-            )
-    for name, known in merge.tokenizers_apart().items():
-        _warn(
-            f"OUT has BASE's {name}, and not the other one of ADAPTER"
-            if known
-            else f"OUT has no {name}, and ADAPTER has one"
-        )
-
-
-def _warn_of_norms(merge: Merge) -> None:
-    """Warn of a base whose norms show that the adapter was not made for it as it is."""
-    from doraxp.checkpoint import sample_norms
-
-    sample = sample_norms(merge)
-    if sample.equal:
-        _warn(
-            f"in {len(sample.equal)} of {sample.modules} modules, {sample.equal[0]} the first, the "
-            "rows of BASE have the norms m of the adapter: either this adapter has been merged "
-            "into BASE before, or its magnitude was hardly trained"
-        )
-    if sample.fresh_and_unequal:
-        _warn(
-            "the adapter has B = 0 and norms m that BASE does not have, so it is not a fresh "
-            f"adapter of BASE: {', '.join(sample.fresh_and_unequal)}"
-        )
 
 
 def _merge(merge: Merge, arguments: argparse.Namespace) -> dict[str, Change]:
@@ -275,7 +222,12 @@ def _print_figures(
     """Print the plan, or the changes and the state of OUT."""
     console = plain_console()
     columns = _PLANNED if arguments.dry_run else _CHANGES
-    print_modules("tensor", figures, columns, console, every=arguments.all)
+    # In place of the same format again, for a narrow table.
+    rows = {
+        name: {**row, "dtype": "same"} if row.get("quantised") == row["dtype"] else row
+        for name, row in figures.items()
+    }
+    print_modules("tensor", rows, columns, console, every=arguments.all)
     if not arguments.dry_run:
         has_cosine = any(row.get("cosine") is not None for row in figures.values())
         print_caption(f"{_CAPTION} {_QUANTISED}" if has_cosine else _CAPTION, console)
@@ -287,7 +239,7 @@ def _print_figures(
 
 def _figures(merge: Merge, changes: Mapping[str, Change]) -> dict[str, dict[str, Any]]:
     """Return the figures of each tensor that changes, by name."""
-    from doraxp.checkpoint import MergedTensor, SummedTensor, quantised_in
+    from doraxp.checkpoint import MergedTensor, SummedTensor, quantised_as
 
     figures: dict[str, dict[str, Any]] = {}
     for name, part, entry in merge.changed_parts():
@@ -303,13 +255,12 @@ def _figures(merge: Merge, changes: Mapping[str, Change]) -> dict[str, dict[str,
                     for one in part.terms
                 ],
             }
-        weight = quantised_in(part.source)
-        if weight is not None:
-            row["quantised"] = weight.quantisation.label
+        before = quantised_as(part.source)
+        if before is not None:
+            row["quantised"] = before
         change = changes[name]._asdict() if name in changes else {}
         stored = dict(zip(("dtype", "shape", "bytes"), entry, strict=True))
-        is_same = entry.dtype == row.get("quantised")
-        figures[name] = row | stored | change | {"written": "same" if is_same else entry.dtype}
+        figures[name] = row | stored | change
     return figures
 
 
@@ -387,39 +338,3 @@ def _named(merge: Merge) -> str:
         for adapters, strength in zip(merge.adapters, strengths, strict=True)
     ]
     return " + ".join(names)
-
-
-def _warn_of_changes(changes: Mapping[str, Change]) -> None:
-    idle = [name for name, change in changes.items() if change.is_idle]
-    if idle:
-        _warn(f"the adapter changes nothing in {', '.join(idle)}")
-    drowned = {name: one.cosine for name, one in changes.items() if one.is_drowned}
-    if drowned:
-        worst = min(drowned, key=lambda name: drowned[name] or 0.0)
-        _warn(
-            f"quantising again lost the update in {len(drowned)} of {len(changes)} tensors; "
-            f"{worst} moved with a cosine of {drowned[worst]:.2f} to it: --targets bf16 keeps them "
-            "dense"
-        )
-    _warn_of_loss(
-        {
-            name: change.kept
-            for name, change in changes.items()
-            if change.is_lost and not change.is_drowned
-        }
-    )
-
-
-def _warn_of_loss(kept: Mapping[str, float]) -> None:
-    """Warn of an update that rounding took back in part, and name the options that keep it."""
-    if kept:
-        worst = min(kept, key=kept.__getitem__)
-        _warn(
-            f"rounding lost part of the update in {len(kept)} tensors; {worst} kept "
-            f"{kept[worst]:.2f} of it: --dtype float32 keeps all of it, --rounding stochastic "
-            "keeps it in the mean"
-        )
-
-
-def _warn(message: str) -> None:
-    print_warning("doraxp merge", message)

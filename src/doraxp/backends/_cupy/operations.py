@@ -20,6 +20,7 @@ from doraxp._base.types import (
     DType,
     Namespace,
     Reduce,
+    RowWeight,
 )
 from doraxp.backends._cupy.adamw import adamw
 from doraxp.backends._cupy.arrays import LOW, DeviceArray, dtype_name, name_of
@@ -31,9 +32,11 @@ from doraxp.backends._cupy.patches import Patches
 from doraxp.backends._cupy.products import Products
 from doraxp.backends._cupy.skinny import Skinny
 from doraxp.backends._cupy.suspects import Suspects, laid
+from doraxp.backends._cupy.unpack import unpack
 from doraxp.backends._direction import Direction, Factors
 from doraxp.backends._dtypes import as_dtype, transpose
 from doraxp.backends._generic import CANCELLATION, LayerGradients, Norm, Operations, least_sum
+from doraxp.backends._packed import Packed
 from doraxp.backends._precision import is_exact
 
 MEASURED = 64
@@ -41,6 +44,8 @@ MEASURED = 64
 NORMED = 64
 """The largest rank for which one launch makes s B and A Aᵀ, and another n. Beyond, products do: a
 block of `prepare_adapter` reads 8 rows of A for 16 numbers of A Aᵀ."""
+ROW_BYTES = 1 << 25
+"""Bytes of a block of rows of a weight that is given by rows."""
 NEEDED = 80
 """Ten times the compute capability that the kernels need. It is the first with bfloat16."""
 
@@ -111,6 +116,18 @@ class CupyOperations(Operations):
     def accumulate(self, total: Consumed, left: DeviceArray, right: DeviceArray) -> DeviceArray:
         """Return total ← total + left right: BLAS adds while it multiplies."""
         return self.products.multiply(left, right, total.dtype, out=total, beta=1.0)
+
+    def block_size(self, weight: RowWeight, tokens: int) -> int:
+        """Return the numbers of 32 MiB: each block takes the launches of a step."""
+        return ROW_BYTES // int(np.dtype(weight.dtype).itemsize)
+
+    def unpacked(
+        self, packed: Packed, rows: slice, buffer: DeviceArray | None = None
+    ) -> DeviceArray:
+        """Return some rows of a packed weight by one launch, in `buffer`."""
+        if np.dtype(packed.dtype) == np.float64:
+            return super().unpacked(packed, rows)
+        return unpack(self.cuda, self.xp, packed, rows, buffer)
 
     def gradients(
         self, d: DeviceArray, x: DeviceArray, low: DeviceArray, z: DeviceArray, norm: Norm,

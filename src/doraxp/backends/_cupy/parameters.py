@@ -35,7 +35,7 @@ ConstVoid: TypeAlias = Annotated[Array, "const void*"]
 """An array of storage_t or of compute_t: an `int` beside it says which."""
 Void: TypeAlias = Annotated[Array, "void*"]
 ConstMarks: TypeAlias = Annotated[Array, "const unsigned char*"]
-"""An array of bool."""
+"""An array of bool, or of uint8."""
 Marks: TypeAlias = Annotated[Array, "unsigned char*"]
 ConstInts: TypeAlias = Annotated[Array, "const int*"]
 Ints: TypeAlias = Annotated[Array, "int*"]

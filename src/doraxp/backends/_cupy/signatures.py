@@ -447,6 +447,23 @@ class Adamw(NamedTuple):
     correct2: Number
 
 
+class Unpack(NamedTuple):
+    """Numbers of a packed weight."""
+
+    codes: ConstMarks
+    table: ConstCompute
+    scale: ConstCompute
+    bias: ConstCompute | None
+    result: Storage
+    first: Index
+    size: Index
+    inner: Index
+    shift: Int
+    height: Index
+    width: Index
+    across: Index
+
+
 _DECLARED: tuple[type[tuple[Any, ...]], ...] = (
     Project,
     Pull,
@@ -471,6 +488,7 @@ _DECLARED: tuple[type[tuple[Any, ...]], ...] = (
     Squares,
     MergeWide,
     Adamw,
+    Unpack,
 )
 KERNELS = {kernel_name(declared): declared for declared in _DECLARED}
 """The declarations by the names of the kernels, in the order of the source."""

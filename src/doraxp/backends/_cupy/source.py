@@ -17,6 +17,7 @@ FILES = (
     "parts",
     "merge",
     "adamw",
+    "unpack",
 )
 """The files of `kernels/`, in the order in which one source is made of them."""
 SOURCE = "\n".join(

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from doraxp._base.safetensors import Tensor
-from doraxp.checkpoint._quantised import bitsandbytes, compressed_tensors, fp8
+from doraxp.checkpoint._quantised import (
+    bitsandbytes_4bit,
+    bitsandbytes_int8,
+    compressed_tensors,
+    fp8,
+    mlx,
+    mxfp4,
+    refused,
+)
 from doraxp.checkpoint._quantised.protocol import (
     Fetch,
+    Found,
     Quantisation,
     QuantisedFormat,
     Refused,
     Settings,
 )
 
-FORMATS: tuple[QuantisedFormat, ...] = (fp8, bitsandbytes, compressed_tensors)
+FORMATS: tuple[QuantisedFormat, ...] = (
+    fp8,
+    bitsandbytes_4bit,
+    bitsandbytes_int8,
+    compressed_tensors,
+    mlx,
+    mxfp4,
+)
 """The formats whose weights can be merged into."""
 
 
@@ -38,10 +54,20 @@ def find(
         The keys are the names that the weights would have if they were not quantised.
     """
     found: dict[str, Quantisation | Refused] = {}
+    rest = dict(tensors)
     for one in FORMATS:
-        for name, how in one.find(tensors, settings, fetch):
-            if name in found:
-                msg = f"two formats claim {name}"
-                raise AssertionError(msg)
-            found[name] = how
+        _add(found, one.find(tensors, settings, fetch))
+    for how in found.values():
+        for name in how.tensors:
+            rest.pop(name, None)
+    _add(found, refused.find(rest, settings, fetch))
     return found
+
+
+def _add(found: dict[str, Quantisation | Refused], more: Iterable[Found]) -> None:
+    """Add weights, and refuse those that were found before."""
+    for name, how in more:
+        if name in found:
+            both = tuple(dict.fromkeys(found[name].tensors + how.tensors))
+            how = Refused(both, f"is quantised in two ways, by the names of its tensors: {both}")
+        found[name] = how

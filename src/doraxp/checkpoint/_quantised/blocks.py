@@ -34,10 +34,11 @@ class Blocks:
 
     @property
     def step(self) -> int:
-        """The rows of a block; of a stack, those of one entry along its first axis."""
-        if len(self.shape) > 2:
-            return max(math.prod(self.shape[1:-1]), 1)
-        return self.size[0] if self.passes == 1 else 1
+        """The fewest rows that have whole blocks, also where the matrices of a stack follow."""
+        if self.passes == 2:
+            return 1
+        rows = self.shape[-2]
+        return self.size[0] if len(self.shape) == 2 or rows % self.size[0] == 0 else rows
 
     @property
     def passes(self) -> int:
@@ -45,15 +46,15 @@ class Blocks:
         return 2 if len(self.shape) == 2 and self.grid[0] == 1 else 1
 
     def words(self) -> str:
-        """The blocks in words: "groups of 32"."""
+        """The blocks for tables: "32" columns, "16×16", "rows", or the whole "tensor"."""
         height, width = self.size
         if math.prod(self.grid) == 1:
-            return "one scale"
+            return "tensor"
         if self.grid[-2:] == (1, 1):
-            return "one scale a matrix"
+            return "matrix"
         if height > 1:
-            return f"blocks of {height} × {width}"
-        return "rows" if self.grid[-1] == 1 else f"groups of {width}"
+            return f"{height}×{width}"
+        return "rows" if self.grid[-1] == 1 else f"{width}"
 
     def lines(self, rows: slice) -> HostArray:
         """Return the line of each row."""

@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from doraxp._base.types import HostArray
+from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._quantised.protocol import Fetch
 from doraxp.checkpoint._safetensors import RAW, Empty
 
@@ -43,6 +44,12 @@ def powers() -> HostArray:
     return patterns.view(np.float32)
 
 
+@functools.cache
+def fp4_pairs() -> HostArray:
+    """Return the two numbers of every byte in e2m1, the low half first, for `halves`."""
+    return pairs(fp4_numbers(), high_first=False)
+
+
 def fp4_numbers() -> HostArray:
     """Return the number of every code of e2m1, float32."""
     return np.concatenate([FP4, -FP4])
@@ -53,10 +60,7 @@ def pairs(numbers: HostArray, high_first: bool) -> HostArray:
 
     `numbers` are those of the 16 codes.
     """
-    byte = np.arange(256)
-    order = (byte >> 4, byte & 15) if high_first else (byte & 15, byte >> 4)
-    both = np.stack([numbers.astype(np.float32)[code] for code in order], axis=-1)
-    return both.view(np.uint64)[:, 0]
+    return byte_table(numbers, 4, high_first).view(np.uint64)[:, 0]
 
 
 def bytes_to(numbers: HostArray, codes: HostArray, out: HostArray | None = None) -> HostArray:
@@ -73,6 +77,43 @@ def halves(table: HostArray, codes: HostArray) -> HostArray:
     return out
 
 
+def unpack(packed: HostArray, bits: int) -> HostArray:
+    """Return the codes in bytes (rows, n) as float32 numbers, (rows, 8·n / bits); low bits first.
+
+    8 codes must fill whole bytes.
+    """
+    if bits == 8:
+        return packed.astype(np.float32)
+    if bits == 4:
+        return halves(_plain_pairs(), packed)
+    groups = packed.reshape(-1, bits)
+    codes = np.empty((len(groups), 8), np.uint8)
+    for code in range(8):
+        byte, shift = divmod(code * bits, 8)
+        column = groups[:, byte] >> shift
+        if shift + bits > 8:
+            column |= groups[:, byte + 1] << (8 - shift)
+        np.bitwise_and(column, (1 << bits) - 1, out=codes[:, code])
+    return codes.reshape(len(packed), -1).astype(np.float32)
+
+
+def pack(codes: HostArray, bits: int) -> HostArray:
+    """Return the bytes of rows of codes, uint8; the inverse of `unpack`."""
+    groups = codes.reshape(-1, 8)
+    packed = np.zeros((len(groups), bits), np.uint8)
+    for code in range(8):
+        byte, shift = divmod(code * bits, 8)
+        packed[:, byte] |= groups[:, code] << shift
+        if shift + bits > 8:
+            packed[:, byte + 1] |= groups[:, code] >> (8 - shift)
+    return packed.reshape(len(codes), -1)
+
+
+@functools.cache
+def _plain_pairs() -> HostArray:
+    return pairs(np.arange(16), high_first=False)
+
+
 def by_group(operation: np.ufunc, values: HostArray, numbers: HostArray, group: int) -> None:
     """Apply an operation to values (rows, columns) in place, with a number for each `group`.
 
@@ -81,9 +122,21 @@ def by_group(operation: np.ufunc, values: HostArray, numbers: HostArray, group: 
     rows, columns = values.shape
     whole = columns // group
     grouped = values[:, : whole * group].reshape(rows, whole, group)  # a view
-    operation(grouped, numbers[:, :whole, None], out=grouped)
     rest = values[:, whole * group :]
-    operation(rest, numbers[:, whole:], out=rest)
+    with np.errstate(over="ignore", invalid="ignore"):  # infinity, as in the format's own reader
+        operation(grouped, numbers[:, :whole, None], out=grouped)
+        operation(rest, numbers[:, whole:], out=rest)
+
+
+def byte_table(numbers: HostArray, bits: int, high_first: bool = False) -> HostArray:
+    """Return the float32 numbers of every byte that has 8 / bits codes, (256, 8 / bits).
+
+    `numbers` are those of the codes of so many bits.
+    """
+    places = np.arange(0, 8, bits)[:: -1 if high_first else 1]
+    codes = np.arange(256)[:, None] >> places & (1 << bits) - 1
+    table: HostArray = numbers.astype(np.float32)[codes]
+    return np.ascontiguousarray(table)
 
 
 def multiply(values: HostArray, scale: HostArray, group: int) -> None:
@@ -111,6 +164,17 @@ def rounded(values: HostArray, dtype: str, empty: Empty) -> HostArray:
     return out
 
 
+def mx_scales(largest: HostArray, top: float) -> HostArray:
+    """Return the bytes of the least powers of 2 with which no number is above `top`, int64.
+
+    `largest` has the largest number of each group.
+    """
+    part, exponent = np.frexp(largest / np.float32(top))
+    exponent = np.where(part == 0.5, exponent - 1, exponent)  # the logarithm, rounded up
+    scales: HostArray = np.where(largest == 0, 0, np.clip(exponent, -127, 127)) + 127
+    return scales
+
+
 @functools.cache
 def _fp8_codes() -> HostArray:
     """Return the code in e4m3 for the upper 16 bits of every float32 number."""
@@ -135,3 +199,25 @@ def _by_upper_half(table: HostArray, values: HostArray) -> HostArray:
     upper = parts[..., 1] | (parts[..., 0] != 0)
     out = np.empty(values.shape, table.dtype)
     return np.take(table, upper, out=out, mode="clip")
+
+
+def fp4(values: HostArray, ties_to_even: bool) -> HostArray:
+    """Return the nearest code in e2m1; a larger number becomes 6.
+
+    Ties go to the even code, or else to the smaller number, and then a zero has no sign.
+    """
+    size = np.abs(values)
+    bounds = (FP4[1:] + FP4[:-1]) / 2
+    codes = np.zeros(values.shape, np.uint8)
+    for lower, bound in enumerate(bounds):
+        codes += size >= bound if ties_to_even and lower % 2 else size > bound
+    is_negative = np.signbit(values)
+    if not ties_to_even:
+        is_negative &= codes > 0
+    return codes | is_negative.astype(np.uint8) << 3
+
+
+def check_finite(name: str, fetch: Fetch) -> None:
+    """Raise CheckpointError unless all scales are finite."""
+    if not np.isfinite(fetch(name).astype(np.float32)).all():
+        raise CheckpointError(f"{name}: the scales must be finite")

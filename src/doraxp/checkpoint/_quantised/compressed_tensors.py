@@ -26,6 +26,7 @@ from doraxp.checkpoint._quantised.blocks import Blocks
 from doraxp.checkpoint._quantised.codes import (
     FP8_MAX,
     by_group,
+    byte_table,
     bytes_to,
     fp8,
     fp8_numbers,
@@ -37,11 +38,13 @@ from doraxp.checkpoint._quantised.codes import (
 from doraxp.checkpoint._quantised.protocol import (
     Fetch,
     Found,
+    Packed,
     Quantised,
     Refused,
     Settings,
     UnfitError,
 )
+from doraxp.checkpoint._quantised.refused import ADVICE
 from doraxp.checkpoint._safetensors import RAW, Empty
 
 SCALE = ".weight_scale"
@@ -88,8 +91,7 @@ def _how(
     zero = tensors.get(f"{module}.weight_zero_point")
     if f"{module}.weight_g_idx" in tensors:
         raise UnfitError(
-            "its columns are in the order of their activations (actorder): merge into the 16-bit "
-            "model from which it was quantised"
+            f"its columns are in the order of their activations (actorder), so it {ADVICE}"
         )
     if len(main.shape) != 2:
         raise UnfitError(f"{there[0]} has the shape {main.shape} and must have two axes")
@@ -189,8 +191,8 @@ class Weight:
     @property
     def label(self) -> str:
         """The format and its groups."""
-        zero = ", zero points" if self.zero else ""
-        return f"{METHOD} {self.kind}, {self.blocks.words()}{zero}"
+        zero = " zero" if self.zero else ""
+        return f"CT {self.kind} {self.blocks.words()}{zero}"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -289,6 +291,29 @@ class Weight:
         if self.bits == 4:
             padded = padded[:, ::2] | padded[:, 1::2] << 4
         return padded.view(np.int32)
+
+    def packed(self, fetch: Fetch) -> Packed:
+        """Return the codes, and scales and zero points of each block; −zero · scale is the bias."""
+        scales = fetch(self.name("scale")).astype(np.float32).reshape(self.blocks.grid)
+        bias = None
+        if self.zero is not None:
+            zero = fetch(self.name("zero_point"))
+            if self.is_packed:
+                zero = self._unpack(zero.T)[:, : self.blocks.grid[0]].T
+            bias = -zero.astype(np.float32).reshape(scales.shape) * scales
+        codes = fetch(self.tensors[0])
+        if self.kind == "FP8":
+            return Packed(codes, fp8_numbers()[:, None], scales, self.blocks.size, bias)
+        if not self.is_packed:
+            table = np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32)[:, None]
+            return Packed(codes.view(np.uint8), table, scales, self.blocks.size, bias)
+        octets = np.ascontiguousarray(codes).view(np.uint8)
+        each = 8 // self.bits
+        if self.shape[1] % each:
+            raise CheckpointError(f"{self.tensors[0]}: the last byte of a row is not full")
+        numbers = np.arange(1 << self.bits) - (1 << self.bits - 1)
+        table = byte_table(numbers, self.bits)
+        return Packed(octets[:, : self.shape[1] // each], table, scales, self.blocks.size, bias)
 
     def quantiser(self, fetch: Fetch) -> Quantiser:
         """Return a quantiser with the arithmetic of compressed-tensors."""

@@ -33,7 +33,8 @@ from doraxp.checkpoint._quantised.codes import (
     powers,
     rounded,
 )
-from doraxp.checkpoint._quantised.protocol import Fetch, Found, Quantised, Refused, Settings
+from doraxp.checkpoint._quantised.protocol import Fetch, Found, Packed, Quantised, Refused, Settings
+from doraxp.checkpoint._quantised.refused import ADVICE
 from doraxp.checkpoint._safetensors import RAW, Empty
 
 SUFFIX = "_scale_inv"
@@ -56,17 +57,17 @@ def find(tensors: Mapping[str, Tensor], settings: Settings, fetch: Fetch) -> Ite
 def _how(name: str, scale: str, tensors: Mapping[str, Tensor], settings: Settings) -> Fp8 | Refused:
     """Return how a weight is stored."""
     both, weight, entry = (name, scale), tensors[name], tensors[scale]
-    if weight.dtype != "F8_E4M3" or len(weight.shape) < 2:
-        return Refused(
-            both,
-            f"is quantised ({weight.dtype} of shape {weight.shape} with FP8 scales) and cannot be "
-            "merged into: merge into a copy of the model in 16 bits",
-        )
+    if weight.dtype != "F8_E4M3" or len(weight.shape) < 2 or 0 in weight.shape:
+        kind = f"{weight.dtype} of shape {weight.shape} with the scales of FP8"
+        if weight.dtype in ("I8", "U8"):
+            kind = "FP4, two codes a byte"
+        return Refused(both, f"is quantised ({kind}) and {ADVICE}")
     if entry.dtype not in _POWERS + _FLOATS:
         return Refused(both, f"is quantised (FP8), but its scales have the dtype {entry.dtype}")
     rows, columns = weight.shape[-2:]
-    if settings.entries:
-        block = _declared(settings.entries.get("weight_block_size", [128, 128]), rows, columns)
+    words = settings.entries
+    if "weight_block_size" in words or words.get("quant_method") == "fp8":
+        block = _declared(words.get("weight_block_size", [128, 128]), rows, columns)
         if block is None:
             return Refused(
                 both, "is quantised (FP8), but weight_block_size in config.json is not two sizes"
@@ -89,7 +90,7 @@ def _how(name: str, scale: str, tensors: Mapping[str, Tensor], settings: Setting
 def _declared(value: object, rows: int, columns: int) -> tuple[int, int] | None:
     """Return the block that config.json declares; None where its words are not a block."""
     if value is None:
-        return max(rows, 1), max(columns, 1)
+        return rows, columns
     if not (isinstance(value, list) and len(value) == 2):
         return None
     if not all(type(size) is int and 0 < size < 1 << 32 for size in value):
@@ -104,13 +105,13 @@ def _derived(grid: tuple[int, ...], rows: int, columns: int) -> tuple[int, int] 
     of 2.
     """
     if len(grid) < 2:
-        return max(rows, 1), max(columns, 1)
+        return rows, columns
     block = []
     for side, parts in zip((rows, columns), grid[-2:], strict=True):
         if parts < 1 or side % parts:
             return None
         size = side // parts
-        if size == 0 or (parts > 1 and size & (size - 1)):
+        if parts > 1 and size & (size - 1):
             return None
         block.append(size)
     return block[0], block[1]
@@ -129,7 +130,7 @@ class Fp8:
     @property
     def label(self) -> str:
         """The format and its blocks."""
-        return f"FP8, {self.blocks.words()}"
+        return f"FP8 {self.blocks.words()}"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -157,6 +158,13 @@ class Fp8:
         name, scale = self.tensors
         codes = flat_rows(name, self.shape, rows, fetch)
         return self.product(codes, fetch(scale), rows, empty)
+
+    def packed(self, fetch: Fetch) -> Packed:
+        """Return the codes, and a scale for each block."""
+        codes, scale = (fetch(name) for name in self.tensors)
+        table = fp8_numbers()[:, None]
+        scales = self._numbers(scale).reshape(self.blocks.grid)
+        return Packed(codes, table, scales, self.blocks.size)
 
     def quantiser(self, fetch: Fetch) -> Fp8Quantiser:
         """Return a quantiser with the arithmetic of transformers."""
@@ -203,7 +211,7 @@ class Fp8Quantiser:
         multiply(scaled, factors[blocks.lines(rows) - part.start], blocks.size[1])
         codes = fp8(scaled)
         back = how.product(codes, self._stored, rows, np.empty)
-        return Quantised(codes.reshape(-1, *how.shape[1:]), back)
+        return Quantised(codes, back)
 
     def rest(self) -> dict[str, HostArray]:
         """Return the scales."""

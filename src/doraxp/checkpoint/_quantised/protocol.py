@@ -35,10 +35,20 @@ class Quantised(NamedTuple):
     """Some rows of a weight, quantised."""
 
     stored: HostArray
-    """Of the main tensor: the rows along its first axis that are complete by now and were not
-    returned before."""
+    """The next numbers of the main tensor, in its order: those that are complete by now. Their
+    shape does not matter."""
     weight: HostArray
     """The rows as the format's own reader will return them."""
+
+
+class Packed(NamedTuple):
+    """The arrays of a weight in memory, as `doraxp.QuantisedWeight` takes them."""
+
+    codes: HostArray
+    table: HostArray
+    scale: HostArray
+    group: tuple[int, int] | int
+    bias: HostArray | None = None
 
 
 class Quantiser(Protocol):
@@ -65,7 +75,7 @@ class Quantisation(Protocol):
 
     @property
     def label(self) -> str:
-        """The format and its groups, for tables: "nf4, groups of 64"."""
+        """The format and its groups, for tables: "nf4 64"."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -85,13 +95,16 @@ class Quantisation(Protocol):
 
     @property
     def resolution(self) -> float:
-        """The largest error of a number that is quantised ÷ the largest number of its group."""
+        """The largest error of a number ÷ the largest number of its group, both as stored."""
 
     def check(self, fetch: Fetch) -> None:
         """Raise CheckpointError where values on disk break a rule of the format."""
 
     def dequantise(self, rows: slice, fetch: Fetch, empty: Empty) -> HostArray:
         """Return some rows of the weight, in its dtype, in an array that `empty` allocates."""
+
+    def packed(self, fetch: Fetch) -> Packed:
+        """Return all of a matrix, still packed; CheckpointError where it is not a matrix."""
 
     def quantiser(self, fetch: Fetch) -> Quantiser:
         """Return a quantiser that gives tensors of the same shapes and dtypes."""

@@ -108,8 +108,14 @@ def quantised_in(source: AnySource) -> QuantisedReader | None:
     return source.reader if isinstance(source.reader, QuantisedReader) else None
 
 
+def quantised_as(source: AnySource) -> str | None:
+    """Return how a tensor of a model is quantised, such as "nf4 64"; None for a dense one."""
+    weight = quantised_in(source)
+    return None if weight is None else weight.quantisation.label
+
+
 class _Fetch:
-    """Reads tensors on disk. An expert's codes that one block of rows took serve the next one."""
+    """Reads tensors on disk. The experts that one block of rows took serve the next one."""
 
     _last = threading.local()
 
@@ -120,10 +126,10 @@ class _Fetch:
         source = self._sources[name]
         if rows is None or len(source.tensor.shape) < 3:
             return source.read(rows)
-        key = (source.reader, name, rows.start, rows.stop)
-        if getattr(self._last, "key", None) != key:
-            self._last.array, self._last.key = None, None  # before the next one takes memory
-            self._last.array = source.read(rows)
-            self._last.key = key
-        array: HostArray = self._last.array
-        return array
+        if getattr(self._last, "sources", None) is not self._sources:
+            self._last.sources, self._last.arrays = self._sources, {}
+        arrays: dict[str, tuple[slice, HostArray]] = self._last.arrays
+        if name not in arrays or arrays[name][0] != rows:
+            arrays.pop(name, None)  # before the next one takes memory
+            arrays[name] = rows, source.read(rows)
+        return arrays[name][1]

@@ -13,7 +13,7 @@ _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 def settings_of(config: JsonObject) -> Settings:
-    """Return what a configuration says of the quantisation."""
+    """Return the words of a configuration about its quantisation."""
     parts = [config, *(part for key in PARTS if isinstance(part := config.get(key), dict))]
     entries = (part[key] for part in parts for key in KEYS if isinstance(part.get(key), dict))
     words = (part.get(key) for part in parts for key in ("dtype", "torch_dtype"))
