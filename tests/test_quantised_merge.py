@@ -431,6 +431,13 @@ def test_the_modules_that_a_configuration_must_name(words, left):
     assert undeclared({"quantization_config": entries}, modules) == left
 
 
+def test_compressed_tensors_compares_full_names():
+    entries = {"quant_method": "compressed-tensors", "ignore": ["lm_head", "layers.0.gate"]}
+    modules = ["model.layers.0.gate", "lm_head", "model.lm_head"]
+    left = undeclared({"quantization_config": entries}, modules)
+    assert left == ["model.layers.0.gate", "model.lm_head"]
+
+
 def test_words_that_are_there_stay():
     config = {"quantization_config": {"quant_method": "fp8", "modules_to_not_convert": ["lm_head"]}}
     names = declared(config, ["a", "lm_head"])["quantization_config"]["modules_to_not_convert"]

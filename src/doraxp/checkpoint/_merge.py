@@ -40,8 +40,8 @@ from doraxp.checkpoint._tasks import (
 from doraxp.checkpoint._tied import is_embedding, is_head, tied_head
 from doraxp.checkpoint._written import (
     Fate,
+    by_width,
     fates_of,
-    in_order,
     unloadable,
     with_dense,
     written_tasks,
@@ -167,7 +167,10 @@ class Merge(NamedTuple):
         prefix = self.model.prefix(shard)
         names = [prefix + name for name in self.model.shards[shard].tensors]
         written = written_tasks(names, self.model, self.tasks, self.lead, self.fates)
-        written = in_order(written, (f"{self.lead}{name}" for name in names), self.options)
+        weights = (self.model.weight_of.get(name) for name in names)
+        is_dense = any(one is not None and self.fates[one.name] == "dense" for one in weights)
+        if is_dense or list(written) != [f"{self.lead}{name}" for name in names]:
+            written = by_width(written, self.options)
         written |= {name: self.tasks[name] for name in self.added if self.model.home(name) == shard}
         return {name.removeprefix(prefix): task for name, task in written.items()}
 

@@ -21,7 +21,6 @@ from doraxp.checkpoint._config_edits import ConfigEdits
 from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._options import Options
 from doraxp.checkpoint._quantised.declared import undeclared
-from doraxp.checkpoint._quantised.reader import quantised_in
 from doraxp.checkpoint._safetensors import RAW
 from doraxp.checkpoint._tasks import (
     CopiedTensor,
@@ -150,22 +149,11 @@ def written_tasks(
     return written
 
 
-def in_order(
-    tasks: Mapping[str, WrittenTask], names: Iterable[str], options: Options
-) -> dict[str, WrittenTask]:
-    """Return the tasks of a file in the order of its tensors.
+def by_width(tasks: Mapping[str, WrittenTask], options: Options) -> dict[str, WrittenTask]:
+    """Return the tasks of a file with the wider dtypes first, else in their order.
 
-    It is that of the base's `names` if the file has the same tensors. Where a quantised weight
-    becomes a dense one, or takes its scales from another file, the wider dtypes come first. So each
-    tensor begins at a multiple of the size of its numbers.
+    So each tensor begins at a multiple of the size of its numbers.
     """
-    is_dense = any(
-        not isinstance(task, RequantisedTensor | ScalesTensor)
-        and quantised_in(task.source) is not None
-        for task in tasks.values()
-    )
-    if list(tasks) == list(names) and not is_dense:
-        return dict(tasks)
     dtypes = {name: RAW.get(written_as(task, options).dtype) for name, task in tasks.items()}
     sizes = {name: dtype.itemsize if dtype else 1 for name, dtype in dtypes.items()}
     return dict(sorted(tasks.items(), key=lambda item: -sizes[item[0]]))

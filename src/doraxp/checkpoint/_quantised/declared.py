@@ -42,18 +42,21 @@ def undeclared(config: JsonObject, modules: Sequence[str]) -> list[str]:
     are not tried, because they may run for ever; a module that is named twice does no harm.
     """
     found = dict(_places(config))
-    words: list[str] = []
+    named: set[str] = set()
     for entries in found.values():
         method = str(entries.get("quant_method"))
         key = _LISTS.get(method)
         if key is None or method == "mxfp4":
             return []  # mlx-lm looks for scales, and MXFP4 has experts alone
         value = entries.get(key)
-        words += map(str, value) if isinstance(value, list) else ["lm_head"]
-    return [name for name in modules if found and not _is_named(name, words)]
+        words = [str(one) for one in value] if isinstance(value, list) else ["lm_head"]
+        named |= {name for name in modules if _is_named(name, words, method)}
+    return [name for name in modules if found and name not in named]
 
 
-def _is_named(name: str, words: Sequence[str]) -> bool:
+def _is_named(name: str, words: Sequence[str], method: str) -> bool:
+    if method == "compressed-tensors":
+        return name in words
     return any(name.endswith(word) or name.startswith(f"{word}.") for word in words)
 
 

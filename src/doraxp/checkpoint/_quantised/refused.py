@@ -76,7 +76,7 @@ def _tensors(weight: str, codes: str, tensors: Mapping[str, Tensor]) -> tuple[st
 
 
 def _problem(name: str, tensors: Mapping[str, Tensor], method: object) -> tuple[str, str]:
-    """Return the weight of which a tensor has the codes, and its problem; "" if there is none."""
+    """Return the name of the weight that a tensor belongs to, and its problem; "" without one."""
     for layout in _LAYOUTS:
         module = name.removesuffix(f".{layout.codes}")
         if module == name or (layout.beside and f"{module}.{layout.beside}" not in tensors):
