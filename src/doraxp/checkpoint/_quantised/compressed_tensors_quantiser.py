@@ -7,17 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from doraxp._base.types import HostArray
-from doraxp.checkpoint._quantised.codes import (
-    FP8_MAX,
-    by_group,
-    fp8,
-)
-from doraxp.checkpoint._quantised.protocol import (
-    Quantised,
-)
+from doraxp.checkpoint._quantised.codes import FP8_MAX, by_group, fp8
+from doraxp.checkpoint._quantised.protocol import Quantised
 from doraxp.checkpoint._safetensors import RAW
 
-SCALE = ".weight_scale"
 if TYPE_CHECKING:
     from doraxp.checkpoint._quantised.compressed_tensors import Weight
 
