@@ -30,6 +30,7 @@ from doraxp.checkpoint import (
     CheckpointError,
     Options,
     _model,
+    _run,
     load_quantised,
     open_model,
     plan_merge,
@@ -894,3 +895,25 @@ def test_numbers_that_the_format_cannot_store_are_refused(tmp_path, rng, capsys,
     monkeypatch.setattr(Fp8Quantiser, "quantise", wrong)
     error = refused(tmp_path, capsys, "--targets", "same")
     assert f"{ADAPTED[0]}.weight has values that its format cannot store" in error
+
+
+def test_shards_of_other_blocks_are_made_anew(tmp_path, rng, monkeypatch):
+    """Blocks of 17 rows have as many scales as those of 16, and other numbers."""
+    folder = tmp_path / "base"
+    _, weights = base(rng, "fp8", folder)
+    adapter(rng, tmp_path / "adapter", weights)
+    with monkeypatch.context() as patch:
+
+        def stop(*arguments):
+            raise OSError("stopped")
+
+        patch.setattr(_run, "copy_others", stop)
+        with pytest.raises(OSError, match="stopped"):
+            run_merge(plan_merge(folder, tmp_path / "adapter", Options()), tmp_path / "out")
+    words = {"quant_method": "fp8", "weight_block_size": [17, 16]}
+    (folder / "config.json").write_text(
+        json.dumps({"torch_dtype": "bfloat16", "quantization_config": words})
+    )
+    for out in ("out", "fresh"):
+        run_merge(plan_merge(folder, tmp_path / "adapter", Options()), tmp_path / out)
+    assert raw(tmp_path / "out") == raw(tmp_path / "fresh")

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import hashlib
 import io
 import json
 import os
@@ -103,14 +104,13 @@ def _fingerprint(merge: Merge) -> JsonObject:
     """Return everything on which a finished shard depends, in the types of JSON."""
     stamps = {reader.path: reader.stamp for reader in merge.readers}
     configs = [config_path(adapters.reader) for adapters in merge.adapters]
+    stamps |= {config: merge.stamps[config] for config in configs if config in merge.stamps}
     # The dtype and the blocks of a quantised weight may be in BASE's configuration alone.
-    own = [path for path in merge.stamps if path.name == "config.json"]
-    stamps |= {
-        config: merge.stamps[config] for config in (*configs, *own) if config in merge.stamps
-    }
+    formats = repr(sorted(merge.model.quantised.items())).encode()
     return {
         "doraxp": doraxp.__version__,
         "options": vars(merge.options),
+        "quantised": hashlib.blake2b(formats, digest_size=16).hexdigest(),
         "adapters": [[str(one.path), *one[1:]] for one in merge.given],
         "fit": json.loads(json.dumps(vars(merge.fit))),
         "files": [[str(path.resolve()), *stamp] for path, stamp in stamps.items()],
