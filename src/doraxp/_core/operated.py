@@ -2,11 +2,12 @@
 
     x, y as the operator has them       W, A, V as the layer stores its weight
     z (*stack, tokens, out)    L (*stack, tokens, rank)    B, n, g as in `doraxp._core.linear`
-    L = apply(x, A)            z = ρ⊙apply(x, W) + s L Bᵀ  y = g⊙z + bias
+    L = apply(x, A)            z = apply(x, V)             y = g⊙z + bias
 
-The formulas are those of `doraxp._core.linear` with x Wᵀ = apply(x, W), dz W = transpose(dz, W)
-and dzᵀ x = weight_gradient(dz, x). Where the direction stores rows of V, V is formed, and acts in
-place of ρ⊙W + s B A.
+The formulas are those of `doraxp._core.linear` with x Vᵀ = apply(x, V), dz V = transpose(dz, V)
+and dzᵀ x = weight_gradient(dz, x). V is formed for each call: beside the work of a convolution that
+costs little, and it takes as much memory as W. A table of ids is too large for that. Its rows are
+looked up in W and in A.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 from doraxp._base.scalars import check_kind
-from doraxp._base.types import Adapter, Array, DType, Gradients
+from doraxp._base.types import Adapter, Array, DType, Gradients, Namespace
 from doraxp._core.kinds import LayerKind
 from doraxp._core.operators import Convolution, Embedding, MatMul, Operator
 from doraxp._core.prepared import Prepared, through_norm
@@ -91,10 +92,16 @@ class Layer(NamedTuple):
         y = self.operator.apply(x, weight)
         return self.tokens(y), tuple(y.shape)
 
-    def base(self, x: Array) -> Array:
-        """Return W as the operator takes it: as it is stored for ids, else in the compute dtype."""
-        weight = self.prepared.weight
-        return weight if is_integer(x) else as_dtype(weight, self.dtype, xp=self.ops.xp)
+    def base(self) -> Array:
+        """Return W as it is stored, in the compute dtype."""
+        return as_dtype(self.prepared.weight, self.dtype, xp=self.ops.xp)
+
+    def formed(self, x: Array) -> Array | None:
+        """Return V; None where x has ids and products with the factors keep all digits."""
+        direction = self.prepared.direction
+        if is_integer(x) and isinstance(direction, Factored):
+            return None
+        return direction.dense(ops=self.ops)
 
 
 _KINDS: dict[type, tuple[str, ...]] = {
@@ -139,53 +146,54 @@ def resolved(kind: LayerKind | None, operator: Any) -> tuple[LayerKind, Operator
 def outputs(layer: Layer, x: Array, mask: Array | None, bias: Array | None) -> Operated:
     """Return y, L and z."""
     prepared, ops = layer.prepared, layer.ops
-    direction, xp = prepared.direction, ops.xp
-    _, a, scaled_b, row_scale = direction.factors
-    whole = x if is_integer(x) else as_dtype(x, layer.dtype, xp=xp)
-    dropped = whole if mask is None else as_dtype(mask, layer.dtype, xp=xp) * whole
-    seen = dropped if prepared.config.dropout == "input" else whole  # by ρ⊙W as a part of V
-    base, lora_a = layer.base(x), layer.stored(a)
-    update: tuple[Array, Array] | None
-    if isinstance(direction, Factored):
-        low, z, shape = _both(layer, dropped, seen, base)
-        update = low, scaled_b
-    else:
-        low, shape = layer.applied(dropped, lora_a)
-        z, shape = layer.applied(seen, layer.stored(direction.dense(ops=ops)))
-        row_scale = update = None
-        if seen is not dropped:  # V has seen the whole x: take the rest out of the update
-            update = low - layer.applied(seen, lora_a)[0], scaled_b
-    z, y = ops.forward_epilogue(z, row_scale, update, prepared.gain, bias)
-    if seen is not whole:
-        y = layer.applied(whole - seen, base)[0] + y
+    _, a, scaled_b, row_scale = prepared.direction.factors
+    inputs = _inputs(layer, x, mask)
+    v = layer.formed(x)
+    if v is None:
+        low, _ = layer.applied(x, layer.stored(a))
+        z, shape = layer.applied(x, prepared.weight)
+        z, y = ops.forward_epilogue(z, row_scale, (low, scaled_b), prepared.gain, bias)
+        return Operated(layer.outputs(y, shape), low, z)
+    # One call makes x Vᵀ and x Aᵀ: it reads the windows of x once.
+    both, shape = layer.applied(inputs.seen, layer.stored(_below(v, a, xp=ops.xp)))
+    z, low = both[..., : v.shape[-2]], both[..., v.shape[-2] :]
+    update = None
+    if inputs.dropped is not inputs.seen:  # V has seen x, and its part s B A must see x~
+        of_seen = low
+        low, _ = layer.applied(inputs.dropped, layer.stored(a))
+        update = low - of_seen, scaled_b
+    z, y = ops.forward_epilogue(z, None, update, prepared.gain, bias)
+    if inputs.rest is not None:
+        y = layer.applied(inputs.rest, layer.base())[0] + y
     return Operated(layer.outputs(y, shape), low, z)
 
 
-def _both(
-    layer: Layer, dropped: Array, seen: Array, base: Array
-) -> tuple[Array, Array, tuple[int, ...]]:
-    """Return apply(x~, A) and apply(x, W) by tokens, and the shape of the second's outputs.
-
-    One call makes both where W and A have one input: it reads x once. A table of ids is too large
-    to be copied beside A.
-    """
-    factors = layer.prepared.direction.factors
-    if seen is not dropped or is_integer(seen):
-        low, _ = layer.applied(dropped, layer.stored(factors.lora_a))
-        return low, *layer.applied(seen, base)
-    rank, out = factors.lora_a.shape[-2], factors.weight.shape[-2]
-    both, shape = layer.applied(seen, _beside(layer, factors.weight))
-    axis = layer.operator.channel_axis % len(shape)
-    groups = layer.kind.groups
-    shape = *shape[:axis], shape[axis] - groups * rank, *shape[axis + 1 :]
-    return both[..., out:], both[..., :out], shape
+def _below(v: Array, a: Array, *, xp: Namespace) -> Array:
+    """Return V (*stack, out, in) with A below it."""
+    return xp.concat([v, a], axis=a.ndim - 2)
 
 
-def _beside(layer: Layer, weight: Array) -> Array:
-    """Return a matrix (*stack, out, in) with A below it, as a weight of out + rank outputs."""
-    xp, a = layer.ops.xp, layer.prepared.direction.factors.lora_a
-    both = xp.concat([as_dtype(weight, layer.dtype, xp=xp), a], axis=a.ndim - 2)
-    return layer.stored(both)
+class _Inputs(NamedTuple):
+    """x as the operator takes it. Without a mask the first two are one array."""
+
+    dropped: Array
+    """x~ = mask⊙x, the input of the update s B A."""
+    seen: Array
+    """The input of ρ⊙W as a part of V: x~ for dropout "input", else x."""
+    rest: Array | None
+    """x − x~, the input of W itself for dropout "input"; else None."""
+
+
+def _inputs(layer: Layer, x: Array, mask: Array | None) -> _Inputs:
+    """Return x and x~ in the compute dtype; ids as they are."""
+    xp = layer.ops.xp
+    whole = x if is_integer(x) else as_dtype(x, layer.dtype, xp=xp)
+    if mask is None:
+        return _Inputs(whole, whole, None)
+    dropped = as_dtype(mask, layer.dtype, xp=xp) * whole
+    if layer.prepared.config.dropout == "input":
+        return _Inputs(dropped, dropped, whole - dropped)
+    return _Inputs(dropped, whole, None)
 
 
 def gradients(
@@ -194,10 +202,8 @@ def gradients(
 ) -> Gradients:  # fmt: skip
     """Return the gradients, as `doraxp.backward` does."""
     operator, kind, prepared, ops = layer
-    config, direction, xp = prepared.config, prepared.direction, ops.xp
-    scaled_b = direction.factors.scaled_b
-    d, ids = layer.tokens(dy), is_integer(x)
-    tokens, like = d.shape[-2], tuple(dy.shape)
+    config, scaled_b = prepared.config, prepared.direction.factors.scaled_b
+    d, like, tokens = layer.tokens(dy), tuple(dy.shape), z.shape[-2]
     rows, rows_b, dm, p, dbias = ops.output_gradients(
         d, z, prepared.gain, prepared.norm, scaled_b, exact=config.norm_gradient == "exact",
         with_bias=with_bias,
@@ -208,23 +214,22 @@ def gradients(
         db -= p[..., None] * prepared.unit_projection
     db *= config.scaling
 
-    whole = x if ids else as_dtype(x, layer.dtype, xp=xp)
-    dropped = whole if mask is None else as_dtype(mask, layer.dtype, xp=xp) * whole
-    seen = dropped if config.dropout == "input" else whole
+    inputs, v = _inputs(layer, x, mask), layer.formed(x)
+    dz_b = layer.outputs(dz_b, like)
     shape = kind.shape_with(layer.shape, config.rank)
-    da = kind.matrix(operator.weight_gradient(layer.outputs(dz_b, like), dropped, shape))
-    v = None if isinstance(direction, Factored) else direction.dense(ops=ops)
+    da = kind.matrix(operator.weight_gradient(dz_b, inputs.dropped, shape))
     if p is not None:
-        below, below_b = rows[..., tokens:, :], rows_b[..., tokens:, :]
-        da = da + _times_v(below, below_b, v, layer)  # (q⊙(s B))ᵀ V
+        below = rows[..., tokens:, :], rows_b[..., tokens:, :]
+        da = da + _times_v(*below, v, layer)  # (q⊙(s B))ᵀ V
     dx = cast(Array, None)  # the type of `Gradients` is that of most layers: x has numbers
-    if not ids:
-        dx = _input_gradient(layer, d, dz, dz_b, v, mask, like, tuple(x.shape))
-        dx = as_dtype(dx, x.dtype, xp=xp)
+    if v is not None and not is_integer(x):
+        dx = operator.transpose(layer.outputs(dz, like), layer.stored(v), tuple(x.shape))
+        if mask is not None:
+            dx = _through_dropout(layer, dx, layer.outputs(d, like), dz_b, mask)
+        dx = as_dtype(dx, x.dtype, xp=ops.xp)
     dweight = None
     if train_base:
-        rest = None if seen is whole else whole - seen
-        dweight = _weight_gradient(layer, layer.outputs(d, like), seen, rest, p)
+        dweight = _weight_gradient(layer, layer.outputs(d, like), inputs, p)
     return Gradients(dx, Adapter(da, db, dm), dweight, dbias)
 
 
@@ -238,45 +243,27 @@ def _times_v(rows: Array, rows_b: Array, v: Array | None, layer: Layer) -> Array
     return ops.accumulate(ops.product(scaled, weight), rows_b, a)
 
 
-def _input_gradient(
-    layer: Layer, d: Array, dz: Array, dz_b: Array, v: Array | None, mask: Array | None,
-    like: tuple[int, ...], shape: tuple[int, ...],
-) -> Array:  # fmt: skip
-    """Return dx in the compute dtype.
+def _through_dropout(layer: Layer, dx: Array, d: Array, dz_b: Array, mask: Array) -> Array:
+    """Return dx, given dz V; d and dz (s B) are as the operator has outputs.
 
     ::
 
-        no mask:     dz V
         "input":     mask⊙(dz V) + (1 − mask)⊙(dy W)
         "low_rank":  dz V + (mask − 1)⊙(s (dz B) A)
     """
-    operator, prepared, xp = layer.operator, layer.prepared, layer.ops.xp
-    weight, a, _, row_scale = prepared.direction.factors
-
-    def back(tokens: Array, matrix: Array) -> Array:
-        return operator.transpose(layer.outputs(tokens, like), layer.stored(matrix), shape)
-
-    if v is not None:
-        dx = back(dz, v)
-    else:
-        scaled = dz if row_scale is None else row_scale[..., None, :] * dz
-        both = xp.concat([scaled, dz_b], axis=dz.ndim - 1)
-        dx = operator.transpose(layer.outputs(both, like), _beside(layer, weight), shape)
-    if mask is None:
-        return dx
-    mask = as_dtype(mask, layer.dtype, xp=xp)
-    if prepared.config.dropout == "input":
-        return mask * dx + (1 - mask) * back(d, as_dtype(weight, layer.dtype, xp=xp))
-    return dx + (mask - 1) * back(dz_b, a)
+    shape = tuple(dx.shape)
+    mask = as_dtype(mask, layer.dtype, xp=layer.ops.xp)
+    if layer.prepared.config.dropout == "input":
+        return mask * dx + (1 - mask) * layer.operator.transpose(d, layer.base(), shape)
+    lora_a = layer.stored(layer.prepared.direction.factors.lora_a)
+    return dx + (mask - 1) * layer.operator.transpose(dz_b, lora_a, shape)
 
 
-def _weight_gradient(
-    layer: Layer, d: Array, seen: Array, rest: Array | None, p: Array | None
-) -> Array:
+def _weight_gradient(layer: Layer, d: Array, inputs: _Inputs, p: Array | None) -> Array:
     """Return dW, as the weight is stored; d is dy as the operator has outputs."""
     operator, kind, prepared, ops = layer
-    product = kind.matrix(operator.weight_gradient(d, seen, layer.shape))
+    product = kind.matrix(operator.weight_gradient(d, inputs.seen, layer.shape))
     dw = through_norm(prepared.gain[..., None] * product, p, prepared, ops=ops)
-    if rest is not None:
-        dw = dw + kind.matrix(operator.weight_gradient(d, rest, layer.shape))
+    if inputs.rest is not None:
+        dw = dw + kind.matrix(operator.weight_gradient(d, inputs.rest, layer.shape))
     return kind.restore(dw, layer.shape)

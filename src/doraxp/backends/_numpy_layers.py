@@ -8,6 +8,7 @@ then reads. So no array has the size of all windows, which is `kernel` times tha
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -159,24 +160,25 @@ def _windows_of(padded: NumpyArray, windows: Windows) -> NumpyArray:
     return view.transpose(0, *kernel, 1, *axes)
 
 
-def _offsets(windows: Windows) -> Iterator[tuple[tuple[int, ...], tuple[Any, ...]]]:
-    """Yield each offset of the kernel, and the numbers of the padded x that it reads."""
+@functools.lru_cache(maxsize=16)
+def _offsets(windows: Windows) -> tuple[tuple[tuple[int, ...], tuple[Any, ...]], ...]:
+    """Return each offset of the kernel, and the numbers of the padded x that it reads."""
+    found = []
     for offset in itertools.product(*map(range, windows.kernel)):
         each = zip(offset, windows.dilation, windows.stride, windows.positions, strict=True)
-        yield (
-            offset,
-            tuple(
-                slice(k * dilation, k * dilation + stride * (positions - 1) + 1, stride)
-                for k, dilation, stride, positions in each
-            ),
+        place = (
+            slice(k * dilation, k * dilation + stride * (positions - 1) + 1, stride)
+            for k, dilation, stride, positions in each
         )
+        found.append((offset, (slice(None), slice(None), *place)))
+    return tuple(found)
 
 
 def _add_windows(columns: NumpyArray, total: NumpyArray, windows: Windows) -> None:
     """Write the sum of the windows into `total`, (channels, samples, *padded)."""
     total[...] = 0
     for offset, place in _offsets(windows):
-        total[(slice(None), slice(None), *place)] += columns[(slice(None), *offset)]
+        total[place] += columns[(slice(None), *offset)]
 
 
 def _spread_blocks(
@@ -197,6 +199,6 @@ def _spread_blocks(
         part = part.mT.reshape(groups, out, count, *windows.positions)
         here = spread[(*(slice(None),) * (2 + len(windows.kernel)), slice(0, count))]
         for offset, place in _offsets(windows):
-            here[(slice(None), slice(None), *offset, slice(None), *place)] = part
+            here[(slice(None), slice(None), *offset, *place[1:])] = part
         each = padded.reshape(groups, channels // groups, -1)
         yield each, here.reshape(groups, out * math.prod(windows.kernel), -1)
