@@ -15,7 +15,11 @@ from doraxp._core.quantised import QuantisedWeight
 from doraxp._core.updates import Difference, Hadamard, Kronecker, LowRank, UpdateAdapter
 from doraxp.layers import AdaptedLayer, Diagnostics, DoRALayer, Linear, adapt
 from doraxp.optim import (
+    SGD,
+    AdamW,
     AdamWState,
+    Optimizer,
+    Schedule,
     SGDState,
     adamw_init,
     adamw_step,
@@ -23,6 +27,8 @@ from doraxp.optim import (
     constant_schedule,
     cosine_schedule,
     linear_schedule,
+    optimizer_from_settings,
+    scaled_gradients,
     sgd_init,
     sgd_step,
 )
@@ -30,6 +36,8 @@ from doraxp.optim import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "SGD",
+    "AdamW",
     "AdamWState",
     "AdaptedLayer",
     "Adapter",
@@ -45,10 +53,12 @@ __all__ = [
     "Linear",
     "LowRank",
     "MagnitudeDirectionChange",
+    "Optimizer",
     "Prepared",
     "QuantisedWeight",
     "RowWeight",
     "SGDState",
+    "Schedule",
     "UpdateAdapter",
     "adamw_init",
     "adamw_step",
@@ -65,7 +75,9 @@ __all__ = [
     "linear_schedule",
     "magnitude_direction_change",
     "merge",
+    "optimizer_from_settings",
     "prepare",
+    "scaled_gradients",
     "sgd_init",
     "sgd_step",
 ]
