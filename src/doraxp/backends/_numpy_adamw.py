@@ -32,15 +32,14 @@ def adamw(
     numbers = AdamWNumbers(*numbers[:5], *corrections)
     buffers: dict[DType, NumpyArray] = {}
     stepped = []
-    for *given, rate, decay in zip(*leaves, rates, decays, strict=True):
-        p, _, mu, nu = given
+    for p, g, mu, nu, rate, decay in zip(*leaves, rates, decays, strict=True):
         results = [_result(each, donate=donate) for each in (p, mu, nu)]
-        for new, old in _blocks(results, given):
-            size = old[0].size
+        for block in _blocks([*results, p, g, mu, nu]):
+            size, shape = block[1].size, block[1].shape
             if mu.dtype not in buffers or buffers[mu.dtype].shape[1] < size:
                 buffers[mu.dtype] = np.empty((2, size), mu.dtype)
-            pair = buffers[mu.dtype][:, :size].reshape(2, *old[0].shape)
-            _step(*new, *old, *pair, rate=rate, decay=decay, numbers=numbers)
+            one, other = buffers[mu.dtype][:, :size].reshape(2, *shape)
+            _step(block, one, other, rate=rate, decay=decay, numbers=numbers)
         stepped.append(results)
     return AdamWStepped(*zip(*stepped, strict=True))
 
@@ -50,26 +49,26 @@ def _result(given: NumpyArray, *, donate: bool) -> NumpyArray:
     return given if donate and given.flags.writeable else np.empty(given.shape, given.dtype)
 
 
-def _blocks(
-    results: Sequence[NumpyArray], given: Sequence[NumpyArray]
-) -> Iterator[tuple[list[NumpyArray], list[NumpyArray]]]:
+def _blocks(arrays: list[NumpyArray]) -> Iterator[list[NumpyArray]]:
     """Yield the parts of arrays of one shape: whole rows, if an array is not in C order."""
-    arrays = [*results, *given]
+    wide = arrays[1]
+    if wide.nbytes <= BLOCK and wide.ndim:
+        yield arrays
+        return
     if all(array.flags.c_contiguous for array in arrays):
         arrays = [array.reshape(-1) for array in arrays]
-    rows, size = len(arrays[0]), arrays[0].size
-    step = max(1, BLOCK // results[-1].itemsize * rows // max(size, 1))
+    rows = len(arrays[0])
+    step = max(1, BLOCK * rows // wide.nbytes)
     for start in range(0, rows, step):
-        parts = [array[start : start + step] for array in arrays]
-        yield parts[: len(results)], parts[len(results) :]
+        yield [array[start : start + step] for array in arrays]
 
 
 def _step(
-    new_p: NumpyArray, new_mu: NumpyArray, new_nu: NumpyArray, p: NumpyArray, g: NumpyArray,
-    mu: NumpyArray, nu: NumpyArray, one: NumpyArray, other: NumpyArray,
+    block: list[NumpyArray], one: NumpyArray, other: NumpyArray,
     *, rate: float, decay: float, numbers: AdamWNumbers,
 ) -> None:  # fmt: skip
-    """Write p, mu and nu of one block into `new_p`, `new_mu` and `new_nu`."""
+    """Write p, mu and nu of a block into its first three arrays, given p, g, mu and nu."""
+    new_p, new_mu, new_nu, p, g, mu, nu = block
     beta1, rest1, beta2, rest2, eps, *corrections = numbers
     correction1: NumpyArray
     correction2: NumpyArray
