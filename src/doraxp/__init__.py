@@ -16,7 +16,11 @@ from doraxp._core.quantised import QuantisedWeight
 from doraxp._core.updates import Difference, Hadamard, Kronecker, LowRank, UpdateAdapter
 from doraxp.layers import AdaptedLayer, Diagnostics, DoRALayer, Linear, adapt
 from doraxp.optim import (
+    SGD,
+    AdamW,
     AdamWState,
+    Optimizer,
+    Schedule,
     SGDState,
     adamw_init,
     adamw_step,
@@ -24,6 +28,8 @@ from doraxp.optim import (
     constant_schedule,
     cosine_schedule,
     linear_schedule,
+    optimizer_from_settings,
+    scaled_gradients,
     sgd_init,
     sgd_step,
 )
@@ -31,6 +37,8 @@ from doraxp.optim import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "SGD",
+    "AdamW",
     "AdamWState",
     "AdaptedLayer",
     "Adapter",
@@ -50,10 +58,12 @@ __all__ = [
     "MagnitudeDirectionChange",
     "MatMul",
     "Operator",
+    "Optimizer",
     "Prepared",
     "QuantisedWeight",
     "RowWeight",
     "SGDState",
+    "Schedule",
     "UpdateAdapter",
     "adamw_init",
     "adamw_step",
@@ -70,7 +80,9 @@ __all__ = [
     "linear_schedule",
     "magnitude_direction_change",
     "merge",
+    "optimizer_from_settings",
     "prepare",
+    "scaled_gradients",
     "sgd_init",
     "sgd_step",
 ]

@@ -99,8 +99,10 @@ class JaxOperations(Operations):
         return LayerGradients(dx, da, scaling * db, dm, p, dbias)
 
     def sums_at(self, ids: JaxArray, rows: JaxArray, count: int) -> JaxArray:
-        """Return the sums of the rows that have one id, by XLA's scatter. Saves one-hot matrices."""
-        return self.xp.zeros((count, rows.shape[1]), rows.dtype).at[ids].add(rows)
+        """Return the sums of the rows that have one id, by a scatter. Saves one-hot matrices."""
+        zeros: Any = self.xp.zeros((count, rows.shape[1]), dtype=rows.dtype)
+        total: JaxArray = zeros.at[ids].add(rows)
+        return total
 
     def row_norms(
         self, weight: JaxArray, squares: JaxArray, reduce: Reduce | None = None
