@@ -1,0 +1,325 @@
+"""`diagnose` and `doraxp doctor`: a base is checked before an adapter is trained on it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import ml_dtypes
+import numpy as np
+import pytest
+import quantised_bases as bases
+from safetensors.numpy import save_file
+
+import doraxp
+from doraxp import Config, LayerKind
+from doraxp.checkpoint import CheckpointError, RowCounts, diagnose, open_model
+from doraxp.cli import main
+
+F16, BF16, F32, F64 = np.float16, ml_dtypes.bfloat16, np.float32, np.float64
+CONFIG = {"model_type": "llama", "tie_word_embeddings": False}
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(20)
+
+
+def write(folder, tensors, **config):
+    """Write a model's folder, and open it."""
+    path = folder / "base"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(CONFIG | config))
+    save_file({name: np.ascontiguousarray(one) for name, one in tensors.items()},
+              path / "model.safetensors")  # fmt: skip
+    return open_model(path)
+
+
+def draw(rng, *shape, dtype=F32):
+    return rng.standard_normal(shape).astype(dtype)
+
+
+def codes(found, level=None):
+    return [one.code for one in found.findings if level in (None, one.level)]
+
+
+def finding(found, code):
+    (one,) = (one for one in found.findings if one.code == code)
+    return one
+
+
+def llama(rng, dtype=F32, layers=2):
+    tensors = {"model.embed_tokens.weight": draw(rng, 24, 8, dtype=dtype)}
+    for layer in range(layers):
+        tensors |= {
+            f"model.layers.{layer}.self_attn.q_proj.weight": draw(rng, 8, 8, dtype=dtype),
+            f"model.layers.{layer}.mlp.up_proj.weight": draw(rng, 16, 8, dtype=dtype),
+            f"model.layers.{layer}.input_layernorm.weight": draw(rng, 8, dtype=dtype),
+        }
+    return tensors | {"lm_head.weight": draw(rng, 24, 8, dtype=dtype)}
+
+
+Q, UP = "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj"
+
+# Rows
+
+ROWS = {
+    "usual": (1.0, {}),
+    "zero": (0.0, {"zero": 1}),
+    "nan": (math.nan, {"not_finite": 1}),
+    "infinite": (-math.inf, {"not_finite": 1}),
+}
+OF_DTYPE = {
+    "F32-underflow": (F32, 1e-25, {"underflow": 1}),
+    "F32-least": (F32, 1e-45, {"underflow": 1}),
+    "F32-fragile": (F32, 1e-18, {"fragile": 1, "float16": 1}),
+    "F32-small": (F32, 1e-9, {"float16": 1}),
+    "F32-large": (F32, 1e6, {"float16": 1}),
+    "F32-overflow": (F32, 1e20, {"overflow": 1}),
+    "BF16-underflow": (BF16, 1e-25, {"underflow": 1}),
+    "BF16-overflow": (BF16, 1e20, {"overflow": 1}),
+    "BF16-small": (BF16, 1e-9, {"float16": 1}),
+    "F16-least": (F16, 6e-8, {}),
+    "F16-overflow": (F16, 6e4, {"overflow": 1}),
+    "F16-large": (F16, 1e4, {}),
+    "F64-small": (F64, 1e-25, {"float16": 1}),
+    "F64-underflow": (F64, 1e-170, {"underflow": 1}),
+    "F64-overflow": (F64, 1e160, {"overflow": 1}),
+    "F64-fragile": (F64, 1e-150, {"fragile": 1, "float16": 1}),
+}
+CASES = OF_DTYPE | {
+    f"{np.dtype(dtype).name}-{name}": (dtype, value, counts)
+    for name, (value, counts) in ROWS.items()
+    for dtype in (F16, BF16, F32, F64)
+}
+KINDS = ("linear", "transposed", "embedding", "conv", "experts", "transposed_experts")
+NAMES = {
+    "linear": "layers.0.q.weight",
+    "transposed": "h.0.attn.c_attn.weight",
+    "embedding": "wte.weight",
+    "conv": "stem.conv.weight",
+    "experts": "layers.0.experts.down_proj",
+    "transposed_experts": "layers.0.experts.down_proj",
+}
+TYPES = {"transposed": "gpt2", "transposed_experts": "gpt_oss"}
+
+
+def stored(kind, matrix):
+    """Return a matrix (7, 12) as a module of a kind stores it; of stacks two of them."""
+    if kind in ("transposed", "embedding"):
+        return matrix.T
+    if kind == "conv":
+        return matrix.reshape(7, 4, 3, 1)
+    if kind == "experts":
+        return np.stack([matrix, np.ones_like(matrix)])
+    if kind == "transposed_experts":
+        return np.stack([matrix.T, np.ones_like(matrix.T)])
+    return matrix
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES)
+def test_a_row_that_dora_cannot_divide_by_is_counted_by_its_kind(tmp_path, kind, case, monkeypatch):
+    dtype, value, counts = CASES[case]
+    matrix = np.full((7, 12), 0.25, dtype)
+    with np.errstate(over="ignore"):
+        matrix[3] = np.float64(value) * np.where(np.arange(12) < 6, 1, -1)
+    monkeypatch.setattr("doraxp.checkpoint._matrix.BLOCK", 24)  # several blocks
+    model = write(tmp_path, {NAMES[kind]: stored(kind, matrix)}, model_type=TYPES.get(kind))
+    path = NAMES[kind].removesuffix(".weight")
+    one = diagnose(model, [path]).modules[path]
+    assert one.kind == kind
+    assert one.is_target
+    rows = 14 if "experts" in kind else 7
+    broken = sum(counts.get(name, 0) for name in RowCounts._fields[1:5])
+    if np.dtype(dtype).itemsize == 2:  # the norm 0.87 does not change by 1e-4; a small one does
+        counts = counts | {"coarse": rows - 1 + (not broken and abs(value) > 1e-3)}
+    assert one.rows == RowCounts(rows, **counts)
+    assert one.rows.broken == broken
+
+
+def test_nan_beside_zeros_is_nan_and_not_zero(tmp_path):
+    weight = np.ones((4, 6), F32)
+    weight[1] = 0
+    weight[1, 5] = math.nan
+    found = diagnose(write(tmp_path, {"l.0.q.weight": weight}))
+    assert found.modules["l.0.q"].rows == RowCounts(4, not_finite=1)
+
+
+@pytest.mark.parametrize(
+    ("code", "value", "words"),
+    [
+        ("zero-rows", 0, "2 rows in 2 modules are 0 in all numbers"),
+        ("underflow-rows", 1e-25, "2 rows in 2 modules are so small that their squares underflow"),
+        ("overflow-rows", 1e20, "2 rows in 2 modules are so large"),
+        ("not-finite", math.nan, "2 rows in 2 modules contain NaN or infinity"),
+    ],
+)
+def test_a_row_of_a_target_that_is_nan_in_peft_is_an_error(tmp_path, rng, code, value, words):
+    tensors = llama(rng)
+    tensors[f"{Q}.weight"][3] = value
+    tensors[f"{UP}.weight"][5] = value
+    found = diagnose(write(tmp_path, tensors))
+    assert found.breaks
+    one = finding(found, code)
+    assert one.level == "error"
+    assert set(one.modules) == {Q, UP}
+    assert one.text.startswith(words)
+    assert codes(found, "error") == [code]
+
+
+@pytest.mark.parametrize(("code", "value"), [("fragile-rows", 1e-18), ("float16-rows", 1e-9)])
+def test_a_row_that_peft_can_divide_by_is_a_warning(tmp_path, rng, code, value):
+    tensors = llama(rng)
+    tensors[f"{Q}.weight"][3] = value
+    found = diagnose(write(tmp_path, tensors))
+    assert not found.breaks
+    assert finding(found, code).level == "warning"
+    assert finding(found, code).modules == (Q,)
+    assert finding(found, code).text.startswith("1 row in 1 module ")
+
+
+def test_a_zero_row_without_an_adapter_is_a_note(tmp_path, rng):
+    tensors = llama(rng)
+    tensors[f"{Q}.weight"][3] = 0
+    tensors[f"{UP}.weight"][3] = 1e-25
+    found = diagnose(
+        write(tmp_path, tensors), exclude_modules=["1.self_attn.q_proj", "0.mlp.up_proj"]
+    )
+    assert not found.breaks
+    assert finding(found, "zero-rows-elsewhere").modules == (UP, Q)
+    assert finding(found, "zero-rows-elsewhere").text.startswith("2 rows in 2 modules without")
+
+
+def test_a_padding_row_of_an_embedding_is_harmless_and_a_zero_column_is_not(tmp_path, rng):
+    tensors = llama(rng)
+    tensors["model.embed_tokens.weight"][0] = 0
+    model = write(tmp_path, tensors)
+    assert diagnose(model, ["embed_tokens"]).modules["model.embed_tokens"].rows.zero == 0
+    tensors["model.embed_tokens.weight"][:, 2] = 0
+    (tmp_path / "other").mkdir()
+    model = write(tmp_path / "other", tensors)
+    assert finding(diagnose(model, ["embed_tokens"]), "zero-rows").modules == (
+        "model.embed_tokens",
+    )
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.norm.bias", "lm_head.weight"])
+def test_nan_is_an_error_wherever_it_is(tmp_path, rng, name):
+    tensors = llama(rng)
+    tensors[name] = tensors.get(name, np.ones(8, F32))
+    tensors[name].flat[-1] = math.nan
+    found = diagnose(write(tmp_path, tensors))
+    code = "not-finite" if name.startswith("lm") else "not-finite-tensors"
+    assert codes(found, "error") == [code]
+    expected = "lm_head" if name.startswith("lm") else name
+    assert finding(found, code).modules == (expected,)
+
+
+# Targets
+
+
+def test_the_targets_are_those_of_adapt(tmp_path, rng):
+    tensors = llama(rng)
+    found = diagnose(write(tmp_path, tensors))
+    layers = doraxp.adapt(tensors, "all-linear", Config(2), seed=0)
+    assert set(found.targets.paths) == set(layers)
+    assert {path for path, one in found.modules.items() if one.is_target} == set(layers)
+    assert found.modules["lm_head"].left_out == "output head"
+    assert found.modules["model.embed_tokens"].left_out == "embedding"
+    assert codes(found) == ["rank"]
+
+
+def test_a_target_without_a_module_is_an_error_with_near_names(tmp_path, rng):
+    found = diagnose(write(tmp_path, llama(rng)), ["q_proj", "up_porj"], exclude_modules=["zz"])
+    assert codes(found, "error") == ["unmatched-target", "unmatched-exclude"]
+    assert "target_modules 'up_porj' matches no module; the nearest are up_proj" in (
+        finding(found, "unmatched-target").text
+    )
+    assert found.breaks
+
+
+def test_without_any_target_training_breaks(tmp_path, rng):
+    model = write(tmp_path, llama(rng))
+    found = diagnose(model, ["q_proj"], exclude_modules=["q_proj"])
+    assert codes(found, "error") == ["no-target"]
+    assert len(finding(found, "no-target").modules) == 2
+    assert found.costs[0].parameters == 0
+
+
+def test_a_matrix_that_no_pattern_takes_is_noted(tmp_path, rng):
+    found = diagnose(write(tmp_path, llama(rng)), ["q_proj"])
+    one = finding(found, "not-targets")
+    assert (one.level, one.modules) == ("note", (UP, "model.layers.1.mlp.up_proj"))
+
+
+def test_a_bad_regular_expression_is_refused(tmp_path, rng):
+    with pytest.raises(ValueError, match="target_modules must be a regular expression"):
+        diagnose(write(tmp_path, llama(rng)), "q[")
+
+
+# Costs
+
+
+def test_the_cost_is_that_of_the_adapters(tmp_path, rng):
+    tensors = llama(rng)
+    found = diagnose(write(tmp_path, tensors), ranks=(1, 3))
+    for cost in found.costs:
+        layers = doraxp.adapt(tensors, "all-linear", Config(cost.rank), seed=0)
+        size = sum(leaf.size for layer in layers.values() for leaf in layer.adapter)
+        assert cost.parameters == size
+        assert cost.adapter_bytes == 4 * size
+        assert cost.adamw_bytes == 8 * size
+        assert cost.percent == pytest.approx(100 * size / sum(map(np.size, tensors.values())))
+        assert cost.too_small == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cost_is_that_of_the_kind(tmp_path, kind):
+    weight = stored(kind, np.ones((7, 12), F32))
+    path = NAMES[kind].removesuffix(".weight")
+    model = write(tmp_path, {NAMES[kind]: weight}, model_type=TYPES.get(kind))
+    layers = doraxp.adapt({path: weight}, [path], Config(3), seed=0, kinds={path: LayerKind(kind)})
+    (cost,) = diagnose(model, [path], ranks=[3]).costs
+    assert cost.parameters == sum(leaf.size for leaf in layers[path].adapter)
+
+
+def test_a_rank_above_the_rows_or_columns_is_a_warning(tmp_path, rng):
+    found = diagnose(write(tmp_path, llama(rng)), ranks=[8, 9])
+    assert [cost.too_small for cost in found.costs] == [0, 4]
+    assert "Rank 9: above the rows or columns of up to 4 targets" in finding(found, "rank").text
+    with pytest.raises(ValueError, match="ranks must be at least 1, got 0"):
+        diagnose(open_model(tmp_path / "base"), ranks=[4, 0])
+
+
+# Dtypes
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_a_step_that_16_bits_cannot_show_is_a_note(tmp_path, rng, dtype):
+    found = diagnose(write(tmp_path, llama(rng, dtype)))
+    one = finding(found, "coarse-rows")
+    weight = llama(np.random.default_rng(20), dtype)[f"{Q}.weight"]
+    norms = np.linalg.norm(weight.astype(F32), axis=1).astype(dtype)
+    same = (norms.astype(F32) + F32(1e-4)).astype(dtype) == norms
+    assert found.modules[Q].rows.coarse == same.sum() == 8
+    assert one.level == "note"
+    assert not found.breaks
+
+
+def test_float64_is_a_note(tmp_path, rng):
+    found = diagnose(write(tmp_path, llama(rng, F64)))
+    assert codes(found) == ["rank", "float64"]
+    assert len(finding(found, "float64").modules) == 4
+
+
+def test_a_target_of_whole_numbers_is_an_error(tmp_path, rng):
+    tensors = llama(rng) | {"model.layers.0.mlp.odd.weight": np.ones((4, 4), np.int64)}
+    model = write(tmp_path, tensors)
+    one = finding(diagnose(model, ["odd"]), "unreadable")
+    assert (one.level, one.modules) == ("error", ("model.layers.0.mlp.odd",))
+    assert "has dtype I64, not a float" in one.text
+    found = diagnose(model, ["q_proj"])
+    assert found.modules["model.layers.0.mlp.odd"].rows is None
+    assert not found.breaks
