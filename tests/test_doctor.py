@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +16,6 @@ from safetensors.numpy import save_file
 import doraxp
 from doraxp import Config, LayerKind
 from doraxp.checkpoint import CheckpointError, RowCounts, diagnose, open_model
-from doraxp.cli import main
 
 F16, BF16, F32, F64 = np.float16, ml_dtypes.bfloat16, np.float32, np.float64
 CONFIG = {"model_type": "llama", "tie_word_embeddings": False}
@@ -323,3 +323,167 @@ def test_a_target_of_whole_numbers_is_an_error(tmp_path, rng):
     found = diagnose(model, ["q_proj"])
     assert found.modules["model.layers.0.mlp.odd"].rows is None
     assert not found.breaks
+
+
+# Quantised weights
+
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+@pytest.mark.parametrize("name", bases.MATRICES)
+def test_a_quantised_weight_is_read_in_its_format(tmp_path, rng, name):
+    tensors, weight = bases.MATRICES[name](rng, f"{DOWN}.weight", 32, 64)
+    bases.write(tmp_path / "base", llama(rng, BF16) | tensors, **bases.CONFIGS[name])
+    one = diagnose(open_model(tmp_path / "base"), ["down_proj"])
+    module = one.modules[DOWN]
+    assert module.quantised is not None
+    assert (module.kind, module.shape, module.is_target) == ("linear", (32, 64), True)
+    assert module.rows.rows == 32
+    assert module.rows.broken == np.count_nonzero(np.linalg.norm(weight.astype(F32), axis=1) == 0)
+    found = finding(one, "quantised")
+    assert module.quantised in found.text
+    assert "load_quantised (QDoRA)" in found.text
+    assert found.modules == (DOWN,)
+
+
+def test_a_zero_row_of_a_quantised_weight_is_found(tmp_path, rng):
+    tensors, _ = bases.int8(rng, f"{DOWN}.weight", 32, 64)
+    tensors[f"{DOWN}.weight"][5] = 0
+    bases.write(tmp_path / "base", tensors, **bases.CONFIGS["int8"])
+    found = diagnose(open_model(tmp_path / "base"))
+    assert found.modules[DOWN].rows.zero == 1
+    assert finding(found, "zero-rows").modules == (DOWN,)
+
+
+def test_a_quantised_weight_that_breaks_its_format_is_refused(tmp_path, rng):
+    tensors, _ = bases.int8(rng, f"{DOWN}.weight", 32, 64)
+    tensors[f"{DOWN}.SCB"][5] = math.nan
+    bases.write(tmp_path / "base", tensors, **bases.CONFIGS["int8"])
+    with pytest.raises(CheckpointError, match="SCB"):
+        diagnose(open_model(tmp_path / "base"))
+
+
+def test_a_weight_in_a_format_without_a_reader_is_a_warning(tmp_path, rng):
+    tensors = llama(rng) | {
+        f"{DOWN}.qweight": np.ones((8, 32), np.int32),
+        f"{DOWN}.g_idx": np.ones(64, np.int32),
+        f"{DOWN}.scales": np.ones((2, 32), F16),
+        f"{DOWN}.qzeros": np.ones((2, 4), np.int32),
+    }
+    model = write(tmp_path, tensors, quantization_config={"quant_method": "gptq"})
+    found = diagnose(model, ["down_proj", "q_proj"])
+    one = finding(found, "unreadable")
+    assert (one.level, one.modules) == ("warning", (DOWN,))
+    assert "GPTQ" in one.text
+    assert found.modules[DOWN].rows is found.modules[DOWN].shape is None
+    assert found.modules[DOWN].is_target
+    assert not found.breaks
+    alone = diagnose(model, ["q_proj"])
+    assert alone.costs == found.costs
+    assert "unreadable" not in codes(alone)
+
+
+# Experts, and projections in one matrix
+
+
+def test_experts_in_one_tensor_are_a_note_and_no_target_of_all_linear(tmp_path, rng):
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    tensors = llama(rng) | {name: draw(rng, 3, 8, 6), f"{name}_bias": draw(rng, 3, 8)}
+    found = diagnose(write(tmp_path, tensors))
+    assert finding(found, "fused-experts").modules == (name,)
+    assert not found.modules[name].is_target
+    assert f"{name}_bias" not in found.modules
+
+
+def test_the_rows_of_each_expert_are_counted(tmp_path, rng):
+    tensors = llama(rng)
+    for expert in range(31):
+        weight = draw(rng, 20, 8)
+        weight[expert % 7 : expert % 7 + 14] = 0
+        tensors[f"model.layers.0.mlp.experts.{expert}.gate_proj.weight"] = weight
+    found = diagnose(write(tmp_path, tensors))
+    one = finding(found, "zero-rows")
+    assert one.text.startswith("434 rows in 31 modules")
+    assert len(one.modules) == 31
+
+
+@pytest.mark.parametrize("name", ["qkv_proj", "gate_up_proj", "c_attn"])
+def test_projections_in_one_matrix_are_a_note(tmp_path, rng, name):
+    path = f"model.layers.0.{name}"
+    found = diagnose(write(tmp_path, llama(rng) | {f"{path}.weight": draw(rng, 12, 8)}))
+    assert finding(found, "fused-projections").modules == (path,)
+
+
+# Ties
+
+
+def test_a_head_that_the_configuration_ties_is_a_note(tmp_path, rng):
+    tensors = llama(rng)
+    del tensors["lm_head.weight"]
+    kind = {"tie_word_embeddings": True, "architectures": ["LlamaForCausalLM"]}
+    found = diagnose(write(tmp_path, tensors, **kind))
+    assert found.tied == {"lm_head.weight": "model.embed_tokens.weight"}
+    one = finding(found, "tied")
+    assert one.level == "note"
+    assert one.modules == ("model.embed_tokens", "lm_head")
+    assert "lm_head, which is not in the file, is tied to model.embed_tokens" in one.text
+
+
+def test_equal_tensors_are_tied(tmp_path, rng):
+    tensors = llama(rng)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    tensors["model.other.embed_tokens.weight"] = draw(rng, 24, 8)
+    found = diagnose(write(tmp_path, tensors))
+    assert found.tied == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert finding(found, "tied").text == "lm_head is tied to model.embed_tokens"
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_an_adapter_of_a_tied_module_is_a_warning(tmp_path, rng, target):
+    tensors = llama(rng)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    one = finding(diagnose(write(tmp_path, tensors), [target]), "tied")
+    assert one.level == "warning"
+    assert re.search(rf"the adapter of (model\.)?{target} unties them", one.text)
+
+
+# The reading
+
+
+def test_the_progress_ends_with_all_numbers_of_the_base(tmp_path, rng, monkeypatch):
+    monkeypatch.setattr("doraxp.checkpoint._matrix.BLOCK", 24)
+    tensors, told = llama(rng), []
+    diagnose(write(tmp_path, tensors), on_bytes=lambda *pair: told.append(pair))
+    total = sum(one.nbytes for one in tensors.values())
+    assert {one[1] for one in told} == {total}
+    assert [one[0] for one in told] == sorted({one[0] for one in told})
+    assert told[-1][0] == total
+    assert len(told) > 2 * len(tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("model.layers.0.q.weight", (8192, 2048)),
+        ("model.embed_tokens.weight", (65536, 256)),
+        ("model.layers.0.mlp.experts.up_proj", (2, 4096, 2048)),
+        ("model.conv.weight", (64, 4096, 8, 8)),
+    ],
+)
+def test_a_base_is_read_in_a_few_blocks_of_memory(tmp_path, name, shape):
+    model = write(tmp_path, {name: np.broadcast_to(F32(1), shape)})
+    tracemalloc.start()
+    try:
+        found = diagnose(model)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found.bytes == 2**26
+    assert peak < 2**24
+
+
+def test_figures_count_all_numbers_and_bytes(tmp_path, rng):
+    tensors = llama(rng, BF16) | {"model.steps": np.ones(3, np.int64)}
+    found = diagnose(write(tmp_path, tensors))
+    assert found.parameters == sum(one.size for one in tensors.values()) - 3
+    assert found.bytes == sum(one.nbytes for one in tensors.values())

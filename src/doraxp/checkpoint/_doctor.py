@@ -19,7 +19,7 @@ from doraxp.checkpoint._doctor_modules import Layout, Modules, layout_of
 from doraxp.checkpoint._doctor_report import Cost, DiagnosedModule, Diagnosis
 from doraxp.checkpoint._doctor_rows import count_not_finite, count_rows
 from doraxp.checkpoint._model import Model
-from doraxp.checkpoint._quantised.reader import quantised_as
+from doraxp.checkpoint._quantised.reader import quantised_in
 from doraxp.checkpoint._safetensors import are_equal
 from doraxp.checkpoint._tied import tied_head, tied_in_file
 
@@ -130,12 +130,15 @@ def _module(
 ) -> DiagnosedModule:
     """Read a weight, and return the figures of its module."""
     source, kind = layout.sources[layout.names[path]], layout.kinds[path]
+    weight = quantised_in(source)
+    if weight is not None:
+        weight.check()
     return DiagnosedModule(
         kind.name,
         source.tensor.shape,
         source.tensor.dtype,
         math.prod(source.tensor.shape),
-        quantised_as(source),
+        None if weight is None else weight.quantisation.label,
         path in targets,
         layout.reasons.get(path),
         count_rows(source, kind, read),
