@@ -150,10 +150,10 @@ def test_nan_beside_zeros_is_nan_and_not_zero(tmp_path):
 @pytest.mark.parametrize(
     ("code", "value", "words"),
     [
-        ("zero-rows", 0, "2 rows in 2 modules are 0 in all numbers"),
-        ("underflow-rows", 1e-25, "2 rows in 2 modules are so small that their squares underflow"),
-        ("overflow-rows", 1e20, "2 rows in 2 modules are so large"),
-        ("not-finite", math.nan, "2 rows in 2 modules contain NaN or infinity"),
+        ("zero-rows", 0, "Rows of zeros: 2 in 2 modules. "),
+        ("underflow-rows", 1e-25, "Rows whose squares underflow: 2 in 2 modules. "),
+        ("overflow-rows", 1e20, "Rows whose norm overflows: 2 in 2 modules. "),
+        ("not-finite", math.nan, "Rows with NaN or infinity: 2 in 2 modules. "),
     ],
 )
 def test_a_row_of_a_target_that_is_nan_in_peft_is_an_error(tmp_path, rng, code, value, words):
@@ -177,7 +177,7 @@ def test_a_row_that_peft_can_divide_by_is_a_warning(tmp_path, rng, code, value):
     assert not found.breaks
     assert finding(found, code).level == "warning"
     assert finding(found, code).modules == (Q,)
-    assert finding(found, code).text.startswith("1 row in 1 module ")
+    assert ": 1 in 1 module. " in finding(found, code).text
 
 
 def test_a_zero_row_without_an_adapter_is_a_note(tmp_path, rng):
@@ -189,7 +189,7 @@ def test_a_zero_row_without_an_adapter_is_a_note(tmp_path, rng):
     )
     assert not found.breaks
     assert finding(found, "zero-rows-elsewhere").modules == (UP, Q)
-    assert finding(found, "zero-rows-elsewhere").text.startswith("2 rows in 2 modules without")
+    assert "without an adapter: 2 in 2 modules. " in finding(found, "zero-rows-elsewhere").text
 
 
 def test_a_padding_row_of_an_embedding_is_harmless_and_a_zero_column_is_not(tmp_path, rng):
@@ -403,7 +403,7 @@ def test_the_rows_of_each_expert_are_counted(tmp_path, rng):
         tensors[f"model.layers.0.mlp.experts.{expert}.gate_proj.weight"] = weight
     found = diagnose(write(tmp_path, tensors))
     one = finding(found, "zero-rows")
-    assert one.text.startswith("434 rows in 31 modules")
+    assert one.text.startswith("Rows of zeros: 434 in 31 modules. ")
     assert len(one.modules) == 31
 
 

@@ -10,36 +10,34 @@ from doraxp.checkpoint._doctor_rows import STEP
 
 Modules = Mapping[str, DiagnosedModule]
 _ORDER: tuple[Level, ...] = ("error", "warning", "note")
-_ROWS: tuple[tuple[Level, str, str, str], ...] = (
+_ROWS: tuple[tuple[Level, str, str, str, str], ...] = (
     (
-        "error", "zero-rows", "zero",
-        "are 0 in all numbers, and PEFT divides m = 0 by the norm 0: their outputs are NaN. "
-        "Exclude the modules, or train with doraxp, where such a row is safe",
+        "error", "zero-rows", "zero", "Rows of zeros",
+        "PEFT divides m = 0 by the norm 0: the outputs are NaN. Exclude the modules, or train with "
+        "doraxp, where such a row is safe",
     ),
     (
-        "error", "underflow-rows", "underflow",
-        "are so small that their squares underflow: PEFT's norm is 0, and their outputs are NaN. "
-        "Exclude the modules, or train with doraxp, which scales such rows before it squares them",
+        "error", "underflow-rows", "underflow", "Rows whose squares underflow",
+        "PEFT's norm is 0, and the outputs are NaN. Exclude the modules, or train with doraxp, "
+        "which scales such a row before it squares it",
     ),
     (
-        "error", "overflow-rows", "overflow",
-        "are so large that PEFT's norm is infinite, and their outputs are NaN. "
-        "Load the base in a wider dtype, or exclude the modules",
+        "error", "overflow-rows", "overflow", "Rows whose norm overflows",
+        "PEFT's norm is infinite, and the outputs are NaN. Load the base in a wider dtype, or "
+        "exclude the modules",
     ),
     (
-        "warning", "fragile-rows", "fragile",
-        "are so small that a sum of their squares loses digits: PEFT's norm is inexact. "
-        "doraxp measures such rows after a division by their largest number",
+        "warning", "fragile-rows", "fragile", "Rows whose squares are near underflow",
+        "PEFT's norm loses digits. Train with doraxp, which scales such a row before it squares it",
     ),
     (
-        "warning", "float16-rows", "float16",
-        "have the norm 0 or infinity in float16, and are NaN in PEFT there. "
-        "Do not load the base in float16",
+        "warning", "float16-rows", "float16", "Rows whose norm is 0 or infinity in float16",
+        "They are NaN in PEFT there. Do not load the base in float16",
     ),
     (
-        "note", "coarse-rows", "coarse",
-        f"have a norm that a step of {STEP} does not change in the dtype of the weight. "
-        "Keep A, B and m in float32, as doraxp and PEFT do by default",
+        "note", "coarse-rows", "coarse", f"Rows whose norm a step of {STEP} does not change",
+        "The dtype of the weight is too coarse for m. Keep A, B and m in float32, as doraxp and "
+        "PEFT do by default",
     ),
 )  # fmt: skip
 
@@ -93,7 +91,7 @@ def _of_targets(layout: Layout, modules: Modules) -> Iterator[Finding]:
         if path in layout.refused:
             refused.setdefault(layout.refused[path], []).append(path)
     for one, paths in refused.items():
-        text = f"{_count(paths)}: the weight {one.problem}. The rows are not checked"
+        text = f"Targets that are not checked: {_count(paths)}. The weight {one.problem}"
         level: Level = "warning" if one.is_quantised else "error"
         yield Finding(level, "unreadable", text, tuple(paths))
     rest = tuple(
@@ -102,7 +100,7 @@ def _of_targets(layout: Layout, modules: Modules) -> Iterator[Finding]:
         if not one.is_target and one.kind in ("linear", "transposed") and one.left_out is None
     )
     if rest:
-        text = f"{_count(rest)} with a matrix: not among the targets"
+        text = f"Matrices that are not targets: {_count(rest)}"
         yield Finding("note", "not-targets", text, rest)
 
 
@@ -111,31 +109,32 @@ def _of_numbers(modules: Modules, not_finite: Mapping[str, int]) -> Iterator[Fin
     bad = {path: one.rows.not_finite for path, one in modules.items() if one.rows is not None}
     bad = {path: count for path, count in bad.items() if count}
     if bad:
-        text = f"{_rows(sum(bad.values()), bad)} contain NaN or infinity. Restore the file"
+        text = f"Rows with NaN or infinity: {_in_modules(sum(bad.values()), bad)}. Restore the file"
         yield Finding("error", "not-finite", text, tuple(bad))
     if not_finite:
-        text = f"{len(not_finite)} tensors that are not weights of modules contain NaN or infinity"
-        yield Finding("error", "not-finite-tensors", f"{text}. Restore the file", tuple(not_finite))
+        text = f"Other tensors with NaN or infinity: {len(not_finite)}. Restore the file"
+        yield Finding("error", "not-finite-tensors", text, tuple(not_finite))
 
 
 def _of_rows(modules: Modules) -> Iterator[Finding]:
     """Yield the findings about rows of the targets, and of zero rows of the other modules."""
-    for level, code, field, text in _ROWS:
+    for level, code, field, name, text in _ROWS:
         found = {
             path: count
             for path, one in modules.items()
             if one.is_target and (count := getattr(one.rows, field, 0))
         }
         if found:
-            yield Finding(level, code, f"{_rows(sum(found.values()), found)} {text}", tuple(found))
+            count = _in_modules(sum(found.values()), found)
+            yield Finding(level, code, f"{name}: {count}. {text}", tuple(found))
     others = {
         path: one.rows.zero + one.rows.underflow
         for path, one in modules.items()
         if one.rows is not None and not one.is_target and one.rows.zero + one.rows.underflow
     }
     if others:
-        rows = _rows(sum(others.values()), others)
-        text = f"{rows} without an adapter have the norm 0. As targets they are NaN in PEFT"
+        count = _in_modules(sum(others.values()), others)
+        text = f"Rows with the norm 0 without an adapter: {count}. As targets they are NaN in PEFT"
         yield Finding("note", "zero-rows-elsewhere", text, tuple(others))
 
 
@@ -144,7 +143,7 @@ def _of_kinds(modules: Modules) -> Iterator[Finding]:
     targets = {path: one for path, one in modules.items() if one.is_target}
     wide = tuple(path for path, one in targets.items() if one.dtype == "F64")
     if wide:
-        text = f"{_count(wide)} in float64: A, B, m and all products are computed in float64 too"
+        text = f"Targets in float64: {_count(wide)}. A, B, m and all products have that dtype too"
         yield Finding("note", "float64", text, wide)
     formats: dict[str, list[str]] = {}
     for path, one in targets.items():
@@ -152,20 +151,20 @@ def _of_kinds(modules: Modules) -> Iterator[Finding]:
             formats.setdefault(one.quantised, []).append(path)
     for label, paths in formats.items():
         text = (
-            f"{_count(paths)} quantised, {label}: read as the format's own library does. To train "
-            "on the packed weights, read them with load_quantised (QDoRA)"
+            f"Quantised targets, {label}: {_count(paths)}. Their numbers are those of the format's "
+            "own library. To train on the packed weights, read them with load_quantised (QDoRA)"
         )
         yield Finding("note", "quantised", text, tuple(paths))
     stacks = tuple(path for path, one in modules.items() if "experts" in (one.kind or ""))
     if stacks:
         text = (
-            f"{_count(stacks)} with all experts in one tensor: PEFT refuses DoRA on them. doraxp "
+            f"All experts in one tensor: {_count(stacks)}. PEFT refuses DoRA on them. doraxp.adapt "
             "takes them where `kinds` names them, with an adapter for each expert"
         )
         yield Finding("note", "fused-experts", text, stacks)
     fused = tuple(path for path in targets if is_fused(path))
     if fused:
-        text = f"{_count(fused)} with several projections in one matrix: they share one A"
+        text = f"Several projections in one matrix: {_count(fused)}. They share one A"
         yield Finding("note", "fused-projections", text, fused)
 
 
@@ -192,8 +191,8 @@ def _of_ranks(costs: Sequence[Cost]) -> Iterator[Finding]:
         yield Finding("warning", "rank", text)
 
 
-def _rows(rows: int, modules: Collection[str]) -> str:
-    return f"{rows:,} {'row' if rows == 1 else 'rows'} in {_count(modules)}"
+def _in_modules(rows: int, modules: Collection[str]) -> str:
+    return f"{rows:,} in {_count(modules)}"
 
 
 def _count(modules: Collection[str]) -> str:

@@ -154,7 +154,11 @@ def _print_costs(found: Diagnosis, console: Console) -> None:
 
 
 def _line(finding: Finding, *, every: bool) -> str:
-    """Return a finding with its modules: the first kinds of them, or each by name."""
+    """Return a finding with its modules: the first kinds of them, or each by name.
+
+    A note is about too many modules to name each.
+    """
+    every = every and finding.level != "note"
     names = list(finding.modules if every else dict.fromkeys(map(kind_of, finding.modules)))
     listed = names if every else names[:_LISTED]
     more = f" and {len(names) - len(listed)} more kinds" if len(names) > len(listed) else ""
