@@ -365,6 +365,8 @@ def test_a_quantised_weight_that_breaks_its_format_is_refused(tmp_path, rng):
 
 def test_a_weight_in_a_format_without_a_reader_is_a_warning(tmp_path, rng):
     tensors = llama(rng) | {
+        "decoder.lm_head.qweight": np.ones((8, 32), np.int32),
+        "decoder.lm_head.g_idx": np.ones(64, np.int32),
         f"{DOWN}.qweight": np.ones((8, 32), np.int32),
         f"{DOWN}.g_idx": np.ones(64, np.int32),
         f"{DOWN}.scales": np.ones((2, 32), F16),
@@ -378,6 +380,7 @@ def test_a_weight_in_a_format_without_a_reader_is_a_warning(tmp_path, rng):
     assert found.modules[DOWN].rows is found.modules[DOWN].shape is None
     assert found.modules[DOWN].is_target
     assert not found.breaks
+    assert found.modules["decoder.lm_head"].left_out == "output head"
     alone = diagnose(model, ["q_proj"])
     assert alone.costs == found.costs
     assert "unreadable" not in codes(alone)
@@ -393,6 +396,21 @@ def test_experts_in_one_tensor_are_a_note_and_no_target_of_all_linear(tmp_path, 
     assert finding(found, "fused-experts").modules == (name,)
     assert not found.modules[name].is_target
     assert f"{name}_bias" not in found.modules
+
+
+@pytest.mark.parametrize("part", ["up_proj", "down_proj"])
+@pytest.mark.parametrize("is_flipped", [True, False])
+@pytest.mark.parametrize("nested", [True, False])
+def test_the_axis_of_experts_is_told_by_the_hidden_size(tmp_path, part, is_flipped, nested):
+    matrix = np.ones((8, 6) if part == "down_proj" else (6, 8), F32)  # (out, in), 8 is hidden
+    matrix[3] = 0
+    config = {"hidden_size": 8}
+    name = f"model.layers.0.experts.{part}"
+    weight = np.stack([matrix.T if is_flipped else matrix] * 2)
+    model = write(tmp_path, {name: weight}, **({"text_config": config} if nested else config))
+    one = diagnose(model, [part]).modules[name]
+    assert one.kind == ("transposed_experts" if is_flipped else "experts")
+    assert one.rows.zero == 2
 
 
 def test_the_rows_of_each_expert_are_counted(tmp_path, rng):
@@ -480,6 +498,12 @@ def test_a_base_is_read_in_a_few_blocks_of_memory(tmp_path, name, shape):
         tracemalloc.stop()
     assert found.bytes == 2**26
     assert peak < 2**24
+
+
+def test_a_tensor_without_numbers_is_not_a_module(tmp_path, rng):
+    found = diagnose(write(tmp_path, llama(rng) | {"model.empty.weight": np.ones((0, 4), F32)}))
+    assert "model.empty" not in found.modules
+    assert not found.breaks
 
 
 def test_figures_count_all_numbers_and_bytes(tmp_path, rng):

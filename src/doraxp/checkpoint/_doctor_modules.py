@@ -127,7 +127,20 @@ def _kind(
     if len(shape) == 2:
         return LayerKind("embedding" if reasons.get(path) == "embedding" else "linear")
     if len(shape) == 3 and "experts" in path:
-        text = config.get("text_config")
-        families = {one.get("model_type") for one in (config, text) if isinstance(one, dict)}
-        return LayerKind("experts" if families.isdisjoint(TRANSPOSED) else "transposed_experts")
+        is_flipped = _is_flipped(path, shape, config)
+        return LayerKind("transposed_experts" if is_flipped else "experts")
     return LayerKind("conv")
+
+
+def _is_flipped(path: str, shape: tuple[int, ...], config: JsonObject) -> bool:
+    """Return whether experts are stored (experts, in, out): by hidden_size, or by the family.
+
+    hidden_size is the output of "down" and the input of the others.
+    """
+    text = config.get("text_config")
+    parts = [one for one in (config, text) if isinstance(one, dict)]
+    sizes = {one.get("hidden_size") for one in parts}
+    first, second = (size in sizes for size in shape[1:])
+    if first != second:
+        return second if "down" in path else first
+    return not {one.get("model_type") for one in parts}.isdisjoint(TRANSPOSED)
