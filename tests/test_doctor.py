@@ -139,6 +139,17 @@ def test_a_row_that_dora_cannot_divide_by_is_counted_by_its_kind(tmp_path, kind,
     assert one.rows.broken == broken
 
 
+@pytest.mark.parametrize("row", [0, 6])
+@pytest.mark.parametrize("value", [1.0, math.nan])
+def test_a_column_counts_the_numbers_of_all_blocks(tmp_path, monkeypatch, row, value):
+    monkeypatch.setattr("doraxp.checkpoint._matrix.BLOCK", 10)
+    weight = np.ones((7, 5), F32)
+    weight[:, 2] = 0
+    weight[row, 2] = value
+    found = diagnose(write(tmp_path, {"wte.weight": weight}), ["wte"])
+    assert found.modules["wte"].rows == RowCounts(5, not_finite=int(math.isnan(value)))
+
+
 def test_nan_beside_zeros_is_nan_and_not_zero(tmp_path):
     weight = np.ones((4, 6), F32)
     weight[1] = 0

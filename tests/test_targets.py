@@ -110,6 +110,15 @@ def test_a_view_of_the_same_memory_counts_as_tied_and_a_part_of_it_does_not():
     assert left_out(weights) == {"wte": "embedding", "layers.0.same": "tied to wte"}
 
 
+def test_two_arrays_of_a_gpu_at_one_address_are_tied():
+    def at(address):
+        interface = {"data": (address, False)}
+        return SimpleNamespace(shape=(9, 4), __cuda_array_interface__=interface)
+
+    weights = {"wte.weight": at(64), "layers.0.x.weight": at(64), "layers.0.y.weight": at(128)}
+    assert left_out(weights) == {"wte": "embedding", "layers.0.x": "tied to wte"}
+
+
 def test_two_tensors_of_pytorch_with_one_storage_are_tied(torch):
     table = torch.ones(9, 4)
     weights = {"wte.weight": table, "layers.0.x.weight": table.detach()}

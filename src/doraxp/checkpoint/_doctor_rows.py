@@ -155,7 +155,7 @@ def _counts(sums: _Sums, inner: int, dtype: str) -> RowCounts:
         is_finite & (peak > 0) & (squares == 0),
         is_infinite,
         is_usual & (squares <= least),
-        is_usual & is_half_broken & (dtype != "F16"),
+        is_usual & is_half_broken,
         is_coarse & (own.itemsize == 2),
     )
     return RowCounts(len(peak), *(int(np.count_nonzero(mask)) for mask in masks))

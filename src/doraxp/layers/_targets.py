@@ -262,8 +262,11 @@ def _vocabulary(shapes: Mapping[str, tuple[int, int]]) -> set[str]:
 
 def _place(weight: Array) -> tuple[object, ...]:
     """Return a value that two names of the same memory share."""
-    interface = getattr(weight, "__array_interface__", None)
-    if interface is not None:
-        return interface["data"][0], tuple(weight.shape)
-    address = weight.data_ptr() if hasattr(weight, "data_ptr") else 0  # of PyTorch
-    return address or id(weight), tuple(weight.shape)
+    shape = tuple(weight.shape)
+    if hasattr(weight, "data_ptr"):  # of PyTorch; 0 on the device "meta"
+        return weight.data_ptr() or id(weight), shape
+    for name in ("__array_interface__", "__cuda_array_interface__"):
+        interface = getattr(weight, name, None)
+        if interface is not None:
+            return interface["data"][0], shape
+    return id(weight), shape
