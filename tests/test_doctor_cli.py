@@ -84,11 +84,17 @@ def test_a_row_of_the_table_sums_a_kind(base, capsys):
     assert row == ["gate_proj", "6", "linear", "BF16", "288", "6", "6", "0"]
 
 
+def test_few_modules_are_named_in_full(base, capsys):
+    _, out, _ = run(capsys, "--exclude-modules", ".*0.mlp.experts.*")
+    names = ", ".join(f"model.layers.1.mlp.experts.{expert}.gate_proj" for expert in (1, 2))
+    assert f"such a row is safe. ({names})" in " ".join(out.split())
+
+
 def test_all_lists_each_module_and_each_error_by_name(base, capsys):
     _, out, _ = run(capsys, "--all")
     assert len(re.findall(r"^(?:…|model\.layers\.)\S+ +linear", out, re.MULTILINE)) == 20
     assert "model.layers.1.mlp.experts.2.gate_proj" in out.partition("error: ")[2]
-    assert "(down_proj, gate_proj, k_proj and 3 more kinds)" in out.partition("note: ")[2]
+    assert "(down_proj, gate_proj, k_proj and 3 more)" in out.partition("note: ")[2]
 
 
 def shown(command):

@@ -37,7 +37,7 @@ _COLUMNS = (
     Column("fragile", "fragile", sum),
 )
 _LISTED = 3
-"""Kinds of modules by name in a finding, without --all."""
+"""Modules, or kinds of modules, by name in a finding without --all."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -154,15 +154,17 @@ def _print_costs(found: Diagnosis, console: Console) -> None:
 
 
 def _line(finding: Finding, *, every: bool) -> str:
-    """Return a finding with its modules: the first kinds of them, or each by name.
+    """Return a finding with its modules: all names if they are few, else the first kinds.
 
-    A note is about too many modules to name each.
+    With `every`, a finding that is more than a note has all names.
     """
-    every = every and finding.level != "note"
-    names = list(finding.modules if every else dict.fromkeys(map(kind_of, finding.modules)))
-    listed = names if every else names[:_LISTED]
-    more = f" and {len(names) - len(listed)} more kinds" if len(names) > len(listed) else ""
-    about = f" ({', '.join(listed)}{more})" if listed else ""
+    names = list(finding.modules)
+    more = ""
+    if len(names) > _LISTED and not (every and finding.level != "note"):
+        kinds = list(dict.fromkeys(map(kind_of, names)))
+        names = kinds[:_LISTED]
+        more = f" and {len(kinds) - _LISTED} more" if len(kinds) > _LISTED else ""
+    about = f" ({', '.join(names)}{more})" if names else ""
     return f"{finding.level}: {finding.text}.{about}"
 
 
