@@ -51,6 +51,26 @@ def models() -> Iterator[Any]:
             yield one(config)
 
 
+def by_shape(model: Any, wanted: set[str], counts: Counter[str]) -> None:
+    """Count the vocabularies that are found by their shapes: each name is hidden."""
+    shown, names = {}, {}
+    for number, (name, one) in enumerate(model.named_parameters(remove_duplicate=False)):
+        if name.endswith(".weight"):
+            is_inside = any(part.isdecimal() for part in name.split("."))
+            path = f"{'0.' if is_inside else ''}m{number}"
+            shown[f"{path}.weight"], names[path] = one, name.removesuffix(".weight")
+    found = find_targets(shown, "all-linear").left_out
+    modules = dict(model.named_modules())
+    for path, name in names.items():
+        is_target = name in wanted
+        counts["without names: targets of PEFT left out"] += is_target and path in found
+        is_known = isinstance(modules[name], torch.nn.Embedding | torch.nn.Linear)
+        weight = shown[f"{path}.weight"]
+        if is_known and not is_target and weight.ndim == 2 and weight.shape[0] >= 20_000:
+            counts["vocabularies of 20,000 rows and more"] += 1
+            counts["  found without names"] += path in found
+
+
 def main() -> int:
     """Print the counts of modules."""
 
@@ -58,7 +78,7 @@ def main() -> int:
         raise TimeoutError
 
     signal.signal(signal.SIGALRM, stop)
-    counts: Counter[str] = Counter()
+    counts, hidden = Counter[str](), Counter[str]()
     for model in models():
         signal.alarm(0)
         lora = peft.LoraConfig(target_modules="all-linear")
@@ -77,7 +97,8 @@ def main() -> int:
             elif isinstance(module, torch.nn.Embedding | torch.nn.Linear):
                 counts["embedding or output head in PEFT"] += 1
                 counts["  taken as linear"] += path in found.paths
-    for name, count in counts.items():
+        by_shape(model, wanted, hidden)
+    for name, count in (counts | hidden).items():
         print(f"{name:40} {count:>9,}")
     return 0
 
