@@ -7,6 +7,9 @@ from doraxp.checkpoint._adapters import AdapterSet, algorithm_of
 from doraxp.checkpoint._audit import audit
 from doraxp.checkpoint._audit_weight import Verdict
 from doraxp.checkpoint._change import Change
+from doraxp.checkpoint._doctor import diagnose
+from doraxp.checkpoint._doctor_report import Cost, DiagnosedModule, Diagnosis, Finding
+from doraxp.checkpoint._doctor_rows import RowCounts
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._extract_merge import approximate
 from doraxp.checkpoint._extract_model import Closeness, Extraction, extract
@@ -42,8 +45,12 @@ __all__ = [
     "CheckpointError",
     "Closeness",
     "CopiedTensor",
+    "Cost",
+    "DiagnosedModule",
+    "Diagnosis",
     "Extraction",
     "Factored",
+    "Finding",
     "Fit",
     "JoinedTensor",
     "Merge",
@@ -51,6 +58,7 @@ __all__ = [
     "Model",
     "Options",
     "ReplacedTensor",
+    "RowCounts",
     "SampledNorms",
     "SummedTensor",
     "UpdatedLayer",
@@ -61,6 +69,7 @@ __all__ = [
     "audit",
     "check_place",
     "check_target",
+    "diagnose",
     "extract",
     "load_adapters",
     "load_quantised",
