@@ -13,7 +13,15 @@ from doraxp._core.linear import Cache, backward, forward
 from doraxp._core.prepared import Prepared, prepare
 from doraxp._core.quantised import QuantisedWeight
 from doraxp._core.updates import Difference, Hadamard, Kronecker, LowRank, UpdateAdapter
-from doraxp.layers import AdaptedLayer, Diagnostics, DoRALayer, Linear, adapt
+from doraxp.layers import (
+    AdaptedLayer,
+    AdaptedModel,
+    Diagnostics,
+    DoRALayer,
+    Linear,
+    adapt,
+    adapt_layers,
+)
 from doraxp.optim import (
     AdamWState,
     SGDState,
@@ -32,6 +40,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdamWState",
     "AdaptedLayer",
+    "AdaptedModel",
     "Adapter",
     "Cache",
     "Config",
@@ -53,6 +62,7 @@ __all__ = [
     "adamw_init",
     "adamw_step",
     "adapt",
+    "adapt_layers",
     "backends",
     "backward",
     "clip_by_global_norm",
