@@ -23,7 +23,11 @@ from doraxp.layers import (
     adapt_layers,
 )
 from doraxp.optim import (
+    SGD,
+    AdamW,
     AdamWState,
+    Optimizer,
+    Schedule,
     SGDState,
     adamw_init,
     adamw_step,
@@ -31,6 +35,8 @@ from doraxp.optim import (
     constant_schedule,
     cosine_schedule,
     linear_schedule,
+    optimizer_from_settings,
+    scaled_gradients,
     sgd_init,
     sgd_step,
 )
@@ -38,6 +44,8 @@ from doraxp.optim import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "SGD",
+    "AdamW",
     "AdamWState",
     "AdaptedLayer",
     "AdaptedModel",
@@ -54,10 +62,12 @@ __all__ = [
     "Linear",
     "LowRank",
     "MagnitudeDirectionChange",
+    "Optimizer",
     "Prepared",
     "QuantisedWeight",
     "RowWeight",
     "SGDState",
+    "Schedule",
     "UpdateAdapter",
     "adamw_init",
     "adamw_step",
@@ -75,7 +85,9 @@ __all__ = [
     "linear_schedule",
     "magnitude_direction_change",
     "merge",
+    "optimizer_from_settings",
     "prepare",
+    "scaled_gradients",
     "sgd_init",
     "sgd_step",
 ]

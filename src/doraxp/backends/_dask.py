@@ -1,4 +1,4 @@
-"""Dask's override: a write into an adapter's array is noticed by the array's name.
+"""Dask's overrides: a write into an adapter's array is noticed by the array's name.
 
 A name stands for the graph that makes the numbers, and Dask gives an array another one when it is
 written to.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 from doraxp._base.types import Adapter, Snapshot
-from doraxp.backends._generic import Operations
+from doraxp.backends._generic import Operations, solve_by_elimination
 
 DaskArray: TypeAlias = Any
 """A `dask.array.Array`. mypy refuses that class as the type of an argument here, because the
@@ -18,6 +18,10 @@ methods override those of `Operations`, which take any `Array`."""
 
 class DaskOperations(Operations):
     """The operations on Dask's arrays."""
+
+    def solve(self, matrix: DaskArray, right: DaskArray) -> DaskArray:
+        """Return M⁻¹ right. Dask's own `solve` refuses a stack, and chunks that are not square."""
+        return solve_by_elimination(matrix, right, xp=self.xp)
 
     def snapshot(self, adapter: Adapter) -> tuple[str, ...]:
         """Return the names of A, B and m. No graph is computed."""

@@ -391,6 +391,14 @@ class Operations:
 
     # Optimizers
 
+    def solve(self, matrix: Array, right: Array) -> Array:
+        """Return M⁻¹ right for symmetric positive definite M, (*stack, k, k) (*stack, k, j)."""
+        linalg = getattr(self.xp, "linalg", None)  # an extension, which a library may not have
+        if linalg is None:
+            return solve_by_elimination(matrix, right, xp=self.xp)
+        solution: Array = linalg.solve(matrix, right)
+        return solution
+
     def adamw(
         self, leaves: AdamWLeaves, rates: Sequence[float | Array],
         decays: Sequence[float | Array], numbers: AdamWNumbers, *, donate: bool,
@@ -492,6 +500,20 @@ def over_norm(values: Array, norm: Array, *, xp: Namespace) -> Array:
     norm = xp.reshape(norm, (*norm.shape, *(1,) * (values.ndim - norm.ndim)))
     nonzero = norm != 0
     return xp.where(nonzero, values / xp.where(nonzero, norm, 1.0), 0.0)
+
+
+def solve_by_elimination(matrix: Array, right: Array, *, xp: Namespace) -> Array:
+    """Return M⁻¹ right by Gauss-Jordan elimination, which needs no pivots where M is positive.
+
+    Each of the k steps makes one column of M that of the identity matrix.
+    """
+    size = matrix.shape[-1]
+    both = xp.concat([matrix, right], axis=matrix.ndim - 1)
+    one = xp.eye(size, dtype=xp.bool, device=device(matrix))
+    for k in range(size):
+        row = both[..., k : k + 1, :] / both[..., k : k + 1, k : k + 1]
+        both = xp.where(one[:, k : k + 1], row, both - both[..., :, k : k + 1] * row)
+    return both[..., :, size:]
 
 
 def safe_row_norms(rows: Array, reduce: Reduce | None = None, *, xp: Namespace) -> Array:

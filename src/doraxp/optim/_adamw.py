@@ -18,7 +18,8 @@ import array_api_compat
 from doraxp._base.scalars import check_count, check_flag, check_kind, check_number
 from doraxp._base.types import AdamWLeaves, AdamWNumbers, Array, DType, Namespace
 from doraxp.backends import Operations, array_namespace, as_dtype, compute_dtype
-from doraxp.optim._trees import Aligned, Params, PerLeaf, align, per_leaf, zeros_like
+from doraxp.optim._per_leaf import PerLeaf, learning_rates, per_leaf
+from doraxp.optim._trees import Aligned, Params, align, zeros_like
 
 
 class AdamWState(NamedTuple):
@@ -37,7 +38,7 @@ def adamw_init(params: Any) -> AdamWState:
 
     Parameters
     ----------
-    params : NamedTuple of arrays, or dict of NamedTuples
+    params : tree of arrays
 
     Returns
     -------
@@ -46,8 +47,8 @@ def adamw_init(params: Any) -> AdamWState:
     Raises
     ------
     TypeError
-        `params` is neither a NamedTuple of arrays nor a dict of NamedTuples, the arrays are of
-        two libraries, or a dtype is not floating.
+        `params` is neither a NamedTuple of arrays nor a dict, the arrays are of two libraries, or
+        a dtype is not floating.
     ValueError
         The devices differ, or `params` holds no array.
 
@@ -71,6 +72,7 @@ def adamw_step(
     beta2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: PerLeaf = 0.01,
+    lora_plus: float = 1.0,
     donate: bool = False,
 ) -> tuple[Params, AdamWState]:
     """Return the parameters and the state after one step of AdamW.
@@ -86,7 +88,7 @@ def adamw_step(
 
     Parameters
     ----------
-    params, grads : NamedTuple of arrays, or dict of NamedTuples
+    params, grads : tree of arrays
     state : AdamWState
         From `adamw_init` or from the previous step.
     learning_rate : number, or one per leaf
@@ -98,6 +100,8 @@ def adamw_step(
         be 0/0.
     weight_decay : number, or one per leaf
         λ, at least 0. One number does not decay `magnitude`; see `doraxp.optim`.
+    lora_plus : float
+        η of each leaf named `lora_b` is this many times the given one; above 0.
     donate : bool
         Give up the arrays of `params` and `state`: do not read them after the call. NumPy and CuPy
         write the results into them and return them, which saves the memory of new ones. The result
@@ -148,7 +152,7 @@ def adamw_step(
     if donate:
         _check_distinct(aligned)
     ops = aligned.ops
-    rates = per_leaf("learning_rate", learning_rate, aligned)
+    rates = learning_rates(learning_rate, lora_plus, aligned)
     decays = per_leaf("weight_decay", weight_decay, aligned, spared="magnitude")
     step = _count_of(state, ops=ops) + 1
     leaves = _in_compute_dtype(AdamWLeaves(*aligned.columns), eps, xp=ops.xp)

@@ -25,7 +25,7 @@ def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Array]:
 
     Parameters
     ----------
-    grads : NamedTuple of arrays, or dict of NamedTuples
+    grads : tree of arrays
     max_norm : float
         Above 0.
 

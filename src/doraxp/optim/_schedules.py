@@ -1,4 +1,4 @@
-"""Learning rates that change with the step: functions from an int to a float.
+"""Learning rates that change with the step: a `Schedule` is called with an int, for a float.
 
     t  step, from 0    w  warmup_steps    T  total_steps    η  learning_rate    φ  final
 
@@ -16,12 +16,116 @@ as an argument.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias, get_args
 
-from doraxp._base.scalars import check_count, check_number
+from doraxp._base.scalars import check_count, check_kind, check_number
 
-Schedule: TypeAlias = Callable[[int], float]
+Kind: TypeAlias = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A learning rate that changes with the step: t ↦ η(t).
+
+    `constant_schedule`, `linear_schedule` and `cosine_schedule` make one, and have the formulas.
+    Two schedules with the same numbers are equal.
+
+    Parameters
+    ----------
+    kind : {"constant", "linear", "cosine"}
+    learning_rate : float
+        η, at least 0.
+    warmup_steps : int
+        w, at least 0 and at most T.
+    total_steps : int, optional
+        T, at least 1; None for a constant.
+    final : float
+        φ, at least 0; 0 for a constant, which does not reach it.
+
+    Raises
+    ------
+    TypeError
+        A count is not an integer, or a rate is not a number.
+    ValueError
+        A number is out of range, `kind` is unknown, or `total_steps` is missing, or is given for a
+        constant.
+
+    Examples
+    --------
+    >>> schedule = linear_schedule(1.0, total_steps=4)
+    >>> schedule, schedule(1)
+    (linear_schedule(1.0, total_steps=4, warmup_steps=0, final=0.0), 0.75)
+    >>> Schedule.from_settings(schedule.settings()) == schedule
+    True
+    """
+
+    kind: Kind
+    learning_rate: float
+    warmup_steps: int = 0
+    total_steps: int | None = None
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"kind must be one of {get_args(Kind)}, got {self.kind!r}")
+        for name in ("learning_rate", "final"):
+            object.__setattr__(self, name, check_number(name, getattr(self, name)))
+        warmup = check_count("warmup_steps", self.warmup_steps)
+        object.__setattr__(self, "warmup_steps", warmup)
+        if self.kind == "constant":
+            if self.total_steps is not None or self.final != 0:
+                raise ValueError(
+                    "a constant schedule must have total_steps = None and final = 0, got "
+                    f"{self.total_steps!r} and {self.final}"
+                )
+            return
+        total = check_count("total_steps", self.total_steps, least=1)
+        object.__setattr__(self, "total_steps", total)
+        if warmup > total:
+            raise ValueError(f"warmup_steps must be at most total_steps = {total}, got {warmup}")
+
+    def __call__(self, step: int) -> float:
+        """Return η(t) for step t, an int of at least 0."""
+        step = check_count("step", step)
+        peak, warmup, total = self.learning_rate, self.warmup_steps, self.total_steps
+        if step < warmup:
+            return peak * (step + 1) / (warmup + 1)
+        if total is None:
+            return peak
+        if step >= total:
+            return self.final
+        part = (step - warmup) / (total - warmup)
+        weight = 1 - part if self.kind == "linear" else (1 + math.cos(math.pi * part)) / 2
+        return peak * weight + self.final * (1 - weight)
+
+    def __repr__(self) -> str:
+        """Return the call that makes an equal schedule."""
+        end = "" if self.total_steps is None else f", final={self.final}"
+        total = "" if self.total_steps is None else f"total_steps={self.total_steps}, "
+        warmup = f"warmup_steps={self.warmup_steps}"
+        return f"{self.kind}_schedule({self.learning_rate}, {total}{warmup}{end})"
+
+    def settings(self) -> dict[str, Any]:
+        """Return the parameters by name, as values that JSON has."""
+        return asdict(self)
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Schedule:
+        """Return the schedule whose `settings` these are.
+
+        TypeError or ValueError where they are not settings of a schedule.
+        """
+        check_names("settings of a schedule", settings, cls.__dataclass_fields__)
+        return cls(**settings)
+
+
+def check_names(name: str, settings: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise ValueError where the names of settings are not all of those that are wanted."""
+    check_kind("settings", settings, Mapping)
+    if settings.keys() != wanted.keys():
+        raise ValueError(f"{name} must have the names {[*wanted]}, got {[*settings]}")
 
 
 def constant_schedule(learning_rate: float, *, warmup_steps: int = 0) -> Schedule:
@@ -36,7 +140,7 @@ def constant_schedule(learning_rate: float, *, warmup_steps: int = 0) -> Schedul
 
     Returns
     -------
-    callable, int -> float
+    Schedule
 
     Raises
     ------
@@ -51,8 +155,7 @@ def constant_schedule(learning_rate: float, *, warmup_steps: int = 0) -> Schedul
     >>> [schedule(step) for step in range(3)]
     [0.25, 0.5, 0.5]
     """
-    rate = check_number("learning_rate", learning_rate)
-    return _warmed_up(rate, check_count("warmup_steps", warmup_steps), lambda _: rate)
+    return Schedule("constant", learning_rate, warmup_steps)
 
 
 def linear_schedule(
@@ -73,7 +176,7 @@ def linear_schedule(
 
     Returns
     -------
-    callable, int -> float
+    Schedule
 
     Raises
     ------
@@ -88,7 +191,7 @@ def linear_schedule(
     >>> [schedule(step) for step in range(7)]
     [0.5, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
     """
-    return _decaying(learning_rate, warmup_steps, total_steps, final, lambda u: 1 - u)
+    return Schedule("linear", learning_rate, warmup_steps, total_steps, final)
 
 
 def cosine_schedule(
@@ -109,7 +212,7 @@ def cosine_schedule(
 
     Returns
     -------
-    callable, int -> float
+    Schedule
 
     Raises
     ------
@@ -128,42 +231,4 @@ def cosine_schedule(
     >>> [round(schedule(step), 3) for step in range(7)]
     [0.5, 1.0, 0.854, 0.5, 0.146, 0.0, 0.0]
     """
-    return _decaying(
-        learning_rate, warmup_steps, total_steps, final, lambda u: (1 + math.cos(math.pi * u)) / 2
-    )
-
-
-def _decaying(
-    learning_rate: float,
-    warmup_steps: int,
-    total_steps: int,
-    final: float,
-    shape: Callable[[float], float],
-) -> Schedule:
-    """Return the schedule from η to φ along `shape`, which falls from 1 at u = 0 to 0 at 1."""
-    peak = check_number("learning_rate", learning_rate)
-    final = check_number("final", final)
-    warmup = check_count("warmup_steps", warmup_steps)
-    total = check_count("total_steps", total_steps, least=1)
-    if warmup > total:
-        raise ValueError(f"warmup_steps must be at most total_steps = {total}, got {warmup}")
-
-    def decayed(step: int) -> float:
-        if step >= total:
-            return final
-        weight = shape((step - warmup) / (total - warmup))
-        return peak * weight + final * (1 - weight)
-
-    return _warmed_up(peak, warmup, decayed)
-
-
-def _warmed_up(learning_rate: float, warmup: int, after: Schedule) -> Schedule:
-    """Return the schedule that warms up to η and then follows `after`."""
-
-    def schedule(step: int) -> float:
-        step = check_count("step", step)
-        if step < warmup:
-            return learning_rate * (step + 1) / (warmup + 1)
-        return after(step)
-
-    return schedule
+    return Schedule("cosine", learning_rate, warmup_steps, total_steps, final)

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from doraxp._base.scalars import check_flag, check_kind, check_number
 from doraxp._base.types import Namespace
 from doraxp.backends import as_dtype, compute_dtype
-from doraxp.optim._trees import Params, PerLeaf, align, per_leaf, zeros_like
+from doraxp.optim._per_leaf import PerLeaf, learning_rates, per_leaf
+from doraxp.optim._trees import Params, align, zeros_like
 
 
 class SGDState(NamedTuple):
@@ -25,7 +26,7 @@ def sgd_init(params: Any) -> SGDState:
 
     Parameters
     ----------
-    params : NamedTuple of arrays, or dict of NamedTuples
+    params : tree of arrays
 
     Returns
     -------
@@ -34,8 +35,8 @@ def sgd_init(params: Any) -> SGDState:
     Raises
     ------
     TypeError
-        `params` is neither a NamedTuple of arrays nor a dict of NamedTuples, the arrays are of
-        two libraries, or a dtype is not floating.
+        `params` is neither a NamedTuple of arrays nor a dict, the arrays are of two libraries, or
+        a dtype is not floating.
     ValueError
         The devices differ, or `params` holds no array.
 
@@ -58,6 +59,7 @@ def sgd_step(
     momentum: float = 0.0,
     nesterov: bool = False,
     weight_decay: PerLeaf = 0.0,
+    lora_plus: float = 1.0,
 ) -> tuple[Params, SGDState]:
     """Return the parameters and the state after one step of SGD with momentum.
 
@@ -72,7 +74,7 @@ def sgd_step(
 
     Parameters
     ----------
-    params, grads : NamedTuple of arrays, or dict of NamedTuples
+    params, grads : tree of arrays
     state : SGDState
         From `sgd_init` or from the previous step.
     learning_rate : number, or one per leaf
@@ -83,6 +85,8 @@ def sgd_step(
         Look ahead along v. Needs a momentum above 0.
     weight_decay : number, or one per leaf
         λ, at least 0. One number does not decay `magnitude`; see `doraxp.optim`.
+    lora_plus : float
+        η of each leaf named `lora_b` is this many times the given one; above 0.
 
     Returns
     -------
@@ -112,13 +116,10 @@ def sgd_step(
     array([0.75, 0.75])
     """
     check_kind("state", state, SGDState)
-    check_flag("nesterov", nesterov)
-    momentum = check_number("momentum", momentum, below=1)
-    if nesterov and momentum == 0:
-        raise ValueError("nesterov must come with a momentum above 0, got 0.0")
+    momentum = check_momentum(momentum, nesterov)
     aligned = align(params=params, grads=grads, **{"state.velocity": state.velocity})
     xp = aligned.ops.xp
-    rates = per_leaf("learning_rate", learning_rate, aligned)
+    rates = learning_rates(learning_rate, lora_plus, aligned)
     decays = per_leaf("weight_decay", weight_decay, aligned, spared="magnitude")
     stepped, velocity = [], []
     for param, *given in zip(*aligned.columns, rates, decays, strict=True):
@@ -129,6 +130,15 @@ def sgd_step(
         stepped.append(as_dtype(p, param.dtype, xp=xp))
         velocity.append(v)
     return aligned.build("params", stepped), SGDState(aligned.build("state.velocity", velocity))
+
+
+def check_momentum(momentum: float, nesterov: bool) -> float:
+    """Return the momentum as a float, and raise an error unless the two fit each other."""
+    check_flag("nesterov", nesterov)
+    momentum = check_number("momentum", momentum, below=1)
+    if nesterov and momentum == 0:
+        raise ValueError("nesterov must come with a momentum above 0, got 0.0")
+    return momentum
 
 
 def _widened(*values: Any, xp: Namespace) -> tuple[Any, ...]:

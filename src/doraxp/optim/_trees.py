@@ -1,8 +1,8 @@
-"""Trees of parameters, and the numbers that go with their leaves.
+"""Trees of parameters, taken apart and built again.
 
-    tree   a NamedTuple of arrays, or a dict of trees
+    tree   a NamedTuple of arrays, or a dict of arrays and trees
     leaf   one array of a tree
-    path   of a leaf: "['q_proj'].lora_a"
+    path   of a leaf: "['q_proj'].lora_a" in a NamedTuple, "['q_proj']['lora_a']" in a dict
 
 Leaves are matched by path, not by position, because JAX sorts the keys of a dict.
 """
@@ -13,41 +13,31 @@ import functools
 import itertools
 import operator
 from collections.abc import Collection, Iterator, Sequence
-from numbers import Real
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
-import array_api_compat
-
-from doraxp._base.scalars import check_number
 from doraxp._base.types import Array
-from doraxp.backends import (
-    Operations,
-    array_namespace,
-    compute_dtype,
-    operations,
-    operations_of_plain,
-)
+from doraxp.backends import Operations, compute_dtype, operations, operations_of_plain
 
 Params = TypeVar("Params")
-PerLeaf: TypeAlias = Any
-"""A number or 0-d array; a NamedTuple of these; or a dict of numbers and NamedTuples."""
 Structure: TypeAlias = tuple[Any, ...]
 """A tree without its leaves: the fields of a NamedTuple; or the keys of a dict, their types, and
-the structures below them. It is hashable."""
+the structures below them, () for a leaf. It is hashable."""
 
 _SHAPE = operator.attrgetter("shape")
 _FIELDS: dict[type, tuple[str, ...]] = {}
-"""The fields of each class of NamedTuple that was in a tree."""
+"""The fields of each class of NamedTuple that was in a tree, and () for each class of arrays."""
 
 
 class Names(NamedTuple):
     """The names of the leaves of a structure, in order."""
 
     paths: tuple[str, ...]
-    fields: tuple[str, ...]
-    """The last part of each path: the field of a NamedTuple."""
-    nodes: tuple[tuple[str, ...], ...]
-    """The fields of each NamedTuple."""
+    fields: tuple[Any, ...]
+    """The last part of each path: the field of a NamedTuple, or the key of a dict."""
+    firsts: dict[Any, str]
+    """The first path of each field."""
+    pairs: tuple[tuple[int, int], ...]
+    """The places of the `lora_a` and the `lora_b` of each NamedTuple or dict that has both."""
 
 
 class Aligned:
@@ -100,7 +90,7 @@ class Aligned:
     def _ordered(self, name: str, column: Sequence[Array]) -> list[Array]:
         """Return the leaves of the tree `name` in the order of the first tree."""
         paths, wanted = _names(self._structures[name]).paths, self.names.paths
-        _check_paths(name, paths, self._first, wanted)
+        check_paths(name, paths, self._first, wanted)
         by_path = dict(zip(paths, column, strict=True))
         return [by_path[path] for path in wanted]
 
@@ -126,11 +116,13 @@ def align(**trees: Any) -> Aligned:
 
 def _take_apart(name: str, tree: Any) -> tuple[Structure, list[Array]]:
     """Return the structure of a tree, and its leaves in order."""
+    if not isinstance(tree, dict) and not _is_node(type(tree)):
+        raise TypeError(
+            f"{name} must be a NamedTuple of arrays or a dict of arrays and such trees, got "
+            f"{type(tree).__name__}"
+        )
     leaves: list[Array] = []
-    try:
-        return _structure(tree, leaves), leaves
-    except TypeError:
-        raise TypeError(_refusal(name, tree)) from None
+    return _structure(tree, leaves), leaves
 
 
 def _structure(tree: Any, leaves: list[Array]) -> Structure:
@@ -143,58 +135,67 @@ def _structure(tree: Any, leaves: list[Array]) -> Structure:
                 below.append(_structure(entry, leaves))
             else:
                 below.append(fields)
-                leaves += entry
+                if fields:
+                    leaves += entry
+                else:
+                    leaves.append(entry)
         return keys, tuple(map(type, keys)), *below  # 1 and True are equal, but not their paths
     kind = tree.__class__
-    if not _is_node(kind):
-        raise TypeError("neither a dict nor a NamedTuple")  # `_refusal` names the place
-    leaves += tree
-    _FIELDS[kind] = kind._fields
-    return _FIELDS[kind]
+    fields = kind._fields if _is_node(kind) else ()
+    leaves += tree if fields else [tree]
+    _FIELDS[kind] = fields
+    return fields
 
 
 def _is_node(kind: type) -> bool:
-    """Return whether a class is that of a NamedTuple."""
-    return issubclass(kind, tuple) and hasattr(kind, "_fields")
-
-
-def _refusal(name: str, tree: Any) -> str:
-    """Return the error of the first part of a tree that is neither a dict nor a NamedTuple."""
-    if isinstance(tree, dict):
-        parts = (_refusal(f"{name}[{key!r}]", entry) for key, entry in tree.items())
-        return next(filter(None, parts), "")
-    if _is_node(type(tree)):
-        return ""
-    return f"{name} must be a NamedTuple of arrays or a dict of them, got {type(tree).__name__}"
+    """Return whether a class is that of a NamedTuple with at least one field."""
+    return issubclass(kind, tuple) and bool(getattr(kind, "_fields", ()))
 
 
 @functools.lru_cache(maxsize=64)
 def _names(structure: Structure) -> Names:
     """Return the names of the leaves. A training loop asks for the same ones in each step."""
-    nodes = list(_nodes(structure, ""))
-    fields = tuple(field for _, node in nodes for field in node)
-    paths = tuple(f"{path}.{field}" for path, node in nodes for field in node)
-    return Names(paths, fields, tuple(node for _, node in nodes))
+    leaves = list(_leaves(structure, ""))
+    fields = tuple(field for _, _, field in leaves)
+    paths = tuple(parent + end for parent, end, _ in leaves)
+    firsts = dict(reversed([*zip(fields, paths, strict=True)]))
+    places = {(parent, field): place for place, (parent, _, field) in enumerate(leaves)}
+    pairs = [
+        (place, places[parent, "lora_b"])
+        for (parent, field), place in places.items()
+        if field == "lora_a" and (parent, "lora_b") in places
+    ]
+    return Names(paths, fields, firsts, tuple(pairs))
 
 
-def _nodes(structure: Structure, path: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield the path and the fields of each NamedTuple."""
-    if structure and isinstance(structure[0], tuple):
-        keys, _, *below = structure
-        for key, each in zip(keys, below, strict=True):
-            yield from _nodes(each, f"{path}[{key!r}]")
-    else:
-        yield path, structure
+def _leaves(structure: Structure, path: str) -> Iterator[tuple[str, str, Any]]:
+    """Yield the path of the parent, the last part of the path and the field of each leaf."""
+    if not isinstance(structure[0], tuple):
+        yield from ((path, f".{field}", field) for field in structure)
+        return
+    keys, _, *below = structure
+    for key, each in zip(keys, below, strict=True):
+        if each:
+            yield from _leaves(each, f"{path}[{key!r}]")
+        else:
+            yield path, f"[{key!r}]", key
+
+
+def names_of(tree: Any) -> Names:
+    """Return the names of the leaves of a tree."""
+    return _names(_structure(tree, []))
 
 
 def _filled(tree: Any, leaves: Iterator[Array]) -> Any:
     """Return the structure of `tree` with the next leaves of an iterator."""
     if isinstance(tree, dict):
         return {key: _filled(entry, leaves) for key, entry in tree.items()}
-    return tree._make(itertools.islice(leaves, len(tree)))
+    if _FIELDS[tree.__class__]:
+        return tree._make(itertools.islice(leaves, len(tree)))
+    return next(leaves)
 
 
-def _check_paths(name: str, paths: Collection[str], other: str, wanted: Collection[str]) -> None:
+def check_paths(name: str, paths: Collection[str], other: str, wanted: Collection[str]) -> None:
     """Raise ValueError unless two trees have the same paths."""
     absent = [name + path for path in wanted if path not in paths]
     absent += [other + path for path in paths if path not in wanted]
@@ -202,63 +203,6 @@ def _check_paths(name: str, paths: Collection[str], other: str, wanted: Collecti
         raise ValueError(
             f"{name} and {other} must have the same entries; missing: {', '.join(absent)}"
         )
-
-
-def per_leaf(name: str, value: Any, aligned: Aligned, *, spared: str = "") -> list[float | Array]:
-    """Return a number for each leaf of the first of the aligned trees, in order.
-
-    Where `value` is one number for all leaves, those named `spared` get 0 instead.
-    """
-    ops, (paths, fields, nodes) = aligned.ops, aligned.names
-    given: tuple[str, ...] | None = getattr(value, "_fields", None)
-    if given is None and not isinstance(value, dict):
-        number = _number(name, value, ops=ops)
-        if not spared:
-            return [number] * len(fields)
-        return [0.0 if field == spared else number for field in fields]
-    if given is not None and all(node == given for node in nodes):
-        first = zip(paths[: len(given)], value, strict=True)
-        numbers = [_number(name + path, each, ops=ops) for path, each in first]
-        return numbers * len(nodes)
-    by_path = _by_path(name, value, aligned.first, spared=spared, ops=ops)
-    return [by_path[path] for path in paths]
-
-
-def _by_path(
-    name: str, value: Any, tree: Any, path: str = "", *, spared: str, ops: Operations
-) -> dict[str, float | Array]:
-    """Return the result of `per_leaf` by path, for any mixture of dicts and NamedTuples."""
-    if isinstance(tree, dict):
-        each = value if isinstance(value, dict) else dict.fromkeys(tree, value)
-        given, wanted = ([f"{path}[{key!r}]" for key in keys] for keys in (each, tree))
-        _check_paths(name, given, "params", wanted)
-        entries = (
-            _by_path(name, each[key], tree[key], f"{path}[{key!r}]", spared=spared, ops=ops)
-            for key in tree
-        )
-        return {path: number for numbers in entries for path, number in numbers.items()}
-    if hasattr(value, "_asdict"):
-        given, wanted = ([f"{path}.{field}" for field in one._fields] for one in (value, tree))
-        _check_paths(name, given, "params", wanted)
-        numbers = zip(given, value, strict=True)
-        return {path: _number(name + path, number, ops=ops) for path, number in numbers}
-    number = _number(name + path, value, ops=ops)
-    return {f"{path}.{field}": 0.0 if field == spared else number for field in tree._fields}
-
-
-def _number(name: str, value: Any, *, ops: Operations) -> float | Array:
-    """Return a float; or `value` itself, where it is a 0-d array that must not be read."""
-    if value.__class__ is float or isinstance(value, Real):
-        return check_number(name, value)
-    xp = ops.xp
-    known = array_api_compat.is_array_api_obj(value)
-    if not known or array_namespace(value) is not xp or value.ndim != 0:
-        raise TypeError(
-            f"{name} must be a number or a 0-d array of the library of params, got {value!r}"
-        )
-    if not xp.isdtype(value.dtype, ("real floating", "integral")):
-        raise TypeError(f"{name} must be of a real dtype, got {value.dtype}")
-    return check_number(name, float(value)) if ops.can_read_values(value) else value
 
 
 def zeros_like(params: Params) -> Params:
