@@ -676,6 +676,24 @@ def test_a_step_of_an_optimizer_replaces_the_parameters(backend, draw, train_bas
     assert len(optimizer.seen) == 2
 
 
+@pytest.mark.parametrize("train_base", [False, True])
+def test_an_optimizer_that_writes_into_the_arrays_trains_alike(backend, draw, train_base):
+    """Its results are the old arrays, so that the layer cannot notice a change by itself."""
+    one = make(draw, train_base=train_base)
+    other = DoRALayer(one.base, Config(2), seed=0, train_base=train_base)
+    base = backend.numpy(one.base.weight).copy()
+    x, ys = draw(5, 6), []
+    for layer, donate in ((one, False), (other, True)):
+        optimizer = doraxp.AdamW(0.1, donate=donate)
+        for _ in range(3):
+            y = layer.forward(x)
+            layer.backward(y)
+            layer.step(optimizer)
+        ys.append(backend.numpy(layer.forward(x)))
+        np.testing.assert_array_equal(backend.numpy(layer.base.weight), base)
+    np.testing.assert_allclose(ys[0], ys[1], rtol=1e-13, atol=1e-13)
+
+
 def test_a_loaded_state_continues_as_the_layer_does(backend, draw):
     layer, x = make(draw, dropout=0.5), draw(5, 6)
     layer.backward(layer.forward(x))

@@ -155,10 +155,15 @@ class DoRALayer(TrainedArrays):
             )
         self.base, self.config, self.train_base = base, config, train_base
         self._stored, self._attributes = stored, {"weight": weight, "bias": bias}
-        self.weight = stored.taken(ops.detached(given))
-        self.bias = None if own_bias is None else ops.detached(own_bias)
-        self.adapter = init(self.weight, config, seed=seed, method=method, **stored.of_weight)
+        frozen = ops.detached(given)
+        own_bias = None if own_bias is None else ops.detached(own_bias)
+        self.weight, self.bias = stored.taken(frozen), own_bias
         self._initial_weight = self.weight
+        if train_base:  # an optimizer may write into the arrays that it steps
+            self.weight = stored.taken(ops.xp.astype(frozen, frozen.dtype))
+            if own_bias is not None:
+                self.bias = ops.xp.astype(own_bias, own_bias.dtype)
+        self.adapter = init(self.weight, config, seed=seed, method=method, **stored.of_weight)
 
     @property
     def kind(self) -> LayerKind:

@@ -14,8 +14,7 @@ from doraxp._base.scalars import check_kind
 from doraxp._base.types import Array
 from doraxp.layers._dora import DoRALayer
 from doraxp.layers._parameters import count
-
-Optimizer = Any
+from doraxp.optim import Optimizer
 
 Tree: TypeAlias = dict[str, dict[str, Array]]
 Setter: TypeAlias = Callable[[Any], None]

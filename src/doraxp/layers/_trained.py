@@ -20,8 +20,7 @@ from doraxp.backends import array_namespace, as_dtype, compute_dtype, operations
 from doraxp.layers._base_layer import Stored
 from doraxp.layers._dropout import Dropout
 from doraxp.layers._parameters import as_vector, count, from_vector, updated
-
-Optimizer = Any
+from doraxp.optim import Optimizer
 
 
 class TrainedArrays:
@@ -37,6 +36,7 @@ class TrainedArrays:
     _dropout: Dropout
     _cache: Cache | None = None
     _prepared: Prepared | None = None
+    _previous: Prepared | None = None  # of earlier parameters with the same weight
     _graded: Prepared | None = None  # of the parameters that the gradients belong to
 
     def step(self, optimizer: Optimizer) -> None:
@@ -96,7 +96,7 @@ class TrainedArrays:
 
     def reset_state(self) -> None:
         """Drop the gradients and the forward; keep the parameters."""
-        self._cache = self._prepared = self._graded = self.gradients = None
+        self._cache = self._prepared = self._previous = self._graded = self.gradients = None
 
     def state_dict(self) -> dict[str, Array]:
         """Return the trained arrays by name: the adapter's; with `train_base` weight and bias too.
@@ -175,11 +175,12 @@ class TrainedArrays:
         The earlier one has the same weight and another adapter or config. At most one of the two
         is given; after the weight has been replaced, neither is.
         """
-        then = self._prepared
+        then = self._prepared or self._previous
         if then is None or then.weight is not self.weight:
             return None, None
         unchanged = operations(weight=self.weight).unchanged
-        same = unchanged(then.snapshot, then.adapter, self.adapter) and then.config == self.config
+        same = then is self._prepared and then.config == self.config
+        same = same and unchanged(then.snapshot, then.adapter, self.adapter)
         return (then, None) if same else (None, then)
 
     def _current(self) -> Prepared:
@@ -219,7 +220,9 @@ class TrainedArrays:
         if self.train_base:
             self.weight, self.bias = self._stored.taken(new["weight"]), new.get("bias")
         self.adapter = Adapter(*(new[name] for name in Adapter._fields))
-        self._cache = self._graded = self.gradients = None
+        # A step may have written into the old arrays and returned them, which cannot be noticed.
+        self._previous = None if self.train_base else self._prepared or self._previous
+        self._prepared = self._cache = self._graded = self.gradients = None
 
     def _vector(self, arrays: dict[str, Array]) -> Array:
         xp = self._xp
