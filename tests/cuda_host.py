@@ -49,6 +49,11 @@ class DeviceArray(np.ndarray):
 
     readable = True
 
+    def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """Return arrays of this class, as CuPy's functions do: `concatenate` and `where` too."""
+        result = super().__array_function__(func, types, args, kwargs)
+        return result.view(DeviceArray) if type(result) is np.ndarray else result
+
     def _refuse(self, *_: Any) -> Any:
         assert DeviceArray.readable, "a value was read on the host: that waits for the queue"
 

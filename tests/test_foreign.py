@@ -360,7 +360,10 @@ def test_every_function_that_the_package_calls_is_checked():
     files = [
         path for room in ("_base", "_core", "optim", "layers") for path in SRC.glob(f"{room}/*")
     ]
-    files += [SRC / "backends" / f"{name}.py" for name in ("_generic", "_direction", "_dtypes")]
+    files += [
+        SRC / "backends" / f"{name}.py"
+        for name in ("_generic", "_direction", "_dtypes", "_layers", "_windows")
+    ]
     text = "".join(path.read_text("utf-8") for path in files if path.suffix == ".py")
     called = set(re.findall(r"\bxp\.(\w+)\(", text))
     assert called - set(FUNCTIONS) == set()

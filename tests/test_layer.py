@@ -529,9 +529,8 @@ def test_a_stack_of_matrices_must_be_named_as_one(draw, assert_close):
 
 def test_a_convolution_must_have_an_operator(draw):
     message = r"operator must be given .*operator=doraxp\.Convolution\(stride=\.\.\., padding="
-    for kind in ("conv", "columns"):
-        with pytest.raises(ValueError, match=message):
-            DoRALayer(Plain(draw(4, 3, 2, 2)), Config(1), seed=0, kind=LayerKind(kind))
+    with pytest.raises(ValueError, match=message):
+        DoRALayer(Plain(draw(4, 3, 2, 2)), Config(1), seed=0, kind=LayerKind("conv"))
 
 
 @pytest.mark.parametrize("kind", ["transposed", "transposed_experts"])

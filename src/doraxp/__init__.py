@@ -10,6 +10,7 @@ from doraxp._core.decomposition import (
 )
 from doraxp._core.kinds import LayerKind
 from doraxp._core.linear import Cache, backward, forward
+from doraxp._core.operators import Convolution, Embedding, MatMul, Operator
 from doraxp._core.prepared import Prepared, prepare
 from doraxp._core.quantised import QuantisedWeight
 from doraxp._core.updates import Difference, Hadamard, Kronecker, LowRank, UpdateAdapter
@@ -52,9 +53,11 @@ __all__ = [
     "Adapter",
     "Cache",
     "Config",
+    "Convolution",
     "Diagnostics",
     "Difference",
     "DoRALayer",
+    "Embedding",
     "Gradients",
     "Hadamard",
     "Kronecker",
@@ -62,6 +65,8 @@ __all__ = [
     "Linear",
     "LowRank",
     "MagnitudeDirectionChange",
+    "MatMul",
+    "Operator",
     "Optimizer",
     "Prepared",
     "QuantisedWeight",

@@ -23,6 +23,14 @@ def register_config() -> None:
         jax.tree_util.register_static(Config)
 
 
+def register_static(kind: type[Any]) -> None:
+    """Register a class as static with JAX, if JAX is imported: its objects hold no arrays."""
+    jax = sys.modules.get("jax")
+    if jax is not None:
+        with contextlib.suppress(ValueError):  # registered already
+            jax.tree_util.register_static(kind)
+
+
 def register_tree(
     kind: type[Any], arrays: Callable[[Any], Any], made_of: Callable[[Any, Any], Any]
 ) -> None:

@@ -215,7 +215,7 @@ class Gradients(NamedTuple):
     """The results of `doraxp.backward`: the gradients of the loss by the inputs of the forward."""
 
     x: Array
-    """dx, in the shape and dtype of x."""
+    """dx, in the shape and dtype of x; None where x has ids, which have no gradient."""
     adapter: Adapter
     """dA, dB and dm, in the compute dtype."""
     weight: Array | None

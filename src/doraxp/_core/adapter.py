@@ -17,7 +17,7 @@ from doraxp._base.types import Adapter, Array, Config, Form, RowWeight
 from doraxp._core.checks import check_layer, check_rank
 from doraxp._core.decomposition import inverse_norms
 from doraxp._core.kinds import LayerKind
-from doraxp._core.prepared import Prepared, check_prepared, factor
+from doraxp._core.prepared import Prepared, check_prepared, factor, matrix_of
 from doraxp._core.updates import LowRank as LowRank  # for the doctest of `merge`
 from doraxp._core.updates import UpdateAdapter, merge_update
 from doraxp.backends import as_dtype, compute_dtype, operations
@@ -26,7 +26,12 @@ InitMethod: TypeAlias = Literal["kaiming", "gaussian"]
 
 
 def init(
-    weight: Array | RowWeight, config: Config, *, seed: int, method: InitMethod = "kaiming"
+    weight: Array | RowWeight,
+    config: Config,
+    *,
+    seed: int,
+    method: InitMethod = "kaiming",
+    kind: LayerKind | None = None,
 ) -> Adapter:
     """Return a fresh adapter: A random, B = 0, m = ‖wᵢ‖, so that W' = W.
 
@@ -35,12 +40,15 @@ def init(
     Parameters
     ----------
     weight : array, shape (*stack, out, in), or RowWeight, shape (out, in)
+        Or as a layer of `kind` stores it.
     config : Config
     seed : int
         NumPy draws the numbers on the host, so every backend gets the same numbers.
     method : {"kaiming", "gaussian"}
         How A is drawn: uniform in ±1/√in, as PEFT's kaiming_uniform_(a=√5) does, or normal with
         variance 1/rank.
+    kind : LayerKind, optional
+        A, B and m are for `kind.matrix(weight)`. None takes the weight for the matrix.
 
     Returns
     -------
@@ -71,6 +79,7 @@ def init(
     check_kind("config", config, Config)
     given = cast(Array, weight)
     ops = operations(weight=given)
+    _, given = matrix_of(given, kind)
     xp = ops.xp
     check_rank(given, config)
     stored = ops.detached(given)
@@ -150,19 +159,24 @@ def merge(
     weight = cast(Array, weight)
     if isinstance(adapter, UpdateAdapter):
         return merge_update(weight, adapter, config, kind or LayerKind())
-    if kind is not None:
-        merged = merge(kind.matrix(weight), adapter, config, prepared=prepared)
-        return kind.restore(merged, tuple(weight.shape))
-    ops, dtype = check_layer(weight, adapter, config)
+    other, matrix = matrix_of(weight, kind)
+    ops, dtype = check_layer(matrix, adapter, config)
     if prepared is not None:
-        check_prepared(prepared, weight, adapter, config, ops=ops)
-        return ops.merge(prepared.direction, prepared.gain)
-    leaves = Adapter(*(as_dtype(leaf, dtype, xp=ops.xp) for leaf in adapter))
-    return ops.merge_and_measure(factor(weight, leaves, config, ops=ops), leaves.magnitude)
+        check_prepared(prepared, weight, adapter, config, other, ops=ops)
+        merged = ops.merge(prepared.direction, prepared.gain)
+    else:
+        leaves = Adapter(*(as_dtype(leaf, dtype, xp=ops.xp) for leaf in adapter))
+        merged = ops.merge_and_measure(factor(matrix, leaves, config, ops=ops), leaves.magnitude)
+    return merged if other is None else other.restore(merged, tuple(weight.shape))
 
 
 def convert_form(
-    weight: Array, adapter: Adapter, config: Config, form: Form
+    weight: Array,
+    adapter: Adapter,
+    config: Config,
+    form: Form,
+    *,
+    kind: LayerKind | None = None,
 ) -> tuple[Adapter, Config]:
     """Return the adapter and config that give the same W' in another form.
 
@@ -182,6 +196,8 @@ def convert_form(
         In the form that `config` names.
     config : Config
     form : {"weight", "direction"}
+    kind : LayerKind, optional
+        The rows are those of `kind.matrix(weight)`. None takes the weight for the matrix.
 
     Returns
     -------
@@ -206,6 +222,7 @@ def convert_form(
     ('direction', array([[0.2],
            [0.2]]))
     """
+    _, weight = matrix_of(weight, kind)
     ops, dtype = check_layer(weight, adapter, config)
     target = replace(config, form=form)
     if form == config.form:

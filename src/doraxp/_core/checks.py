@@ -6,9 +6,12 @@ A public function checks its arguments once, before it computes anything: `check
 
 from __future__ import annotations
 
+import math
+
 from doraxp._base.scalars import check_kind
 from doraxp._base.types import Adapter, Array, Config, DType
-from doraxp.backends import Operations, compute_dtype, operations
+from doraxp._core.kinds import LayerKind
+from doraxp.backends import Operations, compute_dtype, is_by_rows, is_integer, operations
 
 
 def check_layer(weight: Array, adapter: Adapter, config: Config) -> tuple[Operations, DType]:
@@ -25,6 +28,34 @@ def check_call(
     checked = _check(weight, adapter, config, bias, others)
     check_input(weight, x, dropout_mask)
     check_bias(weight, bias)
+    return checked
+
+
+def check_operated(
+    x: Array, weight: Array, adapter: Adapter, config: Config, bias: Array | None,
+    dropout_mask: Array | None, kind: LayerKind | None,
+) -> tuple[Operations, DType]:  # fmt: skip
+    """Return the operations for a layer with an operator, and the dtype to compute in.
+
+    `weight` is the matrix. The operator itself checks the shape of x.
+    """
+    others = {"x": x} if dropout_mask is None else {"x": x, "dropout_mask": dropout_mask}
+    if is_integer(x):
+        if dropout_mask is not None:
+            raise ValueError("dropout_mask must be None where x has ids: they cannot be dropped")
+        others = {}
+    if is_by_rows(weight):
+        raise ValueError("operator must be None for a weight that is given by rows")
+    checked = _check(weight, adapter, config, bias, others)
+    if dropout_mask is not None:
+        check_mask(x, dropout_mask)
+    if kind is None or not kind.groups > 1:
+        check_bias(weight, bias)
+    elif bias is not None and tuple(bias.shape) != (math.prod(weight.shape[:-1]),):
+        raise ValueError(
+            f"bias must have shape (out,) = {(math.prod(weight.shape[:-1]),)} for a convolution "
+            f"of {kind.groups} groups, got {tuple(bias.shape)}"
+        )
     return checked
 
 
@@ -97,7 +128,13 @@ def check_input(weight: Array, x: Array, dropout_mask: Array | None = None) -> N
             f"x must have shape {rule} with in = {inner} for a weight of shape "
             f"{tuple(weight.shape)}, got {tuple(shape)}"
         )
-    if dropout_mask is not None and tuple(dropout_mask.shape) != tuple(x.shape):
+    if dropout_mask is not None:
+        check_mask(x, dropout_mask)
+
+
+def check_mask(x: Array, dropout_mask: Array) -> None:
+    """Refuse a mask that does not have the shape of x."""
+    if tuple(dropout_mask.shape) != tuple(x.shape):
         raise ValueError(
             f"dropout_mask must have the shape of x, {tuple(x.shape)}, "
             f"got {tuple(dropout_mask.shape)}"

@@ -112,6 +112,16 @@ class LayerKind:
         stack = (self.groups,) if self.groups > 1 else ()
         return (*stack, shape[0] // self.groups, math.prod(shape[1:]))
 
+    def shape_with(self, shape: tuple[int, ...], outputs: int) -> tuple[int, ...]:
+        """Return the shape of a weight with other outputs: `outputs` for each group of a conv."""
+        if self.name == "conv":
+            return self.groups * outputs, *shape[1:]
+        if self.name == "transposed_experts" or (self.is_transposed and len(shape) == 2):
+            return *shape[:-1], outputs
+        if self.is_transposed:
+            return shape[0], outputs, *shape[2:]
+        return *shape[:-2], outputs, shape[-1]
+
     def matrix(self, weight: Array) -> Array:
         """Return the matrix (*stack, out, in) of a stored weight."""
         shape = self.matrix_shape(tuple(weight.shape))

@@ -9,9 +9,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple, cast
 
+from doraxp._base.pytrees import register_static
 from doraxp._base.ranks import sums
 from doraxp._base.scalars import check_flag, check_kind
 from doraxp._base.types import (
@@ -24,16 +24,23 @@ from doraxp._base.types import (
     Reduce,
     RowWeight,
 )
-from doraxp._core.checks import check_call, check_output_gradient
+from doraxp._core.checks import check_call, check_operated, check_output_gradient
+from doraxp._core.kinds import LayerKind
+from doraxp._core.operated import Layer, Through, gradients, outputs, resolved
+from doraxp._core.operators import Operator
 from doraxp._core.prepared import (
     Prepared,
     check_prepared,
     check_previous,
     check_same_reduce,
     check_unwritten,
+    matrix_of,
     prepare_checked,
     prepare_with_product,
+    stored_as,
+    through_norm,
 )
+from doraxp._core.tokens import with_tokens
 from doraxp.backends import (
     Norm,
     Operations,
@@ -41,6 +48,7 @@ from doraxp.backends import (
     as_dtype,
     by_rows,
     is_by_rows,
+    is_integer,
     operations,
     transpose,
 )
@@ -61,6 +69,8 @@ class Cache(NamedTuple):
     """The norm and V, given to the forward or made by it."""
     dropout_mask: Array | None = None
     """The mask that the forward was given."""
+    through: Through | None = None
+    """The operator of the layer, where that is not a product of matrices."""
 
 
 class _Inputs(NamedTuple):
@@ -95,6 +105,8 @@ def forward(
     previous: Prepared | None = None,
     dropout_mask: Array | None = None,
     reduce: Reduce | None = None,
+    kind: LayerKind | None = None,
+    operator: Operator | None = None,
 ) -> tuple[Array, Cache]:
     """Return y = g⊙(x Vᵀ) + bias, and the cache for the backward.
 
@@ -120,8 +132,8 @@ def forward(
         The compute dtype is that of weight and adapter: a float64 x does not widen a float32
         layer.
     weight : array, shape (*stack, out, in), or RowWeight, shape (out, in)
-        A RowWeight is read once, and once more in the backward; without `prepared` and `previous`
-        three times in the forward.
+        Or as a layer of `kind` stores it. A RowWeight is read once, and once more in the backward;
+        without `prepared` and `previous` three times in the forward.
     adapter : Adapter
     config : Config
     bias : array, shape (*stack, out), optional
@@ -137,6 +149,13 @@ def forward(
     reduce : callable, optional
         Returns the sum of an array over the ranks, if the input axis of x, W and A is split among
         ranks; see the docs page "Many processes". `prepared`, `previous` and the cache remember it.
+    kind : LayerKind, optional
+        How the weight is stored, as in `doraxp.prepare`. None means `operator.kind`.
+    operator : Operator, optional
+        How the weight acts: `doraxp.MatMul()`, which None means, `doraxp.Convolution(...)`,
+        `doraxp.Embedding()`, or a framework's own. x and y then have the shapes of the operator,
+        and its `apply(x, W)` stands for x Wᵀ. Ids take no dropout mask, and y is then in the
+        weight's dtype. An operator takes no `reduce`.
 
     Returns
     -------
@@ -169,16 +188,46 @@ def forward(
     array([11., 10.])
     """
     stored = cast(Array, weight)
-    ops, dtype = check_call(x, stored, adapter, config, bias, dropout_mask)
-    remembered = check_previous(previous, stored, reduce)
+    if operator is not None or kind is not None:
+        kind, operator = resolved(kind, operator)
+    kind, matrix = matrix_of(stored, kind)
+    if operator is not None:
+        ops, dtype = check_operated(x, matrix, adapter, config, bias, dropout_mask, kind)
+    else:
+        ops, dtype = check_call(x, matrix, adapter, config, bias, dropout_mask)
+    remembered = check_previous(previous, stored, reduce, kind)
     if prepared is not None:
-        check_prepared(prepared, stored, adapter, config, ops=ops)
+        check_prepared(prepared, stored, adapter, config, kind, ops=ops)
         check_same_reduce("prepared", prepared, reduce)
         remembered = prepared.reduce
-    return forward_checked(
-        x, stored, adapter, config, bias, prepared, previous, dropout_mask, remembered, dtype,
+    if operator is not None:
+        if prepared is None:
+            prepared = prepare_checked(matrix, adapter, config, previous, None, dtype, ops=ops)
+            prepared = stored_as(prepared, stored, kind)
+        return _forward_operated(x, bias, prepared, dropout_mask, operator, ops=ops)
+    y, cache = forward_checked(
+        x, matrix, adapter, config, bias, prepared, previous, dropout_mask, remembered, dtype,
         ops=ops,
     )  # fmt: skip
+    if kind is not None:
+        cache = cache._replace(prepared=stored_as(cache.prepared, stored, kind))
+    return y, cache
+
+
+def _forward_operated(
+    x: Array, bias: Array | None, prepared: Prepared, mask: Array | None, operator: Operator,
+    *, ops: Operations,
+) -> tuple[Array, Cache]:  # fmt: skip
+    """Return the results of `forward` through an operator."""
+    gain = prepared.gain
+    wide = None
+    if bias is not None:
+        wide = ops.xp.reshape(as_dtype(bias, gain.dtype, xp=ops.xp), gain.shape)
+    layer = Layer(operator, prepared.kind or LayerKind(), prepared, ops)
+    y, low, z = outputs(layer, x, mask, wide)
+    y = as_dtype(y, prepared.weight.dtype if is_integer(x) else x.dtype, xp=ops.xp)
+    register_static(Through)
+    return y, Cache(x, bias, low, z, prepared, mask, Through(operator, tuple(y.shape)))
 
 
 def forward_checked(
@@ -268,20 +317,45 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     """
     check_kind("cache", cache, Cache)
     check_flag("train_base", train_base)
+    through = cache.through
+    if through is not None:
+        ops = operations(dy=dy, z=cache.z)
+        check_output_gradient(dy, through.y_shape)
+        check_unwritten(cache.prepared, ops=ops)
+        return _backward_operated(dy, cache, through.operator, train_base=train_base, ops=ops)
     ops = operations(dy=dy, x=cache.x)
     if is_by_rows(cache.prepared.weight):
         if train_base:
             raise ValueError("train_base must be False for a weight that is given by rows")
         ops = by_rows(ops)
-    check_output_gradient(dy, (*cache.x.shape[:-1], cache.prepared.weight.shape[-2]))
+    check_output_gradient(dy, (*cache.x.shape[:-1], cache.prepared.matrix.shape[-2]))
     check_unwritten(cache.prepared, ops=ops)
-    return backward_checked(dy, cache, train_base=train_base, ops=ops)
+    found = backward_checked(dy, cache, train_base=train_base, ops=ops)
+    kind, dweight = cache.prepared.kind, found.weight
+    if kind is None or dweight is None:
+        return found
+    return found._replace(weight=kind.restore(dweight, tuple(cache.prepared.weight.shape)))
+
+
+def _backward_operated(
+    dy: Array, cache: Cache, operator: Operator, *, train_base: bool, ops: Operations
+) -> Gradients:
+    """Return the results of `backward` through an operator."""
+    x, bias, low_rank, z, prepared, mask, _ = cache
+    layer = Layer(operator, prepared.kind or LayerKind(), prepared, ops)
+    found = gradients(
+        layer, dy, x, low_rank, z, mask, train_base=train_base,
+        with_bias=train_base and bias is not None,
+    )  # fmt: skip
+    if bias is None or found.bias is None:
+        return found
+    return found._replace(bias=ops.xp.reshape(found.bias, tuple(bias.shape)))
 
 
 def backward_checked(dy: Array, cache: Cache, *, train_base: bool, ops: Operations) -> Gradients:
     """Return the results of `backward` for arguments that have been checked."""
-    x, bias, low_rank, z, prepared, mask = cache
-    config, weight, dtype = prepared.config, prepared.weight, prepared.gain.dtype
+    x, bias, low_rank, z, prepared, mask, _ = cache
+    config, weight, dtype = prepared.config, prepared.matrix, prepared.gain.dtype
     kind = ops.operand_dtype(dy, weight, dtype, masked=mask is not None, z=z.dtype)
     d = as_tokens(dy, weight, kind, xp=ops.xp)
     inputs = _inputs(x, mask, weight, config, dtype, z.dtype, ops=ops)
@@ -340,23 +414,10 @@ def _outputs(
 def _weight_gradient(
     d: Array, inputs: _Inputs, p: Array | None, prepared: Prepared, *, ops: Operations
 ) -> Array:
-    """Return dW, (out, in). This stores V.
-
-    ::
-
-        weight form:     dW = dV                              dV = g⊙(dyᵀ x) − p⊙V / n
-        direction form:  dW = ρ⊙(dV − D⊙rowsum(D⊙dV))         D = ρ⊙W
-    """
-    direction = prepared.direction
+    """Return dW, (out, in). This stores V."""
     dv = ops.product(transpose(d), inputs.seen)
     dv *= prepared.gain[..., None]
-    if p is not None:
-        dv -= p[..., None] * ops.over_norm(direction.dense(ops=ops), prepared.norm)
-    weight, _, _, row_scale = direction.factors
-    if row_scale is not None:
-        unit = row_scale[..., None] * as_dtype(weight, dv.dtype, xp=ops.xp)  # D
-        (along,) = sums(prepared.reduce, ops.xp.sum(unit * dv, axis=-1), xp=ops.xp)
-        dv = row_scale[..., None] * (dv - along[..., None] * unit)
+    dv = through_norm(dv, p, prepared, ops=ops)
     rest = inputs.rest
     if rest is not None:
         dv += ops.product(transpose(d), rest)
@@ -390,9 +451,4 @@ def _in_shape(array: Array, shape: tuple[int, ...], *, ops: Operations) -> Array
 def as_tokens(x: Array, weight: Array, dtype: DType, *, xp: Namespace) -> Array:
     """Return x (*stack, ..., k) in `dtype`, with one axis of tokens: (*stack, tokens, k)."""
     x = as_dtype(x, dtype, xp=xp)
-    depth = len(weight.shape) - 2
-    if x.ndim == depth + 2:
-        return x
-    stack = x.shape[:depth]
-    count = math.prod(x.shape[depth:-1])
-    return xp.reshape(x, (*stack, count, x.shape[-1]))
+    return with_tokens(x, len(weight.shape) - 2, xp=xp)

@@ -8,11 +8,22 @@ from __future__ import annotations
 
 from typing import NamedTuple, cast
 
+from doraxp._base.pytrees import register_static
 from doraxp._base.ranks import check_reduce, sums
 from doraxp._base.scalars import check_kind
-from doraxp._base.types import Adapter, Array, Config, DType, Reduce, RowWeight, Snapshot
+from doraxp._base.types import (
+    Adapter,
+    Array,
+    Config,
+    Consumed,
+    DType,
+    Reduce,
+    RowWeight,
+    Snapshot,
+)
 from doraxp._core.checks import check_layer
 from doraxp._core.decomposition import inverse_norms
+from doraxp._core.kinds import LayerKind
 from doraxp.backends import Direction, Factors, Operations, as_dtype, is_by_rows, transpose
 
 
@@ -40,10 +51,19 @@ class Prepared(NamedTuple):
     """
     reduce: Reduce | None = None
     """The sum over ranks that `prepare` was given."""
+    kind: LayerKind | None = None
+    """How the weight is stored, where that is not as its matrix."""
+    stored: Array | None = None
+    """The weight that `prepare` was given, where it is stored in another way than its matrix."""
 
     @property
     def weight(self) -> Array:
         """W, the object that `prepare` was given."""
+        return self.matrix if self.stored is None else self.stored
+
+    @property
+    def matrix(self) -> Array:
+        """W as the matrix that DoRA adapts, (*stack, out, in)."""
         return self.direction.factors.weight
 
 
@@ -54,6 +74,7 @@ def prepare(
     *,
     previous: Prepared | None = None,
     reduce: Reduce | None = None,
+    kind: LayerKind | None = None,
 ) -> Prepared:
     """Return V, n, g and V Aᵀ / n: a forward and a backward need them until the adapter changes.
 
@@ -69,6 +90,7 @@ def prepare(
     Parameters
     ----------
     weight : array, shape (*stack, out, in), or RowWeight, shape (out, in)
+        Or as a layer of `kind` stores it.
     adapter : Adapter
     config : Config
     previous : Prepared, optional
@@ -76,6 +98,8 @@ def prepare(
     reduce : callable, optional
         Returns the sum of an array over the ranks, if the input axis is split among ranks; see the
         docs page "Many processes". The result remembers it.
+    kind : LayerKind, optional
+        The rows of n are those of `kind.matrix(weight)`. None takes the weight for the matrix.
 
     Returns
     -------
@@ -88,8 +112,8 @@ def prepare(
     TypeError
         The arrays are not of one library, or a dtype is not floating.
     ValueError
-        The shapes do not fit, the devices differ, `previous` is of another weight or another
-        `reduce`, or `reduce` is given for a RowWeight.
+        The shapes do not fit, the devices differ, `previous` is of another weight, kind or
+        `reduce`, or `reduce` is given for a RowWeight or a kind that is not a matrix.
 
     References
     ----------
@@ -105,9 +129,28 @@ def prepare(
     array([1., 1., 1.])
     """
     stored = cast(Array, weight)
-    ops, dtype = check_layer(stored, adapter, config)
-    reduce = check_previous(previous, stored, reduce)
-    return prepare_checked(stored, adapter, config, previous, reduce, dtype, ops=ops)
+    kind, matrix = matrix_of(stored, kind)
+    ops, dtype = check_layer(matrix, adapter, config)
+    reduce = check_previous(previous, stored, reduce, kind)
+    prepared = prepare_checked(matrix, adapter, config, previous, reduce, dtype, ops=ops)
+    return stored_as(prepared, stored, kind)
+
+
+def matrix_of(weight: Array, kind: LayerKind | None) -> tuple[LayerKind | None, Array]:
+    """Return the matrix of a stored weight, and its kind; None where it is stored as its matrix."""
+    if kind is None:
+        return None, weight
+    check_kind("kind", kind, LayerKind)
+    matrix = kind.matrix(weight)
+    return (None if kind.name in ("linear", "experts") else kind), matrix
+
+
+def stored_as(prepared: Prepared, weight: Array, kind: LayerKind | None) -> Prepared:
+    """Return the `Prepared` of a matrix for the weight that it is stored in."""
+    if kind is None:
+        return prepared
+    register_static(LayerKind)
+    return prepared._replace(kind=kind, stored=weight)
 
 
 def prepare_checked(
@@ -186,10 +229,36 @@ def factor(weight: Array, leaves: Adapter, config: Config, *, ops: Operations) -
     return Factors(weight, a, config.scaling * b, row_scale)
 
 
+def through_norm(dv: Consumed, p: Array | None, prepared: Prepared, *, ops: Operations) -> Array:
+    """Return the gradient by W as a part of V, (*stack, out, in), given g⊙(dyᵀ x). It stores V.
+
+    ::
+
+        weight form:     dW = dV                              dV = g⊙(dyᵀ x) − p⊙V / n
+        direction form:  dW = ρ⊙(dV − D⊙rowsum(D⊙dV))         D = ρ⊙W
+    """
+    direction = prepared.direction
+    if p is not None:
+        dv -= p[..., None] * ops.over_norm(direction.dense(ops=ops), prepared.norm)
+    weight, _, _, row_scale = direction.factors
+    if row_scale is not None:
+        unit = row_scale[..., None] * as_dtype(weight, dv.dtype, xp=ops.xp)  # D
+        (along,) = sums(prepared.reduce, ops.xp.sum(unit * dv, axis=-1), xp=ops.xp)
+        dv = row_scale[..., None] * (dv - along[..., None] * unit)
+    return dv
+
+
 def check_previous(
-    previous: Prepared | None, weight: Array, reduce: Reduce | None
+    previous: Prepared | None,
+    weight: Array,
+    reduce: Reduce | None,
+    kind: LayerKind | None = None,
 ) -> Reduce | None:
     """Refuse a `previous` of another weight; return the `reduce` that applies."""
+    if reduce is not None and kind is not None:
+        raise ValueError(
+            f"reduce must be None for a weight of kind {kind.name!r}: its inputs are not one axis"
+        )
     if reduce is not None and is_by_rows(weight):
         raise ValueError(
             "reduce must be None for a weight that is given by rows: it holds whole rows"
@@ -200,6 +269,8 @@ def check_previous(
     check_kind("previous", previous, Prepared)
     if previous.weight is not weight:
         raise ValueError("previous must be of the same weight object, but is of another one")
+    if previous.kind != kind:
+        raise ValueError(f"previous must be of the kind {kind}, but is of {previous.kind}")
     check_same_reduce("previous", previous, reduce)
     return previous.reduce
 
@@ -215,12 +286,15 @@ def check_same_reduce(name: str, known: Prepared, reduce: Reduce | None) -> None
 
 
 def check_prepared(
-    prepared: Prepared, weight: Array, adapter: Adapter, config: Config, *, ops: Operations
-) -> None:
+    prepared: Prepared, weight: Array, adapter: Adapter, config: Config,
+    kind: LayerKind | None = None, *, ops: Operations,
+) -> None:  # fmt: skip
     """Refuse a prepared norm that does not belong to these arguments any more."""
     check_kind("prepared", prepared, Prepared)
     if prepared.weight is not weight:
         changed = "the weight is another object"
+    elif prepared.kind != kind:
+        changed = f"the kind was {prepared.kind}, is {kind}"
     elif prepared.config is not config and prepared.config != config:
         changed = f"the config was {prepared.config}, is {config}"
     elif not ops.unchanged(prepared.snapshot, prepared.adapter, adapter):

@@ -26,6 +26,11 @@ def _name_of(kind: type, dtype: DType) -> str:
     return name.rpartition(".")[-1]
 
 
+def is_integer(array: Array) -> bool:
+    """Return whether `array` is of an integer dtype, as ids are."""
+    return dtype_name(array).startswith(("int", "uint"))
+
+
 def as_dtype(array: Array, dtype: DType, *, xp: Namespace) -> Array:
     """Return `array` in `dtype`: the same object if it has that dtype already."""
     return array if array.dtype == dtype else xp.astype(array, dtype)

@@ -40,6 +40,7 @@ from doraxp.backends._direction import (
     form,
 )
 from doraxp.backends._dtypes import as_dtype, compute_dtype, transpose
+from doraxp.backends._layers import LayerOperations
 from doraxp.backends._namespaces import device
 from doraxp.backends._packed import Packed, unpacked
 
@@ -102,7 +103,7 @@ class LayerGradients(NamedTuple):
     """Σ_tokens dy, (*stack, out); None where it was not asked for."""
 
 
-class Operations:
+class Operations(LayerOperations):
     """The operations on arrays of the namespace `xp`."""
 
     def __init__(self, xp: Namespace) -> None:

@@ -44,6 +44,7 @@ from doraxp.backends._generic import (
     same_values,
     token_sums,
 )
+from doraxp.backends._numpy_layers import NumpyLayerOperations
 from doraxp.backends._packed import Packed, row_groups, spread
 
 # Elements of a block. A block of 1 MiB in float32 stays in cache, where work on it costs little
@@ -131,7 +132,7 @@ class Patched(NamedTuple):
         return Patched(self.factors._replace(weight=weight), self.patches)
 
 
-class NumpyOperations(Operations):
+class NumpyOperations(NumpyLayerOperations, Operations):
     """The operations on NumPy's arrays."""
 
     def can_read_values(self, array: NumpyArray) -> bool:

@@ -13,6 +13,7 @@ from doraxp._base.patterns import matches_any, values_by_path
 from doraxp._base.types import Config
 from doraxp._core.adapter import InitMethod
 from doraxp._core.kinds import LayerKind
+from doraxp._core.operators import Operator
 from doraxp.layers._adapt import _no_match, _targets
 from doraxp.layers._base_layer import WeightLayout
 from doraxp.layers._dora import DoRALayer
@@ -30,7 +31,7 @@ def adapt_layers(
     *,
     seed: int,
     kinds: Mapping[str, LayerKind] | None = None,
-    operators: Mapping[str, Any] | None = None,
+    operators: Mapping[str, Operator] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     dropout: float = 0.0,

@@ -19,25 +19,25 @@ from doraxp._base.scalars import check_kind
 from doraxp._base.types import Array
 from doraxp._core.checks import check_weight
 from doraxp._core.kinds import LayerKind
+from doraxp._core.operated import resolved
+from doraxp._core.operators import Operator
 
 WeightLayout: TypeAlias = Literal["out_in", "in_out"]
 _TURNED = {"linear": LayerKind("transposed"), "experts": LayerKind("transposed_experts")}
-_MATRICES = ("linear", "experts", "transposed", "transposed_experts")
-_CONVOLUTIONS = ("conv", "columns")
 
 
 class Stored(NamedTuple):
     """How the base stores its weight, and the operator that the layer applies."""
 
     kind: LayerKind
-    operator: Any
+    operator: Operator | None
     """None for a matrix product."""
     shape: tuple[int, ...]
 
     @property
     def is_matrix(self) -> bool:
         """Whether the layer computes with the matrix itself."""
-        return self.operator is None and self.kind.name in _MATRICES
+        return self.operator is None
 
     @property
     def of_weight(self) -> dict[str, Any]:
@@ -68,9 +68,7 @@ class Stored(NamedTuple):
     @property
     def bias_shape(self) -> tuple[int, ...]:
         """The shape of the bias: a number for each output."""
-        if self.kind.name == "embedding":
-            return self.shape[1:]
-        if self.kind.name in _CONVOLUTIONS:
+        if self.kind.name == "conv":
             return self.shape[:1]
         return self.kind.matrix_shape(self.shape)[:-1]
 
@@ -99,9 +97,15 @@ def stored_as(weight: Array, kind: LayerKind | None, operator: Any, layout: Weig
     if layout not in get_args(WeightLayout):
         raise ValueError(f"weight_layout must be one of {get_args(WeightLayout)}, got {layout!r}")
     shape = tuple(check_weight(weight))
-    if kind is None:
-        kind = _default_kind(shape, operator)
-    check_kind("kind", kind, LayerKind)
+    if kind is None and operator is None:
+        if len(shape) > 2:
+            raise ValueError(
+                f"kind must be given for a weight of shape {shape}: pass kind=LayerKind('experts') "
+                "for a stack of matrices, or operator=doraxp.Convolution(stride=..., padding=..., "
+                "dilation=...) for a convolution"
+            )
+        kind = LayerKind()
+    kind, operator = resolved(kind, operator)
     if layout == "in_out":
         if kind.name not in _TURNED:
             raise ValueError(
@@ -109,25 +113,8 @@ def stored_as(weight: Array, kind: LayerKind | None, operator: Any, layout: Weig
                 "how the weight is stored"
             )
         kind = _TURNED[kind.name]
-    if operator is None and kind.name in _CONVOLUTIONS and len(shape) > 2:
-        raise ValueError(
-            f"operator must be given for a layer of kind {kind.name!r}: pass operator="
-            "doraxp.Convolution(stride=..., padding=..., dilation=...)"
-        )
     kind.matrix_shape(shape)
     return Stored(kind, operator, shape)
-
-
-def _default_kind(shape: tuple[int, ...], operator: Any) -> LayerKind:
-    if operator is not None:
-        kind: LayerKind = operator.kind
-        return kind
-    if len(shape) > 2:
-        raise ValueError(
-            f"kind must be given for a weight of shape {shape}: pass kind=LayerKind('experts') for "
-            "a stack of matrices, or operator=doraxp.Convolution(...) for a convolution"
-        )
-    return LayerKind()
 
 
 def check_bias_of(stored: Stored, bias: Array | None) -> None:

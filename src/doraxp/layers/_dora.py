@@ -16,6 +16,7 @@ from doraxp._core.adapter import InitMethod, init, merge
 from doraxp._core.decomposition import MagnitudeDirectionChange, magnitude_direction_change
 from doraxp._core.kinds import LayerKind
 from doraxp._core.linear import backward, forward
+from doraxp._core.operators import Operator
 from doraxp.backends import is_by_rows, operations
 from doraxp.layers._base_layer import (
     WeightLayout,
@@ -130,7 +131,7 @@ class DoRALayer(TrainedArrays):
         *,
         seed: int,
         kind: LayerKind | None = None,
-        operator: Any = None,
+        operator: Operator | None = None,
         dropout: float = 0.0,
         weight: str = "weight",
         bias: str = "bias",
@@ -171,7 +172,7 @@ class DoRALayer(TrainedArrays):
         return self._stored.kind
 
     @property
-    def operator(self) -> Any:
+    def operator(self) -> Operator | None:
         """How the weight acts; None for a matrix product."""
         return self._stored.operator
 

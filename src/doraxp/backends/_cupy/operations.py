@@ -16,7 +16,6 @@ from doraxp._base.types import (
     AdamWNumbers,
     AdamWStepped,
     Adapter,
-    Consumed,
     DType,
     Namespace,
     Reduce,
@@ -113,8 +112,13 @@ class CupyOperations(Operations):
         """
         return self.products.product(left, right)
 
-    def accumulate(self, total: Consumed, left: DeviceArray, right: DeviceArray) -> DeviceArray:
-        """Return total ← total + left right: BLAS adds while it multiplies."""
+    def accumulate(self, total: DeviceArray, left: DeviceArray, right: DeviceArray) -> DeviceArray:
+        """Return total ← total + left right: BLAS adds while it multiplies.
+
+        It writes only to arrays in C order, which the columns of a wider array are not.
+        """
+        if not total.flags.c_contiguous:
+            return total + self.products.product(left, right)
         return self.products.multiply(left, right, total.dtype, out=total, beta=1.0)
 
     def block_size(self, weight: RowWeight, tokens: int) -> int:

@@ -1,0 +1,425 @@
+"""Layers that are not matrices: convolutions, embeddings, and operators of a framework."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from convolutions import convolved, outputs, slopes
+
+import doraxp
+from doraxp import Adapter, Config, Convolution, Embedding, LayerKind, MatMul
+
+CONVOLUTIONS = [
+    pytest.param((5,), (3,), 1, {"padding": 1}, id="1d"),
+    pytest.param(
+        (6, 5), (3, 2), 1, {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)}, id="2d"
+    ),
+    pytest.param((5, 4), (2, 3), 2, {"stride": 2, "padding": 1}, id="2d-groups"),
+    pytest.param((3, 4, 5), (2, 1, 3), 1, {"stride": (1, 2, 3), "padding": (0, 0, 2)}, id="3d"),
+]
+CHOICES = [
+    pytest.param(None, "weight", "exact", id="exact"),
+    pytest.param(None, "direction", "detached", id="direction-detached"),
+    pytest.param("input", "weight", "exact", id="input"),
+    pytest.param("low_rank", "direction", "exact", id="low_rank-direction"),
+    pytest.param("low_rank", "weight", "detached", id="low_rank-detached"),
+]
+FORMS = [("weight", "exact"), ("direction", "detached")]
+INPUTS = ("x", "lora_a", "lora_b", "magnitude", "weight", "bias")
+
+
+def settings(operator):
+    return {name: getattr(operator, name) for name in ("stride", "padding", "dilation")}
+
+
+def of_convolution(size, kernel, groups, scale=1.0):
+    """Return NumPy inputs of a convolution of 4 channels to 6, and its kind."""
+    rng = np.random.default_rng(5)
+    kind = LayerKind("conv", groups=groups)
+    weight = rng.standard_normal((6, 4 // groups, *kernel))
+    *stack, out, inner = kind.matrix_shape(weight.shape)
+    shapes = {"lora_a": (*stack, 2, inner), "lora_b": (*stack, out, 2), "magnitude": (*stack, out)}
+    inputs = {"x": rng.standard_normal((3, 4, *size)), "weight": weight}
+    inputs |= {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    return inputs | {"bias": rng.standard_normal(6)}, kind
+
+
+def of_embedding():
+    """Return NumPy inputs of a table of 9 rows, with ids that repeat, and its kind."""
+    rng = np.random.default_rng(6)
+    shapes = {"weight": (9, 5), "lora_a": (2, 9), "lora_b": (5, 2), "magnitude": (5,)}
+    inputs = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    return inputs | {"x": np.array([[3, 0, 3], [8, 3, 1]])}, LayerKind("embedding")
+
+
+def adapter_of(inputs):
+    return Adapter(*(inputs[name] for name in Adapter._fields))
+
+
+def on(backend, inputs):
+    return {name: backend.asarray(array) for name, array in inputs.items()}
+
+
+def forward(inputs, mask, config, operator, kind=None, **others):
+    return doraxp.forward(
+        inputs["x"], inputs["weight"], adapter_of(inputs), config, bias=inputs.get("bias"),
+        dropout_mask=mask, operator=operator, kind=kind, **others,
+    )  # fmt: skip
+
+
+def all_gradients(dy, cache):
+    x, adapter, weight, bias = doraxp.backward(dy, cache, train_base=True)
+    return {"x": x, **adapter._asdict(), "weight": weight, "bias": bias}
+
+
+def mask_like(x):
+    return (np.random.default_rng(7).uniform(size=x.shape) > 0.25) / 0.75
+
+
+def assert_slopes(gradients, expected, directions):
+    for name, slope in expected.items():
+        g, u = gradients[name], directions[name]
+        assert g.shape == u.shape
+        error = abs(float(np.sum(g * u)) - slope)
+        assert error <= 1e-9 * np.linalg.norm(g) * np.linalg.norm(u), name
+
+
+@pytest.mark.parametrize(("dropout", "form", "norm_gradient"), CHOICES)
+@pytest.mark.parametrize(("size", "kernel", "groups", "shape"), CONVOLUTIONS)
+def test_a_convolution_equals_the_dense_formula_and_its_slopes(
+    backend, assert_close, size, kernel, groups, shape, dropout, form, norm_gradient
+):
+    config = Config(2, 3.0, form=form, norm_gradient=norm_gradient, dropout=dropout or "input")
+    (inputs, kind), operator = of_convolution(size, kernel, groups), Convolution(**shape)
+    mask = None if dropout is None else mask_like(inputs["x"])
+
+    def apply(x, weight):
+        return convolved(x, weight, **settings(operator))
+
+    desired, _ = outputs(apply, inputs, config, kind, mask)
+    given = None if mask is None else backend.asarray(mask)
+    y, cache = backend.run(forward, on(backend, inputs), given, config, operator, kind)
+    assert_close(y, desired, rtol=1e-13)
+
+    rng = np.random.default_rng(8)
+    dy = rng.standard_normal(desired.shape)
+    directions = {name: rng.standard_normal(inputs[name].shape) for name in INPUTS}
+    found = backend.run(all_gradients, backend.asarray(dy), cache)
+    found = {name: backend.numpy(array) for name, array in found.items()}
+    expected = slopes(apply, inputs, directions, dy, config, kind, mask)
+    assert_slopes(found, expected, directions)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+@pytest.mark.parametrize(
+    ("form", "norm_gradient"), [("weight", "exact"), ("direction", "detached")]
+)
+def test_an_embedding_equals_the_dense_formula_and_its_slopes(
+    backend, assert_close, form, norm_gradient, scale
+):
+    config = Config(2, 3.0, form=form, norm_gradient=norm_gradient)
+    (inputs, kind), operator = of_embedding(), Embedding(scale)
+
+    def apply(ids, weight):
+        return scale * weight[ids]
+
+    desired, _ = outputs(apply, inputs, config, kind)
+    y, cache = backend.run(forward, on(backend, inputs), None, config, operator)
+    assert_close(y, desired, rtol=1e-13)
+    rng = np.random.default_rng(8)
+    dy = rng.standard_normal(desired.shape)
+    directions = {n: rng.standard_normal(inputs[n].shape) for n in (*Adapter._fields, "weight")}
+    found = backend.run(all_gradients, backend.asarray(dy), cache)
+    assert found["x"] is None
+    assert found["bias"] is None
+    found = {name: backend.numpy(found[name]) for name in directions}
+    assert_slopes(found, slopes(apply, inputs, directions, dy, config, kind), directions)
+
+
+class Wrapped:
+    """A framework's own matrix product, with the outputs of its layers on the first axis."""
+
+    kind = LayerKind("linear")
+    channel_axis = 0
+
+    def apply(self, x, weight):
+        return weight @ doraxp.backends.transpose(x)
+
+    def transpose(self, dy, weight, x_shape):
+        return doraxp.backends.transpose(dy) @ weight
+
+    def weight_gradient(self, dy, x, weight_shape):
+        return dy @ x
+
+
+@pytest.mark.parametrize(("dropout", "form", "norm_gradient"), CHOICES)
+def test_an_operator_of_a_framework_gives_the_results_of_a_matrix_product(
+    backend, draw, assert_close, dropout, form, norm_gradient
+):
+    config = Config(3, 2.0, form=form, norm_gradient=norm_gradient, dropout=dropout or "input")
+    inputs = {
+        "x": draw(5, 6), "lora_a": draw(3, 6), "lora_b": draw(7, 3), "magnitude": draw(7),
+        "weight": draw(7, 6), "bias": draw(7),
+    }  # fmt: skip
+    mask = None if dropout is None else backend.asarray(mask_like(backend.numpy(inputs["x"])))
+    dy = draw(5, 7)
+    y, cache = backend.run(forward, inputs, mask, config, None)
+    desired = backend.run(all_gradients, dy, cache)
+    turned, cache = backend.run(forward, inputs, mask, config, Wrapped())
+    actual = backend.run(all_gradients, doraxp.backends.transpose(dy), cache)
+    transpose = doraxp.backends.transpose
+    assert_close(transpose(turned), y, rtol=1e-13)
+    for name in INPUTS:
+        assert_close(actual[name], desired[name], rtol=1e-13)
+
+
+@pytest.mark.parametrize("norm_gradient", ["exact", "detached"])
+def test_a_transposed_weight_gives_the_results_of_its_matrix(
+    backend, draw, assert_close, norm_gradient
+):
+    config, kind = Config(3, 2.0, norm_gradient=norm_gradient), LayerKind("transposed")
+    inputs = {
+        "x": draw(5, 6), "lora_a": draw(3, 6), "lora_b": draw(7, 3), "magnitude": draw(7),
+        "weight": draw(7, 6), "bias": draw(7),
+    }  # fmt: skip
+    dy, transpose = draw(5, 7), doraxp.backends.transpose
+    y, cache = backend.run(forward, inputs, None, config, None)
+    desired = backend.run(all_gradients, dy, cache)
+    turned = inputs | {"weight": transpose(inputs["weight"])}
+    other, cache = backend.run(forward, turned, None, config, MatMul(), kind)
+    actual = backend.run(all_gradients, dy, cache)
+    assert_close(other, y, rtol=1e-14)
+    assert_close(transpose(actual.pop("weight")), desired.pop("weight"), rtol=1e-14)
+    for name, gradient in actual.items():
+        assert_close(gradient, desired[name], rtol=1e-14)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_fresh_adapter_and_a_merge_act_as_the_convolution(backend, assert_close, groups):
+    (inputs, kind), operator = of_convolution((6, 5), (3, 2), groups), Convolution(padding=1)
+    inputs, config = on(backend, inputs), Config(2, 3.0)
+    fresh = backend.run(doraxp.init, inputs["weight"], config, seed=0, kind=kind)
+    bare = backend.run(operator.apply, inputs["x"], inputs["weight"])
+    y, _ = backend.run(
+        doraxp.forward, inputs["x"], inputs["weight"], fresh, config, operator=operator, kind=kind
+    )
+    assert_close(y, bare, rtol=1e-14)
+    adapter = adapter_of(inputs)
+    merged = backend.run(doraxp.merge, inputs["weight"], adapter, config, kind=kind)
+    y, _ = backend.run(
+        doraxp.forward, inputs["x"], inputs["weight"], adapter, config, operator=operator, kind=kind
+    )
+    assert_close(backend.run(operator.apply, inputs["x"], merged), y, rtol=1e-13)
+
+
+@pytest.mark.parametrize("of", ["convolution", "embedding"])
+@pytest.mark.parametrize("norm_gradient", ["exact", "detached"])
+def test_rows_that_cancel_keep_their_digits_through_an_operator(
+    backend, assert_close, of, norm_gradient
+):
+    """B A is W's opposite, except for a millionth: the factors alone would lose six digits."""
+    if of == "convolution":
+        (inputs, kind), operator = of_convolution((5, 4), (3, 2), 1), Convolution(padding=1)
+
+        def apply(x, weight):
+            return convolved(x, weight, **settings(operator))
+    else:
+        (inputs, kind), operator = of_embedding(), Embedding()
+
+        def apply(ids, weight):
+            return weight[ids]
+
+    config = Config(2, norm_gradient=norm_gradient)
+    near = -(inputs["lora_b"] @ inputs["lora_a"])
+    near = near * (1 + 1e-6 * np.random.default_rng(9).standard_normal(near.shape))
+    turned = near.T if kind.name == "embedding" else near.reshape(inputs["weight"].shape)
+    inputs = inputs | {"weight": np.ascontiguousarray(turned)}
+    desired, _ = outputs(apply, inputs, config, kind)
+    y, cache = backend.run(forward, on(backend, inputs), None, config, operator)
+    assert_close(y, desired, rtol=1e-8)
+    dy = np.random.default_rng(8).standard_normal(desired.shape)
+    found = backend.run(all_gradients, backend.asarray(dy), cache)
+    v = near + inputs["lora_b"] @ inputs["lora_a"]
+    gain = (inputs["magnitude"] / np.linalg.norm(v, axis=-1))[:, None]
+    if of == "convolution":
+        merged = (gain * v).reshape(inputs["weight"].shape)
+        back = backend.run(
+            operator.transpose, backend.asarray(dy), backend.asarray(merged), inputs["x"].shape
+        )
+        assert_close(found["x"], back, rtol=1e-8)
+
+
+@pytest.mark.parametrize("of", ["convolution", "embedding"])
+def test_a_row_of_zeros_gives_the_bias_and_no_gradient(backend, of):
+    (inputs, kind), operator = of_embedding(), Embedding()
+    if of == "convolution":
+        (inputs, kind), operator = of_convolution((5, 4), (3, 2), 1), Convolution()
+    matrix = kind.matrix(inputs["weight"]).copy()
+    matrix[1] = 0
+    inputs["lora_b"][1] = 0
+    inputs["weight"] = np.ascontiguousarray(kind.restore(matrix, inputs["weight"].shape))
+    y, cache = backend.run(forward, on(backend, inputs), None, Config(2), operator)
+    y = np.moveaxis(backend.numpy(y), operator.channel_axis, 0)[1]
+    np.testing.assert_array_equal(y, inputs["bias"][1] if of == "convolution" else 0.0)
+    shape = cache.through.y_shape
+    found = backend.run(all_gradients, backend.asarray(np.ones(shape)), cache)
+    assert backend.numpy(found["magnitude"])[1] == 0
+    assert all(
+        np.isfinite(backend.numpy(each)).all() for each in found.values() if each is not None
+    )
+
+
+def test_a_prepared_norm_serves_the_forwards_of_its_weight(backend, assert_close):
+    (inputs, kind), operator = of_convolution((6, 5), (3, 2), 2), Convolution()
+    inputs, config = on(backend, inputs), Config(2)
+    adapter = adapter_of(inputs)
+    plain, _ = forward(inputs, None, config, operator, kind)
+    prepared = doraxp.prepare(inputs["weight"], adapter, config, kind=kind)
+    assert prepared.weight is inputs["weight"]
+    y, cache = forward(inputs, None, config, operator, kind, prepared=prepared)
+    assert cache.prepared is prepared
+    assert_close(y, plain, rtol=1e-15)
+    moved = inputs | {"magnitude": 2 * inputs["magnitude"]}
+    anew, cache = forward(moved, None, config, operator, kind, previous=prepared)
+    assert cache.prepared.weight_squares is prepared.weight_squares
+    assert_close(anew, forward(moved, None, config, operator, kind)[0], rtol=1e-15)
+    merged = doraxp.merge(inputs["weight"], adapter, config, kind=kind, prepared=prepared)
+    assert_close(merged, doraxp.merge(inputs["weight"], adapter, config, kind=kind), rtol=1e-14)
+
+
+def test_a_prepared_norm_is_refused_for_another_kind(backend, draw):
+    weight, kind = draw(4, 4), LayerKind("transposed")
+    adapter = doraxp.init(weight, Config(2), seed=0)
+    prepared = doraxp.prepare(weight, adapter, Config(2), kind=kind)
+    with pytest.raises(ValueError, match=r"the kind was .*'transposed'.*, is None"):
+        doraxp.merge(weight, adapter, Config(2), prepared=prepared)
+    with pytest.raises(ValueError, match="previous must be of the kind None"):
+        doraxp.prepare(weight, adapter, Config(2), previous=prepared)
+
+
+@pytest.mark.dtypes("float16", "bfloat16", "float32")
+@pytest.mark.parametrize("of", ["convolution", "embedding"])
+def test_results_have_the_dtypes_of_x_and_of_the_computation(backend, dtype, of):
+    (inputs, _), operator = of_embedding(), Embedding()
+    if of == "convolution":
+        (inputs, _), operator = of_convolution((5, 4), (3, 2), 1), Convolution(padding=1)
+    wide, cache = forward(inputs, None, Config(2), operator)
+    narrow = {
+        name: backend.asarray(array if array.dtype == int else array.astype(dtype))
+        for name, array in inputs.items()
+    }
+    y, cache = backend.run(forward, narrow, None, Config(2), operator)
+    assert y.dtype == narrow["weight"].dtype
+    error = np.abs(backend.numpy(y).astype("float64") - wide).max() / np.abs(wide).max()
+    assert error < {"float32": 1e-5, "float16": 2e-2, "bfloat16": 1e-1}[dtype]
+    found = backend.run(all_gradients, backend.asarray(np.ones(wide.shape, dtype)), cache)
+    single = backend.asarray(np.zeros(1, "float32")).dtype
+    assert found["lora_a"].dtype == found["weight"].dtype == single
+    assert of == "embedding" or found["x"].dtype == narrow["x"].dtype
+
+
+def test_a_frozen_step_of_an_embedding_stores_no_array_of_its_size():
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((20_000, 96)).astype("float32")
+    config, ids = Config(4), rng.integers(0, 20_000, 256)
+    adapter = doraxp.init(weight, config, seed=0, kind=LayerKind("embedding"))
+    adapter = adapter._replace(lora_b=rng.standard_normal((96, 4)).astype("float32"))
+    prepared = doraxp.prepare(weight, adapter, config, kind=LayerKind("embedding"))
+    tracemalloc.start()
+    y, cache = doraxp.forward(ids, weight, adapter, config, operator=Embedding(), previous=prepared)
+    doraxp.backward(y, cache)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < weight.nbytes / 2
+
+
+def refused(error, match, **changes):
+    (inputs, kind), operator = of_convolution((6, 5), (3, 2), 1), Convolution()
+    arguments = {"mask": None, "config": Config(2), "operator": operator, "kind": kind}
+    arguments |= {name: changes.pop(name) for name in list(changes) if name in arguments}
+    with pytest.raises(error, match=match):
+        forward(inputs | changes, *arguments.values())
+
+
+def test_a_convolution_refuses_what_does_not_fit():
+    refused(ValueError, r"the kernel must fit into x: it spans \(3, 2\)", x=np.zeros((1, 4, 2, 5)))
+    refused(ValueError, r"padding must be one number or 2", operator=Convolution(padding=(1, 1, 1)))
+    refused(ValueError, r"x must have shape \(batch, in, \*size\)", x=np.zeros((1, 4, 6)))
+    refused(ValueError, r"x must have shape \(batch, in, \*size\)", x=np.zeros((1, 3, 6, 5)))
+    refused(ValueError, r"bias must have shape \(\*stack, out\)", bias=np.zeros(5))
+    refused(TypeError, "must be of dtype float16", x=np.zeros((3, 4, 6, 5), int))
+    refused(ValueError, "dropout_mask must have the shape of x", mask=np.ones((3, 4, 6, 4)))
+    refused(ValueError, "kind must be 'conv' for operator Convolution", kind=LayerKind("linear"))
+    refused(ValueError, "operator must be given for a weight of kind 'conv'", operator=None)
+    refused(TypeError, "operator must have kind, channel_axis", operator=object())
+    refused(ValueError, "kind must be another kind", operator=Wrapped(), kind=LayerKind("columns"))
+    refused(ValueError, "kind must be 'linear' or", operator=None, kind=LayerKind("columns"))
+    for operator in ({"stride": 0}, {"padding": -1}, {"dilation": (1, 0)}):
+        with pytest.raises(ValueError, match=f"{next(iter(operator))} must be at least"):
+            Convolution(**operator)
+    with pytest.raises(ValueError, match="stride must have 1 to 3 numbers"):
+        Convolution(stride=(1, 1, 1, 1))
+    with pytest.raises(TypeError, match="stride must be an integer"):
+        Convolution(stride="same")
+    with pytest.raises(ValueError, match="a kernel of 1 to 3 dimensions"):
+        Convolution().apply(np.zeros((1, 2)), np.zeros((2, 2)))
+    with pytest.raises(ValueError, match="dy must have the shape of y"):
+        Convolution().transpose(np.zeros((1, 2, 3)), np.zeros((2, 2, 2)), (1, 2, 3))
+
+
+def test_groups_refuse_a_bias_of_another_shape():
+    (inputs, kind), operator = of_convolution((6, 5), (3, 2), 2), Convolution()
+    with pytest.raises(ValueError, match=r"bias must have shape \(out,\) = \(6,\)"):
+        forward(inputs | {"bias": np.zeros((2, 3))}, None, Config(2), operator, kind)
+
+
+def test_an_embedding_refuses_other_numbers_than_ids(backend):
+    (inputs, _), operator = of_embedding(), Embedding()
+    inputs = on(backend, inputs)
+    for ids, error, match in (
+        (np.array([0.0, 1.0]), TypeError, "ids must be of an integer dtype"),
+        (np.zeros(2), TypeError, "ids must be of an integer dtype"),
+    ):
+        with pytest.raises(error, match=match):
+            forward(inputs | {"x": backend.asarray(ids)}, None, Config(2), operator)
+    with pytest.raises(ValueError, match="dropout_mask must be None where x has ids"):
+        forward(inputs, inputs["x"], Config(2), operator)
+    with pytest.raises(TypeError, match="no gradient by its ids"):
+        operator.transpose(inputs["weight"], inputs["weight"], (9,))
+    with pytest.raises(ValueError, match=r"must have shape \(tokens, dim\)"):
+        operator.apply(inputs["x"], inputs["magnitude"])
+
+
+def test_ids_out_of_range_are_refused_where_they_can_be_read():
+    (inputs, _), operator = of_embedding(), Embedding()
+    for wrong in (9, -1):
+        ids = np.array([0, wrong])
+        with pytest.raises(ValueError, match=rf"ids must be in 0 ≤ id < 9.*got {wrong}"):
+            forward(inputs | {"x": ids}, None, Config(2), operator)
+    with pytest.raises(TypeError, match="ids must be an array of the library of the weight"):
+        operator.apply([1, 2], inputs["weight"])
+    with pytest.raises(ValueError, match="scale must be finite and not 0"):
+        Embedding(scale=0)
+    y, cache = forward(inputs | {"x": np.zeros((0, 2), int)}, None, Config(2), operator)
+    assert y.shape == (0, 2, 5)
+    assert not doraxp.backward(y, cache).adapter.magnitude.any()
+
+
+def test_kinds_without_one_input_axis_take_no_reduce():
+    (inputs, kind), operator = of_convolution((6, 5), (3, 2), 1), Convolution()
+    with pytest.raises(ValueError, match="reduce must be None for a weight of kind 'conv'"):
+        forward(inputs, None, Config(2), operator, kind, reduce=lambda part: part)
+
+
+def test_a_matrix_product_as_an_operator_has_its_gradients(backend, draw, assert_close):
+    x, weight, dy = draw(2, 4, 5, 6), draw(2, 7, 6), draw(2, 4, 5, 7)
+    operator, transpose = MatMul(), doraxp.backends.transpose
+    desired = backend.numpy(x) @ backend.numpy(weight)[:, None].mT
+    assert_close(backend.run(operator.apply, x, weight), desired, rtol=1e-14)
+    dx = backend.numpy(dy) @ backend.numpy(weight)[:, None]
+    assert_close(backend.run(operator.transpose, dy, weight, (2, 4, 5, 6)), dx, rtol=1e-14)
+    dw = np.einsum("eabo,eabi->eoi", backend.numpy(dy), backend.numpy(x))
+    assert_close(backend.run(operator.weight_gradient, dy, x, (2, 7, 6)), dw, rtol=1e-14)
+    assert transpose(weight).shape == (2, 6, 7)
