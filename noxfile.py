@@ -25,14 +25,18 @@ PARALLEL = [PROCESSES, "--dist=loadfile", "--no-loadscope-reorder"]
 LANES = {"dask": ("dask", "distributed")}
 CORE = tuple(
     f"tests/test_{name}.py"
-    for name in ("backends", "checkpoint", "cli", "gradients", "layer", "linear", "optimizers")
-)
+    for name in (
+        "backends", "checkpoint", "cli", "gradients", "layer", "linear", "optimizers",
+        "optimizers_dicts", "optimizers_loop", "optimizers_scaled",
+    )
+)  # fmt: skip
 NO_OVERRIDES = ("strict", "dask")  # their operations are the generic ones
 PEFT = (
     "test_peft",
     "test_bench_peft",
     "test_checkpoint_peft",
     "test_merge_real",
+    "test_optimizers_peft",
     "test_torch_peft",
 )
 FOREIGN = ("mlx", "sparse", "ndonnx", "cubed", "blosc2")

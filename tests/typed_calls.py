@@ -30,6 +30,15 @@ def packed(x: NDArray[np.float32], codes: NDArray[np.uint8], scale: NDArray[np.f
     assert_type(doraxp.merge(own, adapter, config), Array)
 
 
+def trained(layers: dict[str, doraxp.Adapter], state: dict[str, Array]) -> None:
+    optimizer: doraxp.Optimizer = doraxp.AdamW(doraxp.constant_schedule(1e-3), lora_plus=16)
+    assert_type(optimizer.step(layers, layers), dict[str, doraxp.Adapter])
+    assert_type(doraxp.SGD({"lora_a": 0.1}).step(state, state), dict[str, Array])
+    optimizer = doraxp.optimizer_from_settings(optimizer.settings())
+    optimizer.state, optimizer.steps = None, 3
+    assert_type(doraxp.scaled_gradients(layers, layers), dict[str, doraxp.Adapter])
+
+
 def any_array(array: np.ndarray[Any, np.dtype[Any]]) -> Array:
     return array
 

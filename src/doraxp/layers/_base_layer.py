@@ -15,7 +15,6 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
-from doraxp._base.scalars import check_kind
 from doraxp._base.types import Array
 from doraxp._core.checks import check_weight
 from doraxp._core.kinds import LayerKind
@@ -74,7 +73,7 @@ class Stored(NamedTuple):
 
     def settings(self) -> dict[str, Any]:
         """Return kind, groups, shape and operator as values of JSON."""
-        operator = self.operator
+        operator: Any = self.operator
         is_data = dataclasses.is_dataclass(operator) and not isinstance(operator, type)
         fields = dataclasses.asdict(operator) if is_data else getattr(operator, "__dict__", {})
         named = None if operator is None else {"name": type(operator).__name__, **fields}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, fields
 from numbers import Real
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from doraxp._base.scalars import check_count, check_flag, check_kind, check_number
 from doraxp._base.types import Array
@@ -20,6 +20,7 @@ from doraxp.optim._trees import Params
 LearningRate: TypeAlias = PerLeaf | Schedule | Callable[[int], Any]
 
 
+@runtime_checkable
 class Optimizer(Protocol):
     """An object that takes the steps of a training loop: `AdamW`, `SGD`, or a class of yours."""
 
@@ -310,9 +311,9 @@ def optimizer_from_settings(settings: Mapping[str, Any]) -> AdamW | SGD:
     """
     check_kind("settings", settings, Mapping)
     name = settings.get("optimizer")
-    if name not in _KINDS:
+    if name not in [*_KINDS]:  # a list has no hash
         raise ValueError(f"settings['optimizer'] must be one of {[*_KINDS]}, got {name!r}")
-    kind = _KINDS[name]
+    kind = _KINDS[str(name)]
     known = ["optimizer", *(field.name for field in fields(kind))]
     check_names(f"settings of {name}", settings, dict.fromkeys(known))
     given = {key: value for key, value in settings.items() if key != "optimizer"}

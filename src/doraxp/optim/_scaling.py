@@ -72,11 +72,11 @@ def scaled_gradients(params: Params, grads: Params, *, damping: float = 1e-6) ->
 
 def _check_fit(name_a: str, name_b: str, *, a: Array, b: Array) -> None:
     """Raise ValueError unless B A is a product."""
-    *stack, rank, _ = (0, *a.shape) if a.ndim == 1 else a.shape
-    if a.ndim < 2 or tuple(b.shape) != (*stack, *b.shape[-2:-1], rank):
+    of_a, of_b = tuple(a.shape), tuple(b.shape)
+    if min(len(of_a), len(of_b)) < 2 or (*of_b[:-2], of_b[-1]) != of_a[:-1]:
         raise ValueError(
             f"{name_b} must have shape (*stack, out, rank) and {name_a} (*stack, rank, in), got "
-            f"{tuple(b.shape)} and {tuple(a.shape)}"
+            f"{of_b} and {of_a}"
         )
 
 
