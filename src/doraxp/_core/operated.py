@@ -127,7 +127,7 @@ def resolved(kind: LayerKind | None, operator: Any) -> tuple[LayerKind, Operator
                 f"operator={_NEEDED[kind.name]}"
             )
         operator = MatMul()
-    if not isinstance(operator, Operator):
+    if type(operator) not in _KINDS and not isinstance(operator, Operator):
         raise TypeError(
             "operator must have kind, channel_axis, apply, transpose and weight_gradient, as "
             f"doraxp.MatMul() has, got {type(operator).__name__}"

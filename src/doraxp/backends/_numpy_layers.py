@@ -89,7 +89,7 @@ class NumpyLayerOperations(LayerOperations):
 
     def rows_at(self, ids: NumpyArray, table: NumpyArray) -> NumpyArray:
         """Return the rows of a table. `take` would copy a table that is a transposed view."""
-        return table[ids]
+        return np.take(table, ids, axis=0) if table.flags.c_contiguous else table[ids]
 
     def sums_at(self, ids: NumpyArray, rows: NumpyArray, count: int) -> NumpyArray:
         """Return the sums of the rows that have one id. Saves the one-hot matrix."""
