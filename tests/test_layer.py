@@ -723,3 +723,98 @@ def test_a_state_of_another_layer_names_the_rule_and_changes_nothing(backend, dr
         assert (bits(backend, other), other.state()["generator"]) == before
     with pytest.raises(ValueError, match="state must have the entry 'generator'"):
         layer.load_state({name: state[name] for name in ("settings", "parameters")})
+
+
+# Operators
+
+
+def operated(backend, draw, name, **options):
+    """Return a layer with an operator, and its input."""
+    rng = np.random.default_rng(1)
+    if name == "embedding":
+        base, operator = Plain(draw(9, 6)), doraxp.Embedding(scale=2.0)
+        x = backend.asarray(rng.integers(9, size=(3, 4)))
+    else:
+        groups = {"conv": 1, "grouped": 2}[name]
+        base, operator = Linear2(draw(4, 6 // groups, 3, 2), draw(4)), doraxp.Convolution(2, 1)
+        x = draw(2, 6, 5, 4)
+        options.setdefault("kind", LayerKind("conv", groups))
+    return DoRALayer(base, Config(2), seed=0, operator=operator, **options), x
+
+
+@pytest.mark.parametrize("train_base", [False, True])
+@pytest.mark.parametrize("name", ["conv", "grouped", "embedding"])
+def test_a_layer_with_an_operator_equals_the_functions(
+    backend, draw, assert_close, name, train_base
+):
+    layer, x = operated(backend, draw, name, train_base=train_base)
+    given = {"kind": layer.kind, "operator": layer.operator}
+    weight, bias, adapter = layer.base.weight, getattr(layer.base, "bias", None), layer.adapter
+    for _ in range(2):
+        y, cache = doraxp.forward(x, weight, adapter, layer.config, bias=bias, **given)
+        dx, grads, dweight, dbias = doraxp.backward(y, cache, train_base=train_base)
+        assert_close(layer(x), y, rtol=1e-13)
+        if name == "embedding":
+            assert layer.backward(y) is dx is None
+        else:
+            assert_close(layer.backward(y), dx, rtol=1e-13)
+        layer.step(doraxp.SGD(0.01))
+        adapter = Adapter(*(p - 0.01 * g for p, g in zip(adapter, grads, strict=True)))
+        if train_base:
+            weight = weight - 0.01 * dweight
+            bias = None if bias is None else bias - 0.01 * dbias
+        for leaf, expected in zip(layer.adapter, adapter, strict=True):
+            assert_close(leaf, expected, rtol=1e-13)
+        assert_close(layer.weight, weight, rtol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["conv", "grouped", "embedding"])
+def test_a_layer_with_an_operator_is_merged_in_the_stored_shape(backend, draw, assert_close, name):
+    layer, x = operated(backend, draw, name)
+    layer.backward(layer(x))
+    layer.update_parameters(0.01)
+    merged = layer.merge_to_original_layer()
+    assert tuple(merged.weight.shape) == tuple(layer.base.weight.shape) == layer.stored_shape
+    y = layer.operator.apply(x, merged.weight)
+    if name != "embedding":
+        y = y + merged.bias[:, None, None]
+    assert_close(layer(x), y, rtol=1e-13)
+    assert layer.diagnostics().shapes["weight"] == layer.stored_shape
+    other, _ = operated(backend, draw, name)
+    other.load_state(layer.state())
+    assert bits(backend, other) == bits(backend, layer)
+
+
+def test_an_operator_without_a_kind_brings_its_own(backend, draw):
+    base = Plain(draw(4, 3, 2))
+    layer = DoRALayer(base, Config(1), seed=0, operator=doraxp.Convolution())
+    assert layer.kind == LayerKind("conv")
+    assert repr(layer) == (
+        "<DoRALayer conv (4, 3, 2), Convolution(stride=1, padding=0, dilation=1), rank 1, "
+        "scaling 1, dropout 0, 14 trained parameters>"
+    )
+    plain = DoRALayer(Plain(draw(4, 3)), Config(1), seed=0, operator=doraxp.MatMul())
+    assert plain.operator is None
+    other = DoRALayer(base, Config(1), seed=0, operator=doraxp.Convolution(stride=2))
+    with pytest.raises(ValueError, match=r"operator must be that of the state, .*'stride': 2"):
+        layer.load_state(other.state())
+
+
+def test_ids_take_no_dropout(draw):
+    with pytest.raises(ValueError, match="dropout must be 0 for an embedding, whose input is"):
+        DoRALayer(Plain(draw(9, 6)), Config(1), seed=0, operator=doraxp.Embedding(), dropout=0.1)
+
+
+@pytest.mark.once
+@pytest.mark.lanes("numpy", "torch", "strict", "cuda-host")
+def test_ids_out_of_range_are_refused_with_the_name_of_the_layer(backend, draw):
+    layer, _ = operated(backend, draw, "embedding")
+    layer.name = "embed"
+    with pytest.raises(ValueError, match=r"^embed: ids must be in 0 ≤ id < 9"):
+        layer(backend.asarray(np.array([1, 9])))
+
+
+def test_a_bias_has_a_number_for_each_output_of_a_convolution(draw):
+    base = Linear2(draw(4, 3, 2), draw(3))
+    with pytest.raises(ValueError, match=r"bias must have shape \(4,\), .* of kind 'conv'.*\(3,\)"):
+        DoRALayer(base, Config(1), seed=0, operator=doraxp.Convolution())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -303,3 +305,23 @@ def test_a_state_of_another_model_is_refused_and_nothing_changes(backend, layers
     with pytest.raises(ValueError, match="state must have the adapted layers: missing encoder"):
         other.load_state({})
     assert bits(backend, other) == before
+
+
+def test_operators_reach_their_layers_and_give_them_a_kind(backend, draw, assert_close):
+    layers = {
+        "tokens": SimpleNamespace(weight=draw(9, 6)),
+        "conv": SimpleNamespace(weight=draw(4, 3, 3), bias=draw(4)),
+    }
+    operators = {"tokens": doraxp.Embedding(), "conv": doraxp.Convolution(padding=1)}
+    model = adapt_layers(
+        layers, ["tokens", "conv"], Config(2), seed=0, operators=operators,
+        kinds={"conv": LayerKind("conv", groups=2)},
+    )  # fmt: skip
+    assert [layer.kind for layer in model.adapted.values()] == [
+        LayerKind("embedding"), LayerKind("conv", groups=2),
+    ]  # fmt: skip
+    x = draw(2, 6, 5)
+    expected = operators["conv"].apply(x, layers["conv"].weight) + layers["conv"].bias[:, None]
+    assert_close(model["conv"](x), expected, rtol=1e-13)
+    ids = backend.asarray(np.array([3, 0]))
+    assert_close(model["tokens"](ids), backend.numpy(layers["tokens"].weight)[[3, 0]], rtol=1e-13)
