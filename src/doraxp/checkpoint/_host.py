@@ -23,6 +23,8 @@ def on_host(array: Any) -> HostArray:
     TypeError
         array-api-compat does not know the library.
     """
+    if type(array) is np.ndarray:
+        return array
     if array_api_compat.is_torch_array(array):
         array = array.detach().cpu()
     xp = array_namespace(array)
