@@ -88,6 +88,7 @@ def bits(backend, model):
 def test_the_targets_are_adapted_and_the_others_stay(layers, model, draw, assert_close):
     assert list(model) == list(layers)
     assert len(model) == 4
+    assert [*reversed(model.values())] == [*model.values()][::-1]
     assert list(model.adapted) == ["encoder.fc1", "encoder.fc2"]
     for path, layer in model.items():
         assert isinstance(layer, DoRALayer) if path in model.adapted else layer is layers[path]

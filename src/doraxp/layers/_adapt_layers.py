@@ -110,7 +110,7 @@ def adapt_layers(
                 method=method,
             )  # fmt: skip
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{path}: {error}") from error
+            raise type(error)(f"{path}: {error}") from None
         layer.name = path
     places = {path: setters[path] for path in adapted if path in setters}
     for path, put in places.items():

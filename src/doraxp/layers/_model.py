@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, ValuesView
 from typing import Any, TypeAlias
 
 from doraxp._base.scalars import check_kind
@@ -76,6 +76,10 @@ class AdaptedModel(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._layers)
+
+    def values(self) -> ValuesView[Any]:
+        """Return the layers in order; `reversed` takes them, as those of a dict."""
+        return self._layers.values()
 
     def __repr__(self) -> str:
         return f"<AdaptedModel {len(self.adapted)} of {len(self)} layers adapted, {self.summary()}>"
@@ -205,4 +209,4 @@ def _at(path: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{path}: {error}") from error
+        raise type(error)(f"{path}: {error}") from None
