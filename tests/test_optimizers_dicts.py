@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import re
 
@@ -19,6 +20,8 @@ from doraxp import (
     sgd_init,
     sgd_step,
 )
+from doraxp._base.types import AdamWLeaves, AdamWNumbers
+from doraxp.backends import Operations, operations
 
 RATES = {"lora_a": 0.03, "lora_b": 0.3, "magnitude": 0.01}
 STEPS = {"sgd": (sgd_init, sgd_step), "adamw": (adamw_init, adamw_step)}
@@ -288,6 +291,26 @@ def test_a_factor_of_lora_plus_that_is_not_positive_is_refused(init, step):
 
 
 # NumPy's blocks
+
+
+@pytest.mark.lanes("numpy")
+@pytest.mark.dtypes("float16", "bfloat16", "float32", "float64")
+def test_a_step_in_blocks_has_the_bits_of_the_formula(backend, draw, dtype):
+    """Also where the gradient is of another dtype, and the step is a 0-d array."""
+    wide = "float64" if dtype == "float64" else "float32"
+    p, mu = draw(50, 4099, dtype=dtype), draw(50, 4099, dtype=wide)
+    for kind, corrections in ((dtype, (0.1, 0.001)), ("float64", np.asarray([0.1, 0.001], wide))):
+        g = draw(50, 4099, dtype=kind)
+        leaves = AdamWLeaves([p, p[:0]], [g, g[:0]], [mu, mu[:0]], [mu * mu, mu[:0]])
+        numbers = AdamWNumbers(0.9, 0.1, 0.999, 0.001, 1e-8, *corrections)
+        actual, desired = (
+            ops.adamw(leaves, [0.1, 0.2], [0.3, 0.4], numbers, donate=False)
+            for ops in (operations(p=p, g=g), Operations(backend.namespace()))
+        )
+        pairs = [zip(*columns, strict=True) for columns in zip(actual, desired, strict=True)]
+        for one, other in itertools.chain(*pairs):
+            assert one.dtype == other.dtype
+            np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.lanes("numpy")

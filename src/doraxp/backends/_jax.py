@@ -98,6 +98,12 @@ class JaxOperations(Operations):
         dx = dx if round_later else as_dtype(dx, dtype, xp=xp)
         return LayerGradients(dx, da, scaling * db, dm, p, dbias)
 
+    def sums_at(self, ids: JaxArray, rows: JaxArray, count: int) -> JaxArray:
+        """Return the sums of the rows that have one id, by a scatter. Saves one-hot matrices."""
+        zeros: Any = self.xp.zeros((count, rows.shape[1]), dtype=rows.dtype)
+        total: JaxArray = zeros.at[ids].add(rows)
+        return total
+
     def row_norms(
         self, weight: JaxArray, squares: JaxArray, reduce: Reduce | None = None
     ) -> JaxArray:

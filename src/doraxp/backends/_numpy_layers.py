@@ -8,8 +8,6 @@ then reads. So no array has the size of all windows, which is `kernel` times tha
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 from collections.abc import Iterator
 from typing import Any, TypeAlias
@@ -18,7 +16,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from doraxp.backends._layers import LayerOperations
-from doraxp.backends._windows import Windows
+from doraxp.backends._windows import Windows, inside, offsets
 
 NumpyArray: TypeAlias = Any
 """An `np.ndarray`; see `doraxp.backends._numpy`."""
@@ -62,7 +60,7 @@ class NumpyLayerOperations(LayerOperations):
             np.matmul(by_group.mT, part.mT, out=columns)
             total = padded[:, :count]
             _add_windows(columns.reshape(shape), total, windows)
-            x[samples] = total[_inside(windows)].swapaxes(0, 1)
+            x[samples] = total[inside(windows)].swapaxes(0, 1)
         return x
 
     def convolve_gradient(self, d: NumpyArray, x: NumpyArray, windows: Windows) -> NumpyArray:
@@ -112,12 +110,6 @@ def _slices(count: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
-def _inside(windows: Windows) -> tuple[Any, ...]:
-    """Return the place of x in its padded array (channels, samples, *padded)."""
-    pairs = zip(windows.padding, windows.size, strict=True)
-    return (..., *(slice(padding, padding + size) for padding, size in pairs))
-
-
 def _column_blocks(
     x: NumpyArray, windows: Windows, groups: int
 ) -> Iterator[tuple[slice, NumpyArray]]:
@@ -142,10 +134,10 @@ def _padded_blocks(
 ) -> Iterator[tuple[slice, NumpyArray]]:
     """Yield blocks of samples with their zeros around, (in, samples, *padded)."""
     padded = np.zeros((x.shape[1], step, *windows.padded), x.dtype)
-    inside = padded[_inside(windows)]
+    middle = padded[inside(windows)]
     for samples in _slices(len(x), step):
         count = samples.stop - samples.start
-        inside[:, :count] = x[samples].swapaxes(0, 1)
+        middle[:, :count] = x[samples].swapaxes(0, 1)
         yield samples, padded[:, :count]
 
 
@@ -160,24 +152,10 @@ def _windows_of(padded: NumpyArray, windows: Windows) -> NumpyArray:
     return view.transpose(0, *kernel, 1, *axes)
 
 
-@functools.lru_cache(maxsize=16)
-def _offsets(windows: Windows) -> tuple[tuple[tuple[int, ...], tuple[Any, ...]], ...]:
-    """Return each offset of the kernel, and the numbers of the padded x that it reads."""
-    found = []
-    for offset in itertools.product(*map(range, windows.kernel)):
-        each = zip(offset, windows.dilation, windows.stride, windows.positions, strict=True)
-        place = (
-            slice(k * dilation, k * dilation + stride * (positions - 1) + 1, stride)
-            for k, dilation, stride, positions in each
-        )
-        found.append((offset, (slice(None), slice(None), *place)))
-    return tuple(found)
-
-
 def _add_windows(columns: NumpyArray, total: NumpyArray, windows: Windows) -> None:
     """Write the sum of the windows into `total`, (channels, samples, *padded)."""
     total[...] = 0
-    for offset, place in _offsets(windows):
+    for offset, place in offsets(windows):
         total[place] += columns[(slice(None), *offset)]
 
 
@@ -198,7 +176,7 @@ def _spread_blocks(
         part = d[:, samples.start * positions : samples.stop * positions]
         part = part.mT.reshape(groups, out, count, *windows.positions)
         here = spread[(*(slice(None),) * (2 + len(windows.kernel)), slice(0, count))]
-        for offset, place in _offsets(windows):
+        for offset, place in offsets(windows):
             here[(slice(None), slice(None), *offset, *place[1:])] = part
         each = padded.reshape(groups, channels // groups, -1)
         yield each, here.reshape(groups, out * math.prod(windows.kernel), -1)

@@ -11,8 +11,9 @@ which every array library has.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -116,3 +117,23 @@ def _crossed(outer: HostArray, inner: HostArray, function: np.ufunc) -> HostArra
     """Return `function` of each pair, (k, p) (l, q) -> (k·l, p·q), in row-major order."""
     pairs: HostArray = function(outer[:, None, :, None], inner[None, :, None, :])
     return pairs.reshape(outer.shape[0] * inner.shape[0], -1)
+
+
+def inside(windows: Windows) -> tuple[Any, ...]:
+    """Return the place of x in its padded array (channels, samples, *padded)."""
+    pairs = zip(windows.padding, windows.size, strict=True)
+    return (..., *(slice(padding, padding + size) for padding, size in pairs))
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def offsets(windows: Windows) -> tuple[tuple[tuple[int, ...], tuple[Any, ...]], ...]:
+    """Return each offset of the kernel, and the numbers of the padded x that it reads."""
+    found = []
+    for offset in itertools.product(*map(range, windows.kernel)):
+        each = zip(offset, windows.dilation, windows.stride, windows.positions, strict=True)
+        place = (
+            slice(k * dilation, k * dilation + stride * (positions - 1) + 1, stride)
+            for k, dilation, stride, positions in each
+        )
+        found.append((offset, (slice(None), slice(None), *place)))
+    return tuple(found)

@@ -24,7 +24,7 @@ Under a compiler that traces, a learning rate, a weight decay and AdamW's step m
 
 from doraxp.optim._adamw import AdamWState, adamw_init, adamw_step
 from doraxp.optim._clipping import clip_by_global_norm
-from doraxp.optim._loops import SGD, AdamW, Optimizer, optimizer_from_settings
+from doraxp.optim._loops import SGD, AdamW, Optimizer
 from doraxp.optim._scaling import scaled_gradients
 from doraxp.optim._schedules import (
     Schedule,
@@ -32,6 +32,7 @@ from doraxp.optim._schedules import (
     cosine_schedule,
     linear_schedule,
 )
+from doraxp.optim._settings import optimizer_from_settings
 from doraxp.optim._sgd import SGDState, sgd_init, sgd_step
 
 __all__ = [

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, fields
 from numbers import Real
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -13,7 +14,7 @@ from doraxp.optim._adamw import AdamWState, adamw_init, adamw_step
 from doraxp.optim._clipping import clip_by_global_norm
 from doraxp.optim._per_leaf import PerLeaf
 from doraxp.optim._scaling import scaled_gradients
-from doraxp.optim._schedules import Schedule, check_names
+from doraxp.optim._schedules import Schedule
 from doraxp.optim._sgd import SGDState, check_momentum, sgd_init, sgd_step
 from doraxp.optim._trees import Params
 
@@ -43,7 +44,7 @@ class Optimizer(Protocol):
         """Return values that JSON has, from which `optimizer_from_settings` makes an equal one."""
 
 
-class _Loop:
+class _Loop(ABC):
     """The parts that the optimizers share."""
 
     learning_rate: LearningRate
@@ -111,13 +112,13 @@ class _Loop:
         plain = {name: _plain(name, getattr(self, name)) for name in names}
         return {"optimizer": type(self).__name__, **plain}
 
+    @abstractmethod
     def _checked(self, state: Any) -> Any:
         """Return a state that is assigned, or raise TypeError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _stepped(self, params: Params, grads: Params, rate: Any) -> tuple[Params, Any]:
         """Return the parameters and the state after a step."""
-        raise NotImplementedError
 
 
 @dataclass(eq=False)
@@ -280,47 +281,6 @@ class SGD(_Loop):
             weight_decay=self.weight_decay,
             lora_plus=self.lora_plus,
         )
-
-
-_KINDS: dict[str, type[AdamW] | type[SGD]] = {"AdamW": AdamW, "SGD": SGD}
-
-
-def optimizer_from_settings(settings: Mapping[str, Any]) -> AdamW | SGD:
-    """Return a new optimizer with the settings of another one, before its first step.
-
-    Parameters
-    ----------
-    settings : mapping
-        From `AdamW.settings` or `SGD.settings`; they may have been in a JSON file.
-
-    Returns
-    -------
-    AdamW or SGD
-
-    Raises
-    ------
-    TypeError
-        `settings` is not a mapping, or a value has another type than it must have.
-    ValueError
-        The optimizer is unknown, a name is missing or unknown, or a number is out of range.
-
-    Examples
-    --------
-    >>> optimizer_from_settings(SGD(0.5, momentum=0.75).settings()).momentum
-    0.75
-    """
-    check_kind("settings", settings, Mapping)
-    name = settings.get("optimizer")
-    if name not in [*_KINDS]:  # a list has no hash
-        raise ValueError(f"settings['optimizer'] must be one of {[*_KINDS]}, got {name!r}")
-    kind = _KINDS[str(name)]
-    known = ["optimizer", *(field.name for field in fields(kind))]
-    check_names(f"settings of {name}", settings, dict.fromkeys(known))
-    given = {key: value for key, value in settings.items() if key != "optimizer"}
-    rate = given["learning_rate"]
-    if isinstance(rate, Mapping) and isinstance(rate.get("kind"), str):
-        given["learning_rate"] = Schedule.from_settings(rate)
-    return kind(**given)
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -26,6 +26,7 @@ from doraxp.backends._cupy.arrays import LOW, DeviceArray, dtype_name, name_of
 from doraxp.backends._cupy.backward import Backward
 from doraxp.backends._cupy.device import Cuda
 from doraxp.backends._cupy.direction import DevicePatched
+from doraxp.backends._cupy.layers import CupyLayerOperations
 from doraxp.backends._cupy.passes import Passes
 from doraxp.backends._cupy.patches import Patches
 from doraxp.backends._cupy.products import Products
@@ -68,7 +69,7 @@ def why_not() -> str | None:
     return None
 
 
-class CupyOperations(Operations):
+class CupyOperations(CupyLayerOperations, Operations):
     """The operations on CuPy arrays: products, passes, and patches of V, on one GPU."""
 
     def __init__(self, xp: Namespace, cuda: Cuda | None = None) -> None:
