@@ -243,7 +243,7 @@ def test_a_folder_with_other_files_is_refused(draw, tmp_path):
 
 
 class Own:
-    """An optimizer of a user, whose state is no part of doraxp."""
+    """An optimizer of a user, with a state that doraxp does not know."""
 
     state, steps = object(), 0
 
