@@ -34,6 +34,7 @@ from doraxp.checkpoint._tasks import (
     merged_in,
     parts_of,
 )
+from doraxp.checkpoint._training import Training, load_training, save_training
 from doraxp.checkpoint._updated_layer import UpdatedLayer
 from doraxp.layers import AdaptedLayer
 
@@ -61,6 +62,7 @@ __all__ = [
     "RowCounts",
     "SampledNorms",
     "SummedTensor",
+    "Training",
     "UpdatedLayer",
     "Verdict",
     "Weighted",
@@ -73,6 +75,7 @@ __all__ = [
     "extract",
     "load_adapters",
     "load_quantised",
+    "load_training",
     "look_at",
     "look_at_base",
     "merged_in",
@@ -84,4 +87,5 @@ __all__ = [
     "run_merge",
     "sample_norms",
     "save_adapters",
+    "save_training",
 ]

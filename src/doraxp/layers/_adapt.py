@@ -91,7 +91,7 @@ def adapt(
     by_path = {name.removesuffix(".weight"): cast(Array, each) for name, each in weights.items()}
     layers: dict[str, AdaptedLayer] = {}
     known = values_by_path(kinds, by_path)
-    targets = _targets(weights, target_modules, exclude_modules, known)
+    targets = chosen(weights, target_modules, exclude_modules, known)
     ranks = values_by_path(rank_pattern, targets)
     alphas = values_by_path(alpha_pattern, targets)
     for path in targets:
@@ -112,11 +112,11 @@ def adapt(
         paths = by_path if name == "kinds" else layers
         for key in pattern:
             if not matches_any(key, paths):
-                raise ValueError(_no_match(f"{name} {key!r}", key, paths))
+                raise ValueError(no_match(f"{name} {key!r}", key, paths))
     return layers
 
 
-def _targets(
+def chosen(
     weights: Mapping[str, Array | RowWeight],
     target_modules: Modules,
     exclude_modules: Modules | None,
@@ -128,7 +128,7 @@ def _targets(
     arguments = {"target_modules": found.unmatched, "exclude_modules": found.unused}
     for argument, missing in arguments.items():
         for name in missing:
-            raise ValueError(_no_match(f"{argument} {name!r}", name, paths))
+            raise ValueError(no_match(f"{argument} {name!r}", name, paths))
     if found.excluded and not found.paths:
         raise ValueError(
             f"exclude_modules must leave at least one target, got {exclude_modules!r}, which "
@@ -147,7 +147,7 @@ def _kind(path: str, weight: Array, kinds: Mapping[str, LayerKind]) -> LayerKind
     return kind or LayerKind()
 
 
-def _no_match(argument: str, wanted: str, paths: Iterable[str]) -> str:
+def no_match(argument: str, wanted: str, paths: Iterable[str]) -> str:
     """Return an error message that lists the paths whose names are nearest to `wanted`."""
     paths = list(paths)
     near = nearest(wanted, paths)
