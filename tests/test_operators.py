@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import tracemalloc
 
+import array_api_compat.numpy
 import numpy as np
 import pytest
 from convolutions import convolved, outputs, slopes
 
 import doraxp
 from doraxp import Adapter, Config, Convolution, Embedding, LayerKind, MatMul
+from doraxp.backends import Operations, Windows, operations
 from doraxp.testing import expected_of_operator, operator_catalogue
 
 CONVOLUTIONS = [
@@ -139,6 +142,56 @@ def test_an_embedding_equals_the_dense_formula_and_its_slopes(
     assert_slopes(found, slopes(apply, inputs, directions, dy, config, kind), directions)
 
 
+GENERIC = Operations(array_api_compat.numpy)
+WINDOWS = [
+    pytest.param(Windows((9,), (3,), (2,), (1,), (2,)), 1, 40, 3, id="1d"),
+    pytest.param(Windows((7, 6), (3, 2), (1, 1), (1, 0), (1, 2)), 2, 24, 4, id="2d-groups"),
+    pytest.param(Windows((4, 5, 3), (2, 3, 1), (1, 2, 1), (0, 1, 0), (1, 1, 1)), 1, 3, 8, id="3d"),
+    pytest.param(Windows((6, 6), (1, 1), (1, 1), (0, 0), (1, 1)), 1, 5, 5, id="1x1"),
+]
+
+
+@pytest.mark.parametrize("block", [1, 1 << 19], ids=["samples", "one-block"])
+@pytest.mark.parametrize(("windows", "groups", "channels", "out"), WINDOWS)
+def test_the_convolution_of_each_library_equals_the_generic_one(
+    backend, assert_close, monkeypatch, windows, groups, channels, out, block
+):
+    """Few outputs beside many channels, and the reverse; blocks of a sample, and of all."""
+    monkeypatch.setattr("doraxp.backends._numpy_layers.WINDOW_BLOCK", block)
+    rng, (p, k) = np.random.default_rng(3), (windows.positions, windows.kernel)
+    stack = (groups,) if groups > 1 else ()
+    x = rng.standard_normal((5, channels, *windows.size))
+    weight = rng.standard_normal((*stack, out, channels // groups * math.prod(k)))
+    d = rng.standard_normal((*stack, 5 * math.prod(p), out))
+    ops = operations(x=backend.asarray(x))
+    here = [backend.asarray(array) for array in (x, weight, d)]
+    for name, places in (
+        ("convolve", (0, 1)), ("convolve_transposed", (2, 1)), ("convolve_gradient", (2, 0)),
+    ):  # fmt: skip
+        desired = getattr(GENERIC, name)(*((x, weight, d)[place] for place in places), windows)
+        actual = getattr(ops, name)(*(here[place] for place in places), windows)
+        assert_close(actual, desired, rtol=1e-13)
+
+
+@pytest.mark.parametrize("count", [9, 70_000])
+def test_the_lookups_of_each_library_equal_the_generic_ones(
+    backend, assert_close, monkeypatch, count
+):
+    monkeypatch.setattr("doraxp.backends._layers.ONE_HOT", 100)
+    rng = np.random.default_rng(3)
+    ids, table = np.array([3, 0, 3, 8, 3, count - 1]), rng.standard_normal((count, 4))
+    rows = rng.standard_normal((6, 4))
+    ops = operations(table=backend.asarray(table))
+    turned = doraxp.backends.transpose(backend.asarray(np.ascontiguousarray(table.T)))
+    for given in (backend.asarray(table), turned):  # A is a transposed view
+        found = ops.rows_at(backend.asarray(ids), given)
+        assert_close(found, GENERIC.rows_at(ids, table), rtol=0)
+    if count < 100:
+        sums = ops.sums_at(backend.asarray(ids), backend.asarray(rows), count)
+        assert_close(sums, GENERIC.sums_at(ids, rows, count), rtol=1e-15)
+        assert backend.numpy(sums)[1].max() == 0
+
+
 class Wrapped:
     """A framework's own matrix product, with the outputs of its layers on the first axis."""
 
@@ -174,6 +227,31 @@ def test_an_operator_of_a_framework_gives_the_results_of_a_matrix_product(
     assert_close(transpose(turned), y, rtol=1e-13)
     for name in INPUTS:
         assert_close(actual[name], desired[name], rtol=1e-13)
+
+
+class Framework:
+    """A framework's own product of stacks."""
+
+    kind = LayerKind("experts")
+    channel_axis = -1
+    apply, transpose = MatMul().apply, MatMul().transpose
+    weight_gradient = MatMul().weight_gradient
+
+
+@pytest.mark.parametrize("dropout", [None, "input", "low_rank"])
+def test_an_operator_of_a_framework_takes_stacks(backend, draw, assert_close, dropout):
+    config = Config(3, 2.0, dropout=dropout or "input")
+    inputs = {
+        "x": draw(2, 4, 5, 6), "lora_a": draw(2, 3, 6), "lora_b": draw(2, 7, 3),
+        "magnitude": draw(2, 7), "weight": draw(2, 7, 6), "bias": draw(2, 7),
+    }  # fmt: skip
+    mask = None if dropout is None else backend.asarray(mask_like(backend.numpy(inputs["x"])))
+    dy, results = draw(2, 4, 5, 7), []
+    for operator in (None, Framework()):
+        y, cache = backend.run(forward, inputs, mask, config, operator)
+        results.append({"y": y, **backend.run(all_gradients, dy, cache)})
+    for name, desired in results[0].items():
+        assert_close(results[1][name], desired, rtol=1e-13)
 
 
 @pytest.mark.parametrize("norm_gradient", ["exact", "detached"])
@@ -408,10 +486,44 @@ def test_ids_out_of_range_are_refused_where_they_can_be_read():
     assert not doraxp.backward(y, cache).adapter.magnitude.any()
 
 
+def test_ids_must_be_where_the_table_is():
+    strict = pytest.importorskip("array_api_strict")
+    table, there = strict.ones((3, 2)), strict.Device("device1")
+    with pytest.raises(ValueError, match=r"ids must be on .*CPU_DEVICE.*, where the weight is"):
+        Embedding().apply(strict.asarray([0, 1], device=there), table)
+
+
+def test_weights_by_rows_take_no_operator():
+    weight = doraxp.QuantisedWeight(
+        np.zeros((4, 4), np.uint8), np.zeros((256, 1), np.float32), np.ones((4, 1), np.float32),
+        group=(1, 4),
+    )  # fmt: skip
+    adapter = doraxp.init(weight, Config(2), seed=0)
+    with pytest.raises(ValueError, match="operator must be None for a weight that is given by"):
+        doraxp.forward(np.zeros((2, 4), "f4"), weight, adapter, Config(2), operator=Wrapped())
+
+
+def test_the_shape_with_other_outputs_is_that_of_a_weight_of_the_kind():
+    for name, shape, other in (
+        ("linear", (7, 6), (3, 6)), ("experts", (2, 7, 6), (2, 3, 6)),
+        ("conv", (7, 6, 5), (3, 6, 5)),
+        ("transposed", (6, 7), (6, 3)), ("transposed_experts", (2, 6, 7), (2, 6, 3)),
+        ("embedding", (9, 7), (9, 3)), ("columns", (6, 7, 5), (6, 3, 5)),
+    ):  # fmt: skip
+        kind = LayerKind(name)
+        assert kind.shape_with(shape, 3) == other
+        assert kind.matrix_shape(other)[-2] == 3
+    assert LayerKind("conv", groups=2).shape_with((8, 6, 5), 3) == (6, 6, 5)
+
+
 def test_kinds_without_one_input_axis_take_no_reduce():
     (inputs, kind), operator = of_convolution((6, 5), (3, 2), 1), Convolution()
     with pytest.raises(ValueError, match="reduce must be None for a weight of kind 'conv'"):
         forward(inputs, None, Config(2), operator, kind, reduce=lambda part: part)
+    inputs = {name: np.ones(shape) for name, shape in (("x", (5, 6)), ("weight", (7, 6)))}
+    adapter = doraxp.init(inputs["weight"], Config(2), seed=0)
+    with pytest.raises(ValueError, match="reduce must be None with an operator"):
+        doraxp.forward(*inputs.values(), adapter, Config(2), operator=Wrapped(), reduce=np.copy)
 
 
 def test_a_matrix_product_as_an_operator_has_its_gradients(backend, draw, assert_close):

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 from doraxp._base.pytrees import register_static
@@ -188,9 +189,10 @@ def forward(
     array([11., 10.])
     """
     stored = cast(Array, weight)
+    given = kind
     if operator is not None or kind is not None:
-        kind, operator = resolved(kind, operator)
-    kind, matrix = matrix_of(stored, kind, previous if prepared is None else prepared)
+        given, operator = resolved(kind, operator)
+    kind, matrix = matrix_of(stored, given, previous if prepared is None else prepared)
     if operator is not None:
         ops, dtype = check_operated(x, matrix, adapter, config, bias, dropout_mask, kind)
     else:
@@ -201,10 +203,13 @@ def forward(
         check_same_reduce("prepared", prepared, reduce)
         remembered = prepared.reduce
     if operator is not None:
+        if remembered is not None:
+            raise ValueError("reduce must be None with an operator")
         if prepared is None:
             prepared = prepare_checked(matrix, adapter, config, previous, None, dtype, ops=ops)
             prepared = stored_as(prepared, stored, kind)
-        return _forward_operated(x, bias, prepared, dropout_mask, operator, ops=ops)
+        through = Through(operator, cast(LayerKind, given))
+        return _forward_operated(x, bias, prepared, dropout_mask, through, ops=ops)
     y, cache = forward_checked(
         x, matrix, adapter, config, bias, prepared, previous, dropout_mask, remembered, dtype,
         ops=ops,
@@ -215,7 +220,7 @@ def forward(
 
 
 def _forward_operated(
-    x: Array, bias: Array | None, prepared: Prepared, mask: Array | None, operator: Operator,
+    x: Array, bias: Array | None, prepared: Prepared, mask: Array | None, through: Through,
     *, ops: Operations,
 ) -> tuple[Array, Cache]:  # fmt: skip
     """Return the results of `forward` through an operator."""
@@ -223,11 +228,11 @@ def _forward_operated(
     wide = None
     if bias is not None:
         wide = ops.xp.reshape(as_dtype(bias, gain.dtype, xp=ops.xp), gain.shape)
-    layer = Layer(operator, prepared.kind or LayerKind(), prepared, ops)
+    layer = Layer(through.operator, through.kind, prepared, ops)
     y, low, z = outputs(layer, x, mask, wide)
     y = as_dtype(y, prepared.weight.dtype if is_integer(x) else x.dtype, xp=ops.xp)
     register_static(Through)
-    return y, Cache(x, bias, low, z, prepared, mask, Through(operator, tuple(y.shape)))
+    return y, Cache(x, bias, low, z, prepared, mask, replace(through, y_shape=tuple(y.shape)))
 
 
 def forward_checked(
@@ -322,7 +327,7 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
         ops = operations(dy=dy, z=cache.z)
         check_output_gradient(dy, through.y_shape)
         check_unwritten(cache.prepared, ops=ops)
-        return _backward_operated(dy, cache, through.operator, train_base=train_base, ops=ops)
+        return _backward_operated(dy, cache, through, train_base=train_base, ops=ops)
     ops = operations(dy=dy, x=cache.x)
     if is_by_rows(cache.prepared.weight):
         if train_base:
@@ -338,11 +343,11 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
 
 
 def _backward_operated(
-    dy: Array, cache: Cache, operator: Operator, *, train_base: bool, ops: Operations
+    dy: Array, cache: Cache, through: Through, *, train_base: bool, ops: Operations
 ) -> Gradients:
     """Return the results of `backward` through an operator."""
     x, bias, low_rank, z, prepared, mask, _ = cache
-    layer = Layer(operator, prepared.kind or LayerKind(), prepared, ops)
+    layer = Layer(through.operator, through.kind, prepared, ops)
     found = gradients(
         layer, dy, x, low_rank, z, mask, train_base=train_base,
         with_bias=train_base and bias is not None,

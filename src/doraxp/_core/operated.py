@@ -29,8 +29,9 @@ class Through:
     """The operator of a forward, for its backward."""
 
     operator: Operator
-    y_shape: tuple[int, ...]
-    """The shape of y."""
+    kind: LayerKind
+    y_shape: tuple[int, ...] = ()
+    """The shape of y, once it is known."""
 
 
 class Operated(NamedTuple):
