@@ -35,8 +35,10 @@ PEFT = (
     "test_peft",
     "test_bench_peft",
     "test_checkpoint_peft",
+    "test_doctor_cli",
     "test_merge_real",
     "test_optimizers_peft",
+    "test_targets",
     "test_torch_peft",
 )
 FOREIGN = ("mlx", "sparse", "ndonnx", "cubed", "blosc2")
