@@ -572,9 +572,9 @@ def test_an_argument_that_fits_the_other_layout_alone_gets_advice(draw):
     with pytest.raises(ValueError, match="bias must have shape") as error:
         DoRALayer(Linear2(draw(6, 7), draw(5)), Config(2), seed=0)
     assert "weight_layout" not in str(error.value)
-    square = DoRALayer(Plain(draw(6, 6)), Config(2), seed=0)
+    square = DoRALayer(Plain(draw(3, 6, 6)), Config(2), seed=0, kind=LayerKind("experts"))
     with pytest.raises(ValueError, match="x must have shape") as error:
-        square.forward(draw(5, 7))
+        square.forward(draw(2, 5, 6))
     assert "weight_layout" not in str(error.value)
 
 
