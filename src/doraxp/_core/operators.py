@@ -43,10 +43,14 @@ class Operator(Protocol):
     in. The three methods write to none of their arguments.
     """
 
-    kind: LayerKind
-    """How the weights are stored, unless the caller gives another kind."""
-    channel_axis: int
-    """The axis of y that has the outputs of the weight."""
+    # Read-only for type checkers: an operator may have both on its class.
+    @property
+    def kind(self) -> LayerKind:
+        """How the weights are stored, unless the caller gives another kind."""
+
+    @property
+    def channel_axis(self) -> int:
+        """The axis of y that has the outputs of the weight."""
 
     def apply(self, x: Array, weight: Array, /) -> Array:
         """Return y, without the bias."""
