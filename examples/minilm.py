@@ -221,19 +221,14 @@ def accuracy(encoder, tokenizer, pairs):
 
 def train(encoder, tokenizer, pairs, steps, rng):
     """Yield the loss of each step of AdamW on the adapters."""
-    layers = encoder.layers
-    params = {name: layer.adapter for name, layer in layers.items()}
-    state = doraxp.adamw_init(params)
     rate = doraxp.cosine_schedule(RATE, total_steps=steps, warmup_steps=steps // 10)
-    for step in range(steps):
+    optimizer = doraxp.AdamW(rate)
+    while optimizer.steps < steps:
         texts, names = zip(*rng.choice(pairs, BATCH, replace=False).tolist(), strict=True)
         vectors = encode(encoder, tokenizer, texts + names)
         loss, *gradients = contrast(vectors[:BATCH], vectors[BATCH:])
         encoder.backward(np.concatenate(gradients))
-        grads = {name: doraxp.Adapter(**layer.gradients) for name, layer in layers.items()}
-        params, state = doraxp.adamw_step(params, grads, state, learning_rate=rate(step))
-        for name, layer in layers.items():
-            layer.adapter = params[name]
+        encoder.layers.step(optimizer)
         yield loss
 
 
@@ -247,17 +242,14 @@ def main(steps):
     print(f"pairs to train on: {len(pairs)}, held out: {len(held_out)}")
     print(f"before: {accuracy(encoder, tokenizer, held_out):.1f} %")
 
-    for seed, (name, linear) in enumerate(encoder.layers.items()):
-        encoder.layers[name] = doraxp.DoRALayer(linear, CONFIG, seed=seed)
-    trained = sum(layer.parameter_count for layer in encoder.layers.values())
-    print(f"parameters trained: {trained} in {len(encoder.layers)} layers")
+    model = encoder.layers = doraxp.adapt_layers(encoder.layers, "all-linear", CONFIG, seed=0)
+    print(f"parameters trained: {model.trained_parameters} in {len(model)} layers")
     for step, loss in enumerate(train(encoder, tokenizer, pairs, steps, rng)):
         if step % 20 == 0:
             print(f"step {step}: loss {loss:.3f}, {time.perf_counter() - start:.0f} s", flush=True)
     print(f"adapted: {accuracy(encoder, tokenizer, held_out):.1f} %")
 
-    for name, layer in encoder.layers.items():
-        encoder.layers[name] = layer.merge_to_original_layer()
+    encoder.layers = model.merge()
     print(f"merged: {accuracy(encoder, tokenizer, held_out):.1f} %")
     print(f"seconds: {time.perf_counter() - start:.0f}")
 

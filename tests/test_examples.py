@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from doraxp import Adapter, Config, DoRALayer
+from doraxp.checkpoint import load_training
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -39,6 +44,52 @@ class TestOwnFramework:
         assert printed["turned, frozen"] <= 60
         assert printed["turned, adapted"] >= 99
         assert printed["turned, merged"] == printed["turned, adapted"]
+
+
+class TestMlp:
+    def run(self, folder):
+        command = [sys.executable, str(EXAMPLES / "mlp.py"), str(folder)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    def test_a_killed_run_goes_on_and_ends_as_the_whole_one(self, tmp_path):
+        whole = self.run(tmp_path / "whole")
+        printed = figures(whole.communicate(timeout=120)[0])
+        assert printed["adapted"] == printed["merged"] >= 99
+        killed = self.run(tmp_path / "killed")
+        while not (tmp_path / "killed" / "training.json").exists():
+            time.sleep(0.01)
+        killed.kill()
+        killed.communicate(timeout=120)
+        step = load_training(tmp_path / "killed").step
+        assert 0 < step < 600
+        again = self.run(tmp_path / "killed")
+        assert figures(again.communicate(timeout=120)[0]) == printed
+        one, other = (load_training(tmp_path / name) for name in ("whole", "killed"))
+        assert one.step == other.step == 600
+        assert one.extra == other.extra
+
+    def test_the_lines_beside_the_network_are_at_most_25(self):
+        tree = ast.parse((EXAMPLES / "mlp.py").read_text("utf-8"))
+        (main,) = (node for node in tree.body if getattr(node, "name", "") == "main")
+        assert main.end_lineno - main.lineno + 1 <= 25
+
+
+@pytest.mark.lanes("numpy", "cuda-host", "cupy")
+@pytest.mark.once
+def test_the_loop_of_cupy_trains(backend, capsys):
+    """On NumPy, on the emulated device, and on a GPU where there is one."""
+    example, module = load("cupy_train"), importlib.import_module("numpy")
+    if backend.name == "cupy":
+        module = importlib.import_module("cupy")
+    example.STEPS, example.WIDTH = 40, 32
+    xp = SimpleNamespace(
+        **{name: getattr(module, name) for name in ("tanh", "mean", "max", "abs")},
+        asarray=backend.asarray,
+    )
+    example.main(xp)
+    printed = figures(capsys.readouterr().out)
+    assert printed["loss at step 39"] < 0.8 * printed["loss at step 0"]
+    assert printed["merged"] <= 4e-6
 
 
 def difference(function, step=1e-5):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import doraxp
-from doraxp import Adapter, Config, DoRALayer, Linear
+from doraxp import Adapter, Config, DoRALayer, LayerKind, Linear
 
 W = np.array([[3.0, 4.0], [0.0, 5.0]])
 
@@ -486,3 +486,335 @@ def test_a_bad_learning_rate_is_refused(draw):
     layer.backward(layer.forward(draw(5, 6)))
     with pytest.raises((TypeError, ValueError), match="learning_rate"):
         layer.update_parameters("fast")
+
+
+# Names, kinds and layouts of the base
+
+
+class Named:
+    """A base with other names for its arrays."""
+
+    def __init__(self, kernel, b):
+        self.kernel, self.b = kernel, b
+
+
+@pytest.mark.parametrize("train_base", [False, True])
+def test_the_attributes_of_the_base_may_have_other_names(draw, assert_close, train_base):
+    weight, bias = draw(7, 6), draw(7)
+    options = {"seed": 0, "train_base": train_base}
+    plain = DoRALayer(Linear(weight, bias), Config(2), **options)
+    named = DoRALayer(Named(weight, bias), Config(2), weight="kernel", bias="b", **options)
+    x = draw(5, 6)
+    for layer in (plain, named):
+        layer.backward(layer.forward(x))
+        layer.update_parameters(0.1)
+    assert list(named.state_dict()) == list(plain.state_dict())
+    merged, expected = named.merge_to_original_layer(), plain.merge_to_original_layer()
+    assert_close(merged.kernel, expected.weight, rtol=0)
+    assert_close(merged.b, expected.bias, rtol=0)
+    with pytest.raises(TypeError, match="base must be a layer with a kernel, got Linear"):
+        DoRALayer(Linear(weight), Config(2), seed=0, weight="kernel")
+
+
+def test_a_stack_of_matrices_must_be_named_as_one(draw, assert_close):
+    base = Plain(draw(3, 7, 6))
+    message = r"kind must be given .*LayerKind\('experts'\) for a stack .*operator=doraxp\.Conv"
+    with pytest.raises(ValueError, match=message):
+        DoRALayer(base, Config(2), seed=0)
+    layer = DoRALayer(base, Config(2), seed=0, kind=LayerKind("experts"))
+    x = draw(3, 5, 6)
+    y, _ = doraxp.forward(x, base.weight, layer.adapter, layer.config)
+    assert_close(layer(x), y, rtol=0)
+
+
+def test_a_convolution_must_have_an_operator(draw):
+    message = r"operator must be given .*operator=doraxp\.Convolution\(stride=\.\.\., padding="
+    with pytest.raises(ValueError, match=message):
+        DoRALayer(Plain(draw(4, 3, 2, 2)), Config(1), seed=0, kind=LayerKind("conv"))
+
+
+@pytest.mark.parametrize("kind", ["transposed", "transposed_experts"])
+def test_a_transposed_kind_is_the_layout_in_out(backend, draw, assert_close, kind):
+    shape, plain = ((6, 7), None) if kind == "transposed" else ((2, 6, 7), LayerKind("experts"))
+    base = Plain(draw(*shape))
+    options = {"seed": 0, "train_base": True}
+    one = DoRALayer(base, Config(2), kind=LayerKind(kind), **options)
+    other = DoRALayer(base, Config(2), kind=plain, weight_layout="in_out", **options)
+    x = draw(*shape[:-2], 5, 6)
+    for layer in (one, other):
+        layer.backward(layer.forward(x))
+        layer.update_parameters(0.1)
+    assert bits(backend, one) == bits(backend, other)
+    merged = one.merge_to_original_layer().weight
+    assert tuple(merged.shape) == shape
+    y, _ = doraxp.forward(x, one.weight, one.adapter, one.config)
+    matrix = LayerKind(kind).matrix(merged)
+    assert_close(
+        y, np.matmul(backend.numpy(x), np.swapaxes(backend.numpy(matrix), -1, -2)), rtol=1e-13
+    )
+    with pytest.raises(ValueError, match="weight_layout must be 'out_in' for a layer of kind"):
+        DoRALayer(base, Config(2), kind=LayerKind(kind), weight_layout="in_out", seed=0)
+
+
+def test_an_argument_that_fits_the_other_layout_alone_gets_advice(draw):
+    advice = r"; it would fit if the weight were not stored \(out, in\): weight_layout='in_out'"
+    with pytest.raises(ValueError, match=r"bias must have shape \(6,\).*got \(7,\)" + advice):
+        DoRALayer(Linear2(draw(6, 7), draw(7)), Config(2), seed=0)
+    layer = DoRALayer(Plain(draw(6, 7)), Config(2), seed=0)
+    with pytest.raises(ValueError, match="x must have shape.*" + advice):
+        layer.forward(draw(5, 6))
+    with pytest.raises(ValueError, match="x must have shape") as error:
+        layer.forward(draw(5, 8))
+    assert "weight_layout" not in str(error.value)
+    turned = DoRALayer(Plain(draw(6, 7)), Config(2), seed=0, weight_layout="in_out")
+    with pytest.raises(ValueError, match="weight_layout='out_in'"):
+        turned.forward(draw(5, 7))
+    with pytest.raises(ValueError, match="bias must have shape") as error:
+        DoRALayer(Linear2(draw(6, 7), draw(5)), Config(2), seed=0)
+    assert "weight_layout" not in str(error.value)
+    square = DoRALayer(Plain(draw(6, 6)), Config(2), seed=0)
+    with pytest.raises(ValueError, match="x must have shape") as error:
+        square.forward(draw(5, 7))
+    assert "weight_layout" not in str(error.value)
+
+
+def test_a_layer_shows_itself_in_one_line(draw):
+    layer = make(draw, Config(2, 4.0), dropout=0.25)
+    assert repr(layer) == (
+        "<DoRALayer linear (7, 6), bias, rank 2, scaling 2, dropout 0.25, 33 trained parameters>"
+    )
+    layer.name = "encoder.fc1"
+    assert repr(layer).startswith("<DoRALayer encoder.fc1: linear")
+
+
+def test_errors_begin_with_the_name_of_the_layer(draw):
+    layer = make(draw)
+    layer.name = "encoder.fc1"
+    with pytest.raises(ValueError, match=r"^encoder\.fc1: x must have shape"):
+        layer.forward(draw(5, 8))
+    with pytest.raises(RuntimeError, match=r"^encoder\.fc1: backward needs a forward"):
+        layer.backward(draw(5, 7))
+
+
+# Dropout by rate
+
+
+def test_masks_drop_at_the_rate_and_keep_the_mean(backend, draw):
+    layer = make(draw, dropout=0.25)
+    mask = backend.numpy(layer._dropout.mask_of(draw(400, 6)))
+    assert set(np.unique(mask)) == {0.0, 1 / 0.75}
+    assert abs(np.mean(mask == 0) - 0.25) < 0.03
+
+
+def test_a_rate_draws_the_same_masks_on_every_backend(backend, draw, assert_close):
+    layer, x = make(draw, dropout=0.5), draw(5, 6)
+    generator = np.random.default_rng(np.random.SeedSequence(0, spawn_key=(1,)))
+    for _ in range(2):
+        kept = generator.random((5, 6), dtype=np.float32) >= 0.5
+        mask = backend.asarray(np.where(kept, 2.0, 0.0))
+        expected = make(draw)
+        expected.weight, expected.bias, expected.adapter = layer.weight, layer.bias, layer.adapter
+        assert_close(layer.forward(x), expected.forward(x, dropout_mask=mask), rtol=1e-14)
+        assert_close(
+            layer.backward(x @ layer.weight.T), expected.backward(x @ layer.weight.T), rtol=1e-14
+        )
+
+
+def test_dropout_is_on_in_training_alone_and_a_given_mask_counts_more(backend, draw, assert_close):
+    layer, x = make(draw, dropout=0.5), draw(5, 6)
+    layer.adapter = layer.adapter._replace(lora_b=draw(7, 2))
+    ones = backend.asarray(np.ones((5, 6)))
+    state = layer.state()["generator"]
+    plain = layer.forward(x, dropout_mask=ones)
+    layer.eval()
+    assert_close(layer.forward(x), plain, rtol=1e-13)
+    assert layer.state()["generator"] == state
+    layer.train()
+    assert layer.training
+    dropped = layer.forward(x)
+    assert np.max(np.abs(backend.numpy(dropped) - backend.numpy(plain))) > 0.1
+    assert layer.state()["generator"] != state
+
+
+@pytest.mark.once
+def test_a_bad_rate_is_refused(draw):
+    for rate, error in ((1.0, ValueError), (-0.1, ValueError), ("0.1", TypeError)):
+        with pytest.raises(error, match="dropout must be"):
+            make(draw, dropout=rate)
+
+
+# Steps of an optimizer, and the state
+
+
+class Descent:
+    """The least optimizer: p − rate · g."""
+
+    def __init__(self, rate=0.1):
+        self.rate, self.seen = rate, []
+
+    def step(self, params, grads):
+        self.seen.append(params)
+        return {name: p - self.rate * grads[name] for name, p in params.items()}
+
+
+@pytest.mark.parametrize("train_base", [False, True])
+def test_a_step_of_an_optimizer_replaces_the_parameters(backend, draw, train_base):
+    one, other = (make(draw, train_base=train_base) for _ in range(2))
+    other.load_state_dict(one.state_dict())
+    other.weight, other.bias = one.weight, one.bias
+    optimizer, x = Descent(), draw(5, 6)
+    for _ in range(2):
+        one.backward(one.forward(x))
+        one.step(optimizer)
+        other.backward(other.forward(x))
+        other.update_parameters(0.1)
+        assert one.gradients is None
+    assert bits(backend, one) == bits(backend, other)
+    with pytest.raises(RuntimeError, match="step needs gradients of the current parameters"):
+        one.step(optimizer)
+    assert len(optimizer.seen) == 2
+
+
+@pytest.mark.parametrize("train_base", [False, True])
+def test_an_optimizer_that_writes_into_the_arrays_trains_alike(backend, draw, train_base):
+    """Its results are the old arrays, so that the layer cannot notice a change by itself."""
+    one = make(draw, train_base=train_base)
+    other = DoRALayer(one.base, Config(2), seed=0, train_base=train_base)
+    base = backend.numpy(one.base.weight).copy()
+    x, ys = draw(5, 6), []
+    for layer, donate in ((one, False), (other, True)):
+        optimizer = doraxp.AdamW(0.1, donate=donate)
+        for _ in range(3):
+            y = layer.forward(x)
+            layer.backward(y)
+            layer.step(optimizer)
+        ys.append(backend.numpy(layer.forward(x)))
+        np.testing.assert_array_equal(backend.numpy(layer.base.weight), base)
+    np.testing.assert_allclose(ys[0], ys[1], rtol=1e-13, atol=1e-13)
+
+
+def test_a_loaded_state_continues_as_the_layer_does(backend, draw):
+    layer, x = make(draw, dropout=0.5), draw(5, 6)
+    layer.backward(layer.forward(x))
+    layer.update_parameters(0.1)
+    other = DoRALayer(layer.base, Config(2), seed=9, dropout=0.5)
+    other.load_state(layer.state())
+    ys = [backend.numpy(each.forward(x)).tobytes() for each in (layer, other)]
+    assert ys[0] == ys[1]
+
+
+def test_a_state_of_another_layer_names_the_rule_and_changes_nothing(backend, draw):
+    layer = make(draw, dropout=0.5)
+    step(layer, draw)
+    state = layer.state()
+    others = {
+        "config.alpha": make(draw, Config(2, 4.0), dropout=0.5),
+        "dropout": make(draw),
+        "train_base": make(draw, dropout=0.5, train_base=True),
+        "shape": DoRALayer(Linear(draw(7, 5)), Config(2), seed=0, dropout=0.5),
+        "kind": DoRALayer(
+            Plain(draw(6, 7)), Config(2), seed=0, dropout=0.5, weight_layout="in_out"
+        ),
+    }
+    for name, other in others.items():
+        before = bits(backend, other), other.state()["generator"]
+        with pytest.raises(ValueError, match=f"{name} must be that of the state, .* got "):
+            other.load_state(state)
+        assert (bits(backend, other), other.state()["generator"]) == before
+    with pytest.raises(ValueError, match="state must have the entry 'generator'"):
+        layer.load_state({name: state[name] for name in ("settings", "parameters")})
+
+
+# Operators
+
+
+def operated(backend, draw, name, **options):
+    """Return a layer with an operator, and its input."""
+    rng = np.random.default_rng(1)
+    if name == "embedding":
+        base, operator = Plain(draw(9, 6)), doraxp.Embedding(scale=2.0)
+        x = backend.asarray(rng.integers(9, size=(3, 4)))
+    else:
+        groups = {"conv": 1, "grouped": 2}[name]
+        base, operator = Linear2(draw(4, 6 // groups, 3, 2), draw(4)), doraxp.Convolution(2, 1)
+        x = draw(2, 6, 5, 4)
+        options.setdefault("kind", LayerKind("conv", groups))
+    return DoRALayer(base, Config(2), seed=0, operator=operator, **options), x
+
+
+@pytest.mark.parametrize("train_base", [False, True])
+@pytest.mark.parametrize("name", ["conv", "grouped", "embedding"])
+def test_a_layer_with_an_operator_equals_the_functions(
+    backend, draw, assert_close, name, train_base
+):
+    layer, x = operated(backend, draw, name, train_base=train_base)
+    given = {"kind": layer.kind, "operator": layer.operator}
+    weight, bias, adapter = layer.base.weight, getattr(layer.base, "bias", None), layer.adapter
+    for _ in range(2):
+        y, cache = doraxp.forward(x, weight, adapter, layer.config, bias=bias, **given)
+        dx, grads, dweight, dbias = doraxp.backward(y, cache, train_base=train_base)
+        assert_close(layer(x), y, rtol=1e-13)
+        if name == "embedding":
+            assert layer.backward(y) is dx is None
+        else:
+            assert_close(layer.backward(y), dx, rtol=1e-13)
+        layer.step(doraxp.SGD(0.01))
+        adapter = Adapter(*(p - 0.01 * g for p, g in zip(adapter, grads, strict=True)))
+        if train_base:
+            weight = weight - 0.01 * dweight
+            bias = None if bias is None else bias - 0.01 * dbias
+        for leaf, expected in zip(layer.adapter, adapter, strict=True):
+            assert_close(leaf, expected, rtol=1e-13)
+        assert_close(layer.weight, weight, rtol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["conv", "grouped", "embedding"])
+def test_a_layer_with_an_operator_is_merged_in_the_stored_shape(backend, draw, assert_close, name):
+    layer, x = operated(backend, draw, name)
+    layer.backward(layer(x))
+    layer.update_parameters(0.01)
+    merged = layer.merge_to_original_layer()
+    assert tuple(merged.weight.shape) == tuple(layer.base.weight.shape) == layer.stored_shape
+    y = layer.operator.apply(x, merged.weight)
+    if name != "embedding":
+        y = y + merged.bias[:, None, None]
+    assert_close(layer(x), y, rtol=1e-13)
+    assert layer.diagnostics().shapes["weight"] == layer.stored_shape
+    other, _ = operated(backend, draw, name)
+    other.load_state(layer.state())
+    assert bits(backend, other) == bits(backend, layer)
+
+
+def test_an_operator_without_a_kind_brings_its_own(backend, draw):
+    base = Plain(draw(4, 3, 2))
+    layer = DoRALayer(base, Config(1), seed=0, operator=doraxp.Convolution())
+    assert layer.kind == LayerKind("conv")
+    assert repr(layer) == (
+        "<DoRALayer conv (4, 3, 2), Convolution(stride=1, padding=0, dilation=1), rank 1, "
+        "scaling 1, dropout 0, 14 trained parameters>"
+    )
+    plain = DoRALayer(Plain(draw(4, 3)), Config(1), seed=0, operator=doraxp.MatMul())
+    assert plain.operator is None
+    other = DoRALayer(base, Config(1), seed=0, operator=doraxp.Convolution(stride=2))
+    with pytest.raises(ValueError, match=r"operator must be that of the state, .*'stride': 2"):
+        layer.load_state(other.state())
+
+
+def test_ids_take_no_dropout(draw):
+    with pytest.raises(ValueError, match="dropout must be 0 for an embedding, whose input is"):
+        DoRALayer(Plain(draw(9, 6)), Config(1), seed=0, operator=doraxp.Embedding(), dropout=0.1)
+
+
+@pytest.mark.once
+@pytest.mark.lanes("numpy", "torch", "strict", "cuda-host")
+def test_ids_out_of_range_are_refused_with_the_name_of_the_layer(backend, draw):
+    layer, _ = operated(backend, draw, "embedding")
+    layer.name = "embed"
+    with pytest.raises(ValueError, match=r"^embed: ids must be in 0 ≤ id < 9"):
+        layer(backend.asarray(np.array([1, 9])))
+
+
+def test_a_bias_has_a_number_for_each_output_of_a_convolution(draw):
+    base = Linear2(draw(4, 3, 2), draw(3))
+    with pytest.raises(ValueError, match=r"bias must have shape \(4,\), .* of kind 'conv'.*\(3,\)"):
+        DoRALayer(base, Config(1), seed=0, operator=doraxp.Convolution())

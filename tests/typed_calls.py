@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 import doraxp
 from doraxp._base.types import Array
+from doraxp.checkpoint import load_training, save_adapters, save_training
 
 
 def layer(x: NDArray[np.float32], weight: NDArray[np.float16], b: NDArray[np.float64]) -> None:
@@ -37,6 +38,22 @@ def trained(layers: dict[str, doraxp.Adapter], state: dict[str, Array]) -> None:
     optimizer = doraxp.optimizer_from_settings(optimizer.settings())
     optimizer.state, optimizer.steps = None, 3
     assert_type(doraxp.scaled_gradients(layers, layers), dict[str, doraxp.Adapter])
+
+
+def model(x: NDArray[np.float32], weight: NDArray[np.float32]) -> None:
+    layers = {"fc": doraxp.Linear(weight)}
+    config = doraxp.Config(rank=1)
+    adapted = doraxp.adapt_layers(layers, ["fc"], config, seed=0, dropout=0.1)
+    layer = adapted.adapted["fc"]
+    assert_type(layer(x), Array)
+    optimizer = doraxp.AdamW(doraxp.constant_schedule(0.1), max_norm=1.0)
+    layer.step(optimizer)
+    adapted.step(optimizer)
+    adapted.parameters = adapted.parameters
+    save_training("run", adapted, optimizer, generator=np.random.default_rng(0))
+    load_training("run").resume(adapted)
+    save_adapters("adapter", adapted)
+    save_adapters("adapter", {"fc": layer, "other": (layer.adapter, config)})
 
 
 def any_array(array: np.ndarray[Any, np.dtype[Any]]) -> Array:

@@ -14,7 +14,15 @@ from doraxp._core.operators import Convolution, Embedding, MatMul, Operator
 from doraxp._core.prepared import Prepared, prepare
 from doraxp._core.quantised import QuantisedWeight
 from doraxp._core.updates import Difference, Hadamard, Kronecker, LowRank, UpdateAdapter
-from doraxp.layers import AdaptedLayer, Diagnostics, DoRALayer, Linear, adapt
+from doraxp.layers import (
+    AdaptedLayer,
+    AdaptedModel,
+    Diagnostics,
+    DoRALayer,
+    Linear,
+    adapt,
+    adapt_layers,
+)
 from doraxp.optim import (
     SGD,
     AdamW,
@@ -41,6 +49,7 @@ __all__ = [
     "AdamW",
     "AdamWState",
     "AdaptedLayer",
+    "AdaptedModel",
     "Adapter",
     "Cache",
     "Config",
@@ -68,6 +77,7 @@ __all__ = [
     "adamw_init",
     "adamw_step",
     "adapt",
+    "adapt_layers",
     "backends",
     "backward",
     "clip_by_global_norm",

@@ -31,6 +31,7 @@ from doraxp.checkpoint._tasks import (
     merged_in,
     parts_of,
 )
+from doraxp.checkpoint._training import Training, load_training, save_training
 from doraxp.checkpoint._updated_layer import UpdatedLayer
 from doraxp.layers import AdaptedLayer
 
@@ -53,6 +54,7 @@ __all__ = [
     "ReplacedTensor",
     "SampledNorms",
     "SummedTensor",
+    "Training",
     "UpdatedLayer",
     "Verdict",
     "Weighted",
@@ -64,6 +66,7 @@ __all__ = [
     "extract",
     "load_adapters",
     "load_quantised",
+    "load_training",
     "look_at",
     "look_at_base",
     "merged_in",
@@ -75,4 +78,5 @@ __all__ = [
     "run_merge",
     "sample_norms",
     "save_adapters",
+    "save_training",
 ]

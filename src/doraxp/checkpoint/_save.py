@@ -15,6 +15,7 @@ from doraxp.checkpoint._adapters import CONFIG, AdapterSet, StoredLayer, with_ke
 from doraxp.checkpoint._errors import CheckpointError, gguf
 from doraxp.checkpoint._fit import AS_FILED, Fit, Fitted, fit
 from doraxp.checkpoint._formats import FILES, WRITABLE, choices, diffusers
+from doraxp.checkpoint._given import GivenLayer, as_layers
 from doraxp.checkpoint._model import Model
 from doraxp.checkpoint._names import WRAPPERS, Places, without
 from doraxp.checkpoint._replace import prepare_place, put
@@ -27,7 +28,7 @@ _OF_PEFT = ("peft", "nvlabs")
 
 def save_adapters(
     path: str | os.PathLike[str],
-    adapters: Mapping[str, AnyLayer],
+    adapters: Mapping[str, GivenLayer],
     format: str = "peft",
     *,
     overwrite: bool = False,
@@ -42,8 +43,10 @@ def save_adapters(
     ----------
     path : path
         A folder that does not exist yet, unless `overwrite` is True.
-    adapters : mapping of str to AdaptedLayer or UpdatedLayer
-        From `load_adapters` or `doraxp.adapt`; arrays of NumPy.
+    adapters : AdaptedModel, or mapping of str to layer
+        By path: a `DoRALayer`, which is saved in the weight form; an `AdaptedLayer` of
+        `doraxp.adapt` or `load_adapters`; an `UpdatedLayer`; or a pair of `Adapter` and `Config`,
+        for a linear layer or a stack of them. Arrays may be of any library.
     format : {"peft", "mlx", "diffusers"}
         mlx-lm has one rank and one s for all modules, linear layers, and embeddings of kind linear
         on (tokens, dims).
@@ -58,6 +61,8 @@ def save_adapters(
         `path` exists and `overwrite` is False, or something there is not an adapter's.
     FileNotFoundError
         The folder above `path` does not exist.
+    TypeError
+        A layer is of another type.
     ValueError
         The format cannot hold these adapters; the message gives the reason. Nothing is written.
     """
@@ -69,15 +74,16 @@ def save_adapters(
         raise ValueError("adapters must hold at least one layer")
     target = Path(path)
     check_place(target, overwrite=overwrite)
+    layers = as_layers(adapters)
     if format != diffusers.NAME:
-        adapters = _without_part(adapters)
-    written = WRITABLE[format].write(adapters)
+        layers = _without_part(layers)
+    written = WRITABLE[format].write(layers)
     # The safetensors library writes an array's memory as it is, which must be C-contiguous.
     # `ascontiguousarray` would give a number an axis.
     contiguous = {name: np.asarray(leaf, order="C") for name, leaf in written.tensors.items()}
     header = {"format": "pt", **choices.without_choices(written.metadata)}
     # The library would write a file that only its owner can read.
-    raw = save(contiguous, header | choices.metadata(adapters))
+    raw = save(contiguous, header | choices.metadata(layers))
     files = {WRITABLE[format].FILE: raw}
     if written.config is not None:
         # The order of the patterns in an entry has a meaning: only the entries are sorted.

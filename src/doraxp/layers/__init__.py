@@ -1,7 +1,17 @@
 """Layers with a state, and fresh adapters for the weights of a model."""
 
 from doraxp.layers._adapt import AdaptedLayer, adapt
+from doraxp.layers._adapt_layers import adapt_layers
 from doraxp.layers._dora import Diagnostics, DoRALayer
 from doraxp.layers._linear import Linear
+from doraxp.layers._model import AdaptedModel
 
-__all__ = ["AdaptedLayer", "Diagnostics", "DoRALayer", "Linear", "adapt"]
+__all__ = [
+    "AdaptedLayer",
+    "AdaptedModel",
+    "Diagnostics",
+    "DoRALayer",
+    "Linear",
+    "adapt",
+    "adapt_layers",
+]

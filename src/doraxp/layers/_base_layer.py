@@ -1,36 +1,150 @@
-"""The base of a DoRA layer: any object with a `weight` and perhaps a `bias`.
+"""The base of a DoRA layer: any object with a weight and perhaps a bias.
 
-"out_in"   the base stores its weight (*stack, out, in), as DoRA computes with it
-"in_out"   the base stores its weight (*stack, in, out)
+    stored   the weight as the base has it
+    taken    the weight as the layer computes with it: the matrix, or for a convolution, an
+             embedding and so on the stored array
+
+`weight_layout` "in_out" is short for the transposed kinds.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal, TypeAlias, get_args
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from doraxp._base.types import Array
-from doraxp.backends import array_namespace
+from doraxp._core.checks import check_weight
+from doraxp._core.kinds import LayerKind
+from doraxp._core.operated import resolved
+from doraxp._core.operators import Operator
 
 WeightLayout: TypeAlias = Literal["out_in", "in_out"]
+_TURNED = {"linear": LayerKind("transposed"), "experts": LayerKind("transposed_experts")}
 
 
-def check_base(base: Any, layout: WeightLayout) -> None:
-    """Raise unless `base` has a weight and the layout is known."""
-    if getattr(base, "weight", None) is None:
-        raise TypeError(f"base must be a layer with a weight, got {type(base).__name__}")
+class Stored(NamedTuple):
+    """How the base stores its weight, and the operator that the layer applies."""
+
+    kind: LayerKind
+    operator: Operator | None
+    """None for a matrix product."""
+    shape: tuple[int, ...]
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the layer computes with the matrix itself."""
+        return self.operator is None
+
+    @property
+    def of_weight(self) -> dict[str, Any]:
+        """The arguments of those functions of the core that take no x."""
+        return {} if self.is_matrix else {"kind": self.kind}
+
+    @property
+    def of_call(self) -> dict[str, Any]:
+        """The arguments of the core's forward."""
+        return {} if self.is_matrix else {"kind": self.kind, "operator": self.operator}
+
+    def taken(self, weight: Array) -> Array:
+        """Return a stored weight as the layer computes with it."""
+        return self.kind.matrix(weight) if self._is_turned else weight
+
+    def restored(self, weight: Array) -> Array:
+        """Return a taken weight as the base stores it."""
+        return self.kind.restore(weight, self.shape) if self._is_turned else weight
+
+    @property
+    def _is_turned(self) -> bool:
+        return self.is_matrix and self.kind.is_transposed
+
+    def matrix(self, weight: Array) -> Array:
+        """Return the matrix (*stack, out, in) of a taken weight."""
+        return weight if self.is_matrix else self.kind.matrix(weight)
+
+    @property
+    def bias_shape(self) -> tuple[int, ...]:
+        """The shape of the bias: a number for each output."""
+        if self.kind.name == "conv":
+            return self.shape[:1]
+        return self.kind.matrix_shape(self.shape)[:-1]
+
+    def settings(self) -> dict[str, Any]:
+        """Return kind, groups, shape and operator as values of JSON."""
+        operator: Any = self.operator
+        is_data = dataclasses.is_dataclass(operator) and not isinstance(operator, type)
+        fields = dataclasses.asdict(operator) if is_data else getattr(operator, "__dict__", {})
+        named = None if operator is None else {"name": type(operator).__name__, **fields}
+        kind = {"kind": self.kind.name, "groups": self.kind.groups}
+        found: dict[str, Any] = {**kind, "shape": self.shape, "operator": named}
+        as_json: dict[str, Any] = json.loads(json.dumps(found, default=repr))
+        return as_json
+
+
+def weight_of(base: Any, name: str) -> Any:
+    """Return the weight of a base, and raise TypeError for an object without one."""
+    weight = getattr(base, name, None)
+    if weight is None:
+        raise TypeError(f"base must be a layer with a {name}, got {type(base).__name__}")
+    return weight
+
+
+def stored_as(weight: Array, kind: LayerKind | None, operator: Any, layout: WeightLayout) -> Stored:
+    """Return how a weight is stored, and refuse a choice that does not fit its shape."""
     if layout not in get_args(WeightLayout):
         raise ValueError(f"weight_layout must be one of {get_args(WeightLayout)}, got {layout!r}")
+    shape = tuple(check_weight(weight))
+    if kind is None and operator is None:
+        if len(shape) > 2:
+            raise ValueError(
+                f"kind must be given for a weight of shape {shape}: pass kind=LayerKind('experts') "
+                "for a stack of matrices, or operator=doraxp.Convolution(stride=..., padding=..., "
+                "dilation=...) for a convolution"
+            )
+        kind = LayerKind()
+    kind, operator = resolved(kind, operator)
+    if layout == "in_out":
+        if kind.name not in _TURNED:
+            raise ValueError(
+                f"weight_layout must be 'out_in' for a layer of kind {kind.name!r}: the kind says "
+                "how the weight is stored"
+            )
+        kind = _TURNED[kind.name]
+    kind.matrix_shape(shape)
+    return Stored(kind, operator, shape)
 
 
-def swap(weight: Array, layout: WeightLayout) -> Array:
-    """Return a weight of the base's layout as (*stack, out, in), or the reverse."""
-    if layout == "out_in":
-        return weight
-    return array_namespace(weight).matrix_transpose(weight)
+def check_bias_of(stored: Stored, bias: Array | None) -> None:
+    """Refuse a bias that does not have one number for each output of the layer."""
+    if bias is None or tuple(bias.shape) == stored.bias_shape:
+        return
+    raise ValueError(
+        f"bias must have shape {stored.bias_shape}, a number for each output of a weight of kind "
+        f"{stored.kind.name!r} and shape {stored.shape}, got {tuple(bias.shape)}"
+        + other_layout(stored, bias.shape[-1:], axis=-2)
+    )
 
 
-def copy_with(base: Any, arrays: dict[str, Array]) -> Any:
+def other_layout(stored: Stored, length: tuple[int, ...], *, axis: int) -> str:
+    """Return advice where the length of an argument's last axis fits the other layout alone.
+
+    `axis` is the axis of the matrix (*stack, out, in) that must have this length.
+    """
+    if not stored.is_matrix:
+        return ""
+    shape = stored.kind.matrix_shape(stored.shape)
+    fits, other = shape[axis], shape[-3 - axis]
+    if length != (other,) or fits == other:
+        return ""
+    stored_now, layout = ("(in, out)", "out_in") if stored.kind.is_transposed else (
+        "(out, in)", "in_out"
+    )  # fmt: skip
+    return f"; it would fit if the weight were not stored {stored_now}: weight_layout={layout!r}"
+
+
+def copy_with(base: Any, arrays: Mapping[str, Array]) -> Any:
     """Return a deep copy of `base` with `arrays` as its attributes; it shares no array with it."""
     try:
         old = {name: getattr(base, name) for name in arrays}

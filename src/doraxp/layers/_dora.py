@@ -2,26 +2,35 @@
 
     W (out, in)   A (rank, in)   B (out, rank)   m (out,)      y = x W'ᵀ + bias
 
-The layer remembers one forward for the backward, and adds gradients up. Arrays of parameters are
-replaced, never written to. The math is in `doraxp._core.linear`.
+The layer remembers one forward for the backward, and adds gradients up. The math is in
+`doraxp._core.linear`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from doraxp._base.scalars import check_flag, check_number
-from doraxp._base.types import Adapter, Array, Config, Namespace
+from doraxp._base.scalars import check_flag
+from doraxp._base.types import Array, Config
 from doraxp._core.adapter import InitMethod, init, merge
-from doraxp._core.checks import check_bias, check_weight
 from doraxp._core.decomposition import MagnitudeDirectionChange, magnitude_direction_change
-from doraxp._core.linear import Cache, backward, forward
-from doraxp._core.prepared import Prepared, prepare
-from doraxp.backends import array_namespace, as_dtype, compute_dtype, is_by_rows, operations
-from doraxp.layers._base_layer import WeightLayout, check_base, copy_with, swap
+from doraxp._core.kinds import LayerKind
+from doraxp._core.linear import backward, forward
+from doraxp._core.operators import Operator
+from doraxp.backends import is_by_rows, operations
+from doraxp.layers._base_layer import (
+    WeightLayout,
+    check_bias_of,
+    copy_with,
+    other_layout,
+    stored_as,
+    weight_of,
+)
+from doraxp.layers._dropout import Dropout
 from doraxp.layers._linear import add_to
-from doraxp.layers._parameters import as_vector, count, from_vector, updated
+from doraxp.layers._trained import TrainedArrays
+
+_ERRORS = (TypeError, ValueError, RuntimeError, IndexError)
 
 
 class Diagnostics(NamedTuple):
@@ -39,7 +48,7 @@ class Diagnostics(NamedTuple):
     """‖gradient‖ of each trained array, shape (); empty without gradients."""
 
 
-class DoRALayer:
+class DoRALayer(TrainedArrays):
     """A given layer with a DoRA adapter: y = x W'ᵀ + bias with W' = (m / n)⊙(ρ⊙W + s B A).
 
     The layer computes with the arrays of the base and never changes the base. Do not write to the
@@ -49,17 +58,31 @@ class DoRALayer:
     Parameters
     ----------
     base : object
-        Any object with a `weight` and, if it has one, a `bias`. The weight may be a `RowWeight`,
+        Any object with a weight and, if it has one, a bias. The weight may be a `RowWeight`,
         such as a `QuantisedWeight`: it stays as it is, and the merged layer has an array.
     config : Config
     seed : int
-        Draws A, see `doraxp.init`.
+        Draws A, see `doraxp.init`, and the masks of dropout.
+    kind : LayerKind, optional
+        How the base stores its weight. None takes that of `operator`; without one the weight must
+        have two axes, and is linear. Stacks need LayerKind("experts").
+    operator : Operator, optional
+        How the weight acts: `doraxp.Convolution(...)`, `doraxp.Embedding()` or your own. None is
+        the matrix product.
+    dropout : float
+        p, in 0 ≤ p < 1. While `training` is True, each forward draws a mask, see `doraxp.forward`;
+        `config.dropout` is the part of the layer that gets the dropped x. NumPy draws the masks on
+        the host, so every backend gets the same ones.
+    weight, bias : str
+        Names of the base's attributes. In the state and in the gradients the names are always
+        "weight" and "bias".
     train_base : bool
         Train the weight and the bias too. The layer has its own, which start equal to the base's.
         They keep their dtype: in float16 or bfloat16, steps below its resolution are lost.
     weight_layout : {"out_in", "in_out"}
-        How the base stores its weight. The vector, the state, the gradients and the merged layer
-        have the same layout. `layer.weight` is always (out, in).
+        How the base stores its weight; "in_out" is the same as the kinds "transposed" and
+        "transposed_experts". The vector, the state, the gradients and the merged layer have the
+        base's layout. `layer.weight` is always (*stack, out, in).
     method : {"kaiming", "gaussian"}
         How A is drawn, see `doraxp.init`.
 
@@ -68,17 +91,22 @@ class DoRALayer:
     adapter : Adapter
         May be assigned to. The layer then drops its forward and its gradients.
     weight, bias : array
-        The arrays that the layer computes with; the weight may be a RowWeight, the bias None.
+        The arrays that the layer computes with; the weight may be a RowWeight, the bias None. The
+        weight of a convolution or an embedding has the shape that the base stores.
     gradients : dict of str to array, or None
         The gradients by the names of the state, in the compute dtype; None before a backward.
+    training : bool
+        Whether dropout is on, see `train` and `eval`.
+    name : str
+        The path in a model. Errors begin with it.
 
     Raises
     ------
     TypeError
         The base has no weight, the arrays are of two libraries, or a dtype is not floating.
     ValueError
-        The shapes do not fit, the devices differ, the rank is above min(out, in), or a choice is
-        unknown.
+        The shapes do not fit, the devices differ, the rank is above min(out, in), a choice is
+        unknown, or a kind or an operator is missing.
 
     Examples
     --------
@@ -86,17 +114,15 @@ class DoRALayer:
     >>> from doraxp import Linear
     >>> base = Linear(np.array([[3.0, 4.0], [0.0, 5.0]]))
     >>> layer = DoRALayer(base, Config(rank=1), seed=0)
-    >>> layer.forward(np.array([1.0, 2.0])), layer.backward(np.array([1.0, 0.0]))
+    >>> layer(np.array([1.0, 2.0])), layer.backward(np.array([1.0, 0.0]))
     (array([11., 10.]), array([3., 4.]))
     >>> layer.update_parameters(0.1)
     >>> layer.adapter.magnitude
     array([4.78, 5.  ])
     """
 
-    gradients: dict[str, Array] | None = None
-    _cache: Cache | None = None
-    _prepared: Prepared | None = None
-    _graded: Prepared | None = None  # of the parameters that the gradients belong to
+    training: bool = True
+    name: str = ""
 
     def __init__(
         self,
@@ -104,35 +130,98 @@ class DoRALayer:
         config: Config,
         *,
         seed: int,
+        kind: LayerKind | None = None,
+        operator: Operator | None = None,
+        dropout: float = 0.0,
+        weight: str = "weight",
+        bias: str = "bias",
         train_base: bool = False,
         weight_layout: WeightLayout = "out_in",
         method: InitMethod = "kaiming",
     ) -> None:
-        check_base(base, weight_layout)
+        given, own_bias = weight_of(base, weight), getattr(base, bias, None)
         check_flag("train_base", train_base)
-        weight, bias = base.weight, getattr(base, "bias", None)
-        if is_by_rows(weight) and (train_base or weight_layout != "out_in"):
+        if is_by_rows(given) and (train_base or weight_layout != "out_in"):
             raise ValueError(
                 "train_base must be False and weight_layout 'out_in' for a weight that is given by "
                 "rows"
             )
-        ops = operations(weight=weight, bias=bias)
-        check_weight(weight)
+        ops = operations(weight=given, bias=own_bias)
+        stored = stored_as(given, kind, operator, weight_layout)
+        check_bias_of(stored, own_bias)
+        self._dropout = Dropout(dropout, seed)
+        if dropout and stored.kind.name == "embedding":
+            raise ValueError(
+                f"dropout must be 0 for an embedding, whose input is token ids, got {dropout}"
+            )
         self.base, self.config, self.train_base = base, config, train_base
-        self.weight_layout = weight_layout
-        self.weight = self._swap(ops.detached(weight))
-        self.bias = None if bias is None else ops.detached(bias)
-        check_bias(self.weight, bias)
-        self.adapter = init(self.weight, config, seed=seed, method=method)
+        self._stored, self._attributes = stored, {"weight": weight, "bias": bias}
+        frozen = ops.detached(given)
+        own_bias = None if own_bias is None else ops.detached(own_bias)
+        self.weight, self.bias = stored.taken(frozen), own_bias
         self._initial_weight = self.weight
+        if train_base:  # an optimizer may write into the arrays that it steps
+            self.weight = stored.taken(ops.xp.astype(frozen, frozen.dtype))
+            if own_bias is not None:
+                self.bias = ops.xp.astype(own_bias, own_bias.dtype)
+        self.adapter = init(self.weight, config, seed=seed, method=method, **stored.of_weight)
+
+    @property
+    def kind(self) -> LayerKind:
+        """How the base stores its weight."""
+        return self._stored.kind
+
+    @property
+    def operator(self) -> Operator | None:
+        """How the weight acts; None for a matrix product."""
+        return self._stored.operator
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape in which the base stores its weight."""
+        return self._stored.shape
+
+    @property
+    def dropout(self) -> float:
+        """The rate p."""
+        return self._dropout.rate
+
+    def __repr__(self) -> str:
+        name = f"{self.name}: " if self.name else ""
+        operator = "" if self.operator is None else f", {self.operator!r}"
+        bias = "" if self.bias is None else ", bias"
+        return (
+            f"<DoRALayer {name}{self.kind.name} {self.stored_shape}{bias}{operator}, "
+            f"rank {self.config.rank}, scaling {self.config.scaling:g}, dropout {self.dropout:g}, "
+            f"{self.parameter_count} trained parameters>"
+        )
+
+    def train(self) -> None:
+        """Turn dropout on, as it is in a new layer."""
+        self.training = True
+
+    def eval(self) -> None:
+        """Turn dropout off."""
+        self.training = False
 
     def forward(self, x: Array, dropout_mask: Array | None = None) -> Array:
         """Return y = x W'ᵀ + bias in x's dtype, and remember the forward for `backward`.
 
         See `doraxp.forward`, also for the mask: it has the shape of x and the values 0 and
-        1/(1 − p).
+        1/(1 − p). A mask that is given counts instead of one that the layer draws.
         """
+        try:
+            return self._forward(x, dropout_mask)
+        except _ERRORS as error:
+            self._explain(error, x)
+            raise
+
+    __call__ = forward
+
+    def _forward(self, x: Array, mask: Array | None) -> Array:
         prepared, previous = self._known()
+        if mask is None and self.training and self._dropout.rate:
+            mask = self._dropout.mask_of(x)
         y, self._cache = forward(
             x,
             self.weight,
@@ -141,7 +230,8 @@ class DoRALayer:
             bias=self.bias,
             prepared=prepared,
             previous=previous,
-            dropout_mask=dropout_mask,
+            dropout_mask=mask,
+            **self._stored.of_call,
         )
         self._prepared = self._cache.prepared
         return y
@@ -150,8 +240,15 @@ class DoRALayer:
         """Return dx, as `doraxp.backward` does, and add the parameters' gradients up.
 
         One forward serves any number of backwards. RuntimeError without a forward of the current
-        parameters.
+        parameters. None instead of dx where x were ids.
         """
+        try:
+            return self._backward(dy)
+        except _ERRORS as error:
+            self._explain(error)
+            raise
+
+    def _backward(self, dy: Array) -> Array:
         if self._cache is None or self._cache.prepared is not self._current():
             raise RuntimeError(
                 "backward needs a forward with the current parameters: call forward first, and "
@@ -163,156 +260,40 @@ class DoRALayer:
         self._graded = self._cache.prepared
         return dx
 
-    def update_parameters(self, learning_rate: float) -> None:
-        """Replace each trained array p by p − learning_rate · gradient, and drop the gradients.
-
-        RuntimeError without gradients of the current parameters.
-        """
-        gradients = self._live_gradients()
-        if gradients is None:
-            raise RuntimeError(
-                "update_parameters needs gradients of the current parameters: call backward "
-                "first, and again after every step"
-            )
-        rate = check_number("learning_rate", learning_rate)
-        new = {}
-        for name, old in self.state_dict().items():
-            step = rate * gradients[name]
-            wide = as_dtype(old, step.dtype, xp=self._xp)
-            new[name] = as_dtype(wide - step, old.dtype, xp=self._xp)
-        self._replace(new)
-
-    @property
-    def parameter_count(self) -> int:
-        """rank·(in + out) + out; with `train_base` also the sizes of weight and bias."""
-        return count(self.state_dict())
-
-    def get_parameters(self) -> Array:
-        """Return all trained arrays as one vector in the compute dtype.
-
-        ::
-
-            [base weight, base bias if trained][A][B][m]      each row-major
-        """
-        return self._vector(self.state_dict())
-
-    def set_parameters(self, vector: Array) -> None:
-        """Replace the parameters by those of a vector like `get_parameters` returns.
-
-        The layer drops its gradients and its forward. TypeError or ValueError where the library,
-        the dtype, the device or the length is wrong; then nothing has changed.
-        """
-        self.load_state_dict(from_vector(vector, self.state_dict(), xp=self._xp))
-
-    def get_parameter_gradients(self) -> Array:
-        """Return the gradients in the order of `get_parameters`; zeros before a backward."""
-        gradients = self._live_gradients()
-        if gradients is None:
-            return self._xp.zeros_like(self.get_parameters())
-        return self._vector(gradients)
-
-    def clear_gradients(self) -> None:
-        """Drop the gradients."""
-        self.gradients = None
-
-    def reset_state(self) -> None:
-        """Drop the gradients and the forward; keep the parameters."""
-        self._cache = self._prepared = self._graded = self.gradients = None
-
     def merge_to_original_layer(self) -> Any:
         """Return a copy of the base with W' as its weight and a copy of the layer's bias.
 
         The copy shares no array with the base. TypeError where `copy.deepcopy` cannot copy the
         base, or its weight or bias cannot be assigned.
         """
-        new = {"weight": self._swap(self._merged())}
+        new = {self._attributes["weight"]: self._stored.restored(self._merged())}
         if self.bias is not None:
-            new["bias"] = self._xp.astype(self.bias, self.bias.dtype)
+            new[self._attributes["bias"]] = self._xp.astype(self.bias, self.bias.dtype)
         return copy_with(self.base, new)
-
-    def state_dict(self) -> dict[str, Array]:
-        """Return the trained arrays by name: the adapter's; with `train_base` weight and bias too.
-
-        These are the layer's own arrays. Do not write to them: with `train_base` they are also the
-        base's arrays until the first step.
-        """
-        return self._named(self.weight, self.bias, self.adapter)
-
-    def load_state_dict(self, state: Mapping[str, Array], strict: bool = True) -> None:
-        """Replace the parameters by copies of the arrays in `state`, cast to the layer's dtypes.
-
-        The layer drops its gradients and its forward. TypeError for an array of another library or
-        of a dtype that is not floating. ValueError that lists all wrong shapes, all missing and
-        all unexpected names. After an error nothing has changed. With `strict=False` missing
-        arrays keep their values and unexpected ones are ignored.
-        """
-        self._replace(updated(self.state_dict(), state, strict=strict, xp=self._xp))
 
     def diagnostics(self) -> Diagnostics:
         """Return shapes, numbers, gradient norms, and the change from the initial weight to W'."""
-        xp = self._xp
+        xp, matrix = self._xp, self._stored.matrix
         arrays = {"weight": self.weight, "bias": self.bias, **self.adapter._asdict()}
         return Diagnostics(
             {name: tuple(array.shape) for name, array in arrays.items() if array is not None},
             self.config.rank,
             self.config.scaling,
-            magnitude_direction_change(self._initial_weight, self._merged()),
+            magnitude_direction_change(matrix(self._initial_weight), matrix(self._merged())),
             {name: xp.sqrt(xp.sum(g * g)) for name, g in (self._live_gradients() or {}).items()},
         )
 
-    @property
-    def _xp(self) -> Namespace:
-        return array_namespace(self.adapter.lora_a)
-
-    def _known(self) -> tuple[Prepared | None, Prepared | None]:
-        """Return the `Prepared` of the current parameters or None, and an earlier one or None.
-
-        The earlier one has the same weight and another adapter or config. At most one of the two
-        is given; after the weight has been replaced, neither is.
-        """
-        then = self._prepared
-        if then is None or then.weight is not self.weight:
-            return None, None
-        unchanged = operations(weight=self.weight).unchanged
-        same = unchanged(then.snapshot, then.adapter, self.adapter) and then.config == self.config
-        return (then, None) if same else (None, then)
-
-    def _current(self) -> Prepared:
-        """Return the `Prepared` of the current parameters, computed anew only after a change."""
-        prepared, previous = self._known()
-        if prepared is None:
-            prepared = prepare(self.weight, self.adapter, self.config, previous=previous)
-            self._prepared = prepared
-        return prepared
-
-    def _live_gradients(self) -> dict[str, Array] | None:
-        """Return the gradients, or None where they belong to earlier parameters."""
-        if self.gradients is None or self._graded is not self._current():
-            return None
-        return self.gradients
-
     def _merged(self) -> Array:
-        return merge(self.weight, self.adapter, self.config, prepared=self._current())
+        return merge(
+            self.weight, self.adapter, self.config, prepared=self._current(),
+            **self._stored.of_weight,
+        )  # fmt: skip
 
-    def _named(
-        self, weight: Array | None, bias: Array | None, adapter: Adapter
-    ) -> dict[str, Array]:
-        """Return the trained arrays by name, in the order of the vector and the base's layout."""
-        if weight is None or not self.train_base:
-            return adapter._asdict()
-        biases = {} if bias is None else {"bias": bias}
-        return {"weight": self._swap(weight), **biases, **adapter._asdict()}
-
-    def _replace(self, new: dict[str, Array]) -> None:
-        if self.train_base:
-            self.weight, self.bias = self._swap(new["weight"]), new.get("bias")
-        self.adapter = Adapter(*(new[name] for name in Adapter._fields))
-        self._cache = self._graded = self.gradients = None
-
-    def _swap(self, weight: Array) -> Array:
-        """Return a weight of the base's layout as (out, in), or the reverse."""
-        return swap(weight, self.weight_layout)
-
-    def _vector(self, arrays: dict[str, Array]) -> Array:
-        xp = self._xp
-        return as_vector(arrays, compute_dtype(self.weight, xp=xp), xp=xp)
+    def _explain(self, error: Exception, x: Array | None = None) -> None:
+        """Raise an error of the core again, with the layer's name and advice about the layout."""
+        advice = ""
+        if x is not None and str(error).startswith("x must have shape"):
+            advice = other_layout(self._stored, tuple(x.shape[-1:]), axis=-1)
+        if type(error) in _ERRORS and (self.name or advice):
+            prefix = f"{self.name}: " if self.name else ""
+            raise type(error)(f"{prefix}{error}{advice}") from error

@@ -1,0 +1,314 @@
+"""The state of a training run: `save_training` and `load_training`.
+
+A folder has two files::
+
+    training.json           settings, numbers, and the name of the other file
+    arrays-0.safetensors    the arrays; the next save writes arrays-1.safetensors, then 0 again
+
+A save writes the new arrays beside the old ones, and then renames a new training.json over the old
+one. Each of the two is complete at that moment, so that a kill leaves the old state or the new one.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from doraxp._base.safetensors import Tensor, write_header
+from doraxp._base.scalars import check_count, check_kind
+from doraxp._base.types import Array, HostArray
+from doraxp.checkpoint._durable import sync, write_chunks, write_durably
+from doraxp.checkpoint._errors import CheckpointError
+from doraxp.checkpoint._host import beside
+from doraxp.checkpoint._json import JsonObject, read_json
+from doraxp.checkpoint._safetensors import RAW, Reader
+from doraxp.checkpoint._trees import decoded, encoded
+from doraxp.layers import AdaptedModel, DoRALayer
+from doraxp.optim import Optimizer, optimizer_from_settings
+
+_TABLE, _NEW = "training.json", "training.json.new"
+_ARRAYS = ("arrays-0.safetensors", "arrays-1.safetensors")
+_VERSION = 1
+_NAMES = {dtype: name for name, dtype in reversed(RAW.items()) if not name.startswith("F8")}
+_GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
+_ENTRIES = ("version", "id", "arrays", "layers", "optimizer", "step", "generator", "extra")
+
+AnyModel: TypeAlias = AdaptedModel | DoRALayer | Mapping[str, DoRALayer]
+
+
+@dataclass(frozen=True)
+class Training:
+    """The state of a training run, from `load_training`.
+
+    Attributes
+    ----------
+    path : Path
+        The folder.
+    step : int or None
+        The number of steps taken.
+    generator : numpy.random.Generator or None
+        A new generator in the state of the saved one.
+    extra : object
+        The values of JSON that were saved.
+    """
+
+    path: Path
+    step: int | None
+    generator: np.random.Generator | None
+    extra: Any
+    _layers: Mapping[str, Any]
+    _optimizer: Mapping[str, Any] | None
+    _arrays: Mapping[str, HostArray]
+
+    def resume(self, model: AnyModel, optimizer: Optimizer | None = None) -> Optimizer | None:
+        """Put the state into a model that was made in the same way, and return the optimizer.
+
+        Parameters
+        ----------
+        model : AdaptedModel, DoRALayer, or mapping of str to DoRALayer
+            The arrays become those of its library, on its device.
+        optimizer : Optimizer, optional
+            Gets the saved state and number of steps. None makes one with the saved settings.
+
+        Returns
+        -------
+        Optimizer or None
+            None where no optimizer was saved.
+
+        Raises
+        ------
+        ValueError
+            The state is of another model: the message names the layer and the setting. Nothing
+            has changed then.
+        """
+        whole = _as_model(model)
+        like = next(iter(whole.adapted.values())).adapter.lora_a
+        state = {path: self._decoded(tree, like) for path, tree in self._layers.items()}
+        found = self._optimizer
+        if found is not None and optimizer is None:
+            optimizer = optimizer_from_settings(found["settings"])
+        own = None if found is None else self._decoded(found["state"], like)
+        whole.load_state(state)
+        if found is not None and optimizer is not None:
+            optimizer.state, optimizer.steps = own, found["steps"]
+        return None if found is None else optimizer
+
+    def _decoded(self, tree: Any, like: Array) -> Any:
+        return decoded(tree, lambda name: beside(self._arrays[name], like))
+
+
+def save_training(
+    path: str | os.PathLike[str],
+    model: AnyModel,
+    optimizer: Optimizer | None = None,
+    *,
+    step: int | None = None,
+    generator: np.random.Generator | None = None,
+    extra: Any = None,
+    overwrite: bool = True,
+) -> None:
+    """Write the state of a training run into a folder. A kill leaves the old state or the new one.
+
+    Parameters
+    ----------
+    path : path
+        A folder, which is made if it does not exist.
+    model : AdaptedModel, DoRALayer, or mapping of str to DoRALayer
+        Adapters, trained weights and biases, settings, and the state of dropout are saved. Frozen
+        weights are not. Arrays may be of any library.
+    optimizer : Optimizer, optional
+        Its settings, with the schedule, and its state.
+    step : int, optional
+        Number of steps taken. None takes that of the optimizer.
+    generator : numpy.random.Generator, optional
+        The generator of the batches, for example.
+    extra : object, optional
+        Values that JSON has.
+    overwrite : bool
+        Replace an older state in the folder.
+
+    Raises
+    ------
+    FileExistsError
+        The folder has a file that is not part of a state, or has a state and `overwrite` is False.
+    FileNotFoundError
+        The folder above does not exist.
+    TypeError
+        A part cannot be saved, such as a learning rate that is a function. Nothing is written.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from doraxp import AdamW, Config, DoRALayer, Linear
+    >>> layer, optimizer = DoRALayer(Linear(np.eye(4)), Config(rank=1), seed=0), AdamW(1e-3)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_training(f"{folder}/run", layer, optimizer, extra={"epoch": 2})
+    ...     training = load_training(f"{folder}/run")
+    >>> training.step, training.extra
+    (0, {'epoch': 2})
+    >>> training.resume(layer).learning_rate
+    0.001
+    """
+    arrays: dict[str, HostArray] = {}
+    table = {
+        "version": _VERSION,
+        "id": secrets.token_hex(8),
+        "layers": {
+            name: encoded(f"layers/{name}", state, arrays)
+            for name, state in _as_model(model).state().items()
+        },
+        "optimizer": _of_optimizer(optimizer, arrays),
+        "step": _step_of(step, optimizer),
+        "generator": _of_generator(generator, arrays),
+        "extra": extra,
+    }
+    try:
+        json.dumps(table)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"extra must have values of JSON: {error}") from None
+    folder = Path(path)
+    current = _prepared_folder(folder, overwrite=overwrite)
+    table["arrays"] = _ARRAYS[current == _ARRAYS[0]]
+    write_chunks(folder / str(table["arrays"]), _safetensors(arrays, str(table["id"])))
+    write_durably(folder / _NEW, json.dumps(table, indent=1).encode())
+    sync(folder)
+    (folder / _NEW).replace(folder / _TABLE)
+    sync(folder)
+    if current is not None:
+        (folder / current).unlink(missing_ok=True)
+
+
+def load_training(path: str | os.PathLike[str]) -> Training:
+    """Return the state of a training run that `save_training` wrote.
+
+    Parameters
+    ----------
+    path : path
+
+    Returns
+    -------
+    Training
+        All arrays are in memory.
+
+    Raises
+    ------
+    FileNotFoundError
+        The folder has no complete state.
+    CheckpointError
+        A file is not one of `save_training`, or its arrays belong to another save.
+    """
+    folder = Path(path)
+    table = read_json(folder / _TABLE)
+    absent = [name for name in _ENTRIES if name not in table]
+    if absent or table["version"] != _VERSION or table["arrays"] not in _ARRAYS:
+        raise CheckpointError(
+            f"{folder / _TABLE}: must be version {_VERSION} of a table of save_training, got "
+            f"version {table.get('version')!r} without {absent}"
+        )
+    reader = Reader(folder / str(table["arrays"]))
+    if reader.metadata.get("id") != table["id"]:
+        raise CheckpointError(
+            f"{reader.path}: belongs to another save than {_TABLE}: copy the folder again, while "
+            "no save is running"
+        )
+    arrays = {name: reader.read(name) for name in reader.tensors}
+    parts: Any = table
+    try:
+        generator = decoded(parts["generator"], arrays.__getitem__)
+        return Training(
+            folder, parts["step"], _generator(generator), parts["extra"], parts["layers"],
+            parts["optimizer"], arrays,
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / _TABLE}: {error!r}") from None
+
+
+def _as_model(model: AnyModel) -> AdaptedModel:
+    if isinstance(model, AdaptedModel):
+        return model
+    if isinstance(model, DoRALayer):
+        return AdaptedModel({model.name or "layer": model})
+    check_kind("model", model, Mapping)
+    return AdaptedModel(model)
+
+
+def _step_of(step: int | None, optimizer: Optimizer | None) -> int | None:
+    if step is not None:
+        return check_count("step", step)
+    return None if optimizer is None else optimizer.steps
+
+
+def _of_optimizer(optimizer: Optimizer | None, arrays: dict[str, HostArray]) -> Any:
+    if optimizer is None:
+        return None
+    state = encoded("optimizer", optimizer.state, arrays)
+    return {"settings": optimizer.settings(), "steps": optimizer.steps, "state": state}
+
+
+def _of_generator(generator: np.random.Generator | None, arrays: dict[str, HostArray]) -> Any:
+    if generator is None:
+        return None
+    check_kind("generator", generator, np.random.Generator)
+    state = generator.bit_generator.state
+    if state["bit_generator"] not in _GENERATORS:
+        raise TypeError(
+            f"generator must be of one of {_GENERATORS} to be saved, got {state['bit_generator']}"
+        )
+    return encoded("generator", state, arrays)
+
+
+def _generator(state: Any) -> np.random.Generator | None:
+    if state is None:
+        return None
+    if state["bit_generator"] not in _GENERATORS:
+        raise ValueError(f"generator must be one of {_GENERATORS}, got {state['bit_generator']!r}")
+    bits = getattr(np.random, state["bit_generator"])()
+    bits.state = state
+    return np.random.Generator(bits)
+
+
+def _prepared_folder(folder: Path, *, overwrite: bool) -> str | None:
+    """Make the folder, and return the name of the file of arrays that its table needs, if any."""
+    if not folder.parent.is_dir():
+        raise FileNotFoundError(f"{folder.parent}: no such folder")
+    if not os.path.lexists(folder):
+        folder.mkdir()
+        sync(folder.parent)
+        return None
+    if not folder.is_dir():
+        raise FileExistsError(f"{folder}: must be a folder, or not exist")
+    known = {_TABLE, _NEW, *_ARRAYS}
+    foreign = sorted(each.name for each in folder.iterdir() if each.name not in known)
+    if foreign:
+        raise FileExistsError(
+            f"{folder}: must have the files of a state and no others, got {foreign[0]}: choose "
+            "another folder"
+        )
+    if not (folder / _TABLE).exists():
+        return None
+    if not overwrite:
+        raise FileExistsError(f"{folder}: already has a state; overwrite=True replaces it")
+    table: JsonObject = read_json(folder / _TABLE)
+    return str(table.get("arrays"))
+
+
+def _safetensors(arrays: Mapping[str, HostArray], id: str) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of a file of arrays."""
+    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    header = io.BytesIO()
+    write_header(
+        header,
+        {name: Tensor(_NAMES[a.dtype], a.shape, a.nbytes) for name, a in contiguous.items()},
+        {"id": id},
+    )
+    yield header.getvalue()
+    for array in contiguous.values():
+        yield array.reshape(-1).view(np.uint8).data

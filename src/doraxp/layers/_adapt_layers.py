@@ -1,0 +1,144 @@
+"""DoRA around the layers of a model: `adapt_layers`.
+
+path   of a layer, "encoder.0.fc1": a key of a mapping, or a name that an accessor gives
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+from doraxp._base.patterns import matches_any, values_by_path
+from doraxp._base.types import Config
+from doraxp._core.adapter import InitMethod
+from doraxp._core.kinds import LayerKind
+from doraxp._core.operators import Operator
+from doraxp.layers._adapt import _no_match, _targets
+from doraxp.layers._base_layer import WeightLayout
+from doraxp.layers._dora import DoRALayer
+from doraxp.layers._model import AdaptedModel, Setter
+
+Accessor: TypeAlias = Callable[[Any], Iterable[tuple[str, Any, Setter]]]
+"""Yields the path and the layer at each place of a model, and a function that puts another layer
+there."""
+
+
+def adapt_layers(
+    layers: Any,
+    target_modules: str | Iterable[str],
+    config: Config,
+    *,
+    seed: int,
+    kinds: Mapping[str, LayerKind] | None = None,
+    operators: Mapping[str, Operator] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    dropout: float = 0.0,
+    train_base: bool = False,
+    weight: str = "weight",
+    bias: str = "bias",
+    weight_layout: WeightLayout = "out_in",
+    method: InitMethod = "kaiming",
+    accessor: Accessor | None = None,
+) -> AdaptedModel:
+    """Return a model with a `DoRALayer` around each layer that `target_modules` selects.
+
+    Parameters
+    ----------
+    layers : mapping of str to layer, or any object with `accessor`
+        A layer is an object with a weight and, if it has one, a bias. Objects without a weight
+        pass through.
+    target_modules, config, rank_pattern, alpha_pattern
+        As in `doraxp.adapt`.
+    seed : int
+        Each layer draws from its own seed, counted up from this one in the order of `layers`.
+    kinds : mapping of str to LayerKind, optional
+        By path, or by a regular expression for the end of a path, as in `doraxp.adapt`.
+    operators : mapping of str to Operator, optional
+        By path or regular expression, like `kinds`. A layer that has an operator and is not in
+        `kinds` is of the operator's kind.
+    dropout, train_base, weight, bias, weight_layout, method
+        For all layers, see `DoRALayer`.
+    accessor : callable, optional
+        ``accessor(layers)`` yields ``(path, layer, put)`` for each layer, where ``put(new)`` puts
+        another layer in its place. The adapted layers are put there, and so are the plain ones
+        after `AdaptedModel.merge`.
+
+    Returns
+    -------
+    AdaptedModel
+
+    Raises
+    ------
+    TypeError
+        `layers` is not a mapping and there is no accessor, or the errors of `DoRALayer`.
+    ValueError
+        A target or a pattern matches no layer, or the errors of `DoRALayer`. Then no layer was
+        replaced.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from doraxp import Linear
+    >>> layers = {"encoder.q": Linear(np.eye(4)), "encoder.k": Linear(np.eye(4))}
+    >>> adapt_layers(layers, ["q"], Config(rank=2), seed=0)["encoder.q"]
+    <DoRALayer encoder.q: linear (4, 4), rank 2, scaling 1, dropout 0, 20 trained parameters>
+    """
+    found, setters = _walked(layers, accessor)
+    weights = {
+        path: array
+        for path, layer in found.items()
+        if (array := getattr(layer, weight, None)) is not None
+    }
+    known_operators = values_by_path(operators or {}, weights)
+    known_kinds = {path: operator.kind for path, operator in known_operators.items()}
+    known_kinds |= values_by_path(kinds or {}, weights)
+    targets = _targets(weights, target_modules, known_kinds)
+    ranks = values_by_path(rank_pattern or {}, targets)
+    alphas = values_by_path(alpha_pattern or {}, targets)
+    _check_used({"kinds": kinds, "operators": operators}, weights)
+    _check_used({"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}, targets)
+    adapted: dict[str, DoRALayer] = {}
+    for path in targets:
+        rank, alpha = ranks.get(path, config.rank), alphas.get(path, config.alpha)
+        try:
+            layer = adapted[path] = DoRALayer(
+                found[path], replace(config, rank=rank, alpha=alpha), seed=seed + len(adapted),
+                kind=known_kinds.get(path), operator=known_operators.get(path), dropout=dropout,
+                weight=weight, bias=bias, train_base=train_base, weight_layout=weight_layout,
+                method=method,
+            )  # fmt: skip
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{path}: {error}") from None
+        layer.name = path
+    places = {path: setters[path] for path in adapted if path in setters}
+    for path, put in places.items():
+        put(adapted[path])
+    return AdaptedModel({**found, **adapted}, setters=places, weight=weight, bias=bias)
+
+
+def _walked(layers: Any, accessor: Accessor | None) -> tuple[dict[str, Any], dict[str, Setter]]:
+    """Return the layers by path, and the setters of their places."""
+    if accessor is None:
+        if not isinstance(layers, Mapping):
+            raise TypeError(
+                f"layers must be a mapping of paths to layers, got {type(layers).__name__}: pass "
+                "accessor= for another object"
+            )
+        return dict(layers), {}
+    found, setters = {}, {}
+    for path, layer, put in accessor(layers):
+        if path in found:
+            raise ValueError(f"accessor must yield each path once, got {path!r} twice")
+        found[path], setters[path] = layer, put
+    return found, setters
+
+
+def _check_used(patterns: Mapping[str, Mapping[str, Any] | None], paths: Iterable[str]) -> None:
+    """Raise ValueError for a pattern that matches no path."""
+    paths = list(paths)
+    for name, pattern in patterns.items():
+        for key in pattern or {}:
+            if not matches_any(key, paths):
+                raise ValueError(_no_match(f"{name} {key!r}", key, paths))
