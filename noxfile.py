@@ -26,8 +26,8 @@ LANES = {"dask": ("dask", "distributed")}
 CORE = tuple(
     f"tests/test_{name}.py"
     for name in (
-        "backends", "checkpoint", "cli", "gradients", "layer", "linear", "optimizers",
-        "optimizers_dicts", "optimizers_loop", "optimizers_scaled",
+        "backends", "checkpoint", "cli", "gradients", "layer", "linear", "operators",
+        "optimizers", "optimizers_dicts", "optimizers_loop", "optimizers_scaled",
     )
 )  # fmt: skip
 NO_OVERRIDES = ("strict", "dask")  # their operations are the generic ones
@@ -35,8 +35,10 @@ PEFT = (
     "test_peft",
     "test_bench_peft",
     "test_checkpoint_peft",
+    "test_doctor_cli",
     "test_merge_real",
     "test_optimizers_peft",
+    "test_targets",
     "test_torch_peft",
 )
 FOREIGN = ("mlx", "sparse", "ndonnx", "cubed", "blosc2")
@@ -103,7 +105,7 @@ def foreign(session: nox.Session) -> None:
     install(session, "test", "foreign")
     lanes = [f"--backend={name}" for name in FOREIGN]
     pytest(session, *lanes, PROCESSES, "tests/test_foreign.py")
-    names = ("decomposition", "layer", "linear", "optimizers")
+    names = ("decomposition", "layer", "linear", "operators", "optimizers")
     pytest(session, "--backend=mlx", *PARALLEL, *(f"tests/test_{name}.py" for name in names))
     pytest(session, "docs/backends/mlx.md")
 

@@ -21,7 +21,7 @@ from device_figures import append
 FIRST = (
     "test_operations", "test_skinny", "test_mixed_precision", "test_reduced_precision",
     "test_linear", "test_gradients", "test_layer", "test_numerics", "test_decomposition",
-    "test_optimizers", "test_kinds",
+    "test_optimizers", "test_kinds", "test_operators",
 )  # fmt: skip
 """Files whose tests come before those of the others, in this order."""
 LEFT = "no time is left"

@@ -39,8 +39,8 @@ def make():
     return model, doraxp.AdamW(schedule, max_norm=1.0), rng
 
 
-def train(folder, report=lambda: None):
-    """Train to the last step, from the state in the folder if there is one."""
+def train(folder, report=lambda: None, every=2):
+    """Train to the last step, from the state in the folder if there is one; save now and then."""
     model, optimizer, rng = make()
     if (folder / "training.json").exists():
         training = load_training(folder)
@@ -50,7 +50,8 @@ def train(folder, report=lambda: None):
         y = model["b"](np.tanh(h := model["a"](x)))
         model["a"].backward((1 - np.tanh(h) ** 2) * model["b"].backward(y - x[:, ::-1]))
         model.step(optimizer)
-        save_training(folder, model, optimizer, generator=rng, extra={"loss": float(np.sum(y))})
+        if optimizer.steps % every == 0:  # each save waits for the disk
+            save_training(folder, model, optimizer, generator=rng, extra={"sum": float(np.sum(y))})
         report()
 
 
@@ -94,7 +95,7 @@ def kill_in_training(folder, kills):
         os.waitpid(child, 0)
         os.close(read)
         os.close(write)
-        resumed.append(load_training(folder).step)
+        resumed.append(load_training(folder).step if (folder / "training.json").exists() else 0)
     os.waitpid(forked(lambda: train(folder)), 0)
     return resumed
 
@@ -133,7 +134,7 @@ def kill_at_each_moment(folder):
 
 def main(folder, kills=20):
     """Print the results of both."""
-    train(folder / "whole")
+    train(folder / "whole", every=STEPS)
     resumed = kill_in_training(folder / "killed", int(kills))
     moments, complete = kill_at_each_moment(folder / "moments")
     equal = bits(folder / "whole") == bits(folder / "killed")

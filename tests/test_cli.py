@@ -83,7 +83,10 @@ def test_the_version_is_the_packages(capsys):
     assert capsys.readouterr().out == f"doraxp {doraxp.__version__}\n"
 
 
-COMMANDS = ("demo", "bench", "verify", "vectors", "merge", "audit", "convert", "inspect", "extract")
+COMMANDS = (
+    *("demo", "bench", "verify", "vectors", "merge", "audit", "convert", "inspect", "doctor"),
+    "extract",
+)
 
 
 def modules_after(code):

@@ -79,17 +79,17 @@ class TestMlp:
 
     def test_a_killed_run_goes_on_and_ends_as_the_whole_one(self, tmp_path):
         whole = self.run(tmp_path / "whole")
-        printed = figures(whole.communicate(timeout=120)[0])
+        printed = figures(whole.communicate(timeout=600)[0])
         assert printed["adapted"] == printed["merged"] >= 99
         killed = self.run(tmp_path / "killed")
         while not (tmp_path / "killed" / "training.json").exists():
             time.sleep(0.01)
         killed.kill()
-        killed.communicate(timeout=120)
+        killed.communicate(timeout=600)
         step = load_training(tmp_path / "killed").step
         assert 0 < step < 600
         again = self.run(tmp_path / "killed")
-        assert figures(again.communicate(timeout=120)[0]) == printed
+        assert figures(again.communicate(timeout=600)[0]) == printed
         one, other = (load_training(tmp_path / name) for name in ("whole", "killed"))
         assert one.step == other.step == 600
         assert one.extra == other.extra

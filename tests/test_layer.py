@@ -572,9 +572,9 @@ def test_an_argument_that_fits_the_other_layout_alone_gets_advice(draw):
     with pytest.raises(ValueError, match="bias must have shape") as error:
         DoRALayer(Linear2(draw(6, 7), draw(5)), Config(2), seed=0)
     assert "weight_layout" not in str(error.value)
-    square = DoRALayer(Plain(draw(6, 6)), Config(2), seed=0)
+    square = DoRALayer(Plain(draw(3, 6, 6)), Config(2), seed=0, kind=LayerKind("experts"))
     with pytest.raises(ValueError, match="x must have shape") as error:
-        square.forward(draw(5, 7))
+        square.forward(draw(2, 5, 6))
     assert "weight_layout" not in str(error.value)
 
 
@@ -608,6 +608,7 @@ def test_masks_drop_at_the_rate_and_keep_the_mean(backend, draw):
 
 def test_a_rate_draws_the_same_masks_on_every_backend(backend, draw, assert_close):
     layer, x = make(draw, dropout=0.5), draw(5, 6)
+    layer.adapter = layer.adapter._replace(lora_b=draw(7, 2))  # with B = 0 a mask has no effect
     generator = np.random.default_rng(np.random.SeedSequence(0, spawn_key=(1,)))
     for _ in range(2):
         kept = generator.random((5, 6), dtype=np.float32) >= 0.5
@@ -806,7 +807,7 @@ def test_ids_take_no_dropout(draw):
 
 
 @pytest.mark.once
-@pytest.mark.lanes("numpy", "torch", "strict", "cuda-host")
+@pytest.mark.lanes("numpy", "torch", "strict")  # a device does not show its ids to the host
 def test_ids_out_of_range_are_refused_with_the_name_of_the_layer(backend, draw):
     layer, _ = operated(backend, draw, "embedding")
     layer.name = "embed"

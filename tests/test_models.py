@@ -101,13 +101,25 @@ def test_the_targets_are_adapted_and_the_others_stay(layers, model, draw, assert
 
 def test_patterns_choose_the_ranks_and_alphas(layers):
     model = adapt_layers(
-        layers, "all-linear", Config(2), seed=0,
+        layers, ["fc1", "fc2", "head"], Config(2), seed=0,
         rank_pattern={"fc1": 3}, alpha_pattern={"head": 8.0},
     )  # fmt: skip
     configs = {path: layer.config for path, layer in model.adapted.items()}
     assert configs == {
         "encoder.fc1": Config(3), "encoder.fc2": Config(2), "head": Config(2, 8.0)
     }  # fmt: skip
+
+
+def test_exclusions_win_over_targets_and_all_linear_leaves_the_head(layers):
+    chosen = {
+        "all": adapt_layers(layers, "all-linear", Config(2), seed=0),
+        "one": adapt_layers(layers, ".*", Config(2), seed=0, exclude_modules=["fc2", "head"]),
+    }
+    assert {name: [*model.adapted] for name, model in chosen.items()} == {
+        "all": ["encoder.fc1", "encoder.fc2"], "one": ["encoder.fc1"],
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="exclude_modules 'fc3' must match one of"):
+        adapt_layers(layers, ".*", Config(2), seed=0, exclude_modules=["fc3"])
 
 
 @pytest.mark.once

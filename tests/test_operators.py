@@ -10,6 +10,7 @@ from convolutions import convolved, outputs, slopes
 
 import doraxp
 from doraxp import Adapter, Config, Convolution, Embedding, LayerKind, MatMul
+from doraxp.testing import expected_of_operator, operator_catalogue
 
 CONVOLUTIONS = [
     pytest.param((5,), (3,), 1, {"padding": 1}, id="1d"),
@@ -454,3 +455,23 @@ def test_a_matrix_product_as_an_operator_has_its_gradients(backend, draw, assert
     dw = np.einsum("eabo,eabi->eoi", backend.numpy(dy), backend.numpy(x))
     assert_close(backend.run(operator.weight_gradient, dy, x, (2, 7, 6)), dw, rtol=1e-14)
     assert transpose(weight).shape == (2, 6, 7)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("case", operator_catalogue(), ids=lambda case: case.name)
+def test_every_number_of_the_catalogue_is_within_its_bound(backend, case, dtype):
+    inputs, kind, operator = on(backend, case.stored(dtype)), case.layer_kind, case.operator
+    adapter, config, mask = adapter_of(inputs), case.config, inputs.get("dropout_mask")
+    y, cache = backend.run(forward, inputs, mask, config, operator, kind)
+    grads = backend.run(all_gradients, inputs["dy"], cache)
+    fresh = backend.run(doraxp.init, inputs["weight"], config, seed=0, kind=kind)
+    found = {
+        "y": y, "norm": cache.prepared.norm, "gain": cache.prepared.gain,
+        "merged": backend.run(doraxp.merge, inputs["weight"], adapter, config, kind=kind),
+        "initial": fresh.magnitude, "dx": grads["x"], "da": grads["lora_a"],
+        "db": grads["lora_b"], "dm": grads["magnitude"], "dw": grads["weight"],
+        "dbias": grads["bias"],
+    }  # fmt: skip
+    for name, want in expected_of_operator(case, dtype).items():
+        assert want.share(backend.numpy(found[name])) <= 1, name

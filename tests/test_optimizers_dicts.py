@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import pickle
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -290,6 +291,13 @@ def test_a_factor_of_lora_plus_that_is_not_positive_is_refused(init, step):
         step(whole(), whole(), init(whole()), learning_rate=0.1, lora_plus=0)
 
 
+@both
+def test_a_number_for_all_layers_has_the_place_of_the_first_in_an_error(init, step):
+    params = {"q": whole(), "v": whole()}
+    with pytest.raises(ValueError, match=r"^learning_rate\['q'\]\['lora_b'\] must be at least 0"):
+        step(params, params, init(params), learning_rate={**RATES, "lora_b": -1})
+
+
 # NumPy's blocks
 
 
@@ -345,3 +353,16 @@ def test_arrays_without_numbers_and_scalars_are_stepped(backend, draw, init, ste
     params = {"empty": draw(0, 3), "scalar": draw()}
     new, _ = stepped(backend, init, step, params, params, learning_rate=0.1)
     assert [tuple(leaf.shape) for leaf in new.values()] == [(0, 3), ()]
+
+
+@pytest.mark.lanes("numpy")
+def test_a_step_of_donated_arrays_needs_less_than_a_mebibyte(backend):
+    """Two matrices of 4 MiB each; the read-only lane cannot write into them."""
+    if backend.name == "numpy":
+        params, grads = ({name: np.ones((1024, 1024), "float32") for name in "kq"} for _ in "pg")
+        state = adamw_init(params)
+        tracemalloc.start()
+        adamw_step(params, grads, state, learning_rate=0.1, donate=True)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 2**20

@@ -393,6 +393,7 @@ def test_a_file_name_that_a_terminal_would_obey_is_escaped(llama, capsys):
         "merge base adapter --out {}",
         "inspect {}",
         "inspect adapter --base {}",
+        "doctor {}",
         "convert {} --to peft --out b",
         "convert adapter --to peft --out {}/b",
         "convert adapter --to peft --out {}",

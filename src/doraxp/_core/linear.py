@@ -190,7 +190,7 @@ def forward(
     stored = cast(Array, weight)
     if operator is not None or kind is not None:
         kind, operator = resolved(kind, operator)
-    kind, matrix = matrix_of(stored, kind)
+    kind, matrix = matrix_of(stored, kind, previous if prepared is None else prepared)
     if operator is not None:
         ops, dtype = check_operated(x, matrix, adapter, config, bias, dropout_mask, kind)
     else:

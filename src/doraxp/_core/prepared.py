@@ -136,10 +136,17 @@ def prepare(
     return stored_as(prepared, stored, kind)
 
 
-def matrix_of(weight: Array, kind: LayerKind | None) -> tuple[LayerKind | None, Array]:
-    """Return the matrix of a stored weight, and its kind; None where it is stored as its matrix."""
+def matrix_of(
+    weight: Array, kind: LayerKind | None, known: Prepared | None = None
+) -> tuple[LayerKind | None, Array]:
+    """Return the matrix of a stored weight, and its kind; None where it is stored as its matrix.
+
+    A `known` result of the same weight and kind has the matrix already.
+    """
     if kind is None:
         return None, weight
+    if isinstance(known, Prepared) and known.stored is weight and known.kind == kind:
+        return kind, known.matrix
     check_kind("kind", kind, LayerKind)
     matrix = kind.matrix(weight)
     return (None if kind.name in ("linear", "experts") else kind), matrix

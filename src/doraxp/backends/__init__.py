@@ -10,7 +10,7 @@ from doraxp.backends._namespaces import array_namespace, device
 from doraxp.backends._packed import Packed
 from doraxp.backends._precision import exact_products, reduced_precision
 from doraxp.backends._rows import by_rows, is_by_rows
-from doraxp.backends._windows import Windows
+from doraxp.backends._windows import Windows, sources, unfolded
 
 __all__ = [
     "CudaKernels",
@@ -38,5 +38,7 @@ __all__ = [
     "operations_of_plain",
     "reduced_precision",
     "safe_row_norms",
+    "sources",
     "transpose",
+    "unfolded",
 ]

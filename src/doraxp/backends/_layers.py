@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from doraxp._base.types import Array, Namespace
 from doraxp.backends._dtypes import as_dtype, transpose
 from doraxp.backends._namespaces import device
@@ -62,8 +64,8 @@ class LayerOperations:
         parts = []
         for start in range(0, count, step):
             stop = min(start + step, count)
-            block = xp.arange(start, stop, dtype=ids.dtype, device=device(ids))
-            hot = xp.astype(block[:, None] == ids[None, :], rows.dtype)
+            block = xp.asarray(np.arange(start, stop, dtype=np.int32), device=device(ids))
+            hot = xp.astype(xp.astype(block, ids.dtype)[:, None] == ids[None, :], rows.dtype)
             parts.append(hot @ rows)
         return parts[0] if len(parts) == 1 else xp.concat(parts, axis=0)
 

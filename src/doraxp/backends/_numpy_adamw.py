@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from doraxp._base.types import AdamWLeaves, AdamWNumbers, AdamWStepped, DType
+from doraxp._base.types import AdamWLeaves, AdamWNumbers, AdamWStepped
 
 # Bytes of a block of one array; the two buffers take twice as much. Smaller blocks take longer,
 # because each of the 16 operations on a block costs about 1 µs of Python's time.
@@ -30,16 +30,16 @@ def adamw(
     """Return p, mu and nu; with `donate` in the given arrays, where these can be written to."""
     corrections = float(numbers.correction1), float(numbers.correction2)  # 0-d where t was traced
     numbers = AdamWNumbers(*numbers[:5], *corrections)
-    buffers: dict[DType, NumpyArray] = {}
+    buffer = np.empty((2, 0), np.float32)
     stepped = []
     for p, g, mu, nu, rate, decay in zip(*leaves, rates, decays, strict=True):
         results = [_result(each, donate=donate) for each in (p, mu, nu)]
         for block in _blocks([*results, p, g, mu, nu]):
-            size, shape = block[1].size, block[1].shape
-            if mu.dtype not in buffers or buffers[mu.dtype].shape[1] < size:
-                buffers[mu.dtype] = np.empty((2, size), mu.dtype)
-            one, other = buffers[mu.dtype][:, :size].reshape(2, *shape)
-            _step(block, one, other, rate=rate, decay=decay, numbers=numbers)
+            wide = block[1]
+            if buffer.shape[1] < wide.size or buffer.dtype != wide.dtype:
+                buffer = np.empty((2, wide.size), wide.dtype)
+            pair = buffer[:, : wide.size].reshape(2, *wide.shape)
+            _step(block, *pair, rate=rate, decay=decay, numbers=numbers)
         stepped.append(results)
     return AdamWStepped(*zip(*stepped, strict=True))
 
@@ -73,7 +73,8 @@ def _step(
     correction1: NumpyArray
     correction2: NumpyArray
     correction1, correction2 = corrections
-    p, g = (array.astype(mu.dtype, copy=False) for array in (p, g))
+    if not p.dtype == g.dtype == mu.dtype:
+        p, g = (array.astype(mu.dtype, copy=False) for array in (p, g))
     np.multiply(rest1, g, out=one)
     np.multiply(beta1, mu, out=new_mu)
     new_mu += one

@@ -99,7 +99,7 @@ def places(windows: Windows) -> HostArray:
         here = dilation * np.arange(kernel)[:, None] + steps  # (kernel, positions)
         index = _crossed(index * size, here, np.add)
         inside = _crossed(inside, (here >= 0) & (here < size), np.logical_and)
-    return np.where(inside, index, math.prod(windows.size))
+    return np.where(inside, index, math.prod(windows.size)).astype(np.int32)
 
 
 @functools.lru_cache(maxsize=_KEPT)
@@ -108,7 +108,7 @@ def sources(windows: Windows) -> HostArray:
     read = places(windows)  # (K, P)
     kernel, positions = read.shape
     size = math.prod(windows.size)
-    table = np.full((kernel, size + 1), kernel * positions)
+    table = np.full((kernel, size + 1), kernel * positions, np.int32)
     np.put_along_axis(table, read, np.arange(kernel * positions).reshape(read.shape), axis=1)
     return table[:, :size]
 

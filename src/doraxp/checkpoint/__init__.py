@@ -7,6 +7,9 @@ from doraxp.checkpoint._adapters import AdapterSet, algorithm_of
 from doraxp.checkpoint._audit import audit
 from doraxp.checkpoint._audit_weight import Verdict
 from doraxp.checkpoint._change import Change
+from doraxp.checkpoint._doctor import diagnose
+from doraxp.checkpoint._doctor_report import Cost, DiagnosedModule, Diagnosis, Finding
+from doraxp.checkpoint._doctor_rows import RowCounts
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._extract_merge import approximate
 from doraxp.checkpoint._extract_model import Closeness, Extraction, extract
@@ -43,8 +46,12 @@ __all__ = [
     "CheckpointError",
     "Closeness",
     "CopiedTensor",
+    "Cost",
+    "DiagnosedModule",
+    "Diagnosis",
     "Extraction",
     "Factored",
+    "Finding",
     "Fit",
     "JoinedTensor",
     "Merge",
@@ -52,6 +59,7 @@ __all__ = [
     "Model",
     "Options",
     "ReplacedTensor",
+    "RowCounts",
     "SampledNorms",
     "SummedTensor",
     "Training",
@@ -63,6 +71,7 @@ __all__ = [
     "audit",
     "check_place",
     "check_target",
+    "diagnose",
     "extract",
     "load_adapters",
     "load_quantised",

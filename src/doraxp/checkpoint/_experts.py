@@ -16,7 +16,7 @@ from doraxp.checkpoint._expert_names import ExpertNames
 from doraxp.checkpoint._names import Place
 from doraxp.checkpoint._tasks import MergedTensor
 
-_TRANSPOSED = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
+TRANSPOSED = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
 """The families whose experts have ``is_transposed`` in transformers: PEFT adds (B A)ᵀ to them."""
 
 
@@ -95,7 +95,7 @@ def _is_flipped(
     families = {config.get("model_type")}
     text = config.get("text_config")
     families |= {text.get("model_type")} if isinstance(text, dict) else set()
-    if not families.isdisjoint(_TRANSPOSED):
+    if not families.isdisjoint(TRANSPOSED):
         return True
     problem = f"the experts of {place.tensor} are square, and nothing tells which axis is the input"
     if not names.has_version:

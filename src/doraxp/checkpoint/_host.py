@@ -25,8 +25,7 @@ def on_host(array: Any) -> HostArray:
     """
     if type(array) is np.ndarray:
         return array
-    if array_api_compat.is_torch_array(array):
-        array = array.detach().cpu()
+    array = array.detach().cpu() if array_api_compat.is_torch_array(array) else array
     xp = array_namespace(array)
     is_bfloat16 = str(array.dtype).rpartition(".")[-1] == "bfloat16"
     if is_bfloat16:  # not every library gives an array of it to NumPy

@@ -1,45 +1,26 @@
-"""The state of a training run: `save_training` and `load_training`.
-
-A folder has two files::
-
-    training.json           settings, numbers, and the name of the other file
-    arrays-0.safetensors    the arrays; the next save writes arrays-1.safetensors, then 0 again
-
-A save writes the new arrays beside the old ones, and then renames a new training.json over the old
-one. Each of the two is complete at that moment, so that a kill leaves the old state or the new one.
-"""
+"""The state of a training run: `save_training`, and `load_training` to resume it."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from doraxp._base.safetensors import Tensor, write_header
 from doraxp._base.scalars import check_count, check_kind
 from doraxp._base.types import Array, HostArray
-from doraxp.checkpoint._durable import sync, write_chunks, write_durably
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._host import beside
-from doraxp.checkpoint._json import JsonObject, read_json
-from doraxp.checkpoint._safetensors import RAW, Reader
+from doraxp.checkpoint._training_folder import TABLE, read_folder, write_folder
 from doraxp.checkpoint._trees import decoded, encoded
 from doraxp.layers import AdaptedModel, DoRALayer
 from doraxp.optim import Optimizer, optimizer_from_settings
 
-_TABLE, _NEW = "training.json", "training.json.new"
-_ARRAYS = ("arrays-0.safetensors", "arrays-1.safetensors")
-_VERSION = 1
-_NAMES = {dtype: name for name, dtype in reversed(RAW.items()) if not name.startswith("F8")}
 _GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
-_ENTRIES = ("version", "id", "arrays", "layers", "optimizer", "step", "generator", "extra")
 
 AnyModel: TypeAlias = AdaptedModel | DoRALayer | Mapping[str, DoRALayer]
 
@@ -159,8 +140,6 @@ def save_training(
     """
     arrays: dict[str, HostArray] = {}
     table = {
-        "version": _VERSION,
-        "id": secrets.token_hex(8),
         "layers": {
             name: encoded(f"layers/{name}", state, arrays)
             for name, state in _as_model(model).state().items()
@@ -174,16 +153,7 @@ def save_training(
         json.dumps(table)
     except (TypeError, ValueError) as error:
         raise TypeError(f"extra must have values of JSON: {error}") from None
-    folder = Path(path)
-    current = _prepared_folder(folder, overwrite=overwrite)
-    table["arrays"] = _ARRAYS[current == _ARRAYS[0]]
-    write_chunks(folder / str(table["arrays"]), _safetensors(arrays, str(table["id"])))
-    write_durably(folder / _NEW, json.dumps(table, indent=1).encode())
-    sync(folder)
-    (folder / _NEW).replace(folder / _TABLE)
-    sync(folder)
-    if current is not None:
-        (folder / current).unlink(missing_ok=True)
+    write_folder(Path(path), table, arrays, overwrite=overwrite)
 
 
 def load_training(path: str | os.PathLike[str]) -> Training:
@@ -206,20 +176,7 @@ def load_training(path: str | os.PathLike[str]) -> Training:
         A file is not one of `save_training`, or its arrays belong to another save.
     """
     folder = Path(path)
-    table = read_json(folder / _TABLE)
-    absent = [name for name in _ENTRIES if name not in table]
-    if absent or table["version"] != _VERSION or table["arrays"] not in _ARRAYS:
-        raise CheckpointError(
-            f"{folder / _TABLE}: must be version {_VERSION} of a table of save_training, got "
-            f"version {table.get('version')!r} without {absent}"
-        )
-    reader = Reader(folder / str(table["arrays"]))
-    if reader.metadata.get("id") != table["id"]:
-        raise CheckpointError(
-            f"{reader.path}: belongs to another save than {_TABLE}: copy the folder again, while "
-            "no save is running"
-        )
-    arrays = {name: reader.read(name) for name in reader.tensors}
+    table, arrays = read_folder(folder)
     parts: Any = table
     try:
         generator = decoded(parts["generator"], arrays.__getitem__)
@@ -228,7 +185,7 @@ def load_training(path: str | os.PathLike[str]) -> Training:
             parts["optimizer"], arrays,
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / _TABLE}: {error!r}") from None
+        raise CheckpointError(f"{folder / TABLE}: {error!r}") from None
 
 
 def _as_model(model: AnyModel) -> AdaptedModel:
@@ -273,42 +230,3 @@ def _generator(state: Any) -> np.random.Generator | None:
     bits = getattr(np.random, state["bit_generator"])()
     bits.state = state
     return np.random.Generator(bits)
-
-
-def _prepared_folder(folder: Path, *, overwrite: bool) -> str | None:
-    """Make the folder, and return the name of the file of arrays that its table needs, if any."""
-    if not folder.parent.is_dir():
-        raise FileNotFoundError(f"{folder.parent}: no such folder")
-    if not os.path.lexists(folder):
-        folder.mkdir()
-        sync(folder.parent)
-        return None
-    if not folder.is_dir():
-        raise FileExistsError(f"{folder}: must be a folder, or not exist")
-    known = {_TABLE, _NEW, *_ARRAYS}
-    foreign = sorted(each.name for each in folder.iterdir() if each.name not in known)
-    if foreign:
-        raise FileExistsError(
-            f"{folder}: must have the files of a state and no others, got {foreign[0]}: choose "
-            "another folder"
-        )
-    if not (folder / _TABLE).exists():
-        return None
-    if not overwrite:
-        raise FileExistsError(f"{folder}: already has a state; overwrite=True replaces it")
-    table: JsonObject = read_json(folder / _TABLE)
-    return str(table.get("arrays"))
-
-
-def _safetensors(arrays: Mapping[str, HostArray], id: str) -> Iterator[bytes | memoryview]:
-    """Yield the bytes of a file of arrays."""
-    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    header = io.BytesIO()
-    write_header(
-        header,
-        {name: Tensor(_NAMES[a.dtype], a.shape, a.nbytes) for name, a in contiguous.items()},
-        {"id": id},
-    )
-    yield header.getvalue()
-    for array in contiguous.values():
-        yield array.reshape(-1).view(np.uint8).data

@@ -25,6 +25,7 @@ _COMMANDS = (
     "audit",
     "convert",
     "inspect",
+    "doctor",
     "extract",
 )
 

@@ -9,8 +9,6 @@ Targets, kinds, ranks and alphas are looked up by path.
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple, cast
@@ -19,8 +17,7 @@ from doraxp._base.patterns import matches_any, values_by_path
 from doraxp._base.types import Adapter, Array, Config, RowWeight
 from doraxp._core.adapter import init
 from doraxp._core.kinds import LayerKind
-
-_NOT_LINEAR = re.compile(r"(.*embed.*|wte|wpe|lm_head)")
+from doraxp.layers._targets import Modules, find_targets, nearest
 
 
 class AdaptedLayer(NamedTuple):
@@ -38,10 +35,11 @@ class AdaptedLayer(NamedTuple):
 
 def adapt(
     weights: Mapping[str, Array | RowWeight],
-    target_modules: str | Iterable[str],
+    target_modules: Modules,
     config: Config,
     *,
     seed: int,
+    exclude_modules: Modules | None = None,
     kinds: Mapping[str, LayerKind] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
@@ -57,11 +55,14 @@ def adapt(
         Paths or ends of paths; or one regular expression for whole paths; or ``"all-linear"``.
         The latter selects each weight of a kind that `kinds` gives as linear, transposed
         or a stack of experts. Of the weights without a given kind it selects those of two axes,
-        except embeddings and ``lm_head``.
+        except embeddings and output heads: `doraxp.layers.find_targets` has the rules.
     config : Config
         For all layers; the patterns give other ranks and alphas to some.
     seed : int
         Each layer draws from its own seed, counted up from this one in the order of `weights`.
+    exclude_modules : str or iterable of str, optional
+        Paths or ends of paths, or one regular expression for whole paths. They win over
+        `target_modules`, as in PEFT.
     kinds : mapping of str to LayerKind, optional
         By path, or by a regular expression for the end of a path. A weight of two axes that is
         not in it is linear. A target of more axes must be in it.
@@ -76,8 +77,8 @@ def adapt(
     Raises
     ------
     ValueError
-        A target or a pattern matches no weight, `kinds` lacks a weight that is not a matrix, or a
-        rank is too large.
+        A target, an exclusion or a pattern matches no weight, no target is left, `kinds` lacks a
+        weight that is not a matrix, or a rank is too large.
 
     Examples
     --------
@@ -90,7 +91,7 @@ def adapt(
     by_path = {name.removesuffix(".weight"): cast(Array, each) for name, each in weights.items()}
     layers: dict[str, AdaptedLayer] = {}
     known = values_by_path(kinds, by_path)
-    targets = _targets(by_path, target_modules, known)
+    targets = chosen(weights, target_modules, exclude_modules, known)
     ranks = values_by_path(rank_pattern, targets)
     alphas = values_by_path(alpha_pattern, targets)
     for path in targets:
@@ -111,36 +112,29 @@ def adapt(
         paths = by_path if name == "kinds" else layers
         for key in pattern:
             if not matches_any(key, paths):
-                raise ValueError(_no_match(f"{name} {key!r}", key, paths))
+                raise ValueError(no_match(f"{name} {key!r}", key, paths))
     return layers
 
 
-def _targets(
-    by_path: Mapping[str, Array], targets: str | Iterable[str], kinds: Mapping[str, LayerKind]
+def chosen(
+    weights: Mapping[str, Array | RowWeight],
+    target_modules: Modules,
+    exclude_modules: Modules | None,
+    kinds: Mapping[str, LayerKind],
 ) -> list[str]:
-    if targets == "all-linear":
-        return [path for path, weight in by_path.items() if _is_linear(path, weight, kinds)]
-    if isinstance(targets, str):
-        found = [path for path in by_path if re.fullmatch(targets, path)]
-        if not found:
-            raise ValueError(_no_match(f"target_modules {targets!r}", targets, by_path))
-        return found
-    targets = list(targets)
-    for target in targets:
-        if not any(_is_end(target, path) for path in by_path):
-            raise ValueError(_no_match(f"target_modules {target!r}", target, by_path))
-    return [path for path in by_path if any(_is_end(target, path) for target in targets)]
-
-
-def _is_end(target: str, path: str) -> bool:
-    return f".{path}".endswith(f".{target}")
-
-
-def _is_linear(path: str, weight: Array, kinds: Mapping[str, LayerKind]) -> bool:
-    kind = kinds.get(path)
-    if kind is not None:
-        return kind.name in ("linear", "experts", "transposed", "transposed_experts")
-    return len(weight.shape) == 2 and not _NOT_LINEAR.fullmatch(path.rpartition(".")[-1])
+    """Return the paths of the targets; raise ValueError where a name does not select."""
+    found = find_targets(weights, target_modules, exclude_modules=exclude_modules, kinds=kinds)
+    paths = [name.removesuffix(".weight") for name in weights]
+    arguments = {"target_modules": found.unmatched, "exclude_modules": found.unused}
+    for argument, missing in arguments.items():
+        for name in missing:
+            raise ValueError(no_match(f"{argument} {name!r}", name, paths))
+    if found.excluded and not found.paths:
+        raise ValueError(
+            f"exclude_modules must leave at least one target, got {exclude_modules!r}, which "
+            f"excludes all {len(found.excluded)}"
+        )
+    return found.paths
 
 
 def _kind(path: str, weight: Array, kinds: Mapping[str, LayerKind]) -> LayerKind:
@@ -153,9 +147,8 @@ def _kind(path: str, weight: Array, kinds: Mapping[str, LayerKind]) -> LayerKind
     return kind or LayerKind()
 
 
-def _no_match(argument: str, wanted: str, paths: Iterable[str]) -> str:
+def no_match(argument: str, wanted: str, paths: Iterable[str]) -> str:
     """Return an error message that lists the paths whose names are nearest to `wanted`."""
     paths = list(paths)
-    ends = {path.rpartition(".")[-1]: path for path in paths}
-    near = difflib.get_close_matches(wanted, [*paths, *ends], n=5, cutoff=0.5) or paths[:5]
+    near = nearest(wanted, paths)
     return f"{argument} must match one of {len(paths)} modules; the nearest are {', '.join(near)}"

@@ -14,10 +14,11 @@ from doraxp._base.types import Config
 from doraxp._core.adapter import InitMethod
 from doraxp._core.kinds import LayerKind
 from doraxp._core.operators import Operator
-from doraxp.layers._adapt import _no_match, _targets
+from doraxp.layers._adapt import chosen, no_match
 from doraxp.layers._base_layer import WeightLayout
 from doraxp.layers._dora import DoRALayer
 from doraxp.layers._model import AdaptedModel, Setter
+from doraxp.layers._targets import Modules
 
 Accessor: TypeAlias = Callable[[Any], Iterable[tuple[str, Any, Setter]]]
 """Yields the path and the layer at each place of a model, and a function that puts another layer
@@ -26,10 +27,11 @@ there."""
 
 def adapt_layers(
     layers: Any,
-    target_modules: str | Iterable[str],
+    target_modules: Modules,
     config: Config,
     *,
     seed: int,
+    exclude_modules: Modules | None = None,
     kinds: Mapping[str, LayerKind] | None = None,
     operators: Mapping[str, Operator] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
@@ -49,7 +51,7 @@ def adapt_layers(
     layers : mapping of str to layer, or any object with `accessor`
         A layer is an object with a weight and, if it has one, a bias. Objects without a weight
         pass through.
-    target_modules, config, rank_pattern, alpha_pattern
+    target_modules, config, exclude_modules, rank_pattern, alpha_pattern
         As in `doraxp.adapt`.
     seed : int
         Each layer draws from its own seed, counted up from this one in the order of `layers`.
@@ -94,7 +96,8 @@ def adapt_layers(
     known_operators = values_by_path(operators or {}, weights)
     known_kinds = {path: operator.kind for path, operator in known_operators.items()}
     known_kinds |= values_by_path(kinds or {}, weights)
-    targets = _targets(weights, target_modules, known_kinds)
+    by_name = {f"{path}.weight": array for path, array in weights.items()}
+    targets = chosen(by_name, target_modules, exclude_modules, known_kinds)
     ranks = values_by_path(rank_pattern or {}, targets)
     alphas = values_by_path(alpha_pattern or {}, targets)
     _check_used({"kinds": kinds, "operators": operators}, weights)
@@ -141,4 +144,4 @@ def _check_used(patterns: Mapping[str, Mapping[str, Any] | None], paths: Iterabl
     for name, pattern in patterns.items():
         for key in pattern or {}:
             if not matches_any(key, paths):
-                raise ValueError(_no_match(f"{name} {key!r}", key, paths))
+                raise ValueError(no_match(f"{name} {key!r}", key, paths))

@@ -13,6 +13,11 @@ from doraxp.testing._conventions import Conventions
 from doraxp.testing._diagnosis import Diagnosis
 from doraxp.testing._implementation import Finding, Report, check_implementation
 from doraxp.testing._libraries import Library, as_numpy
+from doraxp.testing._operator_cases import (
+    OperatorCase,
+    expected_of_operator,
+    operator_catalogue,
+)
 from doraxp.testing._reference import Expected, expected, expected_steps
 from doraxp.testing._vectors import write_vectors
 from doraxp.testing._wrong_merges import right_merge, wrong_merges, wrong_merges_across_rows
@@ -28,6 +33,7 @@ __all__ = [
     "Figure",
     "Finding",
     "Library",
+    "OperatorCase",
     "OptimizerCase",
     "Report",
     "as_numpy",
@@ -36,7 +42,9 @@ __all__ = [
     "check_usable",
     "compare_backends",
     "expected",
+    "expected_of_operator",
     "expected_steps",
+    "operator_catalogue",
     "optimizer_catalogue",
     "right_merge",
     "write_vectors",

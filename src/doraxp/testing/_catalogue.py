@@ -16,7 +16,7 @@ import numpy as np
 from doraxp._base.types import Config, Dropout
 from doraxp.testing._cases import FULL, HALF, Case, OptimizerCase, rounded
 
-VERSION = 2
+VERSION = 3
 """The version of the catalogue. It goes up when a case is added or its numbers change."""
 
 

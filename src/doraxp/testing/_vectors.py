@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -22,12 +22,18 @@ from doraxp._base.safetensors import Tensor, write_header
 from doraxp.testing._cases import FULL, Case, OptimizerCase
 from doraxp.testing._catalogue import VERSION, catalogue, optimizer_catalogue
 from doraxp.testing._formulas import DenseFormulas
+from doraxp.testing._operator_cases import (
+    OperatorCase,
+    expected_of_operator,
+    operator_catalogue,
+)
 from doraxp.testing._reference import Expected, bounded, shapes, steps
 from doraxp.testing._rounding import Portable
 
 FORMAT = 1
 """The version of the format. It goes up when a reader of the older format would fail."""
 MANIFEST = "manifest.json"
+AnyCase: TypeAlias = Case | OperatorCase | OptimizerCase
 FILES = {dtype: f"{dtype}.safetensors" for dtype in FULL}
 
 
@@ -122,7 +128,7 @@ def _check_target(out: Path, *, force: bool) -> None:
 
 def _write(folder: Path) -> int:
     """Write all files; return the number of cases."""
-    everything: tuple[Case | OptimizerCase, ...] = (*catalogue(), *optimizer_catalogue())
+    everything: tuple[AnyCase, ...] = (*catalogue(), *operator_catalogue(), *optimizer_catalogue())
     cases = [case for case in everything if set(FULL) <= set(case.dtypes)]
     entries = []
     for dtype, name in FILES.items():
@@ -138,12 +144,14 @@ def _write(folder: Path) -> int:
 class Solved(NamedTuple):
     """A case in a dtype, with its expected results."""
 
-    case: Case | OptimizerCase
+    case: AnyCase
     inputs: dict[str, Any]
     wanted: dict[str, Expected]
 
 
-def _solved(case: Case | OptimizerCase, dtype: str) -> Solved:
+def _solved(case: AnyCase, dtype: str) -> Solved:
+    if isinstance(case, OperatorCase):
+        return Solved(case, case.stored(dtype), expected_of_operator(case, dtype, Portable.exact))
     if isinstance(case, Case):
         inputs = case.stored(dtype)
         layer = Traced(case.config, inputs, Portable.exact)
@@ -191,12 +199,13 @@ def _tensors(solved: list[Solved], dtype: str) -> Iterator[tuple[str, Any]]:
             yield f"{case.name}/bound/{name}", want.bound.astype("<f8")
     for case, inputs, _ in solved:
         for name, array in inputs.items():
-            yield f"{case.name}/inputs/{name}", array.astype(f"<f{np.dtype(dtype).itemsize}")
+            kind = "<i4" if array.dtype.kind == "i" else f"<f{np.dtype(dtype).itemsize}"
+            yield f"{case.name}/inputs/{name}", array.astype(kind)
 
 
 def _write_tensors(path: Path, arrays: dict[str, Any]) -> None:
     header = {
-        name: Tensor(f"F{8 * array.itemsize}", array.shape, array.nbytes)
+        name: Tensor(f"{array.dtype.kind.upper()}{8 * array.itemsize}", array.shape, array.nbytes)
         for name, array in arrays.items()
     }
     with path.open("wb") as file:
@@ -213,10 +222,13 @@ def _entry(solved: Solved) -> dict[str, Any]:
     if isinstance(case, OptimizerCase):
         return {**told, "kind": case.optimizer, "numbers": dict(case.numbers), **names}
     config = case.config
+    kind: dict[str, Any] = {"kind": "layer"}
+    if isinstance(case, OperatorCase):
+        kind = {"kind": case.kind, **case.numbers}
     return {
         **told,
-        "kind": "layer",
-        "extreme": case.extreme,
+        **kind,
+        "extreme": isinstance(case, Case) and case.extreme,
         "rank": config.rank,
         "alpha": config.alpha,
         "rslora": config.rslora,
