@@ -77,6 +77,13 @@ def test_trainable_parameters_are_those_of_the_formula(demo):
         assert figures["methods"][name]["trainable_parameters"] == count
 
 
+def test_the_learning_rates_are_those_of_the_sweep_of_the_network(demo):
+    _, figures = demo
+    rates = {name: method["learning_rate"] for name, method in figures["methods"].items()}
+    chosen = {"linear": (0.03, 0.03, 0.03, 0.02), "convolutional": (0.03, 0.02, 0.02, 0.03)}
+    assert tuple(rates.values()) == chosen[figures["arguments"]["network"]]
+
+
 def test_the_version_is_the_packages(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
