@@ -19,14 +19,21 @@ from doraxp._terminal.runtimes import runtime
 from doraxp.cli import _cluster, main
 from doraxp.demo import BaseRun, Results, Run, Settings, print_results
 
+SHAPES = {
+    "linear": ((128, 64), (128, 128), (10, 128)),
+    "convolutional": ((16, 9), (32, 144), (10, 512)),
+}
+"""(out, in) or (out, in·kernel) of the layers of the demo's networks."""
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
+
+@pytest.fixture(scope="module", params=SHAPES)
+def demo(request, tmp_path_factory):
     """One run of the demo, small."""
     folder = tmp_path_factory.mktemp("demo")
     plot, figures = folder / "demo.png", folder / "demo.json"
-    status = main(["demo", "--steps", "200", "--plot", str(plot), "--json", str(figures)])
-    assert status == 0
+    rank = {"linear": "4", "convolutional": "8"}[request.param]
+    arguments = ["--network", request.param, "--rank", rank, "--steps", "200", "--plot", str(plot)]
+    assert main(["demo", *arguments, "--json", str(figures)]) == 0
     return plot, json.loads(figures.read_text())
 
 
@@ -38,8 +45,9 @@ def test_methods_read_digits_that_the_frozen_base_cannot(demo):
     _, figures = demo
     assert min(figures["base"]["upright_accuracy"]["values"]) > 0.9
     assert max(figures["base"]["turned_accuracy"]["values"]) < 0.4
+    least = {"linear": 0.7, "convolutional": 0.4}[figures["arguments"]["network"]]
     for name, method in figures["methods"].items():
-        assert min(method["accuracy"]["values"]) > 0.7, name
+        assert min(method["accuracy"]["values"]) > least, name
         assert len(method["accuracy"]["values"]) == 3
 
 
@@ -56,8 +64,9 @@ def test_merging_changes_no_accuracy(demo):
 
 def test_trainable_parameters_are_those_of_the_formula(demo):
     _, figures = demo
-    shapes = ((128, 64), (128, 128), (10, 128))
-    lora = sum(4 * (out + inner) for out, inner in shapes)
+    shapes = SHAPES[figures["arguments"]["network"]]
+    rank = figures["arguments"]["rank"]
+    lora = sum(rank * (out + inner) for out, inner in shapes)
     counts = {
         "LoRA": lora,
         "DoRA detached": lora + sum(out for out, _ in shapes),
@@ -66,6 +75,13 @@ def test_trainable_parameters_are_those_of_the_formula(demo):
     }
     for name, count in counts.items():
         assert figures["methods"][name]["trainable_parameters"] == count
+
+
+def test_the_learning_rates_are_those_of_the_sweep_of_the_network(demo):
+    _, figures = demo
+    rates = {name: method["learning_rate"] for name, method in figures["methods"].items()}
+    chosen = {"linear": (0.03, 0.03, 0.03, 0.02), "convolutional": (0.03, 0.02, 0.02, 0.03)}
+    assert tuple(rates.values()) == chosen[figures["arguments"]["network"]]
 
 
 def test_the_version_is_the_packages(capsys):
@@ -157,7 +173,7 @@ def test_the_table_has_the_figures_of_the_runs(capsys):
     assert cells["LoRA"] == lora
     assert cells["DoRA exact"] == lora.replace("LoRA 80", "DoRA exact 90").replace("30.0", "40.0")
     assert cells["full fine-tuning"] == "full fine-tuning 100.0 ± 0.0 1,234 1.50 ± 0.00 – –"
-    assert "rank 3, 7 steps, float32 on numpy" in lines[0]
+    assert "linear: rank 3, 7 steps, float32 on numpy" in lines[0]
     text = " ".join(" ".join(lines).split())
     assert "standard deviation of 2 seeds, on 6 test digits; upright, the base reads" in text
     assert "99.0 ± 1.4 % of them" in text
@@ -184,6 +200,7 @@ def test_a_full_disk_and_an_interrupt_end_without_a_traceback(monkeypatch, capsy
     [
         (["--rank", "0"], "argument --rank: must be an integer, in 1..10, got '0'"),
         (["--rank", "99"], "argument --rank: must be an integer, in 1..10, got '99'"),
+        (["--network", "deep"], "argument --network: invalid choice: 'deep' (choose from"),
         (["--seeds", "2"], "argument --seeds: must be an integer, at least 3, got '2'"),
         (["--seed", "x"], "argument --seed: must be an integer, at least 0, got 'x'"),
         (["--backend", "abacus"], "must be one of numpy, torch, jax, cupy, got 'abacus'"),
@@ -200,6 +217,14 @@ def test_bad_arguments_are_refused_before_any_training(capsys, monkeypatch, argu
     with pytest.raises(SystemExit, match="2"):
         main(["demo", *arguments])
     assert message in capsys.readouterr().err
+
+
+def test_a_rank_above_that_of_the_network_is_refused_before_any_training(capsys, monkeypatch):
+    monkeypatch.setattr("doraxp.cli.demo.experiment", pytest.fail)
+    assert main(["demo", "--network", "convolutional", "--rank", "10"]) == 2
+    assert capsys.readouterr().err == (
+        "doraxp demo: error: --rank must be in 1..9 for --network convolutional, got 10\n"
+    )
 
 
 def test_a_file_that_cannot_be_written(capsys, monkeypatch, tmp_path):

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from doraxp import Adapter, Config, DoRALayer
+from doraxp import Adapter, Config, Convolution, DoRALayer
 from doraxp.checkpoint import load_training
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -44,6 +44,32 @@ class TestOwnFramework:
         assert printed["turned, frozen"] <= 60
         assert printed["turned, adapted"] >= 99
         assert printed["turned, merged"] == printed["turned, adapted"]
+
+
+class TestConvNet:
+    def test_adapters_of_convolutions_learn_digits_that_defeat_the_frozen_network(self, capsys):
+        load("convnet").main()
+        text = capsys.readouterr().out
+        printed = figures(text)
+        assert printed["upright, trained"] >= 94
+        assert printed["turned, frozen"] <= 20
+        assert printed["turned, adapted"] >= 90
+        assert printed["turned, merged"] == printed["turned, adapted"]
+        assert "trainable params: 1,518 ||" in text
+
+    @pytest.mark.parametrize("stride", [1, 2])
+    def test_the_convolution_of_the_framework_is_that_of_the_operator(self, stride):
+        rng = np.random.default_rng(1)
+        layer, operator = load("convnet").Conv(rng, 3, 4, stride), Convolution(stride, padding=1)
+        x = rng.standard_normal((2, 3, 8, 8))
+        y = layer.forward(x)
+        np.testing.assert_allclose(y, operator.apply(x, layer.weight), atol=1e-13)
+        dy = rng.standard_normal(y.shape)
+        dx = operator.transpose(dy, layer.weight, x.shape)
+        np.testing.assert_allclose(layer.backward(dy), dx, atol=1e-13)
+        dweight = operator.weight_gradient(dy, x, layer.weight.shape)
+        np.testing.assert_allclose(layer.dweight, dweight, atol=1e-12)
+        np.testing.assert_allclose(layer.dbias, dy.sum(axis=(0, 2, 3)), atol=1e-13)
 
 
 class TestMlp:

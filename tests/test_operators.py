@@ -448,6 +448,37 @@ def test_a_convolution_refuses_what_does_not_fit():
         Convolution().transpose(np.zeros((1, 2, 3)), np.zeros((2, 2, 2)), (1, 2, 3))
 
 
+@pytest.mark.parametrize(("groups", "inputs"), [(1, 8), (2, 4)])
+def test_an_x_of_other_groups_than_the_kind_is_refused(groups, inputs):
+    """The operator alone would take x: A below V has 8 outputs, for 1 and for 2 groups."""
+    kind = LayerKind("conv", groups=groups)
+    weight, x = np.ones((6, 4, 3)), np.ones((2, inputs, 9))
+    adapter = doraxp.init(weight, Config(2), seed=0, kind=kind)
+    match = (
+        rf"x must have in = {groups} groups · 4 = {groups * 4}, .* got {inputs}: for other groups "
+        rf"pass kind=LayerKind\('conv', groups={inputs // 4}\) everywhere"
+    )
+    with pytest.raises(ValueError, match=match):
+        doraxp.forward(x, weight, adapter, Config(2), kind=kind, operator=Convolution())
+
+
+def test_a_message_about_x_names_the_shape_of_the_weight():
+    refused(ValueError, r"for a weight of shape \(6, 4, 3, 2\), got", x=np.zeros((1, 3, 6, 5)))
+
+
+def test_an_operator_with_its_outputs_on_another_axis_is_refused(draw):
+    class Misplaced(Wrapped):
+        channel_axis = 1
+
+    inputs = {
+        "x": draw(5, 6), "lora_a": draw(3, 6), "lora_b": draw(7, 3), "magnitude": draw(7),
+        "weight": draw(7, 6),
+    }  # fmt: skip
+    match = r"must return the 10 outputs of the weight on axis 1, its channel_axis, .* \(10, 5\)"
+    with pytest.raises(ValueError, match=match):
+        forward(inputs, None, Config(3), Misplaced())
+
+
 def test_groups_refuse_a_bias_of_another_shape():
     (inputs, kind), operator = of_convolution((6, 5), (3, 2), 2), Convolution()
     with pytest.raises(ValueError, match=r"bias must have shape \(out,\) = \(6,\)"):

@@ -31,6 +31,16 @@ def packed(x: NDArray[np.float32], codes: NDArray[np.uint8], scale: NDArray[np.f
     assert_type(doraxp.merge(own, adapter, config), Array)
 
 
+def operated(x: NDArray[np.float32], weight: NDArray[np.float32], adapter: doraxp.Adapter) -> None:
+    config, operator = doraxp.Config(rank=1), doraxp.Convolution(padding=1)
+    y, _ = doraxp.forward(x, weight, adapter, config, operator=operator)
+    assert_type(y, Array)
+    own: list[doraxp.Operator] = [doraxp.MatMul(), operator, doraxp.Embedding(scale=2.0)]
+    doraxp.DoRALayer(doraxp.Linear(weight), config, seed=0, operator=own[0])
+    operators = {"fc": doraxp.MatMul()}
+    doraxp.adapt_layers({}, ["fc"], config, seed=0, operators=operators)
+
+
 def trained(layers: dict[str, doraxp.Adapter], state: dict[str, Array]) -> None:
     optimizer: doraxp.Optimizer = doraxp.AdamW(doraxp.constant_schedule(1e-3), lora_plus=16)
     assert_type(optimizer.step(layers, layers), dict[str, doraxp.Adapter])

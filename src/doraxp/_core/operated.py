@@ -90,8 +90,14 @@ class Layer(NamedTuple):
 
     def applied(self, x: Array, weight: Array) -> tuple[Array, tuple[int, ...]]:
         """Return apply(x, weight) by tokens, and the shape that the operator gave it."""
-        y = self.operator.apply(x, weight)
-        return self.tokens(y), tuple(y.shape)
+        y, axis = self.operator.apply(x, weight), self.operator.channel_axis
+        shape, outputs = tuple(y.shape), self.kind.groups * self.kind.matrix_shape(weight.shape)[-2]
+        if not -len(shape) <= axis < len(shape) or shape[axis] != outputs:
+            raise ValueError(
+                f"operator.apply must return the {outputs} outputs of the weight on axis {axis}, "
+                f"its channel_axis, got an array of shape {shape}"
+            )
+        return self.tokens(y), shape
 
     def base(self) -> Array:
         """Return W as it is stored, in the compute dtype."""
@@ -148,6 +154,8 @@ def outputs(layer: Layer, x: Array, mask: Array | None, bias: Array | None) -> O
     """Return y, L and z."""
     prepared, ops = layer.prepared, layer.ops
     _, a, scaled_b, row_scale = prepared.direction.factors
+    if isinstance(layer.operator, Convolution):  # it takes the groups from x, below from V and A
+        layer.operator.check_groups(tuple(x.shape), layer.shape, layer.kind.groups)
     inputs = _inputs(layer, x, mask)
     v = layer.formed(x)
     if v is None:

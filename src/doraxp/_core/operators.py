@@ -40,13 +40,18 @@ class Operator(Protocol):
 
     `doraxp.forward` calls it with floating x, dy and weights in the compute dtype of the layer. An
     integer x is a matter of ids: it has no gradient, and the weight has the dtype that it is stored
-    in. The three methods write to none of their arguments.
+    in. The three methods write to none of their arguments. docs/operators.md has an example
+    and a test for it.
     """
 
-    kind: LayerKind
-    """How the weights are stored, unless the caller gives another kind."""
-    channel_axis: int
-    """The axis of y that has the outputs of the weight."""
+    # Read-only for type checkers: an operator may have both on its class.
+    @property
+    def kind(self) -> LayerKind:
+        """How the weights are stored, unless the caller gives another kind."""
+
+    @property
+    def channel_axis(self) -> int:
+        """The axis of y that has the outputs of the weight."""
 
     def apply(self, x: Array, weight: Array, /) -> Array:
         """Return y, without the bias."""
@@ -168,6 +173,16 @@ class Convolution:
         tokens = by_token(dy, self.channel_axis, groups, xp=ops.xp)
         gradient = ops.convolve_gradient(tokens, x, windows)
         return ops.xp.reshape(gradient, tuple(weight_shape))
+
+    def check_groups(self, x: tuple[int, ...], weight: tuple[int, ...], groups: int) -> None:
+        """Refuse shapes that do not fit, or that fit with other groups than the kind has."""
+        _, found = self._windows(x, weight)
+        if found != groups:
+            raise ValueError(
+                f"x must have in = {groups} groups · {weight[1]} = {groups * weight[1]}, for a "
+                f"weight of shape {weight}, got {x[1]}: for other groups pass "
+                f"kind=LayerKind('conv', groups={found}) everywhere"
+            )
 
     def _windows(self, x: tuple[int, ...], weight: tuple[int, ...]) -> tuple[Windows, int]:
         """Return the shape of the convolution and the groups. Refuse shapes that do not fit."""

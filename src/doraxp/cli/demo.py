@@ -8,13 +8,14 @@ from dataclasses import fields
 import numpy as np
 
 from doraxp._terminal.figures import write_json
+from doraxp._terminal.messages import print_error
 from doraxp._terminal.progress import progress_by_parts
 from doraxp._terminal.runtimes import BACKENDS
 from doraxp._terminal.tables import new_console, print_names
 from doraxp.cli._arguments import backend, integer, lacks, output, rate
 from doraxp.demo import (
     CHECKPOINTS,
-    RANK_LIMIT,
+    PLANS,
     Settings,
     experiment,
     print_results,
@@ -22,6 +23,7 @@ from doraxp.demo import (
     save_picture,
 )
 
+RANK_LIMITS = {name: plan.rank_limit for name, plan in PLANS.items()}
 SUMMARY = (
     "Train a small network on 1,797 real handwritten digits, freeze it, adapt it to digits turned "
     "by 90° with LoRA, DoRA and full fine-tuning, merge, and compare."
@@ -31,6 +33,12 @@ SUMMARY = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     defaults = Settings()
+    parser.add_argument(
+        "--network",
+        choices=PLANS,
+        default=defaults.network,
+        help="its layers: linear ones, or two convolutions and a linear one (default: %(default)s)",
+    )
     parser.add_argument(
         "--backend",
         type=backend,
@@ -54,9 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--rank",
-        type=integer(1, RANK_LIMIT),
+        type=integer(1, max(RANK_LIMITS.values())),
         default=defaults.rank,
-        help=f"of LoRA and DoRA, 1 to {RANK_LIMIT} (default: %(default)s)",
+        help="of LoRA and DoRA, 1 to "
+        + " or ".join(f"{most} ({name})" for name, most in RANK_LIMITS.items())
+        + " (default: %(default)s)",
     )
     parser.add_argument(
         "--steps",
@@ -94,6 +104,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the experiment, print the table, save the picture and the figures."""
     if lacks("demo", "rich", "matplotlib"):
+        return 2
+    limit = RANK_LIMITS[arguments.network]
+    if arguments.rank > limit:
+        print_error(
+            "doraxp demo",
+            f"--rank must be in 1..{limit} for --network {arguments.network}, got {arguments.rank}",
+        )
         return 2
     settings = Settings(
         **{field.name: getattr(arguments, field.name) for field in fields(Settings)}

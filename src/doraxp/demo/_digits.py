@@ -25,9 +25,9 @@ class Digits(NamedTuple):
         """Return the digits turned by 90°, counter-clockwise."""
         return self._replace(images=np.rot90(self.images, axes=(1, 2)))
 
-    def tokens(self) -> HostArray:
-        """Return the images as rows, shape (digits, 64)."""
-        return np.ascontiguousarray(self.images).reshape(-1, 64)
+    def inputs(self, x_shape: tuple[int, ...]) -> HostArray:
+        """Return the images as inputs of a network, shape (digits, *x_shape)."""
+        return np.ascontiguousarray(self.images).reshape(-1, *x_shape)
 
     def targets(self) -> HostArray:
         """Return 1 at each digit's class and 0 elsewhere, float32, shape (digits, 10)."""

@@ -19,7 +19,6 @@ from doraxp._terminal.pictures import (
     new_picture,
     save,
 )
-from doraxp.demo._experiment import LAYERS
 from doraxp.demo._results import Results
 
 _STYLES = {  # the dashes are for prints without colours
@@ -28,7 +27,6 @@ _STYLES = {  # the dashes are for prints without colours
     "DoRA exact": (BLUE, "-"),
     "full fine-tuning": (BLACK, ":"),
 }
-_MARKERS = dict(zip(LAYERS, "os^", strict=True))
 
 
 def save_picture(results: Results, path: Path) -> None:
@@ -37,7 +35,8 @@ def save_picture(results: Results, path: Path) -> None:
     picture = new_picture(11, 4.8)
     picture.suptitle(
         "UCI handwritten digits turned by 90°, learned by a network that reads them upright\n"
-        f"rank {settings.rank}, {settings.steps} steps, mean of {settings.seeds} seeds"
+        f"{settings.network} network, rank {settings.rank}, {settings.steps} steps, "
+        f"mean of {settings.seeds} seeds"
     )
     losses, changes = picture.subplots(1, 2)
     _draw_losses(losses, results)
@@ -69,9 +68,11 @@ def _draw_changes(axes: Any, results: Results) -> None:
     """Draw the path of each layer from the base, (0, 0), to its end, which has a mark."""
     from matplotlib.lines import Line2D
 
+    layers = next(iter(results.methods.values()))[0].changes
+    markers = dict(zip(layers, "os^", strict=True))
     for name, runs in results.methods.items():
         colour, dashes = _STYLES[name]
-        for layer, marker in _MARKERS.items():
+        for layer, marker in markers.items():
             magnitude, direction = np.mean([run.changes[layer] for run in runs], axis=0).T
             axes.plot(
                 np.insert(direction, 0, 0.0),
@@ -90,7 +91,7 @@ def _draw_changes(axes: Any, results: Results) -> None:
     )
     marks = [
         Line2D([], [], color="grey", linestyle="none", marker=marker, markersize=8, label=layer)
-        for layer, marker in _MARKERS.items()
+        for layer, marker in markers.items()
     ]
     axes.legend(handles=marks, loc="upper left")
     draw_grid(axes)

@@ -10,14 +10,23 @@ import numpy as np
 
 from doraxp._terminal.runtimes import versions
 
-RATES = {"LoRA": 0.03, "DoRA detached": 0.03, "DoRA exact": 0.03, "full fine-tuning": 0.02}
-"""Peak learning rates: each method's best of a sweep with `Settings.validate`."""
+RATES = {
+    "linear": {
+        "LoRA": 0.03, "DoRA detached": 0.03, "DoRA exact": 0.03, "full fine-tuning": 0.02,
+    },
+    "convolutional": {
+        "LoRA": 0.03, "DoRA detached": 0.02, "DoRA exact": 0.02, "full fine-tuning": 0.03,
+    },
+}  # fmt: skip
+"""Peak learning rates, by network: each method's best of a sweep with `Settings.validate`."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """The inputs of the experiment: they decide its outcome."""
 
+    network: str = "linear"
+    """One of `PLANS`."""
     backend: str = "numpy"
     seed: int = 0
     """The first of `seeds` successive ones."""
@@ -32,12 +41,13 @@ class Settings:
 
     def rate(self, method: str) -> float:
         """Return a method's peak learning rate."""
-        return RATES[method] if self.learning_rate is None else self.learning_rate
+        own = RATES[self.network][method]
+        return own if self.learning_rate is None else self.learning_rate
 
     @property
     def total_steps(self) -> int:
         """How often the experiment calls its `on_step`."""
-        return self.seeds * (1 + len(RATES)) * self.steps
+        return self.seeds * (1 + len(RATES[self.network])) * self.steps
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ def print_results(results: Results, console: Console) -> None:
     table = new_table(
         ["method"],
         HEADINGS,
-        title=f"Digits turned by 90°: rank {settings.rank}, {settings.steps} steps, "
-        f"float32 on {settings.backend}",
+        title=f"Digits turned by 90°, {settings.network}: rank {settings.rank}, "
+        f"{settings.steps} steps, float32 on {settings.backend}",
         caption=f"Mean ± standard deviation of {settings.seeds} seeds, on "
         f"{results.held_out_digits} {part} digits; upright, the base reads "
         f"{_scaled(upright, 100)} % of them. Difference: the largest between the logits of the "
