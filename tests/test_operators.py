@@ -151,6 +151,7 @@ WINDOWS = [
 ]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("block", [1, 1 << 19], ids=["samples", "one-block"])
 @pytest.mark.parametrize(("windows", "groups", "channels", "out"), WINDOWS)
 def test_the_convolution_of_each_library_equals_the_generic_one(
@@ -173,6 +174,7 @@ def test_the_convolution_of_each_library_equals_the_generic_one(
         assert_close(actual, desired, rtol=1e-13)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("count", [9, 70_000])
 def test_the_lookups_of_each_library_equal_the_generic_ones(
     backend, assert_close, monkeypatch, count
@@ -378,6 +380,7 @@ def test_a_prepared_norm_is_refused_for_another_kind(backend, draw):
         doraxp.prepare(weight, adapter, Config(2), previous=prepared)
 
 
+@pytest.mark.once
 @pytest.mark.dtypes("float16", "bfloat16", "float32")
 @pytest.mark.parametrize("of", ["convolution", "embedding"])
 def test_results_have_the_dtypes_of_x_and_of_the_computation(backend, dtype, of):
