@@ -182,7 +182,7 @@ def test_an_import_of_a_private_name_is_found(source):
         ("cli", "from doraxp.testing._vectors import write_vectors"),
         ("cli", "from doraxp.testing import _vectors"),
         ("checkpoint", "import doraxp.layers._dora"),
-        ("layers", "from doraxp._core.linear import _inputs"),
+        ("layers", "from doraxp._core.matrix import _inputs"),
         ("_core", "from doraxp.backends._numpy import NumpyOperations"),
     ],
 )

@@ -9,7 +9,8 @@ from doraxp._core.decomposition import (
     magnitude_direction_change,
 )
 from doraxp._core.kinds import LayerKind
-from doraxp._core.linear import Cache, backward, forward
+from doraxp._core.linear import backward, forward
+from doraxp._core.matrix import Cache
 from doraxp._core.operators import Convolution, Embedding, MatMul, Operator
 from doraxp._core.prepared import Prepared, prepare
 from doraxp._core.quantised import QuantisedWeight

@@ -1,10 +1,10 @@
 """The forward and the backward of a layer whose weight acts through an operator.
 
     x, y as the operator has them       W, A, V as the layer stores its weight
-    z (*stack, tokens, out)    L (*stack, tokens, rank)    B, n, g as in `doraxp._core.linear`
+    z (*stack, tokens, out)    L (*stack, tokens, rank)    B, n, g as in `doraxp._core.matrix`
     L = apply(x, A)            z = apply(x, V)             y = g⊙z + bias
 
-The formulas are those of `doraxp._core.linear` with x Vᵀ = apply(x, V), dz V = transpose(dz, V)
+The formulas are those of `doraxp._core.matrix` with x Vᵀ = apply(x, V), dz V = transpose(dz, V)
 and dzᵀ x = weight_gradient(dz, x). V is formed for each call: beside the work of a convolution that
 costs little, and it takes as much memory as W. A table of ids is too large for that. Its rows are
 looked up in W and in A.

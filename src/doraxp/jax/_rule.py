@@ -27,6 +27,7 @@ from jax.custom_derivatives import SymbolicZero
 from doraxp._base.types import Adapter, Config, DType
 from doraxp._core import linear as core
 from doraxp._core.checks import check_layer
+from doraxp._core.matrix import Cache, as_tokens
 from doraxp._core.prepared import Prepared, prepare
 from doraxp.backends import as_dtype, operations, transpose
 
@@ -63,7 +64,7 @@ def linear(
 def _forward(
     config: Config, x: jax.Array, weight: jax.Array, adapter: Adapter,
     bias: jax.Array | None, prepared: Prepared | None,
-) -> tuple[Any, core.Cache]:  # fmt: skip
+) -> tuple[Any, Cache]:  # fmt: skip
     """Return y and the cache of `doraxp.forward`."""
     if prepared is None:
         prepared = prepare(weight, adapter, config)
@@ -115,14 +116,14 @@ def _change_of_linear(config: Config, given: tuple[Any, ...], changes: tuple[Any
 
 
 def _changes(
-    cache: core.Cache, x: Any, weight: Any, adapter: Adapter, bias: Any, *, ops: Operations
+    cache: Cache, x: Any, weight: Any, adapter: Adapter, bias: Any, *, ops: Operations
 ) -> _Changes:
     """Return the changes of the arguments in the form that the formulas need."""
     prepared = cache.prepared
     row_scale, dtype = prepared.direction.factors.row_scale, prepared.gain.dtype
     dx, dweight, da, db, dm, dbias = (_known(dot, dtype) for dot in (x, weight, *adapter, bias))
     if dx is not None:
-        dx = core.as_tokens(dx, prepared.weight, dtype, xp=ops.xp)
+        dx = as_tokens(dx, prepared.weight, dtype, xp=ops.xp)
     if dweight is not None and row_scale is not None:
         # The rows of D have length 1: Ḋ = ρ⊙(Ẇ − D⊙rowsum(D⊙Ẇ))
         unit: Any = row_scale[..., None] * as_dtype(prepared.weight, dtype, xp=ops.xp)  # D
@@ -139,7 +140,7 @@ def _known(change: Any, dtype: DType) -> Any | None:
     return jnp.asarray(change, dtype)
 
 
-def _change_of_z(cache: core.Cache, dots: _Changes, *, ops: Operations) -> Any | None:
+def _change_of_z(cache: Cache, dots: _Changes, *, ops: Operations) -> Any | None:
     """Return ż, (*stack, tokens, out)."""
     direction = cache.prepared.direction
     terms = []
@@ -155,18 +156,18 @@ def _change_of_z(cache: core.Cache, dots: _Changes, *, ops: Operations) -> Any |
     return _total(terms)
 
 
-def _x_times_transposed(cache: core.Cache, change: Any, *, ops: Operations) -> Any:
+def _x_times_transposed(cache: Cache, change: Any, *, ops: Operations) -> Any:
     """Return x changeᵀ. For the reverse mode JAX keeps x in its own dtype, and casts it again."""
 
     def product(x: Any, change: Any) -> Any:
-        tokens = core.as_tokens(x, cache.prepared.weight, change.dtype, xp=ops.xp)
+        tokens = as_tokens(x, cache.prepared.weight, change.dtype, xp=ops.xp)
         return ops.product_with_transposed(tokens, change)
 
     narrow = cache.x.dtype != change.dtype
     return (jax.checkpoint(product) if narrow else product)(cache.x, change)
 
 
-def _change_of_gain(cache: core.Cache, dots: _Changes, *, ops: Operations) -> Any | None:
+def _change_of_gain(cache: Cache, dots: _Changes, *, ops: Operations) -> Any | None:
     """Return ġ = (ṁ − g⊙ṅ) / n, (*stack, out)."""
     prepared = cache.prepared
     norm, direction = prepared.norm, prepared.direction

@@ -9,7 +9,7 @@ from typing import Any
 
 from doraxp._base.types import Array
 from doraxp._core.checks import check_bias, check_input, check_output_gradient, check_weight
-from doraxp._core.linear import as_tokens
+from doraxp._core.matrix import as_tokens
 from doraxp.backends import as_dtype, compute_dtype, is_by_rows, operations
 
 

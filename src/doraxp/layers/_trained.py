@@ -14,7 +14,7 @@ from typing import Any
 
 from doraxp._base.scalars import check_kind, check_number
 from doraxp._base.types import Adapter, Array, Config, Namespace
-from doraxp._core.linear import Cache
+from doraxp._core.matrix import Cache
 from doraxp._core.prepared import Prepared, prepare
 from doraxp.backends import array_namespace, as_dtype, compute_dtype, operations
 from doraxp.layers._base_layer import Stored

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from doraxp._base.types import Adapter, Gradients
-from doraxp._core.linear import Cache, backward_checked, forward_checked
+from doraxp._core.matrix import Cache, backward_checked, forward_checked
 from doraxp._core.prepared import Prepared, prepare_checked
 from doraxp.backends import available, compute_dtype, operations
 from doraxp.torch._kept import with_weight

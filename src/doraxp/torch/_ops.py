@@ -17,7 +17,7 @@ from torch import Tensor
 
 from doraxp._base.types import Adapter, Config, Gradients
 from doraxp._core.checks import check_call
-from doraxp._core.linear import Cache, backward_checked, forward_checked
+from doraxp._core.matrix import Cache, backward_checked, forward_checked
 from doraxp._core.prepared import Prepared, prepare_checked
 from doraxp.backends import Operations, operations
 from doraxp.torch._kept import keep, prepare_kept, recall, with_weight
