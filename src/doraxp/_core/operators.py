@@ -150,7 +150,7 @@ class Convolution:
             object.__setattr__(self, name, value)
 
     def apply(self, x: Array, weight: Array) -> Array:
-        """Return y, (batch, out, *positions), in x's dtype."""
+        """Return y in x's dtype, with an output for each position of the windows."""
         ops = operations(x=x, weight=weight)
         windows, groups = self._windows(tuple(x.shape), tuple(weight.shape))
         tokens = ops.convolve(x, _by_group(weight, groups, ops=ops), windows)

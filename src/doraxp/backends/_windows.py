@@ -54,7 +54,12 @@ class Windows(NamedTuple):
 
 
 def unfolded(x: Array, windows: Windows, groups: int, *, xp: Namespace) -> Array:
-    """Return the windows, (batch, in, *size) -> (groups, batch·positions, in/groups·kernel)."""
+    """Return the windows of x as rows.
+
+    ::
+
+        (batch, in, *size) -> (groups, batch·positions, in/groups·kernel)
+    """
     batch, channels = x.shape[:2]
     flat = xp.reshape(x, (batch, channels, math.prod(windows.size)))
     taken = _taken(flat, places(windows), xp=xp)  # (batch, in, K·P)
