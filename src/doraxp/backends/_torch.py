@@ -33,6 +33,7 @@ from doraxp.backends._generic import (
     same_values,
 )
 from doraxp.backends._precision import is_exact
+from doraxp.backends._torch_layers import TorchLayerOperations
 
 Tensor: TypeAlias = Any
 """A `torch.Tensor`. mypy refuses that class as the type of an argument here, because the methods
@@ -88,7 +89,7 @@ class TorchFactored(Factored):
         return TorchFactored(self.factors._replace(weight=weight))
 
 
-class TorchOperations(Operations):
+class TorchOperations(TorchLayerOperations, Operations):
     """The operations on PyTorch tensors."""
 
     def can_read_values(self, array: Tensor) -> bool:
