@@ -33,6 +33,7 @@ PEFT = (
     "test_bench_peft",
     "test_checkpoint_peft",
     "test_merge_real",
+    "test_torch_operators",
     "test_torch_peft",
 )
 FOREIGN = ("mlx", "sparse", "ndonnx", "cubed", "blosc2")

@@ -9,9 +9,8 @@ a convolution of two whose first has the size 1: the format needs two or three.
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
-from doraxp._base.types import Namespace
 from doraxp.backends._layers import LayerOperations
 from doraxp.backends._windows import Windows
 
@@ -36,7 +35,7 @@ class TorchLayerOperations(LayerOperations):
         size, windows, groups = windows.size, _at_least_2d(windows), math.prod(weight.shape[:-2])
         stored, by_channel = _stored(weight.to(d.dtype), windows), _by_channel(d, windows)
         shape = by_channel.shape[0], stored.shape[1] * groups
-        like = d.new_empty(1).expand(*shape, *windows.size)
+        like = d.new_empty(shape[0], *windows.size, shape[1]).movedim(-1, 1)  # nothing reads it
         dx, _, _ = self._backward(by_channel, like, stored, windows, groups, 0)
         return dx.reshape(*shape, *size)
 
@@ -45,7 +44,7 @@ class TorchLayerOperations(LayerOperations):
         windows = _at_least_2d(windows)
         *stack, _, out = d.shape
         groups = math.prod(stack)
-        like = d.new_empty(1).expand(groups * out, x.shape[1] // groups, *windows.kernel)
+        like = d.new_empty(groups * out, x.shape[1] // groups, *windows.kernel)
         by_channel, x = _by_channel(d, windows), _channels_last(x, windows)
         _, gradient, _ = self._backward(by_channel, x, like, windows, groups, 1)
         return gradient.reshape(*stack, out, -1)
@@ -54,10 +53,9 @@ class TorchLayerOperations(LayerOperations):
         self, d: Tensor, x: Tensor, weight: Tensor, windows: Windows, groups: int, which: int
     ) -> Any:
         """Return the gradients of PyTorch's convolution, of which one is made."""
+        backward = cast(Any, self.xp).ops.aten.convolution_backward
         mask = [place == which for place in range(3)]
-        return self.xp.ops.aten.convolution_backward(
-            d, x, weight, None, *_rules(windows, groups), mask
-        )
+        return backward(d, x, weight, None, *_rules(windows, groups), mask)
 
     def rows_at(self, ids: Tensor, table: Tensor) -> Tensor:
         """Return the rows of a table."""

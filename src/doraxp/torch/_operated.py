@@ -14,7 +14,7 @@ compute dtype then. `doraxp.torch._gain` has the gradients by g.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,13 +42,13 @@ class TorchConvolution:
 
     def transpose(self, dy: Tensor, weight: Tensor, x_shape: tuple[int, ...]) -> Tensor:
         """Return the gradient by x."""
-        like = dy.new_empty(1).expand(x_shape)
+        like = dy.new_empty(x_shape)  # nothing reads it; PyTorch would fill an expanded tensor
         dx: Tensor = self._gradients(dy, like, weight, [True, False, False])[0]
         return dx
 
     def weight_gradient(self, dy: Tensor, x: Tensor, weight_shape: tuple[int, ...]) -> Tensor:
         """Return the gradient by the weight."""
-        like = dy.new_empty(1).expand(weight_shape)
+        like = dy.new_empty(weight_shape)
         dweight: Tensor = self._gradients(dy, x, like, [False, True, False])[1]
         return dweight
 
@@ -85,137 +85,150 @@ def dora_convolution(
     with without_autocast(x):
         a = lora_a.flatten(1)
         gain = kept_gain(weight, weight.flatten(1), a, scaled_b, magnitude, exact=exact)
-        arrays = x, weight, lora_a, scaled_b, gain, bias
+        arrays = _Arrays(x, weight, lora_a, scaled_b, gain, bias)
         if torch.compiler.is_compiling() or is_transformed():
-            return _by_factors(*arrays, operator)
+            return _by_factors(arrays, operator)
         if is_recorded(*arrays):
             apply: Any = _Convolution.apply  # PyTorch gives it no type
-            y: Tensor = apply(*arrays, operator)
+            y: Tensor = apply(operator, *arrays)
             return y
-        return _evaluated(*arrays, operator)
+        return _evaluated(arrays, operator)
+
+
+class _Arrays(NamedTuple):
+    """The arguments that have gradients."""
+
+    x: Tensor
+    weight: Tensor
+    lora_a: Tensor
+    scaled_b: Tensor
+    gain: Tensor
+    """g, (out,), in the compute dtype."""
+    bias: Tensor | None
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether x, of 16 bits, meets W in its own dtype."""
+        x, dtype = self.x, self.gain.dtype
+        if torch.compiler.is_compiling():  # it cannot ask the processor
+            return x.dtype.itemsize < 4 and dtype == torch.float32
+        narrow: bool = operations(x=x).operand_dtype(x, x, dtype) != dtype
+        return narrow
+
+    def v(self) -> Tensor:
+        """Return V, (out, in, *kernel)."""
+        dtype = self.gain.dtype
+        w, a, b = (each.flatten(1).to(dtype) for each in (self.weight, self.lora_a, self.scaled_b))
+        return torch.addmm(w, b, a).view(self.weight.shape)
+
+    def scaled_v(self) -> Tensor:
+        """Return g⊙V, (out, in, *kernel)."""
+        return self.v() * _by_rows(self.gain, self.weight)
+
+    def y(self, z: Tensor) -> Tensor:
+        """Return g⊙z + bias in x's dtype."""
+        g = _by_channels(self.gain, z)
+        if self.bias is None:
+            return (g * z).to(self.x.dtype)
+        return torch.addcmul(_by_channels(self.bias.to(z.dtype), z), g, z).to(self.x.dtype)
+
+
+def _by_channels(numbers: Tensor, z: Tensor) -> Tensor:
+    """Return (out,) for a product with z, (batch, out, *positions)."""
+    return numbers.view(-1, *(1,) * (z.ndim - 2))
+
+
+def _by_rows(numbers: Tensor, weight: Tensor) -> Tensor:
+    """Return (out,) for a product with a weight, (out, in, *kernel)."""
+    return numbers.view(-1, *(1,) * (weight.ndim - 1))
 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, scaled_b: Tensor, gain: Tensor,
-        bias: Tensor | None, operator: TorchConvolution,
-    ) -> Tensor:  # fmt: skip
-        z, low = _products(x, weight, lora_a, scaled_b, gain.dtype, operator)
-        ctx.save_for_backward(x, weight, lora_a, scaled_b, gain, bias, z, low)
+    def forward(ctx: Any, operator: TorchConvolution, *tensors: Any) -> Tensor:
+        arrays = _Arrays(*tensors)
+        z, low = _products(arrays, operator)
+        ctx.save_for_backward(*arrays, z, low)
         ctx.operator = operator
-        return _scaled(z, gain, bias, x)
+        return arrays.y(z)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        *arrays, z, low = ctx.saved_tensors
+        *tensors, z, low = ctx.saved_tensors
+        arrays, needs = _Arrays(*tensors), _Arrays(*ctx.needs_input_grad[1:])
         with without_autocast(dy):
             if torch.is_grad_enabled():  # `create_graph`: a second derivative may follow
-                return *_differentiable(ctx, dy, *arrays), None
-            return *_gradients(ctx, dy, *arrays, z, low), None
+                return None, *_differentiable(dy, arrays, needs, ctx.operator)
+            return None, *_gradients(dy, arrays, z, low, needs, ctx.operator)
 
 
 def _gradients(
-    ctx: Any, dy: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor, scaled_b: Tensor,
-    gain: Tensor, bias: Tensor | None, z: Tensor, low: Tensor,
-) -> list[Tensor | None]:  # fmt: skip
-    """Return the gradients by x, W, A, s B, g and the bias, where they are needed."""
-    operator, dtype, needs = ctx.operator, gain.dtype, ctx.needs_input_grad
-    wide, d = dy.to(dtype), dy.to(dtype).flatten(2)  # (batch, out, positions)
+    dy: Tensor, arrays: _Arrays, z: Tensor, low: Tensor, needs: Any, operator: TorchConvolution
+) -> _Arrays:
+    """Return the gradients by the arrays, and None where one is not needed."""
+    x, weight, lora_a, scaled_b, gain, bias = arrays
+    dtype, dx, dweight = gain.dtype, None, None
+    wide = dy.to(dtype)
+    d = wide.flatten(2)  # (batch, out, positions)
     b = gain[:, None] * scaled_b.to(dtype)
     dlow = (b.mT @ d).view(low.shape)
-    dx = dweight = None
-    if needs[0]:
-        if _is_narrow(x, dtype):
-            dz = (gain[:, None] * d).to(x.dtype).view(dy.shape)
-            dx = operator.transpose(dz, weight.to(x.dtype), x.shape).to(dtype)
-            dx = dx + operator.transpose(dlow, lora_a.to(dtype), x.shape)
-        else:
-            v = gain[:, None] * _v(weight, lora_a, scaled_b, dtype)
-            dx = operator.transpose(wide, v.view(weight.shape), x.shape)
-        dx = dx.to(x.dtype)
-    if needs[1]:
+    if needs.x and arrays.is_narrow:
+        dz = (wide * _by_channels(gain, dy)).to(x.dtype)
+        dx = operator.transpose(dz, weight.to(x.dtype), x.shape).to(dtype)
+        dx = (dx + operator.transpose(dlow, lora_a.to(dtype), x.shape)).to(x.dtype)
+    elif needs.x:
+        dx = operator.transpose(wide, arrays.scaled_v(), x.shape).to(x.dtype)
+    if needs.weight:
         slopes = operator.weight_gradient(wide, x.to(dtype), weight.shape)
-        dweight = (gain[:, None] * slopes.flatten(1)).view(weight.shape).to(weight.dtype)
+        dweight = (slopes * _by_rows(gain, weight)).to(weight.dtype)
     da = operator.weight_gradient(dlow, x.to(dtype), lora_a.shape).to(lora_a.dtype)
     db = (gain[:, None] * (d @ low.flatten(2).mT).sum(0)).to(scaled_b.dtype)
     dgain = torch.linalg.vecdot(d, z.flatten(2)).sum(0)
-    dbias = d.sum((0, 2)).to(bias.dtype) if bias is not None and needs[5] else None
-    return [dx, dweight, da, db, dgain, dbias]
+    dbias = d.sum((0, 2)).to(bias.dtype) if bias is not None and needs.bias else None
+    found: Any = dx, dweight, da, db, dgain, dbias
+    return _Arrays(*found)
 
 
-def _differentiable(ctx: Any, dy: Tensor, *arrays: Tensor | None) -> list[Tensor | None]:
+def _differentiable(
+    dy: Tensor, arrays: _Arrays, needs: Any, operator: TorchConvolution
+) -> list[Tensor | None]:
     """Return the gradients of which PyTorch knows the gradients."""
     # As views: an array may be a function of another one, and that path is not this function's.
     views: Any = [None if array is None else array.view_as(array) for array in arrays]
-    y, needs = _by_factors(*views, ctx.operator), ctx.needs_input_grad
-    wanted = [view for view, needed in zip(views, needs, strict=False) if needed]
+    y = _by_factors(_Arrays(*views), operator)
+    wanted = [view for view, needed in zip(views, needs, strict=True) if needed]
     found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-    return [next(found) if needed else None for needed in needs[:6]]
+    return [next(found) if needed else None for needed in needs]
 
 
-def _by_factors(
-    x: Tensor, weight: Tensor, lora_a: Tensor, scaled_b: Tensor, gain: Tensor,
-    bias: Tensor | None, operator: TorchConvolution,
-) -> Tensor:  # fmt: skip
+def _by_factors(arrays: _Arrays, operator: TorchConvolution) -> Tensor:
     """Return y by operations that PyTorch differentiates."""
-    z, _ = _factored(x, weight, lora_a, scaled_b, gain.dtype, operator)
-    return _scaled(z, gain, bias, x)
+    z, _ = _factored(arrays, operator)
+    return arrays.y(z)
 
 
-def _evaluated(
-    x: Tensor, weight: Tensor, lora_a: Tensor, scaled_b: Tensor, gain: Tensor,
-    bias: Tensor | None, operator: TorchConvolution,
-) -> Tensor:  # fmt: skip
+def _evaluated(arrays: _Arrays, operator: TorchConvolution) -> Tensor:
     """Return y alone: by one convolution, where x may meet V."""
-    if _is_narrow(x, gain.dtype):
-        return _by_factors(x, weight, lora_a, scaled_b, gain, bias, operator)
-    dtype = gain.dtype
-    v = gain[:, None] * _v(weight, lora_a, scaled_b, dtype)
-    wide_bias = None if bias is None else bias.to(dtype)
-    return operator.apply(x.to(dtype), v.view(weight.shape), wide_bias).to(x.dtype)
+    if arrays.is_narrow:
+        return _by_factors(arrays, operator)
+    x, bias, dtype = arrays.x, arrays.bias, arrays.gain.dtype
+    wide = None if bias is None else bias.to(dtype)
+    return operator.apply(x.to(dtype), arrays.scaled_v(), wide).to(x.dtype)
 
 
-def _products(
-    x: Tensor, weight: Tensor, lora_a: Tensor, scaled_b: Tensor, dtype: Any,
-    operator: TorchConvolution,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _products(arrays: _Arrays, operator: TorchConvolution) -> tuple[Tensor, Tensor]:
     """Return z = apply(x, V) and L = apply(x, A)."""
-    if _is_narrow(x, dtype):
-        return _factored(x, weight, lora_a, scaled_b, dtype, operator)
-    x = x.to(dtype)
-    v = _v(weight, lora_a, scaled_b, dtype).view(weight.shape)
-    return operator.apply(x, v), operator.apply(x, lora_a.to(dtype))
+    if arrays.is_narrow:
+        return _factored(arrays, operator)
+    x, a = (array.to(arrays.gain.dtype) for array in (arrays.x, arrays.lora_a))
+    return operator.apply(x, arrays.v()), operator.apply(x, a)
 
 
-def _factored(
-    x: Tensor, weight: Tensor, lora_a: Tensor, scaled_b: Tensor, dtype: Any,
-    operator: TorchConvolution,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _factored(arrays: _Arrays, operator: TorchConvolution) -> tuple[Tensor, Tensor]:
     """Return z = apply(x, W) + s B L and L = apply(x, A)."""
-    kind = x.dtype if _is_narrow(x, dtype) else dtype
+    x, weight, lora_a, scaled_b, gain, _ = arrays
+    dtype = gain.dtype
+    kind = x.dtype if arrays.is_narrow else dtype
     low = operator.apply(x.to(dtype), lora_a.to(dtype))
     base = operator.apply(x.to(kind), weight.to(kind)).to(dtype)
     return base + (scaled_b.to(dtype) @ low.flatten(2)).view_as(base), low
-
-
-def _v(weight: Tensor, lora_a: Tensor, scaled_b: Tensor, dtype: Any) -> Tensor:
-    """Return V (out, in·kernel)."""
-    rows, a, b = (array.flatten(1).to(dtype) for array in (weight, lora_a, scaled_b))
-    return torch.addmm(rows, b, a)
-
-
-def _scaled(z: Tensor, gain: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """Return g⊙z + bias in x's dtype."""
-    ones = (1,) * (z.ndim - 2)
-    g = gain.view(-1, *ones)
-    y = g * z if bias is None else torch.addcmul(bias.to(z.dtype).view(-1, *ones), g, z)
-    return y.to(x.dtype)
-
-
-def _is_narrow(x: Tensor, dtype: Any) -> bool:
-    """Return whether x, of 16 bits, meets W in its own dtype."""
-    if torch.compiler.is_compiling():  # it cannot ask the processor
-        return x.dtype.itemsize < 4 and dtype == torch.float32
-    narrow: bool = operations(x=x).operand_dtype(x, x, dtype) != dtype
-    return narrow

@@ -17,6 +17,7 @@ from peft.tuners.lora import dora, variants
 from torch import Tensor
 
 from doraxp.torch._gain import kept_gain
+from doraxp.torch._modes import without_autocast
 from doraxp.torch._operated import TorchConvolution, dora_convolution
 from doraxp.torch._peft_layer import (
     Found,
@@ -74,7 +75,7 @@ class AcceleratedConvolution(Swapped):
             return reason
         base, a, b = modules["base_layer"], known[name], modules["lora_B"]._modules[name]
         magnitude = modules["lora_magnitude_vector"]._modules[name]
-        kind = self._base
+        kind: type = self._base
         if type(base) is not kind:
             return f"its base must be a torch.nn.{kind.__name__}, got {type(base).__name__}"
         if type(a) is not kind or type(b) is not kind:
@@ -84,10 +85,10 @@ class AcceleratedConvolution(Swapped):
             )
         if type(magnitude) is not self._magnitude:
             return f"its magnitude must be of PEFT's class, got {type(magnitude)}"
-        leaves: Any = (each._parameters["weight"] for each in (a, b, magnitude))
-        of_a, of_b, of_m = leaves = tuple(leaves)
+        parts: Any = a, b, magnitude
+        of_a, of_b, of_m = leaves = tuple(each._parameters["weight"] for each in parts)
         reason = (
-            why_not_weight(base._parameters.get("weight"))
+            why_not_weight(modules["base_layer"]._parameters.get("weight"))
             or why_hooked(base, a, b, magnitude)
             or why_not_plain(leaves)
             or self.why_never(base)
@@ -178,7 +179,7 @@ class AcceleratedEmbedding(Swapped, lora.layer.Embedding):
         if is_hooked(magnitude):
             return "its magnitude has hooks, which would not be called"
         a, b = known[name], modules["lora_embedding_B"]._parameters[name]
-        of_m = magnitude._parameters["weight"]
+        of_m: Any = magnitude._parameters["weight"]
         reason = (
             why_not_weight(base._parameters.get("weight"))
             or why_not_plain((a, b, of_m))
@@ -193,8 +194,10 @@ class AcceleratedEmbedding(Swapped, lora.layer.Embedding):
         weight, scaled_b = base._parameters["weight"], scaling * lora_b
         exact = self._norm_gradient == "exact"
         gain = kept_gain(weight, weight.mT, lora_a, scaled_b, magnitude, exact=exact)
-        update = layer._embed(x, lora_a.mT) @ scaled_b.mT
+        with without_autocast(h):
+            update = layer._embed(x, lora_a.mT) @ scaled_b.mT
         scale = layer._get_embed_scale()
         if scale is not None:
             update = update * scale.to(update.dtype)
-        return (gain * (h + update)).to(h.dtype)
+        y: Tensor = (gain * (h + update)).to(h.dtype)
+        return y
