@@ -12,9 +12,11 @@ import doraxp
 from doraxp import Adapter, Config, Convolution, Embedding, LayerKind
 
 NAME = "base_model.model.0"
+CHANNELS = 20  # of x: more than the outputs of A, so that x with A is a sum of products
 CASES = {
     "1d": (1, (3,), {"stride": 2, "padding": 1}),
     "2d": (2, (3, 2), {"stride": (2, 1), "padding": (1, 0)}),
+    "2d-padded": (2, (3, 2), {"padding": (1, 4)}),
     "2d-pointwise-dilated": (2, (1, 1), {"dilation": 3}),
     "2d-same": (2, (3, 5), {"padding": "same"}),
     "3d": (3, (2, 1, 3), {"stride": (1, 2, 1), "padding": (0, 0, 2), "bias": False}),
@@ -31,7 +33,7 @@ def base_of(torch, name):
     dims, kernel, options = CASES[name]
     if dims:
         kind = {1: torch.nn.Conv1d, 2: torch.nn.Conv2d, 3: torch.nn.Conv3d}[dims]
-        return kind(5, 6, kernel, **options)
+        return kind(CHANNELS, 6, kernel, **options)
     options = dict(options)
     scale = options.pop("embed_scale", None)
     return torch.nn.Embedding(11, 6, **options) if scale is None else scaled(torch)(11, 6, scale)
@@ -71,7 +73,7 @@ def input_of(torch, name, dtype="float64"):
     torch.manual_seed(1)
     if name.startswith("embedding"):
         return torch.tensor([[3, 0, 3], [10, 7, 3]])
-    return torch.randn(3, 5, *SIZES[CASES[name][0]], dtype=getattr(torch, dtype))
+    return torch.randn(3, CHANNELS, *SIZES[CASES[name][0]], dtype=getattr(torch, dtype))
 
 
 def step(torch, model, x):
@@ -300,7 +302,9 @@ def test_convolutions_of_which_peft_has_no_dora_are_left_and_named(peft, torch, 
 
 def test_peft_fails_for_a_dilated_convolution_and_has_another_norm_for_groups(peft, torch):
     """The two reasons above, seen in PEFT's own layers."""
-    dilated = model_of(peft, torch, "2d", base=torch.nn.Conv2d(5, 6, 3, padding=2, dilation=2))
+    dilated = model_of(
+        peft, torch, "2d", base=torch.nn.Conv2d(CHANNELS, 6, 3, padding=2, dilation=2)
+    )
     with pytest.raises(RuntimeError, match="must match the size"):
         dilated(input_of(torch, "2d"))
     with pytest.warns(UserWarning, match="groups > 1"):
@@ -367,7 +371,7 @@ def test_a_call_that_only_peft_knows_is_pefts(peft, torch):
     """x without a batch, for which PEFT's y gets a batch, and PEFT fails where there is a bias."""
     from doraxp.torch import accelerate
 
-    base = torch.nn.Conv2d(5, 6, 3, bias=False)
+    base = torch.nn.Conv2d(CHANNELS, 6, 3, bias=False)
     model, x = model_of(peft, torch, "2d", base=base), input_of(torch, "2d")[0]
     want = model(x).detach()
     accelerate(model)

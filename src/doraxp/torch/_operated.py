@@ -13,6 +13,8 @@ compute dtype then. `doraxp.torch._gain` has the gradients by g.
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,8 +23,11 @@ from torch import Tensor
 
 from doraxp._core.kinds import LayerKind
 from doraxp.backends import operations
-from doraxp.torch._gain import kept_gain
+from doraxp.torch._gain import gain as gain_of
 from doraxp.torch._modes import is_autocast, is_recorded, is_transformed, without_autocast
+
+MOST = 2
+"""Numbers of the products of `apply_few` for each number of x: above, they take too much memory."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,34 @@ class TorchConvolution:
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return y, (batch, out, *positions)."""
         return torch.convolution(x, weight, bias, *self._rules)
+
+    def apply_few(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return `apply` for a weight with few outputs, outside of autograd's graph.
+
+        ::
+
+            y[p] = Σ_k (W_k x)[p − padding + k·dilation]      for stride 1
+
+        On the host PyTorch's convolution takes twice as long for a few outputs: it first copies x
+        to another order.
+        """
+        out, inner, *kernel = weight.shape
+        few = math.prod(kernel) * out <= MOST * inner
+        if not few or set(self.stride) != {1} or x.device.type != "cpu":
+            return self.apply(x, weight)
+        rows = weight.flatten(2).permute(2, 0, 1).flatten(0, 1)  # (offsets·out, in)
+        size, dims = x.shape[2:], range(len(kernel))
+        products = (rows @ x.flatten(2)).view(len(x), -1, out, *size)
+        extents = [(kernel[i] - 1) * self.dilation[i] for i in dims]
+        y = x.new_zeros((len(x), out, *(size[i] + 2 * self.padding[i] - extents[i] for i in dims)))
+        for k, offset in enumerate(itertools.product(*map(range, kernel))):
+            moves = [offset[i] * self.dilation[i] - self.padding[i] for i in dims]
+            starts = [max(0, -move) for move in moves]
+            stops = [max(starts[i], min(y.shape[2 + i], size[i] - moves[i])) for i in dims]
+            here: Any = [slice(starts[i], stops[i]) for i in dims]
+            there: Any = [slice(starts[i] + moves[i], stops[i] + moves[i]) for i in dims]
+            y[(..., *here)] += products[:, k][(..., *there)]
+        return y
 
     def transpose(self, dy: Tensor, weight: Tensor, x_shape: tuple[int, ...]) -> Tensor:
         """Return the gradient by x."""
@@ -84,7 +117,8 @@ def dora_convolution(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     with without_autocast(x):
         a = lora_a.flatten(1)
-        gain = kept_gain(weight, weight.flatten(1), a, scaled_b, magnitude, exact=exact)
+        # V is stored anyway: to measure n on it takes less time than to look for a kept norm.
+        gain = gain_of(weight.flatten(1), a, scaled_b, magnitude, exact=exact)
         arrays = _Arrays(x, weight, lora_a, scaled_b, gain, bias)
         if torch.compiler.is_compiling() or is_transformed():
             return _by_factors(arrays, operator)
@@ -221,7 +255,7 @@ def _products(arrays: _Arrays, operator: TorchConvolution) -> tuple[Tensor, Tens
     if arrays.is_narrow:
         return _factored(arrays, operator)
     x, a = (array.to(arrays.gain.dtype) for array in (arrays.x, arrays.lora_a))
-    return operator.apply(x, arrays.v()), operator.apply(x, a)
+    return operator.apply(x, arrays.v()), operator.apply_few(x, a)
 
 
 def _factored(arrays: _Arrays, operator: TorchConvolution) -> tuple[Tensor, Tensor]:
