@@ -21,9 +21,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from doraxp._base.types import Adapter, Config
 from doraxp._core.kinds import LayerKind
-from doraxp.backends import operations
+from doraxp.backends import compute_dtype, operations
+from doraxp.torch._definition import is_small, rows_and_scale
 from doraxp.torch._gain import gain as gain_of
+from doraxp.torch._gain import kept_gain
 from doraxp.torch._modes import is_autocast, is_recorded, is_transformed, without_autocast
 
 MOST = 2
@@ -113,20 +116,39 @@ def dora_convolution(
     exact : bool
         Let the gradient go through the norm.
     """
-    if is_autocast(x) and x.dtype != torch.float64:
+    narrow = is_autocast(x) and x.dtype != torch.float64
+    if narrow:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     with without_autocast(x):
-        a = lora_a.flatten(1)
-        # V is stored anyway: to measure n on it takes less time than to look for a kept norm.
-        gain = gain_of(weight.flatten(1), a, scaled_b, magnitude, exact=exact)
+        matrix, a = weight.flatten(1), lora_a.flatten(1)
+        transformed = torch.compiler.is_compiling() or is_transformed()
+        if not transformed and not narrow and is_small(weight, x.numel() // x.shape[1]):
+            return _by_definition(x, weight, Adapter(a, scaled_b, magnitude), bias, operator, exact)
+        if is_small(matrix):  # to measure n on V takes less time than to look for a kept norm
+            gain = gain_of(matrix, a, scaled_b, magnitude, exact=exact)
+        else:
+            gain = kept_gain(weight, matrix, a, scaled_b, magnitude, exact=exact)
         arrays = _Arrays(x, weight, lora_a, scaled_b, gain, bias)
-        if torch.compiler.is_compiling() or is_transformed():
+        if transformed:
             return _by_factors(arrays, operator)
         if is_recorded(*arrays):
             apply: Any = _Convolution.apply  # PyTorch gives it no type
             y: Tensor = apply(operator, *arrays)
             return y
         return _evaluated(arrays, operator)
+
+
+def _by_definition(
+    x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None, operator: TorchConvolution,
+    exact: bool,
+) -> Tensor:  # fmt: skip
+    """Return y by the definition of V, for B with its s. Fewer calls make it."""
+    leaves: tuple[Any, ...] = adapter
+    dtype: Any = compute_dtype(weight, *leaves, xp=operations(weight=weight).xp)
+    config = Config(adapter.lora_b.shape[1], norm_gradient="exact" if exact else "detached")
+    rows, scale = rows_and_scale(weight.flatten(1), adapter, config, dtype)
+    v = (scale[:, None] * rows).view(weight.shape)
+    return operator.apply(x.to(dtype), v, None if bias is None else bias.to(dtype)).to(x.dtype)
 
 
 class _Arrays(NamedTuple):
@@ -157,7 +179,10 @@ class _Arrays(NamedTuple):
 
     def scaled_v(self) -> Tensor:
         """Return g⊙V, (out, in, *kernel)."""
-        return self.v() * _by_rows(self.gain, self.weight)
+        g, dtype = self.gain[:, None], self.gain.dtype
+        v = g * self.weight.flatten(1)
+        v.addmm_(g * self.scaled_b.to(dtype), self.lora_a.flatten(1).to(dtype))
+        return v.view(self.weight.shape)
 
     def y(self, z: Tensor) -> Tensor:
         """Return g⊙z + bias in x's dtype."""
@@ -252,17 +277,19 @@ def _evaluated(arrays: _Arrays, operator: TorchConvolution) -> Tensor:
 
 def _products(arrays: _Arrays, operator: TorchConvolution) -> tuple[Tensor, Tensor]:
     """Return z = apply(x, V) and L = apply(x, A)."""
-    if arrays.is_narrow:
-        return _factored(arrays, operator)
+    if arrays.is_narrow or arrays.weight.numel() > arrays.x.numel():  # V costs more than s B L
+        return _factored(arrays, operator, few=True)
     x, a = (array.to(arrays.gain.dtype) for array in (arrays.x, arrays.lora_a))
     return operator.apply(x, arrays.v()), operator.apply_few(x, a)
 
 
-def _factored(arrays: _Arrays, operator: TorchConvolution) -> tuple[Tensor, Tensor]:
-    """Return z = apply(x, W) + s B L and L = apply(x, A)."""
+def _factored(
+    arrays: _Arrays, operator: TorchConvolution, *, few: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return z = apply(x, W) + s B L and L = apply(x, A), for `few` outside of autograd's graph."""
     x, weight, lora_a, scaled_b, gain, _ = arrays
     dtype = gain.dtype
     kind = x.dtype if arrays.is_narrow else dtype
-    low = operator.apply(x.to(dtype), lora_a.to(dtype))
+    low = (operator.apply_few if few else operator.apply)(x.to(dtype), lora_a.to(dtype))
     base = operator.apply(x.to(kind), weight.to(kind)).to(dtype)
     return base + (scaled_b.to(dtype) @ low.flatten(2)).view_as(base), low
