@@ -39,6 +39,7 @@ PEFT = (
     "test_merge_real",
     "test_optimizers_peft",
     "test_targets",
+    "test_torch_operators",
     "test_torch_peft",
 )
 FOREIGN = ("mlx", "sparse", "ndonnx", "cubed", "blosc2")

@@ -27,7 +27,7 @@ def inject_adapter(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
     if isinstance(self, LoraModel):
         try:
             handle = accelerate(model, "detached")
-        except ValueError:  # it has no DoRA layer around a linear one
+        except ValueError:  # it has no DoRA layer that doraxp computes
             return
         accelerated.append(len(handle.layers))
 

@@ -282,17 +282,23 @@ def test_layers_that_cannot_be_swapped_are_left_and_named(peft, torch):
     from doraxp.torch import accelerate
 
     torch.manual_seed(0)
-    base = torch.nn.Sequential(torch.nn.Embedding(9, 6), torch.nn.Linear(6, 5))
+
+    class Own(peft.tuners.lora.Linear):
+        pass
+
+    base = torch.nn.Sequential(torch.nn.Linear(9, 6), torch.nn.Linear(6, 5))
     config = peft.LoraConfig(r=2, use_dora=True, target_modules=["0", "1"])
     model = peft.get_peft_model(base, config)
-    ids = torch.tensor([[1, 2]])
-    want = model(ids).detach()
+    model.base_model.model[0].__class__ = Own
+    x = torch.randn(2, 9)
+    want = model(x).detach()
     with accelerate(model) as handle:
         assert handle.layers == ("base_model.model.1",)
         assert dict(handle.left) == {
-            "base_model.model.0": "its class must be Linear, got Embedding"
+            "base_model.model.0": "its class must be Linear, Conv1d, Conv2d, Conv3d or Embedding, "
+            "got Own"
         }
-        torch.testing.assert_close(model(ids), want)
+        torch.testing.assert_close(model(x), want)
 
 
 def test_a_base_of_another_class_is_left_to_peft(peft, torch):
@@ -650,8 +656,8 @@ def test_the_reason_why_no_layer_can_be_accelerated_names_each_kind_once(peft, t
         fully_shard(model.base_model.model[int(name)], mesh=mesh)
     message = (
         "one of the model's 2 layers with DoRA must be fit for doraxp, none is: "
-        "base_model.model.0: its class must be Linear, got FSDPLinear: "
-        "call accelerate before fully_shard"
+        "base_model.model.0: its class must be Linear, Conv1d, Conv2d, Conv3d or "
+        "Embedding, got FSDPLinear: call accelerate before fully_shard"
     )
     with pytest.raises(ValueError, match=f"^{message}$"):
         accelerate(model)

@@ -67,7 +67,8 @@ def accelerate(model: Any, norm_gradient: NormGradient = "exact") -> Accelerated
     and pickles of the model stay accelerated. A second call changes nothing but `norm_gradient`,
     for the whole model.
 
-    Around a weight that bitsandbytes or torchao quantised, the products with W are the base's own.
+    The layers may be linear ones, convolutions and embeddings. Around a weight that bitsandbytes or
+    torchao quantised, the products with W are the base's own.
 
     Parameters
     ----------
@@ -88,7 +89,7 @@ def accelerate(model: Any, norm_gradient: NormGradient = "exact") -> Accelerated
     TypeError
         `model` is not a module.
     ValueError
-        The model has no layer with DoRA, or none around a `torch.nn.Linear` or a quantised one.
+        The model has no layer with DoRA, or none that doraxp can compute.
 
     Examples
     --------

@@ -15,7 +15,7 @@ class AcceleratedLinear8bitLt(AcceleratedLayer, Linear8bitLt):
     """PEFT's layer around a weight of 8 bits, accelerated."""
 
 
-CLASSES: dict[type, type] = {
+CLASSES: dict[type, type[AcceleratedLayer]] = {
     Linear4bit: AcceleratedLinear4bit,
     Linear8bitLt: AcceleratedLinear8bitLt,
 }

@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from doraxp._base.types import Adapter, Config
+from doraxp.backends import compute_dtype, operations
 from doraxp.torch._definition import over, row_norms
+from doraxp.torch._kept import prepare_kept
 from doraxp.torch._modes import is_transformed, without_autocast
 
 
@@ -44,22 +47,50 @@ def gain(
             return over(magnitude, _direction_and_norm(dense, lora_a, scaled_b)[1])
         if exact:
             apply: Any = _Gain.apply  # PyTorch gives it no type
-            g: Tensor = apply(lora_a, scaled_b, magnitude, dense, remake)
+            g: Tensor = apply(lora_a, scaled_b, magnitude, dense, remake, None)
             return g
         with torch.no_grad():
             _, norm = _direction_and_norm(dense, lora_a, scaled_b)
         return over(magnitude, norm.detach())  # no_grad does not stop forward mode
 
 
+def kept_gain(
+    weight: Tensor, matrix: Tensor, lora_a: Tensor, scaled_b: Tensor, magnitude: Tensor,
+    *, exact: bool,
+) -> Tensor:  # fmt: skip
+    """Return the `gain` of a weight that is stored in another way than its matrix, (out, in).
+
+    V is not stored, and what does not change between calls is kept, as for `dora_linear`.
+    """
+    if torch.compiler.is_compiling() or is_transformed():
+        return gain(matrix, lora_a, scaled_b, magnitude, exact=exact)
+    ops = operations(weight=weight)
+    dtype = compute_dtype(weight, lora_a, scaled_b, magnitude, xp=ops.xp)
+    with torch.no_grad(), without_autocast(weight):
+        adapter = Adapter(*(leaf.detach() for leaf in (lora_a, scaled_b, magnitude)))
+        config = Config(lora_a.shape[0])
+        prepared = prepare_kept(weight, adapter, config, dtype, matrix=matrix, ops=ops)
+        norm: Any = prepared.norm
+    if not exact:
+        return over(magnitude, norm)
+    known = norm, norm[:, None] * prepared.unit_projection
+    apply: Any = _Gain.apply  # PyTorch gives it no type
+    g: Tensor = apply(lora_a, scaled_b, magnitude, matrix, None, known)
+    return g
+
+
 class _Gain(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, lora_a: Tensor, scaled_b: Tensor, magnitude: Tensor, dense: Tensor,
-        remake: Callable[[], Tensor] | None,
+        remake: Callable[[], Tensor] | None, known: tuple[Tensor, Tensor] | None,
     ) -> Tensor:  # fmt: skip
-        v, norm = _direction_and_norm(dense, lora_a, scaled_b)
+        if known is None:
+            v, norm = _direction_and_norm(dense, lora_a, scaled_b)
+            projection = v @ lora_a.to(v.dtype).mT  # V Aᵀ, (out, rank)
+        else:
+            norm, projection = known
         g = over(magnitude, norm)
-        projection = v @ lora_a.to(v.dtype).mT  # V Aᵀ, (out, rank)
         kept = dense if remake is None else None
         ctx.save_for_backward(lora_a, scaled_b, magnitude, kept, norm, g, projection)
         ctx.remake = remake
@@ -71,8 +102,8 @@ class _Gain(torch.autograd.Function):
         arrays = lora_a, scaled_b, magnitude, ctx.remake() if dense is None else dense
         with without_autocast(dg):  # as in `gain`
             if torch.is_grad_enabled():  # `create_graph`: a second derivative may follow
-                return *_differentiable(ctx, dg, *arrays), None
-            return *_gradients(ctx, dg, *arrays, norm, g, projection), None
+                return *_differentiable(ctx, dg, *arrays), None, None
+            return *_gradients(ctx, dg, *arrays, norm, g, projection), None, None
 
 
 def _gradients(

@@ -47,43 +47,52 @@ _kept: MutableMapping[Tensor, _Kept] = WeakTensorKeyDictionary()
 
 
 def recall(
-    weight: Tensor, adapter: Adapter, config: Config, *, ops: Operations
-) -> tuple[Prepared | None, Prepared | None]:
+    weight: Tensor, adapter: Adapter, config: Config, matrix: Tensor | None = None,
+    *, ops: Operations,
+) -> tuple[Prepared | None, Prepared | None]:  # fmt: skip
     """Return the kept `prepared` and `previous`, the arguments of `doraxp.forward`.
 
-    The first is of this adapter and config, the second of others: one of them is None.
+    The first is of this adapter and config, the second of others: one of them is None. `matrix` is
+    the weight as the matrix that DoRA adapts, where it is stored in another way.
     """
     kept = _kept.get(weight) if may_keep(weight) else None
     if kept is None or kept.state != _state(weight):
         return None, None
-    if not torch.equal(kept.sampled, sample(weight)):
+    if not torch.equal(kept.sampled, sample(_rows(weight, matrix))):
         return None, None
-    last = with_weight(kept.prepared, weight.detach())
+    last = with_weight(kept.prepared, (weight if matrix is None else matrix).detach())
     if last.config == config and ops.unchanged(last.snapshot, last.adapter, adapter):
         return last, None
     return None, last
 
 
 def prepare_kept(
-    weight: Tensor, adapter: Adapter, config: Config, dtype: Any, *, ops: Operations
-) -> Prepared:
+    weight: Tensor, adapter: Adapter, config: Config, dtype: Any, *, matrix: Tensor | None = None,
+    ops: Operations,
+) -> Prepared:  # fmt: skip
     """Return the result of `doraxp.prepare`: the kept one, or one that is kept from now on.
 
     The arguments have been checked, and the adapter is outside of autograd's graph.
     """
-    prepared, previous = recall(weight, adapter, config, ops=ops)
+    prepared, previous = recall(weight, adapter, config, matrix, ops=ops)
     if prepared is None:
-        base: Any = weight.detach()
+        base: Any = (weight if matrix is None else matrix).detach()
         prepared = prepare_checked(base, adapter, config, previous, None, dtype, ops=ops)
-        keep(weight, prepared)
+        keep(weight, prepared, matrix)
     return prepared
 
 
-def keep(weight: Tensor, prepared: Prepared) -> None:
+def keep(weight: Tensor, prepared: Prepared, matrix: Tensor | None = None) -> None:
     """Keep what a forward has prepared, if the next one can tell whether the weight has changed."""
     if may_keep(weight):
         released = with_weight(prepared, RELEASED)
-        _kept[weight] = _Kept(_state(weight), sample(weight).clone(), released)
+        sampled = sample(_rows(weight, matrix)).clone()
+        _kept[weight] = _Kept(_state(weight), sampled, released)
+
+
+def _rows(weight: Tensor, matrix: Tensor | None) -> Tensor:
+    """Return a weight for `sample`: one that is not stored as its matrix with two axes."""
+    return weight if matrix is None else weight.flatten(1)
 
 
 def with_weight(prepared: Prepared, weight: Tensor) -> Prepared:

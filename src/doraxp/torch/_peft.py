@@ -1,10 +1,9 @@
-"""PEFT's linear layers with another forward. No other module knows PEFT's internals.
+"""PEFT's linear layers with another forward, and the swap of all layers of a model.
 
     y = x W'ᵀ + bias      by `dora_linear`, with the parameters of PEFT's layer
                           or by `around_base`, where the base is quantised
 
-The class of a layer is swapped, not its `forward`, because copies then use their own arrays. Each
-call reads the layer anew: PEFT and its users change a layer at any time.
+`doraxp.torch._peft_operated` has the other layers. No other module knows PEFT's internals.
 """
 
 from __future__ import annotations
@@ -25,6 +24,13 @@ from torch import Tensor
 from doraxp._base.types import Adapter, Config, NormGradient
 from doraxp.torch._around import around_base
 from doraxp.torch._function import dora_linear
+from doraxp.torch._peft_layer import Found, Swapped, one_active, why_hooked, why_not_plain
+from doraxp.torch._peft_operated import (
+    AcceleratedConv1d,
+    AcceleratedConv2d,
+    AcceleratedConv3d,
+    AcceleratedEmbedding,
+)
 from doraxp.torch._quantised import dequantised, is_quantised
 
 
@@ -40,18 +46,44 @@ class _Parts(NamedTuple):
     is_quantised: bool
 
 
-class AcceleratedLayer:
-    """The first base of an accelerated layer, before PEFT's class."""
+class AcceleratedLayer(Swapped):
+    """A linear layer with DoRA, before PEFT's class."""
 
-    _norm_gradient: NormGradient
+    @staticmethod
+    def why_never(base: Any) -> str | None:
+        """Return the reason why a layer around this base cannot be accelerated, or None."""
+        reason = is_quantised(base)
+        return reason if isinstance(reason, str) else None
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the same as PEFT's forward, which computes all that doraxp does not."""
-        # In torch.jit.trace, a rank is a tensor.
-        parts = None if args or kwargs or torch._C._get_tracing_state() else _parts(self)
-        if not isinstance(parts, _Parts):
-            y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-            return y
+    def _find(self) -> Found:
+        layer: Any = self  # torch does not know the types of a module's parts
+        modules: dict[str, Any] = layer._modules
+        known = modules["lora_A"]._modules
+        name, reason = one_active(layer, known, DoraLinearVariant)
+        if reason is not None:
+            return reason
+        base, a, b = modules["base_layer"], known[name], modules["lora_B"]._modules[name]
+        magnitude = modules["lora_magnitude_vector"]._modules[name]
+        quantised = is_quantised(base)
+        if isinstance(quantised, str):
+            return quantised
+        if type(a) is not torch.nn.Linear or type(b) is not torch.nn.Linear:
+            return f"its lora_A and lora_B must be of torch.nn.Linear, got {type(a)} and {type(b)}"
+        if type(magnitude) is not DoraLinearLayer:
+            return f"its magnitude must be of PEFT's class, got {type(magnitude)}"
+        leaves: Any = (each._parameters["weight"] for each in (a, b, magnitude))
+        of_a, of_b, of_m = leaves = tuple(leaves)
+        reason = why_hooked(base, a, b, magnitude) or why_not_plain(leaves)
+        if reason is not None:
+            return reason
+        if not quantised:
+            rank, most = of_a.shape[0], min(base._parameters["weight"].shape)
+            if rank > most:
+                return f"its rank must be at most min(out, in) = {most}, got {rank}"
+        dropout = modules["lora_dropout"]._modules[name]
+        return _Parts(base, dropout, of_a, of_b, of_m, layer.scaling[name], quantised)
+
+    def _compute(self, x: Tensor, parts: _Parts) -> Tensor:
         return self._quantised(x, parts) if parts.is_quantised else self._plain(x, parts)
 
     def _plain(self, x: Tensor, parts: _Parts) -> Tensor:
@@ -118,9 +150,13 @@ class LoraModel(lora.LoraModel):  # PEFT reports the class's name, so it stays
 
 
 _configs: dict[tuple[int, float, NormGradient], Config] = {}
-_CLASSES: dict[type, type] = {
+_CLASSES: dict[type, type[Swapped]] = {
     lora.Linear: AcceleratedLinear,
     TorchaoLoraLinear: AcceleratedTorchaoLinear,
+    lora.layer.Conv1d: AcceleratedConv1d,
+    lora.layer.Conv2d: AcceleratedConv2d,
+    lora.layer.Conv3d: AcceleratedConv3d,
+    lora.layer.Embedding: AcceleratedEmbedding,
 }
 
 
@@ -136,7 +172,7 @@ def _config(rank: int, alpha: float, norm_gradient: NormGradient) -> Config | No
     return config
 
 
-def _accelerated(kind: type) -> type | None:
+def _accelerated(kind: type) -> type[Swapped] | None:
     """Return the accelerated class of a class of PEFT's layers, or None where there is none."""
     if kind.__module__ == "peft.tuners.lora.bnb":  # its import needs bitsandbytes
         from doraxp.torch._bitsandbytes import CLASSES
@@ -156,7 +192,7 @@ def swap(model: torch.nn.Module, norm_gradient: NormGradient) -> None:
     """Accelerate the DoRA layers and the tuners of a model; the choice applies to all of them."""
     for _, layer in dora_layers(model):
         if why_never(layer) is None:
-            if not isinstance(layer, AcceleratedLayer):
+            if not isinstance(layer, Swapped):
                 layer.__class__ = _accelerated(type(layer))
             layer._norm_gradient = norm_gradient
     tuner: Any  # torch takes every attribute of a module for a tensor
@@ -173,7 +209,7 @@ def restore(model: torch.nn.Module) -> None:
     and PEFT computes it.
     """
     for module in model.modules():
-        if isinstance(module, (AcceleratedLayer, LoraModel)):
+        if isinstance(module, (Swapped, LoraModel)):
             module.__dict__.pop("_norm_gradient", None)
             if type(module).__module__.startswith("doraxp."):
                 module.__class__ = type(module).__bases__[-1]
@@ -181,79 +217,22 @@ def restore(model: torch.nn.Module) -> None:
 
 def why_never(layer: Any) -> str | None:
     """Return the reason why a DoRA layer of PEFT's cannot be accelerated, or None."""
-    if isinstance(layer, AcceleratedLayer):
+    if isinstance(layer, Swapped):
         return None
-    if _accelerated(type(layer)) is None:
+    swapped = _accelerated(type(layer))
+    if swapped is None:
         name = type(layer).__name__
         order = ": call accelerate before fully_shard" if name.startswith("FSDP") else ""
-        return f"its class must be Linear, got {name}{order}"
+        return f"its class must be Linear, Conv1d, Conv2d, Conv3d or Embedding, got {name}{order}"
     base = layer._modules["base_layer"]
     if type(base._parameters.get("weight")).__name__ == "DTensor":
         return None  # FSDP2 makes it a plain tensor in each forward
-    reason = is_quantised(base)
-    return reason if isinstance(reason, str) else None
+    return swapped.why_never(base)
 
 
 def why_not(layer: Any) -> str | None:
     """Return the reason why PEFT computes a DoRA layer now, or None where doraxp computes it."""
-    if isinstance(layer, AcceleratedLayer):
-        parts = _parts(layer)
+    if isinstance(layer, Swapped):
+        parts = layer._find()
         return parts if isinstance(parts, str) else None
     return why_never(layer) or "it is not accelerated: call accelerate again"
-
-
-def _parts(layer: Any) -> _Parts | str:
-    """Return the parts of the active adapter, or the reason why PEFT must compute this call.
-
-    Every call of a layer comes here. A module's parts are read from its dictionaries, because
-    ``module.part`` takes ten times as long.
-    """
-    if "_norm_gradient" not in layer.__dict__:
-        return "it is not accelerated: call accelerate again"
-    if layer._disable_adapters:
-        return "its adapters are disabled"
-    if layer.merged_adapters:
-        return "its adapters are merged"
-    modules: dict[str, Any] = layer._modules
-    known, active = modules["lora_A"]._modules, layer._active_adapter
-    names = [name for name in ([active] if active.__class__ is str else active) if name in known]
-    if len(names) != 1:
-        return f"it must have one active adapter, has {names}"
-    (name,) = names
-    if type(layer.lora_variant.get(name)) is not DoraLinearVariant:
-        return f"its active adapter must be DoRA, {name!r} is not"
-    base, a, b = modules["base_layer"], known[name], modules["lora_B"]._modules[name]
-    magnitude = modules["lora_magnitude_vector"]._modules[name]
-    quantised = is_quantised(base)
-    if isinstance(quantised, str):
-        return quantised
-    if type(a) is not torch.nn.Linear or type(b) is not torch.nn.Linear:
-        return f"its lora_A and lora_B must be of torch.nn.Linear, got {type(a)} and {type(b)}"
-    if type(magnitude) is not DoraLinearLayer:
-        return f"its magnitude must be of PEFT's class, got {type(magnitude)}"
-    if _is_hooked(base) or _is_hooked(a) or _is_hooked(b) or _is_hooked(magnitude):
-        hooked = {"base layer": base, "lora_A": a, "lora_B": b, "magnitude": magnitude}
-        part = next(part for part, module in hooked.items() if _is_hooked(module))
-        return f"its {part} has hooks, which would not be called"
-    leaves: Any = a._parameters["weight"], b._parameters["weight"], magnitude._parameters["weight"]
-    for leaf in leaves:
-        if leaf.__class__ is not torch.nn.Parameter and leaf.__class__ is not Tensor:
-            return f"its adapter must consist of plain tensors, got {type(leaf).__name__}"
-    if not quantised:
-        rank, most = leaves[0].shape[0], min(base._parameters["weight"].shape)
-        if rank > most:
-            return f"its rank must be at most min(out, in) = {most}, got {rank}"
-    dropout = modules["lora_dropout"]._modules[name]
-    of_a, of_b, of_m = leaves
-    return _Parts(base, dropout, of_a, of_b, of_m, layer.scaling[name], quantised)
-
-
-def _is_hooked(module: Any) -> bool:
-    # Offloading sets a forward on the instance instead of registering a hook.
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
