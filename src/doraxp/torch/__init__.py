@@ -2,7 +2,7 @@
 
     dora_linear          the function y = x W'ᵀ + bias
     DoRALinear           the same as a module, around a torch.nn.Linear
-    accelerate           computes the DoRA layers of a PEFT model with `dora_linear`
+    accelerate           computes the DoRA layers of a PEFT model, also convolutions and embeddings
     restore              undoes `accelerate`, also in a copy of the model
 
 Needs the extra ``torch``; the last two need PEFT too. The math is `doraxp.forward` and
