@@ -119,6 +119,14 @@ def test_two_arrays_of_a_gpu_at_one_address_are_tied():
     assert left_out(weights) == {"wte": "embedding", "layers.0.x": "tied to wte"}
 
 
+def test_two_objects_with_one_data_pointer_are_tied():
+    def at(address):
+        return SimpleNamespace(shape=(9, 4), data_ptr=lambda: address)
+
+    weights = {"wte.weight": at(64), "layers.0.x.weight": at(64), "layers.0.y.weight": at(0)}
+    assert left_out(weights) == {"wte": "embedding", "layers.0.x": "tied to wte"}
+
+
 def test_two_tensors_of_pytorch_with_one_storage_are_tied(torch):
     table = torch.ones(9, 4)
     weights = {"wte.weight": table, "layers.0.x.weight": table.detach()}
