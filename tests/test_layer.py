@@ -369,6 +369,8 @@ def test_a_bad_base_or_option_is_refused(draw):
     for base in (None, object(), Plain(None)):
         with pytest.raises(TypeError, match="base must be a layer with a weight, got"):
             DoRALayer(base, Config(1), seed=0)
+    with pytest.raises(TypeError, match="without an adapter, got DoRALayer: merge it first, with"):
+        DoRALayer(make(draw), Config(1), seed=0)
     with pytest.raises(TypeError, match="train_base must be True or False, got 'no'"):
         make(draw, train_base="no")
     with pytest.raises(TypeError, match="config must be of type Config, got int"):
@@ -596,6 +598,24 @@ def test_errors_begin_with_the_name_of_the_layer(draw):
         layer.backward(draw(5, 7))
 
 
+def test_an_error_of_another_class_passes_through_a_layer_as_it_is(draw):
+    """Its arguments are not known, so that it cannot be made again with a name."""
+
+    class OwnError(ValueError):
+        def __init__(self, shape, device):
+            super().__init__(shape, device)
+
+    class Failing(doraxp.MatMul):
+        def apply(self, x, weight):
+            raise OwnError(x.shape, "here")
+
+    layer = DoRALayer(Plain(draw(7, 6)), Config(1), seed=0, operator=Failing())
+    layer.name = "encoder.fc1"
+    with pytest.raises(OwnError) as raised:
+        layer(draw(5, 6))
+    assert raised.value.args == ((5, 6), "here")
+
+
 # Dropout by rate
 
 
@@ -681,7 +701,7 @@ def test_an_optimizer_that_writes_into_the_arrays_trains_alike(backend, draw, tr
     """Its results are the old arrays, so that the layer cannot notice a change by itself."""
     one = make(draw, train_base=train_base)
     other = DoRALayer(one.base, Config(2), seed=0, train_base=train_base)
-    base = backend.numpy(one.base.weight).copy()
+    base = {name: backend.numpy(getattr(one.base, name)).copy() for name in ("weight", "bias")}
     x, ys = draw(5, 6), []
     for layer, donate in ((one, False), (other, True)):
         optimizer = doraxp.AdamW(0.1, donate=donate)
@@ -690,7 +710,8 @@ def test_an_optimizer_that_writes_into_the_arrays_trains_alike(backend, draw, tr
             layer.backward(y)
             layer.step(optimizer)
         ys.append(backend.numpy(layer.forward(x)))
-        np.testing.assert_array_equal(backend.numpy(layer.base.weight), base)
+        for name, array in base.items():
+            np.testing.assert_array_equal(backend.numpy(getattr(layer.base, name)), array)
     np.testing.assert_allclose(ys[0], ys[1], rtol=1e-13, atol=1e-13)
 
 

@@ -259,6 +259,17 @@ def test_bad_choices_name_the_layer_and_replace_nothing(draw):
         adapt(["a.fc"], source=Relu())
     with pytest.raises(ValueError, match="layers must hold at least one DoRALayer"):
         AdaptedModel(layers)
+    with pytest.raises(ValueError, match="must have a layer with the attribute 'kernel': pass"):
+        adapt(["a.fc"], weight="kernel")
+    with pytest.raises(ValueError, match=r"target_modules must select a layer, got \[\]"):
+        adapt([])
+    with pytest.raises(ValueError, match=r"the nearest are a\.fc, b\.fc$"):
+        adapt(["a.fb"])
+    for wrong in ("conv", doraxp.Convolution):
+        with pytest.raises(TypeError, match=r"^a\.fc: operator must"):
+            adapt(["a.fc"], operators={"a.fc": wrong})
+    with pytest.raises(TypeError, match=r"^a\.fc: base must be a layer without an adapter"):
+        adapt(["a.fc"], source=adapt(["a.fc"]))
 
     def twice(source):
         yield "a", source["a.fc"], print

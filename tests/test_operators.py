@@ -240,6 +240,18 @@ class Framework:
     weight_gradient = MatMul().weight_gradient
 
 
+def test_a_product_that_a_framework_derives_is_called(draw):
+    class Doubled(MatMul):
+        def apply(self, x, weight):
+            return 2 * super().apply(x, weight)
+
+    x, weight = draw(5, 6), draw(7, 6)
+    adapter = doraxp.init(weight, Config(3), seed=0)
+    plain, _ = doraxp.forward(x, weight, adapter, Config(3))
+    doubled, _ = doraxp.forward(x, weight, adapter, Config(3), operator=Doubled())
+    np.testing.assert_allclose(doubled, 2 * plain, rtol=1e-13)
+
+
 @pytest.mark.parametrize("dropout", [None, "input", "low_rank"])
 def test_an_operator_of_a_framework_takes_stacks(backend, draw, assert_close, dropout):
     config = Config(3, 2.0, dropout=dropout or "input")
@@ -402,9 +414,10 @@ def test_results_have_the_dtypes_of_x_and_of_the_computation(backend, dtype, of)
     assert of == "embedding" or found["x"].dtype == narrow["x"].dtype
 
 
-def test_a_frozen_step_of_an_embedding_stores_no_array_of_its_size():
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_frozen_step_of_an_embedding_stores_no_array_of_its_size(order):
     rng = np.random.default_rng(0)
-    weight = rng.standard_normal((20_000, 96)).astype("float32")
+    weight = rng.standard_normal((20_000, 96)).astype("float32", order=order)
     config, ids = Config(4), rng.integers(0, 20_000, 256)
     adapter = doraxp.init(weight, config, seed=0, kind=LayerKind("embedding"))
     adapter = adapter._replace(lora_b=rng.standard_normal((96, 4)).astype("float32"))
@@ -436,6 +449,7 @@ def test_a_convolution_refuses_what_does_not_fit():
     refused(ValueError, "kind must be 'conv' for operator Convolution", kind=LayerKind("linear"))
     refused(ValueError, "operator must be given for a weight of kind 'conv'", operator=None)
     refused(TypeError, "operator must have kind, channel_axis", operator=object())
+    refused(TypeError, "must be an object, got the class Convolution: call", operator=Convolution)
     refused(ValueError, "kind must be another kind", operator=Wrapped(), kind=LayerKind("columns"))
     refused(ValueError, "kind must be 'linear' or", operator=None, kind=LayerKind("columns"))
     for operator in ({"stride": 0}, {"padding": -1}, {"dilation": (1, 0)}):
@@ -443,10 +457,17 @@ def test_a_convolution_refuses_what_does_not_fit():
             Convolution(**operator)
     with pytest.raises(ValueError, match="stride must have 1 to 3 numbers"):
         Convolution(stride=(1, 1, 1, 1))
+    with pytest.raises(ValueError, match="padding must have 1 to 3 numbers"):
+        Convolution(padding=())
     with pytest.raises(TypeError, match="stride must be an integer"):
         Convolution(stride="same")
     with pytest.raises(ValueError, match="a kernel of 1 to 3 dimensions"):
         Convolution().apply(np.zeros((1, 2)), np.zeros((2, 2)))
+    with pytest.raises(ValueError, match=r"no axis of length 0, got \(2, 0, 2\)"):
+        Convolution().apply(np.zeros((1, 2, 3)), np.zeros((2, 0, 2)))
+    for x in (np.zeros((1, 0, 3)), np.zeros((1, 2, 0))):
+        with pytest.raises(ValueError, match=r"x must have shape \(batch, in, \*size\)"):
+            Convolution(padding=1).apply(x, np.zeros((2, 2, 2)))
     with pytest.raises(ValueError, match="dy must have the shape of y"):
         Convolution().transpose(np.zeros((1, 2, 3)), np.zeros((2, 2, 2)), (1, 2, 3))
 
@@ -480,6 +501,9 @@ def test_an_operator_with_its_outputs_on_another_axis_is_refused(draw):
     match = r"must return the 10 outputs of the weight on axis 1, its channel_axis, .* \(10, 5\)"
     with pytest.raises(ValueError, match=match):
         forward(inputs, None, Config(3), Misplaced())
+    Misplaced.channel_axis = 2
+    with pytest.raises(ValueError, match="must return the 10 outputs of the weight on axis 2"):
+        forward(inputs, None, Config(3), Misplaced())
 
 
 def test_groups_refuse_a_bias_of_another_shape():
@@ -499,6 +523,10 @@ def test_an_embedding_refuses_other_numbers_than_ids(backend):
             forward(inputs | {"x": backend.asarray(ids)}, None, Config(2), operator)
     with pytest.raises(ValueError, match="dropout_mask must be None where x has ids"):
         forward(inputs, inputs["x"], Config(2), operator)
+    with pytest.raises(TypeError, match="x must be an array of a library"):
+        forward(inputs | {"x": [0, 1]}, None, Config(2), operator)
+    with pytest.raises(ValueError, match=r"dy must have the shape of y, \(2, 3, 5\)"):
+        operator.weight_gradient(inputs["lora_b"], inputs["x"], (9, 5))
     with pytest.raises(TypeError, match="no gradient by its ids"):
         operator.transpose(inputs["weight"], inputs["weight"], (9,))
     with pytest.raises(ValueError, match=r"must have shape \(tokens, dim\)"):
@@ -525,6 +553,26 @@ def test_ids_must_be_where_the_table_is():
     table, there = strict.ones((3, 2)), strict.Device("device1")
     with pytest.raises(ValueError, match=r"ids must be on .*CPU_DEVICE.*, where the weight is"):
         Embedding().apply(strict.asarray([0, 1], device=there), table)
+
+
+def test_ids_and_tables_that_jax_traces_have_no_device(jax):
+    """Of the two, `vmap` and `grad` trace one."""
+    (inputs, _), operator = of_embedding(), Embedding()
+    ids, table = jax.numpy.asarray(inputs["x"]), jax.numpy.asarray(inputs["weight"])
+    adapter = jax.tree.map(jax.numpy.asarray, adapter_of(inputs))
+
+    def act(ids, adapter):
+        return doraxp.forward(ids, table, adapter, Config(2), operator=operator)[0]
+
+    def loss(adapter):
+        return jax.numpy.sum(jax.numpy.sin(act(ids, adapter)))
+
+    y, cache = doraxp.forward(ids, table, adapter, Config(2), operator=operator)
+    np.testing.assert_allclose(jax.vmap(act, (0, None))(ids, adapter), y, rtol=1e-6)
+    found = jax.grad(loss)(adapter)
+    expected = doraxp.backward(jax.numpy.cos(y), cache).adapter
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_weights_by_rows_take_no_operator():

@@ -228,6 +228,23 @@ def test_a_state_of_another_model_names_the_layer_and_changes_nothing(backend, d
 
 
 @pytest.mark.once
+def test_an_optimizer_of_another_class_is_refused_and_nothing_changes(backend, draw, tmp_path):
+    model, optimizer = make(draw), adamw()
+    train(model, optimizer, [draw(5, 6)])
+    save_training(tmp_path / "run", model, optimizer)
+    training, other = load_training(tmp_path / "run"), make(draw)
+    before, given = other.state(), sgd()
+    with pytest.raises(TypeError, match=r"optimizer must go on from the state of AdamW, got SGD: "):
+        training.resume(other, given)
+    assert same(backend, before, other.state())
+    assert (given.state, given.steps) == (None, 0)
+    for call in (training.resume, lambda *given: save_training(tmp_path / "other", *given)):
+        with pytest.raises(TypeError, match="optimizer must have state, .* got str"):
+            call(other, "adamw")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.once
 def test_a_folder_with_other_files_is_refused(draw, tmp_path):
     model = make(draw)
     folder = tmp_path / "run"

@@ -40,7 +40,7 @@ def check_operated(
     `weight` is the matrix. The operator itself checks the shape of x.
     """
     others = {"x": x} if dropout_mask is None else {"x": x, "dropout_mask": dropout_mask}
-    if is_integer(x):
+    if hasattr(x, "dtype") and is_integer(x):  # a list gets the error of all arguments
         if dropout_mask is not None:
             raise ValueError("dropout_mask must be None where x has ids: they cannot be dropped")
         others = {}

@@ -134,6 +134,11 @@ def resolved(kind: LayerKind | None, operator: Any) -> tuple[LayerKind, Operator
                 f"operator={_NEEDED[kind.name]}"
             )
         operator = MatMul()
+    if isinstance(operator, type):
+        raise TypeError(
+            f"operator must be an object, got the class {operator.__name__}: call it, as in "
+            "doraxp.MatMul()"
+        )
     if type(operator) not in _KINDS and not isinstance(operator, Operator):
         raise TypeError(
             "operator must have kind, channel_axis, apply, transpose and weight_gradient, as "
@@ -147,7 +152,7 @@ def resolved(kind: LayerKind | None, operator: Any) -> tuple[LayerKind, Operator
         raise ValueError(
             f"kind must be {fitting} for operator {type(operator).__name__}, got {kind.name!r}"
         )
-    return kind, None if isinstance(operator, MatMul) else operator
+    return kind, None if type(operator) is MatMul else operator
 
 
 def outputs(layer: Layer, x: Array, mask: Array | None, bias: Array | None) -> Operated:

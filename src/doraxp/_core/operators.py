@@ -290,8 +290,9 @@ def check_ids(ids: Array, count: int, other: Array, *, ops: Operations) -> None:
         )
     if not is_integer(ids):
         raise TypeError(f"ids must be of an integer dtype, got {ids.dtype}")
-    if device(ids) != device(other):
-        raise ValueError(f"ids must be on {device(other)}, where the weight is")
+    places = device(ids), device(other)
+    if None not in places and places[0] != places[1]:  # JAX's traced arrays have no device
+        raise ValueError(f"ids must be on {places[1]}, where the weight is")
     if 0 in ids.shape or not ops.can_read_values(ids):
         return
     low, high = (int(float(extreme)) for extreme in (xp.min(ids), xp.max(ids)))

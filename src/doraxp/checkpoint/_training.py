@@ -21,6 +21,7 @@ from doraxp.layers import AdaptedModel, DoRALayer
 from doraxp.optim import Optimizer, optimizer_from_settings
 
 _GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
+_OF_OPTIMIZERS = ("state", "steps", "settings")
 
 AnyModel: TypeAlias = AdaptedModel | DoRALayer | Mapping[str, DoRALayer]
 
@@ -66,21 +67,31 @@ class Training:
 
         Raises
         ------
+        TypeError
+            `optimizer` is not one, or is of another class than the saved one.
         ValueError
-            The state is of another model: the message names the layer and the setting. Nothing
-            has changed then.
+            The state is of another model: the message names the layer and the setting. After an
+            error nothing has changed.
         """
         whole = _as_model(model)
+        _check_optimizer(optimizer)
         like = next(iter(whole.adapted.values())).adapter.lora_a
         state = {path: self._decoded(tree, like) for path, tree in self._layers.items()}
         found = self._optimizer
         if found is not None and optimizer is None:
             optimizer = optimizer_from_settings(found["settings"])
         own = None if found is None else self._decoded(found["state"], like)
-        whole.load_state(state)
-        if found is not None and optimizer is not None:
-            optimizer.state, optimizer.steps = own, found["steps"]
-        return None if found is None else optimizer
+        if found is None or optimizer is None:
+            whole.load_state(state)
+            return None
+        before = optimizer.state, optimizer.steps
+        try:
+            _give_state(optimizer, own, found)
+            whole.load_state(state)
+        except Exception:
+            optimizer.state, optimizer.steps = before
+            raise
+        return optimizer
 
     def _decoded(self, tree: Any, like: Array) -> Any:
         return decoded(tree, lambda name: beside(self._arrays[name], like))
@@ -123,7 +134,8 @@ def save_training(
     FileNotFoundError
         The folder above does not exist.
     TypeError
-        A part cannot be saved, such as a learning rate that is a function. Nothing is written.
+        `optimizer` is not one, or a part cannot be saved, such as a learning rate that is a
+        function. Nothing is written.
 
     Examples
     --------
@@ -138,6 +150,7 @@ def save_training(
     >>> training.resume(layer).learning_rate
     0.001
     """
+    _check_optimizer(optimizer)
     arrays: dict[str, HostArray] = {}
     table = {
         "layers": {
@@ -186,6 +199,25 @@ def load_training(path: str | os.PathLike[str]) -> Training:
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / TABLE}: {error!r}") from None
+
+
+def _give_state(optimizer: Optimizer, state: Any, saved: Mapping[str, Any]) -> None:
+    """Put a saved state into an optimizer. TypeError where it is that of another class."""
+    try:
+        optimizer.state, optimizer.steps = state, saved["steps"]
+    except TypeError as error:
+        raise TypeError(
+            f"optimizer must go on from the state of {saved['settings'].get('optimizer')}, got "
+            f"{type(optimizer).__name__}: {error}. Without an optimizer, resume makes the saved one"
+        ) from None
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if optimizer is not None and not all(hasattr(optimizer, name) for name in _OF_OPTIMIZERS):
+        raise TypeError(
+            f"optimizer must have {', '.join(_OF_OPTIMIZERS)}, as doraxp.AdamW(...) has, got "
+            f"{type(optimizer).__name__}"
+        )
 
 
 def _as_model(model: AnyModel) -> AdaptedModel:

@@ -76,8 +76,8 @@ def adapt_layers(
     TypeError
         `layers` is not a mapping and there is no accessor, or the errors of `DoRALayer`.
     ValueError
-        A target or a pattern matches no layer, or the errors of `DoRALayer`. Then no layer was
-        replaced.
+        No layer has a weight, a target or a pattern matches no layer, or the errors of
+        `DoRALayer`. Then no layer was replaced.
 
     Examples
     --------
@@ -93,11 +93,21 @@ def adapt_layers(
         for path, layer in found.items()
         if (array := getattr(layer, weight, None)) is not None
     }
+    if not weights:
+        raise ValueError(
+            f"layers must have a layer with the attribute {weight!r}: pass weight= for another name"
+        )
     known_operators = values_by_path(operators or {}, weights)
-    known_kinds = {path: operator.kind for path, operator in known_operators.items()}
+    known_kinds = {
+        path: operator.kind
+        for path, operator in known_operators.items()
+        if hasattr(operator, "kind")  # DoRALayer refuses the others
+    }
     known_kinds |= values_by_path(kinds or {}, weights)
     by_name = {f"{path}.weight": array for path, array in weights.items()}
     targets = chosen(by_name, target_modules, exclude_modules, known_kinds)
+    if not targets:
+        raise ValueError(f"target_modules must select a layer, got {target_modules!r}")
     ranks = values_by_path(rank_pattern or {}, targets)
     alphas = values_by_path(alpha_pattern or {}, targets)
     _check_used({"kinds": kinds, "operators": operators}, weights)

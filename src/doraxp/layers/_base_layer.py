@@ -84,10 +84,18 @@ class Stored(NamedTuple):
 
 
 def weight_of(base: Any, name: str) -> Any:
-    """Return the weight of a base, and raise TypeError for an object without one."""
+    """Return the weight of a base. TypeError for an object without one, or with an adapter."""
+    if hasattr(base, "merge_to_original_layer"):  # its weight alone would leave out its adapter
+        raise TypeError(
+            f"base must be a layer without an adapter, got {type(base).__name__}: merge it first, "
+            "with merge_to_original_layer()"
+        )
     weight = getattr(base, name, None)
     if weight is None:
-        raise TypeError(f"base must be a layer with a {name}, got {type(base).__name__}")
+        raise TypeError(
+            f"base must be a layer with a {name}, got {type(base).__name__}: pass weight= for an "
+            "attribute of another name"
+        )
     return weight
 
 

@@ -156,8 +156,8 @@ def find_targets(
 def nearest(wanted: str, paths: Iterable[str]) -> list[str]:
     """Return the paths or ends of paths whose names are nearest; without such, the first paths."""
     paths = list(paths)
-    ends = {path.rpartition(".")[-1]: path for path in paths}
-    return difflib.get_close_matches(wanted, [*paths, *ends], n=5, cutoff=0.5) or paths[:5]
+    names = dict.fromkeys([*paths, *(path.rpartition(".")[-1] for path in paths)])
+    return difflib.get_close_matches(wanted, names, n=5, cutoff=0.5) or paths[:5]
 
 
 def _listed(argument: str, modules: Modules) -> str | list[str]:

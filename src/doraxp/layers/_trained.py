@@ -101,8 +101,7 @@ class TrainedArrays:
     def state_dict(self) -> dict[str, Array]:
         """Return the trained arrays by name: the adapter's; with `train_base` weight and bias too.
 
-        These are the layer's own arrays. Do not write to them: with `train_base` they are also the
-        base's arrays until the first step.
+        These are the layer's own arrays, and not the base's. Do not write to them.
         """
         return self._named(self.weight, self.bias, self.adapter)
 
