@@ -17,6 +17,8 @@ def by_token(array: Array, axis: int, groups: int, *, xp: Namespace) -> Array:
     axis %= len(shape)
     before, after = shape[:axis], shape[axis + 1 :]
     each, tokens = shape[axis] // groups, math.prod(before + after)
+    if groups == 1 and not after:  # the channels are last already
+        return xp.reshape(array, (1, tokens, each))
     split = xp.reshape(array, (math.prod(before), groups, each, math.prod(after)))
     return xp.reshape(xp.permute_dims(split, (1, 0, 3, 2)), (groups, tokens, each))
 
@@ -26,6 +28,8 @@ def by_channel(tokens: Array, shape: tuple[int, ...], axis: int, *, xp: Namespac
     axis %= len(shape)
     before, after = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
     groups, _, each = tokens.shape
+    if groups == 1 and axis == len(shape) - 1:
+        return xp.reshape(tokens, shape)
     split = xp.reshape(tokens, (groups, before, after, each))
     return xp.reshape(xp.permute_dims(split, (1, 0, 3, 2)), shape)
 
