@@ -239,7 +239,7 @@ def test_an_optimizer_of_another_class_is_refused_and_nothing_changes(backend, d
     assert same(backend, before, other.state())
     assert (given.state, given.steps) == (None, 0)
     for call in (training.resume, lambda *given: save_training(tmp_path / "other", *given)):
-        with pytest.raises(TypeError, match="optimizer must have state, .* got str"):
+        with pytest.raises(TypeError, match=r"optimizer must have state, .* got str"):
             call(other, "adamw")
     assert not (tmp_path / "other").exists()
 

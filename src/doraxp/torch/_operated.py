@@ -166,9 +166,11 @@ class _Arrays(NamedTuple):
     def is_narrow(self) -> bool:
         """Whether x, of 16 bits, meets W in its own dtype."""
         x, dtype = self.x, self.gain.dtype
+        narrow: bool
         if torch.compiler.is_compiling():  # it cannot ask the processor
-            return x.dtype.itemsize < 4 and dtype == torch.float32
-        narrow: bool = operations(x=x).operand_dtype(x, x, dtype) != dtype
+            narrow = x.dtype.itemsize < 4 and dtype == torch.float32
+        else:
+            narrow = operations(x=x).operand_dtype(x, x, dtype) != dtype
         return narrow
 
     def v(self) -> Tensor:
