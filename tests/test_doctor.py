@@ -511,6 +511,13 @@ def test_a_base_is_read_in_a_few_blocks_of_memory(tmp_path, name, shape):
     assert peak < 2**24
 
 
+@pytest.mark.parametrize("name", ["q.lora_A.weight", "q.lora_a", "lora_unet_q.lora_up.weight"])
+def test_an_adapter_is_refused_as_a_base(tmp_path, rng, name):
+    model = write(tmp_path, {name: draw(rng, 4, 6), "q.weight": draw(rng, 4, 6)})
+    with pytest.raises(CheckpointError, match=rf"must be a model, but {name} is a tensor of an ad"):
+        diagnose(model)
+
+
 def test_a_tensor_without_numbers_is_not_a_module(tmp_path, rng):
     found = diagnose(write(tmp_path, llama(rng) | {"model.empty.weight": np.ones((0, 4), F32)}))
     assert "model.empty" not in found.modules
