@@ -191,6 +191,16 @@ def test_a_row_that_peft_can_divide_by_is_a_warning(tmp_path, rng, code, value):
     assert ": 1 in 1 module. " in finding(found, code).text
 
 
+def test_a_row_is_fragile_up_to_the_bound_of_the_page(tmp_path):
+    info = np.finfo(F32)
+    bound = 8 * float(info.smallest_normal) / float(info.eps)
+    weight = np.ones((4, 8), F32)
+    weight[1], weight[2] = 0, 0
+    weight[1, 0], weight[2, 0] = np.sqrt(0.9 * bound), np.sqrt(1.1 * bound)
+    found = diagnose(write(tmp_path, {"layers.0.q.weight": weight}), ["q"])
+    assert found.modules["layers.0.q"].rows.fragile == 1
+
+
 def test_a_zero_row_without_an_adapter_is_a_note(tmp_path, rng):
     tensors = llama(rng)
     tensors[f"{Q}.weight"][3] = 0
