@@ -201,6 +201,12 @@ def test_a_row_is_fragile_up_to_the_bound_of_the_page(tmp_path):
     assert found.modules["layers.0.q"].rows.fragile == 1
 
 
+@pytest.mark.parametrize("kernel", [(2,), (2, 3), (2, 3, 2)])
+def test_a_convolution_of_one_to_three_dimensions_is_a_module(tmp_path, rng, kernel):
+    found = diagnose(write(tmp_path, {"stem.weight": draw(rng, 5, 4, *kernel)}), ["stem"])
+    assert (found.modules["stem"].kind, found.modules["stem"].rows.rows) == ("conv", 5)
+
+
 def test_a_zero_row_without_an_adapter_is_a_note(tmp_path, rng):
     tensors = llama(rng)
     tensors[f"{Q}.weight"][3] = 0
