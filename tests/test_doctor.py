@@ -191,6 +191,22 @@ def test_a_row_that_peft_can_divide_by_is_a_warning(tmp_path, rng, code, value):
     assert ": 1 in 1 module. " in finding(found, code).text
 
 
+def test_a_row_is_fragile_up_to_the_bound_of_the_page(tmp_path):
+    info = np.finfo(F32)
+    bound = 8 * float(info.smallest_normal) / float(info.eps)
+    weight = np.ones((4, 8), F32)
+    weight[1], weight[2] = 0, 0
+    weight[1, 0], weight[2, 0] = np.sqrt(0.9 * bound), np.sqrt(1.1 * bound)
+    found = diagnose(write(tmp_path, {"layers.0.q.weight": weight}), ["q"])
+    assert found.modules["layers.0.q"].rows.fragile == 1
+
+
+@pytest.mark.parametrize("kernel", [(2,), (2, 3), (2, 3, 2)])
+def test_a_convolution_of_one_to_three_dimensions_is_a_module(tmp_path, rng, kernel):
+    found = diagnose(write(tmp_path, {"stem.weight": draw(rng, 5, 4, *kernel)}), ["stem"])
+    assert (found.modules["stem"].kind, found.modules["stem"].rows.rows) == ("conv", 5)
+
+
 def test_a_zero_row_without_an_adapter_is_a_note(tmp_path, rng):
     tensors = llama(rng)
     tensors[f"{Q}.weight"][3] = 0
@@ -509,6 +525,13 @@ def test_a_base_is_read_in_a_few_blocks_of_memory(tmp_path, name, shape):
         tracemalloc.stop()
     assert found.bytes == 2**26
     assert peak < 2**24
+
+
+@pytest.mark.parametrize("name", ["q.lora_A.weight", "q.lora_a", "lora_unet_q.lora_up.weight"])
+def test_an_adapter_is_refused_as_a_base(tmp_path, rng, name):
+    model = write(tmp_path, {name: draw(rng, 4, 6), "q.weight": draw(rng, 4, 6)})
+    with pytest.raises(CheckpointError, match=rf"must be a model, but {name} is a tensor of an ad"):
+        diagnose(model)
 
 
 def test_a_tensor_without_numbers_is_not_a_module(tmp_path, rng):

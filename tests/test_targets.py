@@ -209,6 +209,13 @@ def test_an_exclusion_wins_over_a_target(targets, exclude, excluded):
     assert found.unused == found.unmatched == {}
 
 
+def test_a_tie_is_to_the_first_of_the_embeddings_in_one_memory():
+    table = np.ones((9, 4))
+    names = ("shared", "encoder.embed_tokens", "decoder.other")
+    found = find_targets({f"{name}.weight": table for name in names}, "all-linear")
+    assert found.left_out["decoder.other"] == "tied to shared"
+
+
 WEIGHTS = {"layers.0.q.weight": np.eye(4), "layers.0.k.weight": np.eye(4)}
 
 

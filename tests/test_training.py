@@ -132,6 +132,17 @@ def test_a_single_layer_and_a_mapping_are_models_too(backend, draw, tmp_path):
         other.adapter = doraxp.init(other.weight, other.config, seed=1)
 
 
+def test_arrays_in_any_order_of_memory_come_back(tmp_path):
+    layer = DoRALayer(Linear(np.eye(6)), Config(2), seed=0)
+    a = np.arange(12.0).reshape(2, 6)
+    layer.adapter = layer.adapter._replace(lora_a=np.asfortranarray(a), lora_b=a[::-1].T)
+    save_training(tmp_path / "run", layer)
+    other = DoRALayer(Linear(np.eye(6)), Config(2), seed=1)
+    load_training(tmp_path / "run").resume(other)
+    np.testing.assert_array_equal(other.adapter.lora_a, a)
+    np.testing.assert_array_equal(other.adapter.lora_b, a[::-1].T)
+
+
 @pytest.mark.once
 def test_a_given_optimizer_gets_the_state(draw, tmp_path):
     """So a run goes on with another rate, or with a schedule that cannot be saved."""

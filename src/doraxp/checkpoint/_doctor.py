@@ -62,7 +62,8 @@ def diagnose(
     Raises
     ------
     CheckpointError
-        A file has changed, or a quantised weight breaks a rule of its format.
+        The files are those of an adapter, a file has changed, or a quantised weight breaks a rule
+        of its format.
     OSError
         A file cannot be read.
     ValueError

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import NamedTuple, TypeAlias, cast
 
 from doraxp._base.types import Array
 from doraxp._core.kinds import LayerKind
+from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._experts import TRANSPOSED
 from doraxp.checkpoint._json import JsonObject
 from doraxp.checkpoint._model import Model
@@ -26,6 +28,7 @@ _FUSED = frozenset(
     )
 )
 """Modules whose rows are those of several projections."""
+_OF_ADAPTER = re.compile(r"[._]lora_(a|b|up|down|magnitude_vector)\b", re.IGNORECASE)
 
 
 class Refusal(NamedTuple):
@@ -57,9 +60,17 @@ def layout_of(model: Model, target_modules: Modules, exclude_modules: Modules | 
 
     Raises
     ------
+    CheckpointError
+        The tensors are those of an adapter.
     ValueError
         A string is not a regular expression.
     """
+    of_adapter = next((name for name in model.stored if _OF_ADAPTER.search(name)), None)
+    if of_adapter is not None:
+        raise CheckpointError(
+            f"{model.path}: must be a model, but {of_adapter} is a tensor of an adapter: give the "
+            "base, or see the adapter with doraxp inspect"
+        )
     refused = {name: one for name, one in model.quantised.items() if isinstance(one, Refused)}
     parts = {part for one in refused.values() for part in one.tensors}
     every = {name: one for name, one in model.sources().items() if name not in parts}

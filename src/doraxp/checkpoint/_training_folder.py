@@ -98,13 +98,12 @@ def _prepared(folder: Path, *, overwrite: bool) -> str | None:
 
 def _safetensors(arrays: Mapping[str, HostArray], id: str) -> Iterator[bytes | memoryview]:
     """Yield the bytes of a file of arrays."""
-    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     header = io.BytesIO()
     write_header(
         header,
-        {name: Tensor(_NAMES[a.dtype], a.shape, a.nbytes) for name, a in contiguous.items()},
+        {name: Tensor(_NAMES[a.dtype], a.shape, a.nbytes) for name, a in arrays.items()},
         {"id": id},
     )
     yield header.getvalue()
-    for array in contiguous.values():
+    for array in arrays.values():
         yield array.reshape(-1).view(np.uint8).data

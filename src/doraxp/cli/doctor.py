@@ -135,7 +135,8 @@ def _print(found: Diagnosis, base: Path, *, every: bool) -> None:
     count = sum(finding.level == "error" for finding in found.findings)
     state = f"{count} {'error' if count == 1 else 'errors'}" if count else "ready for training"
     size = f"{found.parameters:,} numbers, {found.bytes:,} bytes"
-    print_names(f"{base}: {len(figures)} targets, {size}: {state}", console)
+    targets = f"{len(figures)} {'target' if len(figures) == 1 else 'targets'}"
+    print_names(f"{base}: {targets}, {size}: {state}", console)
 
 
 def _print_costs(found: Diagnosis, console: Console) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -79,8 +80,13 @@ class Stored(NamedTuple):
         named = None if operator is None else {"name": type(operator).__name__, **fields}
         kind = {"kind": self.kind.name, "groups": self.kind.groups}
         found: dict[str, Any] = {**kind, "shape": self.shape, "operator": named}
-        as_json: dict[str, Any] = json.loads(json.dumps(found, default=repr))
+        as_json: dict[str, Any] = json.loads(json.dumps(found, default=_described))
         return as_json
+
+
+def _described(value: Any) -> str:
+    """Return the repr of a value without addresses in memory, which another process has not."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def weight_of(base: Any, name: str) -> Any:
@@ -116,8 +122,8 @@ def stored_as(weight: Array, kind: LayerKind | None, operator: Any, layout: Weig
     if layout == "in_out":
         if kind.name not in _TURNED:
             raise ValueError(
-                f"weight_layout must be 'out_in' for a layer of kind {kind.name!r}: the kind says "
-                "how the weight is stored"
+                f"weight_layout must be 'out_in' for a layer of kind {kind.name!r}: give "
+                "kind=LayerKind('transposed') to the layers that store (in, out) instead"
             )
         kind = _TURNED[kind.name]
     kind.matrix_shape(shape)

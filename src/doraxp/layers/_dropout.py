@@ -32,6 +32,11 @@ class Dropout:
         mask = np.where(kept, wide(1 / (1 - self.rate)), wide(0))
         return as_dtype(xp.asarray(mask, device=ops.device(x)), x.dtype, xp=xp)
 
+    def check(self, state: dict[str, Any]) -> None:
+        """Raise unless the generator takes a state."""
+        bits: np.random.BitGenerator = np.random.PCG64()
+        bits.state = state
+
     @property
     def state(self) -> dict[str, Any]:
         """The state of the generator: values of JSON."""

@@ -159,6 +159,7 @@ class TrainedArrays:
                     f"{name} must be that of the state, {other!r}, got {value!r}: make the layer "
                     "with the same choices"
                 )
+        self._dropout.check(state["generator"])
         return self._fitting(state["parameters"], strict=True)
 
     def _fitting(self, state: Mapping[str, Array], *, strict: bool) -> dict[str, Array]:
