@@ -37,20 +37,37 @@ class Windows(NamedTuple):
     @property
     def extents(self) -> tuple[int, ...]:
         """The numbers of x from the first that a window reads to the last, both included."""
-        pairs = zip(self.kernel, self.dilation, strict=True)
-        return tuple((kernel - 1) * dilation + 1 for kernel, dilation in pairs)
+        return _sizes(self).extents
 
     @property
     def padded(self) -> tuple[int, ...]:
         """The size of x with its zeros."""
-        pairs = zip(self.size, self.padding, strict=True)
-        return tuple(size + 2 * padding for size, padding in pairs)
+        return _sizes(self).padded
 
     @property
     def positions(self) -> tuple[int, ...]:
         """The size of y without batch and channels."""
-        each = zip(self.padded, self.extents, self.stride, strict=True)
-        return tuple((padded - extent) // stride + 1 for padded, extent, stride in each)
+        return _sizes(self).positions
+
+
+class _Sizes(NamedTuple):
+    """The properties of `Windows` of these names."""
+
+    extents: tuple[int, ...]
+    padded: tuple[int, ...]
+    positions: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def _sizes(windows: Windows) -> _Sizes:
+    """Return the sizes. Kept, because a small convolution asks for them more often than it adds."""
+    pairs = zip(windows.kernel, windows.dilation, strict=True)
+    extents = tuple((kernel - 1) * dilation + 1 for kernel, dilation in pairs)
+    sides = zip(windows.size, windows.padding, strict=True)
+    padded = tuple(size + 2 * padding for size, padding in sides)
+    each = zip(padded, extents, windows.stride, strict=True)
+    positions = tuple((length - extent) // stride + 1 for length, extent, stride in each)
+    return _Sizes(extents, padded, positions)
 
 
 def unfolded(x: Array, windows: Windows, groups: int, *, xp: Namespace) -> Array:
