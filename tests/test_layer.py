@@ -841,6 +841,17 @@ def test_an_operator_without_a_kind_brings_its_own(backend, draw):
         layer.load_state(other.state())
 
 
+def test_a_forward_that_fails_draws_no_mask():
+    weight, x = np.eye(4), np.ones((3, 4))
+    layers = [DoRALayer(doraxp.Linear(weight), Config(2), seed=0, dropout=0.5) for _ in range(2)]
+    for layer in layers:
+        layer.adapter = layer.adapter._replace(lora_b=np.ones((4, 2)))
+    with pytest.raises(ValueError, match="x must have shape"):
+        layers[0](np.ones((3, 5)))
+    np.testing.assert_array_equal(layers[0](x), layers[1](x))
+
+
+@pytest.mark.once
 def test_ids_take_no_dropout(draw):
     with pytest.raises(ValueError, match="dropout must be 0 for an embedding, whose input is"):
         DoRALayer(Plain(draw(9, 6)), Config(1), seed=0, operator=doraxp.Embedding(), dropout=0.1)

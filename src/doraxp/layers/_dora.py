@@ -210,9 +210,11 @@ class DoRALayer(TrainedArrays):
         See `doraxp.forward`, also for the mask: it has the shape of x and the values 0 and
         1/(1 − p). A mask that is given counts instead of one that the layer draws.
         """
+        masks = self._dropout.state
         try:
             return self._forward(x, dropout_mask)
         except _ERRORS as error:
+            self._dropout.state = masks
             self._explain(error, x)
             raise
 
