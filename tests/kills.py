@@ -134,6 +134,7 @@ def kill_at_each_moment(folder):
 
 def main(folder, kills=20):
     """Print the results of both."""
+    folder.mkdir(parents=True, exist_ok=True)
     train(folder / "whole", every=STEPS)
     resumed = kill_in_training(folder / "killed", int(kills))
     moments, complete = kill_at_each_moment(folder / "moments")

@@ -210,6 +210,7 @@ class Wrapped:
         return dy @ x
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("dropout", "form", "norm_gradient"), CHOICES)
 def test_an_operator_of_a_framework_gives_the_results_of_a_matrix_product(
     backend, draw, assert_close, dropout, form, norm_gradient
@@ -252,6 +253,7 @@ def test_a_product_that_a_framework_derives_is_called(backend, draw, assert_clos
     assert_close(doubled, 2 * backend.numpy(plain), rtol=1e-13)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dropout", [None, "input", "low_rank"])
 def test_an_operator_of_a_framework_takes_stacks(backend, draw, assert_close, dropout):
     config = Config(3, 2.0, dropout=dropout or "input")
@@ -268,6 +270,7 @@ def test_an_operator_of_a_framework_takes_stacks(backend, draw, assert_close, dr
         assert_close(results[1][name], desired, rtol=1e-13)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("norm_gradient", ["exact", "detached"])
 def test_a_transposed_weight_gives_the_results_of_its_matrix(
     backend, draw, assert_close, norm_gradient
@@ -289,6 +292,7 @@ def test_a_transposed_weight_gives_the_results_of_its_matrix(
         assert_close(gradient, desired[name], rtol=1e-14)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_fresh_adapter_and_a_merge_act_as_the_convolution(backend, assert_close, groups):
     (inputs, kind), operator = of_convolution((6, 5), (3, 2), groups), Convolution(padding=1)
@@ -307,6 +311,7 @@ def test_a_fresh_adapter_and_a_merge_act_as_the_convolution(backend, assert_clos
     assert_close(backend.run(operator.apply, inputs["x"], merged), y, rtol=1e-13)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("of", ["convolution", "embedding"])
 @pytest.mark.parametrize("norm_gradient", ["exact", "detached"])
 def test_rows_that_cancel_keep_their_digits_through_an_operator(
@@ -344,6 +349,7 @@ def test_rows_that_cancel_keep_their_digits_through_an_operator(
         assert_close(found["x"], back, rtol=1e-8)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("of", ["convolution", "embedding"])
 def test_a_row_of_zeros_gives_the_bias_and_no_gradient(backend, of):
     (inputs, kind), operator = of_embedding(), Embedding()
@@ -608,6 +614,7 @@ def test_kinds_without_one_input_axis_take_no_reduce():
         doraxp.forward(*inputs.values(), adapter, Config(2), operator=Wrapped(), reduce=np.copy)
 
 
+@pytest.mark.once
 def test_a_matrix_product_as_an_operator_has_its_gradients(backend, draw, assert_close):
     x, weight, dy = draw(2, 4, 5, 6), draw(2, 7, 6), draw(2, 4, 5, 7)
     operator, transpose = MatMul(), doraxp.backends.transpose
