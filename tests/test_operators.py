@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 import tracemalloc
+from types import SimpleNamespace
 
 import array_api_compat.numpy
 import numpy as np
@@ -12,6 +14,7 @@ from convolutions import convolved, outputs, slopes
 
 import doraxp
 from doraxp import Adapter, Config, Convolution, Embedding, LayerKind, MatMul
+from doraxp._base.pytrees import register_static
 from doraxp.backends import Operations, Windows, operations
 from doraxp.testing import expected_of_operator, operator_catalogue
 
@@ -554,11 +557,29 @@ def test_ids_out_of_range_are_refused_where_they_can_be_read():
     assert not doraxp.backward(y, cache).adapter.magnitude.any()
 
 
-def test_ids_must_be_where_the_table_is():
-    strict = pytest.importorskip("array_api_strict")
-    table, there = strict.ones((3, 2)), strict.Device("device1")
-    with pytest.raises(ValueError, match=r"ids must be on .*CPU_DEVICE.*, where the weight is"):
-        Embedding().apply(strict.asarray([0, 1], device=there), table)
+def test_ids_must_be_where_the_table_is(monkeypatch):
+    ids, table = np.array([0, 1]), np.ones((3, 2))
+    monkeypatch.setattr("doraxp._core.operators.device", lambda array: f"GPU {array.ndim}")
+    with pytest.raises(ValueError, match="ids must be on GPU 2, where the weight is"):
+        Embedding().apply(ids, table)
+
+
+def test_a_class_without_arrays_is_static_for_jax_once(monkeypatch):
+    found = []
+
+    def register(kind):
+        found.append(kind)
+        if len(found) > 1:
+            raise ValueError("registered already")
+
+    tree = SimpleNamespace(register_static=register)
+    monkeypatch.setitem(sys.modules, "jax", SimpleNamespace(tree_util=tree))
+    for _ in range(2):
+        register_static(LayerKind)
+    assert found == [LayerKind, LayerKind]
+    monkeypatch.delitem(sys.modules, "jax")
+    register_static(LayerKind)
+    assert len(found) == 2
 
 
 def test_ids_and_tables_that_jax_traces_have_no_device(jax):
