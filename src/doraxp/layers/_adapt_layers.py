@@ -74,7 +74,7 @@ def adapt_layers(
     Raises
     ------
     TypeError
-        `layers` is not a mapping and there is no accessor, or the errors of `DoRALayer`.
+        `layers` is not a mapping and `accessor` is None, or the errors of `DoRALayer`.
     ValueError
         No layer has a weight, a target or a pattern matches no layer, or the errors of
         `DoRALayer`. Then no layer was replaced.
