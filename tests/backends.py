@@ -11,7 +11,7 @@ import contextlib
 import functools
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import array_api_compat.numpy
@@ -29,8 +29,12 @@ class Lane:
 
     name = "numpy"
     backend = "numpy"
+    distribution = "numpy"
+    """The name of the package that installs the library."""
     fuses = False
     """Whether a compiler may round a product and a sum together: two programs then differ."""
+    limits: Mapping[str, str] = {"jit, graph": "NumPy has no graphs."}
+    """Why a dtype or a feature of docs/support.md is not right on this library."""
 
     def namespace(self) -> Any:
         return array_namespace(self.asarray(np.zeros(1)))
@@ -47,7 +51,16 @@ class Lane:
         return function(*args, **kwargs)
 
     def has(self, dtype: str) -> bool:
-        return True
+        return dtype not in self.limits
+
+    def limit(self, feature: str, dtype: str) -> str | None:
+        """Return why a feature is not right in a dtype; None where it is."""
+        asked = (dtype, feature, f"{feature}, {dtype}")
+        return next((self.limits[key] for key in asked if key in self.limits), None)
+
+    def compiled(self, function: Callable[..., Any], arrays: list[np.ndarray]) -> list[Any]:
+        """Trace `function` of a list of arrays without values, and compute what was traced."""
+        raise NotImplementedError("the library has no graphs")
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:

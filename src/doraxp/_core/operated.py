@@ -165,7 +165,7 @@ def outputs(layer: Layer, x: Array, mask: Array | None, bias: Array | None) -> O
     v = layer.formed(x)
     if v is None:
         low, _ = layer.applied(x, layer.stored(a))
-        z, shape = layer.applied(x, prepared.weight)
+        z, shape = _looked_up(layer, x)
         z, y = ops.forward_epilogue(z, row_scale, (low, scaled_b), prepared.gain, bias)
         return Operated(layer.outputs(y, shape), low, z)
     # One call makes x Vᵀ and x Aᵀ: it reads the windows of x once.
@@ -180,6 +180,15 @@ def outputs(layer: Layer, x: Array, mask: Array | None, bias: Array | None) -> O
     if inputs.rest is not None:
         y = layer.applied(inputs.rest, layer.base())[0] + y
     return Operated(layer.outputs(y, shape), low, z)
+
+
+def _looked_up(layer: Layer, ids: Array) -> tuple[Array, tuple[int, ...]]:
+    """Return apply(ids, W) by tokens, and its shape. A weight of 16 bits is scaled in 32."""
+    weight, operator = layer.prepared.weight, layer.operator
+    if type(operator) is not Embedding or operator.scale == 1:
+        return layer.applied(ids, weight)
+    rows, shape = layer._replace(operator=Embedding()).applied(ids, weight)
+    return operator.scale * rows, shape
 
 
 def _below(v: Array, a: Array, *, xp: Namespace) -> Array:
