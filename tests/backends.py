@@ -24,6 +24,10 @@ from doraxp.backends import array_namespace, available, operations
 from doraxp.backends._cupy.operations import CupyOperations
 
 
+NO_HALF = "the standard has no dtype of 16 bits, and array-api-strict has no other."
+NO_TAKE = "`sparse.take` does not accept the integer arrays of sparse itself."
+
+
 class Lane:
     """The lane of NumPy. Other lanes override the methods that differ."""
 
@@ -46,6 +50,10 @@ class Lane:
     def numpy(self, array: Any) -> np.ndarray:
         return np.asarray(array)
 
+    def read(self, arrays: list[Any]) -> list[np.ndarray]:
+        """Return arrays of NumPy; a lazy library computes what they share once."""
+        return [self.numpy(array) for array in arrays]
+
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `function` the way that this lane tests every public function."""
         return function(*args, **kwargs)
@@ -59,8 +67,14 @@ class Lane:
         return next((self.limits[key] for key in asked if key in self.limits), None)
 
     def compiled(self, function: Callable[..., Any], arrays: list[np.ndarray]) -> list[Any]:
-        """Trace `function` of a list of arrays without values, and compute what was traced."""
-        raise NotImplementedError("the library has no graphs")
+        """Trace `function` of a list of arrays without values, and return what the graph computes.
+
+        Raises
+        ------
+        NotImplementedError
+            The library has no graphs, or none that this lane makes.
+        """
+        raise NotImplementedError
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -84,6 +98,12 @@ class ReadOnlyNumpy(Lane):
 class Strict(Lane):
     name = "strict"
     backend = "array_api_strict"
+    distribution = "array-api-strict"
+    limits = {
+        "float16": NO_HALF,
+        "bfloat16": NO_HALF,
+        "jit, graph": "array-api-strict has no graphs.",
+    }
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -97,9 +117,6 @@ class Strict(Lane):
 
     def numpy(self, array: Any) -> np.ndarray:
         return np.from_dlpack(array)
-
-    def has(self, dtype: str) -> bool:
-        return dtype in ("float32", "float64")
 
 
 class Strictest(Strict):
@@ -118,7 +135,8 @@ class Strictest(Strict):
 
 class Torch(Lane):
     name = "torch"
-    backend = "torch"
+    backend = distribution = "torch"
+    limits = {}
 
     def asarray(self, values: np.ndarray) -> Any:
         import torch
@@ -126,6 +144,13 @@ class Torch(Lane):
         if values.dtype.name == "bfloat16":
             return torch.tensor(values.astype(np.float32)).to(torch.bfloat16)
         return torch.tensor(np.array(values))
+
+    def compiled(self, function: Callable[..., Any], arrays: list[np.ndarray]) -> list[Any]:
+        """Trace by TorchDynamo, and compute the graph without a compiler of kernels."""
+        import torch
+
+        graph = torch.compile(function, backend="eager")
+        return graph(list(map(self.asarray, arrays)))
 
     def numpy(self, array: Any) -> np.ndarray:
         import torch
@@ -137,12 +162,18 @@ class Torch(Lane):
 
 class Jax(Lane):
     name = "jax"
-    backend = "jax"
+    backend = distribution = "jax"
+    limits = {}
 
     def asarray(self, values: np.ndarray) -> Any:
         import jax.numpy
 
         return jax.numpy.array(values)
+
+    def compiled(self, function: Callable[..., Any], arrays: list[np.ndarray]) -> list[Any]:
+        import jax
+
+        return jax.jit(function)(list(map(self.asarray, arrays)))
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -199,7 +230,8 @@ def jitted(function: Callable[..., Any], tree: Any, static: tuple[Static | None,
 
 class Dask(Lane):
     name = "dask"
-    backend = "dask"
+    backend = distribution = "dask"
+    limits = {}
 
     def asarray(self, values: np.ndarray) -> Any:
         import dask.array
@@ -209,6 +241,14 @@ class Dask(Lane):
 
     def numpy(self, array: Any) -> np.ndarray:
         return np.asarray(array.compute(scheduler="synchronous"))
+
+    def read(self, arrays: list[Any]) -> list[np.ndarray]:
+        import dask
+
+        return [np.asarray(one) for one in dask.compute(*arrays, scheduler="synchronous")]
+
+    def compiled(self, function: Callable[..., Any], arrays: list[np.ndarray]) -> list[Any]:
+        return self.run(function, list(map(self.asarray, arrays)))
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Build the graph; a computation of it fails."""
@@ -227,6 +267,8 @@ class Dask(Lane):
 class Cupy(Lane):
     name = "cupy"
     backend = "cupy"
+    distribution = "cupy-cuda13x"
+    limits = {"jit, graph": "CUDA graphs were not tried."}
 
     def asarray(self, values: np.ndarray) -> Any:
         import cupy
@@ -241,6 +283,7 @@ class HostCuda(Lane):
     """CuPy's operations on an emulated device, made from a C++ compiler and NumPy."""
 
     name = "cuda-host"
+    limits = {"jit, graph": "the emulated device has no CUDA graphs."}
 
     def asarray(self, values: np.ndarray) -> Any:
         return np.array(values).view(cuda_host.DeviceArray)
@@ -273,7 +316,13 @@ class HostCuda(Lane):
 
 class Mlx(Lane):
     name = "mlx"
-    backend = "mlx"
+    backend = distribution = "mlx"
+    limits = {}
+
+    def compiled(self, function: Callable[..., Any], arrays: list[np.ndarray]) -> list[Any]:
+        import mlx.core as mx
+
+        return mx.compile(function)(list(map(self.asarray, arrays)))
 
     def asarray(self, values: np.ndarray) -> Any:
         import mlx.core as mx
@@ -293,7 +342,15 @@ class Mlx(Lane):
 
 class Sparse(Lane):
     name = "sparse"
-    backend = "sparse"
+    backend = distribution = "sparse"
+    limits = {
+        "float16": "sparse multiplies by Numba, which does not compute in float16.",
+        "bfloat16": "sparse has no bfloat16.",
+        "convolution": NO_TAKE,
+        "embedding": NO_TAKE,
+        "quantised weight": NO_TAKE,
+        "jit, graph": "sparse has no graphs.",
+    }
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -308,13 +365,11 @@ class Sparse(Lane):
     def numpy(self, array: Any) -> np.ndarray:
         return array.todense()
 
-    def has(self, dtype: str) -> bool:
-        return dtype in ("float32", "float64")
-
 
 class Ndonnx(Lane):
     name = "ndonnx"
-    backend = "ndonnx"
+    backend = distribution = "ndonnx"
+    limits = {"float16": "", "bfloat16": ""}
 
     def asarray(self, values: np.ndarray) -> Any:
         import ndonnx
@@ -324,13 +379,27 @@ class Ndonnx(Lane):
     def numpy(self, array: Any) -> np.ndarray:
         return array.unwrap_numpy()
 
-    def has(self, dtype: str) -> bool:
-        return dtype in ("float32", "float64")
+    def compiled(self, function: Callable[..., Any], arrays: list[np.ndarray]) -> list[Any]:
+        """Build a model of arguments without values, and compute it by ONNX Runtime."""
+        import ndonnx
+        import onnxruntime
+
+        names = [f"x{i}" for i in range(len(arrays))]
+        symbols = {
+            name: ndonnx.argument(shape=array.shape, dtype=getattr(ndonnx, array.dtype.name))
+            for name, array in zip(names, arrays, strict=True)
+        }
+        results = function(list(symbols.values()))
+        model = ndonnx.build(symbols, {f"y{i}": array for i, array in enumerate(results)})
+        session = onnxruntime.InferenceSession(model.SerializeToString())
+        outputs = session.run(None, dict(zip(names, arrays, strict=True)))
+        return list(map(self.asarray, outputs))
 
 
 class Cubed(Lane):
     name = "cubed"
-    backend = "cubed"
+    backend = distribution = "cubed"
+    limits = {"float16": "", "bfloat16": ""}
 
     def asarray(self, values: np.ndarray) -> Any:
         import cubed.array_api
@@ -340,6 +409,14 @@ class Cubed(Lane):
     def numpy(self, array: Any) -> np.ndarray:
         return np.asarray(array.compute())
 
+    def read(self, arrays: list[Any]) -> list[np.ndarray]:
+        import cubed
+
+        return [np.asarray(one) for one in cubed.compute(*arrays)]
+
+    def compiled(self, function: Callable[..., Any], arrays: list[np.ndarray]) -> list[Any]:
+        return self.run(function, list(map(self.asarray, arrays)))
+
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Build the plan; a computation of it fails."""
         with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
@@ -347,8 +424,18 @@ class Cubed(Lane):
             warnings.simplefilter("ignore", DeprecationWarning)  # cubed imports numpy.core
             return function(*args, **kwargs)
 
-    def has(self, dtype: str) -> bool:
-        return dtype in ("float32", "float64")
+
+class Blosc2(Lane):
+    name = "blosc2"
+    backend = distribution = "blosc2"
+
+    def asarray(self, values: np.ndarray) -> Any:
+        import blosc2
+
+        return blosc2.asarray(np.array(values))
+
+    def limit(self, feature: str, dtype: str) -> str | None:
+        return "some functions of blosc2 give other shapes and values than the standard says."
 
 
 LANES: dict[str, tuple[Lane, ...]] = {
@@ -363,9 +450,10 @@ LANES: dict[str, tuple[Lane, ...]] = {
     "sparse": (Sparse(),),
     "ndonnx": (Ndonnx(),),
     "cubed": (Cubed(),),
+    "blosc2": (Blosc2(),),
 }
 
-ON_REQUEST = {"cuda-host", "mlx", "sparse", "ndonnx", "cubed"}
+ON_REQUEST = {"cuda-host", "mlx", "sparse", "ndonnx", "cubed", "blosc2"}
 """Lanes that run only when they are named: one needs a C++ compiler, the others run few files."""
 
 

@@ -37,8 +37,9 @@ from doraxp.testing import (
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 GRADIENTS = ("dx", "da", "db", "dm", "dw", "dbias")
-PLAIN = ("tall", "direction form", "detached")
-HARD = ("cancelling rows", "zero row", "negative magnitude")
+PLAIN = ("tall", "direction form, detached")
+HARD = ("cancelling rows", "zero row")
+OPERATED = ("grouped convolution", "convolution, dropout", "scaled embedding", "embedding, detached")
 ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 LEAST = {"float16": 2.0**-24, "bfloat16": 2.0**-126}
 CASES = {case.name: case for case in catalogue()}
@@ -62,8 +63,9 @@ def result(lane: Lane, feature: str, dtype: str) -> Result:
         A result is wrong: its library, dtype, shape or a number.
     """
     try:
-        for name, actual, want in FEATURES[feature](lane, dtype):
-            values = lane.numpy(actual)
+        checks = list(FEATURES[feature](lane, dtype))
+        read = lane.read([actual for _, actual, _ in checks])
+        for (name, _, want), values in zip(checks, read, strict=True):
             assert values.dtype.name == want.dtype, (name, values.dtype)
             assert want.share(values) <= 1, (name, want.share(values))
     except AssertionError:
@@ -81,7 +83,7 @@ def version(lane: Lane) -> str:
 
 
 def decompose(lane: Lane, dtype: str) -> Checks:
-    for case, want in chosen(lane, dtype, *PLAIN[:1], *HARD[:2]):
+    for case, want in chosen(lane, dtype, PLAIN[0], *HARD):
         weight = inputs(lane, case, dtype)["weight"]
         magnitude, _ = lane.run(doraxp.decompose, weight)
         yield "initial", magnitude, want["initial"]
@@ -103,7 +105,7 @@ def dropout(lane: Lane, dtype: str) -> Checks:
 
 
 def stacks(lane: Lane, dtype: str) -> Checks:
-    for case, want in chosen(lane, dtype, "stack", "stack, direction form"):
+    for case, want in chosen(lane, dtype, "dropout, stack"):
         yield from named(layer(lane, case, dtype), want, "y", *GRADIENTS)
 
 
@@ -280,7 +282,7 @@ def layer(
 def operated(lane: Lane, dtype: str, kind: str) -> Checks:
     """Run the catalogue's convolutions or embeddings. Products of 16 bits are exact here."""
     for case in operator_catalogue():
-        if case.kind != kind:
+        if case.kind != kind or case.name not in OPERATED:
             continue
         case = rounded(case, dtype)
         want = {
