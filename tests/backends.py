@@ -26,6 +26,12 @@ from doraxp.backends._cupy.operations import CupyOperations
 
 NO_HALF = "the standard has no dtype of 16 bits, and array-api-strict has no other."
 NO_TAKE = "`sparse.take` does not accept the integer arrays of sparse itself."
+NO_INT32 = "`ndonnx.take` accepts indices of int64 only. The indices of the package are int32."
+NO_ZARR = "cubed stores results by Zarr, which has no bfloat16."
+EAGER_TAKE = "`cubed.take` computes its indices before the plan is complete."
+STORED_BY_CUBED = (
+    "forward", "backward", "merge", "rows that cancel", "stacks", "dropout", "jit, graph",
+)  # fmt: skip
 
 
 class Lane:
@@ -136,7 +142,10 @@ class Strictest(Strict):
 class Torch(Lane):
     name = "torch"
     backend = distribution = "torch"
-    limits = {}
+    limits = {
+        "jit, graph": "`torch.compile` breaks the graph where `doraxp.forward` reads a value. The "
+        "functions of `doraxp.torch` have no break."
+    }
 
     def asarray(self, values: np.ndarray) -> Any:
         import torch
@@ -149,7 +158,7 @@ class Torch(Lane):
         """Trace by TorchDynamo, and compute the graph without a compiler of kernels."""
         import torch
 
-        graph = torch.compile(function, backend="eager")
+        graph = torch.compile(function, fullgraph=True, backend="eager")
         return graph(list(map(self.asarray, arrays)))
 
     def numpy(self, array: Any) -> np.ndarray:
@@ -344,11 +353,10 @@ class Sparse(Lane):
     name = "sparse"
     backend = distribution = "sparse"
     limits = {
-        "float16": "sparse multiplies by Numba, which does not compute in float16.",
-        "bfloat16": "sparse has no bfloat16.",
         "convolution": NO_TAKE,
         "embedding": NO_TAKE,
         "quantised weight": NO_TAKE,
+        "NaN": "sparse computes its fill value too: 0 / 0 is NaN, and products ignore NaN beside 0.",
         "jit, graph": "sparse has no graphs.",
     }
 
@@ -369,7 +377,11 @@ class Sparse(Lane):
 class Ndonnx(Lane):
     name = "ndonnx"
     backend = distribution = "ndonnx"
-    limits = {"float16": "", "bfloat16": ""}
+    limits = {
+        "bfloat16": "ndonnx has no bfloat16.",
+        "convolution": NO_INT32,
+        "quantised weight": NO_INT32,
+    }
 
     def asarray(self, values: np.ndarray) -> Any:
         import ndonnx
@@ -399,7 +411,10 @@ class Ndonnx(Lane):
 class Cubed(Lane):
     name = "cubed"
     backend = distribution = "cubed"
-    limits = {"float16": "", "bfloat16": ""}
+    limits = {
+        **dict.fromkeys(("convolution", "embedding", "quantised weight"), EAGER_TAKE),
+        **{f"{feature}, bfloat16": NO_ZARR for feature in STORED_BY_CUBED},
+    }
 
     def asarray(self, values: np.ndarray) -> Any:
         import cubed.array_api
@@ -423,6 +438,9 @@ class Cubed(Lane):
             patch.setattr("cubed.Array.compute", None)
             warnings.simplefilter("ignore", DeprecationWarning)  # cubed imports numpy.core
             return function(*args, **kwargs)
+
+    def has(self, dtype: str) -> bool:
+        return dtype != "bfloat16"
 
 
 class Blosc2(Lane):

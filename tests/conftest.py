@@ -56,6 +56,11 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "lanes(*names): run on these backends only; for tests of what only they have"
     )
     config.addinivalue_line(
+        "markers",
+        "uses(*features): fail on a backend that declares one of these as a limit; for tests of "
+        "what some library lacks",
+    )
+    config.addinivalue_line(
         "markers", "dtypes(*names): run with each `dtype` of these that the backend has"
     )
 
@@ -95,6 +100,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = [item for item in items if is_chosen(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
     items[:] = sorted(chosen, key=lambda item: item.path.stem not in LONGEST)
+    for item in items:
+        for reason in limits_of(item):
+            item.add_marker(pytest.mark.xfail(reason=reason))
+
+
+def limits_of(item: pytest.Item) -> Iterator[str]:
+    """Yield the reason against each feature that a test uses and its lane lacks."""
+    lane = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+    if isinstance(lane, Lane):
+        for marker in item.iter_markers("uses"):
+            for feature in marker.args:
+                if reason := lane.limit(feature, item.callspec.params.get("dtype", "")):
+                    yield reason
 
 
 def import_oracle(name: str, request: pytest.FixtureRequest) -> Any:

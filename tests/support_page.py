@@ -69,7 +69,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     for lane in dict.fromkeys(cell[0] for cell in CELLS):
         text = json.dumps(fragment([cell for cell in CELLS if cell[0] == lane]), indent=1)
         (FRAGMENTS / f"{lane}.json").write_text(f"{text}\n", "utf-8")
-    PAGE.write_text(page(read()), "utf-8")
+    if all((FRAGMENTS / f"{lane}.json").exists() for lane in TITLES):
+        PAGE.write_text(page(read()), "utf-8")
 
 
 def fragment(cells: list[tuple[Any, ...]]) -> Fragment:

@@ -90,6 +90,7 @@ def test_scaling_the_magnitude_turns_nothing(backend, draw, assert_close):
     assert float(np.max(backend.numpy(change.direction_rows))) < 1e-30
 
 
+@pytest.mark.uses("NaN")
 def test_nan_in_a_row_stays_nan_in_both_forms(backend, draw):
     """A row with NaN must not pass for a row that is too short to have a direction."""
     weight = backend.numpy(draw(7, 6)).copy()

@@ -12,6 +12,11 @@ import doraxp
 from doraxp import Adapter, Config, DoRALayer, LayerKind, Linear
 
 W = np.array([[3.0, 4.0], [0.0, 5.0]])
+OPERATORS = [
+    pytest.param("conv", marks=pytest.mark.uses("convolution")),
+    pytest.param("grouped", marks=pytest.mark.uses("convolution")),
+    pytest.param("embedding", marks=pytest.mark.uses("embedding")),
+]
 
 
 class Plain:
@@ -788,7 +793,7 @@ def operated(backend, draw, name, **options):
 
 
 @pytest.mark.parametrize("train_base", [False, True])
-@pytest.mark.parametrize("name", ["conv", "grouped", "embedding"])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_a_layer_with_an_operator_equals_the_functions(
     backend, draw, assert_close, name, train_base
 ):
@@ -813,7 +818,7 @@ def test_a_layer_with_an_operator_equals_the_functions(
         assert_close(layer.weight, weight, rtol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["conv", "grouped", "embedding"])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_a_layer_with_an_operator_is_merged_in_the_stored_shape(backend, draw, assert_close, name):
     layer, x = operated(backend, draw, name)
     layer.backward(layer(x))

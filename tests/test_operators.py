@@ -35,6 +35,11 @@ CHOICES = [
 ]
 FORMS = [("weight", "exact"), ("direction", "detached")]
 INPUTS = ("x", "lora_a", "lora_b", "magnitude", "weight", "bias")
+KINDS = [pytest.param(name, marks=pytest.mark.uses(name)) for name in ("convolution", "embedding")]
+CATALOGUE = [
+    pytest.param(case, id=case.name, marks=pytest.mark.uses(case.kind))
+    for case in operator_catalogue()
+]
 
 
 def settings(operator):
@@ -93,6 +98,7 @@ def assert_slopes(gradients, expected, directions):
         assert error <= 1e-9 * np.linalg.norm(g) * np.linalg.norm(u), name
 
 
+@pytest.mark.uses("convolution")
 @pytest.mark.parametrize(("dropout", "form", "norm_gradient"), CHOICES)
 @pytest.mark.parametrize(("size", "kernel", "groups", "shape"), CONVOLUTIONS)
 def test_a_convolution_equals_the_dense_formula_and_its_slopes(
@@ -119,6 +125,7 @@ def test_a_convolution_equals_the_dense_formula_and_its_slopes(
     assert_slopes(found, expected, directions)
 
 
+@pytest.mark.uses("embedding")
 @pytest.mark.parametrize("scale", [1.0, 1.5])
 @pytest.mark.parametrize(
     ("form", "norm_gradient"), [("weight", "exact"), ("direction", "detached")]
@@ -154,6 +161,7 @@ WINDOWS = [
 ]
 
 
+@pytest.mark.uses("convolution")
 @pytest.mark.once
 @pytest.mark.parametrize("block", [1, 1 << 19], ids=["samples", "one-block"])
 @pytest.mark.parametrize(("windows", "groups", "channels", "out"), WINDOWS)
@@ -177,6 +185,7 @@ def test_the_convolution_of_each_library_equals_the_generic_one(
         assert_close(actual, desired, rtol=1e-13)
 
 
+@pytest.mark.uses("embedding")
 @pytest.mark.once
 @pytest.mark.parametrize("count", [9, 70_000])
 def test_the_lookups_of_each_library_equal_the_generic_ones(
@@ -295,6 +304,7 @@ def test_a_transposed_weight_gives_the_results_of_its_matrix(
         assert_close(gradient, desired[name], rtol=1e-14)
 
 
+@pytest.mark.uses("convolution")
 @pytest.mark.once
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_fresh_adapter_and_a_merge_act_as_the_convolution(backend, assert_close, groups):
@@ -315,7 +325,7 @@ def test_a_fresh_adapter_and_a_merge_act_as_the_convolution(backend, assert_clos
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("of", ["convolution", "embedding"])
+@pytest.mark.parametrize("of", KINDS)
 @pytest.mark.parametrize("norm_gradient", ["exact", "detached"])
 def test_rows_that_cancel_keep_their_digits_through_an_operator(
     backend, assert_close, of, norm_gradient
@@ -353,7 +363,7 @@ def test_rows_that_cancel_keep_their_digits_through_an_operator(
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("of", ["convolution", "embedding"])
+@pytest.mark.parametrize("of", KINDS)
 def test_a_row_of_zeros_gives_the_bias_and_no_gradient(backend, of):
     (inputs, kind), operator = of_embedding(), Embedding()
     if of == "convolution":
@@ -373,6 +383,7 @@ def test_a_row_of_zeros_gives_the_bias_and_no_gradient(backend, of):
     )
 
 
+@pytest.mark.uses("convolution")
 def test_a_prepared_norm_serves_the_forwards_of_its_weight(backend, assert_close):
     (inputs, kind), operator = of_convolution((6, 5), (3, 2), 2), Convolution()
     inputs, config = on(backend, inputs), Config(2)
@@ -403,7 +414,7 @@ def test_a_prepared_norm_is_refused_for_another_kind(backend, draw):
 
 @pytest.mark.once
 @pytest.mark.dtypes("float16", "bfloat16", "float32")
-@pytest.mark.parametrize("of", ["convolution", "embedding"])
+@pytest.mark.parametrize("of", KINDS)
 def test_results_have_the_dtypes_of_x_and_of_the_computation(backend, dtype, of):
     (inputs, _), operator = of_embedding(), Embedding()
     if of == "convolution":
@@ -650,7 +661,7 @@ def test_a_matrix_product_as_an_operator_has_its_gradients(backend, draw, assert
 
 @pytest.mark.once
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("case", operator_catalogue(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CATALOGUE)
 def test_every_number_of_the_catalogue_is_within_its_bound(backend, case, dtype):
     inputs, kind, operator = on(backend, case.stored(dtype)), case.layer_kind, case.operator
     adapter, config, mask = adapter_of(inputs), case.config, inputs.get("dropout_mask")
