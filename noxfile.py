@@ -10,6 +10,7 @@ import ctypes
 import os
 import pathlib
 import shutil
+import subprocess
 
 import nox
 
@@ -27,7 +28,7 @@ CORE = tuple(
     f"tests/test_{name}.py"
     for name in (
         "backends", "checkpoint", "cli", "gradients", "layer", "linear", "operators",
-        "optimizers", "optimizers_dicts", "optimizers_loop", "optimizers_scaled",
+        "optimizers", "optimizers_dicts", "optimizers_loop", "optimizers_scaled", "support",
     )
 )  # fmt: skip
 NO_OVERRIDES = ("strict", "dask")  # their operations are the generic ones
@@ -45,18 +46,31 @@ PEFT = (
 FOREIGN = ("mlx", "sparse", "ndonnx", "cubed", "blosc2")
 PEERS = ("torch", "jax", "peft", "torchtune", "lycoris", "mlx_lm")
 PYTHONS = nox.project.python_versions(PROJECT)  # those that the classifiers name
+CELLS = "tests/test_support.py::test_a_feature_is_right_or_has_a_declared_reason"
+
+
+def monitored_python() -> str | None:
+    """Return the newest supported Python here that reports lines without a trace function.
+
+    Tests under coverage take half of the time there. None stands for the Python that runs nox.
+    """
+    for version in sorted(PYTHONS[1:], reverse=True):
+        command = f"python{version}", "-c", ""  # a shim may be there without its Python
+        if shutil.which(command[0]) and not subprocess.run(command, capture_output=True).returncode:
+            return version
+    return None
 
 
 @nox.session
 @nox.parametrize(
-    "backend",
+    "python,backend",
     [
-        nox.param("numpy", id="numpy"),
-        nox.param("strict", id="strict"),
-        nox.param("cupy", id="cupy"),
-        nox.param("torch", id="torch", tags=["ci"]),
-        nox.param("jax", id="jax"),
-        nox.param("dask", id="dask"),
+        nox.param(monitored_python(), "numpy", id="numpy"),
+        nox.param(None, "strict", id="strict"),
+        nox.param(None, "cupy", id="cupy"),
+        nox.param(None, "torch", id="torch", tags=["ci"]),
+        nox.param(None, "jax", id="jax"),
+        nox.param(None, "dask", id="dask"),
     ],
 )
 def tests(session: nox.Session, backend: str) -> None:
@@ -77,16 +91,23 @@ def tests(session: nox.Session, backend: str) -> None:
     examples_of(session, backend)
 
 
-@nox.session(tags=["ci"])
-@nox.parametrize("backend", ["jax", "dask"], ids=["jax", "dask"])
-def core(session: nox.Session, backend: str) -> None:
-    """Run the core's tests on a library that takes long; all: `tests(jax)` and `tests(dask)`."""
-    install(session, "test", backend)
-    lanes = [f"--backend={name}" for name in LANES.get(backend, (backend,))]
-    own = {"jax": "tests/test_jax_bridge.py", "dask": "tests/test_merge_dask.py"}[backend]
+@nox.session(python=PYTHONS[-1], tags=["ci"])
+def newest(session: nox.Session) -> None:
+    """Run the core's tests on the newest Python and libraries; see also `tests(jax)`."""
+    install(session, "test", "newest")
+    versions = ("pip", "list", "--format=freeze")
+    session.run("python", "-m", *versions, silent=False)
+    pytest(
+        session, "--backend=numpy", "--backend=strict", "--backend=strict-draft", *PARALLEL, *CORE
+    )
     # That a write into an adapter is noticed depends on the library.
-    pytest(session, *lanes, *PARALLEL, own, "tests/test_errors.py", *CORE)
-    examples_of(session, backend)
+    errors = "tests/test_errors.py"
+    pytest(session, "--backend=jax", *PARALLEL, "tests/test_jax_bridge.py", errors, *CORE)
+    dask = [f"--backend={name}" for name in LANES["dask"]]
+    pytest(session, *dask, *PARALLEL, "tests/test_merge_dask.py", errors, *CORE)
+    pytest(session, "--backend=sparse", "--backend=ndonnx", *PARALLEL, CELLS, "-k", "float32")
+    for backend in ("jax", "dask"):
+        examples_of(session, backend)
 
 
 @nox.session(name="tests(peft)", tags=["ci"])
@@ -102,13 +123,26 @@ def peft(session: nox.Session) -> None:
 
 @nox.session(name="tests(foreign)", tags=["ci"])
 def foreign(session: nox.Session) -> None:
-    """Run a layer and its step on libraries without overrides, and more tests on MLX."""
+    """Run a layer and its step on libraries without overrides, and the core's tests on two."""
     install(session, "test", "foreign")
     lanes = [f"--backend={name}" for name in FOREIGN]
     pytest(session, *lanes, PROCESSES, "tests/test_foreign.py")
+    # ndonnx and cubed take seconds for a layer: they run the cells of docs/support.md.
+    pytest(session, *lanes, PROCESSES, CELLS, "-k", "float32")
     names = ("decomposition", "layer", "linear", "operators", "optimizers")
-    pytest(session, "--backend=mlx", *PARALLEL, *(f"tests/test_{name}.py" for name in names))
+    files = [f"tests/test_{name}.py" for name in names]
+    pytest(session, "--backend=mlx", "--backend=sparse", *PARALLEL, *files)
     pytest(session, "docs/backends/mlx.md")
+
+
+@nox.session
+def support(session: nox.Session) -> None:
+    """Run each feature in each dtype on each library, and write docs/support.md."""
+    install(session, "test", "strict", "torch", "jax", "dask", "foreign")
+    names = ("numpy", "strict", "strict-draft", "torch", "jax", "dask", "cuda-host", *FOREIGN)
+    pytest(
+        session, *(f"--backend={name}" for name in names), PROCESSES, "-p", "support_page", CELLS
+    )
 
 
 @nox.session(name="tests(quantised)", tags=["ci"])
@@ -260,6 +294,8 @@ def examples_of(session: nox.Session, backend: str) -> None:
 def pytest(session: nox.Session, *args: str) -> None:
     """Run pytest with plugins of docs and tests; docs/blocks.py collects the examples of pages."""
     env = {"PYTHONPATH": os.pathsep.join(("docs", "tests"))}
+    if session.python not in (None, PYTHONS[0]):
+        env["COVERAGE_CORE"] = "sysmon"  # without branches it needs Python 3.12
     if PROCESSES in args:  # a process for each core: more threads would wait for one another
         env |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiling takes most of its lane's time

@@ -19,19 +19,10 @@ import cuda_host
 import ml_dtypes  # tells NumPy of bfloat16
 import numpy as np
 import pytest
+from limits import LIMITS
 
 from doraxp.backends import array_namespace, available, operations
 from doraxp.backends._cupy.operations import CupyOperations
-
-
-NO_HALF = "the standard has no dtype of 16 bits, and array-api-strict has no other."
-NO_TAKE = "`sparse.take` does not accept the integer arrays of sparse itself."
-NO_INT32 = "`ndonnx.take` accepts indices of int64 only. The indices of the package are int32."
-NO_ZARR = "cubed stores results by Zarr, which has no bfloat16."
-EAGER_TAKE = "`cubed.take` computes its indices before the plan is complete."
-STORED_BY_CUBED = (
-    "forward", "backward", "merge", "rows that cancel", "stacks", "dropout", "jit, graph",
-)  # fmt: skip
 
 
 class Lane:
@@ -43,8 +34,6 @@ class Lane:
     """The name of the package that installs the library."""
     fuses = False
     """Whether a compiler may round a product and a sum together: two programs then differ."""
-    limits: Mapping[str, str] = {"jit, graph": "NumPy has no graphs."}
-    """Why a dtype or a feature of docs/support.md is not right on this library."""
 
     def namespace(self) -> Any:
         return array_namespace(self.asarray(np.zeros(1)))
@@ -64,12 +53,18 @@ class Lane:
         """Call `function` the way that this lane tests every public function."""
         return function(*args, **kwargs)
 
+    @property
+    def limits(self) -> Mapping[str, str]:
+        """What the library lacks, with the reasons."""
+        names = (getattr(kind, "name", "") for kind in type(self).__mro__)
+        return next(LIMITS[name] for name in names if name in LIMITS)
+
     def has(self, dtype: str) -> bool:
         return dtype not in self.limits
 
     def limit(self, feature: str, dtype: str) -> str | None:
         """Return why a feature is not right in a dtype; None where it is."""
-        asked = (dtype, feature, f"{feature}, {dtype}")
+        asked = ("*", dtype, feature, f"{feature}, {dtype}")
         return next((self.limits[key] for key in asked if key in self.limits), None)
 
     def compiled(self, function: Callable[..., Any], arrays: list[np.ndarray]) -> list[Any]:
@@ -105,11 +100,6 @@ class Strict(Lane):
     name = "strict"
     backend = "array_api_strict"
     distribution = "array-api-strict"
-    limits = {
-        "float16": NO_HALF,
-        "bfloat16": NO_HALF,
-        "jit, graph": "array-api-strict has no graphs.",
-    }
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -139,13 +129,24 @@ class Strictest(Strict):
             yield
 
 
+class StrictDraft(Strict):
+    """array-api-strict with the draft of the next standard."""
+
+    name = "strict-draft"
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        from array_api_strict import ArrayAPIStrictFlags
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The .* is in draft status", UserWarning)
+            with super().active(), ArrayAPIStrictFlags(api_version="2026.12"):
+                yield
+
+
 class Torch(Lane):
     name = "torch"
     backend = distribution = "torch"
-    limits = {
-        "jit, graph": "`torch.compile` breaks the graph where `doraxp.forward` reads a value. The "
-        "functions of `doraxp.torch` have no break."
-    }
 
     def asarray(self, values: np.ndarray) -> Any:
         import torch
@@ -172,7 +173,6 @@ class Torch(Lane):
 class Jax(Lane):
     name = "jax"
     backend = distribution = "jax"
-    limits = {}
 
     def asarray(self, values: np.ndarray) -> Any:
         import jax.numpy
@@ -240,7 +240,6 @@ def jitted(function: Callable[..., Any], tree: Any, static: tuple[Static | None,
 class Dask(Lane):
     name = "dask"
     backend = distribution = "dask"
-    limits = {}
 
     def asarray(self, values: np.ndarray) -> Any:
         import dask.array
@@ -277,7 +276,6 @@ class Cupy(Lane):
     name = "cupy"
     backend = "cupy"
     distribution = "cupy-cuda13x"
-    limits = {"jit, graph": "CUDA graphs were not tried."}
 
     def asarray(self, values: np.ndarray) -> Any:
         import cupy
@@ -292,7 +290,6 @@ class HostCuda(Lane):
     """CuPy's operations on an emulated device, made from a C++ compiler and NumPy."""
 
     name = "cuda-host"
-    limits = {"jit, graph": "the emulated device has no CUDA graphs."}
 
     def asarray(self, values: np.ndarray) -> Any:
         return np.array(values).view(cuda_host.DeviceArray)
@@ -326,7 +323,6 @@ class HostCuda(Lane):
 class Mlx(Lane):
     name = "mlx"
     backend = distribution = "mlx"
-    limits = {}
 
     def compiled(self, function: Callable[..., Any], arrays: list[np.ndarray]) -> list[Any]:
         import mlx.core as mx
@@ -352,13 +348,6 @@ class Mlx(Lane):
 class Sparse(Lane):
     name = "sparse"
     backend = distribution = "sparse"
-    limits = {
-        "convolution": NO_TAKE,
-        "embedding": NO_TAKE,
-        "quantised weight": NO_TAKE,
-        "NaN": "sparse computes its fill value too: 0 / 0 is NaN, and products ignore NaN beside 0.",
-        "jit, graph": "sparse has no graphs.",
-    }
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -377,11 +366,6 @@ class Sparse(Lane):
 class Ndonnx(Lane):
     name = "ndonnx"
     backend = distribution = "ndonnx"
-    limits = {
-        "bfloat16": "ndonnx has no bfloat16.",
-        "convolution": NO_INT32,
-        "quantised weight": NO_INT32,
-    }
 
     def asarray(self, values: np.ndarray) -> Any:
         import ndonnx
@@ -411,10 +395,6 @@ class Ndonnx(Lane):
 class Cubed(Lane):
     name = "cubed"
     backend = distribution = "cubed"
-    limits = {
-        **dict.fromkeys(("convolution", "embedding", "quantised weight"), EAGER_TAKE),
-        **{f"{feature}, bfloat16": NO_ZARR for feature in STORED_BY_CUBED},
-    }
 
     def asarray(self, values: np.ndarray) -> Any:
         import cubed.array_api
@@ -452,13 +432,11 @@ class Blosc2(Lane):
 
         return blosc2.asarray(np.array(values))
 
-    def limit(self, feature: str, dtype: str) -> str | None:
-        return "some functions of blosc2 give other shapes and values than the standard says."
-
 
 LANES: dict[str, tuple[Lane, ...]] = {
     "numpy": (Lane(), ReadOnlyNumpy()),
     "strict": (Strict(), Strictest()),
+    "strict-draft": (StrictDraft(),),
     "torch": (Torch(),),
     "jax": (Jax(), JaxJit()),
     "dask": (Dask(),),
@@ -471,7 +449,7 @@ LANES: dict[str, tuple[Lane, ...]] = {
     "blosc2": (Blosc2(),),
 }
 
-ON_REQUEST = {"cuda-host", "mlx", "sparse", "ndonnx", "cubed", "blosc2"}
+ON_REQUEST = {"cuda-host", "mlx", "sparse", "ndonnx", "cubed", "blosc2", "strict-draft"}
 """Lanes that run only when they are named: one needs a C++ compiler, the others run few files."""
 
 

@@ -4,8 +4,8 @@
     refused        the package raises an error that says why
     not possible   the library lacks the dtype or a function
 
-`Lane.limits` in `backends` declares each cell that is not right, with its reason. The test of a cell
-fails where the declaration and the run differ.
+`limits` declares each cell that is not right, with its reason. The test of a cell fails where the
+declaration and the run differ.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import importlib.metadata
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from backends import Lane
@@ -39,7 +39,12 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 GRADIENTS = ("dx", "da", "db", "dm", "dw", "dbias")
 PLAIN = ("tall", "direction form, detached")
 HARD = ("cancelling rows", "zero row")
-OPERATED = ("grouped convolution", "convolution, dropout", "scaled embedding", "embedding, detached")
+OPERATED = (
+    "grouped convolution",
+    "convolution, dropout",
+    "scaled embedding",
+    "embedding, detached",
+)
 ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 LEAST = {"float16": 2.0**-24, "bfloat16": 2.0**-126}
 CASES = {case.name: case for case in catalogue()}
@@ -47,15 +52,8 @@ PACKAGE = Path(doraxp.__file__).parent
 Checks = Iterator[tuple[str, Any, Expected]]
 
 
-class Result(NamedTuple):
-    """The content of a cell. `text` is the reason where the state is not "right"."""
-
-    state: str
-    text: str = ""
-
-
-def result(lane: Lane, feature: str, dtype: str) -> Result:
-    """Run a feature, and return the content of its cell.
+def state(lane: Lane, feature: str, dtype: str) -> str:
+    """Run a feature, and return the state of its cell.
 
     Raises
     ------
@@ -73,8 +71,8 @@ def result(lane: Lane, feature: str, dtype: str) -> Result:
     except Exception as error:  # of any type: a library's own one says that it lacks something
         last = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         refused = isinstance(error, TypeError | ValueError) and last.is_relative_to(PACKAGE)
-        return Result("refused" if refused else "not possible", lane.limit(feature, dtype) or "")
-    return Result("right")
+        return "refused" if refused else "not possible"
+    return "right"
 
 
 def version(lane: Lane) -> str:
@@ -275,7 +273,9 @@ def layer(
     found = {"y": y, "norm": cache.prepared.norm}
     if backward:
         grads = lane.run(doraxp.backward, arrays["dy"], cache, train_base=dense)
-        found |= dict(zip(GRADIENTS, (grads.x, *grads.adapter, grads.weight, grads.bias)))
+        found |= dict(
+            zip(GRADIENTS, (grads.x, *grads.adapter, grads.weight, grads.bias), strict=True)
+        )
     return found
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from backends import LANES
+from support import DTYPES, FEATURES
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE, FRAGMENTS = DOCS / "support.md", DOCS / "support"
@@ -21,7 +23,7 @@ INTRODUCTION = """\
 
 This page is generated: `nox -s support` runs each cell on its library and writes it. The cells of a
 run are in `docs/support/`, one file for each library. CI runs the cells again, and fails where one
-of them differs from its declaration in `tests/backends.py`.
+of them differs from its declaration in `tests/limits.py`.
 
 | cell | meaning |
 |---|---|
@@ -39,10 +41,11 @@ the first number is computed.
 TITLES = {
     "numpy": "NumPy",
     "strict": "array-api-strict",
+    "strict-draft": "array-api-strict, draft 2026.12",
     "torch": "PyTorch",
     "jax": "JAX",
     "dask": "Dask",
-    "cuda-host": "CuPy, emulated",
+    "cuda-host": "CuPy, emulated by NumPy",
     "mlx": "MLX",
     "sparse": "sparse",
     "ndonnx": "ndonnx",
@@ -75,9 +78,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def fragment(cells: list[tuple[Any, ...]]) -> Fragment:
     """Return the file of a lane: its library's version, and its cells by dtype and feature."""
-    rows: dict[str, dict[str, list[str]]] = {}
-    for _, _, dtype, feature, state, text in sorted(cells, key=lambda cell: cell[2:4]):
-        rows.setdefault(dtype, {})[feature] = [state, text] if text else [state]
+    rows: dict[str, dict[str, str]] = {}
+    for _, _, dtype, feature, state in sorted(cells, key=lambda cell: cell[2:4]):
+        rows.setdefault(dtype, {})[feature] = state
     return {"version": cells[0][1], "python": platform.python_version(), "cells": rows}
 
 
@@ -94,32 +97,36 @@ def page(fragments: Mapping[str, Fragment]) -> str:
 
 def tables(fragments: Mapping[str, Fragment]) -> Iterable[str]:
     """Yield the lines of the table, of the sums and of the reasons."""
-    from support import DTYPES, FEATURES
-
     cells = [
         cell for one in fragments.values() for row in one["cells"].values() for cell in row.values()
     ]
-    count = {state: sum(cell[0] == state for cell in cells) for state in SHORT}
+    count = {state: cells.count(state) for state in SHORT}
     yield (
         f"{len(cells)} cells on {len(fragments)} libraries: {count['right']} right, "
         f"{count['refused']} refused, {count['not possible']} not possible."
     )
-    yield from ("", f"| library | dtype | {' | '.join(FEATURES)} |", "|---" * (len(FEATURES) + 2) + "|")
+    yield from (
+        "",
+        f"| library | dtype | {' | '.join(FEATURES)} |",
+        "|---" * (len(FEATURES) + 2) + "|",
+    )
     reasons: dict[str, int] = {}
     for lane, one in fragments.items():
         title = f"{TITLES[lane]} {one['version']}"
         for dtype in DTYPES:
-            row = [shown(one["cells"][dtype][feature], reasons) for feature in FEATURES]
+            row = []
+            for feature in FEATURES:
+                reason = LANES[lane][0].limit(feature, dtype)
+                row.append(shown(one["cells"][dtype][feature], reason, reasons))
             yield f"| {title} | {dtype} | {' | '.join(row)} |"
             title = ""
     yield ""
     for reason, number in reasons.items():
-        yield f"{number}. {reason[:1].upper()}{reason[1:]}"
+        yield f"{number}. {reason}"
 
 
-def shown(cell: list[str], reasons: dict[str, int]) -> str:
+def shown(state: str, reason: str | None, reasons: dict[str, int]) -> str:
     """Return a cell of the table. A new reason gets the next number."""
-    state, *text = cell
-    if not text:
+    if reason is None:
         return SHORT[state]
-    return f"{SHORT[state]} {reasons.setdefault(text[0], len(reasons) + 1)}"
+    return f"{SHORT[state]} {reasons.setdefault(reason, len(reasons) + 1)}"

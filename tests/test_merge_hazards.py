@@ -345,10 +345,10 @@ def test_a_work_folder_that_an_ended_merge_removes_before_the_lock_is_made_is_ma
 ):
     expected, opened, removed = right(folder), os.open, []
 
-    def too_late(path, *arguments):
+    def too_late(path, *arguments, **options):
         if Path(path).name == _lock.LOCK and not removed:
             removed.append(Path(path).parent.rmdir())
-        return opened(path, *arguments)
+        return opened(path, *arguments, **options)
 
     monkeypatch.setattr(os, "open", too_late)
     run_merge(plan(folder), folder / "out")
