@@ -55,7 +55,7 @@ class Lane:
 
     @property
     def limits(self) -> Mapping[str, str]:
-        """What the library lacks, with the reasons."""
+        """The limits of the library, with their reasons."""
         names = (getattr(kind, "name", "") for kind in type(self).__mro__)
         return next(LIMITS[name] for name in names if name in LIMITS)
 
