@@ -28,7 +28,7 @@ CORE = tuple(
     f"tests/test_{name}.py"
     for name in (
         "backends", "checkpoint", "cli", "gradients", "layer", "linear", "operators",
-        "optimizers", "optimizers_dicts", "optimizers_loop", "optimizers_scaled", "support",
+        "optimizers", "optimizers_dicts", "optimizers_loop", "optimizers_scaled",
     )
 )  # fmt: skip
 NO_OVERRIDES = ("strict", "dask")  # their operations are the generic ones
@@ -95,17 +95,16 @@ def tests(session: nox.Session, backend: str) -> None:
 def newest(session: nox.Session) -> None:
     """Run the core's tests on the newest Python and libraries; see also `tests(jax)`."""
     install(session, "test", "newest")
-    versions = ("pip", "list", "--format=freeze")
-    session.run("python", "-m", *versions, silent=False)
-    pytest(
-        session, "--backend=numpy", "--backend=strict", "--backend=strict-draft", *PARALLEL, *CORE
-    )
+    session.run("python", "-m", "pip", "list")
+    # On the newest Python, `tests(numpy)` has the newest NumPy too.
+    pytest(session, "--backend=strict", "--backend=strict-draft", *PARALLEL, *CORE)
     # That a write into an adapter is noticed depends on the library.
     errors = "tests/test_errors.py"
     pytest(session, "--backend=jax", *PARALLEL, "tests/test_jax_bridge.py", errors, *CORE)
     dask = [f"--backend={name}" for name in LANES["dask"]]
     pytest(session, *dask, *PARALLEL, "tests/test_merge_dask.py", errors, *CORE)
-    pytest(session, "--backend=sparse", "--backend=ndonnx", *PARALLEL, CELLS, "-k", "float32")
+    lanes = [f"--backend={name}" for name in ("jax", "dask", "sparse", "ndonnx")]
+    pytest(session, *lanes, PROCESSES, CELLS, "-k", "float32")
     for backend in ("jax", "dask"):
         examples_of(session, backend)
 
@@ -127,7 +126,8 @@ def foreign(session: nox.Session) -> None:
     install(session, "test", "foreign")
     lanes = [f"--backend={name}" for name in FOREIGN]
     pytest(session, *lanes, PROCESSES, "tests/test_foreign.py")
-    # ndonnx and cubed take seconds for a layer: they run the cells of docs/support.md.
+    # cubed takes seconds for a layer, as ndonnx in `newest`: they run cells of docs/support.md.
+    lanes = [f"--backend={name}" for name in ("mlx", "cubed", "blosc2")]
     pytest(session, *lanes, PROCESSES, CELLS, "-k", "float32")
     names = ("decomposition", "layer", "linear", "operators", "optimizers")
     files = [f"tests/test_{name}.py" for name in names]
@@ -298,7 +298,11 @@ def pytest(session: nox.Session, *args: str) -> None:
         env["COVERAGE_CORE"] = "sysmon"  # without branches it needs Python 3.12
     if PROCESSES in args:  # a process for each core: more threads would wait for one another
         env |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiling takes most of its lane's time
+        # Compiling takes most of JAX's time: the processes and the next runs share its results.
+        env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+        env["JAX_COMPILATION_CACHE_DIR"] = str(session.cache_dir / "jax")
+        env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        env["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     session.run("python", "-m", "pytest", "-p", "blocks", *args, env=env)
 
 
