@@ -326,6 +326,7 @@ class TestRust(Programs):
     def check(self, rustc, programs):
         program = programs / "check-rust"
         if not program.exists():
-            built = run(rustc, "-O", "-D", "warnings", "-o", program, EXAMPLES / "check.rs")
+            options = ["-O", "-D", "warnings"]
+            built = run(rustc, "--edition", "2021", *options, "-o", program, EXAMPLES / "check.rs")
             assert built == (0, "")
         return lambda folder: run(program, folder)
