@@ -2,21 +2,22 @@
 //
 //     cc -std=c99 -O2 -o check examples/vectors/check.c -lm && ./check DIR
 //
-// The implementation is in dora.h. The exit status is 0 if every number is within its bound, 1 if not, 2 if
-// DIR cannot be read or has a case of a kind that dora.h does not know.
+// The implementation is in dora.h. The exit status is 0 if every number is within its bound, 1 if not,
+// 2 if DIR cannot be read or has a case of a kind that dora.h does not know.
 
 #include "dora.h"
 
 // Prints the first number of an array that is outside its bound; returns whether there is one.
 static bool is_wrong(
-    const char *dtype, const char *what, const results *found, const char *name, const dv_array *expected,
-    const dv_array *bound
+    const char *dtype, const char *what, const results *found, const char *name,
+    const dv_array *expected, const dv_array *bound
 ) {
     size_t i = 0, first = 0, bad = 0;
     while (i < found->used && strcmp(found->each[i].name, name) != 0) i++;
     size_t count = i < found->used ? found->each[i].count : 0;
     if (i == found->used || count != expected->count || count != bound->count) {
-        printf("WRONG %s, %s, %s: must have %zu numbers, has %zu\n", dtype, what, name, expected->count, count);
+        printf("WRONG %s, %s, %s: must have %zu numbers, has %zu\n", dtype, what, name, expected->count,
+               count);
         return true;
     }
     const double *actual = found->each[i].data;
@@ -26,14 +27,17 @@ static bool is_wrong(
         bad++;
     }
     if (bad) {
-        printf("WRONG %s, %s, %s: number %zu must be %.17g ± %.3g, got %.17g; %zu of %zu are wrong\n", dtype,
-               what, name, first, expected->data[first], bound->data[first], actual[first], bad, count);
+        printf("WRONG %s, %s, %s: number %zu must be %.17g ± %.3g, got %.17g; %zu of %zu are wrong\n",
+               dtype, what, name, first, expected->data[first], bound->data[first], actual[first], bad,
+               count);
     }
     return bad > 0;
 }
 
 // Fails where an array that the entry of a case lists is missing.
-static bool has_arrays(dv_vectors *vectors, const dv_json *entry, const char *list, const char *group) {
+static bool has_arrays(
+    dv_vectors *vectors, const dv_json *entry, const char *list, const char *group
+) {
     const dv_json *names = dv_get(entry, list);
     if (!names) return dv_fail(vectors, "%s: there is no %s", dv_text(entry, "name"), list);
     for (const dv_json *one = names->child; one; one = one->next) {
@@ -76,8 +80,8 @@ int main(int count, char **arguments) {
     dv_vectors vectors;
     size_t checked = 0, failures = 0;
     bool good = dv_open(&vectors, arguments[1]);
-    const dv_json *files = good ? dv_get(vectors.manifest, "files") : NULL;
-    for (const dv_json *file = files ? files->child : NULL; good && file; file = file->next) {
+    const dv_json *file = dv_first(dv_get(vectors.manifest, "files"));
+    for (; good && file; file = file->next) {
         good = dv_load(&vectors, file->key);
         const dv_json *entry = dv_cases(&vectors);
         for (; good && entry; entry = entry->next) {

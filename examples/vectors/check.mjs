@@ -3,8 +3,8 @@
 //     node examples/vectors/check.mjs DIR
 //
 // The implementation is in dora.mjs.
-// The exit status is 0 if every number is within its bound, 1 if not, 2 if DIR cannot be read or has a
-// case of a kind that dora.mjs does not know.
+// The exit status is 0 if every number is within its bound, 1 if not, 2 if DIR cannot be read or has
+// a case of a kind that dora.mjs does not know.
 
 import { readCases, readManifest, wrong } from "../../packages/vectors/npm/index.mjs";
 import { compute } from "./dora.mjs";
@@ -21,7 +21,8 @@ function main(folder) {
       }
       const actual = compute[kind](found.entry, found.inputs);
       const expected = Object.entries(found.expected);
-      const problems = wrong(found, Object.fromEntries(expected.map(([key]) => [key, actual[key]])));
+      const compared = Object.fromEntries(expected.map(([name]) => [name, actual[name]]));
+      const problems = wrong(found, compared);
       for (const problem of problems) console.log(`WRONG ${dtype}, ${problem}`);
       checked += expected.reduce((count, [, { data }]) => count + data.length, 0);
       failures += problems.length;

@@ -2,8 +2,8 @@
 //
 //     rustc --edition 2021 -O -o check examples/vectors/check.rs && ./check DIR
 //
-// The implementation is in dora.rs. The exit status is 0 if every number is within its bound, 1 if not, 2 if
-// DIR cannot be read or has a case of a kind that dora.rs does not know.
+// The implementation is in dora.rs. The exit status is 0 if every number is within its bound, 1 if not,
+// 2 if DIR cannot be read or has a case of a kind that dora.rs does not know.
 
 mod dora;
 mod doraxp_vectors;
@@ -12,7 +12,7 @@ use dora::{compute, Case};
 use doraxp_vectors::{Json, Vectors};
 use std::process::ExitCode;
 
-// Compares the results of a case; returns how many numbers there are, and how many arrays are wrong.
+// Compares the results of a case. Returns the count of its numbers, and that of its wrong arrays.
 fn check_case(vectors: &Vectors, dtype: &str, entry: &Json) -> Result<(usize, usize), String> {
     let mut case = Case { entry, inputs: Default::default() };
     for name in entry.texts("inputs") {

@@ -157,7 +157,8 @@ typedef struct {
 } one_layer;
 
 static void put(const one_layer *l, const char *name, size_t count, const double *data) {
-    memcpy(result(l->found, name, l->parts * count) + l->part * count, data, count * sizeof(double));
+    double *whole = result(l->found, name, l->parts * count);
+    memcpy(whole + l->part * count, data, count * sizeof(double));
 }
 static void put_matrix(const one_layer *l, const char *name, matrix m) {
     put(l, name, m.rows * m.cols, m.data);
@@ -167,7 +168,8 @@ static void layer(const one_layer *l) {
     matrix x = l->x, w = l->w, a = l->a, b = l->b, dy = l->dy, mask = l->mask;
     double s = dv_number(l->its->entry, "scaling");
     bool direction = is(l->its, "form", "direction"), exact = is(l->its, "norm_gradient", "exact");
-    bool of_input = is(l->its, "dropout", "input"), low_rank_only = is(l->its, "dropout", "low_rank");
+    bool of_input = is(l->its, "dropout", "input");
+    bool low_rank_only = is(l->its, "dropout", "low_rank");
     size_t out = w.rows;
 
     double *lengths = norms(w), *rho = numbers(out), *g = numbers(out);
@@ -229,10 +231,11 @@ static void layer(const one_layer *l) {
     put(l, "q", out, q);
 }
 
-// A stack holds one layer after the other. x, the mask and dy are those of the layer: (parts, tokens, ...).
+// A stack holds one layer after the other: w (parts, out, in), x and mask (parts, tokens, in), and
+// dy (parts, tokens, out).
 static void stack(
-    const given *its, results *found, matrix w, size_t parts, size_t tokens, double *x, double *mask,
-    double *dy
+    const given *its, results *found, matrix w, size_t parts, size_t tokens, double *x,
+    double *mask, double *dy
 ) {
     size_t out = w.rows, in = w.cols, rank = needed(its, "lora_b")->count / (parts * out);
     const dv_array *bias = input(its, "bias");
@@ -261,8 +264,8 @@ static void linear(const given *its, results *found) {
     stack(its, found, one, parts, tokens, x->data, mask ? mask->data : NULL, dy->data);
 }
 
-// A convolution is a linear layer of windows. Both have a part for each group; y has its outputs before
-// its positions, the layer after.
+// A convolution is a linear layer of windows. Both have a part for each group; y has its outputs
+// before its positions, the layer after.
 
 typedef struct {
     size_t axes, batch, inner, taps, positions, groups, out;
@@ -282,9 +285,8 @@ static windows windows_of(const given *its) {
     const char *const names[] = {"stride", "padding", "dilation"};
     long *const lists[] = {of.stride, of.padding, of.dilation};
     for (int i = 0; i < 3; i++) {
-        size_t d = 0;
-        for (const dv_json *n = dv_get(its->entry, names[i])->child; n; n = n->next)
-            lists[i][d++] = (long)n->number;
+        const dv_json *n = dv_first(dv_get(its->entry, names[i]));
+        for (size_t d = 0; n && d < of.axes; n = n->next) lists[i][d++] = (long)n->number;
     }
     for (size_t d = 0; d < of.axes; d++) {
         of.size[d] = x->shape[2 + d];
@@ -341,7 +343,8 @@ static void turn(const windows *of, double *y, double *rows, bool back) {
 
 static void convolution(const given *its, results *found) {
     windows of = windows_of(its);
-    const dv_array *x = needed(its, "x"), *dy = needed(its, "dy"), *mask = input(its, "dropout_mask");
+    const dv_array *x = needed(its, "x"), *dy = needed(its, "dy");
+    const dv_array *mask = input(its, "dropout_mask");
     size_t tokens = of.batch * of.positions, width = of.inner * of.taps;
     size_t columns = of.groups * tokens * width;
     double *x_rows = numbers(columns), *mask_rows = mask ? numbers(columns) : NULL;
@@ -368,9 +371,10 @@ static void embedding(const given *its, results *found) {
     const dv_array *ids = needed(its, "x"), *dy = needed(its, "dy");
     matrix table = as_matrix(needed(its, "weight"));
     matrix x = new_matrix(ids->count, table.rows);
-    for (size_t t = 0; t < ids->count; t++) {
-        x.data[t * x.cols + (size_t)ids->data[t]] = dv_number(its->entry, "scale");
-    }
+    double scale = dv_number(its->entry, "scale");
+    for (size_t t = 0; t < x.rows; t++)
+        for (size_t token = 0; token < x.cols; token++)
+            x.data[t * x.cols + token] = ids->data[t] == (double)token ? scale : 0;
     stack(its, found, transposed(table), 1, x.rows, x.data, NULL, dy->data);
     const char *const names[] = {"merged", "dw"};
     for (int i = 0; i < 2; i++) {
@@ -430,8 +434,8 @@ static void lokr(const given *its, results *found) {
 
 static void sum_of_adapters(const given *its, results *found) {
     matrix w = as_matrix(needed(its, "weight")), total = w;
-    const dv_json *t = dv_get(its->entry, "strengths")->child;
-    const dv_json *s = dv_get(its->entry, "scalings")->child;
+    const dv_json *t = dv_first(dv_get(its->entry, "strengths"));
+    const dv_json *s = dv_first(dv_get(its->entry, "scalings"));
     for (int k = 1; t && s; t = t->next, s = s->next, k++) {
         char a[32], b[32], m[32];
         snprintf(a, sizeof a, "lora_a %d", k);
@@ -452,7 +456,9 @@ typedef struct {
     double *p, *mu, *nu;
 } parameter;
 
-static void adamw(parameter *of, const double *g, int t, double rate, double decay, const dv_json *its) {
+static void adamw(
+    parameter *of, const double *g, int t, double rate, double decay, const dv_json *its
+) {
     double beta1 = dv_number(its, "beta1"), beta2 = dv_number(its, "beta2");
     for (size_t i = 0; i < of->count; i++) {
         of->mu[i] = beta1 * of->mu[i] + (1 - beta1) * g[i];
@@ -469,7 +475,7 @@ static void sgd(parameter *of, const double *g, double rate, double decay, doubl
     }
 }
 
-// Returns M⁻¹ X for a matrix M that is symmetric and positive definite, by elimination. Writes to M.
+// Returns M⁻¹ X for a matrix M that is symmetric and positive definite. Writes to M.
 static matrix solved(matrix m, matrix right) {
     matrix x = scaled(1, right);
     for (size_t k = 0; k < m.rows; k++)
@@ -517,7 +523,8 @@ static void optimizer(const given *its, results *found) {
             double rate = dv_number(told, "learning_rate");
             double decay = i == 2 ? 0 : dv_number(told, "weight_decay");
             if (i == 1 && is(its, "kind", "loraplus")) rate *= dv_number(told, "ratio");
-            if (is(its, "kind", "sgd")) sgd(&of[i], g[i].data, rate, decay, dv_number(told, "momentum"));
+            double momentum = dv_number(told, "momentum");
+            if (is(its, "kind", "sgd")) sgd(&of[i], g[i].data, rate, decay, momentum);
             else adamw(&of[i], g[i].data, t, rate, decay, told);
             snprintf(name, sizeof name, "%s %d", names[i], t);
             memcpy(result(found, name, of[i].count), of[i].p, of[i].count * sizeof(double));

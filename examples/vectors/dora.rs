@@ -230,7 +230,7 @@ fn layer(case: &Case, Layer { x, w, a, b, dy, m, bias, mask }: Layer) -> Results
     ])
 }
 
-// The inputs of a stack of layers of (out, in): x and mask (parts, tokens, in), dy (parts, tokens, out).
+// The inputs of a stack of layers: x and mask (parts, tokens, in), dy (parts, tokens, out).
 struct Stack {
     parts: usize,
     out: usize,

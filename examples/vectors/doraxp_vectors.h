@@ -10,9 +10,9 @@
 //     }
 //     dv_close(&vectors);
 //
-// `entry` is an object of JSON: dv_get(entry, "kind")->text is its kind. A number of an array is right
-// where |actual − expected| ≤ bound. The files are checked before they are used: a wrong length or offset
-// is an error. Their checksums are not read here: `sha256sum --check SHA256SUMS` does that.
+// `entry` is an object of JSON: dv_text(entry, "kind") is its kind. A number of an array is right where
+// |actual − expected| ≤ bound. A file with a wrong length or offset is an error. The checksums are not
+// read here: `sha256sum --check SHA256SUMS` does that.
 
 #ifndef DORAXP_VECTORS_H
 #define DORAXP_VECTORS_H
@@ -90,13 +90,16 @@ static inline const char *dv_text(const dv_json *object, const char *key) {
     return member && member->type == DV_TEXT ? member->text : "";
 }
 
+// Returns the first member of a list or of an object; the others follow at `next`.
+static inline const dv_json *dv_first(const dv_json *list) { return list ? list->child : NULL; }
+
 static inline size_t dv_length(const dv_json *list) {
     size_t count = 0;
-    for (const dv_json *one = list ? list->child : NULL; one; one = one->next) count++;
+    for (const dv_json *one = dv_first(list); one; one = one->next) count++;
     return count;
 }
 
-// JSON. Each function moves `*at` past what it has read, and returns NULL where the text is not JSON.
+// JSON. Each function moves `*at` past the value that it read; NULL or false: the text is not JSON.
 
 static inline void dv_spaces(const char **at) { *at += strspn(*at, " \t\r\n"); }
 
@@ -269,10 +272,11 @@ static inline bool dv_read_array(
 ) {
     const char *name = entry->key, *dtype = dv_text(entry, "dtype");
     const dv_json *shape = dv_get(entry, "shape"), *offsets = dv_get(entry, "data_offsets");
-    int item = strcmp(dtype, "F64") == 0 ? 8 : !strcmp(dtype, "F32") || !strcmp(dtype, "I32") ? 4 : 0;
+    int item = !strcmp(dtype, "F64") ? 8 : !strcmp(dtype, "F32") || !strcmp(dtype, "I32") ? 4 : 0;
     if (!item) return dv_fail(vectors, "%s: dtype must be F64, F32 or I32, got %s", name, dtype);
     if (!shape || dv_length(shape) > DV_AXES || dv_length(offsets) != 2) {
-        return dv_fail(vectors, "%s: it must have a shape of at most %d axes and two offsets", name, DV_AXES);
+        const char *rule = "it must have a shape of at most";
+        return dv_fail(vectors, "%s: %s %d axes and two offsets", name, rule, DV_AXES);
     }
     double start = offsets->child->number, stop = offsets->child->next->number, count = 1;
     bool good = start >= 0 && stop <= (double)size;
@@ -283,8 +287,9 @@ static inline bool dv_read_array(
         good = good && fits;
     }
     if (!good || start + count * item != stop) {
-        return dv_fail(vectors, "%s: its %g numbers must be within the file, got the bytes %g to %g of %g",
-                       name, count, start, stop, (double)size);
+        const char *rule = "numbers must be within the file, got the bytes";
+        return dv_fail(vectors, "%s: its %g %s %g to %g of %g", name, count, rule, start, stop,
+                       (double)size);
     }
     array->count = (size_t)count;
     array->data = malloc((array->count ? array->count : 1) * sizeof(double));
@@ -356,8 +361,7 @@ static inline void dv_close(dv_vectors *vectors) {
 
 // Returns the entry of the first case; the others follow at `next`.
 static inline const dv_json *dv_cases(const dv_vectors *vectors) {
-    const dv_json *cases = dv_get(vectors->manifest, "cases");
-    return cases ? cases->child : NULL;
+    return dv_first(dv_get(vectors->manifest, "cases"));
 }
 
 // Returns an array of a case, or NULL. `group` is inputs, expected or bound.
@@ -366,7 +370,7 @@ static inline const dv_array *dv_find(
 ) {
     char wanted[1024];
     snprintf(wanted, sizeof wanted, "%s/%s/%s", dv_text(entry, "name"), group, name);
-    const dv_json *one = vectors->header ? vectors->header->child : NULL;
+    const dv_json *one = dv_first(vectors->header);
     for (size_t i = 0; one; one = one->next, i++) {
         if (one->key && strcmp(one->key, wanted) == 0) return &vectors->arrays[i];
     }

@@ -7,7 +7,8 @@
 //     }
 //
 // `entry` is an object of JSON: entry.text("kind") is its kind. A number of an array is right where
-// |actual − expected| ≤ bound. The checksums are not read here: `sha256sum --check SHA256SUMS` does that.
+// |actual − expected| ≤ bound. The checksums are not read here: `sha256sum --check SHA256SUMS` does
+// that.
 
 use std::collections::HashMap;
 use std::fs;
