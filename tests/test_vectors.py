@@ -320,6 +320,13 @@ class TestC(Programs):
             assert built == (0, "")
         return lambda folder: run(program, folder)
 
+    def test_no_memory_is_lost_or_misused(self, cc, vectors, tmp_path):
+        """The compiler's sanitizers end the program with another status where there is."""
+        options = ["-std=c99", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+        assert run(cc, *options, "-o", tmp_path / "check", EXAMPLES / "check.c", "-lm") == (0, "")
+        status, printed = run(tmp_path / "check", vectors)
+        assert (status, printed.endswith(": 0 arrays are wrong\n")) == (0, True), printed
+
 
 class TestRust(Programs):
     @pytest.fixture
