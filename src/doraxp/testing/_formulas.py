@@ -41,6 +41,7 @@ class DenseFormulas:
         self.rank = config.rank
         self.inputs = {name: number(array) for name, array in arrays.items()}
         w = arrays["weight"]
+        self.inner = w.shape[-1]
         self.w, self.a, self.b = (self.inputs[name] for name in ("weight", "lora_a", "lora_b"))
         self.m = self.inputs["magnitude"].reshape(*w.shape[:-1], 1)
         tokens: dict[str, Any] = {
@@ -90,8 +91,17 @@ class DenseFormulas:
         return self.base + self.update
 
     @cached_property
-    def n(self) -> Any:
+    def length(self) -> Any:
         return self.v.norms()
+
+    @cached_property
+    def eps(self) -> float:
+        """The number that some implementations add to the norm."""
+        return 0.0
+
+    @cached_property
+    def n(self) -> Any:
+        return self.length + self.eps if self.eps else self.length
 
     @cached_property
     def gain(self) -> Any:
@@ -153,7 +163,7 @@ class DenseFormulas:
 
     @cached_property
     def slope(self) -> Any:
-        return self.v.over(self.n)
+        return self.v.over(self.length)
 
     @cached_property
     def through_norm(self) -> Any:
