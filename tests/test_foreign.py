@@ -21,7 +21,8 @@ from doraxp.backends._generic import LazyOperations
 from doraxp.testing import write_vectors
 
 SRC = Path(doraxp.__file__).parent
-PACKAGES = Path(__file__).parents[1] / "packages" / "vectors"
+ROOT = Path(__file__).parents[1]
+PACKAGES = ROOT / "packages" / "vectors"
 RTOL = {"float32": 4e-6, "float64": 1e-14}
 
 
@@ -123,6 +124,10 @@ def test_the_graph_beside_the_golden_vectors_is_within_their_bounds(
     assert [value.name for value in model.graph.input] == list(case.inputs)
     outputs = [value.name for value in model.graph.output]
     assert outputs == ["y", "dx", "da", "db", "dm", "dw", "dbias"]
+    section = (ROOT / "docs" / "vectors.md").read_text("utf-8").partition("a graph of ONNX\n")[2]
+    for name, array in (case.inputs | {name: case.expected[name] for name in outputs}).items():
+        row = next(line for line in section.splitlines() if f"`{name}`" in line)
+        assert str(array.shape) in row
     evaluator = onnx.reference.ReferenceEvaluator(model)
     session = onnxruntime.InferenceSession(written, providers=["CPUExecutionProvider"])
     for program in (evaluator, session):

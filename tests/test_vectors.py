@@ -18,10 +18,15 @@ import doraxp
 from doraxp import Adapter
 from doraxp.cli import main
 from doraxp.testing import (
+    OptimizerCase,
     catalogue,
     expected_of_operator,
+    expected_of_sum,
+    expected_of_update,
     operator_catalogue,
     optimizer_catalogue,
+    sum_catalogue,
+    update_catalogue,
 )
 from doraxp.testing._libraries import Library
 from doraxp.testing._reference import expected, expected_steps
@@ -30,8 +35,19 @@ from doraxp.testing._vectors import write_checksums
 NAMES = {"SHA256SUMS", "manifest.json", "float32.safetensors", "float64.safetensors"}
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples" / "vectors"
-EVERY = (*catalogue(), *operator_catalogue(), *optimizer_catalogue())
+EVERY = (
+    *catalogue(), *operator_catalogue(), *update_catalogue(), *sum_catalogue(),
+    *optimizer_catalogue(),
+)  # fmt: skip
 CASES = {case.name: case for case in EVERY}
+EXPECTED = {
+    "layer": expected,
+    "convolution": expected_of_operator,
+    "embedding": expected_of_operator,
+    "loha": expected_of_update,
+    "lokr": expected_of_update,
+    "sum": expected_of_sum,
+}
 LAYERS = [case for case in catalogue() if "float64" in case.dtypes]
 
 
@@ -81,8 +97,10 @@ def test_the_page_explains_every_array(manifest):
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     explained = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     for case in manifest["cases"]:
-        if case["kind"] not in ("adamw", "sgd"):
-            assert {*case["inputs"], *case["expected"]} <= explained
+        if case["kind"] in EXPECTED:
+            names = {re.sub(r" \d$", "", name) for name in (*case["inputs"], *case["expected"])}
+            assert names <= explained
+        assert case["kind"] in explained
 
 
 def test_the_manifest_names_every_tensor_and_nothing_else(manifest, tensors):
@@ -109,13 +127,18 @@ def test_the_numbers_are_those_of_the_catalogue(manifest, tensors):
     for dtype, arrays in tensors.items():
         for entry in manifest["cases"]:
             case = CASES[entry["name"]]
-            assert entry["reason"] == case.reason
-            if entry["kind"] in ("layer", "convolution", "embedding"):
-                of_case = expected if entry["kind"] == "layer" else expected_of_operator
+            assert (entry["reason"], entry["since"]) == (case.reason, case.since)
+            if entry["kind"] == "sum":
+                assert entry["scalings"] == [config.scaling for config in case.configs]
+                assert entry["strengths"] == list(case.strengths)
+            elif entry["kind"] in EXPECTED:
                 assert entry["scaling"] == case.config.scaling
                 assert (entry["dropout"] is None) == ("dropout_mask" not in case.arrays)
-                wanted, inputs = of_case(case, dtype), case.stored(dtype)
+            if entry["kind"] in EXPECTED:
+                wanted, inputs = EXPECTED[entry["kind"]](case, dtype), case.stored(dtype)
             else:
+                assert isinstance(case, OptimizerCase)
+                assert (entry["kind"], entry["numbers"]) == (case.optimizer, case.numbers)
                 wanted, inputs = expected_steps(case, dtype), case.params
                 for t, grads in enumerate(case.grads, start=1):
                     inputs = inputs | {f"grad {name} {t}": g for name, g in grads.items()}
@@ -241,6 +264,11 @@ class Programs:
             ("float32", "scaled embedding/expected/merged"),
             ("float64", "adamw/inputs/grad lora_b 2"),
             ("float32", "sgd/expected/lora_a 3"),
+            ("float64", "loha/inputs/second_b"),
+            ("float32", "lokr, factored/inputs/right_a"),
+            ("float64", "dora and lora/inputs/lora_b 2"),
+            ("float32", "lora+/expected/lora_b 2"),
+            ("float64", "scaled adamw/inputs/grad lora_a 3"),
         ],
     )
     def test_one_changed_number_is_found(self, check, vectors, tmp_path, dtype, name):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from doraxp.testing import VERSION, write_vectors
 from doraxp.testing._vectors import write_checksums
 
 ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "vectors.md").read_text("utf-8")
 PACKAGES = ROOT / "packages" / "vectors"
 NUMBER = f"2.{VERSION}."
 DATA = {
@@ -275,6 +278,58 @@ def test_the_package_for_npm_is_small_and_has_the_licence(archive):
     assert "dependencies" not in told
 
 
+# The page
+
+
+def size(path):
+    paths = path.iterdir() if path.is_dir() else [path]
+    return f"{sum(path.stat().st_size for path in paths) / 1e6:.1f} MB"
+
+
+def test_the_page_has_the_names_and_sizes_of_the_packages(wheel, archive, vectors):
+    lines = PAGE.splitlines()
+    for command, row in (
+        ("doraxp vectors --out vectors", size(vectors)),
+        ("python packages/vectors/build.py wheel dist", f"`{wheel.name}`.*{size(wheel)}"),
+        ("python packages/vectors/build.py npm dist", f"`{archive.name}`.*{size(archive)}"),
+    ):
+        (line,) = (line for line in lines if line.startswith(f"| `{command}`"))
+        assert re.search(row, line)
+
+
+def test_the_page_explains_every_file(wheel):
+    with zipfile.ZipFile(wheel) as opened:
+        names = {name.rpartition("/")[2] for name in opened.namelist() if "/data/" in name}
+    assert names == set(re.findall(r"^\| `([\w.-]+)` \|", PAGE.partition("## Versions")[0], re.M))
+
+
+OFFLINE = """
+doraxp() { python -m doraxp "$@"; }
+pip() { python -m pip --quiet "$@" --no-deps --no-index --target site; }
+npm() { command npm "$@" --offline --silent; }
+"""
+
+
+def test_the_commands_of_the_page_print_its_lines(
+    wheel, archive, node, npm, cc, rustc, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "dist").mkdir()
+    for built in (wheel, archive):
+        shutil.copy(built, tmp_path / "dist")
+    blocks = re.findall(r"^```text\n(.*?)^```", PAGE, re.M | re.S)
+    blocks = [block for block in blocks if block.startswith("$ ")]
+    assert len(blocks) == 2
+    for block in blocks:
+        commands = re.findall(r"^\$ (.*)", block, re.M)
+        script = ["bash", "-euc", OFFLINE + "\n".join(commands)]
+        found = subprocess.run(script, cwd=tmp_path, check=True, capture_output=True, text=True)
+        assert found.stdout == re.sub(r"^\$ .*\n", "", block, flags=re.M)
+    assert (tmp_path / "site" / "doraxp_vectors").is_dir()
+    assert (tmp_path / "node_modules" / "doraxp-vectors").is_dir()
+
+
 # The reader in JavaScript
 
 
@@ -319,7 +374,8 @@ def test_both_readers_return_the_same_numbers(node, reader, vectors, tmp_path, d
         )]
         for case in reader.cases(dtype, folder=vectors)
     ]  # fmt: skip
-    assert json.loads(in_node(node, IMPORT + code, tmp_path)) == wanted
+    printed = in_node(node, IMPORT + code, tmp_path)
+    assert json.loads(printed, parse_int=float) == wanted  # JavaScript prints 1e20 as digits
 
 
 def test_the_reader_in_javascript_passes_over_kinds_and_names_those_it_lacks(
