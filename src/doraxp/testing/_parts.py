@@ -9,7 +9,7 @@ from doraxp.testing._calls import call_layer, call_operator, call_step, call_sum
 from doraxp.testing._cases import Case, OptimizerCase
 from doraxp.testing._catalogue import catalogue, optimizer_catalogue
 from doraxp.testing._conventions import Conventions
-from doraxp.testing._deviations import BACKWARD, FORWARD, STEP, Changes
+from doraxp.testing._deviations import BACKWARD, FORWARD, LOW_RANK, STEP, Changes
 from doraxp.testing._operator_cases import OperatorCase, operator_catalogue
 from doraxp.testing._operator_reference import operator_results
 from doraxp.testing._part_deviations import (
@@ -56,7 +56,7 @@ class Part(NamedTuple):
 
 def parts() -> tuple[Part, ...]:
     """Return all parts, in the order of a report."""
-    layers = {**FORWARD, **BACKWARD}
+    layers = {**FORWARD, **LOW_RANK, **BACKWARD}
     operators = {
         kind: tuple(case for case in operator_catalogue() if case.kind == kind)
         for kind in ("convolution", "embedding")

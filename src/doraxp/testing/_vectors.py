@@ -236,7 +236,7 @@ def _entry(solved: Solved) -> dict[str, Any]:
         **told,
         "kind": "layer" if isinstance(case, Case) else case.kind,
         **numbers,
-        "extreme": isinstance(case, Case) and case.extreme,
+        "extreme": getattr(case, "extreme", False),
         "rank": config.rank,
         "alpha": config.alpha,
         "rslora": config.rslora,
