@@ -131,12 +131,16 @@ def test_a_case_names_the_first_number_outside_its_bound(reader, vectors):
     (line,) = case.wrong({"y": y})
     assert line.startswith("tall, y: number (2, 1) must be ")
     assert line.endswith(f", got nan; {1 + y.shape[1]} of {y.size} are wrong")
+    with pytest.raises(ValueError, match=r"array must be one of norm, merged, y, .*, got 'Y'"):
+        case.wrong({"Y": y})
     assert case.wrong({"y": y[:, 1:]}) == [
         f"tall, y: shape must be {y.shape}, got {y[:, 1:].shape}"
     ]
 
 
 # The schema
+
+ADAMW = ("learning_rate", "beta1", "beta2", "eps", "weight_decay")
 
 
 def test_the_manifest_fits_its_schema(jsonschema, manifest):
@@ -159,6 +163,14 @@ def test_the_manifest_fits_its_schema(jsonschema, manifest):
         ("embedding", {"scale": None}),
         ("adamw", {"numbers": {"learning_rate": 0.1}}),
         ("sgd", {"numbers": None}),
+        ("loha", {"scaling": None}),
+        ("lokr", {"form": None}),
+        ("sum", {"strengths": 1.0}),
+        ("sum", {"scalings": None}),
+        ("loraplus", {"numbers": dict.fromkeys(ADAMW, 0.1)}),
+        ("scaled_adamw", {"numbers": dict.fromkeys(ADAMW, 0.1) | {"ratio": 2.0}}),
+        ("adamw", {"since": None}),
+        ("adamw", {"since": 0}),
     ],
 )
 def test_the_schema_refuses_a_case_without_a_property(jsonschema, manifest, kind, change):
@@ -417,10 +429,16 @@ def test_a_case_in_javascript_names_the_first_number_outside_its_bound(node, vec
         console.log(wrong(one, {{ "lora_a 1": right }}).length);
         console.log(...wrong(one, {{ "lora_a 1": changed, "lora_b 1": [1] }}));
         console.log(...wrong(one, {{ "lora_a 1": undefined }}));
+        try {{
+          wrong(one, {{ lora_a: right }});
+        }} catch (error) {{
+          console.log(error.message);
+        }}
     """
-    none, changed, missing = in_node(node, IMPORT + code, tmp_path).splitlines()
+    none, changed, missing, unknown = in_node(node, IMPORT + code, tmp_path).splitlines()
     assert none == "0"
     assert changed.startswith("sgd, lora_a 1: number 2 must be ")
     assert ", got NaN; 2 of " in changed
     assert "sgd, lora_b 1: must have " in changed
     assert missing.endswith(", has undefined")
+    assert unknown.startswith("array must be one of lora_a 1, ")

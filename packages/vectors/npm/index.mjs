@@ -60,6 +60,7 @@ export function readCases(dtype = "float64", { folder = data, kinds } = {}) {
  */
 export function wrong({ entry, expected, bound }, found) {
   return Object.entries(found).flatMap(([name, numbers]) => {
+    check("array", name, Object.keys(expected));
     const { data: wanted } = expected[name];
     const limits = bound[name].data;
     const rule = `${entry.name}, ${name}:`;

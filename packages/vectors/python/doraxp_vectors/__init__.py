@@ -34,6 +34,7 @@ class Case(NamedTuple):
         """Return a line for each array of `found` that has a number outside its bound."""
         lines = []
         for name, values in found.items():
+            _check("array", name, self.expected)
             actual, wanted, bound = np.asarray(values), self.expected[name], self.bound[name]
             what = f"{self.entry['name']}, {name}:"
             if actual.shape != wanted.shape:
