@@ -446,5 +446,7 @@ def test_a_step_that_writes_to_its_parameters_is_reported():
 
 
 def test_an_object_without_a_function_is_refused():
-    with pytest.raises(ValueError, match="init, forward, gradients, merge or step, got object"):
+    with pytest.raises(
+        ValueError, match="init, forward, gradients, merge or step, or one of a part, got object"
+    ):
         check_implementation(object())

@@ -189,12 +189,11 @@ def check_implementation(
             if run is not None:
                 runs.append(run)
                 ran.append(_told(run))
-        if runs:
-            progress(f"{part.path or 'layer'}: looks for a name", done, total)
-            diagnoses += diagnose(runs, part.known, changes)
-            names = {run.case.name for run in runs}
-            own = (case for case in part.cases if case.since >= since)
-            left_out += [case.name for case in own if case.name not in names]
+        progress(f"{part.path or 'layer'}: looks for names", done, total)
+        diagnoses += diagnose(runs, part.known, changes)
+        names = {run.case.name for run in runs}
+        own = (case for case in part.cases if case.since >= since)
+        left_out += [case.name for case in own if case.name not in names]
     checked = sum(one.checked for one in ran)
     return Report(tuple(findings), tuple(diagnoses), checked, tuple(left_out), tuple(ran))
 
