@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from doraxp._base.scalars import check_count, check_kind
+from doraxp.testing._cases import HALF, Case
 from doraxp.testing._conventions import AnyCase, Conventions
 from doraxp.testing._deviations import Changes
 from doraxp.testing._diagnosis import Diagnosis, Run, diagnose
 from doraxp.testing._libraries import Library
 from doraxp.testing._parts import Part, parts, results_of
-from doraxp.testing._runs import described
+from doraxp.testing._reference import Expected
+from doraxp.testing._runs import Actual, described
 
 
 class Finding(NamedTuple):
@@ -220,6 +222,13 @@ def _calls(
     ]
 
 
+def _kept(case: Case, dtype: str, got: Actual, want: Expected) -> float:
+    """Return ⟨stored − W, W' − W⟩ / ‖W' − W‖²: 1 where rounding took nothing of the update."""
+    weight = case.stored(dtype)["weight"]
+    whole = want.value - weight
+    return float(np.sum((got.values - weight) * whole) / np.sum(whole * whole))
+
+
 def _told(run: Run) -> Ran:
     extreme = getattr(run.case, "extreme", False)
     return Ran(run.function, run.case.name, run.dtype, extreme, len(run.actual))
@@ -256,6 +265,8 @@ def _observe(
             if share > 1:
                 relative = want.relative(got.values)
                 problem = f"is {share:.3g} times its bound off, relative error {relative:.2g}"
+                if quantity == "merged" and isinstance(case, Case) and dtype in HALF:
+                    problem += f", keeps {_kept(case, dtype, got, want):.2f} of the update"
         if problem is not None:
             note(quantity, problem)
     return Run(name, case, dtype, actual, wanted, worst)
