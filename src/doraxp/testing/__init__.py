@@ -11,7 +11,7 @@ from doraxp.testing._compare import (
 )
 from doraxp.testing._conventions import Conventions
 from doraxp.testing._diagnosis import Diagnosis
-from doraxp.testing._implementation import Finding, Report, check_implementation
+from doraxp.testing._implementation import Finding, Ran, Report, check_implementation
 from doraxp.testing._libraries import Library, as_numpy
 from doraxp.testing._operator_cases import (
     OperatorCase,
@@ -35,6 +35,7 @@ __all__ = [
     "Library",
     "OperatorCase",
     "OptimizerCase",
+    "Ran",
     "Report",
     "as_numpy",
     "catalogue",

@@ -30,6 +30,17 @@ class Finding(NamedTuple):
     """Whether the formulas as written fail in this case: 0/0, or squares out of range."""
 
 
+class Ran(NamedTuple):
+    """One call of a function of an implementation, for one case in one dtype."""
+
+    function: str
+    case: str
+    dtype: str
+    extreme: bool
+    checked: int
+    """The number of arrays that were compared."""
+
+
 class Report(NamedTuple):
     """The result of `check_implementation`."""
 
@@ -42,6 +53,8 @@ class Report(NamedTuple):
     """The number of arrays that were compared."""
     left_out: tuple[str, ...]
     """The names of the layers that did not run, because the conventions leave them out."""
+    runs: tuple[Ran, ...] = ()
+    """One for each function, case and dtype that ran."""
 
     @property
     def ok(self) -> bool:
@@ -71,7 +84,13 @@ class Report(NamedTuple):
         return "\n".join(lines)
 
 
-def check_implementation(impl: Any, conventions: Conventions | None = None) -> Report:
+def check_implementation(
+    impl: Any,
+    conventions: Conventions | None = None,
+    *,
+    since: int = 1,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> Report:
     """Run the catalogue on an implementation of DoRA, and name what is wrong with it.
 
     Every function is given NumPy arrays by name, and returns NumPy arrays or objects that
@@ -96,6 +115,11 @@ def check_implementation(impl: Any, conventions: Conventions | None = None) -> R
         An object with one or more of these functions as attributes.
     conventions : Conventions, optional
         The choices that it has made.
+    since : int
+        Run only the cases that came with this version of the catalogue or later.
+    progress : callable, optional
+        Called before each case with its description, the number of cases that are done and the
+        number of all cases.
 
     Returns
     -------
@@ -139,14 +163,19 @@ def check_implementation(impl: Any, conventions: Conventions | None = None) -> R
         )
     findings: list[Finding] = []
     runs: dict[bool, list[Run]] = {True: [], False: []}
-    for name, function in functions.items():
+    calls: list[tuple[str, Any, str]] = [
+        (name, case, dtype)
+        for name in functions
+        for case in (_adamw_cases() if name == "step" else conventions.cases())
+        if getattr(case, "since", 1) >= since
+        for dtype in case.dtypes
+        if dtype in conventions.dtypes
+    ]
+    for done, (name, case, dtype) in enumerate(calls):
+        progress(f"{name}: {case.name}, {dtype}", done, len(calls))
         is_step = name == "step"
-        run: Any = partial(call_step if is_step else call_layer, function)
-        for case in _adamw_cases() if is_step else conventions.cases():
-            for dtype in case.dtypes:
-                if dtype in conventions.dtypes:
-                    one = _observe(name, case, dtype, run, conventions, findings)
-                    runs[is_step].append(one)
+        run: Any = partial(call_step if is_step else call_layer, functions[name])
+        runs[is_step].append(_observe(name, case, dtype, run, conventions, findings))
     layers, steps = runs[False], runs[True]
     known, base = {**FORWARD, **BACKWARD}, conventions.changes
     diagnoses = diagnose(layers, known, base)
@@ -157,11 +186,19 @@ def check_implementation(impl: Any, conventions: Conventions | None = None) -> R
     checked = sum(len(run.actual) for run in (*layers, *steps))
     ran = {run.case.name for run in layers}
     left_out = tuple(case.name for case in catalogue() if ran and case.name not in ran)
-    return Report(tuple(findings), tuple(diagnoses), checked, left_out)
+    every = tuple(
+        Ran(run.function, run.case.name, run.dtype, _is_extreme(run.case), len(run.actual))
+        for run in (*layers, *steps)
+    )
+    return Report(tuple(findings), tuple(diagnoses), checked, left_out, every)
 
 
 def _adamw_cases() -> list[OptimizerCase]:
     return [case for case in optimizer_catalogue() if case.optimizer == "adamw"]
+
+
+def _is_extreme(case: Any) -> bool:
+    return isinstance(case, Case) and case.extreme
 
 
 def _observe(
@@ -173,7 +210,7 @@ def _observe(
     findings: list[Finding],
 ) -> Run:
     """Call one function on one case, return its numbers, and add its faults to the findings."""
-    extreme = isinstance(case, Case) and case.extreme
+    extreme = _is_extreme(case)
 
     def note(quantity: str, problem: str) -> None:
         findings.append(Finding(name, case.name, dtype, quantity, problem, extreme))
