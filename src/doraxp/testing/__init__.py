@@ -11,7 +11,14 @@ from doraxp.testing._compare import (
 )
 from doraxp.testing._conventions import Conventions
 from doraxp.testing._diagnosis import Diagnosis
+from doraxp.testing._expected_failures import (
+    ExpectedFailure,
+    Judgement,
+    judge,
+    read_expected_failures,
+)
 from doraxp.testing._implementation import Finding, Ran, Report, check_implementation
+from doraxp.testing._junit import junit
 from doraxp.testing._libraries import Library, as_numpy
 from doraxp.testing._operator_cases import (
     OperatorCase,
@@ -30,8 +37,10 @@ __all__ = [
     "Conventions",
     "Diagnosis",
     "Expected",
+    "ExpectedFailure",
     "Figure",
     "Finding",
+    "Judgement",
     "Library",
     "OperatorCase",
     "OptimizerCase",
@@ -45,8 +54,11 @@ __all__ = [
     "expected",
     "expected_of_operator",
     "expected_steps",
+    "judge",
+    "junit",
     "operator_catalogue",
     "optimizer_catalogue",
+    "read_expected_failures",
     "right_merge",
     "write_vectors",
     "wrong_merges",
