@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ from xml.etree import ElementTree
 
 import naive
 import pytest
+import yaml
 
 from doraxp.cli import main
 from doraxp.testing import (
@@ -502,3 +505,70 @@ def test_any_message_can_be_written_as_xml(mine):
     report = check_implementation(SimpleNamespace(init=lambda weight: weight))
     text = junit("\x00<", report, judge(report))
     assert checked(ElementTree.fromstring(text)).get("name") == "\\x00<"
+
+
+# The page and the workflow
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "conform.md").read_text("utf-8")
+WORKFLOW = ROOT / ".github" / "workflows" / "conform.yml"
+
+
+@pytest.fixture
+def workflow():
+    """The reusable workflow. YAML 1.1 reads the key `on` as True."""
+    return yaml.safe_load(WORKFLOW.read_text("utf-8"))
+
+
+def test_the_page_shows_the_output_of_its_command(mine, capsys):
+    code, *_ = re.findall(r"cat > mine.py <<'EOF'\n(.*?)EOF\n", PAGE, re.DOTALL)
+    (mine / "shown.py").write_text(code)
+    assert main(["conform", "shown"]) == 1
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    (shown,) = re.findall(r"The first run prints\n\n```text\n(.*?)\n```", PAGE, re.DOTALL)
+
+    def rounded(text):
+        return re.sub(r"explained [\d.]+", "explained …", text)  # the BLAS decides the digits
+
+    assert rounded(shown) == rounded("\n".join(lines))
+
+
+def test_the_page_has_every_option(mine, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["conform", "--help"])
+    options = set(re.findall(r"^  (--[\w-]+)", capsys.readouterr().out, re.MULTILINE))
+    assert len(options) > 12
+    assert {option for option in options if option not in PAGE} == set()
+
+
+def test_the_workflow_is_reusable_and_the_page_names_its_inputs(workflow):
+    inputs = workflow[True]["workflow_call"]["inputs"]
+    assert {name for name, one in inputs.items() if one.get("required")} == {"target"}
+    assert all({"description", "type"} <= set(one) for one in inputs.values())
+    (job,) = re.findall(r"```text\n(jobs:.*?)```", PAGE, re.DOTALL)
+    called = yaml.safe_load(job)["jobs"]["conform"]
+    assert called["uses"].endswith(f"/{WORKFLOW.relative_to(ROOT)}@main")
+    assert set(called["with"]) == {"target", "options", "python-version"}
+    assert set(called["with"]) < set(inputs)
+    assert all(f"`{name}`" in PAGE for name in set(inputs) - set(called["with"]))
+
+
+def test_the_commands_of_the_workflow_run(workflow, mine):
+    """An input is a word or an option of the command, and never a command."""
+    steps = workflow["jobs"]["conform"]["steps"]
+    assert all({"uses", "run"} & set(step) for step in steps)
+    assert all("${{" not in step.get("run", "") for step in steps)
+    install, conform = (step for step in steps if "run" in step)
+    assert [*install["env"]] == ["DORAXP", "INSTALL"]
+    assert [*conform["env"].values()] == ["${{ inputs.target }}", "${{ inputs.options }}"]
+    doraxp = mine / "doraxp"
+    doraxp.write_text(f'#!/bin/sh\nexec {sys.executable} -m doraxp "$@"\n')
+    doraxp.chmod(0o755)
+    target, options = "mine:Scaled", "--bias-scaled --json r.json"
+    for given, status in ((target, 0), (f"{target}; touch was_run", 2)):
+        env = {**os.environ, "PATH": f"{mine}:{os.environ['PATH']}", "TARGET": given}
+        env |= {"OPTIONS": options, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = ["bash", "-eo", "pipefail", "-c", conform["run"]]
+        assert subprocess.run(command, env=env, check=False).returncode == status
+    assert {"conform.xml", "r.json"} < {path.name for path in mine.iterdir()}
+    assert not (mine / "was_run").exists()
