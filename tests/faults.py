@@ -45,7 +45,7 @@ FAULTS = (
         "y = y + gain * bias",
         "the bias is scaled by m/n, so that forward is not merge",
     ),
-    Fault("y = y + bias", "y = y - bias", None),
+    Fault("y = y + bias", "y = y - bias", "the bias is subtracted"),
     Fault("y = y + bias", "pass", "the bias is left out"),
     Fault("(v * v).sum(axis=1)", "(v * v).sum(axis=0)", "the norm of a column scales the row"),
     Fault(
@@ -63,7 +63,7 @@ FAULTS = (
         "the norm is not rooted",
     ),
     Fault("sum(axis=1))", "sum(axis=1)) + v.dtype.type(1e-6)", "1e-06 is added to the norm"),
-    Fault("sum(axis=1))", "sum(axis=1) / v.shape[1])", None),
+    Fault("sum(axis=1))", "sum(axis=1) / v.shape[1])", "the norm is a root mean square"),
     Fault("delta = scaling * (lora_b @ lora_a)", "delta = lora_b @ lora_a", "s is left out"),
     Fault("delta = scaling * (", "delta = scaling**2 * (", "s is applied twice"),
     Fault("delta = scaling", "delta = scaling", "alpha where s belongs", "alpha"),
@@ -74,7 +74,7 @@ FAULTS = (
         "v = weight / np.sqrt((weight**2).sum(1))[:, None] + delta",
         "the direction form",
     ),
-    Fault("lora_b @ lora_a", "lora_b[:, ::-1] @ lora_a", None),
+    Fault("lora_b @ lora_a", "lora_b[:, ::-1] @ lora_a", "B meets A in the reverse order of ranks"),
     Fault("gain = magnitude / norm", "gain = magnitude", "m is not divided by n"),
     Fault("gain = magnitude / norm", "gain = np.ones_like(norm)", "m/n is left out, as in LoRA"),
     Fault("gain = magnitude / norm", "gain = (magnitude / norm) ** 2", "m/n is applied twice"),
@@ -132,7 +132,11 @@ FAULTS = (
         "eps is under the root",
     ),
     Fault("np.sqrt(square) + eps", "square + eps", "the root of nu is left out"),
-    Fault("g = grads[name]", "g = grads[name] + weight_decay * p * (name != 'magnitude')", None),
+    Fault(
+        "g = grads[name]",
+        "g = grads[name] + weight_decay * p * (name != 'magnitude')",
+        "the decay is coupled and decoupled",
+    ),
     Fault(
         '0.0 if name == "magnitude" else weight_decay', "weight_decay", "the magnitude decays too"
     ),

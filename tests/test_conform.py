@@ -21,6 +21,7 @@ from doraxp.testing import (
     VERSION,
     Conventions,
     ExpectedFailure,
+    catalogue,
     check_implementation,
     judge,
     junit,
@@ -398,16 +399,19 @@ def test_a_missing_file_of_expected_failures_is_exit_status_2(mine, capsys):
 
 def test_since_leaves_out_the_cases_of_earlier_versions(mine):
     _, every = report_of(mine, "mine:Outer")
-    _, report = report_of(mine, "mine:Outer", "--since", "1")
-    assert (report["since"], report["catalogue"]) == (1, VERSION)
-    assert report["runs"] == every["runs"]
+    assert (every["since"], every["catalogue"]) == (1, VERSION)
+    old = {case.name for case in catalogue() if case.since == 1}
+    _, report = report_of(mine, "mine:Outer", "--since", "2", "--dropout", "input")
+    assert report["since"] == 2
+    assert {one["case"] for one in report["runs"]}.isdisjoint(old)
+    assert {one["case"] for one in every["runs"]} >= old - set(every["left_out"])
 
 
 def test_a_run_without_any_case_is_not_a_success(mine, capsys):
     """The steps of an optimizer are not in the catalogue in float16."""
     (mine / "steps.py").write_text("from naive import step")
     assert main(["conform", "steps", "--dtype", "float16"]) == 2
-    assert "must leave a case to run, got --since 1 and Conv" in capsys.readouterr().err
+    assert "one case must run: the conventions, --since or NotImpl" in capsys.readouterr().err
 
 
 # JSON and JUnit XML

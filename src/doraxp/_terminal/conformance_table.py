@@ -61,11 +61,7 @@ def print_conformance(report: Report, judged: Judgement, console: Console) -> No
     if len(lines) > LINES:
         _print(f"and {len(lines) - LINES} more groups: --json and --junit have all", console)
     if report.left_out:
-        _print(
-            f"{len(report.left_out)} cases did not run, as the conventions say: "
-            f"{_some(report.left_out)}",
-            console,
-        )
+        _print(f"{len(report.left_out)} cases did not run: {_some(report.left_out)}", console)
     _print(_verdict(report, judged), console)
 
 

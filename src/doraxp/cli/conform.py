@@ -105,8 +105,8 @@ def _checked(impl: Any, conventions: Conventions, since: int) -> Report:
         )
     if not report.runs:
         raise ValueError(
-            f"--since and the conventions must leave a case to run, got --since {since} and "
-            f"{conventions}"
+            "one case must run: the conventions, --since or NotImplementedError leave out all, got "
+            f"--since {since} and {conventions}"
         )
     return report
 

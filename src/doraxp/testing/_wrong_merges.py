@@ -31,7 +31,7 @@ ACROSS_ROWS = (
 )
 """The deviations in which a row of W' depends on the other rows of W."""
 KEPT_NORMS = "the rows keep the norms of W, as in DoRA with m = ‖W‖"
-_BEFORE_MERGED = {"gain", "n", "v", "base", "update", "s", "in_direction_form"}
+_BEFORE_MERGED = {"gain", "length", "eps", "v", "base", "update", "s", "in_direction_form"}
 _KNOWN: Mapping[str, Changes] = {
     name: changes for name, changes in FORWARD.items() if _BEFORE_MERGED & changes.keys()
 }
@@ -181,6 +181,9 @@ class _Stepped:
 
     def __abs__(self) -> _Stepped:
         return self._new(np.abs(self.value))
+
+    def __getitem__(self, index: Any) -> _Stepped:
+        return self._new(self.value[index])
 
     def reshape(self, *shape: int) -> _Stepped:
         return self._new(self.value.reshape(shape))
