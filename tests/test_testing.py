@@ -516,9 +516,8 @@ def test_products_of_torch_on_cuda_do_not_use_tf32(monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "precision"), [("bfloat16", "mixed"), ("float32", "exact")])
 def test_the_precision_on_cuda_is_that_of_an_array_there(torch, monkeypatch, dtype, precision):
-    """A fake tensor needs no device, but `asarray` does."""
+    """A fake tensor needs no device."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "asarray", lambda array, device: torch.zeros(1, 1, device=device))
     with torch._subclasses.FakeTensorMode():
         assert Library("torch", "cuda").precision(dtype) == precision
 

@@ -111,7 +111,7 @@ class Library:
         'exact'
         """
         with self.active():
-            weight = self.asarray(np.zeros((1, 1)), dtype)
+            weight = self.module.zeros((1, 1), dtype=self.dtype(dtype), **self._placed())
             ops = operations(weight=weight)
             wide = compute_dtype(weight, xp=ops.xp)
             # Only mixed precision rounds the product of x and a dropout mask.
