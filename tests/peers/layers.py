@@ -1,4 +1,4 @@
-"""Published implementations of DoRA, with the functions that the yardstick calls.
+"""Linear layers of PEFT, torchtune, LyCORIS and mlx-lm, and the parts that other peers share.
 
 layer(weight, bias, ...)    their layer
 parameters(layer)           its trained parameters, by this project's names
