@@ -1,0 +1,121 @@
+"""The parts of an implementation that the kit calls, with their cases and known mistakes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+from doraxp.testing._calls import call_layer, call_operator, call_step, call_sum, call_update
+from doraxp.testing._cases import Case, OptimizerCase
+from doraxp.testing._catalogue import catalogue, optimizer_catalogue
+from doraxp.testing._conventions import Conventions
+from doraxp.testing._deviations import BACKWARD, FORWARD, STEP, Changes
+from doraxp.testing._operator_cases import OperatorCase, operator_catalogue
+from doraxp.testing._operator_reference import operator_results
+from doraxp.testing._part_deviations import (
+    CONVOLUTION,
+    EMBEDDING,
+    LOHA,
+    LOKR,
+    LORA_PLUS,
+    SCALED,
+    SUM,
+)
+from doraxp.testing._reference import Results, layer_results, step_results
+from doraxp.testing._sum_cases import SumCase, sum_catalogue, sum_results
+from doraxp.testing._update_cases import UpdateCase, update_catalogue, update_results
+
+AnyCase: TypeAlias = Case | OperatorCase | UpdateCase | SumCase | OptimizerCase
+LAYER = ("init", "forward", "gradients", "merge")
+
+
+class Part(NamedTuple):
+    """Functions of one object that have the same cases."""
+
+    path: str
+    """The attribute that holds the functions; empty for the implementation itself."""
+    functions: tuple[str, ...]
+    every: tuple[AnyCase, ...]
+    accepted: Callable[[Conventions], Iterable[AnyCase]]
+    """The cases that the conventions do not leave out."""
+    call: Callable[..., dict[str, Any]]
+    known: Mapping[str, Changes]
+    keeps_conventions: bool = True
+    """Whether the conventions change the formulas."""
+
+    def found_in(self, impl: Any) -> dict[str, Any]:
+        """Return the functions that an implementation has, by their names in a report."""
+        owner = getattr(impl, self.path, None) if self.path else impl
+        prefix = f"{self.path}." if self.path else ""
+        return {
+            f"{prefix}{name}": getattr(owner, name)
+            for name in self.functions
+            if hasattr(owner, name)
+        }
+
+
+def parts() -> tuple[Part, ...]:
+    """Return all parts, in the order of a report."""
+    layers = {**FORWARD, **BACKWARD}
+    operators = {
+        kind: tuple(case for case in operator_catalogue() if case.kind == kind)
+        for kind in ("convolution", "embedding")
+    }
+    updates = {
+        kind: tuple(case for case in update_catalogue() if case.kind == kind)
+        for kind in ("loha", "lokr")
+    }
+    return (
+        Part("", LAYER, catalogue(), Conventions.layers, call_layer, layers),
+        _steps("step", "adamw", {}),
+        _steps("loraplus_step", "loraplus", LORA_PLUS),
+        _steps("scaled_step", "scaled_adamw", SCALED),
+        _of_kind("convolution", LAYER, operators, Conventions.operators, call_operator,
+                 {**layers, **CONVOLUTION}),
+        _of_kind("embedding", LAYER, operators, Conventions.operators, call_operator,
+                 {**layers, **EMBEDDING}),
+        _of_kind("loha", ("merge",), updates, Conventions.updates, call_update,
+                 {**FORWARD, **LOHA}),
+        _of_kind("lokr", ("merge",), updates, Conventions.updates, call_update,
+                 {**FORWARD, **LOKR}),
+        Part("sums", ("merge",), sum_catalogue(), _all_sums, call_sum, {**FORWARD, **SUM}),
+    )  # fmt: skip
+
+
+def _steps(name: str, optimizer: str, known: Mapping[str, Changes]) -> Part:
+    cases = tuple(case for case in optimizer_catalogue() if case.optimizer == optimizer)
+    return Part("", (name,), cases, lambda _: cases, call_step, {**STEP, **known}, False)
+
+
+def _of_kind(
+    path: str,
+    functions: tuple[str, ...],
+    every: Mapping[str, tuple[Any, ...]],
+    accepted: Callable[[Conventions], Iterable[Any]],
+    call: Callable[..., dict[str, Any]],
+    known: Mapping[str, Changes],
+) -> Part:
+    """Return a part whose cases are those of a kind."""
+
+    def of_kind(conventions: Conventions) -> Iterable[AnyCase]:
+        return (case for case in accepted(conventions) if case.kind == path)
+
+    return Part(path, functions, every[path], of_kind, call, known)
+
+
+def _all_sums(conventions: Conventions) -> Iterable[AnyCase]:
+    usual = conventions.norm_axis == "output" and conventions.form == "weight"
+    return sum_catalogue() if usual else ()
+
+
+def results_of(case: AnyCase, dtype: str, changes: Changes) -> Results:
+    """Return the results of a case, by the reference or by one that deviates."""
+    if isinstance(case, OptimizerCase):
+        return step_results(case, dtype, changes)
+    if isinstance(case, OperatorCase):
+        return operator_results(case, dtype, changes)
+    if isinstance(case, UpdateCase):
+        return update_results(case, dtype, changes)
+    if isinstance(case, SumCase):
+        return sum_results(case, dtype, changes)
+    return layer_results(case, dtype, changes)
