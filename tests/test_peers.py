@@ -2,58 +2,15 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
-from peers.page import record
-
-from doraxp.testing import Conventions, check_implementation
+from peers.checks import findings, meant, names, not_finite, offered
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from their imports
 
 FULL = ("float32", "float64")
 AS_A_MATRIX = {("forward", "one token", "y"), ("gradients", "one token", "all")}
 """For a vector x they return a matrix of one row."""
-
-
-@pytest.fixture
-def reported(request):
-    """Function that returns a report, prints it, and keeps its rows for docs/peers.md."""
-
-    def run(package, name, peer, conventions):
-        report = check_implementation(peer, conventions)
-        print(report)
-        record(request.node, package, name, report)
-        return report
-
-    return run
-
-
-def meant(**choices):
-    return Conventions(**{"norm_gradient": "detached", **choices})
-
-
-def offered(peer, *names):
-    return SimpleNamespace(**{name: getattr(peer, name) for name in names})
-
-
-def findings(report, *, extreme=False):
-    return {
-        (one.function, one.case, one.quantity) for one in report.findings if one.extreme == extreme
-    }
-
-
-def not_finite(report, case):
-    return {
-        (one.function, one.quantity)
-        for one in report.findings
-        if one.case == case and one.problem.endswith("numbers that are not finite")
-    }
-
-
-def names(report):
-    return {one.functions: one.deviations for one in report.diagnoses}
 
 
 @pytest.fixture

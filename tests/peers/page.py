@@ -29,6 +29,12 @@ def record(item: pytest.Item, package: str, run: str, report: Any) -> None:
         item.user_properties.append((f"peer {package}", row))
 
 
+def record_fact(item: pytest.Item, package: str, run: str, fact: str, relative: float) -> None:
+    """Keep a row that a test measured without the kit."""
+    row = (run, fact, "", f"{relative:.2g}", "", item.originalname)
+    item.user_properties.append((f"peer {package}", row))
+
+
 def rows(report: Any) -> Iterator[tuple[str, str, str]]:
     """Yield the findings of a report: in words, in units of the bound, and as a relative error."""
     usual = [one for one in report.findings if not one.extreme]

@@ -55,6 +55,10 @@ class NemoAutomodel(Peer):
     def init(self, weight: np.ndarray) -> np.ndarray:
         return self.layer(weight, None, 1.0, 1).lora_magnitude.detach().numpy()
 
+    def stored_magnitude(self, weight: np.ndarray) -> np.ndarray:
+        """Return the magnitude of a bfloat16 base, which is stored in its dtype, in float32."""
+        return self.layer(weight, None, 1.0, 1).lora_magnitude.detach().float().numpy()
+
 
 class OmgHybridOMGa(Peer):
     """omg-hybridomga's linear layer, which computes in float32."""
@@ -125,6 +129,13 @@ class Bidora(Peer):
     def merge(self, **arrays: Any) -> np.ndarray:
         merged = self.filled(bias=None, **arrays).get_bidora_weights()
         return as_numpy(merged, arrays["weight"])
+
+
+DROPPING = {
+    "omg-hybridomga": ("omg_hybridomga", OmgHybridOMGa),
+    "socket-lm": ("socketimport.core.lora", SocketLm),
+}
+"""The layers that drop the x of both products, with the modules to import."""
 
 
 def as_torch_dtype(array: np.ndarray) -> torch.dtype:

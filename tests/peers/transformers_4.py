@@ -48,13 +48,22 @@ class Adapters(Peer):
         return as_numpy(layer.weight, arrays["weight"])
 
 
+class WithoutScaling:
+    """A peer with s = 1, where B has the scaling."""
+
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
+
+    def forward(self, lora_b: np.ndarray, scaling: float, **arrays: Any) -> np.ndarray:
+        scaled = lora_b * lora_b.dtype.type(scaling)
+        return self.peer.forward(lora_b=scaled, scaling=1.0, **arrays)
+
+
 class MoePeft(Peer):
     """MoE-PEFT's linear layer. It cannot merge, and computes in float32."""
 
-    name = "moe_peft"
-
     def layer(self, weight: Any, bias: Any, scaling: float, rank: int) -> Any:
-        common = importlib.import_module(f"{self.name}.common")
+        common = importlib.import_module("moe_peft.common")
         config = common.LoraConfig(
             adapter_name="one", use_dora_=True, lora_r_=rank, lora_alpha_=scaling * rank,
             lora_dropout_=0.5,
@@ -81,7 +90,7 @@ class MoePeft(Peer):
     def run(
         self, x: np.ndarray, dropout_mask: np.ndarray | None = None, **arrays: Any
     ) -> tuple[Any, torch.Tensor, torch.Tensor]:
-        common = importlib.import_module(f"{self.name}.common")
+        common = importlib.import_module("moe_peft.common")
         layer, leaf = self.filled(**arrays), as_torch(x).requires_grad_()
         *batch, inner = x.shape
         rows = common.LLMBatchConfig("one", 0, 1)
