@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from peers.layers import Arrays, Peer, as_numpy, linear
+from peers.layers import Arrays, Peer, as_numpy, as_torch, linear
 
 
 class Gbra(Peer):
@@ -129,6 +129,19 @@ class Bidora(Peer):
     def merge(self, **arrays: Any) -> np.ndarray:
         merged = self.filled(bias=None, **arrays).get_bidora_weights()
         return as_numpy(merged, arrays["weight"])
+
+
+class UnslothZoo:
+    """The merge of unsloth-zoo, in float32. It is not a public function."""
+
+    def merge(
+        self, weight: np.ndarray, lora_a: Any, lora_b: Any, magnitude: Any, scaling: float
+    ) -> np.ndarray:
+        saving = importlib.import_module("unsloth_zoo.saving_utils")
+        adapter = (as_torch(array) for array in (lora_a, lora_b))
+        stats = saving.LoraStats(None, *adapter, scaling, as_torch(magnitude))
+        merged = saving._merge_lora(as_torch(weight), stats, "layer")
+        return as_numpy(merged.cpu(), weight)
 
 
 DROPPING = {
