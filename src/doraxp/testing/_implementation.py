@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from doraxp._base.scalars import check_count, check_kind
-from doraxp.testing._conventions import Conventions
+from doraxp.testing._conventions import AnyCase, Conventions
 from doraxp.testing._deviations import Changes
 from doraxp.testing._diagnosis import Diagnosis, Run, diagnose
 from doraxp.testing._libraries import Library
-from doraxp.testing._parts import AnyCase, Part, parts, results_of
+from doraxp.testing._parts import Part, parts, results_of
 from doraxp.testing._runs import described
 
 
@@ -193,7 +193,7 @@ def check_implementation(
             progress(f"{part.path or 'layer'}: looks for a name", done, total)
             diagnoses += diagnose(runs, part.known, changes)
             names = {run.case.name for run in runs}
-            own = (case for case in part.every if case.since >= since)
+            own = (case for case in part.cases if case.since >= since)
             left_out += [case.name for case in own if case.name not in names]
     checked = sum(one.checked for one in ran)
     return Report(tuple(findings), tuple(diagnoses), checked, tuple(left_out), tuple(ran))
@@ -214,7 +214,7 @@ def _calls(
     return [
         _Call(name, function, case, dtype)
         for name, function in functions.items()
-        for case in part.accepted(conventions)
+        for case in conventions.accepted(part.cases)
         if case.since >= since
         for dtype in case.dtypes
         if dtype in conventions.dtypes

@@ -21,10 +21,10 @@ import numpy as np
 from doraxp._base.safetensors import Tensor, write_header
 from doraxp.testing._cases import FULL, Case, OptimizerCase
 from doraxp.testing._catalogue import VERSION, catalogue, optimizer_catalogue
+from doraxp.testing._conventions import AnyCase
 from doraxp.testing._formulas import DenseFormulas
 from doraxp.testing._operator_cases import OperatorCase, operator_catalogue
 from doraxp.testing._operator_reference import expected_of_operator
-from doraxp.testing._parts import AnyCase
 from doraxp.testing._reference import Expected, Results, bounded, shapes, step_results
 from doraxp.testing._rounding import Portable
 from doraxp.testing._sum_cases import SumCase, sum_catalogue, sum_results
@@ -236,7 +236,7 @@ def _entry(solved: Solved) -> dict[str, Any]:
         **told,
         "kind": "layer" if isinstance(case, Case) else case.kind,
         **numbers,
-        "extreme": isinstance(case, Case) and case.extreme,
+        "extreme": getattr(case, "extreme", False),
         "rank": config.rank,
         "alpha": config.alpha,
         "rslora": config.rslora,
