@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias, TypeVar, get_args
+from typing import Literal, TypeAlias, get_args
 
 from doraxp._base.scalars import check_flag, check_number
 from doraxp._base.types import Dropout, Form, NormGradient
-from doraxp.testing._cases import FULL, HALF, Case
-from doraxp.testing._catalogue import catalogue
+from doraxp.testing._cases import FULL, HALF, Case, OptimizerCase
 from doraxp.testing._deviations import FORWARD, Changes, eps
-from doraxp.testing._operator_cases import OperatorCase, operator_catalogue
-from doraxp.testing._update_cases import UpdateCase, update_catalogue
+from doraxp.testing._operator_cases import OperatorCase
+from doraxp.testing._sum_cases import SumCase
+from doraxp.testing._update_cases import UpdateCase
 
 Layout: TypeAlias = Literal["out_in", "in_out"]
 NormAxis: TypeAlias = Literal["output", "input"]
 Scaling: TypeAlias = Literal["s", "alpha"]
-AnyLayer = TypeVar("AnyLayer", Case, OperatorCase, UpdateCase)
+AnyCase: TypeAlias = Case | OperatorCase | UpdateCase | SumCase | OptimizerCase
 CHOICES = {
     "layout": get_args(Layout),
     "form": get_args(Form),
@@ -94,33 +94,30 @@ class Conventions:
         bias = FORWARD["the bias is scaled by m/n, so that forward is not merge"]
         return {**axis, **(bias if self.bias_scaled else {}), **(eps(self.eps) if self.eps else {})}
 
-    def layers(self) -> Iterator[Case]:
-        """Yield the layers of the catalogue that the implementation accepts, in its form."""
-        for case in catalogue():
-            *stack, out, inner = case.arrays["weight"].shape
-            if (not stack or self.stacks) and (self.norm_axis == "output" or out == inner):
-                yield from self._accepted(case)
+    def accepted(self, cases: Iterable[AnyCase]) -> Iterator[AnyCase]:
+        """Yield the cases that the implementation accepts, those of layers in its form."""
+        for case in cases:
+            if isinstance(case, OptimizerCase):
+                yield case
+            elif isinstance(case, SumCase):
+                if (self.norm_axis, self.form) == ("output", "weight"):
+                    yield case
+            elif self._fits(case):
+                config = replace(case.config, form=self.form, norm_gradient=self.norm_gradient)
+                yield replace(case, config=config)
 
-    def operators(self) -> Iterator[OperatorCase]:
-        """Yield the convolutions and embeddings that it accepts; none with another norm's axis."""
-        for case in operator_catalogue() if self.norm_axis == "output" else ():
-            yield from self._accepted(case)
-
-    def updates(self) -> Iterator[UpdateCase]:
-        """Yield the updates of other kinds that it accepts."""
-        for case in update_catalogue():
-            out, inner = case.arrays["weight"].shape
-            if self.norm_axis == "output" or out == inner:
-                yield from self._accepted(case)
-
-    def _accepted(self, case: AnyLayer) -> Iterator[AnyLayer]:
-        """Yield the case in the form of the implementation, unless its choices are others."""
+    def _fits(self, case: Case | OperatorCase | UpdateCase) -> bool:
+        """Return whether the weight, the mask and the choices of a case are of this kind."""
+        *stack, out, inner = case.arrays["weight"].shape
+        if isinstance(case, OperatorCase):
+            stack, fits = [], self.norm_axis == "output"
+        else:
+            fits = self.norm_axis == "output" or out == inner
         choices = {case.config.form, case.config.norm_gradient}
-        if choices - {"weight", "exact", self.form, self.norm_gradient}:
-            return
-        if "dropout_mask" in case.arrays and case.config.dropout != self.dropout:
-            return
-        if self.form == "direction" and "magnitude" not in case.arrays:
-            return
-        config = replace(case.config, form=self.form, norm_gradient=self.norm_gradient)
-        yield replace(case, config=config)
+        return (
+            fits
+            and (not stack or self.stacks)
+            and choices <= {"weight", "exact", self.form, self.norm_gradient}
+            and ("dropout_mask" not in case.arrays or case.config.dropout == self.dropout)
+            and (self.form == "weight" or "magnitude" in case.arrays)
+        )

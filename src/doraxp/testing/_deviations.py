@@ -21,6 +21,9 @@ Changes: TypeAlias = Mapping[str, Formula]
 EPS = (1e-12, 1e-8, 1e-7, 2.0**-23, 1.2e-7, 1e-6, 1e-5, 1e-4, 2.0**-10)
 """Numbers that are added to norms; 2⁻²³ and 2⁻¹⁰ are ε of float32 and float16."""
 
+KEPT_NORMS = "the rows keep the norms of W, as in DoRA with m = ‖W‖"
+"""Plain LoRA becomes this where a magnitude is made up for it."""
+
 
 def original(name: str) -> Formula:
     """Return the formula of the reference for a quantity."""
@@ -91,6 +94,12 @@ FORWARD: dict[str, Changes] = {
         "length": lambda d: d.v.norms(-2).mT,
         "through_norm": lambda d: (d.dnorm.mT * d.v).over(d.length.mT),
     },
+    "each column is divided by its own norm": {
+        "length": lambda d: d.v.norms(-2),
+        "dgain": lambda d: d.through_gain,
+        "dm": lambda d: d.dgain.over(d.n).sum(-1),
+        "dnorm": lambda d: -((d.gain * d.dgain).over(d.n).sum(-2, keepdims=True)),
+    },
     "the norm is that of the base weight": {
         "length": lambda d: d.base.norms(),
         "through_norm": lambda d: 0.0,
@@ -123,11 +132,6 @@ FORWARD: dict[str, Changes] = {
     "1/s where s belongs": {"s": lambda d: 1 / original("s")(d)},
     "s = alpha/√rank": {"s": lambda d: d.config.alpha / d.rank**0.5},
     "the update is subtracted": multiplied("update", lambda d: -1.0),
-    "B meets A in the reverse order of ranks": {
-        "update": lambda d: d.s * (d.b[..., ::-1] @ d.a),
-        "da": lambda d: d.s * (d.b[..., ::-1].mT @ d.dv),
-        "db": lambda d: d.s * (d.dv @ d.a.mT)[..., ::-1],
-    },
     "the update is left out": multiplied("update", lambda d: 0.0),
     "m is not divided by n": {
         "gain": lambda d: d.m,
@@ -157,6 +161,14 @@ FORWARD: dict[str, Changes] = {
     "the dropout mask is left out": {"mask": lambda d: None},
     "the dropout mask lacks 1/(1 − p)": {
         "mask": lambda d: d.given_mask and d.given_mask.over(d.given_mask)
+    },
+}
+
+LOW_RANK: dict[str, Changes] = {
+    "B meets A in the reverse order of ranks": {
+        "update": lambda d: d.s * (d.b[..., ::-1] @ d.a),
+        "da": lambda d: d.s * (d.b[..., ::-1].mT @ d.dv),
+        "db": lambda d: d.s * (d.dv @ d.a.mT)[..., ::-1],
     },
 }
 
@@ -200,6 +212,9 @@ BACKWARD: dict[str, Changes] = {
     "dx lacks the update": {"back": lambda d: d.gain * d.base},
     "dx lacks the base": {"back": lambda d: d.gain * d.update},
     "dx lacks the dropout mask": {"dx": lambda d: d.dy @ d.back},
+    "dx lacks what passes beside the mask": {
+        "dx": lambda d: d.dy @ d.back if d.mask is None else d.mask * (d.dy @ d.back)
+    },
     "dA has the whole x": {"da": lambda d: d.s * (d.b.mT @ (d.dv + d.gain * d.dbeside))},
     "dB has the whole x": {"db": lambda d: d.s * ((d.dv + d.gain * d.dbeside) @ d.a.mT)},
     "dm is not divided by n": {"dm": lambda d: d.dgain[..., 0]},

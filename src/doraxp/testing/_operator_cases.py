@@ -37,6 +37,8 @@ class OperatorCase:
         `groups`; of an embedding `scale`.
     arrays : mapping of str to array
         x, weight, lora_a, lora_b, magnitude and dy; in some cases also bias and dropout_mask.
+    extreme : bool
+        Whether the formulas as written divide 0 by 0.
     since : int
         The version of the catalogue that brought the case.
     """
@@ -48,6 +50,7 @@ class OperatorCase:
     numbers: Mapping[str, Any]
     arrays: Mapping[str, Any] = field(repr=False)
     dtypes: tuple[str, ...] = FULL
+    extreme: bool = False
     since: int = 3
 
     @property
@@ -115,7 +118,12 @@ def operator_catalogue() -> tuple[OperatorCase, ...]:
         _embedding("scaled embedding", "scale multiplies W and the update", scale=1.5),
         _embedding("embedding, direction form", "columns of length 1", form="direction"),
         _embedding("embedding, detached", "most columns of dA are 0", norm_gradient="detached"),
-        _embedding("embedding, zero dimension", "‖v‖ = 0 in a column of the table", edit=_zero_row),
+        _embedding(
+            "embedding, zero dimension",
+            "‖v‖ = 0 in a column of the table",
+            edit=_zero_row,
+            extreme=True,
+        ),
     )
 
 
@@ -145,12 +153,12 @@ def _convolution(
         arrays["dropout_mask"] = np.where(rng.uniform(size=shapes["x"]) < 0.2, 0.0, 1.25)
         choices["dropout"] = dropout
     numbers = {**{key: list(n) for key, n in each.items()}, "groups": groups}
-    return OperatorCase(name, reason, Config(2, 4.0, **choices), "convolution", numbers, arrays)
+    return OperatorCase(name, reason, Config(2, 3.0, **choices), "convolution", numbers, arrays)
 
 
 def _embedding(
     name: str, reason: str, *, scale: float = 1.0, edit: Callable[[Arrays], Arrays] = dict,
-    **choices: Any,
+    extreme: bool = False, **choices: Any,
 ) -> OperatorCase:  # fmt: skip
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     shapes = {"weight": (9, 5), "dy": (2, 3, 5)}
@@ -158,8 +166,9 @@ def _embedding(
         "x": np.asarray([[3, 0, 3], [8, 3, 1]]),
         **_drawn(rng, shapes, LayerKind("embedding")),
     }
-    config = Config(2, 4.0, **choices)
-    return OperatorCase(name, reason, config, "embedding", {"scale": scale}, edit(arrays))
+    config = Config(2, 3.0, **choices)
+    numbers = {"scale": scale}
+    return OperatorCase(name, reason, config, "embedding", numbers, edit(arrays), extreme=extreme)
 
 
 def _drawn(rng: np.random.Generator, shapes: dict[str, Any], kind: LayerKind) -> Arrays:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from doraxp.testing._deviations import Changes, original
+from doraxp.testing._deviations import KEPT_NORMS, Changes, original
 from doraxp.testing._update_cases import kron
 
 
@@ -133,7 +133,12 @@ EMBEDDING: dict[str, Changes] = {
     },
 }
 
+UPDATE: dict[str, Changes] = {
+    KEPT_NORMS: {"merged": lambda d: (d.w.norms().over(d.n) if d.m is None else d.gain) * d.v},
+}
+
 LOHA: dict[str, Changes] = {
+    **UPDATE,
     "the two products are added": {"delta": lambda d: d.first + d.second},
     "the first product is left out": {"delta": lambda d: d.second},
     "the second product is left out": {"delta": lambda d: d.first},
@@ -145,6 +150,7 @@ LOHA: dict[str, Changes] = {
 }
 
 LOKR: dict[str, Changes] = {
+    **UPDATE,
     "the Kronecker product is the other way round": {"delta": lambda d: kron(d.right, d.left)},
     "the left factor is transposed": {"delta": lambda d: kron(d.left.mT, d.right)},
     "the right factor is transposed": {"delta": lambda d: kron(d.left, d.right.mT)},
@@ -189,6 +195,7 @@ def one_after_the_other(d: Any) -> Any:
 
 
 SUM: dict[str, Changes] = {
+    **UPDATE,
     "the strengths are left out": {"strengths": lambda d: (1.0,) * len(d.given)},
     "the strengths are squared": {"strengths": lambda d: tuple(t * t for t in d.given)},
     "the strengths are rooted": {"strengths": lambda d: tuple(math.sqrt(t) for t in d.given)},

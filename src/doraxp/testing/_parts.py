@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, NamedTuple
 
 from doraxp.testing._calls import call_layer, call_operator, call_step, call_sum, call_update
-from doraxp.testing._cases import Case, OptimizerCase
+from doraxp.testing._cases import OptimizerCase
 from doraxp.testing._catalogue import catalogue, optimizer_catalogue
-from doraxp.testing._conventions import Conventions
-from doraxp.testing._deviations import BACKWARD, FORWARD, STEP, Changes
+from doraxp.testing._conventions import AnyCase
+from doraxp.testing._deviations import BACKWARD, FORWARD, LOW_RANK, STEP, Changes
 from doraxp.testing._operator_cases import OperatorCase, operator_catalogue
 from doraxp.testing._operator_reference import operator_results
 from doraxp.testing._part_deviations import (
@@ -25,7 +26,6 @@ from doraxp.testing._reference import Results, layer_results, step_results
 from doraxp.testing._sum_cases import SumCase, sum_catalogue, sum_results
 from doraxp.testing._update_cases import UpdateCase, update_catalogue, update_results
 
-AnyCase: TypeAlias = Case | OperatorCase | UpdateCase | SumCase | OptimizerCase
 LAYER = ("init", "forward", "gradients", "merge")
 
 
@@ -35,9 +35,7 @@ class Part(NamedTuple):
     path: str
     """The attribute that holds the functions; empty for the implementation itself."""
     functions: tuple[str, ...]
-    every: tuple[AnyCase, ...]
-    accepted: Callable[[Conventions], Iterable[AnyCase]]
-    """The cases that the conventions do not leave out."""
+    cases: tuple[AnyCase, ...]
     call: Callable[..., dict[str, Any]]
     known: Mapping[str, Changes]
     keeps_conventions: bool = True
@@ -54,58 +52,38 @@ class Part(NamedTuple):
         }
 
 
+@cache
 def parts() -> tuple[Part, ...]:
     """Return all parts, in the order of a report."""
-    layers = {**FORWARD, **BACKWARD}
-    operators = {
-        kind: tuple(case for case in operator_catalogue() if case.kind == kind)
-        for kind in ("convolution", "embedding")
-    }
-    updates = {
-        kind: tuple(case for case in update_catalogue() if case.kind == kind)
-        for kind in ("loha", "lokr")
-    }
+    layers = {**FORWARD, **LOW_RANK, **BACKWARD}
+    operators, updates = operator_catalogue(), update_catalogue()
     return (
-        Part("", LAYER, catalogue(), Conventions.layers, call_layer, layers),
+        Part("", LAYER, catalogue(), call_layer, layers),
         _steps("step", "adamw", {}),
         _steps("loraplus_step", "loraplus", LORA_PLUS),
         _steps("scaled_step", "scaled_adamw", SCALED),
-        _of_kind("convolution", LAYER, operators, Conventions.operators, call_operator,
-                 {**layers, **CONVOLUTION}),
-        _of_kind("embedding", LAYER, operators, Conventions.operators, call_operator,
-                 {**layers, **EMBEDDING}),
-        _of_kind("loha", ("merge",), updates, Conventions.updates, call_update,
-                 {**FORWARD, **LOHA}),
-        _of_kind("lokr", ("merge",), updates, Conventions.updates, call_update,
-                 {**FORWARD, **LOKR}),
-        Part("sums", ("merge",), sum_catalogue(), _all_sums, call_sum, {**FORWARD, **SUM}),
-    )  # fmt: skip
+        _of_kind("convolution", LAYER, operators, call_operator, {**layers, **CONVOLUTION}),
+        _of_kind("embedding", LAYER, operators, call_operator, {**layers, **EMBEDDING}),
+        _of_kind("loha", ("merge",), updates, call_update, {**FORWARD, **LOHA}),
+        _of_kind("lokr", ("merge",), updates, call_update, {**FORWARD, **LOKR}),
+        Part("sums", ("merge",), sum_catalogue(), call_sum, {**FORWARD, **SUM}),
+    )
 
 
 def _steps(name: str, optimizer: str, known: Mapping[str, Changes]) -> Part:
     cases = tuple(case for case in optimizer_catalogue() if case.optimizer == optimizer)
-    return Part("", (name,), cases, lambda _: cases, call_step, {**STEP, **known}, False)
+    return Part("", (name,), cases, call_step, {**STEP, **known}, keeps_conventions=False)
 
 
 def _of_kind(
-    path: str,
+    kind: str,
     functions: tuple[str, ...],
-    every: Mapping[str, tuple[Any, ...]],
-    accepted: Callable[[Conventions], Iterable[Any]],
+    cases: tuple[OperatorCase, ...] | tuple[UpdateCase, ...],
     call: Callable[..., dict[str, Any]],
     known: Mapping[str, Changes],
 ) -> Part:
     """Return a part whose cases are those of a kind."""
-
-    def of_kind(conventions: Conventions) -> Iterable[AnyCase]:
-        return (case for case in accepted(conventions) if case.kind == path)
-
-    return Part(path, functions, every[path], of_kind, call, known)
-
-
-def _all_sums(conventions: Conventions) -> Iterable[AnyCase]:
-    usual = conventions.norm_axis == "output" and conventions.form == "weight"
-    return sum_catalogue() if usual else ()
+    return Part(kind, functions, tuple(case for case in cases if case.kind == kind), call, known)
 
 
 def results_of(case: AnyCase, dtype: str, changes: Changes) -> Results:
