@@ -411,7 +411,7 @@ def test_a_run_without_any_case_is_not_a_success(mine, capsys):
     """The steps of an optimizer are not in the catalogue in float16."""
     (mine / "steps.py").write_text("from naive import step")
     assert main(["conform", "steps", "--dtype", "float16"]) == 2
-    assert "one case must run: the conventions, --since or NotImpl" in capsys.readouterr().err
+    assert "steps: one case must run, got 0: the conventions, --since 1" in capsys.readouterr().err
 
 
 # JSON and JUnit XML

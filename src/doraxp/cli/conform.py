@@ -113,8 +113,8 @@ def _checked(impl: Any, conventions: Conventions, since: int) -> Report:
     report = Report(*map(_sum, zip(*reports, strict=True)))
     if not report.runs:
         raise ValueError(
-            "one case must run: the conventions, --since or NotImplementedError leave out all, got "
-            f"--since {since} and {conventions}"
+            f"one case must run, got 0: the conventions, --since {since} or NotImplementedError "
+            "leave out all"
         )
     return report
 
