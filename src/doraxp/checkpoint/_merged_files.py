@@ -78,7 +78,7 @@ def check_merge_files(
 
 
 def _problems(folder: Path, dtype: str, merge_files: MergeFiles) -> dict[str, str]:
-    """Return what is wrong with the tensor of each case, in words."""
+    """Return the fault of the tensor of each case, in words."""
     base, adapter, out = (folder / name for name in ("base", "adapter", "out"))
     names = {case: f"model.layers.{place}.weight" for place, case in enumerate(_SHAPES)}
     layers = _write_base(base, names, dtype)
