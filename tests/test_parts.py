@@ -276,7 +276,7 @@ class TestSince:
         }
 
     @pytest.mark.parametrize(("since", "error"), [(0, ValueError), (1.5, TypeError)])
-    def test_a_version_that_is_none_is_refused(self, since, error):
+    def test_a_version_must_be_a_count(self, since, error):
         with pytest.raises(error, match="since"):
             check_implementation(PARTS, since=since)
 

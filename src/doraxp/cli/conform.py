@@ -13,7 +13,7 @@ from doraxp._terminal.messages import output_that_may_fail, print_error
 from doraxp._terminal.progress import progress_by_parts
 from doraxp._terminal.runtimes import versions
 from doraxp._terminal.tables import plain_console, print_names
-from doraxp.cli._arguments import integer, lacks, output
+from doraxp.cli._arguments import CHECKPOINT, integer, lacks, output
 from doraxp.cli._target import add_conventions, conventions_of, load_implementation
 from doraxp.testing import (
     VERSION,
@@ -21,6 +21,7 @@ from doraxp.testing import (
     Judgement,
     Report,
     check_implementation,
+    functions_of,
     judge,
     junit,
     read_expected_failures,
@@ -67,6 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         expected = read_expected_failures(arguments.expected) if arguments.expected else ()
         impl = load_implementation(arguments.target)
+        if hasattr(impl, "merge_files") and lacks("conform", *CHECKPOINT, extra="checkpoint"):
+            return 2
         conventions = conventions_of(impl, arguments)
         report = _checked(impl, conventions, arguments.since)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
@@ -93,22 +96,35 @@ def _checked(impl: Any, conventions: Conventions, since: int) -> Report:
     ValueError
         No case ran: this must not look like success.
     """
+    reports = []
     with progress_by_parts() as progress:
         task = progress.add_task("")
-        report = check_implementation(
-            impl,
-            conventions,
-            since=since,
-            progress=lambda what, done, total: progress.update(
-                task, description=what, completed=done, total=total
-            ),
-        )
+
+        def tell(what: str, done: int, total: int) -> None:
+            progress.update(task, description=what, completed=done, total=total)
+
+        has_files = hasattr(impl, "merge_files")
+        if functions_of(impl) or not has_files:
+            reports.append(check_implementation(impl, conventions, since=since, progress=tell))
+        if has_files:
+            from doraxp.checkpoint import check_merge_files
+
+            reports.append(check_merge_files(impl.merge_files, progress=tell))
+    report = Report(*map(_sum, zip(*reports, strict=True)))
     if not report.runs:
         raise ValueError(
             f"one case must run, got 0: the conventions, --since {since} or NotImplementedError "
             "leave out all"
         )
     return report
+
+
+def _sum(fields: tuple[Any, ...]) -> Any:
+    """Return the sum of numbers, or all items of tuples."""
+    first, *others = fields
+    for other in others:
+        first = first + other
+    return first
 
 
 def _figures(

@@ -22,6 +22,7 @@ from doraxp.testing._junit import junit
 from doraxp.testing._libraries import Library, as_numpy
 from doraxp.testing._operator_cases import OperatorCase, operator_catalogue
 from doraxp.testing._operator_reference import expected_of_operator
+from doraxp.testing._parts import functions_of
 from doraxp.testing._reference import Expected, expected, expected_steps
 from doraxp.testing._sum_cases import SumCase, expected_of_sum, sum_catalogue
 from doraxp.testing._update_cases import UpdateCase, expected_of_update, update_catalogue
@@ -57,6 +58,7 @@ __all__ = [
     "expected_of_sum",
     "expected_of_update",
     "expected_steps",
+    "functions_of",
     "judge",
     "junit",
     "operator_catalogue",
