@@ -1,4 +1,4 @@
-"""What diffusers' loaders make of a DoRA file that is not in their own format: `nox -s peers`."""
+"""DoRA files in other formats than its own, in the loaders of diffusers: `nox -s peers`."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def of_case(name, dtype="float64"):
     }
 
 
-def test_pefts_convolutions_are_right_but_for_dilation_and_groups(peft, operators, reported):
+def test_pefts_convolutions_are_right_except_with_dilation_and_groups(peft, operators, reported):
     peer = SimpleNamespace(convolution=operators.PeftConvolution())
     report = reported("peft", "convolution", peer, meant(dropout="input"))
     wrong = findings(report)
@@ -90,7 +90,7 @@ def test_pefts_convolution_pads_the_low_rank_part_with_zeros(peft, operators, me
 def test_pefts_embedding_is_right_but_returns_nan_for_a_zero_dimension(peft, operators, reported):
     peer = SimpleNamespace(embedding=operators.PeftEmbedding())
     report = reported("peft", "embedding", peer, meant())
-    assert {case for _, case, _ in findings(report)} == {"embedding, zero dimension"}
+    assert findings(report) == set()
     assert not_finite(report, "embedding, zero dimension") == {
         ("embedding.forward", "y"),
         ("embedding.merge", "merged"),

@@ -36,7 +36,7 @@ class Diffusers:
         self.pipeline = pipeline
 
     def read(self, state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Any]:
-        """Return what the loader, or its conversion alone, makes of the tensors of a file."""
+        """Return the tensors and alphas that the loader or its conversion makes of a file."""
         loaders = importlib.import_module("diffusers.loaders.lora_pipeline")
         if self.pipeline:
             return loaders.StableDiffusionLoraLoaderMixin.lora_state_dict(state)
