@@ -29,9 +29,12 @@ def record(item: pytest.Item, package: str, run: str, report: Any) -> None:
         item.user_properties.append((f"peer {package}", row))
 
 
-def record_fact(item: pytest.Item, package: str, run: str, fact: str, relative: float) -> None:
-    """Keep a row that a test measured without the kit."""
-    row = (run, fact, "", f"{relative:.2g}", "", item.originalname)
+def record_fact(
+    item: pytest.Item, package: str, run: str, fact: str, relative: float | None = None
+) -> None:
+    """Keep a row that a test found without the kit."""
+    error = "" if relative is None else f"{relative:.2g}"
+    row = (run, fact, "", error, "", item.originalname)
     item.user_properties.append((f"peer {package}", row))
 
 
@@ -81,7 +84,7 @@ def largest(found: list[Any]) -> tuple[str, str]:
     if not pairs:
         return "", ""
     bounds, relative = (max(float(pair[k]) for pair in pairs) for k in (0, 1))
-    return f"{bounds:.2g}", f"{relative:.2g}"
+    return f"{bounds:.1g}", f"{relative:.2g}"
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
