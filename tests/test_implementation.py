@@ -297,6 +297,17 @@ def test_an_exit_does_not_end_the_check(error, said):
     assert taken == ("tall", "y", f"cannot be read by numpy.asarray: {said}")
 
 
+def test_a_merge_in_16_bits_says_how_much_of_the_update_it_keeps():
+    def merge(weight, **others):  # the update is rounded away
+        return weight
+
+    (found,) = (
+        one for one in problems(Conventions(dtypes=("float16",)), merge=merge)
+        if one[0] == "half storage, small update"
+    )  # fmt: skip
+    assert found[2].endswith(", keeps 0.00 of the update")
+
+
 def test_a_keyboard_interrupt_ends_the_check():
     def interrupted(**_):
         raise KeyboardInterrupt
@@ -446,5 +457,7 @@ def test_a_step_that_writes_to_its_parameters_is_reported():
 
 
 def test_an_object_without_a_function_is_refused():
-    with pytest.raises(ValueError, match="init, forward, gradients, merge or step, got object"):
+    with pytest.raises(
+        ValueError, match="init, forward, gradients, merge or step, or one of a part, got object"
+    ):
         check_implementation(object())

@@ -11,10 +11,18 @@ from doraxp.testing._compare import (
 )
 from doraxp.testing._conventions import Conventions
 from doraxp.testing._diagnosis import Diagnosis
+from doraxp.testing._expected_failures import (
+    ExpectedFailure,
+    Judgement,
+    judge,
+    read_expected_failures,
+)
 from doraxp.testing._implementation import Finding, Ran, Report, check_implementation
+from doraxp.testing._junit import junit
 from doraxp.testing._libraries import Library, as_numpy
 from doraxp.testing._operator_cases import OperatorCase, operator_catalogue
 from doraxp.testing._operator_reference import expected_of_operator
+from doraxp.testing._parts import functions_of
 from doraxp.testing._reference import Expected, expected, expected_steps
 from doraxp.testing._sum_cases import SumCase, expected_of_sum, sum_catalogue
 from doraxp.testing._update_cases import UpdateCase, expected_of_update, update_catalogue
@@ -29,8 +37,10 @@ __all__ = [
     "Conventions",
     "Diagnosis",
     "Expected",
+    "ExpectedFailure",
     "Figure",
     "Finding",
+    "Judgement",
     "Library",
     "OperatorCase",
     "OptimizerCase",
@@ -48,8 +58,12 @@ __all__ = [
     "expected_of_sum",
     "expected_of_update",
     "expected_steps",
+    "functions_of",
+    "judge",
+    "junit",
     "operator_catalogue",
     "optimizer_catalogue",
+    "read_expected_failures",
     "right_merge",
     "sum_catalogue",
     "update_catalogue",

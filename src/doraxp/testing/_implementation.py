@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from doraxp._base.scalars import check_count, check_kind
+from doraxp.testing._cases import HALF, Case
 from doraxp.testing._conventions import AnyCase, Conventions
 from doraxp.testing._deviations import Changes
 from doraxp.testing._diagnosis import Diagnosis, Run, diagnose
 from doraxp.testing._libraries import Library
 from doraxp.testing._parts import Part, parts, results_of
-from doraxp.testing._runs import described
+from doraxp.testing._reference import Expected
+from doraxp.testing._runs import Actual, described
 
 
 class Finding(NamedTuple):
@@ -189,12 +191,11 @@ def check_implementation(
             if run is not None:
                 runs.append(run)
                 ran.append(_told(run))
-        if runs:
-            progress(f"{part.path or 'layer'}: looks for a name", done, total)
-            diagnoses += diagnose(runs, part.known, changes)
-            names = {run.case.name for run in runs}
-            own = (case for case in part.cases if case.since >= since)
-            left_out += [case.name for case in own if case.name not in names]
+        progress(f"{part.path or 'layer'}: looks for names", done, total)
+        diagnoses += diagnose(runs, part.known, changes)
+        names = {run.case.name for run in runs}
+        own = (case for case in part.cases if case.since >= since)
+        left_out += [case.name for case in own if case.name not in names]
     checked = sum(one.checked for one in ran)
     return Report(tuple(findings), tuple(diagnoses), checked, tuple(left_out), tuple(ran))
 
@@ -219,6 +220,13 @@ def _calls(
         for dtype in case.dtypes
         if dtype in conventions.dtypes
     ]
+
+
+def _kept(case: Case, dtype: str, got: Actual, want: Expected) -> float:
+    """Return ⟨stored − W, W' − W⟩ / ‖W' − W‖²: 1 where rounding took nothing of the update."""
+    weight = case.stored(dtype)["weight"]
+    whole = want.value - weight
+    return float(np.sum((got.values - weight) * whole) / np.sum(whole * whole))
 
 
 def _told(run: Run) -> Ran:
@@ -257,6 +265,8 @@ def _observe(
             if share > 1:
                 relative = want.relative(got.values)
                 problem = f"is {share:.3g} times its bound off, relative error {relative:.2g}"
+                if quantity == "merged" and isinstance(case, Case) and dtype in HALF:
+                    problem += f", keeps {_kept(case, dtype, got, want):.2f} of the update"
         if problem is not None:
             note(quantity, problem)
     return Run(name, case, dtype, actual, wanted, worst)

@@ -86,6 +86,28 @@ def _of_kind(
     return Part(kind, functions, tuple(case for case in cases if case.kind == kind), call, known)
 
 
+def functions_of(impl: Any) -> tuple[str, ...]:
+    """Return the names of the functions that `check_implementation` calls.
+
+    Parameters
+    ----------
+    impl : object
+        An implementation of DoRA.
+
+    Returns
+    -------
+    tuple of str
+        Those of a part with its name, such as "convolution.forward". Empty without any.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> functions_of(SimpleNamespace(merge=max, loha=SimpleNamespace(merge=max)))
+    ('merge', 'loha.merge')
+    """
+    return tuple(name for part in parts() for name in part.found_in(impl))
+
+
 def results_of(case: AnyCase, dtype: str, changes: Changes) -> Results:
     """Return the results of a case, by the reference or by one that deviates."""
     if isinstance(case, OptimizerCase):

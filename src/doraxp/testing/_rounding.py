@@ -173,7 +173,8 @@ class Plain(np.ndarray[Any, Any]):
 
     def over(self, other: Any) -> Any:
         """Return the quotient, and 0 where the divisor is 0."""
-        return np.divide(self, other, out=np.zeros_like(self), where=other != 0)
+        zeros = np.zeros_like(self, shape=np.broadcast_shapes(self.shape, np.shape(other)))
+        return np.divide(self, other, out=zeros, where=other != 0)
 
     def divided_by(self, gram: Any, damping: float) -> Any:
         """Return (G + δI)⁻¹ C for these numbers C."""

@@ -9,6 +9,7 @@ These come in addition to the names of the reference. The bytes are the same on 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ FORMAT = 2
 """The version of the format. It goes up when a reader of the older format would fail. Readers of
 format 2 pass over the kinds of cases that they do not know."""
 MANIFEST = "manifest.json"
+CHECKSUMS = "SHA256SUMS"
 FILES = {dtype: f"{dtype}.safetensors" for dtype in FULL}
 
 
@@ -110,7 +112,7 @@ def write_vectors(out: Path, *, force: bool = False) -> int:
         if out.exists():
             # A folder with a manifest is complete: remove it first, and write it last.
             (out / MANIFEST).unlink(missing_ok=True)
-            for name in (*FILES.values(), MANIFEST):
+            for name in (*FILES.values(), CHECKSUMS, MANIFEST):
                 (written / name).replace(out / name)
         else:
             written.rename(out)
@@ -141,7 +143,18 @@ def _write(folder: Path) -> int:
     manifest = {"format": FORMAT, "catalogue": VERSION, "files": FILES, "cases": entries}
     text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / MANIFEST).write_text(text + "\n", "utf-8", newline="\n")
+    write_checksums(folder)
     return len(cases)
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the SHA-256 of each file in a folder, as `sha256sum --check` reads them."""
+    lines = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
+        for path in sorted(folder.iterdir())
+        if path.name != CHECKSUMS
+    ]
+    (folder / CHECKSUMS).write_text("".join(lines), "utf-8", newline="\n")
 
 
 class Solved(NamedTuple):
