@@ -84,7 +84,7 @@ def largest(found: list[Any]) -> tuple[str, str]:
     if not pairs:
         return "", ""
     bounds, relative = (max(float(pair[k]) for pair in pairs) for k in (0, 1))
-    return f"{bounds:.1g}", f"{relative:.2g}"
+    return f"{bounds:.{2 if bounds < 10 else 1}g}", f"{relative:.2g}"
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
