@@ -164,6 +164,12 @@ FORWARD: dict[str, Changes] = {
     },
 }
 
+NOT_AS_DECLARED: dict[str, Changes] = {
+    "the bias is not scaled": {name: original(name) for name in ("y", "dbias", "dgain")},
+    "no number is added to the norm": {"eps": lambda d: 0.0},
+}
+"""These change nothing unless the conventions declare the opposite."""
+
 LOW_RANK: dict[str, Changes] = {
     "the norm lacks s": {
         "unscaled": lambda d: d.base + d.b @ d.a,
