@@ -237,8 +237,8 @@ def reported(request: pytest.FixtureRequest) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def measured(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Function that keeps a figure for docs/peers.md."""
+def noted(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Function that keeps a fact for docs/peers.md, with its relative error if it has one."""
     return functools.partial(page.record_fact, request.node)
 
 

@@ -235,6 +235,18 @@ def test_a_declared_convention_is_not_an_error(conventions, functions):
     assert not checked(**functions).ok
 
 
+@pytest.mark.parametrize(
+    ("conventions", "name"),
+    [
+        (Conventions(bias_scaled=True), "the bias is not scaled"),
+        (Conventions(eps=1e-3), "no number is added to the norm"),
+    ],
+)
+def test_a_convention_that_is_declared_and_not_kept_is_named(conventions, name):
+    report = checked(conventions, forward=RIGHT.forward)
+    assert [one.deviations for one in report.diagnoses] == [(name,)]
+
+
 def test_alpha_may_be_passed_as_scaling():
     findings = checked(Conventions(scaling="alpha"), merge=alpha_merge).findings
     assert {one.case for one in findings if not one.extreme} == {

@@ -11,6 +11,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from th
 FULL = ("float32", "float64")
 AS_A_MATRIX = {("forward", "one token", "y"), ("gradients", "one token", "all")}
 """For a vector x they return a matrix of one row."""
+ZERO_ROW = {
+    ("forward", "y"),
+    ("merge", "merged"),
+    *(("gradients", name) for name in ("dx", "da", "db", "dm")),
+}
 
 
 @pytest.fixture
@@ -21,7 +26,7 @@ def made(torch):
     return layers
 
 
-def test_pefts_float_layer_has_three_findings(peft, made, reported):
+def test_pefts_float_layer_has_three_findings_and_nan_for_a_zero_row(peft, made, reported):
     report = reported("peft", "linear", made.Peft(), meant(dropout="input"))
     assert findings(report) == {
         *AS_A_MATRIX,
@@ -29,15 +34,7 @@ def test_pefts_float_layer_has_three_findings(peft, made, reported):
         ("gradients", "rows of all sizes", "dm"),  # adds the bias and subtracts it again
     }
     assert report.diagnoses == ()
-
-
-def test_peft_returns_nan_for_a_zero_row(peft, made, reported):
-    report = reported("peft", "linear, float32", made.Peft(), meant(dtypes=("float32",)))
-    assert not_finite(report, "zero row") == {
-        ("forward", "y"),
-        ("merge", "merged"),
-        *(("gradients", name) for name in ("dx", "da", "db", "dm")),
-    }
+    assert not_finite(report, "zero row") == ZERO_ROW
 
 
 def test_pefts_init_rounds_the_magnitude_on_a_bf16_base(peft, made, reported):
@@ -55,7 +52,10 @@ def test_peft_rounds_intermediates_to_bf16(peft, made, reported):
     report = reported(
         "peft", "linear, bfloat16", offered(made.Peft(), "forward"), meant(dtypes=("bfloat16",))
     )
-    assert findings(report) == {("forward", "half storage", "y")}
+    assert findings(report) == {
+        ("forward", "half storage", "y"),
+        ("forward", "half storage, small update", "y"),
+    }
 
 
 def test_torchtune_scales_the_bias_so_that_its_forward_is_not_its_merge(torchtune, made, reported):
@@ -77,11 +77,7 @@ def test_torchtune_scales_the_bias_so_that_its_forward_is_not_its_merge(torchtun
         ("gradients", "low-rank dropout, one token", "all"),
         ("gradients", "one row", "dx"),
     }
-
-
-def test_torchtune_returns_nan_for_a_zero_row(torchtune, made, reported):
-    report = reported("torchtune", "linear", offered(made.Torchtune(), "forward", "merge"), meant())
-    assert not_finite(report, "zero row") == {("forward", "y"), ("merge", "merged")}
+    assert not_finite(report, "zero row") >= {("forward", "y"), ("merge", "merged")}
 
 
 @pytest.mark.parametrize("dtype", FULL)
@@ -99,8 +95,4 @@ def test_lycoris_is_right_with_its_eps(lycoris, made, dtype, reported):
 def test_mlx_lm_is_right_but_returns_nan_for_a_zero_row(mlx_lm, made, reported):
     report = reported("mlx-lm", "linear", made.MlxLm(), meant(dropout="low_rank"))
     assert findings(report) == set()
-    assert not_finite(report, "zero row") == {
-        ("forward", "y"),
-        ("merge", "merged"),
-        *(("gradients", name) for name in ("dx", "da", "db", "dm")),
-    }
+    assert not_finite(report, "zero row") == ZERO_ROW

@@ -1,4 +1,4 @@
-"""What diffusers' loaders make of a DoRA file that is not in their own format: `nox -s peers`."""
+"""DoRA files in other formats than its own, in the loaders of diffusers: `nox -s peers`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,13 @@ def test_diffusers_loads_a_dora_file_as_lora_and_logs_a_warning(loaders, reporte
     report = reported("diffusers", "Stable Diffusion's loader", peer, meant(**SINGLE))
     assert names(report) == {("merge",): ("m/n is left out, as in LoRA",)}
     assert any("dora_scale" in one.message for one in caplog.records)
+
+
+def test_every_loader_of_diffusers_drops_the_magnitude(loaders, noted):
+    read = loaders.read_by_every_loader()
+    assert len(read) == 33
+    assert all(not any("dora" in key for key in keys) for keys in read.values())
+    noted("diffusers", "all loaders", f"dora_scale is dropped by {len(read)} of {len(read)}")
 
 
 def test_diffusers_conversion_keeps_the_magnitude_in_a_shape_that_peft_refuses(loaders, reported):

@@ -59,7 +59,7 @@ def of_case(name, dtype="float64"):
     }
 
 
-def test_pefts_convolutions_are_right_but_for_dilation_and_groups(peft, operators, reported):
+def test_pefts_convolutions_are_right_except_with_dilation_and_groups(peft, operators, reported):
     peer = SimpleNamespace(convolution=operators.PeftConvolution())
     report = reported("peft", "convolution", peer, meant(dropout="input"))
     wrong = findings(report)
@@ -72,17 +72,18 @@ def test_pefts_convolutions_are_right_but_for_dilation_and_groups(peft, operator
     assert grouped == {"convolution.forward", "convolution.gradients"}
 
 
-def test_pefts_convolution_pads_the_low_rank_part_with_zeros(peft, operators, measured, torch):
+def test_pefts_convolution_pads_the_low_rank_part_with_zeros(peft, operators, noted, torch):
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((4, 3, 3))
     base = operators.convolution(weight, None, 1, padding=1, padding_mode="reflect")
     layer = operators.PeftConvolution().adapted(base, 1.0, 2)
+    layer.lora_A["default"].weight.data = torch.tensor(rng.standard_normal((2, 3, 3)))
     layer.lora_B["default"].weight.data = torch.tensor(rng.standard_normal((4, 2, 1)))
     x = torch.tensor(rng.standard_normal((2, 3, 6)))
     y = layer(x).detach().numpy()
     layer.merge()
     off = distance(y, layer(x).detach().numpy())
-    measured("peft", "convolution, padding_mode", "forward is not merge", off)
+    noted("peft", "convolution, padding_mode", "forward is not merge", off)
     assert off > 0.1
     assert not np.any(np.abs(y - layer(x).detach().numpy())[..., 1:-1] > 1e-12)  # but at the edge
 
@@ -90,7 +91,7 @@ def test_pefts_convolution_pads_the_low_rank_part_with_zeros(peft, operators, me
 def test_pefts_embedding_is_right_but_returns_nan_for_a_zero_dimension(peft, operators, reported):
     peer = SimpleNamespace(embedding=operators.PeftEmbedding())
     report = reported("peft", "embedding", peer, meant())
-    assert {case for _, case, _ in findings(report)} == {"embedding, zero dimension"}
+    assert findings(report) == set()
     assert not_finite(report, "embedding, zero dimension") == {
         ("embedding.forward", "y"),
         ("embedding.merge", "merged"),
@@ -112,11 +113,11 @@ def test_pefts_weighted_adapter_forgets_the_magnitudes(peft, sums, reported, com
 
 
 @pytest.mark.parametrize("combination", ["linear", "cat", "svd"])
-def test_pefts_weighted_adapter_of_one_is_not_that_adapter(peft, sums, measured, combination):
+def test_pefts_weighted_adapter_of_one_is_not_that_adapter(peft, sums, noted, combination):
     given = trained()
     right = alone(given)
     off = distance(sums.PeftWeighted(combination).merge(**given), right)
-    measured("peft", f"weighted, {combination}", "one adapter at weight 1 is not itself", off)
+    noted("peft", f"weighted, {combination}", "one adapter at weight 1 is not itself", off)
     assert off > 0.1
 
 
@@ -127,21 +128,21 @@ def test_pefts_strength_multiplies_s(peft, sums, reported):
     assert "the strength multiplies s" in {one.deviations[0] for one in report.diagnoses}
 
 
-def test_peft_merges_each_adapter_into_the_merge_of_those_before(peft, sums, measured):
+def test_peft_merges_each_adapter_into_the_merge_of_those_before(peft, sums, noted):
     given = of_case("two adapters")
     merged = sums.PeftMerges().merge(**given)
     result = given["weight"]
     for v, m in layers_of(given):
         result = m[:, None] / np.linalg.norm(v, axis=1)[:, None] * (result + v - given["weight"])
     np.testing.assert_allclose(merged, result)
-    measured("peft", "merge of two adapters", "is not the sum", distance(merged, added(given)))
+    noted("peft", "merge of two adapters", "is not the sum", distance(merged, added(given)))
     turned = {name: each[::-1] if name != "weight" else each for name, each in given.items()}
     other = distance(sums.PeftMerges().merge(**turned), merged)
-    measured("peft", "merge of two adapters", "depends on their order", other)
+    noted("peft", "merge of two adapters", "depends on their order", other)
     assert other > 0.1
 
 
-def test_peft_adds_two_adapters_in_training_alone(peft, sums, measured, torch):
+def test_peft_adds_two_adapters_in_training_alone(peft, sums, noted, torch):
     """With dropout modules of ones two adapters add up, and without them they are composed."""
     given = of_case("two adapters")
     layer = sums.model_with(given["weight"], given["adapters"], given["scalings"])
@@ -156,7 +157,7 @@ def test_peft_adds_two_adapters_in_training_alone(peft, sums, measured, torch):
     np.testing.assert_allclose(trained, added(given))
     np.testing.assert_allclose(evaluated, sums.PeftMerges().merge(**given))
     off = distance(evaluated, trained)
-    measured("peft", "two active adapters, dropout", "training is not evaluation", off)
+    noted("peft", "two active adapters, dropout", "training is not evaluation", off)
     assert off > 0.1
 
 

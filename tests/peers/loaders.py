@@ -36,7 +36,7 @@ class Diffusers:
         self.pipeline = pipeline
 
     def read(self, state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Any]:
-        """Return what the loader, or its conversion alone, makes of the tensors of a file."""
+        """Return the tensors and alphas that the loader or its conversion makes of a file."""
         loaders = importlib.import_module("diffusers.loaders.lora_pipeline")
         if self.pipeline:
             return loaders.StableDiffusionLoraLoaderMixin.lora_state_dict(state)
@@ -66,6 +66,19 @@ class DiffusersPeft:
         }
         read, _ = loaders.StableDiffusionLoraLoaderMixin.lora_state_dict(state)
         return merged_with(weight, read, prefix="unet")
+
+
+def read_by_every_loader() -> dict[str, list[str]]:
+    """Return the keys that each loader keeps of a layer by the names of diffusers."""
+    loaders = importlib.import_module("diffusers.loaders.lora_pipeline")
+    shapes = {"lora_A.weight": (2, 3), "lora_B.weight": (4, 2), "dora_scale": (4, 1)}
+    found = {}
+    for name, loader in vars(loaders).items():
+        if name.endswith("LoraLoaderMixin"):
+            state = {f"transformer.to_q.{key}": torch.ones(shape) for key, shape in shapes.items()}
+            read = loader.lora_state_dict(state)
+            found[name] = list(read[0] if isinstance(read, tuple) else read)
+    return found
 
 
 def merged_with(weight: np.ndarray, read: dict[str, torch.Tensor], **options: Any) -> np.ndarray:

@@ -29,9 +29,12 @@ def record(item: pytest.Item, package: str, run: str, report: Any) -> None:
         item.user_properties.append((f"peer {package}", row))
 
 
-def record_fact(item: pytest.Item, package: str, run: str, fact: str, relative: float) -> None:
-    """Keep a row that a test measured without the kit."""
-    row = (run, fact, "", f"{relative:.2g}", "", item.originalname)
+def record_fact(
+    item: pytest.Item, package: str, run: str, fact: str, relative: float | None = None
+) -> None:
+    """Keep a row that a test found without the kit."""
+    error = "" if relative is None else f"{relative:.2g}"
+    row = (run, fact, "", error, "", item.originalname)
     item.user_properties.append((f"peer {package}", row))
 
 
@@ -50,9 +53,10 @@ def rows(report: Any) -> Iterator[tuple[str, str, str]]:
             yield from unexplained([one for one in usual if one.function == function])
     if not usual:
         yield "right", "", ""
-    zero = [one for one in report.findings if one.case == "zero row"]
-    if not_finite := {one.quantity for one in zero if one.problem.endswith("are not finite")}:
-        yield f"zero row: NaN in {', '.join(sorted(not_finite))}", "", ""
+    for case in ("zero row", "embedding, zero dimension"):
+        found = [one for one in report.findings if one.case == case]
+        if not_finite := {one.quantity for one in found if one.problem.endswith("not finite")}:
+            yield f"{case}: NaN in {', '.join(sorted(not_finite))}", "", ""
 
 
 def unexplained(findings: list[Any]) -> Iterator[tuple[str, str, str]]:
@@ -74,12 +78,13 @@ def shortened(problem: str) -> str:
 
 
 def largest(found: list[Any]) -> tuple[str, str]:
-    """Return the largest errors among the findings, in units of their bounds and relative."""
-    pairs = [match.groups() for one in found if (match := OFF.search(one.problem))]
+    """Return the largest errors, in units of their bounds and relative; of float32 if it ran."""
+    single = [one for one in found if one.dtype == "float32"] or found
+    pairs = [match.groups() for one in single if (match := OFF.search(one.problem))]
     if not pairs:
         return "", ""
     bounds, relative = (max(float(pair[k]) for pair in pairs) for k in (0, 1))
-    return f"{bounds:.2g}", f"{relative:.2g}"
+    return f"{bounds:.{2 if bounds < 10 else 1}g}", f"{relative:.2g}"
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

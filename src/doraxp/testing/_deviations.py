@@ -164,7 +164,20 @@ FORWARD: dict[str, Changes] = {
     },
 }
 
+NOT_AS_DECLARED: dict[str, Changes] = {
+    "the bias is not scaled": {name: original(name) for name in ("y", "dbias", "dgain")},
+    "no number is added to the norm": {"eps": lambda d: 0.0},
+}
+"""These change nothing unless the conventions declare the opposite."""
+
 LOW_RANK: dict[str, Changes] = {
+    "the norm lacks s": {
+        "unscaled": lambda d: d.base + d.b @ d.a,
+        "length": lambda d: d.unscaled.norms(),
+        "slope": lambda d: d.unscaled.over(d.length),
+        "da": lambda d: d.s * (d.b.mT @ (d.gain * d.dmerged)) + d.b.mT @ through_norm(d),
+        "db": lambda d: d.s * ((d.gain * d.dmerged) @ d.a.mT) + through_norm(d) @ d.a.mT,
+    },
     "B meets A in the reverse order of ranks": {
         "update": lambda d: d.s * (d.b[..., ::-1] @ d.a),
         "da": lambda d: d.s * (d.b[..., ::-1].mT @ d.dv),

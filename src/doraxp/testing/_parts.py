@@ -10,7 +10,14 @@ from doraxp.testing._calls import call_layer, call_operator, call_step, call_sum
 from doraxp.testing._cases import OptimizerCase
 from doraxp.testing._catalogue import catalogue, optimizer_catalogue
 from doraxp.testing._conventions import AnyCase
-from doraxp.testing._deviations import BACKWARD, FORWARD, LOW_RANK, STEP, Changes
+from doraxp.testing._deviations import (
+    BACKWARD,
+    FORWARD,
+    LOW_RANK,
+    NOT_AS_DECLARED,
+    STEP,
+    Changes,
+)
 from doraxp.testing._operator_cases import OperatorCase, operator_catalogue
 from doraxp.testing._operator_reference import operator_results
 from doraxp.testing._part_deviations import (
@@ -55,7 +62,7 @@ class Part(NamedTuple):
 @cache
 def parts() -> tuple[Part, ...]:
     """Return all parts, in the order of a report."""
-    layers = {**FORWARD, **LOW_RANK, **BACKWARD}
+    layers = {**FORWARD, **NOT_AS_DECLARED, **LOW_RANK, **BACKWARD}
     operators, updates = operator_catalogue(), update_catalogue()
     return (
         Part("", LAYER, catalogue(), call_layer, layers),
