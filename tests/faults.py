@@ -165,6 +165,11 @@ LAYER = (
     Fault(" + decay * p)", ") - decay * p", "the decay is not multiplied by the learning rate"),
     Fault("mu, nu = state[name]", "mu, nu = 0 * p, 0 * p", "the moments are forgotten"),
     Fault("p - learning_rate", "p + learning_rate", "the step goes uphill"),
+    Fault(
+        "norm = np.sqrt((v * v).sum(axis=1))",
+        "norm = np.sqrt(((weight + lora_b @ lora_a) ** 2).sum(axis=1))",
+        "the norm lacks s",
+    ),
     Fault("dm = e / norm", "dm = -e / norm", "dm has the wrong sign"),
     Fault("dm = e / norm", "dm = e / norm**2", "dm is divided by n twice"),
     Fault(

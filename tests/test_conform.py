@@ -202,6 +202,22 @@ def test_a_bad_target_is_exit_status_2_and_one_line(mine, capsys, target, messag
     assert re.search(message, line)
 
 
+def test_functions_of_a_part_have_dotted_names(mine, capsys):
+    """An attribute `loha` with a function `merge` is the function loha.merge."""
+    (mine / "parts.py").write_text(
+        "from naive import init\nclass loha:\n    def merge(**_): raise ValueError('no LoHa')\n"
+    )
+    assert main(["conform", "parts", *expecting(mine, "init/tall/*")]) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"^loha.merge +\d+ +0 +\d+ +0 +\d+ *$", out, re.MULTILINE)
+    status, report = report_of(mine, "parts", *expecting(mine, "loha.*/*/all"))
+    assert status == 0
+    assert report["functions"]["loha.merge"]["wrong"] == 0
+    assert main(["conform", "parts", "--junit", "r.xml"]) == 1
+    suites = [suite.get("name") for suite in ElementTree.parse("r.xml").getroot()]
+    assert suites == ["init", "loha.merge"]
+
+
 # Conventions
 
 GIVEN = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from types import SimpleNamespace
 
 import faults
@@ -30,6 +32,7 @@ from doraxp.testing import (
     sum_catalogue,
     update_catalogue,
 )
+from doraxp.testing._parts import parts, results_of
 
 PARTS = faults.planted(None, "naive_parts")
 SUMS, UPDATES = sum_catalogue(), update_catalogue()
@@ -315,3 +318,32 @@ def test_a_call_that_raises_is_listed_without_numbers():
     runs = checked(lokr=one(merge=merge)).runs
     assert {run.checked for run in runs} == {0}
     assert len(runs) == 2 * sum(case.kind == "lokr" for case in UPDATES)
+
+
+HARDEST = (
+    ("dropout", Conventions(dropout="input")),
+    ("detached", Conventions(norm_gradient="detached")),
+    ("grouped convolution", Conventions()),
+    ("convolution, low-rank dropout", Conventions(dropout="low_rank")),
+    ("scaled embedding", Conventions()),
+    ("loha without m", Conventions()),
+    ("lokr, factored", Conventions()),
+    ("dora and lora", Conventions()),
+    ("adamw", Conventions()),
+    ("lora+", Conventions()),
+    ("scaled adamw", Conventions()),
+)
+
+
+@pytest.mark.parametrize(("name", "conventions"), HARDEST, ids=[name for name, _ in HARDEST])
+def test_every_two_deviations_can_be_computed_together(name, conventions):
+    """An error here would end the check of an implementation that has another fault."""
+    (part,) = (one for one in parts() if name in {case.name for case in one.cases})
+    (case,) = (case for case in conventions.accepted(part.cases) if case.name == name)
+    base = conventions.changes if part.keeps_conventions else {}
+    for one, other in itertools.combinations(part.known.values(), 2):
+        if not one.keys() & other.keys():
+            results = results_of(case, "float64", {**base, **one, **other})
+            with contextlib.suppress(ValueError, ArithmeticError):  # the case does not allow it
+                for quantity in results.names:
+                    results.of(quantity)

@@ -507,9 +507,9 @@ def test_a_library_gets_the_name_of_a_device_in_its_own_way(monkeypatch, name, d
     [
         ("torch", "meta", ValueError, "device must be one of cpu, cuda, got 'meta'"),
         ("jax", "", ValueError, "device must be one of cpu, cuda, got ''"),
-        ("numpy", "cuda", ValueError, "numpy computes on cpu alone, got 'cuda'"),
-        ("dask", "cuda", ValueError, "dask computes on cpu alone, got 'cuda'"),
-        ("cupy", "cpu", ValueError, "cupy computes on cuda alone, got 'cpu'"),
+        ("numpy", "cuda", ValueError, "device must be cpu for numpy, got 'cuda'"),
+        ("dask", "cuda", ValueError, "device must be cpu for dask, got 'cuda'"),
+        ("cupy", "cpu", ValueError, "device must be cuda for cupy, got 'cpu'"),
         ("torch", "cuda", RuntimeError, "torch cannot run on cuda here: it finds no device: "),
         (
             "jax",

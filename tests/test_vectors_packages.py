@@ -125,6 +125,7 @@ def test_a_case_names_the_first_number_outside_its_bound(reader, vectors):
     case = reader.cases("float64", ["layer"], vectors)[0]
     assert case.wrong(case.expected) == []
     assert case.wrong({"y": case.expected["y"] + case.bound["y"] / 2}) == []
+    assert len(case.wrong({"y": case.expected["y"] + 1.5 * case.bound["y"]})) == 1
     y = case.expected["y"].copy()
     y[2, 1] = np.nan
     y[3] += 1
@@ -425,6 +426,9 @@ def test_a_case_in_javascript_names_the_first_number_outside_its_bound(node, vec
     code = f"""
         const [one] = readCases("float32", {{ folder: "{vectors}", kinds: ["sgd"] }});
         const right = one.expected["lora_a 1"].data;
+        const bound = one.bound["lora_a 1"].data;
+        const beside = (share) => ({{ "lora_a 1": right.map((n, i) => n + share * bound[i]) }});
+        console.log(wrong(one, beside(0.5)).length, wrong(one, beside(1.5)).length);
         const changed = [...right].map((n, i) => (i === 2 ? NaN : i === 4 ? n + 1 : n));
         console.log(wrong(one, {{ "lora_a 1": right }}).length);
         console.log(...wrong(one, {{ "lora_a 1": changed, "lora_b 1": [1] }}));
@@ -435,8 +439,8 @@ def test_a_case_in_javascript_names_the_first_number_outside_its_bound(node, vec
           console.log(error.message);
         }}
     """
-    none, changed, missing, unknown = in_node(node, IMPORT + code, tmp_path).splitlines()
-    assert none == "0"
+    beside, none, changed, missing, unknown = in_node(node, IMPORT + code, tmp_path).splitlines()
+    assert (none, beside) == ("0", "0 1")
     assert changed.startswith("sgd, lora_a 1: number 2 must be ")
     assert ", got NaN; 2 of " in changed
     assert "sgd, lora_b 1: must have " in changed

@@ -87,7 +87,7 @@ def on_cuda(monkeypatch):
         def check(asked, *, device):
             (name,) = asked
             if name == "numpy":
-                raise ValueError("numpy computes on cpu alone, got 'cuda'")
+                raise ValueError("device must be cpu for numpy, got 'cuda'")
             if name not in names:
                 raise RuntimeError(f"{name} cannot run on {device} here: no device")
 
@@ -144,7 +144,7 @@ def test_a_device_that_does_not_exist_is_exit_status_2(capsys):
 def test_a_device_that_a_library_never_has_is_exit_status_2(capsys):
     assert main(["verify", "--device", "cuda", "--backend", "numpy"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == "doraxp verify: error: numpy computes on cpu alone, got 'cuda'"
+    assert line == "doraxp verify: error: device must be cpu for numpy, got 'cuda'"
 
 
 def test_the_table_of_all_libraries_on_the_host_fits_80_columns(capsys, monkeypatch):

@@ -1,7 +1,7 @@
 """Build a package of the golden vectors: `python packages/vectors/build.py wheel OUT` or `npm OUT`.
 
-The version is format.catalogue.BUILD. The same commit gives the same bytes. The group `packages` of
-pyproject.toml lists the needs: hatchling builds the wheel, and ndonnx the graphs.
+The version is format.catalogue.BUILD. Builds of one commit have the same bytes. The group
+`packages` of pyproject.toml lists the needs: hatchling builds the wheel, and ndonnx the graphs.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import numpy as np
 import doraxp
 from doraxp.testing._cases import Case, OptimizerCase
 from doraxp.testing._catalogue import catalogue, optimizer_catalogue
-from doraxp.testing._libraries import Library, check_device
+from doraxp.testing._libraries import Library, check_device, check_kind_of_device
 from doraxp.testing._reference import (
     Expected,
     expected,
@@ -181,6 +181,8 @@ def check_usable(names: Sequence[str], *, device: str | None = None) -> None:
     for name in names:
         if name not in known:
             raise ValueError(f"each name must be one of {', '.join(known)}, got {name!r}")
+        if device is not None:
+            check_kind_of_device(name, device)
         if not known[name].usable:
             raise RuntimeError(f"{name} cannot run here: {known[name].detail}")
         if device is not None:

@@ -165,6 +165,13 @@ FORWARD: dict[str, Changes] = {
 }
 
 LOW_RANK: dict[str, Changes] = {
+    "the norm lacks s": {
+        "unscaled": lambda d: d.base + d.b @ d.a,
+        "length": lambda d: d.unscaled.norms(),
+        "slope": lambda d: d.unscaled.over(d.length),
+        "da": lambda d: d.s * (d.b.mT @ (d.gain * d.dmerged)) + d.b.mT @ through_norm(d),
+        "db": lambda d: d.s * ((d.gain * d.dmerged) @ d.a.mT) + through_norm(d) @ d.a.mT,
+    },
     "B meets A in the reverse order of ranks": {
         "update": lambda d: d.s * (d.b[..., ::-1] @ d.a),
         "da": lambda d: d.s * (d.b[..., ::-1].mT @ d.dv),

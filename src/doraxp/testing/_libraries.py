@@ -133,12 +133,17 @@ class Library:
         return {"device": importlib.import_module("jax").devices(self.device)[0]}
 
 
-def check_device(name: str, device: str) -> None:
-    """Raise ValueError or RuntimeError unless a library computes on a kind of device here."""
+def check_kind_of_device(name: str, device: str) -> None:
+    """Raise ValueError unless a library computes on a kind of device anywhere."""
     if device not in DEVICES:
         raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
     if ALONE.get(name, device) != device:
-        raise ValueError(f"{name} computes on {ALONE[name]} alone, got {device!r}")
+        raise ValueError(f"device must be {ALONE[name]} for {name}, got {device!r}")
+
+
+def check_device(name: str, device: str) -> None:
+    """Raise ValueError or RuntimeError unless a library computes on a kind of device here."""
+    check_kind_of_device(name, device)
     if device == "cpu" or name == "cupy":  # a CuPy that is usable has a device
         return
     module = importlib.import_module(name)
