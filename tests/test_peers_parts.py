@@ -112,12 +112,10 @@ def test_pefts_weighted_adapter_forgets_the_magnitudes(peft, sums, reported, com
     np.testing.assert_allclose(peer.merge(**given), wanted, rtol=1e-5)  # it computes in float32
 
 
-@pytest.mark.parametrize("combination", ["linear", "cat", "svd"])
-def test_pefts_weighted_adapter_of_one_is_not_that_adapter(peft, sums, noted, combination):
+def test_pefts_weighted_adapter_of_one_is_not_that_adapter(peft, sums, noted):
     given = trained()
-    right = alone(given)
-    off = distance(sums.PeftWeighted(combination).merge(**given), right)
-    noted("peft", f"weighted, {combination}", "one adapter at weight 1 is not itself", off)
+    off = distance(sums.PeftWeighted("svd").merge(**given), alone(given))
+    noted("peft", "weighted", "one adapter at weight 1 is not itself", off)
     assert off > 0.1
 
 
