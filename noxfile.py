@@ -44,7 +44,8 @@ PEFT = (
     "test_torch_peft",
 )
 FOREIGN = ("mlx", "sparse", "ndonnx", "cubed", "blosc2")
-PEERS = ("torch", "jax", "peft", "torchtune", "lycoris", "mlx_lm")
+PEERS = ("torch", "jax", "peft", "torchtune", "lycoris", "mlx_lm", "published")
+PEERS_PAGE = ("-p", "peers.page", "-rP")  # writes docs/peers.md, and shows the reports
 PYTHONS = nox.project.python_versions(PROJECT)  # those that the classifiers name
 CELLS = "tests/test_support.py::test_a_feature_is_right_or_has_a_declared_reason"
 
@@ -167,9 +168,34 @@ def examples(session: nox.Session) -> None:
 def peers(session: nox.Session) -> None:
     """Run doraxp.testing on other implementations, show the results; exchange files with them."""
     install(session, "test", "jax", "peers")
+    alone(session, "peers-alone")
     lanes = [f"--backend={name}" for name in PEERS]
-    names = ("peers", "implementation", "checkpoint_peers", "formats_peers")
-    pytest(session, *lanes, *PARALLEL, "-rP", *(f"tests/test_{name}.py" for name in names))
+    names = (
+        "peers", "peers_parts", "peers_registry", "peers_loaders", "implementation",
+        "checkpoint_peers", "formats_peers",
+    )  # fmt: skip
+    files = [f"tests/test_{name}.py" for name in names]
+    pytest(session, *lanes, *PARALLEL, *PEERS_PAGE, *files)
+    # It puts a stub in the place of triton.
+    pytest(session, *lanes, *PEERS_PAGE, "tests/test_peers_unsloth.py")
+
+
+@nox.session(name="peers(adapters)")
+def peers_adapters(session: nox.Session) -> None:
+    """Run doraxp.testing on implementations that need transformers 4."""
+    install(session, "test", "peers-adapters")
+    alone(session, "peers-adapters-alone")
+    lanes = ("--backend=torch", "--backend=published")
+    pytest(session, *lanes, *PEERS_PAGE, "tests/test_peers_adapters.py")
+
+
+@nox.session(name="peers(axolotl)")
+def peers_axolotl(session: nox.Session) -> None:
+    """Run doraxp.testing on axolotl's functions, on a CPU. Triton takes 1 GB."""
+    install(session, "test", "peers-axolotl")
+    alone(session, "peers-axolotl-alone")
+    lanes = ("--backend=torch", "--backend=published")
+    pytest(session, *lanes, *PEERS_PAGE, "tests/test_peers_axolotl.py")
 
 
 @nox.session
@@ -202,11 +228,15 @@ def peft_tests(session: nox.Session) -> None:
 
 @nox.session(tags=["ci"])
 def vectors(session: nox.Session) -> None:
-    """Read the golden vectors with Node.js."""
-    if shutil.which("node") is None:
-        session.skip("no Node.js here: node was not found")
-    install(session, "test")
-    pytest(session, "--backend", "node", "tests/test_vectors.py")
+    """Build the packages of the golden vectors; read these in Python, JavaScript, C and Rust."""
+    install(session, "test", "packages")
+    lanes = ["--backend=hatchling", "--backend=jsonschema"]
+    for name in ("node", "npm", "cc", "rustc"):
+        if shutil.which(name) is None:
+            session.warn(f"{name} was not found: its tests do not run")
+        else:
+            lanes.append(f"--backend={name}")
+    pytest(session, *lanes, *PARALLEL, "tests/test_vectors.py", "tests/test_vectors_packages.py")
 
 
 @nox.session(python=PYTHONS, tags=["ci"])
@@ -281,6 +311,11 @@ def install(
     """Install the package and dependency groups."""
     needs = nox.project.dependency_groups(PROJECT, *groups)
     session.install(f".[{extras}]", *needs, *(constraints or []))
+
+
+def alone(session: nox.Session, group: str) -> None:
+    """Install packages without what they need."""
+    session.install("--no-deps", *nox.project.dependency_groups(PROJECT, group))
 
 
 def examples_of(session: nox.Session, backend: str) -> None:

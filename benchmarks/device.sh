@@ -12,7 +12,7 @@
 set -u -o pipefail
 SECONDS=0
 
-LIMIT=${LIMIT:-530} PYTHON=${PYTHON:-python3} WHEELS=${WHEELS:-}
+LIMIT=${LIMIT:-555} PYTHON=${PYTHON:-python3} WHEELS=${WHEELS:-}
 OUT=${OUT:-device-out}
 mkdir -p "$OUT" || exit 2
 OUT=$(cd "$OUT" && pwd)
@@ -117,7 +117,7 @@ why_not() {
     "$PYTHON" -c "$code" 2>/dev/null || "$PYTHON" -c "$code" 2>&1 | tail -n 1
 }
 
-rm -f "$OUT"/{figures.jsonl,log.txt,bench.json,bench.png,counters.csv,racecheck.log,memcheck.log}
+rm -f "$OUT"/{figures.jsonl,log.txt,bench.json,bench.png,verify.json,counters.csv,racecheck.log,memcheck.log}
 exec > >(tee -a "$OUT/log.txt") 2>&1
 tee=$!
 trap finish EXIT
@@ -143,6 +143,11 @@ DEVICE_UNTIL=$(($(date +%s) + 25))
 part 'tests of the device' 35 "${tests[@]}" tests/test_cupy_device.py
 DEVICE_UNTIL=$(($(date +%s) + 35))
 part 'other tests' 50 "${tests[@]}" "${together[@]}" --ignore=tests/test_cupy_device.py tests
+
+# JAX compiles each operation by itself, which takes minutes: `doraxp verify --device cuda` has it.
+part 'array libraries' 25 "$PYTHON" -m doraxp verify --device cuda --backend cupy --backend torch \
+    --json "$OUT/verify.json"
+"$PYTHON" benchmarks/device_report.py "$OUT" add verify.json
 
 part 'variants' 45 "$PYTHON" benchmarks/probe.py variants "$OUT"
 

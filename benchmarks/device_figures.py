@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 FIGURES = "figures.jsonl"
-LISTED = ("ceilings", "tests", "probe", "kernels", "quantised", "counters", "sanitizer", "skipped")
+LISTED = (
+    "ceilings", "tests", "libraries", "probe", "kernels", "quantised", "counters", "sanitizer",
+    "skipped",
+)  # fmt: skip
 """The parts that the report has lists of, beside the results of the benchmark."""
 UNITS = {
     "byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9,
@@ -61,6 +64,25 @@ def of_bench(path: Path) -> Iterator[Figure]:
     yield {"report": json.loads(path.read_text("utf-8"))}
 
 
+def of_comparison(path: Path) -> Iterator[Figure]:
+    """Yield, for each library and dtype, the number of figures, the worst and those that are wrong.
+
+    `doraxp verify` wrote the file. A share is an error in units of its bound: above 1 is wrong.
+    """
+    groups: dict[tuple[str, str], list[Figure]] = {}
+    for one in json.loads(path.read_text("utf-8")).get("figures", ()):
+        groups.setdefault((one["backend"], one["dtype"]), []).append(one)
+    for (library, dtype), ones in groups.items():
+        shares = [one["share"] for one in ones if one["share"] is not None]
+        wrong = [
+            f"{one['case']}, {one['quantity']}: {one['failure'] or one['share']}"
+            for one in ones
+            if not one["ok"]
+        ]
+        counts = {"figures": len(ones), "worst_share": max(shares, default=None)}
+        yield {"library": library, "dtype": dtype, **counts, "wrong": wrong[:20]}
+
+
 def of_counters(path: Path) -> Iterator[Figure]:
     """Yield, for each launch in ncu's CSV, the kernel's name and its metrics, in our units.
 
@@ -93,6 +115,7 @@ def of_sanitizer(path: Path) -> Iterator[Figure]:
 
 FILES: dict[str, tuple[str, Callable[[Path], Iterator[Figure]]]] = {
     "bench.json": ("bench", of_bench),
+    "verify.json": ("libraries", of_comparison),
     "counters.csv": ("counters", of_counters),
     "racecheck.log": ("sanitizer", of_sanitizer),
     "memcheck.log": ("sanitizer", of_sanitizer),

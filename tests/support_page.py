@@ -129,4 +129,4 @@ def shown(state: str, reason: str | None, reasons: dict[str, int]) -> str:
     """Return a cell of the table. A new reason gets the next number."""
     if reason is None:
         return SHORT[state]
-    return f"{SHORT[state]} {reasons.setdefault(reason, len(reasons) + 1)}"
+    return f"{SHORT[state]} ({reasons.setdefault(reason, len(reasons) + 1)})"

@@ -50,22 +50,15 @@ CONVOLUTIONS = [
 @pytest.mark.parametrize(
     ("layer", "arguments", "on_output"),
     [
-        ("Linear", (12, 20), True),
-        ("Linear", (12, 20), False),
-        *((*convolution, True) for convolution in CONVOLUTIONS),
+        (*layer, on_output)
+        for layer in (("Linear", (12, 20)), *CONVOLUTIONS)
+        for on_output in (True, False)
     ],
 )
 def test_merges_agree_with_those_of_lycoris(lycoris, tmp_path, layer, arguments, on_output):
     desired, _ = adapt_with_lycoris(layer, arguments, on_output, tmp_path).get_merged_weight()
     assert merge(tmp_path, "--verify") == 0
     assert_close(load_file(tmp_path / "out")["down.0.weight"], desired.detach().numpy())
-
-
-@pytest.mark.parametrize(("layer", "arguments"), CONVOLUTIONS)
-def test_a_norm_for_each_input_channel_is_refused(lycoris, tmp_path, capsys, layer, arguments):
-    adapt_with_lycoris(layer, arguments, False, tmp_path)
-    assert merge(tmp_path) == 2
-    assert "has one number for each input channel of a convolution" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -91,9 +91,9 @@ def test_the_version_is_the_packages(capsys):
 
 
 COMMANDS = (
-    *("demo", "bench", "verify", "vectors", "merge", "audit", "convert", "inspect", "doctor"),
-    "extract",
-)
+    "demo", "bench", "verify", "conform", "vectors", "merge", "audit", "convert", "inspect",
+    "doctor", "extract",
+)  # fmt: skip
 
 
 def modules_after(code):

@@ -130,7 +130,7 @@ def test_without_a_device_each_part_says_why_in_one_line(run):
     parts = re.findall(r"^== \d+ s: (?!the goals)(.*)$", text, re.MULTILINE)
     assert lines == [f"{part}: could not run: no NVIDIA device was found" for part in parts]
     assert [one["name"] for one in figures(run.out)] == parts
-    assert len(parts) == 17
+    assert len(parts) == 18
     assert text.count("not measured") == 17
     assert not run.calls.exists()
     assert (run.out / "log.txt").read_text("utf-8") == text
@@ -142,7 +142,9 @@ def test_parts_run_in_order_and_leave_at_most_eight_files(run):
     assert process.returncode == 0, text
     calls = [line.partition(" PATH ")[0] for line in run.calls.read_text().splitlines()]
     begins = [
-        "benchmarks/probe.py machine", "-m pytest", "-m pytest", "benchmarks/probe.py variants",
+        "benchmarks/probe.py machine", "-m pytest", "-m pytest",
+        "-m doraxp verify --device cuda --backend cupy --backend torch --json",
+        "benchmarks/probe.py variants",
         *["-m doraxp bench"] * 8, "benchmarks/gpu_kernels.py --folder",
         "benchmarks/quantised_step.py --library cupy", "tool ncu",
         "tool compute-sanitizer for 30", "tool compute-sanitizer for 20",
@@ -150,9 +152,9 @@ def test_parts_run_in_order_and_leave_at_most_eight_files(run):
     assert [call[: len(begin)] for call, begin in zip(calls, begins, strict=True)] == begins
     assert "tests/test_cupy_device.py" in calls[1]
     assert "-p xdist -n 8" in calls[2]
-    assert "--backend cupy --shapes 4096x4096 --rank 16 --dtype bfloat16 --tokens" in calls[4]
-    assert all("--backend torch --device cuda --shapes" in call for call in calls[5:7])
-    assert sum("--backend cupy" in call for call in calls[4:12]) == 6
+    assert "--backend cupy --shapes 4096x4096 --rank 16 --dtype bfloat16 --tokens" in calls[5]
+    assert all("--backend torch --device cuda --shapes" in call for call in calls[6:8])
+    assert sum("--backend cupy" in call for call in calls[5:13]) == 6
     names = {path.name for path in run.out.iterdir()}
     assert names == {"figures.jsonl", "log.txt", "h200.json", "h200.png"}
     assert all(re.fullmatch(r"[\w.-]+", name) for name in names)
@@ -171,7 +173,7 @@ def test_a_part_that_fails_does_not_stop_the_others(run):
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "variants: failed with exit status 2" in text
-    assert len(run.calls.read_text().splitlines()) == 17
+    assert len(run.calls.read_text().splitlines()) == 18
 
 
 def test_a_part_ends_at_its_time_and_no_part_begins_when_the_time_is_up(run):
@@ -237,6 +239,25 @@ def test_counters_are_read_in_any_unit(scripts, tmp_path):
     }  # fmt: skip
     path.write_text("==ERROR== no permission\n")
     assert list(scripts.device_figures.of_counters(path)) == []
+
+
+def test_a_comparison_of_libraries_is_a_figure_for_each_library_and_dtype(scripts, tmp_path):
+    one = {"backend": "cupy on cuda", "case": "tall", "dtype": "float32", "quantity": "y"}
+    right = one | {"share": 0.5, "failure": None, "ok": True}
+    wrong = one | {"share": 3.0, "failure": None, "ok": False, "quantity": "dx"}
+    failed = one | {"share": None, "failure": "raises", "ok": False, "dtype": "float16"}
+    path = tmp_path / "verify.json"
+    path.write_text(json.dumps({"figures": [right, wrong, failed]}))
+    assert list(scripts.device_figures.of_comparison(path)) == [
+        {
+            "library": "cupy on cuda", "dtype": "float32", "figures": 2, "worst_share": 3.0,
+            "wrong": ["tall, dx: 3.0"],
+        },
+        {
+            "library": "cupy on cuda", "dtype": "float16", "figures": 1, "worst_share": None,
+            "wrong": ["tall, y: raises"],
+        },
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

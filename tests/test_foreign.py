@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 import types
@@ -17,8 +18,11 @@ from doraxp import Adapter, Config
 from doraxp.backends import Dense, _boundary, _namespaces, array_namespace, device, operations
 from doraxp.backends._conformance import FUNCTIONS, check_conformance
 from doraxp.backends._generic import LazyOperations
+from doraxp.testing import write_vectors
 
 SRC = Path(doraxp.__file__).parent
+ROOT = Path(__file__).parents[1]
+PACKAGES = ROOT / "packages" / "vectors"
 RTOL = {"float32": 4e-6, "float64": 1e-14}
 
 
@@ -95,6 +99,41 @@ def test_a_graph_of_ndonnx_computes_a_layer_and_its_step(backend, layer):
         assert actual.dtype == desired.dtype
         bound = RTOL[desired.dtype.name] * np.max(np.abs(desired))
         np.testing.assert_allclose(actual, desired, rtol=0, atol=bound)
+
+
+@pytest.mark.lanes("ndonnx")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_graph_beside_the_golden_vectors_is_within_their_bounds(
+    backend, dtype, tmp_path, monkeypatch
+):
+    """ONNX's own evaluator and ONNX Runtime compute it; an importer need not know `If`."""
+    import onnx
+    import onnx.reference
+    import onnxruntime
+
+    for folder in (PACKAGES, PACKAGES / "python"):
+        monkeypatch.syspath_prepend(folder)
+    graphs, reader = map(importlib.import_module, ("graphs", "doraxp_vectors"))
+    write_vectors(tmp_path / "vectors")
+    cases = reader.cases(dtype, ["layer"], folder=tmp_path / "vectors")
+    (case,) = (case for case in cases if case.entry["name"] == graphs.CASE)
+    written = graphs.layer(dtype)
+    model = onnx.load_from_string(written)
+    onnx.checker.check_model(model, full_check=True)
+    assert "If" not in {node.op_type for node in model.graph.node}
+    assert [value.name for value in model.graph.input] == list(case.inputs)
+    outputs = [value.name for value in model.graph.output]
+    assert outputs == ["y", "dx", "da", "db", "dm", "dw", "dbias"]
+    section = (ROOT / "docs" / "vectors.md").read_text("utf-8").partition("a graph of ONNX\n")[2]
+    for name, array in (case.inputs | {name: case.expected[name] for name in outputs}).items():
+        row = next(line for line in section.splitlines() if f"`{name}`" in line)
+        assert str(array.shape) in row
+    evaluator = onnx.reference.ReferenceEvaluator(model)
+    session = onnxruntime.InferenceSession(written, providers=["CPUExecutionProvider"])
+    for program in (evaluator, session):
+        found = dict(zip(outputs, program.run(None, case.inputs), strict=True))
+        assert {array.dtype.name for array in found.values()} == {dtype}
+        assert case.wrong(found) == []
 
 
 @pytest.mark.lanes("mlx")

@@ -88,7 +88,7 @@ def test_dropout_of_the_input_equals_pefts_with_the_same_mask(peft, torch, case,
     mask = ((np.random.default_rng(3).uniform(size=x.shape) > 0.25) / 0.75).astype(dtype)
 
     layer = peft_layer(peft, torch, weight, adapter, config, bias)
-    peers = importlib.import_module("peers")  # needs PyTorch
+    peers = importlib.import_module("peers.layers")  # needs PyTorch
     peers.Peft().drop(layer, peers.Given(torch.tensor(mask)))
     x_torch = torch.tensor(x, requires_grad=True)
     y_peft = layer(x_torch)

@@ -132,7 +132,9 @@ def test_code_and_other_strings_are_not_read(lines):
     assert lines("is_none = 'what is none of these'\nheld_to = [is_none]\n") == ([], 0)
 
 
-@pytest.mark.parametrize("name", ["kernels.cu", "host.hpp", "check.mjs"])
+@pytest.mark.parametrize(
+    "name", ["kernels.cu", "host.hpp", "check.mjs", "check.c", "dora.h", "check.rs"]
+)
 def test_comments_with_slashes_are_read(lines, name):
     printed, _ = lines("int x;\n// A row is\n// no column.\nint y;  // What is y\n", name)
     assert [line.split(": ")[0] for line in printed] == [f"{name}:2", f"{name}:4"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import math
 import re
 import types
 
@@ -15,10 +18,14 @@ from doraxp import Config
 from doraxp.testing import (
     VERSION,
     catalogue,
+    check_usable,
     compare_backends,
     expected,
     expected_steps,
+    operator_catalogue,
     optimizer_catalogue,
+    sum_catalogue,
+    update_catalogue,
 )
 from doraxp.testing._formulas import QUANTITIES
 from doraxp.testing._libraries import Library, as_numpy
@@ -227,15 +234,37 @@ def test_bounds_are_narrow():
         assert np.max(want.bound) < 1e-4 * np.max(np.abs(want.value)), name
 
 
+EVERY_CASE = (
+    *catalogue(), *operator_catalogue(), *update_catalogue(), *sum_catalogue(),
+    *optimizer_catalogue(),
+)  # fmt: skip
+
+
 def test_every_case_has_a_different_name_and_reason():
-    cases = (*catalogue(), *optimizer_catalogue())
-    assert len({case.name for case in cases}) == len({case.reason for case in cases}) == len(cases)
+    assert len({case.name for case in EVERY_CASE}) == len(EVERY_CASE)
+    of_layers = (*catalogue(), *optimizer_catalogue())
+    assert len({case.reason for case in of_layers}) == len(of_layers)
+
+
+def numbers_of(case):
+    arrays = [case.params, *case.grads] if hasattr(case, "grads") else [case.arrays]
+    return [number for one in arrays for array in one.values() for number in array.ravel()]
 
 
 def test_the_numbers_of_a_version_do_not_change():
-    total = sum(float(np.sum(array)) for case in catalogue()[:4] for array in case.arrays.values())
-    assert VERSION == 3
-    assert total == 24.90162229537964
+    """Who adds a case or changes a number raises VERSION, and the sums here."""
+    sums = {
+        since: math.fsum(number for case in EVERY_CASE if case.since == since
+                         for number in numbers_of(case))
+        for since in sorted({case.since for case in EVERY_CASE})
+    }  # fmt: skip
+    assert VERSION == 4
+    assert sums == {
+        1: 4.611434936523438e25,
+        2: 555.3353602291991,
+        3: 477.77262473106384,
+        4: 254.53158602201418,
+    }
 
 
 def test_every_mask_drops_and_keeps_and_is_exact_in_every_dtype():
@@ -372,10 +401,156 @@ def test_dask_has_float16_without_a_name_for_it(monkeypatch):
     assert (library.dtype("float16"), library.dtype("bfloat16")) == (np.float16, None)
 
 
-def test_jax_computes_with_float64_enabled(monkeypatch):
-    jax = types.SimpleNamespace(enable_x64=lambda on: ("enabled", on))
+def test_jax_computes_with_float64_enabled_and_without_tf32(monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def enter(name, value):
+        entered.append((name, value))
+        yield
+        entered.append(name)
+
+    jax = types.SimpleNamespace(
+        enable_x64=functools.partial(enter, "x64"),
+        default_matmul_precision=functools.partial(enter, "products"),
+    )
     monkeypatch.setattr("importlib.import_module", {"jax": jax, "jax.numpy": np}.__getitem__)
-    assert Library("jax").active() == ("enabled", True)
+    with Library("jax").active():
+        assert entered == [("x64", True), ("products", "highest")]
+    assert entered[2:] == ["products", "x64"]
+
+
+# Devices
+
+
+def devices(monkeypatch, *, cuda=(), usable=("numpy", "cupy", "torch", "jax", "dask")):
+    """Make these libraries usable, and those of `cuda` able to compute on a CUDA device."""
+
+    def find(platform):
+        if platform == "cpu" or "jax" in cuda:
+            return [f"{platform}:0"]
+        raise RuntimeError("Unknown backend cuda")
+
+    known = ("numpy", "cupy", "torch", "jax", "dask", "array_api_strict")
+    listed = [
+        doraxp.backends.Status(name, name in usable, "" if name in usable else "not installed")
+        for name in known
+    ]
+    monkeypatch.setattr("doraxp.backends.available", lambda: listed)
+    matmul = types.SimpleNamespace(fp32_precision="tf32")
+    backends = types.SimpleNamespace(cuda=types.SimpleNamespace(matmul=matmul))
+    torch = types.SimpleNamespace(
+        cuda=types.SimpleNamespace(is_available=lambda: "torch" in cuda), backends=backends
+    )
+    made = {
+        "torch": torch,
+        "jax": types.SimpleNamespace(devices=find),
+        "jax.numpy": types.SimpleNamespace(),
+        **dict.fromkeys(("numpy", "cupy", "dask.array", "array_api_strict"), np),
+    }
+    monkeypatch.setattr("importlib.import_module", made.__getitem__)
+    return matmul
+
+
+@pytest.mark.once
+def test_every_number_is_within_its_bound_on_a_device_that_is_named(backend, monkeypatch):
+    some = tuple(case for case in catalogue() if case.name in ("tall", "half storage", "no tokens"))
+    monkeypatch.setattr("doraxp.testing._compare.catalogue", lambda: some)
+    with backend.library():
+        comparison = compare_backends([backend.backend], device="cpu")
+    assert comparison.ok, str(comparison)
+    assert {one.backend for one in comparison.figures} == {f"{backend.backend} on cpu"}
+
+
+@pytest.mark.once
+@pytest.mark.lanes("torch", "jax")
+def test_arrays_are_made_on_the_device_that_is_named(backend):
+    library = Library(backend.backend, "cpu")
+    with library.active():
+        array = library.asarray(np.ones(2), "float64")
+        assert "cpu" in str(array.device).lower()
+        assert getattr(array, "committed", True)  # JAX moves no array that is committed
+        assert as_numpy(array).dtype == np.float64
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "own"),
+    [
+        ("torch", "cpu", {"device": "cpu"}),
+        ("torch", "cuda", {"device": "cuda"}),
+        ("torch", None, {}),
+        ("jax", "cpu", {"device": "cpu:0"}),
+        ("jax", "cuda", {"device": "cuda:0"}),
+        ("jax", None, {}),
+        ("cupy", "cuda", {}),
+        ("numpy", "cpu", {}),
+    ],
+)
+def test_a_library_gets_the_name_of_a_device_in_its_own_way(monkeypatch, name, device, own):
+    devices(monkeypatch, cuda=("cupy", "torch", "jax"))
+    check_usable([name], device=device)
+    library = Library(name, device)
+    assert library.label == (f"{name} on {device}" if device else name)
+    made = []
+
+    def asarray(array, **where):
+        made.append(where)
+        return array
+
+    library.module = types.SimpleNamespace(asarray=asarray, float64=np.float64)
+    assert library.asarray([1], "float64").tolist() == [1]
+    assert made == [own]
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "error", "message"),
+    [
+        ("torch", "meta", ValueError, "device must be one of cpu, cuda, got 'meta'"),
+        ("jax", "", ValueError, "device must be one of cpu, cuda, got ''"),
+        ("numpy", "cuda", ValueError, "device must be cpu for numpy, got 'cuda'"),
+        ("dask", "cuda", ValueError, "device must be cpu for dask, got 'cuda'"),
+        ("cupy", "cpu", ValueError, "device must be cuda for cupy, got 'cpu'"),
+        ("torch", "cuda", RuntimeError, "torch cannot run on cuda here: it finds no device: "),
+        (
+            "jax",
+            "cuda",
+            RuntimeError,
+            "jax cannot run on cuda here: it finds no device: install",
+        ),
+        (
+            "array_api_strict",
+            "cpu",
+            RuntimeError,
+            "array_api_strict cannot run here: not installed",
+        ),
+    ],
+)
+def test_a_device_that_a_library_cannot_use_is_refused(monkeypatch, name, device, error, message):
+    devices(monkeypatch)
+    with pytest.raises(error, match=message):
+        compare_backends([name], device=device)
+
+
+def test_products_of_torch_on_cuda_do_not_use_tf32(monkeypatch):
+    matmul = devices(monkeypatch, cuda=("torch",))
+    with Library("torch", "cuda").active():
+        assert matmul.fp32_precision == "ieee"
+    assert matmul.fp32_precision == "tf32"
+    with Library("torch", "cpu").active():
+        assert matmul.fp32_precision == "tf32"
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("bfloat16", "mixed"), ("float32", "exact")])
+def test_the_precision_on_cuda_is_that_of_an_array_there(torch, monkeypatch, dtype, precision):
+    """A fake tensor needs no device."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with torch._subclasses.FakeTensorMode():
+        assert Library("torch", "cuda").precision(dtype) == precision
+
+
+def test_the_precision_of_jax_is_asked_with_float64_enabled(jax):
+    with jax.enable_x64(False):  # JAX would warn that it makes float32
+        assert Library("jax").precision("float64") == "exact"
 
 
 def test_arrays_on_a_gpu_are_copied_to_the_host():
@@ -383,6 +558,9 @@ def test_arrays_on_a_gpu_are_copied_to_the_host():
         def get(self):
             return np.asarray(self) + 1
 
+    assert as_numpy(np.zeros(2).view(OnDevice)).tolist() == [1, 1]
+    OnDevice.cpu = OnDevice.get  # PyTorch's name for it
+    del OnDevice.get
     assert as_numpy(np.zeros(2).view(OnDevice)).tolist() == [1, 1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -76,6 +77,91 @@ def test_agreement_of_two_backends_and_missing_dtypes_are_printed(capsys, monkey
     assert "numpy and torch agree: 25 %" in printed
     assert "numpy and jax DISAGREE: 150 %" in printed
     assert "torch: no bfloat16 here" in printed
+
+
+@pytest.fixture
+def on_cuda(monkeypatch):
+    """Return a function that names the libraries that can compute on a CUDA device."""
+
+    def choose(*names):
+        def check(asked, *, device):
+            (name,) = asked
+            if name == "numpy":
+                raise ValueError("device must be cpu for numpy, got 'cuda'")
+            if name not in names:
+                raise RuntimeError(f"{name} cannot run on {device} here: no device")
+
+        monkeypatch.setattr("doraxp.cli.verify.check_usable", check)
+        usable = [
+            doraxp.backends.Status(name, True, "") for name in ("numpy", "cupy", "torch", "jax")
+        ]
+        monkeypatch.setattr("doraxp.backends.available", lambda: usable)
+
+    return choose
+
+
+def test_a_device_takes_the_libraries_that_can_compute_on_it(
+    capsys, monkeypatch, tmp_path, on_cuda
+):
+    from doraxp.testing import Agreement, Comparison, Figure
+
+    on_cuda("torch", "jax")
+    asked = []
+
+    def compare(names, *, device, progress):
+        asked.append((names, device))
+        figure = Figure("torch on cuda", "tall", "float32", "y", 1e-7, 0.0, 1.2e-7, 0.5, None)
+        pair = Agreement(("torch on cuda", "jax on cuda"), 0.25)
+        return Comparison((figure, figure._replace(backend="jax on cuda")), (pair,), ())
+
+    monkeypatch.setattr("doraxp.cli.verify.compare_backends", compare)
+    monkeypatch.setattr("doraxp.cli.verify.versions", lambda *names: dict.fromkeys(names, "1"))
+    path = tmp_path / "figures.json"
+    assert main(["verify", "--device", "cuda", "--json", str(path)]) == 0
+    assert asked == [(["torch", "jax"], "cuda")]
+    out = capsys.readouterr().out
+    assert re.search(r"\n +torch +jax *\n +dense +on cuda +on cuda *\n", out)
+    assert "torch on cuda and jax on cuda agree: 25 %" in out
+    report = json.loads(path.read_text())
+    assert (report["device"], report["versions"]) == ("cuda", {"torch": "1", "jax": "1"})
+
+
+def test_a_device_on_which_no_library_computes_is_exit_status_2(capsys, on_cuda):
+    on_cuda()
+    assert main(["verify", "--device", "cuda"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("doraxp verify: error: no library can compute on cuda here: cupy cannot")
+    assert "; jax cannot run on cuda here: no device" in line
+    assert "numpy" not in line
+
+
+def test_a_device_that_does_not_exist_is_exit_status_2(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["verify", "--device", "meta"])
+    assert "argument --device: invalid choice: 'meta' (choose from" in capsys.readouterr().err
+
+
+def test_a_device_that_a_library_never_has_is_exit_status_2(capsys):
+    assert main(["verify", "--device", "cuda", "--backend", "numpy"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "doraxp verify: error: device must be cpu for numpy, got 'cuda'"
+
+
+def test_the_table_of_all_libraries_on_the_host_fits_80_columns(capsys, monkeypatch):
+    from doraxp.testing import Comparison, Figure
+
+    names = ("numpy", "torch", "jax", "dask", "array_api_strict")
+    figures = tuple(
+        Figure(f"{name} on cpu", "tall", "float32", "merged", 99e-7, 1e-6, 1.2e-7, 0.99, None)
+        for name in names
+    )
+    comparison = Comparison(figures, (), ())
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("doraxp.cli.verify.compare_backends", lambda *_, **__: comparison)
+    assert main(["verify", "--backend", "numpy", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r" numpy +torch +jax +dask +strict *\n +dense" + 5 * " +on cpu", out)
+    assert max(map(len, out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(

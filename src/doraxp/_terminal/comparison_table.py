@@ -25,7 +25,8 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     """Print the worst case of each quantity and dtype for each backend, then the failures."""
     figures = comparison.figures
     backends = list(dict.fromkeys(figure.backend for figure in figures))
-    headings = [name.removeprefix("array_api_") for name in ("dense", *backends)]
+    names = [name.removeprefix("array_api_") for name in ("dense", *backends)]
+    headings = [name.replace(" on ", "\non ") for name in names]  # five of them fit 80 columns
     title = f"{len({figure.case for figure in figures})} cases against float64"
     table = new_table([""], headings, title=title)
     rows: dict[str, dict[str, list[Figure]]] = {}

@@ -14,9 +14,14 @@ def write_json(path: Path, report: Any) -> None:
 
     The file is written whole or not at all.
     """
+    write_text(path, json.dumps(_finite(report), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in UTF-8, whole or not at all."""
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        part.write_text(json.dumps(_finite(report), indent=2, allow_nan=False) + "\n", "utf-8")
+        part.write_text(text, "utf-8")
         part.replace(path)
     except OSError as error:
         raise OSError(f"{path}: {error.strerror}") from error

@@ -11,11 +11,15 @@ if TYPE_CHECKING:
 
 
 def progress_by_parts() -> Progress:
-    """Return a bar that counts parts of the work and names the current one."""
+    """Return a bar that counts parts of the work and names the current one.
+
+    It shows nothing unless a terminal reads it.
+    """
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    return Progress(*columns, console=new_console(stderr=True), transient=True)
+    console = new_console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def progress_by_bytes() -> Progress:

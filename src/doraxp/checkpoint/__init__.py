@@ -18,6 +18,7 @@ from doraxp.checkpoint._formats import load_adapters
 from doraxp.checkpoint._inspect import Against, Factored, look_at, look_at_base
 from doraxp.checkpoint._load_quantised import load_quantised
 from doraxp.checkpoint._merge import Merge, Weighted, plan_merge
+from doraxp.checkpoint._merged_files import check_merge_files
 from doraxp.checkpoint._model import Model, open_model
 from doraxp.checkpoint._options import Options
 from doraxp.checkpoint._quantised.reader import quantised_as
@@ -69,6 +70,7 @@ __all__ = [
     "algorithm_of",
     "approximate",
     "audit",
+    "check_merge_files",
     "check_place",
     "check_target",
     "diagnose",

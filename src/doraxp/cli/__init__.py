@@ -20,6 +20,7 @@ _COMMANDS = (
     "demo",
     "bench",
     "verify",
+    "conform",
     "vectors",
     "merge",
     "audit",

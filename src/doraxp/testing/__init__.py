@@ -11,14 +11,21 @@ from doraxp.testing._compare import (
 )
 from doraxp.testing._conventions import Conventions
 from doraxp.testing._diagnosis import Diagnosis
-from doraxp.testing._implementation import Finding, Report, check_implementation
-from doraxp.testing._libraries import Library, as_numpy
-from doraxp.testing._operator_cases import (
-    OperatorCase,
-    expected_of_operator,
-    operator_catalogue,
+from doraxp.testing._expected_failures import (
+    ExpectedFailure,
+    Judgement,
+    judge,
+    read_expected_failures,
 )
+from doraxp.testing._implementation import Finding, Ran, Report, check_implementation
+from doraxp.testing._junit import junit
+from doraxp.testing._libraries import Library, as_numpy
+from doraxp.testing._operator_cases import OperatorCase, operator_catalogue
+from doraxp.testing._operator_reference import expected_of_operator
+from doraxp.testing._parts import functions_of
 from doraxp.testing._reference import Expected, expected, expected_steps
+from doraxp.testing._sum_cases import SumCase, expected_of_sum, sum_catalogue
+from doraxp.testing._update_cases import UpdateCase, expected_of_update, update_catalogue
 from doraxp.testing._vectors import write_vectors
 from doraxp.testing._wrong_merges import right_merge, wrong_merges, wrong_merges_across_rows
 
@@ -30,12 +37,17 @@ __all__ = [
     "Conventions",
     "Diagnosis",
     "Expected",
+    "ExpectedFailure",
     "Figure",
     "Finding",
+    "Judgement",
     "Library",
     "OperatorCase",
     "OptimizerCase",
+    "Ran",
     "Report",
+    "SumCase",
+    "UpdateCase",
     "as_numpy",
     "catalogue",
     "check_implementation",
@@ -43,10 +55,18 @@ __all__ = [
     "compare_backends",
     "expected",
     "expected_of_operator",
+    "expected_of_sum",
+    "expected_of_update",
     "expected_steps",
+    "functions_of",
+    "judge",
+    "junit",
     "operator_catalogue",
     "optimizer_catalogue",
+    "read_expected_failures",
     "right_merge",
+    "sum_catalogue",
+    "update_catalogue",
     "write_vectors",
     "wrong_merges",
     "wrong_merges_across_rows",

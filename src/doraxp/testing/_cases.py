@@ -38,6 +38,8 @@ class Case:
         The storage dtypes to run in. The adapter is always in the compute dtype.
     extreme : bool
         Whether the formulas as written divide 0 by 0, or have squares that overflow or underflow.
+    since : int
+        The version of the catalogue that brought the case.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Case:
     arrays: Mapping[str, Any] = field(repr=False)
     dtypes: tuple[str, ...] = FULL
     extreme: bool = False
+    since: int = 1
 
     def stored(self, dtype: str) -> dict[str, Any]:
         """Return the arrays rounded to a storage dtype, and the adapter to the compute dtype.
@@ -67,13 +70,17 @@ class OptimizerCase:
     ----------
     name : str
     reason : str
-    optimizer : {"adamw", "sgd"}
+    optimizer : {"adamw", "sgd", "loraplus", "scaled_adamw"}
+        AdamW, SGD, AdamW with the learning rate of B multiplied by `ratio`, and AdamW on
+        `doraxp.scaled_gradients`.
     numbers : mapping of str to float
         The arguments of each step.
     params : mapping of str to array
         lora_a, lora_b and magnitude before the first step.
     grads : tuple of mappings
         The gradients of each step.
+    since : int
+        The version of the catalogue that brought the case.
     """
 
     name: str
@@ -83,6 +90,7 @@ class OptimizerCase:
     params: Mapping[str, Any] = field(repr=False)
     grads: tuple[Mapping[str, Any], ...] = field(repr=False)
     dtypes: tuple[str, ...] = FULL
+    since: int = 1
 
 
 def compute_dtype_name(dtype: str) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from doraxp._base.types import Config, Dropout
 from doraxp.testing._cases import FULL, HALF, Case, OptimizerCase, rounded
 
-VERSION = 3
+VERSION = 4
 """The version of the catalogue. It goes up when a case is added or its numbers change."""
 
 
@@ -85,60 +85,92 @@ def catalogue() -> tuple[Case, ...]:
         _case("long sums", "rounding adds up", out=40, inner=300, rank=8, tokens=(64,)),
         _case("stack", "experts of a mixture", stack=(2,)),
         _case("stack, direction form", "two leading axes", stack=(2, 2), form="direction"),
-        _case("dropout", "the base has the whole x, all else the dropped one", dropout="input"),
         _case(
-            "dropout, direction form", "the base is W, not W/‖W‖", dropout="input", form="direction"
+            "dropout",
+            "the base has the whole x, all else the dropped one",
+            dropout="input",
+            since=2,
+        ),
+        _case(
+            "dropout, direction form",
+            "the base is W, not W/‖W‖",
+            dropout="input",
+            since=2,
+            form="direction",
         ),
         _case(
             "dropout, detached",
             "the norm has no part in it",
             dropout="input",
+            since=2,
             norm_gradient="detached",
         ),
         _case(
-            "dropout, fresh", "y is the base product, whatever drops", dropout="input", edit=_fresh
+            "dropout, fresh",
+            "y is the base product, whatever drops",
+            dropout="input",
+            since=2,
+            edit=_fresh,
         ),
-        _case("all dropped", "the adapter has no gradient", dropout="input", edit=_all_dropped),
+        _case(
+            "all dropped",
+            "the adapter has no gradient",
+            dropout="input",
+            since=2,
+            edit=_all_dropped,
+        ),
         _case(
             "dropout, zero row of W",
             "the base gives nothing",
             dropout="input",
+            since=2,
             edit=_zero_row_of_weight,
         ),
         _case(
             "dropout, stack",
             "the mask has x's leading axes",
             dropout="input",
+            since=2,
             stack=(2,),
             tokens=(2, 3),
         ),
-        _case("low-rank dropout", "A has the dropped x, W the whole one", dropout="low_rank"),
+        _case(
+            "low-rank dropout", "A has the dropped x, W the whole one", dropout="low_rank", since=2
+        ),
         _case(
             "low-rank dropout, direction form",
             "W/‖W‖ has the whole one",
             dropout="low_rank",
+            since=2,
             form="direction",
         ),
         _case(
             "low-rank dropout, detached",
             "nor is the norm in this one",
             dropout="low_rank",
+            since=2,
             norm_gradient="detached",
         ),
         _case(
             "low-rank dropout, one token",
             "the mask is a vector",
             dropout="low_rank",
+            since=2,
             tokens=(),
         ),
         _case(
             "low-rank dropout, negative magnitude",
             "g scales the base too",
             dropout="low_rank",
+            since=2,
             edit=_negative_magnitude,
         ),
         _case(
-            "low-rank dropout, stack", "each expert has its mask", dropout="low_rank", stack=(2,)
+            "low-rank dropout, stack",
+            "each expert has its mask",
+            dropout="low_rank",
+            since=2,
+            stack=(2,),
         ),
         _case("half storage", "V is formed in float32", inner=32, dtypes=HALF),
         _case("half storage, direction form", "‖w‖ too", form="direction", dtypes=HALF),
@@ -146,9 +178,23 @@ def catalogue() -> tuple[Case, ...]:
             "half storage, fresh", "a rounded m / n is not 1", inner=64, edit=_fresh, dtypes=HALF
         ),
         _case(
-            "half storage, dropout", "x − x~ is not rounded to half", dropout="input", dtypes=HALF
+            "half storage, dropout",
+            "x − x~ is not rounded to half",
+            dropout="input",
+            since=2,
+            dtypes=HALF,
         ),
-        _case("half storage, low-rank dropout", "nor is x~", dropout="low_rank", dtypes=HALF),
+        _case(
+            "half storage, low-rank dropout", "nor is x~", dropout="low_rank", since=2, dtypes=HALF
+        ),
+        _case(
+            "half storage, small update",
+            "a merge keeps as much of the update as one rounding does",
+            inner=64,
+            edit=_small_update,
+            dtypes=HALF,
+            since=4,
+        ),
     )
 
 
@@ -165,6 +211,14 @@ def optimizer_catalogue() -> tuple[OptimizerCase, ...]:
         _steps("adamw", "moments, bias corrections, decoupled decay", "adamw", adamw),
         _steps("adamw, first gradient 0", "A's is, as B is 0 at init", "adamw", adamw, first=0.0),
         _steps("sgd", "momentum, coupled decay", "sgd", sgd),
+        _steps("lora+", "B has another rate than A", "loraplus", adamw | {"ratio": 16.0}, since=4),
+        _steps(
+            "scaled adamw",
+            "each gradient is divided by the Gram matrix of the other factor",
+            "scaled_adamw",
+            adamw | {"damping": 0.05},
+            since=4,
+        ),
     )
 
 
@@ -186,6 +240,7 @@ def _case(
     dtypes: tuple[str, ...] = FULL,
     extreme: bool = False,
     dropout: Dropout | None = None,
+    since: int = 1,
     **choices: Any,
 ) -> Case:
     rng = np.random.default_rng(zlib.crc32(name.encode()))
@@ -207,12 +262,14 @@ def _case(
     if dropout is not None:
         arrays["dropout_mask"] = np.where(rng.uniform(size=shapes["x"]) < 0.2, 0.0, 1.25)
         choices["dropout"] = dropout
-    return Case(name, reason, Config(rank, alpha, **choices), edit(arrays), dtypes, extreme)
+    config = Config(rank, alpha, **choices)
+    return Case(name, reason, config, edit(arrays), dtypes, extreme, since)
 
 
 def _steps(
-    name: str, reason: str, optimizer: str, numbers: dict[str, float], first: float = 1.0
-) -> OptimizerCase:
+    name: str, reason: str, optimizer: str, numbers: dict[str, float], first: float = 1.0,
+    since: int = 1,
+) -> OptimizerCase:  # fmt: skip
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     shapes = {"lora_a": (2, 5), "lora_b": (4, 2), "magnitude": (4,)}
 
@@ -223,12 +280,17 @@ def _steps(
         }
 
     grads = (draw(first), draw(2.0), draw())
-    return OptimizerCase(name, reason, optimizer, numbers, draw(), grads)
+    return OptimizerCase(name, reason, optimizer, numbers, draw(), grads, since=since)
 
 
 def _fresh(arrays: Arrays) -> Arrays:
     norms = np.sqrt(np.apply_along_axis(math.fsum, -1, arrays["weight"] ** 2))
     return {**arrays, "lora_b": 0 * arrays["lora_b"], "magnitude": norms}
+
+
+def _small_update(arrays: Arrays) -> Arrays:
+    """An update of about a step of bfloat16, so that rounding it first loses most of it."""
+    return {**_fresh(arrays), "lora_b": 2**-9 * arrays["lora_b"]}
 
 
 def _zero_row_of_weight(arrays: Arrays) -> Arrays:

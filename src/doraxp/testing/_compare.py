@@ -11,7 +11,7 @@ import numpy as np
 import doraxp
 from doraxp.testing._cases import Case, OptimizerCase
 from doraxp.testing._catalogue import catalogue, optimizer_catalogue
-from doraxp.testing._libraries import Library
+from doraxp.testing._libraries import Library, check_device, check_kind_of_device
 from doraxp.testing._reference import (
     Expected,
     expected,
@@ -26,6 +26,7 @@ class Figure(NamedTuple):
     """One quantity of one case in one dtype on one backend."""
 
     backend: str
+    """The name of the library, with the device if one was asked for: `torch on cuda`."""
     case: str
     dtype: str
     quantity: str
@@ -93,7 +94,10 @@ class Comparison(NamedTuple):
 
 
 def compare_backends(
-    names: Sequence[str], *, progress: Callable[[str, int, int], None] = lambda *_: None
+    names: Sequence[str],
+    *,
+    device: str | None = None,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Comparison:
     """Run the catalogue on every named backend, and compare it with the float64 reference.
 
@@ -108,6 +112,9 @@ def compare_backends(
     ----------
     names : sequence of str
         Names of `doraxp.backends.available()`.
+    device : {"cpu", "cuda"}, optional
+        Where all of them compute; by default where each puts its arrays itself. Products of float32
+        are computed without TF32.
     progress : callable, optional
         Called before each case with its description, the number of cases that are done and the
         number of all cases.
@@ -119,35 +126,40 @@ def compare_backends(
     Raises
     ------
     ValueError
-        A name is not that of a backend, or `names` is empty.
+        A name is not that of a backend, or `names` is empty; or a backend never computes on this
+        kind of device.
     RuntimeError
-        A backend cannot be used here; the message says how to install it.
+        A backend cannot be used here, or not on this device; the message says how to install it.
 
     Examples
     --------
     >>> compare_backends(["numpy"]).ok
     True
     """
-    check_usable(names)
-    libraries = [Library(name) for name in dict.fromkeys(names)]
+    check_usable(names, device=device)
+    libraries = [Library(name, device) for name in dict.fromkeys(names)]
     cases: list[Case | OptimizerCase] = [*catalogue(), *optimizer_catalogue()]
     runs = [(case, dtype) for case in cases for dtype in case.dtypes]
     figures: list[Figure] = []
     left_out: dict[tuple[str, str], None] = {}
-    shares = dict.fromkeys(combinations([one.name for one in libraries], 2), 0.0)
+    shares = dict.fromkeys(combinations([one.label for one in libraries], 2), 0.0)
     for done, (case, dtype) in enumerate(runs):
         wanted: dict[str, dict[str, Expected]] = {}
         dense = in_the_dtype(case, dtype)
         found: dict[str, dict[str, Any]] = {}
         for number, library in enumerate(libraries):
-            label = f"{library.name}: {case.name}, {dtype}"
-            progress(label, done * len(libraries) + number, len(runs) * len(libraries))
+            name = library.label
+            progress(
+                f"{name}: {case.name}, {dtype}",
+                done * len(libraries) + number,
+                len(runs) * len(libraries),
+            )
             if library.dtype(dtype) is None:
-                left_out[library.name, dtype] = None
+                left_out[name, dtype] = None
                 continue
-            wanted[library.name] = want = _wanted(case, dtype, library.precision(dtype))
-            found[library.name] = actual = run_case(case, dtype, library)
-            figures += _figures(library.name, case.name, dtype, want, dense, actual)
+            wanted[name] = want = _wanted(case, dtype, library.precision(dtype))
+            found[name] = actual = run_case(case, dtype, library)
+            figures += _figures(name, case.name, dtype, want, dense, actual)
         for one, other in shares:
             if one in found and other in found:
                 worst = _worst_difference(wanted[one], wanted[other], found[one], found[other])
@@ -156,8 +168,11 @@ def compare_backends(
     return Comparison(tuple(figures), agreements, tuple(left_out))
 
 
-def check_usable(names: Sequence[str]) -> None:
-    """Raise ValueError or RuntimeError unless every name is that of a backend that runs here."""
+def check_usable(names: Sequence[str], *, device: str | None = None) -> None:
+    """Raise ValueError or RuntimeError unless every name is that of a backend that runs here.
+
+    With `device`, "cpu" or "cuda", it must also compute on such a device here.
+    """
     if isinstance(names, str):
         raise ValueError(f"names must be a list of names, got {names!r}")
     known = {status.name: status for status in doraxp.backends.available()}
@@ -166,8 +181,12 @@ def check_usable(names: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             raise ValueError(f"each name must be one of {', '.join(known)}, got {name!r}")
+        if device is not None:
+            check_kind_of_device(name, device)
         if not known[name].usable:
             raise RuntimeError(f"{name} cannot run here: {known[name].detail}")
+        if device is not None:
+            check_device(name, device)
 
 
 def _wanted(case: Case | OptimizerCase, dtype: str, precision: Precision) -> dict[str, Expected]:

@@ -14,16 +14,20 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from doraxp.testing._cases import HALF, rounded
-from doraxp.testing._formulas import AdamW, DenseFormulas, Formula
+from doraxp.testing._formulas import Formula
 from doraxp.testing._rounding import Rounded
 
 Changes: TypeAlias = Mapping[str, Formula]
+EPS = (1e-12, 1e-8, 1e-7, 2.0**-23, 1.2e-7, 1e-6, 1e-5, 1e-4, 2.0**-10)
+"""Numbers that are added to norms; 2⁻²³ and 2⁻¹⁰ are ε of float32 and float16."""
+
+KEPT_NORMS = "the rows keep the norms of W, as in DoRA with m = ‖W‖"
+"""Plain LoRA becomes this where a magnitude is made up for it."""
 
 
 def original(name: str) -> Formula:
     """Return the formula of the reference for a quantity."""
-    formula: Formula = getattr(DenseFormulas if hasattr(DenseFormulas, name) else AdamW, name).func
-    return formula
+    return lambda d: getattr(type(d).__mro__[1], name).func(d)  # the class that deviates is first
 
 
 def multiplied(name: str, factor: Formula) -> Changes:
@@ -42,8 +46,8 @@ def bias_gain(d: Any) -> Any:
 
 
 def eps(size: float) -> Changes:
-    """Return the change that adds a number to the norm."""
-    return {"n": lambda d: d.v.norms() + size, "slope": lambda d: d.v.over(d.v.norms())}
+    """Return the change that adds a number to the norm, whatever the norm is of."""
+    return {"eps": lambda d: size}
 
 
 def rounded_at_init(dtype: str) -> Changes:
@@ -74,8 +78,12 @@ FORWARD: dict[str, Changes] = {
         "dgain": lambda d: original("dgain")(d) + bias_gain(d),
     },
     "the bias is left out": {"y": lambda d: d.product},
+    "the bias is subtracted": {
+        "y": lambda d: d.product - d.bias,
+        "dbias": lambda d: -original("dbias")(d),
+    },
     "the norm runs over the input axis": {
-        "n": lambda d: d.v.norms(-2),
+        "length": lambda d: d.v.norms(-2),
         "norm": lambda d: d.n[..., 0, :],
         "gain": lambda d: d.m.mT.over(d.n),
         "dgain": lambda d: d.through_gain.sum(-2, keepdims=True),
@@ -83,27 +91,37 @@ FORWARD: dict[str, Changes] = {
         "initial": lambda d: d.w.norms(-2)[..., 0, :],
     },
     "the norm of a column scales the row": {
-        "n": lambda d: d.v.norms(-2).mT,
-        "through_norm": lambda d: (d.dnorm.mT * d.v).over(d.n.mT),
+        "length": lambda d: d.v.norms(-2).mT,
+        "through_norm": lambda d: (d.dnorm.mT * d.v).over(d.length.mT),
+    },
+    "each column is divided by its own norm": {
+        "length": lambda d: d.v.norms(-2),
+        "dgain": lambda d: d.through_gain,
+        "dm": lambda d: d.dgain.over(d.n).sum(-1),
+        "dnorm": lambda d: -((d.gain * d.dgain).over(d.n).sum(-2, keepdims=True)),
     },
     "the norm is that of the base weight": {
-        "n": lambda d: d.base.norms(),
+        "length": lambda d: d.base.norms(),
         "through_norm": lambda d: 0.0,
     },
     "the norm is that of the update": {
-        "n": lambda d: d.update.norms(),
-        "slope": lambda d: d.update.over(d.n),
+        "length": lambda d: d.update.norms(),
+        "slope": lambda d: d.update.over(d.length),
     },
     "the norm is that of the whole matrix": {
-        "n": lambda d: d.v.norms().norms(-2),
+        "length": lambda d: d.v.norms().norms(-2),
         "norm": lambda d: (d.n + 0.0 * d.m)[..., 0],
         "dnorm": lambda d: -((d.gain * d.dgain).over(d.n).sum(-2, keepdims=True)),
     },
     "the norm is not rooted": {
-        "n": lambda d: d.v.norms() * d.v.norms(),
+        "length": lambda d: d.v.norms() * d.v.norms(),
         "slope": lambda d: 2.0 * d.v,
     },
-    **{f"{size:g} is added to the norm": eps(size) for size in (1e-12, 1e-8, 1e-6, 1e-5)},
+    "the norm is a root mean square": {
+        "length": lambda d: d.inner**-0.5 * d.v.norms(),
+        "slope": lambda d: (1 / d.inner) * d.v.over(d.length),
+    },
+    **{f"{size:g} is added to the norm": eps(size) for size in EPS},
     **{f"the magnitude is rounded to {dtype} at init": rounded_at_init(dtype) for dtype in HALF},
     "the magnitude is 1 at init": {"initial": lambda d: 0.0 * original("initial")(d) + 1.0},
     "the direction form": {"in_direction_form": lambda d: True},
@@ -143,6 +161,27 @@ FORWARD: dict[str, Changes] = {
     "the dropout mask is left out": {"mask": lambda d: None},
     "the dropout mask lacks 1/(1 − p)": {
         "mask": lambda d: d.given_mask and d.given_mask.over(d.given_mask)
+    },
+}
+
+NOT_AS_DECLARED: dict[str, Changes] = {
+    "the bias is not scaled": {name: original(name) for name in ("y", "dbias", "dgain")},
+    "no number is added to the norm": {"eps": lambda d: 0.0},
+}
+"""These change nothing unless the conventions declare the opposite."""
+
+LOW_RANK: dict[str, Changes] = {
+    "the norm lacks s": {
+        "unscaled": lambda d: d.base + d.b @ d.a,
+        "length": lambda d: d.unscaled.norms(),
+        "slope": lambda d: d.unscaled.over(d.length),
+        "da": lambda d: d.s * (d.b.mT @ (d.gain * d.dmerged)) + d.b.mT @ through_norm(d),
+        "db": lambda d: d.s * ((d.gain * d.dmerged) @ d.a.mT) + through_norm(d) @ d.a.mT,
+    },
+    "B meets A in the reverse order of ranks": {
+        "update": lambda d: d.s * (d.b[..., ::-1] @ d.a),
+        "da": lambda d: d.s * (d.b[..., ::-1].mT @ d.dv),
+        "db": lambda d: d.s * (d.dv @ d.a.mT)[..., ::-1],
     },
 }
 
@@ -186,6 +225,9 @@ BACKWARD: dict[str, Changes] = {
     "dx lacks the update": {"back": lambda d: d.gain * d.base},
     "dx lacks the base": {"back": lambda d: d.gain * d.update},
     "dx lacks the dropout mask": {"dx": lambda d: d.dy @ d.back},
+    "dx lacks what passes beside the mask": {
+        "dx": lambda d: d.dy @ d.back if d.mask is None else d.mask * (d.dy @ d.back)
+    },
     "dA has the whole x": {"da": lambda d: d.s * (d.b.mT @ (d.dv + d.gain * d.dbeside))},
     "dB has the whole x": {"db": lambda d: d.s * ((d.dv + d.gain * d.dbeside) @ d.a.mT)},
     "dm is not divided by n": {"dm": lambda d: d.dgain[..., 0]},
@@ -236,6 +278,7 @@ STEP: dict[str, Changes] = {
         "gradient": lambda d: d.g + original("pull")(d),
         "pull": lambda d: 0.0,
     },
+    "the decay is coupled and decoupled": {"gradient": lambda d: d.g + original("pull")(d)},
     "the decay is left out": {"pull": lambda d: 0.0},
     "the decay is not multiplied by the learning rate": {
         "stepped": lambda d: d.p - d.rate * d.mean.over(d.divisor) - d.pull

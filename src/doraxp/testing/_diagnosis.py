@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from doraxp.testing._cases import Case, OptimizerCase
 from doraxp.testing._deviations import Changes
-from doraxp.testing._formulas import RETURNED
-from doraxp.testing._reference import Expected, expected, expected_steps
+from doraxp.testing._parts import results_of
+from doraxp.testing._reference import Expected
 from doraxp.testing._runs import Actual
+
+Names: TypeAlias = tuple[str, ...]
 
 
 class Diagnosis(NamedTuple):
@@ -31,76 +32,142 @@ class Run(NamedTuple):
     """The results of one function for one case, and the expected results."""
 
     function: str
-    case: Case | OptimizerCase
+    case: Any
     dtype: str
     actual: dict[str, Actual]
     wanted: dict[str, Expected]
 
-
-def wanted_of(
-    case: Any, dtype: str, changes: Changes, names: Collection[str] = RETURNED
-) -> dict[str, Expected]:
-    """Return the expected results of a case, by the reference or by one that deviates."""
-    if isinstance(case, OptimizerCase):
-        return expected_steps(case, dtype, changes)
-    return expected(case, dtype, changes, names)
+    worst: float
+    """The largest error in units of its bound."""
 
 
 def diagnose(runs: list[Run], known: Mapping[str, Changes], base: Changes) -> list[Diagnosis]:
-    """Return the smallest sets of deviations that explain every number."""
-    runs = [run for run in runs if not (isinstance(run.case, Case) and run.case.extreme)]
-    before = max((_worst(run.actual, run.wanted) for run in runs), default=0.0)
-    if before <= 1:
-        return []
-    functions = tuple(dict.fromkeys(run.function for run in runs))
-    # Most deviations fail on the run with the largest error, so try that run first.
-    runs = sorted(runs, key=lambda run: -_worst(run.actual, run.wanted))
-    candidates = list(known)
+    """Return the smallest sets of deviations that explain every number.
+
+    They are diagnoses of all functions together, or else of each function by itself. Extreme cases
+    are not used.
+    """
+    runs = [run for run in runs if run.actual and not getattr(run.case, "extreme", False)]
+    by_function: dict[str, list[Run]] = {}
+    for run in runs:
+        by_function.setdefault(run.function, []).append(run)
+    own = {
+        name: _smallest(of_one, known, base)
+        for name, of_one in by_function.items()
+        if _worst(of_one) > 1
+    }
+    of_all = _jointly(runs, [names for found in own.values() for names in found], known, base)
+    if of_all:
+        together = tuple(by_function)
+        return [Diagnosis(together, names, _worst(runs), after) for names, after in of_all.items()]
+    return [
+        Diagnosis((name,), names, _worst(by_function[name]), after)
+        for name, found in own.items()
+        for names, after in found.items()
+    ]
+
+
+def _smallest(runs: list[Run], known: Mapping[str, Changes], base: Changes) -> dict[Names, float]:
+    """Return the smallest sets of names that explain the numbers of one function."""
+    if found := _explaining(runs, ((name,) for name in known), known, base):
+        return found
+    # A deviation that changes no number that was returned cannot be part of a pair.
+    candidates = [name for name in known if _moves(runs, {**base, **known[name]})]
+    worst = max(runs, key=lambda run: run.worst)
+    effects = {name: _effects(worst, {**base, **known[name]}) for name in candidates}
+    wrong = {name for name, got in worst.actual.items() if worst.wanted[name].share(got.values) > 1}
+    pairs = (
+        pair
+        for pair in combinations(candidates, 2)
+        if _fit(effects[pair[0]], effects[pair[1]], wrong)
+    )
+    return _explaining(runs, pairs, known, base)
+
+
+class _Effects(NamedTuple):
+    """The names of one run's results that a deviation changes, and those that it explains."""
+
+    moved: set[str]
+    explained: set[str]
+
+
+def _effects(run: Run, changes: Changes) -> _Effects:
+    moved, explained = set(), set()
+    for name, (wanted, got) in zip(run.actual, _pairs(run, changes), strict=False):
+        if wanted is None or not np.array_equal(wanted.value, run.wanted[name].value):
+            moved.add(name)
+        if wanted is None or wanted.share(got.values) <= 1:
+            explained.add(name)
+    return _Effects(moved, explained)
+
+
+def _fit(one: _Effects, other: _Effects, wrong: set[str]) -> bool:
+    """Return whether two deviations may explain a run: each explains what it changes alone."""
+    return (
+        one.moved - other.moved <= one.explained
+        and other.moved - one.moved <= other.explained
+        and wrong <= one.moved | other.moved
+    )
+
+
+def _jointly(
+    runs: list[Run], own: list[Names], known: Mapping[str, Changes], base: Changes
+) -> dict[Names, float]:
+    """Return the smallest sets that explain all numbers: a function's own, or a union of two."""
+    unions = (tuple(dict.fromkeys(one + other)) for one, other in combinations(own, 2))
+    sets = dict.fromkeys((*own, *(names for names in unions if len(names) == 2)))
     for size in (1, 2):
-        found = []
-        for names in combinations(candidates, size):
-            changed = [key for name in names for key in known[name]]
-            if len(set(changed)) == len(changed):
-                merged = {key: formula for name in names for key, formula in known[name].items()}
-                if (after := _explained(runs, {**base, **merged})) <= 1:
-                    found.append(Diagnosis(functions, names, before, after))
-        if found:
+        of_size = (names for names in sets if len(names) == size)
+        if found := _explaining(runs, of_size, known, base):
             return found
-        # A deviation that changes no number that was returned cannot be part of a pair.
-        candidates = [name for name in known if _moves(runs, {**base, **known[name]})]
-    return []
+    return {}
+
+
+def _explaining(
+    runs: list[Run], sets: Iterable[Names], known: Mapping[str, Changes], base: Changes
+) -> dict[Names, float]:
+    """Return those of some sets of names that explain every number, with the largest error."""
+    # Most deviations fail on the run with the largest error, so try that run first.
+    runs = sorted(runs, key=lambda run: -run.worst)
+    found = {}
+    for names in sets:
+        changed = [key for name in names for key in known[name]]
+        if len(set(changed)) == len(changed):
+            merged = {key: formula for name in names for key, formula in known[name].items()}
+            if (after := _error(runs, {**base, **merged})) <= 1:
+                found[names] = after
+    return found
+
+
+def _error(runs: list[Run], changes: Changes) -> float:
+    """Return the largest error against the deviating reference, or the first that is above 1."""
+    worst = 0.0
+    for run in runs:
+        for wanted, got in _pairs(run, changes):
+            worst = max(worst, np.inf if wanted is None else wanted.share(got.values))
+            if worst > 1:
+                return worst
+    return worst
 
 
 def _moves(runs: list[Run], changes: Changes) -> bool:
     """Return whether a deviation changes any number that was returned."""
     for run in runs:
-        if run.actual:
-            wanted = _deviating(run, changes)
-            for key in run.actual:
-                if wanted is None or not np.array_equal(wanted[key].value, run.wanted[key].value):
-                    return True
+        for name, (wanted, _) in zip(run.actual, _pairs(run, changes), strict=False):
+            if wanted is None or not np.array_equal(wanted.value, run.wanted[name].value):
+                return True
     return False
 
 
-def _deviating(run: Run, changes: Changes) -> dict[str, Expected] | None:
-    """Return the results under a deviation; None if the shapes of the case do not allow it."""
+def _pairs(run: Run, changes: Changes) -> Iterator[tuple[Expected | None, Actual]]:
+    """Yield each result under a deviation, None if the case does not allow it, and the actual."""
     try:
-        return wanted_of(run.case, run.dtype, changes, run.actual)
-    except ValueError:
-        return None
+        results = results_of(run.case, run.dtype, changes)
+        for name, got in run.actual.items():
+            yield results.of(name), got
+    except (ValueError, ArithmeticError):  # shapes that do not fit, the root of a negative number
+        yield None, next(iter(run.actual.values()))
 
 
-def _explained(runs: list[Run], changes: Changes) -> float:
-    """Return the largest error against the deviating reference, or the first that is above 1."""
-    worst = 0.0
-    for run in runs:
-        if run.actual:
-            wanted = _deviating(run, changes)
-            worst = np.inf if wanted is None else max(worst, _worst(run.actual, wanted))
-            if worst > 1:
-                break
-    return worst
-
-
-def _worst(actual: dict[str, Actual], wanted: dict[str, Expected]) -> float:
-    return max((wanted[key].share(got.values) for key, got in actual.items()), default=0.0)
+def _worst(runs: list[Run]) -> float:
+    return max((run.worst for run in runs), default=0.0)

@@ -27,6 +27,8 @@ from typing import Any, TypeAlias
 from doraxp._base.types import Config
 
 Formula: TypeAlias = Callable[[Any], Any]
+Numbers: TypeAlias = Mapping[str, float]
+Arrays: TypeAlias = dict[str, Any]
 OUTPUTS = ("norm", "merged", "y")
 GRADIENTS = ("dx", "da", "db", "dm", "dw", "dbias")
 QUANTITIES = (*OUTPUTS, *GRADIENTS)
@@ -41,6 +43,7 @@ class DenseFormulas:
         self.rank = config.rank
         self.inputs = {name: number(array) for name, array in arrays.items()}
         w = arrays["weight"]
+        self.inner = w.shape[-1]
         self.w, self.a, self.b = (self.inputs[name] for name in ("weight", "lora_a", "lora_b"))
         self.m = self.inputs["magnitude"].reshape(*w.shape[:-1], 1)
         tokens: dict[str, Any] = {
@@ -90,8 +93,17 @@ class DenseFormulas:
         return self.base + self.update
 
     @cached_property
-    def n(self) -> Any:
+    def length(self) -> Any:
         return self.v.norms()
+
+    @cached_property
+    def eps(self) -> float:
+        """The number that some implementations add to the norm."""
+        return 0.0
+
+    @cached_property
+    def n(self) -> Any:
+        return self.length + self.eps if self.eps else self.length
 
     @cached_property
     def gain(self) -> Any:
@@ -100,6 +112,11 @@ class DenseFormulas:
     @cached_property
     def merged(self) -> Any:
         return self.gain * self.v
+
+    @cached_property
+    def acting(self) -> Any:
+        """The weight that multiplies x~, as rows of (out, in)."""
+        return self.merged
 
     @cached_property
     def seen(self) -> Any:
@@ -112,7 +129,7 @@ class DenseFormulas:
     @cached_property
     def product(self) -> Any:
         """x~ W'ᵀ + (x − x~) Kᵀ."""
-        product = self.seen @ self.merged.mT
+        product = self.seen @ self.acting.mT
         if self.mask is None:
             return product
         return product + (self.x @ self.beside.mT - self.seen @ self.beside.mT)
@@ -153,7 +170,7 @@ class DenseFormulas:
 
     @cached_property
     def slope(self) -> Any:
-        return self.v.over(self.n)
+        return self.v.over(self.length)
 
     @cached_property
     def through_norm(self) -> Any:
@@ -167,7 +184,7 @@ class DenseFormulas:
     @cached_property
     def back(self) -> Any:
         """The weight that multiplies dy in the gradient of x~."""
-        return self.merged
+        return self.acting
 
     @cached_property
     def dx(self) -> Any:
@@ -217,12 +234,18 @@ class AdamW:
     """One step for one array p: its gradient g, the moments mu and nu, and t, counted from 1."""
 
     def __init__(
-        self, p: Any, g: Any, state: tuple[Any, Any], t: int, without_decay: bool, numbers: Any
+        self, name: str, p: Any, g: Any, state: tuple[Any, Any], t: int, numbers: Numbers
     ) -> None:
-        self.p, self.g, self.without_decay = p, g, without_decay
+        self.name, self.p, self.g, self.t = name, p, g, t
         self.mu_before, self.nu_before = state
-        self.t = t
-        self.rate, self.beta1, self.beta2, self.eps, self.decay = numbers
+        self.beta1, self.beta2, self.eps = (numbers[key] for key in ("beta1", "beta2", "eps"))
+        self.learning_rate, self.decay = numbers["learning_rate"], numbers["weight_decay"]
+        self.ratio = numbers.get("ratio", 1.0)
+
+    @cached_property
+    def rate(self) -> float:
+        """The learning rate; in LoRA+ that of B is `ratio` times as large."""
+        return self.learning_rate * (self.ratio if self.name == "lora_b" else 1.0)
 
     @cached_property
     def gradient(self) -> Any:
@@ -254,7 +277,7 @@ class AdamW:
 
     @cached_property
     def pull(self) -> Any:
-        return 0.0 if self.without_decay else self.decay * self.p
+        return 0.0 if self.name == "magnitude" else self.decay * self.p
 
     @cached_property
     def stepped(self) -> Any:
@@ -269,11 +292,11 @@ class SGD:
     """One step with momentum for one array p: its gradient g and the velocity."""
 
     def __init__(
-        self, p: Any, g: Any, state: tuple[Any], t: int, without_decay: bool, numbers: Any
+        self, name: str, p: Any, g: Any, state: tuple[Any], t: int, numbers: Numbers
     ) -> None:
-        self.p = p
-        self.rate, self.momentum, decay = numbers
-        self.gradient = g if without_decay else g + decay * p
+        del t
+        self.p, self.rate, self.momentum = p, numbers["learning_rate"], numbers["momentum"]
+        self.gradient = g if name == "magnitude" else g + numbers["weight_decay"] * p
         self.state = (self.momentum * state[0] + self.gradient,)
 
     @cached_property
@@ -281,7 +304,45 @@ class SGD:
         return self.p - self.rate * self.state[0]
 
 
-OPTIMIZERS = {"adamw": (AdamW, 2), "sgd": (SGD, 1)}  # the step, and the arrays of its state
+class ScaledGradients:
+    """The gradients of A and B over the Gram matrix of the other factor, as in arXiv:2402.02347."""
+
+    def __init__(self, params: Arrays, grads: Arrays, damping: float) -> None:
+        self.a, self.b = params["lora_a"], params["lora_b"]
+        self.da, self.db = grads["lora_a"], grads["lora_b"]
+        self.given_damping = damping
+
+    @cached_property
+    def damping(self) -> float:
+        return self.given_damping
+
+    @cached_property
+    def gram_of_a(self) -> Any:
+        return self.a @ self.a.mT
+
+    @cached_property
+    def gram_of_b(self) -> Any:
+        return self.b.mT @ self.b
+
+    @cached_property
+    def scaled_da(self) -> Any:
+        return self.da.divided_by(self.gram_of_b, self.damping)
+
+    @cached_property
+    def scaled_db(self) -> Any:
+        return self.db.mT.divided_by(self.gram_of_a, self.damping).mT
+
+    @cached_property
+    def gradients(self) -> Arrays:
+        return {"lora_a": self.scaled_da, "lora_b": self.scaled_db}
+
+
+OPTIMIZERS = {  # the step, and the number of arrays in its state
+    "adamw": (AdamW, 2),
+    "sgd": (SGD, 1),
+    "loraplus": (AdamW, 2),
+    "scaled_adamw": (AdamW, 2),
+}
 
 
 def deviating(reference: type, changes: Mapping[str, Formula]) -> type:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from doraxp._base.scalars import check_kind
-from doraxp.testing._cases import Case, OptimizerCase
-from doraxp.testing._catalogue import catalogue, optimizer_catalogue
-from doraxp.testing._conventions import Conventions, call_layer, call_step
-from doraxp.testing._deviations import BACKWARD, FORWARD, STEP
-from doraxp.testing._diagnosis import Diagnosis, Run, diagnose, wanted_of
+from doraxp._base.scalars import check_count, check_kind
+from doraxp.testing._cases import HALF, Case
+from doraxp.testing._conventions import AnyCase, Conventions
+from doraxp.testing._deviations import Changes
+from doraxp.testing._diagnosis import Diagnosis, Run, diagnose
 from doraxp.testing._libraries import Library
-from doraxp.testing._runs import described
+from doraxp.testing._parts import Part, parts, results_of
+from doraxp.testing._reference import Expected
+from doraxp.testing._runs import Actual, described
 
 
 class Finding(NamedTuple):
@@ -30,18 +30,32 @@ class Finding(NamedTuple):
     """Whether the formulas as written fail in this case: 0/0, or squares out of range."""
 
 
+class Ran(NamedTuple):
+    """One call of a function with one case in one dtype."""
+
+    function: str
+    case: str
+    dtype: str
+    extreme: bool
+    checked: int
+    """The number of arrays that were compared."""
+
+
 class Report(NamedTuple):
     """The result of `check_implementation`."""
 
     findings: tuple[Finding, ...]
     diagnoses: tuple[Diagnosis, ...]
-    """Diagnoses of all functions of a layer together, or else of each function by itself. There
+    """Diagnoses of all functions of a part together, or else of each function by itself. There
     are several where each of them explains the same numbers, and it is empty where no known
     deviation does. Extreme cases are not used."""
     checked: int
     """The number of arrays that were compared."""
     left_out: tuple[str, ...]
-    """The names of the layers that did not run, because the conventions leave them out."""
+    """The names of the cases that did not run: the conventions leave them out, or every function
+    of the part raises NotImplementedError for them."""
+    runs: tuple[Ran, ...]
+    """Every call, in order; an optimizer's case with all of its steps is one."""
 
     @property
     def ok(self) -> bool:
@@ -67,11 +81,17 @@ class Report(NamedTuple):
             again = f" (and {len(more)} more)" if more else ""
             lines.append(f"  {where}: {one.problem}{again}")
         if self.left_out:
-            lines.append(f"  not run, as the conventions say: {'; '.join(self.left_out)}")
+            lines.append(f"  not run: {'; '.join(self.left_out)}")
         return "\n".join(lines)
 
 
-def check_implementation(impl: Any, conventions: Conventions | None = None) -> Report:
+def check_implementation(
+    impl: Any,
+    conventions: Conventions | None = None,
+    *,
+    since: int = 1,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> Report:
     """Run the catalogue on an implementation of DoRA, and name what is wrong with it.
 
     Every function is given NumPy arrays by name, and returns NumPy arrays or objects that
@@ -84,10 +104,26 @@ def check_implementation(impl: Any, conventions: Conventions | None = None) -> R
         merge(weight, lora_a, lora_b, magnitude, scaling) -> W'
         step(params, grads, state, learning_rate, beta1, beta2, eps, weight_decay)
             -> (params, state); AdamW, on dicts with lora_a, lora_b, magnitude; state is first None
+        loraplus_step(..., ratio), scaled_step(..., damping) -> (params, state); the same, where
+            B has `ratio` times the rate, and on `doraxp.scaled_gradients`
+
+    It may have more parts, each an object with functions of its own::
+
+        convolution     init, forward, gradients, merge, also given groups and, with x, stride,
+                        padding and dilation, tuples of a number for each dimension
+        embedding       the same, with ids for x, without a bias; with x also given scale
+        loha.merge(weight, first_a, first_b, second_a, second_b, magnitude, scaling) -> W'
+        lokr.merge(weight, left, right, right_a, right_b, magnitude, scaling) -> W'
+        sums.merge(weight, adapters, strengths, scalings) -> W + Σ t (W' − W)
 
     `bias` is None in some cases. If the conventions declare dropout, forward and gradients are
-    also given `dropout_mask`: None, or an array of x's shape that holds 0 and 1/(1 − p). If
-    numbers are wrong, every known deviation is tried, and then every pair of them. The report
+    also given `dropout_mask`: None, or an array of x's shape that holds 0 and 1/(1 − p). Without a
+    magnitude an update is plain: W' = V. Of right, right_a and right_b one or two are None. The
+    adapters of a sum are dicts. Shapes are those of `catalogue`, `operator_catalogue`,
+    `update_catalogue` and `sum_catalogue`. A function that raises NotImplementedError leaves the
+    case out.
+
+    If numbers are wrong, every known deviation is tried, and then every pair of them. The report
     names those that explain all numbers.
 
     Parameters
@@ -96,6 +132,11 @@ def check_implementation(impl: Any, conventions: Conventions | None = None) -> R
         An object with one or more of these functions as attributes.
     conventions : Conventions, optional
         The choices that it has made.
+    since : int
+        Run only the cases that this version of the catalogue, `VERSION`, or a later one brought.
+    progress : callable, optional
+        Called before each case with its description, the number of cases that are done and the
+        number of all cases.
 
     Returns
     -------
@@ -106,9 +147,9 @@ def check_implementation(impl: Any, conventions: Conventions | None = None) -> R
     Raises
     ------
     TypeError
-        `conventions` is not of type `Conventions`.
+        `conventions` is not of type `Conventions`, or `since` is not an int.
     ValueError
-        `impl` does not have any of the functions.
+        `impl` does not have any of the functions, or `since` is below 1.
     RuntimeError
         The conventions name bfloat16, and ml_dtypes is not installed.
 
@@ -124,81 +165,108 @@ def check_implementation(impl: Any, conventions: Conventions | None = None) -> R
     """
     conventions = Conventions() if conventions is None else conventions
     check_kind("conventions", conventions, Conventions)
+    since = check_count("since", since, least=1)
     for dtype in conventions.dtypes:
         if Library("numpy").dtype(dtype) is None:
             raise RuntimeError(f"{dtype} cannot be made here: pip install ml_dtypes")
-    functions = {
-        name: getattr(impl, name)
-        for name in ("init", "forward", "gradients", "merge", "step")
-        if hasattr(impl, name)
-    }
-    if not functions:
+    found = [(part, functions) for part in parts() if (functions := part.found_in(impl))]
+    if not found:
         raise ValueError(
-            "impl must have a function init, forward, gradients, merge or step, got "
-            f"{type(impl).__name__} without any of them"
+            "impl must have a function init, forward, gradients, merge or step, or one of a part, "
+            f"got {type(impl).__name__} without any of them"
         )
+    planned = [(part, _calls(part, own, conventions, since)) for part, own in found]
+    total, done = sum(len(calls) for _, calls in planned), 0
     findings: list[Finding] = []
-    runs: dict[bool, list[Run]] = {True: [], False: []}
-    for name, function in functions.items():
-        is_step = name == "step"
-        run: Any = partial(call_step if is_step else call_layer, function)
-        for case in _adamw_cases() if is_step else conventions.cases():
-            for dtype in case.dtypes:
-                if dtype in conventions.dtypes:
-                    one = _observe(name, case, dtype, run, conventions, findings)
-                    runs[is_step].append(one)
-    layers, steps = runs[False], runs[True]
-    known, base = {**FORWARD, **BACKWARD}, conventions.changes
-    diagnoses = diagnose(layers, known, base)
-    if not diagnoses:  # each function may be wrong in another way
-        for name in functions:
-            diagnoses += diagnose([run for run in layers if run.function == name], known, base)
-    diagnoses += diagnose(steps, STEP, {})
-    checked = sum(len(run.actual) for run in (*layers, *steps))
-    ran = {run.case.name for run in layers}
-    left_out = tuple(case.name for case in catalogue() if ran and case.name not in ran)
-    return Report(tuple(findings), tuple(diagnoses), checked, left_out)
+    diagnoses: list[Diagnosis] = []
+    ran: list[Ran] = []
+    left_out: list[str] = []
+    for part, calls in planned:
+        changes = conventions.changes if part.keeps_conventions else {}
+        runs: list[Run] = []
+        for call in calls:
+            progress(f"{call.name}: {call.case.name}, {call.dtype}", done, total)
+            done += 1
+            run = _observe(part, call, conventions, changes, findings)
+            if run is not None:
+                runs.append(run)
+                ran.append(_told(run))
+        progress(f"{part.path or 'layer'}: looks for names", done, total)
+        diagnoses += diagnose(runs, part.known, changes)
+        names = {run.case.name for run in runs}
+        own = (case for case in part.cases if case.since >= since)
+        left_out += [case.name for case in own if case.name not in names]
+    checked = sum(one.checked for one in ran)
+    return Report(tuple(findings), tuple(diagnoses), checked, tuple(left_out), tuple(ran))
 
 
-def _adamw_cases() -> list[OptimizerCase]:
-    return [case for case in optimizer_catalogue() if case.optimizer == "adamw"]
+class _Call(NamedTuple):
+    """A function with a case in a dtype."""
+
+    name: str
+    function: Callable[..., Any]
+    case: AnyCase
+    dtype: str
+
+
+def _calls(
+    part: Part, functions: dict[str, Any], conventions: Conventions, since: int
+) -> list[_Call]:
+    return [
+        _Call(name, function, case, dtype)
+        for name, function in functions.items()
+        for case in conventions.accepted(part.cases)
+        if case.since >= since
+        for dtype in case.dtypes
+        if dtype in conventions.dtypes
+    ]
+
+
+def _kept(case: Case, dtype: str, got: Actual, want: Expected) -> float:
+    """Return ⟨stored − W, W' − W⟩ / ‖W' − W‖²: 1 where rounding took nothing of the update."""
+    weight = case.stored(dtype)["weight"]
+    whole = want.value - weight
+    return float(np.sum((got.values - weight) * whole) / np.sum(whole * whole))
+
+
+def _told(run: Run) -> Ran:
+    extreme = getattr(run.case, "extreme", False)
+    return Ran(run.function, run.case.name, run.dtype, extreme, len(run.actual))
 
 
 def _observe(
-    name: str,
-    case: Any,
-    dtype: str,
-    run: Callable[..., dict[str, Any]],
-    conventions: Conventions,
-    findings: list[Finding],
-) -> Run:
+    part: Part, call: _Call, conventions: Conventions, changes: Changes, findings: list[Finding]
+) -> Run | None:
     """Call one function on one case, return its numbers, and add its faults to the findings."""
-    extreme = isinstance(case, Case) and case.extreme
+    name, function, case, dtype = call
+    extreme = getattr(case, "extreme", False)
 
     def note(quantity: str, problem: str) -> None:
         findings.append(Finding(name, case.name, dtype, quantity, problem, extreme))
 
-    wanted = wanted_of(case, dtype, {} if name == "step" else conventions.changes)
     try:
         with np.errstate(all="ignore"):  # an overflow shows in the numbers
-            returned = run(name, conventions, case, dtype)
+            returned = part.call(function, name.split(".")[-1], conventions, case, dtype)
+    except NotImplementedError:
+        return None
     except (Exception, SystemExit) as error:  # raised by the implementation: a finding
         note("all", f"raises {described(error)}")
-        return Run(name, case, dtype, {}, wanted)
-    actual = {}
+        return Run(name, case, dtype, {}, {}, 0.0)
+    results, actual, wanted, worst = results_of(case, dtype, changes), {}, {}, 0.0
     for quantity, got in returned.items():
         if isinstance(got, str):
             note(quantity, got)
             continue
-        want = wanted[quantity]
+        want = results.of(quantity)
         problem = got.mismatch(want)
         if problem is None:
-            actual[quantity] = got
-            if (share := want.share(got.values)) > 1:
-                problem = (
-                    f"is {share:.3g} times its bound off, relative error "
-                    f"{want.relative(got.values):.2g}"
-                )
+            actual[quantity], wanted[quantity] = got, want
+            worst = max(worst, share := want.share(got.values))
+            if share > 1:
+                relative = want.relative(got.values)
+                problem = f"is {share:.3g} times its bound off, relative error {relative:.2g}"
+                if quantity == "merged" and isinstance(case, Case) and dtype in HALF:
+                    problem += f", keeps {_kept(case, dtype, got, want):.2f} of the update"
         if problem is not None:
             note(quantity, problem)
-    return Run(name, case, dtype, actual, wanted)
+    return Run(name, case, dtype, actual, wanted, worst)

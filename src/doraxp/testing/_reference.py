@@ -12,7 +12,7 @@ all rounding errors of the dense formulas, see `_rounding`. In mixed precision, 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from doraxp.testing._formulas import (
     RETURNED,
     DenseFormulas,
     Formula,
+    ScaledGradients,
     deviating,
 )
 from doraxp.testing._mixed import MixedFormulas
@@ -75,6 +76,13 @@ class Expected(NamedTuple):
             return float(np.max(np.nan_to_num(error, nan=np.inf)) / np.max(np.abs(self.value)))
 
 
+class Results(NamedTuple):
+    """The quantities of a case. Each is computed when it is asked for."""
+
+    names: tuple[str, ...]
+    of: Callable[[str], Expected]
+
+
 def expected(
     case: Case,
     dtype: str,
@@ -120,6 +128,17 @@ def expected(
     >>> norm.share(norm.value), norm.share(1.001 * norm.value) > 1
     (0.0, True)
     """
+    results = layer_results(case, dtype, changes, precision)
+    return {name: results.of(name) for name in results.names if name in names}
+
+
+def layer_results(
+    case: Case,
+    dtype: str,
+    changes: Mapping[str, Formula] | None = None,
+    precision: Precision = "exact",
+) -> Results:
+    """Return the results of a layer, by the reference or by one that deviates."""
     arrays = case.stored(dtype)
     layer: DenseFormulas
     if precision == "mixed":
@@ -128,11 +147,12 @@ def expected(
     else:
         reference = deviating(DenseFormulas, changes) if changes else DenseFormulas
         layer = reference(case.config, arrays, Rounded.exact)
-    return {
-        name: bounded(name, getattr(layer, name), shape, dtype, precision)
-        for name, shape in shapes(case).items()
-        if name in names
-    }
+    like = shapes(case)
+
+    def of(name: str) -> Expected:
+        return bounded(name, getattr(layer, name), like[name], dtype, precision)
+
+    return Results(tuple(like), of)
 
 
 def _check_mixed(dtype: str, changes: Mapping[str, Formula] | None) -> None:
@@ -182,10 +202,21 @@ def expected_steps(
     >>> len(expected_steps(case, "float32")) == 3 * len(case.grads)
     True
     """
-    return {
-        name: bounded(name, number, number.value.shape, dtype)
-        for name, number in steps(case, dtype, Rounded.exact, changes).items()
-    }
+    results = step_results(case, dtype, changes)
+    return {name: results.of(name) for name in results.names}
+
+
+def step_results(
+    case: OptimizerCase,
+    dtype: str,
+    changes: Mapping[str, Formula] | None = None,
+    number: Formula = Rounded.exact,
+) -> Results:
+    """Return the results of an optimizer, by the reference or by one that deviates."""
+    found = steps(case, dtype, number, changes)
+    return Results(
+        tuple(found), lambda name: bounded(name, found[name], found[name].value.shape, dtype)
+    )
 
 
 def in_the_dtype(case: Case | OptimizerCase, dtype: str) -> dict[str, Any]:
@@ -227,17 +258,19 @@ def steps(
 ) -> dict[str, Any]:
     """Return the parameters after each step, in the kind of numbers that `number` makes."""
     reference, kept = OPTIMIZERS[case.optimizer]
-    if changes:
-        reference = deviating(reference, changes)
+    scaled = deviating(ScaledGradients, changes) if changes else ScaledGradients
+    reference = deviating(reference, changes) if changes else reference
+    params = {name: number(values) for name, values in case.params.items()}
+    state = {name: (number(np.zeros_like(p)),) * kept for name, p in case.params.items()}
     found = {}
-    for name, values in case.params.items():
-        p = number(values)
-        state = (number(np.zeros_like(values)),) * kept
-        without_decay = name == "magnitude"
-        for t, grads in enumerate(case.grads, start=1):
-            step = reference(p, number(grads[name]), state, t, without_decay, case.numbers.values())
-            p, state = step.stepped, step.state
-            found[f"{name} {t}"] = p
+    for t, given in enumerate(case.grads, start=1):
+        grads = {name: number(values) for name, values in given.items()}
+        if case.optimizer == "scaled_adamw":
+            grads |= scaled(params, grads, case.numbers["damping"]).gradients
+        for name, p in params.items():
+            step = reference(name, p, grads[name], state[name], t, case.numbers)
+            params[name], state[name] = step.stepped, step.state
+            found[f"{name} {t}"] = step.stepped
     return found
 
 

@@ -135,6 +135,20 @@ class Rounded:
         half = np.divide(self.error, 2 * value, out=np.zeros_like(value), where=value > 0)
         return type(self)(value, half + value)
 
+    def divided_by(self, gram: Rounded, damping: float) -> Self:
+        """Return (G + δI)⁻¹ C for a positive definite G (k, k) and these numbers C (k, j).
+
+        Every stable way of solution has an error of |G⁻¹| (E_C + E_G |X| + 3k² |G| |X|).
+        """
+        one = np.eye(len(gram.value))
+        damped = gram.value + damping * one
+        inverse = _inverse(damped)
+        value = self.product(inverse, self.value)
+        size, terms = np.abs(value), len(damped)
+        roundings = gram.error + damping * one + (3 * terms**2 + 1) * np.abs(damped)
+        error = self.error + self.product(roundings, size)
+        return type(self)(value, self.product(np.abs(inverse), error))
+
     def norms(self, axis: int = -1) -> Self:
         """Return √Σ v² along an axis, which is kept. Errors of v change it by at most ‖error‖."""
         terms = self.value.shape[axis]
@@ -159,7 +173,12 @@ class Plain(np.ndarray[Any, Any]):
 
     def over(self, other: Any) -> Any:
         """Return the quotient, and 0 where the divisor is 0."""
-        return np.divide(self, other, out=np.zeros_like(self), where=other != 0)
+        zeros = np.zeros_like(self, shape=np.broadcast_shapes(self.shape, np.shape(other)))
+        return np.divide(self, other, out=zeros, where=other != 0)
+
+    def divided_by(self, gram: Any, damping: float) -> Any:
+        """Return (G + δI)⁻¹ C for these numbers C."""
+        return np.linalg.solve(gram + damping * np.eye(len(gram), dtype=gram.dtype), self)
 
     def sqrt(self) -> Any:
         """Return the root."""
@@ -175,6 +194,18 @@ def lengths(values: Any, axis: int = -1) -> Any:
     peak = np.max(np.abs(values), axis=axis, keepdims=True)
     unit = values / np.where(peak > 0, peak, peak.dtype.type(1))
     return peak * np.sqrt(np.sum(unit * unit, axis=axis, keepdims=True))
+
+
+def _inverse(gram: Wide) -> Wide:
+    """Return the inverse of a positive definite matrix, by Gauss and Jordan in a fixed order."""
+    size = len(gram)
+    both = np.concatenate([gram, np.eye(size)], axis=1)
+    for k in range(size):
+        both[k] /= both[k, k]
+        for row in range(size):
+            if row != k:
+                both[row] -= both[row, k] * both[k]
+    return both[:, size:]
 
 
 def _operand(other: Rounded | float) -> Rounded:

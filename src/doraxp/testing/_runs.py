@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,7 +86,7 @@ def _run_layer(case: Any, dtype: str, library: Library) -> dict[str, Any]:
 
 
 def _run_steps(case: Any, dtype: str, library: Library) -> dict[str, Any]:
-    init, step = (getattr(doraxp, f"{case.optimizer}_{name}") for name in ("init", "step"))
+    init, step, numbers = _optimizer(case)
     params, *grads = (
         Adapter(*(library.asarray(arrays[name], dtype) for name in ADAPTER))
         for arrays in (case.params, *case.grads)
@@ -93,9 +94,26 @@ def _run_steps(case: Any, dtype: str, library: Library) -> dict[str, Any]:
     state = init(params)
     found: dict[str, Any] = {}
     for t, gradient in enumerate(grads, start=1):
-        params, state = step(params, gradient, state, **case.numbers)
+        params, state = step(params, gradient, state, **numbers)
         found |= {f"{name} {t}": leaf for name, leaf in params._asdict().items()}
     return found
+
+
+def _optimizer(case: OptimizerCase) -> tuple[Any, Any, dict[str, Any]]:
+    """Return the functions that make the state and a step, and the arguments of the step."""
+    numbers = dict(case.numbers)
+    if case.optimizer == "sgd":
+        return doraxp.sgd_init, doraxp.sgd_step, numbers
+    if case.optimizer == "loraplus":
+        return doraxp.adamw_init, doraxp.adamw_step, {"lora_plus": numbers.pop("ratio"), **numbers}
+    if case.optimizer == "scaled_adamw":
+        return doraxp.adamw_init, partial(_scaled_step, damping=numbers.pop("damping")), numbers
+    return doraxp.adamw_init, doraxp.adamw_step, numbers
+
+
+def _scaled_step(params: Any, grads: Any, state: Any, *, damping: float, **numbers: Any) -> Any:
+    scaled = doraxp.scaled_gradients(params, grads, damping=damping)
+    return doraxp.adamw_step(params, scaled, state, **numbers)
 
 
 def described(error: BaseException) -> str:

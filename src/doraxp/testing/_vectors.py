@@ -9,31 +9,33 @@ These come in addition to the names of the reference. The bytes are the same on 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from doraxp._base.safetensors import Tensor, write_header
 from doraxp.testing._cases import FULL, Case, OptimizerCase
 from doraxp.testing._catalogue import VERSION, catalogue, optimizer_catalogue
+from doraxp.testing._conventions import AnyCase
 from doraxp.testing._formulas import DenseFormulas
-from doraxp.testing._operator_cases import (
-    OperatorCase,
-    expected_of_operator,
-    operator_catalogue,
-)
-from doraxp.testing._reference import Expected, bounded, shapes, steps
+from doraxp.testing._operator_cases import OperatorCase, operator_catalogue
+from doraxp.testing._operator_reference import expected_of_operator
+from doraxp.testing._reference import Expected, Results, bounded, shapes, step_results
 from doraxp.testing._rounding import Portable
+from doraxp.testing._sum_cases import SumCase, sum_catalogue, sum_results
+from doraxp.testing._update_cases import UpdateCase, update_catalogue, update_results
 
-FORMAT = 1
-"""The version of the format. It goes up when a reader of the older format would fail."""
+FORMAT = 2
+"""The version of the format. It goes up when a reader of the older format would fail. Readers of
+format 2 pass over the kinds of cases that they do not know."""
 MANIFEST = "manifest.json"
-AnyCase: TypeAlias = Case | OperatorCase | OptimizerCase
+CHECKSUMS = "SHA256SUMS"
 FILES = {dtype: f"{dtype}.safetensors" for dtype in FULL}
 
 
@@ -110,7 +112,7 @@ def write_vectors(out: Path, *, force: bool = False) -> int:
         if out.exists():
             # A folder with a manifest is complete: remove it first, and write it last.
             (out / MANIFEST).unlink(missing_ok=True)
-            for name in (*FILES.values(), MANIFEST):
+            for name in (*FILES.values(), CHECKSUMS, MANIFEST):
                 (written / name).replace(out / name)
         else:
             written.rename(out)
@@ -128,7 +130,10 @@ def _check_target(out: Path, *, force: bool) -> None:
 
 def _write(folder: Path) -> int:
     """Write all files; return the number of cases."""
-    everything: tuple[AnyCase, ...] = (*catalogue(), *operator_catalogue(), *optimizer_catalogue())
+    everything: tuple[AnyCase, ...] = (
+        *catalogue(), *operator_catalogue(), *update_catalogue(), *sum_catalogue(),
+        *optimizer_catalogue(),
+    )  # fmt: skip
     cases = [case for case in everything if set(FULL) <= set(case.dtypes)]
     entries = []
     for dtype, name in FILES.items():
@@ -138,7 +143,18 @@ def _write(folder: Path) -> int:
     manifest = {"format": FORMAT, "catalogue": VERSION, "files": FILES, "cases": entries}
     text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / MANIFEST).write_text(text + "\n", "utf-8", newline="\n")
+    write_checksums(folder)
     return len(cases)
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the SHA-256 of each file in a folder, as `sha256sum --check` reads them."""
+    lines = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
+        for path in sorted(folder.iterdir())
+        if path.name != CHECKSUMS
+    ]
+    (folder / CHECKSUMS).write_text("".join(lines), "utf-8", newline="\n")
 
 
 class Solved(NamedTuple):
@@ -152,6 +168,12 @@ class Solved(NamedTuple):
 def _solved(case: AnyCase, dtype: str) -> Solved:
     if isinstance(case, OperatorCase):
         return Solved(case, case.stored(dtype), expected_of_operator(case, dtype, Portable.exact))
+    if isinstance(case, UpdateCase):
+        results = update_results(case, dtype, number=Portable.exact)
+        return Solved(case, case.stored(dtype), _all(results))
+    if isinstance(case, SumCase):
+        results = sum_results(case, dtype, number=Portable.exact)
+        return Solved(case, case.stored(dtype), _all(results))
     if isinstance(case, Case):
         inputs = case.stored(dtype)
         layer = Traced(case.config, inputs, Portable.exact)
@@ -163,15 +185,11 @@ def _solved(case: AnyCase, dtype: str) -> Solved:
     inputs = {name: array.astype(dtype) for name, array in case.params.items()}
     for t, grads in enumerate(case.grads, start=1):
         inputs |= {f"grad {name} {t}": array.astype(dtype) for name, array in grads.items()}
-    stepped = steps(case, dtype, Portable.exact, None)
-    return Solved(
-        case,
-        inputs,
-        {
-            name: bounded(name, number, number.value.shape, dtype)
-            for name, number in stepped.items()
-        },
-    )
+    return Solved(case, inputs, _all(step_results(case, dtype, number=Portable.exact)))
+
+
+def _all(results: Results) -> dict[str, Expected]:
+    return {name: results.of(name) for name in results.names}
 
 
 def _more_shapes(case: Case) -> dict[str, tuple[int, ...]]:
@@ -218,17 +236,20 @@ def _entry(solved: Solved) -> dict[str, Any]:
     """Return the entry of a case in the manifest."""
     case, inputs, wanted = solved
     names = {"inputs": list(inputs), "expected": list(wanted)}
-    told = {"name": case.name, "reason": case.reason}
+    told = {"name": case.name, "reason": case.reason, "since": case.since}
     if isinstance(case, OptimizerCase):
         return {**told, "kind": case.optimizer, "numbers": dict(case.numbers), **names}
+    if isinstance(case, SumCase):
+        scalings = [config.scaling for config in case.configs]
+        strengths = list(case.strengths)
+        return {**told, "kind": "sum", "strengths": strengths, "scalings": scalings, **names}
     config = case.config
-    kind: dict[str, Any] = {"kind": "layer"}
-    if isinstance(case, OperatorCase):
-        kind = {"kind": case.kind, **case.numbers}
+    numbers = case.numbers if isinstance(case, OperatorCase) else {}
     return {
         **told,
-        **kind,
-        "extreme": isinstance(case, Case) and case.extreme,
+        "kind": "layer" if isinstance(case, Case) else case.kind,
+        **numbers,
+        "extreme": getattr(case, "extreme", False),
         "rank": config.rank,
         "alpha": config.alpha,
         "rslora": config.rslora,

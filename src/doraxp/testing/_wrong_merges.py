@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from doraxp._base.types import Adapter, Config
 from doraxp._core.updates import LowRank
-from doraxp.testing._deviations import FORWARD, Changes
+from doraxp.testing._deviations import FORWARD, KEPT_NORMS, Changes
 from doraxp.testing._formulas import DenseFormulas, deviating
 from doraxp.testing._rounding import Plain, lengths
 
@@ -27,11 +27,11 @@ Dtypes: TypeAlias = Sequence[Dtype]
 ACROSS_ROWS = (
     "the norm runs over the input axis",
     "the norm of a column scales the row",
+    "each column is divided by its own norm",
     "the norm is that of the whole matrix",
 )
 """The deviations in which a row of W' depends on the other rows of W."""
-KEPT_NORMS = "the rows keep the norms of W, as in DoRA with m = ‖W‖"
-_BEFORE_MERGED = {"gain", "n", "v", "base", "update", "s", "in_direction_form"}
+_BEFORE_MERGED = {"gain", "length", "eps", "v", "base", "update", "s", "in_direction_form"}
 _KNOWN: Mapping[str, Changes] = {
     name: changes for name, changes in FORWARD.items() if _BEFORE_MERGED & changes.keys()
 }
@@ -181,6 +181,9 @@ class _Stepped:
 
     def __abs__(self) -> _Stepped:
         return self._new(np.abs(self.value))
+
+    def __getitem__(self, index: Any) -> _Stepped:
+        return self._new(self.value[index])
 
     def reshape(self, *shape: int) -> _Stepped:
         return self._new(self.value.reshape(shape))

@@ -1,4 +1,4 @@
-"""Published implementations of DoRA, with the functions that the yardstick calls.
+"""Linear layers of PEFT, torchtune, LyCORIS and mlx-lm, and the parts that other peers share.
 
 layer(weight, bias, ...)    their layer
 parameters(layer)           its trained parameters, by this project's names
@@ -109,9 +109,11 @@ class Peft(Peer):
         return self.parameters(layer)["magnitude"].detach().numpy()
 
     def merge(self, **arrays: Any) -> np.ndarray:
-        layer = self.filled(bias=None, **arrays)
+        return self.merge_of(self.filled(bias=None, **arrays), arrays["weight"])
+
+    def merge_of(self, layer: Any, weight: np.ndarray) -> np.ndarray:
         layer.merge()
-        return as_numpy(layer.base_layer.weight, arrays["weight"])
+        return as_numpy(layer.base_layer.weight, weight)
 
 
 class Torchtune(Peer):
@@ -174,9 +176,10 @@ class Lycoris(Peer):
 
 
 class MlxLm:
-    """mlx-lm's linear layer, on the CPU."""
+    """The linear layer of mlx-lm, or of another package with the same class, on the CPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: str = "mlx_lm.tuner.dora") -> None:
+        self.module = module
         self.mx = importlib.import_module("mlx.core")
         self.mx.set_default_device(self.mx.cpu)
 
@@ -186,7 +189,7 @@ class MlxLm:
     def layer(
         self, weight: Any, lora_a: Any, lora_b: Any, magnitude: Any, bias: Any, scaling: float
     ) -> Any:
-        dora = importlib.import_module("mlx_lm.tuner.dora")
+        dora = importlib.import_module(self.module)
         nn = importlib.import_module("mlx.nn")
         base = nn.Linear(*reversed(weight.shape), bias=bias is not None)
         base.weight = self.asarray(weight)
@@ -225,3 +228,32 @@ class MlxLm:
 
     def merge(self, **arrays: Any) -> np.ndarray:
         return np.array(self.layer(bias=None, **arrays).fuse().weight)
+
+
+class MlxTable(MlxLm):
+    """mlx-lm's embedding, used as a linear layer. It has one norm for each token."""
+
+    def layer(
+        self, weight: Any, lora_a: Any, lora_b: Any, magnitude: Any, scaling: float, **_: Any
+    ) -> Any:
+        dora = importlib.import_module(self.module)
+        nn = importlib.import_module("mlx.nn")
+        base = nn.Embedding(*weight.shape)
+        base.weight = self.asarray(weight)
+        layer = dora.DoRAEmbedding.from_base(base, len(lora_a), scale=scaling)
+        layer.lora_a, layer.lora_b = self.asarray(lora_b), self.asarray(lora_a)
+        layer.m = self.asarray(magnitude)
+        return layer
+
+    def forward(self, x: np.ndarray, bias: Any, **arrays: Any) -> np.ndarray:
+        if bias is not None:
+            raise NotImplementedError
+        return np.array(self.layer(**arrays).as_linear(self.asarray(x)))
+
+    def looked_up(self, **arrays: Any) -> np.ndarray:
+        """Return the result for every token, in the place of the merged weight."""
+        tokens = self.mx.arange(len(arrays["weight"]))
+        return np.array(self.layer(**arrays)(tokens))
+
+    def merge(self, **arrays: Any) -> np.ndarray:
+        return np.array(self.layer(**arrays).fuse().weight)

@@ -1,0 +1,113 @@
+"""The table of `doraxp conform` and the lines under it, by rich."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from doraxp._base.printable import printable
+from doraxp._terminal.tables import print_caption, print_table
+from doraxp.testing import Finding, Judgement, Report
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LINES = 20
+"""Groups of findings that are printed."""
+NAMED = 3
+"""Cases of a group, and of an entry that passes, that are named."""
+
+
+class Row(NamedTuple):
+    """The numbers of one function."""
+
+    cases: int
+    arrays: int
+    wrong: int
+    """Findings that were not expected, outside the extreme cases."""
+    expected: int
+    extreme: int
+
+
+def row_of_function(function: str, report: Report, judged: Judgement) -> Row:
+    """Return the numbers of one function."""
+    runs = [one for one in report.runs if one.function == function]
+    wrong, expected, extreme = (
+        sum(one.function == function for one in found)
+        for found in (judged.wrong, (one for one, _ in judged.expected), judged.extreme)
+    )
+    cases = len({one.case for one in runs})
+    return Row(cases, sum(one.checked for one in runs), wrong, expected, extreme)
+
+
+def print_conformance(report: Report, judged: Judgement, console: Console) -> None:
+    """Print a row for each function, the diagnoses, the findings by groups, and the verdict."""
+    rows = {
+        function: row_of_function(function, report, judged)
+        for function in dict.fromkeys(one.function for one in report.runs)
+    }
+    headings = ("function", *Row._fields)
+    print_table(headings, ((name, *map(str, row)) for name, row in rows.items()), console)
+    for named in report.diagnoses:
+        _print(
+            f"NAMED {', '.join(named.functions)}: {' and '.join(named.deviations)} (error "
+            f"{named.before:.3g} bounds, so explained {named.after:.3g})",
+            console,
+        )
+    lines = [*_lines(judged)]
+    for line in lines[:LINES]:
+        _print(line, console)
+    if len(lines) > LINES:
+        _print(f"and {len(lines) - LINES} more groups: --json and --junit have all", console)
+    if report.left_out:
+        _print(f"{len(report.left_out)} cases did not run: {_some(report.left_out)}", console)
+    _print(_verdict(report, judged), console)
+
+
+def _lines(judged: Judgement) -> Iterator[str]:
+    """Yield a line for each stale entry and each group of findings, what is wrong first."""
+    for entry in judged.unmatched:
+        yield f"STALE {entry.name} matches no function and case of this run: remove the entry"
+    for entry, pairs in judged.passing:
+        where = _some(["/".join(pair) for pair in pairs])
+        yield f"STALE {entry.name} passes in {where}: remove or narrow the entry"
+    yield from _groups(judged.wrong)
+    for entry in dict.fromkeys(entry for _, entry in judged.expected):
+        count = sum(other == entry for _, other in judged.expected)
+        yield f"expected {entry.name}, {count} findings: {entry.reason} ({entry.link})"
+    for function in dict.fromkeys(one.function for one in judged.extreme):
+        found = [one.case for one in judged.extreme if one.function == function]
+        yield f"extreme {function}: {len(found)} findings in {_some(found)}"
+
+
+def _groups(findings: Iterable[Finding]) -> Iterator[str]:
+    """Yield a line for the findings that differ in their numbers, case and dtype alone."""
+    alike: dict[tuple[str, str, str], list[Finding]] = {}
+    for one in findings:
+        kind = re.sub(r"\d[\d.e+-]*", "", one.problem)
+        alike.setdefault((one.function, one.quantity, kind), []).append(one)
+    for first, *more in alike.values():
+        where = f"{first.function}, {first.case}, {first.dtype}, {first.quantity}"
+        others = [one.case for one in more if one.case != first.case]
+        again = f" (and {len(more)} more: {_some(others or [first.case])})" if more else ""
+        yield f"WRONG {where}: {first.problem}{again}"
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return the first names, and the number of the others."""
+    names = list(dict.fromkeys(names))
+    rest = len(names) - NAMED
+    return f"{'; '.join(names[:NAMED])}{f'; and {rest} more' if rest > 0 else ''}"
+
+
+def _verdict(report: Report, judged: Judgement) -> str:
+    stale = len(judged.passing) + len(judged.unmatched)
+    parts = [f"{report.checked} arrays", f"{len(judged.wrong)} wrong"]
+    parts += [f"{len(judged.expected)} failures expected"] if judged.expected else []
+    parts += [f"{stale} expected failures that did not fail"] if stale else []
+    return f"{'right' if judged.ok else 'WRONG'}: {', '.join(parts)}."
+
+
+def _print(line: str, console: Console) -> None:
+    print_caption(printable(line), console)

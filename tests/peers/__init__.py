@@ -1,0 +1,1 @@
+"""Published implementations of DoRA, with the functions that `check_implementation` calls."""

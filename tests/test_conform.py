@@ -1,0 +1,594 @@
+"""`doraxp conform`: targets, conventions, expected failures, the table, JSON and JUnit XML."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
+import naive
+import pytest
+import yaml
+
+from doraxp.cli import main
+from doraxp.testing import (
+    VERSION,
+    Conventions,
+    ExpectedFailure,
+    catalogue,
+    check_implementation,
+    judge,
+    junit,
+    read_expected_failures,
+)
+
+WRONG = """
+import naive
+from naive import gradients, init, step
+
+
+def forward(bias, **others):
+    return naive.forward(bias=None, **others)
+
+
+class Outer:
+    merge = staticmethod(naive.merge)
+
+
+class Method:
+    conventions = {"dtypes": ["float64"]}
+
+    def __init__(self):
+        self.inner = Outer
+
+    def forward(self, **others):
+        return naive.forward(**others)
+
+
+class Scaled:
+    conventions = naive_conventions = None
+
+    def forward(self, weight, lora_a, lora_b, magnitude, bias, scaling, x):
+        v, norm = naive.adapted(weight, lora_a, lora_b, scaling)
+        y = x @ v.T
+        return magnitude / norm * (y if bias is None else y + bias)
+
+
+class Needs:
+    def __init__(self, size):
+        pass
+"""
+ENTRY = '[[expected]]\nname = "{}"\nreason = "there is no bias yet"\nlink = "https://e.org/7"\n'
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A folder with the module `mine`, which is the current directory; 80 columns."""
+    (tmp_path / "mine.py").write_text(WRONG)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def report_of(folder, *arguments):
+    """Return the exit status and the JSON of a run."""
+    status = main(["conform", *arguments, "--json", str(folder / "r.json")])
+    return status, json.loads((folder / "r.json").read_text("utf-8"))
+
+
+def expecting(folder, *names):
+    """Write a file of expected failures with these names."""
+    path = folder / "expected.toml"
+    path.write_text("".join(map(ENTRY.format, names)), "utf-8")
+    return ["--expected", str(path)]
+
+
+# The table
+
+
+def test_a_right_implementation_has_a_row_for_each_function_and_exit_status_0(mine, capsys):
+    assert main(["conform", "naive"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    report = check_implementation(naive)
+    rows = {cells[0]: cells[1:] for line in out.splitlines() if (cells := line.split())}
+    for name in ("init", "forward", "gradients", "merge", "step"):
+        runs = [one for one in report.runs if one.function == name]
+        extreme = sum(one.function == name for one in report.findings)
+        counts = (len({one.case for one in runs}), sum(one.checked for one in runs), 0, 0, extreme)
+        assert rows[name] == [*map(str, counts)]
+    assert out.endswith(f"right: {report.checked} arrays, 0 wrong.\n")
+    assert "extreme merge: 4 findings in zero row; huge; tiny" in out
+
+
+def test_a_wrong_implementation_is_named_and_its_findings_are_grouped(mine, capsys):
+    assert main(["conform", "mine", "--dtype", "float64"]) == 1
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    words = " ".join(out.split())
+    assert "NAMED init, forward, gradients: the bias is left out (error " in words
+    assert re.search(r"WRONG forward, tall, float64, y: is .* more: wide; square; .* more\)", words)
+    assert words.count("WRONG forward") == 1
+    assert re.search(r"WRONG: \d+ arrays, \d+ wrong[.]$", words)
+
+
+def test_a_long_list_of_groups_is_cut(mine, capsys):
+    (mine / "many.py").write_text(
+        "def init(weight): raise ValueError('no init')\n"
+        "def gradients(dy, **_): return {chr(97 + i): dy for i in range(22)}\n"
+    )
+    assert main(["conform", "many", "--dtype", "float64"]) == 1
+    out = capsys.readouterr().out
+    assert (out.count("WRONG init"), out.count("WRONG gradients")) == (1, 19)
+    assert "and 5 more groups: --json and --junit have all" in out
+
+
+def test_the_same_fault_in_one_case_names_the_case(mine, capsys):
+    (mine / "once.py").write_text(
+        "import naive\n"
+        "def merge(weight, **others):\n"
+        "    if weight.shape == (8, 5): raise ValueError('\\x1b[31m[red]')\n"
+        "    return naive.merge(weight, **others)\n"
+    )
+    assert main(["conform", "once"]) == 1
+    words = " ".join(capsys.readouterr().out.split())
+    assert "raises ValueError: \\x1b[31m[red] (and 1 more: tall)" in words
+
+
+# Targets
+
+
+@pytest.mark.parametrize(
+    ("target", "functions"),
+    [
+        ("mine", {"forward", "gradients", "init", "step"}),
+        ("mine:Outer", {"merge"}),
+        ("mine:Method", {"forward"}),
+        ("mine:naive", {"forward", "gradients", "init", "merge", "step"}),
+    ],
+)
+def test_a_target_is_a_module_an_object_or_a_class(mine, target, functions):
+    _, report = report_of(mine, target, "--dtype", "float64")
+    assert set(report["functions"]) == functions
+    assert report["target"] == target
+
+
+def test_the_object_may_be_dotted(mine):
+    (mine / "nested.py").write_text(
+        "import naive\nclass A:\n    class B:\n        init = staticmethod(naive.init)\n"
+    )
+    assert report_of(mine, "nested:A.B")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("nothing", "MODULE must be importable: run this in the folder .* got 'nothing', Module"),
+        ("broken", "got 'broken', ZeroDivisionError: division by zero"),
+        ("leaves", "got 'leaves', SystemExit: 3"),
+        ("mine:nothing", "OBJECT must be in mine, got 'mine:nothing', AttributeError: "),
+        ("mine:Needs", "a class must take no arguments: make an object .* got 'mine:Needs', Type"),
+        ("mine.py", "TARGET must be MODULE or MODULE:OBJECT, .* got 'mine.py': leave out .py"),
+        ("./mine", "TARGET must be MODULE or MODULE:OBJECT, .* got './mine'$"),
+        ("mine:", "TARGET must be MODULE or MODULE:OBJECT, .* got 'mine:'$"),
+        ("mine:WRONG()", r"TARGET must be .* got 'mine:WRONG\(\)'$"),
+        ("json", "impl must have a function init, forward, .* got module without any of them"),
+        ("odd", "conventions must be a doraxp.testing.Conventions or a dict .* got list"),
+        ("typo", "conventions must be those of doraxp.testing: .* argument 'lay_out'"),
+        ("choice", r"layout must be one of \('out_in', 'in_out'\), got 'x'"),
+    ],
+)
+def test_a_bad_target_is_exit_status_2_and_one_line(mine, capsys, target, message):
+    head = "import naive\nfrom naive import init\n"
+    (mine / "broken.py").write_text("1 / 0")
+    (mine / "leaves.py").write_text("raise SystemExit(3)")
+    (mine / "odd.py").write_text(f"{head}conventions = []")
+    (mine / "typo.py").write_text(f"{head}conventions = {{'lay_out': 'in_out'}}")
+    (mine / "choice.py").write_text(f"{head}conventions = {{'layout': 'x'}}")
+    assert main(["conform", target]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.search(rf"^doraxp conform: error: {re.escape(target)}: ", line)
+    assert re.search(message, line)
+
+
+def test_functions_of_a_part_have_dotted_names(mine, capsys):
+    """An attribute `loha` with a function `merge` is the function loha.merge."""
+    (mine / "parts.py").write_text(
+        "from naive import init\nclass loha:\n    def merge(**_): raise ValueError('no LoHa')\n"
+    )
+    assert main(["conform", "parts", *expecting(mine, "init/tall/*")]) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"^loha.merge +\d+ +0 +\d+ +0 +\d+ *$", out, re.MULTILINE)
+    status, report = report_of(mine, "parts", *expecting(mine, "loha.*/*/all"))
+    assert status == 0
+    assert report["functions"]["loha.merge"]["wrong"] == 0
+    assert main(["conform", "parts", "--junit", "r.xml"]) == 1
+    suites = [suite.get("name") for suite in ElementTree.parse("r.xml").getroot()]
+    assert suites == ["init", "loha.merge"]
+
+
+# Conventions
+
+GIVEN = {
+    "layout": (["--layout", "in_out"], "in_out"),
+    "form": (["--form", "direction"], "direction"),
+    "norm_gradient": (["--norm-gradient", "detached"], "detached"),
+    "norm_axis": (["--norm-axis", "input"], "input"),
+    "bias_scaled": (["--bias-scaled"], True),
+    "eps": (["--eps", "1e-30"], 1e-30),
+    "scaling": (["--scaling", "alpha"], "alpha"),
+    "dropout": (["--dropout", "low_rank"], "low_rank"),
+    "stacks": (["--stacks"], True),
+    "dtypes": (["--dtype", "float32", "--dtype", "float16"], ["float32", "float16"]),
+}
+
+
+def test_every_convention_has_an_option():
+    assert set(GIVEN) == {field.name for field in dataclasses.fields(Conventions)}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_an_option_is_the_convention_of_its_name(mine, name):
+    options, value = GIVEN[name]
+    _, report = report_of(mine, "mine:Outer", *options)
+    defaults = dataclasses.asdict(Conventions())
+    assert report["conventions"] == {**json.loads(json.dumps(defaults)), name: value}
+
+
+def test_a_declared_convention_is_not_an_error_and_options_win_over_the_attribute(mine):
+    assert report_of(mine, "mine:Scaled")[0] == 1
+    assert report_of(mine, "mine:Scaled", "--bias-scaled")[0] == 0
+    (mine / "declared.py").write_text(
+        "from doraxp.testing import Conventions\nfrom mine import Scaled\n"
+        "class Mine(Scaled):\n    conventions = Conventions(bias_scaled=True, dropout='input')\n"
+    )
+    assert report_of(mine, "declared:Mine", "--dropout", "none")[0] == 0
+    status, report = report_of(mine, "declared:Mine", "--no-bias-scaled", "--dropout", "none")
+    assert status == 1
+    assert (report["conventions"]["bias_scaled"], report["conventions"]["dropout"]) == (False, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layout", "up"], "argument --layout: invalid choice: 'up'"),
+        (["--eps", "x"], "argument --eps: must be a number, finite and at least 0, got 'x'"),
+        (["--eps=-1"], "argument --eps: must be a number, finite and at least 0, got '-1'"),
+        (["--since", "99"], f"argument --since: must be an integer, in 1..{VERSION}, got '99'"),
+        (["--junit", "r.json"], "argument --junit: must end in .xml, got 'r.json'"),
+        (
+            ["--junit", "no/r.xml"],
+            "--junit: must be a file in a folder that exists, got",
+        ),
+    ],
+)
+def test_a_bad_option_is_exit_status_2(mine, capsys, options, message):
+    with pytest.raises(SystemExit, match="2"):
+        main(["conform", "naive", *options])
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_dtype_is_exit_status_2(mine, capsys):
+    assert main(["conform", "naive", "--dtype", "int8"]) == 2
+    assert "dtypes must be some of ('float16', " in capsys.readouterr().err
+
+
+def test_without_the_extra_it_says_how_to_get_it(mine, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["conform", "naive"]) == 2
+    assert "pip install 'doraxp[verify]'" in capsys.readouterr().err
+
+
+# Expected failures
+
+
+def failing(report, **only):
+    """Return the names of the findings of a report that have these fields."""
+    return sorted(
+        {
+            f"{one['function']}/{one['case']}/{one['quantity']}"
+            for one in report["findings"]
+            if all(one[key] == value for key, value in only.items())
+        }
+    )
+
+
+def test_failures_that_are_expected_are_exit_status_0(mine, capsys):
+    status, report = report_of(mine, "mine")
+    assert status == 1
+    names = failing(report, extreme=False)
+    assert len(names) > 10
+    status, report = report_of(mine, "mine", *expecting(mine, *names))
+    assert status == 0
+    assert report["ok"]
+    assert report["functions"]["forward"]["wrong"] == 0
+    assert report["functions"]["forward"]["expected"] == 2 * len(names)
+    words = " ".join(capsys.readouterr().out.split())
+    assert f"expected {names[0]}, 2 findings: there is no bias yet (https://e.org/7)" in words
+    assert f"{2 * len(names)} failures expected." in words
+
+
+def test_an_expected_failure_that_passes_is_exit_status_1_and_named(mine, capsys):
+    (mine / "bad.py").write_text("import naive\ndef init(weight): return weight\n")
+    status, report = report_of(mine, "bad", *expecting(mine, "init/*/initial"))
+    assert status == 0
+    status, report = report_of(mine, "naive", *expecting(mine, "init/*/initial", "init/huge/*"))
+    assert status == 1
+    (passing,) = report["passing"]
+    assert passing["name"] == "init/*/initial"
+    assert "init/tall" in passing["passes_in"]
+    assert "init/huge" not in passing["passes_in"]
+    words = " ".join(capsys.readouterr().out.split())
+    assert "STALE init/*/initial passes in init/tall; init/wide; init/square; and " in words
+    assert "remove or narrow the entry" in words
+    assert words.endswith("1 expected failures that did not fail. Report: " + str(mine / "r.json"))
+
+
+def test_an_entry_that_matches_no_test_of_the_run_is_exit_status_1_and_named(mine, capsys):
+    entries = expecting(mine, "init/tal/initial", "inits/tall/*")
+    status, report = report_of(mine, "naive", *entries)
+    assert status == 1
+    assert [entry["name"] for entry in report["unmatched"]] == ["init/tal/initial", "inits/tall/*"]
+    words = " ".join(capsys.readouterr().out.split())
+    assert "STALE inits/tall/* matches no function and case of this run" in words
+
+
+def test_an_entry_for_a_quantity_does_not_expect_another_one(mine):
+    (mine / "two.py").write_text(
+        "import naive\n"
+        "def gradients(**given):\n"
+        "    found = naive.gradients(**given)\n"
+        "    return found | {'lora_a': found['lora_b'], 'lora_b': found['lora_a']}\n"
+    )
+    status, report = report_of(mine, "two", *expecting(mine, "gradients/tall/da"))
+    assert status == 1
+    assert "gradients/tall/da" not in failing(report, expected=None)
+    assert "gradients/tall/db" in failing(report, expected=None)
+
+
+def test_an_entry_may_name_an_extreme_case_and_a_dotted_function():
+    report = check_implementation(naive)
+    entry = ExpectedFailure("merge/zero row/merged", "0 / 0", "#1")
+    judged = judge(report, [entry])
+    assert judged.ok
+    assert {one.case for one, _ in judged.expected} == {"zero row"}
+    assert len(judged.extreme) == len(report.findings) - len(judged.expected)
+    runs = tuple(one._replace(function=f"loha.{one.function}") for one in report.runs)
+    found = tuple(one._replace(function=f"loha.{one.function}") for one in report.findings)
+    dotted = report._replace(runs=runs, findings=found)
+    assert not judge(dotted, [entry]).ok
+    assert judge(dotted, [entry._replace(name="loha.merge/zero row/merged")]).ok
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[[expected]", "must be a TOML file in UTF-8: "),
+        ("[[expect]]\nname = 'a'", r"must have tables \[\[expected\]\] alone, got expect"),
+        ("expected = 3", r"must have tables \[\[expected\]\] alone, got expected as something"),
+        ("expected = [3]", "entry 1 must have the keys name, reason, link, got 3"),
+        (ENTRY.format("a/b/c") + "because = 'x'", r"entry 1 must .* got .*'link', 'because'\]"),
+        (
+            "[[expected]]\nname = 'a/b/c'\nreason = 'r'",
+            r"entry 1 must have the keys name, reason, ",
+        ),
+        (ENTRY.format("a/b/c") + ENTRY.format("a/b"), "entry 2: name must be function/case/quanti"),
+        (ENTRY.format("/b/c"), "entry 1: name must be function/case/quantity, got '/b/c'"),
+        (
+            "[[expected]]\nname = 'a/b/c'\nreason = ' '\nlink = 'x'",
+            "entry 1: reason must be a text that is not empty, got ' '",
+        ),
+        (
+            "[[expected]]\nname = 'a/b/c'\nreason = 'r'\nlink = 3",
+            "entry 1: link must be a text that is not empty, got 3",
+        ),
+    ],
+)
+def test_a_bad_file_of_expected_failures_is_exit_status_2(mine, capsys, text, message):
+    path = mine / "expected.toml"
+    path.write_text(text)
+    assert main(["conform", "naive", "--expected", str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(f"expected.toml(:| must) ?.*{message}|expected.toml {message}", line)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        read_expected_failures(path)
+
+
+def test_a_missing_file_of_expected_failures_is_exit_status_2(mine, capsys):
+    assert main(["conform", "naive", "--expected", "nothing.toml"]) == 2
+    assert "No such file or directory: 'nothing.toml'" in capsys.readouterr().err
+
+
+# Versions of the catalogue
+
+
+def test_since_leaves_out_the_cases_of_earlier_versions(mine):
+    _, every = report_of(mine, "mine:Outer")
+    assert (every["since"], every["catalogue"]) == (1, VERSION)
+    old = {case.name for case in catalogue() if case.since == 1}
+    _, report = report_of(mine, "mine:Outer", "--since", "2", "--dropout", "input")
+    assert report["since"] == 2
+    assert {one["case"] for one in report["runs"]}.isdisjoint(old)
+    assert {one["case"] for one in every["runs"]} >= old - set(every["left_out"])
+
+
+def test_a_run_without_any_case_is_not_a_success(mine, capsys):
+    """The steps of an optimizer are not in the catalogue in float16."""
+    (mine / "steps.py").write_text("from naive import step")
+    assert main(["conform", "steps", "--dtype", "float16"]) == 2
+    assert "steps: one case must run, got 0: the conventions, --since 1" in capsys.readouterr().err
+
+
+# JSON and JUnit XML
+
+
+def test_the_json_has_the_whole_report(mine):
+    status, found = report_of(mine, "mine")
+    assert status == 1
+    report = check_implementation(SimpleNamespace(**vars(sys.modules["mine"])))
+    assert len(found["findings"]) == len(report.findings)
+    assert found["runs"] == [one._asdict() for one in report.runs]
+    (diagnosis,) = found["diagnoses"]
+    assert diagnosis["deviations"] == ["the bias is left out"]
+    assert found["left_out"] == list(report.left_out)
+    assert not found["ok"]
+    assert {"doraxp", "python", "numpy"} <= set(found["versions"])
+
+
+COUNTS = {"tests", "failures", "errors", "skipped"}
+ATTRIBUTES = {
+    "testsuites": (COUNTS | {"name"}, set()),
+    "testsuite": (COUNTS | {"name"}, set()),
+    "testcase": ({"classname", "name"}, {"assertions"}),
+    "failure": ({"type", "message"}, set()),
+    "skipped": ({"type", "message"}, set()),
+}
+INNER = {
+    "testsuites": {"testsuite"},
+    "testsuite": {"testcase"},
+    "testcase": {"failure", "skipped"},
+    "failure": set(),
+    "skipped": set(),
+}
+"""The parts of the schema of Jenkins' JUnit plugin that a report uses."""
+
+
+def checked(element):
+    """Return an element after a check of its attributes, children and counts, at any depth."""
+    required, optional = ATTRIBUTES[element.tag]
+    assert required <= set(element.attrib) <= required | optional
+    assert {child.tag for child in element} <= INNER[element.tag]
+    if element.tag == "testcase":
+        assert len(element) <= 1
+    if element.tag in ("testsuites", "testsuite"):
+        counts = {
+            "tests": len([*element.iter("testcase")]),
+            "failures": len([*element.iter("failure")]),
+            "errors": 0,
+            "skipped": len([*element.iter("skipped")]),
+        }
+        assert {key: int(element.get(key)) for key in COUNTS} == counts
+    for child in element:
+        checked(child)
+    return element
+
+
+def test_junit_has_a_test_for_each_function_case_and_dtype(mine):
+    assert main(["conform", "mine", "--junit", "r.xml"]) == 1
+    root = checked(ElementTree.parse("r.xml").getroot())
+    report = check_implementation(sys.modules["mine"])
+    tests = [(one.get("classname"), one.get("name")) for one in root.iter("testcase")]
+    assert tests == [(one.function, f"{one.case}, {one.dtype}") for one in report.runs]
+    assert len(set(tests)) == len(tests)
+    assert [suite.get("name") for suite in root] == ["init", "forward", "gradients", "step"]
+    wrong = {(one.function, one.case, one.dtype) for one in report.findings if not one.extreme}
+    extreme = {(one.function, one.case, one.dtype) for one in report.findings} - wrong
+    assert int(root.get("failures")) == len(wrong)
+    assert int(root.get("skipped")) == len(extreme)
+    first = root.find(".//testcase[@classname='forward'][@name='tall, float32']/failure")
+    assert re.match("y: is .* times its bound off", first.get("message"))
+    checks = [int(one.get("assertions")) for one in root.iter("testcase")]
+    assert sum(checks) == report.checked
+
+
+def test_expected_failures_are_skipped_with_their_reason_and_stale_ones_fail(mine):
+    entries = expecting(mine, "forward/tall/y", "init/tall/*", "merge/tall/*")
+    assert main(["conform", "mine", "--junit", "r.xml", *entries]) == 1
+    root = checked(ElementTree.parse("r.xml").getroot())
+    skipped = root.find(".//testcase[@classname='forward'][@name='tall, float32']/skipped")
+    assert skipped.get("message").endswith("expected: there is no bias yet (https://e.org/7)")
+    stale = root.find("testsuite[@name='expected failures']")
+    messages = {test.get("name"): test[0].get("message") for test in stale}
+    assert messages == {
+        "init/tall/*": "passes in init/tall",
+        "merge/tall/*": "matches no function and case of this run",
+    }
+
+
+def test_any_message_can_be_written_as_xml(mine):
+    (mine / "odd.py").write_text("def init(weight): raise ValueError('\\x00\\ud800 <&> ä\\n')\n")
+    assert main(["conform", "odd", "--junit", "r.xml"]) == 1
+    root = checked(ElementTree.fromstring(Path("r.xml").read_bytes()))
+    failure = root.find(".//failure")
+    assert failure.get("message") == "all: raises ValueError: \\x00\\ud800 <&> ä\\n"
+    report = check_implementation(SimpleNamespace(init=lambda weight: weight))
+    text = junit("\x00<", report, judge(report))
+    assert checked(ElementTree.fromstring(text)).get("name") == "\\x00<"
+
+
+# The page and the workflow
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "conform.md").read_text("utf-8")
+WORKFLOW = ROOT / ".github" / "workflows" / "conform.yml"
+
+
+@pytest.fixture
+def workflow():
+    """The reusable workflow. YAML 1.1 reads the key `on` as True."""
+    return yaml.safe_load(WORKFLOW.read_text("utf-8"))
+
+
+def test_the_page_shows_the_output_of_its_command(mine, capsys):
+    code, *_ = re.findall(r"cat > mine.py <<'EOF'\n(.*?)EOF\n", PAGE, re.DOTALL)
+    (mine / "shown.py").write_text(code)
+    assert main(["conform", "shown"]) == 1
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    (shown,) = re.findall(r"The first run prints\n\n```text\n(.*?)\n```", PAGE, re.DOTALL)
+
+    def rounded(text):
+        return re.sub(r"explained [\d.]+", "explained …", text)  # the BLAS decides the digits
+
+    assert rounded(shown) == rounded("\n".join(lines))
+
+
+def test_the_page_has_every_option(mine, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["conform", "--help"])
+    options = set(re.findall(r"^  (--[\w-]+)", capsys.readouterr().out, re.MULTILINE))
+    assert len(options) > 12
+    assert {option for option in options if option not in PAGE} == set()
+
+
+def test_the_workflow_is_reusable_and_the_page_names_its_inputs(workflow):
+    inputs = workflow[True]["workflow_call"]["inputs"]
+    assert {name for name, one in inputs.items() if one.get("required")} == {"target"}
+    assert all({"description", "type"} <= set(one) for one in inputs.values())
+    (job,) = re.findall(r"```text\n(jobs:.*?)```", PAGE, re.DOTALL)
+    called = yaml.safe_load(job)["jobs"]["conform"]
+    assert called["uses"].endswith(f"/{WORKFLOW.relative_to(ROOT)}@main")
+    assert set(called["with"]) == {"target", "options", "python-version"}
+    assert set(called["with"]) < set(inputs)
+    assert all(f"`{name}`" in PAGE for name in set(inputs) - set(called["with"]))
+
+
+def test_the_commands_of_the_workflow_run(workflow, mine):
+    """An input is a word or an option of the command, and never a command."""
+    steps = workflow["jobs"]["conform"]["steps"]
+    assert all({"uses", "run"} & set(step) for step in steps)
+    assert all("${{" not in step.get("run", "") for step in steps)
+    install, conform = (step for step in steps if "run" in step)
+    assert [*install["env"]] == ["DORAXP", "INSTALL"]
+    assert [*conform["env"].values()] == ["${{ inputs.target }}", "${{ inputs.options }}"]
+    doraxp = mine / "doraxp"
+    doraxp.write_text(f'#!/bin/sh\nexec {sys.executable} -m doraxp "$@"\n')
+    doraxp.chmod(0o755)
+    target, options = "mine:Scaled", "--bias-scaled --json r.json"
+    for given, status in ((target, 0), (f"{target}; touch was_run", 2)):
+        env = {**os.environ, "PATH": f"{mine}:{os.environ['PATH']}", "TARGET": given}
+        env |= {"OPTIONS": options, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = ["bash", "-eo", "pipefail", "-c", conform["run"]]
+        assert subprocess.run(command, env=env, check=False).returncode == status
+    assert {"conform.xml", "r.json"} < {path.name for path in mine.iterdir()}
+    assert not (mine / "was_run").exists()

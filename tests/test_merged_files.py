@@ -1,0 +1,123 @@
+"""The check of tools that merge files: it finds nothing in right ones, and names what is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  NumPy then knows bfloat16
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from doraxp.checkpoint import Options, Weighted, check_merge_files, plan_merge, run_merge
+from doraxp.cli import main
+
+
+def doraxp_merge(base, adapter, out):
+    run_merge(plan_merge(base, [Weighted(adapter)], Options()), out)
+
+
+def plain(base, adapter, out, *, norm=lambda w, v: v, scale=lambda alpha, rank: alpha / rank):
+    """Merge as an author of a tool would write it, into one file."""
+    leaves = load_file(Path(adapter) / "adapter_model.safetensors")
+    config = json.loads((Path(adapter) / "adapter_config.json").read_text("utf-8"))
+    merged = load_file(Path(base) / "model.safetensors")
+    for name, stored in merged.items():
+        path = name.removesuffix(".weight")
+        names = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+        keys = [f"base_model.model.{path}.{leaf}" for leaf in names]
+        if keys[0] in leaves:
+            a, b, m = (leaves[key].astype("f8") for key in keys)
+            alpha = next(
+                (
+                    n
+                    for key, n in config["alpha_pattern"].items()
+                    if re.fullmatch(rf"(?:.*\.)?(?:{key})", path)
+                ),
+                config["lora_alpha"],
+            )
+            w = stored.astype("f8")
+            v = w + scale(alpha, len(a)) * b @ a
+            n = np.sqrt(np.sum(norm(w, v) ** 2, axis=1))
+            merged[name] = ((m / np.maximum(n, 1e-30))[:, None] * v).astype(stored.dtype)
+    save_file(merged, out)
+
+
+def verdicts(merge_files):
+    report = check_merge_files(merge_files)
+    assert report.ok == (not report.findings)
+    return {(one.case, one.dtype): one.problem for one in report.findings}
+
+
+@pytest.mark.parametrize("merge_files", [doraxp_merge, plain])
+def test_a_right_tool_has_no_finding(merge_files):
+    report = check_merge_files(merge_files)
+    assert report.findings == ()
+    assert {run.dtype for run in report.runs} == {"float32", "bfloat16"}
+    assert report.checked == len(report.runs) == 14
+
+
+@pytest.mark.parametrize(
+    ("fault", "verdict"),
+    [
+        ({"norm": lambda w, v: w}, "base norm"),
+        ({"scale": lambda alpha, rank: alpha}, "α instead of s"),
+        ({"scale": lambda alpha, rank: 1.0}, "s is left out"),
+        ({"scale": lambda alpha, rank: (alpha / rank) ** 2}, "scaled by s²"),
+        ({"norm": lambda w, v: v**2}, "another adapter"),
+    ],
+)
+def test_a_fault_has_the_verdict_of_the_audit(fault, verdict):
+    found = verdicts(lambda *paths: plain(*paths, **fault))
+    assert {dtype for case, dtype in found if case == "tall"} == {"float32", "bfloat16"}
+    assert found["tall", "float32"].startswith(verdict)
+    assert not any(case == "without an adapter" for case, _ in found)
+
+
+def test_a_copy_of_the_base_is_found():
+    found = verdicts(lambda base, adapter, out: shutil.copytree(base, out))
+    assert found["tall", "float32"] == "unchanged (the merge did nothing)"
+
+
+def test_a_tensor_without_an_adapter_that_changes_is_found():
+    def merge_files(base, adapter, out):
+        plain(base, adapter, out)
+        tensors = load_file(out)
+        tensors["model.layers.6.weight"] = 2 * tensors["model.layers.6.weight"]
+        save_file(tensors, out)
+
+    assert {case for case, _ in verdicts(merge_files)} == {"without an adapter"}
+
+
+@pytest.mark.parametrize("merge_files", [lambda *paths: None, lambda *paths: 1 / 0])
+def test_a_tool_that_raises_or_writes_nothing_is_a_finding_of_every_tensor(merge_files):
+    found = verdicts(merge_files)
+    assert len(found) == 14
+    assert all(problem.startswith("raises ") for problem in found.values())
+
+
+def test_each_merge_is_told_before_it_runs():
+    told = []
+    check_merge_files(doraxp_merge, progress=lambda *step: told.append(step))
+    assert told == [("merge_files: float32", 0, 2), ("merge_files: bfloat16", 1, 2)]
+
+
+MODULE = """
+from test_merged_files import doraxp_merge as merge_files
+{more}
+"""
+
+
+@pytest.mark.parametrize("more", ["", "from naive import init"])
+def test_conform_runs_a_tool_for_files(tmp_path, monkeypatch, capsys, more):
+    name = f"tool_{len(more)}"  # a module is imported once
+    (tmp_path / f"{name}.py").write_text(MODULE.format(more=more), "utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert main(["conform", name, "--json", "out.json"]) == 0
+    report = json.loads((tmp_path / "out.json").read_text("utf-8"))
+    assert report["functions"]["merge_files"]["arrays"] == 14
+    assert ("init" in report["functions"]) == bool(more)
+    assert "merge_files" in capsys.readouterr().out
