@@ -13,7 +13,7 @@ import pytest
 
 import doraxp
 from doraxp import Adapter, Config
-from doraxp.testing import Conventions, _diagnosis, check_implementation
+from doraxp.testing import Conventions, check_implementation
 
 RIGHT = faults.planted(None)
 NAMES = ("forward", "gradients", "merge")
@@ -137,40 +137,12 @@ def test_jax_grad_of_the_formula_is_right(jax):
     assert checked(forward=forward, gradients=gradients).ok
 
 
-@pytest.fixture(scope="module")
-def numbers_once():
-    """Keep expected numbers: the diagnoses of many faults ask for the same ones."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_diagnosis, "expected", remembered(_diagnosis.expected))
-        yield
-
-
-def remembered(function):
-    """Return a function that computes the numbers of each small case and change once."""
-    found = {}
-
-    def once(case, dtype, changes, names):
-        if case.arrays["weight"].size > 500:  # it would take gigabytes
-            return function(case, dtype, changes, names)
-        key = case.name, dtype, *changes.items(), *names
-        if key not in found:
-            try:
-                found[key] = function(case, dtype, changes, names)
-            except ValueError as error:  # the shapes do not allow the change
-                found[key] = error
-        if isinstance(found[key], ValueError):
-            raise found[key]
-        return found[key]
-
-    return once
-
-
 def of(fault):
     return f"{fault.source}: {fault.old} to {fault.new} eps {fault.eps:g} {fault.scaling}"
 
 
 @pytest.mark.parametrize("fault", faults.FAULTS, ids=of)
-def test_a_planted_fault_is_caught_and_named(fault, numbers_once):
+def test_a_planted_fault_is_caught_and_named(fault):
     report = faults.check(fault)
     assert not report.ok
     assert faults.is_named(fault) or not fault.names
