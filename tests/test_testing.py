@@ -36,6 +36,9 @@ PLAIN = [case for case in catalogue() if case.arrays["weight"].ndim == 2]
 RUNS = [(case, dtype) for case in (*catalogue(), *optimizer_catalogue()) for dtype in case.dtypes]
 
 
+STEPPED = [case for case in optimizer_catalogue() if case.optimizer in ("adamw", "loraplus")]
+
+
 def wanted(case, dtype):
     return (expected if hasattr(case, "config") else expected_steps)(case, dtype)
 
@@ -225,6 +228,32 @@ def test_the_error_of_a_stored_number_may_come_near_its_bound(dtype):
     stored = bounded("y", number, (1,), dtype), bounded("y", narrowed, (1,), dtype, "mixed")
     for want in stored:
         assert 0.95 < want.share(np.array([1.0])) <= 1
+
+
+@pytest.mark.parametrize("case", STEPPED, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_step_may_decay_the_parameter_before_it_moves_it(case, dtype):
+    """PyTorch computes p (1 − ηλ) first, which rounds p."""
+    made = np.dtype(dtype).type
+    numbers = case.numbers
+    rate, beta1, beta2 = (numbers[name] for name in ("learning_rate", "beta1", "beta2"))
+    params = {name: values.astype(dtype) for name, values in case.params.items()}
+    moments = {name: (0 * p, 0 * p) for name, p in params.items()}
+    for t, grads in enumerate(case.grads, start=1):
+        for name, p in params.items():
+            g, (mu, nu) = grads[name].astype(dtype), moments[name]
+            mu, nu = (
+                made(beta1) * mu + made(1 - beta1) * g,
+                made(beta2) * nu + made(1 - beta2) * g * g,
+            )
+            moments[name] = mu, nu
+            own = rate * (numbers.get("ratio", 1.0) if name == "lora_b" else 1.0)
+            if name != "magnitude":
+                p = p * made(1 - own * numbers["weight_decay"])
+            divisor = np.sqrt(nu) / made((1 - beta2**t) ** 0.5) + made(numbers["eps"])
+            params[name] = p - made(own / (1 - beta1**t)) * (mu / divisor)
+            want = expected_steps(case, dtype)[f"{name} {t}"]
+            assert want.share(params[name]) <= 1, (name, t)
 
 
 def test_bounds_are_narrow():

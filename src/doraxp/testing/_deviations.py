@@ -281,8 +281,10 @@ STEP: dict[str, Changes] = {
     "the decay is coupled and decoupled": {"gradient": lambda d: d.g + original("pull")(d)},
     "the decay is left out": {"pull": lambda d: 0.0},
     "the decay is not multiplied by the learning rate": {
-        "stepped": lambda d: d.p - d.rate * d.mean.over(d.divisor) - d.pull
+        "stepped": lambda d: d.start - d.rate * d.mean.over(d.divisor) - d.pull
     },
-    "the magnitude decays too": {"pull": lambda d: d.decay * d.p},
-    "the step goes uphill": {"stepped": lambda d: d.p + d.rate * (d.mean.over(d.divisor) + d.pull)},
+    "the magnitude decays too": {"start": lambda d: 1.0 * d.p, "pull": lambda d: d.decay * d.p},
+    "the step goes uphill": {
+        "stepped": lambda d: d.start + d.rate * (d.mean.over(d.divisor) + d.pull)
+    },
 }

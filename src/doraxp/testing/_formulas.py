@@ -280,8 +280,13 @@ class AdamW:
         return 0.0 if self.name == "magnitude" else self.decay * self.p
 
     @cached_property
+    def start(self) -> Any:
+        """The parameter. If it decays, it may be rounded in p (1 − rate·decay) before the step."""
+        return self.p if self.name == "magnitude" else 1.0 * self.p
+
+    @cached_property
     def stepped(self) -> Any:
-        return self.p - self.rate * (self.mean.over(self.divisor) + self.pull)
+        return self.start - self.rate * (self.mean.over(self.divisor) + self.pull)
 
     @cached_property
     def state(self) -> tuple[Any, Any]:

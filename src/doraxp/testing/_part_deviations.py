@@ -246,7 +246,7 @@ LORA_PLUS: dict[str, Changes] = {
         "rate": lambda d: d.learning_rate / (d.ratio if d.name == "lora_a" else 1)
     },
     "the decay of B lacks the ratio": {
-        "stepped": lambda d: d.p - d.rate * d.mean.over(d.divisor) - d.learning_rate * d.pull
+        "stepped": lambda d: d.start - d.rate * d.mean.over(d.divisor) - d.learning_rate * d.pull
     },
 }
 
