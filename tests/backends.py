@@ -248,7 +248,8 @@ class Dask(Lane):
         return dask.array.from_array(np.array(values), chunks=chunks)
 
     def numpy(self, array: Any) -> np.ndarray:
-        return np.asarray(array.compute(scheduler="synchronous"))
+        # To optimise a graph takes longer than to compute these small ones. `read` does it.
+        return np.asarray(array.compute(scheduler="synchronous", optimize_graph=False))
 
     def read(self, arrays: list[Any]) -> list[np.ndarray]:
         import dask
