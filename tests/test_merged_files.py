@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
@@ -121,3 +122,16 @@ def test_conform_runs_a_tool_for_files(tmp_path, monkeypatch, capsys, more):
     assert report["functions"]["merge_files"]["arrays"] == 14
     assert ("init" in report["functions"]) == bool(more)
     assert "merge_files" in capsys.readouterr().out
+
+
+def test_without_the_packages_for_files_conform_says_how_to_install_them(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "bare_tool.py").write_text("def merge_files(base, adapter, out): ...", "utf-8")
+    monkeypatch.chdir(tmp_path)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "safetensors" else find(name)
+    )
+    assert main(["conform", "bare_tool"]) == 2
+    assert "doraxp[checkpoint]" in capsys.readouterr().err
