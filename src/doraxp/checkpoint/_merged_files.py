@@ -54,7 +54,7 @@ def check_merge_files(
     -------
     Report
         The function is "merge_files", a case is a tensor, and a problem is the verdict of
-        `doraxp audit`. What the tool raises is a finding of every tensor.
+        `doraxp audit`. An exception of the tool is a finding of every tensor.
 
     Examples
     --------
