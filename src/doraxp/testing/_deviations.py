@@ -102,11 +102,14 @@ FORWARD: dict[str, Changes] = {
     },
     "the norm is that of the base weight": {
         "length": lambda d: d.base.norms(),
-        "through_norm": lambda d: 0.0,
+        "slope": lambda d: d.base.over(d.length),
+        "dv": lambda d: d.gain * d.dmerged,
+        "dbase": lambda d: original("dbase")(d) + d.through_norm,
     },
     "the norm is that of the update": {
         "length": lambda d: d.update.norms(),
         "slope": lambda d: d.update.over(d.length),
+        "dbase": lambda d: original("dbase")(d) - d.through_norm,
     },
     "the norm is that of the whole matrix": {
         "length": lambda d: d.v.norms().norms(-2),
@@ -131,7 +134,7 @@ FORWARD: dict[str, Changes] = {
     "s is applied twice": {"s": lambda d: original("s")(d) ** 2},
     "1/s where s belongs": {"s": lambda d: 1 / original("s")(d)},
     "s = alpha/√rank": {"s": lambda d: d.config.alpha / d.rank**0.5},
-    "the update is subtracted": multiplied("update", lambda d: -1.0),
+    "the update is subtracted": {"s": lambda d: -original("s")(d)},
     "the update is left out": multiplied("update", lambda d: 0.0),
     "m is not divided by n": {
         "gain": lambda d: d.m,
@@ -198,6 +201,10 @@ BACKWARD: dict[str, Changes] = {
     "dB has s twice": multiplied("db", lambda d: d.s),
     "dA has the wrong sign": multiplied("da", lambda d: -1.0),
     "dB has the wrong sign": multiplied("db", lambda d: -1.0),
+    "dA and dB have the wrong sign": {
+        **multiplied("da", lambda d: -1.0),
+        **multiplied("db", lambda d: -1.0),
+    },
     "dm has the wrong sign": multiplied("dm", lambda d: -1.0),
     "dx has the wrong sign": multiplied("dx", lambda d: -1.0),
     "dA lacks the gradient through the norm": {
