@@ -13,7 +13,7 @@ import pytest
 
 import doraxp
 from doraxp import Adapter, Config
-from doraxp.testing import Conventions, check_implementation
+from doraxp.testing import Conventions, catalogue, check_implementation, expected
 
 RIGHT = faults.planted(None)
 NAMES = ("forward", "gradients", "merge")
@@ -186,6 +186,36 @@ def test_each_function_can_be_wrong_in_another_way():
     }
     assert found[("forward",)] == ("the bias is left out",)
     assert found[("merge",)] == ("s is left out",)
+
+
+def test_two_functions_that_are_wrong_in_one_way_each_are_named_together():
+    def forward(bias, **others):
+        return RIGHT.forward(bias=None, **others)
+
+    def gradients(scaling, **others):
+        found = RIGHT.gradients(scaling=scaling, **others)
+        return {**found, "lora_a": found["lora_a"] / found["lora_a"].dtype.type(scaling)}
+
+    (one,) = checked(forward=forward, gradients=gradients).diagnoses
+    assert one.functions == ("forward", "gradients")
+    assert set(one.deviations) == {"the bias is left out", "dA lacks s"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_number_that_is_off_by_more_than_its_bound_is_a_finding(dtype):
+    (case,) = (case for case in catalogue() if case.name == "tall")
+    want = expected(case, dtype)["merged"]
+
+    def merge(weight, **_):
+        if not np.array_equal(weight, case.stored(dtype)["weight"]):
+            raise NotImplementedError
+        found = want.value.copy()
+        found[2, 1] += 1.2 * want.bound[2, 1]
+        return found.astype(dtype)
+
+    (found,) = checked(Conventions(dtypes=(dtype,)), merge=merge).findings
+    assert found.case == "tall"
+    assert found.problem.startswith("is 1.")
 
 
 def turned(function):
