@@ -99,6 +99,13 @@ def test_a_tool_that_raises_or_writes_nothing_is_a_finding_of_every_tensor(merge
     assert all(problem.startswith("raises ") for problem in found.values())
 
 
+def test_a_finding_does_not_name_the_temporary_folder():
+    """Else it differs in each run, and the findings of two dtypes are not one group."""
+    found = check_merge_files(lambda base, adapter, out: Path(out).write_text("no tensors"))
+    (problem,) = {one.problem for one in found.findings}
+    assert problem.startswith("raises CheckpointError: out: not a safetensors file")
+
+
 def test_each_merge_is_told_before_it_runs():
     told = []
     check_merge_files(doraxp_merge, progress=lambda *step: told.append(step))
