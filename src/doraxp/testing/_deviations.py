@@ -50,6 +50,11 @@ def eps(size: float) -> Changes:
     return {"eps": lambda d: size}
 
 
+def eps_under_root(size: float) -> Changes:
+    """Return the change that adds a number to the sum of squares whose root is the norm."""
+    return {"length": lambda d: (d.v.norms() * d.v.norms() + size).sqrt()}
+
+
 def rounded_at_init(dtype: str) -> Changes:
     """Return the change that computes a fresh magnitude in float32 and then rounds it."""
 
@@ -125,6 +130,7 @@ FORWARD: dict[str, Changes] = {
         "slope": lambda d: (1 / d.inner) * d.v.over(d.length),
     },
     **{f"{size:g} is added to the norm": eps(size) for size in EPS},
+    **{f"{size:g} is added under the root of the norm": eps_under_root(size) for size in EPS},
     **{f"the magnitude is rounded to {dtype} at init": rounded_at_init(dtype) for dtype in HALF},
     "the magnitude is 1 at init": {"initial": lambda d: 0.0 * original("initial")(d) + 1.0},
     "the direction form": {"in_direction_form": lambda d: True},
