@@ -218,6 +218,34 @@ def test_a_number_that_is_off_by_more_than_its_bound_is_a_finding(dtype):
     assert found.problem.startswith("is 1.")
 
 
+def test_weights_with_leading_axes_run_where_they_are_declared():
+    def merge(weight, **others):
+        if weight.ndim == 2:
+            raise NotImplementedError
+        return np.stack([
+            RIGHT.merge(w, a, b, m, others["scaling"])
+            for w, a, b, m in zip(weight.reshape(-1, *weight.shape[-2:]),
+                                  *(others[name].reshape(-1, *others[name].shape[weight.ndim - 2:])
+                                    for name in ("lora_a", "lora_b", "magnitude")), strict=True)
+        ]).reshape(weight.shape)  # fmt: skip
+
+    report = checked(Conventions(stacks=True), merge=merge)
+    assert report.checked > 0
+    assert all(one.extreme for one in report.findings)
+
+
+def test_results_may_be_written_to_by_the_next_call():
+    buffer = np.zeros(10_000)
+
+    def merge(weight, scaling, **others):
+        found = buffer[: weight.size].reshape(weight.shape)
+        found[...] = RIGHT.merge(weight=weight, scaling=1.0, **others)
+        return found
+
+    (one,) = checked(Conventions(dtypes=("float64",)), merge=merge).diagnoses
+    assert one.deviations == ("s is left out",)
+
+
 def turned(function):
     """Return the same function for weights stored (in, out)."""
 
@@ -336,6 +364,26 @@ def test_a_merge_in_16_bits_says_how_much_of_the_update_it_keeps():
         if one[0] == "half storage, small update"
     )  # fmt: skip
     assert found[2].endswith(", keeps 0.00 of the update")
+
+
+def test_a_half_of_the_update_is_said_to_be_one():
+    def merge(weight, **others):
+        wide = weight.astype("float32")
+        return (wide + 0.5 * (RIGHT.merge(weight=wide, **others) - wide)).astype("float16")
+
+    (found,) = (
+        one for one in problems(Conventions(dtypes=("float16",)), merge=merge)
+        if one[0] == "half storage"
+    )  # fmt: skip
+    assert found[2].endswith(", keeps 0.50 of the update")
+
+
+def test_a_report_counts_the_findings_of_extreme_cases_apart():
+    report = checked(merge=lambda weight, **_: np.full_like(weight, np.nan))
+    extreme = sum(one.extreme for one in report.findings)
+    assert 0 < extreme < len(report.findings)
+    said = f"{len(report.findings) - extreme} findings, and {extreme} in extreme cases"
+    assert str(report).splitlines()[0] == f"wrong: {report.checked} arrays, {said}"
 
 
 def test_a_keyboard_interrupt_ends_the_check():

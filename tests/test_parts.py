@@ -211,6 +211,36 @@ def test_a_sum_that_is_wrong_at_strength_0_alone_does_not_end_the_check():
     assert {finding.case for finding in report.findings} == {"no strength"}
 
 
+def test_each_adapter_of_a_sum_has_a_scaling_of_its_own():
+    def merge(scalings, **others):
+        return PARTS.sums.merge(scalings=[scalings[0]] * len(scalings), **others)
+
+    several = {case.name for case in SUMS if len(case.strengths) > 1}
+    assert {found.case for found in checked(sums=one(merge=merge)).findings} == several
+
+
+def test_numbers_for_each_dimension_are_tuples_of_ints():
+    seen = []
+
+    def forward(stride, padding, dilation, groups, **_):
+        seen.extend((stride, padding, dilation))
+        assert isinstance(groups, int)
+        raise NotImplementedError
+
+    checked(convolution=one(forward=forward))
+    assert seen
+    assert all(isinstance(n, tuple) and set(map(type, n)) == {int} for n in seen)
+
+
+def test_cases_that_since_leaves_out_are_not_listed_as_left_out():
+    def merge(**_):
+        raise NotImplementedError
+
+    report = checked(merge=merge, since=4)
+    assert report.left_out
+    assert "tall" not in report.left_out
+
+
 def test_an_adapter_of_a_sum_that_is_written_to_is_reported():
     def merge(weight, adapters, strengths, scalings):
         total = PARTS.sums.merge(weight, adapters, strengths, scalings)
@@ -374,7 +404,8 @@ FORWARD_OF = {
     "convolution": {**FORWARD, **LOW_RANK, **CONVOLUTION},
     "embedding": {**FORWARD, **LOW_RANK, **EMBEDDING},
 }
-# The last one is of the backward alone. What a forward leaves out has no gradient in a framework.
+# The last one is of the backward alone. A framework gives no gradient to an array that
+# the forward leaves out.
 WITHOUT = {
     "an id that comes again keeps its last gradient alone": LEAVES.keys(),
     "the bias is left out": {"bias"},
