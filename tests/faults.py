@@ -97,6 +97,8 @@ LAYER = (
         "the direction form",
     ),
     Fault("lora_b @ lora_a", "lora_b[:, ::-1] @ lora_a", "B meets A in the reverse order of ranks"),
+    Fault("sum(axis=1))", "sum(axis=1) + 1e-6)", "1e-06 is added under the root of the norm"),
+    Fault("sum(axis=1))", "sum(axis=1) + 1.2e-7)", "1.2e-07 is added under the root of the norm"),
     Fault("gain = magnitude / norm", "gain = magnitude", "m is not divided by n"),
     Fault("gain = magnitude / norm", "gain = np.ones_like(norm)", "m/n is left out, as in LoRA"),
     Fault("gain = magnitude / norm", "gain = (magnitude / norm) ** 2", "m/n is applied twice"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -288,6 +289,20 @@ def test_without_the_extra_it_says_how_to_get_it(mine, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["conform", "naive"]) == 2
     assert "pip install 'doraxp[verify]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("body", "status"), [("", 0), ("\n\ndef merge_files(*_): pass\n", 2)])
+def test_only_a_tool_for_files_needs_the_extra_of_checkpoints(
+    mine, capsys, monkeypatch, body, status
+):
+    source = "import numpy as np\n\n\ndef init(weight): return np.linalg.norm(weight, axis=1)\n"
+    (mine / "small.py").write_text(source + body)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "safetensors" else find(name)
+    )
+    assert main(["conform", "small"]) == status
+    assert ("doraxp[checkpoint]" in capsys.readouterr().err) == (status == 2)
 
 
 # Expected failures

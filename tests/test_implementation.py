@@ -13,7 +13,7 @@ import pytest
 
 import doraxp
 from doraxp import Adapter, Config
-from doraxp.testing import Conventions, check_implementation
+from doraxp.testing import Conventions, catalogue, check_implementation, expected
 
 RIGHT = faults.planted(None)
 NAMES = ("forward", "gradients", "merge")
@@ -188,6 +188,64 @@ def test_each_function_can_be_wrong_in_another_way():
     assert found[("merge",)] == ("s is left out",)
 
 
+def test_two_functions_that_are_wrong_in_one_way_each_are_named_together():
+    def forward(bias, **others):
+        return RIGHT.forward(bias=None, **others)
+
+    def gradients(scaling, **others):
+        found = RIGHT.gradients(scaling=scaling, **others)
+        return {**found, "lora_a": found["lora_a"] / found["lora_a"].dtype.type(scaling)}
+
+    (one,) = checked(forward=forward, gradients=gradients).diagnoses
+    assert one.functions == ("forward", "gradients")
+    assert set(one.deviations) == {"the bias is left out", "dA lacks s"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_number_that_is_off_by_more_than_its_bound_is_a_finding(dtype):
+    (case,) = (case for case in catalogue() if case.name == "tall")
+    want = expected(case, dtype)["merged"]
+
+    def merge(weight, **_):
+        if not np.array_equal(weight, case.stored(dtype)["weight"]):
+            raise NotImplementedError
+        found = want.value.copy()
+        found[2, 1] += 1.2 * want.bound[2, 1]
+        return found.astype(dtype)
+
+    (found,) = checked(Conventions(dtypes=(dtype,)), merge=merge).findings
+    assert found.case == "tall"
+    assert found.problem.startswith("is 1.")
+
+
+def test_weights_with_leading_axes_run_where_they_are_declared():
+    def merge(weight, **others):
+        if weight.ndim == 2:
+            raise NotImplementedError
+        return np.stack([
+            RIGHT.merge(w, a, b, m, others["scaling"])
+            for w, a, b, m in zip(weight.reshape(-1, *weight.shape[-2:]),
+                                  *(others[name].reshape(-1, *others[name].shape[weight.ndim - 2:])
+                                    for name in ("lora_a", "lora_b", "magnitude")), strict=True)
+        ]).reshape(weight.shape)  # fmt: skip
+
+    report = checked(Conventions(stacks=True), merge=merge)
+    assert report.checked > 0
+    assert all(one.extreme for one in report.findings)
+
+
+def test_results_may_be_written_to_by_the_next_call():
+    buffer = np.zeros(10_000)
+
+    def merge(weight, scaling, **others):
+        found = buffer[: weight.size].reshape(weight.shape)
+        found[...] = RIGHT.merge(weight=weight, scaling=1.0, **others)
+        return found
+
+    (one,) = checked(Conventions(dtypes=("float64",)), merge=merge).diagnoses
+    assert one.deviations == ("s is left out",)
+
+
 def turned(function):
     """Return the same function for weights stored (in, out)."""
 
@@ -318,6 +376,26 @@ def test_a_merge_in_16_bits_says_how_much_of_the_update_it_keeps():
         if one[0] == "half storage, small update"
     )  # fmt: skip
     assert found[2].endswith(", keeps 0.00 of the update")
+
+
+def test_a_half_of_the_update_is_said_to_be_one():
+    def merge(weight, **others):
+        wide = weight.astype("float32")
+        return (wide + 0.5 * (RIGHT.merge(weight=wide, **others) - wide)).astype("float16")
+
+    (found,) = (
+        one for one in problems(Conventions(dtypes=("float16",)), merge=merge)
+        if one[0] == "half storage"
+    )  # fmt: skip
+    assert found[2].endswith(", keeps 0.50 of the update")
+
+
+def test_a_report_counts_the_findings_of_extreme_cases_apart():
+    report = checked(merge=lambda weight, **_: np.full_like(weight, np.nan))
+    extreme = sum(one.extreme for one in report.findings)
+    assert 0 < extreme < len(report.findings)
+    said = f"{len(report.findings) - extreme} findings, and {extreme} in extreme cases"
+    assert str(report).splitlines()[0] == f"wrong: {report.checked} arrays, {said}"
 
 
 def test_a_keyboard_interrupt_ends_the_check():

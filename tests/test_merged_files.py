@@ -100,6 +100,62 @@ def test_a_tool_that_raises_or_writes_nothing_is_a_finding_of_every_tensor(merge
     assert all(problem.startswith("raises ") for problem in found.values())
 
 
+def edited(base, adapter, out, leaves=dict, config=dict):
+    """Merge another adapter than the one that is given, as a tool does that reads it wrong."""
+    folder = Path(out).with_name("edited")
+    folder.mkdir()
+    given = Path(adapter)
+    save_file(
+        leaves(load_file(given / "adapter_model.safetensors")), folder / "adapter_model.safetensors"
+    )
+    text = (given / "adapter_config.json").read_text("utf-8")
+    (folder / "adapter_config.json").write_text(json.dumps(config(json.loads(text))), "utf-8")
+    plain(base, folder, out)
+
+
+def without_signs(base, adapter, out):
+    edited(base, adapter, out, lambda leaves: {
+        name: np.abs(leaf) if "magnitude" in name else leaf for name, leaf in leaves.items()
+    })  # fmt: skip
+
+
+def without_patterns(base, adapter, out):
+    edited(base, adapter, out, config=lambda config: config | {"alpha_pattern": {}})
+
+
+def by_directions(base, adapter, out):
+    """Divide W by its norms, which is NaN in a row of zeros."""
+    with np.errstate(invalid="ignore"):
+        plain(base, adapter, out, norm=lambda w, v: v + 0 * w / np.linalg.norm(w, axis=1)[:, None])
+
+
+@pytest.mark.parametrize(
+    ("merge_files", "case"),
+    [
+        (without_signs, "negative magnitude"),
+        (without_patterns, "rank 1"),
+        (by_directions, "zero row of W"),
+    ],
+)
+def test_a_fault_that_one_kind_of_tensor_shows_is_found_there_alone(merge_files, case):
+    assert {found for found, _ in verdicts(merge_files)} == {case}
+
+
+def test_a_tool_that_exits_does_not_end_the_check():
+    def merge_files(base, adapter, out):
+        raise SystemExit("usage: merge BASE ADAPTER OUT")
+
+    found = verdicts(merge_files)
+    assert set(found.values()) == {"raises SystemExit: usage: merge BASE ADAPTER OUT"}
+
+
+def test_a_finding_does_not_name_the_temporary_folder():
+    """Else it differs in each run, and the findings of two dtypes are not one group."""
+    found = check_merge_files(lambda base, adapter, out: Path(out).write_text("no tensors"))
+    (problem,) = {one.problem for one in found.findings}
+    assert problem.startswith("raises CheckpointError: out: not a safetensors file")
+
+
 def test_each_merge_is_told_before_it_runs():
     told = []
     check_merge_files(doraxp_merge, progress=lambda *step: told.append(step))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import faults
@@ -32,6 +33,8 @@ from doraxp.testing import (
     sum_catalogue,
     update_catalogue,
 )
+from doraxp.testing._deviations import FORWARD, LOW_RANK
+from doraxp.testing._part_deviations import CONVOLUTION, EMBEDDING
 from doraxp.testing._parts import parts, results_of
 
 PARTS = faults.planted(None, "naive_parts")
@@ -194,6 +197,50 @@ def test_the_reference_of_a_sum_equals_rows_one_by_one(case):
         np.testing.assert_allclose(merged[i], total, rtol=1e-13, atol=1e-15)
 
 
+def test_a_sum_that_is_wrong_at_strength_0_alone_does_not_end_the_check():
+    """Some deviations divide by the sum of the strengths."""
+
+    def merge(weight, strengths, **others):
+        return (
+            0 * weight
+            if not sum(strengths)
+            else PARTS.sums.merge(weight, strengths=strengths, **others)
+        )
+
+    report = checked(sums=one(merge=merge))
+    assert {finding.case for finding in report.findings} == {"no strength"}
+
+
+def test_each_adapter_of_a_sum_has_a_scaling_of_its_own():
+    def merge(scalings, **others):
+        return PARTS.sums.merge(scalings=[scalings[0]] * len(scalings), **others)
+
+    several = {case.name for case in SUMS if len(case.strengths) > 1}
+    assert {found.case for found in checked(sums=one(merge=merge)).findings} == several
+
+
+def test_numbers_for_each_dimension_are_tuples_of_ints():
+    seen = []
+
+    def forward(stride, padding, dilation, groups, **_):
+        seen.extend((stride, padding, dilation))
+        assert isinstance(groups, int)
+        raise NotImplementedError
+
+    checked(convolution=one(forward=forward))
+    assert seen
+    assert all(isinstance(n, tuple) and set(map(type, n)) == {int} for n in seen)
+
+
+def test_cases_that_since_leaves_out_are_not_listed_as_left_out():
+    def merge(**_):
+        raise NotImplementedError
+
+    report = checked(merge=merge, since=4)
+    assert report.left_out
+    assert "tall" not in report.left_out
+
+
 def test_an_adapter_of_a_sum_that_is_written_to_is_reported():
     def merge(weight, adapters, strengths, scalings):
         total = PARTS.sums.merge(weight, adapters, strengths, scalings)
@@ -347,3 +394,63 @@ def test_every_two_deviations_can_be_computed_together(name, conventions):
             with contextlib.suppress(ValueError, ArithmeticError):  # the case does not allow it
                 for quantity in results.names:
                     results.of(quantity)
+
+
+LEAVES = {"x": "dx", "lora_a": "da", "lora_b": "db", "magnitude": "dm", "weight": "dw"} | {
+    "bias": "dbias"
+}
+FORWARD_OF = {
+    "": {**FORWARD, **LOW_RANK},
+    "convolution": {**FORWARD, **LOW_RANK, **CONVOLUTION},
+    "embedding": {**FORWARD, **LOW_RANK, **EMBEDDING},
+}
+# The last one is of the backward alone. A framework gives no gradient to an array that
+# the forward leaves out.
+WITHOUT = {
+    "an id that comes again keeps its last gradient alone": LEAVES.keys(),
+    "the bias is left out": {"bias"},
+    "the update is left out": {"lora_a", "lora_b"},
+}
+# A central difference cannot be taken there: numbers cancel, or a norm of 0 has no slope.
+NOT_SMOOTH = (
+    "rows of all sizes", "cancelling rows", "zero row of W", "dropout, zero row of W",
+)  # fmt: skip
+
+
+def slope_along(case, changes, moves, size=1e-5):
+    """Return the derivative of ⟨dy, y⟩ along some moves of the arrays, by a central difference."""
+    ends = []
+    for sign in (1, -1):
+        arrays = {**case.arrays}
+        for name, move in moves.items():
+            arrays[name] = arrays[name] + sign * size * move
+        y = results_of(replace(case, arrays=arrays), "float64", changes).of("y").value
+        ends.append(float(np.sum(y * case.arrays["dy"])))
+    return (ends[0] - ends[1]) / (2 * size)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [(path, name) for path, known in FORWARD_OF.items() for name in known],
+)
+def test_a_wrong_forward_has_the_gradients_of_autograd(path, name):
+    """A framework differentiates the wrong forward, so these are the numbers that it returns."""
+    (part,) = (one for one in parts() if one.path == path and "forward" in one.functions)
+    changes, rng = FORWARD_OF[path][name], np.random.default_rng(0)
+    for case in part.cases:
+        has_slope = case.name not in NOT_SMOOTH and case.arrays["lora_b"].any()
+        unlike = case.extreme or case.config.norm_gradient == "detached"
+        if unlike or not has_slope or "float64" not in case.dtypes:
+            continue
+        results = results_of(case, "float64", changes)
+        for leaf, gradient in LEAVES.items():
+            if gradient not in results.names or leaf in WITHOUT.get(name, ()):
+                continue
+            move = rng.standard_normal(case.arrays[leaf].shape)
+            try:
+                found = results.of(gradient).value * move
+                wanted = slope_along(case, changes, {leaf: move})
+            except ValueError:  # the shapes of the deviation do not fit
+                continue
+            size = np.sum(np.abs(found)) + abs(wanted) + 1
+            assert abs(np.sum(found) - wanted) < 1e-6 * size, (case.name, gradient)

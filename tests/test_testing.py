@@ -219,6 +219,35 @@ def test_an_error_of_one_step_may_come_near_its_bound(name):
     assert 0.85 < want.share(found) <= 1
 
 
+@pytest.mark.parametrize("moved", ["gram", "numbers"])
+def test_an_error_before_a_division_by_a_gram_matrix_may_come_near_its_bound(moved):
+    """The errors of G and of C count: 2⁻⁴ of a number is more than all roundings."""
+    gram, numbers, size = np.array([[2.0]]), np.array([[3.0]]), 2.0**20
+    none, error = np.zeros((1, 1)), np.array([[size]])
+    c = Rounded(numbers, error if moved == "numbers" else none)
+    found = c.divided_by(Rounded(gram, error if moved == "gram" else none), 0.5)
+    want = bounded("dm", found, (1, 1), "float32")
+    if moved == "gram":
+        actual = numbers / (gram - U * size + 0.5)
+    else:
+        actual = (numbers + U * size) / (gram + 0.5)
+    assert 0.95 < want.share(actual) <= 1.05  # the bound is of the first order
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_division_by_a_gram_matrix_in_float32_is_within_a_narrow_bound(seed):
+    rng = np.random.default_rng(seed)
+    a, c = rng.standard_normal((3, 8)), rng.standard_normal((3, 5))
+    gram, c = ((a @ a.T).astype("f4"), c.astype("f4"))
+    want = Rounded.exact(c).divided_by(Rounded.exact(gram), 0.05)
+    want = bounded("dm", want, (3, 5), "float32")
+    damped = gram + np.float32(0.05) * np.eye(3, dtype="f4")
+    inverse = np.linalg.inv(damped)
+    assert want.share(np.linalg.solve(damped, c)) <= 1
+    assert want.share(inverse @ c) <= 1
+    assert np.max(want.bound) < 1e-3 * np.max(np.abs(want.value))
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_the_error_of_a_stored_number_may_come_near_its_bound(dtype):
     """1 + uₛ is stored as 1."""

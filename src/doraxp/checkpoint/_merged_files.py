@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -87,7 +88,8 @@ def _problems(folder: Path, dtype: str, merge_files: MergeFiles) -> dict[str, st
         merge_files(str(base), str(adapter), str(out))
         verdicts = audit(plan_merge(base, [Weighted(adapter)], Options()), out)
     except (Exception, SystemExit) as error:  # of the tool, or of its file: a finding
-        return dict.fromkeys(_SHAPES, f"raises {type(error).__name__}: {error}")
+        said = str(error).replace(f"{folder}{os.sep}", "")
+        return dict.fromkeys(_SHAPES, f"raises {type(error).__name__}: {said}")
     found = {case: verdicts[name] for case, name in names.items()}
     return {case: _said(verdict) for case, verdict in found.items() if not verdict.right}
 

@@ -50,6 +50,11 @@ def eps(size: float) -> Changes:
     return {"eps": lambda d: size}
 
 
+def eps_under_root(size: float) -> Changes:
+    """Return the change that adds a number to the sum of squares whose root is the norm."""
+    return {"length": lambda d: (d.v.norms() * d.v.norms() + size).sqrt()}
+
+
 def rounded_at_init(dtype: str) -> Changes:
     """Return the change that computes a fresh magnitude in float32 and then rounds it."""
 
@@ -102,11 +107,14 @@ FORWARD: dict[str, Changes] = {
     },
     "the norm is that of the base weight": {
         "length": lambda d: d.base.norms(),
-        "through_norm": lambda d: 0.0,
+        "slope": lambda d: d.base.over(d.length),
+        "dv": lambda d: d.gain * d.dmerged,
+        "dbase": lambda d: original("dbase")(d) + d.through_norm,
     },
     "the norm is that of the update": {
         "length": lambda d: d.update.norms(),
         "slope": lambda d: d.update.over(d.length),
+        "dbase": lambda d: original("dbase")(d) - d.through_norm,
     },
     "the norm is that of the whole matrix": {
         "length": lambda d: d.v.norms().norms(-2),
@@ -122,6 +130,7 @@ FORWARD: dict[str, Changes] = {
         "slope": lambda d: (1 / d.inner) * d.v.over(d.length),
     },
     **{f"{size:g} is added to the norm": eps(size) for size in EPS},
+    **{f"{size:g} is added under the root of the norm": eps_under_root(size) for size in EPS},
     **{f"the magnitude is rounded to {dtype} at init": rounded_at_init(dtype) for dtype in HALF},
     "the magnitude is 1 at init": {"initial": lambda d: 0.0 * original("initial")(d) + 1.0},
     "the direction form": {"in_direction_form": lambda d: True},
@@ -131,7 +140,7 @@ FORWARD: dict[str, Changes] = {
     "s is applied twice": {"s": lambda d: original("s")(d) ** 2},
     "1/s where s belongs": {"s": lambda d: 1 / original("s")(d)},
     "s = alpha/√rank": {"s": lambda d: d.config.alpha / d.rank**0.5},
-    "the update is subtracted": multiplied("update", lambda d: -1.0),
+    "the update is subtracted": {"s": lambda d: -original("s")(d)},
     "the update is left out": multiplied("update", lambda d: 0.0),
     "m is not divided by n": {
         "gain": lambda d: d.m,
@@ -204,6 +213,10 @@ BACKWARD: dict[str, Changes] = {
     "dB has s twice": multiplied("db", lambda d: d.s),
     "dA has the wrong sign": multiplied("da", lambda d: -1.0),
     "dB has the wrong sign": multiplied("db", lambda d: -1.0),
+    "dA and dB have the wrong sign": {
+        **multiplied("da", lambda d: -1.0),
+        **multiplied("db", lambda d: -1.0),
+    },
     "dm has the wrong sign": multiplied("dm", lambda d: -1.0),
     "dx has the wrong sign": multiplied("dx", lambda d: -1.0),
     "dA lacks the gradient through the norm": {

@@ -191,6 +191,9 @@ class _Stepped:
     def over(self, other: _Stepped) -> _Stepped:
         return self._new(_plain(self.value).over(other.value), other)
 
+    def sqrt(self) -> _Stepped:
+        return self._new(np.sqrt(self.value))
+
     def norms(self, axis: int = -1) -> _Stepped:
         return self._new(lengths(self.value, axis))
 
