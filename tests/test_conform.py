@@ -420,6 +420,19 @@ def test_a_bad_file_of_expected_failures_is_exit_status_2(mine, capsys, text, me
         read_expected_failures(path)
 
 
+def test_a_file_of_expected_failures_in_another_encoding_is_exit_status_2(mine, capsys):
+    (mine / "expected.toml").write_bytes("# für".encode("latin-1"))
+    assert main(["conform", "mine", "--expected", "expected.toml"]) == 2
+    assert "expected.toml must be a TOML file in UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["inf", "nan", "-1"])
+def test_an_eps_is_finite_and_at_least_0(mine, capsys, text):
+    with pytest.raises(SystemExit):
+        main(["conform", "mine", f"--eps={text}"])
+    assert f"must be a number, finite and at least 0, got '{text}'" in capsys.readouterr().err
+
+
 def test_a_missing_file_of_expected_failures_is_exit_status_2(mine, capsys):
     assert main(["conform", "naive", "--expected", "nothing.toml"]) == 2
     assert "No such file or directory: 'nothing.toml'" in capsys.readouterr().err
