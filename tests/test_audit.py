@@ -1243,3 +1243,14 @@ def test_a_step_of_two_dtypes_has_the_wider_one(weight, rest):
     expected = step(step(m[:, None] / step(np.linalg.norm(v, axis=1))[:, None]) * v)
     dtypes = [np.dtype(name) for name in (weight, "float16", "float16", "float16")]
     np.testing.assert_array_equal(right_merge(w, adapter, config, dtypes), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16, "float32"])
+def test_every_deviation_of_a_merge_can_be_rounded_after_each_step(dtype):
+    rng = np.random.default_rng(5)
+    adapter = Adapter(
+        rng.standard_normal((2, 6)), rng.standard_normal((6, 2)), rng.standard_normal(6)
+    )
+    w, config = rng.standard_normal((6, 6)), Config(2, 3.0)
+    rounded = dict(wrong_merges(w, adapter, config, [np.dtype(dtype)] * 4))
+    assert rounded.keys() == dict(wrong_merges(w, adapter, config)).keys()

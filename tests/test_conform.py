@@ -620,3 +620,22 @@ def test_the_commands_of_the_workflow_run(workflow, mine):
         assert subprocess.run(command, env=env, check=False).returncode == status
     assert {"conform.xml", "r.json"} < {path.name for path in mine.iterdir()}
     assert not (mine / "was_run").exists()
+
+
+LAZY = """
+class Lazy:
+    @property
+    def forward(self):
+        raise {error}("no weights yet")
+"""
+
+
+@pytest.mark.parametrize("error", ["KeyError", "RuntimeError"])
+def test_a_function_that_cannot_be_read_is_bad_input(tmp_path, monkeypatch, capsys, error):
+    name = f"lazy_{error.lower()}"
+    (tmp_path / f"{name}.py").write_text(LAZY.format(error=error), "utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert main(["conform", f"{name}:Lazy"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "its functions must be attributes that can be read" in line
+    assert f"{error}: " in line

@@ -33,6 +33,10 @@ SUMMARY = (
 )
 
 
+FILES = "merge_files"
+"""The function that merges files. `doraxp audit` checks it, and all others have cases."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument(
@@ -68,10 +72,11 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         expected = read_expected_failures(arguments.expected) if arguments.expected else ()
         impl = load_implementation(arguments.target)
-        if hasattr(impl, "merge_files") and lacks("conform", *CHECKPOINT, extra="checkpoint"):
+        names = _functions(impl)
+        if FILES in names and lacks("conform", *CHECKPOINT, extra="checkpoint"):
             return 2
         conventions = conventions_of(impl, arguments)
-        report = _checked(impl, conventions, arguments.since)
+        report = _checked(impl, names, conventions, arguments.since)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         print_error("doraxp conform", f"{arguments.target}: {error}")
         return 2
@@ -88,7 +93,22 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if judged.ok else 1
 
 
-def _checked(impl: Any, conventions: Conventions, since: int) -> Report:
+def _functions(impl: Any) -> tuple[str, ...]:
+    """Return the names of the functions of an implementation that have cases.
+
+    Raises
+    ------
+    ValueError
+        Reading an attribute raises another error than AttributeError.
+    """
+    try:
+        return functions_of(impl) + ((FILES,) if hasattr(impl, FILES) else ())
+    except Exception as error:  # a property may raise anything
+        got = f"{type(error).__name__}: {error}"
+        raise ValueError(f"its functions must be attributes that can be read, got {got}") from error
+
+
+def _checked(impl: Any, names: tuple[str, ...], conventions: Conventions, since: int) -> Report:
     """Return the report of an implementation.
 
     Raises
@@ -103,10 +123,9 @@ def _checked(impl: Any, conventions: Conventions, since: int) -> Report:
         def tell(what: str, done: int, total: int) -> None:
             progress.update(task, description=what, completed=done, total=total)
 
-        has_files = hasattr(impl, "merge_files")
-        if functions_of(impl) or not has_files:
+        if names != (FILES,):
             reports.append(check_implementation(impl, conventions, since=since, progress=tell))
-        if has_files:
+        if FILES in names:
             from doraxp.checkpoint import check_merge_files
 
             reports.append(check_merge_files(impl.merge_files, progress=tell))
