@@ -182,9 +182,6 @@ class _Stepped:
     def __abs__(self) -> _Stepped:
         return self._new(np.abs(self.value))
 
-    def __getitem__(self, index: Any) -> _Stepped:
-        return self._new(self.value[index])
-
     def reshape(self, *shape: int) -> _Stepped:
         return self._new(self.value.reshape(shape))
 
