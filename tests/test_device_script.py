@@ -193,7 +193,7 @@ def test_a_run_that_is_stopped_leaves_its_figures_and_prints_the_goals(run):
         time.sleep(0.05)
     time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    text, _ = process.communicate(timeout=20)
+    text, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert text.count("not measured") == 17
     assert figures(run.out)[0] == {"part": "probe", "name": "machine"}
