@@ -54,6 +54,7 @@ def expected_of_operator(
 
     Examples
     --------
+    >>> from doraxp.testing import operator_catalogue
     >>> found = expected_of_operator(operator_catalogue()[0], "float32")
     >>> found["y"].value.shape
     (2, 6, 5, 5)
