@@ -20,16 +20,15 @@ import numpy as np
 
 from doraxp.testing._cases import HALF, Case, OptimizerCase, compute_dtype_name, rounded
 from doraxp.testing._formulas import (
-    OPTIMIZERS,
     QUANTITIES,
     RETURNED,
     DenseFormulas,
     Formula,
-    ScaledGradients,
     deviating,
 )
 from doraxp.testing._mixed import MixedFormulas
 from doraxp.testing._rounding import UNIT_ROUNDOFF, Plain, Precision, Rounded
+from doraxp.testing._step_formulas import OPTIMIZERS, ScaledGradients
 
 TINY = {"float64": 2.0**-1022, "float32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**-24}
 BELOW_NORMAL = {"bfloat16": 2.0**-126, "float16": 2.0**-25}
