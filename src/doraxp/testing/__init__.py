@@ -1,7 +1,7 @@
 """The yardstick: named cases with their reasons, a float64 reference and bounds for rounding."""
 
 from doraxp.testing._cases import Case, OptimizerCase
-from doraxp.testing._catalogue import VERSION, catalogue, optimizer_catalogue
+from doraxp.testing._catalogue import VERSION, catalogue
 from doraxp.testing._compare import (
     Agreement,
     Comparison,
@@ -22,6 +22,7 @@ from doraxp.testing._junit import junit
 from doraxp.testing._libraries import Library, as_numpy
 from doraxp.testing._operator_cases import OperatorCase, operator_catalogue
 from doraxp.testing._operator_reference import expected_of_operator
+from doraxp.testing._optimizer_cases import optimizer_catalogue
 from doraxp.testing._parts import functions_of
 from doraxp.testing._reference import Expected, expected, expected_steps
 from doraxp.testing._sum_cases import SumCase, expected_of_sum, sum_catalogue

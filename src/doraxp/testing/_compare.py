@@ -10,8 +10,9 @@ import numpy as np
 
 import doraxp
 from doraxp.testing._cases import Case, OptimizerCase
-from doraxp.testing._catalogue import catalogue, optimizer_catalogue
+from doraxp.testing._catalogue import catalogue
 from doraxp.testing._libraries import Library, check_device, check_kind_of_device
+from doraxp.testing._optimizer_cases import optimizer_catalogue
 from doraxp.testing._reference import (
     Expected,
     expected,

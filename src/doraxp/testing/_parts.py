@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from doraxp.testing._calls import call_layer, call_operator, call_step, call_sum, call_update
 from doraxp.testing._cases import OptimizerCase
-from doraxp.testing._catalogue import catalogue, optimizer_catalogue
+from doraxp.testing._catalogue import catalogue
 from doraxp.testing._conventions import AnyCase
 from doraxp.testing._deviations import (
     BACKWARD,
@@ -20,6 +20,7 @@ from doraxp.testing._deviations import (
 )
 from doraxp.testing._operator_cases import OperatorCase, operator_catalogue
 from doraxp.testing._operator_reference import operator_results
+from doraxp.testing._optimizer_cases import optimizer_catalogue
 from doraxp.testing._part_deviations import (
     CONVOLUTION,
     EMBEDDING,

@@ -21,11 +21,12 @@ import numpy as np
 
 from doraxp._base.safetensors import Tensor, write_header
 from doraxp.testing._cases import FULL, Case, OptimizerCase
-from doraxp.testing._catalogue import VERSION, catalogue, optimizer_catalogue
+from doraxp.testing._catalogue import VERSION, catalogue
 from doraxp.testing._conventions import AnyCase
 from doraxp.testing._formulas import DenseFormulas
 from doraxp.testing._operator_cases import OperatorCase, operator_catalogue
 from doraxp.testing._operator_reference import expected_of_operator
+from doraxp.testing._optimizer_cases import optimizer_catalogue
 from doraxp.testing._reference import Expected, Results, bounded, shapes, step_results
 from doraxp.testing._rounding import Portable
 from doraxp.testing._sum_cases import SumCase, sum_catalogue, sum_results
