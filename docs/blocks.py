@@ -24,7 +24,7 @@ from sybil.parsers.myst import CodeBlockParser, PythonCodeBlockParser
 ROOT = Path(__file__).resolve().parents[1]
 KNOWN = ("python", "sh", "text")
 
-sys.path.append(str(ROOT / "packages" / "vectors" / "python"))  # docs/vectors.md reads with it
+sys.path.append(str(ROOT / "packages" / "vectors" / "python"))  # for reference/vectors.md
 
 fences = RawFencedCodeBlockLexer(re.compile(r"(?P<language>.*)$\n", re.MULTILINE))
 

@@ -243,7 +243,7 @@ def published(request: pytest.FixtureRequest) -> Callable[[str], Any]:
 
 @pytest.fixture
 def reported(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """Function that returns a report, prints it, and keeps its rows for docs/peers.md."""
+    """Function that returns a report, prints it, and keeps its rows for docs/reference/peers.md."""
 
     def run(package: str, name: str, peer: Any, conventions: Conventions) -> Any:
         report = check_implementation(peer, conventions)
@@ -256,7 +256,7 @@ def reported(request: pytest.FixtureRequest) -> Callable[..., Any]:
 
 @pytest.fixture
 def noted(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Function that keeps a fact for docs/peers.md, with its relative error if it has one."""
+    """Function that keeps a fact for reference/peers.md, with its relative error if it has one."""
     return functools.partial(page.record_fact, request.node)
 
 

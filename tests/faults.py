@@ -1,6 +1,6 @@
 """The faults that are planted in `naive.py` and `naive_parts.py`: old code, new code and names.
 
-python tests/faults.py    writes docs/faults.md
+python tests/faults.py    writes docs/reference/faults.md
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from doraxp.testing import Conventions, Report, check_implementation
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "faults.md"
+PAGE = HERE.parent / "docs" / "reference" / "faults.md"
 HEAD, TAIL = "| planted in NumPy code | caught | named |\n|---|---|---|\n", "\n<!-- faults -->"
 EPS = (1.2e-7, 1e-6)
 
@@ -487,7 +487,7 @@ def is_named(fault: Fault) -> bool:
 
 
 def row(fault: Fault) -> str:
-    """Return the row of the table in docs/faults.md."""
+    """Return the row of the table in docs/reference/faults.md."""
     report = check(fault)
     names = "; or ".join(dict.fromkeys(" and ".join(one.deviations) for one in report.diagnoses))
     given = ", where `scaling` is alpha" if fault.scaling == "alpha" else ""

@@ -1,4 +1,4 @@
-"""The limits of each library, with their reasons. All else of docs/support.md must be right.
+"""The limits of each library, with their reasons. All else of the support table must be right.
 
 A key is a dtype, a feature of `support.FEATURES`, both with a comma between them, or a word that
 only marks tests: `@pytest.mark.uses("NaN")`. A test that uses one of them must fail there.

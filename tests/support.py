@@ -1,4 +1,4 @@
-"""The cells of docs/support.md: a feature of the package, run on one array library in one dtype.
+"""The cells of docs/reference/support.md: a feature, run on one array library in one dtype.
 
     right          every number is within its bound of the reference in `doraxp.testing`
     refused        the package raises an error that says why

@@ -1,7 +1,7 @@
-"""A pytest plugin that writes docs/support.md: `nox -s support`, or `-p support_page`.
+"""A pytest plugin that writes docs/reference/support.md: `nox -s support`, or `-p support_page`.
 
-A run writes docs/support/LANE.json for each lane that it ran in full, and then the page of all
-these files.
+A run writes docs/reference/support/LANE.json for each lane that it ran in full, and then the page
+of all these files.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import pytest
 from backends import LANES
 from support import DTYPES, FEATURES
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parent.parent / "docs" / "reference"
 PAGE, FRAGMENTS = DOCS / "support.md", DOCS / "support"
 INTRODUCTION = """\
 # Libraries, dtypes and features
 
 This page is generated: `nox -s support` runs each cell on its library and writes it. The cells of a
-run are in `docs/support/`, one file for each library. CI runs the cells again, and fails where one
-of them differs from its declaration in `tests/limits.py`.
+run are in `docs/reference/support/`, one file for each library. CI runs the cells again, and fails
+where one of them differs from its declaration in `tests/limits.py`.
 
 | cell | meaning |
 |---|---|
-| right | every number is within its bound of the reference in [`doraxp.testing`](testing.md) |
+| right | every number is within its bound of [`doraxp.testing`](../howto/testing.md) |
 | refused | the package raises an error that says why |
 | no | the library lacks the dtype or a function |
 

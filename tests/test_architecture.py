@@ -1,4 +1,4 @@
-"""docs/architecture.md and CONTRIBUTING.md name files, functions and operations that exist."""
+"""The pages on the code name files, functions and operations that exist."""
 
 from __future__ import annotations
 
@@ -26,10 +26,9 @@ from doraxp.checkpoint._engine import load_engine
 from doraxp.checkpoint._rows import Term, merged_blocks
 
 ROOT = Path(__file__).parents[1]
-PAGES = {
-    name: (ROOT / name).read_text("utf-8") for name in ("docs/architecture.md", "CONTRIBUTING.md")
-}
-PAGE = PAGES["docs/architecture.md"]
+MAP = "docs/explanation/architecture.md"
+PAGES = {name: (ROOT / name).read_text("utf-8") for name in (MAP, "CONTRIBUTING.md")}
+PAGE = PAGES[MAP]
 PATH = re.compile(r"(?:[\w.]+/)+[\w.]+\.\w+|\w+\.(?:py|toml|md)")
 NAME = re.compile(r"_{0,2}[A-Za-z]\w*(?:\.\w+)*")
 OVERRIDES = {

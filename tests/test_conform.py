@@ -558,7 +558,7 @@ def test_any_message_can_be_written_as_xml(mine):
 # The page and the workflow
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "conform.md").read_text("utf-8")
+PAGE = (ROOT / "docs" / "howto" / "conform.md").read_text("utf-8")
 WORKFLOW = ROOT / ".github" / "workflows" / "conform.yml"
 
 

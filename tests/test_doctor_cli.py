@@ -99,7 +99,7 @@ def test_all_lists_each_module_and_each_error_by_name(base, capsys):
 
 def shown(command):
     """Return the output of a command on the page, without the spaces at the ends of lines."""
-    page = Path(__file__).parents[1] / "docs" / "doctor.md"
+    page = Path(__file__).parents[1] / "docs" / "howto" / "doctor.md"
     return page.read_text("utf-8").split(f"$ {command}\n")[1].split("```")[0]
 
 

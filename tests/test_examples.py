@@ -1,4 +1,4 @@
-"""The scripts in examples/ have the results that docs/examples.md shows."""
+"""The scripts in examples/ have the results that docs/tutorials/examples.md shows."""
 
 from __future__ import annotations
 

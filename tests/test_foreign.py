@@ -124,7 +124,8 @@ def test_the_graph_beside_the_golden_vectors_is_within_their_bounds(
     assert [value.name for value in model.graph.input] == list(case.inputs)
     outputs = [value.name for value in model.graph.output]
     assert outputs == ["y", "dx", "da", "db", "dm", "dw", "dbias"]
-    section = (ROOT / "docs" / "vectors.md").read_text("utf-8").partition("a graph of ONNX\n")[2]
+    page = (ROOT / "docs" / "reference" / "vectors.md").read_text("utf-8")
+    section = page.partition("a graph of ONNX\n")[2]
     for name, array in (case.inputs | {name: case.expected[name] for name in outputs}).items():
         row = next(line for line in section.splitlines() if f"`{name}`" in line)
         assert str(array.shape) in row

@@ -17,7 +17,7 @@ CASES = [
     f"auto-{form}-{norm}" for form in ("weight", "direction") for norm in ("exact", "detached")
 ]
 CASES += ["explicit-weight-exact", "explicit-direction-detached"]
-COLLECTIVES = {  # instructions of the compiled program; docs/parallel.md states them
+COLLECTIVES = {  # instructions of the compiled program; docs/howto/distributed.md states them
     "column": {"forward": 0, "forward_and_norm": 0, "merged": 0, "step": 1},
     "row": {"forward": 1, "forward_and_norm": 2, "merged": 2, "step": 2},
     "data": {"forward": 0, "forward_and_norm": 0, "merged": 0, "step": 1},

@@ -1,4 +1,4 @@
-"""`__all__` of each public module names exactly what is public there, and docs/api.md describes it.
+"""`__all__` of each public module names exactly what is public there, and the reference has it.
 
 The files are read, not imported: the bridges need PyTorch and JAX.
 """
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src"
 ENTRIES = re.findall(
     r"^\.\. auto(?:class|data|function|module):: (doraxp[\w.]*)$",
-    (ROOT / "docs" / "api.md").read_text("utf-8"),
+    (ROOT / "docs" / "reference" / "api.md").read_text("utf-8"),
     re.MULTILINE,
 )
 FOR_USERS = (

@@ -169,6 +169,6 @@ def test_a_named_library_that_cannot_run_is_an_error(run, name, message):
 
 
 def test_the_example_of_the_page_runs(run):
-    page = (ROOT / "docs" / "testing.md").read_text("utf-8")
+    page = (ROOT / "docs" / "howto" / "testing.md").read_text("utf-8")
     (example,) = re.findall(r"```python\n((?:(?!```).)*dora_case(?:(?!```).)*)```", page, re.DOTALL)
     run(example, "--dora-backend=numpy").assert_outcomes(passed=len(catalogue()))

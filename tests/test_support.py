@@ -1,4 +1,4 @@
-"""Each cell of docs/support.md, and the page."""
+"""Each cell of docs/reference/support.md, and the page."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def test_another_blas_writes_the_same_bytes(vectors, tmp_path):
 
 
 def test_the_page_explains_every_array(manifest):
-    page = (Path(__file__).parents[1] / "docs" / "vectors.md").read_text("utf-8")
+    page = (Path(__file__).parents[1] / "docs" / "reference" / "vectors.md").read_text("utf-8")
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     explained = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     for case in manifest["cases"]:
@@ -256,7 +256,7 @@ class Programs:
         )
         line = f"{cases} cases, {numbers} numbers: 0 arrays are wrong"
         assert check(vectors) == (0, f"{line}\n")
-        page = (ROOT / "docs" / "vectors.md").read_text("utf-8")
+        page = (ROOT / "docs" / "reference" / "vectors.md").read_text("utf-8")
         assert line in page
 
     @pytest.mark.parametrize(

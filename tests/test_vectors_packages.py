@@ -22,7 +22,7 @@ from doraxp.testing import VERSION, write_vectors
 from doraxp.testing._vectors import write_checksums
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "vectors.md").read_text("utf-8")
+PAGE = (ROOT / "docs" / "reference" / "vectors.md").read_text("utf-8")
 PACKAGES = ROOT / "packages" / "vectors"
 NUMBER = f"2.{VERSION}."
 DATA = {

@@ -3,8 +3,8 @@
     python examples/experts/check.py [MERGED.safetensors]
 
 MERGED is the merge of `adapter` into `base.safetensors` by another program; without it the formula
-below is compared with `merged.safetensors`. It needs NumPy alone. docs/experts.md describes the
-files. The exit status is 1 where a number is wrong.
+below is compared with `merged.safetensors`. It needs NumPy alone. docs/howto/experts.md describes
+the files. The exit status is 1 where a number is wrong.
 """
 
 from __future__ import annotations

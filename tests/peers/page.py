@@ -1,4 +1,4 @@
-"""A pytest plugin that writes the tables of docs/peers.md: `-p peers.page`.
+"""A pytest plugin that writes the tables of docs/reference/peers.md: `-p peers.page`.
 
 A row is one finding of one run, or the word `right`. The page has a table for each package, between
 `<!-- NAME -->` and `<!-- end -->`. The plugin replaces the tables of the packages whose tests ran,
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-PAGE = Path("docs") / "peers.md"
+PAGE = Path("docs") / "reference" / "peers.md"
 HEAD = "| run | finding | error / bound | relative | arrays | test |\n|---|---|---|---|---|---|"
 OFF = re.compile(r"is (\S+) times its bound off, relative error (\S+)")
 MANY = 4

@@ -1,4 +1,4 @@
-"""A pytest plugin that writes docs/writers.md from the results of the matrix: `-p writers.page`."""
+"""A pytest plugin that writes docs/reference/writers.md from the matrix: `-p writers.page`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-PAGE = Path("docs") / "writers.md"
+PAGE = Path("docs") / "reference" / "writers.md"
 INTRODUCTION = """\
 # Adapters of real writers
 

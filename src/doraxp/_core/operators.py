@@ -40,8 +40,8 @@ class Operator(Protocol):
 
     `doraxp.forward` calls it with floating x, dy and weights in the compute dtype of the layer. An
     integer x is a matter of ids: it has no gradient, and the weight has the dtype that it is stored
-    in. The three methods write to none of their arguments. docs/operators.md has an example
-    and a test for it.
+    in. The three methods write to none of their arguments. docs/howto/convolutions.md has an
+    example and a test for it.
     """
 
     # Read-only for type checkers: an operator may have both on its class.

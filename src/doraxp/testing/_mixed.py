@@ -12,8 +12,9 @@ factor, by three products, and the B A of the merged weight is one of float16 pa
 dV = g⊙(dyᵀ x) + dn V/n, and with it dA, dB and dW, has no rounding to the storage dtype of its own:
 only z reaches it, through e.
 
-A suspect row cancels, overflows or underflows (docs/numerics.md, rule 2). There z = round(x Vᵀ),
-and C′ = round(round(…) + Σ g⊙dy V) has the part of all such rows in dx, without a rounded dz.
+A suspect row cancels, overflows or underflows (docs/explanation/numerics.md, rule 2). There z is
+round(x Vᵀ), and C′ = round(round(…) + Σ g⊙dy V) has the part of all such rows in dx, without a
+rounded dz.
 
 With a dropout mask M, x~ = round(M⊙x) and the rest is round(x − x~). C′ and dz V are then not
 rounded. For dropout "input", x~ replaces x in z, and y = round(y + rest Wᵀ).

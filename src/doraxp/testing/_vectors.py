@@ -1,4 +1,4 @@
-"""Golden vectors: the catalogue in files for any language. docs/vectors.md describes the format.
+"""Golden vectors: the catalogue in files for any language (docs/reference/vectors.md).
 
     ρ = 1, or 1/‖w‖ in the direction form      U = ρ⊙(W Aᵀ)      G = A Aᵀ      L = x Aᵀ
     z = x Vᵀ                                   dz = g⊙dy         e = Σ_tokens dy⊙z

@@ -1,4 +1,4 @@
-"""DoRA of fused experts in a folder like PEFT's: a layout of doraxp. docs/experts.md describes it.
+"""DoRA of fused experts in a folder like PEFT's, a layout of doraxp (docs/howto/experts.md).
 
 ::
 
