@@ -57,7 +57,7 @@ def test_the_example_with_peft_works(peft, torch, capsys):
         ("![a picture](docs/images/a.png)\n\nText", "Text"),
         ("see [a page](docs/a.md#part)", "see a page (`docs/a.md#part`)"),
         ("see [a paper](https://a.b/c)", "see [a paper](https://a.b/c)"),
-        ("python -m pip install '.[demo]' && doraxp", "python -m pip install 'doraxp[demo]' && doraxp"),
+        ("pip install '.[demo]' && doraxp demo", "pip install 'doraxp[demo]' && doraxp demo"),
         ("`python -m pip install .` alone", "`python -m pip install doraxp` alone"),
         ("Install `'.[torch]' peft`:", "Install `'doraxp[torch]' peft`:"),
         ('y = model["up"](x)', 'y = model["up"](x)'),
