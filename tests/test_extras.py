@@ -121,6 +121,12 @@ def test_a_function_without_its_extra_gives_the_hint(call, extra, monkeypatch, t
     assert caught.value.name
 
 
+def test_the_missing_modules_are_listed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="the extra demo: a, b and c are not installed: "):
+        extras.require("demo", "a", "b", "c", of="doraxp.demo")
+
+
 def test_a_stub_without_a_spec_counts_as_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "a_stub", type(sys)("a_stub"))
     extras.require("demo", "a_stub", of="doraxp.demo")

@@ -25,8 +25,9 @@ def absent(modules: Iterable[str]) -> list[str]:
 
 def lack(extra: str, missing: list[str]) -> str:
     """Return an error message: the missing modules, and how to install them."""
-    verb = "is" if len(missing) == 1 else "are"
-    return f"{' and '.join(missing)} {verb} not installed: {install_hint(extra)}"
+    *others, last = missing
+    names = f"{', '.join(others)} and {last} are" if others else f"{last} is"
+    return f"{names} not installed: {install_hint(extra)}"
 
 
 def install_hint(extra: str) -> str:
