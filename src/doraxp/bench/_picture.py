@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from doraxp._base.extras import require
 from doraxp._terminal.pictures import BLUE, COLOURS, SKY, draw_grid, new_picture, save
 from doraxp.bench._curves import SWEEPS, Curve, held_bytes, operations
 from doraxp.bench._measure import Measured
@@ -14,6 +15,7 @@ from doraxp.bench._report import by_task, ratios
 
 def save_ratios(results: list[Measured], path: Path) -> None:
     """Save, as PNG, each contestant's time ÷ its library's bare one, a panel for each workload."""
+    require("bench", "matplotlib", of="the picture of the ratios")
     panels: dict[str, list[tuple[str, tuple[float, float, float]]]] = {}
     for (workload, task), group in by_task(results):
         for one in group:
@@ -41,6 +43,7 @@ def save_ratios(results: list[Measured], path: Path) -> None:
 
 def save_curves(curves: Mapping[str, Curve], path: Path) -> None:
     """Save, as PNG, time and memory of a step over tokens, rank and size, beside the model."""
+    require("bench", "matplotlib", of="the picture of the curves")
     picture = new_picture(13, 7.5)
     grid = picture.subplots(2, len(curves), squeeze=False)
     for (above, below), (name, curve) in zip(grid.T, curves.items(), strict=True):

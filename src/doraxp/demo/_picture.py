@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from doraxp._base.extras import require
 from doraxp._terminal.pictures import (
     BLACK,
     BLUE,
@@ -31,6 +32,7 @@ _STYLES = {  # the dashes are for prints without colours
 
 def save_picture(results: Results, path: Path) -> None:
     """Save both panels as PNG."""
+    require("demo", "matplotlib", of="the picture of the demo")
     settings = results.settings
     picture = new_picture(11, 4.8)
     picture.suptitle(
