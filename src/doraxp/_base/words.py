@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-_PLURALS = {"is": "are", "has": "have", "does": "do", "differs": "differ", "matrix": "matrices"}
+_PLURALS = {"is": "are", "has": "have", "does": "do"}
 
 
-def counted(count: int, noun: str, verb: str = "") -> str:
-    """Return a number with its noun, and a verb: "1 file", "2 files", "1,234 tensors are"."""
-    words = [word if count == 1 else _plural(word) for word in (noun, verb) if word]
-    return " ".join((f"{count:,}", *words))
+def counted(count: int, noun: str, verb: str = "", *, of: int | None = None) -> str:
+    """Return a number with its noun, and a verb: "1 file", "2 files are", "1 of 3 files is".
+
+    The noun agrees with `of`, if that is given, and the verb with `count`.
+    """
+    total = count if of is None else of
+    if total != 1:
+        noun = f"{noun.removesuffix('ix')}ices" if noun.endswith("matrix") else f"{noun}s"
+    if count != 1:
+        verb = _PLURALS.get(verb, verb.removesuffix("s"))
+    number = f"{count:,}" if of is None else f"{count:,} of {of:,}"
+    return f"{number} {noun} {verb}".rstrip()
 
 
 def with_article(noun: str) -> str:
@@ -19,13 +27,12 @@ def with_article(noun: str) -> str:
     return f"{'an' if noun[:1].lower() in 'aeio' else 'a'} {noun}"
 
 
+def the_nearest(names: Sequence[str]) -> str:
+    """Return "the nearest is a", or "the nearest are a, b"."""
+    return f"the nearest {'is' if len(names) == 1 else 'are'} {', '.join(names)}"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ": the nearest is …" for the known name that is most like `name`, or nothing."""
     found = difflib.get_close_matches(name, [*known], n=1)
-    return f": the nearest is {found[0]}" if found else ""
-
-
-def _plural(words: str) -> str:
-    """Return the plural of a verb, or of the last word of a noun."""
-    first, space, last = words.rpartition(" ")
-    return f"{first}{space}{_PLURALS.get(last, f'{last}s')}"
+    return f": {the_nearest(found)}" if found else ""

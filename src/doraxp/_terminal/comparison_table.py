@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from doraxp._base.words import counted
 from doraxp._terminal.tables import new_table
 from doraxp.testing import Comparison, Figure
 
@@ -80,4 +81,4 @@ def _print_rest(comparison: Comparison, console: Console) -> None:
     if len(wrong) > LINES:
         console.print(f"and {len(wrong) - LINES} more")
     total = len(comparison.figures)
-    console.print(f"{total - len(wrong)} of {total} figures are within their bounds.")
+    console.print(f"{counted(total - len(wrong), 'figure', 'is', of=total)} within the bounds.")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from doraxp._base.words import counted
 from doraxp._terminal.figures import write_json
 from doraxp._terminal.messages import output_that_may_fail, print_error
 from doraxp._terminal.progress import progress_by_bytes
@@ -73,7 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
         wrong = {name: verdict for name, verdict in verdicts.items() if not verdict.right}
         with output_that_may_fail("doraxp audit"):
             _print_verdicts(verdicts, console, every=arguments.all)
-            state = f"{len(wrong)} of {len(verdicts)} tensors are not right" if wrong else "right"
+            share = counted(len(wrong), "tensor", "is", of=len(verdicts))
+            state = f"{share} not right" if wrong else "right"
             print_names(f"{arguments.merged}: {state}", console)
         if arguments.json:
             tensors = {name: verdict._asdict() for name, verdict in verdicts.items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from doraxp._base.printable import printable
+from doraxp._base.words import counted
 from doraxp._terminal.figures import write_json
 from doraxp._terminal.messages import output_that_may_fail, print_error
 from doraxp._terminal.module_table import Column, kind_of, print_modules
@@ -133,9 +134,9 @@ def _print(found: Diagnosis, base: Path, *, every: bool) -> None:
     for finding in found.findings:
         print_caption(printable(_line(finding, every=every)), console)
     count = sum(finding.level == "error" for finding in found.findings)
-    state = f"{count} {'error' if count == 1 else 'errors'}" if count else "ready for training"
-    size = f"{found.parameters:,} numbers, {found.bytes:,} bytes"
-    targets = f"{len(figures)} {'target' if len(figures) == 1 else 'targets'}"
+    state = counted(count, "error") if count else "ready for training"
+    size = f"{counted(found.parameters, 'number')}, {counted(found.bytes, 'byte')}"
+    targets = counted(len(figures), "target")
     print_names(f"{base}: {targets}, {size}: {state}", console)
 
 

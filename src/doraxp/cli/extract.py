@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from doraxp._base.words import counted
 from doraxp._terminal.figures import write_json
 from doraxp._terminal.messages import output_that_may_fail, print_error
 from doraxp._terminal.progress import progress_by_bytes
@@ -89,8 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
         target = "the sum" if arguments.adapters else "TUNED"
         with output_that_may_fail("doraxp extract"):
             print_closeness(modules, target, every=arguments.all)
-            equal = f", {len(found.equal)} equal ones left out" if found.equal else ""
-            summary = f"{arguments.out}: an adapter of {len(modules)} modules{equal}"
+            equal = f", {counted(len(found.equal), 'equal one')} left out" if found.equal else ""
+            summary = f"{arguments.out}: an adapter of {counted(len(modules), 'module')}{equal}"
             print_names(summary, plain_console())
         warn_of_left_out("extract", found.left_out, target, "DIR")
         if arguments.json is not None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from doraxp._base.words import counted
 from doraxp._terminal.adapter_picture import save_adapter_picture
 from doraxp._terminal.figures import write_json
 from doraxp._terminal.messages import print_error
@@ -99,9 +100,8 @@ def run(arguments: argparse.Namespace) -> int:
     columns, caption = (_WITH_BASE, _CAPTION_WITH_BASE) if has_base else (_FACTORS, _CAPTION)
     print_modules("module", report["modules"], columns, console, every=arguments.all)
     print_caption(caption, console)
-    print_names(
-        f"{report['format']} adapter: {len(adapters)} modules, {report['bytes']:,} bytes", console
-    )
+    size = f"{counted(len(adapters), 'module')}, {counted(report['bytes'], 'byte')}"
+    print_names(f"{report['format']} adapter: {size}", console)
     if arguments.json:
         write_json(arguments.json, report)
     if arguments.plot:

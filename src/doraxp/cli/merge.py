@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from doraxp._base.words import counted
 from doraxp._terminal.figures import write_json
 from doraxp._terminal.messages import output_that_may_fail, print_error
 from doraxp._terminal.module_table import Column, print_modules
@@ -307,10 +308,10 @@ def _print_summary(merge: Merge, console: Console) -> None:
     from doraxp.checkpoint import merged_in, parts_of
 
     merged = sum(any(merged_in(part) for part in parts_of(task)) for task in merge.changed.values())
+    size = f"{counted(merge.size, 'byte')} in {counted(len(merge.model.shards), 'file')}"
     print_names(
-        f"{_named(merge)}: {merged} of {len(merge.tasks)} tensors merged, "
-        f"{len(merge.changed) - merged} replaced, the others copied; {merge.size:,} bytes in "
-        f"{len(merge.model.shards)} files",
+        f"{_named(merge)}: {counted(merged, 'tensor', of=len(merge.tasks))} merged, "
+        f"{len(merge.changed) - merged} replaced, the others copied; {size}",
         console,
     )
     if merge.fates:
@@ -322,7 +323,9 @@ def _print_summary(merge: Merge, console: Console) -> None:
     if merge.edits:
         entries = merge.edits.entries()
         if merge.edits.dense:
-            entries["dense"] = f"{len(merge.edits.dense)} modules, in the words of its format"
+            entries["dense"] = (
+                f"{counted(len(merge.edits.dense), 'module')}, in the words of its format"
+            )
         changed = ", ".join(f"{key} {value}" for key, value in entries.items())
         print_names(f"Changed in config.json: {changed}", console)
     if merge.model.left_out:

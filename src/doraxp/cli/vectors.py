@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from doraxp._base.printable import printable
+from doraxp._base.words import counted
 from doraxp._terminal.messages import print_error
 from doraxp.testing import write_vectors
 
@@ -32,5 +33,5 @@ def run(arguments: argparse.Namespace) -> int:
     except OSError as error:
         print_error("doraxp vectors", error)
         return 2
-    print(f"{count} cases, in float32 and float64: {printable(str(arguments.out))}")
+    print(f"{counted(count, 'case')}, in float32 and float64: {printable(str(arguments.out))}")
     return 0
