@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
     from doraxp.checkpoint import Verdict
 
-SUMMARY = (
-    "Check that MERGED is BASE with ADAPTER merged into it, whoever merged it. The exit status is "
-    "0 if every tensor is as it should be, else 1."
-)
+SUMMARY = "Check that a merged model is right, whoever merged it."
+DETAILS = "MERGED must be BASE with ADAPTER merged into it, and each tensor gets a verdict."
+EXAMPLE = "doraxp audit base adapter merged"
+STATUS_1 = "a tensor is not right"
 
 _LISTED = 10
 """Tensors of each verdict that is not right, by name, without --all."""

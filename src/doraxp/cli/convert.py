@@ -20,11 +20,13 @@ from doraxp.cli._arguments import (
 )
 from doraxp.cli._closeness import figures_of, print_closeness, warn_of_left_out
 
-SUMMARY = (
-    "Convert an adapter to the format of PEFT, mlx-lm or diffusers, exactly. An adapter that the "
-    "format cannot hold is refused with the reason. --to lora approximates it by plain LoRA, and "
-    "prints the error."
+SUMMARY = "Convert an adapter to the format of PEFT, mlx-lm or diffusers."
+DETAILS = (
+    "The copy is exact. An adapter that the format cannot hold is refused with the reason. --to "
+    "lora approximates it by plain LoRA, and prints the error."
 )
+EXAMPLE = "doraxp convert adapter --to mlx --out adapter-mlx"
+STATUS_1 = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

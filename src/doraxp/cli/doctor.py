@@ -21,10 +21,13 @@ if TYPE_CHECKING:
 
     from doraxp.checkpoint import Diagnosis, Finding
 
-SUMMARY = (
-    "Check BASE before an adapter is trained on it: rows that become NaN, dtypes, the modules that "
-    "the targets match, sizes by rank. Exit status 1 if training breaks."
+SUMMARY = "Check a model before an adapter is trained on it."
+DETAILS = (
+    "The tables have the modules that the targets match, their dtypes, the rows that become NaN, "
+    "and sizes by rank."
 )
+EXAMPLE = "doraxp doctor base --target-modules q_proj v_proj"
+STATUS_1 = "training breaks: an error is in the list"
 
 _VERSION = 1
 """Of the figures in --json."""

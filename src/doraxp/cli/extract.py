@@ -30,11 +30,13 @@ from doraxp.cli._closeness import figures_of, print_closeness, warn_of_left_out
 if TYPE_CHECKING:
     from doraxp.checkpoint import Extraction
 
-SUMMARY = (
-    "Extract a DoRA adapter from a full fine-tune: the adapter of BASE whose merged weights are "
-    "near those of TUNED, nearer than those of SVD LoRA at the same rank. With --adapter, the sum "
-    "of adapters becomes one."
+SUMMARY = "Make a DoRA adapter of a full fine-tune, or of a sum."
+DETAILS = (
+    "The merged weights of the adapter are near those of TUNED, nearer than those of SVD LoRA at "
+    "the same rank. With --adapter, the sum of adapters becomes one."
 )
+EXAMPLE = "doraxp extract base merged --rank 4 --out extracted"
+STATUS_1 = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

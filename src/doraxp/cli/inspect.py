@@ -20,11 +20,13 @@ from doraxp.cli._arguments import CHECKPOINT, add_choice, add_rename, is_in_inpu
 if TYPE_CHECKING:
     from doraxp.checkpoint import AdapterSet, Against, Fit
 
-SUMMARY = (
-    "List the modules of an adapter (DoRA, LoRA, LoHa, LoKr) with rank, scale, size and effective "
-    "rank of the update. With --base, show how far magnitudes and directions move, and how near "
-    "rows are to cancelling."
+SUMMARY = "List the modules of an adapter, with rank and size."
+DETAILS = (
+    "The adapter may be DoRA, LoRA, LoHa or LoKr. With --base, show how far magnitudes and "
+    "directions move, and how near rows are to cancelling."
 )
+EXAMPLE = "doraxp inspect adapter --base base"
+STATUS_1 = None
 
 
 _FACTORS = (

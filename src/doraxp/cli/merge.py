@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,11 +36,13 @@ if TYPE_CHECKING:
 
     from doraxp.checkpoint import Change, Merge, MergedTensor
 
-SUMMARY = (
-    "Merge adapters (DoRA, LoRA, LoHa, LoKr) into a model, tensor by tensor, in little memory. "
-    "OUT appears when it is complete; after an interruption, the same command goes on where it "
-    "stopped."
+SUMMARY = "Merge adapters into a model on disk, in little memory."
+DETAILS = (
+    "The adapters may be DoRA, LoRA, LoHa or LoKr. The merge goes tensor by tensor. OUT appears "
+    "when it is complete. After an interruption, the same command goes on where it stopped."
 )
+EXAMPLE = "doraxp merge base adapter --out merged --verify"
+STATUS_1 = None
 _PLANNED = (
     Column("kind", "stored as"),
     Column("update", "update"),
@@ -209,12 +210,10 @@ def _merge(merge: Merge, arguments: argparse.Namespace) -> dict[str, Change]:
                 on_bytes=lambda count: progress.update(task, advance=count),
             )
     except KeyboardInterrupt:
-        print(
-            "doraxp merge: interrupted; the same command goes on from the shards that are "
-            f"finished, in .{arguments.out.name}.partial",
-            file=sys.stderr,
-        )
-        raise
+        raise KeyboardInterrupt(
+            "the same command goes on from the shards that are finished, in "
+            f".{arguments.out.name}.partial"
+        ) from None
 
 
 def _print_figures(

@@ -10,10 +10,13 @@ from doraxp._base.words import counted
 from doraxp._terminal.messages import print_error
 from doraxp.testing import write_vectors
 
-SUMMARY = (
-    "Write the catalogue of doraxp.testing as safetensors files and a JSON manifest: inputs, every "
-    "intermediate, outputs, gradients, optimizer steps, each number with the error it may have."
+SUMMARY = "Write the test catalogue as files, for tests in any language."
+DETAILS = (
+    "The safetensors files and the JSON manifest have inputs, every intermediate, outputs, "
+    "gradients and optimizer steps, each number with the error it may have."
 )
+EXAMPLE = "doraxp vectors --out vectors"
+STATUS_1 = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
