@@ -92,7 +92,11 @@ def _by_panel(groups: list[Group], labels: Labels) -> Any:
             style = _style(number)
             axes.plot(*group.changes, linestyle="none", markersize=4, alpha=0.35, **style)
             middle = np.median(group.changes, axis=1)
-            median = {"linestyle": "none", "markersize": 10, "label": _shown(group.name)}
+            median: dict[str, Any] = {
+                "linestyle": "none",
+                "markersize": 10,
+                "label": _shown(group.name),
+            }
             axes.plot(*middle, **median, **style)
         first, second = CHANGES.values()
         axes.set(title="Change of each module; large: the median", xlabel=first, ylabel=second)
@@ -157,7 +161,7 @@ def _grouped(
 
 def _rank(kind: str) -> int:
     """Return the place of a well-known kind in `ORDER`."""
-    name = re.split(r"[_.]", kind)[0]
+    name = re.split(r"[_.]", kind.removeprefix("to_"))[0]
     return ORDER.index(name) if name in ORDER else len(ORDER)
 
 
