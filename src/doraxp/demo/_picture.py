@@ -16,14 +16,9 @@ from doraxp._terminal.pictures import draw_grid, new_picture, save
 from doraxp.demo._results import Results
 
 
-def save_picture(results: Results, path: Path) -> None:
-    """Save both panels as PNG."""
-    require("demo", "matplotlib", of="the picture of the demo")
-    settings = results.settings
-
-
 def save_picture(results: Results, path: Path, *, dark: bool = False) -> None:
     """Save both panels as PNG, for a light or a dark page."""
+    require("demo", "matplotlib", of="the picture of the demo")
     settings, theme = results.settings, DARK if dark else LIGHT
     picture = new_picture(11, 4.8)
     picture.suptitle(
