@@ -96,7 +96,7 @@ def prepare(
     previous : Prepared, optional
         An earlier result for the same `weight` object: its ‖w‖² is used again.
     reduce : callable, optional
-        Returns the sum of an array over the ranks, if the input axis is split among ranks; see the
+        Returns the sum of an array over the ranks, if the input axis is split among ranks; see
         `docs/howto/distributed.md`. The result remembers it.
     kind : LayerKind, optional
         The rows of n are those of `kind.matrix(weight)`. None takes the weight for the matrix.
