@@ -332,9 +332,10 @@ def typecheck(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the pages, and run every example in them, in the README and in the docstrings."""
+    """Build the pages, check their links, and run every example in them and in the docstrings."""
     install(session, "test", "docs")
     session.run("sphinx-build", "-nW", "--keep-going", "docs", "docs/_build/html")
+    session.run("python", "docs/links.py", "docs/_build/html")
     elsewhere = ["--ignore-glob=docs/howto/backends/[!i]*", "--ignore=docs/tutorials/examples.md"]
     pytest(session, *PARALLEL, "README.md", "CONTRIBUTING.md", "docs", *elsewhere)
     # These need JAX, PyTorch or MLX: the sessions of those run their examples.
