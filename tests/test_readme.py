@@ -33,6 +33,13 @@ def test_every_link_leads_to_a_file():
     assert [path for path in paths if not (ROOT / path).is_file()] == []
 
 
+@pytest.mark.parametrize("words", ["doraxp demo", "&& nox"])
+def test_the_first_line_with_the_words_is_a_command_for_ci(words):
+    """.ci/run looks for this line, and runs it."""
+    line = next(line for line in README.splitlines() if words in line)
+    assert line.startswith("python -m pip install ")
+
+
 def test_the_merge_of_files_works(tmp_path, monkeypatch, capsys):
     (commands,) = (block for block in blocks("sh") if "doraxp merge" in block)
     monkeypatch.chdir(tmp_path)
