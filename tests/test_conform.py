@@ -348,7 +348,7 @@ def test_an_expected_failure_that_passes_is_exit_status_1_and_named(mine, capsys
     words = " ".join(capsys.readouterr().out.split())
     assert "STALE init/*/initial passes in init/tall; init/wide; init/square; and " in words
     assert "remove or narrow the entry" in words
-    assert words.endswith("1 expected failures that did not fail. Report: " + str(mine / "r.json"))
+    assert words.endswith("1 expected failure that did not fail. Report: " + str(mine / "r.json"))
 
 
 def test_an_entry_that_matches_no_test_of_the_run_is_exit_status_1_and_named(mine, capsys):

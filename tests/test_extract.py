@@ -495,7 +495,9 @@ def test_new_tensors_and_integers_have_no_relative_change(tmp_path, capsys):
     names = ["new", "norm.weight", "steps", "wpe.weight"]
     assert from_pair(tmp_path, 2).left_out == dict.fromkeys(names, np.inf)
     assert run(tmp_path, "--rank", "2") == 0
-    assert "…; 4 are new, or have another shape or no numbers" in capsys.readouterr().err
+    assert (
+        "…; 4 tensors are new, or of another shape, or without numbers" in capsys.readouterr().err
+    )
 
 
 def test_a_tensor_that_was_zero_has_no_relative_change(tmp_path):

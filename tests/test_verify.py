@@ -21,7 +21,7 @@ def test_all_usable_backends_are_verified(capsys, monkeypatch, tmp_path):
     printed = capsys.readouterr().out
     report = json.loads(path.read_text())
     total = len(report["figures"])
-    assert f"{total} of {total} figures are within their bounds." in printed
+    assert f"{total:,} of {total:,} figures are within the bounds." in printed
     assert report["ok"]
     assert {figure["backend"] for figure in report["figures"]} == {"numpy"}
     assert {figure["dtype"] for figure in report["figures"]} >= {"float32", "float64", "float16"}

@@ -290,7 +290,7 @@ def add_jobs(parser: argparse.ArgumentParser, pieces: str) -> None:
         type=integer(1),
         default=min(4, os.cpu_count() or 1),
         metavar="N",
-        help=f"number of {pieces} at a time (default: %(default)s)",
+        help=f"number of {pieces} at a time (default: that of the cores, at most 4)",
     )
 
 
