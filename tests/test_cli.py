@@ -237,7 +237,26 @@ def test_the_table_has_the_figures_of_the_runs(capsys):
     text = " ".join(" ".join(lines).split())
     assert "standard deviation of 2 seeds, on 6 test digits; upright, the base reads" in text
     assert "99.0 ± 1.4 % of them" in text
-    assert lines[-1] == "First of the adapters: DoRA exact, 10.0 ± 28.3 points ahead of LoRA."
+    assert text.endswith(
+        "No adapter is first: DoRA exact is 10.0 ± 28.3 points ahead of LoRA, which is within the "
+        "spread of the seeds."
+    )
+
+
+def test_an_adapter_is_first_only_outside_the_spread_of_the_seeds(capsys):
+    def verdict(lora, dora):
+        methods = {
+            name: [Run(accuracy, accuracy, 2e-6, 1, 1.5, [], {}) for accuracy in accuracies]
+            for name, accuracies in (("LoRA", lora), ("DoRA exact", dora))
+        }
+        base = [BaseRun(0.98, 0.1, 1.0)] * 2
+        print_results(Results(Settings(seeds=2), 5, 6, base, methods), Console(width=100))
+        return " ".join(capsys.readouterr().out.split("\n\n")[-1].split())
+
+    first = "First of the adapters: DoRA exact, 10.0 ± 1.4 points ahead of LoRA."
+    assert verdict([0.8, 0.8], [0.89, 0.91]) == first
+    assert verdict([0.8, 0.8], [0.8, 0.82]).startswith("No adapter is first: DoRA exact is 1.0 ±")
+    assert verdict([0.8, 0.9], [0.8, 0.9]).startswith("No adapter is first: LoRA is 0.0 ± 0.0")
 
 
 def test_a_full_disk_and_an_interrupt_end_without_a_traceback(monkeypatch, capsys):
