@@ -409,3 +409,54 @@ def test_each_process_of_a_cluster_needs_each_module_in_the_same_version(process
     another = f"{process} has {name} 0, but here it is {VERSIONS[name]}: make them the same"
     decides = name in ("numpy", "ml_dtypes", "doraxp")
     assert problem({name: "0"}) == (another if decides else None)
+
+
+COMPLETED = """
+source "$1"
+COMP_WORDS=(doraxp "${@:2}"); COMP_CWORD=$(( ${#COMP_WORDS[@]} - 1 ))
+_shtab_doraxp
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        (["me"], {"merge"}),
+        (["ver"], {"verify"}),
+        (["con"], {"conform", "convert"}),
+        (["merge", "--verif"], {"--verify"}),
+        (["merge", "--rounding", ""], {"nearest", "stochastic"}),
+        (["merge", "mod"], {"model"}),
+        (["merge", "model", "adapter", "--out", "mod"], {"model"}),
+        (["convert", "--to", "ml"], {"mlx"}),
+        (["completion", "ba"], {"bash"}),
+    ],
+)
+def test_bash_completes_commands_options_choices_and_files(tmp_path, capsys, words, completed):
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "doraxp.bash"
+    script.write_text(capsys.readouterr().out, "utf-8")
+    (tmp_path / "model").mkdir()
+    ran = subprocess.run(
+        ["bash", "-c", COMPLETED, "bash", str(script), *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert set(ran.stdout.split()) == completed
+    assert ran.stderr == ""
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_the_script_for_another_shell_has_all_commands(capsys, shell):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(name in script for name in COMMANDS)
+
+
+def test_completion_without_its_library_says_how_to_get_it(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["completion", "bash"]) == 2
+    assert "pip install 'doraxp[completion]'" in capsys.readouterr().err
