@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import re
 import subprocess
 import sys
 import types
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -460,3 +462,11 @@ def test_completion_without_its_library_says_how_to_get_it(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["completion", "bash"]) == 2
     assert "pip install 'doraxp[completion]'" in capsys.readouterr().err
+
+
+def test_the_page_on_the_command_line_is_that_of_the_parser():
+    path = Path(__file__).parents[1] / "docs" / "command_line.py"
+    spec = importlib.util.spec_from_file_location("command_line", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.PAGE.read_text("utf-8") == script.page(), "run python docs/command_line.py"

@@ -48,9 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=shape,
         nargs="+",
         metavar="OUTxIN",
-        help="of the weight (default: 4096x4096)",
+        help="shapes of the weight (default: 4096x4096)",
     )
-    for name, meaning in (("tokens", "in x"), ("rank", "of the adapter")):
+    for name, meaning in (("tokens", "numbers of tokens in x"), ("rank", "ranks of the adapter")):
         default = DEFAULTS[name]
         parser.add_argument(
             f"--{name}",
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=bench.DTYPES,
         nargs="+",
-        help="in which the weight is stored (default: float32)",
+        help="dtypes in which the weight is stored (default: float32)",
     )
     parser.add_argument(
         "--backend",
@@ -92,7 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         choices=bench.TASKS,
         nargs="+",
-        help="(default: all; without cupy all but backward, which is a part of step)",
+        help="tasks to measure (default: all; without cupy all but backward, which is a part of "
+        "step)",
     )
     parser.add_argument(
         "--rounds",

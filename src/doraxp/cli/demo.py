@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--network",
         choices=PLANS,
         default=defaults.network,
-        help="its layers: linear ones, or two convolutions and a linear one (default: %(default)s)",
+        help="layers of the network: linear ones, or two convolutions and a linear one "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--backend",
@@ -67,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rank",
         type=integer(1, max(RANK_LIMITS.values())),
         default=defaults.rank,
-        help="of LoRA and DoRA, 1 to "
+        help="rank of LoRA and DoRA, 1 to "
         + " or ".join(f"{most} ({name})" for name, most in RANK_LIMITS.items())
         + " (default: %(default)s)",
     )
@@ -76,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=integer(CHECKPOINTS),
         default=defaults.steps,
         metavar="N",
-        help="of AdamW, for the base and for each method (default: %(default)s)",
+        help="steps of AdamW, for the base and for each method (default: %(default)s)",
     )
     parser.add_argument(
         "--learning-rate",
