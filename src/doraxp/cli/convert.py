@@ -94,10 +94,11 @@ def run(arguments: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print_error("doraxp convert", error)
         return 2
-    print(
-        f"{counted(len(adapters), 'module')}, {adapters.format} to {arguments.to}: "
-        f"{printable(str(arguments.out))}"
-    )
+    with output_that_may_fail("doraxp convert"):
+        print(
+            f"{counted(len(adapters), 'module')}, {adapters.format} to {arguments.to}: "
+            f"{printable(str(arguments.out))}"
+        )
     return 0
 
 

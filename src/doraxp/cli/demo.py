@@ -8,7 +8,7 @@ from dataclasses import fields
 import numpy as np
 
 from doraxp._terminal.figures import write_json
-from doraxp._terminal.messages import print_error
+from doraxp._terminal.messages import output_that_may_fail, print_error
 from doraxp._terminal.progress import progress_by_parts
 from doraxp._terminal.runtimes import BACKENDS
 from doraxp._terminal.tables import new_console, print_names
@@ -128,11 +128,13 @@ def run(arguments: argparse.Namespace) -> int:
                     task, advance=1, description=f"seed {seed}: {what}"
                 ),
             )
-    console = new_console()
-    print_results(results, console)
     if arguments.json is not None:
         write_json(arguments.json, report(results))
-        print_names(f"Figures: {arguments.json}", console)
     save_picture(results, arguments.plot)
-    print_names(f"Picture: {arguments.plot}", console)
+    with output_that_may_fail("doraxp demo"):
+        console = new_console()
+        print_results(results, console)
+        if arguments.json is not None:
+            print_names(f"Figures: {arguments.json}", console)
+        print_names(f"Picture: {arguments.plot}", console)
     return 0
