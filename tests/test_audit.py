@@ -13,6 +13,7 @@ from checkpoints import updated, write_json
 from safetensors.numpy import load_file, save_file
 
 from doraxp import AdaptedLayer, Adapter, Config, LayerKind
+from doraxp._base.extras import install_hint
 from doraxp.checkpoint import (
     CheckpointError,
     Options,
@@ -1128,7 +1129,7 @@ def test_the_table_has_a_line_for_each_verdict_and_all_lists_every_tensor(tmp_pa
 def test_the_error_without_the_extra_says_how_to_install_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert command(tmp_path) == 2
-    assert "pip install 'doraxp[checkpoint]'" in capsys.readouterr().err
+    assert install_hint("checkpoint") in capsys.readouterr().err
 
 
 def test_numbers_whose_squares_overflow_are_not_right(tmp_path):

@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 
 import doraxp
+from doraxp._base.extras import install_hint
 from doraxp._terminal.runtimes import runtime
 from doraxp.cli import _cluster, main
 from doraxp.demo import BaseRun, Results, Run, Settings, print_results
@@ -319,7 +320,7 @@ def test_a_file_that_cannot_be_written(capsys, monkeypatch, tmp_path):
 def test_without_the_extra_it_says_how_to_get_it(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["demo"]) == 2
-    assert "pip install 'doraxp[demo]'" in capsys.readouterr().err
+    assert install_hint("demo") in capsys.readouterr().err
 
 
 def test_good_arguments_reach_the_run(monkeypatch):
@@ -461,7 +462,7 @@ def test_the_script_for_another_shell_has_all_commands(capsys, shell):
 def test_completion_without_its_library_says_how_to_get_it(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["completion", "bash"]) == 2
-    assert "pip install 'doraxp[completion]'" in capsys.readouterr().err
+    assert install_hint("completion") in capsys.readouterr().err
 
 
 def test_the_page_on_the_command_line_is_that_of_the_parser():

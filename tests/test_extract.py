@@ -13,6 +13,7 @@ import pytest
 from checkpoints import dense, draw, read_folder, write_base, write_json
 from safetensors.numpy import load_file, save_file
 
+from doraxp._base.extras import install_hint
 from doraxp.checkpoint import CheckpointError, extract, load_adapters, save_adapters
 from doraxp.checkpoint import _subspace as subspace
 from doraxp.checkpoint._extract import extract_layer
@@ -684,7 +685,7 @@ def test_figures_are_not_written_into_a_model(tmp_path, capsys):
 def test_without_the_extra_it_says_how_to_get_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert run(tmp_path, "--rank", "2") == 2
-    assert "pip install 'doraxp[checkpoint]'" in capsys.readouterr().err
+    assert install_hint("checkpoint") in capsys.readouterr().err
 
 
 def test_a_rank_below_1_is_refused(tmp_path):

@@ -1,17 +1,14 @@
-"""The common style of all pictures: colours, resolution, grid and file format. By matplotlib."""
+"""The common style of all pictures: resolution, grid, theme and file format. By matplotlib."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from doraxp._terminal.palette import GREY, LIGHT, Theme
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Picture
-
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-ORANGE, SKY, BLACK = "#E69F00", "#56B4E9", "#000000"
-COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 
 
 def new_picture(width: float, height: float) -> Picture:
@@ -22,10 +19,29 @@ def new_picture(width: float, height: float) -> Picture:
 
 
 def draw_grid(axes: Any, **options: Any) -> None:
-    """Draw a pale grid."""
+    """Draw a pale grid, and no frame at the top and on the right."""
     axes.grid(alpha=0.3, **options)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
-def save(picture: Picture, path: Path) -> None:
-    """Save a picture as PNG."""
+def save(picture: Picture, path: Path, theme: Theme = LIGHT) -> None:
+    """Save a picture as PNG, in the colours of a theme."""
+    _dress(picture, theme)
     picture.savefig(path, format="png")
+
+
+def _dress(picture: Picture, theme: Theme) -> None:
+    """Give paper and ink to all that is neither a curve nor a mark."""
+    from matplotlib.text import Text
+
+    picture.set_facecolor(theme.paper)
+    for text in picture.findobj(Text):
+        text.set_color(theme.ink)
+    legends = [axes.get_legend() for axes in picture.axes]
+    for legend in (*legends, *picture.legends):
+        if legend is not None:
+            legend.get_frame().set(facecolor=theme.paper, edgecolor=GREY)
+    for axes in picture.axes:
+        axes.set_facecolor(theme.paper)
+        axes.spines[:].set_color(theme.ink)
+        axes.tick_params(which="both", colors=theme.ink, grid_color=GREY)
