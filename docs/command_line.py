@@ -15,19 +15,21 @@ from doraxp.cli._parser import EPILOG, GROUPS, module_of, new_parser, statuses_o
 
 PAGE = Path(__file__).parent / "reference" / "cli.md"
 GUIDES = {
-    "demo": "[The demo](../tutorials/demo.md)",
-    "doctor": "[Check a base before training](../howto/doctor.md)",
-    "inspect": "[Merge an adapter](../howto/merge.md)",
-    "merge": "[Merge an adapter](../howto/merge.md)",
-    "audit": "[Audit a merged model](../howto/audit.md)",
-    "convert": "[Merge an adapter](../howto/merge.md)",
-    "extract": "[Extract an adapter](../howto/extract.md)",
-    "verify": "[Testing](../howto/testing.md)",
-    "conform": "[Test your implementation](../howto/conform.md)",
-    "vectors": "[The vectors](vectors.md)",
-    "bench": "[Cost](../explanation/cost.md)",
+    "demo": "../tutorials/demo.md",
+    "doctor": "../howto/doctor.md",
+    "inspect": "../howto/merge.md",
+    "merge": "../howto/merge.md",
+    "audit": "../howto/audit.md",
+    "convert": "../howto/merge.md",
+    "extract": "../howto/extract.md",
+    "verify": "../howto/testing.md",
+    "conform": "../howto/conform.md",
+    "vectors": "vectors.md",
+    "bench": "../explanation/cost.md",
 }
 """The page that explains a command."""
+VALUES = "lora|stochastic|torch"
+"""The values that stand behind an option in a text of help."""
 HEAD = """\
 # Command line
 
@@ -123,12 +125,18 @@ def _listed(title: str, names: tuple[str, ...]) -> str:
     )
 
 
+def _linked(path: str) -> str:
+    """Return a link to a page, with its title."""
+    first, *_ = (PAGE.parent / path).read_text("utf-8").splitlines()
+    return f"[{first.removeprefix('# ')}]({path})"
+
+
 def _section(name: str, command: argparse.ArgumentParser) -> str:
     """Return the section of a command."""
     module = module_of(name)
     parts = [f"## doraxp {name}", _code(f"{module.SUMMARY} {module.DETAILS}")]
     if name in GUIDES:
-        parts[-1] += f" Explained in {GUIDES[name]}."
+        parts[-1] += f" Explained in {_linked(GUIDES[name])}."
     parts.append(f"```text\n{usage(command)}\n```")
     for group in command._action_groups:
         rows = [_row(action, command) for action in group._group_actions]
@@ -186,7 +194,7 @@ def _sentence(text: str) -> str:
 def _code(text: str) -> str:
     """Return a text with its options and commands as code, and with signs of Markdown escaped."""
     text = text.replace("|", "\\|").replace("<", "\\<").replace("*", "\\*")
-    text = re.sub(r"(?<![\w`-])(--[a-z][a-z-]*)", r"`\1`", text)
+    text = re.sub(rf"(?<![\w`-])(--[a-z][a-z-]*(?: (?:{VALUES}))?)", r"`\1`", text)
     return re.sub(r"doraxp COMMAND `--help`", "`doraxp COMMAND --help`", text)
 
 
