@@ -171,6 +171,16 @@ def test_a_call_without_a_command_prints_the_help_with_status_2_as_ruff_does(cap
             "doraxp merge: error: an argument is left over: c; doraxp merge --help lists all",
         ),
         (
+            ["merge", "--base", "a", "--adapter", "b", "--out", "c"],
+            "doraxp merge: error: BASE has no name before it, got '--base': write doraxp merge "
+            "BASE ADAPTER --out OUT [options]",
+        ),
+        (
+            ["merge", "a", "b", "--out", "c", "--verif"],
+            "doraxp merge: error: an option must be one that doraxp merge --help lists, got "
+            "'--verif': the nearest is --verify",
+        ),
+        (
             ["vectors"],
             "doraxp vectors: error: the following arguments are required: --out: doraxp vectors "
             "--help describes them",
@@ -471,3 +481,10 @@ def test_the_page_on_the_command_line_is_that_of_the_parser():
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     assert script.PAGE.read_text("utf-8") == script.page(), "run python docs/command_line.py"
+
+
+def test_an_error_of_the_system_names_the_file_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["conform", "json", "--expected", "nofile"]) == 2
+    error = "doraxp conform: error: json: nofile: No such file or directory\n"
+    assert capsys.readouterr().err == error
