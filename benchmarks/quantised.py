@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import dated
 import ml_dtypes
 import numpy as np
 import safetensors
@@ -72,6 +73,7 @@ def main() -> int:
     parser.add_argument("--updates", action="store_true")
     parser.add_argument("--write", choices=CONFIGS)
     parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     arguments = parser.parse_args()
     folder, good = arguments.folder, []
     if arguments.write:
@@ -85,6 +87,7 @@ def main() -> int:
         for target in arguments.targets:
             good += measure(folder / name, name, target, arguments.jobs)
         shutil.rmtree(folder / name)
+    dated.write(arguments.json)
     return 0 if all(good) else 1
 
 

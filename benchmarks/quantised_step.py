@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import dated
 import numpy as np
 from device_figures import append
 
@@ -76,6 +77,9 @@ def show(xp: Any, dtype: str, rounds: int, folder: Path | None) -> bool:
             met = times.ratio <= GOAL
             line += f"   ≤ {GOAL}  {'ok' if met else 'MISSED'}"
         print(line, flush=True)
+        goal = GOAL if tokens == GOAL_TOKENS else None
+        case = f"{OUT}×{IN}, rank {RANK}, {tokens} token{'s' * (tokens > 1)}"
+        dated.note(f"step on 4 bits ÷ {dtype}", value=times.ratio, goal=goal, case=case)
         if folder is not None:
             case = {"out": OUT, "inner": IN, "rank": RANK, "dtype": dtype, "tokens": tokens}
             append(folder, "quantised", case=case, call="step", **times._asdict())

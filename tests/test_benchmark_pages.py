@@ -1,0 +1,123 @@
+"""docs/benchmarks: each page is the one that `benchmarks/pages.py` makes of the JSON beside it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "docs" / "benchmarks"
+BY_HAND = {"h200", "index"}
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import dated  # noqa: E402
+import page_bodies  # noqa: E402
+import pages  # noqa: E402
+
+sys.path.remove(str(ROOT / "benchmarks"))
+
+
+@pytest.mark.parametrize("name", pages.PAGES)
+def test_a_page_is_made_of_the_json_beside_it(name):
+    page = (FOLDER / f"{name}.md").read_text("utf-8")
+    assert page == pages.text_of(name), f"run python benchmarks/pages.py {name}"
+
+
+def test_every_page_has_a_script_and_a_line_in_the_list():
+    names = {path.stem for path in FOLDER.glob("*.md")}
+    assert names == set(pages.PAGES) | BY_HAND
+    index = (FOLDER / "index.md").read_text("utf-8")
+    for name in names - {"index"}:
+        assert f"[]({name}.md)" in index
+
+
+@pytest.mark.parametrize("name", pages.PAGES)
+def test_a_page_names_its_commands_and_their_scripts_are_there(name):
+    page = (FOLDER / f"{name}.md").read_text("utf-8")
+    for command in pages.PAGES[name].commands:
+        assert pages.shown(command) in page
+        for script in re.findall(r"\S+\.py\b", command):
+            assert (ROOT / script).is_file()
+
+
+def test_a_value_that_misses_its_goal_is_bold():
+    figures = [
+        {"what": "a", "case": "one", "value": 1.00006, "goal": 1},
+        {"what": "b", "case": "two", "value": [0.9, 1.0], "goal": 1},
+        {"what": "c", "case": "one", "value": 3.456, "goal": 4, "at_least": True},
+        {"what": "d", "case": "two", "value": None},
+    ]
+    lines = list(page_bodies.goals([{"run": {}, "figures": figures}]))
+    assert lines[2:] == [
+        "| one | a | ≤ 1 | **1.00006** |",
+        "|  | c | ≥ 4 | **3.46** |",
+        "| two | b | ≤ 1 | 0.9 to 1 |",
+        "|  | d |  | – |",
+    ]
+
+
+def test_a_run_is_measured_written_and_drawn(tmp_path, monkeypatch):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n"
+        "import dated\nfrom pathlib import Path\n"
+        "dated.note('a ratio', value=2.0, goal=1)\ndated.write(Path(sys.argv[1]))\nsys.exit(1)\n"
+    )
+    drawn = tmp_path / "drawn"
+    page = pages.Page(
+        "Title", "About.", (f"python {script} {{json}}",), page_bodies.goals, f"touch {drawn}"
+    )
+    monkeypatch.setattr(pages, "FOLDER", tmp_path)
+    monkeypatch.setattr(pages, "PAGES", {"made": page})
+    monkeypatch.setattr(sys, "argv", ["pages.py", "made", "--run"])
+    assert pages.main() == 0
+    (run,) = json.loads((tmp_path / "made.json").read_text())
+    assert run["figures"] == [{"what": "a ratio", "value": 2.0, "goal": 1}]
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d", run["run"]["date"])
+    assert "numpy" in run["versions"]
+    assert "**2**" in (tmp_path / "made.md").read_text()
+    assert drawn.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["cpus"], "NAME must be one of cpu, "), (["--run"], "--run needs a NAME")],
+)
+def test_a_wrong_call_of_the_pages_is_refused(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["pages.py", *arguments])
+    with pytest.raises(SystemExit) as error:
+        pages.main()
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_first_and_the_last_point_of_a_sweep_are_those_of_its_results():
+    def result(tokens, rank, size, seconds):
+        case = {"out": size, "inner": size, "tokens": tokens, "rank": rank}
+        return {
+            "case": case,
+            "library": "numpy",
+            "contestant": "exact",
+            "seconds_quartiles": [0, seconds, 0],
+        }
+
+    fit = {"library": "numpy", "contestant": "exact", "time": 1.0, "memory": None}
+    points = [(1, 4, 8, 1.0), (5, 4, 8, 2.0), (5, 1, 8, 3.0), (5, 4, 8, 4.0), (5, 4, 2, 5.0)]
+    run = {
+        "results": [result(*point) for point in points],
+        "exponents": {name: [fit] for name in ("tokens", "rank", "size")},
+    }
+    rows = list(page_bodies.rows_of_curves(run))
+    assert [row[0] for row in rows] == ["tokens, 1 to 5", "rank, 1 to 4", "size, 2 to 8"]
+    assert rows[0][2] == 1.0
+    text = "\n".join(page_bodies.curves([run]))
+    assert ":class: only-dark" in text
+
+
+def test_without_threadpoolctl_a_run_has_no_kernels(monkeypatch):
+    monkeypatch.setitem(sys.modules, "doraxp.bench", None)
+    assert "blas" not in dated.conditions()
