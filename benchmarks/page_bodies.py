@@ -13,31 +13,35 @@ SIZES = {"tokens": ("tokens",), "rank": ("rank",), "size": ("out", "inner")}
 
 
 def goals(runs: list[Run]) -> Iterator[str]:
-    """Yield a table of all figures: a row for each, by case, and a column for each run."""
-    labels = [run["run"].get("label") or run["run"].get("blas") or "measured" for run in runs]
-    rows: dict[tuple[str, str], dict[int, Run]] = {}
+    """Yield a table for each case: a row for each figure, and a column for each run."""
+    cases: dict[str, dict[str, dict[int, Run]]] = {}
     for number, run in enumerate(runs):
         for figure in run["figures"]:
-            key = figure.get("case", ""), figure["what"]
-            rows.setdefault(key, {})[number] = figure
-    cases = list(dict.fromkeys(case for case, _ in rows))
-    headings = ["", "goal", *labels] if cases == [""] else ["", "", "goal", *labels]
-    yield f"| {' | '.join(headings)} |"
-    yield "|---" * len(headings) + "|"
-    before = None
-    for (case, what), found in sorted(rows.items(), key=lambda row: cases.index(row[0][0])):
-        first = next(iter(found.values()))
-        cells = [case if case != before else "", what, goal_of(first)]
-        cells += [value_of(found[n]) if n in found else "–" for n in range(len(runs))]
-        yield f"| {' | '.join(cells[-len(headings) :])} |"
-        before = case
+            rows = cases.setdefault(figure.get("case", ""), {})
+            rows.setdefault(figure["what"], {})[number] = figure
+    for place, (case, rows) in enumerate(cases.items()):
+        yield from [""] * (place > 0)
+        yield from (f"## {case}", "") if case else ()
+        present = [n for n in range(len(runs)) if any(n in found for found in rows.values())]
+        headings = ["", "goal", *(label_of(runs[n]["run"]) for n in present)]
+        yield f"| {' | '.join(headings)} |"
+        yield "|---" * len(headings) + "|"
+        for what, found in rows.items():
+            values = (value_of(found[n]) if n in found else "–" for n in present)
+            cells = (what, goal_of(next(iter(found.values()))), *values)
+            yield f"| {' | '.join(cells)} |"
+
+
+def label_of(conditions: Run) -> str:
+    """Return the heading of a run's column."""
+    return conditions.get("label") or conditions.get("blas") or "measured"
 
 
 def goal_of(figure: Run) -> str:
-    """Return "≥ 4", "≤ 1.08" or nothing."""
+    """Return "≥ 4", "≤ 1.08" or nothing, with a space at which no line breaks."""
     if figure.get("goal") is None:
         return ""
-    return f"{'≥' if figure.get('at_least') else '≤'} {figure['goal']:g}"
+    return f"{'≥' if figure.get('at_least') else '≤'}\N{NO-BREAK SPACE}{figure['goal']:g}"
 
 
 def value_of(figure: Run) -> str:
