@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -111,10 +112,12 @@ def text_of(name: str) -> str:
 def conditions_of(name: str, runs: list[Run]) -> Iterator[str]:
     """Yield a line for each machine and date."""
     made = [run["run"] for run in runs]
-    yield from dict.fromkeys(
+    lines = (
         f"- {one['date']}: {one['processor']}, {one['cores']} cores{details(run)}"
         for one, run in zip(made, runs, strict=True)
     )
+    for line in dict.fromkeys(lines):
+        yield from textwrap.wrap(line, 110, subsequent_indent="  ", break_long_words=False)
     if any(one.get("transcribed") for one in made):
         yield from ("", TRANSCRIBED.format(name=name))
 
@@ -124,7 +127,7 @@ def details(run: Run) -> str:
     parts = [f"OpenBLAS's kernels for {run['run']['blas']}"] if run["run"].get("blas") else []
     parts += [f"{key} {value}" for key, value in run.get("versions", {}).items()]
     text = "; " + ", ".join(parts) if parts else ""
-    return text + (f". {run['run']['note']}" if run["run"].get("note") else "")
+    return text + (f". {run['run']['note']}." if run["run"].get("note") else "")
 
 
 CPU = """A layer of 4096×4096, rank 16 in float32, unless the row names another. A value in
