@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import sys
@@ -130,3 +131,50 @@ def test_the_first_and_the_last_point_of_a_sweep_are_those_of_its_results():
 def test_without_threadpoolctl_a_run_has_no_kernels(monkeypatch):
     monkeypatch.setitem(sys.modules, "doraxp.bench", None)
     assert "blas" not in dated.conditions()
+
+
+@pytest.fixture
+def curves_script(monkeypatch, tmp_path):
+    """Return docs/figures/curves.py as a module whose docs are in `tmp_path`."""
+    pytest.importorskip("matplotlib")
+    spec = importlib.util.spec_from_file_location(
+        "curves_figure", ROOT / "docs" / "figures" / "curves.py"
+    )
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    for folder in ("benchmarks", "images"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr(script, "DOCS", tmp_path)
+    return script
+
+
+def test_the_curves_are_drawn_again_from_their_json(curves_script, tmp_path):
+    from doraxp.bench import Measured, collect, report
+    from doraxp.bench._curves import workloads
+
+    base = curves_script.BASE
+    different = dict.fromkeys(workload for _, workload in workloads(base))
+    results = [
+        Measured(one, "step", name, "numpy", kind, [1e-6 * one.tokens, 2e-6 * one.tokens], 4096)
+        for one in different
+        for name, kind in (("bare products", "bare"), ("exact", "exact"), ("detached", "detached"))
+    ]
+    found = report(results, ["numpy"], {}, collect(base, results))
+    path = tmp_path / "benchmarks" / "curves.json"
+    path.write_text(json.dumps([{"command": "c", "run": {}, **found}]))
+    assert curves_script.main() == 0
+    for name in ("curves", "curves-dark"):
+        assert (tmp_path / "images" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    rows = list(page_bodies.rows_of_curves(json.loads(path.read_text())[0]))
+    assert [row[:2] for row in rows[::3]] == [
+        ["tokens, 1 to 4096", "bare products"],
+        ["rank, 1 to 256", "bare products"],
+        ["size, 512 to 8192", "bare products"],
+    ]
+    assert rows[0][4] == pytest.approx(1)
+
+
+def test_curves_without_single_points_are_not_drawn(curves_script, tmp_path, capsys):
+    (tmp_path / "benchmarks" / "curves.json").write_text('[{"rows": []}]')
+    assert curves_script.main() == 1
+    assert "python benchmarks/pages.py curves --run" in capsys.readouterr().out
