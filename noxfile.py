@@ -9,8 +9,10 @@ from __future__ import annotations
 import ctypes
 import os
 import pathlib
+import re
 import shutil
 import subprocess
+import zipfile
 
 import nox
 
@@ -39,6 +41,7 @@ PEFT = (
     "test_doctor_cli",
     "test_merge_real",
     "test_optimizers_peft",
+    "test_readme",
     "test_targets",
     "test_torch_operators",
     "test_torch_peft",
@@ -274,6 +277,41 @@ def bench_check(session: nox.Session) -> None:
     install(session, "peft")
     session.run("python", "benchmarks/check.py")
     session.run("python", "benchmarks/checkpoint.py", session.create_tmp())
+
+
+@nox.session(tags=["ci"])
+def dist(session: nox.Session) -> None:
+    """Build the wheel and the source archive, check both, and use both as a user would."""
+    session.install(*nox.project.dependency_groups(PROJECT, "dist"))
+    folder = pathlib.Path(session.create_tmp()).absolute()
+    shutil.rmtree(folder, ignore_errors=True)
+    session.run("python", "-m", "build", f"--outdir={folder}")
+    (wheel,), (archive,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
+    session.run("twine", "check", "--strict", str(wheel), str(archive))
+    session.run("check-wheel-contents", str(wheel))
+    check_description(session, wheel)
+    # The wheel alone, with what it needs and nothing else.
+    python = str(folder / "fresh" / "bin" / "python")
+    session.run("python", "-m", "venv", str(folder / "fresh"))
+    with session.chdir(folder):  # not the root, from where the source tree could be imported
+        for command in (f"pip install --quiet {wheel}", "pip check", "doraxp verify --help"):
+            session.run(python, "-m", *command.split(), external=True)
+        session.run(python, "-c", "import doraxp; print(doraxp.__version__)", external=True)
+    # The source archive, with its own tests.
+    shutil.unpack_archive(archive, folder)
+    with session.chdir(folder / archive.name.removesuffix(".tar.gz")):
+        install(session, "test")
+        pytest(session, "--backend=numpy", "tests/test_linear.py", "tests/test_extras.py")
+
+
+def check_description(session: nox.Session, wheel: pathlib.Path) -> None:
+    """Fail if the description has links or commands that do not work on an index of packages."""
+    with zipfile.ZipFile(wheel) as files:
+        (name,) = (name for name in files.namelist() if name.endswith(".dist-info/METADATA"))
+        text = files.read(name).decode()
+    relative = re.findall(r"\]\((?:docs/|\w+\.md)[^)]*\)", text)
+    if relative or "'.[" in text or "install 'doraxp[demo]'" not in text:
+        session.error(f"the description must have absolute links and installs by name: {text}")
 
 
 @nox.session

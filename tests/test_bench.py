@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 
 import doraxp
+from doraxp._base.extras import install_hint
 from doraxp._terminal.runtimes import runtime
 from doraxp.backends import Status
 from doraxp.bench import (
@@ -526,7 +527,7 @@ def test_curves_need_a_shape_for_all_of_their_ranks(capsys):
 def test_without_the_extra_it_says_how_to_get_it(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["bench"]) == 2
-    assert "pip install 'doraxp[bench]'" in capsys.readouterr().err
+    assert install_hint("bench") in capsys.readouterr().err
 
 
 # benchmarks/peft_table.py

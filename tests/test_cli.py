@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 import doraxp
+from doraxp._base.extras import install_hint
 from doraxp._terminal.runtimes import runtime
 from doraxp.cli import _cluster, main
 from doraxp.demo import BaseRun, Results, Run, Settings, print_results
@@ -91,9 +92,10 @@ def test_the_version_is_the_packages(capsys):
 
 
 COMMANDS = (
-    "demo", "bench", "verify", "conform", "vectors", "merge", "audit", "convert", "inspect",
-    "doctor", "extract",
+    "demo", "doctor", "inspect", "merge", "audit", "convert", "extract", "verify", "conform",
+    "vectors", "bench", "completion",
 )  # fmt: skip
+"""In the order in which a user meets them."""
 
 
 def modules_after(code):
@@ -120,23 +122,82 @@ def test_a_command_starts_without_the_modules_of_the_others():
     assert not loaded & {"doraxp.bench", "doraxp.demo", "doraxp.testing"}
 
 
-def test_the_help_lists_all_commands(capsys):
+def listed(text):
+    """Return the commands that a help lists, and the texts beside them."""
+    return dict(re.findall(r"^  (\w+) {2,}(\w.*)$", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["help"]])
+def test_the_help_lists_all_commands_by_purpose_in_one_line_each(capsys, words):
     with pytest.raises(SystemExit, match="0"):
+        main(words)
+    text = capsys.readouterr().out
+    assert tuple(listed(text)) == COMMANDS
+    assert all(summary.endswith(".") for summary in listed(text).values()), "each fits 80 columns"
+    purposes = re.findall(r"^(\w[\w ]*):$", text, re.MULTILINE)
+    assert purposes == [
+        "see it work", "adapters and models on disk", "tests and measurements", "the shell",
+        "options",
+    ]  # fmt: skip
+
+
+def test_a_call_without_a_command_prints_the_help_with_status_2_as_ruff_does(capsys):
+    """Such a call does nothing, so a script must not take it for success. git has status 1."""
+    assert main([]) == 2
+    out, help_text = capsys.readouterr()
+    with pytest.raises(SystemExit):
         main(["--help"])
-    listed = re.findall(r"^    (\w+) +\w", capsys.readouterr().out, re.MULTILINE)
-    assert tuple(listed) == COMMANDS
+    assert (out, help_text) == ("", capsys.readouterr().out)
 
 
-def test_a_call_without_a_command_asks_for_one(capsys):
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (
+            ["merg", "a", "b"],
+            "doraxp: error: COMMAND must be one that doraxp --help lists, got 'merg': the nearest "
+            "is merge",
+        ),
+        (["xyz"], "doraxp: error: COMMAND must be one that doraxp --help lists, got 'xyz'"),
+        (
+            ["merge", "a", "b", "--out", "c", "--jbos=3"],
+            "doraxp merge: error: an option must be one that doraxp merge --help lists, got "
+            "'--jbos=3': the nearest is --jobs",
+        ),
+        (
+            ["merge", "a", "b", "c", "--out", "d"],
+            "doraxp merge: error: an argument is left over: c; doraxp merge --help lists all",
+        ),
+        (
+            ["vectors"],
+            "doraxp vectors: error: the following arguments are required: --out: doraxp vectors "
+            "--help describes them",
+        ),
+        (
+            ["--nothing"],
+            "doraxp: error: the following arguments are required: COMMAND: doraxp "
+            "--help describes them",
+        ),
+    ],
+)
+def test_a_word_that_does_not_fit_is_refused_with_the_nearest(capsys, words, error):
     with pytest.raises(SystemExit, match="2"):
-        main([])
-    assert "the following arguments are required: COMMAND" in capsys.readouterr().err
+        main(words)
+    assert capsys.readouterr().err == f"{error}\n"
 
 
-def test_a_command_that_is_misspelt_is_refused_with_the_list(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["merg", "a", "b"])
-    assert re.search("invalid choice: 'merg' .*demo.*bench.*inspect", capsys.readouterr().err)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_has_its_arguments_in_one_line_and_an_example(capsys, name):
+    texts = []
+    for words in ([name, "--help"], ["help", name]):
+        with pytest.raises(SystemExit, match="0"):
+            main(words)
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    usage, blank = texts[0].splitlines()[:2]
+    assert usage.startswith(f"usage: doraxp {name} ")
+    assert blank == ""
+    assert f"\nexample: doraxp {name}" in texts[0]
 
 
 def test_python_m_doraxp_is_the_command(monkeypatch, capsys):
@@ -189,10 +250,11 @@ def test_a_full_disk_and_an_interrupt_end_without_a_traceback(monkeypatch, capsy
 
     monkeypatch.setattr("doraxp.cli.demo.run", fail)
     assert main(["demo"]) == 2
-    expected = "doraxp: error: [Errno 28] No space left on device: 'out.json'\n"
+    expected = "doraxp demo: error: out.json: No space left on device\n"
     assert capsys.readouterr().err == expected
     monkeypatch.setattr("doraxp.cli.demo.run", interrupt)
     assert main(["demo"]) == 130
+    assert capsys.readouterr().err == "doraxp demo: interrupted\n"
 
 
 @pytest.mark.parametrize(
@@ -237,7 +299,7 @@ def test_a_file_that_cannot_be_written(capsys, monkeypatch, tmp_path):
 def test_without_the_extra_it_says_how_to_get_it(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["demo"]) == 2
-    assert "pip install 'doraxp[demo]'" in capsys.readouterr().err
+    assert install_hint("demo") in capsys.readouterr().err
 
 
 def test_good_arguments_reach_the_run(monkeypatch):

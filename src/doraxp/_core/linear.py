@@ -100,7 +100,8 @@ def forward(
         does not depend on the mask, and the mask has no gradient.
     reduce : callable, optional
         Returns the sum of an array over the ranks, if the input axis of x, W and A is split among
-        ranks; see the docs page "Many processes". `prepared`, `previous` and the cache remember it.
+        ranks; see the docs page "Distributed training". `prepared`, `previous` and the cache
+        remember it.
     kind : LayerKind, optional
         How the weight is stored, as in `doraxp.prepare`. None means `operator.kind`.
     operator : Operator, optional

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from doraxp._base.extras import require
 from doraxp._terminal.palette import DARK, GREY, LIGHT, METHODS, Style, method_of
 from doraxp._terminal.pictures import draw_grid, new_picture, save
 from doraxp.bench._curves import SWEEPS, Curve, held_bytes, operations
@@ -18,6 +19,7 @@ _MARKERS = "osD^v"
 
 def save_ratios(results: list[Measured], path: Path, *, dark: bool = False) -> None:
     """Save, as PNG, each contestant's time ÷ its library's bare one, a panel for each workload."""
+    require("bench", "matplotlib", of="the picture of the ratios")
     panels: dict[str, list[tuple[str, Style, tuple[float, float, float]]]] = {}
     for (workload, task), group in by_task(results):
         for one in group:
@@ -45,6 +47,7 @@ def save_ratios(results: list[Measured], path: Path, *, dark: bool = False) -> N
 
 def save_curves(curves: Mapping[str, Curve], path: Path, *, dark: bool = False) -> None:
     """Save, as PNG, time and memory of a step over tokens, rank and size, beside the model."""
+    require("bench", "matplotlib", of="the picture of the curves")
     picture = new_picture(13, 7.5)
     grid = picture.subplots(2, len(curves), squeeze=False)
     libraries = list(dict.fromkeys(library for curve in curves.values() for library, _ in curve))

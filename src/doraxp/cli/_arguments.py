@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import os
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 import doraxp
+from doraxp._base.extras import absent, lack
 from doraxp._terminal.messages import print_error
 from doraxp._terminal.runtimes import BACKENDS
 
@@ -290,7 +290,7 @@ def add_jobs(parser: argparse.ArgumentParser, pieces: str) -> None:
         type=integer(1),
         default=min(4, os.cpu_count() or 1),
         metavar="N",
-        help=f"number of {pieces} at a time (default: %(default)s)",
+        help=f"number of {pieces} at a time (default: that of the cores, at most 4)",
     )
 
 
@@ -299,10 +299,7 @@ def lacks(command: str, *modules: str, extra: str | None = None) -> bool:
 
     The extra that installs the modules has the name of the command, unless `extra` is given.
     """
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    missing = absent(modules)
     if missing:
-        print_error(
-            f"doraxp {command}",
-            f"{' and '.join(missing)} not installed: pip install 'doraxp[{extra or command}]'",
-        )
+        print_error(f"doraxp {command}", lack(extra or command, missing))
     return bool(missing)

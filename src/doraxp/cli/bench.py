@@ -19,10 +19,13 @@ from doraxp.cli._arguments import backend, integer, lacks, output
 if TYPE_CHECKING:
     from rich.console import Console
 
-SUMMARY = (
-    "Measure time and memory of doraxp beside the bare products, and beside PEFT where it is "
-    "installed: all in one process, checked for the same answers, ratios first."
+SUMMARY = "Measure time and memory, beside bare products and beside PEFT."
+DETAILS = (
+    "All run in one process, and are checked for the same answers. Ratios come first. PEFT takes "
+    "part where it is installed."
 )
+EXAMPLE = "doraxp bench --backend numpy --shapes 256x256 --tokens 32 --rank 4"
+STATUS_1 = None
 CUPY, TORCH = "cupy", "torch"
 DEFAULTS: dict[str, list[Any]] = {
     "shapes": [(4096, 4096)],

@@ -1,4 +1,4 @@
-"""`doraxp conform`: test another implementation of DoRA, and name what is wrong with it."""
+"""`doraxp conform`: test another implementation of DoRA, and name its mistakes."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from doraxp.testing import (
     read_expected_failures,
 )
 
-SUMMARY = (
-    "Run the catalogue of doraxp.testing on another implementation of DoRA, and name what is wrong "
-    "with it. Exit status 1 if a number is wrong, or if a failure that was expected passes."
-)
+SUMMARY = "Test another implementation of DoRA, and name its mistakes."
+DETAILS = "The implementation runs the catalogue of doraxp.testing."
+EXAMPLE = "doraxp conform mine --json conform.json"
+STATUS_1 = "a number is wrong, or a failure that was expected passes"
 
 
 FILES = "merge_files"

@@ -24,10 +24,13 @@ from doraxp.demo import (
 )
 
 RANK_LIMITS = {name: plan.rank_limit for name, plan in PLANS.items()}
-SUMMARY = (
-    "Train a small network on 1,797 real handwritten digits, freeze it, adapt it to digits turned "
-    "by 90° with LoRA, DoRA and full fine-tuning, merge, and compare."
+SUMMARY = "Train LoRA and DoRA on real digits, and compare them."
+DETAILS = (
+    "A small network learns 1,797 handwritten digits and is frozen. LoRA, DoRA and full "
+    "fine-tuning adapt it to digits turned by 90°. Then LoRA and DoRA are merged into it."
 )
+EXAMPLE = "doraxp demo --steps 200"
+STATUS_1 = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from doraxp._base.words import counted
 from doraxp._terminal.figures import write_json
 from doraxp._terminal.messages import output_that_may_fail, print_error
 from doraxp._terminal.progress import progress_by_bytes
@@ -29,11 +30,13 @@ from doraxp.cli._closeness import figures_of, print_closeness, warn_of_left_out
 if TYPE_CHECKING:
     from doraxp.checkpoint import Extraction
 
-SUMMARY = (
-    "Extract a DoRA adapter from a full fine-tune: the adapter of BASE whose merged weights are "
-    "near those of TUNED, nearer than those of SVD LoRA at the same rank. With --adapter, the sum "
-    "of adapters becomes one."
+SUMMARY = "Make a DoRA adapter of a full fine-tune, or of a sum."
+DETAILS = (
+    "The merged weights of the adapter are near those of TUNED, nearer than those of SVD LoRA at "
+    "the same rank. With --adapter, the sum of adapters becomes one."
 )
+EXAMPLE = "doraxp extract base merged --rank 4 --out extracted"
+STATUS_1 = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,8 +92,8 @@ def run(arguments: argparse.Namespace) -> int:
         target = "the sum" if arguments.adapters else "TUNED"
         with output_that_may_fail("doraxp extract"):
             print_closeness(modules, target, every=arguments.all)
-            equal = f", {len(found.equal)} equal ones left out" if found.equal else ""
-            summary = f"{arguments.out}: an adapter of {len(modules)} modules{equal}"
+            equal = f", {counted(len(found.equal), 'equal one')} left out" if found.equal else ""
+            summary = f"{arguments.out}: an adapter of {counted(len(modules), 'module')}{equal}"
             print_names(summary, plain_console())
         warn_of_left_out("extract", found.left_out, target, "DIR")
         if arguments.json is not None:

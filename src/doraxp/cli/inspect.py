@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from doraxp._base.words import counted
 from doraxp._terminal.adapter_picture import save_adapter_picture
 from doraxp._terminal.figures import write_json
 from doraxp._terminal.messages import print_error
@@ -19,11 +20,13 @@ from doraxp.cli._arguments import CHECKPOINT, add_choice, add_rename, is_in_inpu
 if TYPE_CHECKING:
     from doraxp.checkpoint import AdapterSet, Against, Fit
 
-SUMMARY = (
-    "List the modules of an adapter (DoRA, LoRA, LoHa, LoKr) with rank, scale, size and effective "
-    "rank of the update. With --base, show how far magnitudes and directions move, and how near "
-    "rows are to cancelling."
+SUMMARY = "List the modules of an adapter, with rank and size."
+DETAILS = (
+    "The adapter may be DoRA, LoRA, LoHa or LoKr. With --base, show how far magnitudes and "
+    "directions move, and how near rows are to cancelling."
 )
+EXAMPLE = "doraxp inspect adapter --base base"
+STATUS_1 = None
 
 
 _FACTORS = (
@@ -99,9 +102,8 @@ def run(arguments: argparse.Namespace) -> int:
     columns, caption = (_WITH_BASE, _CAPTION_WITH_BASE) if has_base else (_FACTORS, _CAPTION)
     print_modules("module", report["modules"], columns, console, every=arguments.all)
     print_caption(caption, console)
-    print_names(
-        f"{report['format']} adapter: {len(adapters)} modules, {report['bytes']:,} bytes", console
-    )
+    size = f"{counted(len(adapters), 'module')}, {counted(report['bytes'], 'byte')}"
+    print_names(f"{report['format']} adapter: {size}", console)
     if arguments.json:
         write_json(arguments.json, report)
     if arguments.plot:

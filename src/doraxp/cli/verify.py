@@ -15,10 +15,13 @@ from doraxp._terminal.tables import new_console, print_names
 from doraxp.cli._arguments import lacks, output
 from doraxp.testing import VERSION, Comparison, check_usable, compare_backends
 
-SUMMARY = (
-    "Run the catalogue of doraxp.testing on array libraries, and compare every number with its "
-    "float64 reference, within the bound that rounding allows. Exit status 1 if one is outside."
+SUMMARY = "Compare the array libraries here with a float64 reference."
+DETAILS = (
+    "The catalogue of doraxp.testing runs on each library, and every number must be within the "
+    "bound that rounding allows."
 )
+EXAMPLE = "doraxp verify --backend numpy"
+STATUS_1 = "a number is outside its bound"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from doraxp._base.extras import require
 from doraxp._terminal.palette import DARK, GREY, LIGHT, METHODS
 from doraxp._terminal.pictures import draw_grid, new_picture, save
 from doraxp.demo._results import Results
@@ -17,6 +18,7 @@ from doraxp.demo._results import Results
 
 def save_picture(results: Results, path: Path, *, dark: bool = False) -> None:
     """Save both panels as PNG, for a light or a dark page."""
+    require("demo", "matplotlib", of="the picture of the demo")
     settings, theme = results.settings, DARK if dark else LIGHT
     picture = new_picture(9.5, 4.6)
     picture.suptitle(

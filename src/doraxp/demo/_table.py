@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from doraxp._base.extras import require
 from doraxp._terminal.tables import new_table
 from doraxp.demo._results import Results, Spread, spread
 
@@ -21,6 +22,7 @@ HEADINGS = (
 
 def print_results(results: Results, console: Console) -> None:
     """Print a row for each method, and which adapter came first."""
+    require("demo", "rich", of="the table of the demo")
     settings = results.settings
     upright = spread(run.upright_accuracy for run in results.base)
     turned = spread(run.turned_accuracy for run in results.base)

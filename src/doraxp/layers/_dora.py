@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from doraxp._base.scalars import check_flag
 from doraxp._base.types import Array, Config
+from doraxp._base.words import counted
 from doraxp._core.adapter import InitMethod, init, merge
 from doraxp._core.decomposition import MagnitudeDirectionChange, magnitude_direction_change
 from doraxp._core.kinds import LayerKind
@@ -193,7 +194,7 @@ class DoRALayer(TrainedArrays):
         return (
             f"<DoRALayer {name}{self.kind.name} {self.stored_shape}{bias}{operator}, "
             f"rank {self.config.rank}, scaling {self.config.scaling:g}, dropout {self.dropout:g}, "
-            f"{self.parameter_count} trained parameters>"
+            f"{counted(self.parameter_count, 'trained parameter')}>"
         )
 
     def train(self) -> None:
