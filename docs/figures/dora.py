@@ -153,7 +153,7 @@ def drawn(theme: Theme) -> str:
         f"<style>text {{ font: 15px sans-serif; fill: {theme.ink} }}"
         " text.title { font-weight: bold; font-size: 16px }"
         " text.name { font-style: italic } path { fill: none }</style>",
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="{theme.paper}"/>',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" rx="8" fill="{theme.paper}"/>',
     ]
     for panel, content in zip(PANELS, (before, added, stretched), strict=True):
         middle = panel.x + 94
