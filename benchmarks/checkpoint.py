@@ -29,6 +29,8 @@ from doraxp.checkpoint import AdaptedLayer, UpdatedLayer, load_adapters, save_ad
 
 ROUNDS, KILLS = 3, 50
 MIB = 1 << 20
+DENSE = "Dense models"
+"""The case of the figures here, on the page of merges."""
 MERGE = [sys.executable, "-m", "doraxp", "merge"]
 IMPORTS = "import doraxp.checkpoint, rich.progress; print(open('/proc/self/status').read())"
 PEFT = """
@@ -62,10 +64,12 @@ def main() -> int:
     return 0 if all(good) else 1
 
 
-def met(figure: str, value: float, bound: float, *, at_least: bool = False) -> bool:
+def met(
+    figure: str, value: float, bound: float, *, at_least: bool = False, case: str = DENSE
+) -> bool:
     """Print a line about one goal; return True if it is met."""
     good = value >= bound if at_least else value <= bound
-    dated.note(figure, value=value, goal=bound, at_least=at_least)
+    dated.note(figure, value=value, goal=bound, at_least=at_least, case=case)
     sign, verdict = "≥" if at_least else "≤", "ok" if good else "MISSED"
     print(f"{figure:60} {value:9.6g}  goal {sign} {bound:<6g} {verdict}", flush=True)
     return good
@@ -90,14 +94,16 @@ def speed(model: Path) -> Iterator[bool]:
             shutil.rmtree(model / "out")
     for name, seconds in times.items():
         print(f"{name:12} seconds: {', '.join(f'{one:.1f}' for one in seconds)}")
-        dated.note(f"{name}: seconds", value=statistics.median(seconds), seconds=seconds)
+        dated.note(
+            f"{name}: seconds", value=statistics.median(seconds), seconds=seconds, case=DENSE
+        )
     copy, ours, plain, both, theirs = map(statistics.median, times.values())
     size = sum(file.stat().st_size for file in (model / "base").iterdir())
     print(f"bytes per second: {size / ours / 1e9:.2f} GB")
     yield met("time ÷ cp -r", ours / copy, 3)
     yield met("plain LoRA: time ÷ cp -r", plain / copy, 3)
     print(f"{'a sum of both adapters: time ÷ cp -r':60} {both / copy:9.6g}")
-    dated.note("a sum of both adapters: time ÷ cp -r", value=both / copy)
+    dated.note("a sum of both adapters: time ÷ cp -r", value=both / copy, case=DENSE)
     yield met(
         "time of PEFT (load, merge, save; no imports) ÷ ours", theirs / ours, 3, at_least=True
     )
@@ -215,7 +221,7 @@ def kills(model: Path) -> Iterator[bool]:
             wrong += digests(model / "out") != right
             shutil.rmtree(model / "out")
     print(f"killed {KILLS} times: {complete} left a complete OUT, {KILLS - complete} no OUT")
-    dated.note(f"killed {KILLS} times: left a complete OUT", value=complete)
+    dated.note(f"killed {KILLS} times: left a complete OUT", value=complete, case=DENSE)
     yield met("OUT that is wrong or incomplete", wrong, 0)
 
 

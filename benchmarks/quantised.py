@@ -37,6 +37,8 @@ from doraxp.checkpoint import Change, Options, open_model, plan_merge, run_merge
 ROUNDS, BLOCK = 3, 128
 RANK, SHARD = 16, 1 << 30
 UPDATES, NAME, SIDE = (1e-1, 1e-2, 1e-3, 1e-4), "model.layers.0.q_proj", 1024
+QUANTISED = "Quantised models"
+"""The case of the figures here, on the page of merges."""
 CONFIGS = {
     "fp8": {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "fmt": "e4m3"},
     "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -154,11 +156,12 @@ def measure(folder: Path, name: str, target: str, jobs: int) -> Iterator[bool]:
         print(f"{name} {target} {way}: {', '.join(f'{one:.1f}' for one in seconds)} s")
     ours, copy_time = (statistics.median(times[way]) for way in ("merge", "cp"))
     if target == "bf16":
-        yield met(f"{name}, --targets bf16: time ÷ cp of OUT", ours / copy_time, 4)
+        yield met(f"{name}, --targets bf16: time ÷ cp of OUT", ours / copy_time, 4, case=QUANTISED)
     else:
         print(f"{name}, --targets {target}: time ÷ cp of OUT {ours / copy_time:.2f}")
     beyond = (peak - resident(status.stdout)) / MIB
-    yield met(f"{name}, --targets {target}: memory beyond the imports, MiB", beyond, 100)
+    what = f"{name}, --targets {target}: memory beyond the imports, MiB"
+    yield met(what, beyond, 100, case=QUANTISED)
 
 
 def write(folder: Path, name: str, gigabytes: float, width: int) -> None:
