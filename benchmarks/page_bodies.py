@@ -32,6 +32,33 @@ def goals(runs: list[Run]) -> Iterator[str]:
             yield f"| {' | '.join(cells)} |"
 
 
+def wide(runs: list[Run]) -> Iterator[str]:
+    """Yield a table with a row for each case and a column for each kind of figure.
+
+    Cases with other kinds of figures go into a table of their own.
+    """
+    cases: dict[str, dict[str, Run]] = {}
+    for run in runs:
+        for figure in run["figures"]:
+            cases.setdefault(figure["case"], {})[figure["what"]] = figure
+    tables: dict[tuple[str, ...], list[str]] = {}
+    for case, row in cases.items():
+        tables.setdefault(tuple(row), []).append(case)
+    for number, (columns, members) in enumerate(tables.items()):
+        yield from [""] * (number > 0)
+        yield f"| | {' | '.join(columns)} |"
+        yield "|---" * (len(columns) + 1) + "|"
+        for case in members:
+            cells = (with_goal(cases[case][name]) for name in columns)
+            yield f"| {case} | {' | '.join(cells)} |"
+
+
+def with_goal(figure: Run) -> str:
+    """Return a value with four digits, and its goal if it has one."""
+    goal = goal_of(figure)
+    return value_of(figure, digits=4) + (f" ({goal})" if goal else "")
+
+
 def label_of(conditions: Run) -> str:
     """Return the heading of a run's column."""
     return conditions.get("label") or conditions.get("blas") or "measured"
@@ -44,15 +71,15 @@ def goal_of(figure: Run) -> str:
     return f"{'≥' if figure.get('at_least') else '≤'}\N{NO-BREAK SPACE}{figure['goal']:g}"
 
 
-def value_of(figure: Run) -> str:
-    """Return a value with three digits, or its range; bold where it misses its goal."""
+def value_of(figure: Run, *, digits: int = 3) -> str:
+    """Return a value, or its range; bold where it misses its goal."""
     value, goal = figure["value"], figure.get("goal")
     if value is None or isinstance(value, str):
         return value or "–"
     values = value if isinstance(value, list) else [value]
-    # 1.00006 misses a goal of 1, and must not read as 1.
-    digits = 6 if goal is not None and any(f"{v:.3g}" == f"{goal:g}" for v in values) else 3
-    text = " to ".join(f"{v:.{digits}g}" for v in values)
+    if goal is not None and any(f"{v:.{digits}g}" == f"{goal:g}" for v in values):
+        digits = 6  # 1.00006 misses a goal of 1, and must not read as 1
+    text = " to ".join(f"{v:,}" if isinstance(v, int) else f"{v:.{digits}g}" for v in values)
     worst = min(values) if figure.get("at_least") else max(values)
     missed = goal is not None and (worst < goal if figure.get("at_least") else worst > goal)
     return f"**{text}**" if missed else text

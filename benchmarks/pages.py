@@ -113,13 +113,18 @@ def conditions_of(name: str, runs: list[Run]) -> Iterator[str]:
     """Yield a line for each machine and date."""
     made = [run["run"] for run in runs]
     lines = (
-        f"- {one['date']}: {one['processor']}, {one['cores']} cores{details(run)}"
+        f"- {one['date']}: {machine(one)}{details(run)}"
         for one, run in zip(made, runs, strict=True)
     )
     for line in dict.fromkeys(lines):
         yield from textwrap.wrap(line, 110, subsequent_indent="  ", break_long_words=False)
     if any(one.get("transcribed") for one in made):
         yield from ("", TRANSCRIBED.format(name=name))
+
+
+def machine(made: Run) -> str:
+    """Return the processor and its cores, as far as known."""
+    return made["processor"] + (f", {made['cores']} cores" if made.get("cores") else "")
 
 
 def details(run: Run) -> str:
@@ -143,9 +148,21 @@ convolution of 64 to 64 channels, 3×3, with x of 16×64×32×32, and an embeddi
 30,000×384 with 512 ids. {doc}`/howto/backends/peft` says how a layer is accelerated."""
 LAYERS = """One layer of rank 16, beside PEFT's own layer in the same process. Below 1 doraxp is
 faster, or needs less memory. {doc}`/howto/backends/peft` reads the tables."""
+AUDIT = """Faults are planted in small models, and right merges by doraxp and PEFT are audited too.
+Time and memory are those of a bfloat16 model. {doc}`/howto/audit` has the rules."""
+EXTRACT = """Adapters of a full fine-tune of all-MiniLM-L6-v2. Errors are medians over its matrices,
+as parts of ‖W* − W‖. The accuracy is that on 500 unseen pairs. {doc}`/howto/extract` says how."""
+QDORA = """The step of a 4-bit weight, 4096×4096, beside that of the float32 array of its rows, in
+turns, on NumPy. {doc}`/howto/qdora` says how."""
 BENCH = "python -m doraxp bench"
 SWEEP = f"{BENCH} --backend torch --tasks step evaluation"
 PAGES = {
+    "audit": Page(
+        "Auditing a merge",
+        AUDIT,
+        ("python benchmarks/audit.py {folder} --gigabytes 0.5 --json {json}",),
+        bodies.goals,
+    ),
     "cpu": Page(
         "NumPy and PEFT on a CPU, beside the goals",
         CPU,
@@ -170,6 +187,12 @@ PAGES = {
             "python docs/figures/demo.py --network convolutional --json {json}",
         ),
         bodies.demo,
+    ),
+    "extract": Page(
+        "Extracting adapters",
+        EXTRACT,
+        ("python benchmarks/extract.py --json {json}",),
+        bodies.wide,
     ),
     "merge": Page(
         "Merging a checkpoint",
@@ -200,6 +223,15 @@ PAGES = {
             "python benchmarks/models.py --json {json}",
         ),
         bodies.layers,
+    ),
+    "qdora": Page(
+        "A step on a 4-bit weight",
+        QDORA,
+        (
+            "OMP_NUM_THREADS=2 OPENBLAS_NUM_THREADS=2 python benchmarks/quantised_step.py "
+            "--json {json}",
+        ),
+        bodies.wide,
     ),
 }
 

@@ -70,6 +70,27 @@ def test_a_value_that_misses_its_goal_is_bold():
     ]
 
 
+def test_a_wide_table_has_a_column_for_each_kind_of_figure():
+    figures = [
+        {"what": "ratio", "case": "1 token", "value": 2.70451},
+        {"what": "MiB", "case": "1 token", "value": 1910},
+        {"what": "ratio", "case": "512 tokens", "value": 1.2, "goal": 1.3},
+        {"what": "MiB", "case": "512 tokens", "value": 58.4},
+        {"what": "error", "case": "noise", "value": [0.9956, 0.9998]},
+    ]
+    lines = list(page_bodies.wide([{"run": {}, "figures": figures}]))
+    assert [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines] == [
+        "| | ratio | MiB |",
+        "|---|---|---|",
+        "| 1 token | 2.705 | 1,910 |",
+        "| 512 tokens | 1.2 (≤ 1.3) | 58.4 |",
+        "",
+        "| | error |",
+        "|---|---|",
+        "| noise | 0.9956 to 0.9998 |",
+    ]
+
+
 def test_a_run_is_measured_written_and_drawn(tmp_path, monkeypatch):
     script = tmp_path / "script.py"
     script.write_text(
@@ -95,7 +116,7 @@ def test_a_run_is_measured_written_and_drawn(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["cpus"], "NAME must be one of cpu, "), (["--run"], "--run needs a NAME")],
+    [(["cpus"], "NAME must be one of audit, cpu, "), (["--run"], "--run needs a NAME")],
 )
 def test_a_wrong_call_of_the_pages_is_refused(monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(sys, "argv", ["pages.py", *arguments])
