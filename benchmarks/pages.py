@@ -85,7 +85,8 @@ def measured(page: Page, folder: Path | None) -> list[Run]:
 def shell(command: str, at_most: int = 0) -> None:
     """Run a command at the root of the project; an exit status above `at_most` is an error."""
     print("+", command, flush=True)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(("src", "docs"))}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PYTHONPATH": "src", "PATH": path}
     done = subprocess.run(["bash", "-euc", command], cwd=ROOT, env=environment, check=False)
     if not 0 <= done.returncode <= at_most:
         raise subprocess.CalledProcessError(done.returncode, command)

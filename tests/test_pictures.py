@@ -47,6 +47,7 @@ def test_each_method_has_a_colour_of_its_own():
         (("numpy", "norm reused", "exact"), "DoRA exact"),
         (("jax", "detached", "detached"), "DoRA detached"),
         (("PEFT", "DoRA", "detached"), "PEFT"),
+        (("PEFT", "accelerated, detached", "detached"), "DoRA detached"),
         (("PEFT", "LoRA", "LoRA"), "LoRA"),
         (("numpy", "a new one", "other"), "another"),
     ],
