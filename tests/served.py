@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,6 @@ import sentencepiece
 import torch
 import transformers
 
-DOCS = Path(__file__).parents[1] / "docs"
 PROMPT = "the base learns"
 TEXTS = (
     "a frozen network learns", "the disk is full", "rows have norms and directions",
@@ -35,18 +33,6 @@ class Served(NamedTuple):
     tokens: torch.Tensor
     logits: torch.Tensor
     base_logits: torch.Tensor
-
-
-def blocks(page: str, language: str) -> list[str]:
-    """Return the blocks of a page in one language."""
-    text = (DOCS / page).read_text("utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-
-
-def commands(page: str, language: str, start: str) -> list[str]:
-    """Return the lines of a page's blocks that begin with a command."""
-    lines = "".join(blocks(page, language)).splitlines()
-    return [line for line in lines if line.startswith(start)]
 
 
 def write_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:

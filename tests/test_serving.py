@@ -6,30 +6,12 @@ vLLM.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from pages import block, commands, run
 
 PAGE = "tutorials/serving.md"
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the engines
-
-
-def run(folder, *lines):
-    """Run commands of a page in a folder."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    for line in lines:
-        done = subprocess.run(
-            ["bash", "-euc", line],
-            cwd=folder,
-            env=os.environ | {"PATH": path},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
 
 
 @pytest.fixture
@@ -38,16 +20,8 @@ def merged(torch, peft, transformers, tmp_path):
     import served
 
     model = served.write_llama(tmp_path)
-    run(tmp_path, *served.commands(PAGE, "sh", "doraxp "))
+    run(tmp_path, *commands(PAGE, "sh", "doraxp "))
     return model
-
-
-def block(start):
-    """Return the only block of the page that begins so."""
-    import served
-
-    (found,) = [one for one in served.blocks(PAGE, "text") if one.startswith(start)]
-    return found
 
 
 def test_transformers_computes_as_pefts_merge(merged, monkeypatch, capsys):
@@ -55,7 +29,7 @@ def test_transformers_computes_as_pefts_merge(merged, monkeypatch, capsys):
 
     monkeypatch.chdir(merged.folder)
     names = {}
-    exec(block("from transformers"), names)
+    exec(block(PAGE, "from transformers"), names)
     model, tokenizer = names["model"], names["tokenizer"]
     tokens = tokenizer(served.PROMPT, return_tensors="pt")["input_ids"]
     assert tokens.tolist() == merged.tokens.tolist()
