@@ -290,13 +290,15 @@ def dist(session: nox.Session) -> None:
     session.run("twine", "check", "--strict", str(wheel), str(archive))
     session.run("check-wheel-contents", str(wheel))
     check_description(session, wheel)
-    # The wheel alone, with what it needs and nothing else.
+    # The wheel alone, with what it needs and nothing else, trains the network of README.md.
+    readme = pathlib.Path("README.md").read_text("utf-8")
+    example = readme.partition("```python\n")[2].partition("```")[0]
     python = str(folder / "fresh" / "bin" / "python")
     session.run("python", "-m", "venv", str(folder / "fresh"))
     with session.chdir(folder):  # not the root, from where the source tree could be imported
         for command in (f"pip install --quiet {wheel}", "pip check", "doraxp verify --help"):
             session.run(python, "-m", *command.split(), external=True)
-        session.run(python, "-c", "import doraxp; print(doraxp.__version__)", external=True)
+        session.run(python, "-c", example, external=True)
     # The source archive, with its own tests.
     shutil.unpack_archive(archive, folder)
     with session.chdir(folder / archive.name.removesuffix(".tar.gz")):
