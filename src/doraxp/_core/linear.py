@@ -212,7 +212,7 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     With a dropout mask, x~ = mask⊙x replaces x in dA, L and z, and::
 
         "input":     dx = mask⊙(dz V) + (1 − mask)⊙(dy W)
-                     dW is that of x~, and dyᵀ (x − x~)
+                     dW is that of x~ plus dyᵀ (x − x~)
         "low_rank":  dx = dz V + (mask − 1)⊙(s (dz B) A)
 
     Parameters
