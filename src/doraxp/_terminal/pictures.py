@@ -11,15 +11,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Picture
 
 
-CORNER = 18
-"""The radius of a corner, in pixels."""
+CORNER, MARGIN = 18, 0.1
+"""The radius of a corner in pixels, and the margin in inches."""
 
 
 def new_picture(width: float, height: float) -> Picture:
     """Return an empty picture; width and height are in inches."""
     from matplotlib.figure import Figure as Picture
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    return Picture(figsize=(width, height), dpi=150, layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=MARGIN, h_pad=MARGIN)
+    return Picture(figsize=(width, height), dpi=150, layout=layout)
 
 
 def draw_grid(axes: Any, **options: Any) -> None:
