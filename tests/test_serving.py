@@ -22,6 +22,14 @@ BOUND, ROUGH = 1e-5, 2e-2
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the engines
 
 
+@pytest.fixture
+def llama(torch, peft, transformers, tmp_path):
+    """A base, and an adapter of it that PEFT trained."""
+    import served
+
+    return served.write_llama(tmp_path)
+
+
 @pytest.fixture(params=["plain", "tied"])
 def merged(request, torch, peft, transformers, tmp_path):
     """A base and an adapter, merged by the commands of the page.
@@ -59,8 +67,23 @@ def test_transformers_computes_as_the_adapted_model(merged, monkeypatch, capsys)
     assert len(capsys.readouterr().out) > len(served.PROMPT)
 
 
-def test_llama_cpp_computes_as_the_adapted_model(merged, torch, llama_cpp, monkeypatch, capsys):
+def llama_cpp_logits(model, file, **options):
+    """Return the logits of the prompt that llama.cpp computes, with keys and values in float32."""
+    import llama_cpp
     import numpy as np
+    import served
+    import torch
+
+    kind = llama_cpp.GGML_TYPE_F32
+    options = {"n_ctx": 64, "logits_all": True, "verbose": False, "n_threads": 1, **options}
+    engine = llama_cpp.Llama(file, type_k=kind, type_v=kind, **options)
+    tokens = engine.tokenize(served.PROMPT.encode())
+    assert tokens == model.tokens[0].tolist()
+    engine.eval(tokens)
+    return torch.tensor(np.array(engine.scores[: len(tokens)]))
+
+
+def test_llama_cpp_computes_as_the_adapted_model(merged, llama_cpp, monkeypatch, capsys):
     import served
 
     monkeypatch.chdir(merged.folder)
@@ -71,23 +94,53 @@ def test_llama_cpp_computes_as_the_adapted_model(merged, torch, llama_cpp, monke
     assert capsys.readouterr().out.strip()
 
     run(merged.folder, convert.replace("auto", "f32").replace("merged.gguf", "exact.gguf"))
-    kind = llama_cpp.GGML_TYPE_F32
-    options = {"n_ctx": 64, "logits_all": True, "verbose": False, "n_threads": 1}
     for file, bound in {"merged.gguf": ROUGH, "exact.gguf": BOUND}.items():
-        llama = llama_cpp.Llama(file, type_k=kind, type_v=kind, **options)
-        tokens = llama.tokenize(served.PROMPT.encode())
-        assert tokens == merged.tokens[0].tolist()
-        llama.eval(tokens)
-        logits = torch.tensor(np.array(llama.scores[: len(tokens)]))
-        assert served.distance(logits, merged.logits) < bound, file
+        assert served.distance(llama_cpp_logits(merged, file), merged.logits) < bound, file
 
 
-def test_llama_cpp_refuses_the_adapter(merged, llama_cpp):
+def low_rank_logits(llama):
+    """Convert the adapter to plain LoRA by the command of the page; return PEFT's logits of it."""
+    import peft
+    import served
+    import torch
+    import transformers
+
+    (convert,) = commands(PAGE, "text", "doraxp convert adapter")
+    run(llama.folder, convert)
+    base = transformers.AutoModelForCausalLM.from_pretrained(llama.folder / "base")
+    model = peft.PeftModel.from_pretrained(base, llama.folder / "plain-lora").eval()
+    with torch.no_grad():
+        logits = model(llama.tokens).logits[0]
+    assert served.distance(logits, llama.logits) < 0.5 * served.distance(
+        llama.base_logits, llama.logits
+    )
+    return logits
+
+
+def test_peft_loads_the_plain_lora(llama):
+    low_rank_logits(llama)
+
+
+def test_llama_cpp_computes_with_the_plain_lora(llama, llama_cpp, monkeypatch):
+    import served
+
+    right = low_rank_logits(llama)
+    monkeypatch.chdir(llama.folder)
+    Path("llama.cpp").symlink_to(os.environ["LLAMA_CPP"])
+    (convert,) = commands(PAGE, "text", "python llama.cpp/convert_hf_to_gguf.py")
+    (adapter,) = commands(PAGE, "text", "python llama.cpp/convert_lora_to_gguf.py")
+    base = convert.replace("merged.gguf", "base.gguf").replace("merged", "base")
+    run(llama.folder, base.replace("auto", "f32"), f"{adapter} --outtype f32")
+    got = llama_cpp_logits(llama, "base.gguf", lora_path="plain-lora.gguf")
+    assert served.distance(got, right) < BOUND
+
+
+def test_llama_cpp_refuses_the_adapter(llama, llama_cpp):
     """The page says so. Where this test fails, llama.cpp has learnt DoRA: change the page."""
     script = Path(os.environ["LLAMA_CPP"]) / "convert_lora_to_gguf.py"
     done = subprocess.run(
         [sys.executable, script, "adapter", "--base", "base"],
-        cwd=merged.folder,
+        cwd=llama.folder,
         capture_output=True,
         text=True,
     )
@@ -119,11 +172,15 @@ def test_vllm_computes_as_the_adapted_model(merged, torch, vllm, monkeypatch):
             assert abs(one.logprob - float(row[token])) < BOUND * float(right.abs().max())
 
 
-def test_vllm_refuses_the_adapter(merged, vllm):
+def test_vllm_refuses_the_adapter_and_takes_the_plain_lora(llama, vllm):
     """The page says so. Where this test fails, vLLM has learnt DoRA: change the page."""
     from vllm.config.lora import LoRAConfig
     from vllm.lora.peft_helper import PEFTHelper
 
-    helper = PEFTHelper.from_local_dir(str(merged.folder / "adapter"), 64)
+    helper = PEFTHelper.from_local_dir(str(llama.folder / "adapter"), 64)
     with pytest.raises(ValueError, match="does not yet support DoRA"):
         helper.validate_legal(LoRAConfig(max_lora_rank=16))
+    low_rank_logits(llama)
+    PEFTHelper.from_local_dir(str(llama.folder / "plain-lora"), 64).validate_legal(
+        LoRAConfig(max_lora_rank=16)
+    )
