@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import re
 import subprocess
 import sys
 import types
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,6 +171,16 @@ def test_a_call_without_a_command_prints_the_help_with_status_2_as_ruff_does(cap
             "doraxp merge: error: an argument is left over: c; doraxp merge --help lists all",
         ),
         (
+            ["merge", "--base", "a", "--adapter", "b", "--out", "c"],
+            "doraxp merge: error: BASE has no name before it, got '--base': write doraxp merge "
+            "BASE ADAPTER --out OUT [options]",
+        ),
+        (
+            ["merge", "a", "b", "--out", "c", "--verif"],
+            "doraxp merge: error: an option must be one that doraxp merge --help lists, got "
+            "'--verif': the nearest is --verify",
+        ),
+        (
             ["vectors"],
             "doraxp vectors: error: the following arguments are required: --out: doraxp vectors "
             "--help describes them",
@@ -238,7 +250,26 @@ def test_the_table_has_the_figures_of_the_runs(capsys):
     text = " ".join(" ".join(lines).split())
     assert "standard deviation of 2 seeds, on 6 test digits; upright, the base reads" in text
     assert "99.0 ± 1.4 % of them" in text
-    assert lines[-1] == "First of the adapters: DoRA exact, 10.0 ± 28.3 points ahead of LoRA."
+    assert text.endswith(
+        "No adapter is first: DoRA exact is 10.0 ± 28.3 points ahead of LoRA, which is within the "
+        "spread of the seeds."
+    )
+
+
+def test_an_adapter_is_first_only_outside_the_spread_of_the_seeds(capsys):
+    def verdict(lora, dora):
+        methods = {
+            name: [Run(accuracy, accuracy, 2e-6, 1, 1.5, [], {}) for accuracy in accuracies]
+            for name, accuracies in (("LoRA", lora), ("DoRA exact", dora))
+        }
+        base = [BaseRun(0.98, 0.1, 1.0)] * 2
+        print_results(Results(Settings(seeds=2), 5, 6, base, methods), Console(width=100))
+        return " ".join(capsys.readouterr().out.split("\n\n")[-1].split())
+
+    first = "First of the adapters: DoRA exact, 10.0 ± 1.4 points ahead of LoRA."
+    assert verdict([0.8, 0.8], [0.89, 0.91]) == first
+    assert verdict([0.8, 0.8], [0.8, 0.82]).startswith("No adapter is first: DoRA exact is 1.0 ±")
+    assert verdict([0.8, 0.9], [0.8, 0.9]).startswith("No adapter is first: LoRA is 0.0 ± 0.0")
 
 
 def test_a_full_disk_and_an_interrupt_end_without_a_traceback(monkeypatch, capsys):
@@ -391,3 +422,69 @@ def test_each_process_of_a_cluster_needs_each_module_in_the_same_version(process
     another = f"{process} has {name} 0, but here it is {VERSIONS[name]}: make them the same"
     decides = name in ("numpy", "ml_dtypes", "doraxp")
     assert problem({name: "0"}) == (another if decides else None)
+
+
+COMPLETED = """
+source "$1"
+COMP_WORDS=(doraxp "${@:2}"); COMP_CWORD=$(( ${#COMP_WORDS[@]} - 1 ))
+_shtab_doraxp
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        (["me"], {"merge"}),
+        (["ver"], {"verify"}),
+        (["con"], {"conform", "convert"}),
+        (["merge", "--verif"], {"--verify"}),
+        (["merge", "--rounding", ""], {"nearest", "stochastic"}),
+        (["merge", "mod"], {"model"}),
+        (["merge", "model", "adapter", "--out", "mod"], {"model"}),
+        (["convert", "--to", "ml"], {"mlx"}),
+        (["completion", "ba"], {"bash"}),
+    ],
+)
+def test_bash_completes_commands_options_choices_and_files(tmp_path, capsys, words, completed):
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "doraxp.bash"
+    script.write_text(capsys.readouterr().out, "utf-8")
+    (tmp_path / "model").mkdir()
+    ran = subprocess.run(
+        ["bash", "-c", COMPLETED, "bash", str(script), *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert set(ran.stdout.split()) == completed
+    assert ran.stderr == ""
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_the_script_for_another_shell_has_all_commands(capsys, shell):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(name in script for name in COMMANDS)
+
+
+def test_completion_without_its_library_says_how_to_get_it(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["completion", "bash"]) == 2
+    assert install_hint("completion") in capsys.readouterr().err
+
+
+def test_the_page_on_the_command_line_is_that_of_the_parser():
+    path = Path(__file__).parents[1] / "docs" / "command_line.py"
+    spec = importlib.util.spec_from_file_location("command_line", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.PAGE.read_text("utf-8") == script.page(), "run python docs/command_line.py"
+
+
+def test_an_error_of_the_system_names_the_file_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["conform", "json", "--expected", "nofile"]) == 2
+    error = "doraxp conform: error: json: nofile: No such file or directory\n"
+    assert capsys.readouterr().err == error

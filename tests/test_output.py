@@ -275,7 +275,15 @@ def unwritable(kind):
     ("command", "status"),
     [(("merge", "base", "adapter", "--out", "again", "--json", "f.json"), 0),
      (("audit", "base", "adapter", "out", "--json", "f.json"), 0),
-     (("audit", "base", "adapter", "base", "--json", "f.json"), 1)],
+     (("audit", "base", "adapter", "base", "--json", "f.json"), 1),
+     (("inspect", "adapter", "--json", "f.json"), 0),
+     (("doctor", "base", "--json", "f.json"), 0),
+     (("convert", "adapter", "--to", "peft", "--out", "f.json"), 0),
+     (("verify", "--backend", "numpy", "--json", "f.json"), 0),
+     (("vectors", "--out", "f.json"), 0),
+     (("demo", "--steps", "10", "--json", "f.json", "--plot", "f.png"), 0),
+     (("bench", "--backend", "numpy", "--tasks", "norm", "--shapes", "8x8", "--rank", "2",
+       "--rounds", "2", "--json", "f.json", "--plot", "f.png"), 0)],
 )  # fmt: skip
 def test_an_output_that_cannot_be_written_changes_no_exit_status(llama, kind, command, status):
     """The status tells what was done or found."""
@@ -293,7 +301,8 @@ def test_an_output_that_cannot_be_written_changes_no_exit_status(llama, kind, co
     assert said.count("could not be") == (kind == "full")
     assert "Error" not in said
     assert (llama / "f.json").exists()
-    assert command[0] == "audit" or (llama / "again").is_dir()
+    assert (llama / "again").is_dir() == (command[0] == "merge")
+    assert (llama / "f.png").exists() == ("--plot" in command)
 
 
 @pytest.mark.parametrize("kind", ["full", "closed"])
@@ -503,3 +512,18 @@ def test_an_adapter_with_more_kinds_than_panels_has_a_column_for_each_change(
     labels = [axes.get_xlabel()[:2] for axes in picture.axes]
     assert labels == ["m:", "ΔD", "ΔM"]
     assert len(picture.axes[0].get_yticks()) == len(shapes)
+
+
+def test_the_picture_of_plain_lora_has_the_sizes_of_the_updates(tmp_path, monkeypatch, pictures):
+    monkeypatch.chdir(tmp_path)
+    write_adapter(tmp_path / "adapter", {"0.q": (5, 4), "1.q": (5, 4)}, use_dora=False)
+    tensors = load_file("adapter/adapter_model.safetensors")
+    kept = {name: leaf for name, leaf in tensors.items() if "magnitude" not in name}
+    save_file(kept, "adapter/adapter_model.safetensors")
+    assert main(["inspect", "adapter", "--plot", "p.png", "--json", "f.json"]) == 0
+    (picture,) = pictures
+    (axes,) = picture.axes
+    modules = json.loads(Path("f.json").read_text())["modules"]
+    norms = [module["update_norm"] for module in modules.values()]
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), norms)
+    assert picture.get_supylabel().startswith("‖s ΔW‖")

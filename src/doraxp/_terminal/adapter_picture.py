@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from doraxp._base.words import counted
 from doraxp._terminal.module_table import kind_of
 from doraxp._terminal.palette import BLUE, COLOURS
 from doraxp._terminal.pictures import draw_grid, new_picture, save
@@ -116,7 +117,7 @@ def _by_row(groups: list[Group], labels: Labels) -> Any:
         joined = (
             np.concatenate(parts, axis=-1) for parts in zip(*(g[1:] for g in rest), strict=True)
         )
-        groups = [*kept, Group(f"{len(rest)} other kinds", *joined)]
+        groups = [*kept, Group(counted(len(rest), "other kind"), *joined)]
     titles = [labels.sizes, *(CHANGES.values() if groups[0].changes.size else ())]
     picture = new_picture(4 + 3 * len(titles), 1 + 0.25 * len(groups))
     grid = picture.subplots(1, len(titles), squeeze=False, sharey=True)[0]

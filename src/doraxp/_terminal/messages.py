@@ -60,7 +60,14 @@ def print_interrupted(command: str, advice: str) -> None:
 
 def print_error(command: str, error: object) -> None:
     """Print why a command failed."""
-    _print_message(command, f"error: {error}")
+    _print_message(command, f"error: {reason(error)}")
+
+
+def reason(error: object) -> str:
+    """Return the text of an error; that of the system begins with the file that it is about."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def print_warning(command: str, message: str) -> None:

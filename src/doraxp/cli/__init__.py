@@ -48,8 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         drop_output()
         return 0
     except OSError as error:  # a disk that is full, say
-        named = error.filename is not None and error.strerror is not None
-        print_error(prog, f"{error.filename}: {error.strerror}" if named else error)
+        print_error(prog, error)
         return 2
     except KeyboardInterrupt as stopped:
         print_interrupted(prog, str(stopped))

@@ -203,7 +203,8 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--architecture",
         metavar="CLASS",
-        help="of OUT in config.json, if ADAPTER brings a new head (default: as the files tell)",
+        help="class of OUT in config.json, if ADAPTER brings a new head (default: as the files "
+        "tell)",
     )
     parser.add_argument(
         "--labels",

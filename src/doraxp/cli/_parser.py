@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import doraxp
 from doraxp._base.words import nearest
@@ -40,7 +40,13 @@ _OF_MANY = "COMMAND"
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as those of the commands are."""
+    """A parser whose errors are one line, as those of the commands are.
+
+    It takes no abbreviation of an option: --base would be --base-is-residual.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         """Print the error without the usage, which --help has, and leave with status 2."""
@@ -150,6 +156,9 @@ def unknown_arguments(parser: argparse.ArgumentParser, words: list[str]) -> str:
     first = next((word for word in words if word.startswith("-")), None)
     if first is None:
         return f"an argument is left over: {' '.join(words)}; {parser.prog} --help lists all"
+    for action in parser._actions:
+        if not action.option_strings and first.lstrip("-").upper() == action.metavar:
+            return f"{action.metavar} has no name before it, got {first!r}: write {parser.usage}"
     options = [option for action in parser._actions for option in action.option_strings]
     near = nearest(first.partition("=")[0], options)
     return f"an option must be one that {parser.prog} --help lists, got {first!r}{near}"

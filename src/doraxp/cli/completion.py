@@ -22,7 +22,9 @@ _PATHS = ("BASE", "ADAPTER", "MERGED", "TUNED", "SRC", "DST", "OUT", "DIR", "PAT
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("shell", choices=_SHELLS, metavar="SHELL", help="bash, zsh or fish")
+    parser.add_argument(
+        "shell", choices=_SHELLS, metavar="SHELL", help="the shell: bash, zsh or fish"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

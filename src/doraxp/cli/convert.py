@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the format of DST; lora is PEFT's without magnitudes, near to SRC",
     )
     parser.add_argument(
-        "--rank", type=integer(1), metavar="R", help="of --to lora, which needs it and --base"
+        "--rank", type=integer(1), metavar="R", help="rank of --to lora, which needs it and --base"
     )
     parser.add_argument(
         "--base",
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_jobs(parser, "matrices of --to lora")
     parser.add_argument(
-        "--all", action="store_true", help="of --to lora, list every module with its error"
+        "--all", action="store_true", help="with --to lora, list every module with its error"
     )
     add_choice(parser)
     add_rename(parser)
@@ -94,10 +94,11 @@ def run(arguments: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print_error("doraxp convert", error)
         return 2
-    print(
-        f"{counted(len(adapters), 'module')}, {adapters.format} to {arguments.to}: "
-        f"{printable(str(arguments.out))}"
-    )
+    with output_that_may_fail("doraxp convert"):
+        print(
+            f"{counted(len(adapters), 'module')}, {adapters.format} to {arguments.to}: "
+            f"{printable(str(arguments.out))}"
+        )
     return 0
 
 

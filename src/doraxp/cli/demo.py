@@ -8,7 +8,7 @@ from dataclasses import fields
 import numpy as np
 
 from doraxp._terminal.figures import write_json
-from doraxp._terminal.messages import print_error
+from doraxp._terminal.messages import output_that_may_fail, print_error
 from doraxp._terminal.progress import progress_by_parts
 from doraxp._terminal.runtimes import BACKENDS
 from doraxp._terminal.tables import new_console, print_names
@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--network",
         choices=PLANS,
         default=defaults.network,
-        help="its layers: linear ones, or two convolutions and a linear one (default: %(default)s)",
+        help="layers of the network: linear ones, or two convolutions and a linear one "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--backend",
@@ -67,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rank",
         type=integer(1, max(RANK_LIMITS.values())),
         default=defaults.rank,
-        help="of LoRA and DoRA, 1 to "
+        help="rank of LoRA and DoRA, 1 to "
         + " or ".join(f"{most} ({name})" for name, most in RANK_LIMITS.items())
         + " (default: %(default)s)",
     )
@@ -76,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=integer(CHECKPOINTS),
         default=defaults.steps,
         metavar="N",
-        help="of AdamW, for the base and for each method (default: %(default)s)",
+        help="steps of AdamW, for the base and for each method (default: %(default)s)",
     )
     parser.add_argument(
         "--learning-rate",
@@ -127,11 +128,13 @@ def run(arguments: argparse.Namespace) -> int:
                     task, advance=1, description=f"seed {seed}: {what}"
                 ),
             )
-    console = new_console()
-    print_results(results, console)
     if arguments.json is not None:
         write_json(arguments.json, report(results))
-        print_names(f"Figures: {arguments.json}", console)
     save_picture(results, arguments.plot)
-    print_names(f"Picture: {arguments.plot}", console)
+    with output_that_may_fail("doraxp demo"):
+        console = new_console()
+        print_results(results, console)
+        if arguments.json is not None:
+            print_names(f"Figures: {arguments.json}", console)
+        print_names(f"Picture: {arguments.plot}", console)
     return 0

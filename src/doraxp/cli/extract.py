@@ -51,7 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_rename(parser)
     add_residual(parser)
     parser.add_argument(
-        "--rank", type=integer(1), required=True, metavar="R", help="of the adapter; alpha is R too"
+        "--rank",
+        type=integer(1),
+        required=True,
+        metavar="R",
+        help="rank of the adapter; alpha is R too",
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", required=True, help="a folder that does not exist yet"
@@ -61,8 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--modules",
         type=_pattern,
         metavar="REGEX",
-        help="of TUNED, only the modules whose paths contain this regular expression (default: all "
-        "matrices and convolutions that differ)",
+        help="take only the modules of TUNED whose paths contain this regular expression (default: "
+        "all matrices and convolutions that differ)",
     )
     add_jobs(parser, "matrices to work on")
     parser.add_argument(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from doraxp._base.words import counted
 from doraxp._terminal.adapter_picture import save_adapter_picture
 from doraxp._terminal.figures import write_json
-from doraxp._terminal.messages import print_error
+from doraxp._terminal.messages import output_that_may_fail, print_error
 from doraxp._terminal.module_table import Column, print_modules
 from doraxp._terminal.progress import progress_by_bytes, progress_by_parts
 from doraxp._terminal.tables import plain_console, print_caption, print_names
@@ -97,18 +97,23 @@ def run(arguments: argparse.Namespace) -> int:
     except (CheckpointError, OSError) as error:
         print_error("doraxp inspect", error)
         return 2
-    console = plain_console()
-    has_base = arguments.base is not None
-    columns, caption = (_WITH_BASE, _CAPTION_WITH_BASE) if has_base else (_FACTORS, _CAPTION)
-    print_modules("module", report["modules"], columns, console, every=arguments.all)
-    print_caption(caption, console)
-    size = f"{counted(len(adapters), 'module')}, {counted(report['bytes'], 'byte')}"
-    print_names(f"{report['format']} adapter: {size}", console)
     if arguments.json:
         write_json(arguments.json, report)
     if arguments.plot:
         save_adapter_picture(adapters, report["modules"], arguments.plot)
+    with output_that_may_fail("doraxp inspect"):
+        _print(report, has_base=arguments.base is not None, every=arguments.all)
     return 0
+
+
+def _print(report: Mapping[str, Any], *, has_base: bool, every: bool) -> None:
+    """Print the table of the modules, and the size of the adapter."""
+    console = plain_console()
+    columns, caption = (_WITH_BASE, _CAPTION_WITH_BASE) if has_base else (_FACTORS, _CAPTION)
+    print_modules("module", report["modules"], columns, console, every=every)
+    print_caption(caption, console)
+    size = f"{counted(len(report['modules']), 'module')}, {counted(report['bytes'], 'byte')}"
+    print_names(f"{report['format']} adapter: {size}", console)
 
 
 def _report(adapters: AdapterSet, base: Path | None, fit: Fit) -> dict[str, Any]:

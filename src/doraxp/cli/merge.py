@@ -89,8 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=_DTYPES,
-        help="of every floating-point tensor in OUT that is not quantised there (default: that of "
-        "the tensor in BASE)",
+        help="dtype of every floating-point tensor in OUT that is not quantised there (default: "
+        "that of the tensor in BASE)",
     )
     parser.add_argument(
         "--compute",
@@ -101,14 +101,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounding",
         choices=("nearest", "stochastic"),
         default="nearest",
-        help="of merged tensors to bfloat16 and float16; stochastic keeps updates that are smaller "
-        "than the distance of two such numbers, in the mean (default: %(default)s)",
+        help="rounding of merged tensors to bfloat16 and float16; stochastic keeps updates that "
+        "are smaller than the distance of two such numbers, in the mean (default: "
+        "%(default)s)",
     )
     parser.add_argument(
         "--seed",
         type=integer(0, (1 << 64) - 1),
         default=0,
-        help="of --rounding stochastic: the same seed gives the same bytes (default: %(default)s)",
+        help="seed of --rounding stochastic: the same seed gives the same bytes (default: "
+        "%(default)s)",
     )
     parser.add_argument(
         "--backend",
@@ -121,16 +123,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--targets",
         choices=("bf16", "same"),
         default="bf16",
-        help="of merged tensors that are quantised in BASE: bf16 keeps them dense, in bfloat16 or "
-        "--dtype; same quantises them again in the format of BASE, which may lose the update "
-        "(default: %(default)s)",
+        help="form of merged tensors that are quantised in BASE: bf16 keeps them dense, in "
+        "bfloat16 or --dtype; same quantises them again in the format of BASE, which may "
+        "lose the update (default: %(default)s)",
     )
     add_fit(parser)
     add_jobs(parser, "shards to merge")
     parser.add_argument(
         "--scheduler",
         metavar="ADDRESS",
-        help="of a Dask cluster that merges the shards; its workers must see the same files",
+        help="address of a Dask cluster that merges the shards; its workers must see the same "
+        "files",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="list the tensors to merge, and write nothing"

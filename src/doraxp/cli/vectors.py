@@ -7,7 +7,7 @@ from pathlib import Path
 
 from doraxp._base.printable import printable
 from doraxp._base.words import counted
-from doraxp._terminal.messages import print_error
+from doraxp._terminal.messages import output_that_may_fail, print_error
 from doraxp.testing import write_vectors
 
 SUMMARY = "Write the test catalogue as files, for tests in any language."
@@ -36,5 +36,6 @@ def run(arguments: argparse.Namespace) -> int:
     except OSError as error:
         print_error("doraxp vectors", error)
         return 2
-    print(f"{counted(count, 'case')}, in float32 and float64: {printable(str(arguments.out))}")
+    with output_that_may_fail("doraxp vectors"):
+        print(f"{counted(count, 'case')}, in float32 and float64: {printable(str(arguments.out))}")
     return 0

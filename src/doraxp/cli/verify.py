@@ -8,7 +8,7 @@ from typing import Any
 import doraxp
 from doraxp._terminal.comparison_table import print_comparison
 from doraxp._terminal.figures import write_json
-from doraxp._terminal.messages import print_error
+from doraxp._terminal.messages import output_that_may_fail, print_error
 from doraxp._terminal.progress import progress_by_parts
 from doraxp._terminal.runtimes import versions
 from doraxp._terminal.tables import new_console, print_names
@@ -57,11 +57,13 @@ def run(arguments: argparse.Namespace) -> int:
     except (RuntimeError, ValueError) as error:
         print_error("doraxp verify", error)
         return 2
-    console = new_console()
-    print_comparison(comparison, console)
     if arguments.json is not None:
         write_json(arguments.json, _report(comparison, names, arguments.device))
-        print_names(f"Figures: {arguments.json}", console)
+    with output_that_may_fail("doraxp verify"):
+        console = new_console()
+        print_comparison(comparison, console)
+        if arguments.json is not None:
+            print_names(f"Figures: {arguments.json}", console)
     return 0 if comparison.ok else 1
 
 
