@@ -16,6 +16,7 @@ import torch
 import transformers
 
 PROMPT = "the base learns"
+NEW_TOKENS = ("<user>", "<bot>")
 TEXTS = (
     "a frozen network learns", "the disk is full", "rows have norms and directions",
     "merge the adapter into the base",
@@ -61,12 +62,14 @@ def train(model: Any, tokens: torch.Tensor) -> None:
         optimizer.step()
 
 
-def write_llama(folder: Path, *, tied: bool = False) -> Served:
+def write_llama(folder: Path, case: str = "plain") -> Served:
     """Write a Llama with its tokenizer as `base`, and train a DoRA adapter of it by PEFT.
 
-    Where the embeddings are tied to the output layer, the adapter changes the embeddings alone, and
-    the right logits are those before PEFT's merge, which changes both.
+    In the case "tied" the embeddings are the output layer too. The adapter changes the embeddings
+    alone, and the right logits are those before PEFT's merge, which changes both. In the case
+    "grown" the adapter's folder has a tokenizer with two tokens more, and the trained embeddings.
     """
+    tied = case == "tied"
     torch.manual_seed(0)
     base = folder / "base"
     base.mkdir()
@@ -84,13 +87,23 @@ def write_llama(folder: Path, *, tied: bool = False) -> Served:
     tokens = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         before = model(tokens).logits[0]
-    targets = ["q_proj", "down_proj", "embed_tokens"] if tied else "all-linear"
-    lora = peft.LoraConfig(
-        r=4, lora_alpha=8, use_dora=True, target_modules=targets, task_type="CAUSAL_LM"
-    )
+    options = {
+        "plain": {"target_modules": "all-linear"},
+        "tied": {"target_modules": ["q_proj", "down_proj", "embed_tokens"]},
+        "grown": {
+            "target_modules": ["q_proj", "down_proj"],
+            "modules_to_save": ["embed_tokens", "lm_head"],
+        },
+    }[case]
+    if case == "grown":
+        tokenizer.add_tokens(list(NEW_TOKENS))
+        model.resize_token_embeddings(len(tokenizer))
+    lora = peft.LoraConfig(r=4, lora_alpha=8, use_dora=True, task_type="CAUSAL_LM", **options)
     tuned = peft.get_peft_model(model, lora)
     train(tuned, tokenizer(TEXTS[3], return_tensors="pt")["input_ids"])
     tuned.eval().save_pretrained(folder / "adapter")
+    if case == "grown":
+        tokenizer.save_pretrained(folder / "adapter")
     with torch.no_grad():
         logits = (tuned if tied else tuned.merge_and_unload())(tokens).logits[0]
     return Served(folder, tokens, logits, before)

@@ -30,16 +30,18 @@ def llama(torch, peft, transformers, tmp_path):
     return served.write_llama(tmp_path)
 
 
-@pytest.fixture(params=["plain", "tied"])
+@pytest.fixture(params=["plain", "tied", "grown"])
 def merged(request, torch, peft, transformers, tmp_path):
     """A base and an adapter, merged by the commands of the page.
 
-    The second adapter also trains embeddings that are tied to the output layer.
+    The second adapter also trains embeddings that are tied to the output layer, and the third one
+    the embeddings of a vocabulary with new tokens.
     """
     import served
 
-    model = served.write_llama(tmp_path, tied=request.param == "tied")
-    assert served.distance(model.base_logits, model.logits) > 0.1
+    model = served.write_llama(tmp_path, request.param)
+    old = model.base_logits.shape[1]
+    assert served.distance(model.base_logits, model.logits[:, :old]) > 0.1
     run(tmp_path, *commands(PAGE, "sh", "doraxp "))
     return model
 
