@@ -48,6 +48,7 @@ PEFT = (
 )
 FOREIGN = ("mlx", "sparse", "ndonnx", "cubed", "blosc2")
 PEERS = ("torch", "jax", "peft", "torchtune", "lycoris", "mlx_lm", "published")
+SERVING = ("torch", "peft", "transformers", "diffusers")
 PEERS_PAGE = ("-p", "peers.page", "-rP")  # writes docs/reference/peers.md, and shows the reports
 PYTHONS = nox.project.python_versions(PROJECT)  # those that the classifiers name
 CELLS = "tests/test_support.py::test_a_feature_is_right_or_has_a_declared_reason"
@@ -210,6 +211,46 @@ def writers(session: nox.Session) -> None:
     pytest(session, "--backend=writers", PROCESSES, "tests/test_quantised_readers.py")
 
 
+@nox.session(tags=["ci"])
+def serving(session: nox.Session) -> None:
+    """Run the pages on serving: merged models in transformers, and pipelines in diffusers."""
+    install(session, "test", "serving")
+    lanes = [f"--backend={name}" for name in SERVING]
+    files = ("tests/test_serving.py", "tests/test_serving_images.py")
+    pytest(session, *lanes, PROCESSES, *files)
+
+
+@nox.session(name="serving(llama.cpp)")
+def serving_llama_cpp(session: nox.Session) -> None:
+    """Convert merged models by llama.cpp's script, and run them. The build takes 5 minutes."""
+    (need,) = (
+        one
+        for one in nox.project.dependency_groups(PROJECT, "serving-llama-cpp")
+        if one.startswith("llama-cpp-python==")
+    )
+    folder = pathlib.Path(session.create_tmp())
+    session.install("scikit-build-core[pyproject]", "ninja")
+    session.run("python", "-m", "pip", "download", "--no-binary=llama-cpp-python", "--no-deps",
+                "--no-build-isolation", need, f"--dest={folder}")  # fmt: skip
+    source = need.replace("-", "_").replace("==", "-")
+    shutil.unpack_archive(folder / f"{source}.tar.gz", folder)
+    session.env["LLAMA_CPP"] = str((folder / source / "vendor" / "llama.cpp").absolute())
+    session.env["CMAKE_ARGS"] = "-DLLAVA_BUILD=OFF"
+    install(session, "test", "serving-llama-cpp")
+    lanes = [f"--backend={name}" for name in (*SERVING, "llama_cpp")]
+    pytest(session, *lanes, "tests/test_serving.py", "-k", "llama_cpp")
+
+
+@nox.session(name="serving(vllm)")
+def serving_vllm(session: nox.Session) -> None:
+    """Load merged models by vLLM's build for CPUs. It needs PyTorch's own index for CPUs."""
+    install(session, "test", "serving-vllm")
+    # They are built for PyTorch with CUDA, and then the import fails.
+    session.run("python", "-m", "pip", "uninstall", "-y", "torchvision", "torchaudio", "torchcodec")
+    lanes = [f"--backend={name}" for name in (*SERVING[:3], "vllm")]
+    pytest(session, *lanes, "tests/test_serving.py", "-k", "vllm")
+
+
 @nox.session(name="peft-tests")
 def peft_tests(session: nox.Session) -> None:
     """Run PEFT's own tests of DoRA on accelerated layers. Five of them need a model hub."""
@@ -290,13 +331,15 @@ def dist(session: nox.Session) -> None:
     session.run("twine", "check", "--strict", str(wheel), str(archive))
     session.run("check-wheel-contents", str(wheel))
     check_description(session, wheel)
-    # The wheel alone, with what it needs and nothing else.
+    # The wheel alone, with what it needs and nothing else, trains the network of README.md.
+    readme = pathlib.Path("README.md").read_text("utf-8")
+    example = readme.partition("```python\n")[2].partition("```")[0]
     python = str(folder / "fresh" / "bin" / "python")
     session.run("python", "-m", "venv", str(folder / "fresh"))
     with session.chdir(folder):  # not the root, from where the source tree could be imported
         for command in (f"pip install --quiet {wheel}", "pip check", "doraxp verify --help"):
             session.run(python, "-m", *command.split(), external=True)
-        session.run(python, "-c", "import doraxp; print(doraxp.__version__)", external=True)
+        session.run(python, "-c", example, external=True)
     # The source archive, with its own tests.
     shutil.unpack_archive(archive, folder)
     with session.chdir(folder / archive.name.removesuffix(".tar.gz")):
@@ -332,9 +375,10 @@ def typecheck(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the pages, and run every example in them, in the README and in the docstrings."""
+    """Build the pages, check their links, and run every example in them and in the docstrings."""
     install(session, "test", "docs")
     session.run("sphinx-build", "-nW", "--keep-going", "docs", "docs/_build/html")
+    session.run("python", "docs/links.py", "docs/_build/html")
     elsewhere = ["--ignore-glob=docs/howto/backends/[!i]*", "--ignore=docs/tutorials/examples.md"]
     pytest(session, *PARALLEL, "README.md", "CONTRIBUTING.md", "docs", *elsewhere)
     # These need JAX, PyTorch or MLX: the sessions of those run their examples.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import doraxp
 
@@ -26,6 +27,15 @@ extensions = [
 ]
 html_theme = "furo"
 html_title = f"doraxp {release}"
+html_short_title = "doraxp"
+html_permalinks = True
+html_copy_source = False  # the pages have no links to their sources: no address of these is known
+html_show_sourcelink = False
+html_theme_options = {
+    "light_css_variables": {"color-brand-primary": "#0b5cad", "color-brand-content": "#0b5cad"},
+    "dark_css_variables": {"color-brand-primary": "#7db8f7", "color-brand-content": "#7db8f7"},
+    "top_of_page_buttons": [],
+}
 html_static_path = ["_static"]
 html_css_files = ["doraxp.css"]
 html_math_renderer = "mathml"
@@ -83,3 +93,19 @@ nitpick_ignore_regex = [
     ("py:class", r"doraxp\.optim\._trees\.Params"),
 ]
 suppress_warnings = ["ref.python"]  # a `weight` is an attribute of several classes
+
+DESCRIPTION = (
+    "doraxp: DoRA, weight-decomposed low-rank adaptation, for the Python array API. Train adapters "
+    "on NumPy, PyTorch, JAX or CuPy, and merge them into models of any size."
+)
+
+
+def describe(app: Any, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Give a page the description that search engines show."""
+    tag = f'<meta name="description" content="{DESCRIPTION}">'
+    context["metatags"] = context.get("metatags", "") + tag
+
+
+def setup(app: Any) -> None:
+    """Let Sphinx call `describe` with each page."""
+    app.connect("html-page-context", describe)

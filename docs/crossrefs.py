@@ -16,6 +16,7 @@ from sphinx import addnodes
 API = Path(__file__).parent / "reference" / "api.md"
 ENTRY = re.compile(r"^   ~(doraxp[\w.]*)$", re.MULTILINE)
 """An entry of a summary table."""
+PAGE = re.compile(r"docs/(\S+)\.md")
 
 
 def entries() -> list[str]:
@@ -50,13 +51,20 @@ class Names:
 def link_names(app: Any, doctree: nodes.document) -> None:
     """Put a link around each name of the API in a page."""
     names = Names(entries())
+    described = app.env.get_domain("py").objects
     for node in list(doctree.findall(nodes.literal)):
+        text = node.astext()
         module, own = described_by(node)
-        found = names.find(node.astext(), module)
-        if found and found != own and not inside(node, nodes.reference, addnodes.pending_xref):
+        if inside(node, nodes.reference, addnodes.pending_xref):
+            continue
+        if page := PAGE.fullmatch(text):
+            node.replace_self(link(f"/{page[1]}", node, app.env.docname, "std", "doc"))
+        elif module and (member := f"{module}.{own.split('.')[0]}.{text}") in described:
+            node.replace_self(link(member, node, app.env.docname))
+        elif (found := names.find(text, module)) and found != f"{module}.{own}":
             node.replace_self(link(found, node, app.env.docname))
     for node in list(doctree.findall(nodes.emphasis)):
-        module, own = described_by(node)
+        module, _ = described_by(node)
         if module and inside(node, nodes.field):
             node.replace_self([*linked_types(node.astext(), names, module, app.env.docname)])
 
@@ -73,23 +81,24 @@ def linked_types(text: str, names: Names, module: str, page: str) -> list[nodes.
     ]
 
 
-def link(name: str, content: nodes.Node, page: str) -> addnodes.pending_xref:
+def link(
+    name: str, content: nodes.Node, page: str, domain: str = "py", kind: str = "obj"
+) -> addnodes.pending_xref:
     """Return a link to the page of a name, which Sphinx resolves when it has read all pages."""
     return addnodes.pending_xref(
-        "", content.deepcopy(), refdomain="py", reftype="obj", reftarget=name, refdoc=page,
+        "", content.deepcopy(), refdomain=domain, reftype=kind, reftarget=name, refdoc=page,
         refexplicit=True, refwarn=True,
     )  # fmt: skip
 
 
-def described_by(node: nodes.Node) -> tuple[str | None, str | None]:
-    """Return the module and the full name of the object whose docstring has a node."""
+def described_by(node: nodes.Node) -> tuple[str | None, str]:
+    """Return the module of the object whose docstring has a node, and its name there."""
     while node is not None:
         if isinstance(node, addnodes.desc):
             signature = node.next_node(addnodes.desc_signature)
-            module = signature["module"]
-            return module, f"{module}.{signature['fullname']}"
+            return signature["module"], signature["fullname"]
         node = node.parent
-    return None, None
+    return None, ""
 
 
 def inside(node: nodes.Node, *kinds: type[nodes.Node]) -> bool:

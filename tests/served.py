@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,37 +15,24 @@ import sentencepiece
 import torch
 import transformers
 
-DOCS = Path(__file__).parents[1] / "docs"
 PROMPT = "the base learns"
 TEXTS = (
     "a frozen network learns", "the disk is full", "rows have norms and directions",
     "merge the adapter into the base",
 )  # fmt: skip
 LLAMA = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128,
 }  # fmt: skip
 
 
 class Served(NamedTuple):
-    """A folder with `base` and `adapter`, the tokens of the prompt, and PEFT's logits of them."""
+    """A folder with `base` and `adapter`, the tokens of the prompt, and the logits of PEFT."""
 
     folder: Path
     tokens: torch.Tensor
     logits: torch.Tensor
     base_logits: torch.Tensor
-
-
-def blocks(page: str, language: str) -> list[str]:
-    """Return the blocks of a page in one language."""
-    text = (DOCS / page).read_text("utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-
-
-def commands(page: str, language: str, start: str) -> list[str]:
-    """Return the lines of a page's blocks that begin with a command."""
-    lines = "".join(blocks(page, language)).splitlines()
-    return [line for line in lines if line.startswith(start)]
 
 
 def write_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
@@ -75,14 +61,18 @@ def train(model: Any, tokens: torch.Tensor) -> None:
         optimizer.step()
 
 
-def write_llama(folder: Path, **changes: Any) -> Served:
-    """Write a Llama with its tokenizer as `base`, and train a DoRA adapter of it by PEFT."""
+def write_llama(folder: Path, *, tied: bool = False) -> Served:
+    """Write a Llama with its tokenizer as `base`, and train a DoRA adapter of it by PEFT.
+
+    Where the embeddings are tied to the output layer, the adapter changes the embeddings alone, and
+    the right logits are those before PEFT's merge, which changes both.
+    """
     torch.manual_seed(0)
     base = folder / "base"
     base.mkdir()
     tokenizer = write_tokenizer(base)
-    config = transformers.LlamaConfig(vocab_size=len(tokenizer), **LLAMA, **changes)
-    model = transformers.LlamaForCausalLM(config)
+    sizes = {**LLAMA, "vocab_size": len(tokenizer), "tie_word_embeddings": tied}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -90,18 +80,19 @@ def write_llama(folder: Path, **changes: Any) -> Served:
     model.generation_config = transformers.GenerationConfig(
         bos_token_id=1, eos_token_id=2, do_sample=False, max_new_tokens=6
     )
-    model.save_pretrained(base, max_shard_size="100KB")
+    model.save_pretrained(base, max_shard_size="300KB")
     tokens = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         before = model(tokens).logits[0]
+    targets = ["q_proj", "down_proj", "embed_tokens"] if tied else "all-linear"
     lora = peft.LoraConfig(
-        r=4, lora_alpha=8, use_dora=True, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=4, lora_alpha=8, use_dora=True, target_modules=targets, task_type="CAUSAL_LM"
     )
     tuned = peft.get_peft_model(model, lora)
     train(tuned, tokenizer(TEXTS[3], return_tensors="pt")["input_ids"])
-    tuned.save_pretrained(folder / "adapter")
+    tuned.eval().save_pretrained(folder / "adapter")
     with torch.no_grad():
-        logits = tuned.merge_and_unload().eval()(tokens).logits[0]
+        logits = (tuned if tied else tuned.merge_and_unload())(tokens).logits[0]
     return Served(folder, tokens, logits, before)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -135,7 +136,14 @@ def test_a_stub_without_a_spec_counts_as_installed(monkeypatch):
 def test_the_name_of_every_hint_is_an_extra():
     hinted = set()
     for path in (ROOT / "src").rglob("*.py"):
-        text = path.read_text("utf-8")
-        hinted |= set(re.findall(r"(?:require|install_hint)\(\s*\"(\w+)\"", text))
-    assert hinted >= {"checkpoint", "torch", "jax", "demo", "bench", "cuda13"}
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            match node:
+                case ast.Call(
+                    func=ast.Name(id="require" | "install_hint" | "lacks"),
+                    args=[ast.Constant(value=str(first)), *_],
+                    keywords=keywords,
+                ):
+                    extra = [one.value.value for one in keywords if one.arg == "extra"]
+                    hinted |= {*(extra or [first])}
+    assert hinted >= {"checkpoint", "torch", "jax", "demo", "bench", "verify", "cuda13"}
     assert hinted <= set(PROJECT["optional-dependencies"])

@@ -512,3 +512,18 @@ def test_an_adapter_with_more_kinds_than_panels_has_a_column_for_each_change(
     labels = [axes.get_xlabel()[:2] for axes in picture.axes]
     assert labels == ["m:", "ΔD", "ΔM"]
     assert len(picture.axes[0].get_yticks()) == len(shapes)
+
+
+def test_the_picture_of_plain_lora_has_the_sizes_of_the_updates(tmp_path, monkeypatch, pictures):
+    monkeypatch.chdir(tmp_path)
+    write_adapter(tmp_path / "adapter", {"0.q": (5, 4), "1.q": (5, 4)}, use_dora=False)
+    tensors = load_file("adapter/adapter_model.safetensors")
+    kept = {name: leaf for name, leaf in tensors.items() if "magnitude" not in name}
+    save_file(kept, "adapter/adapter_model.safetensors")
+    assert main(["inspect", "adapter", "--plot", "p.png", "--json", "f.json"]) == 0
+    (picture,) = pictures
+    (axes,) = picture.axes
+    modules = json.loads(Path("f.json").read_text())["modules"]
+    norms = [module["update_norm"] for module in modules.values()]
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), norms)
+    assert picture.get_supylabel().startswith("‖s ΔW‖")

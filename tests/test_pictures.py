@@ -47,6 +47,7 @@ def test_each_method_has_a_colour_of_its_own():
         (("numpy", "norm reused", "exact"), "DoRA exact"),
         (("jax", "detached", "detached"), "DoRA detached"),
         (("PEFT", "DoRA", "detached"), "PEFT"),
+        (("PEFT", "accelerated, detached", "detached"), "DoRA detached"),
         (("PEFT", "LoRA", "LoRA"), "LoRA"),
         (("numpy", "a new one", "other"), "another"),
     ],
@@ -79,6 +80,6 @@ def test_a_picture_has_the_paper_of_its_page(tmp_path, dark):
     results = Results(Settings(), 100, 50, [BaseRun(0.9, 0.1, 0.1)] * 3, methods)
     save_picture(results, tmp_path / "p.png", dark=dark)
     theme = palette.DARK if dark else palette.LIGHT
-    np.testing.assert_allclose(
-        imread(tmp_path / "p.png")[0, 0, :3], to_rgb(theme.paper), atol=1 / 255
-    )
+    pixels = imread(tmp_path / "p.png")
+    np.testing.assert_allclose(pixels[0, 700], (*to_rgb(theme.paper), 1), atol=1 / 255)
+    assert pixels[0, 0, 3] == 0  # a round corner, on a page of any colour

@@ -27,10 +27,31 @@ def test_it_has_at_most_120_lines():
     assert len(README.splitlines()) <= 120
 
 
+def test_a_measured_figure_is_on_a_page_that_names_its_command():
+    pages = [path.read_text("utf-8") for path in (ROOT / "docs").rglob("*.md")]
+    rows = re.findall(r"^\|(.*)\| `python (benchmarks/\w+\.py)[^`]*` \|$", README, re.MULTILINE)
+    assert len(rows) == 4
+    for cells, script in rows:
+        _, ours, theirs = cells.strip("| ").split(" | ")
+        figures = set(re.findall(r"\d+(?:\.\d+)?", f"{ours} {theirs}")) - {"1"}
+        assert figures, cells
+        assert any(
+            script in page and all(re.search(rf"\b{re.escape(one)}\b", page) for one in figures)
+            for page in pages
+        ), cells
+
+
 def test_every_link_leads_to_a_file():
     paths = re.findall(r"\]\(((?:docs/|\w+\.md)[^)#]*)", README)
     assert len(paths) > 20
     assert [path for path in paths if not (ROOT / path).is_file()] == []
+
+
+@pytest.mark.parametrize("words", ["doraxp demo", "&& nox"])
+def test_the_first_line_with_the_words_is_a_command_for_ci(words):
+    """.ci/run looks for this line, and runs it."""
+    line = next(line for line in README.splitlines() if words in line)
+    assert line.startswith("python -m pip install ")
 
 
 def test_the_merge_of_files_works(tmp_path, monkeypatch, capsys):
@@ -59,7 +80,7 @@ def test_the_example_with_peft_works(peft, torch, capsys):
         ("see [a paper](https://a.b/c)", "see [a paper](https://a.b/c)"),
         ("pip install '.[demo]' && doraxp demo", "pip install 'doraxp[demo]' && doraxp demo"),
         ("`python -m pip install .` alone", "`python -m pip install doraxp` alone"),
-        ("Install `'.[torch]' peft`:", "Install `'doraxp[torch]' peft`:"),
+        ("`pip install '.[torch]' peft`", "`pip install 'doraxp[torch]' peft`"),
         ('y = model["up"](x)', 'y = model["up"](x)'),
         ("In a clone of this repository, with Python", "With Python"),
     ],

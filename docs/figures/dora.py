@@ -18,9 +18,10 @@ from doraxp._terminal.palette import BLUE, DARK, GREY, LIGHT, VERMILION, Theme
 
 IMAGES = Path(__file__).resolve().parents[1] / "images"
 PICTURES = {"dora.svg": LIGHT, "dora-dark.svg": DARK}
-WIDTH, HEIGHT, PANEL = 920, 330, 300
+WIDTH, HEIGHT, PANEL = 720, 316, 240
 FEET = 226
 """The height of the point at which all arrows start."""
+LEFT = 28
 ROW = (128.0, -48.0)
 """w, in pixels; down is positive."""
 UPDATE = (-14.0, -112.0)
@@ -39,10 +40,10 @@ class Panel(NamedTuple):
 
 
 PANELS = (
-    Panel(56, "One row of W", ("w = m · w / ‖w‖", "its magnitude m and its direction")),
-    Panel(56 + PANEL, "LoRA adds an update", ("v = w + s b A", "turned and stretched at once")),
+    Panel(LEFT, "One row of W", ("w = m · w / ‖w‖", "its magnitude m and its direction")),
+    Panel(LEFT + PANEL, "LoRA adds an update", ("v = w + s b A", "turned and stretched at once")),
     Panel(
-        56 + 2 * PANEL,
+        LEFT + 2 * PANEL,
         "DoRA sets the magnitude",
         ("w′ = m · v / ‖v‖", "direction and magnitude apart"),
     ),
@@ -149,10 +150,10 @@ def drawn(theme: Theme) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
         f'width="{WIDTH}" role="img">',
         "<title>A row of W, LoRA's update of it, and DoRA's: B A turns it, m stretches it</title>",
-        f"<style>text {{ font: 14px sans-serif; fill: {theme.ink} }}"
+        f"<style>text {{ font: 15px sans-serif; fill: {theme.ink} }}"
         " text.title { font-weight: bold; font-size: 16px }"
-        " text.name { font-style: italic; font-size: 15px } path { fill: none }</style>",
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="{theme.paper}"/>',
+        " text.name { font-style: italic } path { fill: none }</style>",
+        f'<rect width="{WIDTH}" height="{HEIGHT}" rx="8" fill="{theme.paper}"/>',
     ]
     for panel, content in zip(PANELS, (before, added, stretched), strict=True):
         middle = panel.x + 94

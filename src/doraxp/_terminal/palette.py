@@ -45,12 +45,12 @@ LIGHT, DARK = Theme("#ffffff", "#24292f"), Theme("#131416", "#cfd0d0")
 def method_of(library: str, name: str, kind: str) -> str:
     """Return the key in `METHODS` of a contestant of `doraxp bench`.
 
-    `kind` is that of its answer. PEFT's layers, accelerated too, are PEFT's; its LoRA is LoRA.
+    `kind` is that of its answer. A layer of PEFT that doraxp accelerates is doraxp's DoRA.
     """
     if kind == "bare":
         return "bare"
     if "LoRA" in name:
         return "LoRA"
-    if library == "PEFT":
+    if library == "PEFT" and not name.startswith("accelerated"):
         return "PEFT"
     return f"DoRA {kind}" if kind in ("exact", "detached") else "another"

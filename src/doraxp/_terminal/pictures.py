@@ -11,11 +11,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Picture
 
 
+CORNER, MARGIN = 18, 0.1
+"""The radius of a corner in pixels, and the margin in inches."""
+
+
 def new_picture(width: float, height: float) -> Picture:
     """Return an empty picture; width and height are in inches."""
     from matplotlib.figure import Figure as Picture
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    return Picture(figsize=(width, height), dpi=150, layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=MARGIN, h_pad=MARGIN)
+    return Picture(figsize=(width, height), dpi=150, layout=layout)
 
 
 def draw_grid(axes: Any, **options: Any) -> None:
@@ -32,9 +38,16 @@ def save(picture: Picture, path: Path, theme: Theme = LIGHT) -> None:
 
 def _dress(picture: Picture, theme: Theme) -> None:
     """Give paper and ink to all that is neither a curve nor a mark."""
+    from matplotlib.patches import FancyBboxPatch
     from matplotlib.text import Text
+    from matplotlib.transforms import IdentityTransform
 
-    picture.set_facecolor(theme.paper)
+    # A card with round corners, so a light picture looks well on a dark page too.
+    picture.patch.set_alpha(0)
+    style = f"round,pad=0,rounding_size={CORNER}"
+    card = FancyBboxPatch((0, 0), *picture.bbox.size, style, transform=IdentityTransform())
+    card.set(facecolor=theme.paper, linewidth=0, zorder=-1)
+    picture.add_artist(card)
     for text in picture.findobj(Text):
         text.set_color(theme.ink)
     legends = [axes.get_legend() for axes in picture.axes]

@@ -48,7 +48,7 @@ def save_ratios(results: list[Measured], path: Path, *, dark: bool = False) -> N
 def save_curves(curves: Mapping[str, Curve], path: Path, *, dark: bool = False) -> None:
     """Save, as PNG, time and memory of a step over tokens, rank and size, beside the model."""
     require("bench", "matplotlib", of="the picture of the curves")
-    picture = new_picture(13, 7.5)
+    picture = new_picture(11, 7)
     grid = picture.subplots(2, len(curves), squeeze=False)
     libraries = list(dict.fromkeys(library for curve in curves.values() for library, _ in curve))
     for (above, below), (name, curve) in zip(grid.T, curves.items(), strict=True):

@@ -20,7 +20,7 @@ def save_picture(results: Results, path: Path, *, dark: bool = False) -> None:
     """Save both panels as PNG, for a light or a dark page."""
     require("demo", "matplotlib", of="the picture of the demo")
     settings, theme = results.settings, DARK if dark else LIGHT
-    picture = new_picture(11, 4.8)
+    picture = new_picture(9.5, 4.6)
     picture.suptitle(
         "UCI handwritten digits turned by 90°, learned by a network that reads them upright\n"
         f"{settings.network} network, rank {settings.rank}, {settings.steps} steps, "

@@ -91,9 +91,11 @@ class DoRALayer(TrainedArrays):
     ----------
     adapter : Adapter
         May be assigned to. The layer then drops its forward and its gradients.
-    weight, bias : array
-        The arrays that the layer computes with; the weight may be a RowWeight, the bias None. The
-        weight of a convolution or an embedding has the shape that the base stores.
+    weight : array or RowWeight
+        The weight that the layer computes with. For a convolution or an embedding it has the shape
+        that the base stores.
+    bias : array or None
+        The bias that the layer computes with.
     gradients : dict of str to array, or None
         The gradients by the names of the state, in the compute dtype; None before a backward.
     training : bool
