@@ -288,6 +288,17 @@ def test_a_full_disk_and_an_interrupt_end_without_a_traceback(monkeypatch, capsy
     assert capsys.readouterr().err == "doraxp demo: interrupted\n"
 
 
+def test_a_reader_that_goes_away_is_not_an_error(monkeypatch, capsys):
+    def fail(_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    dropped = []
+    monkeypatch.setattr("doraxp.cli.demo.run", fail)
+    monkeypatch.setattr("doraxp.cli.drop_output", lambda: dropped.append("all"))
+    assert main(["demo"]) == 0
+    assert (dropped, capsys.readouterr()) == (["all"], ("", ""))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -436,7 +436,7 @@ def test_an_eps_is_finite_and_at_least_0(mine, capsys, text):
 
 def test_a_missing_file_of_expected_failures_is_exit_status_2(mine, capsys):
     assert main(["conform", "naive", "--expected", "nothing.toml"]) == 2
-    assert "No such file or directory: 'nothing.toml'" in capsys.readouterr().err
+    assert "naive: nothing.toml: No such file or directory" in capsys.readouterr().err
 
 
 # Versions of the catalogue

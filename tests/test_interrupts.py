@@ -27,7 +27,7 @@ COMMANDS = {
     "extract": "extract base tuned --rank 2 --out new --json new.json",
     "extract --adapter": "extract base --adapter adapter --rank 2 --out new",
     "verify": "verify --backend numpy --json new.json",
-    "conform": "conform mine --json new.json --junit new.xml",
+    "conform": "conform slow_dora --json new.json --junit new.xml",
     "vectors": "vectors --out new",
     "bench": "bench --backend numpy --tasks norm --shapes 8x8 --rank 2 --rounds 2 --json new.json",
 }
@@ -50,7 +50,7 @@ def folder(tmp_path, monkeypatch):
         weights = {f"{path}.weight": draw(rng, *shape) for path, shape in SHAPES.items()}
         save_file(weights, f"{name}/model.safetensors")
     write_adapter(tmp_path / "adapter", SHAPES)
-    Path("mine.py").write_text(MINE)
+    Path("slow_dora.py").write_text(MINE)
     return tmp_path
 
 

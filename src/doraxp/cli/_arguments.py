@@ -223,25 +223,27 @@ def add_residual(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_choice(parser: argparse.ArgumentParser) -> None:
-    """Declare the options that choose one of several adapters."""
+def add_choice(parser: argparse.ArgumentParser, adapter: str = "ADAPTER") -> None:
+    """Declare the options that choose one of several adapters in the argument `adapter`."""
     parser.add_argument(
-        "--subfolder", metavar="NAME", help="the adapter's folder in ADAPTER, if that has several"
+        "--subfolder",
+        metavar="NAME",
+        help=f"the adapter's folder in {adapter}, if that has several",
     )
     parser.add_argument(
         "--adapter-name", metavar="NAME", help="the adapter to take from a file that has several"
     )
 
 
-def add_rename(parser: argparse.ArgumentParser) -> None:
-    """Declare --rename."""
+def add_rename(parser: argparse.ArgumentParser, adapter: str = "ADAPTER") -> None:
+    """Declare --rename, for the names in the argument `adapter`."""
     parser.add_argument(
         "--rename",
         type=_rename,
         action="append",
         default=[],
         metavar="REGEX=NEW",
-        help="replace what the regular expression finds in the names of ADAPTER; repeatable",
+        help=f"replace what the regular expression finds in the names of {adapter}; repeatable",
     )
 
 

@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--all", action="store_true", help="with --to lora, list every module with its error"
     )
-    add_choice(parser)
-    add_rename(parser)
+    add_choice(parser, "SRC")
+    add_rename(parser, "SRC")
     add_residual(parser)
     parser.add_argument(
         "--out", type=Path, metavar="DST", required=True, help="a folder that does not exist yet"

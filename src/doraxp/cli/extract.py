@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "tuned", type=Path, metavar="TUNED", help="the same model after a full fine-tune"
     )
     add_weighted(parser, tuned, "TUNED")
-    add_rename(parser)
+    add_rename(parser, "the adapters")
     add_residual(parser)
     parser.add_argument(
         "--rank",

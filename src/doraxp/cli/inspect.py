@@ -62,8 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base", type=Path, metavar="BASE", help="the model that the adapter belongs to"
     )
-    add_choice(parser)
-    add_rename(parser)
+    add_choice(parser, "PATH")
+    add_rename(parser, "PATH")
     parser.add_argument(
         "--all", action="store_true", help="list every module, not a row for each kind of module"
     )
