@@ -65,8 +65,13 @@ def test_a_source_tree_gives_the_command_for_its_folder(monkeypatch, tmp_path):
     assert extras.install_hint("checkpoint") == from_the_clone(tmp_path)
 
 
-def test_a_copied_package_without_a_record_gives_the_name(monkeypatch, tmp_path):
-    monkeypatch.setattr(extras, "PACKAGE", tmp_path / "doraxp")
+@pytest.mark.parametrize(
+    ("package", "beside"),
+    [("doraxp", "README.md"), ("src/doraxp", "README.md"), ("lib/doraxp", "pyproject.toml")],
+)
+def test_a_copied_package_without_a_record_gives_the_name(monkeypatch, tmp_path, package, beside):
+    (tmp_path / beside).touch()
+    monkeypatch.setattr(extras, "PACKAGE", tmp_path / package)
     monkeypatch.setattr(sys, "path", [])
     assert extras.install_hint("checkpoint") == BY_NAME
 
@@ -124,8 +129,9 @@ def test_a_function_without_its_extra_gives_the_hint(call, extra, monkeypatch, t
 
 def test_the_missing_modules_are_listed(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="the extra demo: a, b and c are not installed: "):
+    with pytest.raises(ModuleNotFoundError, match="demo: a, b and c are not installed: ") as caught:
         extras.require("demo", "a", "b", "c", of="doraxp.demo")
+    assert caught.value.name == "a"
 
 
 def test_a_stub_without_a_spec_counts_as_installed(monkeypatch):

@@ -71,9 +71,11 @@ def test_config_refuses(arguments, error, message):
     ("argument", "advice"),
     [
         ({"r": 8}, "got r=8: write rank=8"),
+        ({"lora_r": 8}, "got lora_r=8: write rank=8"),
         ({"lora_rank": 8}, "got lora_rank=8: write rank=8"),
         ({"lora_alpha": 16}, "got lora_alpha=16: write alpha=16"),
         ({"use_rslora": True}, "got use_rslora=True: write rslora=True"),
+        ({"rs_lora": True}, "got rs_lora=True: write rslora=True"),
         (
             {"lora_dropout": 0.1},
             "got lora_dropout=0.1: give the rate to the layers, as adapt_layers(..., dropout=0.1) "
@@ -87,8 +89,25 @@ def test_config_refuses(arguments, error, message):
             {"rank_pattern": {"q": 4}},
             "got rank_pattern={'q': 4}: give it to adapt_layers or adapt, as rank_pattern",
         ),
+        (
+            {"exclude_modules": ["q"]},
+            "got exclude_modules=['q']: give it to adapt_layers or adapt, as exclude_modules",
+        ),
+        (
+            {"alpha_pattern": {"q": 4}},
+            "got alpha_pattern={'q': 4}: give it to adapt_layers or adapt, as alpha_pattern",
+        ),
+        (
+            {"init_lora_weights": True},
+            "got init_lora_weights=True: give method to adapt_layers, DoRALayer or init",
+        ),
+        (
+            {"train_base": True},
+            "got train_base=True: give it to DoRALayer or adapt_layers, as train_base",
+        ),
         ({"use_dora": True}, "got use_dora=True: leave it out, because each Config is of DoRA"),
         ({"scale": 2.0}, "got scale=2.0: write alpha, which is the scale times the rank"),
+        ({"scaling": 2.0}, "got scaling=2.0: write alpha, which is the scale times the rank"),
         ({"rnak": 8}, "got rnak=8: the nearest is rank"),
         ({"zzz": 8}, "got zzz=8"),
     ],
@@ -101,13 +120,19 @@ def test_a_name_of_another_library_is_refused_with_the_name_to_write(argument, a
         assert str(caught.value) == rule + advice
 
 
-def test_a_rate_in_place_of_the_kind_of_dropout_is_refused_with_its_place():
+@pytest.mark.parametrize("rate", [0.1, 0])
+def test_a_rate_in_place_of_the_kind_of_dropout_is_refused_with_its_place(rate):
     with pytest.raises(ValueError, match="dropout must be one of") as caught:
-        Config(8, dropout=0.1)  # type: ignore[arg-type]
+        Config(8, dropout=rate)
     assert str(caught.value) == (
-        "dropout must be one of ('input', 'low_rank'), got 0.1: give the rate to the layers, as "
-        "adapt_layers(..., dropout=0.1) or DoRALayer(..., dropout=0.1)"
+        f"dropout must be one of ('input', 'low_rank'), got {rate}: give the rate to the layers, "
+        f"as adapt_layers(..., dropout={rate}) or DoRALayer(..., dropout={rate})"
     )
+
+
+def test_an_unknown_kind_of_dropout_is_not_taken_for_a_rate():
+    with pytest.raises(ValueError, match=r"\('input', 'low_rank'\), got 'base'$"):
+        Config(8, dropout="base")  # type: ignore[arg-type]
 
 
 def test_config_has_the_signature_of_its_fields_and_is_pickled_copied_and_replaced():
