@@ -379,6 +379,7 @@ def docs(session: nox.Session) -> None:
     install(session, "test", "docs")
     session.run("sphinx-build", "-nW", "--keep-going", "docs", "docs/_build/html")
     session.run("python", "docs/links.py", "docs/_build/html")
+    pytest(session, "--backend=sphinx", PROCESSES, "tests/test_docs_pages.py")
     elsewhere = ["--ignore-glob=docs/howto/backends/[!i]*", "--ignore=docs/tutorials/examples.md"]
     pytest(session, *PARALLEL, "README.md", "CONTRIBUTING.md", "docs", *elsewhere)
     # These need JAX, PyTorch or MLX: the sessions of those run their examples.

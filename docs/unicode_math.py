@@ -89,10 +89,8 @@ def formula(text: str) -> str:
         assert match is not None  # `one` matches each character
         kind, token, place = match.lastgroup, match[0], match.end()
         if kind == "words":
-            before = (
-                " " if re.search(r"[\w)\],‖|'~\u0300-\u036f] \Z", text[: match.start()]) else ""
-            )
-            after = " " if re.match(r" [\w(‖|]", text[place:]) else ""
+            before = " " if BEFORE_WORDS.search(text[: match.start()]) else ""
+            after = " " if AFTER_WORDS.match(text, place) else ""
             result += upright(f"{before}{token}{after}")
         elif kind == "change":
             result += r"\mathrm{d}" + (token[1] if len(token) == 2 else upright(token[1:]))

