@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import platform
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -33,7 +35,8 @@ def test_every_page_has_a_script_and_a_line_in_the_list():
     assert names == set(pages.PAGES) | BY_HAND
     index = (FOLDER / "index.md").read_text("utf-8")
     for name in names - {"index"}:
-        assert f"[]({name}.md)" in index
+        title, *_ = (FOLDER / f"{name}.md").read_text("utf-8").splitlines()
+        assert f"[{title.removeprefix('# ')}]({name}.md)" in index
 
 
 @pytest.mark.parametrize("name", pages.PAGES)
@@ -89,6 +92,20 @@ def test_a_wide_table_has_a_column_for_each_kind_of_figure():
         "|---|---|",
         "| noise | 0.9956 to 0.9998 |",
     ]
+
+
+def test_a_command_that_is_killed_is_not_a_goal_that_is_missed():
+    with pytest.raises(subprocess.CalledProcessError):
+        pages.shell("kill -9 $$", at_most=1)
+
+
+@pytest.mark.parametrize(
+    ("lines", "processor"),
+    [("processor\t: 0\nmodel name\t: A Chip\n", "A Chip"), ("", platform.machine())],
+)
+def test_the_processor_is_that_of_linux_or_the_architecture(monkeypatch, lines, processor):
+    monkeypatch.setattr(Path, "read_text", lambda *_: lines)
+    assert dated.conditions()["processor"] == processor
 
 
 def test_a_run_is_measured_written_and_drawn(tmp_path, monkeypatch):

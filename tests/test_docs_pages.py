@@ -83,7 +83,7 @@ def two():
 '''
 
 
-def test_a_directive_of_a_docstring_stays_and_a_block_that_is_no_formula_is_a_warning(build):
+def test_a_directive_of_a_docstring_stays_and_a_block_of_another_sign_is_a_warning(build):
     page, warnings = build(own=OWN, index=".. autofunction:: own.one\n\n.. autofunction:: own.two")
     one = described(page, "own.one")
     assert one.count("<math") == 2

@@ -24,7 +24,7 @@ from doraxp._base.printable import printable
 from doraxp._terminal import adapter_picture
 from doraxp._terminal.figures import write_json
 from doraxp._terminal.module_table import kind_of
-from doraxp._terminal.tables import plain_console, print_table
+from doraxp._terminal.tables import new_console, plain_console, print_table
 from doraxp.checkpoint import Change, load_adapters, look_at_base, open_model
 from doraxp.cli import main
 
@@ -149,6 +149,13 @@ def test_the_columns_of_a_table_move_together_before_names_are_cut(
     monkeypatch.setenv("COLUMNS", f"{width}")
     print_table(("name", "x", "y"), [("block.a.weight", "1", "2")], plain_console())
     assert ("… is block.a." in capsys.readouterr().out) == is_cut
+
+
+@pytest.mark.parametrize("console", [new_console, plain_console])
+def test_a_number_has_the_colour_of_the_words_beside_it(console, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    console().print("3 of 4 figures")
+    assert capsys.readouterr().out == "3 of 4 figures\n"
 
 
 def test_json_has_null_for_numbers_that_it_lacks(tmp_path):
@@ -485,9 +492,15 @@ def test_the_picture_of_many_odd_names_is_drawn(tmp_path, monkeypatch, pictures)
         names = [f"0.1.m{chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(kinds)]
         write_adapter(tmp_path / name, dict.fromkeys([*names, f"0.2.{names[0][4:]}"], (4, 4)))
     write_adapter(tmp_path / "shared", {"a.0.0.q": (4, 4), "a.0.1.q": (4, 4)})
-    for name in ("few", "many", "most", "shared"):
+    write_adapter(
+        tmp_path / "ordered",
+        {f"a.0.{name}": (4, 4) for name in ("own", "to_out.0", "to_k", "to_q", "gate_proj")},
+    )
+    for name in ("few", "many", "most", "shared", "ordered"):
         assert main(["inspect", name, "--plot", f"{name}.png"]) == 0
-    few, many, most, shared = pictures
+    few, many, most, shared, ordered = pictures
+    titles = [axes.get_title(loc="left") for axes in ordered.axes]
+    assert titles == ["to_q", "to_k", "to_out.0", "gate_proj", "own"]
     assert len(few.axes) == len(odd)
     assert max(len(axes.get_title(loc="left")) for axes in few.axes) < 40
     assert shared.axes[0].get_xlabel() == "module, in the order of the file"
@@ -495,6 +508,14 @@ def test_the_picture_of_many_odd_names_is_drawn(tmp_path, monkeypatch, pictures)
     assert list(map(len, rows)) == [40, 60]
     assert [row[0] for row in rows] == ["maa (2)"] * 2
     assert rows[1][-1] == "11 other kinds (11)"
+
+
+@pytest.mark.parametrize(("kinds", "panels"), [(14, 14), (15, 1)])
+def test_up_to_14_kinds_have_a_panel_each(tmp_path, monkeypatch, pictures, kinds, panels):
+    monkeypatch.chdir(tmp_path)
+    write_adapter(tmp_path / "adapter", {f"0.{chr(97 + n)}": (5, 4) for n in range(kinds)})
+    assert main(["inspect", "adapter", "--plot", "p.png"]) == 0
+    assert len(pictures[0].axes) == panels
 
 
 def test_an_adapter_with_more_kinds_than_panels_has_a_column_for_each_change(

@@ -37,6 +37,8 @@ def test_every_colour_is_seen_on_both_pages(theme):
 def test_each_method_has_a_colour_of_its_own():
     colours = [style.colour for style in palette.METHODS.values()]
     assert len(set(colours)) == len(colours)
+    exact, detached = (palette.METHODS[f"DoRA {kind}"] for kind in ("exact", "detached"))
+    assert exact.dashes != detached.dashes
 
 
 @pytest.mark.parametrize(
@@ -83,3 +85,7 @@ def test_a_picture_has_the_paper_of_its_page(tmp_path, dark):
     pixels = imread(tmp_path / "p.png")
     np.testing.assert_allclose(pixels[0, 700], (*to_rgb(theme.paper), 1), atol=1 / 255)
     assert pixels[0, 0, 3] == 0  # a round corner, on a page of any colour
+    grey = pixels[(pixels[..., 3] == 1) & (np.ptp(pixels[..., :3], axis=-1) < 0.05), :3]
+    ends = sorted(np.mean(to_rgb(colour)) for colour in theme)
+    assert grey.mean(axis=1).min() >= ends[0] - 0.02
+    assert grey.mean(axis=1).max() <= ends[1] + 0.02

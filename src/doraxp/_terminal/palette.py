@@ -1,7 +1,7 @@
 """One colour for one method in every picture: of the demo, the benchmark and the docs.
 
 Each colour has a contrast of 3 and more both on white and on the dark page. Colour-blind readers
-can tell them apart; dashes repeat the difference for prints without colours.
+can tell them apart. Dashes tell detached from exact in prints without colours.
 """
 
 from __future__ import annotations
