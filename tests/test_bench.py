@@ -18,6 +18,7 @@ from rich.console import Console
 
 import doraxp
 from doraxp._base.extras import install_hint
+from doraxp._terminal.palette import DARK, LIGHT
 from doraxp._terminal.runtimes import runtime
 from doraxp.backends import Status
 from doraxp.bench import (
@@ -221,6 +222,21 @@ def labels(axis):
         seen = [value for value in places if low * 0.999 <= value <= high * 1.001]
         texts += [text for text in ticker.formatter.format_ticks(seen) if text]
     return texts
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK])
+def test_both_pictures_have_the_paper_of_a_light_or_of_a_dark_page(tmp_path, monkeypatch, theme):
+    themes = []
+    monkeypatch.setattr(_picture, "save", lambda _picture, _path, theme: themes.append(theme))
+    results = [
+        Measured(w, "step", kind, "numpy", kind, [1.0, 1.0], 1 << 20)
+        for _, w in _curves.workloads(WORKLOAD)
+        for kind in ("bare", "exact")
+    ]
+    _picture.save_ratios(results, tmp_path / "p.png", dark=theme == DARK)
+    curves = _curves.collect(WORKLOAD, results)
+    _picture.save_curves(curves, tmp_path / "p.png", dark=theme == DARK)
+    assert themes == [theme, theme]
 
 
 def test_the_ticks_of_the_curves_are_numbers_with_units(tmp_path, monkeypatch):

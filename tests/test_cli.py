@@ -162,9 +162,9 @@ def test_a_call_without_a_command_prints_the_help_with_status_2_as_ruff_does(cap
         ),
         (["xyz"], "doraxp: error: COMMAND must be one that doraxp --help lists, got 'xyz'"),
         (
-            ["merge", "a", "b", "--out", "c", "--jbos=3"],
+            ["merge", "a", "b", "--out", "c", "--jsno=a/path/to/figures"],
             "doraxp merge: error: an option must be one that doraxp merge --help lists, got "
-            "'--jbos=3': the nearest is --jobs",
+            "'--jsno=a/path/to/figures': the nearest is --json",
         ),
         (
             ["merge", "a", "b", "c", "--out", "d"],
@@ -210,6 +210,8 @@ def test_the_help_of_a_command_has_its_arguments_in_one_line_and_an_example(caps
     assert usage.startswith(f"usage: doraxp {name} ")
     assert blank == ""
     assert f"\nexample: doraxp {name}" in texts[0]
+    checks = {"audit", "conform", "doctor", "verify"}
+    assert ("\nexit status 1: " in texts[0]) == (name in checks)
 
 
 def test_python_m_doraxp_is_the_command(monkeypatch, capsys):
@@ -435,6 +437,21 @@ def test_each_process_of_a_cluster_needs_each_module_in_the_same_version(process
     assert problem({name: "0"}) == (another if decides else None)
 
 
+@pytest.mark.parametrize(
+    ("command", "extra"),
+    [
+        ("merge base adapter --out out", "checkpoint"),
+        ("inspect adapter", "checkpoint"),
+        ("conform mine", "verify"),
+        ("bench", "bench"),
+    ],
+)
+def test_the_hint_has_the_extra_of_the_command(capsys, monkeypatch, command, extra):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(command.split()) == 2
+    assert re.search(rf"'[.\w]*\[{extra}\]'", capsys.readouterr().err)
+
+
 COMPLETED = """
 source "$1"
 COMP_WORDS=(doraxp "${@:2}"); COMP_CWORD=$(( ${#COMP_WORDS[@]} - 1 ))
@@ -453,6 +470,8 @@ printf '%s\\n' "${COMPREPLY[@]}"
         (["merge", "--rounding", ""], {"nearest", "stochastic"}),
         (["merge", "mod"], {"model"}),
         (["merge", "model", "adapter", "--out", "mod"], {"model"}),
+        (["merge", "model", "--adapter", "mod"], {"model"}),
+        (["merge", "model", "adapter", "--json", "mod"], {"model"}),
         (["convert", "--to", "ml"], {"mlx"}),
         (["completion", "ba"], {"bash"}),
     ],
