@@ -245,8 +245,9 @@ def test_the_ticks_of_the_curves_are_numbers_with_units(tmp_path, monkeypatch):
         _picture, "save", lambda picture, *rest: (save(picture, *rest), saved.append(picture))
     )
     results = [
-        Measured(w, "step", kind, "numpy", kind, [1e-6 * w.tokens * w.out] * 2, w.tokens << 20)
+        Measured(w, "step", kind, "numpy", kind, [median / 2, median, 2 * median], w.tokens << 20)
         for _, w in _curves.workloads(replace(WORKLOAD, tokens=5))
+        for median in [1e-6 * w.tokens * w.out]
         for kind in ("bare", "exact", "detached")
     ]
     curves = _curves.collect(replace(WORKLOAD, tokens=5), results)
@@ -254,6 +255,7 @@ def test_the_ticks_of_the_curves_are_numbers_with_units(tmp_path, monkeypatch):
         _picture.save_curves(curves, tmp_path / "curves.png", dark=dark)
     for picture in saved:
         time, *_ = picture.axes
+        np.testing.assert_allclose(time.lines[0].get_ydata(), 24e-6 * time.lines[0].get_xdata())
         assert labels(time.xaxis) == ["1", "4", "16", "64", "256", "1024", "4096"]
         assert labels(time.yaxis) == ["100 µs", "1 ms", "10 ms", "100 ms"]
         memory = picture.axes[3]
