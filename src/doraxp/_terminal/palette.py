@@ -47,10 +47,8 @@ def method_of(library: str, name: str, kind: str) -> str:
 
     `kind` is that of its answer. A layer of PEFT that doraxp accelerates is doraxp's DoRA.
     """
-    if kind == "bare":
-        return "bare"
-    if "LoRA" in name:
-        return "LoRA"
+    if kind in ("bare", "LoRA"):
+        return kind
     if library == "PEFT" and not name.startswith("accelerated"):
         return "PEFT"
     return f"DoRA {kind}" if kind in ("exact", "detached") else "another"
