@@ -127,6 +127,7 @@ def test_a_dy_of_more_bits_is_not_rounded(backend, dtype, config, stack):
     case = mixed.layer(config, stack=stack)
     found = run(backend, case, dtype, wide=("dy",))
     assert is_mixed(found)
+    assert found["dx"].dtype == found["y"].dtype
     assert max(shares(found, expected(case, dtype, precision="mixed")).values()) <= 1
 
 
