@@ -186,9 +186,13 @@ def test_a_call_without_a_command_prints_the_help_with_status_2_as_ruff_does(cap
             "--help describes them",
         ),
         (
-            ["--nothing"],
-            "doraxp: error: the following arguments are required: COMMAND: doraxp "
-            "--help describes them",
+            ["--verison"],
+            "doraxp: error: an option must be one that doraxp --help lists, got '--verison': the "
+            "nearest is --version",
+        ),
+        (
+            ["--"],
+            "doraxp: error: an option must be one that doraxp --help lists, got '--'",
         ),
     ],
 )

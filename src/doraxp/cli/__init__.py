@@ -65,8 +65,8 @@ def _run(words: list[str], called: str) -> int:
         sys.exit(2)
     parser = new_parser((called,) if called in COMMANDS else COMMANDS)
     arguments, rest = parser.parse_known_args(words)
-    if rest:
+    if rest or arguments.command is None:
         command = arguments.parser
-        command.error(unknown_arguments(command, rest))
+        command.error(unknown_arguments(command, rest or words))
     status: int = arguments.run(arguments)
     return status

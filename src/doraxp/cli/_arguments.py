@@ -195,15 +195,18 @@ def adapters_of(arguments: argparse.Namespace) -> list[Weighted]:
     return [Weighted(path, strength * arguments.scale) for path, strength in given]
 
 
-def add_fit(parser: argparse.ArgumentParser) -> None:
-    """Declare the options that say how ADAPTER fits BASE, where the files do not."""
+def add_fit(parser: argparse.ArgumentParser, out: str) -> None:
+    """Declare the options that say how ADAPTER fits BASE, where the files do not.
+
+    `out` is the name of the argument for the merged model.
+    """
     add_choice(parser)
     add_rename(parser)
     add_residual(parser)
     parser.add_argument(
         "--architecture",
         metavar="CLASS",
-        help="class of OUT in config.json, if ADAPTER brings a new head (default: as the files "
+        help=f"class of {out} in config.json, if ADAPTER brings a new head (default: as the files "
         "tell)",
     )
     parser.add_argument(

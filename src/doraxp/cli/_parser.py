@@ -36,7 +36,6 @@ STATUSES = {
     130: "Ctrl-C",
 }
 """The exit statuses of all commands, except 1."""
-_OF_MANY = "COMMAND"
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -92,9 +91,8 @@ def new_parser(names: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
         version=f"doraxp {doraxp.__version__}",
         help="show the version and exit",
     )
-    commands = parser.add_subparsers(
-        metavar=_OF_MANY, required=True, parser_class=CommandParser, dest="command"
-    )
+    parser.set_defaults(parser=parser)
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=CommandParser, dest="command")
     for name in names:
         module = module_of(name)
         command = commands.add_parser(

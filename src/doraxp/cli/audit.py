@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--all", action="store_true", help="list every tensor, also those that are right"
     )
     parser.add_argument("--json", type=output(".json"), metavar="FILE", help="write all figures")
-    add_fit(parser)
+    add_fit(parser, "MERGED")
     add_jobs(parser, "tensors to audit")
 
 

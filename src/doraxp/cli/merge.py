@@ -127,7 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "bfloat16 or --dtype; same quantises them again in the format of BASE, which may "
         "lose the update (default: %(default)s)",
     )
-    add_fit(parser)
+    add_fit(parser, "OUT")
     add_jobs(parser, "shards to merge")
     parser.add_argument(
         "--scheduler",
