@@ -9,8 +9,10 @@ from __future__ import annotations
 import ctypes
 import os
 import pathlib
+import re
 import shutil
 import subprocess
+import zipfile
 
 import nox
 
@@ -39,6 +41,7 @@ PEFT = (
     "test_doctor_cli",
     "test_merge_real",
     "test_optimizers_peft",
+    "test_readme",
     "test_targets",
     "test_torch_operators",
     "test_torch_peft",
@@ -317,6 +320,43 @@ def bench_check(session: nox.Session) -> None:
     session.run("python", "benchmarks/checkpoint.py", session.create_tmp())
 
 
+@nox.session(tags=["ci"])
+def dist(session: nox.Session) -> None:
+    """Build the wheel and the source archive, check both, and use both as a user would."""
+    session.install(*nox.project.dependency_groups(PROJECT, "dist"))
+    folder = pathlib.Path(session.create_tmp()).absolute()
+    shutil.rmtree(folder, ignore_errors=True)
+    session.run("python", "-m", "build", f"--outdir={folder}")
+    (wheel,), (archive,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
+    session.run("twine", "check", "--strict", str(wheel), str(archive))
+    session.run("check-wheel-contents", str(wheel))
+    check_description(session, wheel)
+    # The wheel alone, with what it needs and nothing else, trains the network of README.md.
+    readme = pathlib.Path("README.md").read_text("utf-8")
+    example = readme.partition("```python\n")[2].partition("```")[0]
+    python = str(folder / "fresh" / "bin" / "python")
+    session.run("python", "-m", "venv", str(folder / "fresh"))
+    with session.chdir(folder):  # not the root, from where the source tree could be imported
+        for command in (f"pip install --quiet {wheel}", "pip check", "doraxp verify --help"):
+            session.run(python, "-m", *command.split(), external=True)
+        session.run(python, "-c", example, external=True)
+    # The source archive, with its own tests.
+    shutil.unpack_archive(archive, folder)
+    with session.chdir(folder / archive.name.removesuffix(".tar.gz")):
+        install(session, "test")
+        pytest(session, "--backend=numpy", "tests/test_linear.py", "tests/test_extras.py")
+
+
+def check_description(session: nox.Session, wheel: pathlib.Path) -> None:
+    """Fail if the description has links or commands that do not work on an index of packages."""
+    with zipfile.ZipFile(wheel) as files:
+        (name,) = (name for name in files.namelist() if name.endswith(".dist-info/METADATA"))
+        text = files.read(name).decode()
+    relative = re.findall(r"\]\((?:docs/|\w+\.md)[^)]*\)", text)
+    if relative or "'.[" in text or "install 'doraxp[demo]'" not in text:
+        session.error(f"the description must have absolute links and installs by name: {text}")
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check that the code and its prose have one style."""
@@ -335,9 +375,10 @@ def typecheck(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the pages, and run every example in them, in the README and in the docstrings."""
+    """Build the pages, check their links, and run every example in them and in the docstrings."""
     install(session, "test", "docs")
     session.run("sphinx-build", "-nW", "--keep-going", "docs", "docs/_build/html")
+    session.run("python", "docs/links.py", "docs/_build/html")
     elsewhere = ["--ignore-glob=docs/howto/backends/[!i]*", "--ignore=docs/tutorials/examples.md"]
     pytest(session, *PARALLEL, "README.md", "CONTRIBUTING.md", "docs", *elsewhere)
     # These need JAX, PyTorch or MLX: the sessions of those run their examples.

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import checkpoint_model
+import dated
 import ml_dtypes  # noqa: F401  makes NumPy know bfloat16
 import numpy as np
 from safetensors.numpy import save_file
@@ -369,6 +370,7 @@ def resident(status: str) -> int:
 def met(figure: str, value: float, bound: float, *, at_least: bool = False) -> bool:
     """Print a line about one goal; return True if it is met."""
     good = value >= bound if at_least else value <= bound
+    dated.note(figure, value=value, goal=bound, at_least=at_least)
     sign, verdict = "≥" if at_least else "≤", "ok" if good else "MISSED"
     print(f"{figure:75} {value:9.3g}  goal {sign} {bound:<6g} {verdict}", flush=True)
     return good
@@ -379,6 +381,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gigabytes", type=float, default=1)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         count = faults(Path(folder))
@@ -394,6 +397,8 @@ def main() -> int:
         met("false alarms", count.alarms, 0),
         *speed(arguments.folder, arguments.gigabytes),
     ]
+    dated.note("right tensors", value=count.right)
+    dated.write(arguments.json)
     return 0 if all(good) else 1
 
 

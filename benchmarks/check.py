@@ -1,6 +1,6 @@
 """Compare ratios of times and memory with the project's goals.
 
-    python benchmarks/check.py
+    python benchmarks/check.py [--json FILE]
 
 The machine must be idle. The exit status is 1 if a ratio misses its goal by more than `MARGIN`.
 Ratios to NumPy's products depend on the kernels of its BLAS, which the first line names. The script
@@ -9,11 +9,14 @@ runs `small_layer.py` first, for the fixed cost of a call.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from concurrent.futures import Executor
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
+import dated
 import numpy as np
 import quantised_step
 import small_layer
@@ -82,17 +85,18 @@ def results(workload: Workload, task: str, process: Executor) -> Results:
     return {(one.library, one.name): one for one in measured}
 
 
-def met(goal: Goal, found: Results) -> bool:
+def met(goal: Goal, found: Results, case: str) -> bool:
     """Print the line of a goal; return whether it is met."""
     one, other = found[goal.one], found[goal.other]
     ratio = beyond_results(one) / beyond_results(other) if goal.of_memory else one.over(other)[1]
     sides = " ÷ ".join(" ".join(side) for side in (goal.one, goal.other))
     what = f"{'peak of ' if goal.of_memory else ''}{goal.task}: {sides}"
-    return held(what, ratio, goal.bound, at_least=goal.at_least)
+    return held(what, ratio, goal.bound, at_least=goal.at_least, case=case)
 
 
-def held(what: str, ratio: float, bound: float, *, at_least: bool = False) -> bool:
+def held(what: str, ratio: float, bound: float, *, at_least: bool = False, case: str = "") -> bool:
     """Print a line; return whether the ratio is within the bound."""
+    dated.note(what, value=ratio, goal=bound, at_least=at_least, case=case)
     limit = bound * (1 - MARGIN if at_least else 1 + MARGIN)
     good = ratio >= limit if at_least else ratio <= limit
     sign = "≥" if at_least else "≤"
@@ -115,7 +119,12 @@ def memory_of_a_step(process: Executor) -> bool:
     print(f"{workload}: arrays of tokens beyond inputs and results", flush=True)
     found = measure("step", workload, (NUMPY,), rounds=1, process=process)
     (exact,) = (one for one in found if one.name == EXACT)
-    return held("peak of step: numpy exact", beyond_results(exact) / (4 * 2048 * 4096), 2.0)
+    return held(
+        "peak of step: numpy exact, in arrays",
+        beyond_results(exact) / (4 * 2048 * 4096),
+        2.0,
+        case=str(workload),
+    )
 
 
 def low_precision(process: Executor) -> bool:
@@ -126,14 +135,18 @@ def low_precision(process: Executor) -> bool:
     exact = [one for one in present if one.name == EXACT]
     wide, narrow = time_all(exact, ROUNDS, lambda: None)
     ratio = quartiles([a / b for a, b in zip(narrow, wide, strict=True)])[1]
-    good = held("step: numpy exact", ratio, 1.3)
+    good = held("step: numpy exact ÷ float32", ratio, 1.3, case=str(workloads[1]))
     names = [(NUMPY, EXACT)]
     (peak,) = process.submit(peaks, "step", SQUARE(tokens=1, dtype="bfloat16"), names).result()
-    return held("peak of step: 16 MiB, and the row blocks' 16", (peak or 0) / MIB, 32) and good
+    case = str(SQUARE(tokens=1, dtype="bfloat16"))
+    return held("peak of step, MiB", (peak or 0) / MIB, 32, case=case) and good
 
 
 def main() -> int:
     """Print goal, measured ratio and verdict, by workload."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    path = parser.parse_args().json
     print("BLAS kernels:", *(f"{name} {kind}" for name, kind in blas_kernels().items()))
     good = small_layer.check()
     with fresh_process() as process:
@@ -141,10 +154,13 @@ def main() -> int:
             print(f"{workload}: goal, measured; the margin is {MARGIN:.0%}", flush=True)
             tasks = {goal.task for goal in goals}
             found = {task: results(workload, task, process) for task in sorted(tasks)}
-            good &= sum(met(goal, found[goal.task]) for goal in goals) == len(goals)  # print each
+            good &= sum(met(goal, found[goal.task], str(workload)) for goal in goals) == len(
+                goals
+            )  # print each
         good &= memory_of_a_step(process)
         good &= low_precision(process)
     good &= quantised_step.show(np, "float32", quantised_step.ROUNDS, None)
+    dated.write(path)
     return 0 if good else 1
 
 

@@ -19,6 +19,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import checkpoint_model
+import dated
 import ml_dtypes  # noqa: F401  makes NumPy know bfloat16
 import numpy as np
 from safetensors import safe_open
@@ -28,6 +29,8 @@ from doraxp.checkpoint import AdaptedLayer, UpdatedLayer, load_adapters, save_ad
 
 ROUNDS, KILLS = 3, 50
 MIB = 1 << 20
+DENSE = "Dense models"
+"""The case of the figures here, on the page of merges."""
 MERGE = [sys.executable, "-m", "doraxp", "merge"]
 IMPORTS = "import doraxp.checkpoint, rich.progress; print(open('/proc/self/status').read())"
 PEFT = """
@@ -47,7 +50,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gigabytes", type=float, default=4)
-    folder, gigabytes = vars(parser.parse_args()).values()
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    folder, gigabytes, path = vars(parser.parse_args()).values()
     large, wide, small = (folder / name for name in ("bfloat16", "float32", "small"))
     if not large.exists():
         checkpoint_model.write(large, gigabytes)
@@ -55,12 +59,17 @@ def main() -> int:
         checkpoint_model.write(small, gigabytes / 20, width=1024)
     write_plain(large)
     good = [*speed(large), *memory(large), *accuracy(large, "bfloat16"), *accuracy(wide, "float32")]
-    return 0 if all([*good, *kills(small)]) else 1
+    good += kills(small)
+    dated.write(path)
+    return 0 if all(good) else 1
 
 
-def met(figure: str, value: float, bound: float, *, at_least: bool = False) -> bool:
+def met(
+    figure: str, value: float, bound: float, *, at_least: bool = False, case: str = DENSE
+) -> bool:
     """Print a line about one goal; return True if it is met."""
     good = value >= bound if at_least else value <= bound
+    dated.note(figure, value=value, goal=bound, at_least=at_least, case=case)
     sign, verdict = "≥" if at_least else "≤", "ok" if good else "MISSED"
     print(f"{figure:60} {value:9.6g}  goal {sign} {bound:<6g} {verdict}", flush=True)
     return good
@@ -85,12 +94,16 @@ def speed(model: Path) -> Iterator[bool]:
             shutil.rmtree(model / "out")
     for name, seconds in times.items():
         print(f"{name:12} seconds: {', '.join(f'{one:.1f}' for one in seconds)}")
+        dated.note(
+            f"{name}: seconds", value=statistics.median(seconds), seconds=seconds, case=DENSE
+        )
     copy, ours, plain, both, theirs = map(statistics.median, times.values())
     size = sum(file.stat().st_size for file in (model / "base").iterdir())
     print(f"bytes per second: {size / ours / 1e9:.2f} GB")
     yield met("time ÷ cp -r", ours / copy, 3)
     yield met("plain LoRA: time ÷ cp -r", plain / copy, 3)
     print(f"{'a sum of both adapters: time ÷ cp -r':60} {both / copy:9.6g}")
+    dated.note("a sum of both adapters: time ÷ cp -r", value=both / copy, case=DENSE)
     yield met(
         "time of PEFT (load, merge, save; no imports) ÷ ours", theirs / ours, 3, at_least=True
     )
@@ -208,6 +221,7 @@ def kills(model: Path) -> Iterator[bool]:
             wrong += digests(model / "out") != right
             shutil.rmtree(model / "out")
     print(f"killed {KILLS} times: {complete} left a complete OUT, {KILLS - complete} no OUT")
+    dated.note(f"killed {KILLS} times: left a complete OUT", value=complete, case=DENSE)
     yield met("OUT that is wrong or incomplete", wrong, 0)
 
 

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import dated
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
@@ -106,6 +107,8 @@ def print_made_up(rank: int = 8) -> None:
             save_file({f"{name}.weight": pair[side] for name, pair in pairs.items()}, file)
         for name, one in extract(*files, rank).closeness.items():
             print(f"{name}: {one.ratio:.4g}", flush=True)
+            case = f"made-up update: {name}"
+            dated.note("error of DoRA ÷ that of SVD LoRA", value=one.ratio, case=case)
 
 
 def main(steps: int) -> None:
@@ -154,9 +157,22 @@ def main(steps: int) -> None:
                 f"| {accuracy(lora):.1f} % | {accuracy(dora):.1f} % |",
                 flush=True,
             )
+            figures = {
+                "error of SVD LoRA": first,
+                "error of DoRA": second,
+                "accuracy of SVD LoRA, %": accuracy(lora),
+                "accuracy of DoRA, %": accuracy(dora),
+            }
+            for what, value in figures.items():
+                dated.note(what, value=float(value), case=f"rank {rank}")
+            ends = [float(ratios.min()), float(ratios.max())]
+            dated.note("DoRA's error ÷ SVD LoRA's", value=ends, case=f"rank {rank}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=STEPS, help="of training (%(default)s)")
-    main(parser.parse_args().steps)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    arguments = parser.parse_args()
+    main(arguments.steps)
+    dated.write(arguments.json)

@@ -17,8 +17,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import dated
 import numpy as np
 import peft
 import threadpoolctl
@@ -57,12 +59,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     arguments = parser.parse_args()
     met = True
     for threads in arguments.threads:
         torch.set_num_threads(threads)
         with threadpoolctl.threadpool_limits(threads, "blas"):
             met &= show(threads, arguments.rounds)
+    dated.write(arguments.json)
     return 0 if met else 1
 
 
@@ -80,6 +84,10 @@ def show(threads: int, rounds: int) -> bool:
             met &= is_met
             line += f"   ≤ {pair.goal}  {'ok' if is_met else 'MISSED'}"
         print(line, flush=True)
+        case = f"{threads} thread{'s' * (threads > 1)}"
+        dated.note(
+            pair.name.strip(), value=times.ratio, goal=pair.goal, case=case, **times._asdict()
+        )
     return met
 
 

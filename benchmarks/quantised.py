@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import dated
 import ml_dtypes
 import numpy as np
 import safetensors
@@ -36,6 +37,8 @@ from doraxp.checkpoint import Change, Options, open_model, plan_merge, run_merge
 ROUNDS, BLOCK = 3, 128
 RANK, SHARD = 16, 1 << 30
 UPDATES, NAME, SIDE = (1e-1, 1e-2, 1e-3, 1e-4), "model.layers.0.q_proj", 1024
+QUANTISED = "Quantised models"
+"""The case of the figures here, on the page of merges."""
 CONFIGS = {
     "fp8": {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "fmt": "e4m3"},
     "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -72,6 +75,7 @@ def main() -> int:
     parser.add_argument("--updates", action="store_true")
     parser.add_argument("--write", choices=CONFIGS)
     parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     arguments = parser.parse_args()
     folder, good = arguments.folder, []
     if arguments.write:
@@ -85,6 +89,7 @@ def main() -> int:
         for target in arguments.targets:
             good += measure(folder / name, name, target, arguments.jobs)
         shutil.rmtree(folder / name)
+    dated.write(arguments.json)
     return 0 if all(good) else 1
 
 
@@ -151,11 +156,12 @@ def measure(folder: Path, name: str, target: str, jobs: int) -> Iterator[bool]:
         print(f"{name} {target} {way}: {', '.join(f'{one:.1f}' for one in seconds)} s")
     ours, copy_time = (statistics.median(times[way]) for way in ("merge", "cp"))
     if target == "bf16":
-        yield met(f"{name}, --targets bf16: time ÷ cp of OUT", ours / copy_time, 4)
+        yield met(f"{name}, --targets bf16: time ÷ cp of OUT", ours / copy_time, 4, case=QUANTISED)
     else:
         print(f"{name}, --targets {target}: time ÷ cp of OUT {ours / copy_time:.2f}")
     beyond = (peak - resident(status.stdout)) / MIB
-    yield met(f"{name}, --targets {target}: memory beyond the imports, MiB", beyond, 100)
+    what = f"{name}, --targets {target}: memory beyond the imports, MiB"
+    yield met(what, beyond, 100, case=QUANTISED)
 
 
 def write(folder: Path, name: str, gigabytes: float, width: int) -> None:

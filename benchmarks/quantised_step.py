@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import dated
 import numpy as np
 from device_figures import append
 
@@ -49,10 +50,12 @@ def main() -> int:
     parser.add_argument("--library", choices=("numpy", "cupy"), default="numpy")
     parser.add_argument("--folder", type=Path, help="add the figures to FOLDER/figures.jsonl")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     arguments = parser.parse_args()
     xp, met = importlib.import_module(arguments.library), True
     for dtype in ("float32", "bfloat16") if arguments.library == "cupy" else ("float32",):
         met &= show(xp, dtype, arguments.rounds, arguments.folder)
+    dated.write(arguments.json)
     return 0 if met or arguments.library == "cupy" else 1
 
 
@@ -70,12 +73,19 @@ def show(xp: Any, dtype: str, rounds: int, folder: Path | None) -> bool:
         line = (
             f"  {tokens:6} {1e3 * times.dense:9.2f} {1e3 * times.packed:10.2f} {times.ratio:6.2f}"
         )
-        if xp is np:
-            line += " {:10.1f} {:11.1f}".format(*(peak(each) / MIB for each in steps))
-        if tokens == GOAL_TOKENS:
-            met = times.ratio <= GOAL
-            line += f"   ≤ {GOAL}  {'ok' if met else 'MISSED'}"
+        peaks = [peak(each) / MIB for each in steps] if xp is np else []
+        line += "".join(f" {one:{10 + place}.1f}" for place, one in enumerate(peaks))
+        goal = GOAL if tokens == GOAL_TOKENS else None
+        if goal is not None:
+            met = times.ratio <= goal
+            line += f"   ≤ {goal}  {'ok' if met else 'MISSED'}"
         print(line, flush=True)
+        case = f"{dtype}, {tokens} token{'s' * (tokens > 1)}"
+        dated.note(
+            "step on 4 bits: time ÷ that on the array", value=times.ratio, goal=goal, case=case
+        )
+        for place, one in zip(("on the array", "on 4 bits"), peaks, strict=False):
+            dated.note(f"most memory in use {place}, MiB", value=one, case=case)
         if folder is not None:
             case = {"out": OUT, "inner": IN, "rank": RANK, "dtype": dtype, "tokens": tokens}
             append(folder, "quantised", case=case, call="step", **times._asdict())

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import dated
 import numpy as np
 
 import doraxp
@@ -80,12 +81,16 @@ def main() -> int:
 
 def check() -> bool:
     """Print times, ratio and goal of each call; return whether all goals are met."""
-    print(f"{OUT}×{IN} float32, rank {RANK}, {TOKENS} token: a call beside plain NumPy")
+    case = f"{OUT}×{IN} float32, rank {RANK}, {TOKENS} token"
+    print(f"{case}: a call beside plain NumPy")
     print(f"  {'':24} {'plain µs':>9} {'call µs':>9} {'extra ÷ plain':>14}   goal")
     good = True
     for name, times in measure().items():
         met = times.ratio <= GOALS[name] * (1 + MARGIN)
         good &= met
+        dated.note(
+            f"{name}: (call − plain) ÷ plain", value=times.ratio, goal=GOALS[name], case=case
+        )
         print(
             f"  {name:24} {1e6 * times.plain:9.1f} {1e6 * times.call:9.1f} {times.ratio:14.2f}"
             f" ≤ {GOALS[name]:.2f}  {'ok' if met else 'MISSED'}",

@@ -27,7 +27,9 @@ from doraxp.checkpoint._rows import Term, merged_blocks
 
 ROOT = Path(__file__).parents[1]
 MAP = "docs/explanation/architecture.md"
-PAGES = {name: (ROOT / name).read_text("utf-8") for name in (MAP, "CONTRIBUTING.md")}
+GUIDE = "docs/explanation/contributing.md"  # it includes CONTRIBUTING.md
+PAGES = {name: (ROOT / name).read_text("utf-8") for name in (MAP, GUIDE)}
+PAGES[GUIDE] += (ROOT / "CONTRIBUTING.md").read_text("utf-8")
 PAGE = PAGES[MAP]
 PATH = re.compile(r"(?:[\w.]+/)+[\w.]+\.\w+|\w+\.(?:py|toml|md)")
 NAME = re.compile(r"_{0,2}[A-Za-z]\w*(?:\.\w+)*")

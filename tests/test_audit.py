@@ -13,6 +13,7 @@ from checkpoints import updated, write_json
 from safetensors.numpy import load_file, save_file
 
 from doraxp import AdaptedLayer, Adapter, Config, LayerKind
+from doraxp._base.extras import install_hint
 from doraxp.checkpoint import (
     CheckpointError,
     Options,
@@ -468,7 +469,7 @@ def test_rows_that_cancel_are_right_and_rows_without_a_direction_are_0(tmp_path,
     case.write("merged", case.base | {WEIGHT: broken})
     verdict = audit(plan, case.folder / "merged")[WEIGHT]
     assert verdict.verdict == "NaN or infinity"
-    assert verdict.detail == "24 numbers: the 1 rows whose norm n is 0, where W' is 0"
+    assert verdict.detail == "24 numbers: the 1 row whose norm n is 0, where W' is 0"
     broken[1, 0] = np.nan
     case.write("merged", case.base | {WEIGHT: broken})
     assert audit(plan, case.folder / "merged")[WEIGHT].detail == "25 numbers"
@@ -911,7 +912,7 @@ def test_an_untouched_tensor_that_changed_is_named(tmp_path):
     changed[-1] = 5
     verdict = case.audit(case.whole() | {NORM: changed})[NORM]
     by = 5 - case.base[NORM][-1]
-    assert verdict[:3] == ("changed", False, f"1 numbers differ, by up to {by:.3g}")
+    assert verdict[:3] == ("changed", False, f"1 number differs, by up to {by:.3g}")
     assert case.fault("steps", np.arange(1, 4)) == "changed"
 
 
@@ -923,7 +924,7 @@ def test_a_number_that_overflows_in_a_copy_is_named(tmp_path, dtype):
     with np.errstate(over="ignore"):
         narrow = cast(case.base[NORM], dtype)
     verdict = case.audit(case.whole() | {NORM: narrow})[NORM]
-    assert verdict[:3] == ("NaN or infinity", False, "1 numbers that are finite in BASE")
+    assert verdict[:3] == ("NaN or infinity", False, "1 number, finite in BASE")
 
 
 @pytest.mark.filterwarnings("error")
@@ -950,7 +951,7 @@ def test_nan_and_infinity_that_the_base_has_are_right(tmp_path, bits):
         assert detail.startswith("2 numbers differ, by up to inf")
         changed[5] = np.nan
         verdict = case.audit(case.whole() | {NORM: changed})[NORM]
-        assert verdict[:3] == ("NaN or infinity", False, "1 numbers that are finite in BASE")
+        assert verdict[:3] == ("NaN or infinity", False, "1 number, finite in BASE")
 
 
 @pytest.mark.filterwarnings("error")
@@ -962,7 +963,7 @@ def test_nan_in_a_tensor_of_the_adapters_own_is_named_unless_the_base_has_it(tmp
     trained[4] = np.nan
     save_file(load_file(file) | {"base_model.model.model.norm.weight": trained}, file)
     verdict = case.audit(case.whole() | {NORM: cast(trained, dtype)})[NORM]
-    assert verdict[:3] == ("NaN or infinity", False, "1 numbers that are finite in BASE")
+    assert verdict[:3] == ("NaN or infinity", False, "1 number, finite in BASE")
     case.base[NORM][4] = np.inf
     case.write("base", case.base)
     assert case.audit(case.whole() | {NORM: cast(trained, dtype)})[NORM].right
@@ -1107,7 +1108,7 @@ def test_the_exit_status_is_0_only_where_every_tensor_is_right(tmp_path, capsys)
     assert command(tmp_path) == 1
     printed = capsys.readouterr().out
     assert f"{WEIGHT}: unchanged (the merge did nothing)\n" in printed
-    assert printed.endswith(": 1 of 4 tensors are not right\n")
+    assert printed.endswith(": 1 of 4 tensors is not right\n")
     (tmp_path / "merged" / "model-0.safetensors").write_bytes(b"x")
     assert command(tmp_path) == 2
     assert capsys.readouterr().err.startswith("doraxp audit: error: ")
@@ -1128,7 +1129,7 @@ def test_the_table_has_a_line_for_each_verdict_and_all_lists_every_tensor(tmp_pa
 def test_the_error_without_the_extra_says_how_to_install_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert command(tmp_path) == 2
-    assert "pip install 'doraxp[checkpoint]'" in capsys.readouterr().err
+    assert install_hint("checkpoint") in capsys.readouterr().err
 
 
 def test_numbers_whose_squares_overflow_are_not_right(tmp_path):

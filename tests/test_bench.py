@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 
 import doraxp
+from doraxp._base.extras import install_hint
 from doraxp._terminal.runtimes import runtime
 from doraxp.backends import Status
 from doraxp.bench import (
@@ -209,6 +210,71 @@ def test_curves_are_measured_fitted_and_drawn(quick, tmp_path, capsys, monkeypat
     ]
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "A step over tokens 1 to 8" in capsys.readouterr().out
+
+
+def labels(axis):
+    """Return the labels of an axis that are within its limits."""
+    low, high = axis.get_view_interval()
+    parts = (axis.get_majorticklocs(), axis.major), (axis.get_minorticklocs(), axis.minor)
+    texts = []
+    for places, ticker in parts:
+        seen = [value for value in places if low * 0.999 <= value <= high * 1.001]
+        texts += [text for text in ticker.formatter.format_ticks(seen) if text]
+    return texts
+
+
+def test_the_ticks_of_the_curves_are_numbers_with_units(tmp_path, monkeypatch):
+    saved, save = [], _picture.save
+    monkeypatch.setattr(
+        _picture, "save", lambda picture, *rest: (save(picture, *rest), saved.append(picture))
+    )
+    results = [
+        Measured(w, "step", kind, "numpy", kind, [1e-6 * w.tokens * w.out] * 2, w.tokens << 20)
+        for _, w in _curves.workloads(replace(WORKLOAD, tokens=5))
+        for kind in ("bare", "exact", "detached")
+    ]
+    curves = _curves.collect(replace(WORKLOAD, tokens=5), results)
+    for dark in (False, True):
+        _picture.save_curves(curves, tmp_path / "curves.png", dark=dark)
+    for picture in saved:
+        time, *_ = picture.axes
+        assert labels(time.xaxis) == ["1", "4", "16", "64", "256", "1024", "4096"]
+        assert labels(time.yaxis) == ["100 µs", "1 ms", "10 ms", "100 ms"]
+        memory = picture.axes[3]
+        assert set(labels(memory.yaxis)) >= {"32 KiB", "1 GiB"}
+        colours = [line.get_color() for line in time.lines]
+        assert len(set(colours[:3])) == 3
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        ((0.062, 0.13), ["70 ms", "80 ms", "90 ms", "100 ms"]),
+        ((0.003, 0.09), ["5 ms", "10 ms", "20 ms", "50 ms"]),
+    ],
+)
+def test_a_short_axis_has_multiples_of_the_powers_of_ten(seconds, expected):
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    axes.set_yscale("log")
+    axes.set_ylim(*seconds)
+    _picture._label_seconds(axes)
+    assert labels(axes.yaxis) == expected
+
+
+@pytest.mark.parametrize(
+    ("ratios", "expected"),
+    [((0.9, 20), ["1", "2", "4", "8", "16"]), ((0.95, 1.42), ["1", "1.1", "1.2", "1.3", "1.4"])],
+)
+def test_the_ticks_of_ratios_are_powers_of_two_or_tenths(ratios, expected):
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(*ratios)
+    _picture._label_ratios(axes)
+    assert labels(axes.xaxis) == expected
 
 
 def test_the_exponent_is_that_of_the_upper_half():
@@ -461,7 +527,7 @@ def test_curves_need_a_shape_for_all_of_their_ranks(capsys):
 def test_without_the_extra_it_says_how_to_get_it(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["bench"]) == 2
-    assert "pip install 'doraxp[bench]'" in capsys.readouterr().err
+    assert install_hint("bench") in capsys.readouterr().err
 
 
 # benchmarks/peft_table.py

@@ -25,6 +25,7 @@ from safetensors.numpy import load_file, save_file
 
 import doraxp
 from doraxp import AdaptedLayer, Adapter, Config, LayerKind
+from doraxp._base.extras import install_hint
 from doraxp.checkpoint import CheckpointError, load_adapters, save_adapters
 from doraxp.cli import main
 
@@ -635,11 +636,11 @@ def test_errors_of_inspect_and_convert_are_one_line(tmp_path, capsys, monkeypatc
     find = {"matplotlib": None}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: find.get(name, True))
     assert main(["inspect", str(tmp_path / "a"), "--plot", str(tmp_path / "a.png")]) == 2
-    assert "pip install 'doraxp[demo]'" in capsys.readouterr().err
+    assert install_hint("demo") in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["inspect", str(tmp_path / "a")]) == 2
     assert main(["convert", "none", "--to", "mlx", "--out", "x"]) == 2
-    assert "pip install 'doraxp[checkpoint]'" in capsys.readouterr().err
+    assert install_hint("checkpoint") in capsys.readouterr().err
 
 
 def test_a_file_of_no_adapter_is_refused(tmp_path):

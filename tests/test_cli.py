@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import re
 import subprocess
 import sys
 import types
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 import doraxp
+from doraxp._base.extras import install_hint
 from doraxp._terminal.runtimes import runtime
 from doraxp.cli import _cluster, main
 from doraxp.demo import BaseRun, Results, Run, Settings, print_results
@@ -91,9 +94,10 @@ def test_the_version_is_the_packages(capsys):
 
 
 COMMANDS = (
-    "demo", "bench", "verify", "conform", "vectors", "merge", "audit", "convert", "inspect",
-    "doctor", "extract",
+    "demo", "doctor", "inspect", "merge", "audit", "convert", "extract", "verify", "conform",
+    "vectors", "bench", "completion",
 )  # fmt: skip
+"""In the order in which a user meets them."""
 
 
 def modules_after(code):
@@ -120,23 +124,92 @@ def test_a_command_starts_without_the_modules_of_the_others():
     assert not loaded & {"doraxp.bench", "doraxp.demo", "doraxp.testing"}
 
 
-def test_the_help_lists_all_commands(capsys):
+def listed(text):
+    """Return the commands that a help lists, and the texts beside them."""
+    return dict(re.findall(r"^  (\w+) {2,}(\w.*)$", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["help"]])
+def test_the_help_lists_all_commands_by_purpose_in_one_line_each(capsys, words):
     with pytest.raises(SystemExit, match="0"):
+        main(words)
+    text = capsys.readouterr().out
+    assert tuple(listed(text)) == COMMANDS
+    assert all(summary.endswith(".") for summary in listed(text).values()), "each fits 80 columns"
+    purposes = re.findall(r"^(\w[\w ]*):$", text, re.MULTILINE)
+    assert purposes == [
+        "see it work", "adapters and models on disk", "tests and measurements", "the shell",
+        "options",
+    ]  # fmt: skip
+
+
+def test_a_call_without_a_command_prints_the_help_with_status_2_as_ruff_does(capsys):
+    """Such a call does nothing, so a script must not take it for success. git has status 1."""
+    assert main([]) == 2
+    out, help_text = capsys.readouterr()
+    with pytest.raises(SystemExit):
         main(["--help"])
-    listed = re.findall(r"^    (\w+) +\w", capsys.readouterr().out, re.MULTILINE)
-    assert tuple(listed) == COMMANDS
+    assert (out, help_text) == ("", capsys.readouterr().out)
 
 
-def test_a_call_without_a_command_asks_for_one(capsys):
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (
+            ["merg", "a", "b"],
+            "doraxp: error: COMMAND must be one that doraxp --help lists, got 'merg': the nearest "
+            "is merge",
+        ),
+        (["xyz"], "doraxp: error: COMMAND must be one that doraxp --help lists, got 'xyz'"),
+        (
+            ["merge", "a", "b", "--out", "c", "--jbos=3"],
+            "doraxp merge: error: an option must be one that doraxp merge --help lists, got "
+            "'--jbos=3': the nearest is --jobs",
+        ),
+        (
+            ["merge", "a", "b", "c", "--out", "d"],
+            "doraxp merge: error: an argument is left over: c; doraxp merge --help lists all",
+        ),
+        (
+            ["merge", "--base", "a", "--adapter", "b", "--out", "c"],
+            "doraxp merge: error: BASE has no name before it, got '--base': write doraxp merge "
+            "BASE ADAPTER --out OUT [options]",
+        ),
+        (
+            ["merge", "a", "b", "--out", "c", "--verif"],
+            "doraxp merge: error: an option must be one that doraxp merge --help lists, got "
+            "'--verif': the nearest is --verify",
+        ),
+        (
+            ["vectors"],
+            "doraxp vectors: error: the following arguments are required: --out: doraxp vectors "
+            "--help describes them",
+        ),
+        (
+            ["--nothing"],
+            "doraxp: error: the following arguments are required: COMMAND: doraxp "
+            "--help describes them",
+        ),
+    ],
+)
+def test_a_word_that_does_not_fit_is_refused_with_the_nearest(capsys, words, error):
     with pytest.raises(SystemExit, match="2"):
-        main([])
-    assert "the following arguments are required: COMMAND" in capsys.readouterr().err
+        main(words)
+    assert capsys.readouterr().err == f"{error}\n"
 
 
-def test_a_command_that_is_misspelt_is_refused_with_the_list(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["merg", "a", "b"])
-    assert re.search("invalid choice: 'merg' .*demo.*bench.*inspect", capsys.readouterr().err)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_has_its_arguments_in_one_line_and_an_example(capsys, name):
+    texts = []
+    for words in ([name, "--help"], ["help", name]):
+        with pytest.raises(SystemExit, match="0"):
+            main(words)
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    usage, blank = texts[0].splitlines()[:2]
+    assert usage.startswith(f"usage: doraxp {name} ")
+    assert blank == ""
+    assert f"\nexample: doraxp {name}" in texts[0]
 
 
 def test_python_m_doraxp_is_the_command(monkeypatch, capsys):
@@ -177,7 +250,26 @@ def test_the_table_has_the_figures_of_the_runs(capsys):
     text = " ".join(" ".join(lines).split())
     assert "standard deviation of 2 seeds, on 6 test digits; upright, the base reads" in text
     assert "99.0 ± 1.4 % of them" in text
-    assert lines[-1] == "First of the adapters: DoRA exact, 10.0 ± 28.3 points ahead of LoRA."
+    assert text.endswith(
+        "No adapter is first: DoRA exact is 10.0 ± 28.3 points ahead of LoRA, which is within the "
+        "spread of the seeds."
+    )
+
+
+def test_an_adapter_is_first_only_outside_the_spread_of_the_seeds(capsys):
+    def verdict(lora, dora):
+        methods = {
+            name: [Run(accuracy, accuracy, 2e-6, 1, 1.5, [], {}) for accuracy in accuracies]
+            for name, accuracies in (("LoRA", lora), ("DoRA exact", dora))
+        }
+        base = [BaseRun(0.98, 0.1, 1.0)] * 2
+        print_results(Results(Settings(seeds=2), 5, 6, base, methods), Console(width=100))
+        return " ".join(capsys.readouterr().out.split("\n\n")[-1].split())
+
+    first = "First of the adapters: DoRA exact, 10.0 ± 1.4 points ahead of LoRA."
+    assert verdict([0.8, 0.8], [0.89, 0.91]) == first
+    assert verdict([0.8, 0.8], [0.8, 0.82]).startswith("No adapter is first: DoRA exact is 1.0 ±")
+    assert verdict([0.8, 0.9], [0.8, 0.9]).startswith("No adapter is first: LoRA is 0.0 ± 0.0")
 
 
 def test_a_full_disk_and_an_interrupt_end_without_a_traceback(monkeypatch, capsys):
@@ -189,10 +281,22 @@ def test_a_full_disk_and_an_interrupt_end_without_a_traceback(monkeypatch, capsy
 
     monkeypatch.setattr("doraxp.cli.demo.run", fail)
     assert main(["demo"]) == 2
-    expected = "doraxp: error: [Errno 28] No space left on device: 'out.json'\n"
+    expected = "doraxp demo: error: out.json: No space left on device\n"
     assert capsys.readouterr().err == expected
     monkeypatch.setattr("doraxp.cli.demo.run", interrupt)
     assert main(["demo"]) == 130
+    assert capsys.readouterr().err == "doraxp demo: interrupted\n"
+
+
+def test_a_reader_that_goes_away_is_not_an_error(monkeypatch, capsys):
+    def fail(_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    dropped = []
+    monkeypatch.setattr("doraxp.cli.demo.run", fail)
+    monkeypatch.setattr("doraxp.cli.drop_output", lambda: dropped.append("all"))
+    assert main(["demo"]) == 0
+    assert (dropped, capsys.readouterr()) == (["all"], ("", ""))
 
 
 @pytest.mark.parametrize(
@@ -237,7 +341,7 @@ def test_a_file_that_cannot_be_written(capsys, monkeypatch, tmp_path):
 def test_without_the_extra_it_says_how_to_get_it(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["demo"]) == 2
-    assert "pip install 'doraxp[demo]'" in capsys.readouterr().err
+    assert install_hint("demo") in capsys.readouterr().err
 
 
 def test_good_arguments_reach_the_run(monkeypatch):
@@ -329,3 +433,69 @@ def test_each_process_of_a_cluster_needs_each_module_in_the_same_version(process
     another = f"{process} has {name} 0, but here it is {VERSIONS[name]}: make them the same"
     decides = name in ("numpy", "ml_dtypes", "doraxp")
     assert problem({name: "0"}) == (another if decides else None)
+
+
+COMPLETED = """
+source "$1"
+COMP_WORDS=(doraxp "${@:2}"); COMP_CWORD=$(( ${#COMP_WORDS[@]} - 1 ))
+_shtab_doraxp
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        (["me"], {"merge"}),
+        (["ver"], {"verify"}),
+        (["con"], {"conform", "convert"}),
+        (["merge", "--verif"], {"--verify"}),
+        (["merge", "--rounding", ""], {"nearest", "stochastic"}),
+        (["merge", "mod"], {"model"}),
+        (["merge", "model", "adapter", "--out", "mod"], {"model"}),
+        (["convert", "--to", "ml"], {"mlx"}),
+        (["completion", "ba"], {"bash"}),
+    ],
+)
+def test_bash_completes_commands_options_choices_and_files(tmp_path, capsys, words, completed):
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "doraxp.bash"
+    script.write_text(capsys.readouterr().out, "utf-8")
+    (tmp_path / "model").mkdir()
+    ran = subprocess.run(
+        ["bash", "-c", COMPLETED, "bash", str(script), *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert set(ran.stdout.split()) == completed
+    assert ran.stderr == ""
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_the_script_for_another_shell_has_all_commands(capsys, shell):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(name in script for name in COMMANDS)
+
+
+def test_completion_without_its_library_says_how_to_get_it(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["completion", "bash"]) == 2
+    assert install_hint("completion") in capsys.readouterr().err
+
+
+def test_the_page_on_the_command_line_is_that_of_the_parser():
+    path = Path(__file__).parents[1] / "docs" / "command_line.py"
+    spec = importlib.util.spec_from_file_location("command_line", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.PAGE.read_text("utf-8") == script.page(), "run python docs/command_line.py"
+
+
+def test_an_error_of_the_system_names_the_file_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["conform", "json", "--expected", "nofile"]) == 2
+    error = "doraxp conform: error: json: nofile: No such file or directory\n"
+    assert capsys.readouterr().err == error

@@ -461,7 +461,7 @@ def test_the_parts_fit_into_the_time_and_the_page_names_it():
     (benchmark,) = map(int, re.findall(r"benched \+ (\d+)", script))
     (limit,) = map(int, re.findall(r"LIMIT:-(\d+)", script))
     (kill,) = map(int, re.findall(r"KILL:-(\d+)", script))
-    page = (ROOT / "docs" / "howto" / "backends" / "cupy.md").read_text("utf-8")
+    page = (ROOT / "docs" / "howto" / "backends" / "cupy-kernels.md").read_text("utf-8")
     table = page.partition("seconds at most")[2].partition("\n\n")[0]
     named = [int(each) for each in re.findall(r"\| (\d+) \|", table)]
     goals = named.pop()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from doraxp._base.extras import install_hint
 from doraxp._base.printable import printable
 from doraxp.checkpoint import diagnose, open_model
 from doraxp.cli import main
@@ -206,7 +207,7 @@ def test_bad_input_ends_with_status_2_and_one_line(base, capsys, arguments, mess
 def test_a_missing_extra_is_named(base, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["doctor", "base"]) == 2
-    assert "pip install 'doraxp[checkpoint]'" in capsys.readouterr().err
+    assert install_hint("checkpoint") in capsys.readouterr().err
 
 
 # Beside PEFT

@@ -352,7 +352,7 @@ def test_a_part_that_the_base_lacks_is_left_out_and_named(tmp_path, rng, capsys,
     unused = json.loads(report.read_text())["unused"]
     other = "lora_te1_" if part == "unet" else "lora_unet_"
     assert {name.startswith(other) for name in unused} == {True}
-    warning = f"{len(unused)} modules of ADAPTER are for another part of the model than BASE"
+    warning = f"ADAPTER has {len(unused)} modules for another part of the model than BASE"
     assert warning in capsys.readouterr().err
 
 

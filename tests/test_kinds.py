@@ -128,7 +128,7 @@ def test_kinds_rank_and_alpha_are_given_by_pattern():
         ({"target_modules": "q"}, "target_modules 'q' must match one of 8 modules; the"),
         ({"target_modules": ["conv"]}, "kinds must have an entry for layers.1.conv, such as conv"),
         ({"target_modules": ["q_proj"], "rank_pattern": {"k_proj": 1}}, "rank_pattern 'k_proj'"),
-        ({"target_modules": ["q_proj"], "kinds": {"cnv": LayerKind("conv")}}, "nearest are conv"),
+        ({"target_modules": ["q_proj"], "kinds": {"cnv": LayerKind("conv")}}, "nearest is conv"),
     ],
 )
 def test_the_error_about_a_pattern_without_a_match_has_near_names(arguments, message):

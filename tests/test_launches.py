@@ -19,7 +19,7 @@ from doraxp.backends import operations
 pytestmark = pytest.mark.lanes("cuda-host")
 OUT, INNER, TOKENS = 96, 160, 80
 STEP, NORM, MERGE, TOKEN = 14, 3, 2, 2
-PAGE = Path(__file__).parents[1] / "docs" / "howto" / "backends" / "cupy.md"
+PAGE = Path(__file__).parents[1] / "docs" / "howto" / "backends" / "cupy-kernels.md"
 
 
 @pytest.fixture

@@ -37,6 +37,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from doraxp import AdaptedLayer, Adapter, Config, LayerKind
+from doraxp._base.extras import install_hint
 from doraxp.backends import Status
 from doraxp.checkpoint import (
     Options,
@@ -470,7 +471,7 @@ def test_a_scheduler_takes_the_shards(folders, capsys, monkeypatch):
     found = {"distributed": None}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: found.get(name, True))
     assert merge(folder, "--scheduler", "tcp://here:8786") == 2
-    assert "pip install 'doraxp[distributed]'" in capsys.readouterr().err
+    assert install_hint("distributed") in capsys.readouterr().err
 
 
 def test_a_shard_that_fails_on_a_cluster_cancels_those_that_wait(folders):
@@ -1608,7 +1609,7 @@ def test_the_error_without_the_extra_says_how_to_install_it(folders, capsys, mon
     folder, _, _ = folders
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert merge(folder) == 2
-    assert "pip install 'doraxp[checkpoint]'" in capsys.readouterr().err
+    assert install_hint("checkpoint") in capsys.readouterr().err
 
 
 def test_a_file_that_becomes_shorter_is_an_error(folders):

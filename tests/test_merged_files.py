@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from doraxp._base.extras import install_hint
 from doraxp.checkpoint import Options, Weighted, check_merge_files, plan_merge, run_merge
 from doraxp.cli import main
 
@@ -190,4 +191,4 @@ def test_without_the_packages_for_files_conform_says_how_to_install_them(
         "importlib.util.find_spec", lambda name: None if name == "safetensors" else find(name)
     )
     assert main(["conform", "bare_tool"]) == 2
-    assert "doraxp[checkpoint]" in capsys.readouterr().err
+    assert install_hint("checkpoint") in capsys.readouterr().err

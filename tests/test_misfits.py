@@ -334,7 +334,7 @@ def test_a_conversion_names_the_modules_that_it_leaves_out(tmp_path, rng, capsys
     base, source, *_ = write_kohya(tmp_path, tensors)
     out = str(tmp_path / "converted")
     assert main(["convert", source, "--base", base, "--to", "peft", "--out", out]) == 0
-    assert "1 modules are for another part" in capsys.readouterr().err
+    assert "SRC has 1 module for another part" in capsys.readouterr().err
     assert list(load_adapters(out)) == ["m"]
 
 

@@ -122,6 +122,15 @@ def test_all_results_are_within_the_bounds(backend, dtype, config, dropout, stac
 
 
 @pytest.mark.dtypes("float16", "bfloat16")
+@pytest.mark.parametrize("stack", [(), (2, 1)], ids=["one", "stack"])
+def test_a_dy_of_more_bits_is_not_rounded(backend, dtype, config, stack):
+    case = mixed.layer(config, stack=stack)
+    found = run(backend, case, dtype, wide=("dy",))
+    assert is_mixed(found)
+    assert max(shares(found, expected(case, dtype, precision="mixed")).values()) <= 1
+
+
+@pytest.mark.dtypes("float16", "bfloat16")
 @pytest.mark.parametrize("tokens", [1, 3, 70])
 def test_only_the_rounding_of_z_reaches_the_adapter(backend, dtype, config, tokens):
     """Given the stored z, dA, dB, dm and dW have float32's errors."""

@@ -39,6 +39,12 @@ SHAPES = {
 EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
+@pytest.fixture(autouse=True)
+def no_cpu_multiplies_16_bits(monkeypatch):
+    """PyTorch rounds on no CPU here. test_mixed_precision.py has the mixed precision."""
+    monkeypatch.setattr("doraxp.backends._torch.multiplies", lambda kind, dtype: kind != "cpu")
+
+
 @pytest.fixture(params=[0, 1], ids=["aligned", "misaligned"])
 def put(request, backend):
     """Return a function that makes an array of the library, aligned to 16 bytes or not."""

@@ -15,6 +15,7 @@ from convolutions import convolved, outputs, slopes
 import doraxp
 from doraxp import Adapter, Config, Convolution, Embedding, LayerKind, MatMul
 from doraxp._base.pytrees import register_static
+from doraxp._base.words import counted
 from doraxp.backends import Operations, Windows, operations
 from doraxp.testing import expected_of_operator, operator_catalogue
 
@@ -499,8 +500,8 @@ def test_an_x_of_other_groups_than_the_kind_is_refused(groups, inputs):
     weight, x = np.ones((6, 4, 3)), np.ones((2, inputs, 9))
     adapter = doraxp.init(weight, Config(2), seed=0, kind=kind)
     match = (
-        rf"x must have in = {groups} groups · 4 = {groups * 4}, .* got {inputs}: for other groups "
-        rf"pass kind=LayerKind\('conv', groups={inputs // 4}\) everywhere"
+        rf"x must have in = {counted(groups, 'group')} · 4 = {groups * 4}, .* got {inputs}: "
+        rf"for other groups pass kind=LayerKind\('conv', groups={inputs // 4}\) everywhere"
     )
     with pytest.raises(ValueError, match=match):
         doraxp.forward(x, weight, adapter, Config(2), kind=kind, operator=Convolution())

@@ -275,7 +275,15 @@ def unwritable(kind):
     ("command", "status"),
     [(("merge", "base", "adapter", "--out", "again", "--json", "f.json"), 0),
      (("audit", "base", "adapter", "out", "--json", "f.json"), 0),
-     (("audit", "base", "adapter", "base", "--json", "f.json"), 1)],
+     (("audit", "base", "adapter", "base", "--json", "f.json"), 1),
+     (("inspect", "adapter", "--json", "f.json"), 0),
+     (("doctor", "base", "--json", "f.json"), 0),
+     (("convert", "adapter", "--to", "peft", "--out", "f.json"), 0),
+     (("verify", "--backend", "numpy", "--json", "f.json"), 0),
+     (("vectors", "--out", "f.json"), 0),
+     (("demo", "--steps", "10", "--json", "f.json", "--plot", "f.png"), 0),
+     (("bench", "--backend", "numpy", "--tasks", "norm", "--shapes", "8x8", "--rank", "2",
+       "--rounds", "2", "--json", "f.json", "--plot", "f.png"), 0)],
 )  # fmt: skip
 def test_an_output_that_cannot_be_written_changes_no_exit_status(llama, kind, command, status):
     """The status tells what was done or found."""
@@ -293,7 +301,8 @@ def test_an_output_that_cannot_be_written_changes_no_exit_status(llama, kind, co
     assert said.count("could not be") == (kind == "full")
     assert "Error" not in said
     assert (llama / "f.json").exists()
-    assert command[0] == "audit" or (llama / "again").is_dir()
+    assert (llama / "again").is_dir() == (command[0] == "merge")
+    assert (llama / "f.png").exists() == ("--plot" in command)
 
 
 @pytest.mark.parametrize("kind", ["full", "closed"])
@@ -438,38 +447,83 @@ def pictures(monkeypatch):
     return saved
 
 
-def test_the_picture_has_a_colour_and_a_label_for_each_kind(llama, pictures):
+def test_the_picture_has_a_panel_and_a_colour_for_each_kind(llama, pictures):
     assert main(["inspect", "adapter", "--base", "base", "--plot", "p.png"]) == 0
     assert main(["inspect", "adapter", "--plot", "p.png"]) == 0
     assert (llama / "p.png").read_bytes().startswith(b"\x89PNG")
     with_base, alone = pictures
-    assert (len(with_base.axes), len(alone.axes)) == (2, 1)
     for picture in pictures:
-        (legend,) = picture.legends
-        assert [text.get_text().strip() for text in legend.get_texts()] == ["down_proj", "q_proj"]
-    layers, changes = with_base.axes
-    assert layers.get_xlabel() == "layer"
-    assert len({line.get_color() for line in layers.lines}) == 2
-    assert [line.get_color() for line in layers.lines] == [x.get_color() for x in changes.lines]
-    (first,) = (line for line in layers.lines if "down_proj" in line.get_label())
-    assert sorted(np.rint(first.get_xdata())) == list(range(LAYERS))
+        queries, downs = picture.axes[:2]
+        assert [axes.get_title(loc="left") for axes in (queries, downs)] == ["q_proj", "down_proj"]
+        assert downs.get_xlabel() == "layer"
+        assert queries.lines[0].get_color() != downs.lines[0].get_color()
+    assert len(alone.axes) == 2
+    *panels, changes = with_base.axes
+    for panel in panels:
+        (line,) = panel.lines
+        points, median = (one for one in changes.lines if one.get_color() == line.get_color())
+        assert len(points.get_xdata()) == LAYERS
+        assert median.get_xdata() == [np.median(points.get_xdata())]
+    names = [text.get_text() for text in changes.get_legend().get_texts()]
+    assert names == ["q_proj", "down_proj"]
+    (line,) = downs.lines
+    assert list(line.get_xdata()) == list(range(LAYERS))
     adapters = load_adapters(llama / "adapter")
-    medians = sorted(np.median(x.adapter.magnitude) for p, x in adapters.items() if "down" in p)
-    np.testing.assert_allclose(sorted(first.get_ydata()), medians)
+    medians = [
+        np.median(adapters[path].adapter.magnitude)
+        for path in sorted(adapters, key=lambda path: int(re.search(r"\d+", path)[0]))
+        if "down" in path
+    ]
+    np.testing.assert_allclose(line.get_ydata(), medians)
 
 
 def test_the_picture_of_many_odd_names_is_drawn(tmp_path, monkeypatch, pictures):
     monkeypatch.chdir(tmp_path)
     odd = {f"_{'x' * 60}$\\frac{{{number}$": (4, 4) for number in "abcdefgh"}
     write_adapter(tmp_path / "few", odd)
-    write_adapter(
-        tmp_path / "many",
-        {f"0.1.m{chr(97 + n // 26)}{chr(97 + n % 26)}": (4, 4) for n in range(40)},
-    )
+    for name, kinds in (("many", 40), ("most", 70)):
+        names = [f"0.1.m{chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(kinds)]
+        write_adapter(tmp_path / name, dict.fromkeys([*names, f"0.2.{names[0][4:]}"], (4, 4)))
     write_adapter(tmp_path / "shared", {"a.0.0.q": (4, 4), "a.0.1.q": (4, 4)})
-    for name in ("few", "many", "shared"):
+    for name in ("few", "many", "most", "shared"):
         assert main(["inspect", name, "--plot", f"{name}.png"]) == 0
-    few, many, shared = pictures
-    assert len(few.legends[0].get_texts()) == len(odd)
-    assert many.legends == []
+    few, many, most, shared = pictures
+    assert len(few.axes) == len(odd)
+    assert max(len(axes.get_title(loc="left")) for axes in few.axes) < 40
     assert shared.axes[0].get_xlabel() == "module, in the order of the file"
+    rows = [[text.get_text() for text in one.axes[0].get_yticklabels()] for one in (many, most)]
+    assert list(map(len, rows)) == [40, 60]
+    assert [row[0] for row in rows] == ["maa (2)"] * 2
+    assert rows[1][-1] == "11 other kinds (11)"
+
+
+def test_an_adapter_with_more_kinds_than_panels_has_a_column_for_each_change(
+    tmp_path, monkeypatch, pictures
+):
+    monkeypatch.chdir(tmp_path)
+    shapes = {f"0.{chr(97 + n)}": (5, 4) for n in range(20)}
+    write_adapter(tmp_path / "adapter", shapes)
+    (tmp_path / "base").mkdir()
+    rng = np.random.default_rng(8)
+    weights = {f"{path}.weight": draw(rng, *shape) for path, shape in shapes.items()}
+    save_file(weights, tmp_path / "base" / "model.safetensors")
+    assert main(["inspect", "adapter", "--base", "base", "--plot", "p.png"]) == 0
+    (picture,) = pictures
+    labels = [axes.get_xlabel()[:2] for axes in picture.axes]
+    assert labels == ["m:", "ΔD", "ΔM"]
+    assert len(picture.axes[0].get_yticks()) == len(shapes)
+
+
+def test_the_picture_of_plain_lora_has_the_sizes_of_the_updates(tmp_path, monkeypatch, pictures):
+    monkeypatch.chdir(tmp_path)
+    write_adapter(tmp_path / "adapter", {"0.q": (5, 4), "1.q": (5, 4)}, use_dora=False)
+    tensors = load_file("adapter/adapter_model.safetensors")
+    kept = {name: leaf for name, leaf in tensors.items() if "magnitude" not in name}
+    save_file(kept, "adapter/adapter_model.safetensors")
+    assert main(["inspect", "adapter", "--plot", "p.png", "--json", "f.json"]) == 0
+    (picture,) = pictures
+    (axes,) = picture.axes
+    modules = json.loads(Path("f.json").read_text())["modules"]
+    norms = [module["update_norm"] for module in modules.values()]
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), norms)
+    assert picture.get_supylabel().startswith("‖s ΔW‖")

@@ -154,8 +154,10 @@ def everything(backend, weight, adapter, config, x, bias, dy, mask=None):
 @pytest.mark.parametrize("norm_gradient", ["exact", "detached"])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_result_equals_that_of_the_array(
-    backend, draw, assert_close, make, dtype, form, norm_gradient
+    backend, draw, assert_close, make, dtype, form, norm_gradient, monkeypatch
 ):
+    """PyTorch computes an array in mixed precision where it can, and rows never: not here."""
+    monkeypatch.setattr("doraxp.backends._torch.multiplies", lambda kind, dtype: False)
     config = Config(RANK, 5.0, form=form, norm_gradient=norm_gradient)
     weight, whole = make(dtype)
     adapter, x, bias, dy = drawn(draw, dtype)

@@ -223,7 +223,7 @@ WEIGHTS = {"layers.0.q.weight": np.eye(4), "layers.0.k.weight": np.eye(4)}
     ("exclude", "message"),
     [
         (["p"], "exclude_modules 'p' must match one of 2 modules; the nearest are layers.0.q"),
-        ("k", "exclude_modules 'k' must match one of 2 modules; the nearest are"),
+        ("k", "exclude_modules 'k' must match one of 2 modules; the nearest is"),
         (
             ["q", "k"],
             "exclude_modules must leave at least one target, got ['q', 'k'], which excludes all 2",

@@ -221,7 +221,12 @@ def test_gradients_have_the_dtypes_of_their_arrays(torch, dtype):
     assert_same(torch, [array.double() for array in got], want, 2 * max(eps, 1e-6))
 
 
-def test_under_autocast_y_has_its_dtype_and_the_adapter_is_computed_in_float32(torch):
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_under_autocast_y_has_its_dtype_and_the_adapter_is_computed_in_float32(
+    torch, monkeypatch, multiplies
+):
+    """A CPU that multiplies 16-bit numbers takes W and z in these too: mixed precision."""
+    monkeypatch.setattr("doraxp.backends._torch.multiplies", lambda kind, dtype: multiplies)
     inputs = draw(torch, dtype="float32")
     with torch.autocast("cpu", torch.bfloat16):
         y = ours(Config(2), *inputs)
@@ -229,10 +234,13 @@ def test_under_autocast_y_has_its_dtype_and_the_adapter_is_computed_in_float32(t
     x = inputs[0].detach().bfloat16().float().requires_grad_()
     wide = ours(Config(2), x, *inputs[1:])
     assert y.dtype == torch.bfloat16
-    assert torch.equal(y, wide.bfloat16())
+    if multiplies:
+        assert_same(torch, [y.float()], [wide], 2**-7)
+    else:
+        assert torch.equal(y, wide.bfloat16())
     want = torch.autograd.grad(wide.sum(), [x, *inputs[1:]])
     assert {gradient.dtype for gradient in got} == {torch.float32}
-    assert_same(torch, got[1:], want[1:], 1e-6)
+    assert_same(torch, got[1:], want[1:], 2**-7 if multiplies else 1e-6)
     assert_same(torch, got[:1], want[:1], 2**-7)  # dx went through the cast
 
 

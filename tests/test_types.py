@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import inspect
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -61,3 +65,57 @@ def test_config_is_frozen_and_hashable():
 def test_config_refuses(arguments, error, message):
     with pytest.raises(error, match=message):
         Config(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("argument", "advice"),
+    [
+        ({"r": 8}, "got r=8: write rank=8"),
+        ({"lora_rank": 8}, "got lora_rank=8: write rank=8"),
+        ({"lora_alpha": 16}, "got lora_alpha=16: write alpha=16"),
+        ({"use_rslora": True}, "got use_rslora=True: write rslora=True"),
+        (
+            {"lora_dropout": 0.1},
+            "got lora_dropout=0.1: give the rate to the layers, as adapt_layers(..., dropout=0.1) "
+            "or DoRALayer(..., dropout=0.1)",
+        ),
+        (
+            {"target_modules": ["q", "v"]},
+            "got target_modules=['q', 'v']: give it to adapt_layers or adapt, as target_modules",
+        ),
+        (
+            {"rank_pattern": {"q": 4}},
+            "got rank_pattern={'q': 4}: give it to adapt_layers or adapt, as rank_pattern",
+        ),
+        ({"use_dora": True}, "got use_dora=True: leave it out, because each Config is of DoRA"),
+        ({"scale": 2.0}, "got scale=2.0: write alpha, which is the scale times the rank"),
+        ({"rnak": 8}, "got rnak=8: the nearest is rank"),
+        ({"zzz": 8}, "got zzz=8"),
+    ],
+)
+def test_a_name_of_another_library_is_refused_with_the_name_to_write(argument, advice):
+    rule = "Config takes rank, alpha, rslora, form, norm_gradient and dropout, "
+    for others in ({}, {"rank": 8}):
+        with pytest.raises(TypeError) as caught:
+            Config(**others, **argument)
+        assert str(caught.value) == rule + advice
+
+
+def test_a_rate_in_place_of_the_kind_of_dropout_is_refused_with_its_place():
+    with pytest.raises(ValueError, match="dropout must be one of") as caught:
+        Config(8, dropout=0.1)  # type: ignore[arg-type]
+    assert str(caught.value) == (
+        "dropout must be one of ('input', 'low_rank'), got 0.1: give the rate to the layers, as "
+        "adapt_layers(..., dropout=0.1) or DoRALayer(..., dropout=0.1)"
+    )
+
+
+def test_config_has_the_signature_of_its_fields_and_is_pickled_copied_and_replaced():
+    names = [field.name for field in dataclasses.fields(Config)]
+    assert list(inspect.signature(Config).parameters) == names
+    config = Config(8, 16, rslora=True, form="direction")
+    for again in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config), copy.copy(config)):
+        assert again == config
+    assert dataclasses.replace(config, alpha=4) == Config(8, 4, rslora=True, form="direction")
+    with pytest.raises(TypeError, match=r"got r=4: write rank=4"):
+        dataclasses.replace(config, r=4)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import doraxp
+from doraxp._base.extras import install_hint
 from doraxp.cli import main
 
 
@@ -20,7 +21,7 @@ def test_all_usable_backends_are_verified(capsys, monkeypatch, tmp_path):
     printed = capsys.readouterr().out
     report = json.loads(path.read_text())
     total = len(report["figures"])
-    assert f"{total} of {total} figures are within their bounds." in printed
+    assert f"{total:,} of {total:,} figures are within the bounds." in printed
     assert report["ok"]
     assert {figure["backend"] for figure in report["figures"]} == {"numpy"}
     assert {figure["dtype"] for figure in report["figures"]} >= {"float32", "float64", "float16"}
@@ -168,11 +169,11 @@ def test_the_table_of_all_libraries_on_the_host_fits_80_columns(capsys, monkeypa
     ("name", "message"),
     [
         ("abacus", "each name must be one of numpy, "),
-        ("cupy", "cupy cannot run here: pip install 'doraxp[cuda13]', or [cuda12]"),
+        ("cupy", "cupy cannot run here: run python -m pip install '.[cuda13]'"),
     ],
 )
 def test_a_backend_that_cannot_run_is_exit_status_2(capsys, monkeypatch, name, message):
-    how = "pip install 'doraxp[cuda13]', or [cuda12]"
+    how = "run python -m pip install '.[cuda13]'"
     nothing = [doraxp.backends.Status(one, False, how) for one in ("numpy", "cupy")]
     monkeypatch.setattr("doraxp.backends.available", lambda: nothing)
     assert main(["verify", "--backend", name]) == 2
@@ -182,4 +183,4 @@ def test_a_backend_that_cannot_run_is_exit_status_2(capsys, monkeypatch, name, m
 def test_without_the_extra_it_says_how_to_get_it(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["verify"]) == 2
-    assert "pip install 'doraxp[verify]'" in capsys.readouterr().err
+    assert install_hint("verify") in capsys.readouterr().err

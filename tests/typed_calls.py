@@ -72,3 +72,8 @@ def any_array(array: np.ndarray[Any, np.dtype[Any]]) -> Array:
 
 def not_an_array() -> None:
     doraxp.decompose([[3.0, 4.0]])  # type: ignore[arg-type]  # mypy reports it if it is unused
+
+
+def not_an_argument() -> None:
+    doraxp.Config(r=8)  # type: ignore[call-arg]
+    doraxp.Config(8, dropout=0.1)  # type: ignore[arg-type]

@@ -120,7 +120,7 @@ def drawn() -> str:
         f"<style>{STYLE}</style>",
         '<marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
         'orient="auto"><path d="M 0 0 L 8 4 L 0 8 z"/></marker>',
-        f'<rect class="page" width="{width}" height="{tall}"/>',
+        f'<rect class="page" width="{width}" height="{tall}" rx="12"/>',
     ]
     for room, others in without_detours(graph).items():
         lines += [f'<path d="{arrow(places[room], places[o])}"/>' for o in sorted(others)]

@@ -25,7 +25,7 @@ def not_finite(report, case):
     return {
         (one.function, one.quantity)
         for one in report.findings
-        if one.case == case and one.problem.endswith("numbers that are not finite")
+        if one.case == case and one.problem.endswith(" not finite")
     }
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, get_args
 
 import numpy as np
 
+from doraxp._base.argument_names import dropout_place, explains_names
 from doraxp._base.scalars import check_count, check_flag, check_real
 
 DType: TypeAlias = Any
@@ -124,6 +125,7 @@ NormGradient: TypeAlias = Literal["exact", "detached"]
 Dropout: TypeAlias = Literal["input", "low_rank"]
 
 
+@explains_names
 @dataclass(frozen=True)
 class Config:
     """The numbers and choices of one DoRA adapter.
@@ -152,7 +154,8 @@ class Config:
     Raises
     ------
     TypeError
-        `rank` is not an integer, `alpha` is not a number, or `rslora` is not a bool.
+        `rank` is not an integer, `alpha` is not a number, `rslora` is not a bool, or an argument
+        has another name. The message has the name to write for `r`, `lora_alpha` and others.
     ValueError
         `rank` is below 1, `alpha` is 0 or not finite, or `form`, `norm_gradient`
         or `dropout` is unknown.
@@ -191,7 +194,11 @@ class Config:
                 f"norm_gradient must be one of {get_args(NormGradient)}, got {self.norm_gradient!r}"
             )
         if self.dropout not in get_args(Dropout):
-            raise ValueError(f"dropout must be one of {get_args(Dropout)}, got {self.dropout!r}")
+            is_rate = isinstance(self.dropout, int | float)
+            place = f": {dropout_place(self.dropout)}" if is_rate else ""
+            raise ValueError(
+                f"dropout must be one of {get_args(Dropout)}, got {self.dropout!r}{place}"
+            )
 
     @property
     def scaling(self) -> float:

@@ -10,6 +10,7 @@ import math
 
 from doraxp._base.scalars import check_kind
 from doraxp._base.types import Adapter, Array, Config, DType
+from doraxp._base.words import counted
 from doraxp._core.kinds import LayerKind
 from doraxp.backends import Operations, compute_dtype, is_by_rows, is_integer, operations
 
@@ -54,7 +55,7 @@ def check_operated(
     elif bias is not None and tuple(bias.shape) != (math.prod(weight.shape[:-1]),):
         raise ValueError(
             f"bias must have shape (out,) = {(math.prod(weight.shape[:-1]),)} for a convolution "
-            f"of {kind.groups} groups, got {tuple(bias.shape)}"
+            f"of {counted(kind.groups, 'group')}, got {tuple(bias.shape)}"
         )
     return checked
 

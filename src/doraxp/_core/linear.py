@@ -71,7 +71,8 @@ def forward(
     With a dropout mask, x~ = mask⊙x, and by `config.dropout`::
 
         "input":     y = g⊙(x~ Vᵀ) + (x − x~) Wᵀ + bias
-        "low_rank":  z = ρ⊙(x Wᵀ) + s (x~ Aᵀ) Bᵀ,   y = g⊙z + bias
+        "low_rank":  z = ρ⊙(x Wᵀ) + s (x~ Aᵀ) Bᵀ
+                     y = g⊙z + bias
 
     "input" is PEFT's rule: the base gets the whole x, and the adapter's part gets x~. It costs a
     second product with W, (tokens, out) in the forward and (tokens, in) in the backward, each with
@@ -100,7 +101,7 @@ def forward(
         does not depend on the mask, and the mask has no gradient.
     reduce : callable, optional
         Returns the sum of an array over the ranks, if the input axis of x, W and A is split among
-        ranks; see the docs page "Many processes". `prepared`, `previous` and the cache remember it.
+        ranks; see `docs/howto/distributed.md`. `prepared`, `previous` and the cache remember it.
     kind : LayerKind, optional
         How the weight is stored, as in `doraxp.prepare`. None means `operator.kind`.
     operator : Operator, optional
@@ -193,14 +194,17 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
 
         dz = g⊙dy
         e  = Σ_tokens dy⊙z         (out,)
-        dm = e / n                 q = −m e / n³ = −g⊙dm / n, or 0 with a detached norm
+        dm = e / n
+        q  = −m e / n³             0 with a detached norm
         dx = dz V
         dB = s dzᵀ L       + s q⊙(V Aᵀ)
         dA = s (dz B)ᵀ x   + s (q⊙B)ᵀ V
         dbias = Σ_tokens dy
 
         weight form:     dW = dzᵀ x + q⊙V
-        direction form:  D = ρ⊙W, dD = dzᵀ x + q⊙V, dW = ρ⊙(dD − D⊙rowsum(D⊙dD))
+        direction form:  dW = ρ⊙(dD − D⊙rowsum(D⊙dD))
+                         D  = ρ⊙W
+                         dD = dzᵀ x + q⊙V
 
     The q terms are the gradient through the norm; the paper's section 4.3 and PEFT drop them.
     The gradients of a row with n = 0 are 0.
@@ -208,7 +212,7 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
     With a dropout mask, x~ = mask⊙x replaces x in dA, L and z, and::
 
         "input":     dx = mask⊙(dz V) + (1 − mask)⊙(dy W)
-                     x~ replaces x in dW too, and dyᵀ (x − x~) is added to it
+                     dW is that of x~ plus dyᵀ (x − x~)
         "low_rank":  dx = dz V + (mask − 1)⊙(s (dz B) A)
 
     Parameters
@@ -233,7 +237,7 @@ def backward(dy: Array, cache: Cache, *, train_base: bool = False) -> Gradients:
 
     References
     ----------
-    arXiv:2402.09353, equations 6 to 11. The exact terms are derived on the docs page "The math".
+    arXiv:2402.09353, equations 6 to 11. `docs/explanation/math.md` derives the exact terms.
 
     Examples
     --------

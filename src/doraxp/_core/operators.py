@@ -20,6 +20,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 from doraxp._base.scalars import check_count, check_real
 from doraxp._base.types import Array
+from doraxp._base.words import counted
 from doraxp._core.checks import check_input, check_output_gradient, check_weight
 from doraxp._core.kinds import LayerKind
 from doraxp._core.tokens import by_channel, by_token, with_tokens
@@ -178,10 +179,10 @@ class Convolution:
         """Refuse shapes that do not fit, or that fit with other groups than the kind has."""
         _, found = self._windows(x, weight)
         if found != groups:
+            of_groups = f"{counted(groups, 'group')} · {weight[1]} = {groups * weight[1]}"
             raise ValueError(
-                f"x must have in = {groups} groups · {weight[1]} = {groups * weight[1]}, for a "
-                f"weight of shape {weight}, got {x[1]}: for other groups pass "
-                f"kind=LayerKind('conv', groups={found}) everywhere"
+                f"x must have in = {of_groups}, for a weight of shape {weight}, got {x[1]}: "
+                f"for other groups pass kind=LayerKind('conv', groups={found}) everywhere"
             )
 
     def _windows(self, x: tuple[int, ...], weight: tuple[int, ...]) -> tuple[Windows, int]:
@@ -194,9 +195,9 @@ class Convolution:
             )
         if len(x) != dims + 2 or 0 in x[1:] or x[1] % weight[1] or weight[0] % (x[1] // weight[1]):
             raise ValueError(
-                f"x must have shape (batch, in, *size) with {dims} sizes, and in a multiple of "
-                f"{weight[1]} by which out = {weight[0]} can be split, for a weight of shape "
-                f"{weight}, got {x}"
+                f"x must have shape (batch, in, *size) with {counted(dims, 'size')}, and in a "
+                f"multiple of {weight[1]} by which out = {weight[0]} can be split, for a "
+                f"weight of shape {weight}, got {x}"
             )
         each = {}
         for name in ("stride", "padding", "dilation"):

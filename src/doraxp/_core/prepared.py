@@ -96,8 +96,8 @@ def prepare(
     previous : Prepared, optional
         An earlier result for the same `weight` object: its ‖w‖² is used again.
     reduce : callable, optional
-        Returns the sum of an array over the ranks, if the input axis is split among ranks; see the
-        docs page "Many processes". The result remembers it.
+        Returns the sum of an array over the ranks, if the input axis is split among ranks; see
+        `docs/howto/distributed.md`. The result remembers it.
     kind : LayerKind, optional
         The rows of n are those of `kind.matrix(weight)`. None takes the weight for the matrix.
 

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from doraxp._base.types import Array, Config
+from doraxp._base.words import counted
 from doraxp._core.decomposition import inverse_norms
 from doraxp._core.kinds import LayerKind
 from doraxp.backends import array_namespace, as_dtype, compute_dtype, operations
@@ -244,8 +245,8 @@ def _check(
         raise ValueError("an adapter of the direction form must have a magnitude, got None")
     if m is not None and math.prod(m.shape) != math.prod(rows):
         raise ValueError(
-            f"magnitude must have a number for each of {math.prod(rows)} rows, got shape "
-            f"{tuple(m.shape)}"
+            f"magnitude must have a number for each of {counted(math.prod(rows), 'row')}, got "
+            f"shape {tuple(m.shape)}"
         )
 
 

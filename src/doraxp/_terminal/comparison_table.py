@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from doraxp._base.words import counted
 from doraxp._terminal.tables import new_table
 from doraxp.testing import Comparison, Figure
 
@@ -43,7 +44,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
             dense = _largest(one.dense / one.resolution for one in row)
             table.add_row(quantity, f"{dense:.1f}", *cells)
     console.print(table)
-    console.print(CAPTION, highlight=False)
+    console.print(CAPTION)
     _print_rest(comparison, console)
 
 
@@ -64,20 +65,19 @@ def _print_rest(comparison: Comparison, console: Console) -> None:
     from rich.markup import escape
 
     for backend, dtype in comparison.left_out:
-        console.print(f"{backend}: no {dtype} here", highlight=False)
+        console.print(f"{backend}: no {dtype} here")
     for pair in comparison.agreements:
         verdict = "agree" if pair.share <= 1 else "DISAGREE"
         console.print(
             f"{' and '.join(pair.backends)} {verdict}: {100 * pair.share:.0f} % of the sum of "
             "their bounds",
-            highlight=False,
         )
     wrong = [figure for figure in comparison.figures if not figure.ok]
     for figure in wrong[:LINES]:
         reason = figure.failure or f"{100 * figure.share:.0f} % of its bound"
         where = f"{figure.backend}, {figure.case}, {figure.dtype}, {figure.quantity}"
-        console.print(f"[bold red]WRONG[/] {escape(f'{where}: {reason}')}", highlight=False)
+        console.print(f"[bold red]WRONG[/] {escape(f'{where}: {reason}')}")
     if len(wrong) > LINES:
         console.print(f"and {len(wrong) - LINES} more")
     total = len(comparison.figures)
-    console.print(f"{total - len(wrong)} of {total} figures are within their bounds.")
+    console.print(f"{counted(total - len(wrong), 'figure', 'is', of=total)} within the bounds.")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from doraxp._base.printable import printable
+from doraxp._base.words import counted
 from doraxp._terminal.tables import print_caption, print_table
 from doraxp.testing import Finding, Judgement, Report
 
@@ -59,9 +60,14 @@ def print_conformance(report: Report, judged: Judgement, console: Console) -> No
     for line in lines[:LINES]:
         _print(line, console)
     if len(lines) > LINES:
-        _print(f"and {len(lines) - LINES} more groups: --json and --junit have all", console)
+        _print(
+            f"and {counted(len(lines) - LINES, 'more group')}: --json and --junit have all", console
+        )
     if report.left_out:
-        _print(f"{len(report.left_out)} cases did not run: {_some(report.left_out)}", console)
+        _print(
+            f"{counted(len(report.left_out), 'case')} did not run: {_some(report.left_out)}",
+            console,
+        )
     _print(_verdict(report, judged), console)
 
 
@@ -75,10 +81,10 @@ def _lines(judged: Judgement) -> Iterator[str]:
     yield from _groups(judged.wrong)
     for entry in dict.fromkeys(entry for _, entry in judged.expected):
         count = sum(other == entry for _, other in judged.expected)
-        yield f"expected {entry.name}, {count} findings: {entry.reason} ({entry.link})"
+        yield f"expected {entry.name}, {counted(count, 'finding')}: {entry.reason} ({entry.link})"
     for function in dict.fromkeys(one.function for one in judged.extreme):
         found = [one.case for one in judged.extreme if one.function == function]
-        yield f"extreme {function}: {len(found)} findings in {_some(found)}"
+        yield f"extreme {function}: {counted(len(found), 'finding')} in {_some(found)}"
 
 
 def _groups(findings: Iterable[Finding]) -> Iterator[str]:
@@ -103,9 +109,9 @@ def _some(names: Sequence[str]) -> str:
 
 def _verdict(report: Report, judged: Judgement) -> str:
     stale = len(judged.passing) + len(judged.unmatched)
-    parts = [f"{report.checked} arrays", f"{len(judged.wrong)} wrong"]
-    parts += [f"{len(judged.expected)} failures expected"] if judged.expected else []
-    parts += [f"{stale} expected failures that did not fail"] if stale else []
+    parts = [counted(report.checked, "array"), f"{len(judged.wrong)} wrong"]
+    parts += [f"{counted(len(judged.expected), 'failure')} expected"] if judged.expected else []
+    parts += [f"{counted(stale, 'expected failure')} that did not fail"] if stale else []
     return f"{'right' if judged.ok else 'WRONG'}: {', '.join(parts)}."
 
 

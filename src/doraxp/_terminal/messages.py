@@ -41,16 +41,33 @@ def output_that_may_fail(command: str) -> Iterator[None]:
     except SystemExit:
         pass  # of rich, where the reader has gone
     except OSError as error:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # for what is flushed when the process ends
-        os.close(nowhere)
+        drop_output()
         if not isinstance(error, BrokenPipeError):
             print_warning(command, f"what it prints could not be written: {error.strerror}")
 
 
+def drop_output() -> None:
+    """Send nowhere the output that is flushed when the process ends: it cannot be written."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def print_interrupted(command: str, advice: str) -> None:
+    """Print that Ctrl-C stopped a command, and how to go on if there is a way."""
+    _print_message(command, f"interrupted{'; ' if advice else ''}{advice}")
+
+
 def print_error(command: str, error: object) -> None:
     """Print why a command failed."""
-    _print_message(command, f"error: {error}")
+    _print_message(command, f"error: {reason(error)}")
+
+
+def reason(error: object) -> str:
+    """Return the text of an error; that of the system begins with the file that it is about."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def print_warning(command: str, message: str) -> None:

@@ -14,27 +14,30 @@ if TYPE_CHECKING:
 
 
 def new_console(*, stderr: bool = False) -> Console:
-    """Return a console, which breaks lines at the width of the terminal."""
+    """Return a console, which breaks lines at the width of the terminal.
+
+    It gives numbers no colour: a total looks the same under every table.
+    """
     from rich.console import Console
 
-    return Console(stderr=stderr)
+    return Console(stderr=stderr, highlight=False)
 
 
 def plain_console() -> Console:
     """Return a console that prints brackets and colons unchanged: names in files may have them."""
     from rich.console import Console
 
-    return Console(markup=False, emoji=False)
+    return Console(markup=False, emoji=False, highlight=False)
 
 
 def print_names(line: str, console: Console) -> None:
     """Print a line, however long. Brackets in names are not read as markup."""
-    console.print(printable(line), soft_wrap=True, markup=False, emoji=False, highlight=False)
+    console.print(printable(line), soft_wrap=True, markup=False, emoji=False)
 
 
 def print_caption(text: str, console: Console) -> None:
     """Print an explanation, in lines that fit the terminal."""
-    console.print(text, markup=False, emoji=False, highlight=False)
+    console.print(text, markup=False, emoji=False)
 
 
 def new_table(

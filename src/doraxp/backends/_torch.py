@@ -202,6 +202,8 @@ class TorchOperations(TorchLayerOperations, Operations):
         ::
 
             dz = round(ρ⊙g⊙dy)     C′ = round(dy (g⊙s B) A)     dx = round(dz W + C′)
+
+        If dy has more bits than z, neither dz nor C′ is rounded.
         """
         how = {"exact": exact, "with_bias": with_bias, "round_later": round_later}
         if z.dtype == low.dtype:
@@ -227,8 +229,9 @@ class TorchOperations(TorchLayerOperations, Operations):
         db *= scaling
         slope = gain if row_scale is None else row_scale * gain
         dz = xp.mul(d, slope[..., None, :], out=xp.empty_like(d))
-        if round_later:
+        if round_later or d.dtype != z.dtype:  # a dz of more bits is not rounded
             dx = self.accumulate(self.product(dz, weight), dlow, a)
+            dx = dx if round_later else dx.to(dtype)
         else:
             dx = _add_product((dlow @ a).to(d.dtype), dz, weight)
         return LayerGradients(dx, da, db, dm, p, dbias)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 
+from doraxp._base.extras import require
+
 
 def threads() -> dict[str, int]:
     """Return the number of threads of each pool in this process."""
+    require("bench", "threadpoolctl", of="the list of threads")
     import threadpoolctl
 
     counts = {
@@ -21,6 +24,7 @@ def blas_kernels() -> dict[str, str]:
 
     The environment variable OPENBLAS_CORETYPE may have chosen another one than the machine has.
     """
+    require("bench", "threadpoolctl", of="the list of kernels")
     import threadpoolctl
 
     pools = threadpoolctl.threadpool_info()

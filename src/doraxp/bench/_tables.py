@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from doraxp._base.extras import require
 from doraxp._terminal.tables import new_table
 from doraxp.bench._curves import SWEEPS, Curve, exponents
 from doraxp.bench._measure import Measured
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 def print_tables(results: list[Measured], console: Console) -> None:
     """Print the ratios of each workload, then times and memory."""
+    require("bench", "rich", of="the table of the bench")
     for workload, group in groupby(results, lambda one: one.workload):
         of_workload = list(group)
         headings = ("÷ NumPy's\nbare", "÷ its own\nbare", "PEFT's\n÷ it")
@@ -42,6 +44,7 @@ def print_tables(results: list[Measured], console: Console) -> None:
 
 def print_exponents(curves: dict[str, Curve], console: Console) -> None:
     """Print the times of each contestant at both ends of each sweep, and its exponents."""
+    require("bench", "rich", of="the table of the curves")
     headings = ("first\nms", "last\nms", "time\nexponent", "memory\nexponent")
     for name, curve in curves.items():
         table = _table(f"A step over {name} {SWEEPS[name][0]} to {SWEEPS[name][-1]}", headings)

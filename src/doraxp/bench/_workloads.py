@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from doraxp._base.extras import require
 from doraxp._base.types import Adapter, Array, Config, DType, HostArray
 
 TASKS = ("forward", "backward", "step", "evaluation", "norm", "merge", "adamw")
@@ -102,6 +103,7 @@ def stored(workload: Workload) -> Inputs:
 def numpy_dtype(name: str) -> DType:
     """Return NumPy's dtype for a name in `DTYPES`; bfloat16 comes from ml_dtypes."""
     if name == "bfloat16":
+        require("bench", "ml_dtypes", of="bfloat16")
         import ml_dtypes
 
         return np.dtype(ml_dtypes.bfloat16)

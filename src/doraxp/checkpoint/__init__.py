@@ -3,6 +3,10 @@
 It reads and writes adapters, and merges them into models of any size, tensor by tensor.
 """
 
+from doraxp._base.extras import require
+
+require("checkpoint", "safetensors", "ml_dtypes", "threadpoolctl", of="doraxp.checkpoint")
+
 from doraxp.checkpoint._adapters import AdapterSet, algorithm_of
 from doraxp.checkpoint._audit import audit
 from doraxp.checkpoint._audit_weight import Verdict

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from doraxp._base.types import HostArray
+from doraxp._base.words import counted
 from doraxp.checkpoint._audit_sample import adapter_dtypes
 from doraxp.checkpoint._audit_weight import INFINITE, Verdict, adapted_norms
 from doraxp.checkpoint._engine import Engine
@@ -70,10 +71,10 @@ class Copy:
                     difference = np.abs(other.astype(np.float64) - one)[is_other]
                 largest = max(largest, float(difference.max()))
         if infinite:
-            return Verdict(INFINITE, False, f"{infinite:,} numbers that are finite in BASE")
+            return Verdict(INFINITE, False, f"{counted(infinite, 'number')}, finite in BASE")
         if not differ:
             return Verdict("equal" if before.dtype == after.dtype else "converted", True)
-        detail = f"{differ:,} numbers differ, by up to {largest:.3g}"
+        detail = f"{counted(differ, 'number', 'differs')}, by up to {largest:.3g}"
         return Verdict("bias scaled" if self._is_scaled() else changed, False, detail)
 
     def _has_same_bytes(self, on_bytes: OnBytes) -> bool:

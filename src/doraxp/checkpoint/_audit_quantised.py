@@ -18,6 +18,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from doraxp._base.words import counted
 from doraxp.checkpoint._audit_weight import INFINITE, Verdict
 from doraxp.checkpoint._change import DROWNED
 from doraxp.checkpoint._engine import Engine
@@ -79,12 +80,12 @@ def audit_quantised(
         moved += int(np.count_nonzero(change))
         on_bytes(row_bytes * (rows.stop - rows.start))
     if infinite:
-        return Verdict(INFINITE, False, f"{infinite:,} numbers")
+        return Verdict(INFINITE, False, counted(infinite, "number"))
     if squares and not moved:
         return Verdict("unchanged", False, "the merge did nothing")
     if wrong:
         return Verdict(
-            "another weight", False, f"{wrong:,} numbers beyond the steps of {how.label}"
+            "another weight", False, f"{counted(wrong, 'number')} beyond the steps of {how.label}"
         )
     if not isinstance(part, Changed) or not squares:
         return Verdict(QUANTISED, True, how.label)

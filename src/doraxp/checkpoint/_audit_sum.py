@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 
 from doraxp._base.types import HostArray
+from doraxp._base.words import counted
 from doraxp._core.kinds import LayerKind
 from doraxp.checkpoint._audit_errors import DAMAGED, Compared, compare
 from doraxp.checkpoint._audit_sample import Dtypes
@@ -91,7 +92,7 @@ def audit_sum(
         lambda count: on_bytes(row_bytes * count),
     )
     if found.infinite:
-        return Verdict(INFINITE, False, f"{found.infinite:,} numbers", None, found.worst)
+        return Verdict(INFINITE, False, counted(found.infinite, "number"), None, found.worst)
     if not found.wrong:
         return Verdict("rounded" if found.differ else "exact", True, "", None, found.worst)
     return _fault(task, stored, found)
@@ -107,6 +108,8 @@ def _fault(task: SummedTensor, stored: Source, found: Compared) -> Verdict:
     if is_unchanged:
         return Verdict("unchanged", False, "the merge did nothing", None, found.worst)
     if found.wrong <= DAMAGED * size:
-        detail = f"{found.wrong:,} of {size:,} numbers"
+        detail = counted(found.wrong, "number", of=size)
         return Verdict("damaged", False, detail, None, found.worst)
-    return Verdict("another sum", False, f"{found.wrong:,} numbers differ", None, found.worst)
+    return Verdict(
+        "another sum", False, counted(found.wrong, "number", "differs"), None, found.worst
+    )

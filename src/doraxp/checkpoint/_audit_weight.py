@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from doraxp._base.words import counted
 from doraxp._core.updates import LowRank
 from doraxp.checkpoint._audit_errors import Compared, compare
 from doraxp.checkpoint._audit_parts import Part
@@ -127,9 +128,9 @@ class _WeightAudit:
     def infinite(self, found: Compared) -> Verdict:
         """Return the verdict on a weight with NaN or infinity."""
         zero = int(np.count_nonzero(found.norm == 0))
-        detail = f"{found.infinite:,} numbers"
+        detail = counted(found.infinite, "number")
         if zero and found.infinite == zero * self._inner:
-            detail += f": the {zero} rows whose norm n is 0, where W' is 0"
+            detail += f": the {counted(zero, 'row')} whose norm n is 0, where W' is 0"
         return Verdict(INFINITE, False, detail, None, found.worst)
 
     def fault(self, sample: Sample, found: Compared) -> Verdict | None:
@@ -150,7 +151,7 @@ class _WeightAudit:
             verdict, detail = diagnosis.part.name, self._place(sample, diagnosis.part)
         elif (diagnosis.fits or is_idle) and not diagnosis.refuted:
             verdict = "damaged"
-            detail = f"{found.wrong:,} of {self._out * self._inner:,} numbers"
+            detail = counted(found.wrong, "number", of=self._out * self._inner)
         else:
             verdict = " or ".join(diagnosis.names or self._names_across_rows(sample, bound))
         if not verdict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
+from doraxp._base.words import counted, the_nearest
 from doraxp.checkpoint._doctor_modules import Layout, Refusal, is_fused
 from doraxp.checkpoint._doctor_report import Cost, DiagnosedModule, Finding, Level
 from doraxp.checkpoint._doctor_rows import STEP
@@ -78,7 +79,7 @@ def _of_targets(layout: Layout, modules: Modules) -> Iterator[Finding]:
     arguments = {"target_modules": targets.unmatched, "exclude_modules": targets.unused}
     for argument, missing in arguments.items():
         for name, near in missing.items():
-            nearest = f"; the nearest are {', '.join(near)}" if near else ""
+            nearest = f"; {the_nearest(near)}" if near else ""
             text = f"{argument} {name!r} matches no module{nearest}. Correct the name"
             yield Finding("error", f"unmatched-{argument.partition('_')[0]}", text)
     if not targets.paths and not targets.unmatched:
@@ -184,8 +185,9 @@ def _of_ranks(costs: Sequence[Cost]) -> Iterator[Finding]:
     large = [cost for cost in costs if cost.too_small]
     if large:
         ranks = ", ".join(str(cost.rank) for cost in large)
+        targets = counted(max(large).too_small, "target")
         text = (
-            f"Rank {ranks}: above the rows or columns of up to {max(large).too_small} targets. "
+            f"Rank {ranks}: above the rows or columns of up to {targets}. "
             "Give these a smaller rank with rank_pattern"
         )
         yield Finding("warning", "rank", text)
@@ -196,4 +198,4 @@ def _in_modules(rows: int, modules: Collection[str]) -> str:
 
 
 def _count(modules: Collection[str]) -> str:
-    return f"{len(modules):,} {'module' if len(modules) == 1 else 'modules'}"
+    return counted(len(modules), "module")

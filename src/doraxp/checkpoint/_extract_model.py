@@ -13,6 +13,7 @@ import threadpoolctl
 
 from doraxp._base.scalars import check_count
 from doraxp._base.types import Adapter, Config
+from doraxp._base.words import counted
 from doraxp._core.updates import LowRank, UpdateAdapter
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._extract import Extracted, extract_layer
@@ -108,8 +109,9 @@ def extract(
     left_out = {name: change for name, change in changes.items() if change > 0}
     found = extracted(compared.matrices, rank, "dora", jobs, on_bytes, left_out)
     if not found.adapters:
+        others = counted(len(left_out), "other tensor", "does")
         raise CheckpointError(
-            f"{after.path}: no matrix differs from BASE's, and {len(left_out)} other tensors do: "
+            f"{after.path}: no matrix differs from BASE's, and {others}: "
             "there is nothing to extract"
         )
     return found

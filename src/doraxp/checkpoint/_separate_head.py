@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Mapping
 
+from doraxp._base.words import counted
 from doraxp.checkpoint._adapters import AdapterSet
 from doraxp.checkpoint._errors import CheckpointError
 from doraxp.checkpoint._safetensors import AnySource, Source, are_equal
@@ -151,10 +152,11 @@ def _before(
             return ReplacedTensor(Source(adapters.reader, file), own.dtype)
     (name, task), *_ = grown.items()
     other = tied.head if name == tied.embedding else tied.embedding
+    tokens = counted(task.source.tensor.shape[0], "token")
     raise CheckpointError(
-        f"the adapter has {task.source.tensor.shape[0]} tokens in {name}, but {other} has those of "
-        "BASE: save the adapter with save_embedding_layers=True, or give the BASE whose embeddings "
-        "have the new size"
+        f"the adapter has {tokens} in {name}, but {other} has those of BASE: save the "
+        "adapter with save_embedding_layers=True, or give the BASE whose embeddings have the "
+        "new size"
     )
 
 

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from doraxp._base.words import counted
 from doraxp.checkpoint._adapters import AdapterSet, Added, TokenRows
 from doraxp.checkpoint._config_edits import ConfigEdits
 from doraxp.checkpoint._errors import CheckpointError
@@ -149,13 +150,14 @@ def _with_rows(
     own = Source(adapters.reader, tokens.tensor)
     if own.tensor.shape != (len(tokens.indices), *source.tensor.shape[1:]):
         raise CheckpointError(
-            f"{own.name} has shape {own.tensor.shape}, which does not fit {len(tokens.indices)} "
-            f"tokens of {base.name} {source.tensor.shape}"
+            f"{own.name} has shape {own.tensor.shape}, which does not fit "
+            f"{counted(len(tokens.indices), 'token')} of {base.name} {source.tensor.shape}"
         )
     if max(tokens.indices) >= rows:
         raise CheckpointError(
-            f"{own.name} is for token {max(tokens.indices)}, but {base.name} has {rows} tokens: "
-            "merge into the model whose embeddings were resized, saved before the training"
+            f"{own.name} is for token {max(tokens.indices)}, but {base.name} has "
+            f"{counted(rows, 'token')}: merge into the model whose embeddings were resized, "
+            "saved before the training"
         )
     parts: list[Part] = []
     place = 0

@@ -1,43 +1,26 @@
 """The command line: `doraxp COMMAND`, or `python -m doraxp COMMAND`.
 
-A command is a module with a `SUMMARY`, `add_arguments(parser)` and `run(arguments)`, which
-returns the exit status. `main` imports the module of the command that is called, and all of them
-only to list them. A command imports the modules that an extra installs only when it runs.
+`main` imports the module of the command that is called, and all of them only to list them. A
+command imports the modules that an extra installs only when it runs.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from importlib import import_module
-from typing import NoReturn
 
-import doraxp
-from doraxp._terminal.messages import accept_any_encoding, print_error
-
-_COMMANDS = (
-    "demo",
-    "bench",
-    "verify",
-    "conform",
-    "vectors",
-    "merge",
-    "audit",
-    "convert",
-    "inspect",
-    "doctor",
-    "extract",
+from doraxp._terminal.messages import (
+    accept_any_encoding,
+    drop_output,
+    print_error,
+    print_interrupted,
 )
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as those of the commands are."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the error without the usage, which --help has, and leave with status 2."""
-        print_error(self.prog, message)
-        sys.exit(2)
+from doraxp.cli._parser import (
+    COMMANDS,
+    new_parser,
+    unknown_arguments,
+    unknown_command,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,25 +36,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         The exit status. Bad arguments leave with SystemExit and status 2, as argparse does.
     """
-    parser = _Parser(
-        prog="doraxp", description="DoRA, weight-decomposed low-rank adaptation, on any array."
-    )
-    parser.add_argument("--version", action="version", version=f"doraxp {doraxp.__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    argv = sys.argv[1:] if argv is None else argv
-    called = argv[0] if argv else None
-    for name in (called,) if called in _COMMANDS else _COMMANDS:
-        module = import_module(f"doraxp.cli.{name}")
-        command = commands.add_parser(name, help=module.SUMMARY, description=module.SUMMARY)
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
     accept_any_encoding()
-    arguments = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["help"]:  # as in git: doraxp help merge
+        words = [*words[1:], "--help"]
+    called = words[0] if words else ""
+    prog = f"doraxp {called}" if called in COMMANDS else "doraxp"
     try:
-        status: int = arguments.run(arguments)
+        return _run(words, called)
+    except BrokenPipeError:  # the program that read the output has ended, as head does
+        drop_output()
+        return 0
     except OSError as error:  # a disk that is full, say
-        print_error(parser.prog, error)
+        print_error(prog, error)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
+        print_interrupted(prog, str(stopped))
         return 130  # 128 + SIGINT, as shells have it
+
+
+def _run(words: list[str], called: str) -> int:
+    """Parse the arguments, run the command and return its exit status."""
+    if not words:  # a call that does nothing must not look like success in a script
+        print(new_parser().format_help(), end="", file=sys.stderr)
+        return 2
+    if called not in COMMANDS and not called.startswith("-"):
+        print_error("doraxp", unknown_command(called))
+        sys.exit(2)
+    parser = new_parser((called,) if called in COMMANDS else COMMANDS)
+    arguments, rest = parser.parse_known_args(words)
+    if rest:
+        command = arguments.parser
+        command.error(unknown_arguments(command, rest))
+    status: int = arguments.run(arguments)
     return status

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import os
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 import doraxp
+from doraxp._base.extras import absent, lack
 from doraxp._terminal.messages import print_error
 from doraxp._terminal.runtimes import BACKENDS
 
@@ -203,7 +203,8 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--architecture",
         metavar="CLASS",
-        help="of OUT in config.json, if ADAPTER brings a new head (default: as the files tell)",
+        help="class of OUT in config.json, if ADAPTER brings a new head (default: as the files "
+        "tell)",
     )
     parser.add_argument(
         "--labels",
@@ -222,25 +223,27 @@ def add_residual(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_choice(parser: argparse.ArgumentParser) -> None:
-    """Declare the options that choose one of several adapters."""
+def add_choice(parser: argparse.ArgumentParser, adapter: str = "ADAPTER") -> None:
+    """Declare the options that choose one of several adapters in the argument `adapter`."""
     parser.add_argument(
-        "--subfolder", metavar="NAME", help="the adapter's folder in ADAPTER, if that has several"
+        "--subfolder",
+        metavar="NAME",
+        help=f"the adapter's folder in {adapter}, if that has several",
     )
     parser.add_argument(
         "--adapter-name", metavar="NAME", help="the adapter to take from a file that has several"
     )
 
 
-def add_rename(parser: argparse.ArgumentParser) -> None:
-    """Declare --rename."""
+def add_rename(parser: argparse.ArgumentParser, adapter: str = "ADAPTER") -> None:
+    """Declare --rename, for the names in the argument `adapter`."""
     parser.add_argument(
         "--rename",
         type=_rename,
         action="append",
         default=[],
         metavar="REGEX=NEW",
-        help="replace what the regular expression finds in the names of ADAPTER; repeatable",
+        help=f"replace what the regular expression finds in the names of {adapter}; repeatable",
     )
 
 
@@ -290,7 +293,7 @@ def add_jobs(parser: argparse.ArgumentParser, pieces: str) -> None:
         type=integer(1),
         default=min(4, os.cpu_count() or 1),
         metavar="N",
-        help=f"number of {pieces} at a time (default: %(default)s)",
+        help=f"number of {pieces} at a time (default: that of the cores, at most 4)",
     )
 
 
@@ -299,10 +302,7 @@ def lacks(command: str, *modules: str, extra: str | None = None) -> bool:
 
     The extra that installs the modules has the name of the command, unless `extra` is given.
     """
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    missing = absent(modules)
     if missing:
-        print_error(
-            f"doraxp {command}",
-            f"{' and '.join(missing)} not installed: pip install 'doraxp[{extra or command}]'",
-        )
+        print_error(f"doraxp {command}", lack(extra or command, missing))
     return bool(missing)

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from doraxp._base.words import counted
 from doraxp._terminal.messages import print_warning
 from doraxp._terminal.module_table import Column, print_modules
 from doraxp._terminal.tables import plain_console, print_caption
@@ -67,12 +68,13 @@ def warn_of_left_out(command: str, left_out: Mapping[str, float], target: str, o
         return
     names = sorted(left_out, key=lambda name: -left_out[name])
     first = ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
-    count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
+    count = counted(len(names), "tensor")
     differ = "differs and is" if len(names) == 1 else "differ and are"
     message = f"{count} of {target} {differ} not in {out}: {first}"
     known = [name for name in names if math.isfinite(left_out[name])]
     if known:
         message += f"; the largest relative change is {left_out[known[0]]:.2g}, of {known[0]}"
     if len(known) < len(names):
-        message += f"; {len(names) - len(known)} are new, or have another shape or no numbers"
+        others = counted(len(names) - len(known), "tensor", "is")
+        message += f"; {others} new, or of another shape, or without numbers"
     print_warning(f"doraxp {command}", message)

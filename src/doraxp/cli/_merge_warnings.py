@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from doraxp._base.words import counted
 from doraxp._terminal.messages import print_warning
 
 if TYPE_CHECKING:
@@ -19,8 +20,8 @@ def warn_of_traps(merge: Merge) -> None:
     """Warn of a merge that its files cannot decide, or that may not be the intended one."""
     if merge.unused:
         _warn(
-            f"{len(merge.unused)} modules of ADAPTER are for another part of the model than BASE, "
-            f"{merge.unused[0]} the first: merge them into that part"
+            f"ADAPTER has {counted(len(merge.unused), 'module')} for another part of the model "
+            f"than BASE, {merge.unused[0]} the first: merge ADAPTER into that part too"
         )
     if merge.changes_unknown_tie():
         _warn(
@@ -62,9 +63,9 @@ def warn_of_norms(merge: Merge) -> None:
     sample = sample_norms(merge)
     if sample.equal:
         _warn(
-            f"in {len(sample.equal)} of {sample.modules} modules, {sample.equal[0]} the first, the "
-            "rows of BASE have the norms m of the adapter: either this adapter has been merged "
-            "into BASE before, or its magnitude was hardly trained"
+            f"in {counted(len(sample.equal), 'module', of=sample.modules)}, {sample.equal[0]} the "
+            "first, the rows of BASE have the norms m of the adapter: either this adapter has been "
+            "merged into BASE before, or its magnitude was hardly trained"
         )
     if sample.fresh_and_unequal:
         _warn(
@@ -82,8 +83,9 @@ def warn_of_changes(changes: Mapping[str, Change]) -> None:
     lost = {name: one for name, one in quantised.items() if one.is_lost or one.is_drowned}
     if lost:
         name, worst = min(lost.items(), key=lambda item: item[1].cosine or 0.0)
+        tensors = counted(len(lost), "tensor", of=len(quantised))
         _warn(
-            f"quantising again lost part of the update in {len(lost)} of {len(quantised)} tensors; "
+            f"quantising again lost part of the update in {tensors}; "
             f"{name} kept {worst.kept:.2f} of it, with a cosine of {worst.cosine:.2f}: "
             "--targets bf16 keeps them dense"
         )
@@ -96,7 +98,7 @@ def _warn_of_loss(kept: Mapping[str, float]) -> None:
     if kept:
         worst = min(kept, key=kept.__getitem__)
         _warn(
-            f"rounding lost part of the update in {len(kept)} tensors; {worst} kept "
+            f"rounding lost part of the update in {counted(len(kept), 'tensor')}; {worst} kept "
             f"{kept[worst]:.2f} of it: --dtype float32 keeps all of it, --rounding stochastic "
             "keeps it in the mean"
         )

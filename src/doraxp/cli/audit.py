@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from doraxp._base.words import counted
 from doraxp._terminal.figures import write_json
 from doraxp._terminal.messages import output_that_may_fail, print_error
 from doraxp._terminal.progress import progress_by_bytes
@@ -29,10 +30,10 @@ if TYPE_CHECKING:
 
     from doraxp.checkpoint import Verdict
 
-SUMMARY = (
-    "Check that MERGED is BASE with ADAPTER merged into it, whoever merged it. The exit status is "
-    "0 if every tensor is as it should be, else 1."
-)
+SUMMARY = "Check that a merged model is right, whoever merged it."
+DETAILS = "MERGED must be BASE with ADAPTER merged into it, and each tensor gets a verdict."
+EXAMPLE = "doraxp audit base adapter merged"
+STATUS_1 = "a tensor is not right"
 
 _LISTED = 10
 """Tensors of each verdict that is not right, by name, without --all."""
@@ -73,7 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
         wrong = {name: verdict for name, verdict in verdicts.items() if not verdict.right}
         with output_that_may_fail("doraxp audit"):
             _print_verdicts(verdicts, console, every=arguments.all)
-            state = f"{len(wrong)} of {len(verdicts)} tensors are not right" if wrong else "right"
+            share = counted(len(wrong), "tensor", "is", of=len(verdicts))
+            state = f"{share} not right" if wrong else "right"
             print_names(f"{arguments.merged}: {state}", console)
         if arguments.json:
             tensors = {name: verdict._asdict() for name, verdict in verdicts.items()}

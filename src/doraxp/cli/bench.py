@@ -10,19 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 from doraxp import bench
 from doraxp._terminal.figures import write_json
-from doraxp._terminal.messages import print_error
+from doraxp._terminal.messages import output_that_may_fail, print_error
 from doraxp._terminal.progress import progress_by_parts
 from doraxp._terminal.runtimes import BACKENDS
-from doraxp._terminal.tables import new_console, print_names
+from doraxp._terminal.tables import new_console, print_caption, print_names
 from doraxp.cli._arguments import backend, integer, lacks, output
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-SUMMARY = (
-    "Measure time and memory of doraxp beside the bare products, and beside PEFT where it is "
-    "installed: all in one process, checked for the same answers, ratios first."
+SUMMARY = "Measure time and memory, beside bare products and beside PEFT."
+DETAILS = (
+    "All run in one process, and are checked for the same answers. Ratios come first. PEFT takes "
+    "part where it is installed."
 )
+EXAMPLE = "doraxp bench --backend numpy --shapes 256x256 --tokens 32 --rank 4"
+STATUS_1 = None
 CUPY, TORCH = "cupy", "torch"
 DEFAULTS: dict[str, list[Any]] = {
     "shapes": [(4096, 4096)],
@@ -45,9 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=shape,
         nargs="+",
         metavar="OUTxIN",
-        help="of the weight (default: 4096x4096)",
+        help="shapes of the weight (default: 4096x4096)",
     )
-    for name, meaning in (("tokens", "in x"), ("rank", "of the adapter")):
+    for name, meaning in (("tokens", "numbers of tokens in x"), ("rank", "ranks of the adapter")):
         default = DEFAULTS[name]
         parser.add_argument(
             f"--{name}",
@@ -60,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=bench.DTYPES,
         nargs="+",
-        help="in which the weight is stored (default: float32)",
+        help="dtypes in which the weight is stored (default: float32)",
     )
     parser.add_argument(
         "--backend",
@@ -89,7 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         choices=bench.TASKS,
         nargs="+",
-        help="(default: all; without cupy all but backward, which is a part of step)",
+        help="tasks to measure (default: all; without cupy all but backward, which is a part of "
+        "step)",
     )
     parser.add_argument(
         "--rounds",
@@ -138,22 +142,23 @@ def run(arguments: argparse.Namespace) -> int:
     except bench.WrongAnswerError as error:
         return _refuse(f"wrong answer: {error}")
     curves = bench.collect(_base(arguments), results) if arguments.curves else {}
-    console = new_console()
-    if curves:
-        bench.print_exponents(curves, console)
-    else:
-        bench.print_tables(results, console)
-    console.print(f"Medians of {arguments.rounds} rounds; ± half the distance of the quartiles.")
-    _print_conditions(results, missing, console)
-    if arguments.json is not None:
-        save(results, curves)
-        print_names(f"Figures: {arguments.json}", console)
-    if arguments.plot is not None:
+    save(results, curves)
+    if arguments.plot is not None and curves:
+        bench.save_curves(curves, arguments.plot)
+    elif arguments.plot is not None:
+        bench.save_ratios(results, arguments.plot)
+    with output_that_may_fail("doraxp bench"):
+        console = new_console()
         if curves:
-            bench.save_curves(curves, arguments.plot)
+            bench.print_exponents(curves, console)
         else:
-            bench.save_ratios(results, arguments.plot)
-        print_names(f"Picture: {arguments.plot}", console)
+            bench.print_tables(results, console)
+        rounds = f"Medians of {arguments.rounds} rounds; ± half the distance of the quartiles."
+        print_caption(rounds, console)
+        _print_conditions(results, missing, console)
+        for label, path in (("Figures", arguments.json), ("Picture", arguments.plot)):
+            if path is not None:
+                print_names(f"{label}: {path}", console)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`doraxp conform`: test another implementation of DoRA, and name what is wrong with it."""
+"""`doraxp conform`: test another implementation of DoRA, and name its mistakes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from doraxp._terminal.conformance_table import print_conformance, row_of_function
 from doraxp._terminal.figures import write_json, write_text
-from doraxp._terminal.messages import output_that_may_fail, print_error
+from doraxp._terminal.messages import output_that_may_fail, print_error, reason
 from doraxp._terminal.progress import progress_by_parts
 from doraxp._terminal.runtimes import versions
 from doraxp._terminal.tables import plain_console, print_names
@@ -27,10 +27,10 @@ from doraxp.testing import (
     read_expected_failures,
 )
 
-SUMMARY = (
-    "Run the catalogue of doraxp.testing on another implementation of DoRA, and name what is wrong "
-    "with it. Exit status 1 if a number is wrong, or if a failure that was expected passes."
-)
+SUMMARY = "Test another implementation of DoRA, and name its mistakes."
+DETAILS = "The implementation runs the catalogue of doraxp.testing."
+EXAMPLE = "doraxp conform mine --json conform.json"
+STATUS_1 = "a number is wrong, or a failure that was expected passes"
 
 
 FILES = "merge_files"
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         conventions = conventions_of(impl, arguments)
         report = _checked(impl, names, conventions, arguments.since)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        print_error("doraxp conform", f"{arguments.target}: {error}")
+        print_error("doraxp conform", f"{arguments.target}: {reason(error)}")
         return 2
     judged = judge(report, expected)
     if arguments.json is not None:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from doraxp._base.printable import printable
+from doraxp._base.words import counted
 from doraxp._terminal.messages import output_that_may_fail, print_error, print_warning
 from doraxp._terminal.progress import progress_by_bytes
 from doraxp.cli._arguments import (
@@ -19,11 +20,13 @@ from doraxp.cli._arguments import (
 )
 from doraxp.cli._closeness import figures_of, print_closeness, warn_of_left_out
 
-SUMMARY = (
-    "Convert an adapter to the format of PEFT, mlx-lm or diffusers, exactly. An adapter that the "
-    "format cannot hold is refused with the reason. --to lora approximates it by plain LoRA, and "
-    "prints the error."
+SUMMARY = "Convert an adapter to the format of PEFT, mlx-lm or diffusers."
+DETAILS = (
+    "The copy is exact. An adapter that the format cannot hold is refused with the reason. --to "
+    "lora approximates it by plain LoRA, and prints the error."
 )
+EXAMPLE = "doraxp convert adapter --to mlx --out adapter-mlx"
+STATUS_1 = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the format of DST; lora is PEFT's without magnitudes, near to SRC",
     )
     parser.add_argument(
-        "--rank", type=integer(1), metavar="R", help="of --to lora, which needs it and --base"
+        "--rank", type=integer(1), metavar="R", help="rank of --to lora, which needs it and --base"
     )
     parser.add_argument(
         "--base",
@@ -48,10 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_jobs(parser, "matrices of --to lora")
     parser.add_argument(
-        "--all", action="store_true", help="of --to lora, list every module with its error"
+        "--all", action="store_true", help="with --to lora, list every module with its error"
     )
-    add_choice(parser)
-    add_rename(parser)
+    add_choice(parser, "SRC")
+    add_rename(parser, "SRC")
     add_residual(parser)
     parser.add_argument(
         "--out", type=Path, metavar="DST", required=True, help="a folder that does not exist yet"
@@ -83,17 +86,19 @@ def run(arguments: argparse.Namespace) -> int:
             adapters = named_for(model, adapters, fit, format=arguments.to)
             left = before - len({layer.names for layer in adapters.layers.values()})
             if left:
+                modules = counted(left, "module")
                 print_warning(
-                    "doraxp convert", f"{left} modules are for another part of the model than BASE"
+                    "doraxp convert", f"SRC has {modules} for another part of the model than BASE"
                 )
         save_adapters(arguments.out, adapters, arguments.to, overwrite=arguments.force)
     except (ValueError, OSError) as error:
         print_error("doraxp convert", error)
         return 2
-    print(
-        f"{len(adapters)} modules, {adapters.format} to {arguments.to}: "
-        f"{printable(str(arguments.out))}"
-    )
+    with output_that_may_fail("doraxp convert"):
+        print(
+            f"{counted(len(adapters), 'module')}, {adapters.format} to {arguments.to}: "
+            f"{printable(str(arguments.out))}"
+        )
     return 0
 
 
@@ -134,6 +139,6 @@ def _to_lora(arguments: argparse.Namespace) -> int:
     save_adapters(arguments.out, found.adapters, overwrite=arguments.force)
     with output_that_may_fail("doraxp convert"):
         print_closeness(figures_of(found), "SRC", every=arguments.all, dora=False)
-        print(f"{len(found.adapters)} modules as LoRA: {printable(str(arguments.out))}")
+        print(f"{counted(len(found.adapters), 'module')} as LoRA: {printable(str(arguments.out))}")
     warn_of_left_out("convert", found.left_out, "SRC", "DST")
     return 0

@@ -8,7 +8,7 @@ from dataclasses import fields
 import numpy as np
 
 from doraxp._terminal.figures import write_json
-from doraxp._terminal.messages import print_error
+from doraxp._terminal.messages import output_that_may_fail, print_error
 from doraxp._terminal.progress import progress_by_parts
 from doraxp._terminal.runtimes import BACKENDS
 from doraxp._terminal.tables import new_console, print_names
@@ -24,10 +24,13 @@ from doraxp.demo import (
 )
 
 RANK_LIMITS = {name: plan.rank_limit for name, plan in PLANS.items()}
-SUMMARY = (
-    "Train a small network on 1,797 real handwritten digits, freeze it, adapt it to digits turned "
-    "by 90° with LoRA, DoRA and full fine-tuning, merge, and compare."
+SUMMARY = "Train LoRA and DoRA on real digits, and compare them."
+DETAILS = (
+    "A small network learns 1,797 handwritten digits and is frozen. LoRA, DoRA and full "
+    "fine-tuning adapt it to digits turned by 90°. Then LoRA and DoRA are merged into it."
 )
+EXAMPLE = "doraxp demo --steps 200"
+STATUS_1 = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--network",
         choices=PLANS,
         default=defaults.network,
-        help="its layers: linear ones, or two convolutions and a linear one (default: %(default)s)",
+        help="layers of the network: linear ones, or two convolutions and a linear one "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--backend",
@@ -64,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rank",
         type=integer(1, max(RANK_LIMITS.values())),
         default=defaults.rank,
-        help="of LoRA and DoRA, 1 to "
+        help="rank of LoRA and DoRA, 1 to "
         + " or ".join(f"{most} ({name})" for name, most in RANK_LIMITS.items())
         + " (default: %(default)s)",
     )
@@ -73,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=integer(CHECKPOINTS),
         default=defaults.steps,
         metavar="N",
-        help="of AdamW, for the base and for each method (default: %(default)s)",
+        help="steps of AdamW, for the base and for each method (default: %(default)s)",
     )
     parser.add_argument(
         "--learning-rate",
@@ -124,11 +128,13 @@ def run(arguments: argparse.Namespace) -> int:
                     task, advance=1, description=f"seed {seed}: {what}"
                 ),
             )
-    console = new_console()
-    print_results(results, console)
     if arguments.json is not None:
         write_json(arguments.json, report(results))
-        print_names(f"Figures: {arguments.json}", console)
     save_picture(results, arguments.plot)
-    print_names(f"Picture: {arguments.plot}", console)
+    with output_that_may_fail("doraxp demo"):
+        console = new_console()
+        print_results(results, console)
+        if arguments.json is not None:
+            print_names(f"Figures: {arguments.json}", console)
+        print_names(f"Picture: {arguments.plot}", console)
     return 0

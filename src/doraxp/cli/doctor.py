@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from doraxp._base.printable import printable
+from doraxp._base.words import counted
 from doraxp._terminal.figures import write_json
 from doraxp._terminal.messages import output_that_may_fail, print_error
 from doraxp._terminal.module_table import Column, kind_of, print_modules
@@ -20,10 +21,13 @@ if TYPE_CHECKING:
 
     from doraxp.checkpoint import Diagnosis, Finding
 
-SUMMARY = (
-    "Check BASE before an adapter is trained on it: rows that become NaN, dtypes, the modules that "
-    "the targets match, sizes by rank. Exit status 1 if training breaks."
+SUMMARY = "Check a model before an adapter is trained on it."
+DETAILS = (
+    "The tables have the modules that the targets match, their dtypes, the rows that become NaN, "
+    "and sizes by rank."
 )
+EXAMPLE = "doraxp doctor base --target-modules q_proj v_proj"
+STATUS_1 = "training breaks: an error is in the list"
 
 _VERSION = 1
 """Of the figures in --json."""
@@ -133,9 +137,9 @@ def _print(found: Diagnosis, base: Path, *, every: bool) -> None:
     for finding in found.findings:
         print_caption(printable(_line(finding, every=every)), console)
     count = sum(finding.level == "error" for finding in found.findings)
-    state = f"{count} {'error' if count == 1 else 'errors'}" if count else "ready for training"
-    size = f"{found.parameters:,} numbers, {found.bytes:,} bytes"
-    targets = f"{len(figures)} {'target' if len(figures) == 1 else 'targets'}"
+    state = counted(count, "error") if count else "ready for training"
+    size = f"{counted(found.parameters, 'number')}, {counted(found.bytes, 'byte')}"
+    targets = counted(len(figures), "target")
     print_names(f"{base}: {targets}, {size}: {state}", console)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from doraxp._base.words import counted
 from doraxp._terminal.figures import write_json
 from doraxp._terminal.messages import output_that_may_fail, print_error
 from doraxp._terminal.progress import progress_by_bytes
@@ -29,11 +30,13 @@ from doraxp.cli._closeness import figures_of, print_closeness, warn_of_left_out
 if TYPE_CHECKING:
     from doraxp.checkpoint import Extraction
 
-SUMMARY = (
-    "Extract a DoRA adapter from a full fine-tune: the adapter of BASE whose merged weights are "
-    "near those of TUNED, nearer than those of SVD LoRA at the same rank. With --adapter, the sum "
-    "of adapters becomes one."
+SUMMARY = "Make a DoRA adapter of a full fine-tune, or of a sum."
+DETAILS = (
+    "The merged weights of the adapter are near those of TUNED, nearer than those of SVD LoRA at "
+    "the same rank. With --adapter, the sum of adapters becomes one."
 )
+EXAMPLE = "doraxp extract base merged --rank 4 --out extracted"
+STATUS_1 = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,10 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "tuned", type=Path, metavar="TUNED", help="the same model after a full fine-tune"
     )
     add_weighted(parser, tuned, "TUNED")
-    add_rename(parser)
+    add_rename(parser, "the adapters")
     add_residual(parser)
     parser.add_argument(
-        "--rank", type=integer(1), required=True, metavar="R", help="of the adapter; alpha is R too"
+        "--rank",
+        type=integer(1),
+        required=True,
+        metavar="R",
+        help="rank of the adapter; alpha is R too",
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", required=True, help="a folder that does not exist yet"
@@ -58,8 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--modules",
         type=_pattern,
         metavar="REGEX",
-        help="of TUNED, only the modules whose paths contain this regular expression (default: all "
-        "matrices and convolutions that differ)",
+        help="take only the modules of TUNED whose paths contain this regular expression (default: "
+        "all matrices and convolutions that differ)",
     )
     add_jobs(parser, "matrices to work on")
     parser.add_argument(
@@ -89,8 +96,8 @@ def run(arguments: argparse.Namespace) -> int:
         target = "the sum" if arguments.adapters else "TUNED"
         with output_that_may_fail("doraxp extract"):
             print_closeness(modules, target, every=arguments.all)
-            equal = f", {len(found.equal)} equal ones left out" if found.equal else ""
-            summary = f"{arguments.out}: an adapter of {len(modules)} modules{equal}"
+            equal = f", {counted(len(found.equal), 'equal one')} left out" if found.equal else ""
+            summary = f"{arguments.out}: an adapter of {counted(len(modules), 'module')}{equal}"
             print_names(summary, plain_console())
         warn_of_left_out("extract", found.left_out, target, "DIR")
         if arguments.json is not None:

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from doraxp._base.words import counted
 from doraxp._terminal.adapter_picture import save_adapter_picture
 from doraxp._terminal.figures import write_json
-from doraxp._terminal.messages import print_error
+from doraxp._terminal.messages import output_that_may_fail, print_error
 from doraxp._terminal.module_table import Column, print_modules
 from doraxp._terminal.progress import progress_by_bytes, progress_by_parts
 from doraxp._terminal.tables import plain_console, print_caption, print_names
@@ -19,11 +20,13 @@ from doraxp.cli._arguments import CHECKPOINT, add_choice, add_rename, is_in_inpu
 if TYPE_CHECKING:
     from doraxp.checkpoint import AdapterSet, Against, Fit
 
-SUMMARY = (
-    "List the modules of an adapter (DoRA, LoRA, LoHa, LoKr) with rank, scale, size and effective "
-    "rank of the update. With --base, show how far magnitudes and directions move, and how near "
-    "rows are to cancelling."
+SUMMARY = "List the modules of an adapter, with rank and size."
+DETAILS = (
+    "The adapter may be DoRA, LoRA, LoHa or LoKr. With --base, show how far magnitudes and "
+    "directions move, and how near rows are to cancelling."
 )
+EXAMPLE = "doraxp inspect adapter --base base"
+STATUS_1 = None
 
 
 _FACTORS = (
@@ -59,8 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base", type=Path, metavar="BASE", help="the model that the adapter belongs to"
     )
-    add_choice(parser)
-    add_rename(parser)
+    add_choice(parser, "PATH")
+    add_rename(parser, "PATH")
     parser.add_argument(
         "--all", action="store_true", help="list every module, not a row for each kind of module"
     )
@@ -94,19 +97,23 @@ def run(arguments: argparse.Namespace) -> int:
     except (CheckpointError, OSError) as error:
         print_error("doraxp inspect", error)
         return 2
-    console = plain_console()
-    has_base = arguments.base is not None
-    columns, caption = (_WITH_BASE, _CAPTION_WITH_BASE) if has_base else (_FACTORS, _CAPTION)
-    print_modules("module", report["modules"], columns, console, every=arguments.all)
-    print_caption(caption, console)
-    print_names(
-        f"{report['format']} adapter: {len(adapters)} modules, {report['bytes']:,} bytes", console
-    )
     if arguments.json:
         write_json(arguments.json, report)
     if arguments.plot:
         save_adapter_picture(adapters, report["modules"], arguments.plot)
+    with output_that_may_fail("doraxp inspect"):
+        _print(report, has_base=arguments.base is not None, every=arguments.all)
     return 0
+
+
+def _print(report: Mapping[str, Any], *, has_base: bool, every: bool) -> None:
+    """Print the table of the modules, and the size of the adapter."""
+    console = plain_console()
+    columns, caption = (_WITH_BASE, _CAPTION_WITH_BASE) if has_base else (_FACTORS, _CAPTION)
+    print_modules("module", report["modules"], columns, console, every=every)
+    print_caption(caption, console)
+    size = f"{counted(len(report['modules']), 'module')}, {counted(report['bytes'], 'byte')}"
+    print_names(f"{report['format']} adapter: {size}", console)
 
 
 def _report(adapters: AdapterSet, base: Path | None, fit: Fit) -> dict[str, Any]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from doraxp._base.words import counted
 from doraxp._terminal.figures import write_json
 from doraxp._terminal.messages import output_that_may_fail, print_error
 from doraxp._terminal.module_table import Column, print_modules
@@ -36,11 +36,13 @@ if TYPE_CHECKING:
 
     from doraxp.checkpoint import Change, Merge, MergedTensor
 
-SUMMARY = (
-    "Merge adapters (DoRA, LoRA, LoHa, LoKr) into a model, tensor by tensor, in little memory. "
-    "OUT appears when it is complete; after an interruption, the same command goes on where it "
-    "stopped."
+SUMMARY = "Merge adapters into a model on disk, in little memory."
+DETAILS = (
+    "The adapters may be DoRA, LoRA, LoHa or LoKr. The merge goes tensor by tensor. OUT appears "
+    "when it is complete. After an interruption, the same command goes on where it stopped."
 )
+EXAMPLE = "doraxp merge base adapter --out merged --verify"
+STATUS_1 = None
 _PLANNED = (
     Column("kind", "stored as"),
     Column("update", "update"),
@@ -87,8 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=_DTYPES,
-        help="of every floating-point tensor in OUT that is not quantised there (default: that of "
-        "the tensor in BASE)",
+        help="dtype of every floating-point tensor in OUT that is not quantised there (default: "
+        "that of the tensor in BASE)",
     )
     parser.add_argument(
         "--compute",
@@ -99,14 +101,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounding",
         choices=("nearest", "stochastic"),
         default="nearest",
-        help="of merged tensors to bfloat16 and float16; stochastic keeps updates that are smaller "
-        "than the distance of two such numbers, in the mean (default: %(default)s)",
+        help="rounding of merged tensors to bfloat16 and float16; stochastic keeps updates that "
+        "are smaller than the distance of two such numbers, in the mean (default: "
+        "%(default)s)",
     )
     parser.add_argument(
         "--seed",
         type=integer(0, (1 << 64) - 1),
         default=0,
-        help="of --rounding stochastic: the same seed gives the same bytes (default: %(default)s)",
+        help="seed of --rounding stochastic: the same seed gives the same bytes (default: "
+        "%(default)s)",
     )
     parser.add_argument(
         "--backend",
@@ -119,16 +123,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--targets",
         choices=("bf16", "same"),
         default="bf16",
-        help="of merged tensors that are quantised in BASE: bf16 keeps them dense, in bfloat16 or "
-        "--dtype; same quantises them again in the format of BASE, which may lose the update "
-        "(default: %(default)s)",
+        help="form of merged tensors that are quantised in BASE: bf16 keeps them dense, in "
+        "bfloat16 or --dtype; same quantises them again in the format of BASE, which may "
+        "lose the update (default: %(default)s)",
     )
     add_fit(parser)
     add_jobs(parser, "shards to merge")
     parser.add_argument(
         "--scheduler",
         metavar="ADDRESS",
-        help="of a Dask cluster that merges the shards; its workers must see the same files",
+        help="address of a Dask cluster that merges the shards; its workers must see the same "
+        "files",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="list the tensors to merge, and write nothing"
@@ -208,12 +213,10 @@ def _merge(merge: Merge, arguments: argparse.Namespace) -> dict[str, Change]:
                 on_bytes=lambda count: progress.update(task, advance=count),
             )
     except KeyboardInterrupt:
-        print(
-            "doraxp merge: interrupted; the same command goes on from the shards that are "
-            f"finished, in .{arguments.out.name}.partial",
-            file=sys.stderr,
-        )
-        raise
+        raise KeyboardInterrupt(
+            "the same command goes on from the shards that are finished, in "
+            f".{arguments.out.name}.partial"
+        ) from None
 
 
 def _print_figures(
@@ -307,10 +310,10 @@ def _print_summary(merge: Merge, console: Console) -> None:
     from doraxp.checkpoint import merged_in, parts_of
 
     merged = sum(any(merged_in(part) for part in parts_of(task)) for task in merge.changed.values())
+    size = f"{counted(merge.size, 'byte')} in {counted(len(merge.model.shards), 'file')}"
     print_names(
-        f"{_named(merge)}: {merged} of {len(merge.tasks)} tensors merged, "
-        f"{len(merge.changed) - merged} replaced, the others copied; {merge.size:,} bytes in "
-        f"{len(merge.model.shards)} files",
+        f"{_named(merge)}: {counted(merged, 'tensor', of=len(merge.tasks))} merged, "
+        f"{len(merge.changed) - merged} replaced, the others copied; {size}",
         console,
     )
     if merge.fates:
@@ -322,7 +325,9 @@ def _print_summary(merge: Merge, console: Console) -> None:
     if merge.edits:
         entries = merge.edits.entries()
         if merge.edits.dense:
-            entries["dense"] = f"{len(merge.edits.dense)} modules, in the words of its format"
+            entries["dense"] = (
+                f"{counted(len(merge.edits.dense), 'module')}, in the words of its format"
+            )
         changed = ", ".join(f"{key} {value}" for key, value in entries.items())
         print_names(f"Changed in config.json: {changed}", console)
     if merge.model.left_out:

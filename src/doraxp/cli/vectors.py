@@ -6,13 +6,17 @@ import argparse
 from pathlib import Path
 
 from doraxp._base.printable import printable
-from doraxp._terminal.messages import print_error
+from doraxp._base.words import counted
+from doraxp._terminal.messages import output_that_may_fail, print_error
 from doraxp.testing import write_vectors
 
-SUMMARY = (
-    "Write the catalogue of doraxp.testing as safetensors files and a JSON manifest: inputs, every "
-    "intermediate, outputs, gradients, optimizer steps, each number with the error it may have."
+SUMMARY = "Write the test catalogue as files, for tests in any language."
+DETAILS = (
+    "The safetensors files and the JSON manifest have inputs, every intermediate, outputs, "
+    "gradients and optimizer steps, each number with the error it may have."
 )
+EXAMPLE = "doraxp vectors --out vectors"
+STATUS_1 = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,5 +36,6 @@ def run(arguments: argparse.Namespace) -> int:
     except OSError as error:
         print_error("doraxp vectors", error)
         return 2
-    print(f"{count} cases, in float32 and float64: {printable(str(arguments.out))}")
+    with output_that_may_fail("doraxp vectors"):
+        print(f"{counted(count, 'case')}, in float32 and float64: {printable(str(arguments.out))}")
     return 0

@@ -8,17 +8,20 @@ from typing import Any
 import doraxp
 from doraxp._terminal.comparison_table import print_comparison
 from doraxp._terminal.figures import write_json
-from doraxp._terminal.messages import print_error
+from doraxp._terminal.messages import output_that_may_fail, print_error
 from doraxp._terminal.progress import progress_by_parts
 from doraxp._terminal.runtimes import versions
 from doraxp._terminal.tables import new_console, print_names
 from doraxp.cli._arguments import lacks, output
 from doraxp.testing import VERSION, Comparison, check_usable, compare_backends
 
-SUMMARY = (
-    "Run the catalogue of doraxp.testing on array libraries, and compare every number with its "
-    "float64 reference, within the bound that rounding allows. Exit status 1 if one is outside."
+SUMMARY = "Compare the array libraries here with a float64 reference."
+DETAILS = (
+    "The catalogue of doraxp.testing runs on each library, and every number must be within the "
+    "bound that rounding allows."
 )
+EXAMPLE = "doraxp verify --backend numpy"
+STATUS_1 = "a number is outside its bound"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,11 +57,13 @@ def run(arguments: argparse.Namespace) -> int:
     except (RuntimeError, ValueError) as error:
         print_error("doraxp verify", error)
         return 2
-    console = new_console()
-    print_comparison(comparison, console)
     if arguments.json is not None:
         write_json(arguments.json, _report(comparison, names, arguments.device))
-        print_names(f"Figures: {arguments.json}", console)
+    with output_that_may_fail("doraxp verify"):
+        console = new_console()
+        print_comparison(comparison, console)
+        if arguments.json is not None:
+            print_names(f"Figures: {arguments.json}", console)
     return 0 if comparison.ok else 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from doraxp._base.extras import require
 from doraxp._terminal.tables import new_table
 from doraxp.demo._results import Results, Spread, spread
 
@@ -20,7 +21,8 @@ HEADINGS = (
 
 
 def print_results(results: Results, console: Console) -> None:
-    """Print a row for each method, and which adapter came first."""
+    """Print a row for each method, and the adapter that came first, if the seeds agree on it."""
+    require("demo", "rich", of="the table of the demo")
     settings = results.settings
     upright = spread(run.upright_accuracy for run in results.base)
     turned = spread(run.turned_accuracy for run in results.base)
@@ -51,7 +53,10 @@ def print_results(results: Results, console: Console) -> None:
 
 
 def _verdict(results: Results) -> str:
-    """Return the line that names the best adapter and how far it is ahead of the second."""
+    """Return the line that names the best adapter and how far it is ahead of the second.
+
+    A lead up to the standard deviation of the leads by seed is not a lead.
+    """
     accuracies = {
         name: [100 * run.accuracy for run in runs]
         for name, runs in results.methods.items()
@@ -59,7 +64,10 @@ def _verdict(results: Results) -> str:
     }
     first, second, *_ = sorted(accuracies, key=lambda name: -sum(accuracies[name]))
     ahead = spread(a - b for a, b in zip(accuracies[first], accuracies[second], strict=True))
-    return f"First of the adapters: {first}, {_scaled(ahead, 1)} points ahead of {second}."
+    lead = f"{_scaled(ahead, 1)} points ahead of {second}"
+    if ahead.mean > ahead.deviation:
+        return f"First of the adapters: {first}, {lead}."
+    return f"No adapter is first: {first} is {lead}, which is within the spread of the seeds."
 
 
 def _scaled(value: Spread | None, factor: float, *, digits: int = 1) -> str:

@@ -12,7 +12,11 @@ The import registers `doraxp.Config` as static with JAX: a `doraxp.Prepared` may
 and a result of a jitted function. So does any call of doraxp with JAX arrays.
 """
 
+from doraxp._base.extras import require
 from doraxp._base.pytrees import register_config
+
+require("jax", "jax", of="doraxp.jax")
+
 from doraxp.jax._functions import dora_linear, merge
 
 __all__ = ["dora_linear", "merge"]

@@ -15,6 +15,7 @@ from typing import NamedTuple, cast
 
 from doraxp._base.patterns import matches_any, values_by_path
 from doraxp._base.types import Adapter, Array, Config, RowWeight
+from doraxp._base.words import counted, the_nearest
 from doraxp._core.adapter import init
 from doraxp._core.kinds import LayerKind
 from doraxp.layers._targets import Modules, find_targets, nearest
@@ -151,4 +152,5 @@ def no_match(argument: str, wanted: str, paths: Iterable[str]) -> str:
     """Return an error message that lists the paths whose names are nearest to `wanted`."""
     paths = list(paths)
     near = nearest(wanted, paths)
-    return f"{argument} must match one of {len(paths)} modules; the nearest are {', '.join(near)}"
+    modules = counted(len(paths), "module")
+    return f"{argument} must match one of {modules}; {the_nearest(near)}"

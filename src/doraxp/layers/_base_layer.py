@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from doraxp._base.types import Array
+from doraxp._base.words import with_article
 from doraxp._core.checks import check_weight
 from doraxp._core.kinds import LayerKind
 from doraxp._core.operated import resolved
@@ -99,8 +100,8 @@ def weight_of(base: Any, name: str) -> Any:
     weight = getattr(base, name, None)
     if weight is None:
         raise TypeError(
-            f"base must be a layer with a {name}, got {type(base).__name__}: pass weight= for an "
-            "attribute of another name"
+            f"base must be a layer with {with_article(name)}, got {type(base).__name__}: pass "
+            "weight= for an attribute of another name"
         )
     return weight
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from doraxp._base.scalars import check_flag
 from doraxp._base.types import Array, Config
+from doraxp._base.words import counted
 from doraxp._core.adapter import InitMethod, init, merge
 from doraxp._core.decomposition import MagnitudeDirectionChange, magnitude_direction_change
 from doraxp._core.kinds import LayerKind
@@ -90,9 +91,11 @@ class DoRALayer(TrainedArrays):
     ----------
     adapter : Adapter
         May be assigned to. The layer then drops its forward and its gradients.
-    weight, bias : array
-        The arrays that the layer computes with; the weight may be a RowWeight, the bias None. The
-        weight of a convolution or an embedding has the shape that the base stores.
+    weight : array or RowWeight
+        The weight that the layer computes with. For a convolution or an embedding it has the shape
+        that the base stores.
+    bias : array or None
+        The bias that the layer computes with.
     gradients : dict of str to array, or None
         The gradients by the names of the state, in the compute dtype; None before a backward.
     training : bool
@@ -193,7 +196,7 @@ class DoRALayer(TrainedArrays):
         return (
             f"<DoRALayer {name}{self.kind.name} {self.stored_shape}{bias}{operator}, "
             f"rank {self.config.rank}, scaling {self.config.scaling:g}, dropout {self.dropout:g}, "
-            f"{self.parameter_count} trained parameters>"
+            f"{counted(self.parameter_count, 'trained parameter')}>"
         )
 
     def train(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 from doraxp._base.scalars import check_kind
 from doraxp._base.types import Array
+from doraxp._base.words import counted
 from doraxp.layers._dora import DoRALayer
 from doraxp.layers._parameters import count
 from doraxp.optim import Optimizer
@@ -82,7 +83,8 @@ class AdaptedModel(Mapping[str, Any]):
         return self._layers.values()
 
     def __repr__(self) -> str:
-        return f"<AdaptedModel {len(self.adapted)} of {len(self)} layers adapted, {self.summary()}>"
+        layers = counted(len(self.adapted), "layer", of=len(self))
+        return f"<AdaptedModel {layers} adapted, {self.summary()}>"
 
     @property
     def parameters(self) -> Tree:

@@ -1,6 +1,7 @@
 """Optimizers, schedules and clipping, as pure functions: (params, grads, state) -> (params, state).
 
-    p  parameter    g  gradient    η  learning_rate    λ  weight_decay    t  step, from 1
+The letters are p for a parameter, g for its gradient, η for `learning_rate`, λ for `weight_decay`,
+and t for the step, from 1.
 
 `params` is a tree: a NamedTuple of arrays, such as `Adapter`, or a dict of arrays and trees, such
 as the `state_dict` of a layer, or a dict of these by name. `grads` and the arrays of the state have

@@ -1,4 +1,4 @@
-"""The yardstick: named cases with their reasons, a float64 reference and bounds for rounding."""
+"""Tests of DoRA: named cases with their reasons, a float64 reference and bounds for rounding."""
 
 from doraxp.testing._cases import Case, OptimizerCase
 from doraxp.testing._catalogue import VERSION, catalogue

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import doraxp
+from doraxp._base.words import counted
 from doraxp.testing._cases import Case, OptimizerCase
 from doraxp.testing._catalogue import catalogue
 from doraxp.testing._libraries import Library, check_device, check_kind_of_device
@@ -76,9 +77,9 @@ class Comparison(NamedTuple):
         worst = max(self.figures, key=lambda figure: figure.share)
         backends = ", ".join(dict.fromkeys(figure.backend for figure in self.figures))
         lines = [
-            f"{'right' if self.ok else 'wrong'}: {len(self.figures)} figures on {backends}, the "
-            f"worst at {100 * worst.share:.0f} % of its bound: {worst.case}, {worst.dtype}, "
-            f"{worst.quantity}"
+            f"{'right' if self.ok else 'wrong'}: {counted(len(self.figures), 'figure')} on "
+            f"{backends}, the worst at {100 * worst.share:.0f} % of its bound: {worst.case}, "
+            f"{worst.dtype}, {worst.quantity}"
         ]
         lines += [
             f"  {one.backend}, {one.case}, {one.dtype}, {one.quantity}: "

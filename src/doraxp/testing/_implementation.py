@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from doraxp._base.scalars import check_count, check_kind
+from doraxp._base.words import counted
 from doraxp.testing._cases import HALF, Case
 from doraxp.testing._conventions import AnyCase, Conventions
 from doraxp.testing._deviations import Changes
@@ -65,8 +66,8 @@ class Report(NamedTuple):
     def __str__(self) -> str:
         extreme = sum(one.extreme for one in self.findings)
         lines = [
-            f"{'right' if self.ok else 'wrong'}: {self.checked} arrays, "
-            f"{len(self.findings) - extreme} findings, and {extreme} in extreme cases"
+            f"{'right' if self.ok else 'wrong'}: {counted(self.checked, 'array')}, "
+            f"{counted(len(self.findings) - extreme, 'finding')}, and {extreme} in extreme cases"
         ]
         for named in self.diagnoses:
             explained = f"error {named.before:.3g} bounds, so explained {named.after:.3g}"

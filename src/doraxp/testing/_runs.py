@@ -9,6 +9,7 @@ import numpy as np
 
 import doraxp
 from doraxp._base.types import Adapter
+from doraxp._base.words import counted
 from doraxp.testing._cases import ADAPTER, Case, OptimizerCase, compute_dtype_name
 from doraxp.testing._libraries import Library, as_numpy, dtype_name
 from doraxp.testing._reference import Expected
@@ -33,7 +34,8 @@ class Actual(NamedTuple):
         if self.dtype != want.dtype:
             return f"has dtype {self.dtype}, must have {want.dtype}"
         if bad := np.count_nonzero(~np.isfinite(self.values)):
-            return f"has {bad} numbers that are not finite"
+            verb = "is" if bad == 1 else "are"
+            return f"has {counted(int(bad), 'number')} that {verb} not finite"
         return None
 
 

@@ -9,6 +9,10 @@ Needs the extra ``torch``; the last two need PEFT too. The math is `doraxp.forwa
 `doraxp.backward`.
 """
 
+from doraxp._base.extras import require
+
+require("torch", "torch", of="doraxp.torch")
+
 from doraxp.torch._accelerate import Accelerated, accelerate, restore
 from doraxp.torch._cupy import cupy_kernels
 from doraxp.torch._function import dora_linear

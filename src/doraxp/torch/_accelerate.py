@@ -14,6 +14,7 @@ import torch
 
 from doraxp._base.scalars import check_kind
 from doraxp._base.types import Config, NormGradient
+from doraxp._base.words import counted
 
 
 class Accelerated:
@@ -112,7 +113,8 @@ def accelerate(model: Any, norm_gradient: NormGradient = "exact") -> Accelerated
         )
     if None not in never.values():
         raise ValueError(
-            f"one of the model's {len(never)} layers with DoRA must be fit for doraxp, none is: "
+            f"one of the model's {counted(len(never), 'layer')} with DoRA must be fit for doraxp, "
+            "none is: "
             + "; ".join(f"{name}: {reason}" for reason, name in _first_of_each(never).items())
         )
     _peft.swap(model, norm_gradient)

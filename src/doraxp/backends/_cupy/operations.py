@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from doraxp._base.extras import install_hint
 from doraxp._base.types import (
     AdamWLeaves,
     AdamWNumbers,
@@ -53,7 +54,8 @@ NEEDED = 80
 def why_not() -> str | None:
     """Return the reason why CuPy cannot run here, or None if it can."""
     if importlib.util.find_spec("cupy") is None:
-        return "not installed: pip install 'doraxp[cuda13]', or [cuda12] for a CUDA 12 driver"
+        how = install_hint("cuda13")
+        return f"not installed: {how}; for a driver of CUDA 12, the extra is cuda12"
     try:
         cupy = importlib.import_module("cupy")
     except Exception as error:  # a broken CUDA installation raises more than ImportError

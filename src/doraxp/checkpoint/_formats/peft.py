@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from doraxp._base.types import Config
+from doraxp._base.words import counted
 from doraxp._core.kinds import LayerKind
 from doraxp.checkpoint._adapters import (
     CONFIG,
@@ -354,8 +355,9 @@ def _complete_names(
     with_m = [path for path, names in parts.items() if "m" in names]
     without = [path for path, names in parts.items() if "m" not in names]
     if not dora and with_m:
+        found = counted(len(with_m), "magnitude")
         raise CheckpointError(
-            f"{reader.path}: the file has {len(with_m)} magnitudes, but {where.name} says use_dora "
+            f"{reader.path}: the file has {found}, but {where.name} says use_dora "
             "false, so PEFT leaves them out: set it to true if DoRA was trained"
         )
     if dora and without:

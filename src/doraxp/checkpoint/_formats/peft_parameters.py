@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from doraxp._base.patterns import matches_any
 from doraxp._base.types import Config
+from doraxp._base.words import counted
 from doraxp._core.kinds import LayerKind
 from doraxp.checkpoint._adapters import CONFIG, StoredLayer
 from doraxp.checkpoint._errors import CheckpointError
@@ -120,7 +121,7 @@ def _in_order(
     if len(own) != count:
         raise CheckpointError(
             f"{where}: target_parameters has {', '.join(sorted(own))} for {module}, but the file "
-            f"has {count} adapters of it: save the adapter again from the trained model"
+            f"has {counted(count, 'adapter')} of it: save the adapter again from the trained model"
         )
     unknown = [name for name in own if name not in _ORDER]
     if len(own) > 1 and unknown:

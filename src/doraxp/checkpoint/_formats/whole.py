@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from doraxp._base.words import counted
 from doraxp.checkpoint._adapters import AdapterSet, config_path
 from doraxp.checkpoint._updated_layer import AnyLayer
 
@@ -24,7 +25,7 @@ def _beside(adapters: AdapterSet) -> Iterator[str]:
     """Yield a text for each whole tensor, and for the rows of each embedding."""
     yield from adapters.replacements
     for name, rows in adapters.tokens.items():
-        yield f"rows of {len(rows.indices)} tokens of {name}"
+        yield f"rows of {counted(len(rows.indices), 'token')} of {name}"
 
 
 def check_adapters_only(adapters: Mapping[str, AnyLayer], target: str) -> None:

@@ -1,0 +1,40 @@
+"""docs/links.py finds the broken links of built pages, without a network."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[1] / "docs" / "links.py"
+
+
+def check(folder, **pages):
+    """Write pages by name, and return the exit status and the output of the script."""
+    for name, text in pages.items():
+        (folder / f"{name}.html").write_text(text)
+    done = subprocess.run([sys.executable, SCRIPT, folder], capture_output=True, text=True)
+    return done.returncode, done.stdout
+
+
+def test_links_that_work_are_silent(tmp_path):
+    (tmp_path / "picture.png").touch()
+    first = '<a href="two.html#here%C3%A9">x</a><a href="#">x</a><img src="picture.png">'
+    second = '<p id="hereé"></p><a href="one.html?q=1">x</a><a href="https://example.org/#x">x</a>'
+    assert check(tmp_path, one=first, two=second) == (0, "")
+
+
+def test_a_broken_link_is_named_with_its_page(tmp_path):
+    status, output = check(
+        tmp_path, one='<a href="two.html#gone">x</a><img src="gone.png">', two='<a href="#no">x</a>'
+    )
+    assert status == 1
+    assert output.splitlines() == [
+        "one.html: gone.png: there is no such file",
+        "one.html: two.html#gone: the page has no such id",
+        "two.html: #no: the page has no such id",
+    ]
+
+
+def test_a_folder_without_pages_is_an_error(tmp_path):
+    assert check(tmp_path) == (1, f"{tmp_path} has no pages: build them first\n")
