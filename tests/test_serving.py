@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pages import block, commands, run
+from page_blocks import block, commands, run
 
 PAGE = "tutorials/serving.md"
 BOUND, ROUGH = 1e-5, 2e-2
