@@ -86,13 +86,9 @@ def value_of(figure: Run, *, digits: int = 3) -> str:
 
 
 def curves(runs: list[Run]) -> Iterator[str]:
-    """Yield the pictures, and a table of first and last times and of exponents."""
-    for name, page in (("curves", "light"), ("curves-dark", "dark")):
-        if page == "light" or "results" in runs[0]:
-            yield f"```{{image}} ../images/{name}.png"
-            yield ":alt: Time and memory of a step over tokens, rank and size"
-            yield from ([f":class: only-{page}"] if "results" in runs[0] else ())
-            yield from ("```", "")
+    """Yield the picture, and a table of first and last times and of exponents."""
+    yield "![Time and memory of a step over tokens, rank and size](../images/curves.png)"
+    yield ""
     yield "| a step over | | first | last | time ∝ sizeᵖ, p | memory, p |"
     yield "|---|---|---|---|---|---|"
     for sweep, contestant, first, last, time, memory in rows_of_curves(runs[0]):

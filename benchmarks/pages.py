@@ -137,24 +137,27 @@ def details(run: Run) -> str:
 
 
 CPU = """A layer of 4096×4096, rank 16 in float32, unless the row names another. A value in
-bold misses its goal. {doc}`/explanation/cost` says what bounds them."""
+bold misses its goal. [Cost in time and memory](../explanation/cost.md) says what bounds them."""
 CURVES = """A float32 step on NumPy around 4096×4096, 512 tokens, rank 16.
-{doc}`/explanation/cost` reads the curves."""
-DEMO = """{doc}`/tutorials/demo` reads the table. The script draws the pictures too, for light
-and for dark pages. Its figures are those of `doraxp demo`."""
-MERGE = """Merges of a model of 4 GB. {doc}`/howto/merge` and {doc}`/howto/quantised` say how they
-work."""
+[Cost in time and memory](../explanation/cost.md) reads the curves."""
+DEMO = """[The demo](../tutorials/demo.md) reads the table. The script draws the pictures too, for
+light and for dark pages. Its figures are those of `doraxp demo`."""
+MERGE = """Merges of a model of 4 GB. [Merge an adapter into a model](../howto/merge.md) and
+[Merge into a quantised model](../howto/quantised.md) say how they work."""
 OPERATORS = """A step of a DoRA layer of PEFT, accelerated, ÷ that of PEFT's own layer: a
 convolution of 64 to 64 channels, 3×3, with x of 16×64×32×32, and an embedding of
-30,000×384 with 512 ids. {doc}`/howto/backends/peft` says how a layer is accelerated."""
+30,000×384 with 512 ids.
+[Accelerate PEFT's DoRA](../howto/backends/peft.md) says how a layer is accelerated."""
 LAYERS = """One layer of rank 16, beside PEFT's own layer in the same process. Below 1 doraxp is
-faster, or needs less memory. {doc}`/howto/backends/peft` reads the tables."""
+faster, or needs less memory.
+[Accelerate PEFT's DoRA](../howto/backends/peft.md) reads the tables."""
 AUDIT = """Faults are planted in small models, and right merges by doraxp and PEFT are audited too.
-Time and memory are those of a bfloat16 model. {doc}`/howto/audit` has the rules."""
+Time and memory are those of a bfloat16 model. [Audit a merge](../howto/audit.md) has the rules."""
 EXTRACT = """Adapters of a full fine-tune of all-MiniLM-L6-v2. Errors are medians over its matrices,
-as parts of ‖W* − W‖. The accuracy is that on 500 unseen pairs. {doc}`/howto/extract` says how."""
+as parts of ‖W* − W‖. The accuracy is that on 500 unseen pairs.
+[Extract an adapter from a full fine-tune](../howto/extract.md) says how."""
 QDORA = """The step of a 4-bit weight, 4096×4096, beside that of the float32 array of its rows, in
-turns, on NumPy. {doc}`/howto/qdora` says how."""
+turns, on NumPy. [Train on a quantised base (QDoRA)](../howto/qdora.md) says how."""
 BENCH = "python -m doraxp bench"
 SWEEP = f"{BENCH} --backend torch --tasks step evaluation"
 PAGES = {

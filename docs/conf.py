@@ -23,6 +23,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "crossrefs",
+    "dark_pictures",
     "typeset",
 ]
 html_theme = "furo"

@@ -1,12 +1,21 @@
-"""docs/links.py finds the broken links of built pages, without a network."""
+"""The links of the pages: in their source, and by docs/links.py in the built ones."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[1] / "docs" / "links.py"
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "docs" / "links.py"
+SOURCES = [
+    page
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"))
+    if page.parent.name != "generated"
+]
 
 
 def check(folder, **pages):
@@ -40,3 +49,13 @@ def test_a_broken_link_is_named_with_its_page(tmp_path):
 
 def test_a_folder_without_pages_is_an_error(tmp_path):
     assert check(tmp_path) == (1, f"{tmp_path} has no pages: build them first\n")
+
+
+@pytest.mark.parametrize("page", SOURCES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_source_of_a_page_links_to_files_that_exist(page):
+    """A clone is read without a build: its links are plain Markdown, with a text."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    links = re.findall(r"\[([^\]]*)\]\(([^)\s#:]+)(?:#[^)]*)?\)", text)
+    assert [target for _, target in links if not (page.parent / target).exists()] == []
+    assert [target for label, target in links if not label] == []
+    assert "{doc}" not in text

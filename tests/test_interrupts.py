@@ -54,6 +54,14 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_raises():
+    """A job in the background of a shell ignores SIGINT, and so does the pytest that runs in it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def files(folder):
     """Return the names of all files and folders, except those of Python itself."""
     return {

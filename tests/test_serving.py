@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pages import block, commands, run
+from page_blocks import block, commands, run
 
 PAGE = "tutorials/serving.md"
 BOUND, ROUGH = 1e-5, 2e-2
@@ -92,8 +92,12 @@ def test_llama_cpp_computes_as_the_adapted_model(merged, llama_cpp, monkeypatch,
     Path("llama.cpp").symlink_to(os.environ["LLAMA_CPP"])
     (convert,) = commands(PAGE, "text", "python llama.cpp/convert_hf_to_gguf.py")
     run(merged.folder, convert)
-    exec(block(PAGE, "from llama_cpp"), {})
+    names = {}
+    exec(block(PAGE, "from llama_cpp"), names)
     assert capsys.readouterr().out.strip()
+    if merged.logits.shape[1] > merged.base_logits.shape[1]:
+        for place, token in enumerate(served.NEW_TOKENS, merged.base_logits.shape[1]):
+            assert names["llama"].tokenize(token.encode(), special=True)[-1] == place
 
     run(merged.folder, convert.replace("auto", "f32").replace("merged.gguf", "exact.gguf"))
     for file, bound in {"merged.gguf": ROUGH, "exact.gguf": BOUND}.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import string
 
 import pytest
-from pages import block, commands, run
+from page_blocks import block, commands, run
 
 PAGE = "howto/image-models.md"
 BOUND = 2e-5

@@ -5,7 +5,8 @@ from __future__ import annotations
 import filecmp
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,7 +48,11 @@ from doraxp.checkpoint._written import (
     written_tasks,
 )
 
-_TOKENIZER = ("tokenizer*", "chat_template*", "added_tokens.json", "vocab.*", "merges.txt")
+_TOKENIZER = (
+    "tokenizer*", "special_tokens_map.json", "chat_template*", "added_tokens.json", "vocab.*",
+    "merges.txt",
+)  # fmt: skip
+_WHOLE_TOKENIZER, _SENTENCEPIECE = "tokenizer.json", Path("tokenizer.model")
 
 
 class Weighted(NamedTuple):
@@ -297,13 +302,32 @@ def plan_merge(
     merge = Merge(
         model, adapters, tuple(given), tasks, options, fit, lead, edits, unused, fates, stamps
     )
-    merge = merge._replace(stamps=stamps | stamps_at(merge.tokenizer()))
+    tokenizer = merge.tokenizer()
+    merge = merge._replace(
+        model=_without_old_tokens(model, tokenizer), stamps=stamps | stamps_at(tokenizer)
+    )
     # A file may have changed, appeared or gone between its stamp and its content.
     apart = [path for path in read if stamps.get(path) != before.get(path)]
     apart += [path for path in copied if path not in stamps]
     if apart:
         raise changed(apart[0])
     return merge
+
+
+def _without_old_tokens(model: Model, tokenizer: Collection[Path]) -> Model:
+    """Return the model without a tokenizer.model that lacks the new tokens of tokenizer.json.
+
+    The converter of llama.cpp reads tokenizer.model first, and then does not know the new tokens.
+    """
+    names = {file.name for file in tokenizer}
+    if (
+        _WHOLE_TOKENIZER not in names
+        or _SENTENCEPIECE.name in names
+        or _SENTENCEPIECE not in model.others
+    ):
+        return model
+    others = tuple(file for file in model.others if file != _SENTENCEPIECE)
+    return replace(model, others=others, left_out=(*model.left_out, _SENTENCEPIECE))
 
 
 def _configurations(base: Path, adapter: Path, subfolder: str | None) -> list[Path]:
