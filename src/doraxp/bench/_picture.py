@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,36 +51,16 @@ def save_curves(curves: Mapping[str, Curve], path: Path, *, dark: bool = False) 
     require("bench", "matplotlib", of="the picture of the curves")
     picture = new_picture(11, 7)
     grid = picture.subplots(2, len(curves), squeeze=False)
-    libraries = list(dict.fromkeys(library for curve in curves.values() for library, _ in curve))
+    libraries = dict.fromkeys(library for curve in curves.values() for library, _ in curve)
+    markers = dict(zip(libraries, itertools.cycle(_MARKERS), strict=False))
     for (above, below), (name, curve) in zip(grid.T, curves.items(), strict=True):
-        xs = SWEEPS[name]
-        for (library, label), points in curve.items():
-            style = {
-                "color": _style(points[0]).colour,
-                "linestyle": _style(points[0]).dashes,
-                "marker": _MARKERS[libraries.index(library) % len(_MARKERS)],
-                "markersize": 5,
-                "label": f"{label}, {library}",
-            }
-            above.plot(xs, [one.quartiles[1] for one in points], **style)
-            known = [(x, one.peak_bytes) for x, one in zip(xs, points, strict=True)]
-            known = [(x, peak) for x, peak in known if peak]
-            below.plot(*(zip(*known, strict=True) if known else ((), ())), **style)
-        exact = next(points for points in curve.values() if points[0].kind == "exact")
-        workloads = [one.workload for one in exact]
-        rate = operations(workloads[-1]) / exact[-1].quartiles[1]
-        time = [operations(workload) / rate for workload in workloads]
-        memory = [held_bytes(workload) for workload in workloads]
-        for axes, model, label in (
-            (above, time, "model of exact: operations"),
-            (below, memory, "model of exact: y, z, dz, dx"),
-        ):
-            axes.plot(xs, model, color=GREY, linestyle=":", label=label, zorder=0)
+        _draw_measured(above, below, name, curve, markers)
+        _draw_model(above, below, name, curve)
         above.set(title=f"Step over {name}", ylabel="time")
         below.set(xlabel=name, ylabel="peak beyond the inputs")
         for axes in (above, below):
             axes.set_xscale("log", base=2)
-            _label_powers(axes, xs)
+            _label_powers(axes, SWEEPS[name])
             draw_grid(axes)
         above.set_yscale("log")
         _label_seconds(above)
@@ -88,6 +69,39 @@ def save_curves(curves: Mapping[str, Curve], path: Path, *, dark: bool = False) 
     for axes in grid[:, 0]:
         axes.legend(fontsize=8)
     save(picture, path, DARK if dark else LIGHT)
+
+
+def _draw_measured(
+    above: Any, below: Any, name: str, curve: Curve, markers: Mapping[str, str]
+) -> None:
+    """Draw the median times above, and the peaks of memory that are known below."""
+    xs = SWEEPS[name]
+    for (library, label), points in curve.items():
+        style = {
+            "color": _style(points[0]).colour,
+            "linestyle": _style(points[0]).dashes,
+            "marker": markers[library],
+            "markersize": 5,
+            "label": f"{label}, {library}",
+        }
+        above.plot(xs, [one.quartiles[1] for one in points], **style)
+        known = [(x, one.peak_bytes) for x, one in zip(xs, points, strict=True)]
+        known = [(x, peak) for x, peak in known if peak]
+        below.plot(*(zip(*known, strict=True) if known else ((), ())), **style)
+
+
+def _draw_model(above: Any, below: Any, name: str, curve: Curve) -> None:
+    """Draw the operations of the exact step, at its rate in the largest case, and its memory."""
+    exact = next(points for points in curve.values() if points[0].kind == "exact")
+    workloads = [one.workload for one in exact]
+    rate = operations(workloads[-1]) / exact[-1].quartiles[1]
+    time = [operations(workload) / rate for workload in workloads]
+    memory = [held_bytes(workload) for workload in workloads]
+    for axes, model, label in (
+        (above, time, "model of exact: operations"),
+        (below, memory, "model of exact: y, z, dz, dx"),
+    ):
+        axes.plot(SWEEPS[name], model, color=GREY, linestyle=":", label=label, zorder=0)
 
 
 def _style(one: Measured) -> Style:
