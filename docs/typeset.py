@@ -47,8 +47,19 @@ def visit(translator: Any, node: nodes.math | nodes.math_block) -> None:
     if block:
         names = "".join(f' id="{name}"' for name in node["ids"][:1])
         text = f'<div class="math" tabindex="0"{names}>{text}</div>\n'
+    elif "sign" in node:
+        text = f'<span class="unbroken">{text}{node["sign"]}</span>'
     translator.body.append(text)
     raise nodes.SkipNode
+
+
+def join_signs(app: Any, doctree: nodes.document) -> None:
+    """Move a comma or a full stop behind a formula into it: browsers break lines between them."""
+    for node in list(doctree.findall(nodes.math)):
+        after = node.next_node(nodes.Text, descend=False, siblings=True)
+        if after is node.next_node(descend=False, siblings=True) and after and after[0] in ",.;:)":
+            node["sign"] = after[0]
+            after.parent.replace(after, nodes.Text(after[1:]))
 
 
 def typeset_docstring(
@@ -98,6 +109,7 @@ def math(block: list[str], margin: str) -> list[str]:
 def setup(app: Any) -> dict[str, Any]:
     """Register the renderer and the conversion of docstrings with Sphinx."""
     app.add_html_math_renderer("mathml", (visit, None), (visit, None))
+    app.connect("doctree-read", join_signs)
     # Napoleon comes first: it makes sections of the underlined titles.
     app.connect("autodoc-process-docstring", typeset_docstring, priority=600)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -94,6 +94,14 @@ def test_a_directive_of_a_docstring_stays_and_a_block_of_another_sign_is_a_warni
     assert "'☃' has no LaTeX" in warnings
 
 
+def test_a_formula_and_the_sign_behind_it_are_on_one_line(build):
+    page, _ = build(index="Let :math:`a`, or :math:`b` and *c*, be 1.")
+    formulas = re.findall(r"<p>Let .*</p>", page)
+    assert len(formulas) == 1
+    text = re.sub(r"</?(?!span class=.unbroken|/span)(?:math|mi|mrow|em|p)[^>]*>", "", formulas[0])
+    assert text == 'Let <span class="unbroken">a,</span> or b and c, be 1.'
+
+
 def test_a_name_of_the_api_is_a_link_where_it_has_one_meaning(build):
     texts = {
         "doraxp.merge": "``merge``",
