@@ -130,9 +130,10 @@ def test_a_rate_in_place_of_the_kind_of_dropout_is_refused_with_its_place(rate):
     )
 
 
-def test_an_unknown_kind_of_dropout_is_not_taken_for_a_rate():
-    with pytest.raises(ValueError, match=r"\('input', 'low_rank'\), got 'base'$"):
-        Config(8, dropout="base")  # type: ignore[arg-type]
+@pytest.mark.parametrize("kind", ["base", True])
+def test_an_unknown_kind_of_dropout_is_not_taken_for_a_rate(kind):
+    with pytest.raises(ValueError, match=rf"\('input', 'low_rank'\), got {kind!r}$"):
+        Config(8, dropout=kind)
 
 
 def test_config_has_the_signature_of_its_fields_and_is_pickled_copied_and_replaced():

@@ -42,7 +42,7 @@ def dropout_place(rate: object) -> str:
 def explains_names(cls: type[T]) -> type[T]:
     """Let a dataclass refuse an unknown argument with the name to write instead.
 
-    The signature is that of the fields as before, and mypy still refuses such a call.
+    The signature stays that of the fields, and mypy still refuses such a call.
     """
     init: Any = cls.__init__
     *others, last = (field.name for field in fields(cls))  # type: ignore[arg-type]

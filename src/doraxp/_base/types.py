@@ -194,7 +194,7 @@ class Config:
                 f"norm_gradient must be one of {get_args(NormGradient)}, got {self.norm_gradient!r}"
             )
         if self.dropout not in get_args(Dropout):
-            is_rate = isinstance(self.dropout, int | float)
+            is_rate = isinstance(self.dropout, int | float) and not isinstance(self.dropout, bool)
             place = f": {dropout_place(self.dropout)}" if is_rate else ""
             raise ValueError(
                 f"dropout must be one of {get_args(Dropout)}, got {self.dropout!r}{place}"
