@@ -239,6 +239,21 @@ def test_both_pictures_have_the_paper_of_a_light_or_of_a_dark_page(tmp_path, mon
     assert themes == [theme, theme]
 
 
+def test_the_curves_of_a_library_have_a_marker_of_their_own(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(_picture, "save", lambda picture, *_: saved.append(picture))
+    results = [
+        Measured(w, "step", "exact", library, "exact", [1.0, 1.0], 1 << 20)
+        for _, w in _curves.workloads(WORKLOAD)
+        for library in ("numpy", "jax")
+    ]
+    _picture.save_curves(_curves.collect(WORKLOAD, results), tmp_path / "p.png")
+    for axes in saved[0].axes:
+        numpy, jax, _ = axes.lines
+        assert numpy.get_color() == jax.get_color()
+        assert numpy.get_marker() != jax.get_marker()
+
+
 def test_the_ticks_of_the_curves_are_numbers_with_units(tmp_path, monkeypatch):
     saved, save = [], _picture.save
     monkeypatch.setattr(

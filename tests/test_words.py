@@ -49,6 +49,7 @@ def test_no_message_has_a_number_beside_a_plural_or_an_article_beside_a_name(pat
         (counted(1234, "other tensor"), "1,234 other tensors"),
         (counted(1, "tensor", "is"), "1 tensor is"),
         (counted(2, "matrix", "has"), "2 matrices have"),
+        (counted(2, "other matrix"), "2 other matrices"),
         (counted(2, "number", "differs"), "2 numbers differ"),
         (counted(2, "tensor", "changes"), "2 tensors change"),
         (counted(1, "tensor", "is", of=3), "1 of 3 tensors is"),
