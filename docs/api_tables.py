@@ -75,6 +75,7 @@ def directive(kind: str, table: str) -> str:
 
 def write_pages(app: Any) -> None:
     """Write the source of the page of each name."""
+    from sphinx.ext.autodoc.mock import mock
     from sphinx.ext.autosummary.generate import generate_autosummary_docs
 
     folder = API.parent / "generated"
@@ -82,10 +83,11 @@ def write_pages(app: Any) -> None:
     names = "\n".join(f"   {name}" for name in ROW.findall(API.read_text("utf-8")))
     listing = folder / "names.txt"
     listing.write_text(f".. autosummary::\n   :toctree: {folder}\n\n{names}\n", "utf-8")
-    generate_autosummary_docs(
-        [str(listing)], suffix=".rst", base_path=str(DOCS), app=app, encoding="utf-8",
-        imported_members=app.config.autosummary_imported_members,
-    )  # fmt: skip
+    with mock(app.config.autosummary_mock_imports):
+        generate_autosummary_docs(
+            [str(listing)], suffix=".rst", base_path=str(DOCS), app=app, encoding="utf-8",
+            imported_members=app.config.autosummary_imported_members,
+        )  # fmt: skip
 
 
 def setup(app: Any) -> dict[str, Any]:
