@@ -4,14 +4,15 @@
         [--dtype bfloat16]
 
 The script writes `base` and `adapter` to FOLDER. `base` is a Llama that transformers loads, with
-the layer shapes of the model of 7 billion parameters and as many layers as fit into the size.
-`adapter` is in PEFT's format.
+the layer shapes of the model of 7 billion parameters and as many layers as fit into the size. Its
+tokenizer knows single letters and bytes. `adapter` is in PEFT's format.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import string
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  makes NumPy know bfloat16
@@ -32,6 +33,68 @@ def linear_shapes(width: int) -> dict[str, tuple[int, int]]:
         "mlp.up_proj": (hidden, width),
         "mlp.down_proj": (width, hidden),
     }
+
+
+def write_tokenizer(folder: Path, size: int) -> None:
+    """Write a tokenizer of `size` tokens, in the form that the converter of llama.cpp reads.
+
+    It cuts a text into letters, and any other character into its bytes. Further tokens have a
+    number and are in no text.
+    """
+    special = ["<unk>", "<s>", "</s>"]
+    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *string.ascii_letters]
+    tokens += [f"<extra_{number}>" for number in range(size - len(tokens))]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    begin = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    other = {"Sequence": {"id": "B", "type_id": 0}}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": place, "content": token, "special": True, **flags}
+            for place, token in enumerate(special)
+        ],
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ],
+        },
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [begin, text],
+            "pair": [begin, text, other],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "unk_token": "<unk>",
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": {token: place for place, token in enumerate(tokens)},
+            "merges": [],
+        },
+    }
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "add_bos_token": True,
+        "add_eos_token": False,
+    }
+    for name, content in {"tokenizer": tokenizer, "tokenizer_config": settings}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content), "utf-8")
 
 
 def main() -> None:
@@ -100,6 +163,7 @@ def write(
         "tie_word_embeddings": False,
     }
     (base / "config.json").write_text(json.dumps(config), "utf-8")
+    write_tokenizer(base, vocabulary)
     save_adapters(folder / "adapter", adapters)
 
 

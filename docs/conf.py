@@ -22,6 +22,7 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "api_tables",
     "crossrefs",
     "dark_pictures",
     "typeset",

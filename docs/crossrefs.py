@@ -7,21 +7,18 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
+from api_tables import API, ROW
 from docutils import nodes
 from sphinx import addnodes
 
-API = Path(__file__).parent / "reference" / "api.md"
-ENTRY = re.compile(r"^   ~(doraxp[\w.]*)$", re.MULTILINE)
-"""An entry of a summary table."""
 PAGE = re.compile(r"docs/(\S+)\.md")
 
 
 def entries() -> list[str]:
     """Return the full names that the reference describes, in its order."""
-    return ENTRY.findall(API.read_text("utf-8"))
+    return ROW.findall(API.read_text("utf-8"))
 
 
 class Names:

@@ -6,18 +6,17 @@ The files are read, not imported: the bridges need PyTorch and JAX.
 from __future__ import annotations
 
 import ast
-import re
+import importlib.util
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src"
-ENTRIES = re.findall(
-    r"^   ~(doraxp[\w.]+)$",  # the tables that lead to the page of each name
-    (ROOT / "docs" / "reference" / "api.md").read_text("utf-8"),
-    re.MULTILINE,
-)
+SCRIPT = importlib.util.spec_from_file_location("api_tables", ROOT / "docs" / "api_tables.py")
+api_tables = importlib.util.module_from_spec(SCRIPT)
+SCRIPT.loader.exec_module(api_tables)
+ENTRIES = api_tables.ROW.findall(api_tables.API.read_text("utf-8"))
 FOR_USERS = (
     "doraxp",
     "doraxp.backends",
@@ -119,6 +118,11 @@ def test_every_entry_of_the_reference_is_public():
     for entry in ENTRIES:
         module, _, name = entry.rpartition(".")
         assert entry in FOR_USERS or name in listed(file_of(module).read_text("utf-8")), entry
+
+
+def test_the_descriptions_of_the_reference_are_those_of_the_docstrings():
+    """Where this test fails, run `python docs/api_tables.py`."""
+    assert api_tables.API.read_text("utf-8") == api_tables.page()
 
 
 @pytest.mark.parametrize(

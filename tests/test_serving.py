@@ -99,8 +99,8 @@ def test_llama_cpp_computes_as_the_adapted_model(merged, llama_cpp, monkeypatch,
         for place, token in enumerate(served.NEW_TOKENS, merged.base_logits.shape[1]):
             assert names["llama"].tokenize(token.encode(), special=True)[-1] == place
 
-    run(merged.folder, convert.replace("auto", "f32").replace("merged.gguf", "exact.gguf"))
-    for file, bound in {"merged.gguf": ROUGH, "exact.gguf": BOUND}.items():
+    run(merged.folder, convert.replace("f32", "auto").replace("merged.gguf", "rough.gguf"))
+    for file, bound in {"merged.gguf": BOUND, "rough.gguf": ROUGH}.items():
         assert served.distance(llama_cpp_logits(merged, file), merged.logits) < bound, file
 
 
@@ -136,7 +136,7 @@ def test_llama_cpp_computes_with_the_plain_lora(llama, llama_cpp, monkeypatch):
     (convert,) = commands(PAGE, "text", "python llama.cpp/convert_hf_to_gguf.py")
     (adapter,) = commands(PAGE, "text", "python llama.cpp/convert_lora_to_gguf.py")
     base = convert.replace("merged.gguf", "base.gguf").replace("merged", "base")
-    run(llama.folder, base.replace("auto", "f32"), f"{adapter} --outtype f32")
+    run(llama.folder, base, f"{adapter} --outtype f32")
     got = llama_cpp_logits(llama, "base.gguf", lora_path="plain-lora.gguf")
     assert served.distance(got, right) < BOUND
 
