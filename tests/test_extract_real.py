@@ -35,7 +35,9 @@ def trained(folder):
     path = Path(__file__).parents[1] / "benchmarks" / "extract.py"
     spec = importlib.util.spec_from_file_location("extract_benchmark", path)
     benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(path.parent))  # as for a script that is run
+        spec.loader.exec_module(benchmark)
     encoder, tokenizer = benchmark.minilm.load_model()
     pairs = benchmark.minilm.standard_library()
     assert np.isfinite(list(benchmark.fine_tune(encoder, tokenizer, pairs, 3))).all()
