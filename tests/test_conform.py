@@ -119,10 +119,95 @@ def test_a_wrong_implementation_is_named_and_its_findings_are_grouped(mine, caps
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
     words = " ".join(out.split())
-    assert "NAMED init, forward, gradients: the bias is left out (error " in words
+    assert "NAMED init, forward, gradients: the bias is left out (largest error " in words
     assert re.search(r"WRONG forward, tall, float64, y: is .* more: wide; square; .* more\)", words)
     assert words.count("WRONG forward") == 1
     assert re.search(r"WRONG: \d+ arrays, \d+ wrong[.]$", words)
+
+
+GRADIENTS = """
+from naive import forward, merge, adapted
+
+
+def gradients(dy, x, weight, lora_a, lora_b, magnitude, bias, scaling):
+    v, norm = adapted(weight, lora_a, lora_b, scaling)
+    tokens, d = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    dv = (magnitude / norm * d).T @ tokens
+    return {"lora_a": lora_b.T @ dv, "lora_b": SIGN dv @ lora_a.T}
+"""
+
+
+def test_a_detached_norm_is_named_beside_a_pair_of_mistakes(mine, capsys):
+    """dA and dB lack s, and the norm is detached, which --norm-gradient may declare."""
+    (mine / "three.py").write_text(GRADIENTS.replace("SIGN", ""))
+    assert main(["conform", "three"]) == 1
+    words = " ".join(capsys.readouterr().out.split())
+    names = "the norm is detached and dA lacks s and dB lacks s"
+    assert f"NAMED forward, gradients, merge: {names} (largest error " in words
+    assert "if these mistakes are in the reference)" in words
+    assert "UNNAMED" not in words
+    assert main(["conform", "three", "--norm-gradient", "detached"]) == 1
+    assert ": dA lacks s and dB lacks s (largest" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_function_that_no_mistake_explains_has_a_hint(mine, capsys):
+    (mine / "odd.py").write_text(GRADIENTS.replace("SIGN", "0.3 *") + "\n\ndef step(**_): return 1")
+    assert main(["conform", "odd"]) == 1
+    words = " ".join(capsys.readouterr().out.split())
+    assert "NAMED forward" not in words
+    assert (
+        "UNNAMED gradients: no known mistake or pair of them explains the numbers; declare your "
+        "choices, such as --norm-gradient detached, --layout in_out or --eps 1e-6" in words
+    )
+    assert "UNNAMED step" not in words
+    report = check_implementation(sys.modules["odd"])
+    assert report.unexplained == ("gradients",)
+    assert "  gradients: no known mistake or pair of them explains the numbers" in str(report)
+    (mine / "wide.py").write_text(
+        "import naive\ndef merge(**given): return 1.3 * naive.merge(**given)\n"
+        "def step(params, grads, state, **_): return {k: 7 * p for k, p in params.items()}, 0\n"
+    )
+    assert main(["conform", "wide"]) == 1
+    words = " ".join(capsys.readouterr().out.split())
+    assert "such as --layout in_out, --form direction or --eps 1e-6" in words
+    assert "UNNAMED step: no known mistake or pair of them explains the numbers WRONG" in words
+
+
+def test_cases_that_did_not_run_have_a_reason(mine, capsys):
+    (mine / "partly.py").write_text(
+        "import naive\n"
+        "def merge(weight, **others):\n"
+        "    if weight.shape == (8, 5): raise NotImplementedError\n"
+        "    return naive.merge(weight, **others)\n"
+    )
+    status, found = report_of(mine, "partly")
+    assert status == 0
+    words = " ".join(capsys.readouterr().out.split())
+    needs = dict(zip(found["left_out"], found["needs"], strict=True))
+    assert needs["tall"] == {}
+    assert needs["dropout, direction form"] == {"form": "direction", "dropout": "input"}
+    assert needs["half storage"] == {"dtypes": ["float16", "bfloat16"]}
+    assert needs["stack"] == {"stacks": True}
+    count = sum("dropout" in one and one["dropout"] == "input" for one in needs.values())
+    assert f"--dropout input ({count} cases)" in words
+    assert "--dtype float16 or bfloat16 (" in words
+    assert "--stacks (" in words
+    assert "1 case did not run, because the functions raise NotImplementedError: tall" in words
+    text = str(check_implementation(sys.modules["partly"]))
+    assert f"dropout='input' ({count} cases)" in text
+    _, axis = report_of(mine, "partly", "--norm-axis", "input")
+    needs = dict(zip(axis["left_out"], axis["needs"], strict=True))
+    assert needs["wide"] == {"norm_axis": "output"}
+
+
+def test_a_number_that_should_be_0_has_no_relative_error(mine, capsys):
+    """A weight of one column has the direction of its sign, so dA and dB are 0."""
+    (mine / "zero.py").write_text(GRADIENTS.replace("SIGN", ""))
+    assert main(["conform", "zero", "--dtype", "float64"]) == 1
+    assert "nan" not in capsys.readouterr().out
+    report = check_implementation(sys.modules["zero"], Conventions(dtypes=("float64",)))
+    problems = [one.problem for one in report.findings if one.case == "one column"]
+    assert any(problem.endswith(" times its bound off") for problem in problems)
 
 
 def test_a_long_list_of_groups_is_cut(mine, capsys):
@@ -577,7 +662,9 @@ def test_the_page_shows_the_output_of_its_command(mine, capsys):
     (shown,) = re.findall(r"The first run prints\n\n```text\n(.*?)\n```", PAGE, re.DOTALL)
 
     def rounded(text):
-        return re.sub(r"explained [\d.]+", "explained …", text)  # the BLAS decides the digits
+        return re.sub(
+            r"; [\d.]+ if", "; … if", " ".join(text.split())
+        )  # the BLAS decides the digits
 
     assert rounded(shown) == rounded("\n".join(lines))
 

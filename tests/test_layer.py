@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -519,8 +520,89 @@ def test_the_attributes_of_the_base_may_have_other_names(draw, assert_close, tra
     merged, expected = named.merge_to_original_layer(), plain.merge_to_original_layer()
     assert_close(merged.kernel, expected.weight, rtol=0)
     assert_close(merged.b, expected.bias, rtol=0)
-    with pytest.raises(TypeError, match="base must be a layer with a kernel, got Linear"):
+    with pytest.raises(
+        TypeError, match="base must be a layer with a kernel, got Linear with the arr"
+    ):
         DoRALayer(Linear(weight), Config(2), seed=0, weight="kernel")
+
+
+class Dense:
+    """A base with other names, and perhaps without an offset."""
+
+    def __init__(self, kernel, **others):
+        self.kernel, self.name, self._cache = kernel, "dense", kernel[:, 0]
+        vars(self).update(others)
+
+
+def test_a_name_of_the_bias_that_the_base_lacks_is_refused(draw):
+    message = (
+        r"^base must be a layer with an ofset, got Dense with the arrays 'kernel', 'offset': pass "
+        r"bias= for an attribute of another name, or bias=None if the layer has no bias$"
+    )
+    with pytest.raises(ValueError, match=message):
+        DoRALayer(
+            Dense(draw(7, 6), offset=draw(7)), Config(2), seed=0, weight="kernel", bias="ofset"
+        )
+    with pytest.raises(ValueError, match="with an offset, got Linear with the array 'weight': "):
+        DoRALayer(Linear(draw(7, 6)), Config(2), seed=0, bias="offset")
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"), [((7,), {}), ((3, 7), {"kind": LayerKind("experts")})]
+)
+def test_an_array_that_may_be_a_forgotten_bias_is_refused(draw, shape, options):
+    base = Dense(draw(*shape, 6), offset=draw(*shape), scale=draw(6))
+    given = {"seed": 0, "weight": "kernel", **options}
+    message = (
+        rf"Dense has an array 'offset' of shape {re.escape(str(shape))} that nothing uses: pass "
+        r"bias='offset', or bias=None if it is not a bias"
+    )
+    with pytest.raises(ValueError, match=message):
+        DoRALayer(base, Config(2), **given)
+    assert DoRALayer(base, Config(2), bias="offset", **given).bias is not None
+    layer = DoRALayer(base, Config(2), bias=None, **given)
+    assert layer.bias is None
+    assert layer.merge_to_original_layer().offset.shape == shape
+
+
+@pytest.mark.once
+def test_only_an_array_of_the_shape_and_library_of_a_bias_may_be_one():
+    rng = np.random.default_rng(0)
+    others = {"scale": np.ones(6), "order": np.arange(7), "sizes": [1.0] * 7, "bias": None}
+    for base in (Dense(rng.standard_normal((7, 6)), **others), Dense(np.eye(7), rate=np.ones(()))):
+        assert DoRALayer(base, Config(2), seed=0, weight="kernel").bias is None
+    named = Linear(rng.standard_normal((7, 6)))
+    named.scale = np.ones(7)  # the default name of the weight
+    assert DoRALayer(named, Config(2), seed=0).bias is None
+
+
+@pytest.mark.once
+def test_the_parameters_of_a_module_may_be_a_forgotten_bias():
+    class Module:
+        """Lists its parameters as a module of PyTorch does, and has them in no `__dict__`."""
+
+        def __init__(self):
+            self.order, self._parameters = [1], {"kernel": np.eye(4), "offset": np.ones(4)}
+
+        def __getattr__(self, name):
+            if name in (parameters := vars(self)["_parameters"]):
+                return parameters[name]
+            raise AttributeError(name)
+
+        def named_parameters(self, recurse):
+            return iter(self._parameters.items())
+
+    with pytest.raises(ValueError, match="Module has an array 'offset' of shape"):
+        DoRALayer(Module(), Config(2), seed=0, weight="kernel")
+    with pytest.raises(TypeError, match="a kernal, got Module with the arrays 'kernel', 'offset'"):
+        DoRALayer(Module(), Config(2), seed=0, weight="kernal")
+
+
+def test_a_linear_layer_is_called_as_its_forward(draw, assert_close):
+    layer, x = Linear(draw(7, 6), draw(7)), draw(5, 6)
+    assert_close(layer(x), layer.forward(x), rtol=0)
+    layer.backward(layer(x))
+    assert layer.weight_gradient is not None
 
 
 def test_a_stack_of_matrices_must_be_named_as_one(draw, assert_close):

@@ -284,6 +284,54 @@ def test_bad_choices_name_the_layer_and_replace_nothing(draw):
     assert blocks["0"].fc1 is kept
 
 
+@pytest.mark.once
+def test_a_rank_that_is_too_large_names_the_pattern():
+    weights = {"a.fc": np.eye(6), "a.out": np.ones((3, 6))}
+    layers = {path: Linear(weight) for path, weight in weights.items()}
+    message = (
+        r"^a\.out: rank must be in 1\.\.3 = .*, got 4: give this layer another rank, with "
+        r"rank_pattern=\{'a\.out': 3\}$"
+    )
+    for adapt, given in ((adapt_layers, layers), (doraxp.adapt, weights)):
+        with pytest.raises(ValueError, match=message):
+            adapt(given, ["fc", "out"], Config(4), seed=0)
+        adapt(given, ["fc", "out"], Config(4), seed=0, rank_pattern={"a.out": 3})
+
+
+class Dense:
+    """A layer with other names, and perhaps without an offset."""
+
+    def __init__(self, kernel, **others):
+        self.kernel = kernel
+        vars(self).update(others)
+
+
+@pytest.mark.once
+def test_some_layers_of_a_model_may_lack_a_bias():
+    def adapt(**options):
+        return adapt_layers(layers, [*layers], Config(2), seed=0, weight="kernel", **options)
+
+    layers = {"a": Dense(np.eye(4), offset=np.ones(4)), "b": Dense(np.eye(4))}
+    model = adapt(bias="offset")
+    assert [layer.bias is None for layer in model.values()] == [False, True]
+    assert not hasattr(model.merge()["b"], "offset")
+    with pytest.raises(ValueError, match=r"^a: base must be a layer with an ofset, got Dense with"):
+        adapt(bias="ofset")
+    layers["b"] = Dense(np.eye(4), shift=np.ones(4))
+    with pytest.raises(ValueError, match=r"^b: .* an array 'shift' of shape \(4,\) that nothing"):
+        adapt(bias="offset")
+    with pytest.raises(ValueError, match=r"^a: .* an array 'offset' of shape \(4,\) that nothing"):
+        adapt()
+    model = adapt(bias=None)
+    assert model.all_parameters == 2 * (16 + 2 * 8 + 4)
+    with pytest.raises(
+        ValueError, match="another name; they have the arrays 'kernel', 'offset', 'shift"
+    ):
+        adapt_layers(layers, ["a"], Config(2), seed=0, weight="kernal")
+    with pytest.raises(ValueError, match=r"for another name$"):
+        adapt_layers({"a": object()}, ["a"], Config(2), seed=0)
+
+
 def test_errors_in_a_call_name_the_layer(model, draw):
     with pytest.raises(ValueError, match=r"^encoder\.fc1: x must have shape"):
         model["encoder.fc1"](draw(5, 7))

@@ -80,6 +80,7 @@ def test_detached_equals_pefts_step_to_rounding_and_restore_equals_it_to_the_bit
     with accelerate(model, norm_gradient="detached") as handle:
         assert handle.layers == tuple(f"base_model.model.{name}" for name in NAMES)
         assert dict(handle.left) == {}
+        assert repr(handle) == "<Accelerated: 2 layers by doraxp, 0 left to PEFT>"
         assert_same(torch, step(torch, model, x), want)
         y = model.eval()(x)
         model.train()
@@ -661,3 +662,14 @@ def test_the_reason_why_no_layer_can_be_accelerated_names_each_kind_once(peft, t
     )
     with pytest.raises(ValueError, match=f"^{message}$"):
         accelerate(model)
+
+
+def test_a_parameter_of_a_module_may_be_a_forgotten_bias(torch):
+    from doraxp import Config, DoRALayer
+
+    base = torch.nn.Module()
+    base.kernel = torch.nn.Parameter(torch.eye(4))
+    base.offset = torch.nn.Parameter(torch.ones(4))
+    with pytest.raises(ValueError, match="Module has an array 'offset' of shape"):
+        DoRALayer(base, Config(2), seed=0, weight="kernel")
+    assert DoRALayer(base, Config(2), seed=0, weight="kernel", bias="offset").bias is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from doraxp._base.printable import printable
 from doraxp._base.words import counted
@@ -51,11 +51,10 @@ def print_conformance(report: Report, judged: Judgement, console: Console) -> No
     headings = ("function", *Row._fields)
     print_table(headings, ((name, *map(str, row)) for name, row in rows.items()), console)
     for named in report.diagnoses:
-        _print(
-            f"NAMED {', '.join(named.functions)}: {' and '.join(named.deviations)} (error "
-            f"{named.before:.3g} bounds, so explained {named.after:.3g})",
-            console,
-        )
+        _print(f"NAMED {named}", console)
+    for function in report.unexplained:
+        unnamed = "no known mistake or pair of them explains the numbers"
+        _print(f"UNNAMED {function}: {unnamed}{_advice(function)}", console)
     lines = [*_lines(judged)]
     for line in lines[:LINES]:
         _print(line, console)
@@ -63,12 +62,46 @@ def print_conformance(report: Report, judged: Judgement, console: Console) -> No
         _print(
             f"and {counted(len(lines) - LINES, 'more group')}: --json and --junit have all", console
         )
-    if report.left_out:
-        _print(
-            f"{counted(len(report.left_out), 'case')} did not run: {_some(report.left_out)}",
-            console,
-        )
+    for line in _left_out(report):
+        _print(line, console)
     _print(_verdict(report, judged), console)
+
+
+def _advice(function: str) -> str:
+    """Return the options that may explain the numbers of a function; optimizers have none."""
+    name = function.split(".")[-1]
+    first = {"gradients": "--norm-gradient detached, --layout in_out"}
+    if name.endswith("step"):
+        return ""
+    options = first.get(name, "--layout in_out, --form direction")
+    return f"; declare your choices, such as {options} or --eps 1e-6"
+
+
+def _left_out(report: Report) -> Iterator[str]:
+    """Yield why cases did not run: the options that they need, or NotImplementedError."""
+    refused = [name for name, needs in zip(report.left_out, report.needs, strict=True) if not needs]
+    if refused:
+        yield (
+            f"{counted(len(refused), 'case')} did not run, because the functions raise "
+            f"NotImplementedError: {_some(refused)}"
+        )
+    if others := len(report.left_out) - len(refused):
+        options = (
+            f"{_option(name, value)} ({counted(count, 'case')})"
+            for (name, value), count in report.needed().items()
+        )
+        yield (
+            f"{counted(others, 'case')} did not run: {'it needs' if others == 1 else 'they need'} "
+            f"{', '.join(options)}; --json names the cases"
+        )
+
+
+def _option(name: str, value: Any) -> str:
+    """Return the option of the command that declares a choice."""
+    if name == "dtypes":
+        return f"--dtype {' or '.join(value)}"
+    option = f"--{name.replace('_', '-')}"
+    return option if value is True else f"{option} {value}"
 
 
 def _lines(judged: Judgement) -> Iterator[str]:

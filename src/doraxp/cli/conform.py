@@ -174,4 +174,6 @@ def _figures(
         ],
         "unmatched": [entry._asdict() for entry in judged.unmatched],
         "left_out": report.left_out,
+        "needs": report.needs,
+        "unexplained": report.unexplained,
     }

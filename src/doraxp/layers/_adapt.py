@@ -9,6 +9,7 @@ Targets, kinds, ranks and alphas are looked up by path.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple, cast
@@ -106,7 +107,7 @@ def adapt(
             )
             adapter = init(kind.matrix(weight), own, seed=seed + len(layers))
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(of_layer(path, error)) from None
         layers[path] = AdaptedLayer(adapter, own, kind, tuple(weight.shape))
     patterns = {"kinds": kinds, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
     for name, pattern in patterns.items():
@@ -146,6 +147,15 @@ def _kind(path: str, weight: Array, kinds: Mapping[str, LayerKind]) -> LayerKind
             f"{tuple(weight.shape)}"
         )
     return kind or LayerKind()
+
+
+def of_layer(path: str, error: Exception) -> str:
+    """Return the message of an error with the path of its layer, and advice for a large rank."""
+    limit = re.match(r"rank must be in 1\.\.(\d+) ", str(error))
+    advice = "" if limit is None else (
+        f": give this layer another rank, with rank_pattern={{{path!r}: {limit[1]}}}"
+    )  # fmt: skip
+    return f"{path}: {error}{advice}"
 
 
 def no_match(argument: str, wanted: str, paths: Iterable[str]) -> str:

@@ -14,8 +14,8 @@ from doraxp._base.types import Config
 from doraxp._core.adapter import InitMethod
 from doraxp._core.kinds import LayerKind
 from doraxp._core.operators import Operator
-from doraxp.layers._adapt import chosen, no_match
-from doraxp.layers._base_layer import WeightLayout
+from doraxp.layers._adapt import chosen, no_match, of_layer
+from doraxp.layers._base_layer import WeightLayout, arrays_of, check_no_other_bias, listed
 from doraxp.layers._dora import DoRALayer
 from doraxp.layers._model import AdaptedModel, Setter
 from doraxp.layers._targets import Modules
@@ -39,7 +39,7 @@ def adapt_layers(
     dropout: float = 0.0,
     train_base: bool = False,
     weight: str = "weight",
-    bias: str = "bias",
+    bias: str | None = "bias",
     weight_layout: WeightLayout = "out_in",
     method: InitMethod = "kaiming",
     accessor: Accessor | None = None,
@@ -61,7 +61,8 @@ def adapt_layers(
         By path or regular expression, like `kinds`. A layer that has an operator and is not in
         `kinds` is of the operator's kind.
     dropout, train_base, weight, bias, weight_layout, method
-        For all layers, see `DoRALayer`.
+        For all layers, see `DoRALayer`. Where one target has the bias of this name, others may
+        lack it, if they have no other array that may be a bias.
     accessor : callable, optional
         ``accessor(layers)`` yields ``(path, layer, put)`` for each layer, where ``put(new)`` puts
         another layer in its place. The adapted layers are put there, and so are the plain ones
@@ -94,8 +95,10 @@ def adapt_layers(
         if (array := getattr(layer, weight, None)) is not None
     }
     if not weights:
+        arrays = {name for layer in found.values() for name in arrays_of(layer)}
         raise ValueError(
             f"layers must have a layer with the attribute {weight!r}: pass weight= for another name"
+            + (f"; they have the {listed(sorted(arrays))}" if arrays else "")
         )
     known_operators = values_by_path(operators or {}, weights)
     known_kinds = {
@@ -113,17 +116,21 @@ def adapt_layers(
     _check_used({"kinds": kinds, "operators": operators}, weights)
     _check_used({"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}, targets)
     adapted: dict[str, DoRALayer] = {}
+    with_bias = {path for path in targets if bias is None or hasattr(found[path], bias)}
     for path in targets:
         rank, alpha = ranks.get(path, config.rank), alphas.get(path, config.alpha)
+        is_without = bias != "bias" and bool(with_bias) and path not in with_bias
         try:
             layer = adapted[path] = DoRALayer(
                 found[path], replace(config, rank=rank, alpha=alpha), seed=seed + len(adapted),
                 kind=known_kinds.get(path), operator=known_operators.get(path), dropout=dropout,
-                weight=weight, bias=bias, train_base=train_base, weight_layout=weight_layout,
-                method=method,
+                weight=weight, bias=None if is_without else bias, train_base=train_base,
+                weight_layout=weight_layout, method=method,
             )  # fmt: skip
+            if is_without:
+                check_no_other_bias(found[path], weight, layer._stored)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{path}: {error}") from None
+            raise type(error)(of_layer(path, error)) from None
         layer.name = path
     places = {path: setters[path] for path in adapted if path in setters}
     for path, put in places.items():

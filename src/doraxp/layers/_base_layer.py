@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from doraxp._base.types import Array
@@ -22,6 +22,7 @@ from doraxp._core.checks import check_weight
 from doraxp._core.kinds import LayerKind
 from doraxp._core.operated import resolved
 from doraxp._core.operators import Operator
+from doraxp.backends import array_namespace, is_by_rows, operations
 
 WeightLayout: TypeAlias = Literal["out_in", "in_out"]
 _TURNED = {"linear": LayerKind("transposed"), "experts": LayerKind("transposed_experts")}
@@ -99,11 +100,69 @@ def weight_of(base: Any, name: str) -> Any:
         )
     weight = getattr(base, name, None)
     if weight is None:
-        raise TypeError(
-            f"base must be a layer with {with_article(name)}, got {type(base).__name__}: pass "
-            "weight= for an attribute of another name"
-        )
+        raise TypeError(f"{_lacks(base, name)}: pass weight= for an attribute of another name")
     return weight
+
+
+def bias_of(base: Any, name: str | None) -> Any:
+    """Return the bias of a base, or None. ValueError for a name that was chosen and is missing."""
+    if name not in (None, "bias") and not hasattr(base, name):
+        raise ValueError(
+            f"{_lacks(base, name)}: pass bias= for an attribute of another name, or bias=None if "
+            "the layer has no bias"
+        )
+    return None if name is None else getattr(base, name, None)
+
+
+def check_no_other_bias(base: Any, weight: str, stored: Stored) -> None:
+    """Raise ValueError where a base that seems to have no bias has an array that may be one."""
+    for name, array in arrays_of(base).items():
+        if name == weight or tuple(array.shape) != stored.bias_shape:
+            continue
+        try:
+            operations(weight=getattr(base, weight), bias=array)
+        except (TypeError, ValueError):  # a bias must be of the library and floating
+            continue
+        raise ValueError(
+            f"{type(base).__name__} has an array {name!r} of shape {stored.bias_shape} that "
+            f"nothing uses: pass bias={name!r}, or bias=None if it is not a bias"
+        )
+
+
+def arrays_of(base: Any) -> dict[str, Any]:
+    """Return the arrays that are attributes of a base and have public names.
+
+    They are those of its `__dict__`, and for a module of PyTorch also its parameters.
+    """
+    attributes = dict(getattr(base, "__dict__", {}))
+    if "_parameters" in attributes and hasattr(base, "named_parameters"):
+        attributes |= base.named_parameters(recurse=False)
+    return {
+        name: value
+        for name, value in attributes.items()
+        if not name.startswith("_") and _is_array(value)
+    }
+
+
+def listed(arrays: Iterable[str]) -> str:
+    """Return "array 'a'", or "arrays 'a', 'b'"."""
+    names = [repr(name) for name in arrays]
+    return f"array{'s' if len(names) > 1 else ''} {', '.join(names)}"
+
+
+def _is_array(value: Any) -> bool:
+    try:
+        array_namespace(value)
+    except TypeError:
+        return is_by_rows(value)
+    return hasattr(value, "shape")
+
+
+def _lacks(base: Any, name: str | None) -> str:
+    """Return the message for an attribute that a base lacks; it names the arrays of the base."""
+    message = f"base must be a layer with {with_article(str(name))}, got {type(base).__name__}"
+    arrays = {} if name == "weight" else arrays_of(base)
+    return f"{message} with the {listed(arrays)}" if arrays else message
 
 
 def stored_as(weight: Array, kind: LayerKind | None, operator: Any, layout: WeightLayout) -> Stored:

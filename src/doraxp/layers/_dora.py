@@ -21,7 +21,9 @@ from doraxp._core.operators import Operator
 from doraxp.backends import is_by_rows, operations
 from doraxp.layers._base_layer import (
     WeightLayout,
+    bias_of,
     check_bias_of,
+    check_no_other_bias,
     copy_with,
     other_layout,
     stored_as,
@@ -76,7 +78,9 @@ class DoRALayer(TrainedArrays):
         the host, so every backend gets the same ones.
     weight, bias : str
         Names of the base's attributes. In the state and in the gradients the names are always
-        "weight" and "bias".
+        "weight" and "bias". A base may lack the attribute "bias"; another name it must have. None
+        stands for no bias, whatever attributes the base has. With a `weight` of another name and
+        no bias, an array of the shape of a bias is an error: it may be a bias that was forgotten.
     train_base : bool
         Train the weight and the bias too. The layer has its own, which start equal to the base's.
         They keep their dtype: in float16 or bfloat16, steps below its resolution are lost.
@@ -108,7 +112,8 @@ class DoRALayer(TrainedArrays):
     TypeError
         The base has no weight, the arrays are of two libraries, or a dtype is not floating.
     ValueError
-        The shapes do not fit, the devices differ, the rank is above min(out, in), a choice is
+        The base has no bias of the name, or has an array that may be a forgotten one; or the
+        shapes do not fit, the devices differ, the rank is above min(out, in), a choice is
         unknown, or a kind or an operator is missing.
 
     Examples
@@ -137,12 +142,12 @@ class DoRALayer(TrainedArrays):
         operator: Operator | None = None,
         dropout: float = 0.0,
         weight: str = "weight",
-        bias: str = "bias",
+        bias: str | None = "bias",
         train_base: bool = False,
         weight_layout: WeightLayout = "out_in",
         method: InitMethod = "kaiming",
     ) -> None:
-        given, own_bias = weight_of(base, weight), getattr(base, bias, None)
+        given, own_bias = weight_of(base, weight), bias_of(base, bias)
         check_flag("train_base", train_base)
         if is_by_rows(given) and (train_base or weight_layout != "out_in"):
             raise ValueError(
@@ -152,13 +157,15 @@ class DoRALayer(TrainedArrays):
         ops = operations(weight=given, bias=own_bias)
         stored = stored_as(given, kind, operator, weight_layout)
         check_bias_of(stored, own_bias)
+        if weight != "weight" and bias is not None and not hasattr(base, bias):
+            check_no_other_bias(base, weight, stored)
         self._dropout = Dropout(dropout, seed)
         if dropout and stored.kind.name == "embedding":
             raise ValueError(
                 f"dropout must be 0 for an embedding, whose input is token ids, got {dropout}"
             )
         self.base, self.config, self.train_base = base, config, train_base
-        self._stored, self._attributes = stored, {"weight": weight, "bias": bias}
+        self._stored, self._attributes = stored, {"weight": weight, "bias": str(bias)}
         frozen = ops.detached(given)
         own_bias = None if own_bias is None else ops.detached(own_bias)
         self.weight, self.bias = stored.taken(frozen), own_bias

@@ -62,6 +62,8 @@ class Linear:
         self._cache = x, weight
         return xp.reshape(as_dtype(y, x.dtype, xp=xp), (*x.shape[:-1], weight.shape[-2]))
 
+    __call__ = forward
+
     def backward(self, dy: Array) -> Array:
         """Return dx = dy W; add dyᵀ x to `weight_gradient` and Σ_tokens dy to `bias_gradient`."""
         if self._cache is None:

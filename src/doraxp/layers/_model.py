@@ -33,7 +33,7 @@ class AdaptedModel(Mapping[str, Any]):
     setters : mapping of str to callable, optional
         ``setters[path](layer)`` puts another layer in the place of the one at `path`.
     weight, bias : str
-        Names of the attributes of layers without an adapter, for the counts.
+        Names of the attributes of layers without an adapter, for the counts. `bias` may be None.
 
     Raises
     ------
@@ -58,7 +58,7 @@ class AdaptedModel(Mapping[str, Any]):
         *,
         setters: Mapping[str, Setter] | None = None,
         weight: str = "weight",
-        bias: str = "bias",
+        bias: str | None = "bias",
     ) -> None:
         self._layers, self._setters = dict(layers), dict(setters or {})
         self._attributes = weight, bias
@@ -172,7 +172,8 @@ class AdaptedModel(Mapping[str, Any]):
             if isinstance(layer, DoRALayer):
                 arrays, adapter = [layer.weight, layer.bias], count(layer.adapter._asdict())
             else:
-                arrays, adapter = [getattr(layer, name, None) for name in self._attributes], 0
+                adapter = 0
+                arrays = [getattr(layer, name, None) for name in self._attributes if name]
             total += adapter + sum(math.prod(a.shape) for a in arrays if a is not None)
         return total
 

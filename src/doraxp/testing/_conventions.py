@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from doraxp._base.scalars import check_flag, check_number
 from doraxp._base.types import Dropout, Form, NormGradient
@@ -97,27 +97,34 @@ class Conventions:
     def accepted(self, cases: Iterable[AnyCase]) -> Iterator[AnyCase]:
         """Yield the cases that the implementation accepts, those of layers in its form."""
         for case in cases:
-            if isinstance(case, OptimizerCase):
-                yield case
-            elif isinstance(case, SumCase):
-                if (self.norm_axis, self.form) == ("output", "weight"):
+            if set(self.lacks(case)) <= {"dtypes"}:
+                if isinstance(case, (OptimizerCase, SumCase)):
                     yield case
-            elif self._fits(case):
-                config = replace(case.config, form=self.form, norm_gradient=self.norm_gradient)
-                yield replace(case, config=config)
+                else:
+                    config = replace(case.config, form=self.form, norm_gradient=self.norm_gradient)
+                    yield replace(case, config=config)
 
-    def _fits(self, case: Case | OperatorCase | UpdateCase) -> bool:
-        """Return whether the weight, the mask and the choices of a case are of this kind."""
-        *stack, out, inner = case.arrays["weight"].shape
-        if isinstance(case, OperatorCase):
-            stack, fits = [], self.norm_axis == "output"
-        else:
-            fits = self.norm_axis == "output" or out == inner
-        choices = {case.config.form, case.config.norm_gradient}
-        return (
-            fits
-            and (not stack or self.stacks)
-            and choices <= {"weight", "exact", self.form, self.norm_gradient}
-            and ("dropout_mask" not in case.arrays or case.config.dropout == self.dropout)
-            and (self.form == "weight" or "magnitude" in case.arrays)
-        )
+    def lacks(self, case: AnyCase) -> dict[str, Any]:
+        """Return the choices, by name, that a case is for and that were declared otherwise.
+
+        Of several dtypes one is enough. A case that has all that it needs returns an empty dict.
+        """
+        needs: dict[str, Any] = {}
+        if isinstance(case, SumCase):
+            needs = {"norm_axis": "output", "form": "weight"}
+        elif not isinstance(case, OptimizerCase):
+            *stack, out, inner = case.arrays["weight"].shape
+            if isinstance(case, OperatorCase) or out != inner:
+                needs["norm_axis"] = "output"
+            if stack and not isinstance(case, OperatorCase):
+                needs["stacks"] = True
+            if case.config.form != "weight":
+                needs["form"] = case.config.form
+            if case.config.norm_gradient != "exact":
+                needs["norm_gradient"] = case.config.norm_gradient
+            if "dropout_mask" in case.arrays:
+                needs["dropout"] = case.config.dropout
+            if "magnitude" not in case.arrays:
+                needs["form"] = "weight"
+        lacks = {name: value for name, value in needs.items() if getattr(self, name) != value}
+        return lacks if set(case.dtypes) & set(self.dtypes) else {**lacks, "dtypes": case.dtypes}

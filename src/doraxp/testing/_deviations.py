@@ -21,6 +21,7 @@ Changes: TypeAlias = Mapping[str, Formula]
 EPS = (1e-12, 1e-8, 1e-7, 2.0**-23, 1.2e-7, 1e-6, 1e-5, 1e-4, 2.0**-10)
 """Numbers that are added to norms; 2⁻²³ and 2⁻¹⁰ are ε of float32 and float16."""
 
+DETACHED = "the norm is detached"
 KEPT_NORMS = "the rows keep the norms of W, as in DoRA with m = ‖W‖"
 """Plain LoRA becomes this where a magnitude is made up for it."""
 
@@ -195,7 +196,7 @@ LOW_RANK: dict[str, Changes] = {
 }
 
 BACKWARD: dict[str, Changes] = {
-    "the norm is detached": {"through_norm": lambda d: 0.0},
+    DETACHED: {"through_norm": lambda d: 0.0},
     "the norm is not detached": {"through_norm": lambda d: d.dnorm * d.slope},
     "the gradient through the norm has the wrong sign": {
         "dv": lambda d: d.gain * d.dmerged - d.through_norm

@@ -1,4 +1,4 @@
-"""Find the known deviations, one or two together, that explain the numbers of an implementation."""
+"""Find the known deviations, one or a few, that explain the numbers of an implementation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from doraxp.testing._deviations import Changes
+from doraxp.testing._deviations import DETACHED, Changes
 from doraxp.testing._parts import results_of
 from doraxp.testing._reference import Expected
 from doraxp.testing._runs import Actual
@@ -17,15 +17,23 @@ Names: TypeAlias = tuple[str, ...]
 
 
 class Diagnosis(NamedTuple):
-    """One or two deviations that explain every number that some functions returned."""
+    """Deviations that explain every number that some functions returned."""
 
     functions: tuple[str, ...]
     deviations: tuple[str, ...]
-    """One name, or two where only both together explain the numbers."""
+    """One name; two where only both together explain the numbers; or three, "the norm is
+    detached" and two others."""
     before: float
     """The largest error in units of its bound, against the reference."""
     after: float
     """The same against a reference with these deviations. It is at most 1."""
+
+    def __str__(self) -> str:
+        this = "this mistake is" if len(self.deviations) == 1 else "these mistakes are"
+        return (
+            f"{', '.join(self.functions)}: {' and '.join(self.deviations)} (largest error "
+            f"{self.before:.3g} bounds; {self.after:.3g} if {this} in the reference)"
+        )
 
 
 class Run(NamedTuple):
@@ -81,7 +89,31 @@ def _smallest(runs: list[Run], known: Mapping[str, Changes], base: Changes) -> d
         for pair in combinations(candidates, 2)
         if _fit(effects[pair[0]], effects[pair[1]], wrong)
     )
-    return _explaining(runs, pairs, known, base)
+    return _explaining(runs, pairs, known, base) or _beside_detached(runs, known, base)
+
+
+def _beside_detached(
+    runs: list[Run], known: Mapping[str, Changes], base: Changes
+) -> dict[Names, float]:
+    """Return the sets of "the norm is detached" and two others that explain one function.
+
+    PEFT detaches the norm, so a gradient may have this choice beside two mistakes.
+    """
+    detached = known.get(DETACHED, {})
+    if not detached or set(detached) & set(base) or not _moves(runs, {**base, **detached}):
+        return {}
+    base = {**base, **detached}
+    others = {name: own for name, own in known.items() if not set(own) & set(detached)}
+    found = _smallest([_against(run, base) for run in runs], others, base)
+    return {(DETACHED, *names): after for names, after in found.items()}
+
+
+def _against(run: Run, changes: Changes) -> Run:
+    """Return a run that is compared with a reference that deviates."""
+    results = results_of(run.case, run.dtype, changes)
+    wanted = {name: results.of(name) for name in run.actual}
+    worst = max(wanted[name].share(got.values) for name, got in run.actual.items())
+    return run._replace(wanted=wanted, worst=worst)
 
 
 class _Effects(NamedTuple):
@@ -116,7 +148,7 @@ def _jointly(
     """Return the smallest sets that explain all numbers: a function's own, or a union of two."""
     unions = (tuple(dict.fromkeys(one + other)) for one, other in combinations(own, 2))
     sets = dict.fromkeys((*own, *(names for names in unions if len(names) == 2)))
-    for size in (1, 2):
+    for size in (1, 2, 3):
         of_size = (names for names in sets if len(names) == size)
         if found := _explaining(runs, of_size, known, base):
             return found

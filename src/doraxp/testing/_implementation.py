@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -39,7 +40,8 @@ class Ran(NamedTuple):
     dtype: str
     extreme: bool
     checked: int
-    """The number of arrays that were compared."""
+    """The number of arrays whose numbers were compared. An array of another shape or dtype, or with
+    a number that is not finite, is a finding and not one of them."""
 
 
 class Report(NamedTuple):
@@ -51,12 +53,17 @@ class Report(NamedTuple):
     are several where each of them explains the same numbers, and it is empty where no known
     deviation does. Extreme cases are not used."""
     checked: int
-    """The number of arrays that were compared."""
+    """The number of arrays whose numbers were compared."""
     left_out: tuple[str, ...]
     """The names of the cases that did not run: the conventions leave them out, or every function
     of the part raises NotImplementedError for them."""
     runs: tuple[Ran, ...]
     """Every call, in order; an optimizer's case with all of its steps is one."""
+    needs: tuple[dict[str, Any], ...] = ()
+    """For each name of `left_out` the conventions that the case is for; of several dtypes one is
+    enough. Empty where the functions raise NotImplementedError."""
+    unexplained: tuple[str, ...] = ()
+    """The functions with wrong numbers that no diagnosis explains."""
 
     @property
     def ok(self) -> bool:
@@ -69,11 +76,11 @@ class Report(NamedTuple):
             f"{'right' if self.ok else 'wrong'}: {counted(self.checked, 'array')}, "
             f"{counted(len(self.findings) - extreme, 'finding')}, and {extreme} in extreme cases"
         ]
-        for named in self.diagnoses:
-            explained = f"error {named.before:.3g} bounds, so explained {named.after:.3g}"
-            lines.append(
-                f"  {', '.join(named.functions)}: {' and '.join(named.deviations)} ({explained})"
-            )
+        lines += [f"  {named}" for named in self.diagnoses]
+        lines += [
+            f"  {function}: no known mistake or pair of them explains the numbers"
+            for function in self.unexplained
+        ]
         alike: dict[tuple[str, str, str], list[Finding]] = {}
         for one in self.findings:
             alike.setdefault((one.function, one.quantity, one.problem), []).append(one)
@@ -81,9 +88,19 @@ class Report(NamedTuple):
             where = f"{one.function}, {one.case}, {one.dtype}, {one.quantity}"
             again = f" (and {len(more)} more)" if more else ""
             lines.append(f"  {where}: {one.problem}{again}")
+        if needed := self.needed():
+            choices = (
+                f"{name}={value!r} ({counted(count, 'case')})"
+                for (name, value), count in needed.items()
+            )
+            lines.append(f"  cases not run need Conventions with {', '.join(choices)}")
         if self.left_out:
             lines.append(f"  not run: {'; '.join(self.left_out)}")
         return "\n".join(lines)
+
+    def needed(self) -> dict[tuple[str, Any], int]:
+        """Return how many of the cases that did not run are for each choice, the most first."""
+        return dict(Counter(item for needs in self.needs for item in needs.items()).most_common())
 
 
 def check_implementation(
@@ -124,8 +141,8 @@ def check_implementation(
     `update_catalogue` and `sum_catalogue`. A function that raises NotImplementedError leaves the
     case out.
 
-    If numbers are wrong, every known deviation is tried, and then every pair of them. The report
-    names those that explain all numbers.
+    If numbers are wrong, every known deviation is tried, and then every pair of them, and every
+    pair beside a detached norm. The report names those that explain all numbers.
 
     Parameters
     ----------
@@ -181,7 +198,8 @@ def check_implementation(
     findings: list[Finding] = []
     diagnoses: list[Diagnosis] = []
     ran: list[Ran] = []
-    left_out: list[str] = []
+    left_out: list[tuple[str, dict[str, Any]]] = []
+    unexplained: list[str] = []
     for part, calls in planned:
         changes = conventions.changes if part.keeps_conventions else {}
         runs: list[Run] = []
@@ -193,12 +211,22 @@ def check_implementation(
                 runs.append(run)
                 ran.append(_told(run))
         progress(f"{part.path or 'layer'}: looks for names", done, total)
-        diagnoses += diagnose(runs, part.known, changes)
+        diagnoses += (named := diagnose(runs, part.known, changes))
+        explained = {name for one in named for name in one.functions}
+        wrong = dict.fromkeys(run.function for run in runs if run.worst > 1 and not _extreme(run))
+        unexplained += [name for name in wrong if name not in explained]
         names = {run.case.name for run in runs}
         own = (case for case in part.cases if case.since >= since)
-        left_out += [case.name for case in own if case.name not in names]
-    checked = sum(one.checked for one in ran)
-    return Report(tuple(findings), tuple(diagnoses), checked, tuple(left_out), tuple(ran))
+        left_out += [(case.name, conventions.lacks(case)) for case in own if case.name not in names]
+    return Report(
+        tuple(findings),
+        tuple(diagnoses),
+        sum(one.checked for one in ran),
+        tuple(name for name, _ in left_out),
+        tuple(ran),
+        tuple(needs for _, needs in left_out),
+        tuple(unexplained),
+    )
 
 
 class _Call(NamedTuple):
@@ -231,8 +259,11 @@ def _kept(case: Case, dtype: str, got: Actual, want: Expected) -> float:
 
 
 def _told(run: Run) -> Ran:
-    extreme = getattr(run.case, "extreme", False)
-    return Ran(run.function, run.case.name, run.dtype, extreme, len(run.actual))
+    return Ran(run.function, run.case.name, run.dtype, _extreme(run), len(run.actual))
+
+
+def _extreme(run: Run) -> bool:
+    return getattr(run.case, "extreme", False)
 
 
 def _observe(
@@ -264,8 +295,9 @@ def _observe(
             actual[quantity], wanted[quantity] = got, want
             worst = max(worst, share := want.share(got.values))
             if share > 1:
-                relative = want.relative(got.values)
-                problem = f"is {share:.3g} times its bound off, relative error {relative:.2g}"
+                problem = f"is {share:.3g} times its bound off"
+                if not np.isnan(relative := want.relative(got.values)):
+                    problem += f", relative error {relative:.2g}"
                 if quantity == "merged" and isinstance(case, Case) and dtype in HALF:
                     problem += f", keeps {_kept(case, dtype, got, want):.2f} of the update"
         if problem is not None:

@@ -27,6 +27,10 @@ class Accelerated:
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
 
+    def __repr__(self) -> str:
+        layers = counted(len(self.layers), "layer")
+        return f"<Accelerated: {layers} by doraxp, {len(self.left)} left to PEFT>"
+
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of the layers that doraxp computes now."""
