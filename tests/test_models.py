@@ -261,6 +261,11 @@ def test_bad_choices_name_the_layer_and_replace_nothing(draw):
         AdaptedModel(layers)
     with pytest.raises(ValueError, match="must have a layer with the attribute 'kernel': pass"):
         adapt(["a.fc"], weight="kernel")
+    with pytest.raises(
+        ValueError,
+        match=r"'weight', got arrays: wrap each in doraxp\.Linear, or use doraxp\.adapt$",
+    ):
+        adapt(["a.fc"], source={"a.fc": draw(6, 6), "act": Relu()})
     with pytest.raises(ValueError, match=r"target_modules must select a layer, got \[\]"):
         adapt([])
     with pytest.raises(ValueError, match=r"the nearest are a\.fc, b\.fc$"):

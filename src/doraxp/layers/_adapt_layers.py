@@ -5,7 +5,7 @@ path   of a layer, "encoder.0.fc1": a key of a mapping, or a name that an access
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -15,7 +15,13 @@ from doraxp._core.adapter import InitMethod
 from doraxp._core.kinds import LayerKind
 from doraxp._core.operators import Operator
 from doraxp.layers._adapt import chosen, no_match, of_layer
-from doraxp.layers._base_layer import WeightLayout, arrays_of, check_no_other_bias, listed
+from doraxp.layers._base_layer import (
+    WeightLayout,
+    arrays_of,
+    check_no_other_bias,
+    is_array,
+    listed,
+)
 from doraxp.layers._dora import DoRALayer
 from doraxp.layers._model import AdaptedModel, Setter
 from doraxp.layers._targets import Modules
@@ -95,10 +101,8 @@ def adapt_layers(
         if (array := getattr(layer, weight, None)) is not None
     }
     if not weights:
-        arrays = {name for layer in found.values() for name in arrays_of(layer)}
         raise ValueError(
-            f"layers must have a layer with the attribute {weight!r}: pass weight= for another name"
-            + (f"; they have the {listed(sorted(arrays))}" if arrays else "")
+            f"layers must have a layer with the attribute {weight!r}{_advice(found.values())}"
         )
     known_operators = values_by_path(operators or {}, weights)
     known_kinds = {
@@ -153,6 +157,15 @@ def _walked(layers: Any, accessor: Accessor | None) -> tuple[dict[str, Any], dic
             raise ValueError(f"accessor must yield each path once, got {path!r} twice")
         found[path], setters[path] = layer, put
     return found, setters
+
+
+def _advice(layers: Collection[Any]) -> str:
+    """Return the end of the message for layers without a weight."""
+    if any(is_array(layer) for layer in layers):
+        return ", got arrays: wrap each in doraxp.Linear, or use doraxp.adapt"
+    arrays = {name for layer in layers for name in arrays_of(layer)}
+    names = f"; they have the {listed(sorted(arrays))}" if arrays else ""
+    return f": pass weight= for another name{names}"
 
 
 def _check_used(patterns: Mapping[str, Mapping[str, Any] | None], paths: Iterable[str]) -> None:

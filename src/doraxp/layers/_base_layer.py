@@ -140,7 +140,7 @@ def arrays_of(base: Any) -> dict[str, Any]:
     return {
         name: value
         for name, value in attributes.items()
-        if not name.startswith("_") and _is_array(value)
+        if not name.startswith("_") and is_array(value)
     }
 
 
@@ -150,7 +150,8 @@ def listed(arrays: Iterable[str]) -> str:
     return f"array{'s' if len(names) > 1 else ''} {', '.join(names)}"
 
 
-def _is_array(value: Any) -> bool:
+def is_array(value: Any) -> bool:
+    """Return whether a value is an array, or a weight that is given by rows."""
     try:
         array_namespace(value)
     except TypeError:
