@@ -187,6 +187,19 @@ def test_one_step_is_for_all_layers_together(backend, layers, model, draw, asser
     assert model.gradients == {}
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("wrong", [0.01, None, "adamw"])
+def test_a_step_needs_an_optimizer(model, draw, wrong):
+    message = rf"^optimizer must have a step, such as doraxp\.AdamW\(0\.01\), got {wrong!r}$"
+    with pytest.raises(TypeError, match=message):
+        model.step(wrong)
+    run(model, draw)
+    for one in (model, model["encoder.fc1"]):
+        with pytest.raises(TypeError, match=message):
+            one.step(wrong)
+    assert len(model.gradients) == 2
+
+
 def test_a_step_names_the_layers_without_gradients(backend, model, draw):
     model["encoder.fc1"].backward(model["encoder.fc1"](draw(5, 6)))
     before = bits(backend, model)

@@ -15,6 +15,7 @@ from doraxp._base.types import Array
 from doraxp._base.words import counted
 from doraxp.layers._dora import DoRALayer
 from doraxp.layers._parameters import count
+from doraxp.layers._trained import check_optimizer
 from doraxp.optim import Optimizer
 
 Tree: TypeAlias = dict[str, dict[str, Array]]
@@ -117,8 +118,10 @@ class AdaptedModel(Mapping[str, Any]):
         """Take one step of an optimizer with the arrays of all layers; drop the gradients.
 
         The norm for clipping is that of all gradients together. RuntimeError names the layers
-        without gradients of their current parameters.
+        without gradients of their current parameters. TypeError for an object without a method
+        `step`.
         """
+        check_optimizer(optimizer)
         gradients = self.gradients
         absent = [path for path in self.adapted if path not in gradients]
         if absent:

@@ -42,8 +42,10 @@ class TrainedArrays:
     def step(self, optimizer: Optimizer) -> None:
         """Replace the trained arrays by those after one step of an optimizer; drop the gradients.
 
-        RuntimeError without gradients of the current parameters.
+        RuntimeError without gradients of the current parameters. TypeError for an object without
+        a method `step`.
         """
+        check_optimizer(optimizer)
         gradients = self._needed_gradients("step")
         self._replace(optimizer.step(self.state_dict(), gradients))
 
@@ -227,6 +229,14 @@ class TrainedArrays:
     def _vector(self, arrays: dict[str, Array]) -> Array:
         xp = self._xp
         return as_vector(arrays, compute_dtype(self.weight, xp=xp), xp=xp)
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raise TypeError for an object without a method `step`, such as a learning rate."""
+    if not callable(getattr(optimizer, "step", None)):
+        raise TypeError(
+            f"optimizer must have a step, such as doraxp.AdamW(0.01), got {optimizer!r}"
+        )
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
