@@ -565,10 +565,30 @@ def test_an_array_that_may_be_a_forgotten_bias_is_refused(draw, shape, options):
     assert layer.merge_to_original_layer().offset.shape == shape
 
 
+def test_a_forgotten_bias_may_be_that_of_the_other_layout(draw):
+    given = {"seed": 0, "weight": "kernel"}
+    base = Dense(draw(7, 5), offset=draw(5))
+    message = (
+        r"Dense has an array 'offset' of shape \(5,\) that nothing uses: pass bias='offset' and "
+        r"weight_layout='in_out' if the weight is stored \(in, out\), or bias=None if it is not a "
+        r"bias$"
+    )
+    with pytest.raises(ValueError, match=message):
+        DoRALayer(base, Config(2), **given)
+    layer = DoRALayer(base, Config(2), bias="offset", weight_layout="in_out", **given)
+    assert layer.bias is not None
+    assert DoRALayer(base, Config(2), bias=None, **given).bias is None
+    scaled = Dense(draw(7, 5), scale=draw(7))  # the layout was chosen: no bias has this length
+    assert DoRALayer(scaled, Config(2), weight_layout="in_out", **given).bias is None
+    both = Dense(draw(7, 5), scale=draw(5), offset=draw(7))
+    with pytest.raises(ValueError, match=r"pass bias='offset', or bias=None if it is not a bias$"):
+        DoRALayer(both, Config(2), **given)
+
+
 @pytest.mark.once
 def test_only_an_array_of_the_shape_and_library_of_a_bias_may_be_one():
     rng = np.random.default_rng(0)
-    others = {"scale": np.ones(6), "order": np.arange(7), "sizes": [1.0] * 7, "bias": None}
+    others = {"scale": np.ones(5), "order": np.arange(7), "sizes": [1.0] * 7, "bias": None}
     for base in (Dense(rng.standard_normal((7, 6)), **others), Dense(np.eye(7), rate=np.ones(()))):
         assert DoRALayer(base, Config(2), seed=0, weight="kernel").bias is None
     named = Linear(rng.standard_normal((7, 6)))

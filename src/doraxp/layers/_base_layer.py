@@ -114,19 +114,30 @@ def bias_of(base: Any, name: str | None) -> Any:
     return None if name is None else getattr(base, name, None)
 
 
-def check_no_other_bias(base: Any, weight: str, stored: Stored) -> None:
-    """Raise ValueError where a base that seems to have no bias has an array that may be one."""
-    for name, array in arrays_of(base).items():
-        if name == weight or tuple(array.shape) != stored.bias_shape:
-            continue
-        try:
-            operations(weight=getattr(base, weight), bias=array)
-        except (TypeError, ValueError):  # a bias must be of the library and floating
-            continue
-        raise ValueError(
-            f"{type(base).__name__} has an array {name!r} of shape {stored.bias_shape} that "
-            f"nothing uses: pass bias={name!r}, or bias=None if it is not a bias"
-        )
+def check_no_other_bias(
+    base: Any, weight: str, stored: Stored, *, layout_is_known: bool = True
+) -> None:
+    """Raise ValueError where a base that seems to have no bias has an array that may be one.
+
+    A number for each input may be the bias of a matrix that is stored (in, out), unless
+    `layout_is_known`.
+    """
+    lengths = {stored.bias_shape: ""}
+    if not layout_is_known and stored.kind == LayerKind():
+        advice = " and weight_layout='in_out' if the weight is stored (in, out)"
+        lengths.setdefault(stored.shape[1:], advice)
+    for shape, advice in lengths.items():
+        for name, array in arrays_of(base).items():
+            if name == weight or tuple(array.shape) != shape:
+                continue
+            try:
+                operations(weight=getattr(base, weight), bias=array)
+            except (TypeError, ValueError):  # a bias must be of the library and floating
+                continue
+            raise ValueError(
+                f"{type(base).__name__} has an array {name!r} of shape {shape} that nothing uses: "
+                f"pass bias={name!r}{advice}, or bias=None if it is not a bias"
+            )
 
 
 def arrays_of(base: Any) -> dict[str, Any]:

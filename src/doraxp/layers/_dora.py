@@ -81,6 +81,7 @@ class DoRALayer(TrainedArrays):
         "weight" and "bias". A base may lack the attribute "bias"; another name it must have. None
         stands for no bias, whatever attributes the base has. With a `weight` of another name and
         no bias, an array of the shape of a bias is an error: it may be a bias that was forgotten.
+        For a matrix without a `kind` or a `weight_layout`, the bias may be of either layout.
     train_base : bool
         Train the weight and the bias too. The layer has its own, which start equal to the base's.
         They keep their dtype: in float16 or bfloat16, steps below its resolution are lost.
@@ -158,7 +159,7 @@ class DoRALayer(TrainedArrays):
         stored = stored_as(given, kind, operator, weight_layout)
         check_bias_of(stored, own_bias)
         if weight != "weight" and bias is not None and not hasattr(base, bias):
-            check_no_other_bias(base, weight, stored)
+            check_no_other_bias(base, weight, stored, layout_is_known=kind is not None)
         self._dropout = Dropout(dropout, seed)
         if dropout and stored.kind.name == "embedding":
             raise ValueError(
