@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import Any, get_args, get_type_hints
 
 from doraxp.testing import Conventions
@@ -42,7 +43,7 @@ def load_implementation(target: str) -> Any:
     if not all(part.isidentifier() for part in parts) or name.endswith(".py"):
         raise ValueError(
             "TARGET must be MODULE or MODULE:OBJECT, such as package.module:Class, got "
-            f"{target!r}{': leave out .py' if '.py' in target else ''}"
+            f"{target!r}{_advice(name, colon + path)}"
         )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -54,6 +55,17 @@ def load_implementation(target: str) -> Any:
         advice = "make an object of it in MODULE, and name that"
         return _result(f"a class must take no arguments: {advice}", target, found)
     return found
+
+
+def _advice(name: str, end: str) -> str:
+    """Return the end of the message for a file in place of MODULE; `end` is ":OBJECT" or empty."""
+    file = PurePath(name.removesuffix(".py"))
+    is_elsewhere = file.is_absolute() or ".." in file.parts
+    module = file.name if is_elsewhere else ".".join(file.parts)
+    parts = [*module.split("."), *(end[1:].split(".") if end else ())]
+    if not all(part.isidentifier() for part in parts):
+        return ""
+    return f": {'run this in its folder, and ' if is_elsewhere else ''}write {module}{end}"
 
 
 def _result(rule: str, value: str, function: Callable[..., Any], *args: Any) -> Any:
