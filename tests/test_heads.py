@@ -67,7 +67,7 @@ def classifier(folder, rng, *, architectures=("BertModel",), size=3, prefix="ber
     ],
 )
 def test_a_new_head_gives_the_model_its_class_and_its_labels(
-    tmp_path, rng, task, given, architecture
+    tmp_path, rng, capsys, task, given, architecture
 ):
     """All names get the prefix that the class with the head has."""
     base, changed = classifier(tmp_path, rng, architectures=[given], task_type=task)
@@ -77,6 +77,10 @@ def test_a_new_head_gives_the_model_its_class_and_its_labels(
     assert config["id2label"] == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
     assert config["label2id"] == {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}
     assert not {"num_labels", "_num_labels"} & config.keys()
+    printed = " ".join(capsys.readouterr().out.split())
+    names = '"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"'
+    assert f"Changed in config.json: id2label: {{{names}}}, label2id: {{" in printed
+    assert f'architectures: ["{architecture}"]' in printed
 
 
 @pytest.mark.parametrize(

@@ -639,7 +639,7 @@ def test_the_embeddings_of_the_shortest_path_are_those_of_the_head(tmp_path, rng
     check(tmp_path, base, changed)
 
 
-def test_a_new_head_is_in_the_index_of_shards(tmp_path, rng):
+def test_a_new_head_is_in_the_index_of_shards(tmp_path, rng, capsys):
     base = model(rng)
     (tmp_path / "base").mkdir()
     weight_map = {}
@@ -661,6 +661,7 @@ def test_a_new_head_is_in_the_index_of_shards(tmp_path, rng):
     assert index["metadata"]["total_size"] == sum(sizes)
     report = json.loads(report.read_text())
     assert (report["added"], report["config"]) == ([HEAD], {"untied": True})
+    assert "Changed in config.json: tie_word_embeddings: false\n" in capsys.readouterr().out
 
 
 def test_the_audit_finds_a_head_that_was_changed_with_the_embedding(tmp_path, rng, capsys):

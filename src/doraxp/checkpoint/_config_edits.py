@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from doraxp.checkpoint._json import JsonObject
@@ -48,6 +48,10 @@ class ConfigEdits:
     def entries(self) -> dict[str, object]:
         """Return the new entries, without those that do not change."""
         return {key: value for key, value in vars(self).items() if value}
+
+    def written(self) -> JsonObject:
+        """Return the entries as `apply` writes them, without the names of dense modules."""
+        return replace(self, dense=()).apply({})
 
     def apply(self, config: JsonObject) -> JsonObject:
         """Return the configuration with the changes."""

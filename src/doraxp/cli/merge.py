@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from collections import Counter
 from collections.abc import Mapping
@@ -323,13 +324,14 @@ def _print_summary(merge: Merge, console: Console) -> None:
     if merge.added:
         print_names(f"New in OUT: {', '.join(merge.added)}", console)
     if merge.edits:
-        entries = merge.edits.entries()
+        changed = [
+            f"{key}: {json.dumps(value, ensure_ascii=False)}"
+            for key, value in merge.edits.written().items()
+        ]
         if merge.edits.dense:
-            entries["dense"] = (
-                f"{counted(len(merge.edits.dense), 'module')}, in the words of its format"
-            )
-        changed = ", ".join(f"{key} {value}" for key, value in entries.items())
-        print_names(f"Changed in config.json: {changed}", console)
+            count = counted(len(merge.edits.dense), "dense module")
+            changed.append(f"{count}, in the words of its format")
+        print_names(f"Changed in config.json: {', '.join(changed)}", console)
     if merge.model.left_out:
         names = ", ".join(str(file) for file in merge.model.left_out)
         print_names(f"Left out: {names}", console)
