@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import string
+import sys
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  makes NumPy know bfloat16
@@ -97,15 +98,25 @@ def write_tokenizer(folder: Path, size: int) -> None:
         (folder / f"{name}.json").write_text(json.dumps(content), "utf-8")
 
 
-def main() -> None:
-    """Read the arguments and write both folders."""
+def main() -> int:
+    """Read the arguments and write both folders. Return 2 where one of them exists."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gigabytes", type=float, default=4)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    write(**vars(parser.parse_args()))
+    arguments = parser.parse_args()
+    for path in (arguments.folder / "base", arguments.folder / "adapter"):
+        if path.exists():
+            print(
+                f"{parser.prog}: error: {path} already exists: remove the folder "
+                f"{arguments.folder}, or give another FOLDER",
+                file=sys.stderr,
+            )
+            return 2
+    write(**vars(arguments))
+    return 0
 
 
 def write(
@@ -168,4 +179,4 @@ def write(
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
