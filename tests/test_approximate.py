@@ -127,6 +127,7 @@ def test_lora_is_the_truncated_svd_of_the_change(tmp_path, model, rank, capsys):
     text = capsys.readouterr().out
     assert all(path in text for path in (LINEAR, OTHER, EMBED, CONV))
     assert "error of" in text
+    assert "SVD LoRA, the adapter in DST: the truncated SVD of W* − W at" in " ".join(text.split())
     assert "DoRA" not in text
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert (config["use_dora"], config["r"], config["lora_alpha"]) == (False, rank, rank)

@@ -27,7 +27,7 @@ _OF_DORA = (
 )
 _CAPTION = (
     "Update norm: ‖W* − W‖, with W* of {target}. Errors: ‖W' − W*‖ as a part of it; 0 is {target} "
-    "itself, 1 is BASE. SVD LoRA: the truncated SVD of W* − W at the same rank. Medians of a kind"
+    "itself, 1 is BASE. {lora}: the truncated SVD of W* − W at the same rank. Medians of a kind"
 )
 _NAMED = 3
 """Tensors that a warning names."""
@@ -54,12 +54,14 @@ def print_closeness(
 ) -> None:
     """Print a table of the figures: all modules, or a row for each kind of module.
 
-    `target` is the word for the model whose weights are wanted.
+    `target` is the word for the model whose weights are wanted. Without `dora`, the adapter that
+    is written is SVD LoRA.
     """
     console = plain_console()
     print_modules("module", modules, (*_FIRST, *_OF_DORA) if dora else _FIRST, console, every=every)
     end = "; of DoRA ÷ LoRA, the largest, 1 where SVD LoRA is exact to rounding." if dora else "."
-    print_caption(f"{_CAPTION.format(target=target)}{end}", console)
+    lora = "SVD LoRA" if dora else "SVD LoRA, the adapter in DST"
+    print_caption(f"{_CAPTION.format(target=target, lora=lora)}{end}", console)
 
 
 def warn_of_left_out(command: str, left_out: Mapping[str, float], target: str, out: str) -> None:
