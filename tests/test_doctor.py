@@ -316,6 +316,8 @@ def test_a_rank_above_the_rows_or_columns_is_a_warning(tmp_path, rng):
     found = diagnose(write(tmp_path, llama(rng)), ranks=[8, 9])
     assert [cost.too_small for cost in found.costs] == [0, 4]
     assert "Rank 9: above the rows or columns of up to 4 targets" in finding(found, "rank").text
+    assert finding(found, "rank").level == "warning"
+    assert finding(diagnose(open_model(tmp_path / "base")), "rank").level == "note"
     with pytest.raises(ValueError, match="ranks must be at least 1, got 0"):
         diagnose(open_model(tmp_path / "base"), ranks=[4, 0])
 
@@ -327,6 +329,7 @@ def test_a_rank_above_the_rows_or_columns_is_a_warning(tmp_path, rng):
 def test_a_step_that_16_bits_cannot_show_is_a_note(tmp_path, rng, dtype):
     found = diagnose(write(tmp_path, llama(rng, dtype)))
     one = finding(found, "coarse-rows")
+    assert "Rows whose norm a step with learning rate 0.0001 does not change: " in one.text
     weight = llama(np.random.default_rng(20), dtype)[f"{Q}.weight"]
     norms = np.linalg.norm(weight.astype(F32), axis=1).astype(dtype)
     same = (norms.astype(F32) + F32(1e-4)).astype(dtype) == norms
@@ -337,7 +340,7 @@ def test_a_step_that_16_bits_cannot_show_is_a_note(tmp_path, rng, dtype):
 
 def test_float64_is_a_note(tmp_path, rng):
     found = diagnose(write(tmp_path, llama(rng, F64)))
-    assert codes(found) == ["rank", "float64"]
+    assert codes(found) == ["float64", "rank"]
     assert len(finding(found, "float64").modules) == 4
 
 

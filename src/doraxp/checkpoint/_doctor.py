@@ -31,7 +31,7 @@ def diagnose(
     target_modules: Modules = "all-linear",
     *,
     exclude_modules: Modules | None = None,
-    ranks: Sequence[int] = RANKS,
+    ranks: Sequence[int] | None = None,
     on_bytes: Callable[[int, int], None] = lambda done, total: None,
 ) -> Diagnosis:
     """Return the things to know about a base before an adapter is trained on it.
@@ -49,8 +49,9 @@ def diagnose(
         experts.
     exclude_modules : str or iterable of str, optional
         As `doraxp.adapt` takes them.
-    ranks : sequence of int
-        The ranks whose costs are counted.
+    ranks : sequence of int, optional
+        The ranks whose costs are counted; 4, 8, 16, 32 and 64 if None. A rank above the rows or
+        columns of a target is a warning if it was given, and else a note.
     on_bytes : callable
         Called with the bytes that were read so far, and those of the whole base. They are those of
         the numbers: a quantised weight counts as it is read.
@@ -90,6 +91,8 @@ def diagnose(
     >>> found.modules["layers.0.q_proj"].rows.zero, found.breaks
     (1, True)
     """
+    are_given = ranks is not None
+    ranks = RANKS if ranks is None else ranks
     if any(rank < 1 for rank in ranks):
         raise ValueError(f"ranks must be at least 1, got {min(ranks)}")
     layout = layout_of(model, target_modules, exclude_modules)
@@ -120,7 +123,7 @@ def diagnose(
         layout.targets,
         tied,
         costs,
-        findings_of(layout, modules, tied, costs, others),
+        findings_of(layout, modules, tied, costs, others, ranks_are_given=are_given),
         parameters,
         sum(one.tensor.nbytes for one in model.stored.values()),
     )

@@ -36,7 +36,8 @@ _ROWS: tuple[tuple[Level, str, str, str, str], ...] = (
         "They are NaN in PEFT there. Do not load the base in float16",
     ),
     (
-        "note", "coarse-rows", "coarse", f"Rows whose norm a step of {STEP} does not change",
+        "note", "coarse-rows", "coarse",
+        f"Rows whose norm a step with learning rate {STEP} does not change",
         "The dtype of the weight is too coarse for m. Keep A, B and m in float32, as doraxp and "
         "PEFT do by default",
     ),
@@ -49,6 +50,8 @@ def findings_of(
     tied: Mapping[str, str],
     costs: Sequence[Cost],
     not_finite: Mapping[str, int],
+    *,
+    ranks_are_given: bool,
 ) -> tuple[Finding, ...]:
     """Return all findings, the errors first.
 
@@ -61,6 +64,8 @@ def findings_of(
     costs : sequence of Cost
     not_finite : mapping of str to int
         The numbers that are NaN or infinite, of the tensors that are not weights of modules.
+    ranks_are_given : bool
+        Whether the caller chose the ranks of `costs`.
     """
     found = [
         *_of_targets(layout, modules),
@@ -68,7 +73,7 @@ def findings_of(
         *_of_rows(modules),
         *_of_kinds(modules),
         *_of_ties(layout, modules, tied),
-        *_of_ranks(costs),
+        *_of_ranks(costs, ranks_are_given),
     ]
     return tuple(sorted(found, key=lambda one: _ORDER.index(one.level)))
 
@@ -181,7 +186,7 @@ def _of_ties(layout: Layout, modules: Modules, tied: Mapping[str, str]) -> Itera
         yield Finding("warning" if chosen else "note", "tied", text, pair)
 
 
-def _of_ranks(costs: Sequence[Cost]) -> Iterator[Finding]:
+def _of_ranks(costs: Sequence[Cost], are_given: bool) -> Iterator[Finding]:
     large = [cost for cost in costs if cost.too_small]
     if large:
         ranks = ", ".join(str(cost.rank) for cost in large)
@@ -190,7 +195,7 @@ def _of_ranks(costs: Sequence[Cost]) -> Iterator[Finding]:
             f"Rank {ranks}: above the rows or columns of up to {targets}. "
             "Give these a smaller rank with rank_pattern"
         )
-        yield Finding("warning", "rank", text)
+        yield Finding("warning" if are_given else "note", "rank", text)
 
 
 def _in_modules(rows: int, modules: Collection[str]) -> str:

@@ -67,7 +67,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ranks",
         nargs="+",
         type=integer(1),
-        default=[4, 8, 16, 32, 64],
         metavar="R",
         help="ranks to count parameters for (default: 4 8 16 32 64)",
     )
