@@ -530,7 +530,7 @@ class Dense:
     """A base with other names, and perhaps without an offset."""
 
     def __init__(self, kernel, **others):
-        self.kernel, self.name, self._cache = kernel, "dense", kernel[:, 0]
+        self.kernel, self.name, self._cache = kernel, "dense", kernel[..., 0]
         vars(self).update(others)
 
 
