@@ -71,7 +71,8 @@ def test_the_merge_of_files_works(tmp_path, monkeypatch, capsys):
     assert install[:4] == ["python", "-m", "pip", "install"]
     source = (ROOT / make[1]).read_text("utf-8")
     monkeypatch.setattr("sys.argv", make[1:])
-    exec(compile(source, make[1], "exec"), {"__name__": "__main__"})
+    with pytest.raises(SystemExit, match=r"^0$"):
+        exec(compile(source, make[1], "exec"), {"__name__": "__main__"})
     assert main(merge[1:]) == 0
     assert capsys.readouterr().out.endswith("small/merged: complete, and verified\n")
 

@@ -15,6 +15,7 @@ import pytest
 
 import doraxp
 from doraxp import Config, DoRALayer, Linear, adapt_layers
+from doraxp.backends._numpy import NumpyOperations
 from doraxp.checkpoint import CheckpointError, Training, load_training, save_training
 
 ROOT = Path(__file__).parents[1]
@@ -104,6 +105,50 @@ def test_a_resumed_run_equals_the_whole_one(backend, draw, tmp_path, optimizer):
     assert [layer.state()["generator"] for layer in whole.adapted.values()] == [
         layer.state()["generator"] for layer in other.adapted.values()
     ]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("train_base", [False, True])
+@pytest.mark.parametrize("start", [0, 3])
+def test_a_resumed_run_has_the_same_bits_where_a_product_rounds_by_its_shape(
+    draw, tmp_path, monkeypatch, start, train_base
+):
+    """Kernels of BLAS do. An evaluation before the save makes W Aᵀ beside another x."""
+    exact = NumpyOperations.product_with_transposed
+
+    def by_shape(ops, left, right):
+        return exact(ops, left, right) * (1 + 2.0**-52 * left.shape[-2])
+
+    monkeypatch.setattr(NumpyOperations, "product_with_transposed", by_shape)
+    weights = [draw(8, 6), draw(8), draw(6, 8)]
+    half, other = (
+        make(functools.partial(take, [*weights]), train_base=train_base) for _ in range(2)
+    )
+    one, batches = adamw(), [draw(5, 6) for _ in range(6)]
+    train(half, one, batches[:start])
+    half.eval()
+    half["up"](draw(9, 6))
+    half.train()
+    save_training(tmp_path / "run", half, one)
+    two = load_training(tmp_path / "run").resume(other)
+    for model, optimizer in ((half, one), (other, two)):
+        train(model, optimizer, batches[3:])
+    for ours, theirs in zip(leaves(half.parameters), leaves(other.parameters), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.once
+def test_a_save_between_a_forward_and_a_backward_loses_no_gradient(draw, tmp_path):
+    layer, x = DoRALayer(Linear(draw(7, 6)), Config(2), seed=0), draw(5, 6)
+    for _ in range(2):
+        y = layer.forward(x)
+        save_training(tmp_path / "run", layer)
+        layer.backward(y)
+        save_training(tmp_path / "run", layer)
+    twice = layer.gradients["magnitude"]
+    layer.clear_gradients()
+    layer.backward(layer.forward(x))
+    np.testing.assert_allclose(twice, 2 * layer.gradients["magnitude"], rtol=1e-12)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="it forks the processes that it kills")

@@ -233,6 +233,8 @@ class DoRALayer(TrainedArrays):
 
     def _forward(self, x: Array, mask: Array | None) -> Array:
         prepared, previous = self._known()
+        if self._renews and prepared is not None:
+            prepared, previous = None, None if self.train_base else prepared
         if mask is None and self.training and self._dropout.rate:
             mask = self._dropout.mask_of(x)
         y, self._cache = forward(
@@ -246,7 +248,7 @@ class DoRALayer(TrainedArrays):
             dropout_mask=mask,
             **self._stored.of_call,
         )
-        self._prepared = self._cache.prepared
+        self._prepared, self._renews = self._cache.prepared, False
         return y
 
     def backward(self, dy: Array) -> Array:
@@ -270,7 +272,7 @@ class DoRALayer(TrainedArrays):
         dx, adapter, weight, bias = backward(dy, self._cache, train_base=self.train_base)
         old, new = self._live_gradients() or {}, self._named(weight, bias, adapter)
         self.gradients = {name: add_to(old.get(name), gradient) for name, gradient in new.items()}
-        self._graded = self._cache.prepared
+        self._graded, self._renews = self._cache.prepared, False
         return dx
 
     def merge_to_original_layer(self) -> Any:

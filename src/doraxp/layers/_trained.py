@@ -38,6 +38,7 @@ class TrainedArrays:
     _prepared: Prepared | None = None
     _previous: Prepared | None = None  # of earlier parameters with the same weight
     _graded: Prepared | None = None  # of the parameters that the gradients belong to
+    _renews: bool = False  # whether the next forward computes the norm, also where it is known
 
     def step(self, optimizer: Optimizer) -> None:
         """Replace the trained arrays by those after one step of an optimizer; drop the gradients.
@@ -99,6 +100,7 @@ class TrainedArrays:
     def reset_state(self) -> None:
         """Drop the gradients and the forward; keep the parameters."""
         self._cache = self._prepared = self._previous = self._graded = self.gradients = None
+        self._renews = False
 
     def state_dict(self) -> dict[str, Array]:
         """Return the trained arrays by name: the adapter's; with `train_base` weight and bias too.
@@ -131,6 +133,8 @@ class TrainedArrays:
 
         `load_state` takes it: a layer made in the same way then goes on as this one does.
         """
+        if self.gradients is None:  # they belong to the norm that is known
+            self._renew()
         return {
             "settings": self.settings(),
             "parameters": self.state_dict(),
@@ -146,6 +150,19 @@ class TrainedArrays:
         new = self._checked_state(state)
         self._dropout.state = state["generator"]
         self._replace(new)
+        self._renew()
+
+    def _renew(self) -> None:
+        """Let the next forward compute the norm as the forward after a step does.
+
+        It makes W Aᵀ in one product with its own x, and kernels of BLAS round a product by its
+        shape. So a saved layer and a loaded one go on with the same bits.
+        """
+        self._renews = True
+        if self._prepared is None and self._previous is None and not self.train_base:
+            self._previous = prepare(
+                self.weight, self.adapter, self.config, **self._stored.of_weight
+            )
 
     def _checked_state(self, state: Mapping[str, Any]) -> dict[str, Array]:
         """Return the new parameters of a state, and raise where it does not fit the layer."""
