@@ -107,7 +107,7 @@ def test_a_resumed_run_equals_the_whole_one(backend, draw, tmp_path, optimizer):
     ]
 
 
-@pytest.mark.once
+@pytest.mark.lanes("numpy")
 @pytest.mark.parametrize("train_base", [False, True])
 @pytest.mark.parametrize("start", [0, 3])
 def test_a_resumed_run_has_the_same_bits_where_a_product_rounds_by_its_shape(
