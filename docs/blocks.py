@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,15 +44,16 @@ def refuse(example: Example) -> str:
 
 
 def run_in_shell(example: Example) -> None:
-    """Run commands in the root of the project."""
+    """Run commands in the root of the project, and remove the folders that `mktemp` makes."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    subprocess.run(
-        ["bash", "-euc", example.parsed],
-        cwd=ROOT,
-        check=True,
-        stdin=subprocess.DEVNULL,
-        env=os.environ | {"PATH": path},
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            ["bash", "-euc", example.parsed],
+            cwd=ROOT,
+            check=True,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | {"PATH": path, "TMPDIR": folder},
+        )
 
 
 python = PythonCodeBlockParser()

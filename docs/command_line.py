@@ -79,7 +79,6 @@ adapter of it, and an implementation of DoRA.
 
 ```sh
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
 python benchmarks/checkpoint_model.py "$work/m" --width 64 --gigabytes 0.0003 --rank 4
 cd "$work/m"
 cat > mine.py <<'EOF'

@@ -588,8 +588,10 @@ def test_a_forgotten_bias_may_be_that_of_the_other_layout(draw):
 @pytest.mark.once
 def test_only_an_array_of_the_shape_and_library_of_a_bias_may_be_one():
     rng = np.random.default_rng(0)
-    others = {"scale": np.ones(5), "order": np.arange(7), "sizes": [1.0] * 7, "bias": None}
-    for base in (Dense(rng.standard_normal((7, 6)), **others), Dense(np.eye(7), rate=np.ones(()))):
+    others = {"scale": np.ones(5), "order": np.arange(7), "sizes": [1.0] * 7}
+    kernel = rng.standard_normal((7, 6))
+    stated = Dense(kernel, offset=np.ones(7), bias=None)
+    for base in (Dense(kernel, **others), stated, Dense(np.eye(7), rate=np.ones(()))):
         assert DoRALayer(base, Config(2), seed=0, weight="kernel").bias is None
     named = Linear(rng.standard_normal((7, 6)))
     named.scale = np.ones(7)  # the default name of the weight
