@@ -131,9 +131,10 @@ class TrainedArrays:
     def state(self) -> dict[str, Any]:
         """Return the trained arrays, the settings, and the state of the generator of masks.
 
-        `load_state` takes it: a layer made in the same way then goes on as this one does.
+        `load_state` takes it: a layer made in the same way then goes on as this one does. If the
+        layer has no gradients, its next forward computes the norm anew, as that layer's does.
         """
-        if self.gradients is None:  # they belong to the norm that is known
+        if self.gradients is None:  # else the next backward must add to gradients of this norm
             self._renew()
         return {
             "settings": self.settings(),
