@@ -92,13 +92,29 @@ def test_the_example_with_peft_works(peft, torch, capsys):
         ("pip install '.[demo]' && doraxp demo", "pip install 'doraxp[demo]' && doraxp demo"),
         ("`python -m pip install .` alone", "`python -m pip install doraxp` alone"),
         ("`pip install '.[torch]' peft`", "`pip install 'doraxp[torch]' peft`"),
+        ("needs `'.[torch,bench]' peft`", "needs `'doraxp[torch,bench]' peft`"),
+        ("see [CITATION.cff](CITATION.cff)", "see `CITATION.cff`"),
         ('y = model["up"](x)', 'y = model["up"](x)'),
         ("In a clone of this repository, with Python", "With Python"),
     ],
 )  # fmt: skip
 def test_an_index_of_packages_shows_what_works_there(text, seen):
+    assert on_an_index(text) == seen
+
+
+def test_all_of_it_works_on_an_index_of_packages():
+    """A link there is absolute, and doraxp is installed by its name."""
+    text = on_an_index(README)
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    assert re.findall(r"\[[^]]+\]\((?!https:)[^)]*\)", prose) == []
+    assert re.findall(r"\S*\.\[\w.*", text) == []
+    assert "install 'doraxp[demo]'" in text
+
+
+def on_an_index(text: str) -> str:
+    """README's text as the hook in pyproject.toml writes it into the wheel."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     hook = project["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
     for rule in hook["substitutions"]:
         text = re.sub(rule["pattern"], rule["replacement"], text)
-    assert text == seen
+    return text
