@@ -119,7 +119,7 @@ def test_a_wrong_implementation_is_named_and_its_findings_are_grouped(mine, caps
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
     words = " ".join(out.split())
-    assert "NAMED init, forward, gradients: the bias is left out (largest error " in words
+    assert "NAMED forward: the bias is left out (largest error " in words
     assert re.search(r"WRONG forward, tall, float64, y: is .* more: wide; square; .* more\)", words)
     assert words.count("WRONG forward") == 1
     assert re.search(r"WRONG: \d+ arrays, \d+ wrong[.]$", words)
@@ -143,7 +143,7 @@ def test_a_detached_norm_is_named_beside_a_pair_of_mistakes(mine, capsys):
     assert main(["conform", "three"]) == 1
     words = " ".join(capsys.readouterr().out.split())
     names = "the norm is detached and dA lacks s and dB lacks s"
-    assert f"NAMED forward, gradients, merge: {names} (largest error " in words
+    assert f"NAMED gradients: {names} (largest error " in words
     assert "if these mistakes are in the reference)" in words
     assert "UNNAMED" not in words
     assert main(["conform", "three", "--norm-gradient", "detached"]) == 1
@@ -275,6 +275,7 @@ def test_the_object_may_be_dotted(mine):
         ("mine:", "TARGET must be MODULE or MODULE:OBJECT, .* got 'mine:'$"),
         ("mine:WRONG()", r"TARGET must be .* got 'mine:WRONG\(\)'$"),
         ("json", "impl must have a function init, forward, .* got module without any of them"),
+        ("classes", "OBJECT must be given, got a module .* write classes:One or classes:Two$"),
         ("odd", "conventions must be a doraxp.testing.Conventions or a dict .* got list"),
         ("typo", "conventions must be those of doraxp.testing: .* argument 'lay_out'"),
         ("choice", r"layout must be one of \('out_in', 'in_out'\), got 'x'"),
@@ -284,6 +285,9 @@ def test_a_bad_target_is_exit_status_2_and_one_line(mine, capsys, target, messag
     head = "import naive\nfrom naive import init\n"
     (mine / "broken.py").write_text("1 / 0")
     (mine / "leaves.py").write_text("raise SystemExit(3)")
+    (mine / "classes.py").write_text(
+        "import naive\nclass One:\n    merge = naive.merge\nclass Two(One):\n    pass\nclass No: 0"
+    )
     (mine / "odd.py").write_text(f"{head}conventions = []")
     (mine / "typo.py").write_text(f"{head}conventions = {{'lay_out': 'in_out'}}")
     (mine / "choice.py").write_text(f"{head}conventions = {{'layout': 'x'}}")

@@ -80,7 +80,7 @@ def test_the_kind_of_dropout_is_declared_or_named(form, norm_gradient, dropout):
     }
     other = "input" if dropout == "low_rank" else "low_rank"
     (diagnosis,) = checked(dataclasses.replace(meant, dropout=other), **functions).diagnoses
-    assert diagnosis.functions == ("init", "forward", "gradients", "merge")
+    assert diagnosis.functions == ("forward", "gradients")
     assert diagnosis.deviations == (names[dropout],)
 
 

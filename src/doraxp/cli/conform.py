@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from doraxp._terminal.conformance_table import print_conformance, row_of_function
@@ -73,6 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
         expected = read_expected_failures(arguments.expected) if arguments.expected else ()
         impl = load_implementation(arguments.target)
         names = _functions(impl)
+        if not names and isinstance(impl, ModuleType):
+            _refuse_a_module_of_classes(impl, arguments.target)
         if FILES in names and lacks("conform", *CHECKPOINT, extra="checkpoint"):
             return 2
         conventions = conventions_of(impl, arguments)
@@ -106,6 +109,17 @@ def _functions(impl: Any) -> tuple[str, ...]:
     except Exception as error:  # a property may raise anything
         got = f"{type(error).__name__}: {error}"
         raise ValueError(f"its functions must be attributes that can be read, got {got}") from error
+
+
+def _refuse_a_module_of_classes(module: ModuleType, target: str) -> None:
+    """Raise ValueError if the functions of a module are in a class, which must be named too."""
+    classes = {key: one for key, one in vars(module).items() if isinstance(one, type)}
+    targets = [f"{target}:{key}" for key, one in classes.items() if _functions(one)]
+    if targets:
+        raise ValueError(
+            "OBJECT must be given, got a module whose functions are in a class: write "
+            f"{' or '.join(targets)}"
+        )
 
 
 def _checked(impl: Any, names: tuple[str, ...], conventions: Conventions, since: int) -> Report:

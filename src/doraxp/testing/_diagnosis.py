@@ -20,6 +20,7 @@ class Diagnosis(NamedTuple):
     """Deviations that explain every number that some functions returned."""
 
     functions: tuple[str, ...]
+    """Those that returned wrong numbers."""
     deviations: tuple[str, ...]
     """One name; two where only both together explain the numbers; or three, "the norm is
     detached" and two others."""
@@ -66,8 +67,8 @@ def diagnose(runs: list[Run], known: Mapping[str, Changes], base: Changes) -> li
     }
     of_all = _jointly(runs, [names for found in own.values() for names in found], known, base)
     if of_all:
-        together = tuple(by_function)
-        return [Diagnosis(together, names, _worst(runs), after) for names, after in of_all.items()]
+        wrong = tuple(own)
+        return [Diagnosis(wrong, names, _worst(runs), after) for names, after in of_all.items()]
     return [
         Diagnosis((name,), names, _worst(by_function[name]), after)
         for name, found in own.items()
