@@ -193,23 +193,45 @@ def test_a_checkpointed_layer_has_the_same_gradients(jax):
 
 def products(jax, function, *arguments):
     """Count the multiplications of each product that the result needs."""
+    counts = collections.Counter()
+    for equation in equations_of_products(jax, function, *arguments):
+        (inner, _), _ = equation.params["dimension_numbers"]
+        left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+        counts[math.prod(out) * math.prod(left[axis] for axis in inner)] += 1
+    return counts
+
+
+def equations_of_products(jax, function, *arguments):
+    """Yield the equations of the products that the result needs."""
     from jax.extend.core import jaxprs_in_params
     from jax.interpreters import partial_eval
 
-    counts = collections.Counter()
-
-    def count(jaxpr):
+    def within(jaxpr):
         for equation in jaxpr.eqns:
             if equation.primitive.name == "dot_general":
-                (inner, _), _ = equation.params["dimension_numbers"]
-                left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
-                counts[math.prod(out) * math.prod(left[axis] for axis in inner)] += 1
+                yield equation
             for part in jaxprs_in_params(equation.params):
-                count(part)
+                yield from within(part)
 
     closed = jax.make_jaxpr(function)(*arguments)
-    count(partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals))[0])
-    return counts
+    yield from within(partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals))[0])
+
+
+@pytest.mark.parametrize(("form", "norm_gradient"), RULES)
+def test_all_products_follow_the_precision_that_jax_is_told(jax, form, norm_gradient):
+    from doraxp.jax import dora_linear, merge
+
+    x, w, *rest = draw(jax)
+    adapter, config = Adapter(*rest[:3]), Config(2, form=form, norm_gradient=norm_gradient)
+
+    def loss(x, w, adapter):
+        y = dora_linear(x, w, adapter, config, train_base=True)
+        return (y**2).sum() + (merge(w, adapter, config) ** 2).sum()
+
+    with jax.default_matmul_precision("highest"):
+        found = list(equations_of_products(jax, jax.grad(loss, (0, 1, 2)), x, w, adapter))
+    assert len(found) > 8
+    assert {one.params["precision"] for one in found} == {(jax.lax.Precision.HIGHEST,) * 2}
 
 
 @pytest.mark.parametrize("trained", ["adapter", "x and adapter", "all"])
