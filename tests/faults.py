@@ -5,10 +5,11 @@ python tests/faults.py    writes docs/reference/faults.md
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import types
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from doraxp.testing import Conventions, Report, check_implementation
 
@@ -16,6 +17,14 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "reference" / "faults.md"
 HEAD, TAIL = "| planted in NumPy code | caught | named |\n|---|---|---|\n", "\n<!-- faults -->"
 EPS = (1.2e-7, 1e-6)
+SIZES = (1e-12, 1e-8, 1e-7, 2.0**-23, 1.2e-7, 1e-6, 1e-5, 1e-4, 2.0**-10)
+"""The numbers that the report knows as ones that somebody adds to a norm."""
+
+USUAL = Conventions(dropout="input", dtypes=("float64",))
+
+
+def declared(**choices: Any) -> Conventions:
+    return dataclasses.replace(USUAL, **choices)
 
 
 class Fault(NamedTuple):
@@ -23,8 +32,10 @@ class Fault(NamedTuple):
     new: str
     name: str | None
     """The deviation that the report must name; None for a fault without a known name."""
-    scaling: Literal["s", "alpha"] = "s"
-    """The number that the code is given as `scaling`."""
+    meant: Conventions = USUAL
+    """What the code is declared to do."""
+    also: tuple[str, str] | None = None
+    """Old and new code of a second place."""
     eps: float = 0.0
     """A number that the code adds to the norm as well. The report must name it too."""
     source: Literal["naive", "naive_parts"] = "naive"
@@ -84,12 +95,20 @@ LAYER = (
         "norm = (v * v).sum(axis=1)",
         "the norm is not rooted",
     ),
-    Fault("sum(axis=1))", "sum(axis=1)) + v.dtype.type(1e-6)", "1e-06 is added to the norm"),
+    *(
+        Fault("sum(axis=1))", f"sum(axis=1)) + {size}", f"{size:g} is added to the norm")
+        for size in SIZES
+    ),
     Fault("sum(axis=1))", "sum(axis=1) / v.shape[1])", "the norm is a root mean square"),
     Fault("delta = scaling * (lora_b @ lora_a)", "delta = lora_b @ lora_a", "s is left out"),
     Fault("delta = scaling * (", "delta = scaling**2 * (", "s is applied twice"),
-    Fault("delta = scaling", "delta = scaling", "alpha where s belongs", "alpha"),
-    Fault("delta = scaling", "delta = scaling / len(lora_a) ** 0.5", "s = alpha/√rank", "alpha"),
+    Fault("delta = scaling", "delta = scaling", "alpha where s belongs", declared(scaling="alpha")),
+    Fault(
+        "delta = scaling",
+        "delta = scaling / len(lora_a) ** 0.5",
+        "s = alpha/√rank",
+        declared(scaling="alpha"),
+    ),
     Fault("v = weight + delta", "v = weight - delta", "the update is subtracted"),
     Fault(
         "v = weight + delta",
@@ -97,8 +116,14 @@ LAYER = (
         "the direction form",
     ),
     Fault("lora_b @ lora_a", "lora_b[:, ::-1] @ lora_a", "B meets A in the reverse order of ranks"),
-    Fault("sum(axis=1))", "sum(axis=1) + 1e-6)", "1e-06 is added under the root of the norm"),
-    Fault("sum(axis=1))", "sum(axis=1) + 1.2e-7)", "1.2e-07 is added under the root of the norm"),
+    *(
+        Fault(
+            "sum(axis=1))",
+            f"sum(axis=1) + {size})",
+            f"{size:g} is added under the root of the norm",
+        )
+        for size in SIZES
+    ),
     Fault("gain = magnitude / norm", "gain = magnitude", "m is not divided by n"),
     Fault("gain = magnitude / norm", "gain = np.ones_like(norm)", "m/n is left out, as in LoRA"),
     Fault("gain = magnitude / norm", "gain = (magnitude / norm) ** 2", "m/n is applied twice"),
@@ -234,6 +259,51 @@ LAYER = (
     ),
     Fault("np.sqrt(square) + eps", "np.sqrt(square)", "eps is left out"),
     Fault(" + decay * p)", ")", "the decay is left out"),
+    Fault(
+        "v = weight + delta", "v = weight + delta", "the weight form", declared(form="direction")
+    ),
+    Fault(
+        "v = weight + delta",
+        "v = weight / np.sqrt((weight**2).sum(1))[:, None] + delta",
+        "dW is that of the weight form",
+        declared(form="direction"),
+    ),
+    Fault(
+        "v = weight + delta",
+        "v = weight / np.sqrt((weight**2).sum(1))[:, None] + delta",
+        "dW lacks its projection",
+        declared(form="direction"),
+        ("dw = dv", "dw = dv / np.sqrt((weight**2).sum(1))[:, None]"),
+    ),
+    Fault(
+        "(seen @ v.T) * gain + (x - seen) @ weight.T",
+        "(seen @ v.T) * gain + (x - seen) @ weight.T",
+        "the dropout mask touches the whole correction",
+        declared(dropout="low_rank"),
+    ),
+    Fault("y = y + bias", "y = y + bias", "the bias is not scaled", declared(bias_scaled=True)),
+    Fault("sum(axis=1))", "sum(axis=1))", "no number is added to the norm", declared(eps=1e-6)),
+    Fault(
+        "q = -magnitude",
+        "q = -magnitude",
+        "the norm is not detached",
+        declared(norm_gradient="detached"),
+    ),
+    Fault(
+        "da = scaling * lora_b.T @ dv\n    db = scaling",
+        "da = -scaling * lora_b.T @ dv\n    db = -scaling",
+        "dA and dB have the wrong sign",
+    ),
+    Fault(
+        "return found",
+        "return {k: g if k == 'x' else g / max(1, len(ds)) for k, g in found.items()}",
+        "dA, dB, dm and dbias are means over the tokens",
+    ),
+    Fault(
+        'g = grads[name]\n        decay = 0.0 if name == "magnitude" else weight_decay',
+        "g = grads[name] + weight_decay * p * (name != 'magnitude')\n        decay = 0",
+        "the decay is coupled, as in Adam",
+    ),
     *(
         Fault("np.sqrt((v * v).sum(axis=1))", new, name, eps=eps)
         for new, name in NORMS.items()
@@ -452,6 +522,12 @@ PARTS = parts(
         "each gradient is divided by the Gram matrix of its own factor",
     ),
     ("np.linalg.solve(b.T @ b + shift, grads", "np.matmul(b.T @ b + shift, grads", None),
+    ("np.linalg.solve(", "np.matmul(", "the gradients are multiplied by the Gram matrices"),
+    (
+        "(first_b @ first_a) * (second_b",
+        "(first_b @ first_a) @ (second_b",
+        "the two products are multiplied as matrices",
+    ),
 )
 
 FAULTS = (*LAYER, *PARTS)
@@ -464,6 +540,9 @@ def planted(fault: Fault | None, source: str = "naive") -> types.ModuleType:
     if fault is not None:
         assert fault.old in code, fault.old
         code = code.replace(fault.old, _new(fault))
+        if fault.also is not None:
+            assert fault.also[0] in code, fault.also
+            code = code.replace(*fault.also)
     module = types.ModuleType(name)
     exec(compile(code, f"{name}.py", "exec"), vars(module))
     return module
@@ -475,9 +554,7 @@ def _new(fault: Fault) -> str:
 
 @functools.cache
 def check(fault: Fault) -> Report:
-    return check_implementation(
-        planted(fault), Conventions(scaling=fault.scaling, dropout="input", dtypes=("float64",))
-    )
+    return check_implementation(planted(fault), fault.meant)
 
 
 def is_named(fault: Fault) -> bool:
@@ -490,11 +567,19 @@ def row(fault: Fault) -> str:
     """Return the row of the table in docs/reference/faults.md."""
     report = check(fault)
     names = "; or ".join(dict.fromkeys(" and ".join(one.deviations) for one in report.diagnoses))
-    given = ", where `scaling` is alpha" if fault.scaling == "alpha" else ""
-    old, new = (" ⏎ ".join(line.strip() for line in text.strip().splitlines())
-                for text in (fault.old, _new(fault)))  # fmt: skip
-    text = f"`{old}` → `{new}`{given} | {'no' if report.ok else 'yes'} | {names or '–'}"
+    given = "".join(
+        f", where `{name}` is {value}"
+        for name, value in dataclasses.asdict(fault.meant).items()
+        if value != getattr(USUAL, name)
+    )
+    pairs = [(fault.old, _new(fault)), *([fault.also] if fault.also else [])]
+    texts = (" → ".join(f"`{_line(one)}`" for one in pair) for pair in pairs)
+    text = f"{', '.join(texts)}{given} | {'no' if report.ok else 'yes'} | {names or '–'}"
     return f"| {text} |".replace("|m|", "\\|m\\|")
+
+
+def _line(code: str) -> str:
+    return " ⏎ ".join(line.strip() for line in code.strip().splitlines())
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import pytest
 import doraxp
 from doraxp import Adapter, Config
 from doraxp.testing import Conventions, catalogue, check_implementation, expected
+from doraxp.testing._parts import parts
 
 RIGHT = faults.planted(None)
 NAMES = ("forward", "gradients", "merge")
@@ -26,16 +27,16 @@ def checked(conventions=None, **functions):
 def own(config=None):
     """Return the functions of this package as an implementation."""
 
-    def parts(weight, lora_a, lora_b, magnitude, scaling):
+    def layer_of(weight, lora_a, lora_b, magnitude, scaling):
         rank = lora_a.shape[-2]
         choices = {} if config is None else config
         return weight, Adapter(lora_a, lora_b, magnitude), Config(rank, scaling * rank, **choices)
 
     def forward(x, bias, dropout_mask=None, **layer):
-        return doraxp.forward(x, *parts(**layer), bias=bias, dropout_mask=dropout_mask)[0]
+        return doraxp.forward(x, *layer_of(**layer), bias=bias, dropout_mask=dropout_mask)[0]
 
     def gradients(dy, x, bias, dropout_mask=None, **layer):
-        _, cache = doraxp.forward(x, *parts(**layer), bias=bias, dropout_mask=dropout_mask)
+        _, cache = doraxp.forward(x, *layer_of(**layer), bias=bias, dropout_mask=dropout_mask)
         grads = doraxp.backward(dy, cache, train_base=True)
         return {**grads.adapter._asdict(), "x": grads.x, "weight": grads.weight, "bias": grads.bias}
 
@@ -43,7 +44,7 @@ def own(config=None):
         "init": lambda weight: doraxp.init(weight, Config(1), seed=0).magnitude,
         "forward": forward,
         "gradients": gradients,
-        "merge": lambda **layer: doraxp.merge(*parts(**layer)),
+        "merge": lambda **layer: doraxp.merge(*layer_of(**layer)),
     }
 
 
@@ -138,7 +139,7 @@ def test_jax_grad_of_the_formula_is_right(jax):
 
 
 def of(fault):
-    return f"{fault.source}: {fault.old} to {fault.new} eps {fault.eps:g} {fault.scaling}"
+    return f"{fault.source}: {fault.old} to {fault.new} eps {fault.eps:g} {fault.name}"
 
 
 @pytest.mark.parametrize("fault", faults.FAULTS, ids=of)
@@ -157,6 +158,12 @@ def test_the_page_has_the_table_of_faults():
 def test_95_percent_of_at_least_120_faults_are_named():
     assert len(set(faults.FAULTS)) == len(faults.FAULTS) >= 120
     assert sum(map(faults.is_named, faults.FAULTS)) >= 0.95 * len(faults.FAULTS)
+
+
+def test_each_deviation_is_named_where_it_is_planted():
+    """So a stranger can break any formula of a deviation, and a test falls."""
+    known = {name for part in parts() for name in part.known}
+    assert known - {name for fault in faults.FAULTS for name in fault.names} == set()
 
 
 def test_two_deviations_at_once_are_named():

@@ -253,6 +253,7 @@ BACKWARD: dict[str, Changes] = {
     "dbias is scaled by m/n": {"dbias": lambda d: (d.dy * d.gain.mT).sum(-2)},
     "dA, dB, dm and dbias are means over the tokens": {
         **multiplied("dmerged", per_token),
+        **multiplied("dbeside", per_token),
         **multiplied("dbias", per_token),
     },
     "dbias is a mean over the tokens": multiplied("dbias", per_token),
