@@ -33,7 +33,7 @@ class Fault(NamedTuple):
     name: str | None
     """The deviation that the report must name; None for a fault without a known name."""
     meant: Conventions = USUAL
-    """What the code is declared to do."""
+    """The choices that the code is declared to make."""
     also: tuple[str, str] | None = None
     """Old and new code of a second place."""
     eps: float = 0.0
