@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from doraxp._base.printable import printable
-from doraxp._base.words import counted
+from doraxp._base.words import counted, first_of
 from doraxp._terminal.tables import print_caption, print_table
-from doraxp.testing import Finding, Judgement, Report
+from doraxp.testing import Judgement, Report, grouped
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 LINES = 20
 """Groups of findings that are printed."""
-NAMED = 3
-"""Cases of a group, and of an entry that passes, that are named."""
 
 
 class Row(NamedTuple):
@@ -62,7 +59,7 @@ def print_conformance(report: Report, judged: Judgement, console: Console) -> No
         _print(
             f"and {counted(len(lines) - LINES, 'more group')}: --json and --junit have all", console
         )
-    for line in _left_out(report):
+    for line in (*map(str, report.never_returned), *_left_out(report)):
         _print(line, console)
     _print(_verdict(report, judged), console)
 
@@ -83,7 +80,7 @@ def _left_out(report: Report) -> Iterator[str]:
     if refused:
         yield (
             f"{counted(len(refused), 'case')} did not run, because the functions raise "
-            f"NotImplementedError: {_some(refused)}"
+            f"NotImplementedError: {first_of(refused, 'case')}"
         )
     if others := len(report.left_out) - len(refused):
         options = (
@@ -109,35 +106,13 @@ def _lines(judged: Judgement) -> Iterator[str]:
     for entry in judged.unmatched:
         yield f"STALE {entry.name} matches no function and case of this run: remove the entry"
     for entry, pairs in judged.passing:
-        where = _some(["/".join(pair) for pair in pairs])
+        where = first_of(map("/".join, pairs), "case")
         yield f"STALE {entry.name} passes in {where}: remove or narrow the entry"
-    yield from _groups(judged.wrong)
+    yield from (f"WRONG {line}" for line in grouped(judged.wrong))
     for entry in dict.fromkeys(entry for _, entry in judged.expected):
         count = sum(other == entry for _, other in judged.expected)
         yield f"expected {entry.name}, {counted(count, 'finding')}: {entry.reason} ({entry.link})"
-    for function in dict.fromkeys(one.function for one in judged.extreme):
-        found = [one.case for one in judged.extreme if one.function == function]
-        yield f"extreme {function}: {counted(len(found), 'finding')} in {_some(found)}"
-
-
-def _groups(findings: Iterable[Finding]) -> Iterator[str]:
-    """Yield a line for the findings that differ in their numbers, case and dtype alone."""
-    alike: dict[tuple[str, str, str], list[Finding]] = {}
-    for one in findings:
-        kind = re.sub(r"\d[\d.e+-]*", "", one.problem)
-        alike.setdefault((one.function, one.quantity, kind), []).append(one)
-    for first, *more in alike.values():
-        where = f"{first.function}, {first.case}, {first.dtype}, {first.quantity}"
-        others = [one.case for one in more if one.case != first.case]
-        again = f" (and {len(more)} more: {_some(others or [first.case])})" if more else ""
-        yield f"WRONG {where}: {first.problem}{again}"
-
-
-def _some(names: Sequence[str]) -> str:
-    """Return the first names, and the number of the others."""
-    names = list(dict.fromkeys(names))
-    rest = len(names) - NAMED
-    return f"{'; '.join(names[:NAMED])}{f'; and {rest} more' if rest > 0 else ''}"
+    yield from grouped(judged.extreme)
 
 
 def _verdict(report: Report, judged: Judgement) -> str:

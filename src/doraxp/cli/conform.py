@@ -190,4 +190,5 @@ def _figures(
         "left_out": report.left_out,
         "needs": report.needs,
         "unexplained": report.unexplained,
+        "never_returned": [one._asdict() for one in report.never_returned],
     }
