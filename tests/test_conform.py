@@ -196,7 +196,9 @@ def test_cases_that_did_not_run_have_a_reason(mine, capsys):
     assert f"--dropout input ({count} cases)" in words
     assert "--dtype float16 or bfloat16 (" in words
     assert "--stacks (" in words
-    assert "1 case did not run, because the functions raise NotImplementedError: tall" in words
+    assert "merge raises NotImplementedError in 1 case: tall 25 cases did not run: they" in words
+    calls = [{"function": "merge", "case": "tall", "dtype": d} for d in ("float32", "float64")]
+    assert found["refused"] == calls
     text = str(check_implementation(sys.modules["partly"]))
     assert f"dropout='input' ({count} cases)" in text
     _, axis = report_of(mine, "partly", "--norm-axis", "input")
@@ -255,6 +257,34 @@ def test_the_printed_report_groups_findings_as_the_command_does(mine, capsys):
     assert any(f"WRONG {line}" in words for line in lines)
     assert all(line in words for line in lines)
     assert all(f"  {line}" in str(report).splitlines() for line in lines)
+
+
+def test_a_function_without_any_run_has_a_line(mine, capsys):
+    (mine / "later.py").write_text(
+        "from naive import forward\ndef merge(**_): raise NotImplementedError('not yet')\n"
+    )
+    assert main(["conform", "later", "--junit", "r.xml"]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    said = "merge raises NotImplementedError in 24 cases: tall; wide; square; and 21 other cases"
+    assert f"{said} 25 cases did not run: " in words
+    root = checked(ElementTree.parse("r.xml").getroot())
+    suite = root.find("testsuite[@name='merge']")
+    assert suite.get("tests") == suite.get("skipped") == "48"
+    assert suite[0].get("name") == "tall, float32"
+    assert suite[0][0].attrib == {
+        "type": "not implemented",
+        "message": "merge raises NotImplementedError",
+    }
+
+
+def test_lines_that_are_continued_are_indented(mine, capsys):
+    """So a line that begins at the left is a new statement."""
+    assert main(["conform", "mine"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    below = lines[lines.index(next(line for line in lines if line.startswith("NAMED"))) :]
+    heads = ("NAMED ", "WRONG ", "WRONG: ", "extreme ", "25 cases did not run: ")
+    assert any(line.startswith("  ") for line in below)
+    assert [one for one in below if not one.startswith((*heads, "  "))] == []
 
 
 def test_a_report_with_the_files_of_a_tool_keeps_what_was_never_returned(mine, capsys):

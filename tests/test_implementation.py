@@ -730,6 +730,45 @@ def test_a_gradient_that_some_cases_return_is_a_finding_in_the_others(absent):
     assert report.unexplained == ()
 
 
+def test_a_function_that_is_not_implemented_is_said_beside_one_that_is():
+    """The case ran, so it is not left out, and the function has no run."""
+
+    def merge(**_):
+        raise NotImplementedError
+
+    report = checked(forward=RIGHT.forward, merge=merge)
+    assert report.ok
+    assert {one.function for one in report.runs} == {"forward"}
+    assert "tall" not in report.left_out
+    calls = {(one.case, one.dtype) for one in report.runs}
+    assert {(one.case, one.dtype) for one in report.refused} == calls
+    assert {one.function for one in report.refused} == {"merge"}
+    (said,) = report.refusals()
+    assert said.startswith("merge raises NotImplementedError in 24 cases: tall; wide; square; and ")
+    assert f"  {said}" in str(report).splitlines()
+    assert check_implementation(RIGHT).refused == ()
+
+
+def test_a_case_that_is_not_implemented_in_a_dtype_is_said_with_the_dtype():
+    def merge(weight, **others):
+        if weight.dtype == "float64" and len(weight) == 1:
+            raise NotImplementedError
+        return RIGHT.merge(weight=weight, **others)
+
+    def init(weight, groups):
+        if groups > 1:
+            raise NotImplementedError
+        return PARTS.convolution.init(weight, groups)
+
+    report = checked(merge=merge, convolution=SimpleNamespace(init=init))
+    assert report.refusals() == (
+        "merge raises NotImplementedError in 1 case: one row in float64",
+        "convolution.init raises NotImplementedError in 1 case: grouped convolution",
+    )
+    assert report.refused[0] == ("merge", "one row", "float64")
+    assert "one row" not in report.left_out
+
+
 def test_a_gradient_that_is_missing_in_extreme_cases_or_in_a_dtype():
     def gradients(bias, **given):
         found = RIGHT.gradients(bias=bias, **given)

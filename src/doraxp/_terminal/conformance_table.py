@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from doraxp._base.printable import printable
 from doraxp._base.words import counted, first_of
-from doraxp._terminal.tables import print_caption, print_table
+from doraxp._terminal.tables import print_names, print_table
 from doraxp.testing import Judgement, Report, grouped
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def print_conformance(report: Report, judged: Judgement, console: Console) -> No
         _print(
             f"and {counted(len(lines) - LINES, 'more group')}: --json and --junit have all", console
         )
-    for line in (*map(str, report.never_returned), *_left_out(report)):
+    for line in _not_checked(report):
         _print(line, console)
     _print(_verdict(report, judged), console)
 
@@ -74,15 +75,11 @@ def _advice(function: str) -> str:
     return f"; declare your choices, such as {options} or --eps 1e-6"
 
 
-def _left_out(report: Report) -> Iterator[str]:
-    """Yield why cases did not run: the options that they need, or NotImplementedError."""
-    refused = [name for name, needs in zip(report.left_out, report.needs, strict=True) if not needs]
-    if refused:
-        yield (
-            f"{counted(len(refused), 'case')} did not run, because the functions raise "
-            f"NotImplementedError: {first_of(refused, 'case')}"
-        )
-    if others := len(report.left_out) - len(refused):
+def _not_checked(report: Report) -> Iterator[str]:
+    """Yield what was not checked: gradients, cases of a function, and cases for other options."""
+    yield from map(str, report.never_returned)
+    yield from report.refusals()
+    if others := sum(map(bool, report.needs)):
         options = (
             f"{_option(name, value)} ({counted(count, 'case')})"
             for (name, value), count in report.needed().items()
@@ -124,4 +121,12 @@ def _verdict(report: Report, judged: Judgement) -> str:
 
 
 def _print(line: str, console: Console) -> None:
-    print_caption(printable(line), console)
+    """Print a line, and continue it on indented lines if it is too long for the terminal."""
+    for part in textwrap.wrap(
+        printable(line),
+        console.width,
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    ):
+        print_names(part, console)

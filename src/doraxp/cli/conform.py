@@ -190,5 +190,6 @@ def _figures(
         "left_out": report.left_out,
         "needs": report.needs,
         "unexplained": report.unexplained,
+        "refused": [one._asdict() for one in report.refused],
         "never_returned": [one._asdict() for one in report.never_returned],
     }

@@ -16,7 +16,7 @@ from doraxp.testing._diagnosis import Diagnosis, Run, diagnose
 from doraxp.testing._libraries import Library
 from doraxp.testing._parts import Part, parts, results_of
 from doraxp.testing._reference import Expected, Results
-from doraxp.testing._report import Finding, NeverReturned, Ran, Report
+from doraxp.testing._report import Finding, NeverReturned, Ran, Refused, Report
 from doraxp.testing._runs import Actual, described
 
 
@@ -57,7 +57,7 @@ def check_implementation(
     magnitude an update is plain: W' = V. Of right, right_a and right_b one or two are None. The
     adapters of a sum are dicts. Shapes are those of `catalogue`, `operator_catalogue`,
     `update_catalogue` and `sum_catalogue`. A function that raises NotImplementedError leaves the
-    case out.
+    case out, and the report has the call in `refused`.
 
     `gradients` may leave out keys, or map them to None, if it does so in every case that has such a
     gradient. Then nothing is checked there, and the report has the keys in `never_returned`. If it
@@ -124,6 +124,7 @@ def check_implementation(
     left_out: list[tuple[str, dict[str, Any]]] = []
     unexplained: list[str] = []
     never_returned: list[NeverReturned] = []
+    refused: list[Refused] = []
     for part, calls in planned:
         changes = conventions.changes if part.keeps_conventions else {}
         observed: list[_Observed] = []
@@ -132,6 +133,8 @@ def check_implementation(
             done += 1
             if (one := _observe(part, call, conventions, changes)) is not None:
                 observed.append(one)
+            else:
+                refused.append(Refused(call.name, call.case.name, call.dtype))
         never_returned += _note_missing(observed)
         runs = [one.run for one in observed]
         ran += map(_told, runs)
@@ -153,6 +156,7 @@ def check_implementation(
         tuple(needs for _, needs in left_out),
         tuple(unexplained),
         tuple(never_returned),
+        tuple(refused),
     )
 
 
@@ -207,7 +211,7 @@ class _Observed(NamedTuple):
 def _observe(
     part: Part, call: _Call, conventions: Conventions, changes: Changes
 ) -> _Observed | None:
-    """Call one function on one case; return its numbers and faults."""
+    """Call one function on one case; return its numbers and faults, None if it refuses the case."""
     name, function, case, dtype = call
     findings: list[Finding] = []
 

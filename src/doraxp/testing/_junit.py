@@ -19,9 +19,9 @@ def junit(name: str, report: Report, judged: Judgement) -> str:
     """Return JUnit XML: a suite for each function, and a test for each of its cases and dtypes.
 
     A test fails where a finding is wrong. It is skipped where all its findings were expected or
-    are those of an extreme case: its message has the reasons. A gradient that no case returned is a
-    skipped test too. Each entry of expected failures that passes or matches nothing fails in a
-    suite of its own.
+    are those of an extreme case: its message has the reasons. A call that raised
+    NotImplementedError is a skipped test too, and so is a gradient that no case returned. Each
+    entry of expected failures that passes or matches nothing fails in a suite of its own.
 
     Parameters
     ----------
@@ -56,6 +56,11 @@ def junit(name: str, report: Report, judged: Judgement) -> str:
         elif reasons := excused.get(here):
             _outcome(test, "skipped", "expected", reasons)
         by_function[run.function].append(test)
+    for one in report.refused:
+        test = _case(one.function, f"{one.case}, {one.dtype}")
+        problem = f"{one.function} raises NotImplementedError"
+        _outcome(test, "skipped", "not implemented", [problem])
+        by_function[one.function].append(test)
     for left_out in report.never_returned:
         for key in left_out.keys:
             test = _case(left_out.function, key)

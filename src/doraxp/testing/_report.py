@@ -35,6 +35,14 @@ class Ran(NamedTuple):
     a number that is not finite, is a finding and not one of them."""
 
 
+class Refused(NamedTuple):
+    """One call that raised NotImplementedError, so that it was not checked."""
+
+    function: str
+    case: str
+    dtype: str
+
+
 class NeverReturned(NamedTuple):
     """Gradients that a function returned in no case, so that they were not checked."""
 
@@ -68,6 +76,9 @@ class Report(NamedTuple):
     """The functions with wrong numbers that no diagnosis explains."""
     never_returned: tuple[NeverReturned, ...] = ()
     """The functions that left out gradients in every case. This is allowed, and not a finding."""
+    refused: tuple[Refused, ...] = ()
+    """Every call that raised NotImplementedError, in order. This is allowed too. Where all
+    functions of a part raise it, the case is also in `left_out`."""
 
     @property
     def ok(self) -> bool:
@@ -86,7 +97,7 @@ class Report(NamedTuple):
             for function in self.unexplained
         ]
         lines += [f"  {line}" for line in grouped(self.findings)]
-        lines += [f"  {one}" for one in self.never_returned]
+        lines += [f"  {one}" for one in (*self.never_returned, *self.refusals())]
         if needed := self.needed():
             choices = (
                 f"{name}={value!r} ({counted(count, 'case')})"
@@ -100,6 +111,19 @@ class Report(NamedTuple):
     def needed(self) -> dict[tuple[str, Any], int]:
         """Return how many of the cases that did not run are for each choice, the most first."""
         return dict(Counter(item for needs in self.needs for item in needs.items()).most_common())
+
+    def refusals(self) -> tuple[str, ...]:
+        """Return a line for each function that raised NotImplementedError, with the cases."""
+        ran = {(one.function, one.case) for one in self.runs}
+        cases: dict[str, dict[str, None]] = {}
+        for function, case, dtype in self.refused:
+            name = f"{case} in {dtype}" if (function, case) in ran else case
+            cases.setdefault(function, {})[name] = None
+        return tuple(
+            f"{function} raises NotImplementedError in {counted(len(names), 'case')}: "
+            f"{first_of(names, 'case')}"
+            for function, names in cases.items()
+        )
 
 
 def grouped(findings: Iterable[Finding]) -> tuple[str, ...]:
