@@ -199,6 +199,40 @@ def test_each_function_can_be_wrong_in_another_way():
     assert found[("merge",)] == ("s is left out",)
 
 
+HAND = "the gradients keep the right formulas"
+
+
+@pytest.mark.parametrize(
+    ("also", "names"),
+    [
+        (None, ("s is left out", HAND)),
+        (("db = scaling * dv", "db = dv"), ("s is left out", "dB lacks s", HAND)),
+        (
+            ("sum(axis=1))", "sum(axis=1)) + 1e-6"),
+            ("s is left out", "1e-06 is added to the norm", HAND),
+        ),
+    ],
+    ids=["alone", "beside a mistake in the gradients", "beside an eps"],
+)
+def test_a_mistake_in_v_is_named_where_the_gradients_are_written_by_hand(also, names):
+    fault = faults.Fault("delta = scaling * (", "delta = (", names[0], also=also)
+    report = faults.check(fault)
+    assert report.unexplained == ()
+    (one,) = [one for one in report.diagnoses if "gradients" in one.functions]
+    assert set(one.deviations) == set(names)
+    assert one.deviations[-1] == HAND
+
+
+@pytest.mark.parametrize("dg", ["-magnitude * e / norm**3", "-gain * e / norm**2"])
+def test_gradients_by_hand_may_take_the_gain_for_m_over_n(dg):
+    """q is −(m/n) dg / n² or −g dg / n², which differ where the forward squares the gain."""
+    square = ("gain = magnitude / norm", "gain = (magnitude / norm) ** 2")
+    fault = faults.Fault("q = -magnitude * e / norm**3", f"q = {dg}", None, also=square)
+    (one,) = faults.check(fault).diagnoses
+    assert one.functions == ("forward", "gradients", "merge")
+    assert one.deviations == ("m/n is applied twice", HAND)
+
+
 def test_two_functions_that_are_wrong_in_one_way_each_are_named_together():
     def forward(bias, **others):
         return RIGHT.forward(bias=None, **others)
