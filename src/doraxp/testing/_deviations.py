@@ -54,8 +54,8 @@ def eps(size: float) -> Changes:
 
 
 def eps_under_root(size: float) -> Changes:
-    """Return the change that adds a number to the sum of squares whose root is the norm."""
-    return {"length": lambda d: (d.v.norms() * d.v.norms() + size).sqrt()}
+    """Return the change that adds a number to the square whose root is the norm."""
+    return {"eps_in_root": lambda d: size}
 
 
 def hand_written(changes: Changes) -> Changes:
@@ -76,10 +76,11 @@ def hand_written(changes: Changes) -> Changes:
     return formulas or changes
 
 
-_READ_BY_GRADIENTS = {"update", "unscaled", "length", "eps", "gain"}
+_READ_BY_GRADIENTS = {"update", "unscaled", "length", "eps", "eps_in_root", "gain"}
+_BY_N: Changes = {"slope": lambda d: d.v.over(d.n), "dlength": lambda d: d.dnorm}
 RIGHT_GRADIENTS: tuple[Changes, ...] = (
-    {"slope": lambda d: d.v.over(d.n), "dnorm": lambda d: -(d.m.over(d.n) * d.dgain).over(d.n)},
-    {"slope": lambda d: d.v.over(d.n)},
+    {**_BY_N, "dnorm": lambda d: -(d.m.over(d.n) * d.dgain).over(d.n)},
+    _BY_N,
 )
 """Two ways to write the gradient through the norm, −(m/n) dg / n and −g dg / n. They differ where g
 is not m/n."""
@@ -127,7 +128,7 @@ FORWARD: dict[str, Changes] = {
     },
     "the norm of a column scales the row": {
         "length": lambda d: d.v.norms(-2).mT,
-        "through_norm": lambda d: (d.dnorm.mT * d.v).over(d.length.mT),
+        "through_norm": lambda d: (d.dlength.mT * d.v).over(d.length.mT),
     },
     "each column is divided by its own norm": {
         "length": lambda d: d.v.norms(-2),
@@ -226,7 +227,7 @@ LOW_RANK: dict[str, Changes] = {
 
 BACKWARD: dict[str, Changes] = {
     DETACHED: {"through_norm": lambda d: 0.0},
-    "the norm is not detached": {"through_norm": lambda d: d.dnorm * d.slope},
+    "the norm is not detached": {"through_norm": lambda d: d.dlength * d.slope},
     "the gradient through the norm has the wrong sign": {
         "dv": lambda d: d.gain * d.dmerged - d.through_norm
     },

@@ -117,12 +117,14 @@ def _by_hand(runs: list[Run], known: Mapping[str, Changes]) -> dict[str, Changes
 def _pairs(runs: list[Run], known: Mapping[str, Changes], base: Changes) -> Iterator[Names]:
     """Yield the pairs of names that may explain the numbers of one function."""
     # A deviation that changes no number that was returned cannot be part of a pair.
-    candidates = [name for name in known if _moves(runs, {**base, **known[name]})]
+    candidates = [
+        name for name in known if any(_moved(run, {**base, **known[name]}) for run in runs)
+    ]
     worst = max(runs, key=lambda run: run.worst)
-    effects = {name: _effects(worst, {**base, **known[name]}) for name in candidates}
+    moved = {name: _moved(worst, {**base, **known[name]}) for name in candidates}
     wrong = {name for name, got in worst.actual.items() if worst.wanted[name].share(got.values) > 1}
     for one, other in combinations(candidates, 2):
-        if _fit(effects[one], effects[other], wrong):
+        if wrong <= moved[one] | moved[other]:
             yield one, other
 
 
@@ -134,7 +136,11 @@ def _beside_detached(
     PEFT detaches the norm, so a gradient may have this choice beside two mistakes.
     """
     detached = known.get(DETACHED, {})
-    if not detached or set(detached) & set(base) or not _moves(runs, {**base, **detached}):
+    if (
+        not detached
+        or set(detached) & set(base)
+        or not any(_moved(run, {**base, **detached}) for run in runs)
+    ):
         return {}
     base = {**base, **detached}
     others = {name: own for name, own in known.items() if not set(own) & set(detached)}
@@ -148,32 +154,6 @@ def _against(run: Run, changes: Changes) -> Run:
     wanted = {name: results.of(name) for name in run.actual}
     worst = max(wanted[name].share(got.values) for name, got in run.actual.items())
     return run._replace(wanted=wanted, worst=worst)
-
-
-class _Effects(NamedTuple):
-    """The names of one run's results that a deviation changes, and those that it explains."""
-
-    moved: set[str]
-    explained: set[str]
-
-
-def _effects(run: Run, changes: Changes) -> _Effects:
-    moved, explained = set(), set()
-    for name, (wanted, got) in zip(run.actual, _compared(run, changes), strict=False):
-        if wanted is None or not np.array_equal(wanted.value, run.wanted[name].value):
-            moved.add(name)
-        if wanted is None or wanted.share(got.values) <= 1:
-            explained.add(name)
-    return _Effects(moved, explained)
-
-
-def _fit(one: _Effects, other: _Effects, wrong: set[str]) -> bool:
-    """Return whether two deviations may explain a run: each explains what it changes alone."""
-    return (
-        one.moved - other.moved <= one.explained
-        and other.moved - one.moved <= other.explained
-        and wrong <= one.moved | other.moved
-    )
 
 
 def _jointly(
@@ -227,13 +207,13 @@ def _error(runs: list[Run], changes: Changes) -> float:
     return worst
 
 
-def _moves(runs: list[Run], changes: Changes) -> bool:
-    """Return whether a deviation changes any number that was returned."""
-    for run in runs:
-        for name, (wanted, _) in zip(run.actual, _compared(run, changes), strict=False):
-            if wanted is None or not np.array_equal(wanted.value, run.wanted[name].value):
-                return True
-    return False
+def _moved(run: Run, changes: Changes) -> set[str]:
+    """Return the names of one run's results that a deviation changes."""
+    return {
+        name
+        for name, (wanted, _) in zip(run.actual, _compared(run, changes), strict=False)
+        if wanted is None or not np.array_equal(wanted.value, run.wanted[name].value)
+    }
 
 
 def _compared(run: Run, changes: Changes) -> Iterator[tuple[Expected | None, Actual]]:
