@@ -208,6 +208,50 @@ def test_each_function_can_be_wrong_in_another_way():
     assert found[("merge",)] == ("s is left out",)
 
 
+HAND = "the gradients keep the right formulas"
+
+
+S_LEFT_OUT = ("delta = scaling * (", "delta = (")
+ROOT, EPS = "np.sqrt((v * v).sum(axis=1))", "1e-06 is added to the norm"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "names"),
+    [
+        (S_LEFT_OUT, None, {"s is left out"}),
+        (S_LEFT_OUT, ("db = scaling * dv", "db = dv"), {"s is left out", "dB lacks s"}),
+        (S_LEFT_OUT, (ROOT, f"{ROOT} + 1e-6"), {"s is left out", EPS}),
+        (
+            (ROOT, "np.sqrt((delta * delta).sum(axis=1) + 1e-6)"),
+            None,
+            {"the norm is that of the update", "1e-06 is added under the root of the norm"},
+        ),
+        # Each of these two changes what the other one makes.
+        (
+            (ROOT, f"{ROOT} + 1e-6"),
+            ('found["bias"] = ds.', 'found["bias"] = dz.'),
+            {EPS, "dbias is scaled by m/n"},
+        ),
+    ],
+)
+def test_a_mistake_in_v_is_named_where_the_gradients_are_written_by_hand(one, other, names):
+    report = faults.check(faults.Fault(*one, None, also=other))
+    assert report.unexplained == ()
+    (one,) = [one for one in report.diagnoses if "gradients" in one.functions]
+    assert one.deviations[-1] == HAND
+    assert set(one.deviations) == names | {HAND}
+
+
+@pytest.mark.parametrize("dg", ["-magnitude * e / norm**3", "-gain * e / norm**2"])
+def test_gradients_by_hand_may_take_the_gain_for_m_over_n(dg):
+    """q is −(m/n) dg / n² or −g dg / n², which differ where the forward squares the gain."""
+    square = ("gain = magnitude / norm", "gain = (magnitude / norm) ** 2")
+    fault = faults.Fault("q = -magnitude * e / norm**3", f"q = {dg}", None, also=square)
+    (one,) = faults.check(fault).diagnoses
+    assert one.functions == ("forward", "gradients", "merge")
+    assert one.deviations == ("m/n is applied twice", HAND)
+
+
 def test_two_functions_that_are_wrong_in_one_way_each_are_named_together():
     def forward(bias, **others):
         return RIGHT.forward(bias=None, **others)
