@@ -177,6 +177,21 @@ def test_a_function_that_no_mistake_explains_has_a_hint(mine, capsys):
     assert "UNNAMED step: no known mistake or pair of them explains the numbers WRONG" in words
 
 
+def test_the_named_functions_are_mended_before_one_without_a_name(mine, capsys):
+    gradients = GRADIENTS.replace("SIGN", "0.3 *").replace("forward, merge", "merge")
+    (mine / "both.py").write_text(
+        gradients
+        + "\n\ndef forward(**given):\n"
+        + "    return __import__('naive').forward(**given | {'bias': None})\n\n\n"
+        + "def step(learning_rate, **given):\n"
+        + "    return __import__('naive').step(learning_rate=-learning_rate, **given)\n"
+    )
+    assert main(["conform", "both"]) == 1
+    words = " ".join(capsys.readouterr().out.split())
+    assert "NAMED step: the step goes uphill" in words
+    assert "explains the numbers; mend forward first, and run again WRONG" in words
+
+
 def test_cases_that_did_not_run_have_a_reason(mine, capsys):
     (mine / "partly.py").write_text(
         "import naive\n"

@@ -52,7 +52,7 @@ def print_conformance(report: Report, judged: Judgement, console: Console) -> No
         _print(f"NAMED {named}", console)
     for function in report.unexplained:
         unnamed = "no known mistake or pair of them explains the numbers"
-        _print(f"UNNAMED {function}: {unnamed}{_advice(function)}", console)
+        _print(f"UNNAMED {function}: {unnamed}{_advice(function, report)}", console)
     lines = [*_lines(judged)]
     for line in lines[:LINES]:
         _print(line, console)
@@ -65,12 +65,20 @@ def print_conformance(report: Report, judged: Judgement, console: Console) -> No
     _print(_verdict(report, judged), console)
 
 
-def _advice(function: str) -> str:
-    """Return the options that may explain the numbers of a function; optimizers have none."""
-    name = function.split(".")[-1]
-    first = {"gradients": "--norm-gradient detached, --layout in_out"}
+def _advice(function: str, report: Report) -> str:
+    """Return what may explain the numbers of a function; nothing explains those of an optimizer.
+
+    Functions of one part share their mistakes, so those with a name come first.
+    """
+    part, _, name = function.rpartition(".")
     if name.endswith("step"):
         return ""
+    named = [one for diagnosis in report.diagnoses for one in diagnosis.functions]
+    if same := [
+        one for one in named if one.rpartition(".")[0] == part and not one.endswith("step")
+    ]:
+        return f"; mend {', '.join(dict.fromkeys(same))} first, and run again"
+    first = {"gradients": "--norm-gradient detached, --layout in_out"}
     options = first.get(name, "--layout in_out, --form direction")
     return f"; declare your choices, such as {options} or --eps 1e-6"
 
