@@ -66,7 +66,7 @@ def print_conformance(report: Report, judged: Judgement, console: Console) -> No
 
 
 def _advice(function: str, report: Report) -> str:
-    """Return what may explain the numbers of a function; nothing explains those of an optimizer.
+    """Return the advice on a function whose numbers no mistake explains; an optimizer has none.
 
     Functions of one part share their mistakes, so those with a name come first.
     """
