@@ -181,7 +181,7 @@ def test_the_last_lines_name_the_rank_that_brings_each_error_to_a_tenth(tmp_path
 
 
 def test_a_rank_that_the_search_did_not_meet_is_not_named(tmp_path, capsys):
-    """A large weight whose rows have new lengths: the change is no product of few columns."""
+    """A large weight whose rows have new lengths: no low rank is near the change."""
     rng = np.random.default_rng(0)
     path, shape = "block.0.q", (700, 600)
     base = {f"{path}.weight": draw(rng, *shape)}
