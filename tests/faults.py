@@ -47,8 +47,11 @@ class Fault(NamedTuple):
         return of_eps | ({self.name} if self.name else set())
 
 
-def parts(*faults: tuple[str, str, str]) -> tuple[Fault, ...]:
-    return tuple(Fault(*fault, source="naive_parts") for fault in faults)
+def parts(*faults: tuple[Any, ...]) -> tuple[Fault, ...]:
+    return tuple(
+        Fault(old, new, name, also=also[0] if also else None, source="naive_parts")
+        for old, new, name, *also in faults
+    )
 
 
 NORMS = {
@@ -108,6 +111,7 @@ LAYER = (
         "delta = scaling / len(lora_a) ** 0.5",
         "s = alpha/√rank",
         declared(scaling="alpha"),
+        ("da = scaling * lora_b", "scaling = scaling / len(lora_a) ** 0.5; da = scaling * lora_b"),
     ),
     Fault("v = weight + delta", "v = weight - delta", "the update is subtracted"),
     Fault(
@@ -322,8 +326,18 @@ PARTS = parts(
     ("np.sqrt((v * v).sum(", "np.sqrt((v * v).mean(", "the norm is a root mean square"),
     ("np.sqrt((v * v).sum(axis=-1))", "(v * v).sum(axis=-1)", "the norm is not rooted"),
     ("base + scaling * update", "base + update", "s is left out"),
-    ("base + scaling * update", "base + scaling**2 * update", "s is applied twice"),
-    ("base + scaling * update", "base - scaling * update", "the update is subtracted"),
+    (
+        "base + scaling * update",
+        "base + scaling**2 * update",
+        "s is applied twice",
+        ("scaling * (lora_a.T", "scaling**2 * (lora_a.T"),
+    ),
+    (
+        "base + scaling * update",
+        "base - scaling * update",
+        "the update is subtracted",
+        ("+ scaling * (lora_a.T", "- scaling * (lora_a.T"),
+    ),
     (
         "np.sqrt((weight**2).reshape(len(weight), -1).sum(axis=1))",
         "np.ones(len(weight), weight.dtype)",
@@ -337,9 +351,9 @@ PARTS = parts(
         "each place of the kernel has a norm of its own",
     ),
     (
-        "windows = unfolded(x, kernel, stride, padding, dilation)",
-        "windows = unfolded(x, kernel, stride, padding, dilation); "
-        "windows = np.flip(windows, tuple(range(-len(kernel), 0)))",
+        "gain = m / norm\n",
+        "gain = m / norm\n        shape = (*w.shape[:2], weight.shape[1], -1)\n"
+        "        v, w = (one.reshape(shape)[..., ::-1].reshape(w.shape) for one in (v, w))\n",
         "the kernel is turned around",
     ),
     (
@@ -558,9 +572,10 @@ def check(fault: Fault) -> Report:
 
 
 def is_named(fault: Fault) -> bool:
-    """Return whether the report has the fault's names."""
-    found = {name for one in check(fault).diagnoses for name in one.deviations}
-    return bool(fault.names) and fault.names <= found
+    """Return whether the report has the fault's names, and names for each wrong function."""
+    report = check(fault)
+    found = {name for one in report.diagnoses for name in one.deviations}
+    return bool(fault.names) and fault.names <= found and not report.unexplained
 
 
 def row(fault: Fault) -> str:

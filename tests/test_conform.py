@@ -23,8 +23,10 @@ from doraxp.testing import (
     VERSION,
     Conventions,
     ExpectedFailure,
+    Report,
     catalogue,
     check_implementation,
+    grouped,
     judge,
     junit,
     read_expected_failures,
@@ -120,7 +122,9 @@ def test_a_wrong_implementation_is_named_and_its_findings_are_grouped(mine, caps
     assert max(map(len, out.splitlines())) <= 80
     words = " ".join(out.split())
     assert "NAMED forward: the bias is left out (largest error " in words
-    assert re.search(r"WRONG forward, tall, float64, y: is .* more: wide; square; .* more\)", words)
+    assert re.search(
+        r"WRONG forward, tall, float64, y: is .* more: wide; square; .* other cases\)", words
+    )
     assert words.count("WRONG forward") == 1
     assert re.search(r"WRONG: \d+ arrays, \d+ wrong[.]$", words)
 
@@ -173,6 +177,21 @@ def test_a_function_that_no_mistake_explains_has_a_hint(mine, capsys):
     assert "UNNAMED step: no known mistake or pair of them explains the numbers WRONG" in words
 
 
+def test_the_named_functions_are_mended_before_one_without_a_name(mine, capsys):
+    gradients = GRADIENTS.replace("SIGN", "0.3 *").replace("forward, merge", "merge")
+    (mine / "both.py").write_text(
+        gradients
+        + "\n\ndef forward(**given):\n"
+        + "    return __import__('naive').forward(**given | {'bias': None})\n\n\n"
+        + "def step(learning_rate, **given):\n"
+        + "    return __import__('naive').step(learning_rate=-learning_rate, **given)\n"
+    )
+    assert main(["conform", "both"]) == 1
+    words = " ".join(capsys.readouterr().out.split())
+    assert "NAMED step: the step goes uphill" in words
+    assert "explains the numbers; mend forward first, and run again WRONG" in words
+
+
 def test_cases_that_did_not_run_have_a_reason(mine, capsys):
     (mine / "partly.py").write_text(
         "import naive\n"
@@ -192,12 +211,106 @@ def test_cases_that_did_not_run_have_a_reason(mine, capsys):
     assert f"--dropout input ({count} cases)" in words
     assert "--dtype float16 or bfloat16 (" in words
     assert "--stacks (" in words
-    assert "1 case did not run, because the functions raise NotImplementedError: tall" in words
+    assert "merge raises NotImplementedError in 1 case: tall 25 cases did not run: they" in words
+    calls = [{"function": "merge", "case": "tall", "dtype": d} for d in ("float32", "float64")]
+    assert found["refused"] == calls
     text = str(check_implementation(sys.modules["partly"]))
     assert f"dropout='input' ({count} cases)" in text
     _, axis = report_of(mine, "partly", "--norm-axis", "input")
     needs = dict(zip(axis["left_out"], axis["needs"], strict=True))
     assert needs["wide"] == {"norm_axis": "output"}
+
+
+ONLY = """
+import naive
+from naive import forward
+
+
+def gradients(**given):
+    return {KEYS}
+"""
+
+
+def test_gradients_that_no_case_returned_have_a_line_and_the_exit_status_stays_0(mine, capsys):
+    (mine / "alone.py").write_text(ONLY.replace("KEYS", "'x': naive.gradients(**given)['x']"))
+    status, found = report_of(mine, "alone")
+    assert status == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    words = " ".join(" ".join(lines).split())
+    said = "gradients never returned lora_a, lora_b, magnitude, weight, bias: not checked"
+    assert f"{said} 25 cases did not run" in words
+    keys = ["lora_a", "lora_b", "magnitude", "weight", "bias"]
+    assert found["never_returned"] == [{"function": "gradients", "keys": keys}]
+    _, found = report_of(mine, "naive")
+    assert found["never_returned"] == []
+    assert "never returned" not in capsys.readouterr().out
+
+
+def test_a_gradient_that_some_cases_lack_is_wrong_there(mine, capsys):
+    found = "**{key: one for key, one in naive.gradients(**given).items() if key != 'lora_a' or "
+    keys = f"{found} given['lora_a'].shape[0] != 1}}"
+    (mine / "some.py").write_text(ONLY.replace("KEYS", keys))
+    status, found = report_of(mine, "some")
+    assert status == 1
+    assert found["functions"]["gradients"]["wrong"] == 6
+    assert found["never_returned"] == []
+    words = " ".join(capsys.readouterr().out.split())
+    said = "must be returned here as in other cases, got no array for the key lora_a"
+    more = "(and 5 more: one column; rank 1)"
+    assert f"WRONG gradients, one row, float32, da: {said} {more}" in words
+    assert report_of(mine, "some", *expecting(mine, "gradients/*/da"))[0] == 1  # it passes in tall
+    names = [f"gradients/{case}/da" for case in ("one row", "one column", "rank 1")]
+    assert report_of(mine, "some", *expecting(mine, *names))[0] == 0
+
+
+def test_the_printed_report_groups_findings_as_the_command_does(mine, capsys):
+    assert main(["conform", "mine"]) == 1
+    words = " ".join(capsys.readouterr().out.split())
+    report = check_implementation(sys.modules["mine"])
+    lines = grouped(report.findings)
+    assert any(f"WRONG {line}" in words for line in lines)
+    assert all(line in words for line in lines)
+    assert all(f"  {line}" in str(report).splitlines() for line in lines)
+
+
+def test_a_function_without_any_run_has_a_line(mine, capsys):
+    (mine / "later.py").write_text(
+        "from naive import forward\ndef merge(**_): raise NotImplementedError('not yet')\n"
+    )
+    assert main(["conform", "later", "--junit", "r.xml"]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    said = "merge raises NotImplementedError in 24 cases: tall; wide; square; and 21 other cases"
+    assert f"{said} 25 cases did not run: " in words
+    root = checked(ElementTree.parse("r.xml").getroot())
+    suite = root.find("testsuite[@name='merge']")
+    assert suite.get("tests") == suite.get("skipped") == "48"
+    assert suite[0].get("name") == "tall, float32"
+    assert suite[0][0].attrib == {
+        "type": "not implemented",
+        "message": "merge raises NotImplementedError",
+    }
+
+
+def test_lines_that_are_continued_are_indented(mine, capsys):
+    """So a line that begins at the left is a new statement."""
+    assert main(["conform", "mine"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    below = lines[lines.index(next(line for line in lines if line.startswith("NAMED"))) :]
+    heads = ("NAMED ", "WRONG ", "WRONG: ", "extreme ", "25 cases did not run: ")
+    assert any(line.startswith("  ") for line in below)
+    assert [one for one in below if not one.startswith((*heads, "  "))] == []
+
+
+def test_a_report_with_the_files_of_a_tool_keeps_what_was_never_returned(mine, capsys):
+    code = ONLY.replace("KEYS", "'x': naive.gradients(**given)['x']")
+    (mine / "tool.py").write_text(f"{code}\n\ndef merge_files(base, adapter, out): raise OSError\n")
+    status, found = report_of(mine, "tool", *expecting(mine, "merge_files/*/merged"))
+    assert status == 0
+    assert found["functions"]["merge_files"]["expected"] == 14
+    assert [one["function"] for one in found["never_returned"]] == ["gradients"]
+    assert "gradients never returned lora_a" in " ".join(capsys.readouterr().out.split())
+    assert Report((), (), 3, (), ()).never_returned == ()  # it is built without the field too
 
 
 def test_a_number_that_should_be_0_has_no_relative_error(mine, capsys):
@@ -230,7 +343,7 @@ def test_the_same_fault_in_one_case_names_the_case(mine, capsys):
     )
     assert main(["conform", "once"]) == 1
     words = " ".join(capsys.readouterr().out.split())
-    assert "raises ValueError: \\x1b[31m[red] (and 1 more: tall)" in words
+    assert "raises ValueError: \\x1b[31m[red] (and 1 more: tall in float64)" in words
 
 
 # Targets
@@ -636,6 +749,23 @@ def test_expected_failures_are_skipped_with_their_reason_and_stale_ones_fail(min
         "init/tall/*": "passes in init/tall",
         "merge/tall/*": "matches no function and case of this run",
     }
+
+
+def test_gradients_that_no_case_returned_are_skipped_tests(mine):
+    (mine / "alone2.py").write_text(ONLY.replace("KEYS", "'x': naive.gradients(**given)['x']"))
+    assert main(["conform", "alone2", "--junit", "r.xml"]) == 0
+    root = checked(ElementTree.parse("r.xml").getroot())
+    suite = root.find("testsuite[@name='gradients']")
+    skipped = {
+        test.get("name"): test[0].get("message")
+        for test in suite
+        if len(test) and test[0].get("type") == "never returned"
+    }
+    assert skipped == {
+        key: f"gradients never returned {key}: not checked"
+        for key in ("lora_a", "lora_b", "magnitude", "weight", "bias")
+    }
+    assert suite[-1].get("classname") == "gradients"
 
 
 def test_any_message_can_be_written_as_xml(mine):

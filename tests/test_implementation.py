@@ -13,10 +13,19 @@ import pytest
 
 import doraxp
 from doraxp import Adapter, Config
-from doraxp.testing import Conventions, catalogue, check_implementation, expected
+from doraxp._base.words import counted
+from doraxp.testing import (
+    Conventions,
+    Finding,
+    catalogue,
+    check_implementation,
+    expected,
+    grouped,
+)
 from doraxp.testing._parts import parts
 
 RIGHT = faults.planted(None)
+PARTS = faults.planted(None, "naive_parts")
 NAMES = ("forward", "gradients", "merge")
 
 
@@ -199,6 +208,50 @@ def test_each_function_can_be_wrong_in_another_way():
     assert found[("merge",)] == ("s is left out",)
 
 
+HAND = "the gradients keep the right formulas"
+
+
+S_LEFT_OUT = ("delta = scaling * (", "delta = (")
+ROOT, EPS = "np.sqrt((v * v).sum(axis=1))", "1e-06 is added to the norm"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "names"),
+    [
+        (S_LEFT_OUT, None, {"s is left out"}),
+        (S_LEFT_OUT, ("db = scaling * dv", "db = dv"), {"s is left out", "dB lacks s"}),
+        (S_LEFT_OUT, (ROOT, f"{ROOT} + 1e-6"), {"s is left out", EPS}),
+        (
+            (ROOT, "np.sqrt((delta * delta).sum(axis=1) + 1e-6)"),
+            None,
+            {"the norm is that of the update", "1e-06 is added under the root of the norm"},
+        ),
+        # Each of these two changes what the other one makes.
+        (
+            (ROOT, f"{ROOT} + 1e-6"),
+            ('found["bias"] = ds.', 'found["bias"] = dz.'),
+            {EPS, "dbias is scaled by m/n"},
+        ),
+    ],
+)
+def test_a_mistake_in_v_is_named_where_the_gradients_are_written_by_hand(one, other, names):
+    report = faults.check(faults.Fault(*one, None, also=other))
+    assert report.unexplained == ()
+    (one,) = [one for one in report.diagnoses if "gradients" in one.functions]
+    assert one.deviations[-1] == HAND
+    assert set(one.deviations) == names | {HAND}
+
+
+@pytest.mark.parametrize("dg", ["-magnitude * e / norm**3", "-gain * e / norm**2"])
+def test_gradients_by_hand_may_take_the_gain_for_m_over_n(dg):
+    """q is −(m/n) dg / n² or −g dg / n², which differ where the forward squares the gain."""
+    square = ("gain = magnitude / norm", "gain = (magnitude / norm) ** 2")
+    fault = faults.Fault("q = -magnitude * e / norm**3", f"q = {dg}", None, also=square)
+    (one,) = faults.check(fault).diagnoses
+    assert one.functions == ("forward", "gradients", "merge")
+    assert one.deviations == ("m/n is applied twice", HAND)
+
+
 def test_two_functions_that_are_wrong_in_one_way_each_are_named_together():
     def forward(bias, **others):
         return RIGHT.forward(bias=None, **others)
@@ -355,8 +408,65 @@ def test_the_same_fault_in_every_case_is_printed_once():
     lines = str(report).splitlines()
     (line,) = (line for line in lines if "unexpected keyword argument 'weight'" in line)
     assert line.startswith("  merge, tall, float32, all: raises TypeError: ")
-    assert line.endswith(f" (and {len(report.findings) - 1} more)")
-    assert len(lines) == 4  # the last two are about the cases that are left out
+    extreme = sum(one.extreme for one in report.findings)
+    more = len(report.findings) - extreme - 1
+    assert f" (and {more} more: wide; square; one row; and " in line
+    assert f"  extreme merge: {counted(extreme, 'finding')} in zero row; huge; tiny" in lines
+    assert len(lines) == 5  # the last two are about the cases that are left out
+
+
+def test_a_printed_report_has_a_line_for_each_group_and_the_findings_have_all():
+    """Two mistakes in three functions are a screen, and not a line for each case."""
+
+    def forward(bias, **others):
+        return RIGHT.forward(bias=None, **others)
+
+    def merge(scaling, **others):
+        return RIGHT.merge(scaling=1.0, **others)
+
+    report = checked(forward=forward, merge=merge, gradients=RIGHT.gradients)
+    lines = str(report).splitlines()
+    assert len(lines) < 12
+    usual = [one for one in report.findings if not one.extreme]
+    shown = [line.strip() for line in lines if line.strip() in grouped(report.findings)]
+    assert shown == [*grouped(report.findings)]
+    counts = [int(n) for line in grouped(usual) for n in re.findall(r"and (\d+) more: ", line)]
+    assert sum(counts) + len(grouped(usual)) == len(usual) > 50
+    assert grouped(usual)[0].startswith("forward, tall, float32, y: is ")
+    assert grouped(usual + [one for one in report.findings if one.extreme]) == grouped(
+        report.findings
+    )
+
+
+def test_findings_are_grouped_where_their_numbers_case_and_dtype_differ_alone():
+    def found(problem, case="tall", dtype="float32", function="merge", *, extreme=False):
+        return Finding(function, case, dtype, "merged", problem, extreme)
+
+    assert grouped([]) == ()
+    alike = [
+        found("is 3 times its bound off, relative error 1e-05"),
+        found("is 1e+300 times its bound off, relative error inf", "wide"),
+        found("is inf times its bound off, relative error 1", "square"),
+        found("is 7.5 times its bound off", "tall", "float64"),
+    ]
+    (line,) = grouped(alike)
+    assert line == (
+        "merge, tall, float32, merged: is 3 times its bound off, relative error 1e-05 "
+        "(and 3 more: wide; square)"
+    )
+    assert grouped([*alike, found("raises A"), found("raises B"), found("raises A", "wide")]) == (
+        line,
+        "merge, tall, float32, merged: raises A (and 1 more: wide)",
+        "merge, tall, float32, merged: raises B",
+    )
+    same = [found("raises A", dtype=dtype) for dtype in ("float32", "float16", "float64")]
+    said = "merge, tall, float32, merged: raises A (and 2 more: tall in float16, float64)"
+    assert grouped(same) == (said,)
+    many = [found("raises A", case) for case in "abcdef"]
+    assert grouped(many)[0].endswith(" (and 5 more: b; c; d; and 2 other cases)")
+    extreme = [found("raises A", case, extreme=True) for case in ("huge", "huge", "tiny")]
+    (line,) = grouped([*extreme, found("raises B", "tiny", function="init", extreme=True)])[:1]
+    assert line == "extreme merge: 3 findings in huge; tiny"
 
 
 class MuteError(Exception):
@@ -375,7 +485,8 @@ def test_an_exit_does_not_end_the_check(error, said):
     returned = type("Returned", (), {"__array__": raises})()
     assert problems(forward=raises)[0] == ("tall", "all", f"raises {said}")
     taken = problems(forward=lambda **_: returned)[0]
-    assert taken == ("tall", "y", f"cannot be read by numpy.asarray: {said}")
+    rule = "must be an array that numpy.asarray can read, got Returned: "
+    assert taken == ("tall", "y", f"{rule}{said}")
 
 
 def test_a_merge_in_16_bits_says_how_much_of_the_update_it_keeps():
@@ -435,7 +546,7 @@ def test_the_largest_float_is_reported():
 @pytest.mark.parametrize(
     ("returned", "problem"),
     [
-        (None, ("all", "must return a dict of gradients, got NoneType")),
+        (None, ("all", "must return a dict of gradients, got None")),
         ([1.0], ("all", "must return a dict of gradients, got list")),
         ({}, ("all", "returns no gradient")),
         ({"x": None}, ("all", "returns no gradient")),
@@ -461,10 +572,16 @@ def test_a_gradient_of_a_missing_bias_is_reported():
 @pytest.mark.parametrize(
     ("returned", "problem"),
     [
-        (None, "must return (params, state), got NoneType"),
-        ([1, 2, 3], "must return (params, state), got list"),
-        (([1], None), "must return params with lora_a, lora_b, magnitude"),
-        (({"lora_a": np.ones(1)}, None), "must return params with lora_a, lora_b, magnitude"),
+        (None, "must return (params, state), got None"),
+        ({}, "must return (params, state), got dict"),
+        ([1, 2, 3], "must return (params, state), got list of 3 items"),
+        (([1], None), "must return params with lora_a, lora_b, magnitude, got list"),
+        ((None, None), "must return params with lora_a, lora_b, magnitude, got None"),
+        (({}, None), "must return params with lora_a, lora_b, magnitude, got dict with no keys"),
+        (
+            ({"lora_a": np.ones(1), 3: 3}, None),
+            "must return params with lora_a, lora_b, magnitude, got dict with lora_a, 3",
+        ),
     ],
 )
 def test_a_step_that_returns_something_else_is_reported(returned, problem):
@@ -478,7 +595,8 @@ def test_a_step_without_arrays_ends_its_case():
     found = {
         quantity: problem for case, quantity, problem in problems(step=step) if case == "adamw"
     }
-    assert found["lora_b 1"].startswith("cannot be read by numpy.asarray: ValueError")
+    rule = "must be an array that numpy.asarray can read, got list: ValueError: "
+    assert found["lora_b 1"].startswith(rule)
     assert all(quantity.endswith(" 1") for quantity in found)
 
 
@@ -500,7 +618,7 @@ def test_a_step_that_replaces_its_parameters_is_reported():
     assert set(problems(step=step)) >= {("adamw", "params", "was written to")}
 
 
-@pytest.mark.parametrize("returned", [None, np.ones(3), np.ones((3, 2))])
+@pytest.mark.parametrize("returned", [1.0, np.ones(3), np.ones((3, 2))])
 @pytest.mark.parametrize(("layout", "shape"), [("out_in", (8, 5)), ("in_out", (5, 8))])
 def test_a_wrong_shape_is_reported_in_the_declared_layout(layout, shape, returned):
     conventions = Conventions(layout=layout, dtypes=("float64",))
@@ -511,7 +629,203 @@ def test_a_wrong_shape_is_reported_in_the_declared_layout(layout, shape, returne
 def test_a_result_that_numpy_cannot_read_is_reported():
     case, quantity, problem = problems(forward=lambda **_: [[1.0], [1.0, 2.0]])[0]
     assert (case, quantity) == ("tall", "y")
-    assert problem.startswith("cannot be read by numpy.asarray: ValueError: ")
+    rule = "must be an array that numpy.asarray can read, got list: ValueError: "
+    assert problem.startswith(rule)
+
+
+@pytest.mark.parametrize(
+    ("returned", "got"),
+    [
+        (None, "None"),
+        ("what", "str"),
+        (b"what", "bytes"),
+        ({"y": 1.0}, "dict"),
+        ({1.0}, "set"),
+        (max, "builtin_function_or_method"),
+        (np.asarray(None), "None"),
+    ],
+)
+def test_a_result_that_is_not_an_array_is_named(returned, got):
+    said = f"must be an array of numbers, got {got}"
+    taken = {"forward": "y", "merge": "merged", "init": "initial"}
+    for name, quantity in taken.items():
+        report = checked(**{name: lambda **_: returned})
+        assert (report.findings[0].quantity, report.findings[0].problem) == (quantity, said)
+        # It is one mistake, whatever shapes the cases have.
+        assert len(grouped(one for one in report.findings if not one.extreme)) == 1
+    parts = {"loha": "merge", "lokr": "merge", "sums": "merge", "embedding": "init"}
+    parts = {part: SimpleNamespace(**{name: lambda **_: returned}) for part, name in parts.items()}
+    assert {problem for _, _, problem in problems(**parts)} == {said}
+
+
+def test_a_gradient_or_a_parameter_that_is_not_an_array_is_named():
+    def gradients(**given):
+        return {**RIGHT.gradients(**given), "lora_a": "what"}
+
+    def step(params, **others):
+        return {**params, "lora_b": None}, None
+
+    found = {one[1:] for one in problems(gradients=gradients, step=step)}
+    assert ("da", "must be an array of numbers, got str") in found
+    assert ("lora_b 1", "must be an array of numbers, got None") in found
+
+
+def test_a_tensor_that_requires_grad_is_named_with_the_words_of_torch(torch):
+    def merge(weight, **_):
+        return torch.tensor(weight, requires_grad=True)
+
+    _, quantity, problem = problems(merge=merge)[0]
+    assert quantity == "merged"
+    rule = "must be an array that numpy.asarray can read, got Tensor: RuntimeError: "
+    assert problem.startswith(rule)
+    assert "detach()" in problem
+
+
+def only(gradients, *keys):
+    """Return gradients that have these keys alone."""
+
+    def some(**given):
+        found = gradients(**given)
+        return {key: found[key] for key in keys if key in found}
+
+    return some
+
+
+def test_gradients_that_no_case_returned_are_said_and_are_not_a_finding():
+    assert check_implementation(RIGHT).never_returned == ()
+    report = checked(gradients=only(RIGHT.gradients, "x"), forward=RIGHT.forward)
+    assert report.ok
+    (one,) = report.never_returned
+    assert one == ("gradients", ("lora_a", "lora_b", "magnitude", "weight", "bias"))
+    said = "gradients never returned lora_a, lora_b, magnitude, weight, bias: not checked"
+    assert str(one) == said
+    assert f"  {said}" in str(report).splitlines()
+    without = only(RIGHT.gradients, "x", "lora_a", "lora_b", "weight", "bias")
+    assert [*checked(gradients=without).never_returned] == [("gradients", ("magnitude",))]
+    none = checked(gradients=lambda **given: {**RIGHT.gradients(**given), "weight": None})
+    assert [*none.never_returned] == [("gradients", ("weight",))]
+
+
+def test_gradients_of_a_part_that_no_case_returned_are_said():
+    parts = {
+        name: SimpleNamespace(gradients=only(getattr(PARTS, name).gradients, "lora_a", "lora_b"))
+        for name in ("convolution", "embedding")
+    }
+    report = checked(gradients=only(RIGHT.gradients, "x"), **parts)
+    assert report.ok
+    assert [*report.never_returned] == [
+        ("gradients", ("lora_a", "lora_b", "magnitude", "weight", "bias")),
+        ("convolution.gradients", ("x", "magnitude", "weight", "bias")),
+        ("embedding.gradients", ("magnitude", "weight")),  # ids have no gradient, nor is there bias
+    ]
+
+
+def test_only_gradients_that_a_case_may_have_are_said_to_be_missing():
+    def gradients(bias, **given):
+        if bias is not None:
+            raise NotImplementedError
+        return {"x": RIGHT.gradients(bias=bias, **given)["x"]}
+
+    (one,) = checked(gradients=gradients).never_returned
+    assert "bias" not in one.keys
+    assert "lora_a" in one.keys
+
+
+@pytest.mark.parametrize("function", ["raises", "returns a list", "returns nothing"])
+def test_cases_without_any_gradient_do_not_count_as_cases_without_one(function):
+    """They have a finding already."""
+
+    def gradients(weight, **given):
+        if len(weight) != 1:
+            return RIGHT.gradients(weight=weight, **given)
+        if function == "raises":
+            raise ValueError
+        return [] if function == "returns a list" else {}
+
+    report = checked(Conventions(dtypes=("float64",)), gradients=gradients)
+    assert report.never_returned == ()
+    (found,) = (one for one in report.findings if not one.extreme)
+    assert (found.case, found.quantity) == ("one row", "all")
+    always = checked(gradients=lambda **_: gradients(weight=[1]))
+    assert always.never_returned == ()
+
+
+@pytest.mark.parametrize("absent", [{}, {"magnitude": None}])
+def test_a_gradient_that_some_cases_return_is_a_finding_in_the_others(absent):
+    def gradients(weight, **given):
+        found = RIGHT.gradients(weight=weight, **given)
+        if len(weight) == 1:
+            del found["magnitude"]
+            found |= absent
+        return found
+
+    report = checked(gradients=gradients)
+    assert not report.ok
+    assert report.never_returned == ()
+    found = [one for one in report.findings if one.case == "one row"]
+    said = "must be returned here as in other cases, got no array for the key magnitude"
+    assert found == [
+        Finding("gradients", "one row", dtype, "dm", said, False)
+        for dtype in ("float32", "float64")
+    ]
+    order = [(one.function, one.case) for one in report.runs]
+    places = [order.index((one.function, one.case)) for one in report.findings]
+    assert places == sorted(places)  # the findings are in the order of the calls
+    assert report.unexplained == ()
+
+
+def test_a_function_that_is_not_implemented_is_said_beside_one_that_is():
+    """The case ran, so it is not left out, and the function has no run."""
+
+    def merge(**_):
+        raise NotImplementedError
+
+    report = checked(forward=RIGHT.forward, merge=merge)
+    assert report.ok
+    assert {one.function for one in report.runs} == {"forward"}
+    assert "tall" not in report.left_out
+    calls = {(one.case, one.dtype) for one in report.runs}
+    assert {(one.case, one.dtype) for one in report.refused} == calls
+    assert {one.function for one in report.refused} == {"merge"}
+    (said,) = report.refusals()
+    assert said.startswith("merge raises NotImplementedError in 24 cases: tall; wide; square; and ")
+    assert f"  {said}" in str(report).splitlines()
+    assert check_implementation(RIGHT).refused == ()
+
+
+def test_a_case_that_is_not_implemented_in_a_dtype_is_said_with_the_dtype():
+    def merge(weight, **others):
+        if weight.dtype == "float64" and len(weight) == 1:
+            raise NotImplementedError
+        return RIGHT.merge(weight=weight, **others)
+
+    def init(weight, groups):
+        if groups > 1:
+            raise NotImplementedError
+        return PARTS.convolution.init(weight, groups)
+
+    report = checked(merge=merge, convolution=SimpleNamespace(init=init))
+    assert report.refusals() == (
+        "merge raises NotImplementedError in 1 case: one row in float64",
+        "convolution.init raises NotImplementedError in 1 case: grouped convolution",
+    )
+    assert report.refused[0] == ("merge", "one row", "float64")
+    assert "one row" not in report.left_out
+
+
+def test_a_gradient_that_is_missing_in_extreme_cases_or_in_a_dtype():
+    def gradients(bias, **given):
+        found = RIGHT.gradients(bias=bias, **given)
+        if np.abs(given["weight"]).max() > 1e20 or given["x"].dtype == "float64":
+            found.pop("bias", None)
+        return found
+
+    said = "must be returned here as in other cases, got no array for the key bias"
+    found = [one for one in checked(gradients=gradients).findings if one.problem == said]
+    assert {one.quantity for one in found} == {"dbias"}
+    assert {one.dtype for one in found if not one.extreme} == {"float64"}
+    assert ("huge", "float32", True) in {(one.case, one.dtype, one.extreme) for one in found}
+    assert "no bias" not in {one.case for one in found}
 
 
 @pytest.mark.parametrize(

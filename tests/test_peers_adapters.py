@@ -32,7 +32,7 @@ def test_adapters_takes_the_norm_without_s(published, made, reported):
     both = "forward", "gradients"
     exact = {"norm_gradient": "exact", "dropout": "low_rank", "dtypes": SINGLE}
     report = reported("adapters", "linear", offered(made.Adapters(), *both), meant(**exact))
-    assert names(report) == {}
+    assert names(report) == {both: (*BIAS, "the norm lacks s")}
     one = made.WithoutScaling(made.Adapters())
     report = reported("adapters", "linear, s = 1", offered(one, "forward"), meant(**exact))
     assert names(report) == {("forward",): BIAS}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import doraxp
-from doraxp._base.words import counted, nearest, with_article
+from doraxp._base.words import counted, first_of, nearest, with_article
 
 SRC = Path(__file__).parents[1] / "src"
 NUMBER_AND_NOUN = re.compile(r"\{(?!counted)[^{}]*\blen\([^{}]*\} (?:\w+ )?\w+s\b")
@@ -55,6 +55,10 @@ def test_no_message_has_a_number_beside_a_plural_or_an_article_beside_a_name(pat
         (counted(1, "tensor", "is", of=3), "1 of 3 tensors is"),
         (with_article("Embedding"), "an Embedding"),
         (with_article("Linear"), "a Linear"),
+        (first_of(["a"], "case"), "a"),
+        (first_of(["a", "b", "a", "c"], "case"), "a; b; c"),
+        (first_of(["a", "b", "c", "d"], "case"), "a; b; c; and 1 other case"),
+        (first_of("abcde", "case"), "a; b; c; and 2 other cases"),
         (nearest("merg", ["demo", "merge"]), ": the nearest is merge"),
         (nearest("xyz", ["demo", "merge"]), ""),
     ],

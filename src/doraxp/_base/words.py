@@ -22,6 +22,12 @@ def counted(count: int, noun: str, verb: str = "", *, of: int | None = None) -> 
     return f"{number} {noun} {verb}".rstrip()
 
 
+def first_of(names: Iterable[str], noun: str) -> str:
+    """Return the first three names, each once, and the number of the others: "a; b; c; and …"."""
+    first, rest = (every := [*dict.fromkeys(names)])[:3], len(every) - 3
+    return "; ".join(first + ([f"and {counted(rest, f'other {noun}')}"] if rest > 0 else []))
+
+
 def with_article(noun: str) -> str:
     """Return a noun behind its article: "a Linear", "an Embedding"."""
     return f"{'an' if noun[:1].lower() in 'aeio' else 'a'} {noun}"

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
+import textwrap
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from doraxp._base.printable import printable
-from doraxp._base.words import counted
-from doraxp._terminal.tables import print_caption, print_table
-from doraxp.testing import Finding, Judgement, Report
+from doraxp._base.words import counted, first_of
+from doraxp._terminal.tables import print_names, print_table
+from doraxp.testing import Judgement, Report, grouped
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 LINES = 20
 """Groups of findings that are printed."""
-NAMED = 3
-"""Cases of a group, and of an entry that passes, that are named."""
 
 
 class Row(NamedTuple):
@@ -54,7 +52,7 @@ def print_conformance(report: Report, judged: Judgement, console: Console) -> No
         _print(f"NAMED {named}", console)
     for function in report.unexplained:
         unnamed = "no known mistake or pair of them explains the numbers"
-        _print(f"UNNAMED {function}: {unnamed}{_advice(function)}", console)
+        _print(f"UNNAMED {function}: {unnamed}{_advice(function, report)}", console)
     lines = [*_lines(judged)]
     for line in lines[:LINES]:
         _print(line, console)
@@ -62,30 +60,34 @@ def print_conformance(report: Report, judged: Judgement, console: Console) -> No
         _print(
             f"and {counted(len(lines) - LINES, 'more group')}: --json and --junit have all", console
         )
-    for line in _left_out(report):
+    for line in _not_checked(report):
         _print(line, console)
     _print(_verdict(report, judged), console)
 
 
-def _advice(function: str) -> str:
-    """Return the options that may explain the numbers of a function; optimizers have none."""
-    name = function.split(".")[-1]
-    first = {"gradients": "--norm-gradient detached, --layout in_out"}
+def _advice(function: str, report: Report) -> str:
+    """Return the advice on a function whose numbers no mistake explains; an optimizer has none.
+
+    Functions of one part share their mistakes, so those with a name come first.
+    """
+    part, _, name = function.rpartition(".")
     if name.endswith("step"):
         return ""
+    named = [one for diagnosis in report.diagnoses for one in diagnosis.functions]
+    if same := [
+        one for one in named if one.rpartition(".")[0] == part and not one.endswith("step")
+    ]:
+        return f"; mend {', '.join(dict.fromkeys(same))} first, and run again"
+    first = {"gradients": "--norm-gradient detached, --layout in_out"}
     options = first.get(name, "--layout in_out, --form direction")
     return f"; declare your choices, such as {options} or --eps 1e-6"
 
 
-def _left_out(report: Report) -> Iterator[str]:
-    """Yield why cases did not run: the options that they need, or NotImplementedError."""
-    refused = [name for name, needs in zip(report.left_out, report.needs, strict=True) if not needs]
-    if refused:
-        yield (
-            f"{counted(len(refused), 'case')} did not run, because the functions raise "
-            f"NotImplementedError: {_some(refused)}"
-        )
-    if others := len(report.left_out) - len(refused):
+def _not_checked(report: Report) -> Iterator[str]:
+    """Yield what was not checked: gradients, cases of a function, and cases for other options."""
+    yield from map(str, report.never_returned)
+    yield from report.refusals()
+    if others := sum(map(bool, report.needs)):
         options = (
             f"{_option(name, value)} ({counted(count, 'case')})"
             for (name, value), count in report.needed().items()
@@ -109,35 +111,13 @@ def _lines(judged: Judgement) -> Iterator[str]:
     for entry in judged.unmatched:
         yield f"STALE {entry.name} matches no function and case of this run: remove the entry"
     for entry, pairs in judged.passing:
-        where = _some(["/".join(pair) for pair in pairs])
+        where = first_of(map("/".join, pairs), "case")
         yield f"STALE {entry.name} passes in {where}: remove or narrow the entry"
-    yield from _groups(judged.wrong)
+    yield from (f"WRONG {line}" for line in grouped(judged.wrong))
     for entry in dict.fromkeys(entry for _, entry in judged.expected):
         count = sum(other == entry for _, other in judged.expected)
         yield f"expected {entry.name}, {counted(count, 'finding')}: {entry.reason} ({entry.link})"
-    for function in dict.fromkeys(one.function for one in judged.extreme):
-        found = [one.case for one in judged.extreme if one.function == function]
-        yield f"extreme {function}: {counted(len(found), 'finding')} in {_some(found)}"
-
-
-def _groups(findings: Iterable[Finding]) -> Iterator[str]:
-    """Yield a line for the findings that differ in their numbers, case and dtype alone."""
-    alike: dict[tuple[str, str, str], list[Finding]] = {}
-    for one in findings:
-        kind = re.sub(r"\d[\d.e+-]*", "", one.problem)
-        alike.setdefault((one.function, one.quantity, kind), []).append(one)
-    for first, *more in alike.values():
-        where = f"{first.function}, {first.case}, {first.dtype}, {first.quantity}"
-        others = [one.case for one in more if one.case != first.case]
-        again = f" (and {len(more)} more: {_some(others or [first.case])})" if more else ""
-        yield f"WRONG {where}: {first.problem}{again}"
-
-
-def _some(names: Sequence[str]) -> str:
-    """Return the first names, and the number of the others."""
-    names = list(dict.fromkeys(names))
-    rest = len(names) - NAMED
-    return f"{'; '.join(names[:NAMED])}{f'; and {rest} more' if rest > 0 else ''}"
+    yield from grouped(judged.extreme)
 
 
 def _verdict(report: Report, judged: Judgement) -> str:
@@ -149,4 +129,12 @@ def _verdict(report: Report, judged: Judgement) -> str:
 
 
 def _print(line: str, console: Console) -> None:
-    print_caption(printable(line), console)
+    """Print a line, and continue it on indented lines if it is too long for the terminal."""
+    for part in textwrap.wrap(
+        printable(line),
+        console.width,
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    ):
+        print_names(part, console)

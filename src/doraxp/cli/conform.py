@@ -31,7 +31,7 @@ from doraxp.testing import (
 SUMMARY = "Test another implementation of DoRA, and name its mistakes."
 DETAILS = "The implementation runs the catalogue of doraxp.testing."
 EXAMPLE = "doraxp conform mine --json conform.json"
-STATUS_1 = "a number is wrong, or a failure that was expected passes"
+STATUS_1 = "a result is wrong or missing, or a failure that was expected passes"
 
 
 FILES = "merge_files"
@@ -190,4 +190,6 @@ def _figures(
         "left_out": report.left_out,
         "needs": report.needs,
         "unexplained": report.unexplained,
+        "refused": [one._asdict() for one in report.refused],
+        "never_returned": [one._asdict() for one in report.never_returned],
     }

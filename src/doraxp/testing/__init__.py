@@ -17,7 +17,7 @@ from doraxp.testing._expected_failures import (
     judge,
     read_expected_failures,
 )
-from doraxp.testing._implementation import Finding, Ran, Report, check_implementation
+from doraxp.testing._implementation import check_implementation
 from doraxp.testing._junit import junit
 from doraxp.testing._libraries import Library, as_numpy
 from doraxp.testing._operator_cases import OperatorCase, operator_catalogue
@@ -25,6 +25,7 @@ from doraxp.testing._operator_reference import expected_of_operator
 from doraxp.testing._optimizer_cases import optimizer_catalogue
 from doraxp.testing._parts import functions_of
 from doraxp.testing._reference import Expected, expected, expected_steps
+from doraxp.testing._report import Finding, NeverReturned, Ran, Refused, Report, grouped
 from doraxp.testing._sum_cases import SumCase, expected_of_sum, sum_catalogue
 from doraxp.testing._update_cases import UpdateCase, expected_of_update, update_catalogue
 from doraxp.testing._vectors import write_vectors
@@ -43,9 +44,11 @@ __all__ = [
     "Finding",
     "Judgement",
     "Library",
+    "NeverReturned",
     "OperatorCase",
     "OptimizerCase",
     "Ran",
+    "Refused",
     "Report",
     "SumCase",
     "UpdateCase",
@@ -60,6 +63,7 @@ __all__ = [
     "expected_of_update",
     "expected_steps",
     "functions_of",
+    "grouped",
     "judge",
     "junit",
     "operator_catalogue",

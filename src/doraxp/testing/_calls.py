@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from doraxp._base.types import Config
+from doraxp._base.words import counted
 from doraxp.testing._cases import ADAPTER, HALF, Case, OptimizerCase, compute_dtype_name
 from doraxp.testing._conventions import Conventions
 from doraxp.testing._libraries import Library, as_numpy, dtype_name
@@ -124,7 +125,7 @@ def _gradients(
 ) -> dict[str, Any]:
     """Return the gradients by the names of the quantities; a fault takes a gradient's place."""
     if not isinstance(returned, Mapping):
-        return {"all": f"must return a dict of gradients, got {type(returned).__name__}"}
+        return {"all": f"must return a dict of gradients, got {_named(returned)}"}
     found: dict[str, Any] = {}
     for key, array in returned.items():
         quantity = names.get(key)
@@ -156,16 +157,21 @@ def call_step(
         )
         found |= written
         if not isinstance(returned, (tuple, list)) or len(returned) != 2:
-            kind = type(returned).__name__
-            return found | {"all": f"must return (params, state), got {kind}"}
+            got = _named(returned)
+            if isinstance(returned, (tuple, list)):
+                got += f" of {counted(len(returned), 'item')}"
+            return found | {"all": f"must return (params, state), got {got}"}
         stepped, state = returned
         if not isinstance(stepped, Mapping) or not set(case.params) <= set(stepped):
-            return found | {"all": f"must return params with {', '.join(case.params)}"}
+            got = _named(stepped)
+            if isinstance(stepped, Mapping):
+                got += f" with {', '.join(map(str, stepped)) or 'no keys'}"
+            return found | {"all": f"must return params with {', '.join(case.params)}, got {got}"}
         actual = {key: _actual(stepped[key], False) for key in case.params}
         found |= {f"{key} {t}": got for key, got in actual.items()}
         if any(isinstance(got, str) for got in actual.values()):
             return found
-        params = {key: np.array(stepped[key]) for key in case.params}
+        params = {key: np.asarray(stepped[key]).copy() for key in case.params}
     return found
 
 
@@ -201,9 +207,17 @@ def _bits(value: Any) -> Any:
 def _actual(array: Any, turn: bool) -> Actual | str:
     """Return a result as an array on the host, or the fault that it has."""
     try:
-        array = np.array(array)  # a copy: the next call may write to it
+        read = np.asarray(array).copy()  # the next call may write to it
     except (Exception, SystemExit) as error:  # any class may have been returned
-        return f"cannot be read by numpy.asarray: {described(error)}"
-    name = dtype_name(array)
-    values = as_numpy(array) if name in (*HALF, "float32", "float64") else array
+        rule = "must be an array that numpy.asarray can read"
+        return f"{rule}, got {_named(array)}: {described(error)}"
+    if read.ndim == 0 and read.dtype.kind in "OUS":  # an object, a text or bytes
+        return f"must be an array of numbers, got {_named(read.item())}"
+    name = dtype_name(read)
+    values = as_numpy(read) if name in (*HALF, "float32", "float64") else read
     return Actual(values.swapaxes(-1, -2) if turn and values.ndim > 1 else values, name, turn)
+
+
+def _named(value: Any) -> str:
+    """Return the name of a value's type, or "None"."""
+    return "None" if value is None else type(value).__name__

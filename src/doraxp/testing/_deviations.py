@@ -22,6 +22,8 @@ EPS = (1e-12, 1e-8, 1e-7, 2.0**-23, 1.2e-7, 1e-6, 1e-5, 1e-4, 2.0**-10)
 """Numbers that are added to norms; 2⁻²³ and 2⁻¹⁰ are ε of float32 and float16."""
 
 DETACHED = "the norm is detached"
+HAND_WRITTEN = "the gradients keep the right formulas"
+"""A mistake in V, n or m/n, and gradients that are not the derivatives of that forward."""
 KEPT_NORMS = "the rows keep the norms of W, as in DoRA with m = ‖W‖"
 """Plain LoRA becomes this where a magnitude is made up for it."""
 
@@ -52,8 +54,36 @@ def eps(size: float) -> Changes:
 
 
 def eps_under_root(size: float) -> Changes:
-    """Return the change that adds a number to the sum of squares whose root is the norm."""
-    return {"length": lambda d: (d.v.norms() * d.v.norms() + size).sqrt()}
+    """Return the change that adds a number to the square whose root is the norm."""
+    return {"eps_in_root": lambda d: size}
+
+
+def hand_written(changes: Changes) -> Changes:
+    """Return the part of a deviation that changes x~, W/‖W‖, s B A, n or m/n.
+
+    Gradients that are written by hand read these from the forward, and keep their own formulas. A
+    deviation of the gradients alone stays as it is.
+    """
+    formulas = {name: changes[name] for name in _READ_BY_GRADIENTS & changes.keys()}
+    if "s" in changes:
+        formulas["update"] = lambda d: changes["s"](d) * (d.b @ d.a)
+    if "in_direction_form" in changes:
+        formulas["base"] = lambda d: (
+            d.w.over(d.w.norms()) if changes["in_direction_form"](d) else d.w
+        )
+    if "mask" in changes:
+        formulas["seen"] = lambda d: d.x if (mask := changes["mask"](d)) is None else mask * d.x
+    return formulas or changes
+
+
+_READ_BY_GRADIENTS = {"update", "unscaled", "length", "eps", "eps_in_root", "gain"}
+_BY_N: Changes = {"slope": lambda d: d.v.over(d.n), "dlength": lambda d: d.dnorm}
+RIGHT_GRADIENTS: tuple[Changes, ...] = (
+    {**_BY_N, "dnorm": lambda d: -(d.m.over(d.n) * d.dgain).over(d.n)},
+    _BY_N,
+)
+"""Two ways to write the gradient through the norm, −(m/n) dg / n and −g dg / n. They differ where g
+is not m/n."""
 
 
 def rounded_at_init(dtype: str) -> Changes:
@@ -98,7 +128,7 @@ FORWARD: dict[str, Changes] = {
     },
     "the norm of a column scales the row": {
         "length": lambda d: d.v.norms(-2).mT,
-        "through_norm": lambda d: (d.dnorm.mT * d.v).over(d.length.mT),
+        "through_norm": lambda d: (d.dlength.mT * d.v).over(d.length.mT),
     },
     "each column is divided by its own norm": {
         "length": lambda d: d.v.norms(-2),
@@ -197,7 +227,7 @@ LOW_RANK: dict[str, Changes] = {
 
 BACKWARD: dict[str, Changes] = {
     DETACHED: {"through_norm": lambda d: 0.0},
-    "the norm is not detached": {"through_norm": lambda d: d.dnorm * d.slope},
+    "the norm is not detached": {"through_norm": lambda d: d.dlength * d.slope},
     "the gradient through the norm has the wrong sign": {
         "dv": lambda d: d.gain * d.dmerged - d.through_norm
     },

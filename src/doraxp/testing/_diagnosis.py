@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import combinations
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from doraxp.testing._deviations import DETACHED, Changes
+from doraxp.testing._deviations import (
+    DETACHED,
+    HAND_WRITTEN,
+    RIGHT_GRADIENTS,
+    Changes,
+    hand_written,
+)
+from doraxp.testing._formulas import GRADIENTS
 from doraxp.testing._parts import results_of
 from doraxp.testing._reference import Expected
 from doraxp.testing._runs import Actual
@@ -22,8 +29,8 @@ class Diagnosis(NamedTuple):
     functions: tuple[str, ...]
     """Those that returned wrong numbers."""
     deviations: tuple[str, ...]
-    """One name; two where only both together explain the numbers; or three, "the norm is
-    detached" and two others."""
+    """One name, or two where only both together explain the numbers. "the norm is detached" or
+    "the gradients keep the right formulas" may come besides."""
     before: float
     """The largest error in units of its bound, against the reference."""
     after: float
@@ -78,19 +85,47 @@ def diagnose(runs: list[Run], known: Mapping[str, Changes], base: Changes) -> li
 
 def _smallest(runs: list[Run], known: Mapping[str, Changes], base: Changes) -> dict[Names, float]:
     """Return the smallest sets of names that explain the numbers of one function."""
-    if found := _explaining(runs, ((name,) for name in known), known, base):
-        return found
-    # A deviation that changes no number that was returned cannot be part of a pair.
-    candidates = [name for name in known if _moves(runs, {**base, **known[name]})]
-    worst = max(runs, key=lambda run: run.worst)
-    effects = {name: _effects(worst, {**base, **known[name]}) for name in candidates}
-    wrong = {name for name, got in worst.actual.items() if worst.wanted[name].share(got.values) > 1}
-    pairs = (
-        pair
-        for pair in combinations(candidates, 2)
-        if _fit(effects[pair[0]], effects[pair[1]], wrong)
+    by_hand = _by_hand(runs, known)
+    searches: tuple[Callable[[], Iterable[Names]], ...] = (
+        lambda: ((name,) for name in known),
+        lambda: ((name, HAND_WRITTEN) for name in by_hand),
+        lambda: _pairs(runs, known, base),
+        lambda: (
+            (*pair, HAND_WRITTEN)
+            for pair in _pairs(runs, {**known, **by_hand}, base)
+            if by_hand.keys() & set(pair)
+        ),
     )
-    return _explaining(runs, pairs, known, base) or _beside_detached(runs, known, base)
+    for search in searches:
+        if found := _explaining(runs, search(), known, base):
+            return found
+    return _beside_detached(runs, known, base)
+
+
+def _by_hand(runs: list[Run], known: Mapping[str, Changes]) -> dict[str, Changes]:
+    """Return the deviations that gradients may have in the forward alone."""
+    if not any(name in GRADIENTS for run in runs for name in run.actual):
+        return {}
+    parts = {name: hand_written(changes) for name, changes in known.items()}
+    return {
+        name: {**RIGHT_GRADIENTS[0], **part}
+        for name, part in parts.items()
+        if part is not known[name]
+    }
+
+
+def _pairs(runs: list[Run], known: Mapping[str, Changes], base: Changes) -> Iterator[Names]:
+    """Yield the pairs of names that may explain the numbers of one function."""
+    # A deviation that changes no number that was returned cannot be part of a pair.
+    candidates = [
+        name for name in known if any(_moved(run, {**base, **known[name]}) for run in runs)
+    ]
+    worst = max(runs, key=lambda run: run.worst)
+    moved = {name: _moved(worst, {**base, **known[name]}) for name in candidates}
+    wrong = {name for name, got in worst.actual.items() if worst.wanted[name].share(got.values) > 1}
+    for one, other in combinations(candidates, 2):
+        if wrong <= moved[one] | moved[other]:
+            yield one, other
 
 
 def _beside_detached(
@@ -101,7 +136,11 @@ def _beside_detached(
     PEFT detaches the norm, so a gradient may have this choice beside two mistakes.
     """
     detached = known.get(DETACHED, {})
-    if not detached or set(detached) & set(base) or not _moves(runs, {**base, **detached}):
+    if (
+        not detached
+        or set(detached) & set(base)
+        or not any(_moved(run, {**base, **detached}) for run in runs)
+    ):
         return {}
     base = {**base, **detached}
     others = {name: own for name, own in known.items() if not set(own) & set(detached)}
@@ -115,32 +154,6 @@ def _against(run: Run, changes: Changes) -> Run:
     wanted = {name: results.of(name) for name in run.actual}
     worst = max(wanted[name].share(got.values) for name, got in run.actual.items())
     return run._replace(wanted=wanted, worst=worst)
-
-
-class _Effects(NamedTuple):
-    """The names of one run's results that a deviation changes, and those that it explains."""
-
-    moved: set[str]
-    explained: set[str]
-
-
-def _effects(run: Run, changes: Changes) -> _Effects:
-    moved, explained = set(), set()
-    for name, (wanted, got) in zip(run.actual, _pairs(run, changes), strict=False):
-        if wanted is None or not np.array_equal(wanted.value, run.wanted[name].value):
-            moved.add(name)
-        if wanted is None or wanted.share(got.values) <= 1:
-            explained.add(name)
-    return _Effects(moved, explained)
-
-
-def _fit(one: _Effects, other: _Effects, wrong: set[str]) -> bool:
-    """Return whether two deviations may explain a run: each explains what it changes alone."""
-    return (
-        one.moved - other.moved <= one.explained
-        and other.moved - one.moved <= other.explained
-        and wrong <= one.moved | other.moved
-    )
 
 
 def _jointly(
@@ -164,35 +177,46 @@ def _explaining(
     runs = sorted(runs, key=lambda run: -run.worst)
     found = {}
     for names in sets:
-        changed = [key for name in names for key in known[name]]
-        if len(set(changed)) == len(changed):
-            merged = {key: formula for name in names for key, formula in known[name].items()}
-            if (after := _error(runs, {**base, **merged})) <= 1:
+        for changes in _together(names, known):
+            if (after := _error(runs, {**base, **changes})) <= 1:
                 found[names] = after
+                break
     return found
+
+
+def _together(names: Names, known: Mapping[str, Changes]) -> Iterator[Changes]:
+    """Yield the formulas of some names at once; nothing if two names replace the same formula."""
+    is_by_hand = HAND_WRITTEN in names
+    parts = [known[name] for name in names if name != HAND_WRITTEN]
+    if is_by_hand:
+        parts = [hand_written(part) for part in parts]
+    together = {key: formula for part in parts for key, formula in part.items()}
+    if len(together) == sum(map(len, parts)):
+        for right in RIGHT_GRADIENTS if is_by_hand else ({},):
+            yield {**right, **together}
 
 
 def _error(runs: list[Run], changes: Changes) -> float:
     """Return the largest error against the deviating reference, or the first that is above 1."""
     worst = 0.0
     for run in runs:
-        for wanted, got in _pairs(run, changes):
+        for wanted, got in _compared(run, changes):
             worst = max(worst, np.inf if wanted is None else wanted.share(got.values))
             if worst > 1:
                 return worst
     return worst
 
 
-def _moves(runs: list[Run], changes: Changes) -> bool:
-    """Return whether a deviation changes any number that was returned."""
-    for run in runs:
-        for name, (wanted, _) in zip(run.actual, _pairs(run, changes), strict=False):
-            if wanted is None or not np.array_equal(wanted.value, run.wanted[name].value):
-                return True
-    return False
+def _moved(run: Run, changes: Changes) -> set[str]:
+    """Return the names of one run's results that a deviation changes."""
+    return {
+        name
+        for name, (wanted, _) in zip(run.actual, _compared(run, changes), strict=False)
+        if wanted is None or not np.array_equal(wanted.value, run.wanted[name].value)
+    }
 
 
-def _pairs(run: Run, changes: Changes) -> Iterator[tuple[Expected | None, Actual]]:
+def _compared(run: Run, changes: Changes) -> Iterator[tuple[Expected | None, Actual]]:
     """Yield each result under a deviation, None if the case does not allow it, and the actual."""
     try:
         results = results_of(run.case, run.dtype, changes)

@@ -15,7 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from doraxp.testing._implementation import Finding, Report
+from doraxp.testing._report import Finding, Report
 
 
 class ExpectedFailure(NamedTuple):

@@ -101,8 +101,19 @@ class DenseFormulas:
         return 0.0
 
     @cached_property
+    def eps_in_root(self) -> float:
+        """The number that some implementations add to the square whose root is the norm."""
+        return 0.0
+
+    @cached_property
+    def root(self) -> Any:
+        if not self.eps_in_root:
+            return self.length
+        return (self.length * self.length + self.eps_in_root).sqrt()
+
+    @cached_property
     def n(self) -> Any:
-        return self.length + self.eps if self.eps else self.length
+        return self.root + self.eps if self.eps else self.root
 
     @cached_property
     def gain(self) -> Any:
@@ -168,13 +179,17 @@ class DenseFormulas:
         return -((self.gain * self.dgain).over(self.n))
 
     @cached_property
+    def dlength(self) -> Any:
+        return self.dnorm * self.length.over(self.root) if self.eps_in_root else self.dnorm
+
+    @cached_property
     def slope(self) -> Any:
         return self.v.over(self.length)
 
     @cached_property
     def through_norm(self) -> Any:
         exact = self.config.norm_gradient == "exact"
-        return self.dnorm * self.slope if exact else 0.0
+        return self.dlength * self.slope if exact else 0.0
 
     @cached_property
     def dv(self) -> Any:

@@ -2,105 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from doraxp._base.scalars import check_count, check_kind
-from doraxp._base.words import counted
+from doraxp.testing._calls import GRADIENTS
 from doraxp.testing._cases import HALF, Case
 from doraxp.testing._conventions import AnyCase, Conventions
 from doraxp.testing._deviations import Changes
 from doraxp.testing._diagnosis import Diagnosis, Run, diagnose
 from doraxp.testing._libraries import Library
 from doraxp.testing._parts import Part, parts, results_of
-from doraxp.testing._reference import Expected
+from doraxp.testing._reference import Expected, Results
+from doraxp.testing._report import Finding, NeverReturned, Ran, Refused, Report
 from doraxp.testing._runs import Actual, described
-
-
-class Finding(NamedTuple):
-    """One fault of a result that an implementation returned."""
-
-    function: str
-    case: str
-    dtype: str
-    quantity: str
-    problem: str
-    extreme: bool
-    """Whether the formulas as written fail in this case: 0/0, or squares out of range."""
-
-
-class Ran(NamedTuple):
-    """One call of a function with one case in one dtype."""
-
-    function: str
-    case: str
-    dtype: str
-    extreme: bool
-    checked: int
-    """The number of arrays whose numbers were compared. An array of another shape or dtype, or with
-    a number that is not finite, is a finding and not one of them."""
-
-
-class Report(NamedTuple):
-    """The result of `check_implementation`."""
-
-    findings: tuple[Finding, ...]
-    diagnoses: tuple[Diagnosis, ...]
-    """Diagnoses of all functions of a part together, or else of each function by itself. There
-    are several where each of them explains the same numbers, and it is empty where no known
-    deviation does. Extreme cases are not used."""
-    checked: int
-    """The number of arrays whose numbers were compared."""
-    left_out: tuple[str, ...]
-    """The names of the cases that did not run: the conventions leave them out, or every function
-    of the part raises NotImplementedError for them."""
-    runs: tuple[Ran, ...]
-    """Every call, in order; an optimizer's case with all of its steps is one."""
-    needs: tuple[dict[str, Any], ...] = ()
-    """For each name of `left_out` the conventions that the case is for; of several dtypes one is
-    enough. Empty where the functions raise NotImplementedError."""
-    unexplained: tuple[str, ...] = ()
-    """The functions with wrong numbers that no diagnosis explains."""
-
-    @property
-    def ok(self) -> bool:
-        """Whether there are no findings outside the extreme cases."""
-        return all(one.extreme for one in self.findings)
-
-    def __str__(self) -> str:
-        extreme = sum(one.extreme for one in self.findings)
-        lines = [
-            f"{'right' if self.ok else 'wrong'}: {counted(self.checked, 'array')}, "
-            f"{counted(len(self.findings) - extreme, 'finding')}, and {extreme} in extreme cases"
-        ]
-        lines += [f"  {named}" for named in self.diagnoses]
-        lines += [
-            f"  {function}: no known mistake or pair of them explains the numbers"
-            for function in self.unexplained
-        ]
-        alike: dict[tuple[str, str, str], list[Finding]] = {}
-        for one in self.findings:
-            alike.setdefault((one.function, one.quantity, one.problem), []).append(one)
-        for one, *more in alike.values():
-            where = f"{one.function}, {one.case}, {one.dtype}, {one.quantity}"
-            again = f" (and {len(more)} more)" if more else ""
-            lines.append(f"  {where}: {one.problem}{again}")
-        if needed := self.needed():
-            choices = (
-                f"{name}={value!r} ({counted(count, 'case')})"
-                for (name, value), count in needed.items()
-            )
-            lines.append(f"  cases not run need Conventions with {', '.join(choices)}")
-        if self.left_out:
-            lines.append(f"  not run: {'; '.join(self.left_out)}")
-        return "\n".join(lines)
-
-    def needed(self) -> dict[tuple[str, Any], int]:
-        """Return how many of the cases that did not run are for each choice, the most first."""
-        return dict(Counter(item for needs in self.needs for item in needs.items()).most_common())
 
 
 def check_implementation(
@@ -118,7 +35,8 @@ def check_implementation(
         init(weight) -> the magnitude of a fresh adapter, where B A is 0
         forward(x, weight, lora_a, lora_b, magnitude, bias, scaling) -> y
         gradients(dy, x, weight, lora_a, lora_b, magnitude, bias, scaling)
-            -> dict with any of x, lora_a, lora_b, magnitude, weight and, unless it is None, bias
+            -> dict with any of x, lora_a, lora_b, magnitude, weight and, unless it is None, bias;
+            the same keys in every case
         merge(weight, lora_a, lora_b, magnitude, scaling) -> W'
         step(params, grads, state, learning_rate, beta1, beta2, eps, weight_decay)
             -> (params, state); AdamW, on dicts with lora_a, lora_b, magnitude; state is first None
@@ -139,10 +57,16 @@ def check_implementation(
     magnitude an update is plain: W' = V. Of right, right_a and right_b one or two are None. The
     adapters of a sum are dicts. Shapes are those of `catalogue`, `operator_catalogue`,
     `update_catalogue` and `sum_catalogue`. A function that raises NotImplementedError leaves the
-    case out.
+    case out, and the report has the call in `refused`.
 
-    If numbers are wrong, every known deviation is tried, and then every pair of them, and every
-    pair beside a detached norm. The report names those that explain all numbers.
+    `gradients` may leave out keys, or map them to None, if it does so in every case that has such a
+    gradient. Then nothing is checked there, and the report has the keys in `never_returned`. If it
+    returns a gradient in some cases, each case without it is a finding. All other results are
+    required.
+
+    If numbers are wrong, every known deviation is tried, then every pair of them, then every pair
+    beside a detached norm. In gradients, each is also tried in the forward alone. The report names
+    those that explain all numbers.
 
     Parameters
     ----------
@@ -200,16 +124,22 @@ def check_implementation(
     ran: list[Ran] = []
     left_out: list[tuple[str, dict[str, Any]]] = []
     unexplained: list[str] = []
+    never_returned: list[NeverReturned] = []
+    refused: list[Refused] = []
     for part, calls in planned:
         changes = conventions.changes if part.keeps_conventions else {}
-        runs: list[Run] = []
+        observed: list[_Observed] = []
         for call in calls:
             progress(f"{call.name}: {call.case.name}, {call.dtype}", done, total)
             done += 1
-            run = _observe(part, call, conventions, changes, findings)
-            if run is not None:
-                runs.append(run)
-                ran.append(_told(run))
+            if (one := _observe(part, call, conventions, changes)) is not None:
+                observed.append(one)
+            else:
+                refused.append(Refused(call.name, call.case.name, call.dtype))
+        never_returned += _note_missing(observed)
+        runs = [one.run for one in observed]
+        ran += map(_told, runs)
+        findings += (finding for one in observed for finding in one.findings)
         progress(f"{part.path or 'layer'}: looks for names", done, total)
         diagnoses += (named := diagnose(runs, part.known, changes))
         explained = {name for one in named for name in one.functions}
@@ -226,6 +156,8 @@ def check_implementation(
         tuple(ran),
         tuple(needs for _, needs in left_out),
         tuple(unexplained),
+        tuple(never_returned),
+        tuple(refused),
     )
 
 
@@ -266,24 +198,37 @@ def _extreme(run: Run) -> bool:
     return getattr(run.case, "extreme", False)
 
 
+class _Observed(NamedTuple):
+    """A run with its findings, and the keys of its gradients."""
+
+    run: Run
+    findings: list[Finding]
+    given: tuple[str, ...] = ()
+    """The keys that it returned."""
+    missing: tuple[str, ...] = ()
+    """The keys of the gradients that the case has, and that it did not return."""
+
+
 def _observe(
-    part: Part, call: _Call, conventions: Conventions, changes: Changes, findings: list[Finding]
-) -> Run | None:
-    """Call one function on one case, return its numbers, and add its faults to the findings."""
+    part: Part, call: _Call, conventions: Conventions, changes: Changes
+) -> _Observed | None:
+    """Call one function on one case; return its numbers and faults, None if it refuses the case."""
     name, function, case, dtype = call
-    extreme = getattr(case, "extreme", False)
+    findings: list[Finding] = []
 
     def note(quantity: str, problem: str) -> None:
+        extreme = getattr(case, "extreme", False)
         findings.append(Finding(name, case.name, dtype, quantity, problem, extreme))
 
+    own = name.split(".")[-1]
     try:
         with np.errstate(all="ignore"):  # an overflow shows in the numbers
-            returned = part.call(function, name.split(".")[-1], conventions, case, dtype)
+            returned = part.call(function, own, conventions, case, dtype)
     except NotImplementedError:
         return None
     except (Exception, SystemExit) as error:  # raised by the implementation: a finding
         note("all", f"raises {described(error)}")
-        return Run(name, case, dtype, {}, {}, 0.0)
+        return _Observed(Run(name, case, dtype, {}, {}, 0.0), findings)
     results, actual, wanted, worst = results_of(case, dtype, changes), {}, {}, 0.0
     for quantity, got in returned.items():
         if isinstance(got, str):
@@ -302,4 +247,34 @@ def _observe(
                     problem += f", keeps {_kept(case, dtype, got, want):.2f} of the update"
         if problem is not None:
             note(quantity, problem)
-    return Run(name, case, dtype, actual, wanted, worst)
+    run = Run(name, case, dtype, actual, wanted, worst)
+    if own != "gradients" or "all" in returned:  # a fault of the whole result is a finding
+        return _Observed(run, findings)
+    return _Observed(run, findings, *_keys(results, returned))
+
+
+def _keys(results: Results, returned: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the keys of the gradients of a case: those returned, and those left out."""
+    keys = {key: quantity for key, quantity in GRADIENTS.items() if quantity in results.names}
+    return (
+        tuple(key for key, quantity in keys.items() if quantity in returned),
+        tuple(key for key, quantity in keys.items() if quantity not in returned),
+    )
+
+
+def _note_missing(observed: list[_Observed]) -> list[NeverReturned]:
+    """Add a finding for each gradient that other cases have; return those that no case has."""
+    given = {(one.run.function, key) for one in observed for key in one.given}
+    never: dict[str, set[str]] = {}
+    for run, findings, _, missing in observed:
+        for key in missing:
+            if (run.function, key) not in given:
+                never.setdefault(run.function, set()).add(key)
+                continue
+            problem = "must be returned here as in other cases, got no array for the key " + key
+            where = (run.function, run.case.name, run.dtype, GRADIENTS[key])
+            findings.append(Finding(*where, problem, _extreme(run)))
+    return [
+        NeverReturned(function, tuple(key for key in GRADIENTS if key in keys))
+        for function, keys in never.items()
+    ]

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 from doraxp._base.printable import printable
 from doraxp.testing._expected_failures import ExpectedFailure, Judgement
-from doraxp.testing._implementation import Finding, Report
+from doraxp.testing._report import Finding, Report
 
 STALE = "expected failures"
 """The name of the suite with the entries that found no failure."""
@@ -19,8 +19,9 @@ def junit(name: str, report: Report, judged: Judgement) -> str:
     """Return JUnit XML: a suite for each function, and a test for each of its cases and dtypes.
 
     A test fails where a finding is wrong. It is skipped where all its findings were expected or
-    are those of an extreme case: its message has the reasons. Each entry of expected failures that
-    passes or matches nothing fails in a suite of its own.
+    are those of an extreme case: its message has the reasons. A call that raised
+    NotImplementedError is a skipped test too, and so is a gradient that no case returned. Each
+    entry of expected failures that passes or matches nothing fails in a suite of its own.
 
     Parameters
     ----------
@@ -55,6 +56,16 @@ def junit(name: str, report: Report, judged: Judgement) -> str:
         elif reasons := excused.get(here):
             _outcome(test, "skipped", "expected", reasons)
         by_function[run.function].append(test)
+    for one in report.refused:
+        test = _case(one.function, f"{one.case}, {one.dtype}")
+        problem = f"{one.function} raises NotImplementedError"
+        _outcome(test, "skipped", "not implemented", [problem])
+        by_function[one.function].append(test)
+    for left_out in report.never_returned:
+        for key in left_out.keys:
+            test = _case(left_out.function, key)
+            _outcome(test, "skipped", "never returned", [str(left_out._replace(keys=(key,)))])
+            by_function[left_out.function].append(test)
     suites = [_suite(function, tests) for function, tests in by_function.items()]
     if stale := [*_stale(judged)]:
         suites.append(_suite(STALE, stale))

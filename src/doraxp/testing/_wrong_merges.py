@@ -31,7 +31,17 @@ ACROSS_ROWS = (
     "the norm is that of the whole matrix",
 )
 """The deviations in which a row of W' depends on the other rows of W."""
-_BEFORE_MERGED = {"gain", "length", "eps", "v", "base", "update", "s", "in_direction_form"}
+_BEFORE_MERGED = {
+    "gain",
+    "length",
+    "eps",
+    "eps_in_root",
+    "v",
+    "base",
+    "update",
+    "s",
+    "in_direction_form",
+}
 _KNOWN: Mapping[str, Changes] = {
     name: changes for name, changes in FORWARD.items() if _BEFORE_MERGED & changes.keys()
 }
