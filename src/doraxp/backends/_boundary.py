@@ -221,7 +221,7 @@ def check_shaped(name: str, value: object) -> None:
 def _not_an_array(name: str, value: object, others: Iterable[object] = ()) -> TypeError:
     """Return the error for a value that is not an array; numbers get a function that makes one."""
     advice = ""
-    if isinstance(value, (list, tuple, int, float)) or hasattr(value, "__array__"):
+    if type(value) in (list, tuple, int, float) or hasattr(value, "__array__"):
         library = next(filter(None, map(_library_of, others)), "numpy")
         make = "mlx.core.array" if library == "mlx" else f"{library}.asarray"
         advice = f": give {make}({name})"
