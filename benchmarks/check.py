@@ -2,9 +2,10 @@
 
     python benchmarks/check.py [--json FILE]
 
-The machine must be idle. The exit status is 1 if a ratio misses its goal by more than `MARGIN`.
-Ratios to NumPy's products depend on the kernels of its BLAS, which the first line names. The script
-runs `small_layer.py` first, for the fixed cost of a call.
+The machine must be idle. On two cores the script takes about ten minutes. It writes FILE after each
+workload: a run that is stopped leaves the figures so far. The exit status is 1 if a ratio misses
+its goal by more than `MARGIN`. Ratios to NumPy's products depend on the kernels of its BLAS, which
+the first line names. The script runs `small_layer.py` first, for the fixed cost of a call.
 """
 
 from __future__ import annotations
@@ -149,6 +150,7 @@ def main() -> int:
     path = parser.parse_args().json
     print("BLAS kernels:", *(f"{name} {kind}" for name, kind in blas_kernels().items()))
     good = small_layer.check()
+    dated.write(path)
     with fresh_process() as process:
         for workload, goals in GOALS.items():
             print(f"{workload}: goal, measured; the margin is {MARGIN:.0%}", flush=True)
@@ -157,8 +159,10 @@ def main() -> int:
             good &= sum(met(goal, found[goal.task], str(workload)) for goal in goals) == len(
                 goals
             )  # print each
+            dated.write(path)
         good &= memory_of_a_step(process)
         good &= low_precision(process)
+        dated.write(path)
     good &= quantised_step.show(np, "float32", quantised_step.ROUNDS, None)
     dated.write(path)
     return 0 if good else 1

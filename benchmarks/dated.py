@@ -1,6 +1,7 @@
 """The figures of a script as JSON, with the date, the machine and the versions of the run.
 
-A script calls `note` with each figure and `write` at its end. `pages.py` makes a page of the JSON.
+A script calls `note` with each figure and `write` at its end. A long one also calls `write` after
+each part: the file then has all figures so far. `pages.py` makes a page of the JSON.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -141,6 +142,62 @@ def test_lora_is_the_truncated_svd_of_the_change(tmp_path, model, rank, capsys):
         assert error == pytest.approx(
             svd_error(path, change, rank), abs=1e-5 * np.linalg.norm(wanted[name])
         )
+
+
+ADVICE = re.compile(
+    r"The error is above 0\.1 in (\d) of 4 modules\. --rank (\d+) brings it to 0\.1 or below in "
+    r"all modules(; a merge of SRC into BASE has no such error)?\."
+)
+
+
+def test_the_last_lines_name_the_rank_that_brings_each_error_to_a_tenth(tmp_path, model, capsys):
+    base, (merges, *_) = model
+    wanted = summed(base, [(merges, 1)])
+    changes = {
+        path: wanted[f"{path}.weight"] - base[f"{path}.weight"].astype("f8")
+        for path in (LINEAR, OTHER, EMBED, CONV)
+    }
+
+    def above(rank):
+        return sum(
+            svd_error(path, change, rank) > 0.1 * np.linalg.norm(change)
+            for path, change in changes.items()
+        )
+
+    assert convert(tmp_path, "one", "--to", "lora", "--rank", "1") == 0
+    found = ADVICE.search(" ".join(capsys.readouterr().out.split()))
+    count, rank, merge = int(found[1]), int(found[2]), found[3]
+    assert merge
+    assert (count, above(rank - 1) > 0, above(rank)) == (above(1), True, 0)
+    arguments = ("--to", "lora", "--rank", str(rank), "--force")
+    assert convert(tmp_path, "one", *arguments) == 0
+    assert "above 0.1" not in capsys.readouterr().out
+
+    assert extract(tmp_path, *adapters(tmp_path, "one"), "--rank", "1") == 0
+    found = ADVICE.search(" ".join(capsys.readouterr().out.split()))
+    assert (int(found[2]), found[3]) == (rank, None)
+    assert extract(tmp_path, *adapters(tmp_path, "one"), "--rank", str(rank), "--force") == 0
+    assert "above 0.1" not in capsys.readouterr().out
+
+
+def test_a_rank_that_the_search_did_not_meet_is_not_named(tmp_path, capsys):
+    """A large weight whose rows have new lengths: no low rank is near the change."""
+    rng = np.random.default_rng(0)
+    path, shape = "block.0.q", (700, 600)
+    base = {f"{path}.weight": draw(rng, *shape)}
+    write_base(tmp_path / "base", base)
+    a, b, m = draw(rng, 2, 600), draw(rng, 700, 2), 30 * (1 + rng.random(700, dtype="f4"))
+    (tmp_path / "one").mkdir()
+    leaves = {"lora_A.weight": a, "lora_B.weight": b, "lora_magnitude_vector": m}
+    tensors = {f"{PREFIX}{path}.{name}": leaf for name, leaf in leaves.items()}
+    save_file(tensors, tmp_path / "one" / "adapter_model.safetensors", {"format": "pt"})
+    write_json(tmp_path / "one" / "adapter_config.json", peft_config())
+    assert convert(tmp_path, "one", "--to", "lora", "--rank", "2") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    advice = (
+        "The error is above 0.1 in 1 of 1 module. A larger --rank lowers it; a merge of SRC into"
+    )
+    assert advice in text
 
 
 def test_lora_has_the_names_of_the_modules_in_memory(tmp_path):

@@ -17,6 +17,7 @@ FOLDER = ROOT / "docs" / "benchmarks"
 BY_HAND = {"h200", "index"}
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import check  # noqa: E402
 import dated  # noqa: E402
 import page_bodies  # noqa: E402
 import pages  # noqa: E402
@@ -129,6 +130,31 @@ def test_a_run_is_measured_written_and_drawn(tmp_path, monkeypatch):
     assert "numpy" in run["versions"]
     assert "**2**" in (tmp_path / "made.md").read_text()
     assert drawn.exists()
+
+
+def test_a_check_that_is_stopped_leaves_the_figures_of_each_workload(tmp_path, monkeypatch):
+    first, second = list(check.GOALS)[:2]
+
+    def results(workload, task, process):
+        if workload == second:
+            raise KeyboardInterrupt
+        return task
+
+    def met(goal, found, case):
+        dated.note(goal.task, value=1.0, goal=goal.bound, case=case)
+        return True
+
+    file = tmp_path / "out.json"
+    monkeypatch.setattr(dated, "FIGURES", [])
+    monkeypatch.setattr(check, "results", results)
+    monkeypatch.setattr(check, "met", met)
+    monkeypatch.setattr(check.small_layer, "check", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["check.py", "--json", str(file)])
+    with pytest.raises(KeyboardInterrupt):
+        check.main()
+    found = json.loads(file.read_text())
+    assert [one["case"] for one in found["figures"]] == [str(first)] * len(check.GOALS[first])
+    assert found["run"]["date"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 
 import doraxp
-from doraxp import Adapter, Config
-from doraxp.backends import operations
+from doraxp import Adapter, Config, LayerKind
+from doraxp.backends import array_namespace, operations
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_an_adapter_that_does_not_fit_is_refused(draw, layer, name):
 
 def test_an_input_that_does_not_fit_is_refused(draw, layer):
     weight, adapter, config = layer
-    message = r"x must have shape \(\.\.\., in\) with in = 6 .* got \(5, 7\)"
+    message = r"x must have shape \(\.\.\., in\) for a matrix with out = 7 and in = 6, got \(5, 7\)"
     with pytest.raises(ValueError, match=message):
         doraxp.forward(draw(5, 7), weight, adapter, config)
     message = r"bias must have shape \(\*stack, out\) = \(7,\) .* got \(6,\)"
@@ -81,9 +82,47 @@ def test_a_weight_with_one_axis_or_an_empty_one_is_refused(draw, shape):
 
 
 def test_a_rank_above_that_of_the_weight_is_refused(draw):
-    message = r"rank must be in 1\.\.6 = 1\.\.min\(out, in\) for a weight of shape \(7, 6\), got 7"
+    message = r"rank must be in 1\.\.6 = 1\.\.min\(out, in\) for a matrix with out = 7 and in = 6"
     with pytest.raises(ValueError, match=message):
         doraxp.init(draw(7, 6), Config(7), seed=0)
+    message = r"for a stack \(3,\) of matrices with out = 7 and in = 6, got 7$"
+    with pytest.raises(ValueError, match=message):
+        doraxp.init(draw(3, 7, 6), Config(7), seed=0)
+
+
+@pytest.mark.parametrize("kind", [LayerKind("transposed"), LayerKind("transposed_experts")])
+def test_an_error_names_out_and_in_whatever_the_layout_is(draw, kind):
+    """A shape (7, 6) would be the one that the caller does not have."""
+    stack = (3,) if kind.is_stack else ()
+    weight, config = draw(*stack, 6, 7), Config(2)
+    x, adapter = draw(*stack, 5, 6), doraxp.init(weight, config, seed=0, kind=kind)
+    calls = [
+        lambda: doraxp.init(weight, Config(7), seed=0, kind=kind),
+        lambda: doraxp.merge(weight, adapter._replace(lora_a=draw(2, 7)), config, kind=kind),
+        lambda: doraxp.forward(draw(*stack, 5, 7), weight, adapter, config, kind=kind),
+        lambda: doraxp.forward(x, weight, adapter, config, kind=kind, bias=draw(6)),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="with out = 7 and in = 6, got ") as error:
+            call()
+        assert "(7, 6)" not in str(error.value)
+
+
+def test_a_weight_of_one_axis_gets_the_rule_of_its_layout(draw):
+    base = SimpleNamespace(weight=draw(6))
+    for layout, rule in {"in_out": "in, out", "out_in": "out, in"}.items():
+        with pytest.raises(ValueError, match=rf"^weight must have shape \(\*stack, {rule}\) with"):
+            doraxp.DoRALayer(base, Config(1), seed=0, weight_layout=layout)
+
+
+def test_only_a_convolution_is_told_of_groups():
+    with pytest.raises(
+        ValueError, match=r"shape \(in, out\) with no axis of length 0, got \(6,\)$"
+    ):
+        LayerKind("transposed").matrix(np.ones(6))
+    message = r"no axis of length 0 and out a multiple of groups = 2, got \(5, 6, 3\)$"
+    with pytest.raises(ValueError, match=message):
+        LayerKind("conv", groups=2).matrix(np.ones((5, 6, 3)))
 
 
 def test_unknown_choices_are_refused(draw, layer):
@@ -116,12 +155,74 @@ def test_dtypes_that_are_not_real_floating_are_refused(backend, draw, layer, dty
         doraxp.forward(bad, weight, adapter, config)
 
 
-def test_an_argument_that_is_not_an_array_is_refused(draw, layer):
+TAKE_A_WEIGHT = [
+    lambda w, _, config: doraxp.init(w.weight, config, seed=0),
+    lambda w, _, config: doraxp.init(w.weight, config, seed=0, kind=LayerKind("linear")),
+    lambda w, a, config: doraxp.merge(w.weight, a, config, kind=LayerKind("transposed")),
+    lambda w, a, config: doraxp.prepare(w.weight, a, config, kind=LayerKind("linear")),
+    lambda w, _, config: doraxp.DoRALayer(w, config, seed=0),
+    lambda w, _, config: doraxp.Linear(w.weight),
+    lambda w, _, config: doraxp.adapt({"q": w.weight}, ["q"], config, seed=0),
+    lambda w, _, config: doraxp.adapt({"q": w.weight}, "all-linear", config, seed=0),
+    lambda w, _, config: doraxp.adapt_layers({"q": w}, ["q"], config, seed=0),
+    lambda w, _, config: doraxp.adapt_layers({"q": w}, "all-linear", config, seed=0),
+]
+"""Calls that take a layer, an adapter and a config."""
+
+
+@pytest.mark.parametrize("value", [[[1.0, 2.0]], 1.0, ((1, 2),)])
+@pytest.mark.parametrize("call", TAKE_A_WEIGHT)
+@pytest.mark.once
+def test_a_list_of_numbers_is_refused_with_the_function_that_makes_it_an_array(value, call):
+    adapter = Adapter(np.ones((1, 2)), np.ones((1, 1)), np.ones(1))
+    message = (
+        rf"^(q: )?weight must be an array of a library that array-api-compat knows, got "
+        rf"{type(value).__name__}: give numpy\.asarray\(weight\)$"
+    )
+    with pytest.raises(TypeError, match=message):
+        call(SimpleNamespace(weight=value), adapter, Config(1))
+
+
+def test_the_function_is_that_of_the_library_of_the_other_arrays(draw, layer):
     weight, adapter, config = layer
-    with pytest.raises(TypeError, match=r"x must be an array of a library .* got list"):
-        doraxp.forward([[1.0] * 6], weight, adapter, config)
-    with pytest.raises(TypeError, match=r"weight must be an array of a library .* got float"):
+    library = str(array_namespace(weight).__name__).removeprefix("array_api_compat.")
+    make = re.escape("mlx.core.array" if library.endswith("mlx") else f"{library}.asarray")
+    lists = {"lora_a": [[1.0] * 6] * 2, "magnitude": [1.0] * 7}
+    _, cache = doraxp.forward(draw(5, 6), weight, adapter, config)
+    calls = {
+        "x": lambda: doraxp.forward([[1.0] * 6], weight, adapter, config),
+        "bias": lambda: doraxp.forward(draw(5, 6), weight, adapter, config, bias=[1.0] * 7),
+        "dy": lambda: doraxp.backward([[1.0] * 7] * 5, cache),
+        "lora_a": lambda: doraxp.merge(weight, adapter._replace(lora_a=lists["lora_a"]), config),
+        "magnitude": lambda: doraxp.forward(
+            draw(5, 6), weight, adapter._replace(magnitude=lists["magnitude"]), config
+        ),
+    }
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=rf"^{name} must .* got list: give {make}\({name}\)$"):
+            call()
+    with pytest.raises(
+        TypeError, match=r"weight must be .* got float: give numpy\.asarray\(weight\)$"
+    ):
         doraxp.decompose(1.0)
+    with pytest.raises(TypeError, match=r"x must be an array .* got NoneType$"):
+        doraxp.forward(None, weight, adapter, config)
+
+
+def test_an_adapter_of_lists_that_a_layer_is_given_is_refused(draw, layer):
+    weight, adapter, config = layer
+    adapted = doraxp.DoRALayer(doraxp.Linear(weight), config, seed=0)
+    x = draw(5, 6)
+    for is_used in (False, True):
+        if is_used:
+            adapted(x)
+        good, adapted.adapter = adapted.adapter, Adapter([[1.0] * 6] * 2, *adapter[1:])
+        with pytest.raises(TypeError, match=r"^lora_a must be an array of a library .* got list"):
+            adapted(x)
+        adapted.adapter = [*adapter]
+        with pytest.raises(TypeError, match="adapter must be of type Adapter, got list"):
+            adapted(x)
+        adapted.adapter = good
 
 
 class TestPrepared:

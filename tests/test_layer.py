@@ -534,6 +534,30 @@ class Dense:
         vars(self).update(others)
 
 
+@pytest.mark.once
+def test_a_base_without_a_weight_is_refused_with_the_arrays_that_it_has():
+    base = Dense(np.eye(4), offset=np.ones(4))
+    message = (
+        r"^base must be a layer with a weight, got Dense with the arrays 'kernel', 'offset': pass "
+        r"weight= for an attribute of another name$"
+    )
+    with pytest.raises(TypeError, match=message):
+        DoRALayer(base, Config(2), seed=0)
+    message = (
+        r"^layers must have a layer with a weight, got layers with the arrays 'kernel', 'offset': "
+        r"pass weight= for an attribute of another name$"
+    )
+    with pytest.raises(ValueError, match=message):
+        doraxp.adapt_layers({"q": base}, ["q"], Config(2), seed=0)
+    for bare in (np.eye(4), [[1.0]]):
+        message = (
+            rf"^base must be a layer with a weight, got {type(bare).__name__}: wrap an array in "
+            r"doraxp\.Linear$"
+        )
+        with pytest.raises(TypeError, match=message):
+            DoRALayer(bare, Config(2), seed=0)
+
+
 def test_a_name_of_the_bias_that_the_base_lacks_is_refused(draw):
     message = (
         r"^base must be a layer with an ofset, got Dense with the arrays 'kernel', 'offset': pass "

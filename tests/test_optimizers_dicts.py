@@ -242,7 +242,8 @@ class Nothing(tuple):
         (whole(), whole(lora_b=np.ones((4, 2), int)), TypeError,
          "grads['lora_b'] must be of dtype float16, bfloat16, float32, float64, got int64"),
         (whole(), whole(lora_b=[1.0]), TypeError,
-         "grads['lora_b'] must be an array of a library that array-api-compat knows, got list"),
+         "grads['lora_b'] must be an array of a library that array-api-compat knows, got list: "
+         "give numpy.asarray(grads['lora_b'])"),
         (whole(), whole(lora_b=Nothing()), TypeError,
          "grads['lora_b'] must be an array of a library that array-api-compat knows, got Nothing"),
         (whole(), None, TypeError,

@@ -69,20 +69,23 @@ def test_transformers_computes_as_the_adapted_model(merged, monkeypatch, capsys)
     assert len(capsys.readouterr().out) > len(served.PROMPT)
 
 
-def llama_cpp_logits(model, file, **options):
-    """Return the logits of the prompt that llama.cpp computes, with keys and values in float32."""
+WIDE = ", type_k=kind, type_v=kind"
+"""The arguments of the page that choose float32 for keys and values."""
+
+
+def llama_cpp_logits(model, file, wide=WIDE, **options):
+    """Return the logits of the prompt, by the page's code that compares numbers."""
     import llama_cpp
-    import numpy as np
-    import served
     import torch
 
-    kind = llama_cpp.GGML_TYPE_F32
-    options = {"n_ctx": 64, "logits_all": True, "verbose": False, "n_threads": 1, **options}
-    engine = llama_cpp.Llama(file, type_k=kind, type_v=kind, **options)
-    tokens = engine.tokenize(served.PROMPT.encode())
-    assert tokens == model.tokens[0].tolist()
-    engine.eval(tokens)
-    return torch.tensor(np.array(engine.scores[: len(tokens)]))
+    names, code = {}, block(PAGE, "import llama_cpp")
+    assert WIDE in code
+    with pytest.MonkeyPatch.context() as patch:
+        quiet = functools.partial(llama_cpp.Llama, verbose=False, **options)
+        patch.setattr(llama_cpp, "Llama", quiet)
+        exec(code.replace("merged.gguf", file).replace(WIDE, wide), names)
+    assert names["tokens"] == model.tokens[0].tolist()
+    return torch.tensor(names["logits"])
 
 
 def test_llama_cpp_computes_as_the_adapted_model(merged, llama_cpp, monkeypatch, capsys):
@@ -102,6 +105,8 @@ def test_llama_cpp_computes_as_the_adapted_model(merged, llama_cpp, monkeypatch,
     run(merged.folder, convert.replace("f32", "auto").replace("merged.gguf", "rough.gguf"))
     for file, bound in {"merged.gguf": BOUND, "rough.gguf": ROUGH}.items():
         assert served.distance(llama_cpp_logits(merged, file), merged.logits) < bound, file
+    by_default = llama_cpp_logits(merged, "merged.gguf", wide="")
+    assert served.distance(by_default, merged.logits) > BOUND  # the page says so
 
 
 def low_rank_logits(llama):

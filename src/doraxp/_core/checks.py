@@ -71,14 +71,24 @@ def _check(
     return ops, compute_dtype(weight, a, b, m, xp=ops.xp)
 
 
-def check_weight(weight: Array, name: str = "weight") -> tuple[int, ...]:
+def check_weight(weight: Array, name: str = "weight", axes: str = "out, in") -> tuple[int, ...]:
     """Return a weight's shape. Refuse one that is not (*stack, out, in), or has an empty axis."""
     shape = weight.shape
     if len(shape) < 2 or 0 in shape:
         raise ValueError(
-            f"{name} must have shape (*stack, out, in) with no axis of length 0, got {tuple(shape)}"
+            f"{name} must have shape (*stack, {axes}) with no axis of length 0, got {tuple(shape)}"
         )
     return shape
+
+
+def _sizes(weight: Array) -> str:
+    """Return the sizes of a matrix, for errors.
+
+    The matrix has another shape than the weight that the caller stores (in, out).
+    """
+    *stack, out, inner = weight.shape
+    matrix = f"a stack {tuple(stack)} of matrices" if stack else "a matrix"
+    return f"{matrix} with out = {out} and in = {inner}"
 
 
 def check_rank(weight: Array, config: Config) -> tuple[int, ...]:
@@ -87,8 +97,7 @@ def check_rank(weight: Array, config: Config) -> tuple[int, ...]:
     limit = min(shape[-2:])
     if config.rank > limit:
         raise ValueError(
-            f"rank must be in 1..{limit} = 1..min(out, in) for a weight of shape "
-            f"{tuple(shape)}, got {config.rank}"
+            f"rank must be in 1..{limit} = 1..min(out, in) for {_sizes(weight)}, got {config.rank}"
         )
     return shape
 
@@ -105,8 +114,8 @@ def check_adapter(weight: Array, adapter: Adapter, config: Config) -> None:
         if tuple(leaf.shape) != shape:
             rule = {"lora_a": "rank, in", "lora_b": "out, rank", "magnitude": "out"}[name]
             raise ValueError(
-                f"{name} must have shape (*stack, {rule}) = {shape} for rank {rank} and a weight "
-                f"of shape {tuple(weight.shape)}, got {tuple(leaf.shape)}"
+                f"{name} must have shape (*stack, {rule}) = {shape} for rank {rank} and "
+                f"{_sizes(weight)}, got {tuple(leaf.shape)}"
             )
 
 
@@ -114,8 +123,8 @@ def check_bias(weight: Array, bias: Array | None) -> None:
     """Refuse a bias that does not have one number for each row of the weight."""
     if bias is not None and tuple(bias.shape) != tuple(weight.shape[:-1]):
         raise ValueError(
-            f"bias must have shape (*stack, out) = {tuple(weight.shape[:-1])} for a weight of "
-            f"shape {tuple(weight.shape)}, got {tuple(bias.shape)}"
+            f"bias must have shape (*stack, out) = {tuple(weight.shape[:-1])} for "
+            f"{_sizes(weight)}, got {tuple(bias.shape)}"
         )
 
 
@@ -125,10 +134,7 @@ def check_input(weight: Array, x: Array, dropout_mask: Array | None = None) -> N
     depth = len(stack)
     if len(shape) <= depth or shape[-1] != inner or [*shape[:depth]] != stack:
         rule = "(*stack, ..., in)" if stack else "(..., in)"
-        raise ValueError(
-            f"x must have shape {rule} with in = {inner} for a weight of shape "
-            f"{tuple(weight.shape)}, got {tuple(shape)}"
-        )
+        raise ValueError(f"x must have shape {rule} for {_sizes(weight)}, got {tuple(shape)}")
     if dropout_mask is not None:
         check_mask(x, dropout_mask)
 

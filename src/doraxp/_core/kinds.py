@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 from doraxp._base.types import Array
-from doraxp.backends import array_namespace, is_by_rows
+from doraxp.backends import array_namespace, check_shaped, is_by_rows
 
 KindName: TypeAlias = Literal[
     "linear", "experts", "transposed", "transposed_experts", "embedding", "columns", "conv"
@@ -99,9 +99,10 @@ class LayerKind:
         ranks = {"conv": (3, 5), "columns": (2, 5)} | dict.fromkeys(_EXPERTS, (3, math.inf))
         least, most = ranks.get(self.name, (2, 2))
         if not least <= len(shape) <= most or 0 in shape or shape[0] % self.groups:
+            groups = f" and out a multiple of groups = {self.groups}" if self.groups > 1 else ""
             raise ValueError(
-                f"a weight of kind {self.name!r} must have shape {_STORED[self.name]}, "
-                f"no axis of length 0 and out a multiple of groups = {self.groups}, got {shape}"
+                f"a weight of kind {self.name!r} must have shape {_STORED[self.name]} with no axis "
+                f"of length 0{groups}, got {shape}"
             )
         if self.name == "transposed_experts":
             return *shape[:-2], shape[-1], shape[-2]
@@ -124,6 +125,7 @@ class LayerKind:
 
     def matrix(self, weight: Array) -> Array:
         """Return the matrix (*stack, out, in) of a stored weight."""
+        check_shaped("weight", weight)
         shape = self.matrix_shape(tuple(weight.shape))
         if is_by_rows(weight):
             if self.name != "linear":

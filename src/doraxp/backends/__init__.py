@@ -1,6 +1,6 @@
 """The array libraries that doraxp supports, and the operations that it runs on each."""
 
-from doraxp.backends._boundary import operations, operations_of_plain
+from doraxp.backends._boundary import check_shaped, operations, operations_of_plain
 from doraxp.backends._cupy.signatures import CudaKernels, cuda_kernels
 from doraxp.backends._direction import Dense, Direction, Factored, Factors, ProductDirection
 from doraxp.backends._dtypes import as_dtype, compute_dtype, is_integer, transpose
@@ -28,6 +28,7 @@ __all__ = [
     "as_dtype",
     "available",
     "by_rows",
+    "check_shaped",
     "compute_dtype",
     "cuda_kernels",
     "device",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from operator import attrgetter
 from types import ModuleType
 from typing import Any, cast
@@ -165,7 +165,7 @@ def _check_dtype(name: str, array: Array) -> None:
 
 
 def _one_library(given: dict[str, Array]) -> Namespace:
-    namespaces = {name: _namespace(name, array) for name, array in given.items()}
+    namespaces = {name: _namespace(name, array, given) for name, array in given.items()}
     (first, xp), *others = namespaces.items()
     for name, other in others:
         if other is not xp:
@@ -201,15 +201,41 @@ def _check_devices(given: dict[str, Array]) -> None:
             )
 
 
-def _namespace(name: str, array: Array) -> Namespace:
+def _namespace(name: str, array: Array, given: Mapping[str, Array]) -> Namespace:
     _check_class(name, array)
     try:
         return array_namespace(array)
     except TypeError:
-        raise TypeError(
-            f"{name} must be an array of a library that array-api-compat knows, got "
-            f"{type(array).__name__}"
-        ) from None
+        raise _not_an_array(name, array, given.values()) from None
+
+
+def check_shaped(name: str, value: object) -> None:
+    """Raise TypeError where a value that must be an array has no shape, such as a list.
+
+    For functions that read the shape before they call `operations`.
+    """
+    if not hasattr(value, "shape"):
+        raise _not_an_array(name, value)
+
+
+def _not_an_array(name: str, value: object, others: Iterable[object] = ()) -> TypeError:
+    """Return the error for a value that is not an array; numbers get a function that makes one."""
+    advice = ""
+    if type(value) in (list, tuple, int, float) or hasattr(value, "__array__"):
+        library = next(filter(None, map(_library_of, others)), "numpy")
+        make = "mlx.core.array" if library == "mlx" else f"{library}.asarray"
+        advice = f": give {make}({name})"
+    return TypeError(
+        f"{name} must be an array of a library that array-api-compat knows, got "
+        f"{type(value).__name__}{advice}"
+    )
+
+
+def _library_of(array: object) -> str | None:
+    try:
+        return _library(array_namespace(cast(Array, array)))
+    except TypeError:
+        return None
 
 
 def _device(array: Array) -> object:

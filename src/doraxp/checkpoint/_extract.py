@@ -27,6 +27,8 @@ from doraxp.checkpoint._subspace import MORE, Best, Subspace, alternate, krylov,
 
 _LOSS = 1e-5
 """Part of the squared error by which a pass or a turn must lower it to be followed by another."""
+_TENTH = 0.1
+"""The relative error of `Extracted.rank_for_tenth`."""
 _CYCLES = 4
 """The most subspaces after the first one for DoRA; for the truncated SVD twice as many."""
 
@@ -46,6 +48,9 @@ class Extracted(NamedTuple):
     """‖W + B A − W*‖ of the truncated SVD of W* − W at the same rank."""
     update_norm: float
     """‖W* − W‖."""
+    rank_for_tenth: int | None
+    """The least known rank whose truncated SVD has an error of at most a tenth of the update norm;
+    None where the subspace has no such rank."""
 
 
 class _Factors(NamedTuple):
@@ -53,6 +58,8 @@ class _Factors(NamedTuple):
     lora_b: NDArray[np.float32]
     gain: Matrix
     """g, (out,), before A and B were rounded."""
+    squares: Matrix
+    """The squared errors of SVD LoRA of each rank from 1; empty for DoRA."""
 
 
 def extract_layer(
@@ -91,15 +98,16 @@ def extract_layer(
     candidates = list(_candidates(pair, sums, rank, method, on_rows))
     measured = _measured(pair, candidates, on_rows)
     lora_error = _norm(measured[0].dd)
+    update_norm, tenth = float(np.sqrt(total)), _first_within(candidates[0].squares, total)
     if method == "lora":
-        return Extracted(*candidates[0][:2], None, lora_error, lora_error, float(np.sqrt(total)))
+        a, b = candidates[0][:2]
+        return Extracted(a, b, None, lora_error, lora_error, update_norm, tenth)
     # Rounding to float32 may leave the truncated SVD with its own best m the better one.
     fitted = [_magnitude(own) for own in measured]
     errors = [_norm(squares) for _, squares in fitted]
     least = errors.index(min(errors))
-    return Extracted(
-        *candidates[least][:2], fitted[least][0], errors[least], lora_error, float(np.sqrt(total))
-    )
+    (a, b, *_), (m, _) = candidates[least], fitted[least]
+    return Extracted(a, b, m, errors[least], lora_error, update_norm, tenth)
 
 
 def _candidates(
@@ -122,7 +130,7 @@ def _candidates(
             start = found.start(gamma, rank)
             del found
             found = krylov(pair, gamma, start, rank, total, on_rows, loss=_LOSS)
-    yield _factors(found, low_rank(found, sums, rank))
+    yield _factors(found, *low_rank(found, sums, rank))
     if method == "lora":
         return
     best = alternate(found, sums, gamma, rank, loss=_LOSS)
@@ -136,16 +144,22 @@ def _candidates(
         best = alternate(found, sums, best.gamma, rank, loss=_LOSS)
         if before - best.squares <= 10 * _LOSS * before:
             break
-    yield _factors(found, best)
+    yield _factors(found, best, np.empty(0))
 
 
-def _factors(found: Subspace, best: Best) -> _Factors:
-    """Return A, B = B' / g and g."""
+def _factors(found: Subspace, best: Best, squares: Matrix) -> _Factors:
+    """Return A, B = B' / g and g, with the squared errors of each rank."""
     gain = 1 + best.gamma
     along = found.difference @ best.coordinates.T
     along -= best.gamma[:, None] * (found.weight @ best.coordinates.T)
     a, b = found.rows(best.coordinates), along / gain[:, None]
-    return _Factors(a.astype(np.float32), b.astype(np.float32), gain)
+    return _Factors(a.astype(np.float32), b.astype(np.float32), gain, squares)
+
+
+def _first_within(squares: Matrix, total: float) -> int | None:
+    """Return the first rank whose squared error is at most that of a tenth of the update."""
+    ranks = np.flatnonzero(squares <= _TENTH**2 * total)
+    return int(ranks[0]) + 1 if len(ranks) else None
 
 
 def _measured(pair: Pair, candidates: list[_Factors], on_rows: OnRows) -> list[Sums]:
@@ -155,7 +169,7 @@ def _measured(pair: Pair, candidates: list[_Factors], on_rows: OnRows) -> list[S
     """
     sums = [Sums.zeros(pair.shape[0]) for _ in candidates]
     for block in pair.blocks():
-        for (a, b, gain), own in zip(candidates, sums, strict=True):
+        for (a, b, gain, _), own in zip(candidates, sums, strict=True):
             v = b[block.rows].astype(np.float64) @ a[:, block.columns].astype(np.float64)
             v += block.base
             v *= gain[block.rows, None]

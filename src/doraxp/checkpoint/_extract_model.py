@@ -39,6 +39,9 @@ class Closeness(NamedTuple):
     """‖W + B A − W*‖ of the truncated SVD of W* − W at the same rank."""
     error: float
     """‖W' − W*‖ of the adapter; never above `lora_error`, and equal to it for LoRA."""
+    rank_for_tenth: int | None = None
+    """The least known rank whose `lora_error` is at most a tenth of `update_norm`. None where the
+    search did not meet one, as in a large matrix whose change is near to no low rank."""
 
     @property
     def ratio(self) -> float:
@@ -132,7 +135,8 @@ def extracted(
     moved = {path: one for path, one in found.items() if one.update_norm > 0}
     adapters = {path: _adapted(one, pairs[path]) for path, one in moved.items()}
     closeness = {
-        path: Closeness(one.update_norm, one.lora_error, one.error) for path, one in moved.items()
+        path: Closeness(one.update_norm, one.lora_error, one.error, one.rank_for_tenth)
+        for path, one in moved.items()
     }
     equal = tuple(path for path in found if path not in moved)
     return Extraction(adapters, closeness, equal, left_out)

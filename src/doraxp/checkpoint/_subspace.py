@@ -136,7 +136,7 @@ def krylov(
         columns[:, new] = block
         image = _products(pair, block, gamma, on_rows, difference[:, new], weight[:, new])
         found = Subspace(columns[:, :end], difference[:, :end], weight[:, :end])
-        left = total - float(top(found, gamma, rank)[1].sum())
+        left = total - float(top(found, gamma, rank)[1][:rank].sum())
         settled = last - left <= loss * left
         if settled or end == size:
             return found._replace(is_settled=settled)
@@ -188,7 +188,10 @@ def _products(
 
 
 def top(found: Subspace, gamma: Matrix, rank: int) -> tuple[Matrix, Matrix]:
-    """Return the top right singular vectors of E K, (rank, k), and their squared values."""
+    """Return the top right singular vectors of E K, (rank, k), and all squared singular values.
+
+    Both begin with the largest value.
+    """
     out, size = found.difference.shape
     if size <= out:
         gram = np.zeros((size, size))
@@ -196,18 +199,23 @@ def top(found: Subspace, gamma: Matrix, rank: int) -> tuple[Matrix, Matrix]:
             part = found.error(gamma, rows)
             gram += part.T @ part
         values, vectors = np.linalg.eigh(gram)
-        return vectors[:, : -rank - 1 : -1].T, values[: -rank - 1 : -1]
+        return vectors[:, : -rank - 1 : -1].T, values[::-1]
     error = found.error(gamma, slice(None))
     values, vectors = np.linalg.eigh(error @ error.T)
     right = np.linalg.qr(error.T @ vectors[:, : -rank - 1 : -1])[0]
-    return right.T, values[: -rank - 1 : -1]
+    return right.T, values[::-1]
 
 
-def low_rank(found: Subspace, sums: Sums, rank: int) -> Best:
-    """Return the best update with γ = 0, the truncated SVD of D in the subspace."""
+def low_rank(found: Subspace, sums: Sums, rank: int) -> tuple[Best, Matrix]:
+    """Return the best update with γ = 0, the truncated SVD of D in the subspace.
+
+    Also return the squared error ‖B A − D‖² of the truncated SVD of each rank from 1: never below
+    that of D's own, and equal to it for a whole subspace.
+    """
     gamma = np.zeros_like(sums.dd)
     coordinates, values = top(found, gamma, rank)
-    return Best(coordinates, gamma, float(sums.dd.sum() - values.sum()))
+    squares = sums.dd.sum() - np.cumsum(values)
+    return Best(coordinates, gamma, float(squares[rank - 1])), squares
 
 
 def alternate(found: Subspace, sums: Sums, gamma: Matrix, rank: int, *, loss: float) -> Best:

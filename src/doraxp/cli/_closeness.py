@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from doraxp._base.words import counted
@@ -29,6 +29,8 @@ _CAPTION = (
     "Update norm: ‖W* − W‖, with W* of {target}. Errors: ‖W' − W*‖ as a part of it; 0 is {target} "
     "itself, 1 is BASE. {lora}: the truncated SVD of W* − W at the same rank. Medians of a kind"
 )
+_TENTH = 0.1
+"""The relative error for which `Closeness.rank_for_tenth` is a rank."""
 _NAMED = 3
 """Tensors that a warning names."""
 
@@ -62,6 +64,22 @@ def print_closeness(
     end = "; of DoRA ÷ LoRA, the largest, 1 where SVD LoRA is exact to rounding." if dora else "."
     lora = "SVD LoRA" if dora else "SVD LoRA, the adapter in DST"
     print_caption(f"{_CAPTION.format(target=target, lora=lora)}{end}", console)
+    advice = _advice(modules.values())
+    if advice:
+        merge = "" if dora else f"; a merge of {target} into BASE has no such error"
+        print_caption(f"{advice}{merge}.", console)
+
+
+def _advice(modules: Collection[Mapping[str, Any]]) -> str:
+    """Return how to bring each error to a tenth of the update; "" where each is below it."""
+    above = sum(one["relative_error"] > _TENTH for one in modules)
+    if not above:
+        return ""
+    ranks = [one["rank_for_tenth"] for one in modules]
+    lower = "A larger --rank lowers it"
+    if None not in ranks:
+        lower = f"--rank {max(ranks)} brings it to {_TENTH} or below in all modules"
+    return f"The error is above {_TENTH} in {above} of {counted(len(modules), 'module')}. {lower}"
 
 
 def warn_of_left_out(command: str, left_out: Mapping[str, float], target: str, out: str) -> None:

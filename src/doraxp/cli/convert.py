@@ -23,7 +23,8 @@ from doraxp.cli._closeness import figures_of, print_closeness, warn_of_left_out
 SUMMARY = "Convert an adapter to the format of PEFT, mlx-lm or diffusers."
 DETAILS = (
     "The copy is exact. An adapter that the format cannot hold is refused with the reason. --to "
-    "lora approximates it by plain LoRA, and prints the error."
+    "lora approximates it by plain LoRA, and prints the error and the rank that would bring it to "
+    "0.1."
 )
 EXAMPLE = "doraxp convert adapter --to mlx --out adapter-mlx"
 STATUS_1 = None

@@ -11,16 +11,17 @@ from typing import Any, TypeAlias
 
 from doraxp._base.patterns import matches_any, values_by_path
 from doraxp._base.types import Config
+from doraxp._base.words import with_article
 from doraxp._core.adapter import InitMethod
 from doraxp._core.kinds import LayerKind
 from doraxp._core.operators import Operator
 from doraxp.layers._adapt import chosen, no_match, of_layer
 from doraxp.layers._base_layer import (
+    OTHER_WEIGHT,
     WeightLayout,
-    arrays_of,
     check_no_other_bias,
     is_array,
-    listed,
+    with_arrays,
 )
 from doraxp.layers._dora import DoRALayer
 from doraxp.layers._model import AdaptedModel, Setter
@@ -101,9 +102,8 @@ def adapt_layers(
         if (array := getattr(layer, weight, None)) is not None
     }
     if not weights:
-        raise ValueError(
-            f"layers must have a layer with the attribute {weight!r}{_advice(found.values())}"
-        )
+        got = _without(found.values())
+        raise ValueError(f"layers must have a layer with {with_article(weight)}{got}")
     known_operators = values_by_path(operators or {}, weights)
     known_kinds = {
         path: operator.kind
@@ -159,13 +159,12 @@ def _walked(layers: Any, accessor: Accessor | None) -> tuple[dict[str, Any], dic
     return found, setters
 
 
-def _advice(layers: Collection[Any]) -> str:
+def _without(layers: Collection[Any]) -> str:
     """Return the end of the message for layers without a weight."""
     if any(is_array(layer) for layer in layers):
         return ", got arrays: wrap each in doraxp.Linear, or use doraxp.adapt"
-    arrays = {name for layer in layers for name in arrays_of(layer)}
-    names = f"; they have the {listed(sorted(arrays))}" if arrays else ""
-    return f": pass weight= for another name{names}"
+    arrays = with_arrays(layers)
+    return f"{arrays and f', got layers{arrays}'}: {OTHER_WEIGHT}"
 
 
 def _check_used(patterns: Mapping[str, Mapping[str, Any] | None], paths: Iterable[str]) -> None:

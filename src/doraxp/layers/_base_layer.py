@@ -25,6 +25,8 @@ from doraxp._core.operators import Operator
 from doraxp.backends import array_namespace, is_by_rows, operations
 
 WeightLayout: TypeAlias = Literal["out_in", "in_out"]
+OTHER_WEIGHT = "pass weight= for an attribute of another name"
+"""The advice for layers without the attribute that has the weight."""
 _TURNED = {"linear": LayerKind("transposed"), "experts": LayerKind("transposed_experts")}
 
 
@@ -100,7 +102,12 @@ def weight_of(base: Any, name: str) -> Any:
         )
     weight = getattr(base, name, None)
     if weight is None:
-        raise TypeError(f"{_lacks(base, name)}: pass weight= for an attribute of another name")
+        got = type(base).__name__
+        if is_array(base) or isinstance(base, (list, tuple)):
+            advice = "wrap an array in doraxp.Linear"
+        else:
+            got, advice = f"{got}{with_arrays([base])}", OTHER_WEIGHT
+        raise TypeError(f"base must be a layer with {with_article(name)}, got {got}: {advice}")
     return weight
 
 
@@ -108,7 +115,8 @@ def bias_of(base: Any, name: str | None) -> Any:
     """Return the bias of a base, or None. ValueError for a name that was chosen and is missing."""
     if name not in (None, "bias") and not hasattr(base, name):
         raise ValueError(
-            f"{_lacks(base, name)}: pass bias= for an attribute of another name, or bias=None if "
+            f"base must be a layer with {with_article(str(name))}, got {type(base).__name__}"
+            f"{with_arrays([base])}: pass bias= for an attribute of another name, or bias=None if "
             "the layer has no bias"
         )
     return None if name is None else getattr(base, name, None)
@@ -155,10 +163,10 @@ def arrays_of(base: Any) -> dict[str, Any]:
     }
 
 
-def listed(arrays: Iterable[str]) -> str:
-    """Return "array 'a'", or "arrays 'a', 'b'"."""
-    names = [repr(name) for name in arrays]
-    return f"array{'s' if len(names) > 1 else ''} {', '.join(names)}"
+def with_arrays(bases: Iterable[Any]) -> str:
+    """Return " with the array 'a'", " with the arrays 'a', 'b'", or "": those that bases have."""
+    names = [repr(name) for name in sorted({name for base in bases for name in arrays_of(base)})]
+    return f" with the array{'s' if len(names) > 1 else ''} {', '.join(names)}" if names else ""
 
 
 def is_array(value: Any) -> bool:
@@ -170,18 +178,12 @@ def is_array(value: Any) -> bool:
     return hasattr(value, "shape")
 
 
-def _lacks(base: Any, name: str | None) -> str:
-    """Return the message for an attribute that a base lacks; it names the arrays of the base."""
-    message = f"base must be a layer with {with_article(str(name))}, got {type(base).__name__}"
-    arrays = {} if name == "weight" else arrays_of(base)
-    return f"{message} with the {listed(arrays)}" if arrays else message
-
-
 def stored_as(weight: Array, kind: LayerKind | None, operator: Any, layout: WeightLayout) -> Stored:
     """Return how a weight is stored, and refuse a choice that does not fit its shape."""
     if layout not in get_args(WeightLayout):
         raise ValueError(f"weight_layout must be one of {get_args(WeightLayout)}, got {layout!r}")
-    shape = tuple(check_weight(weight))
+    axes = "in, out" if layout == "in_out" else "out, in"
+    shape = tuple(check_weight(weight, axes=axes))
     if kind is None and operator is None:
         if len(shape) > 2:
             raise ValueError(

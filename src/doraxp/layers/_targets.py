@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeAlias, cast
 
 from doraxp._base.types import Array, RowWeight
 from doraxp._core.kinds import LayerKind
+from doraxp.backends import check_shaped
 
 Modules: TypeAlias = str | Iterable[str]
 
@@ -102,6 +103,8 @@ def find_targets(
 
     Raises
     ------
+    TypeError
+        A target has no shape.
     ValueError
         A string is not a regular expression.
 
@@ -134,6 +137,9 @@ def find_targets(
     """
     by_path = {name.removesuffix(".weight"): cast(Array, each) for name, each in weights.items()}
     targets = _listed("target_modules", target_modules)
+    for path, weight in by_path.items():
+        if targets == "all-linear" or _matches(targets, path):
+            _check_shaped(path, weight)
     exclusions = _listed("exclude_modules", exclude_modules or [])
     left_out: dict[str, str] = {}
     unmatched: dict[str, list[str]] = {}
@@ -158,6 +164,14 @@ def nearest(wanted: str, paths: Iterable[str]) -> list[str]:
     paths = list(paths)
     names = dict.fromkeys([*paths, *(path.rpartition(".")[-1] for path in paths)])
     return difflib.get_close_matches(wanted, names, n=5, cutoff=0.5) or paths[:5]
+
+
+def _check_shaped(path: str, weight: object) -> None:
+    """Raise TypeError where the weight of a target has no shape."""
+    try:
+        check_shaped("weight", weight)
+    except TypeError as error:
+        raise TypeError(f"{path}: {error}") from None
 
 
 def _listed(argument: str, modules: Modules) -> str | list[str]:

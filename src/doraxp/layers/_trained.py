@@ -198,7 +198,8 @@ class TrainedArrays:
         then = self._prepared or self._previous
         if then is None or then.weight is not self.weight:
             return None, None
-        unchanged = operations(weight=self.weight).unchanged
+        check_kind("adapter", self.adapter, Adapter)  # it may have been assigned
+        unchanged = operations(weight=self.weight, **self.adapter._asdict()).unchanged
         same = then is self._prepared and then.config == self.config
         same = same and unchanged(then.snapshot, then.adapter, self.adapter)
         return (then, None) if same else (None, then)
