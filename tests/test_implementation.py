@@ -242,7 +242,7 @@ def test_a_mistake_in_v_is_named_where_the_gradients_are_written_by_hand(one, ot
     assert set(one.deviations) == names | {HAND}
 
 
-def test_two_deviations_that_replace_the_same_formula_are_no_pair():
+def test_two_deviations_that_replace_the_same_formula_are_not_a_pair():
     """Of "dA and dB have the wrong sign" and this dB, the second would hide half of the first."""
     no_norm = ("db = scaling * dv", "db = scaling * plain")
     report = faults.check(faults.Fault("da = scaling", "da = -scaling", None, also=no_norm))
