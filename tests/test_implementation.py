@@ -242,6 +242,14 @@ def test_a_mistake_in_v_is_named_where_the_gradients_are_written_by_hand(one, ot
     assert set(one.deviations) == names | {HAND}
 
 
+def test_two_deviations_that_replace_the_same_formula_are_no_pair():
+    """Of "dA and dB have the wrong sign" and this dB, the second would hide half of the first."""
+    no_norm = ("db = scaling * dv", "db = scaling * plain")
+    report = faults.check(faults.Fault("da = scaling", "da = -scaling", None, also=no_norm))
+    (one,) = report.diagnoses
+    assert one.deviations == ("dA has the wrong sign", "dB lacks the gradient through the norm")
+
+
 @pytest.mark.parametrize("dg", ["-magnitude * e / norm**3", "-gain * e / norm**2"])
 def test_gradients_by_hand_may_take_the_gain_for_m_over_n(dg):
     """q is −(m/n) dg / n² or −g dg / n², which differ where the forward squares the gain."""

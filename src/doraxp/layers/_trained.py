@@ -198,8 +198,10 @@ class TrainedArrays:
         then = self._prepared or self._previous
         if then is None or then.weight is not self.weight:
             return None, None
-        check_kind("adapter", self.adapter, Adapter)  # it may have been assigned
-        unchanged = operations(weight=self.weight, **self.adapter._asdict()).unchanged
+        if self.adapter is not then.adapter:  # it may have been assigned
+            check_kind("adapter", self.adapter, Adapter)
+            operations(weight=self.weight, **self.adapter._asdict())
+        unchanged = operations(weight=self.weight).unchanged
         same = then is self._prepared and then.config == self.config
         same = same and unchanged(then.snapshot, then.adapter, self.adapter)
         return (then, None) if same else (None, then)
