@@ -2,10 +2,11 @@
 
     python benchmarks/check.py [--json FILE]
 
-The machine must be idle. On two cores the script takes about ten minutes. It writes FILE after each
-workload: a run that is stopped leaves the figures so far. The exit status is 1 if a ratio misses
-its goal by more than `MARGIN`. Ratios to NumPy's products depend on the kernels of its BLAS, which
-the first line names. The script runs `small_layer.py` first, for the fixed cost of a call.
+The machine must be idle. On two cores the script takes about ten minutes, and sixteen where other
+work uses them. It writes FILE after each workload: a run that is stopped leaves the figures so far.
+The exit status is 1 if a ratio misses its goal by more than `MARGIN`. Ratios to NumPy's products
+depend on the kernels of its BLAS, which the first line names. The script runs `small_layer.py`
+first, for the fixed cost of a call.
 """
 
 from __future__ import annotations

@@ -664,6 +664,27 @@ def test_the_reason_why_no_layer_can_be_accelerated_names_each_kind_once(peft, t
         accelerate(model)
 
 
+@pytest.mark.filterwarnings("ignore")  # of PEFT, about fan_in_fan_out
+def test_the_layers_of_gpt2_are_left_to_peft(torch, peft):
+    import transformers  # PEFT needs it
+
+    from doraxp.torch import accelerate
+
+    sizes = {"n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 20, "n_positions": 4}
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+
+    def adapted(*targets):
+        base = transformers.GPT2LMHeadModel(config)
+        options = {"r": 2, "use_dora": True, "fan_in_fan_out": True}
+        return peft.get_peft_model(base, peft.LoraConfig(target_modules=[*targets], **options))
+
+    with pytest.raises(ValueError, match=r"h\.0\.attn\.c_attn: its base must be .*, got Conv1D"):
+        accelerate(adapted("c_attn"))
+    handle = accelerate(adapted("c_attn", "lm_head"))
+    assert handle.layers == ("base_model.model.lm_head",)
+    assert list(handle.left) == ["base_model.model.transformer.h.0.attn.c_attn"]
+
+
 def test_a_parameter_of_a_module_may_be_a_forgotten_bias(torch):
     from doraxp import Config, DoRALayer
 
