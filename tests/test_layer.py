@@ -558,6 +558,13 @@ def test_a_base_without_a_weight_is_refused_with_the_arrays_that_it_has():
             DoRALayer(bare, Config(2), seed=0)
 
 
+@pytest.mark.once
+def test_a_named_tuple_without_a_weight_is_a_layer_and_no_list_of_numbers():
+    message = r"got Tuple: pass weight= for an attribute of another name$"
+    with pytest.raises(TypeError, match=message):
+        DoRALayer(Tuple(np.eye(4)), Config(2), seed=0, weight="kernel")
+
+
 def test_a_name_of_the_bias_that_the_base_lacks_is_refused(draw):
     message = (
         r"^base must be a layer with an ofset, got Dense with the arrays 'kernel', 'offset': pass "

@@ -87,6 +87,15 @@ def test_an_output_with_fewer_rows_than_columns_is_a_projection(path):
     assert left_out(shaped(**{path: (4, 8)})) == {}
 
 
+def test_only_a_target_must_have_a_shape():
+    weights = {"q": np.ones((4, 4)), "count": 1}
+    assert find_targets(weights, ".*", exclude_modules=["count"]).excluded == ["count"]
+    assert find_targets(weights, ["q"]).paths == ["q"]
+    for targets in (".*", "all-linear"):
+        with pytest.raises(TypeError, match=r"^count: weight must be an array .* got int"):
+            find_targets(weights, targets)
+
+
 def test_a_weight_in_the_memory_of_an_embedding_is_tied_to_it(backend, draw):
     table, other = draw(9, 4), draw(9, 4)
     weights = {

@@ -103,7 +103,7 @@ def weight_of(base: Any, name: str) -> Any:
     weight = getattr(base, name, None)
     if weight is None:
         got = type(base).__name__
-        if is_array(base) or isinstance(base, (list, tuple)):
+        if is_array(base) or type(base) in (list, tuple):  # a NamedTuple may be a layer
             advice = "wrap an array in doraxp.Linear"
         else:
             got, advice = f"{got}{with_arrays([base])}", OTHER_WEIGHT

@@ -104,7 +104,7 @@ def find_targets(
     Raises
     ------
     TypeError
-        A target has no shape.
+        A target that is not excluded has no shape. With "all-linear" each weight must have one.
     ValueError
         A string is not a regular expression.
 
@@ -137,14 +137,12 @@ def find_targets(
     """
     by_path = {name.removesuffix(".weight"): cast(Array, each) for name, each in weights.items()}
     targets = _listed("target_modules", target_modules)
-    for path, weight in by_path.items():
-        if targets == "all-linear" or _matches(targets, path):
-            _check_shaped(path, weight)
     exclusions = _listed("exclude_modules", exclude_modules or [])
     left_out: dict[str, str] = {}
     unmatched: dict[str, list[str]] = {}
     if targets == "all-linear":
         kinds = kinds or {}
+        _check_shaped(by_path)
         left_out = _left_out(weights, by_path, kinds)
         paths = [
             path
@@ -156,6 +154,7 @@ def find_targets(
         unmatched = _unmatched(targets, by_path)
     excluded = [path for path in paths if _matches(exclusions, path)]
     kept = [path for path in paths if path not in set(excluded)]
+    _check_shaped({path: by_path[path] for path in kept})
     return Targets(kept, excluded, left_out, unmatched, _unmatched(exclusions, by_path))
 
 
@@ -166,12 +165,13 @@ def nearest(wanted: str, paths: Iterable[str]) -> list[str]:
     return difflib.get_close_matches(wanted, names, n=5, cutoff=0.5) or paths[:5]
 
 
-def _check_shaped(path: str, weight: object) -> None:
-    """Raise TypeError where the weight of a target has no shape."""
-    try:
-        check_shaped("weight", weight)
-    except TypeError as error:
-        raise TypeError(f"{path}: {error}") from None
+def _check_shaped(weights: Mapping[str, object]) -> None:
+    """Raise TypeError where a weight has no shape."""
+    for path, weight in weights.items():
+        try:
+            check_shaped("weight", weight)
+        except TypeError as error:
+            raise TypeError(f"{path}: {error}") from None
 
 
 def _listed(argument: str, modules: Modules) -> str | list[str]:
