@@ -389,6 +389,8 @@ def test_the_object_may_be_dotted(mine):
         ("mine:WRONG()", r"TARGET must be .* got 'mine:WRONG\(\)'$"),
         ("json", "impl must have a function init, forward, .* got module without any of them"),
         ("classes", "OBJECT must be given, got a module .* write classes:One or classes:Two$"),
+        ("beside", "whose functions are in a class: write beside:Own$"),
+        ("exports", "whose functions are in a class: write exports:Two or exports:One$"),
         ("odd", "conventions must be a doraxp.testing.Conventions or a dict .* got list"),
         ("typo", "conventions must be those of doraxp.testing: .* argument 'lay_out'"),
         ("choice", r"layout must be one of \('out_in', 'in_out'\), got 'x'"),
@@ -401,6 +403,8 @@ def test_a_bad_target_is_exit_status_2_and_one_line(mine, capsys, target, messag
     (mine / "classes.py").write_text(
         "import naive\nclass One:\n    merge = naive.merge\nclass Two(One):\n    pass\nclass No: 0"
     )
+    (mine / "beside.py").write_text("from classes import *\nclass Own(Two): 0")
+    (mine / "exports.py").write_text("from classes import Two, One")
     (mine / "odd.py").write_text(f"{head}conventions = []")
     (mine / "typo.py").write_text(f"{head}conventions = {{'lay_out': 'in_out'}}")
     (mine / "choice.py").write_text(f"{head}conventions = {{'layout': 'x'}}")

@@ -112,9 +112,16 @@ def _functions(impl: Any) -> tuple[str, ...]:
 
 
 def _refuse_a_module_of_classes(module: ModuleType, target: str) -> None:
-    """Raise ValueError if the functions of a module are in a class, which must be named too."""
+    """Raise ValueError if the functions of a module are in a class, which must be named too.
+
+    Classes of other packages, such as an optimizer with a method `step`, are named only if the
+    module has no others.
+    """
     classes = {key: one for key, one in vars(module).items() if isinstance(one, type)}
-    targets = [f"{target}:{key}" for key, one in classes.items() if _functions(one)]
+    found = {key: one for key, one in classes.items() if _functions(one)}
+    package = target.partition(".")[0]
+    own = [key for key, one in found.items() if one.__module__.partition(".")[0] == package]
+    targets = [f"{target}:{key}" for key in own or found]
     if targets:
         raise ValueError(
             "OBJECT must be given, got a module whose functions are in a class: write "
