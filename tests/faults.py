@@ -288,6 +288,12 @@ LAYER = (
     Fault("y = y + bias", "y = y + bias", "the bias is not scaled", declared(bias_scaled=True)),
     Fault("sum(axis=1))", "sum(axis=1))", "no number is added to the norm", declared(eps=1e-6)),
     Fault(
+        "sum(axis=1))",
+        "sum(axis=1)) + 1e-6",
+        "the gradient through the norm has V/n where V/‖V‖ belongs",
+        declared(eps=1e-6),
+    ),
+    Fault(
         "q = -magnitude",
         "q = -magnitude",
         "the norm is not detached",

@@ -260,6 +260,17 @@ def test_gradients_by_hand_may_take_the_gain_for_m_over_n(dg):
     assert one.deviations == ("m/n is applied twice", HAND)
 
 
+@pytest.mark.parametrize("eps", [1e-6, 3e-6])
+@pytest.mark.parametrize("dropout", [None, "input"])
+def test_gradients_by_hand_that_divide_by_a_declared_eps_too_have_one_name(eps, dropout):
+    """The derivative of ‖V‖ + ε is V/‖V‖. No mask is left out, and this ε was declared."""
+    meant = faults.declared(eps=eps, dropout=dropout)
+    report = faults.check(faults.Fault(ROOT, f"{ROOT} + {eps}", None, meant))
+    (one,) = report.diagnoses
+    assert one.functions == ("gradients",)
+    assert one.deviations == ("the gradient through the norm has V/n where V/‖V‖ belongs",)
+
+
 def test_two_functions_that_are_wrong_in_one_way_each_are_named_together():
     def forward(bias, **others):
         return RIGHT.forward(bias=None, **others)

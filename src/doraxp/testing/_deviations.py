@@ -231,6 +231,7 @@ BACKWARD: dict[str, Changes] = {
     "the gradient through the norm has the wrong sign": {
         "dv": lambda d: d.gain * d.dmerged - d.through_norm
     },
+    "the gradient through the norm has V/n where V/‖V‖ belongs": _BY_N,
     "the gradient through the norm lacks m/n": {"dnorm": lambda d: -(d.dgain.over(d.n))},
     "the gradient through the norm lacks 1/n": {"dnorm": lambda d: -(d.gain * d.dgain)},
     "the gradients of A, B and W lack m/n": {
