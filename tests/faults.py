@@ -310,6 +310,11 @@ LAYER = (
         "dA, dB, dm and dbias are means over the tokens",
     ),
     Fault(
+        "return found",
+        "return {k: g if k in ('x', 'bias') else g / max(1, len(ds)) for k, g in found.items()}",
+        "dA, dB and dm are means over the tokens",
+    ),
+    Fault(
         'g = grads[name]\n        decay = 0.0 if name == "magnitude" else weight_decay',
         "g = grads[name] + weight_decay * p * (name != 'magnitude')\n        decay = 0",
         "the decay is coupled, as in Adam",

@@ -192,6 +192,34 @@ def test_the_named_functions_are_mended_before_one_without_a_name(mine, capsys):
     assert "explains the numbers; mend forward first, and run again WRONG" in words
 
 
+def test_a_named_function_of_another_part_is_not_mended_first(mine, capsys):
+    (mine / "parted.py").write_text(
+        "import naive, naive_parts\n"
+        "def merge(**given):\n"
+        "    return naive.merge(**given | {'scaling': 1.0})\n"
+        "class loha:\n"
+        "    def merge(**given):\n"
+        "        return 1.5 * naive_parts.loha.merge(**given)\n"
+    )
+    assert main(["conform", "parted"]) == 1
+    words = " ".join(capsys.readouterr().out.split())
+    assert "NAMED merge: s is left out" in words
+    assert "UNNAMED loha.merge: " in words
+    assert "mend " not in words
+
+
+@pytest.mark.parametrize("columns", range(34, 60, 2))
+def test_a_line_that_is_continued_breaks_no_word(mine, capsys, monkeypatch, columns):
+    """An option, or the name of an entry, is one word that can be copied."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    (mine / "right.py").write_text("from naive import init\n")
+    entry = f"init/{'a' * 60}/*"
+    assert main(["conform", "right", *expecting(mine, entry)]) == 1
+    words = capsys.readouterr().out.split()
+    assert {entry, "--dtype"} <= {*words}
+    assert not [word for word in words if word.endswith("-")]
+
+
 def test_cases_that_did_not_run_have_a_reason(mine, capsys):
     (mine / "partly.py").write_text(
         "import naive\n"

@@ -271,6 +271,16 @@ def test_gradients_by_hand_that_divide_by_a_declared_eps_too_have_one_name(eps, 
     assert one.deviations == ("the gradient through the norm has V/n where V/‖V‖ belongs",)
 
 
+def test_a_mean_over_the_tokens_says_nothing_of_a_gradient_that_is_never_returned():
+    def gradients(dy, **others):
+        tokens = max(1, dy[..., 0].size)
+        found = RIGHT.gradients(dy=dy, **others)
+        return {key: found[key] / tokens for key in ("lora_a", "lora_b", "magnitude")}
+
+    names = {one.deviations for one in checked(gradients=gradients).diagnoses}
+    assert ("dA, dB and dm are means over the tokens",) in names
+
+
 def test_two_functions_that_are_wrong_in_one_way_each_are_named_together():
     def forward(bias, **others):
         return RIGHT.forward(bias=None, **others)

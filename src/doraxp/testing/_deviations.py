@@ -287,6 +287,10 @@ BACKWARD: dict[str, Changes] = {
         **multiplied("dbeside", per_token),
         **multiplied("dbias", per_token),
     },
+    "dA, dB and dm are means over the tokens": {
+        **multiplied("dmerged", per_token),
+        **multiplied("dbeside", per_token),
+    },
     "dbias is a mean over the tokens": multiplied("dbias", per_token),
     "dm is a mean over the tokens": multiplied("dm", per_token),
     "dW is that of the weight form": {"through_base": lambda d: d.dbase},
