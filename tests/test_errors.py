@@ -183,6 +183,18 @@ def test_a_list_of_numbers_is_refused_with_the_function_that_makes_it_an_array(v
         call(SimpleNamespace(weight=value), adapter, Config(1))
 
 
+@pytest.mark.once
+def test_an_object_that_numpy_can_read_gets_the_function_too():
+    class Frame:
+        def __array__(self):
+            raise NotImplementedError
+
+    with pytest.raises(TypeError, match=r"got Frame: give numpy\.asarray\(weight\)$"):
+        doraxp.init(Frame(), Config(1), seed=0)
+    with pytest.raises(TypeError, match=r"got object$"):
+        doraxp.init(object(), Config(1), seed=0)
+
+
 def test_the_function_is_that_of_the_library_of_the_other_arrays(draw, layer):
     weight, adapter, config = layer
     library = str(array_namespace(weight).__name__).removeprefix("array_api_compat.")
