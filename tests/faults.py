@@ -161,6 +161,7 @@ LAYER = (
     Fault("dx = (dz @ v)", "dx = (dz @ weight)", "dx lacks the update"),
     Fault("dm = e / norm", "dm = e", "dm is not divided by n"),
     Fault("dm = e / norm", "dm = e * gain / norm", "dm has m/n once more"),
+    Fault("dm = e / norm", "dm = magnitude * e / norm", "dm has m once more"),
     Fault('found["bias"] = ds.', 'found["bias"] = dz.', "dbias is scaled by m/n"),
     Fault("dropout_mask * x", "x", "the dropout mask is left out"),
     Fault("dropout_mask * x", "(dropout_mask > 0) * x", "the dropout mask lacks 1/(1 − p)"),

@@ -62,15 +62,11 @@ def multiplied(name: str, factor: Formula) -> Changes:
 
 def added_to(base: Changes, changes: Changes) -> Changes:
     """Return the formulas of `base` and `changes`; one that transforms comes after that of base."""
-    return {
-        **base,
-        **{
-            name: formula.after(base[name])
-            if isinstance(formula, Transformed) and name in base
-            else formula
-            for name, formula in changes.items()
-        },
-    }
+    found = dict(base)
+    for name, formula in changes.items():
+        comes_after = isinstance(formula, Transformed) and name in base
+        found[name] = formula.after(base[name]) if comes_after else formula
+    return found
 
 
 def together(parts: Iterable[Changes]) -> Changes | None:
@@ -335,6 +331,7 @@ BACKWARD: dict[str, Changes] = {
     "dm is made from y, bias and all": {
         "dm": lambda d: (d.dgain.over(d.n) + bias_gain(d).over(d.m))[..., 0]
     },
+    "dm has m once more": multiplied("dm", lambda d: d.m[..., 0]),
     "dm has m/n once more": multiplied("dm", lambda d: d.gain[..., 0]),
     "dbias is scaled by m/n": multiplied("dbias", lambda d: d.gain[..., 0]),
     "dA, dB, dm and dbias are means over the tokens": {
