@@ -64,8 +64,9 @@ def added_to(base: Changes, changes: Changes) -> Changes:
     """Return the formulas of `base` and `changes`; one that transforms comes after that of base."""
     found = dict(base)
     for name, formula in changes.items():
-        comes_after = isinstance(formula, Transformed) and name in base
-        found[name] = formula.after(base[name]) if comes_after else formula
+        if isinstance(formula, Transformed) and name in base:
+            formula = formula.after(base[name])
+        found[name] = formula
     return found
 
 
