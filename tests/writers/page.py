@@ -30,7 +30,9 @@ with experts, those of the merged model. They are compared where OUT is a whole 
 The base of a quantised case is stored and read by the library of its format. The right weights are
 the merge in float64 of the weights that this library reads. With `--targets bf16` they are rounded
 to bfloat16, and with `--targets same` the library quantises them again; the bound is 1e-6, and 1e-5
-for outputs. The default precision, and nested scales, have the bound 1e-2. OUT is right only if
+for outputs. The default precision, and nested scales, have the bound 1e-2. With the default
+precision, a number between two codes may have either: both are as near to the merge in float64,
+within 1e-5. OUT is right only if
 `from_pretrained` reports no name, config.json names exactly the modules that are dense, and a model
 that computes as it is stored gives the right outputs within a tenth. transformers cannot load dense
 experts beside pack-quantized layers, so these cells have no outputs.

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from doraxp import AdaptedLayer, Adapter, Config, LayerKind
 from doraxp.checkpoint import save_adapters
-from writers.matrix import BOUND16, CLOSE, Trial, difference, read_tensors, register
+from writers.matrix import BOUND, BOUND16, CLOSE, Trial, difference, read_tensors, register
 from writers.peft_common import IDS, model, outputs, reload, train
 from writers.quantised_formats import (
     Bits4,
@@ -165,6 +165,8 @@ def trial_of(
     }
     wanted = outputs(dense_model(folder / "right", base, right), input_ids=IDS)
     read = functools.partial(read_dense, form=base.form)
+    if to == "same" and not options:
+        read = functools.partial(read_but_ties, read=read, merged=merged, right=right)
     check = functools.partial(loaded, base=base, wanted=wanted)
     options = ("--targets", to, *options)
     own = Trial(base.folder, folder / "adapter", right, options=options, read=read)
@@ -200,6 +202,25 @@ def stored(name: str, weight: torch.Tensor, base: Base, to: str) -> torch.Tensor
 
 def read_dense(out: Path, form: Format) -> dict[str, torch.Tensor]:
     return dense(read_tensors(out), form, config_of(out).get("quantization_config", {}))
+
+
+def read_but_ties(
+    out: Path,
+    read: Callable[[Path], dict[str, torch.Tensor]],
+    merged: dict[str, torch.Tensor],
+    right: dict[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of OUT, and a right number in the place of another that is as near.
+
+    A merge in float32 may round to the neighbour where a number lies between two codes. The
+    neighbour is within the bound of float32 as near to the merge in float64 as the right code.
+    """
+    tensors = read(out)
+    for name, weight in merged.items():
+        got, want, exact = (one.double() for one in (tensors[name], right[name], weight))
+        is_near = (got - exact).abs() <= (want - exact).abs() + BOUND * exact.abs().max()
+        tensors[name] = torch.where(is_near, want, got)
+    return tensors
 
 
 def loaded(out: Path, base: Base, wanted: torch.Tensor) -> torch.Tensor:
