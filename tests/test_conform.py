@@ -855,7 +855,8 @@ def test_the_page_shows_the_line_of_a_function_that_raises(mine, capsys):
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     (shown,) = re.findall(r"The first command prints\n\n```text\n(.*?)\n```", PAGE, re.DOTALL)
     start = lines.index(shown.splitlines()[0])
-    assert shown.splitlines() == lines[start : start + 4]
+    assert shown.splitlines() == lines[start : start + 5]
+    assert not lines[start + 5].startswith(" ")
 
 
 def test_the_page_has_every_option(mine, capsys):
