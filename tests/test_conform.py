@@ -277,7 +277,8 @@ def test_gradients_that_no_case_returned_have_a_line_and_the_exit_status_stays_0
     status, found = report_of(mine, "alone")
     assert status == 0
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 80
+    # The last line has the path of the report, which may be long.
+    assert max(len(line) for line in lines if not line.startswith("Report: ")) <= 80
     words = " ".join(" ".join(lines).split())
     said = "gradients never returned lora_a, lora_b, magnitude, weight, bias: not checked"
     assert f"{said} 25 cases did not run" in words

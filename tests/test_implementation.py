@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
+import types
 from types import SimpleNamespace
 
 import faults
@@ -242,12 +243,60 @@ def test_a_mistake_in_v_is_named_where_the_gradients_are_written_by_hand(one, ot
     assert set(one.deviations) == names | {HAND}
 
 
-def test_two_deviations_that_replace_the_same_formula_are_not_a_pair():
-    """Of "dA and dB have the wrong sign" and this dB, the second would hide half of the first."""
-    no_norm = ("db = scaling * dv", "db = scaling * plain")
-    report = faults.check(faults.Fault("da = scaling", "da = -scaling", None, also=no_norm))
+@pytest.mark.parametrize(
+    ("old", "new", "names"),
+    [
+        ("dx = (dz @ v)", "dx = (ds @ weight)", {"dx lacks m/n", "dx lacks the update"}),
+        ("scaling * dv @", "(ds.T @ xs + q[:, None] * v) @", {"dB lacks s", "dB lacks m/n"}),
+        ("scaling * dv @", "plain @", {"dB lacks s", "dB lacks the gradient through the norm"}),
+        ("dm = e / norm", "dm = -e", {"dm has the wrong sign", "dm is not divided by n"}),
+        (
+            "dm = e / norm",
+            "dm = -e / norm / max(1, len(ds))",
+            {"dm has the wrong sign", "dm is a mean over the tokens"},
+        ),
+        (
+            "ds.sum(axis=0)",
+            "dz.sum(axis=0) / max(1, len(dz))",
+            {"dbias is scaled by m/n", "dbias is a mean over the tokens"},
+        ),
+    ],
+)
+def test_two_mistakes_in_one_formula_are_named(old, new, names):
+    report = faults.check(faults.Fault(old, new, None))
     (one,) = report.diagnoses
-    assert one.deviations == ("dA has the wrong sign", "dB lacks the gradient through the norm")
+    assert set(one.deviations) == names
+
+
+def test_a_mistake_in_each_of_several_gradients_is_named():
+    code = {"da = scaling * ": "da = ", "db = scaling *": "db = -", "dx = (dz": "dx = (ds"}
+    (one,) = check_implementation(changed(code), faults.USUAL).diagnoses
+    assert one.functions == ("gradients",)
+    assert one.deviations == (
+        "dx lacks m/n",
+        "dA lacks s",
+        "dB lacks s",
+        "dB has the wrong sign",
+    )
+
+
+def changed(code: dict[str, str]) -> types.ModuleType:
+    """Return `naive` with other code in several places."""
+    text = (faults.HERE / "naive.py").read_text("utf-8")
+    for old, new in code.items():
+        assert old in text
+        text = text.replace(old, new)
+    module = types.ModuleType("naive")
+    exec(compile(text, "naive.py", "exec"), vars(module))
+    return module
+
+
+def test_two_deviations_that_replace_the_same_term_are_not_a_pair():
+    """Each has its own gradient through the norm, and the second would hide the first."""
+    code = {"q = -magnitude * e / norm**3": "q = -e / norm", "dm = e / norm": "dm = -e / norm"}
+    report = check_implementation(changed(code), faults.USUAL)
+    assert report.diagnoses == ()
+    assert report.unexplained == ("gradients",)
 
 
 @pytest.mark.parametrize("dg", ["-magnitude * e / norm**3", "-gain * e / norm**2"])

@@ -8,7 +8,8 @@ has the wrong gradients that autograd would give.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -33,9 +34,59 @@ def original(name: str) -> Formula:
     return lambda d: getattr(type(d).__mro__[1], name).func(d)  # the class that deviates is first
 
 
+@dataclass(frozen=True)
+class Transformed:
+    """A formula that changes a quantity, whatever its formula was. It combines with another one."""
+
+    name: str
+    change: Callable[[Any, Any], Any]
+    """Takes the reference and the quantity."""
+
+    def __call__(self, d: Any) -> Any:
+        return self.change(d, original(self.name)(d))
+
+    def after(self, formula: Formula) -> Formula:
+        """Return the formula of the quantity that `formula` computes and this one changes."""
+        return lambda d: self.change(d, formula(d))
+
+
+def transformed(name: str, change: Callable[[Any, Any], Any]) -> Changes:
+    """Return the change of one quantity by a function of the reference and the quantity."""
+    return {name: Transformed(name, change)}
+
+
 def multiplied(name: str, factor: Formula) -> Changes:
     """Return the change that multiplies one quantity by a factor."""
-    return {name: lambda d: original(name)(d) * factor(d)}
+    return transformed(name, lambda d, number: number * factor(d))
+
+
+def added_to(base: Changes, changes: Changes) -> Changes:
+    """Return the formulas of `base` and `changes`; one that transforms comes after that of base."""
+    return {
+        **base,
+        **{
+            name: formula.after(base[name])
+            if isinstance(formula, Transformed) and name in base
+            else formula
+            for name, formula in changes.items()
+        },
+    }
+
+
+def together(parts: Iterable[Changes]) -> Changes | None:
+    """Return the formulas of deviations at once; None if two of them replace the same formula."""
+    found: dict[str, Formula] = {}
+    for name, formula in (item for part in parts for item in part.items()):
+        before = found.get(name, formula)
+        if before is formula:
+            found[name] = formula
+        elif isinstance(formula, Transformed):
+            found[name] = formula.after(before)
+        elif isinstance(before, Transformed):
+            found[name] = before.after(formula)
+        else:
+            return None
+    return found
 
 
 def through_norm(d: Any) -> Any:
@@ -225,12 +276,16 @@ LOW_RANK: dict[str, Changes] = {
     },
 }
 
+
+def by_parts(d: Any) -> Any:
+    """Return the weight that multiplies dy in dx as a product, for deviations of its parts."""
+    return d.back_gain * d.back_rows
+
+
 BACKWARD: dict[str, Changes] = {
     DETACHED: {"through_norm": lambda d: 0.0},
     "the norm is not detached": {"through_norm": lambda d: d.dlength * d.slope},
-    "the gradient through the norm has the wrong sign": {
-        "dv": lambda d: d.gain * d.dmerged - d.through_norm
-    },
+    "the gradient through the norm has the wrong sign": multiplied("through_norm", lambda d: -1.0),
     "the gradient through the norm lacks m/n": {"dnorm": lambda d: -(d.dgain.over(d.n))},
     "the gradient through the norm lacks 1/n": {"dnorm": lambda d: -(d.gain * d.dgain)},
     "the gradients of A, B and W lack m/n": {
@@ -238,8 +293,8 @@ BACKWARD: dict[str, Changes] = {
     },
     "dA lacks m/n": {"da": lambda d: d.s * (d.b.mT @ (d.dmerged + through_norm(d)))},
     "dB lacks m/n": {"db": lambda d: d.s * ((d.dmerged + through_norm(d)) @ d.a.mT)},
-    "dA lacks s": {"da": lambda d: d.b.mT @ d.dv},
-    "dB lacks s": {"db": lambda d: d.dv @ d.a.mT},
+    "dA lacks s": multiplied("da", lambda d: 1 / d.s),
+    "dB lacks s": multiplied("db", lambda d: 1 / d.s),
     "dA has s twice": multiplied("da", lambda d: d.s),
     "dB has s twice": multiplied("db", lambda d: d.s),
     "dA has the wrong sign": multiplied("da", lambda d: -1.0),
@@ -265,9 +320,9 @@ BACKWARD: dict[str, Changes] = {
     "dB's part through the norm lacks s": {
         "db": lambda d: d.s * ((d.gain * d.dmerged) @ d.a.mT) + through_norm(d) @ d.a.mT
     },
-    "dx lacks m/n": {"back": lambda d: d.v},
-    "dx lacks the update": {"back": lambda d: d.gain * d.base},
-    "dx lacks the base": {"back": lambda d: d.gain * d.update},
+    "dx lacks m/n": {"back": by_parts, "back_gain": lambda d: 1.0},
+    "dx lacks the update": {"back": by_parts, "back_rows": lambda d: d.base},
+    "dx lacks the base": {"back": by_parts, "back_rows": lambda d: d.update},
     "dx lacks the dropout mask": {"dx": lambda d: d.dy @ d.back},
     "dx lacks what passes beside the mask": {
         "dx": lambda d: d.dy @ d.back if d.mask is None else d.mask * (d.dy @ d.back)
@@ -275,12 +330,12 @@ BACKWARD: dict[str, Changes] = {
     "dA has the whole x": {"da": lambda d: d.s * (d.b.mT @ (d.dv + d.gain * d.dbeside))},
     "dB has the whole x": {"db": lambda d: d.s * ((d.dv + d.gain * d.dbeside) @ d.a.mT)},
     "dm is not divided by n": {"dm": lambda d: d.dgain[..., 0]},
-    "dm is divided by n twice": {"dm": lambda d: d.dgain.over(d.n).over(d.n)[..., 0]},
+    "dm is divided by n twice": transformed("dm", lambda d, dm: dm.over(d.norm)),
     "dm is made from y, bias and all": {
         "dm": lambda d: (d.dgain.over(d.n) + bias_gain(d).over(d.m))[..., 0]
     },
-    "dm has m/n once more": {"dm": lambda d: (d.gain * d.dgain).over(d.n)[..., 0]},
-    "dbias is scaled by m/n": {"dbias": lambda d: (d.dy * d.gain.mT).sum(-2)},
+    "dm has m/n once more": multiplied("dm", lambda d: d.gain[..., 0]),
+    "dbias is scaled by m/n": multiplied("dbias", lambda d: d.gain[..., 0]),
     "dA, dB, dm and dbias are means over the tokens": {
         **multiplied("dmerged", per_token),
         **multiplied("dbeside", per_token),

@@ -13,7 +13,9 @@ from doraxp.testing._deviations import (
     HAND_WRITTEN,
     RIGHT_GRADIENTS,
     Changes,
+    added_to,
     hand_written,
+    together,
 )
 from doraxp.testing._formulas import GRADIENTS
 from doraxp.testing._parts import results_of
@@ -29,8 +31,8 @@ class Diagnosis(NamedTuple):
     functions: tuple[str, ...]
     """Those that returned wrong numbers."""
     deviations: tuple[str, ...]
-    """One name, or two where only both together explain the numbers. "the norm is detached" or
-    "the gradients keep the right formulas" may come besides."""
+    """One name, or two where only both together explain the numbers, or one or two for each wrong
+    array. "the norm is detached" or "the gradients keep the right formulas" may come besides."""
     before: float
     """The largest error in units of its bound, against the reference."""
     after: float
@@ -99,7 +101,8 @@ def _smallest(runs: list[Run], known: Mapping[str, Changes], base: Changes) -> d
     for search in searches:
         if found := _explaining(runs, search(), known, base):
             return found
-    return _beside_detached(runs, known, base)
+    detached = _beside_detached(runs, known, base)
+    return detached or _explaining(runs, _of_each_array(runs, known, base), known, base)
 
 
 def _by_hand(runs: list[Run], known: Mapping[str, Changes]) -> dict[str, Changes]:
@@ -108,7 +111,7 @@ def _by_hand(runs: list[Run], known: Mapping[str, Changes]) -> dict[str, Changes
         return {}
     parts = {name: hand_written(changes) for name, changes in known.items()}
     return {
-        name: {**RIGHT_GRADIENTS[0], **part}
+        name: added_to(RIGHT_GRADIENTS[0], part)
         for name, part in parts.items()
         if part is not known[name]
     }
@@ -118,14 +121,41 @@ def _pairs(runs: list[Run], known: Mapping[str, Changes], base: Changes) -> Iter
     """Yield the pairs of names that may explain the numbers of one function."""
     # A deviation that changes no number that was returned cannot be part of a pair.
     candidates = [
-        name for name in known if any(_moved(run, {**base, **known[name]}) for run in runs)
+        name for name in known if any(_moved(run, added_to(base, known[name])) for run in runs)
     ]
     worst = max(runs, key=lambda run: run.worst)
-    moved = {name: _moved(worst, {**base, **known[name]}) for name in candidates}
+    moved = {name: _moved(worst, added_to(base, known[name])) for name in candidates}
     wrong = {name for name, got in worst.actual.items() if worst.wanted[name].share(got.values) > 1}
     for one, other in combinations(candidates, 2):
         if wrong <= moved[one] | moved[other]:
             yield one, other
+
+
+def _of_each_array(runs: list[Run], known: Mapping[str, Changes], base: Changes) -> Iterator[Names]:
+    """Yield one set with a mistake, or two, in each wrong array. Each changes this array alone."""
+    moved: dict[str, set[str]] = {}
+    for name, changes in known.items():
+        moved[name] = set().union(*(_moved(run, added_to(base, changes)) for run in runs))
+    together: Names = ()
+    for array in dict.fromkeys(name for run in runs for name in run.actual):
+        of_array = [_of_array(run, array) for run in runs if array in run.actual]
+        if _worst(of_array) <= 1:
+            continue
+        own = {name: known[name] for name in known if moved[name] == {array}}
+        alone = ((name,) for name in own)
+        found = _explaining(of_array, alone, own, base) or _explaining(
+            of_array, _pairs(of_array, own, base), own, base
+        )
+        if not found:
+            return
+        together += next(iter(found))
+    yield together
+
+
+def _of_array(run: Run, array: str) -> Run:
+    """Return a run with one of its arrays."""
+    got, wanted = run.actual[array], run.wanted[array]
+    return run._replace(actual={array: got}, wanted={array: wanted}, worst=wanted.share(got.values))
 
 
 def _beside_detached(
@@ -139,10 +169,10 @@ def _beside_detached(
     if (
         not detached
         or set(detached) & set(base)
-        or not any(_moved(run, {**base, **detached}) for run in runs)
+        or not any(_moved(run, added_to(base, detached)) for run in runs)
     ):
         return {}
-    base = {**base, **detached}
+    base = added_to(base, detached)
     others = {name: own for name, own in known.items() if not set(own) & set(detached)}
     found = _smallest([_against(run, base) for run in runs], others, base)
     return {(DETACHED, *names): after for names, after in found.items()}
@@ -162,7 +192,7 @@ def _jointly(
     """Return the smallest sets that explain all numbers: a function's own, or a union of two."""
     unions = (tuple(dict.fromkeys(one + other)) for one, other in combinations(own, 2))
     sets = dict.fromkeys((*own, *(names for names in unions if len(names) == 2)))
-    for size in (1, 2, 3):
+    for size in sorted(set(map(len, sets))):
         of_size = (names for names in sets if len(names) == size)
         if found := _explaining(runs, of_size, known, base):
             return found
@@ -178,7 +208,7 @@ def _explaining(
     found = {}
     for names in sets:
         for changes in _together(names, known):
-            if (after := _error(runs, {**base, **changes})) <= 1:
+            if (after := _error(runs, added_to(base, changes))) <= 1:
                 found[names] = after
                 break
     return found
@@ -186,14 +216,13 @@ def _explaining(
 
 def _together(names: Names, known: Mapping[str, Changes]) -> Iterator[Changes]:
     """Yield the formulas of some names at once; nothing if two names replace the same formula."""
-    is_by_hand = HAND_WRITTEN in names
     parts = [known[name] for name in names if name != HAND_WRITTEN]
-    if is_by_hand:
-        parts = [hand_written(part) for part in parts]
-    together = {key: formula for part in parts for key, formula in part.items()}
-    if len(together) == sum(map(len, parts)):
-        for right in RIGHT_GRADIENTS if is_by_hand else ({},):
-            yield {**right, **together}
+    if HAND_WRITTEN not in names:
+        ways: tuple[Changes, ...] = ({},)
+    else:
+        parts, ways = [hand_written(part) for part in parts], RIGHT_GRADIENTS
+    if (changes := together(parts)) is not None:
+        yield from (added_to(way, changes) for way in ways)
 
 
 def _error(runs: list[Run], changes: Changes) -> float:

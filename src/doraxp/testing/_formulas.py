@@ -201,6 +201,14 @@ class DenseFormulas:
         return self.acting
 
     @cached_property
+    def back_gain(self) -> Any:
+        return self.gain
+
+    @cached_property
+    def back_rows(self) -> Any:
+        return self.v
+
+    @cached_property
     def dx(self) -> Any:
         dx = self.dy @ self.back
         if self.mask is None:

@@ -64,9 +64,9 @@ def check_implementation(
     returns a gradient in some cases, each case without it is a finding. All other results are
     required.
 
-    If numbers are wrong, every known deviation is tried, then every pair of them, then every pair
-    beside a detached norm. In gradients, each is also tried in the forward alone. The report names
-    those that explain all numbers.
+    If numbers are wrong, every known deviation is tried, then every pair of them, then one or two
+    for each wrong array, also beside a detached norm. In gradients, each is also tried in the
+    forward alone. The report names those that explain all numbers.
 
     Parameters
     ----------
