@@ -177,6 +177,47 @@ def test_a_function_that_no_mistake_explains_has_a_hint(mine, capsys):
     assert "UNNAMED step: no known mistake or pair of them explains the numbers WRONG" in words
 
 
+WEIGHT_IN_OUT = """
+import naive
+
+
+def forward(weight, **others):
+    return naive.forward(weight=weight.T, **others)
+
+
+def init(weight):
+    return naive.init(weight.T)
+"""
+
+
+def test_a_layout_that_was_not_declared_has_a_line_with_the_shapes(mine, capsys):
+    (mine / "kernel.py").write_text(WEIGHT_IN_OUT)
+    assert main(["conform", "kernel", "--layout", "weight_in_out"]) == 0
+    assert "raises" not in capsys.readouterr().out
+    assert main(["conform", "kernel"]) == 1
+    words = " ".join(capsys.readouterr().out.split())
+    line = "forward raises, or returns other shapes, wherever the weight is not square; the first "
+    assert f"{line}call was given x (4, 5), weight (8, 5), lora_a (3, 5), lora_b (8, 3)" in words
+    assert words.index(line) < words.index("NAMED init")
+    assert "UNNAMED" not in words
+    status, report = report_of(mine, "kernel", "--layout", "in_out")
+    assert status == 1
+    (raised,) = report["raised"]
+    assert (raised["function"], raised["square_works"]) == ("forward", False)
+    assert raised["shapes"]["lora_a"] == [5, 3]
+
+
+def test_the_help_has_the_shapes_of_each_layout(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit):
+        main(["conform", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "--layout {out_in,in_out,weight_in_out}" in words
+    assert "out_in: weight (out, in), A (rank, in), B (out, rank)" in words
+    assert "in_out: weight (in, out), A (in, rank), B (rank, out)" in words
+    assert "weight_in_out: weight (in, out), A (rank, in), B (out, rank)" in words
+
+
 def test_the_named_functions_are_mended_before_one_without_a_name(mine, capsys):
     gradients = GRADIENTS.replace("SIGN", "0.3 *").replace("forward, merge", "merge")
     (mine / "both.py").write_text(
@@ -422,7 +463,7 @@ def test_the_object_may_be_dotted(mine):
         ("exports", "whose functions are in a class: write exports:Two or exports:One$"),
         ("odd", "conventions must be a doraxp.testing.Conventions or a dict .* got list"),
         ("typo", "conventions must be those of doraxp.testing: .* argument 'lay_out'"),
-        ("choice", r"layout must be one of \('out_in', 'in_out'\), got 'x'"),
+        ("choice", r"layout must be one of \('out_in', 'in_out', 'weight_in_out'\), got 'x'"),
     ],
 )
 def test_a_bad_target_is_exit_status_2_and_one_line(mine, capsys, target, message):
@@ -462,7 +503,7 @@ def test_functions_of_a_part_have_dotted_names(mine, capsys):
 # Conventions
 
 GIVEN = {
-    "layout": (["--layout", "in_out"], "in_out"),
+    "layout": (["--layout", "weight_in_out"], "weight_in_out"),
     "form": (["--form", "direction"], "direction"),
     "norm_gradient": (["--norm-gradient", "detached"], "detached"),
     "norm_axis": (["--norm-axis", "input"], "input"),
@@ -838,6 +879,17 @@ def test_the_page_shows_the_output_of_its_command(mine, capsys):
         )  # the BLAS decides the digits
 
     assert rounded(shown) == rounded("\n".join(lines))
+
+
+def test_the_page_shows_the_line_of_a_function_that_raises(mine, capsys):
+    _, code, *_ = re.findall(r"cat > mine.py <<'EOF'\n(.*?)EOF\n", PAGE, re.DOTALL)
+    (mine / "kernel.py").write_text(code)
+    assert main(["conform", "kernel"]) == 1
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    (shown,) = re.findall(r"The first command prints\n\n```text\n(.*?)\n```", PAGE, re.DOTALL)
+    start = lines.index(shown.splitlines()[0])
+    assert shown.splitlines() == lines[start : start + 5]
+    assert not lines[start + 5].startswith(" ")
 
 
 def test_the_page_has_every_option(mine, capsys):

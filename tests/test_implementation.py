@@ -388,16 +388,24 @@ def test_results_may_be_written_to_by_the_next_call():
     assert one.deviations == ("s is left out",)
 
 
-def turned(function):
-    """Return the same function for weights stored (in, out)."""
+def turned(function, matrices=("weight", "lora_a", "lora_b")):
+    """Return the same function for matrices that are stored the other way round."""
 
-    def call(weight, lora_a, lora_b, **others):
-        result = function(weight=weight.T, lora_a=lora_a.T, lora_b=lora_b.T, **others)
+    def call(**arrays):
+        def turn(given):
+            return {name: array.T if name in matrices else array for name, array in given.items()}
+
+        result = function(**turn(arrays))
         if isinstance(result, dict):
-            return {k: v.T if k in ("weight", "lora_a", "lora_b") else v for k, v in result.items()}
+            return turn(result)
         return result.T if function is RIGHT.merge else result
 
     return call
+
+
+def weight_turned():
+    """Return right functions for a weight (in, out), and A and B as doraxp keeps them."""
+    return {name: turned(getattr(RIGHT, name), ["weight"]) for name in ("init", *NAMES)}
 
 
 def scaled_bias(bias, **others):
@@ -424,11 +432,12 @@ def alpha_merge(scaling, **others):
     ("conventions", "functions"),
     [
         (Conventions(layout="in_out"), {name: turned(getattr(RIGHT, name)) for name in NAMES}),
+        (Conventions(layout="weight_in_out"), weight_turned()),
         (Conventions(bias_scaled=True), {"forward": scaled_bias}),
         (Conventions(eps=1e-3), {"merge": eps_merge}),
         (Conventions(norm_axis="input"), {"merge": input_axis_merge}),
     ],
-    ids=["layout", "bias", "eps", "axis"],
+    ids=["layout", "weight alone", "bias", "eps", "axis"],
 )
 def test_a_declared_convention_is_not_an_error(conventions, functions):
     assert checked(conventions, **functions).ok
@@ -490,7 +499,9 @@ def test_the_same_fault_in_every_case_is_printed_once():
     more = len(report.findings) - extreme - 1
     assert f" (and {more} more: wide; square; one row; and " in line
     assert f"  extreme merge: {counted(extreme, 'finding')} in zero row; huge; tiny" in lines
-    assert len(lines) == 5  # the last two are about the cases that are left out
+    first = "  merge raises in every call; the first one was given weight (8, 5), lora_a (3, 5), "
+    assert lines[1].startswith(first)
+    assert len(lines) == 6  # the last two are about the cases that are left out
 
 
 def test_a_printed_report_has_a_line_for_each_group_and_the_findings_have_all():
@@ -697,11 +708,105 @@ def test_a_step_that_replaces_its_parameters_is_reported():
 
 
 @pytest.mark.parametrize("returned", [1.0, np.ones(3), np.ones((3, 2))])
-@pytest.mark.parametrize(("layout", "shape"), [("out_in", (8, 5)), ("in_out", (5, 8))])
+@pytest.mark.parametrize(
+    ("layout", "shape"), [("out_in", (8, 5)), ("in_out", (5, 8)), ("weight_in_out", (5, 8))]
+)
 def test_a_wrong_shape_is_reported_in_the_declared_layout(layout, shape, returned):
     conventions = Conventions(layout=layout, dtypes=("float64",))
     first = problems(conventions, merge=lambda **_: returned)[0]
     assert first == ("tall", "merged", f"has shape {np.shape(returned)}, must have {shape}")
+
+
+def test_gradients_have_the_shapes_of_their_arrays_in_each_layout():
+    """A (rank, in) and B (out, rank) beside a weight (in, out), also of a stack."""
+    wanted = {
+        "out_in": {"weight": (8, 5), "lora_a": (3, 5), "lora_b": (8, 3)},
+        "in_out": {"weight": (5, 8), "lora_a": (5, 3), "lora_b": (3, 8)},
+        "weight_in_out": {"weight": (5, 8), "lora_a": (3, 5), "lora_b": (8, 3)},
+    }
+    for layout, shapes in wanted.items():
+        given = []
+
+        def gradients(given=given, **arrays):
+            given.append({name: arrays[name].shape for name in ("weight", "lora_a", "lora_b")})
+            return {name: np.zeros(1) for name in ("weight", "lora_a", "lora_b")}
+
+        conventions = Conventions(layout=layout, dtypes=("float64",), stacks=True)
+        found = checked(conventions, gradients=gradients).findings
+        assert given[0] == shapes
+        stack = next(one for one in given if len(one["weight"]) == 3)  # (2, 7, 6), rank 3
+        turned = {name: shape != wanted["out_in"][name] for name, shape in shapes.items()}
+        for name, shape in {"weight": (7, 6), "lora_a": (3, 6), "lora_b": (7, 3)}.items():
+            assert stack[name] == (2, *(shape[::-1] if turned[name] else shape))
+        problems = {one.quantity: one.problem for one in found if one.case == "tall"}
+        for name, quantity in {"weight": "dw", "lora_a": "da", "lora_b": "db"}.items():
+            assert problems[quantity] == f"has shape (1,), must have {shapes[name]}"
+
+
+LAYOUT = (
+    "if your weight, A and B have other shapes, declare their layout with --layout or "
+    "Conventions(layout=...), which is one of out_in, in_out, weight_in_out"
+)
+ARGUMENTS = "help(doraxp.testing.check_implementation) lists the arguments"
+
+
+def test_a_function_that_raises_in_every_call_has_a_line_with_the_shapes():
+    """The layout of all three matrices is declared, and A and B are as doraxp keeps them."""
+    functions = weight_turned()
+    report = checked(Conventions(layout="in_out"), **functions, step=RIGHT.step)
+    assert [one.function for one in report.raised] == [*NAMES]
+    first = report.raised[0]
+    shapes = {"x": (4, 5), "weight": (5, 8), "lora_a": (5, 3), "lora_b": (3, 8)}
+    assert first.shapes == {**shapes, "magnitude": (8,), "bias": (8,)}
+    assert not first.square_works
+    said = (
+        "forward raises in every call; the first one was given x (4, 5), weight (5, 8), lora_a "
+        f"(5, 3), lora_b (3, 8), magnitude (8,), bias (8,): {LAYOUT}; {ARGUMENTS}"
+    )
+    assert str(first) == said
+    assert str(report).splitlines()[1] == f"  {said}"
+
+
+def test_a_function_that_works_on_square_weights_alone_has_that_line_too():
+    report = checked(**weight_turned())
+    assert [one.function for one in report.raised] == [*NAMES]  # init returns another shape
+    assert str(report.raised[0]).startswith(
+        "forward raises, or returns other shapes, wherever the weight is not square; the first "
+        "call was given x (4, 5), weight (8, 5), lora_a (3, 5), lora_b (8, 3), magnitude (8,), "
+    )
+    assert set(NAMES) <= set(report.unexplained)
+    assert "forward: no known mistake" not in str(report)
+
+
+def test_a_function_of_a_part_or_a_step_that_raises_in_every_call():
+    """A layout is for layers: the others have the names of the arguments."""
+
+    def raises(**_):
+        raise ValueError("no")
+
+    part = SimpleNamespace(merge=raises)
+    report = checked(step=raises, embedding=part, sums=part)
+    lines = {one.function: str(one) for one in report.raised}
+    assert [*lines] == ["step", "embedding.merge", "sums.merge"]
+    assert lines["step"].startswith("step raises in every call; the first one was given params.")
+    assert all(line.endswith(f": {ARGUMENTS}") for line in lines.values())
+    assert "adapters[0].lora_a (" in lines["sums.merge"]
+    assert "weight (" in lines["embedding.merge"]
+
+
+def test_a_function_that_raises_in_some_calls_has_no_such_line():
+    def merge(weight, **others):
+        if len(weight) == 1:
+            raise ValueError("one row")
+        return RIGHT.merge(weight=weight, **others)
+
+    def refuses(weight):
+        raise NotImplementedError
+
+    report = checked(merge=merge, init=refuses)
+    assert not report.ok
+    assert report.raised == ()
+    assert check_implementation(RIGHT).raised == ()
 
 
 def test_a_result_that_numpy_cannot_read_is_reported():
@@ -909,7 +1014,10 @@ def test_a_gradient_that_is_missing_in_extreme_cases_or_in_a_dtype():
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ({"layout": "in-out"}, "layout must be one of ('out_in', 'in_out'), got 'in-out'"),
+        (
+            {"layout": "in-out"},
+            "layout must be one of ('out_in', 'in_out', 'weight_in_out'), got 'in-out'",
+        ),
         ({"form": "weights"}, "form must be one of ('weight', 'direction'), got 'weights'"),
         ({"norm_gradient": 1}, "norm_gradient must be one of ('exact', 'detached'), got 1"),
         ({"norm_axis": "row"}, "norm_axis must be one of ('output', 'input'), got 'row'"),

@@ -422,3 +422,21 @@ def test_operators_reach_their_layers_and_give_them_a_kind(backend, draw, assert
     assert_close(model["conv"](x), expected, rtol=1e-13)
     ids = backend.asarray(np.array([3, 0]))
     assert_close(model["tokens"](ids), backend.numpy(layers["tokens"].weight)[[3, 0]], rtol=1e-13)
+
+
+def test_an_unknown_path_has_the_nearest_paths(draw):
+    layers = {f"block.{n}.{name}": Linear(draw(6, 6)) for n in range(2) for name in ("up", "down")}
+    model = adapt_layers(layers, ["up"], Config(2), seed=0)
+    rule = "path must be one of 4 layers, got {!r}; the nearest {}"
+    for wrong, near in {
+        "block.0.ub": "are block.0.up, block.",
+        "up": "are block.0.up, block.1.up",  # the end of two paths
+        "nope": "are block.0.up, block.0.down, block.1.up, block.1.down",
+        0: "are block.0.up, block.0.down, block.1.up, block.1.down",
+    }.items():
+        with pytest.raises(KeyError) as caught:
+            model[wrong]
+        assert caught.value.args[0].startswith(rule.format(wrong, near))
+        assert wrong not in model
+        assert model.get(wrong, 7) == 7
+    assert "block.0.up" in model

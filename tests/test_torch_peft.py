@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 
 import pytest
 
@@ -394,6 +395,41 @@ def test_a_layer_with_too_high_a_rank_is_left_to_peft(peft, torch, x):
             "base_model.model.2": "its rank must be at most min(out, in) = 8, got 9"
         }
         assert_same(torch, step(torch, model, x), want)
+
+
+def test_a_model_whose_ranks_are_all_too_high_is_refused(peft, torch, x):
+    """No layer can ever be taken: each adapter of each layer has such a rank."""
+    from doraxp.torch import accelerate
+
+    model = model_of(peft, torch, rank_pattern={"0": 11, "2": 11})
+    classes = [type(module) for module in model.modules()]
+    message = (
+        "one of the model's 2 layers with DoRA must be fit for doraxp, none is: "
+        "base_model.model.0: its rank must be at most min(out, in) = 10, got 11; "
+        "base_model.model.2: its rank must be at most min(out, in) = 8, got 11"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        accelerate(model)
+    assert [type(module) for module in model.modules()] == classes
+    lower = peft.LoraConfig(r=2, use_dora=True, target_modules=["2"])
+    model.add_adapter("lower", lower)
+    model.double()
+    handle = accelerate(model)  # one adapter of one layer can be taken
+    assert handle.layers == ()
+    model.set_adapter("lower")
+    assert handle.layers == ("base_model.model.2",)
+
+
+def test_a_state_that_may_change_is_not_refused(peft, torch, x):
+    from doraxp.torch import accelerate
+
+    model = model_of(peft, torch)
+    model.merge_adapter()
+    handle = accelerate(model)
+    assert handle.layers == ()
+    assert set(handle.left.values()) == {"its adapters are merged"}
+    model.unmerge_adapter()
+    assert len(handle.layers) == 2
 
 
 def test_a_rank_that_grows_later_gives_the_layer_back_to_peft(peft, torch, x):

@@ -41,16 +41,18 @@ def row_of_function(function: str, report: Report, judged: Judgement) -> Row:
 
 
 def print_conformance(report: Report, judged: Judgement, console: Console) -> None:
-    """Print a row for each function, the diagnoses, the findings by groups, and the verdict."""
+    """Print a row for each function, what explains the findings, their groups, and the verdict."""
     rows = {
         function: row_of_function(function, report, judged)
         for function in dict.fromkeys(one.function for one in report.runs)
     }
     headings = ("function", *Row._fields)
     print_table(headings, ((name, *map(str, row)) for name, row in rows.items()), console)
+    for raised in report.raised:
+        _print(f"RAISED {raised}", console)
     for named in report.diagnoses:
         _print(f"NAMED {named}", console)
-    for function in report.unexplained:
+    for function in report.unnamed():
         unnamed = "no known mistake or pair of them explains the numbers"
         _print(f"UNNAMED {function}: {unnamed}{_advice(function, report)}", console)
     lines = [*_lines(judged)]

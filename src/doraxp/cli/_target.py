@@ -15,7 +15,10 @@ from typing import Any, get_args, get_type_hints
 from doraxp.testing import Conventions
 
 _HELP = {
-    "layout": "how weights are stored",
+    "layout": "how the matrices of a layer are stored; "
+    "out_in: weight (out, in), A (rank, in), B (out, rank); "
+    "in_out: weight (in, out), A (in, rank), B (rank, out); "
+    "weight_in_out: weight (in, out), A (rank, in), B (out, rank)",
     "form": "V = W + s B A, or W/‖W‖ + s B A",
     "norm_gradient": "whether the norm is a constant in the gradient",
     "norm_axis": "one norm for each output row, or for each input column",

@@ -198,5 +198,6 @@ def _figures(
         "needs": report.needs,
         "unexplained": report.unexplained,
         "refused": [one._asdict() for one in report.refused],
+        "raised": [one._asdict() for one in report.raised],
         "never_returned": [one._asdict() for one in report.never_returned],
     }

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, ValuesView
+from collections.abc import Callable, Iterable, Iterator, Mapping, ValuesView
 from typing import Any, TypeAlias
 
 from doraxp._base.scalars import check_kind
 from doraxp._base.types import Array
-from doraxp._base.words import counted
+from doraxp._base.words import counted, the_nearest
 from doraxp.layers._dora import DoRALayer
 from doraxp.layers._parameters import count
+from doraxp.layers._targets import nearest
 from doraxp.layers._trained import check_optimizer
 from doraxp.optim import Optimizer
 
@@ -71,7 +72,17 @@ class AdaptedModel(Mapping[str, Any]):
             raise ValueError("layers must hold at least one DoRALayer")
 
     def __getitem__(self, path: str) -> Any:
-        return self._layers[path]
+        try:
+            return self._layers[path]
+        except KeyError:
+            near = _nearest(str(path), self._layers)
+            layers = counted(len(self), "layer")
+            raise KeyError(
+                f"path must be one of {layers}, got {path!r}; {the_nearest(near)}"
+            ) from None
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._layers
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layers)
@@ -207,6 +218,14 @@ class AdaptedModel(Mapping[str, Any]):
         problems += [f"unexpected {path}" for path in tree if path not in self.adapted]
         if problems:
             raise ValueError(f"{name} must have the adapted layers: " + "; ".join(problems))
+
+
+def _nearest(wanted: str, paths: Iterable[str]) -> list[str]:
+    """Return the paths that are nearest to `wanted`, or whose ends are."""
+    paths = list(paths)
+    near = nearest(wanted, paths)
+    found = (path for one in near for path in paths if one in (path, path.rpartition(".")[-1]))
+    return [*dict.fromkeys(found)][:5]
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from doraxp.testing._operator_reference import expected_of_operator
 from doraxp.testing._optimizer_cases import optimizer_catalogue
 from doraxp.testing._parts import functions_of
 from doraxp.testing._reference import Expected, expected, expected_steps
-from doraxp.testing._report import Finding, NeverReturned, Ran, Refused, Report, grouped
+from doraxp.testing._report import Finding, NeverReturned, Raised, Ran, Refused, Report, grouped
 from doraxp.testing._sum_cases import SumCase, expected_of_sum, sum_catalogue
 from doraxp.testing._update_cases import UpdateCase, expected_of_update, update_catalogue
 from doraxp.testing._vectors import write_vectors
@@ -47,6 +47,7 @@ __all__ = [
     "NeverReturned",
     "OperatorCase",
     "OptimizerCase",
+    "Raised",
     "Ran",
     "Refused",
     "Report",

@@ -10,7 +10,7 @@ import numpy as np
 from doraxp._base.types import Config
 from doraxp._base.words import counted
 from doraxp.testing._cases import ADAPTER, HALF, Case, OptimizerCase, compute_dtype_name
-from doraxp.testing._conventions import Conventions
+from doraxp.testing._conventions import TURNED, Conventions
 from doraxp.testing._libraries import Library, as_numpy, dtype_name
 from doraxp.testing._operator_cases import OperatorCase
 from doraxp.testing._runs import Actual, described
@@ -28,12 +28,11 @@ def call_layer(
 ) -> dict[str, Any]:
     """Call init, forward, gradients or merge; return the results by the names of the quantities."""
     library, wide = Library("numpy"), compute_dtype_name(dtype)
-    turned = conventions.layout == "in_out"
+    turned = TURNED[conventions.layout]
     arrays: dict[str, Any] = {}
     for key, values in case.stored(dtype).items():
         array = np.asarray(library.asarray(values, wide if key in ADAPTER else dtype))
-        matrix = key in ("weight", "lora_a", "lora_b")
-        arrays[key] = np.ascontiguousarray(array.swapaxes(-1, -2)) if turned and matrix else array
+        arrays[key] = np.ascontiguousarray(array.swapaxes(-1, -2)) if key in turned else array
     mask = () if conventions.dropout is None else ("dropout_mask",)
     takes = {
         "forward": ("x", "weight", *ADAPTER, "bias", *mask),
@@ -44,7 +43,7 @@ def call_layer(
     given = {key: arrays.get(key) for key in takes}
     numbers = {} if name == "init" else {"scaling": _scaling(case.config, conventions)}
     returned, written = _call(function, given, **numbers)
-    turn_back = {"merged", "dw", "da", "db"} if turned else set()
+    turn_back = {GRADIENTS[key] for key in turned} | ({"merged"} if "weight" in turned else set())
     return _read(name, returned, GRADIENTS, turn_back, has_bias="bias" in arrays) | written
 
 

@@ -14,10 +14,16 @@ from doraxp.testing._operator_cases import OperatorCase
 from doraxp.testing._sum_cases import SumCase
 from doraxp.testing._update_cases import UpdateCase
 
-Layout: TypeAlias = Literal["out_in", "in_out"]
+Layout: TypeAlias = Literal["out_in", "in_out", "weight_in_out"]
 NormAxis: TypeAlias = Literal["output", "input"]
 Scaling: TypeAlias = Literal["s", "alpha"]
 AnyCase: TypeAlias = Case | OperatorCase | UpdateCase | SumCase | OptimizerCase
+TURNED: dict[Layout, tuple[str, ...]] = {
+    "out_in": (),
+    "in_out": ("weight", "lora_a", "lora_b"),
+    "weight_in_out": ("weight",),
+}
+"""The matrices of a layer that are given with their last two axes the other way round."""
 CHOICES = {
     "layout": get_args(Layout),
     "form": get_args(Form),
@@ -34,9 +40,14 @@ class Conventions:
 
     Parameters
     ----------
-    layout : {"out_in", "in_out"}
-        How it stores the weight of a layer. With "in_out", A is (in, rank) and B is (rank, out).
-        Convolutions, embeddings and other updates are always given as the catalogue has them.
+    layout : {"out_in", "in_out", "weight_in_out"}
+        How it stores the matrices of a layer. Convolutions, embeddings, other updates and the
+        parameters of an optimizer are always given as the catalogue has them::
+
+            "out_in"           weight (out, in)   A (rank, in)   B (out, rank)
+            "in_out"           weight (in, out)   A (in, rank)   B (rank, out)
+            "weight_in_out"    weight (in, out)   A (rank, in)   B (out, rank)
+
     form : {"weight", "direction"}
     norm_gradient : {"exact", "detached"}
     norm_axis : {"output", "input"}

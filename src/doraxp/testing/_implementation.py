@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,9 +14,9 @@ from doraxp.testing._conventions import AnyCase, Conventions
 from doraxp.testing._deviations import Changes
 from doraxp.testing._diagnosis import Diagnosis, Run, diagnose
 from doraxp.testing._libraries import Library
-from doraxp.testing._parts import Part, parts, results_of
+from doraxp.testing._parts import LAYER, Part, parts, results_of
 from doraxp.testing._reference import Expected, Results
-from doraxp.testing._report import Finding, NeverReturned, Ran, Refused, Report
+from doraxp.testing._report import Finding, NeverReturned, Raised, Ran, Refused, Report
 from doraxp.testing._runs import Actual, described
 
 
@@ -126,6 +126,7 @@ def check_implementation(
     unexplained: list[str] = []
     never_returned: list[NeverReturned] = []
     refused: list[Refused] = []
+    raised: list[Raised] = []
     for part, calls in planned:
         changes = conventions.changes if part.keeps_conventions else {}
         observed: list[_Observed] = []
@@ -137,6 +138,7 @@ def check_implementation(
             else:
                 refused.append(Refused(call.name, call.case.name, call.dtype))
         never_returned += _note_missing(observed)
+        raised += _raised(observed)
         runs = [one.run for one in observed]
         ran += map(_told, runs)
         findings += (finding for one in observed for finding in one.findings)
@@ -158,6 +160,7 @@ def check_implementation(
         tuple(unexplained),
         tuple(never_returned),
         tuple(refused),
+        tuple(raised),
     )
 
 
@@ -207,6 +210,8 @@ class _Observed(NamedTuple):
     """The keys that it returned."""
     missing: tuple[str, ...] = ()
     """The keys of the gradients that the case has, and that it did not return."""
+    shapes: dict[str, tuple[int, ...]] | None = None
+    """The shapes of the arrays that it was given, if it raised."""
 
 
 def _observe(
@@ -220,15 +225,21 @@ def _observe(
         extreme = getattr(case, "extreme", False)
         findings.append(Finding(name, case.name, dtype, quantity, problem, extreme))
 
-    own = name.split(".")[-1]
+    own, given = name.split(".")[-1], {}
+
+    def recording(**arguments: Any) -> Any:
+        given.update(arguments)
+        return function(**arguments)
+
     try:
         with np.errstate(all="ignore"):  # an overflow shows in the numbers
-            returned = part.call(function, own, conventions, case, dtype)
+            returned = part.call(recording, own, conventions, case, dtype)
     except NotImplementedError:
         return None
     except (Exception, SystemExit) as error:  # raised by the implementation: a finding
         note("all", f"raises {described(error)}")
-        return _Observed(Run(name, case, dtype, {}, {}, 0.0), findings)
+        run = Run(name, case, dtype, {}, {}, 0.0)
+        return _Observed(run, findings, shapes=dict(_shapes(given)))
     results, actual, wanted, worst = results_of(case, dtype, changes), {}, {}, 0.0
     for quantity, got in returned.items():
         if isinstance(got, str):
@@ -266,15 +277,44 @@ def _note_missing(observed: list[_Observed]) -> list[NeverReturned]:
     """Add a finding for each gradient that other cases have; return those that no case has."""
     given = {(one.run.function, key) for one in observed for key in one.given}
     never: dict[str, set[str]] = {}
-    for run, findings, _, missing in observed:
-        for key in missing:
+    for one in observed:
+        run = one.run
+        for key in one.missing:
             if (run.function, key) not in given:
                 never.setdefault(run.function, set()).add(key)
                 continue
             problem = "must be returned here as in other cases, got no array for the key " + key
             where = (run.function, run.case.name, run.dtype, GRADIENTS[key])
-            findings.append(Finding(*where, problem, _extreme(run)))
+            one.findings.append(Finding(*where, problem, _extreme(run)))
     return [
         NeverReturned(function, tuple(key for key in GRADIENTS if key in keys))
         for function, keys in never.items()
     ]
+
+
+def _shapes(value: Any, name: str = "") -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the name and the shape of each array, also of those in dicts and lists."""
+    if isinstance(value, np.ndarray):
+        yield name, value.shape
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            yield from _shapes(each, f"{name}.{key}" if name else key)
+    elif isinstance(value, list):
+        for place, each in enumerate(value):
+            yield from _shapes(each, f"{name}[{place}]")
+
+
+def _raised(observed: list[_Observed]) -> Iterator[Raised]:
+    """Yield the functions that raised in every call, or wherever the weight is not square."""
+    for function in dict.fromkeys(one.run.function for one in observed):
+        calls = [one for one in observed if one.run.function == function]
+        shapes = [one.shapes for one in calls if one.shapes is not None]
+        compared = [one.run.case for one in calls if one.run.actual]
+        by_layout = function in LAYER and compared and all(map(_is_square, compared))
+        if shapes and (len(shapes) == len(calls) or by_layout):
+            yield Raised(function, shapes[0], bool(compared))
+
+
+def _is_square(case: Any) -> bool:
+    *_, rows, columns = case.arrays["weight"].shape
+    return bool(rows == columns)

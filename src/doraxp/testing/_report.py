@@ -8,7 +8,9 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from doraxp._base.words import counted, first_of
+from doraxp.testing._conventions import CHOICES
 from doraxp.testing._diagnosis import Diagnosis
+from doraxp.testing._parts import LAYER
 
 
 class Finding(NamedTuple):
@@ -54,6 +56,32 @@ class NeverReturned(NamedTuple):
         return f"{self.function} never returned {', '.join(self.keys)}: not checked"
 
 
+class Raised(NamedTuple):
+    """A function that raised in every call, or in every call that shows how a weight is stored."""
+
+    function: str
+    shapes: dict[str, tuple[int, ...]]
+    """The shapes of the arrays that the first of these calls was given, by name."""
+    square_works: bool
+    """Whether calls with a square weight, which do not show how it is stored, returned arrays."""
+
+    def __str__(self) -> str:
+        shapes = ", ".join(f"{name} {shape}" for name, shape in self.shapes.items())
+        layout = (
+            "if your weight, A and B have other shapes, declare their layout with --layout or "
+            f"Conventions(layout=...), which is one of {', '.join(CHOICES['layout'])}"
+        )
+        if self.square_works:
+            return (
+                f"{self.function} raises, or returns other shapes, wherever the weight is not "
+                f"square; the first call was given {shapes}: {layout}"
+            )
+        advice = [layout] if self.function in LAYER else []
+        advice.append("help(doraxp.testing.check_implementation) lists the arguments")
+        first = f"{self.function} raises in every call; the first one was given {shapes}"
+        return f"{first}: {'; '.join(advice)}"
+
+
 class Report(NamedTuple):
     """The result of `check_implementation`."""
 
@@ -79,6 +107,8 @@ class Report(NamedTuple):
     refused: tuple[Refused, ...] = ()
     """Every call that raised NotImplementedError, in order. This is allowed too. Where all
     functions of a part raise it, the case is also in `left_out`."""
+    raised: tuple[Raised, ...] = ()
+    """The functions that raised in every call, or wherever the weight is not square."""
 
     @property
     def ok(self) -> bool:
@@ -91,10 +121,10 @@ class Report(NamedTuple):
             f"{'right' if self.ok else 'wrong'}: {counted(self.checked, 'array')}, "
             f"{counted(len(self.findings) - extreme, 'finding')}, and {extreme} in extreme cases"
         ]
-        lines += [f"  {named}" for named in self.diagnoses]
+        lines += [f"  {one}" for one in (*self.raised, *self.diagnoses)]
         lines += [
             f"  {function}: no known mistake or pair of them explains the numbers"
-            for function in self.unexplained
+            for function in self.unnamed()
         ]
         lines += [f"  {line}" for line in grouped(self.findings)]
         lines += [f"  {one}" for one in (*self.never_returned, *self.refusals())]
@@ -107,6 +137,11 @@ class Report(NamedTuple):
         if self.left_out:
             lines.append(f"  not run: {'; '.join(self.left_out)}")
         return "\n".join(lines)
+
+    def unnamed(self) -> tuple[str, ...]:
+        """Return `unexplained` without the functions of `raised`, which have a line already."""
+        raised = {one.function for one in self.raised}
+        return tuple(name for name in self.unexplained if name not in raised)
 
     def needed(self) -> dict[tuple[str, Any], int]:
         """Return how many of the cases that did not run are for each choice, the most first."""

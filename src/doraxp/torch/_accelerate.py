@@ -65,8 +65,9 @@ def accelerate(model: Any, norm_gradient: NormGradient = "exact") -> Accelerated
 
     The parameters stay PEFT's: the optimizer, `state_dict` and `save_pretrained` see no
     difference. PEFT still merges, and still draws the dropout with the same random numbers. PEFT
-    also computes each call that doraxp does not, such as that of a layer with two active adapters
-    or with a hook inside; the handle's `left` says why.
+    also computes each call that doraxp does not, such as that of a layer with two active adapters,
+    with a merged one or with a hook inside. That raises nothing, because it may change: look at the
+    handle's `left`, which says why.
 
     Layers that a later adapter brings are accelerated too, if `model` contains PEFT's tuner. Copies
     and pickles of the model stay accelerated. A second call changes nothing but `norm_gradient`,
@@ -94,7 +95,8 @@ def accelerate(model: Any, norm_gradient: NormGradient = "exact") -> Accelerated
     TypeError
         `model` is not a module.
     ValueError
-        The model has no layer with DoRA, or none that doraxp can compute.
+        The model has no layer with DoRA, or each of them has a property for which doraxp never
+        takes it, such as its class or a rank above min(out, in). The message has the reasons.
 
     Examples
     --------
@@ -110,7 +112,8 @@ def accelerate(model: Any, norm_gradient: NormGradient = "exact") -> Accelerated
 
     check_kind("model", model, torch.nn.Module)
     Config(1, norm_gradient=norm_gradient)  # raises for an unknown choice
-    never = {name: _peft.why_never(layer) for name, layer in _peft.dora_layers(model)}
+    layers = _peft.dora_layers(model)
+    never = {name: _peft.why_never(one) or _peft.why_no_rank(one) for name, one in layers}
     if not never:
         raise ValueError(
             "the model must have a layer with DoRA, has none: give use_dora=True to LoraConfig"

@@ -76,10 +76,8 @@ class AcceleratedLayer(Swapped):
         reason = why_hooked(base, a, b, magnitude) or why_not_plain(leaves)
         if reason is not None:
             return reason
-        if not quantised:
-            rank, most = of_a.shape[0], min(base._parameters["weight"].shape)
-            if rank > most:
-                return f"its rank must be at most min(out, in) = {most}, got {rank}"
+        if not quantised and (high := _too_high(of_a.shape[0], base)) is not None:
+            return high
         dropout = modules["lora_dropout"]._modules[name]
         return _Parts(base, dropout, of_a, of_b, of_m, layer.scaling[name], quantised)
 
@@ -228,6 +226,28 @@ def why_never(layer: Any) -> str | None:
     if type(base._parameters.get("weight")).__name__ == "DTensor":
         return None  # FSDP2 makes it a plain tensor in each forward
     return swapped.why_never(base)
+
+
+def why_no_rank(layer: Any) -> str | None:
+    """Return the reason why all adapters of a DoRA layer have too high a rank, or None.
+
+    A later adapter may have a lower rank, so such a layer is accelerated beside others.
+    """
+    base = layer._modules["base_layer"]
+    if isinstance(layer, Swapped) or _accelerated(type(layer)) is not AcceleratedLinear:
+        return None
+    if is_quantised(base):
+        return None
+    known = layer._modules["lora_A"]._modules
+    of_a = [known[name] for name in layer.lora_magnitude_vector if name in known]
+    ranks = [one.weight.shape[0] for one in of_a if type(one) is torch.nn.Linear]
+    return _too_high(min(ranks), base) if ranks else None
+
+
+def _too_high(rank: int, base: Any) -> str | None:
+    """Return the reason against a rank of a layer around this base, or None."""
+    most = min(base._parameters["weight"].shape)
+    return None if rank <= most else f"its rank must be at most min(out, in) = {most}, got {rank}"
 
 
 def why_not(layer: Any) -> str | None:
