@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations
 from typing import Any, NamedTuple, TypeAlias
 
@@ -88,21 +88,28 @@ def diagnose(runs: list[Run], known: Mapping[str, Changes], base: Changes) -> li
 def _smallest(runs: list[Run], known: Mapping[str, Changes], base: Changes) -> dict[Names, float]:
     """Return the smallest sets of names that explain the numbers of one function."""
     by_hand = _by_hand(runs, known)
-    searches: tuple[Callable[[], Iterable[Names]], ...] = (
-        lambda: ((name,) for name in known),
-        lambda: ((name, HAND_WRITTEN) for name in by_hand),
-        lambda: _pairs(runs, known, base),
-        lambda: (
-            (*pair, HAND_WRITTEN)
-            for pair in _pairs(runs, {**known, **by_hand}, base)
-            if by_hand.keys() & set(pair)
-        ),
+    alone = [(name,) for name in known]
+    of_forward = [(name, HAND_WRITTEN) for name in by_hand]
+    if found := _explaining(runs, alone, known, base) or _explaining(runs, of_forward, known, base):
+        return found
+    # A deviation that changes no number that was returned cannot be part of a larger set.
+    small_first = sorted(runs, key=lambda run: sum(one.value.size for one in run.wanted.values()))
+    moving = {
+        name: changes
+        for name, changes in known.items()
+        if any(_moved(run, added_to(base, changes)) for run in small_first)
+    }
+    hand_pairs = (
+        (*pair, HAND_WRITTEN)
+        for pair in _pairs(runs, {**moving, **by_hand}, base)
+        if by_hand.keys() & set(pair)
     )
-    for search in searches:
-        if found := _explaining(runs, search(), known, base):
-            return found
-    detached = _beside_detached(runs, known, base)
-    return detached or _explaining(runs, _of_each_array(runs, known, base), known, base)
+    return (
+        _explaining(runs, _pairs(runs, moving, base), known, base)
+        or _explaining(runs, hand_pairs, known, base)
+        or _beside_detached(runs, known, base)
+        or _explaining(runs, _of_each_array(runs, moving, base), known, base)
+    )
 
 
 def _by_hand(runs: list[Run], known: Mapping[str, Changes]) -> dict[str, Changes]:
@@ -119,23 +126,18 @@ def _by_hand(runs: list[Run], known: Mapping[str, Changes]) -> dict[str, Changes
 
 def _pairs(runs: list[Run], known: Mapping[str, Changes], base: Changes) -> Iterator[Names]:
     """Yield the pairs of names that may explain the numbers of one function."""
-    # A deviation that changes no number that was returned cannot be part of a pair.
-    candidates = [
-        name for name in known if any(_moved(run, added_to(base, known[name])) for run in runs)
-    ]
     worst = max(runs, key=lambda run: run.worst)
-    moved = {name: _moved(worst, added_to(base, known[name])) for name in candidates}
+    moved = {name: _moved(worst, added_to(base, changes)) for name, changes in known.items()}
     wrong = {name for name, got in worst.actual.items() if worst.wanted[name].share(got.values) > 1}
-    for one, other in combinations(candidates, 2):
+    for one, other in combinations(known, 2):
         if wrong <= moved[one] | moved[other]:
             yield one, other
 
 
 def _of_each_array(runs: list[Run], known: Mapping[str, Changes], base: Changes) -> Iterator[Names]:
     """Yield one set with a mistake, or two, in each wrong array. Each changes this array alone."""
-    moved: dict[str, set[str]] = {}
-    for name, changes in known.items():
-        moved[name] = set().union(*(_moved(run, added_to(base, changes)) for run in runs))
+    worst = max(runs, key=lambda run: run.worst)
+    moved = {name: _moved(worst, added_to(base, changes)) for name, changes in known.items()}
     together: Names = ()
     for array in dict.fromkeys(name for run in runs for name in run.actual):
         of_array = [_of_array(run, array) for run in runs if array in run.actual]
