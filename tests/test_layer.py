@@ -1014,3 +1014,19 @@ def test_a_bias_has_a_number_for_each_output_of_a_convolution(draw):
     base = Linear2(draw(4, 3, 2), draw(3))
     with pytest.raises(ValueError, match=r"bias must have shape \(4,\), .* of kind 'conv'.*\(3,\)"):
         DoRALayer(base, Config(1), seed=0, operator=doraxp.Convolution())
+
+
+@pytest.mark.parametrize("derived", [False, True])
+def test_a_forgotten_bias_in_a_slot_is_an_error(derived):
+    class Slotted:
+        __slots__ = ("kern", "off", "unset")
+
+    class Derived(Slotted):
+        __slots__ = "more"  # one name, and not four
+
+    layer = (Derived if derived else Slotted)()
+    layer.kern, layer.off = np.ones((3, 4)), np.ones(3)
+    with pytest.raises(ValueError, match=r"has an array 'off' of shape .* pass bias='off'"):
+        DoRALayer(layer, Config(rank=2), seed=0, weight="kern")
+    with pytest.raises(TypeError, match="with the arrays 'kern', 'off': pass weight="):
+        DoRALayer(layer, Config(rank=2), seed=0)

@@ -151,9 +151,13 @@ def check_no_other_bias(
 def arrays_of(base: Any) -> dict[str, Any]:
     """Return the arrays that are attributes of a base and have public names.
 
-    They are those of its `__dict__`, and for a module of PyTorch also its parameters.
+    They are those of its `__dict__` and of its slots, and for a module of PyTorch also its
+    parameters. Properties are not looked at, because each may compute something.
     """
-    attributes = dict(getattr(base, "__dict__", {}))
+    slots = (vars(each).get("__slots__", ()) for each in type(base).__mro__)
+    names = [name for own in slots for name in ((own,) if isinstance(own, str) else own)]
+    attributes = {name: getattr(base, name, None) for name in names if name != "__dict__"}
+    attributes |= getattr(base, "__dict__", {})
     if "_parameters" in attributes and hasattr(base, "named_parameters"):
         attributes |= base.named_parameters(recurse=False)
     return {
