@@ -517,7 +517,7 @@ def foreign(size):
 def test_arrays_of_two_libraries_are_refused_by_name(monkeypatch):
     other = types.SimpleNamespace(__name__="array_api_compat.torch")
     xp = array_api_compat.numpy
-    monkeypatch.setattr(_boundary, "_namespace", lambda name, _: xp if name == "x" else other)
+    monkeypatch.setattr(_boundary, "_namespace", lambda name, *_: xp if name == "x" else other)
     message = "all arrays must be of one library: x is of numpy, weight of torch"
     with pytest.raises(TypeError, match=message):
         backends.operations(x=foreign(2), bias=None, weight=foreign(2))
