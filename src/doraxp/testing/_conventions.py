@@ -9,7 +9,8 @@ from typing import Any, Literal, TypeAlias, get_args
 from doraxp._base.scalars import check_flag, check_number
 from doraxp._base.types import Dropout, Form, NormGradient
 from doraxp.testing._cases import FULL, HALF, Case, OptimizerCase
-from doraxp.testing._deviations import FORWARD, Changes, eps
+from doraxp.testing._changes import Changes
+from doraxp.testing._deviations import FORWARD, eps
 from doraxp.testing._operator_cases import OperatorCase
 from doraxp.testing._sum_cases import SumCase
 from doraxp.testing._update_cases import UpdateCase

@@ -8,82 +8,20 @@ has the wrong gradients that autograd would give.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from doraxp.testing._cases import HALF, rounded
-from doraxp.testing._formulas import Formula
+from doraxp.testing._changes import BY_N, Changes, multiplied, original, transformed
 from doraxp.testing._rounding import Rounded
 
-Changes: TypeAlias = Mapping[str, Formula]
 EPS = (1e-12, 1e-8, 1e-7, 2.0**-23, 1.2e-7, 1e-6, 1e-5, 1e-4, 2.0**-10)
 """Numbers that are added to norms; 2⁻²³ and 2⁻¹⁰ are ε of float32 and float16."""
 
 DETACHED = "the norm is detached"
-HAND_WRITTEN = "the gradients keep the right formulas"
-"""A mistake in V, n or m/n, and gradients that are not the derivatives of that forward."""
 KEPT_NORMS = "the rows keep the norms of W, as in DoRA with m = ‖W‖"
 """Plain LoRA becomes this where a magnitude is made up for it."""
-
-
-def original(name: str) -> Formula:
-    """Return the formula of the reference for a quantity."""
-    return lambda d: getattr(type(d).__mro__[1], name).func(d)  # the class that deviates is first
-
-
-@dataclass(frozen=True)
-class Transformed:
-    """A formula that changes a quantity, whatever its formula was. It combines with another one."""
-
-    name: str
-    change: Callable[[Any, Any], Any]
-    """Takes the reference and the quantity."""
-
-    def __call__(self, d: Any) -> Any:
-        return self.change(d, original(self.name)(d))
-
-    def after(self, formula: Formula) -> Formula:
-        """Return the formula of the quantity that `formula` computes and this one changes."""
-        return lambda d: self.change(d, formula(d))
-
-
-def transformed(name: str, change: Callable[[Any, Any], Any]) -> Changes:
-    """Return the change of one quantity by a function of the reference and the quantity."""
-    return {name: Transformed(name, change)}
-
-
-def multiplied(name: str, factor: Formula) -> Changes:
-    """Return the change that multiplies one quantity by a factor."""
-    return transformed(name, lambda d, number: number * factor(d))
-
-
-def added_to(base: Changes, changes: Changes) -> Changes:
-    """Return the formulas of `base` and `changes`; one that transforms comes after that of base."""
-    found = dict(base)
-    for name, formula in changes.items():
-        if isinstance(formula, Transformed) and name in base:
-            formula = formula.after(base[name])
-        found[name] = formula
-    return found
-
-
-def together(parts: Iterable[Changes]) -> Changes | None:
-    """Return the formulas of deviations at once; None if two of them replace the same formula."""
-    found: dict[str, Formula] = {}
-    for name, formula in (item for part in parts for item in part.items()):
-        before = found.get(name, formula)
-        if before is formula:
-            found[name] = formula
-        elif isinstance(formula, Transformed):
-            found[name] = formula.after(before)
-        elif isinstance(before, Transformed):
-            found[name] = before.after(formula)
-        else:
-            return None
-    return found
 
 
 def through_norm(d: Any) -> Any:
@@ -104,34 +42,6 @@ def eps(size: float) -> Changes:
 def eps_under_root(size: float) -> Changes:
     """Return the change that adds a number to the square whose root is the norm."""
     return {"eps_in_root": lambda d: size}
-
-
-def hand_written(changes: Changes) -> Changes:
-    """Return the part of a deviation that changes x~, W/‖W‖, s B A, n or m/n.
-
-    Gradients that are written by hand read these from the forward, and keep their own formulas. A
-    deviation of the gradients alone stays as it is.
-    """
-    formulas = {name: changes[name] for name in _READ_BY_GRADIENTS & changes.keys()}
-    if "s" in changes:
-        formulas["update"] = lambda d: changes["s"](d) * (d.b @ d.a)
-    if "in_direction_form" in changes:
-        formulas["base"] = lambda d: (
-            d.w.over(d.w.norms()) if changes["in_direction_form"](d) else d.w
-        )
-    if "mask" in changes:
-        formulas["seen"] = lambda d: d.x if (mask := changes["mask"](d)) is None else mask * d.x
-    return formulas or changes
-
-
-_READ_BY_GRADIENTS = {"update", "unscaled", "length", "eps", "eps_in_root", "gain"}
-_BY_N: Changes = {"slope": lambda d: d.v.over(d.n), "dlength": lambda d: d.dnorm}
-RIGHT_GRADIENTS: tuple[Changes, ...] = (
-    {**_BY_N, "dnorm": lambda d: -(d.m.over(d.n) * d.dgain).over(d.n)},
-    _BY_N,
-)
-"""Two ways to write the gradient through the norm, −(m/n) dg / n and −g dg / n. They differ where g
-is not m/n."""
 
 
 def rounded_at_init(dtype: str) -> Changes:
@@ -283,7 +193,7 @@ BACKWARD: dict[str, Changes] = {
     DETACHED: {"through_norm": lambda d: 0.0},
     "the norm is not detached": {"through_norm": lambda d: d.dlength * d.slope},
     "the gradient through the norm has the wrong sign": multiplied("through_norm", lambda d: -1.0),
-    "the gradient through the norm has V/n where V/‖V‖ belongs": _BY_N,
+    "the gradient through the norm has V/n where V/‖V‖ belongs": BY_N,
     "the gradient through the norm lacks m/n": {"dnorm": lambda d: -(d.dgain.over(d.n))},
     "the gradient through the norm lacks 1/n": {"dnorm": lambda d: -(d.gain * d.dgain)},
     "the gradients of A, B and W lack m/n": {

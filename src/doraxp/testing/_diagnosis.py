@@ -8,15 +8,15 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from doraxp.testing._deviations import (
-    DETACHED,
+from doraxp.testing._changes import (
     HAND_WRITTEN,
     RIGHT_GRADIENTS,
     Changes,
     added_to,
+    combined,
     hand_written,
-    together,
 )
+from doraxp.testing._deviations import DETACHED
 from doraxp.testing._formulas import GRADIENTS
 from doraxp.testing._parts import results_of
 from doraxp.testing._reference import Expected
@@ -137,8 +137,8 @@ def _pairs(runs: list[Run], known: Mapping[str, Changes], base: Changes) -> Iter
 def _of_each_array(runs: list[Run], known: Mapping[str, Changes], base: Changes) -> Iterator[Names]:
     """Yield one set with a mistake, or two, in each wrong array. Each changes this array alone."""
     worst = max(runs, key=lambda run: run.worst)
-    moved = {name: _moved(worst, added_to(base, changes)) for name, changes in known.items()}
-    together: Names = ()
+    moved = {one: _moved(worst, added_to(base, changes)) for one, changes in known.items()}
+    names: Names = ()
     for array in dict.fromkeys(name for run in runs for name in run.actual):
         of_array = [_of_array(run, array) for run in runs if array in run.actual]
         if _worst(of_array) <= 1:
@@ -150,8 +150,8 @@ def _of_each_array(runs: list[Run], known: Mapping[str, Changes], base: Changes)
         )
         if not found:
             return
-        together += next(iter(found))
-    yield together
+        names += next(iter(found))
+    yield names
 
 
 def _of_array(run: Run, array: str) -> Run:
@@ -209,21 +209,21 @@ def _explaining(
     runs = sorted(runs, key=lambda run: -run.worst)
     found = {}
     for names in sets:
-        for changes in _together(names, known):
+        for changes in _formulas_of(names, known):
             if (after := _error(runs, added_to(base, changes))) <= 1:
                 found[names] = after
                 break
     return found
 
 
-def _together(names: Names, known: Mapping[str, Changes]) -> Iterator[Changes]:
+def _formulas_of(names: Names, known: Mapping[str, Changes]) -> Iterator[Changes]:
     """Yield the formulas of some names at once; nothing if two names replace the same formula."""
     parts = [known[name] for name in names if name != HAND_WRITTEN]
     if HAND_WRITTEN not in names:
         ways: tuple[Changes, ...] = ({},)
     else:
         parts, ways = [hand_written(part) for part in parts], RIGHT_GRADIENTS
-    if (changes := together(parts)) is not None:
+    if (changes := combined(parts)) is not None:
         yield from (added_to(way, changes) for way in ways)
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from doraxp._base.scalars import check_count, check_kind
 from doraxp.testing._calls import GRADIENTS
 from doraxp.testing._cases import HALF, Case
+from doraxp.testing._changes import Changes
 from doraxp.testing._conventions import AnyCase, Conventions
-from doraxp.testing._deviations import Changes
 from doraxp.testing._diagnosis import Diagnosis, Run, diagnose
 from doraxp.testing._libraries import Library
 from doraxp.testing._parts import LAYER, Part, parts, results_of

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from doraxp.testing._deviations import KEPT_NORMS, Changes, original
+from doraxp.testing._changes import Changes, original
+from doraxp.testing._deviations import KEPT_NORMS
 from doraxp.testing._update_cases import kron
 
 

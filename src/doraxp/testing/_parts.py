@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from doraxp.testing._calls import call_layer, call_operator, call_step, call_sum, call_update
 from doraxp.testing._cases import OptimizerCase
 from doraxp.testing._catalogue import catalogue
+from doraxp.testing._changes import Changes
 from doraxp.testing._conventions import AnyCase
 from doraxp.testing._deviations import (
     BACKWARD,
@@ -16,7 +17,6 @@ from doraxp.testing._deviations import (
     LOW_RANK,
     NOT_AS_DECLARED,
     STEP,
-    Changes,
 )
 from doraxp.testing._operator_cases import OperatorCase, operator_catalogue
 from doraxp.testing._operator_reference import operator_results

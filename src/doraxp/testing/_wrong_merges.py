@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from doraxp._base.types import Adapter, Config
 from doraxp._core.updates import LowRank
-from doraxp.testing._deviations import FORWARD, KEPT_NORMS, Changes
+from doraxp.testing._changes import Changes
+from doraxp.testing._deviations import FORWARD, KEPT_NORMS
 from doraxp.testing._formulas import DenseFormulas, deviating
 from doraxp.testing._rounding import Plain, lengths
 
