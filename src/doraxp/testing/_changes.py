@@ -1,6 +1,7 @@
-"""The formulas that a deviation replaces, how several combine, and which gradients by hand read.
+"""How the wrong formulas of several deviations combine, and which of them gradients by hand read.
 
-{quantity of `DenseFormulas` or `AdamW`: its wrong formula}
+`Changes` maps a quantity of `DenseFormulas` or of an optimizer to its wrong formula. `deviating`
+makes a reference of them.
 """
 
 from __future__ import annotations
